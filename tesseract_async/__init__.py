@@ -1,0 +1,59 @@
+"""Train one large mixture-of-experts model on computers that volunteers lend, from any asyncio program.
+
+The names below are the whole public interface. They load on first use, so that importing this package costs
+nothing, and a node that only routes (a bootstrap node) never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tesseract_async.client.autograd import backward as backward
+    from tesseract_async.client.gating_function import GatingFunction as GatingFunction
+    from tesseract_async.client.isolated import isolated as isolated
+    from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
+    from tesseract_async.identity import Identity as Identity
+    from tesseract_async.identity import PeerID as PeerID
+    from tesseract_async.network.network import TesseractNetwork as TesseractNetwork
+    from tesseract_async.node import TesseractNode as TesseractNode
+    from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
+    from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
+    from tesseract_async.server.server import TesseractServer as TesseractServer
+    from tesseract_async.wire.tensors import TensorSpec as TensorSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "backward": "client.autograd",
+    "isolated": "client.isolated",
+    "GatingFunction": "client.gating_function",
+    "RemoteExpert": "client.remote_expert",
+    "Identity": "identity",
+    "PeerID": "identity",
+    "TesseractNetwork": "network.network",
+    "TesseractNode": "node",
+    "ExpertBackend": "runtime.backend",
+    "TesseractRuntime": "runtime.runtime",
+    "TesseractServer": "server.server",
+    "TensorSpec": "wire.tensors",
+}
+_MODULES = ("errors", "testing")
+
+__all__ = [*sorted(_HOMES), *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

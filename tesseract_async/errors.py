@@ -1,0 +1,187 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    TesseractError
+      ProtocolError            the peer broke the wire rules
+        MessageTooLarge        ... by announcing more than the receiver allows
+        UnsupportedVersion     ... by speaking a wire version that this node does not
+        InvalidRecord          ... with a signed record that does not verify
+      PeerUnreachable          every transport failed; holds each one's error
+      ConnectionLost           an established channel died during a call
+      RemoteError              the peer said no
+        ExpertNotFound         nobody (or not this peer) hosts that uid
+        SchemaMismatch         the tensors do not fit the expert's schema
+        Overloaded             the byte budget is full; `retry_after` says when to come back
+        ExpertFailed           the expert's module raised
+        NotAllowed             the peer's policy refuses this caller
+        UnknownMethod          the peer does not answer such calls
+      NotEnoughExperts         fewer than k_min experts answered; holds each one's error
+      CheckpointError          a checkpoint could not be written or read
+
+Timeouts are the built-in `TimeoutError`. A caller's own mistake is `ValueError` or `TypeError`, raised before
+anything is sent. A missing key in the network is `None`, not an error: absence is normal.
+
+Instances hold data; `__str__` makes the sentence: what happened, to whom, what to do. `retryable` (class
+attribute) says whether the same call may succeed later or elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class TesseractError(Exception):
+    """Base of all errors of this package."""
+
+    retryable: ClassVar[bool] = False
+
+
+class ProtocolError(TesseractError):
+    """The peer sent bytes that break the wire rules. The only error that a `decode_*` function raises."""
+
+
+class MessageTooLarge(ProtocolError):
+    """The peer announced `size` bytes where `limit` are allowed. Nothing was allocated."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"a message of {self.size} bytes was announced, but at most {self.limit} bytes are accepted"
+
+
+class UnsupportedVersion(ProtocolError):
+    """The peer speaks wire version `theirs`; this node speaks `ours`."""
+
+    def __init__(self, theirs: int, ours: int) -> None:
+        super().__init__(theirs, ours)
+        self.theirs = theirs
+        self.ours = ours
+
+    def __str__(self) -> str:
+        older = "the peer" if self.theirs < self.ours else "this node"
+        return f"the peer speaks wire version {self.theirs}, this node {self.ours}: upgrade {older}"
+
+
+class InvalidRecord(ProtocolError):
+    """A signed record whose signature, owner, key or expiration does not hold."""
+
+
+class PeerUnreachable(TesseractError):
+    """No transport reached the peer. `attempts` maps each tried path, such as ``tcp 10.0.0.1:4000``, to its error."""
+
+    retryable = True
+
+    def __init__(self, peer: str, attempts: Mapping[str, BaseException]) -> None:
+        super().__init__(peer, attempts)
+        self.peer = peer
+        self.attempts = dict(attempts)
+
+    def __str__(self) -> str:
+        tried = "; ".join(f"{path}: {describe(error)}" for path, error in self.attempts.items())
+        return f"peer {self.peer} cannot be reached ({tried or 'it has no known address'})"
+
+
+class ConnectionLost(TesseractError):
+    """An established channel to `peer` died while a call was under way; `reason` says how it was noticed."""
+
+    retryable = True
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(peer, reason)
+        self.peer = peer
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the connection to {self.peer} was lost: {self.reason}"
+
+
+class RemoteError(TesseractError):
+    """The peer answered with an error. Each subclass travels by its `code`; an unknown code arrives as this class.
+
+    `message` is the remote sentence (at most 2,000 characters are sent) and `details` small msgpack data.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ExpertNotFound(RemoteError):
+    """No live server hosts the expert; the sentence names the uid."""
+
+    code = "expert_not_found"
+
+
+class SchemaMismatch(RemoteError):
+    """Number, shape or dtype of the tensors differ from the expert's schema; the sentence holds both."""
+
+    code = "schema_mismatch"
+
+
+class Overloaded(RemoteError):
+    """The server's byte budget is full. Come back after `retry_after` seconds, or ask another replica."""
+
+    code = "overloaded"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: float = 0.0) -> None:
+        super().__init__(message, retry_after=retry_after)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until the server expects to have room."""
+        return float(self.details["retry_after"])
+
+
+class ExpertFailed(RemoteError):
+    """The expert's module, loss of finiteness or optimizer raised; the sentence holds the remote error's."""
+
+    code = "expert_failed"
+
+
+class NotAllowed(RemoteError):
+    """The peer's policy does not let this node call, train or store there."""
+
+    code = "not_allowed"
+
+
+class UnknownMethod(RemoteError):
+    """The peer does not answer this kind of call."""
+
+    code = "unknown_method"
+
+
+class NotEnoughExperts(TesseractError):
+    """Fewer than `k_min` experts answered for some row. `errors` maps each uid that failed to its error."""
+
+    retryable = True
+
+    def __init__(self, k_min: int, num_rows: int, errors: Mapping[str, BaseException]) -> None:
+        super().__init__(k_min, num_rows, errors)
+        self.k_min = k_min
+        self.num_rows = num_rows
+        self.errors = dict(errors)
+
+    def __str__(self) -> str:
+        failed = "; ".join(f"{uid}: {describe(error)}" for uid, error in self.errors.items())
+        return f"{self.num_rows} rows have fewer than k_min={self.k_min} answers ({failed or 'no expert is alive'})"
+
+
+class CheckpointError(TesseractError):
+    """A checkpoint could not be written, or no readable one exists; the sentence names the file."""
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error inside another one's sentence; never empty, unlike ``str(TimeoutError())``."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

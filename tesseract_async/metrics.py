@@ -1,0 +1,78 @@
+"""Counters, gauges and histograms of one node, held in memory and read with `Metrics.snapshot`.
+
+No I/O and no dependency: an exporter (Prometheus, the dashboard) reads the snapshot. Names are `snake_case` with the
+unit last (``endpoint_bytes_sent``, ``call_seconds``); a label set is a small tuple of strings that the code chooses,
+never something that a peer sent, so that nobody can grow the registry.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+Key = tuple[str, tuple[tuple[str, str], ...]]
+
+SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class Histogram:
+    """Counts of observations at or below each bound, with their number and sum."""
+
+    __slots__ = ("bounds", "counts", "count", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.count = 0
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.count += 1
+        self.sum += value
+
+
+class Metrics:
+    """All figures of one node. Not thread-safe: used on the node's loop only."""
+
+    def __init__(self) -> None:
+        self.counters: dict[Key, float] = {}
+        self.gauges: dict[Key, float] = {}
+        self.histograms: dict[Key, Histogram] = {}
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Adds to a counter, such as ``count("datagrams_dropped", reason="garbage")``."""
+        key = (name, tuple(sorted(labels.items())))
+        self.counters[key] = self.counters.get(key, 0) + amount
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Sets a gauge."""
+        self.gauges[(name, tuple(sorted(labels.items())))] = value
+
+    def observe(self, name: str, value: float, *, bounds: Sequence[float] = SECONDS_BUCKETS, **labels: str) -> None:
+        """Adds an observation to a histogram; `bounds` counts at its first observation only."""
+        key = (name, tuple(sorted(labels.items())))
+        histogram = self.histograms.get(key)
+        if histogram is None:
+            histogram = self.histograms[key] = Histogram(bounds)
+        histogram.observe(value)
+
+    def total(self, name: str) -> float:
+        """A counter's sum over all its labels."""
+        return sum(value for (key, _), value in self.counters.items() if key == name)
+
+    def snapshot(self) -> dict[str, float]:
+        """Every figure by a printable name: ``datagrams_dropped{reason=garbage}``, ``call_seconds_count`` and so on."""
+        out: dict[str, float] = {}
+        for source in (self.counters, self.gauges):
+            for (name, labels), value in source.items():
+                out[_printable(name, labels)] = value
+        for (name, labels), histogram in self.histograms.items():
+            out[_printable(f"{name}_count", labels)] = histogram.count
+            out[_printable(f"{name}_sum", labels)] = histogram.sum
+        return out
+
+
+def _printable(name: str, labels: tuple[tuple[str, str], ...]) -> str:
+    inside = ",".join(f"{key}={value}" for key, value in labels)
+    return f"{name}{{{inside}}}" if inside else name

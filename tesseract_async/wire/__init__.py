@@ -1,0 +1,1 @@
+"""Bytes to meaning and back, without I/O: frames, messages (msgpack), tensors, compression."""

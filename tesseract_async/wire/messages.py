@@ -1,0 +1,134 @@
+"""What a client and a server say to each other about experts: the bodies of the ``expert.*`` calls.
+
+Each message is a frozen dataclass; `encode` gives the msgpack body, `decode_*` reads an untrusted body and raises only
+`ProtocolError`. Tensors travel beside the body (`tensors` holds their metas, see `wire.tensors`).
+
+- ``expert.info``: `InfoRequest` -> `ExpertInfo`
+- ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
+- ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tesseract_async.errors import ProtocolError
+
+INFO = "expert.info"
+FORWARD = "expert.forward"
+BACKWARD = "expert.backward"
+
+MAX_UID_LENGTH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class InfoRequest:
+    """Asks what the expert `uid` takes and gives."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """What an expert takes and gives. Schemas are as `wire.tensors.encode_schema` makes them."""
+
+    uid: str
+    args_schema: list[Any]
+    """Schema of the positional arguments (a tuple)."""
+    kwargs_schema: dict[str, Any]
+    """Schema of the keyword arguments (a dict)."""
+    outputs_schema: list[Any]
+    """Schema of what the module returns (a single spec for a bare tensor)."""
+    max_batch_size: int
+    """Rows that the server computes at once; larger requests are split by the server."""
+    version: int
+    """Optimizer steps taken so far."""
+    codecs: list[str]
+    """Codecs that the server accepts and answers with."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """Apply the expert. The inputs travel beside: positional arguments first, then keyword ones, in schema order."""
+
+    uid: str
+    tensors: list[Any]
+    training: bool
+    """Whether the module is in train mode (dropout and the like)."""
+    seed: int
+    """Seeds the module's random numbers, so that backward's recomputation draws the same."""
+    reply_codec: str
+    """Codec for the outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardReply:
+    """The outputs travel beside, in the order of the outputs schema."""
+
+    tensors: list[Any]
+    version: int
+    """Optimizer steps that the expert had taken when it computed this."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardRequest:
+    """Recompute the forward, backpropagate, take an optimizer step.
+
+    Beside it travel `num_inputs` inputs as in forward, then one gradient per output (absent where it got none).
+    """
+
+    uid: str
+    call_id: bytes
+    """16 random bytes. A request repeated under the same id never steps the optimizer twice."""
+    tensors: list[Any]
+    num_inputs: int
+    training: bool
+    seed: int
+    """As in the forward that this belongs to."""
+    version: int
+    """The version that the forward's reply carried: what staleness is measured from."""
+    reply_codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardReply:
+    """One gradient per input travels beside, absent for inputs that have none (integers, unused ones)."""
+
+    tensors: list[Any]
+    version: int
+
+
+Body = TypeVar("Body", InfoRequest, ExpertInfo, ForwardRequest, ForwardReply, BackwardRequest, BackwardReply)
+
+_CHECKS: dict[str, Any] = {
+    "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
+    "int": lambda value: type(value) is int and 0 <= value < 2**63,
+    "bool": lambda value: type(value) is bool,
+    "bytes": lambda value: type(value) is bytes and len(value) == 16,
+    "list[Any]": lambda value: type(value) is list,
+    "list[str]": lambda value: type(value) is list and all(type(item) is str for item in value),
+    "dict[str, Any]": lambda value: type(value) is dict and all(type(key) is str for key in value),
+}
+
+
+def encode(message: Body) -> dict[str, Any]:
+    """The message as a msgpack map from field names to values."""
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
+
+
+def decode(kind: type[Body], body: Any) -> Body:
+    """Reads an untrusted body as `kind`. Unknown fields are ignored, so that later versions may add some.
+
+    Raises: ProtocolError for a missing field or a value of the wrong type.
+    """
+    if type(body) is not dict:
+        raise ProtocolError(f"{kind.__name__}: the body is not a map")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        value = body.get(field.name)
+        if not _CHECKS[str(field.type)](value):
+            raise ProtocolError(f"{kind.__name__}: {field.name} is missing or malformed")
+        values[field.name] = value
+    return kind(**values)

@@ -1,0 +1,254 @@
+"""Tensors as raw buffers beside a message, and the schemas that say which tensors an expert takes.
+
+A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpack body, and one raw buffer beside it.
+`None` stands for an absent tensor (an output that got no gradient, say): its meta is nil and it has no buffer.
+
+Everything that decodes takes untrusted input and raises only `ProtocolError`; sizes are checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tesseract_async.errors import ProtocolError, SchemaMismatch
+from tesseract_async.wire import compression
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
+        *("complex64", "complex128"),
+    )
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_DIMS = 16
+MAX_TENSORS = 256
+MAX_SCHEMA_DEPTH = 8
+
+Meta = list[Any] | None
+"""``[dtype name, shape, codec name]`` as msgpack holds it, or None for an absent tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a schema: its shape *without* the leading row dimension, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"tensors of {self.dtype} cannot travel; one of {', '.join(DTYPES)} can")
+        if len(self.shape) >= MAX_DIMS or any(not isinstance(size, int) or size < 0 for size in self.shape):
+            raise ValueError(f"a shape has fewer than {MAX_DIMS} sizes, none of them negative: {self.shape}")
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """The spec that `tensor` (rows first) fits. Raises: ValueError for a 0-d tensor, which has no rows."""
+        if tensor.dim() == 0:
+            raise ValueError("an expert's tensors have rows as their first dimension; got a 0-d tensor")
+        return cls(tuple(tensor.shape[1:]), tensor.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, uncompressed."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]}[{', '.join(('rows', *map(str, self.shape)))}]"
+
+
+Schema = Any
+"""A `TensorSpec`, or tuples, lists and dicts (string keys) of schemas."""
+
+
+def flatten(structure: Any) -> list[Any]:
+    """The leaves of nested tuples, lists and dicts, in order (dicts by insertion)."""
+    return list(_leaves(structure))
+
+
+def _leaves(structure: Any) -> Iterator[Any]:
+    if isinstance(structure, tuple | list):
+        for item in structure:
+            yield from _leaves(item)
+    elif isinstance(structure, Mapping):
+        for item in structure.values():
+            yield from _leaves(item)
+    else:
+        yield structure
+
+
+def unflatten(schema: Schema, leaves: Iterable[Any]) -> Any:
+    """The structure of `schema` with its specs replaced, in order, by `leaves`; the inverse of `flatten`."""
+    iterator = iter(leaves)
+
+    def build(part: Schema) -> Any:
+        if isinstance(part, tuple | list):
+            return type(part)(build(item) for item in part)
+        if isinstance(part, Mapping):
+            return {key: build(item) for key, item in part.items()}
+        return next(iterator)
+
+    return build(schema)
+
+
+def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Tensor]:
+    """The tensors of `structure`, in the order of `schema`, each checked against its spec.
+
+    Dict keys may come in any order. All tensors must have the same number of rows (dimension 0).
+
+    Raises: SchemaMismatch (both schemas in the sentence) for another structure, shape or dtype; TypeError if a leaf is
+    not a tensor.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def walk(part: Schema, value: Any) -> bool:
+        if isinstance(part, tuple | list):
+            return (
+                isinstance(value, tuple | list)
+                and len(part) == len(value)
+                and all(walk(a, b) for a, b in zip(part, value, strict=True))
+            )
+        if isinstance(part, Mapping):
+            same_keys = isinstance(value, Mapping) and part.keys() == value.keys()
+            return same_keys and all(walk(part[key], value[key]) for key in part)
+        if isinstance(value, tuple | list | Mapping):
+            return False
+        if not isinstance(value, torch.Tensor):
+            got = f"a {type(value).__name__} where a tensor belongs"
+            raise TypeError(f"{what} takes {describe_schema(schema)}; got {got}")
+        leaves.append(value)
+        return value.dim() > 0 and tuple(value.shape[1:]) == part.shape and value.dtype == part.dtype
+
+    if not walk(schema, structure):
+        raise SchemaMismatch(f"{what} takes {describe_schema(schema)}; got {describe_structure(structure)}")
+    if len({tensor.shape[0] for tensor in leaves}) > 1:
+        raise SchemaMismatch(f"{what} takes equally many rows of every tensor; got {describe_structure(structure)}")
+    return leaves
+
+
+def describe_schema(schema: Schema) -> str:
+    """A schema as people write it: ``(float32[rows, 1024], {mask: bool[rows, 16]})``."""
+    return _describe(schema, str)
+
+
+def describe_structure(structure: Any) -> str:
+    """The same for tensors: ``(float32[4, 1024])``. Anything else is named by its type."""
+
+    def leaf(value: Any) -> str:
+        if not isinstance(value, torch.Tensor):
+            return type(value).__name__
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+
+    return _describe(structure, leaf)
+
+
+def _describe(part: Any, leaf: Any) -> str:
+    if isinstance(part, tuple | list):
+        return f"({', '.join(_describe(item, leaf) for item in part)})"
+    if isinstance(part, Mapping):
+        return f"{{{', '.join(f'{key}: {_describe(item, leaf)}' for key, item in part.items())}}}"
+    return str(leaf(part))
+
+
+def encode_schema(schema: Schema) -> Any:
+    """A schema as msgpack can hold it; tuples and lists both become tagged lists."""
+    if isinstance(schema, tuple | list):
+        return ["t" if isinstance(schema, tuple) else "l", *map(encode_schema, schema)]
+    if isinstance(schema, Mapping):
+        return {str(key): encode_schema(item) for key, item in schema.items()}
+    if isinstance(schema, TensorSpec):
+        return ["s", DTYPE_NAMES[schema.dtype], list(schema.shape)]
+    raise TypeError(f"a schema consists of TensorSpecs in tuples, lists and dicts; got a {type(schema).__name__}")
+
+
+def decode_schema(data: Any) -> Schema:
+    """Reads what `encode_schema` made. Untrusted. Raises: ProtocolError."""
+    count = 0
+
+    def build(part: Any, depth: int) -> Schema:
+        nonlocal count
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ProtocolError("a schema is nested too deeply")
+        if isinstance(part, dict):
+            if not all(isinstance(key, str) for key in part):
+                raise ProtocolError("a schema's keys are strings")
+            return {key: build(item, depth + 1) for key, item in part.items()}
+        if isinstance(part, list) and part and part[0] in ("t", "l"):
+            items = [build(item, depth + 1) for item in part[1:]]
+            return tuple(items) if part[0] == "t" else items
+        if isinstance(part, list) and len(part) == 3 and part[0] == "s":
+            count += 1
+            if count > MAX_TENSORS:
+                raise ProtocolError(f"a schema has more than {MAX_TENSORS} tensors")
+            return TensorSpec(_shape(part[2]), _dtype(part[1]))
+        raise ProtocolError("malformed schema")
+
+    return build(data, 0)
+
+
+def pack_tensors(
+    tensors: Sequence[torch.Tensor | None], codecs: str | Sequence[str] = "none"
+) -> tuple[list[Meta], list[memoryview]]:
+    """Metas for the message's body and one raw buffer for each tensor that is not None.
+
+    `codecs` is one codec's name or one per tensor (see `compression`); integer and bool tensors pass untouched
+    whatever it says. With codec ``none`` the buffers *share memory* with contiguous CPU tensors: don't change them
+    before the message is sent. Tensors on other devices are copied to the CPU.
+    """
+    names = [codecs] * len(tensors) if isinstance(codecs, str) else list(codecs)
+    metas: list[Meta] = []
+    buffers: list[memoryview] = []
+    for tensor, name in zip(tensors, names, strict=True):
+        if tensor is None:
+            metas.append(None)
+            continue
+        codec = name if tensor.is_floating_point() else "none"
+        metas.append([DTYPE_NAMES[tensor.dtype], list(tensor.shape), codec])
+        buffers.append(compression.encode(tensor.detach(), codec))
+    return metas, buffers
+
+
+def unpack_tensors(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:
+    """The tensors that `pack_tensors` packed. Codec ``none`` gives tensors that *own* no copy: they use `buffers`.
+
+    Untrusted: metas and buffers must agree in number and size. Raises: ProtocolError.
+    """
+    if not isinstance(metas, list) or len(metas) > MAX_TENSORS:
+        raise ProtocolError(f"tensor metas are a list of at most {MAX_TENSORS}")
+    if len(buffers) != sum(meta is not None for meta in metas):
+        raise ProtocolError(f"{len(buffers)} buffers for {len(metas)} tensor metas")
+    remaining = iter(buffers)
+    out: list[torch.Tensor | None] = []
+    for meta in metas:
+        if meta is None:
+            out.append(None)
+            continue
+        if not isinstance(meta, list) or len(meta) != 3 or not isinstance(meta[2], str):
+            raise ProtocolError("malformed tensor meta")
+        out.append(compression.decode(next(remaining), _dtype(meta[0]), _shape(meta[1]), meta[2]))
+    return out
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise ProtocolError("unknown dtype")
+    return dtype
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if (
+        not isinstance(sizes, list)
+        or len(sizes) >= MAX_DIMS
+        or any(type(size) is not int or not 0 <= size < 2**40 for size in sizes)
+    ):
+        raise ProtocolError("malformed shape")
+    return tuple(sizes)

@@ -1,0 +1,50 @@
+"""What holds for every test: both event loops, no leftovers, no warnings (see pyproject.toml)."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+import pytest
+import pytest_asyncio
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """asyncio everywhere; uvloop too in tests marked `both_loops` (what touches sockets, streams and threads)."""
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+    if item.get_closest_marker("both_loops") and sys.platform != "win32":
+        import uvloop
+
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def no_task_left() -> AsyncIterator[None]:
+    """Fails an async test that ends with tasks other than its own."""
+    before = asyncio.all_tasks()
+    yield
+    # a closed transport calls connection_lost in the next turns of the loop: give it those, not time
+    for _ in range(5):
+        await asyncio.sleep(0)
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
+    assert not left, f"tasks left: {left}"
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """Fails a test that ends with threads it did not find, or with sockets that only the collector would close."""
+    before = set(threading.enumerate())
+    yield
+    gc.collect()  # an unclosed socket warns when collected, and warnings are errors
+    left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
+    # the loop's default executor and torch's own autograd threads belong to their libraries
+    left = {t for t in left if not t.name.startswith(("asyncio_", "Dummy", "pt_autograd"))}
+    for thread in left:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in left), f"threads left: {left}"

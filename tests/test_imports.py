@@ -1,0 +1,116 @@
+"""Holds the house's dependency rules: which room may import which, and which files stay pure."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tesseract_async"
+
+# Each room and the rooms that it may import, besides itself. One line per room; read from the bottom up.
+BASE = {"errors", "metrics"}
+LOWER = BASE | {"identity", "wire"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "metrics": set(),
+    "identity": BASE,
+    "wire": BASE,
+    "transport": LOWER,
+    "network": LOWER | {"transport"},
+    "endpoint": LOWER | {"transport"},
+    "experts": LOWER | {"transport", "network", "endpoint"},
+    "node": LOWER | {"transport", "network", "endpoint", "experts"},
+    "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
+    "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
+    "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
+    "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
+    "cli": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing"},
+}
+# TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
+EXCEPTIONS = {("node.py", "client")}
+
+PURE = [
+    "wire/frames.py",
+    "wire/messages.py",
+    "wire/tensors.py",
+    "wire/compression.py",
+    "transport/tls.py",
+    "endpoint/protocol.py",
+    "network/routing.py",
+    "network/storage.py",
+    "network/lookup.py",
+    "network/protocol.py",
+    "runtime/batcher.py",
+    "client/beam_search.py",
+]
+IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
+THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
+WITHOUT_TORCH = ("network", "endpoint", "transport", "identity")
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        return
+    here = room(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "tesseract_async" and len(parts) > 1 and parts[1] != here:
+            allowed = parts[1] in MAY_IMPORT[here] or (path.name, parts[1]) in EXCEPTIONS
+            assert allowed, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_files_do_no_io(name: str) -> None:
+    used = {module.split(".")[0] for module in imported(PACKAGE / name)}
+    assert not used & IMPURE_MODULES, f"{name} is a pure file"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_threads_are_crossed_in_three_files_only(path: Path) -> None:
+    if str(path.relative_to(PACKAGE)) in THREADS_ALLOWED:
+        return
+    used = {module.split(".")[0] for module in imported(path)}
+    assert not used & {"threading", "concurrent", "queue"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_a_bootstrap_node_starts_without_torch(name: str) -> None:
+    code = (
+        "import sys, importlib, pkgutil\n"
+        f"module = importlib.import_module('tesseract_async.{name}')\n"
+        "for item in pkgutil.iter_modules(getattr(module, '__path__', [])):\n"
+        f"    importlib.import_module('tesseract_async.{name}.' + item.name)\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert 'aiortc' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, tesseract_async; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
