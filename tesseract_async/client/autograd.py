@@ -75,14 +75,14 @@ async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differe
         return await remote.forward(detached)
     call = _Call(remote)
     with torch.inference_mode(False), torch.enable_grad():
-        token = _Await.apply(call, _always_needed, *inputs)
+        token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]
     versions = [tensor._version for tensor in inputs]
     outputs = await remote.forward(detached)
     if [tensor._version for tensor in inputs] != versions:
         raise RuntimeError("an input of a remote call was changed in place while the call was under way")
     call.outputs = outputs
     with torch.inference_mode(False), torch.enable_grad():
-        results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)
+        results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)  # type: ignore[no-untyped-call]
     for result in results:
         if result.grad_fn is not None:
             if hasattr(result.grad_fn, "_set_sequence_nr"):  # private: a test notices if it goes away
@@ -322,24 +322,21 @@ async def _backward(loss: torch.Tensor, gradient: torch.Tensor | None, retain_gr
     if gradient is None and loss.numel() != 1:
         raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
     step = _Step()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     outcome: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
     run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, stream), outcome)
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
         try:
             await asyncio.wait([outcome])
-        except asyncio.CancelledError as error:
-            cancelled = error
+        except asyncio.CancelledError as caught:
+            cancelled = caught
             step.cancel()
-    error = outcome.exception()
-    if cancelled is not None or error is not None:
+    failed = cancelled or outcome.exception()
+    if failed is not None:
         step.cancel()
         await step.aclose()
-    if cancelled is not None:
-        raise cancelled
-    if error is not None:
-        raise error
+        raise failed
     _commit(*outcome.result())
 
 
@@ -354,7 +351,7 @@ def _run_engine(
     try:
         with torch.cuda.stream(stream):  # of None: does nothing
             leaves = graph_leaves(loss)
-            root = _Root.apply(loss, step)
+            root = _Root.apply(loss, step)  # type: ignore[no-untyped-call]
             grads = torch.autograd.grad(root, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
             # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
             return leaves, [None if grad is None else grad.detach().clone() for grad in grads]

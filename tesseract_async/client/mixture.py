@@ -75,7 +75,7 @@ class Part:
 
 
 class MixtureCall:
-    """See `autograd.Remote`. Outputs are the answers of all experts, one under the other, in the order of `answered`."""
+    """See `autograd.Remote`. Outputs are all experts' answers, one under the other, in the order of `answered`."""
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
+DEFAULT_OPTIONS = CallOptions()
 NO_GRAD = DEFAULT._replace(grad=False)
 """The modes in which the machinery of a call runs; what it gives back is put into the graph by `remote_call`."""
 
@@ -64,7 +65,7 @@ class RemoteExpert(nn.Module):
         replicas: Sequence[Any] = (),
         *,
         schema: ExpertSchema | None = None,
-        options: CallOptions = CallOptions(),
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> None:
         """Does no I/O: the schema is fetched with the first call. `replicas` are tried where the directory has none."""
         super().__init__()

@@ -69,7 +69,8 @@ async def test_positional_keyword_and_nested_arguments(node: FakeNode) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [(torch.zeros(3, 7),), (torch.zeros(3, 8, dtype=torch.float64),), (torch.zeros(3, 8), torch.zeros(3, 8)), ()]
+    "args",
+    [(torch.zeros(3, 7),), (torch.zeros(3, 8, dtype=torch.float64),), (torch.zeros(3, 8), torch.zeros(3, 8)), ()],
 )
 async def test_what_does_not_fit_is_refused_before_anything_is_sent(node: FakeNode, args: tuple[torch.Tensor]) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8))
