@@ -170,7 +170,8 @@ class ExpertBackend:
     def _dry_run(self) -> Schema:
         device, was_training = self.device, self.module.training
         args, kwargs = wire.unflatten(
-            self.inputs_schema, [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in self.input_specs]
+            self.inputs_schema,
+            [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in self.input_specs],
         )
         try:
             with torch.no_grad():

@@ -161,9 +161,7 @@ class Batcher:
         self._num_stale = 0
         self._statistics = BatcherStatistics()
 
-    def add_pool(
-        self, name: Hashable, *, max_batch_size: int, preferred_sizes: tuple[int, ...] = ()
-    ) -> Pool:
+    def add_pool(self, name: Hashable, *, max_batch_size: int, preferred_sizes: tuple[int, ...] = ()) -> Pool:
         """A new pool. `preferred_sizes`: rows at which a batch is best cut off, if that many wait.
 
         Raises: ValueError for sizes below 1 or above `max_batch_size`.
@@ -291,13 +289,11 @@ class Batcher:
         return dataclasses.replace(self._statistics)
 
     def _class_of(self, priority: int) -> _Class:
-        for index, one in enumerate(self._classes):
+        index = 0
+        for one in self._classes:
             if one.priority == priority:
                 return one
-            if one.priority < priority:
-                break
-        else:
-            index = len(self._classes)
+            index += one.priority > priority
         self._classes.insert(index, _Class(priority))
         return self._classes[index]
 
@@ -342,7 +338,9 @@ class Batcher:
         """Rows to gather: the largest preferred size that is filled by what waits, if there is one."""
         if pool.num_waiting_rows >= pool.max_batch_size:
             return pool.max_batch_size
-        return max((size for size in pool.preferred_sizes if size <= pool.num_waiting_rows), default=pool.max_batch_size)
+        return max(
+            (size for size in pool.preferred_sizes if size <= pool.num_waiting_rows), default=pool.max_batch_size
+        )
 
     def _fill(self, pool: Pool, parts: list[Part], num_rows: int, limit: int, now: float) -> int:
         """Takes the pool's requests in order until one does not fit any more. Returns the rows now in the batch."""

@@ -309,8 +309,8 @@ class TesseractRuntime:
         finished = time.monotonic()
         self._busy_seconds += finished - started
         with self._changed:
-            for work, _, error in answers:
-                if error is not None and work.request is not None:
+            for work, _, failure in answers:
+                if failure is not None and work.request is not None:
                     self._batcher.remove(work.request)  # the other parts of a split request
             self._batcher.finish(batch, finished)
         self._post(_deliver, answers)
@@ -329,7 +329,8 @@ class TesseractRuntime:
         version = backend.version
         shares = _scatter([output.to("cpu") for output in outputs], parts)
         return [
-            self._add_part(work, part, Answer(share, version)) for work, part, share in zip(works, parts, shares, strict=True)
+            self._add_part(work, part, Answer(share, version))
+            for work, part, share in zip(works, parts, shares, strict=True)
         ]
 
     def _backward(self, parts: Sequence[Part]) -> list[tuple[Work, Answer | None, BaseException | None]]:
@@ -358,9 +359,7 @@ class TesseractRuntime:
 
     def _gradients(
         self, parts: Sequence[Part]
-    ) -> tuple[
-        list[tuple[Part, Gradients]], Gradients | None, list[tuple[Work, Answer | None, BaseException | None]]
-    ]:
+    ) -> tuple[list[tuple[Part, Gradients]], Gradients | None, list[tuple[Work, Answer | None, BaseException | None]]]:
         """Input gradients of the parts that work, the sum of their parameter gradients, and the failures."""
         works: list[Work] = [part.request.payload for part in parts]
         backend, training = works[0].backend, works[0].training
@@ -384,7 +383,9 @@ class TesseractRuntime:
 
     def _gather(self, parts: Sequence[Part], tensors: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """The parts' rows as one batch on the device. One part alone is not copied."""
-        columns = zip(*([x[part.start : part.stop] for x in row] for part, row in zip(parts, tensors, strict=True)), strict=True)
+        columns = zip(
+            *([x[part.start : part.stop] for x in row] for part, row in zip(parts, tensors, strict=True)), strict=True
+        )
         return [(torch.cat(column) if len(column) > 1 else column[0]).to(self.device) for column in columns]
 
     def _gather_gradients(self, parts: Sequence[Part], works: Sequence[Work]) -> Gradients:
@@ -404,9 +405,7 @@ class TesseractRuntime:
             out.append((torch.cat(rows) if len(rows) > 1 else rows[0]).to(self.device))
         return out
 
-    def _add_part(
-        self, work: Work, part: Part, answer: Answer
-    ) -> tuple[Work, Answer | None, BaseException | None]:
+    def _add_part(self, work: Work, part: Part, answer: Answer) -> tuple[Work, Answer | None, BaseException | None]:
         """The whole answer if this was the last part of the request, or the only one."""
         if part.start == 0 and part.is_last:
             return work, answer, None

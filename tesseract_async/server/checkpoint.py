@@ -123,7 +123,7 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
         }
         offset += tensor.nbytes
         if tensor.nbytes:
-            pieces.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            pieces.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     metadata = {"format": "pt", "tesseract_format": str(FORMAT_VERSION), "tesseract_state": json.dumps(rest)}
     header["__metadata__"] = metadata
     metadata["tesseract_sha256"] = _digest(header, pieces)
@@ -183,7 +183,9 @@ def _take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> An
         tensors[path] = value
         return {"t": path}
     if isinstance(value, Mapping):
-        pairs = [[key, _take_tensors(item, f"{path}/{key}" if path else str(key), tensors)] for key, item in value.items()]
+        pairs = [
+            [key, _take_tensors(item, f"{path}/{key}" if path else str(key), tensors)] for key, item in value.items()
+        ]
         return {"d": pairs}
     if isinstance(value, list | tuple):
         return {"l": [_take_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]}

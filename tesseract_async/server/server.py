@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from tesseract_async.errors import (
     UnknownMethod,
     describe,
 )
-from tesseract_async.experts import ExpertPublisher
+from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend, Gradients
 from tesseract_async.runtime.runtime import Answer, RuntimeSettings, TesseractRuntime, Work
 from tesseract_async.server.checkpoint import CheckpointStore
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PRIORITIES = range(-1, 2)
+_CallKey = tuple[str, bytes]  # uid, call id
+
+_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +45,6 @@ class ServerSettings:
     """How a server keeps its experts."""
 
     runtime: RuntimeSettings = RuntimeSettings()
-    checkpoint_period: float = 60.0
-    """Seconds between checkpoints of experts that took steps; a killed server falls back at most this far."""
     keep_checkpoints: int = 3
     """Files kept per expert."""
     max_gradient_cache_bytes: int = 64 << 20
@@ -66,11 +66,16 @@ class TesseractServer:
         *,
         device: str | torch.device = "cpu",
         checkpoint_dir: str | Path | None = None,
+        checkpoint_period: float = 60.0,
+        publisher_settings: PublisherSettings | None = None,
         settings: ServerSettings = ServerSettings(),
     ) -> None:
+        """`checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far."""
         self.node = node
         self.experts = dict(experts)
         self.settings = settings
+        self.checkpoint_period = checkpoint_period
+        self._publisher_settings = publisher_settings or PublisherSettings()
         self.runtime = TesseractRuntime(device=device, settings=settings.runtime)
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
@@ -78,7 +83,7 @@ class TesseractServer:
         self._saved_versions: dict[str, int] = {}
         self._publisher: ExpertPublisher | None = None
         self._saver: asyncio.Task[None] | None = None
-        self._backwards: dict[bytes, _Backward] = {}
+        self._backwards: dict[_CallKey, _Backward] = {}
         self._answers = _AnswerCache(settings.max_gradient_cache_bytes)
         self._hosted: list[str] = []
         self._closed = False
@@ -102,7 +107,10 @@ class TesseractServer:
                 self.node.host_expert(uid, self._answer)
                 self._hosted.append(uid)
             self._publisher = ExpertPublisher(
-                self.node.network, addresses=self.node.peer_address.addresses, metrics=self.node.metrics
+                self.node.network,
+                addresses=self.node.peer_address.addresses,
+                settings=self._publisher_settings,
+                metrics=self.node.metrics,
             )
             await self._publisher.declare(dict.fromkeys(self.experts, True))
         except BaseException:
@@ -179,7 +187,7 @@ class TesseractServer:
 
     async def _save_periodically(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.checkpoint_period)
+            await asyncio.sleep(self.checkpoint_period)
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:
@@ -221,7 +229,9 @@ class TesseractServer:
         codec = _check_codec(request.reply_codec)
         inputs = _check_inputs(request.uid, backend, wire.unpack_tensors(request.tensors, call.buffers))
         if inputs[0].shape[0] == 0:
-            answer = Answer([torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs], backend.version)
+            answer = Answer(
+                [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs], backend.version
+            )
         else:
             answer = await self.runtime.forward(
                 backend,
@@ -238,18 +248,20 @@ class TesseractServer:
         request = messages.decode(messages.BackwardRequest, call.body)
         backend = self._backend(request.uid)
         codec = _check_codec(request.reply_codec)
-        answer = self._answers.get(request.call_id)
+        key = (request.uid, request.call_id)
+        answer = self._answers.get(key)
         if answer is None:
             tensors = wire.unpack_tensors(request.tensors, call.buffers)
             inputs = _check_inputs(request.uid, backend, tensors[: request.num_inputs])
             gradients = _check_gradients(request.uid, backend, inputs, tensors[request.num_inputs :])
-            answer = await self._apply_once(call, request, backend, inputs, gradients)
+            answer = await self._apply_once(call, key, request, backend, inputs, gradients)
         metas, buffers = wire.pack_tensors(answer.tensors, codec)
         return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
 
     async def _apply_once(
         self,
         call: IncomingCall,
+        key: _CallKey,
         request: messages.BackwardRequest,
         backend: ExpertBackend,
         inputs: list[torch.Tensor],
@@ -258,7 +270,7 @@ class TesseractServer:
         """Applies a backward unless its call id was applied before; several callers of one id share its answer."""
         if inputs[0].shape[0] == 0:
             return Answer([_zero_gradient(x) for x in inputs], backend.version)
-        backward = self._backwards.get(request.call_id)
+        backward = self._backwards.get(key)
         if backward is None:
             version = backend.applied.get(request.call_id)
             work = self.runtime.submit(
@@ -272,8 +284,8 @@ class TesseractServer:
                 priority=_priority(call),
                 peer=call.peer_id,
             )
-            backward = self._backwards[request.call_id] = _Backward(work, version)
-            work.answer.add_done_callback(lambda _: self._end_backward(request.call_id))
+            backward = self._backwards[key] = _Backward(work, version)
+            work.answer.add_done_callback(lambda _: self._end_backward(key))
         backward.num_waiting += 1
         try:
             answer = await asyncio.shield(backward.work.answer)
@@ -284,11 +296,11 @@ class TesseractServer:
                 self.runtime.withdraw(backward.work)
         return answer if backward.version is None else Answer(answer.tensors, backward.version)
 
-    def _end_backward(self, call_id: bytes) -> None:
-        backward = self._backwards.pop(call_id)
+    def _end_backward(self, key: _CallKey) -> None:
+        backward = self._backwards.pop(key)
         answer = backward.work.answer
         if not answer.cancelled() and answer.exception() is None:
-            self._answers.put(call_id, answer.result())
+            self._answers.put(key, answer.result())
 
     def _backend(self, uid: str) -> ExpertBackend:
         backend = self.experts.get(uid)
@@ -313,15 +325,15 @@ class _AnswerCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._answers: OrderedDict[bytes, Answer] = OrderedDict()
+        self._answers: OrderedDict[_CallKey, Answer] = OrderedDict()
 
-    def get(self, call_id: bytes) -> Answer | None:
-        return self._answers.get(call_id)
+    def get(self, key: _CallKey) -> Answer | None:
+        return self._answers.get(key)
 
-    def put(self, call_id: bytes, answer: Answer) -> None:
-        if call_id in self._answers:
+    def put(self, key: _CallKey, answer: Answer) -> None:
+        if key in self._answers:
             return
-        self._answers[call_id] = answer
+        self._answers[key] = answer
         self._num_bytes += _num_bytes(answer)
         while self._num_bytes > self._max_bytes:
             _, old = self._answers.popitem(last=False)
@@ -344,7 +356,7 @@ class _Save:
 
 def _priority(call: IncomingCall) -> int:
     """The call's priority within the few classes that a stranger may make the batcher keep."""
-    return min(max(call.priority, _PRIORITIES.start), _PRIORITIES.stop - 1)
+    return max(_LOWEST_PRIORITY, min(call.priority, _HIGHEST_PRIORITY))
 
 
 def _check_codec(codec: str) -> str:
@@ -378,7 +390,7 @@ def _check_gradients(
     return tensors
 
 
-def _mismatch(what: str, schema: Any, tensors: list[torch.Tensor | None]) -> SchemaMismatch:
+def _mismatch(what: str, schema: Any, tensors: Sequence[torch.Tensor | None]) -> SchemaMismatch:
     takes, got = wire.describe_schema(schema), wire.describe_structure(tuple(tensors))
     return SchemaMismatch(f"{what} takes {takes}; got {got}")
 
