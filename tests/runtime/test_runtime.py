@@ -28,12 +28,13 @@ class Gate(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.open = threading.Event()
-        self.entered = threading.Event()
+        self.entered = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
         self.sizes: list[int] = []
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
+        self.loop.call_soon_threadsafe(self.entered.set)
         assert self.open.wait(timeout=10)
         self.sizes.append(len(x))
         if bool((x == 666).any()):
@@ -43,16 +44,13 @@ class Gate(nn.Module):
 
 def make_gate(max_batch_size: int = 64) -> tuple[Gate, ExpertBackend]:
     gate = Gate()
-    gate.open.set()
     backend = ExpertBackend(
         gate,
         optimizer=torch.optim.SGD(gate.parameters(), lr=0.0),
         args_schema=(TensorSpec((1,)),),
+        outputs_schema=TensorSpec((1,)),
         max_batch_size=max_batch_size,
     )
-    gate.sizes.clear()
-    gate.entered.clear()
-    gate.open.clear()
     return gate, backend
 
 
@@ -76,10 +74,6 @@ async def runtime() -> AsyncIterator[TesseractRuntime]:
         yield runtime
     finally:
         await runtime.aclose()
-
-
-async def entered(gate: Gate) -> None:
-    await asyncio.to_thread(gate.entered.wait, 10)
 
 
 def local_step(module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, lr: float = 0.1) -> torch.Tensor:
@@ -113,7 +107,7 @@ async def test_requests_that_gathered_while_busy_become_one_batch_and_one_step(r
     module, backend = make_mlp()
     reference = copy.deepcopy(module)
     blocker = runtime.submit(gate_backend, [torch.ones(1, 1)])
-    await entered(gate)
+    await gate.entered.wait()
     xs = [torch.randn(size, 8) for size in (3, 5, 2)]
     gradients = [torch.randn(len(x), 4) for x in xs]
     works = [
@@ -142,7 +136,7 @@ async def test_a_batch_never_exceeds_the_limit(runtime: TesseractRuntime) -> Non
 async def test_a_batch_wakes_the_loop_once(runtime: TesseractRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, backend = make_gate()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
-    await entered(gate)
+    await gate.entered.wait()
     wakeups = []
     post = runtime._post
 
@@ -161,7 +155,7 @@ async def test_a_batch_wakes_the_loop_once(runtime: TesseractRuntime, monkeypatc
 async def test_only_the_request_at_fault_fails(runtime: TesseractRuntime, backward: bool) -> None:
     gate, backend = make_gate()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
-    await entered(gate)
+    await gate.entered.wait()
     works: list[Work] = []
     for index in range(8):
         x = torch.full((2, 1), 666.0 if index == 5 else float(index))
@@ -197,7 +191,7 @@ async def test_cancelling_withdraws_what_waits_and_lets_run_what_runs(runtime: T
     gate, backend = make_gate()
     running = asyncio.create_task(runtime.backward(backend, [torch.ones(1, 1)], [torch.ones(1, 1)], call_id=b"1" * 16))
     await asyncio.sleep(0)
-    await entered(gate)
+    await gate.entered.wait()
     waiting = asyncio.create_task(runtime.forward(backend, [torch.ones(1, 1)]))
     await asyncio.sleep(0)
     assert runtime.statistics().num_waiting == 1
@@ -214,7 +208,7 @@ async def test_cancelling_withdraws_what_waits_and_lets_run_what_runs(runtime: T
 async def test_expired_work_is_not_computed(runtime: TesseractRuntime) -> None:
     gate, backend = make_gate()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
-    await entered(gate)
+    await gate.entered.wait()
     with pytest.raises(TimeoutError, match="deadline"):
         late = runtime.submit(backend, [torch.ones(1, 1)], deadline=asyncio.get_running_loop().time() - 0.1)
         gate.open.set()
@@ -228,7 +222,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     await runtime.start()
     gate, backend = make_gate()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
-    await entered(gate)
+    await gate.entered.wait()
     with pytest.raises(Overloaded) as caught:
         await runtime.forward(backend, [torch.ones(64, 1)])
     assert caught.value.retry_after > 0
@@ -242,7 +236,7 @@ async def test_closing_ends_every_call() -> None:
     await runtime.start()
     gate, backend = make_gate()
     running = runtime.submit(backend, [torch.ones(1, 1)])
-    await entered(gate)
+    await gate.entered.wait()
     waiting = runtime.submit(backend, [torch.ones(1, 1)])
     closing = asyncio.create_task(runtime.aclose())
     with pytest.raises(Overloaded):
