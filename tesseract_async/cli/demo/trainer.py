@@ -51,6 +51,7 @@ async def train(task: plan.TrainerTask) -> None:
             k_best=task.k_best,
         )
         optimizer = torch.optim.Adam(gate.parameters(), lr=task.gate_learning_rate)
+        node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
         say("ready")
 
