@@ -220,6 +220,7 @@ class TesseractNode:
 
         Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         """
+        self.metrics.count("expert_calls", method=method)
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
                 peer,
