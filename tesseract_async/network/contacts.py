@@ -80,6 +80,7 @@ class Contact:
         "number",
         "peer_id",
         "proven",
+        "range",
         "raw",
         "rtt",
         "rtt_variation",
@@ -92,6 +93,7 @@ class Contact:
         self.address = address
         self.raw = peer_id + pack_address(address)
         self.number = int.from_bytes(peer_id, "big")
+        self.range = address_range(address)
         self.proven = False
         """Whether it has shown, by a signed nonce from this address, that the id is its own."""
         self.last_seen = float("-inf")
