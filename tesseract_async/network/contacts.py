@@ -105,6 +105,20 @@ class Contact:
         """Smoothed round trip and its variation (RFC 6298)."""
         self.rtt_variation = 0.0
 
+    def twin(self) -> Contact:
+        """The same contact, as somebody else knows it who has not talked to it yet."""
+        twin = Contact.__new__(Contact)
+        twin.peer_id, twin.address, twin.raw, twin.number, twin.range = (
+            self.peer_id,
+            self.address,
+            self.raw,
+            self.number,
+            self.range,
+        )
+        twin.proven, twin.last_seen, twin.token, twin.token_until = False, float("-inf"), b"", float("-inf")
+        twin.rtt, twin.rtt_variation = None, 0.0
+        return twin
+
     def observe_round_trip(self, seconds: float) -> None:
         """Feeds the estimate with a round trip that had no retransmission (Karn's rule)."""
         if self.rtt is None:

@@ -351,7 +351,7 @@ class Read:
         """Raises: InvalidRecord. Copies of the same bytes are checked once."""
         record = self._verified.get(body)
         if record is None:
-            record = self._verified[body] = SignedRecord.decode(self.key, body)
+            record = self._verified[body] = SignedRecord.decode(self.key, body, verify=self.network.verify)
         return record
 
     def _settle(self, now: float, considered: list[Holding] | None = None) -> None:

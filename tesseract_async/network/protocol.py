@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
-from tesseract_async.identity import Identity, PeerID, SignedRecord, verify
+from tesseract_async.identity import Identity, PeerID, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import Call, Caller, Calls
@@ -66,12 +66,14 @@ class NetworkProtocol:
         now: float,
         wall_offset: float,
         public: bool,
+        verify: Verifier = verify,
     ) -> None:
         self.identity = identity
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
         self.metrics = metrics
+        self.verify = verify
         self.wall_offset = wall_offset
         """Wall-clock time minus loop time. The driver keeps it true."""
         self.table = RoutingTable(
@@ -305,7 +307,7 @@ class NetworkProtocol:
         if kind == wire.PING:
             return ()
         if kind == wire.FIND:
-            return self._pack_closest(wire.read_key(request.arguments), datagram.sender, room)
+            return self.closest_for(wire.read_key(request.arguments), datagram.sender, room)
         if kind == wire.GET:
             key = wire.read_key(request.arguments)
             count, digests, bodies = 0, b"", self.storage.bodies_if_fit(key, room - 10)
@@ -317,7 +319,7 @@ class NetworkProtocol:
             else:
                 count = len(bodies)
                 room -= sum(len(body) + 3 for body in bodies)
-            return (count, digests, bodies or [], *self._pack_closest(key, datagram.sender, room))
+            return (count, digests, bodies or [], *self.closest_for(key, datagram.sender, room))
         if kind == wire.PAGE:
             key = wire.read_key(request.arguments)
             start, last = wire.read_range(request.arguments)
@@ -345,12 +347,13 @@ class NetworkProtocol:
                 return outcome
             if not self._limiter.allows(address, 4.0, now):
                 return Outcome.FULL
-            return self.storage.add(SignedRecord.decode(key, body), wall, source)
+            return self.storage.add(SignedRecord.decode(key, body, verify=self.verify), wall, source)
         except InvalidRecord:
             self._drop("invalid_record")
             return Outcome.INVALID
 
-    def _pack_closest(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
+    def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
+        """The contacts that this node names when asked for a target, packed into `room` bytes."""
         closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k + 1)
         return pack_contacts([item for item in closest if item.peer_id != asker][: self.settings.k], room - 10)
 
@@ -433,7 +436,7 @@ class NetworkProtocol:
         if not call.challenge or hashlib.sha256(public_key).digest() != sender:
             return False
         statement = wire.proof_statement(call.challenge, self.own_id, sender, reply.observed)
-        return verify(public_key, signature, statement)
+        return self.verify(public_key, signature, statement)
 
     def _observe(self, contact: Contact, reply: wire.Reply, call: Call, now: float) -> None:
         """Learns how others see this node: its address, and its clock."""
