@@ -76,7 +76,7 @@ class TesseractNode:
         self.identity = identity
         self.metrics = Metrics()
         self.network = TesseractNetwork(identity=identity, metrics=self.metrics)
-        self.directory = ExpertDirectory(self.network, refresh_period=refresh_period)
+        self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
         self._host = host
         self._port = port
         self._public = public
