@@ -8,11 +8,13 @@ A uid is a prefix and coordinates joined by dots: ``ffn.3.7`` lies at (3, 7) of 
 from tesseract_async.experts.directory import DirectorySettings, ExpertDirectory
 from tesseract_async.experts.grid import ExpertReplica, GridView
 from tesseract_async.experts.manifest import Manifest, grid_key, shard_key, split_uid
+from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.publisher import ExpertPublisher, PublisherSettings
 
 __all__ = [
     "DirectorySettings",
     "ExpertDirectory",
+    "ExpertPattern",
     "ExpertPublisher",
     "ExpertReplica",
     "GridView",
