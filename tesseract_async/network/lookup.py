@@ -1,0 +1,182 @@
+"""An iterative lookup over disjoint paths (Kademlia section 2.3, S/Kademlia section 4.4). Pure.
+
+The contacts known at the start are dealt to the paths in turn. Each contact is asked once, by one path, and what it
+answers is believed by that path alone: a liar leads astray one path of several. A path is finished when the k contacts
+nearest to the target that it has heard of have all answered; failed ones do not count. The lookup knows nothing of
+datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalled` or `failed`.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import insort
+from collections.abc import Iterable, Sequence
+
+from tesseract_async.network.contacts import Contact
+
+MAX_PER_PATH = 64
+MAX_ASKED_PER_PATH = 100
+
+
+class State(enum.Enum):
+    NEW = enum.auto()
+    ASKED = enum.auto()
+    STALLED = enum.auto()
+    """Asked and late: still waited for, but its place in the parallelism is free for another."""
+    ANSWERED = enum.auto()
+    FAILED = enum.auto()
+
+
+class Candidate:
+    """A contact as one lookup sees it."""
+
+    __slots__ = ("contact", "distance", "path", "round", "state")
+
+    def __init__(self, contact: Contact, distance: int, round_number: int) -> None:
+        self.contact = contact
+        self.distance = distance
+        self.state = State.NEW
+        self.path: Path | None = None
+        """The path that asked it."""
+        self.round = round_number
+        """How many answers led here, itself included: 1 for a contact known at the start."""
+
+
+class Path:
+    """The candidates that one path has heard of, nearest first."""
+
+    __slots__ = ("candidates", "num_asked", "num_asked_ever", "ranges", "seen")
+
+    def __init__(self) -> None:
+        self.candidates: list[Candidate] = []
+        self.seen: set[bytes] = set()
+        self.ranges: dict[bytes, int] = {}
+        self.num_asked = 0
+        """Now, without those that are late."""
+        self.num_asked_ever = 0
+
+
+class Lookup:
+    """One search for the k contacts nearest to `target`.
+
+    Whatever it is told, a path remembers `MAX_PER_PATH` candidates at most, `max_per_range` of one address range, and
+    gives up after `MAX_ASKED_PER_PATH` questions.
+    """
+
+    def __init__(
+        self, target: int, start: Sequence[Contact], *, k: int, num_paths: int, alpha: int, max_per_range: int = 3
+    ) -> None:
+        self.target = target
+        self.k = k
+        self.num_rounds = 0
+        """The longest chain of answers that was followed."""
+        self.num_asked = 0
+        self._alpha = -(-alpha // num_paths)
+        self._max_per_range = max_per_range
+        self._candidates: dict[bytes, Candidate] = {}
+        self._paths = [Path() for _ in range(num_paths)]
+        nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
+        for position, contact in enumerate(nearest_first):
+            self._hear(self._paths[position % num_paths], contact, 1)
+
+    def to_ask(self) -> list[Contact]:
+        """Contacts to ask now. Each is counted as asked."""
+        asked: list[Contact] = []
+        for path in self._paths:
+            if path.num_asked >= self._alpha or path.num_asked_ever >= MAX_ASKED_PER_PATH:
+                continue
+            num_counted = 0
+            for candidate in path.candidates:
+                if candidate.state is State.FAILED:
+                    continue
+                if candidate.state is State.NEW:
+                    candidate.state = State.ASKED
+                    candidate.path = path
+                    path.num_asked += 1
+                    path.num_asked_ever += 1
+                    asked.append(candidate.contact)
+                    if path.num_asked >= self._alpha:
+                        break
+                num_counted += 1
+                if num_counted == self.k:
+                    break
+        self.num_asked += len(asked)
+        return asked
+
+    def answered(self, contact: Contact, found: Iterable[Contact]) -> None:
+        """A contact proved itself and named those nearest to the target that it knows."""
+        candidate = self._candidates[contact.raw]
+        path = self._leave(candidate)
+        candidate.state = State.ANSWERED
+        self.num_rounds = max(self.num_rounds, candidate.round)
+        for heard in found:
+            self._hear(path, heard, candidate.round + 1)
+
+    def stalled(self, contact: Contact) -> None:
+        """A contact is late: others may be asked beside it."""
+        candidate = self._candidates[contact.raw]
+        if candidate.state is State.ASKED:
+            self._leave(candidate)
+            candidate.state = State.STALLED
+
+    def failed(self, contact: Contact) -> None:
+        """A contact did not answer, or not as itself."""
+        candidate = self._candidates[contact.raw]
+        self._leave(candidate)
+        candidate.state = State.FAILED
+
+    def knows(self, raw: bytes) -> bool:
+        """Whether some path has heard of the contact with that `raw`."""
+        return raw in self._candidates
+
+    @property
+    def finished(self) -> bool:
+        """Whether every path is: the k nearest that it may still count on have answered."""
+        return all(self._path_finished(path) for path in self._paths)
+
+    def closest(self) -> list[Contact]:
+        """The k nearest contacts that answered, nearest first."""
+        answered = [item for item in self._candidates.values() if item.state is State.ANSWERED]
+        answered.sort(key=lambda item: item.distance)
+        return [item.contact for item in answered[: self.k]]
+
+    def _path_finished(self, path: Path) -> bool:
+        given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH
+        num_counted = 0
+        for candidate in path.candidates:
+            if candidate.state is State.ANSWERED:
+                num_counted += 1
+                if num_counted == self.k:
+                    return True
+            elif candidate.state is not State.FAILED and not (given_up and candidate.state is State.NEW):
+                return False
+        return True
+
+    def _hear(self, path: Path, contact: Contact, round_number: int) -> None:
+        if contact.raw in path.seen:
+            return
+        if contact.range is not None:
+            if path.ranges.get(contact.range, 0) >= self._max_per_range:
+                return
+            path.ranges[contact.range] = path.ranges.get(contact.range, 0) + 1
+        candidate = self._candidates.get(contact.raw)
+        if candidate is None:
+            candidate = Candidate(contact, contact.number ^ self.target, round_number)
+            self._candidates[contact.raw] = candidate
+        path.seen.add(contact.raw)
+        insort(path.candidates, candidate, key=_distance)
+        if len(path.candidates) > MAX_PER_PATH:
+            dropped = path.candidates.pop().contact
+            path.seen.discard(dropped.raw)
+            if dropped.range is not None:
+                path.ranges[dropped.range] -= 1
+
+    def _leave(self, candidate: Candidate) -> Path:
+        assert candidate.path is not None
+        if candidate.state is State.ASKED:
+            candidate.path.num_asked -= 1
+        return candidate.path
+
+
+def _distance(candidate: Candidate) -> int:
+    return candidate.distance
