@@ -133,6 +133,7 @@ class GatingFunction(nn.Module):
 
         A row gets fewer than `k_best` only where fewer live. Raises: as `forward`.
         """
+        self._search.check()
         with torch.no_grad():
             scores_RS = self._scores(self._rows((x,))[0][0])
         return self._search.deliver(isolated(self._choose(scores_RS), modes=NO_GRAD))
@@ -204,6 +205,7 @@ class GatingFunction(nn.Module):
     def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_checkpoint()
+        self._search.check()
         rows, kwrows, lead = self._rows((x, *args), kwargs)
         scores_RS = self._scores(rows[0])
         seed = int(torch.randint(2**62, ())) if self.training else 0

@@ -85,6 +85,10 @@ class PlainCalls:
         """The node that makes the calls, on a loop of its own."""
         raise NotImplementedError
 
+    def check(self) -> Any:
+        """Raises: RuntimeError where `run` would."""
+        raise NotImplementedError
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The coroutine's result; blocks meanwhile."""
         raise NotImplementedError

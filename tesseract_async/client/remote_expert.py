@@ -87,6 +87,7 @@ class RemoteExpert(nn.Module):
         ``torch.utils.checkpoint``.
         """
         refuse_checkpoint()
+        self._shared.check()
         differentiable = torch.is_grad_enabled()
         devices = {leaf.device.type for leaf in flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         casts = any(torch.is_autocast_enabled(device) for device in devices)

@@ -44,6 +44,11 @@ class Shared:
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         self.latencies = _books.setdefault(self.node, LatencyBook())
 
+    def check(self) -> None:
+        """Raises: RuntimeError if no call can be made from here, before a coroutine is made in vain."""
+        if self._plain is not None:
+            self._plain.check()
+
     def deliver(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """What a module's call returns: the coroutine, to be awaited, or its result where calls are plain."""
         return coroutine if self._plain is None else self._plain.run(coroutine)
