@@ -123,7 +123,7 @@ class RemoteExpert(nn.Module):
         async def attempt(peer: Any, timeout: float) -> ExpertSchema:
             return await fetch_schema(self._shared.node, self.uid, peer, timeout=timeout)
 
-        return await ask_best(self._shared, await self.find(), attempt, timeout=self.options.timeout)
+        return await ask_best(self._shared, await self.find(), attempt, timeout=self.options.timeout, observed=False)
 
     async def find(self) -> Sequence[Any]:
         """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""

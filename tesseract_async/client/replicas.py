@@ -62,18 +62,22 @@ class Shared:
         return self
 
 
-async def ask_best(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], *, timeout: float) -> T:
+async def ask_best(
+    shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], *, timeout: float, observed: bool = True
+) -> T:
     """Asks the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
 
     The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
-    directory. Raises: the first error if none answers; at once an error that another replica would repeat (the
-    expert's own); TimeoutError.
+    directory. How long it took is remembered if `observed`.
+
+    Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
+    TimeoutError.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     queue = _by_expectation(shared.latencies, replicas, loop.time())
     if len(queue) == 1:
-        return await _ask(shared, queue[0], attempt, timeout)
+        return await _ask(shared, queue[0], attempt, timeout, observed=observed)
     tasks: dict[asyncio.Task[T], Any] = {}
     first_error: BaseException | None = None
     try:
@@ -85,7 +89,8 @@ async def ask_best(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T],
             if queue:
                 # one more under way than before: at the start, after a failure, or because the last one is slow
                 replica = queue.pop(0)
-                tasks[loop.create_task(_ask(shared, replica, attempt, deadline - now))] = replica
+                asking = _ask(shared, replica, attempt, deadline - now, observed=observed)
+                tasks[loop.create_task(asking)] = replica
                 p95 = shared.latencies.p95(_key(replica))
                 if queue and p95 is not None:
                     hedge_at = now + p95
@@ -116,7 +121,7 @@ async def ask_primary(shared: Shared, replicas: Sequence[Any], attempt: Attempt[
     return await _ask(shared, replicas[0], attempt, timeout, observed=False)
 
 
-async def _ask(shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool = True) -> T:
+async def _ask(shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool) -> T:
     loop = asyncio.get_running_loop()
     start = loop.time()
     try:
