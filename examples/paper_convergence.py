@@ -330,6 +330,8 @@ def summarize(args: argparse.Namespace, runs: list[Run]) -> None:
     (out / "settings.json").write_text(json.dumps(vars(args), indent=2, default=str))
     for row in [["variant", *marks], *rows]:
         print("  ".join(str(cell if cell is not None else "-").ljust(12) for cell in row))
+    if args.no_plot:
+        return
     try:
         import matplotlib
 
@@ -392,6 +394,7 @@ def parse() -> argparse.Namespace:
     add("--lr-trunk", type=float, default=2e-4)
     add("--lr-gate", type=float, default=1e-4)
     add("--lr-dense", type=float, default=1e-3)
+    add("--no-plot", action="store_true")
     add("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     add("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
