@@ -22,7 +22,7 @@ class Caller(Protocol):
         """The contact, whose id is proven by now, replied. `call.contact` is set, also where only an address was."""
 
     def call_stalled(self, call: Call, now: float) -> None:
-        """The first wait passed without a reply; the request is sent again."""
+        """A wait passed without a reply, the request is sent again. Heard once for each retransmission."""
 
     def call_failed(self, call: Call, now: float) -> None:
         """No reply came, or one that proves that somebody else is there."""

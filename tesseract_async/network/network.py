@@ -213,23 +213,15 @@ class TesseractNetwork:
         return num_holders
 
     async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
-        """`store` for several entries at once. Those that share a key share its lookup and datagrams."""
+        """`store` for several entries at once. Those that share a key share its lookup, and all share datagrams."""
         await self._ready()
-        groups: dict[str, list[int]] = {}
-        for index, item in enumerate(items):
-            groups.setdefault(item.key, []).append(index)
-        counts = [0] * len(items)
+        if not items:
+            return []
         # everything is signed, and so checked, before anything is sent
         records = [self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl) for item in items]
-        finished = await asyncio.gather(
-            *(self._write([records[index] for index in group]) for group in groups.values())
-        )
-        outdated: list[int] = []
-        for group, event in zip(groups.values(), finished, strict=True):
-            for position, index in enumerate(group):
-                counts[index] = event.num_holders[position]
-                if event.num_outdated[position] > event.num_holders[position]:
-                    outdated.append(index)
+        event = await self._write(records)
+        counts = list(event.num_holders)
+        outdated = [index for index, count in enumerate(counts) if event.num_outdated[index] > count]
         if outdated:
             # before a restart, or by a clock that has been set back since, newer ones were published: go beyond them
             for name in {(items[index].key, items[index].subkey) for index in outdated}:

@@ -131,7 +131,7 @@ class NetworkProtocol:
         return self._start(Read(self, key), now)
 
     def write(self, records: Sequence[SignedRecord], now: float) -> int:
-        """Stores own records, all of one key, on the k nodes closest to it; `WriteFinished` will carry the number."""
+        """Stores own records, each on the k nodes closest to its key; `WriteFinished` will carry the number."""
         return self._start(Write(self, records), now)
 
     def cancel(self, operation: int) -> None:
@@ -240,7 +240,7 @@ class NetworkProtocol:
             # the first contact is asked to have this node dialled before it writes to anybody else (see `dialback`)
             self._dial_waited = True
             self.dialback.handle_timer(now)
-            self._schedule(now + self.settings.first_timeout, lambda now: self.learn_neighbourhood((), now))
+            self.schedule(now + self.settings.first_timeout, lambda now: self.learn_neighbourhood((), now))
         elif self._neighbourhood is None:
             self._neighbourhood = Neighbourhood(self, start, now)
             self._neighbourhood.start(now)
@@ -342,12 +342,15 @@ class NetworkProtocol:
         source = address_range(address)
         try:
             # cheap objections come first: a flood of old records costs no signature checks
-            outcome = self.storage.check(SignedRecord.decode_unverified(key, body), wall, source)
+            record = SignedRecord.decode_unverified(key, body)
+            outcome = self.storage.check(record, wall, source)
             if outcome is not None:
                 return outcome
             if not self._limiter.allows(address, 4.0, now):
                 return Outcome.FULL
-            return self.storage.add(SignedRecord.decode(key, body, verify=self.verify), wall, source)
+            record.check(verify=self.verify)
+            self.storage.put(record, source)
+            return Outcome.STORED
         except InvalidRecord:
             self._drop("invalid_record")
             return Outcome.INVALID
@@ -488,7 +491,7 @@ class NetworkProtocol:
         if not self.dialback.declared:
             self.dialback.note_sent(call.address, now)
         self._send(call.data, call.address)
-        self._schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, now))
+        self.schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, now))
 
     def _call_is_late(self, transaction: bytes, call: Call, now: float) -> None:
         if call.done:
@@ -499,10 +502,8 @@ class NetworkProtocol:
             self._end_call(transaction, call, None, now)
             return
         self.metrics.count("network_retransmissions")
-        is_first = call.attempts == 1
         self._attempt(transaction, call, now)
-        if is_first:
-            call.caller.call_stalled(call, now)
+        call.caller.call_stalled(call, now)
 
     def _end_call(self, transaction: bytes, call: Call, reply: wire.Reply | None, now: float) -> None:
         call.done = True
@@ -599,7 +600,8 @@ class NetworkProtocol:
             self._known[raw] = contact
         return contact
 
-    def _schedule(self, at: float, action: Callable[[float], None]) -> None:
+    def schedule(self, at: float, action: Callable[[float], None]) -> None:
+        """Calls ``action(now)`` once `handle_timer` is called at `at` or later."""
         self._num_timers += 1
         heapq.heappush(self._timers, (at, self._num_timers, action))
 
