@@ -41,6 +41,7 @@ class Call:
         "data",
         "done",
         "kind",
+        "repeated",
         "sent_at",
     )
 
@@ -58,6 +59,8 @@ class Call:
         self.attempts = 0
         self.sent_at = 0.0
         self.done = False
+        self.repeated = False
+        """Whether it was sent anew because its token was out of date."""
 
 
 class Unwatched:

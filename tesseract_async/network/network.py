@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgpack
 
+from tesseract_async.admission import Policy
 from tesseract_async.errors import describe
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
@@ -86,8 +87,12 @@ class TesseractNetwork:
         settings: NetworkSettings = NetworkSettings(),  # noqa: B008 (frozen)
         metrics: Metrics | None = None,
         peers_file: str | Path | None = None,
+        policy: Policy = Policy(),  # noqa: B008 (frozen)
     ) -> None:
-        """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds."""
+        """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds.
+
+        `policy` says whose records this node holds (action ``store``).
+        """
         self.identity = identity
         self.settings = settings
         self.metrics = Metrics() if metrics is None else metrics
@@ -97,6 +102,7 @@ class TesseractNetwork:
         self._peers_file = None if peers_file is None else Path(peers_file)
         self._resolving: asyncio.Task[None] | None = None
         self._has_seeds = False
+        self._policy = policy
         self._forced_client = False
         self.on_role_change: Callable[[], None] | None = None
         """Called on the loop whenever `role` has changed."""
@@ -163,6 +169,7 @@ class TesseractNetwork:
             metrics=self.metrics,
             now=loop.time(),
             wall_offset=time.time() - loop.time(),
+            policy=self._policy,
             public=public or host == "::1" or host.startswith("127."),
         )
         protocol.dialback.forced_client = self._forced_client

@@ -41,7 +41,7 @@ class Outcome(enum.IntEnum):
     INVALID = 7
     """The record is malformed or its signature does not hold."""
     REFUSED = 8
-    """The node holds nothing for others: it is a client."""
+    """The node holds nothing for others (it is a client), or nothing of this owner."""
 
     @property
     def held(self) -> bool:
