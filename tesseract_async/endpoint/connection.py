@@ -47,7 +47,7 @@ class Message:
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class IncomingCall:
     """A call that a peer made here."""
 
@@ -179,7 +179,11 @@ class Connection:
         future: asyncio.Future[Message] = self._loop.create_future()
         self._futures[stream] = future
         self.last_used = now
-        self._wake()
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+        if self._timer is None or deadline < self._timer_at:
+            self._arm_timer()
         try:
             return await future
         except BaseException:

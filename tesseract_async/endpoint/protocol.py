@@ -13,7 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tesseract_async.endpoint.budget import Budget, Reservation
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError, RemoteError
@@ -48,8 +48,7 @@ class ProtocolSettings:
     """Seconds without progress after which the room of a half-received message is taken back."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallReceived:
+class CallReceived(NamedTuple):
     """Answer this call: `ConnectionProtocol.reply` or `fail`, unless `CallCancelled` comes first."""
 
     stream: int
@@ -58,15 +57,13 @@ class CallReceived:
     deadline: float
 
 
-@dataclass(frozen=True, slots=True)
-class CallCancelled:
+class CallCancelled(NamedTuple):
     """Nobody waits for this received call any more (cancelled, or its deadline passed)."""
 
     stream: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyReceived:
+class ReplyReceived(NamedTuple):
     """An own call ended with a result."""
 
     stream: int
@@ -74,21 +71,18 @@ class ReplyReceived:
     buffers: tuple[memoryview, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CallFailed:
+class CallFailed(NamedTuple):
     """An own call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
 
     stream: int
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class BulkWanted:
+class BulkWanted(NamedTuple):
     """One side has a large message: open the bulk lane. Comes to the side that dialled only."""
 
 
-@dataclass(frozen=True, slots=True)
-class PeerClosed:
+class PeerClosed(NamedTuple):
     """The peer said farewell and sends nothing more."""
 
     reason: str
@@ -118,13 +112,26 @@ class _Outgoing:
     """An own call under way."""
 
     __slots__ = (
-        *("head", "buffers", "deadline", "lane", "small", "room", "sending", "assembly", "reply_held", "standing"),
+        *(
+            "head",
+            "buffers",
+            "sizes",
+            "deadline",
+            "lane",
+            "small",
+            "room",
+            "sending",
+            "assembly",
+            "reply_held",
+            "standing",
+        ),
         "sent",
     )
 
-    def __init__(self, head: RequestHead, buffers: tuple[memoryview, ...], deadline: float) -> None:
+    def __init__(self, head: RequestHead, buffers: tuple[memoryview, ...], sizes: list[int], deadline: float) -> None:
         self.head = head
         self.buffers = buffers
+        self.sizes = sizes
         self.deadline = deadline
         self.lane = MAIN
         self.small = 0  # bytes counted against the peer's max_small
@@ -216,6 +223,7 @@ class ConnectionProtocol:
         self._burst_begin = now  # of chunks without a pause, for the rate
         self._burst_last = now
         self._burst_bytes = 0
+        self._arena = frames.Arena()
         self._events: list[Event] = []
         self._next_stream = 1
         self._outgoing: dict[int, _Outgoing] = {}
@@ -268,14 +276,15 @@ class ConnectionProtocol:
         encoded = calls.encode_request(head)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
-        size = frames.message_bytes(len(encoded), [len(buffer) for buffer in buffers])
+        sizes = [len(buffer) for buffer in buffers]
+        size = frames.message_bytes(len(encoded), sizes)
         if size > self._theirs.max_message:
             raise MessageTooLarge(size, self._theirs.max_message)
         if reserve_reply and head.max_reply > self._budget.total:
             raise MessageTooLarge(head.max_reply, self._budget.total)
         stream = self._next_stream
         self._next_stream += 1
-        call = self._outgoing[stream] = _Outgoing(head, buffers, deadline)
+        call = self._outgoing[stream] = _Outgoing(head, buffers, sizes, deadline)
         self._push_deadline(deadline, stream, True)
         if reserve_reply and head.max_reply > frames.MAX_SMALL:
             call.room = self._budget.reserve(head.max_reply, self._room_granted)
@@ -321,7 +330,7 @@ class ConnectionProtocol:
                     head.body,
                 )
             )
-        size = frames.message_bytes(len(encoded), [len(buffer) for buffer in call.buffers])
+        size = frames.message_bytes(len(encoded), call.sizes)
         if self._num_sent >= self._theirs.max_calls:
             return False
         if size <= frames.MAX_SMALL:
@@ -329,7 +338,7 @@ class ConnectionProtocol:
                 return False
             call.small = size
             self._small_out += size
-            self.lanes[MAIN].put(frames.encode_small(frames.REQUEST, stream, encoded, call.buffers))
+            self.lanes[MAIN].put(frames.encode_small(frames.REQUEST, stream, encoded, call.sizes, call.buffers))
             call.buffers = ()  # copied: no memory of the caller's is in use any more
         else:
             call.sending = _Sending(frames.CHUNK_REQUEST, stream, encoded, call.buffers, call.head.priority)
@@ -463,12 +472,13 @@ class ConnectionProtocol:
         encoded = calls.encode_result(body)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
-        size = frames.message_bytes(len(encoded), [len(buffer) for buffer in buffers])
+        sizes = [len(buffer) for buffer in buffers]
+        size = frames.message_bytes(len(encoded), sizes)
         limit = min(call.head.max_reply, self._theirs.max_message)
         if size > limit:
             self.fail(stream, RemoteError(f"the reply has {size} bytes, more than the {limit} that its caller accepts"))
         elif size <= frames.MAX_SMALL:
-            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, buffers))
+            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers))
             self._end_incoming(stream)
         else:
             call.sending = _Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
@@ -478,7 +488,7 @@ class ConnectionProtocol:
     def fail(self, stream: int, error: RemoteError) -> None:
         """Answers a received call with an error."""
         if stream in self._incoming:
-            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, calls.encode_error(error), ()))
+            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, calls.encode_error(error), (), ()))
             self._end_incoming(stream)
 
     def _end_incoming(self, stream: int) -> None:
@@ -527,7 +537,7 @@ class ConnectionProtocol:
         self._small_in += call.small
         if self._small_in > 2 * self.settings.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {self.settings.max_small} bytes of small requests at once")
-        head, buffers = frames.decode_small(payload)
+        head, buffers = frames.decode_small(payload, self._arena)
         self._deliver(stream, call, head, buffers)
 
     def _deliver(self, stream: int, call: _Incoming, value: Any, buffers: tuple[memoryview, ...]) -> None:
@@ -541,7 +551,7 @@ class ConnectionProtocol:
         if call is None:
             return  # cancelled or expired meanwhile
         self._check_sent(call)
-        head, buffers = frames.decode_small(payload)
+        head, buffers = frames.decode_small(payload, self._arena)
         self._finish(stream, call, head, buffers)
 
     def _check_sent(self, call: _Outgoing) -> None:
@@ -807,6 +817,7 @@ class ConnectionProtocol:
             self._send_ping()
             for lane in self.lanes:
                 lane.reader.release_scratch()
+            self._arena.release()
 
     def _fail_call(self, stream: int, call: _Outgoing, error: Exception) -> None:
         self._events.append(CallFailed(stream, error))
