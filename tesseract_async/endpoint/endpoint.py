@@ -15,6 +15,7 @@ from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.pool import Pool
+from tesseract_async.endpoint.protocol import RequestUnseen
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
@@ -200,10 +201,11 @@ class Endpoint:
             head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
-            except ConnectionLost:
+            except ConnectionLost as error:
+                again = idempotent or isinstance(error, RequestUnseen)
                 wait = min(0.05 * 2**attempt, 2.0) * self._rng.uniform(0.5, 1.0)
                 attempt += 1
-                if not idempotent or self._closed or loop.time() + wait >= deadline:
+                if not again or self._closed or loop.time() + wait >= deadline:
                     raise
                 self.metrics.count("endpoint_calls_repeated")
             await asyncio.sleep(wait)

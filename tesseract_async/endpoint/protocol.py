@@ -38,8 +38,16 @@ class ProtocolSettings:
     """Bytes of the largest message that is accepted."""
     standing_bytes: int = 16 * 2**20
     """Room of the standing window: large messages within it need not ask first."""
-    max_unsent: int = 128 * 2**20
+    max_backlog: int = 32 * 2**20
+    """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
+    max_unsent: int = 96 * 2**20
     """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
+    max_idle_frames: int = 10_000
+    """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
+    idle_frames_per_second: float = 5_000.0
+    """... and how fast it may go on."""
+    bulk_retry: float = 30.0
+    """Seconds between attempts to open a bulk lane."""
     ping_after: float = 4.0
     """Seconds without a received byte after which the peer is pinged."""
     dead_after: float = 12.0
@@ -80,6 +88,10 @@ class CallFailed(NamedTuple):
 
 class BulkWanted(NamedTuple):
     """One side has a large message: open the bulk lane. Comes to the side that dialled only."""
+
+
+class RequestUnseen(ConnectionLost):
+    """The peer closed without having seen the request: repeating it is safe, whatever it does."""
 
 
 class PeerClosed(NamedTuple):
@@ -239,6 +251,11 @@ class ConnectionProtocol:
         self._window_extra: list[Reservation] = []
         self._standing_in = 0
         self._bulk_wanted = False
+        self._bulk_retry_at = 0.0
+        self._last_seen = 0  # the highest number of a call that the peer made
+        self._peer_saw: int | None = None  # the same of our calls, once the peer has closed
+        self._idle_frames = 0.0
+        self._idle_frames_at = now
         self._handlers: dict[int, Callable[[int, int, int, memoryview], None]] = {
             frames.REQUEST: self._request,
             frames.REPLY: self._reply,
@@ -457,6 +474,16 @@ class ConnectionProtocol:
     def bulk_failed(self) -> None:
         """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""
         self._bulk_wanted = False
+        self._bulk_retry_at = self._now + self.settings.bulk_retry
+
+    @property
+    def backlog(self) -> int:
+        """Bytes of small frames and of large replies that wait to be sent."""
+        main, bulk = self.lanes
+        small = main.small_bytes + bulk.small_bytes
+        if not main.large and not bulk.large:
+            return small
+        return small + sum(sending.left for sending in (*main.large, *bulk.large))
 
     # ---- calls of the peer
 
@@ -527,6 +554,7 @@ class ConnectionProtocol:
         # twice: the peer counts a call as ended when it cancels, and its cancel may travel on the other lane
         if len(self._incoming) >= 2 * self.settings.max_calls:
             raise ProtocolError(f"more than {self.settings.max_calls} calls at once")
+        self._last_seen = max(self._last_seen, stream)
         call = self._incoming[stream] = _Incoming(lane)
         call.progress = self._now
         return call
@@ -661,6 +689,8 @@ class ConnectionProtocol:
             return None  # cancelled or expired meanwhile
         if length > call.assembly.left:
             raise ProtocolError("a message has more bytes than it announced")
+        if length < frames.MIN_CHUNK and length != call.assembly.left:
+            raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
         return call.assembly
 
     def _measure_rate(self, count: int) -> None:
@@ -715,11 +745,24 @@ class ConnectionProtocol:
         call = self._outgoing.get(stream)
         if call is not None:
             self._granted(call.sending, call.lane)
+        else:
+            self._count_idle()
 
     def _grant_reply(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         call = self._incoming.get(stream)
         if call is not None:
             self._granted(call.sending, call.lane)
+        else:
+            self._count_idle()
+
+    def _count_idle(self) -> None:
+        """Counts a frame that does nothing: a few are normal, a flood is not."""
+        settings = self.settings
+        passed = self._now - self._idle_frames_at
+        self._idle_frames_at = self._now
+        self._idle_frames = max(0.0, self._idle_frames - passed * settings.idle_frames_per_second) + 1
+        if self._idle_frames > settings.max_idle_frames:
+            raise ProtocolError("the peer sends a flood of frames that do nothing")
 
     def _granted(self, sending: _Sending | None, lane: int) -> None:
         if sending is None or sending.granted:
@@ -728,11 +771,13 @@ class ConnectionProtocol:
         self.lanes[lane].large.append(sending)
 
     def _credit(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if stream > self._standing_out:
             raise ProtocolError("more credit than was taken")
         self._standing_out -= stream
 
     def _window(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if stream < self._window_out or stream > 2**48:
             raise ProtocolError("a standing window never shrinks")
         self._window_out = stream
@@ -740,6 +785,8 @@ class ConnectionProtocol:
     def _cancel(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         if stream in self._incoming:
             self._cancel_incoming(stream)
+        else:
+            self._count_idle()
 
     def _cancel_incoming(self, stream: int) -> None:
         delivered = self._incoming[stream].head is not None
@@ -748,9 +795,11 @@ class ConnectionProtocol:
             self._events.append(CallCancelled(stream))
 
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         self._pong_due = True
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if self._pinged_at is not None:
             measured = self._now - self._pinged_at
             self._pinged_at = None
@@ -762,15 +811,17 @@ class ConnectionProtocol:
             self.lanes[MAIN].put(frames.frame(frames.PING))
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._peer_saw = stream
         self._events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
     def _bulk(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if not self._dialled:
             raise ProtocolError("only the accepting side asks for a bulk lane")
         self._want_bulk()
 
     def _want_bulk(self) -> None:
-        if self.lanes[BULK].open or self._bulk_wanted:
+        if self.lanes[BULK].open or self._bulk_wanted or self._now < self._bulk_retry_at:
             return
         self._bulk_wanted = True
         if self._dialled:
@@ -833,13 +884,15 @@ class ConnectionProtocol:
 
     def farewell(self, reason: str) -> None:
         """Queues the CLOSE frame, after which nothing may be sent."""
-        self.lanes[MAIN].put(frames.frame(frames.CLOSE, payload=reason.encode()[:500]))
+        self.lanes[MAIN].put(frames.frame(frames.CLOSE, stream=self._last_seen, payload=reason.encode()[:500]))
 
     def connection_lost(self, reason: str) -> None:
         """The channels are gone: every own call fails, every received one is cancelled, all room is given back."""
         for stream, call in list(self._outgoing.items()):
             if stream in self._outgoing:
-                self._events.append(CallFailed(stream, ConnectionLost(self.peer, reason)))
+                seen = self._peer_saw is None or stream <= self._peer_saw
+                kind = ConnectionLost if seen and call.sent else RequestUnseen
+                self._events.append(CallFailed(stream, kind(self.peer, reason)))
                 call.sent = False
         self._waiting.clear()
         for stream, call in list(self._outgoing.items()):

@@ -51,6 +51,8 @@ SCRATCH_BYTES: Final = 64 * 1024
 MAX_SMALL: Final = SCRATCH_BYTES - HEADER.size
 """Payload bytes of any frame that is not a chunk: larger messages travel in chunks."""
 MAX_CHUNK: Final = 1024 * 1024
+MIN_CHUNK: Final = 4096
+"""Payload bytes of every chunk but a message's last."""
 MAX_BUFFERS: Final = 1024
 MAX_HEAD: Final = 1024 * 1024
 """Bytes of one message's head, hence of its body: data belongs into buffers."""
