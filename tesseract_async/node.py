@@ -106,7 +106,7 @@ class TesseractNode:
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in (INFO, FORWARD, BACKWARD):
                 endpoint.handle(method, self._answer_expert)
-            await endpoint.start(tcp)
+            await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
         except BaseException:
             await self.aclose()
