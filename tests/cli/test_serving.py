@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
+import pytest
 import torch
+from click.testing import CliRunner
 
 import tesseract_async as ta
-from tests.cli.processes import event, finish, tesseract
+from tesseract_async.cli.main import main
+from tests.cli.processes import event, tesseract
 
 SMALL = ("--experts", "ffn.[0:2].3", "--size", "in_features=4", "--size", "hidden_features=8")
 
 
-async def test_a_port_in_use_is_a_sentence() -> None:
-    async with ta.TesseractNode() as node:
-        host, port = node.address.rsplit(":", 1)
-        status, out, err = await finish("dht", "--host", host, "--port", port)
-    assert (status, out) == (1, "")
-    assert err.startswith(f"Error: port {port} on {host} is in use")
-    assert "Traceback" not in err
+def test_a_port_in_use_is_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(main, ["dht", "--port", str(port)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: port {port} on 127.0.0.1 is in use")
 
 
-async def test_mistakes_that_only_the_expert_class_can_see_are_sentences() -> None:
-    for arguments, sentence in (
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         (("--expert-class", "fnn"), "no expert named 'fnn'; there are"),
         (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
         (("--initial-peers", "nonsense"), "nonsense"),
-    ):
-        status, out, err = await finish("serve", "--experts", "ffn.0", *arguments)
-        assert (status, out) == (1, ""), err
-        assert sentence in err
-        assert "Traceback" not in err
+    ],
+)
+def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[str, ...], sentence: str) -> None:
+    result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0", *arguments])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ") and sentence in result.output
 
 
 async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -> None:

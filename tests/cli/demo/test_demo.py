@@ -34,20 +34,27 @@ async def test_experts_learn_although_a_server_is_killed(tmp_path: Path) -> None
 
 
 async def test_with_frozen_experts_gates_alone_learn_little(tmp_path: Path) -> None:
-    status, shown, err = await finish("demo", "--freeze-experts", "--no-plot", "--steps", "250", "--servers", "1")
+    status, shown, err = await finish("demo", "--freeze-experts", "--no-plot", "--steps", "200", "--servers", "1")
     assert status == 1, shown + err
     assert len(accuracies(shown)) == 2 and max(accuracies(shown)) < 0.6
     assert "frozen" in shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("moment", ["starting 3 servers", "training"])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("how", "moment"),
+    [
+        (signal.SIGINT, "starting 3 servers"),
+        (signal.SIGTERM, "starting 3 servers"),
+        (signal.SIGKILL, "starting 3 servers"),
+        (signal.SIGINT, "training"),
+    ],
+)
 async def test_nobody_is_left_behind(how: signal.Signals, moment: str, tmp_path: Path) -> None:
     async with tesseract("demo", "--no-plot", "--logs", str(tmp_path)) as demo:
         assert demo.stdout is not None
         async for line in demo.stdout:
-            if line.decode().rstrip().endswith(moment) or moment in line.decode():
+            if moment in line.decode():
                 break
         family = family_of(demo.pid)
         assert family
