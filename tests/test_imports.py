@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
+    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
