@@ -1,0 +1,98 @@
+"""Tells accepted connections apart by their first bytes: ordinary ones go on, those with a `preamble` go elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport import preamble
+from tesseract_async.transport.base import Pipe
+
+TIMEOUT: Final = 5.0
+"""Seconds until the first bytes must have arrived."""
+MAX_WAITING: Final = 512
+MAX_WAITING_PER_HOST: Final = 64
+
+
+class Doorman:
+    """Give it every accepted pipe. It calls `ordinary(pipe, first_bytes)` or `special(kind, token, pipe)`.
+
+    `first_bytes` were received already and must be given to the pipe's receiver before anything else.
+    """
+
+    def __init__(
+        self,
+        *,
+        ordinary: Callable[[Pipe, bytes], None],
+        special: Callable[[int, bytes, Pipe], None],
+        metrics: Metrics,
+    ) -> None:
+        self._ordinary = ordinary
+        self._special = special
+        self._metrics = metrics
+        self._visitors: set[_Visitor] = set()
+
+    def pipe_accepted(self, pipe: Pipe) -> None:
+        """Waits for the first bytes, within the limits."""
+        same_host = sum(visitor.pipe.origin == pipe.origin for visitor in self._visitors)
+        if len(self._visitors) >= MAX_WAITING or same_host >= MAX_WAITING_PER_HOST:
+            self._metrics.count("doorman_refused", reason="too_many")
+            pipe.abort()
+            return
+        visitor = _Visitor(self, pipe)
+        self._visitors.add(visitor)
+        pipe.start(visitor)
+
+    def close(self) -> None:
+        """Sends everybody away who has not said anything yet."""
+        for visitor in list(self._visitors):
+            self._refuse(visitor, "closing")
+
+    def _decide(self, visitor: _Visitor, data: bytes) -> None:
+        if data[:1] != preamble.MAGIC[:1]:
+            self._gone(visitor)
+            self._ordinary(visitor.pipe, data)
+        elif len(data) == preamble.LENGTH:
+            try:
+                kind, token = preamble.decode_preamble(data)
+            except ProtocolError:
+                self._refuse(visitor, "malformed")
+                return
+            self._gone(visitor)
+            self._special(kind, token, visitor.pipe)
+
+    def _refuse(self, visitor: _Visitor, reason: str) -> None:
+        self._metrics.count("doorman_refused", reason=reason)
+        self._gone(visitor)
+        visitor.pipe.abort()
+
+    def _gone(self, visitor: _Visitor) -> None:
+        visitor.timer.cancel()
+        self._visitors.discard(visitor)
+
+
+class _Visitor:
+    """Receives the first bytes of one pipe, and never one too many."""
+
+    def __init__(self, doorman: Doorman, pipe: Pipe) -> None:
+        self.pipe = pipe
+        self.timer = asyncio.get_running_loop().call_later(TIMEOUT, doorman._refuse, self, "silent")
+        self._doorman = doorman
+        self._buffer = memoryview(bytearray(preamble.LENGTH))
+        self._count = 0
+
+    def get_buffer(self) -> memoryview:
+        return self._buffer[self._count :]
+
+    def buffer_updated(self, count: int) -> None:
+        self._count += count
+        self._doorman._decide(self, bytes(self._buffer[: self._count]))
+
+    def pipe_drained(self) -> None:
+        pass
+
+    def pipe_lost(self, error: Exception | None) -> None:
+        self._doorman._gone(self)
