@@ -22,6 +22,7 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.tcp import TcpTransport
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class TesseractNode:
         await self.aclose()
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
-        return Endpoint(identity=self.identity, metrics=self.metrics)
+        return Endpoint(identity=self.identity, transports=[TcpTransport(tcp)], metrics=self.metrics)
 
     # ------------------------------------------------------------------------------------------------ who and where
 
