@@ -106,7 +106,7 @@ class TesseractNode:
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in (INFO, FORWARD, BACKWARD):
                 endpoint.handle(method, self._answer_expert)
-            await endpoint.start()
+            await endpoint.start(tcp)
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
         except BaseException:
             await self.aclose()
@@ -240,7 +240,7 @@ class TesseractNode:
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
         if call.method not in (INFO, FORWARD, BACKWARD):
-            raise UnknownMethod(f"no such method: {call.method}")
+            raise UnknownMethod(f"{call.method!r} is no method of {self.peer_id.short}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:
