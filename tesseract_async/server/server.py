@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from tesseract_async.errors import (
     ProtocolError,
     RemoteError,
     SchemaMismatch,
+    TesseractError,
     UnknownMethod,
     describe,
 )
@@ -82,6 +83,8 @@ class TesseractServer:
         )
         self._saved_versions: dict[str, int] = {}
         self._publisher: ExpertPublisher | None = None
+        self._unwatch: Callable[[], None] | None = None
+        self._address_updates: set[asyncio.Task[None]] = set()
         self._saver: asyncio.Task[None] | None = None
         self._backwards: dict[_CallKey, _Backward] = {}
         self._answers = _AnswerCache(settings.max_gradient_cache_bytes)
@@ -106,9 +109,13 @@ class TesseractServer:
             for uid in self.experts:
                 self.node.host_expert(uid, self._answer)
                 self._hosted.append(uid)
+            await self.node.wait_reachable()
+            peer = self.node.peer_address
+            self._unwatch = self.node.watch_address(self._address_changed)
             self._publisher = ExpertPublisher(
                 self.node.network,
-                addresses=self.node.peer_address.addresses,
+                addresses=peer.addresses,
+                rendezvous=peer.rendezvous,
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
             )
@@ -119,11 +126,27 @@ class TesseractServer:
         if self._store is not None:
             self._saver = asyncio.create_task(self._save_periodically(), name="server: checkpoints")
 
+    def _address_changed(self) -> None:
+        async def update() -> None:
+            peer = self.node.peer_address
+            if self._publisher is not None and (peer.addresses or peer.rendezvous):
+                try:
+                    await self._publisher.update_addresses(peer.addresses, peer.rendezvous)
+                except TesseractError as error:
+                    logger.warning("the new addresses could not be published yet: %s", describe(error))
+
+        task = asyncio.create_task(update(), name="server: addresses")
+        self._address_updates.add(task)
+        task.add_done_callback(self._address_updates.discard)
+
     async def aclose(self) -> None:
         """Withdraws the experts, refuses what waits, saves, and stops the thread. Closing twice is harmless."""
         if self._closed:
             return
         self._closed = True
+        if self._unwatch is not None:
+            self._unwatch()
+        await asyncio.gather(*self._address_updates, return_exceptions=True)
         if self._saver is not None:
             self._saver.cancel()
             await asyncio.gather(self._saver, return_exceptions=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport import preamble
-from tesseract_async.transport.base import Pipe
+from tesseract_async.transport.base import Path, PeerAddress, Pipe
+from tesseract_async.transport.tcp import TcpPipe, TcpTransport
 
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""
@@ -18,43 +19,54 @@ MAX_WAITING_PER_HOST: Final = 64
 
 
 class Doorman:
-    """Give it every accepted pipe. It calls `ordinary(pipe, first_bytes)` or `special(kind, token, pipe)`.
-
-    `first_bytes` were received already and must be given to the pipe's receiver before anything else.
-    """
+    """A `base.Transport` around a listening one. Pipes with a preamble go to `special(kind, token, pipe)`."""
 
     def __init__(
         self,
+        transport: TcpTransport,
         *,
-        ordinary: Callable[[Pipe, bytes], None],
         special: Callable[[int, bytes, Pipe], None],
         metrics: Metrics,
     ) -> None:
-        self._ordinary = ordinary
+        self._inner = transport
         self._special = special
         self._metrics = metrics
+        self._accept: Callable[[Pipe], None] | None = None
         self._visitors: set[_Visitor] = set()
 
-    def pipe_accepted(self, pipe: Pipe) -> None:
+    async def listen(self, accept: Callable[[Pipe], None]) -> None:
+        self._accept = accept
+        await self._inner.listen(self._pipe_accepted)
+
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+        return self._inner.paths(peer, bulk=bulk)
+
+    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+        self._inner.path_finished(peer, path, error, seconds)
+
+    async def aclose(self) -> None:
+        for visitor in list(self._visitors):
+            self._refuse(visitor, "closing")
+        await self._inner.aclose()
+
+    def _pipe_accepted(self, pipe: Pipe) -> None:
         """Waits for the first bytes, within the limits."""
         same_host = sum(visitor.pipe.origin == pipe.origin for visitor in self._visitors)
         if len(self._visitors) >= MAX_WAITING or same_host >= MAX_WAITING_PER_HOST:
             self._metrics.count("doorman_refused", reason="too_many")
             pipe.abort()
             return
+        assert isinstance(pipe, TcpPipe)
         visitor = _Visitor(self, pipe)
         self._visitors.add(visitor)
         pipe.start(visitor)
 
-    def close(self) -> None:
-        """Sends everybody away who has not said anything yet."""
-        for visitor in list(self._visitors):
-            self._refuse(visitor, "closing")
-
     def _decide(self, visitor: _Visitor, data: bytes) -> None:
         if data[:1] != preamble.MAGIC[:1]:
             self._gone(visitor)
-            self._ordinary(visitor.pipe, data)
+            assert self._accept is not None
+            visitor.pipe.unread(data)
+            self._accept(visitor.pipe)
         elif len(data) == preamble.LENGTH:
             try:
                 kind, token = preamble.decode_preamble(data)
@@ -77,7 +89,7 @@ class Doorman:
 class _Visitor:
     """Receives the first bytes of one pipe, and never one too many."""
 
-    def __init__(self, doorman: Doorman, pipe: Pipe) -> None:
+    def __init__(self, doorman: Doorman, pipe: TcpPipe) -> None:
         self.pipe = pipe
         self.timer = asyncio.get_running_loop().call_later(TIMEOUT, doorman._refuse, self, "silent")
         self._doorman = doorman

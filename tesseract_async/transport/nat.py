@@ -28,8 +28,16 @@ from tesseract_async.errors import (
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport import offers, preamble, tcp
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, split_host_port
-from tesseract_async.transport.offers import Answer, Description, GuardSettings, Offer, OfferGuard, RelayBody, ReverseBody
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Throttle, split_host_port
+from tesseract_async.transport.offers import (
+    Answer,
+    Description,
+    GuardSettings,
+    Offer,
+    OfferGuard,
+    RelayBody,
+    ReverseBody,
+)
 
 if TYPE_CHECKING:
     from tesseract_async.transport.webrtc import WebrtcSettings
@@ -108,11 +116,13 @@ class NatTransport:
         surroundings: Surroundings,
         metrics: Metrics,
         settings: NatSettings | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._identity = identity
         self._signalling = signalling
         self._surroundings = surroundings
         self._metrics = metrics
+        self._throttle = throttle
         self._settings = settings = settings if settings is not None else NatSettings()
         self._guard = OfferGuard(settings.guard)
         self._accept: Callable[[Pipe], None] | None = None
@@ -209,7 +219,8 @@ class NatTransport:
         try:
             own = await negotiation.gather()
             answer = await self._offer(peer, peer_id, offers.CHANNEL, own.pack())
-            return await negotiation.connect(Description.unpack(answer.body))
+            pipe: Pipe = await negotiation.connect(Description.unpack(answer.body))
+            return pipe
         except BaseException:
             await negotiation.aclose()
             raise
@@ -238,7 +249,7 @@ class NatTransport:
 
     async def _meet(self, relay: PeerAddress, token: bytes) -> Pipe:
         [address] = relay.addresses
-        pipe = await tcp.connect(address)
+        pipe = await tcp.connect(address, throttle=self._throttle)
         pipe.write(preamble.encode_preamble(preamble.RELAY, token))
         pipe.description = f"relay {address}"
         return pipe
@@ -272,6 +283,7 @@ class NatTransport:
             addresses=self._surroundings.channel_addresses(),
             stun_server=await self._surroundings.stun_server(),
             settings=self._settings.webrtc or webrtc.WebrtcSettings(),
+            throttle=self._throttle,
         )
 
     # ---- answering
@@ -312,13 +324,13 @@ class NatTransport:
             addresses = [address for address in wish.addresses if split_host_port(address)[0] == origin]
             if not addresses:
                 raise NotAllowed(f"you speak from {origin}, and want to be dialled elsewhere")
-            self._spawn(self._dial_back(addresses[0], wish.token))
+            self.spawn(self._dial_back(addresses[0], wish.token))
             return {}
         if offer.kind == offers.RELAY:
             place = RelayBody.unpack(offer.body)
             for relay in self._surroundings.rendezvous:
                 if relay.peer_id == place.relay:
-                    self._spawn(self._come_to(relay, place.token))
+                    self.spawn(self._come_to(relay, place.token))
                     return {}
             raise NotAllowed("that relay is none of my rendezvous nodes")
         remote = Description.unpack(offer.body)
@@ -337,7 +349,7 @@ class NatTransport:
         except BaseException:
             self._num_negotiations -= 1
             raise
-        self._spawn(self._finish_negotiation(negotiation, remote))
+        self.spawn(self._finish_negotiation(negotiation, remote))
         return own.pack()
 
     async def _finish_negotiation(self, negotiation: Any, remote: Description) -> None:
@@ -347,7 +359,7 @@ class NatTransport:
             self._num_negotiations -= 1
 
     async def _dial_back(self, address: str, token: bytes) -> None:
-        pipe = await tcp.connect(address)
+        pipe = await tcp.connect(address, throttle=self._throttle)
         pipe.write(preamble.encode_preamble(preamble.REVERSE, token))
         pipe.description = f"reverse {address}"
         self._hand_over(pipe)
@@ -367,7 +379,7 @@ class NatTransport:
         assert peer.peer_id is not None
         if self.upgrade is not None and peer.peer_id not in self._improving and self._surroundings.can_punch:
             self._improving.add(peer.peer_id)
-            self._spawn(self._improve(peer, peer.peer_id))
+            self.spawn(self._improve(peer, peer.peer_id))
 
     async def _improve(self, peer: PeerAddress, peer_id: PeerID) -> None:
         """While the connection is a relayed one, tries now and then to punch a hole."""
@@ -392,7 +404,9 @@ class NatTransport:
 
     # ---- tasks
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` in a task that ends with this transport; its failure is counted."""
+
         async def run() -> None:
             try:
                 await work

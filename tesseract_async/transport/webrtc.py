@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import ipaddress
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import aioice
-import ifaddr
 
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
-from tesseract_async.transport.base import PipeReceiver, join_host_port
+from tesseract_async.transport.base import PipeReceiver, Throttle, join_host_port
 from tesseract_async.transport.message_stream import MessageStream, StreamSettings
 from tesseract_async.transport.offers import MAX_CANDIDATES, Candidate, Description
 
@@ -35,26 +33,6 @@ BUFFERED_LOW: Final = 128 * 1024
 """... until it has fallen to this."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds that `close` gives to what was written."""
-VIRTUAL_INTERFACES: Final = (
-    *(
-        "lo",
-        "docker",
-        "br-",
-        "virbr",
-        "veth",
-        "vmnet",
-        "vboxnet",
-        "vnet",
-        "lxc",
-        "lxd",
-        "cni",
-        "flannel",
-        "cali",
-        "kube",
-    ),
-    *("podman", "vEthernet", "VirtualBox", "VMware", "Hyper-V", "dummy", "ifb"),
-)
-"""Beginnings of names of interfaces that lead to containers and virtual machines of this computer only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +43,6 @@ class WebrtcSettings:
     """Seconds given to the STUN and TURN servers; what has not answered by then is left out."""
     connect_timeout: float = 8.0
     """Seconds for punching, DTLS and SCTP together. Where it works, it takes one or two."""
-    skip_interfaces: tuple[str, ...] = VIRTUAL_INTERFACES
-    """Beginnings of names of network interfaces that are not offered."""
     turn_server: str | None = None
     """``"turn:host:port"`` of an outside TURN server, if one shall be used."""
     turn_username: str | None = None
@@ -77,25 +53,6 @@ class WebrtcSettings:
 async def load() -> None:
     """Imports aiortc without holding up the loop. The first connection does it, too."""
     await asyncio.to_thread(importlib.import_module, "aiortc")
-
-
-def own_addresses(skip: Sequence[str], *, only: str | None = None) -> list[str]:
-    """Addresses of this computer's network interfaces that a peer might reach, at most 8, IPv4 first.
-
-    `only`: the address that the node listens on, if it does not listen on all.
-    """
-    if only is not None:
-        return [only]
-    found: list[str] = []
-    for adapter in ifaddr.get_adapters():
-        if any(str(adapter.nice_name).startswith(name) for name in skip):
-            continue
-        for ip in adapter.ips:
-            text = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
-            parsed = ipaddress.ip_address(text)
-            if not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified) and text not in found:
-                found.append(text)
-    return sorted(found, key=lambda text: ":" in text)[:8]
 
 
 class _Ice(aioice.Connection):
@@ -137,6 +94,7 @@ class Negotiation:
         addresses: Sequence[str],
         stun_server: tuple[str, int] | None,
         settings: WebrtcSettings,
+        throttle: Throttle | None = None,
     ) -> None:
         turn: dict[str, Any] = {}
         if settings.turn_server is not None:
@@ -147,6 +105,7 @@ class Negotiation:
                 "turn_password": settings.turn_password,
             }
         self._settings = settings
+        self._throttle = throttle
         self._controlling = controlling
         self._ice = _Ice(
             addresses=addresses,
@@ -223,7 +182,7 @@ class Negotiation:
         channel.once("open", opened.set)
         channel.once("close", opened.set)
         # messages may follow the opening at once: the pipe must listen before
-        pipe = DataChannelPipe(self, channel, sctp, dtls, self._settings.stream)
+        pipe = DataChannelPipe(self, channel, sctp, dtls, self._settings.stream, throttle=self._throttle)
         await sctp.start(aiortc.RTCSctpCapabilities(maxMessageSize=LOCAL_MAX_MESSAGE_SIZE), SCTP_PORT)
         await opened.wait()
         if channel.readyState != "open":
@@ -231,7 +190,7 @@ class Negotiation:
         pair = ice._nominated.get(1)
         if pair is not None:
             pipe.origin, remote_port = pair.remote_addr
-            pipe.description = f"data channel {join_host_port(pipe.origin, remote_port)}"
+            pipe.description = f"datachannel {join_host_port(pipe.origin, remote_port)}"
         return pipe
 
     async def aclose(self) -> None:
@@ -265,7 +224,16 @@ async def _certificate() -> RTCCertificate:
 class DataChannelPipe:
     """A `base.Pipe` over an open data channel. Made by `Negotiation.connect`."""
 
-    def __init__(self, negotiation: Negotiation, channel: Any, sctp: Any, dtls: Any, settings: StreamSettings) -> None:
+    def __init__(
+        self,
+        negotiation: Negotiation,
+        channel: Any,
+        sctp: Any,
+        dtls: Any,
+        settings: StreamSettings,
+        *,
+        throttle: Throttle | None = None,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._negotiation = negotiation
         self._channel = channel
@@ -273,11 +241,13 @@ class DataChannelPipe:
         self._stream = MessageStream(settings, now=self._loop.time())
         self._receiver: PipeReceiver | None = None
         self._reading = True
-        self._paused = False
+        self.paused = False
+        self.bytes_received = 0
+        self.bytes_sent = 0
         self._delivering = False
         self._closing: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
-        self.description = "data channel"
+        self.description = "datachannel"
         self.origin = ""
         channel.bufferedAmountLowThreshold = BUFFERED_LOW
         channel.on("message", self._received)
@@ -285,6 +255,9 @@ class DataChannelPipe:
         channel.on("close", self._channel_closed)
         dtls.on("statechange", self._channel_closed)
         self._dtls = dtls
+        self._throttle = throttle
+        self._reading_again: asyncio.TimerHandle | None = None
+        self._sending_again: asyncio.TimerHandle | None = None
         self._timer = self._loop.call_at(self._stream.timer_at(), self._timer_fired)
 
     @property
@@ -295,29 +268,31 @@ class DataChannelPipe:
     # ---- outward
 
     @property
-    def paused(self) -> bool:
-        return self._paused
-
-    @property
     def unsent(self) -> int:
         return self._stream.unsent + int(self._channel.bufferedAmount)
 
     def write(self, data: bytes | memoryview) -> None:
         if self._closing is None:
+            self.bytes_sent += len(data)
             self._stream.write(data)
             self._pump()
             if self._stream.paused:
-                self._paused = True
+                self.paused = True
 
     def _pump(self) -> None:
         channel = self._channel
         if channel.readyState != "open":
             return
-        room = BUFFERED_HIGH - channel.bufferedAmount
+        room = BUFFERED_HIGH - channel.bufferedAmount if self._sending_again is None else 0
+        before = self._stream.unsent
         for message in self._stream.messages_to_send(room):
             channel.send(message)
-        if self._paused and self._stream.unsent == 0:
-            self._paused = False
+        if self._throttle is not None and self._stream.unsent < before:
+            wait = self._throttle.sent(before - self._stream.unsent, self._loop.time())
+            if wait > 0:
+                self._sending_again = self._loop.call_later(wait, self._send_again)
+        if self.paused and self._stream.unsent == 0:
+            self.paused = False
             if self._receiver is not None:
                 self._receiver.pipe_drained()
 
@@ -342,7 +317,20 @@ class DataChannelPipe:
             return
         if isinstance(message, str):
             self._pump()
+        self.bytes_received += len(message)
+        if self._throttle is not None and self._reading_again is None:
+            wait = self._throttle.received(len(message), self._loop.time())
+            if wait > 0:  # what is not consumed here, the peer may not send
+                self._reading_again = self._loop.call_later(wait, self._read_again)
         self._deliver()
+
+    def _read_again(self) -> None:
+        self._reading_again = None
+        self._deliver()
+
+    def _send_again(self) -> None:
+        self._sending_again = None
+        self._pump()
 
     def _deliver(self) -> None:
         stream = self._stream
@@ -350,6 +338,8 @@ class DataChannelPipe:
             return  # the receiver resumed from within buffer_updated: the outer loop goes on
         self._delivering = True
         while stream.held and self._reading and self._receiver is not None and self._closing is None:
+            if self._reading_again is not None:
+                break
             count = stream.read_into(self._receiver.get_buffer())
             self._receiver.buffer_updated(count)
         self._delivering = False
@@ -387,7 +377,10 @@ class DataChannelPipe:
 
     def _end(self, error: Exception | None, *, flush: bool) -> None:
         if self._closing is None:
-            self._timer.cancel()
+            for timer in (self._timer, self._reading_again, self._sending_again):
+                if timer is not None:
+                    timer.cancel()
+            self._sending_again = None
             self._closing = self._loop.create_task(self._run_end(error, flush))
 
     async def _run_end(self, error: Exception | None, flush: bool) -> None:
