@@ -74,6 +74,7 @@ class Doorman:
                 self._refuse(visitor, "malformed")
                 return
             self._gone(visitor)
+            visitor.pipe.detach()
             self._special(kind, token, visitor.pipe)
 
     def _refuse(self, visitor: _Visitor, reason: str) -> None:

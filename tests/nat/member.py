@@ -153,6 +153,8 @@ async def main(host: str, public: bool, seeds: list[str]) -> None:
 
 if __name__ == "__main__":
     level = getattr(logging, sys.argv[1])
-    logging.basicConfig(level=level, stream=sys.stderr, format=f"{sys.argv[2]} %(relativeCreated)d %(name)s %(message)s")
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format=f"{sys.argv[2]} %(relativeCreated)d %(name)s %(message)s"
+    )
     logging.getLogger("aioice").setLevel(logging.WARNING)
     asyncio.run(main(sys.argv[3], sys.argv[4] == "public", sys.argv[5:]))
