@@ -49,6 +49,8 @@ class ReachSettings:
     """Beginnings of names of network interfaces whose addresses are of no use to others."""
     stun_fresh: float = 60.0
     """Seconds for which a STUN server that answered counts as alive."""
+    client: bool = False
+    """This node knows that it can't be dialled: it does not ask, and uses rendezvous nodes from the start."""
     on_loopback: bool = False
     """Do all this on a loopback address, too: for tests. There, everybody reaches everybody anyway."""
     nat: NatSettings = field(default_factory=NatSettings)
@@ -137,6 +139,8 @@ class Reach:
         if self._declared_public:
             self._server.start()
             self._known.set()
+        elif settings.client:
+            self._apply(self.finding, Finding(tcp=False))
         else:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -289,11 +293,11 @@ class Reach:
         found = Finding(tcp=reached, udp=udp, host=host, nat=nat)
         if found.tcp is None and self.finding.tcp is not None:
             found = replace(self.finding, nat=nat)  # nobody answered: what was known stands
-        before, self.finding = self.finding, found
-        self._apply(before)
+        self._apply(self.finding, found)
 
-    def _apply(self, before: Finding) -> None:
-        found = self.finding
+    def _apply(self, before: Finding, found: Finding) -> None:
+        """Takes the role that was found."""
+        self.finding = found
         assert self._client is not None and self._server is not None
         if found != before:
             for line in self.report():

@@ -74,7 +74,6 @@ class Doorman:
                 self._refuse(visitor, "malformed")
                 return
             self._gone(visitor)
-            visitor.pipe.detach()
             self._special(kind, token, visitor.pipe)
 
     def _refuse(self, visitor: _Visitor, reason: str) -> None:
@@ -84,6 +83,7 @@ class Doorman:
 
     def _gone(self, visitor: _Visitor) -> None:
         visitor.timer.cancel()
+        visitor.pipe.detach()
         self._visitors.discard(visitor)
 
 
