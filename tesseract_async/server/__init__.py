@@ -1,0 +1,1 @@
+"""Answers calls to experts, declares them in the network, keeps their checkpoints."""
