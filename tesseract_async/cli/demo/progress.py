@@ -1,0 +1,132 @@
+"""What is known of a running demo: fed with the processes' lines, read by the view and the report. No I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from tesseract_async.cli.demo import plan
+
+RATE_WINDOW = 3.0
+"""Seconds over which rates are averaged."""
+
+
+@dataclass(slots=True)
+class Trainer:
+    """One trainer as its lines show it."""
+
+    step: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    """(seconds since the start, loss of the step)"""
+    accuracies: list[tuple[float, float]] = field(default_factory=list)
+    """(seconds since the start, validation accuracy)"""
+    errors: list[str] = field(default_factory=list)
+    """Sentences of steps that were lost."""
+    num_calls: int = 0
+    """Calls to experts so far."""
+    live: frozenset[str] = frozenset()
+    """The experts that its directory shows."""
+    done: bool = False
+    recent: deque[tuple[float, int]] = field(default_factory=deque)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the last ten steps."""
+        last = [loss for _, loss in self.losses[-10:]]
+        return sum(last) / len(last) if last else None
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.accuracies[-1][1] if self.accuracies else None
+
+    @property
+    def calls_per_second(self) -> float:
+        if len(self.recent) < 2 or self.recent[-1][0] == self.recent[0][0]:
+            return 0.0
+        return (self.recent[-1][1] - self.recent[0][1]) / (self.recent[-1][0] - self.recent[0][0])
+
+
+@dataclass(slots=True)
+class Server:
+    """One server: what it hosts, whether it lives, and how often its experts stepped."""
+
+    uids: list[str]
+    alive: bool = False
+    versions: dict[str, int] = field(default_factory=dict)
+    versions_at_return: dict[str, int] | None = None
+    """What it had in its checkpoints when it came back from being killed."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all its experts."""
+        return sum(self.versions.values())
+
+
+class Progress:
+    """All of it. Times are seconds since the start of training."""
+
+    def __init__(self, settings: plan.DemoSettings) -> None:
+        self.settings = settings
+        self.trainers = {plan.trainer_name(number): Trainer() for number in range(plan.NUM_TRAINERS)}
+        self.servers = {
+            plan.server_name(number): Server(uids) for number, uids in enumerate(plan.assign(settings.num_servers))
+        }
+        self.log: list[tuple[float, str]] = []
+        self.killed_at: float | None = None
+        self.returned_at: float | None = None
+        self.num_processes = 0
+
+    def note(self, now: float, sentence: str) -> None:
+        """Adds a line to the log that the user sees."""
+        self.log.append((now, sentence))
+
+    def take(self, name: str, facts: dict[str, Any], now: float) -> None:
+        """A process said a line."""
+        if name in self.trainers:
+            self._take_trainer(self.trainers[name], facts, now)
+        elif name in self.servers and "versions" in facts:
+            self.servers[name].versions = facts["versions"]
+
+    def _take_trainer(self, trainer: Trainer, facts: dict[str, Any], now: float) -> None:
+        if facts["event"] == "done":
+            trainer.done = True
+        if facts["event"] != "step":
+            return
+        trainer.step = facts["step"]
+        trainer.live = frozenset(facts["live"])
+        trainer.num_calls = facts["num_calls"]
+        trainer.recent.append((now, trainer.num_calls))
+        while trainer.recent[0][0] < now - RATE_WINDOW and len(trainer.recent) > 2:
+            trainer.recent.popleft()
+        if "loss" in facts:
+            trainer.losses.append((now, facts["loss"]))
+        if "accuracy" in facts:
+            trainer.accuracies.append((now, facts["accuracy"]))
+        if "error" in facts:
+            trainer.errors.append(facts["error"])
+
+    @property
+    def share(self) -> float:
+        """How much of the training is done, 0 to 1: that of the trainer that is behind."""
+        return min(trainer.step for trainer in self.trainers.values()) / self.settings.steps
+
+    @property
+    def done(self) -> bool:
+        return all(trainer.done for trainer in self.trainers.values())
+
+    @property
+    def live(self) -> frozenset[str]:
+        """Experts that at least one trainer sees."""
+        return frozenset().union(*(trainer.live for trainer in self.trainers.values()))
+
+    @property
+    def accuracy(self) -> float | None:
+        """The lowest of the trainers' last accuracies; None before the first."""
+        known = [trainer.accuracy for trainer in self.trainers.values()]
+        return None if None in known else min(value for value in known if value is not None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the demo shows what it promises."""
+        return self.accuracy is not None and self.accuracy >= plan.REQUIRED_ACCURACY

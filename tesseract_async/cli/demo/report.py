@@ -1,0 +1,80 @@
+"""What the demo showed: a table for the terminal, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from tesseract_async.cli.demo import plan
+from tesseract_async.cli.demo.progress import Progress
+
+
+def summary(progress: Progress) -> Table:
+    """The figures of a finished run."""
+    table = Table(title="What happened", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    duration = max((trainer.losses[-1][0] for trainer in progress.trainers.values() if trainer.losses), default=0.0)
+    calls = sum(trainer.num_calls for trainer in progress.trainers.values())
+    table.add_row("processes", f"{progress.num_processes} started")
+    table.add_row("training", f"{duration:.1f} s, {progress.settings.steps} steps per trainer")
+    table.add_row("calls to experts", f"{calls} ({calls / max(duration, 1e-9):.0f} per second)")
+    for name, trainer in progress.trainers.items():
+        if trainer.accuracy is not None:
+            table.add_row(f"{name}, validation accuracy", f"{trainer.accuracy:.3f}")
+    steps = sum(server.num_steps for server in progress.servers.values())
+    table.add_row(
+        "experts' optimizer steps", "none: they are frozen" if progress.settings.freeze_experts else str(steps)
+    )
+    table.add_row("steps that trainers lost", str(sum(len(trainer.errors) for trainer in progress.trainers.values())))
+    for name, server in progress.servers.items():
+        if progress.killed_at is not None and not server.alive:
+            table.add_row(f"{name}", f"killed at {progress.killed_at:.1f} s, was not back before the end")
+        if server.versions_at_return is not None:
+            assert progress.killed_at is not None and progress.returned_at is not None
+            before = sum(server.versions_at_return.values())
+            table.add_row(name, f"killed at {progress.killed_at:.1f} s, back at {progress.returned_at:.1f} s")
+            table.add_row(f"{name}, its experts' steps", f"{before} kept, {server.num_steps - before} since its return")
+    return table
+
+
+def verdict(progress: Progress) -> str:
+    """One sentence: whether the demo showed what it promises, or what the control showed."""
+    if progress.accuracy is None:
+        return "No trainer validated: the demo shows nothing."
+    reached = f"{progress.accuracy:.3f}"
+    if progress.settings.freeze_experts:
+        return f"With frozen experts the gates alone reach {reached}; the experts carry the rest."
+    if progress.passed:
+        return f"Validation accuracy {reached}, at least {plan.REQUIRED_ACCURACY} was asked for."
+    return f"Validation accuracy {reached} is less than the {plan.REQUIRED_ACCURACY} that was asked for."
+
+
+def plot(progress: Progress, path: Path) -> None:
+    """Draws accuracy over time into a PNG, with the kill and the return marked. Raises: OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, trainer in progress.trainers.items():
+        axes.plot([at for at, _ in trainer.accuracies], [value for _, value in trainer.accuracies], label=name)
+    axes.axhline(plan.REQUIRED_ACCURACY, color="grey", linewidth=0.8, linestyle=":")
+    for at, text in ((progress.killed_at, "one server killed"), (progress.returned_at, "back with its weights")):
+        if at is not None:
+            axes.axvline(at, color="black", linewidth=0.8, linestyle="--")
+            axes.annotate(text, (at, 0.03), xytext=(4, 0), textcoords="offset points", fontsize=9)
+    kind = "frozen experts" if progress.settings.freeze_experts else "experts on three servers"
+    if progress.settings.num_servers != 3 and not progress.settings.freeze_experts:
+        kind = f"experts on {progress.settings.num_servers} servers"
+    axes.set(
+        xlabel="seconds of training",
+        ylabel="validation accuracy",
+        ylim=(0, 1.02),
+        title=f"Handwritten digits: {plan.NUM_TRAINERS} trainers, {kind}, separate processes",
+    )
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
+    figure.savefig(path)

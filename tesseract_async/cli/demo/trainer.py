@@ -1,0 +1,96 @@
+"""One trainer of the demo, a process of its own: ``python -m tesseract_async.cli.demo.trainer '{"seed": 0, ...}'``.
+
+It holds nothing that learns but its gate: pixels go into the mixture, and what comes out are the logits. So whatever
+accuracy it reaches beyond what a gate over random experts does, the experts learned.
+
+Says what it does in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import tesseract_async as ta
+from tesseract_async.cli.demo import plan
+from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.errors import TesseractError
+
+Digits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def load_digits(seed: int) -> Digits:
+    """scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels to train on (80 %), and to validate on."""
+    from sklearn.datasets import load_digits as load
+
+    pixels, labels = load(return_X_y=True)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    x = torch.tensor(pixels, dtype=torch.float32)[order]
+    x = (x - x.mean()) / x.std()
+    y = torch.tensor(labels, dtype=torch.int64)[order]
+    cut = int(0.8 * len(x))
+    return x[:cut], y[:cut], x[cut:], y[cut:]
+
+
+async def train(task: plan.TrainerTask) -> None:
+    """Joins the swarm, trains, and reports until all steps are taken."""
+    torch.set_num_threads(1)
+    # all trainers split the data alike, so that nobody's validation is another one's training
+    x_train, y_train, x_val, y_val = load_digits(task.seed)
+    torch.manual_seed(task.seed * 1000 + task.number)
+    async with ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=task.refresh_period) as node:
+        gate = ta.GatingFunction(
+            node,
+            uid_prefix=plan.PREFIX,
+            grid_size=plan.GRID_SIZE,
+            in_features=plan.NUM_PIXELS,
+            k_best=task.k_best,
+        )
+        optimizer = torch.optim.Adam(gate.parameters(), lr=task.gate_learning_rate)
+        await node.directory.wait_warm(plan.PREFIX)
+        say("ready")
+
+        for step in range(1, task.steps + 1):
+            batch = torch.randint(0, len(x_train), (task.rows,))
+            facts: dict[str, Any] = {"step": step}
+            try:
+                loss = F.cross_entropy(await gate(x_train[batch]), y_train[batch])
+                optimizer.zero_grad()
+                await ta.backward(loss)
+                optimizer.step()
+                facts["loss"] = loss.item()
+                if step % task.validate_every == 0 or step == task.steps:
+                    with torch.no_grad():
+                        logits = await gate(x_val)
+                    facts["accuracy"] = (logits.argmax(1) == y_val).float().mean().item()
+            except (TesseractError, TimeoutError) as error:
+                # too many experts vanished at once: the next step finds others
+                facts["error"] = f"{type(error).__name__}: {error}"
+            facts["num_calls"] = int(node.metrics.total("expert_calls"))
+            view = node.directory.live(plan.PREFIX)
+            facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
+            say("step", **facts)
+        say("done")
+
+
+async def main(task: plan.TrainerTask) -> int:
+    """Trains until done, or until whoever started this process is gone or says so."""
+    training = asyncio.create_task(train(task))
+    leaving = asyncio.create_task(until_told_to_leave(watch_stdin=True))
+    await asyncio.wait({training, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    for one in (training, leaving):
+        one.cancel()
+    results = await asyncio.gather(training, leaving, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return 0
+
+
+if __name__ == "__main__":
+    set_up_logging(verbose=False)
+    given = plan.TrainerTask.decode(sys.argv[1])
+    run(lambda: main(given))

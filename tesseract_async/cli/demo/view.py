@@ -1,0 +1,111 @@
+"""The demo as a live picture in the terminal; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tesseract_async.cli.demo import plan
+from tesseract_async.cli.demo.progress import Progress
+
+SERVER_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+FRAMES_PER_SECOND = 4
+PLAIN_PERIOD = 5.0
+
+
+async def show(progress: Progress, now: Callable[[], float], console: Console) -> None:
+    """Draws until cancelled."""
+    if not console.is_terminal:
+        await _show_plain(progress, now, console)
+        return
+    with Live(draw(progress, now()), console=console, auto_refresh=False, transient=True) as live:
+        try:
+            while True:
+                await asyncio.sleep(1 / FRAMES_PER_SECOND)
+                live.update(draw(progress, now()), refresh=True)
+        finally:
+            live.update(draw(progress, now()), refresh=True)
+
+
+async def _show_plain(progress: Progress, now: Callable[[], float], console: Console) -> None:
+    shown, last = 0, 0.0
+    try:
+        while True:
+            for at, sentence in progress.log[shown:]:
+                console.print(f"{at:6.1f} s  {sentence}", highlight=False)
+            shown = len(progress.log)
+            if now() - last >= PLAIN_PERIOD:
+                last = now()
+                console.print(f"{last:6.1f} s  {describe(progress)}", highlight=False)
+            await asyncio.sleep(0.25)
+    finally:
+        for at, sentence in progress.log[shown:]:
+            console.print(f"{at:6.1f} s  {sentence}", highlight=False)
+
+
+def describe(progress: Progress) -> str:
+    """The state of training in one line."""
+    parts = [
+        f"{name}: step {one.step}, loss {_number(one.loss)}, accuracy {_number(one.accuracy)}"
+        for name, one in progress.trainers.items()
+    ]
+    return "; ".join([*parts, f"{len(progress.live)} of {len(plan.all_uids())} experts alive"])
+
+
+def draw(progress: Progress, now: float) -> RenderableType:
+    """One frame."""
+    share = progress.share
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row("training", ProgressBar(total=1.0, completed=share, width=40), f"{share:4.0%}", f"{now:5.1f} s")
+
+    trainers = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "step", "loss", "validation accuracy", "calls/s"):
+        trainers.add_column(column, justify="left" if not column else "right", style="bold" if not column else "")
+    for name, trainer in progress.trainers.items():
+        trainers.add_row(
+            name,
+            f"{trainer.step}/{progress.settings.steps}",
+            _number(trainer.loss),
+            _number(trainer.accuracy),
+            f"{trainer.calls_per_second:.0f}",
+        )
+
+    log = Text("\n".join(f"{at:5.1f} s  {sentence}" for at, sentence in progress.log[-8:]), style="dim")
+    parts = Group(bar, Text(), trainers, Text(), draw_grid(progress), Text(), log)
+    return Panel(parts, title="tesseract demo", subtitle="Ctrl-C leaves cleanly", width=78)
+
+
+def draw_grid(progress: Progress) -> RenderableType:
+    """Each expert on its grid, in its server's colour: filled while the trainers see it."""
+    colour: dict[str, str] = {}
+    for number, server in enumerate(progress.servers.values()):
+        colour |= dict.fromkeys(server.uids, SERVER_COLOURS[number % len(SERVER_COLOURS)])
+    live = progress.live
+    grid = Text()
+    uids = plan.all_uids()
+    for start in range(0, len(uids), plan.GRID_SIZE[-1]):
+        for uid in uids[start : start + plan.GRID_SIZE[-1]]:
+            # different signs, not colours alone: terminals and eyes differ
+            grid.append("● " if uid in live else "· ", style=colour[uid] if uid in live else "dim")
+        grid.append("\n")
+    grid.rstrip()
+
+    servers = Table.grid(padding=(0, 2, 0, 0))
+    for number, (name, server) in enumerate(progress.servers.items()):
+        state = Text("alive", style="green") if server.alive else Text("gone", style="bold red")
+        style = SERVER_COLOURS[number % len(SERVER_COLOURS)]
+        servers.add_row(Text(name, style=style), state, f"{len(server.uids)} experts", f"{server.num_steps} steps")
+    both = Table.grid(padding=(0, 4, 0, 0))
+    both.add_row(grid, servers)
+    return both
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,50 @@
+"""`tesseract dht`: a node that only routes and stores. It never imports torch."""
+
+from __future__ import annotations
+
+import click
+
+from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+
+
+@click.command("dht")
+@node_options
+def command(
+    host: str,
+    port: int,
+    initial_peers: tuple[str, ...],
+    announce: str | None,
+    public: bool,
+    identity: str | None,
+    verbose: bool,
+    leave_with_parent: bool,
+) -> None:
+    """Run a bootstrap node: a first address for others to join by.
+
+    It stores and routes what others publish, and hosts no experts. Prints one line of JSON with its address on
+    standard output, and ends with Ctrl-C.
+    """
+    set_up_logging(verbose=verbose)
+
+    async def main() -> int:
+        from tesseract_async.node import TesseractNode
+
+        node = TesseractNode(
+            host,
+            port,
+            initial_peers=peers(initial_peers),
+            announce=announce,
+            public=public,
+            identity=identity,
+        )
+        async with node:
+            address = str(node.peer_address)
+            click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
+            click.echo(f"    tesseract serve --initial-peers {address}\n", err=True)
+            say("ready", address=address, peer_id=str(node.peer_id))
+            reason = await until_told_to_leave(watch_stdin=leave_with_parent)
+            click.echo(f"leaving ({reason})", err=True)
+        return 0
+
+    run(main)

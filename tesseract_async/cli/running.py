@@ -1,0 +1,106 @@
+"""How a long-running command starts, reports, and leaves: signals, the event loop, lines for programs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import click
+
+from tesseract_async.errors import TesseractError
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit statuses after Ctrl-C and SIGTERM: 128 + the signal's number, as shells say it."""
+
+
+def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
+    """Runs `main()` in an event loop (uvloop where there is one) and exits with what it returns.
+
+    A user's mistake (OSError, ValueError, TesseractError) ends in a sentence and status 1, never in a traceback.
+    """
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            status = runner.run(main())
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except asyncio.CancelledError:
+        status = TERMINATED
+    except OSError as error:
+        raise click.ClickException(error.strerror or str(error)) from None
+    except (ValueError, TesseractError) as error:
+        raise click.ClickException(str(error)) from None
+    sys.exit(status)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    if sys.platform != "win32":
+        try:
+            import uvloop
+        except ImportError:
+            pass
+        else:
+            factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+            return factory
+    return asyncio.new_event_loop
+
+
+async def until_told_to_leave(*, watch_stdin: bool = False) -> str:
+    """Waits for SIGINT, SIGTERM, or (with `watch_stdin`) the end of standard input; says which it was.
+
+    The end of standard input is how a process notices that the one that started it is gone, however it died.
+    A second signal ends the process at once, without farewell.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[str] = loop.create_future()
+
+    def tell(reason: str) -> None:
+        if told.done():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        else:
+            told.set_result(reason)
+
+    restore: list[Callable[[], Any]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, tell, number.name)
+            restore.append(lambda number=number: loop.remove_signal_handler(number))  # type: ignore[misc]
+        except NotImplementedError:  # Windows: there, Ctrl-C cancels the main task
+            pass
+    if watch_stdin:
+        restore.append(await _at_end_of_stdin(told))
+    try:
+        return await told
+    finally:
+        # from here on a second signal kills: leaving must not be a way to be stuck
+        for undo in restore:
+            undo()
+
+
+async def _at_end_of_stdin(told: asyncio.Future[str]) -> Callable[[], None]:
+    class Watcher(asyncio.Protocol):
+        def connection_lost(self, error: Exception | None) -> None:
+            if not told.done():
+                told.set_result("the end of standard input")
+
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(Watcher, sys.stdin)
+    return transport.close
+
+
+def say(event: str, **facts: Any) -> None:
+    """One line of JSON on standard output, for programs. People read standard error."""
+    print(json.dumps({"event": event, **facts}), flush=True)
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Logs to standard error: what went wrong, and with `verbose` also what went on."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )

@@ -1,0 +1,246 @@
+"""What a server says about its experts of one grid, as bytes. No I/O.
+
+A server publishes one *manifest* per grid: where it can be dialled, which coordinates it hosts, for which of them it
+is the primary, and a sequence number that grows with every renewal. Who published it and until when it holds is the
+network's business and stands in the entry around it. The same bytes are stored under the grid's key (`grid_key`), where
+whoever wants all experts reads them, and under a shard key (`shard_key`) of each hosted uid, where whoever wants that
+one does.
+
+Experts that do not fit `MAX_PART_BYTES` go to numbered parts. Each part is complete in itself, so that a lost part
+costs its own experts only.
+
+Layout, integers big-endian::
+
+    1 byte   format (1)
+    6 bytes  sequence
+    1 byte   number of addresses, then each:
+               1 byte   kind: 4 (IPv4), 6 (IPv6) or 0 (name)
+               4 or 16 bytes, or 1 byte length and as many of UTF-8
+               2 bytes  port
+    1 byte   number of dimensions of the grid
+    1 byte   width: bytes per coordinate (1, 2 or 4)
+    2 bytes  number of experts, n
+    n x dimensions x width bytes   coordinates, expert by expert, ascending
+    ceil(n / 8) bytes              one bit per expert, highest first: whether this server is its primary
+
+One record per uid would cost more than eight times as much at 8 experts per server: the record's key and signature
+weigh more than the coordinates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.transport.base import split_host_port
+
+Coordinates = npt.NDArray[np.int64]
+"""``[experts, dimensions]``, every row one expert's place on the grid."""
+
+FORMAT = 1
+SEQUENCE_BYTES = 6
+MAX_PART_BYTES = 1000
+MAX_ADDRESSES = 8
+MAX_DIMS = 8
+MAX_COORDINATE = 2**32 - 1
+MAX_UID_LENGTH = 256
+NUM_SHARDS = 256
+"""Shards per prefix. A server renews at most so many entries however many experts it hosts, and whoever looks for one
+of 4,096 uids reads the manifests of 16."""
+
+_WIDTHS = {1: ">u1", 2: ">u2", 4: ">u4"}
+
+
+def split_uid(uid: str) -> tuple[str, tuple[int, ...]]:
+    """``"ffn.3.7"`` -> ``("ffn", (3, 7))``. The prefix may hold dots itself, but no part of it is a number.
+
+    Raises: ValueError for anything that `join_uid` would not give back unchanged.
+    """
+    parts = uid.split(".")
+    first = len(parts)
+    while first > 0 and parts[first - 1].isascii() and parts[first - 1].isdigit():
+        first -= 1
+    prefix, numbers = ".".join(parts[:first]), parts[first:]
+    coords = tuple(int(number) for number in numbers) if len(numbers) <= MAX_DIMS else ()
+    if not coords or not is_prefix(prefix) or len(uid) > MAX_UID_LENGTH or join_uid(prefix, coords) != uid:
+        raise ValueError(f"not an expert's uid, such as 'ffn.3.7' (a prefix, then 1 to {MAX_DIMS} numbers): {uid!r}")
+    if max(coords) > MAX_COORDINATE:
+        raise ValueError(f"coordinates are at most {MAX_COORDINATE}: {uid!r}")
+    return prefix, coords
+
+
+def join_uid(prefix: str, coords: Sequence[int]) -> str:
+    """The inverse of `split_uid`."""
+    return ".".join((prefix, *map(str, coords)))
+
+
+def is_prefix(text: str) -> bool:
+    """Whether `text` can stand before coordinates: printable, without spaces, dots only between parts, no number."""
+    return all(part and part.isprintable() and " " not in part and not part.isdigit() for part in text.split("."))
+
+
+def grid_key(prefix: str) -> str:
+    """Where the manifests of all servers with experts of this grid are stored."""
+    return f"experts/{prefix}"
+
+
+def shard_key(uid: str) -> str:
+    """Where the manifests that hold this uid are stored, among those of a few hundred other uids at most."""
+    prefix, _ = split_uid(uid)
+    return f"experts/{prefix}/{hashlib.sha256(uid.encode()).digest()[0] % NUM_SHARDS:02x}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Manifest:
+    """One part of a manifest, decoded."""
+
+    sequence: int
+    """Of two manifests of one server, the one with the higher sequence holds."""
+    addresses: tuple[str, ...]
+    """``host:port``, the preferred one first."""
+    coords: Coordinates
+    primary: npt.NDArray[np.bool_]
+    """``[experts]``: whether this server is the one that trains it."""
+
+    @property
+    def num_dims(self) -> int:
+        return int(self.coords.shape[1])
+
+
+def encode_manifest(
+    addresses: Sequence[str],
+    experts: Mapping[tuple[int, ...], bool],
+    *,
+    sequence: int,
+    max_part_bytes: int = MAX_PART_BYTES,
+) -> list[tuple[bytes, list[tuple[int, ...]]]]:
+    """The parts that say: at these addresses live `experts` (coordinates -> whether it is the primary).
+
+    Returns each part's bytes and the coordinates in it.
+
+    Raises: ValueError for too many addresses, a malformed one, or experts of differing numbers of dimensions.
+    """
+    if not 0 < len(addresses) <= MAX_ADDRESSES:
+        raise ValueError(f"a server has 1 to {MAX_ADDRESSES} addresses, not {len(addresses)}")
+    if len({len(coords) for coords in experts}) != 1:
+        raise ValueError("the experts of one grid have equally many coordinates, and there is at least one expert")
+    ordered = sorted(experts)
+    coords = np.array(ordered, dtype=np.int64)
+    primary = np.array([experts[key] for key in ordered], dtype=bool)
+    num_dims = coords.shape[1]
+    width = next(width for width in _WIDTHS if coords.max() < 256**width)
+    head = b"".join(
+        (
+            bytes([FORMAT]),
+            sequence.to_bytes(SEQUENCE_BYTES, "big"),
+            bytes([len(addresses)]),
+            *map(_encode_address, addresses),
+            bytes([num_dims, width]),
+        )
+    )
+    # 2 bytes for the count; n experts take n * (dims * width) bytes and n bits, rounded up
+    num_per_part = (max_part_bytes - len(head) - 2) * 8 // (8 * num_dims * width + 1)
+    if num_per_part < 1:
+        raise ValueError("the addresses leave no room for experts")
+    parts = []
+    for start in range(0, len(ordered), num_per_part):
+        some = coords[start : start + num_per_part]
+        bits = np.packbits(primary[start : start + num_per_part]).tobytes()
+        part = head + len(some).to_bytes(2, "big") + some.astype(_WIDTHS[width]).tobytes() + bits
+        parts.append((part, ordered[start : start + num_per_part]))
+    return parts
+
+
+def decode_manifest(value: Any) -> Manifest:
+    """Reads one part. Untrusted. Raises: ProtocolError."""
+    if type(value) is not bytes:
+        raise ProtocolError("a manifest consists of bytes")
+    if len(value) > MAX_PART_BYTES:
+        raise ProtocolError(f"a manifest has at most {MAX_PART_BYTES} bytes")
+    try:
+        return _decode(value)
+    except (IndexError, UnicodeDecodeError, ValueError):
+        raise ProtocolError("a malformed manifest") from None
+
+
+def _decode(value: bytes) -> Manifest:
+    if value[0] != FORMAT:
+        raise ProtocolError("a manifest of an unknown format")
+    sequence, offset = int.from_bytes(value[1 : 1 + SEQUENCE_BYTES], "big"), 2 + SEQUENCE_BYTES
+    num_addresses = value[offset - 1]
+    if not 0 < num_addresses <= MAX_ADDRESSES:
+        raise ProtocolError("a manifest with no address, or too many")
+    addresses = []
+    for _ in range(num_addresses):
+        address, offset = _decode_address(value, offset)
+        addresses.append(address)
+    num_dims, width = value[offset], value[offset + 1]
+    num_experts = int.from_bytes(value[offset + 2 : offset + 4], "big")
+    offset += 4
+    if not 0 < num_dims <= MAX_DIMS or width not in _WIDTHS or num_experts == 0:
+        raise ProtocolError("a manifest without experts or dimensions")
+    end = offset + num_experts * num_dims * width
+    if len(value) != end + (num_experts + 7) // 8:
+        raise ProtocolError("a manifest of the wrong length")
+    coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset)
+    primary = np.unpackbits(np.frombuffer(value, np.uint8, offset=end), count=num_experts)
+    return Manifest(
+        sequence, tuple(addresses), coords.astype(np.int64).reshape(num_experts, num_dims), primary.astype(bool)
+    )
+
+
+def _encode_address(address: str) -> bytes:
+    host, port = split_host_port(address)
+    if not 0 < port < 2**16:
+        raise ValueError(f"nobody can be dialled at port {port}: {address!r}")
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        name = host.encode()
+        if not 0 < len(name) < 254 or not _is_name(host):
+            raise ValueError(f"not an address, such as 198.51.100.7:31337: {address!r}") from None
+        return bytes([0, len(name)]) + name + port.to_bytes(2, "big")
+    return bytes([ip.version]) + ip.packed + port.to_bytes(2, "big")
+
+
+def _decode_address(value: bytes, offset: int) -> tuple[str, int]:
+    kind = value[offset]
+    if kind == 0:
+        start, length = offset + 2, value[offset + 1]
+    elif kind in (4, 6):
+        start, length = offset + 1, 4 if kind == 4 else 16
+    else:
+        raise ProtocolError("an address of an unknown kind")
+    end = start + length
+    raw, port = value[start:end], int.from_bytes(value[end : end + 2], "big")
+    if len(raw) != length or len(value) < end + 2 or port == 0:
+        raise ProtocolError("a malformed address")
+    if kind == 0:
+        host = raw.decode()
+        if not _is_name(host):
+            raise ProtocolError("a malformed host name")
+    elif kind == 4:
+        host = str(ipaddress.IPv4Address(raw))
+    else:
+        host = f"[{ipaddress.IPv6Address(raw)}]"
+    return f"{host}:{port}", end + 2
+
+
+def _is_name(host: str) -> bool:
+    return bool(host) and all(part.replace("-", "").replace("_", "").isalnum() for part in host.split("."))
+
+
+def experts_by_grid(uids: Mapping[str, bool]) -> Iterator[tuple[str, dict[tuple[int, ...], bool]]]:
+    """Groups uids (-> primary) by prefix: ``("ffn", {(3, 7): True})``. Raises: ValueError for a malformed uid."""
+    grids: dict[str, dict[tuple[int, ...], bool]] = {}
+    for uid, primary in uids.items():
+        prefix, coords = split_uid(uid)
+        grids.setdefault(prefix, {})[coords] = primary
+    yield from grids.items()

@@ -1,0 +1,75 @@
+"""Patterns of uids, as a volunteer writes them: ``ffn.[0:4].[0:16].7``. No I/O."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tesseract_async.experts.manifest import MAX_DIMS, is_prefix, join_uid, split_uid
+
+_RANGE = re.compile(r"\[(\d{1,9}):(\d{1,9})\]")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPattern:
+    """All uids with this prefix whose coordinates lie in these ranges."""
+
+    prefix: str
+    ranges: tuple[range, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertPattern:
+        """Reads ``ffn.[0:4].7``: a prefix, then per dimension a number or ``[first:after last]``.
+
+        Raises: ValueError with a sentence that names the pattern.
+        """
+        # a uid is the pattern of itself, and says best what is wrong with it
+        if "[" not in text:
+            prefix, coords = split_uid(text)
+            return cls(prefix, tuple(range(number, number + 1) for number in coords))
+        parts = text.split(".")
+        first = next(number for number, part in enumerate(parts) if "[" in part or part.isdigit())
+        ranges = []
+        for part in parts[first:]:
+            match = _RANGE.fullmatch(part)
+            if match:
+                ranges.append(range(int(match[1]), int(match[2])))
+            elif part.isascii() and part.isdigit():
+                ranges.append(range(int(part), int(part) + 1))
+            else:
+                raise ValueError(f"not a pattern of uids, such as 'ffn.[0:4].[0:16]': {text!r}")
+        prefix = ".".join(parts[:first])
+        if not is_prefix(prefix) or len(ranges) > MAX_DIMS or any(len(one) == 0 for one in ranges):
+            raise ValueError(f"not a pattern of uids, such as 'ffn.[0:4].[0:16]': {text!r}")
+        return cls(prefix, tuple(ranges))
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """The smallest grid, from the origin, that holds the pattern."""
+        return tuple(one.stop for one in self.ranges)
+
+    def __len__(self) -> int:
+        return math.prod(len(one) for one in self.ranges)
+
+    def __iter__(self) -> Iterator[str]:
+        """Every uid, the last coordinate running fastest."""
+        return (join_uid(self.prefix, coords) for coords in itertools.product(*self.ranges))
+
+    def __contains__(self, uid: object) -> bool:
+        if not isinstance(uid, str):
+            return False
+        try:
+            prefix, coords = split_uid(uid)
+        except ValueError:
+            return False
+        same = prefix == self.prefix and len(coords) == len(self.ranges)
+        return same and all(number in one for number, one in zip(coords, self.ranges, strict=True))
+
+    def __str__(self) -> str:
+        def part(one: range) -> str:
+            return str(one.start) if len(one) == 1 else f"[{one.start}:{one.stop}]"
+
+        return ".".join((self.prefix, *map(part, self.ranges)))

@@ -1,0 +1,198 @@
+"""Keeps a server's manifests in the network: declares, renews before they expire, withdraws when it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.experts.manifest import encode_manifest, experts_by_grid, grid_key, join_uid, shard_key
+from tesseract_async.identity import PeerID
+from tesseract_async.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+class PublishingNetwork(Protocol):
+    """What a publisher needs of `TesseractNetwork`."""
+
+    @property
+    def peer_id(self) -> PeerID: ...
+    @property
+    def num_contacts(self) -> int: ...
+    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
+    async def get_entries(self, key: str) -> Sequence[Any]: ...
+    async def withdraw(self, key: str, *, subkey: str | None = None) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherSettings:
+    """How firmly a server stands in the directory. Seconds are plain floats."""
+
+    ttl: float = 45.0
+    """For how long a manifest holds: a server that vanished is gone from every directory after so long."""
+    refresh_period: float = 15.0
+    """Manifests are renewed so often; a third of `ttl`, so that two renewals may fail."""
+    retry_period: float = 1.0
+    """Until the next attempt, where a renewal reached too few holders."""
+    num_holders: int = 3
+    """Nodes that must hold each entry, where so many can be reached."""
+    declare_timeout: float = 10.0
+    """`declare` looks for holders, and reads back what it stored, for at most so long."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.refresh_period < self.ttl:
+            raise ValueError(f"refresh_period={self.refresh_period} must be positive and less than ttl={self.ttl}")
+
+
+class ExpertPublisher:
+    """Publishes which experts this node's server hosts. One per server; used on the node's loop only."""
+
+    def __init__(
+        self,
+        network: PublishingNetwork,
+        *,
+        addresses: Sequence[str],
+        settings: PublisherSettings = PublisherSettings(),
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`addresses` are what others dial, ``host:port``, the preferred one first; `clock` gives wall-clock time."""
+        self.settings = settings
+        self.metrics = metrics if metrics is not None else Metrics()
+        self._network = network
+        self._addresses = tuple(addresses)
+        self._clock = clock
+        self._uids: dict[str, bool] = {}
+        self._sequence = 0
+        # (key, subkey) -> value, of everything that was stored last
+        self._entries: dict[tuple[str, str], bytes] = {}
+        self._renewal: asyncio.Task[None] | None = None
+        self._publishing = asyncio.Lock()
+        self._closed = False
+
+    @property
+    def uids(self) -> Mapping[str, bool]:
+        """What is declared: uid -> whether this server is its primary."""
+        return dict(self._uids)
+
+    async def declare(self, uids: Mapping[str, bool]) -> int:
+        """Publishes `uids` (-> primary), in place of what was declared before, and keeps them published.
+
+        Returns the number of holders of the entry that has the fewest, once that is min(`num_holders`, what can be
+        reached) and the manifests were read back; or what was achieved after `declare_timeout`, in which case the
+        renewal in the background keeps trying. 0 means that nobody can find these experts yet.
+
+        If cancelled, what was stored so far stays until `aclose` or its expiry. Raises: ValueError for a malformed uid.
+        """
+        if self._closed:
+            raise RuntimeError("this publisher is closed")
+        self._plan(uids)  # raises before anything is sent
+        deadline = asyncio.get_running_loop().time() + self.settings.declare_timeout
+        self._uids = dict(uids)
+        while True:
+            holders = await self._publish()
+            if not self._uids:
+                break
+            if holders >= self._wanted and await self._readable():
+                break
+            if asyncio.get_running_loop().time() >= deadline:
+                log.warning("experts are declared at %d nodes only; more are looked for in the background", holders)
+                break
+            await asyncio.sleep(min(0.1, self.settings.retry_period))
+        if self._renewal is None and self._uids and not self._closed:
+            self._renewal = asyncio.create_task(self._renew(), name="experts: renew manifests")
+        return holders
+
+    async def withdraw(self) -> None:
+        """Farewell: tells the network that these experts are gone, and stops renewing. `declare` may follow."""
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.gather(self._renewal, return_exceptions=True)
+            self._renewal = None
+        self._uids = {}
+        await self._publish()
+
+    async def aclose(self) -> None:
+        """`withdraw`, for good. Closing twice is harmless."""
+        self._closed = True
+        await self.withdraw()
+
+    @property
+    def _wanted(self) -> int:
+        return max(1, min(self.settings.num_holders, self._network.num_contacts))
+
+    def _plan(self, uids: Mapping[str, bool]) -> dict[tuple[str, str], bytes]:
+        # milliseconds, so that a server that lost its memory still goes on upwards
+        self._sequence = max(self._sequence + 1, int(self._clock() * 1000))
+        entries: dict[tuple[str, str], bytes] = {}
+        for prefix, experts in experts_by_grid(uids):
+            # each part goes under the grid's key, and under the shard of every uid in it
+            for number, (part, members) in enumerate(
+                encode_manifest(self._addresses, experts, sequence=self._sequence)
+            ):
+                entries[(grid_key(prefix), str(number))] = part
+                for coords in members:
+                    entries[(shard_key(join_uid(prefix, coords)), str(number))] = part
+        return entries
+
+    async def _publish(self) -> int:
+        """Stores what is declared under a new sequence, withdraws what no longer is; the fewest holders of an entry."""
+        async with self._publishing:
+            entries = self._plan(self._uids)
+            gone = self._entries.keys() - entries.keys()
+            # what is being stored must be withdrawn some day, even if this is cancelled
+            self._entries = {**dict.fromkeys(gone, b""), **entries}
+            async with asyncio.TaskGroup() as group:
+                stores = [group.create_task(self._store(*at, value)) for at, value in entries.items()]
+                for at in gone:
+                    group.create_task(self._withdraw(*at))
+            self._entries = entries
+            return min((task.result() for task in stores), default=0)
+
+    async def _store(self, key: str, subkey: str, value: bytes) -> int:
+        try:
+            return await self._network.store(key, value, ttl=self.settings.ttl, subkey=subkey)
+        except (TesseractError, TimeoutError, OSError) as error:
+            self.metrics.count("manifest_stores_failed")
+            log.warning("could not store the manifest under %s: %s", key, describe(error))
+            return 0
+
+    async def _readable(self) -> bool:
+        """Whether the network gives back every part under its grid's key."""
+        wanted: dict[str, set[bytes]] = {}
+        for prefix, _ in experts_by_grid(self._uids):
+            key = grid_key(prefix)
+            wanted[key] = {value for (at, _), value in self._entries.items() if at == key}
+        for key, parts in wanted.items():
+            try:
+                entries = await self._network.get_entries(key)
+            except (TesseractError, TimeoutError, OSError) as error:
+                log.warning("could not read back %s: %s", key, describe(error))
+                return False
+            now = self._clock()
+            mine = (item for item in entries if item.owner == self._network.peer_id and item.expiration > now)
+            if not parts <= {item.value for item in mine if type(item.value) is bytes}:
+                return False
+        return True
+
+    async def _renew(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.settings.refresh_period
+        while True:
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            started = loop.time()
+            holders = await self._publish()
+            self.metrics.set("manifest_holders", holders)
+            enough = holders >= self._wanted
+            due = started + (self.settings.refresh_period if enough else self.settings.retry_period)
+
+    async def _withdraw(self, key: str, subkey: str) -> None:
+        try:
+            await self._network.withdraw(key, subkey=subkey)
+        except (TesseractError, TimeoutError, OSError) as error:
+            log.warning("could not withdraw the manifest under %s, it will expire: %s", key, describe(error))

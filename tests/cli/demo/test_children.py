@@ -1,0 +1,134 @@
+"""The demo's processes are heard, and none is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tesseract_async.cli.demo import children as module
+from tesseract_async.cli.demo.children import Child, ChildFailed, children
+
+READY = "import json, sys; print('chatter'); print(json.dumps({'event': 'ready', 'pid': 1}), flush=True); "
+STAYS = READY + "sys.stdin.read()"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + READY + "signal.pause()"
+
+
+def child(tmp_path: Path, code: str) -> tuple[Child, list[dict[str, Any]]]:
+    heard: list[dict[str, Any]] = []
+    made = Child("some process", ["-c", code], log=tmp_path / "log", on_event=lambda name, facts: heard.append(facts))
+    return made, heard
+
+
+def pid_of(subject: Child) -> int:
+    assert subject._process is not None
+    return subject._process.pid
+
+
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.both_loops
+async def test_a_process_is_heard_and_leaves_when_told(tmp_path: Path) -> None:
+    async with children() as family:
+        subject, heard = child(tmp_path, STAYS)
+        family.append(subject)
+        await subject.start()
+        assert (await subject.ready(timeout=30))["pid"] == 1
+        assert heard == [{"event": "ready", "pid": 1}]
+    assert not lives(pid_of(subject))
+    await subject.aclose()
+
+
+async def test_a_process_that_fails_is_an_error_with_its_last_words(tmp_path: Path) -> None:
+    async with children() as family:
+        subject, _ = child(tmp_path, "raise SystemExit('the disk is full')")
+        family.append(subject)
+        await subject.start()
+        with pytest.raises(ChildFailed, match="(?s)some process ended before it was ready.*the disk is full"):
+            await subject.ready(timeout=30)
+        with pytest.raises(ChildFailed, match="status 1"):
+            await subject.wait()
+
+
+async def test_a_process_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
+    async with children() as family:
+        subject, _ = child(tmp_path, "import sys; sys.stdin.read()")
+        family.append(subject)
+        await subject.start()
+        with pytest.raises(ChildFailed, match="not ready after"):
+            await subject.ready(timeout=0.05)
+
+
+async def test_a_killed_process_is_no_failure(tmp_path: Path) -> None:
+    async with children() as family:
+        subject, _ = child(tmp_path, STAYS)
+        family.append(subject)
+        await subject.start()
+        await subject.ready(timeout=30)
+        waiting = asyncio.create_task(subject.wait())
+        await subject.kill()
+        assert not lives(pid_of(subject))
+        await waiting
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+async def test_who_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAVE_TIMEOUT", 0.1)
+    async with children() as family:
+        subject, _ = child(tmp_path, STUBBORN)
+        family.append(subject)
+        await subject.start()
+        await subject.ready(timeout=30)
+    assert not lives(pid_of(subject))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+async def test_told_twice_nobody_is_left_either(tmp_path: Path) -> None:
+    subject, _ = child(tmp_path, STUBBORN)
+    entered = asyncio.Event()
+
+    async def hold() -> None:
+        async with children() as family:
+            family.append(subject)
+            await subject.start()
+            await subject.ready(timeout=30)
+            entered.set()
+            await asyncio.Event().wait()
+
+    holding = asyncio.create_task(hold())
+    await entered.wait()
+    holding.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    holding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+    assert not lives(pid_of(subject))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_processes_end_with_the_one_that_started_them() -> None:
+    grandchild = "import sys; sys.stdin.read(); print('noticed', flush=True)"
+    code = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {grandchild!r}], stdin=subprocess.PIPE)\n"
+        "print('started', flush=True)\n"
+        "child.wait()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "started\n"
+        parent.send_signal(signal.SIGKILL)
+        assert parent.stdout.readline() == "noticed\n"

@@ -1,0 +1,245 @@
+"""Experts are found while they live, and not a moment longer than somebody knows that they don't."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from tesseract_async.errors import ConnectionLost
+from tesseract_async.experts import DirectorySettings, ExpertDirectory, ExpertPublisher, grid_key, shard_key
+from tesseract_async.experts.manifest import encode_manifest, join_uid, split_uid
+from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
+
+QUICK = DirectorySettings(refresh_period=0.01, retry_period=0.01)
+SLOW = DirectorySettings(refresh_period=1000)
+
+
+def directory(swarm: FakeSwarm, settings: DirectorySettings = SLOW) -> ExpertDirectory:
+    return ExpertDirectory(FakeNetwork(swarm, peer(0)), settings=settings, clock=swarm.clock)
+
+
+async def declare(swarm: FakeSwarm, number: int, *uids: str, primary: bool = True) -> ExpertPublisher:
+    network = FakeNetwork(swarm, peer(number))
+    publisher = ExpertPublisher(network, addresses=[f"10.0.0.{number}:4000"], clock=swarm.clock)
+    await publisher.declare(dict.fromkeys(uids, primary))
+    return publisher
+
+
+async def test_find_tells_who_hosts_an_expert() -> None:
+    swarm = FakeSwarm()
+    servers = [
+        await declare(swarm, 1, "ffn.3.7", "ffn.0.0", primary=False),
+        await declare(swarm, 2, "ffn.3.7"),
+        await declare(swarm, 3, "ffn.1.1", primary=False),
+    ]
+    subject = directory(swarm)
+    first, second = await subject.find("ffn.3.7")
+    assert (first.peer.peer_id, first.peer.addresses, first.primary) == (peer(2), ("10.0.0.2:4000",), True)
+    assert (second.peer.peer_id, second.uid, second.primary) == (peer(1), "ffn.3.7", False)
+    await subject.find("ffn.3.7")
+    assert swarm.reads[shard_key("ffn.3.7")] == 1, "what was found is kept"
+    with pytest.raises(ValueError):
+        await subject.find("ffn")
+    for server in servers:
+        await server.aclose()
+
+
+async def test_that_nobody_hosts_it_is_not_remembered() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    assert await subject.find("ffn.3.7") == []
+    server = await declare(swarm, 1, "ffn.3.7")
+    assert len(await subject.find("ffn.3.7")) == 1
+    await server.aclose()
+
+
+async def test_an_answer_is_not_kept_beyond_its_expiration() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    server = await declare(swarm, 1, "ffn.3.7")
+    assert await subject.find("ffn.3.7")
+    swarm.clock.now += server.settings.ttl + 1
+    assert await subject.find("ffn.3.7") == []
+    await server.aclose()
+
+
+async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    servers = [await declare(swarm, 1, "ffn.3.7", "ffn.3.6"), await declare(swarm, 2, "ffn.3.7", primary=False)]
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    for other in (subject, directory(swarm)):
+        first, second = await other.find("ffn.3.7")
+        other.report_failure(first)
+        assert await other.find("ffn.3.7") == [second]
+        other.report_failure(second)
+        assert await other.find("ffn.3.7") == []
+        assert len(await other.find("ffn.3.6")) == 1, "only what failed is hidden"
+        if other is subject:
+            view = other.live("ffn")
+            assert view is not None and view.coords.tolist() == [[3, 6]]
+            await subject.refresh("ffn")
+            assert await other.find("ffn.3.7") == [], "an old manifest, read again, is no news"
+        swarm.clock.now += 1
+        await servers[1].declare(servers[1].uids)
+        await subject.refresh("ffn")
+        assert [replica.peer.peer_id for replica in await other.find("ffn.3.7")] == [peer(2)]
+    for server in servers:
+        await server.aclose()
+    await subject.aclose()
+
+
+async def test_a_watched_grid_follows_the_swarm() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm, QUICK)
+    with pytest.raises(ValueError, match="watch"):
+        await subject.wait_warm("ffn")
+    assert subject.live("ffn") is None
+    subject.watch("ffn", (8, 8))
+    subject.watch("ffn", (8, 8))
+    with pytest.raises(ValueError, match="size"):
+        subject.watch("ffn", (9, 9))
+    assert subject.live("ffn") is None, "cold"
+    await subject.wait_warm("ffn")
+    view = subject.live("ffn")
+    assert view is not None and len(view) == 0 and view.coords.shape == (0, 2) and not view.replicas
+
+    def coords() -> list[list[int]]:
+        view = subject.live("ffn")
+        assert view is not None
+        return view.coords.tolist()
+
+    first = await declare(swarm, 1, "ffn.3.7", "ffn.0.1")
+    await swarm.until(lambda: coords() == [[0, 1], [3, 7]])
+    second = await declare(swarm, 2, "ffn.3.7", "ffn.7.7")
+    await swarm.until(lambda: coords() == [[0, 1], [3, 7], [7, 7]])
+    later = subject.live("ffn")
+    assert later is not None and later.version > view.version
+    assert len(later.replicas[(3, 7)]) == 2
+    await first.aclose()
+    await swarm.until(lambda: coords() == [[3, 7], [7, 7]])
+    await second.aclose()
+    await subject.aclose()
+    await subject.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        subject.watch("other", (3,))
+
+
+async def test_the_dead_leave_the_view_without_another_read() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    early = await declare(swarm, 1, "ffn.1")
+    swarm.clock.now += 10
+    late = await declare(swarm, 2, "ffn.2")
+    subject.watch("ffn", (8,))
+    await subject.wait_warm("ffn")
+    view = subject.live("ffn")
+    assert view is not None and len(view) == 2 and subject.live("ffn") is view
+    swarm.clock.now += early.settings.ttl - 5
+    view = subject.live("ffn")
+    assert view is not None and view.coords.tolist() == [[2]]
+    assert swarm.reads[grid_key("ffn")] == 3, "one here, two by the declaring servers"
+    for server in (early, late):
+        await server.aclose()
+    await subject.aclose()
+
+
+async def test_a_grid_is_not_warm_before_the_network_is_joined() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm, QUICK)
+    network = subject._network
+    assert isinstance(network, FakeNetwork)
+    network.joined = False
+    asked = 0
+
+    def asked_twice() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    subject.watch("ffn", (8,))
+    await swarm.until(asked_twice)
+    assert subject.live("ffn") is None and not swarm.reads
+    network.joined, network.failure = True, ConnectionLost("somebody", "gone")
+    await swarm.until(lambda: subject.metrics.total("directory_reads_failed") > 0)
+    assert subject.live("ffn") is None
+    network.failure = None
+    await subject.wait_warm("ffn")
+    await subject.aclose()
+
+
+async def test_what_strangers_store_is_dropped_and_counted() -> None:
+    swarm = FakeSwarm()
+    stranger = FakeNetwork(swarm, peer(9))
+    far = encode_manifest(["10.0.0.9:1"], {(9, 9): True, (1, 1): True}, sequence=1)[0][0]
+    other_dims = encode_manifest(["10.0.0.9:1"], {(1,): True}, sequence=1)[0][0]
+    values = [None, 3, b"", b"garbage", "text", [1, 2], {"a": 1}, far[:-1], far, other_dims]
+    for number, value in enumerate(values):
+        await stranger.store(grid_key("ffn"), value, ttl=60, subkey=str(number))
+        await stranger.store(shard_key("ffn.3.7"), value, ttl=60, subkey=str(number))
+    server = await declare(swarm, 1, "ffn.3.7")
+    subject = directory(swarm)
+    assert [replica.peer.peer_id for replica in await subject.find("ffn.3.7")] == [peer(1)]
+    assert subject.metrics.total("manifests_dropped") == 8
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    view = subject.live("ffn")
+    assert view is not None and view.coords.tolist() == [[1, 1], [3, 7]]
+    assert view.num_foreign == 2
+    assert subject.metrics.total("manifests_dropped") == 16
+    assert subject.metrics.total("experts_off_grid") == 2
+    await server.aclose()
+    await subject.aclose()
+
+
+async def test_a_stale_part_does_not_beat_a_newer_one() -> None:
+    swarm = FakeSwarm()
+    network = FakeNetwork(swarm, peer(1))
+    for subkey, sequence, address, primary in (("0", 5, "10.0.0.1:5", False), ("1", 4, "10.0.0.1:4", True)):
+        part = encode_manifest([address], {(1,): primary}, sequence=sequence)[0][0]
+        await network.store(grid_key("ffn"), part, ttl=60, subkey=subkey)
+    subject = directory(swarm)
+    subject.watch("ffn", (8,))
+    await subject.wait_warm("ffn")
+    view = subject.live("ffn")
+    assert view is not None
+    [replica] = view.replicas_at(0)
+    assert (replica.sequence, replica.primary, replica.peer.addresses) == (5, False, ("10.0.0.1:5",))
+    await subject.aclose()
+
+
+async def test_a_large_swarm_is_read_as_it_was_declared() -> None:
+    """512 servers with 8 experts each: the view against a plain dictionary, and the bytes that were read."""
+    swarm = FakeSwarm()
+    rng = random.Random(1)
+    expected: dict[tuple[int, ...], set[int]] = {}
+    servers = []
+    for number in range(512):
+        coords = {(rng.randrange(64), rng.randrange(64)) for _ in range(8)}
+        for at in coords:
+            expected.setdefault(at, set()).add(number)
+        servers.append(await declare(swarm, number, *(join_uid("ffn", at) for at in coords)))
+    num_bytes = sum(len(entry.value) for entry in swarm.entries.values() if entry.key == grid_key("ffn"))
+    # each travels in a signed entry of about 110 bytes besides its value
+    assert num_bytes + 512 * 110 < 87_000
+    subject = directory(swarm)
+    subject.watch("ffn", (64, 64))
+    await subject.wait_warm("ffn")
+    view = subject.live("ffn")
+    assert view is not None
+    assert view.coords.dtype == np.int64 and view.coords.tolist() == sorted(map(list, expected))
+    for row in range(len(view)):
+        owners = {replica.peer.peer_id for replica in view.replicas_at(row)}
+        assert owners == {peer(number) for number in expected[split_uid(view.uid(row))[1]]}
+    assert view.replicas.keys() == expected.keys()
+    for server in servers:
+        await server.aclose()
+    await subject.aclose()
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="refresh_period"):
+        DirectorySettings(refresh_period=0)

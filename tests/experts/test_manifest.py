@@ -1,0 +1,161 @@
+"""Uids, and manifests as bytes: round trips, sizes, and what strangers may send."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.manifest import (
+    MAX_PART_BYTES,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+    experts_by_grid,
+    grid_key,
+    join_uid,
+    shard_key,
+    split_uid,
+)
+
+ADDRESSES = ["198.51.100.7:31337"]
+
+
+def members(manifest: Manifest) -> dict[tuple[int, ...], bool]:
+    rows = zip(manifest.coords.tolist(), manifest.primary.tolist(), strict=True)
+    return {tuple(coords): primary for coords, primary in rows}
+
+
+def test_a_uid_is_a_prefix_and_coordinates() -> None:
+    assert split_uid("ffn.3.7") == ("ffn", (3, 7))
+    assert split_uid("my.model.layer-2.0") == ("my.model.layer-2", (0,))
+    assert join_uid("ffn", (3, 7)) == "ffn.3.7"
+
+
+@pytest.mark.parametrize(
+    "uid",
+    [
+        "",
+        "ffn",
+        "3.7",
+        ".3",
+        "ffn.",
+        "ffn..3",
+        "ffn.03",
+        "ffn.-1",
+        "ffn. 3",
+        "a b.3",
+        "ffn.3.x",
+        "ffn.²",
+        "ffn.4294967296",
+    ]
+    + ["1.ffn.3", "x" * 300 + ".1", "ffn" + ".1" * 9],
+)
+def test_a_malformed_uid_is_named(uid: str) -> None:
+    with pytest.raises(ValueError, match="uid|coordinates"):
+        split_uid(uid)
+
+
+def test_keys_tell_grids_and_shards_apart() -> None:
+    uids = [f"ffn.{x}.{y}" for x in range(64) for y in range(64)]
+    shards = {shard_key(uid) for uid in uids}
+    assert len(shards) == 256
+    assert grid_key("ffn") not in shards
+    assert all(shard.startswith(grid_key("ffn")) for shard in shards)
+
+
+experts_on_a_grid = st.integers(1, 4).flatmap(
+    lambda dims: st.dictionaries(
+        st.tuples(*[st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))] * dims), st.booleans(), min_size=1
+    )
+)
+
+
+@given(
+    experts_on_a_grid,
+    st.lists(
+        st.sampled_from(["127.0.0.1:1", "[2001:db8::1]:65535", "node.example.org:31337", "10.0.0.1:8080", "my_pc:9"]),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(0, 2**48 - 1),
+    st.integers(200, 1000),
+)
+def test_parts_say_together_what_was_encoded(
+    experts: dict[tuple[int, ...], bool], addresses: list[str], sequence: int, size: int
+) -> None:
+    together: dict[tuple[int, ...], bool] = {}
+    for part, inside in encode_manifest(addresses, experts, sequence=sequence, max_part_bytes=size):
+        assert len(part) <= size
+        manifest = decode_manifest(part)
+        assert (manifest.addresses, manifest.sequence) == (tuple(addresses), sequence)
+        assert sorted(members(manifest)) == inside
+        assert not members(manifest).keys() & together.keys()
+        together |= members(manifest)
+    assert together == experts
+
+
+def test_eight_experts_take_a_few_dozen_bytes() -> None:
+    # 87 KB for 512 servers are 170 bytes per server, of which a signed entry takes about 110 for itself
+    experts = {(random.Random(i).randrange(64), i): True for i in range(8)}
+    [(part, _)] = encode_manifest(ADDRESSES, experts, sequence=2**47)
+    assert len(part) <= 60
+
+
+def test_a_thousand_experts_fit_a_few_parts() -> None:
+    parts = encode_manifest(ADDRESSES, {(x, y): False for x in range(32) for y in range(32)}, sequence=1)
+    assert len(parts) == 3
+    assert all(len(part) <= MAX_PART_BYTES for part, _ in parts)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "experts"),
+    [
+        ([], {(1,): True}),
+        (["127.0.0.1:1"] * 9, {(1,): True}),
+        (["127.0.0.1:0"], {(1,): True}),
+        (["no port"], {(1,): True}),
+        (["a name with spaces:1"], {(1,): True}),
+        (ADDRESSES, {}),
+        (ADDRESSES, {(1,): True, (1, 2): True}),
+    ],
+)
+def test_a_senders_own_mistake_is_a_value_error(addresses: list[str], experts: dict[tuple[int, ...], bool]) -> None:
+    with pytest.raises(ValueError):
+        encode_manifest(addresses, experts, sequence=1)
+
+
+@given(st.one_of(st.binary(max_size=100), st.none(), st.integers(), st.lists(st.binary()), st.text()))
+@example(b"")
+@example(b"\1" * 1001)
+def test_garbage_is_a_protocol_error(value: object) -> None:
+    try:
+        decode_manifest(value)
+    except ProtocolError:
+        pass
+
+
+@given(experts_on_a_grid, st.data())
+def test_damaged_manifests_are_protocol_errors_or_other_manifests(
+    experts: dict[tuple[int, ...], bool], data: st.DataObject
+) -> None:
+    part = bytearray(encode_manifest(["127.0.0.1:1", "example.org:80"], experts, sequence=7)[0][0])
+    for _ in range(data.draw(st.integers(1, 3))):
+        part[data.draw(st.integers(0, min(40, len(part) - 1)))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(part)))
+    for damaged in (bytes(part), bytes(part[:cut]), bytes(part) + b"\0"):
+        try:
+            manifest = decode_manifest(damaged)
+        except ProtocolError:
+            continue
+        # whatever came through can be said again
+        again = encode_manifest(manifest.addresses, members(manifest), sequence=manifest.sequence)
+        assert members(decode_manifest(again[0][0])) == members(manifest)
+
+
+def test_uids_are_grouped_by_their_grid() -> None:
+    grids = dict(experts_by_grid({"ffn.1.2": True, "attention.3": False, "ffn.0.0": False}))
+    assert grids == {"ffn": {(1, 2): True, (0, 0): False}, "attention": {(3,): False}}

@@ -1,0 +1,148 @@
+"""Manifests stay in the network while their server does, and leave with it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tesseract_async.errors import ConnectionLost
+from tesseract_async.experts import ExpertPublisher, PublisherSettings, grid_key, shard_key
+from tesseract_async.experts.manifest import decode_manifest
+from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
+
+QUICK = PublisherSettings(ttl=0.2, refresh_period=0.02, retry_period=0.01, declare_timeout=0.3)
+UIDS = {"ffn.3.7": True, "ffn.3.8": False, "attention.1": True}
+
+
+SLOW = PublisherSettings()
+
+
+def publisher(swarm: FakeSwarm, settings: PublisherSettings = SLOW) -> ExpertPublisher:
+    network = FakeNetwork(swarm, peer(1))
+    return ExpertPublisher(network, addresses=["127.0.0.1:4000"], settings=settings, clock=swarm.clock)
+
+
+def network_of(subject: ExpertPublisher) -> FakeNetwork:
+    assert isinstance(subject._network, FakeNetwork)
+    return subject._network
+
+
+async def test_a_manifest_lies_under_its_grid_and_under_every_uids_shard() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm)
+    assert await subject.declare(UIDS) == 3
+    keys = {key for key, _, _ in swarm.entries}
+    assert keys == {grid_key("ffn"), grid_key("attention"), *map(shard_key, UIDS)}
+    for key, subkey, owner in swarm.entries:
+        manifest = decode_manifest(swarm.entries[(key, subkey, owner)].value)
+        assert manifest.coords.tolist() == ([[1]] if "attention" in key else [[3, 7], [3, 8]])
+        assert manifest.primary.tolist() == ([True] if "attention" in key else [True, False])
+    await subject.aclose()
+    assert not swarm.entries
+
+
+async def test_declaring_again_replaces_what_was_declared() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm)
+    await subject.declare({f"ffn.{x}.{y}": True for x in range(40) for y in range(40)})
+    assert {subkey for _, subkey, _ in swarm.entries} == {"0", "1", "2", "3"}
+    await subject.declare({"ffn.1.1": True})
+    assert swarm.entries.keys() == {(grid_key("ffn"), "0", peer(1)), (shard_key("ffn.1.1"), "0", peer(1))}
+    assert subject.uids == {"ffn.1.1": True}
+    await subject.declare({})
+    assert not swarm.entries
+    await subject.aclose()
+
+
+async def test_declare_looks_for_more_holders_until_there_are_enough() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm, QUICK)
+    network_of(subject).holders = [1, 2, 2, 3]
+    assert await subject.declare({"ffn.1": True}) == 3
+    assert swarm.stores[grid_key("ffn")] == 3
+    await subject.aclose()
+
+
+async def test_a_lonely_node_is_satisfied_with_itself() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm)
+    network_of(subject).num_contacts, network_of(subject).holders = 0, [1]
+    assert await subject.declare({"ffn.1": True}) == 1
+    await subject.aclose()
+
+
+async def test_declare_ends_with_what_was_achieved_and_goes_on_in_the_background() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm, QUICK)
+    network_of(subject).failure = ConnectionLost("peer", "gone")
+    assert await subject.declare({"ffn.1": True}) == 0
+    assert subject.metrics.total("manifest_stores_failed") > 0
+    network_of(subject).failure = None
+    await swarm.until(lambda: bool(swarm.entries))
+    await subject.aclose()
+    assert not swarm.entries
+
+
+async def test_manifests_are_renewed_before_they_expire() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm, QUICK)
+    await subject.declare({"ffn.1": True})
+    at = (grid_key("ffn"), "0", peer(1))
+    for _ in range(3):
+        before = decode_manifest(swarm.entries[at].value).sequence
+        swarm.clock.now += 0.02
+        await swarm.until(lambda before=before: decode_manifest(swarm.entries[at].value).sequence > before)  # type: ignore[misc]
+    await subject.aclose()
+
+
+async def test_a_server_that_lost_its_memory_goes_on_upwards() -> None:
+    swarm = FakeSwarm()
+    first = publisher(swarm)
+    await first.declare({"ffn.1": True})
+    at = (grid_key("ffn"), "0", peer(1))
+    before = decode_manifest(swarm.entries[at].value).sequence
+    swarm.clock.now += 1
+    second = publisher(swarm)
+    await second.declare({"ffn.1": True})
+    assert decode_manifest(swarm.entries[at].value).sequence > before
+    await second.aclose()
+    await first.aclose()
+
+
+async def test_cancelling_declare_leaves_nothing_after_closing() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm, QUICK)
+    network_of(subject).holders = [0]
+    declaring = asyncio.create_task(subject.declare({"ffn.1": True}))
+    await swarm.until(lambda: swarm.stores[grid_key("ffn")] > 1)
+    declaring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await declaring
+    await subject.aclose()
+    assert (grid_key("ffn"), "0") in network_of(subject).withdrawn
+
+
+async def test_nothing_is_sent_for_a_malformed_uid_or_after_closing() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm)
+    with pytest.raises(ValueError, match="ffn"):
+        await subject.declare({"ffn": True})
+    await subject.aclose()
+    await subject.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await subject.declare({"ffn.1": True})
+    assert not swarm.stores
+
+
+async def test_a_farewell_that_fails_is_only_logged() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm)
+    await subject.declare({"ffn.1": True})
+    network_of(subject).failure = ConnectionLost("peer", "gone")
+    await subject.aclose()
+
+
+def test_a_refresh_period_fits_into_the_time_to_live() -> None:
+    with pytest.raises(ValueError, match="refresh_period"):
+        PublisherSettings(ttl=10, refresh_period=10)
