@@ -24,7 +24,7 @@ def at(text: str, zone: tzinfo = UTC) -> float:
     return datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
 
 
-def contract(zone: tzinfo = UTC, usage: Usage = Usage(), **limits: object) -> VolunteerContract:
+def contract(zone: tzinfo = UTC, usage: Usage = Usage(0.0), **limits: object) -> VolunteerContract:
     return VolunteerContract(VolunteerSettings(**limits), timezone=zone, usage=usage)  # type: ignore[arg-type]
 
 
