@@ -21,7 +21,6 @@ from tesseract_async.experts.claiming import (
 from tesseract_async.experts.manifest import encode_manifest, grid_key
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 
-
 AT_ONCE = ClaimSettings(settle=0.0)
 
 

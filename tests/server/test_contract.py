@@ -24,8 +24,8 @@ def at(text: str, zone: tzinfo = UTC) -> float:
     return datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
 
 
-def contract(zone: tzinfo = UTC, usage: Usage = Usage(0.0), **limits: object) -> VolunteerContract:
-    return VolunteerContract(VolunteerSettings(**limits), timezone=zone, usage=usage)  # type: ignore[arg-type]
+def contract(zone: tzinfo = UTC, usage: Usage | None = None, **limits: object) -> VolunteerContract:
+    return VolunteerContract(VolunteerSettings(**limits), timezone=zone, usage=usage or Usage())  # type: ignore[arg-type]
 
 
 def hours(*texts: str) -> tuple[Hours, ...]:
