@@ -95,6 +95,9 @@ class RunManifest:
             _check(self)
         except ProtocolError as error:
             raise ValueError(str(error)) from None
+        # as they come back from the wire, so that what is equal there is equal here
+        for name in ("args_schema", "kwargs_schema", "outputs_schema"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
 
     @property
     def pattern(self) -> ExpertPattern:
