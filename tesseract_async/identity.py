@@ -1,20 +1,23 @@
 """Who a node is: an Ed25519 key, and the id that follows from it.
 
 A `PeerID` is the SHA-256 of the raw public key (as in S/Kademlia, Baumgart & Mies 2007, an id can't be chosen without
-finding a key for it). It is the node's name in the DHT and on every channel.
+finding a key for it). It is the node's name in the DHT and on every channel. A `SignedRecord` is what
+its owner says in the DHT: holders and readers check the signature, so nobody can say it in another's name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from tesseract_async.errors import ProtocolError
+from tesseract_async.errors import InvalidRecord, ProtocolError
 
 
 class PeerID(bytes):
@@ -119,3 +122,115 @@ def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
+
+
+RECORD_DOMAIN = b"tesseract record 1\0"
+_RECORD_HEAD = struct.Struct(">64s32sQQB")
+_TOMBSTONE, _HAS_SUBKEY = 1, 2
+MAX_SUBKEY_BYTES = 128
+MAX_RECORD_BYTES = 1040
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRecord:
+    """One entry of the DHT, signed by its owner over a domain tag and every field.
+
+    Its identity is (key, subkey, owner): two owners never collide. Of two records with the same identity the one with
+    the higher sequence counts. A tombstone is a record that says that its owner withdrew the entry.
+    """
+
+    key: bytes
+    """32 bytes: where in the DHT it is stored."""
+    subkey: str | None
+    """Which entry of a dictionary it is; None for a single value."""
+    owner: PeerID
+    sequence: int
+    """Microseconds since 1970, or more."""
+    expiration: float
+    """Seconds since 1970, to the millisecond."""
+    value: bytes
+    tombstone: bool
+    body: bytes
+    """The record on the wire, without its key: signature, public key, sequence, expiration, flags, subkey, value."""
+
+    @classmethod
+    def sign(
+        cls,
+        identity: Identity,
+        key: bytes,
+        *,
+        sequence: int,
+        expiration: float,
+        value: bytes = b"",
+        subkey: str | None = None,
+        tombstone: bool = False,
+    ) -> SignedRecord:
+        """A record by `identity`.
+
+        Raises: ValueError for a subkey over 128 bytes or a record over 1,040 (113 of them are not the caller's).
+        """
+        name = b"" if subkey is None else subkey.encode()
+        if len(name) > MAX_SUBKEY_BYTES:
+            raise ValueError(f"a subkey may have {MAX_SUBKEY_BYTES} bytes, not {len(name)}")
+        flags = _TOMBSTONE * tombstone | _HAS_SUBKEY * (subkey is not None)
+        milliseconds = round(expiration * 1000)
+        head = _RECORD_HEAD.pack(b"", identity.public_key, sequence, milliseconds, flags)[64:]
+        tail = head + (bytes([len(name)]) + name if subkey is not None else b"") + value
+        if len(tail) + 64 > MAX_RECORD_BYTES:
+            room = MAX_RECORD_BYTES - (len(tail) + 64 - len(value))
+            raise ValueError(f"the value has {len(value)} bytes, but a record has room for {room}: store it in parts")
+        body = identity.sign(RECORD_DOMAIN + key + tail) + tail
+        owner = identity.peer_id
+        return cls(key, subkey, owner, sequence, milliseconds / 1000, value, tombstone, body)
+
+    @classmethod
+    def decode(cls, key: bytes, body: bytes) -> SignedRecord:
+        """Reads and verifies an untrusted `body` that claims to belong under `key`.
+
+        Raises: InvalidRecord if it is malformed or the signature does not hold.
+        """
+        record = cls.decode_unverified(key, body)
+        if not verify(body[64:96], body[:64], RECORD_DOMAIN + key + body[64:]):
+            raise InvalidRecord("the signature of a record does not hold")
+        return record
+
+    @classmethod
+    def decode_unverified(cls, key: bytes, body: bytes) -> SignedRecord:
+        """Reads an untrusted `body` without checking its signature: enough to see whether it is worth checking.
+
+        Raises: InvalidRecord if it is malformed.
+        """
+        if not _RECORD_HEAD.size <= len(body) <= MAX_RECORD_BYTES or len(key) != 32:
+            raise InvalidRecord(f"a record of {len(body)} bytes")
+        _, public_key, sequence, milliseconds, flags = _RECORD_HEAD.unpack_from(body)
+        start = _RECORD_HEAD.size
+        subkey = None
+        if flags & ~(_TOMBSTONE | _HAS_SUBKEY) or sequence >= 2**63 or milliseconds >= 2**52:
+            raise InvalidRecord("a record with fields out of range")
+        if flags & _HAS_SUBKEY:
+            if len(body) == start or body[start] > MAX_SUBKEY_BYTES or len(body) < start + 1 + body[start]:
+                raise InvalidRecord("a record whose subkey is cut short")
+            end = start + 1 + body[start]
+            try:
+                subkey = body[start + 1 : end].decode()
+            except UnicodeDecodeError:
+                raise InvalidRecord("a record whose subkey is not UTF-8") from None
+            start = end
+        owner = PeerID.from_public_key(public_key)
+        tombstone = bool(flags & _TOMBSTONE)
+        return cls(key, subkey, owner, sequence, milliseconds / 1000, body[start:], tombstone, body)
+
+    def supersedes(self, other: SignedRecord) -> bool:
+        """Which of two with the same identity counts; of equal sequences every node picks the same."""
+        return (self.sequence, self.body) > (other.sequence, other.body)
+
+    @property
+    def slot(self) -> int:
+        """64 bits that place the entry in its dictionary: a hash of subkey and owner, the same at every holder."""
+        name = b"\0" if self.subkey is None else b"\1" + self.subkey.encode()
+        return int.from_bytes(hashlib.sha256(self.owner + name).digest()[:8], "big")
+
+    @property
+    def digest(self) -> int:
+        """64 bits of a hash of the whole record: two holders with equal digests hold the same bytes."""
+        return int.from_bytes(hashlib.sha256(self.body).digest()[:8], "big")

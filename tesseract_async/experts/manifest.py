@@ -17,6 +17,7 @@ Layout, integers big-endian::
                1 byte   kind: 4 (IPv4), 6 (IPv6) or 0 (name)
                4 or 16 bytes, or 1 byte length and as many of UTF-8
                2 bytes  port
+    1 byte   number of rendezvous nodes, then each: an address as above, and 32 bytes of peer id
     1 byte   number of dimensions of the grid
     1 byte   width: bytes per coordinate (1, 2 or 4)
     2 bytes  number of experts, n
@@ -39,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tesseract_async.errors import ProtocolError
+from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import split_host_port
 
 Coordinates = npt.NDArray[np.int64]
@@ -48,6 +50,7 @@ FORMAT = 1
 SEQUENCE_BYTES = 6
 MAX_PART_BYTES = 1000
 MAX_ADDRESSES = 8
+MAX_RENDEZVOUS = 4
 MAX_DIMS = 8
 MAX_COORDINATE = 2**32 - 1
 MAX_UID_LENGTH = 256
@@ -104,7 +107,9 @@ class Manifest:
     sequence: int
     """Of two manifests of one server, the one with the higher sequence holds."""
     addresses: tuple[str, ...]
-    """``host:port``, the preferred one first."""
+    """``host:port``, the preferred one first. Empty for a server that can be reached through `rendezvous` only."""
+    rendezvous: tuple[str, ...]
+    """``host:port/PEER_ID``: nodes that pass on a request to dial back, or relay."""
     coords: Coordinates
     primary: npt.NDArray[np.bool_]
     """``[experts]``: whether this server is the one that trains it."""
@@ -119,16 +124,20 @@ def encode_manifest(
     experts: Mapping[tuple[int, ...], bool],
     *,
     sequence: int,
+    rendezvous: Sequence[str] = (),
     max_part_bytes: int = MAX_PART_BYTES,
 ) -> list[tuple[bytes, list[tuple[int, ...]]]]:
     """The parts that say: at these addresses live `experts` (coordinates -> whether it is the primary).
 
     Returns each part's bytes and the coordinates in it.
 
-    Raises: ValueError for too many addresses, a malformed one, or experts of differing numbers of dimensions.
+    Raises: ValueError for too many or no addresses, a malformed one, or experts of differing numbers of dimensions.
     """
-    if not 0 < len(addresses) <= MAX_ADDRESSES:
-        raise ValueError(f"a server has 1 to {MAX_ADDRESSES} addresses, not {len(addresses)}")
+    if len(addresses) > MAX_ADDRESSES or len(rendezvous) > MAX_RENDEZVOUS or not (addresses or rendezvous):
+        raise ValueError(
+            f"a server has at most {MAX_ADDRESSES} addresses and {MAX_RENDEZVOUS} rendezvous nodes, and one of either "
+            f"at least; not {len(addresses)} and {len(rendezvous)}"
+        )
     if len({len(coords) for coords in experts}) != 1:
         raise ValueError("the experts of one grid have equally many coordinates, and there is at least one expert")
     ordered = sorted(experts)
@@ -142,6 +151,8 @@ def encode_manifest(
             sequence.to_bytes(SEQUENCE_BYTES, "big"),
             bytes([len(addresses)]),
             *map(_encode_address, addresses),
+            bytes([len(rendezvous)]),
+            *map(_encode_rendezvous, rendezvous),
             bytes([num_dims, width]),
         )
     )
@@ -175,12 +186,19 @@ def _decode(value: bytes) -> Manifest:
         raise ProtocolError("a manifest of an unknown format")
     sequence, offset = int.from_bytes(value[1 : 1 + SEQUENCE_BYTES], "big"), 2 + SEQUENCE_BYTES
     num_addresses = value[offset - 1]
-    if not 0 < num_addresses <= MAX_ADDRESSES:
-        raise ProtocolError("a manifest with no address, or too many")
-    addresses = []
+    if num_addresses > MAX_ADDRESSES:
+        raise ProtocolError("a manifest with too many addresses")
+    addresses, rendezvous = [], []
     for _ in range(num_addresses):
         address, offset = _decode_address(value, offset)
         addresses.append(address)
+    num_rendezvous, offset = value[offset], offset + 1
+    if num_rendezvous > MAX_RENDEZVOUS or not (num_addresses or num_rendezvous):
+        raise ProtocolError("a manifest with too many rendezvous nodes, or without any address")
+    for _ in range(num_rendezvous):
+        address, offset = _decode_address(value, offset)
+        rendezvous.append(f"{address}/{PeerID(value[offset : offset + 32])}")
+        offset += 32
     num_dims, width = value[offset], value[offset + 1]
     num_experts = int.from_bytes(value[offset + 2 : offset + 4], "big")
     offset += 4
@@ -192,7 +210,11 @@ def _decode(value: bytes) -> Manifest:
     coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset)
     primary = np.unpackbits(np.frombuffer(value, np.uint8, offset=end), count=num_experts)
     return Manifest(
-        sequence, tuple(addresses), coords.astype(np.int64).reshape(num_experts, num_dims), primary.astype(bool)
+        sequence,
+        tuple(addresses),
+        tuple(rendezvous),
+        coords.astype(np.int64).reshape(num_experts, num_dims),
+        primary.astype(bool),
     )
 
 
@@ -208,6 +230,11 @@ def _encode_address(address: str) -> bytes:
             raise ValueError(f"not an address, such as 198.51.100.7:31337: {address!r}") from None
         return bytes([0, len(name)]) + name + port.to_bytes(2, "big")
     return bytes([ip.version]) + ip.packed + port.to_bytes(2, "big")
+
+
+def _encode_rendezvous(node: str) -> bytes:
+    address, _, peer_id = node.partition("/")
+    return _encode_address(address) + PeerID.parse(peer_id)
 
 
 def _decode_address(value: bytes, offset: int) -> tuple[str, int]:

@@ -57,15 +57,18 @@ class ExpertPublisher:
         network: PublishingNetwork,
         *,
         addresses: Sequence[str],
+        rendezvous: Sequence[str] = (),
         settings: PublisherSettings = PublisherSettings(),
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`addresses` are what others dial, ``host:port``, the preferred one first; `clock` gives wall-clock time."""
+        """`addresses` are what others dial, ``host:port``, the preferred one first; `rendezvous` are nodes that pass on
+        what cannot be dialled, ``host:port/PEER_ID``. `clock` gives wall-clock time."""
         self.settings = settings
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
         self._addresses = tuple(addresses)
+        self._rendezvous = tuple(rendezvous)
         self._clock = clock
         self._uids: dict[str, bool] = {}
         self._sequence = 0
@@ -108,6 +111,20 @@ class ExpertPublisher:
             self._renewal = asyncio.create_task(self._renew(), name="experts: renew manifests")
         return holders
 
+    async def update_addresses(self, addresses: Sequence[str], rendezvous: Sequence[str] = ()) -> int:
+        """Says from now on that this server is to be found elsewhere; like `declare` with what is declared already.
+
+        Raises: ValueError for a malformed address; then the former ones stay.
+        """
+        before = self._addresses, self._rendezvous
+        self._addresses, self._rendezvous = tuple(addresses), tuple(rendezvous)
+        try:
+            self._encode({(0,): True})
+        except ValueError:
+            self._addresses, self._rendezvous = before
+            raise
+        return await self.declare(self._uids) if self._uids else 0
+
     async def withdraw(self) -> None:
         """Farewell: tells the network that these experts are gone, and stops renewing. `declare` may follow."""
         if self._renewal is not None:
@@ -132,13 +149,14 @@ class ExpertPublisher:
         entries: dict[tuple[str, str], bytes] = {}
         for prefix, experts in experts_by_grid(uids):
             # each part goes under the grid's key, and under the shard of every uid in it
-            for number, (part, members) in enumerate(
-                encode_manifest(self._addresses, experts, sequence=self._sequence)
-            ):
+            for number, (part, members) in enumerate(self._encode(experts)):
                 entries[(grid_key(prefix), str(number))] = part
                 for coords in members:
                     entries[(shard_key(join_uid(prefix, coords)), str(number))] = part
         return entries
+
+    def _encode(self, experts: Mapping[tuple[int, ...], bool]) -> list[tuple[bytes, list[tuple[int, ...]]]]:
+        return encode_manifest(self._addresses, experts, sequence=self._sequence, rendezvous=self._rendezvous)
 
     async def _publish(self) -> int:
         """Stores what is declared under a new sequence, withdraws what no longer is; the fewest holders of an entry."""

@@ -39,7 +39,7 @@ class ExpertInfo:
     """Schema of the positional arguments (a tuple)."""
     kwargs_schema: dict[str, Any]
     """Schema of the keyword arguments (a dict)."""
-    outputs_schema: list[Any]
+    outputs_schema: list[Any] | dict[str, Any]
     """Schema of what the module returns (a single spec for a bare tensor)."""
     max_batch_size: int
     """Rows that the server computes at once; larger requests are split by the server."""
@@ -109,6 +109,9 @@ _CHECKS: dict[str, Any] = {
     "bytes": lambda value: type(value) is bytes and len(value) == 16,
     "list[Any]": lambda value: type(value) is list,
     "list[str]": lambda value: type(value) is list and all(type(item) is str for item in value),
+    "list[Any] | dict[str, Any]": lambda value: (
+        type(value) is list or (type(value) is dict and all(type(key) is str for key in value))
+    ),
     "dict[str, Any]": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
 

@@ -20,6 +20,7 @@ from tesseract_async.experts.manifest import (
     shard_key,
     split_uid,
 )
+from tests.experts.fake_network import peer
 
 ADDRESSES = ["198.51.100.7:31337"]
 
@@ -81,17 +82,21 @@ experts_on_a_grid = st.integers(1, 4).flatmap(
         min_size=1,
         max_size=8,
     ),
+    st.lists(st.sampled_from([f"10.0.0.1:80/{peer(3)}", f"[::1]:1/{peer(4)}"]), max_size=4),
     st.integers(0, 2**48 - 1),
-    st.integers(200, 1000),
+    st.integers(400, 1000),
 )
 def test_parts_say_together_what_was_encoded(
-    experts: dict[tuple[int, ...], bool], addresses: list[str], sequence: int, size: int
+    experts: dict[tuple[int, ...], bool], addresses: list[str], rendezvous: list[str], sequence: int, size: int
 ) -> None:
     together: dict[tuple[int, ...], bool] = {}
-    for part, inside in encode_manifest(addresses, experts, sequence=sequence, max_part_bytes=size):
+    for part, inside in encode_manifest(
+        addresses, experts, sequence=sequence, rendezvous=rendezvous, max_part_bytes=size
+    ):
         assert len(part) <= size
         manifest = decode_manifest(part)
         assert (manifest.addresses, manifest.sequence) == (tuple(addresses), sequence)
+        assert manifest.rendezvous == tuple(rendezvous)
         assert sorted(members(manifest)) == inside
         assert not members(manifest).keys() & together.keys()
         together |= members(manifest)
@@ -152,10 +157,22 @@ def test_damaged_manifests_are_protocol_errors_or_other_manifests(
         except ProtocolError:
             continue
         # whatever came through can be said again
-        again = encode_manifest(manifest.addresses, members(manifest), sequence=manifest.sequence)
+        again = encode_manifest(
+            manifest.addresses, members(manifest), sequence=manifest.sequence, rendezvous=manifest.rendezvous
+        )
         assert members(decode_manifest(again[0][0])) == members(manifest)
 
 
 def test_uids_are_grouped_by_their_grid() -> None:
     grids = dict(experts_by_grid({"ffn.1.2": True, "attention.3": False, "ffn.0.0": False}))
     assert grids == {"ffn": {(1, 2): True, (0, 0): False}, "attention": {(3,): False}}
+
+
+def test_a_server_behind_a_rendezvous_needs_no_address_of_its_own() -> None:
+    node = f"198.51.100.9:31337/{peer(9)}"
+    [(part, _)] = encode_manifest([], {(1,): True}, sequence=1, rendezvous=[node])
+    manifest = decode_manifest(part)
+    assert (manifest.addresses, manifest.rendezvous) == ((), (node,))
+    for wrong in ([node] * 5, ["198.51.100.9:31337"], ["198.51.100.9:31337/abc"]):
+        with pytest.raises(ValueError):
+            encode_manifest(ADDRESSES, {(1,): True}, sequence=1, rendezvous=wrong)

@@ -123,6 +123,23 @@ async def test_cancelling_declare_leaves_nothing_after_closing() -> None:
     assert (grid_key("ffn"), "0") in network_of(subject).withdrawn
 
 
+async def test_a_server_may_move() -> None:
+    swarm = FakeSwarm()
+    subject = publisher(swarm)
+    assert await subject.update_addresses(["127.0.0.1:4001"]) == 0, "nothing is declared yet"
+    await subject.declare({"ffn.1": True})
+    at = (grid_key("ffn"), "0", peer(1))
+    assert decode_manifest(swarm.entries[at].value).addresses == ("127.0.0.1:4001",)
+    node = f"10.0.0.1:1/{peer(2)}"
+    assert await subject.update_addresses([], [node]) == 3
+    assert decode_manifest(swarm.entries[at].value).rendezvous == (node,)
+    with pytest.raises(ValueError):
+        await subject.update_addresses([])
+    await subject.declare({"ffn.2": True})
+    assert decode_manifest(swarm.entries[at].value).rendezvous == (node,)
+    await subject.aclose()
+
+
 async def test_nothing_is_sent_for_a_malformed_uid_or_after_closing() -> None:
     swarm = FakeSwarm()
     subject = publisher(swarm)

@@ -1,0 +1,461 @@
+"""Remote calls in torch's graph, and `backward` without blocking the loop. One of three files that cross threads.
+
+A remote call has *two* nodes in the graph. `_Await` is made when the call is sent, `_Issue` when its answer arrives.
+In backward `_Issue` comes first: it starts the gradient request on the loop and returns at once; `_Await`, whose
+gradient is the request's answer, blocks the engine's thread (never the loop's) until that is there. PyTorch's engine
+runs ready nodes by descending sequence number, so all requests that can go out have gone out before it blocks:
+`_Issue` carries the highest number, and among the `_Await`s the one sent last, whose forward mirrored would end first,
+is waited for first.
+
+The token between the two nodes is a CPU scalar, so that `_Await` runs in the thread that called the engine even if the
+rest of the graph is on a GPU. Outputs are fresh tensors, inputs are saved with `save_for_backward` (in-place changes
+are noticed), and what is under way is keyed by graph task, so that one graph can be gone through several times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.utils.checkpoint
+
+from tesseract_async.client.isolated import DEFAULT, isolated
+
+IDLE_SECONDS = 1.0
+"""An engine thread without work ends after this long."""
+_POLL_SECONDS = 1.0
+_ISSUE_FIRST = 2**62
+
+_ON_THE_LOOP = (
+    "backward through a remote expert was called on the event loop's own thread, which has to stay free to carry the "
+    "gradients: use `await tesseract_async.backward(loss)` (or call .backward() in another thread)"
+)
+_DOUBLE = (
+    "a remote expert's gradient can't be differentiated again: call backward without create_graph=True "
+    "(double backward would need the expert's second derivatives from its server)"
+)
+_CHECKPOINTED = (
+    "a remote expert can't be called inside torch.utils.checkpoint: its server recomputes the forward anyway, so there "
+    "is nothing to save; leave it outside of the checkpointed function"
+)
+_LOOP_GONE = "the event loop that carried this remote call no longer runs: backward needs it to be running"
+
+_CANCELLED_OUTSIDE = "a gradient request was cancelled, and not by its backward: is the program ending?"
+
+
+class Remote(Protocol):
+    """What `remote_call` needs to know about one remote call. Both methods run on the loop, outside of autograd."""
+
+    timeout: float
+    """Seconds within which `backward` ends, one way or another."""
+
+    async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs: fresh tensors, no views of each other."""
+
+    async def backward(
+        self, inputs: Sequence[torch.Tensor], output_grads: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """One gradient per input, each of its input's shape and dtype, or None."""
+
+
+async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differentiable: bool) -> list[torch.Tensor]:
+    """Runs `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
+
+    It is differentiable even where no input requires grad: backward trains the expert.
+    Raises: what `remote.forward` raises; RuntimeError if an input was changed in place while the call was under way.
+    """
+    detached = [tensor.detach() for tensor in inputs]
+    if not differentiable:
+        return await remote.forward(detached)
+    call = _Call(remote)
+    with torch.inference_mode(False), torch.enable_grad():
+        token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]
+    versions = [tensor._version for tensor in inputs]
+    outputs = await remote.forward(detached)
+    if [tensor._version for tensor in inputs] != versions:
+        raise RuntimeError("an input of a remote call was changed in place while the call was under way")
+    call.outputs = outputs
+    with torch.inference_mode(False), torch.enable_grad():
+        results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)  # type: ignore[no-untyped-call]
+    for result in results:
+        if result.grad_fn is not None:
+            if hasattr(result.grad_fn, "_set_sequence_nr"):  # private: a test notices if it goes away
+                result.grad_fn._set_sequence_nr(_ISSUE_FIRST)
+            break
+    return list(results)
+
+
+def refuse_checkpoint() -> None:
+    """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint``."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise RuntimeError(_CHECKPOINTED)
+        frame = frame.f_back
+
+
+# ------------------------------------------------------------------------------------------------ the two nodes
+
+# A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward.
+_always_needed = torch.empty(0, requires_grad=True)
+
+
+class _Cancelled(Exception):
+    """The step that this gradient request belongs to was cancelled. Never reaches a user."""
+
+
+class _Request:
+    """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+        self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
+        self._done = threading.Event()
+        self._result: list[torch.Tensor | None] | None = None
+        self._error: BaseException | None = None
+
+    def start(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+        """In an engine's thread. Raises: RuntimeError if the loop is not running."""
+        if not self.call.loop.is_running():
+            raise RuntimeError(_LOOP_GONE)
+        self.call.loop.call_soon_threadsafe(self._begin, inputs, grads, context=self.call.context)
+
+    def _begin(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+        if self._done.is_set():  # cancelled before it began
+            return
+        self.task = self.call.loop.create_task(isolated(self._carry(inputs, grads), modes=DEFAULT))
+        self.task.add_done_callback(self._finish)
+
+    async def _carry(
+        self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        with torch.no_grad():
+            return await self.call.remote.backward(inputs, grads)
+
+    def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
+        if task.cancelled():
+            self._error = self._error or RuntimeError(_CANCELLED_OUTSIDE)
+        elif (error := task.exception()) is not None:
+            self._error = self._error or error
+        else:
+            self._result = task.result()
+        self._done.set()
+
+    def cancel(self) -> None:
+        """On the loop's thread or another one: frees the waiting thread at once, and cancels the call."""
+        if not self._done.is_set():
+            self._error = _Cancelled("the step was cancelled")
+            self._done.set()
+        try:
+            self.call.loop.call_soon_threadsafe(self._cancel_task)
+        except RuntimeError:  # the loop is closed: so is the task
+            pass
+
+    def _cancel_task(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def wait(self) -> list[torch.Tensor | None]:
+        """Blocks an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
+        while not self._done.wait(_POLL_SECONDS):
+            if not self.call.loop.is_running():
+                raise RuntimeError(_LOOP_GONE)
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+
+class _Call:
+    """What the two nodes of one remote call share."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote
+        self.loop = asyncio.get_running_loop()
+        self.loop_thread = threading.get_ident()
+        self.context = contextvars.copy_context()
+        self.outputs: list[torch.Tensor] | None = None
+        self.requests: dict[int, _Request] = {}
+        """By graph task: the same graph may be gone through several times, at once even."""
+
+    def refuse_loop_thread(self) -> None:
+        if threading.get_ident() == self.loop_thread and self.loop.is_running():
+            raise RuntimeError(_ON_THE_LOOP)
+
+
+class _Await(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.devices = [tensor.device for tensor in inputs]
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        call: _Call = ctx.call
+        request = call.requests.pop(torch._C._current_graph_task_id())
+        try:
+            call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
+            results = request.wait()
+        except BaseException:
+            request.cancel()
+            raise
+        moved = [None if grad is None else grad.to(device) for grad, device in zip(results, ctx.devices, strict=True)]
+        return (None, None, *moved)
+
+
+class _Issue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.save_for_backward(*inputs)
+        assert call.outputs is not None
+        outputs, call.outputs = tuple(call.outputs), None
+        ctx.mark_non_differentiable(*(o for o in outputs if not (o.is_floating_point() or o.is_complex())))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_DOUBLE)
+        call: _Call = ctx.call
+        call.refuse_loop_thread()
+        inputs = ctx.saved_tensors
+        graph_task = torch._C._current_graph_task_id()
+        request = _Request(call)
+        step = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
+        if step is not None:
+            step.add(request)
+        request.start(inputs, grads)
+        call.requests[graph_task] = request
+        return (None, torch.zeros(()), *(None for _ in inputs))
+
+
+# ------------------------------------------------------------------------------------------------ backward
+
+
+class _Step:
+    """One `backward` under way and its gradient requests."""
+
+    def __init__(self) -> None:
+        self.graph_task: int | None = None
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._requests: list[_Request] = []
+
+    def add(self, request: _Request) -> None:
+        """In an engine's thread."""
+        with self._lock:
+            if self._cancelled:
+                raise _Cancelled("the step was cancelled")
+            self._requests.append(request)
+
+    def cancel(self) -> None:
+        """Fails everything under way and to come, so that the engine's thread leaves."""
+        with self._lock:
+            self._cancelled = True
+            requests = list(self._requests)
+        for request in requests:
+            request.cancel()
+
+    async def aclose(self) -> None:
+        """Waits until the tasks of cancelled requests have ended, those on the running loop."""
+        loop = asyncio.get_running_loop()
+        tasks = [r.task for r in self._requests if r.task is not None and r.call.loop is loop and not r.task.done()]
+        for task in tasks:
+            task.cancel()
+        while tasks := [task for task in tasks if not task.done()]:
+            await asyncio.wait(tasks)
+
+
+_steps: dict[int, _Step] = {}
+"""By graph task: how a node learns which `backward` it runs in."""
+_engine_thread = threading.local()
+
+
+class _Root(torch.autograd.Function):
+    """The first node of every `backward`: it learns the engine's graph task before anything else runs."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, step: _Step) -> torch.Tensor:
+        ctx.step = step
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.step.graph_task = torch._C._current_graph_task_id()
+        _steps[ctx.step.graph_task] = ctx.step
+        return grads[0], None
+
+
+def backward(
+    loss: torch.Tensor, gradient: torch.Tensor | None = None, *, retain_graph: bool = False
+) -> Coroutine[Any, Any, None]:
+    """Backpropagates `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
+
+    The engine runs in a thread of its own; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
+    turn of the loop and all or nothing: after an error or a cancellation every ``.grad`` is as before. Experts whose
+    servers had answered by then have taken their step. Cancelling fails the gradient requests under way and returns
+    once the thread has left, which waits for a local operation in progress but for nothing remote. Hooks that fire
+    after accumulation (`register_post_accumulate_grad_hook`) do not fire.
+
+    `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``.
+
+    Raises: TypeError or RuntimeError for a loss without a graph; what a remote expert's backward raises.
+    """
+    return isolated(_backward(loss, gradient, retain_graph), modes=DEFAULT)
+
+
+async def _backward(loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(f"backward takes a tensor, not a {type(loss).__name__}")
+    if not loss.requires_grad:
+        raise RuntimeError("this loss needs no gradient: it was made under no_grad, or of nothing that requires grad")
+    if gradient is None and loss.numel() != 1:
+        raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
+    step = _Step()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    outcome: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
+    run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, stream), outcome)
+    cancelled: asyncio.CancelledError | None = None
+    while not outcome.done():
+        try:
+            await asyncio.wait([outcome])
+        except asyncio.CancelledError as caught:
+            cancelled = caught
+            step.cancel()
+    failed = cancelled or outcome.exception()
+    if failed is not None:
+        step.cancel()
+        await step.aclose()
+        raise failed
+    _commit(*outcome.result())
+
+
+_Outcome = tuple[list[torch.Tensor], list[torch.Tensor | None]]
+
+
+def _run_engine(
+    step: _Step, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool, stream: Any
+) -> _Outcome:
+    """In an engine thread: every leaf under `loss` and its gradient, in memory of its own."""
+    _engine_thread.step = step
+    try:
+        with torch.cuda.stream(stream):  # of None: does nothing
+            leaves = graph_leaves(loss)
+            root = _Root.apply(loss, step)  # type: ignore[no-untyped-call]
+            grads = torch.autograd.grad(root, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
+            # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
+            return leaves, [None if grad is None else grad.detach().clone() for grad in grads]
+    finally:
+        _engine_thread.step = None
+        if step.graph_task is not None:
+            _steps.pop(step.graph_task, None)
+
+
+def graph_leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose ``.grad`` a backward of `loss` would fill."""
+    if loss.grad_fn is None:
+        return [loss]
+    leaves: list[torch.Tensor] = []
+    seen: set[Any] = {loss.grad_fn}
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return leaves
+
+
+@torch.no_grad()
+def _commit(leaves: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            continue
+        if leaf.grad is None:
+            leaf.grad = grad
+        elif leaf.grad.requires_grad or leaf.grad.layout != grad.layout:
+            leaf.grad = leaf.grad + grad
+        else:
+            leaf.grad.add_(grad)
+
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+class _EngineThreads:
+    """Threads that grow with the work in flight: a backward that waits for its experts never keeps another waiting.
+
+    Python's executors have a fixed size, at which steps would queue (or deadlock, nested); and their threads are
+    joined at exit. A thread is used again, the latest first, and ends after `IDLE_SECONDS` without work.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Runs `job`, which must not raise, in a thread at once."""
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is not None:
+            inbox.put(job)
+        else:
+            threading.Thread(target=self._run, args=(job,), name="tesseract-backward", daemon=True).start()
+
+    def _run(self, job: Callable[[], None] | None) -> None:
+        inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        while job is not None:
+            job()
+            job = None  # an idle thread must not keep a graph alive
+            with self._lock:
+                self._idle.append(inbox)
+            try:
+                job = inbox.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if inbox in self._idle:
+                        self._idle.remove(inbox)
+                        return
+                job = inbox.get()  # it was taken in this very moment: its job is on the way
+
+
+_threads = _EngineThreads()
+
+
+def run_in_engine_thread(work: Callable[[], Any], outcome: asyncio.Future[Any]) -> None:
+    """Runs `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
+    loop = outcome.get_loop()
+
+    def finish(result: Any, error: BaseException | None) -> None:
+        if outcome.cancelled():
+            return
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)
+
+    def job() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:  # it is handed to the awaiting task, whatever it is
+            error = caught
+        try:
+            loop.call_soon_threadsafe(finish, result, error)
+        except RuntimeError:  # the loop is closed: nobody waits
+            pass
+
+    _threads.submit(job)

@@ -1,0 +1,174 @@
+"""The ``expert.*`` calls as coroutines over tensors. Replies come from strangers: each is checked against the schema.
+
+Nothing here knows of autograd. A reply that breaks the rules raises ProtocolError; a server that lies about its shapes
+is treated like one that is down.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tesseract_async.client.ports import Node
+from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, ProtocolError
+from tesseract_async.wire import messages
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, pack_tensors, unpack_tensors
+
+# Errors that say something about a replica, not about the request: it is masked until its next sign of life.
+REPLICA_FAULTS = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSchema:
+    """What an expert takes and gives, decoded and checked."""
+
+    args: tuple[Schema, ...]
+    kwargs: dict[str, Schema]
+    outputs: Schema
+    max_batch_size: int
+    codecs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
+        """Positional and keyword arguments as one structure."""
+        return (self.args, self.kwargs)
+
+    @classmethod
+    def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:
+        """Reads an untrusted info. Raises: ProtocolError."""
+        args, kwargs = decode_schema(info.args_schema), decode_schema(info.kwargs_schema)
+        outputs = decode_schema(info.outputs_schema)
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise ProtocolError("an expert's arguments are a tuple and a map of schemas")
+        if not flatten((args, kwargs)) or not flatten(outputs):
+            raise ProtocolError("an expert without tensors to take or to give")
+        return cls(args, kwargs, outputs, info.max_batch_size, tuple(info.codecs))
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """How calls to an expert are made; see `RemoteExpert.with_options`."""
+
+    timeout: float = 30.0
+    """Seconds for one call, forward or backward, all attempts together."""
+    priority: int = 0
+    """Higher goes first at the server."""
+    codec: str = "none"
+    """How floating-point tensors travel, both ways."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"a timeout is a positive number of seconds, not {self.timeout}")
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One forward to one expert, as backward has to repeat it."""
+
+    uid: str
+    schema: ExpertSchema
+    training: bool
+    seed: int
+    options: CallOptions
+
+
+async def fetch_schema(node: Node, uid: str, peer: Any, *, timeout: float) -> ExpertSchema:
+    """Asks the expert's server what it takes and gives. Raises: what the call raises; ProtocolError for nonsense."""
+    body = messages.encode(messages.InfoRequest(uid))
+    reply = await node.call_expert(peer, INFO, body, timeout=timeout, idempotent=True)
+    info = messages.decode(messages.ExpertInfo, reply.body)
+    if info.uid != uid:
+        raise ProtocolError(f"asked about {uid}, the peer answered about {info.uid[:80]!r}")
+    return ExpertSchema.decode(info)
+
+
+async def call_forward(
+    node: Node, forward: Forward, peer: Any, inputs: Sequence[torch.Tensor], *, timeout: float | None = None
+) -> tuple[list[torch.Tensor], int]:
+    """The expert's outputs (on the CPU) and its version.
+
+    `inputs` fit the schema; they must not change before the call ends. Raises: what the call raises; ProtocolError if
+    the answer does not fit the schema.
+    """
+    options = forward.options
+    metas, buffers = pack_tensors(inputs, options.codec)
+    request = messages.ForwardRequest(forward.uid, metas, forward.training, forward.seed, options.codec)
+    reply = await node.call_expert(
+        peer,
+        FORWARD,
+        messages.encode(request),
+        buffers,
+        timeout=options.timeout if timeout is None else timeout,
+        idempotent=True,
+        priority=options.priority,
+    )
+    decoded = messages.decode(messages.ForwardReply, reply.body)
+    outputs = unpack_tensors(decoded.tensors, reply.buffers)
+    specs = flatten(forward.schema.outputs)
+    if len(outputs) != len(specs):
+        raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
+    num_rows = inputs[0].shape[0]
+    checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
+    return checked, decoded.version
+
+
+def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:
+    if output is None or output.dtype != spec.dtype or tuple(output.shape) != (num_rows, *spec.shape):
+        got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
+        raise ProtocolError(f"{uid} answered {got} where its schema says {spec} with {num_rows} rows")
+    return output
+
+
+async def call_backward(
+    node: Node,
+    forward: Forward,
+    peer: Any,
+    inputs: Sequence[torch.Tensor],
+    output_grads: Sequence[torch.Tensor | None],
+    *,
+    version: int,
+    timeout: float | None = None,
+) -> list[torch.Tensor | None]:
+    """The inputs' gradients (None where there is none), on the CPU. The expert takes an optimizer step.
+
+    Raises: what the call raises; ProtocolError if the answer does not fit the inputs.
+    """
+    options = forward.options
+    metas, buffers = pack_tensors([*inputs, *output_grads], options.codec)
+    call_id = os.urandom(16)
+    request = messages.BackwardRequest(
+        uid=forward.uid,
+        call_id=call_id,
+        tensors=metas,
+        num_inputs=len(inputs),
+        training=forward.training,
+        seed=forward.seed,
+        version=version,
+        reply_codec=options.codec,
+    )
+    reply = await node.call_expert(
+        peer,
+        BACKWARD,
+        messages.encode(request),
+        buffers,
+        timeout=options.timeout if timeout is None else timeout,
+        idempotent=True,  # under one call id it is applied once
+        priority=options.priority,
+        call_id=call_id,
+    )
+    decoded = messages.decode(messages.BackwardReply, reply.body)
+    grads = unpack_tensors(decoded.tensors, reply.buffers)
+    if len(grads) != len(inputs):
+        raise ProtocolError(f"{forward.uid} answered {len(grads)} gradients for {len(inputs)} inputs")
+    for grad, tensor in zip(grads, inputs, strict=True):
+        if grad is not None and (grad.shape != tensor.shape or grad.dtype != tensor.dtype):
+            raise ProtocolError(
+                f"{forward.uid} answered a gradient of {grad.dtype} and shape {tuple(grad.shape)} "
+                f"for an input of {tensor.dtype} and shape {tuple(tensor.shape)}"
+            )
+    return grads

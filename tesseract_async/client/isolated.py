@@ -1,0 +1,127 @@
+"""Torch's modes (grad mode, inference mode, autocast) belong to a thread; tasks that share the thread share them.
+
+A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for whoever runs meanwhile. `isolated`
+swaps a coroutine's modes out at every suspension and back in when it goes on. The awaitables of this package are
+isolated already; a coroutine of one's own that awaits something else inside such a block is wrapped by its user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Coroutine, Generator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_DEVICES = ("cpu", "cuda")
+
+
+class Modes(NamedTuple):
+    """A snapshot of the calling thread's modes."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    """Device types where autocast is on, each with its dtype."""
+    autocast_cache: bool
+
+    @classmethod
+    def current(cls) -> Modes:
+        """The modes of this thread now."""
+        autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            autocast,
+            torch.is_autocast_cache_enabled(),
+        )
+
+
+DEFAULT = Modes(grad=True, inference=False, autocast=(), autocast_cache=True)
+
+
+class _Switch:
+    """Sets this thread's modes, for one coroutine that is swapped in and out."""
+
+    def __init__(self) -> None:
+        # Inference mode can only be set by a guard, which restores what it found when it is left.
+        self._guard: Any = None
+
+    def to(self, modes: Modes) -> None:
+        if torch.is_inference_mode_enabled() != modes.inference and self._guard is not None:
+            guard, self._guard = self._guard, None
+            guard.__exit__(None, None, None)
+        if torch.is_inference_mode_enabled() != modes.inference:
+            self._guard = torch.inference_mode(modes.inference)
+            self._guard.__enter__()
+        now = Modes.current()
+        if now.autocast != modes.autocast:
+            self._set_autocast(now, modes)
+        if now.autocast_cache != modes.autocast_cache:
+            torch.set_autocast_cache_enabled(modes.autocast_cache)
+        torch._C._set_grad_enabled(modes.grad)
+
+    @staticmethod
+    def _set_autocast(now: Modes, modes: Modes) -> None:
+        # The cache of cast weights lives as long as the nesting is not zero: without the nesting of its own, a task
+        # suspended in autocast would keep another task's weights in it beyond that one's optimizer step.
+        if now.autocast and not modes.autocast:
+            torch.autocast_decrement_nesting()
+            torch.clear_autocast_cache()
+        elif modes.autocast and not now.autocast:
+            torch.autocast_increment_nesting()
+        wanted = dict(modes.autocast)
+        for device in {*wanted, *dict(now.autocast)}:
+            torch.set_autocast_enabled(device, device in wanted)
+            if device in wanted:
+                torch.set_autocast_dtype(device, wanted[device])
+
+
+def isolated(coroutine: Coroutine[Any, Any, T], *, modes: Modes | None = None) -> Coroutine[Any, Any, T]:
+    """The same coroutine, with torch modes of its own: what it switches stays unseen by the tasks beside it.
+
+    It starts in the modes of the moment when `isolated` is called (or in `modes`). While it is suspended the thread
+    is in the modes that it was found in, or, where it is awaited inside a task, in torch's defaults; afterwards the
+    awaiting code goes on in the modes that it had. Results, errors and cancellation pass through.
+    """
+    own: list[Any] = []
+    wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own)
+    own.append(wrapped)
+    return wrapped
+
+
+async def _isolate(coroutine: Coroutine[Any, Any, T], mine: Modes, own: list[Any]) -> T:
+    task = asyncio.current_task()
+    is_task = task is not None and task.get_coro() is own[0]
+    own.clear()  # it names this very coroutine: a cycle, left alone
+    return await _trampoline(coroutine, mine, is_task)
+
+
+@types.coroutine
+def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -> Generator[Any, Any, T]:
+    switch = _Switch()
+    entered = Modes.current()
+    outside = entered if is_task else DEFAULT
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        switch.to(mine)
+        try:
+            waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
+        except BaseException as end:
+            switch.to(outside if is_task else entered)
+            if isinstance(end, StopIteration):
+                result: T = end.value
+                return result
+            raise
+        mine = Modes.current()
+        switch.to(outside)
+        error = None
+        try:
+            value = yield waiting_for
+        except BaseException as thrown:  # it belongs to the coroutine, whatever it is
+            error = thrown
+        outside = Modes.current()

@@ -1,0 +1,75 @@
+"""What the client needs of a node: one way to call and one directory to ask. Tests give it a small fake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Reply(Protocol):
+    """What a call brings back: what msgpack can hold, and raw buffers (writable, owned by the receiver)."""
+
+    @property
+    def body(self) -> Any: ...
+    @property
+    def buffers(self) -> Sequence[memoryview]: ...
+
+
+class Replica(Protocol):
+    """One expert at one server, as the directory tells it."""
+
+    @property
+    def uid(self) -> str: ...
+    @property
+    def peer(self) -> Any: ...
+    @property
+    def primary(self) -> bool: ...
+
+
+class View(Protocol):
+    """The live experts of one grid at one moment. A view never changes."""
+
+    @property
+    def coords(self) -> npt.NDArray[np.int64]:
+        """``[num_live, dims]``, ascending."""
+
+    @property
+    def replicas(self) -> Mapping[tuple[int, ...], list[Any]]:
+        """Coordinates to the replicas there, the primary first."""
+
+    @property
+    def version(self) -> int:
+        """Another number whenever the live experts may have changed."""
+
+
+class Directory(Protocol):
+    """Where experts are found. It answers from memory where it can."""
+
+    async def find(self, uid: str) -> list[Any]: ...
+    def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None: ...
+    async def wait_warm(self, prefix: str) -> None: ...
+    def live(self, prefix: str) -> Any: ...
+    def report_failure(self, replica: Any) -> None: ...
+
+
+class Node(Protocol):
+    """The part of a `TesseractNode` that the client talks to."""
+
+    @property
+    def directory(self) -> Directory: ...
+
+    async def call_expert(
+        self,
+        peer: Any,
+        method: str,
+        body: Any = None,
+        buffers: Sequence[Any] = (),
+        *,
+        timeout: float,
+        idempotent: bool = False,
+        priority: int = 0,
+        call_id: bytes | None = None,
+    ) -> Any: ...

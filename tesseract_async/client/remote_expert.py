@@ -1,0 +1,226 @@
+"""`RemoteExpert`: a module that lives on somebody else's computer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import nn
+
+from tesseract_async.client.autograd import refuse_checkpoint, remote_call
+from tesseract_async.client.expert_calls import (
+    REPLICA_FAULTS,
+    CallOptions,
+    ExpertSchema,
+    Forward,
+    call_backward,
+    call_forward,
+    fetch_schema,
+)
+from tesseract_async.client.isolated import DEFAULT, isolated
+from tesseract_async.client.ports import Node
+from tesseract_async.errors import ExpertNotFound, RemoteError
+from tesseract_async.wire.tensors import flatten, flatten_like, unflatten
+
+T = TypeVar("T")
+
+GRACE_SECONDS = 0.5
+"""A call that outlives its time-out by this much is abandoned."""
+DEFAULT_OPTIONS = CallOptions()
+NO_GRAD = DEFAULT._replace(grad=False)
+"""The modes in which the machinery of a call runs; what it gives back is put into the graph by `remote_call`."""
+
+
+class Shared:
+    """Holds what copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class RemoteExpert(nn.Module):
+    """The expert `uid` as a torch module without parameters of its own: call it, and await the result.
+
+    ::
+
+        y = await expert(x)                  # x: [rows, ...]; differentiable
+        await tesseract_async.backward(y.sum())   # also trains the expert
+
+    Arguments and results are nested as in the expert's schema. Each call finds the expert anew (from the directory's
+    memory, mostly), so that a server that moved is found again. Results arrive on the first input's device.
+
+    Copies made with ``copy.deepcopy`` share the node. Use on the node's loop only.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        uid: str,
+        replicas: Sequence[Any] = (),
+        *,
+        schema: ExpertSchema | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        """Does no I/O: the schema is fetched with the first call. `replicas` are tried where the directory has none."""
+        super().__init__()
+        self.uid = uid
+        self.options = options
+        self.replicas = tuple(replicas)
+        self._shared = Shared(node)
+        self._schema = schema
+
+    def extra_repr(self) -> str:
+        """The uid, for ``repr``."""
+        return self.uid
+
+    def with_options(
+        self, *, timeout: float | None = None, priority: int | None = None, codec: str | None = None
+    ) -> RemoteExpert:
+        """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
+
+        `timeout`: seconds for one call, forward or backward. `priority`: higher goes first at the server. `codec`: how
+        floating-point tensors travel. Raises: ValueError.
+        """
+        given = {"timeout": timeout, "priority": priority, "codec": codec}
+        options = dataclasses.replace(self.options, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        twin = RemoteExpert(self._shared.node, self.uid, self.replicas, schema=self._schema, options=options)
+        twin.train(self.training)
+        return twin
+
+    def forward(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
+
+        Under autocast, floating-point inputs are cast to the schema's dtypes.
+
+        The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
+        schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and
+        PeerUnreachable; ProtocolError if the peer answers nonsense. Raises at once: RuntimeError inside
+        ``torch.utils.checkpoint``.
+        """
+        refuse_checkpoint()
+        differentiable = torch.is_grad_enabled()
+        devices = {leaf.device.type for leaf in flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        casts = any(torch.is_autocast_enabled(device) for device in devices)
+        seed = int(torch.randint(2**62, ())) if self.training else 0
+        return isolated(self._call(args, kwargs, differentiable, casts, self.training, seed), modes=NO_GRAD)
+
+    async def info(self) -> ExpertSchema:
+        """What the expert takes and gives, asked of its server once. Raises: as a call does."""
+        if self._schema is None:
+            self._schema = await self._fetch_schema()
+        return self._schema
+
+    async def _call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        differentiable: bool,
+        casts: bool,
+        training: bool,
+        seed: int,
+    ) -> Any:
+        schema = await self.info()
+        if casts:
+            with torch.set_grad_enabled(differentiable):
+                args, kwargs = _cast(schema.args, args), _cast(schema.kwargs, kwargs)
+        inputs = flatten_like(schema.inputs, (args, kwargs), what=f"expert {self.uid}")
+        call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options))
+        outputs = await remote_call(call, inputs, differentiable=differentiable)
+        return unflatten(schema.outputs, outputs)
+
+    async def _fetch_schema(self) -> ExpertSchema:
+        async def attempt(peer: Any, timeout: float) -> ExpertSchema:
+            return await fetch_schema(self._shared.node, self.uid, peer, timeout=timeout)
+
+        return await try_replicas(self._shared.node, self.find, attempt, timeout=self.options.timeout)
+
+    async def find(self) -> Sequence[Any]:
+        """The live replicas, the primary first. Raises: ExpertNotFound if there is none."""
+        found = await self._shared.node.directory.find(self.uid)
+        if not found:
+            raise ExpertNotFound(f"no live server hosts the expert {self.uid}")
+        return found
+
+
+def _cast(schema: Any, value: Any) -> Any:
+    """`value` with its floating-point tensors in the schema's dtypes; what does not fit is left for the check."""
+    if isinstance(schema, dict) and isinstance(value, dict):
+        return {key: _cast(schema[key], item) if key in schema else item for key, item in value.items()}
+    if isinstance(schema, tuple | list) and isinstance(value, tuple | list) and len(schema) == len(value):
+        return type(value)(_cast(part, item) for part, item in zip(schema, value, strict=True))
+    both = isinstance(value, torch.Tensor) and not isinstance(schema, tuple | list | dict)
+    if both and value.is_floating_point() and schema.dtype.is_floating_point:
+        return value.to(schema.dtype)
+    return value
+
+
+class _ExpertCall:
+    """One call of one expert: where its forward was answered, and how its backward goes (see `autograd.Remote`)."""
+
+    def __init__(self, expert: RemoteExpert, forward: Forward) -> None:
+        self.timeout = forward.options.timeout
+        self._expert = expert
+        self._node = expert._shared.node
+        self._forward = forward
+        self._version = 0
+
+    async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        async def attempt(peer: Any, timeout: float) -> list[torch.Tensor]:
+            outputs, self._version = await call_forward(self._node, self._forward, peer, inputs, timeout=timeout)
+            return [output.to(inputs[0].device) for output in outputs]
+
+        return await try_replicas(self._node, self._expert.find, attempt, timeout=self.timeout)
+
+    async def backward(
+        self, inputs: Sequence[torch.Tensor], output_grads: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        if all(grad is None for grad in output_grads):
+            return [None] * len(inputs)
+
+        async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
+            return await call_backward(
+                self._node, self._forward, peer, inputs, output_grads, version=self._version, timeout=timeout
+            )
+
+        # the primary alone: another replica would train a copy that nobody reads
+        return await try_replicas(self._node, self._expert.find, attempt, timeout=self.timeout, only_first=True)
+
+
+async def try_replicas(
+    node: Node,
+    find: Callable[[], Awaitable[Sequence[Any]]],
+    attempt: Callable[[Any, float], Awaitable[T]],
+    *,
+    timeout: float,
+    only_first: bool = False,
+) -> T:
+    """``attempt(peer, seconds left)`` at one replica after the other until one answers. A silent one is masked.
+
+    Raises: the first error if none answers; an error that another replica would repeat at once; TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    async with asyncio.timeout(timeout):
+        replicas = await find()
+    first_error: Exception | None = None
+    for replica in replicas[:1] if only_first else replicas:
+        left = deadline - loop.time()
+        if left <= 0:
+            break
+        try:
+            async with asyncio.timeout(left + GRACE_SECONDS):  # should the call itself not keep its time
+                return await attempt(replica.peer, left)
+        except REPLICA_FAULTS as error:
+            node.directory.report_failure(replica)
+            first_error = first_error or error
+        except RemoteError as error:
+            if not error.retryable:
+                raise
+            first_error = first_error or error
+    raise first_error or TimeoutError(f"no answer within {timeout} s")

@@ -1,0 +1,97 @@
+"""RPCs under way: retransmission, adaptive time-outs, a bound on their number. Pure.
+
+A call is sent up to three times under the same transaction before it counts as failed; handlers are idempotent, so a
+repeated request does no harm.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tesseract_async.network.contacts import Address, Contact
+from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.settings import NetworkSettings
+
+
+class Caller(Protocol):
+    """Who made a call and hears how it ends: one of `call_answered` and `call_failed`, once."""
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        """The contact, whose id is proven by now, replied. `call.contact` is set, also where only an address was."""
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        """The first wait passed without a reply; the request is sent again."""
+
+    def call_failed(self, call: Call, now: float) -> None:
+        """No reply came, or one that proves that somebody else is there."""
+
+
+class Call:
+    """One request and its retransmissions."""
+
+    __slots__ = (
+        "address",
+        "arguments",
+        "attempts",
+        "caller",
+        "challenge",
+        "contact",
+        "data",
+        "done",
+        "kind",
+        "sent_at",
+    )
+
+    def __init__(
+        self, caller: Caller, kind: int, arguments: Sequence[Any], *, contact: Contact | None, address: Address
+    ) -> None:
+        self.caller = caller
+        self.kind = kind
+        self.arguments = arguments
+        self.contact = contact
+        """Who must answer; None while only the address is known (a seed)."""
+        self.address = address
+        self.challenge = b""
+        self.data = b""
+        self.attempts = 0
+        self.sent_at = 0.0
+        self.done = False
+
+
+class Calls:
+    """The calls of one node by transaction, and those that wait because too many are under way."""
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        self._settings = settings
+        self.by_transaction: dict[bytes, Call] = {}
+        self.waiting: deque[Call] = deque()
+        self._rtt: float | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether another call has to wait."""
+        return len(self.by_transaction) >= self._settings.max_calls
+
+    def timeout(self, call: Call) -> float:
+        """Seconds to wait for this attempt's reply: the peer's own round trips, else all peers', else a first guess."""
+        contact = call.contact
+        if contact is not None and contact.rtt is not None:
+            base = contact.rtt + 4 * contact.rtt_variation
+        elif self._rtt is not None:
+            # a stranger may live on another continent than everybody so far
+            base = 3 * self._rtt + self._settings.min_timeout
+        else:
+            base = self._settings.first_timeout
+        base = min(max(base, self._settings.min_timeout), self._settings.max_timeout)
+        return base * (1, 1.5, 2)[min(call.attempts - 1, 2)]
+
+    def observe_round_trip(self, call: Call, now: float) -> None:
+        """Learns from a call that was answered at its first attempt (a later one says not which it answers)."""
+        if call.attempts != 1:
+            return
+        seconds = now - call.sent_at
+        self._rtt = seconds if self._rtt is None else self._rtt + (seconds - self._rtt) / 16
+        if call.contact is not None:
+            call.contact.observe_round_trip(seconds)

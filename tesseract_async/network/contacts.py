@@ -1,0 +1,144 @@
+"""Contacts (an id at an address), how they are packed, and which addresses count as one range. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from tesseract_async.errors import ProtocolError
+
+Address = tuple[str, int]
+"""A numeric IPv4 or IPv6 host, and a UDP port."""
+
+V4_BYTES = 6
+V6_BYTES = 18
+ID_BYTES = 32
+
+
+@lru_cache(maxsize=65536)
+def pack_address(address: Address) -> bytes:
+    """6 bytes for IPv4, 18 for IPv6: the address, then the port, in network order.
+
+    An IPv4 address that a dual-stack socket shows as ``::ffff:a.b.c.d`` is packed as IPv4.
+
+    Raises: ValueError for a host that is not numeric or a port out of range.
+    """
+    host, port = address
+    ip = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if not 0 < port < 65536:
+        raise ValueError(f"not a port: {port}")
+    return ip.packed + port.to_bytes(2, "big")
+
+
+@lru_cache(maxsize=65536)
+def unpack_address(raw: bytes) -> Address:
+    """The address that `pack_address` packed. Takes untrusted bytes.
+
+    Raises: ProtocolError for another length, port 0, or an address that nobody can be dialled at.
+    """
+    if len(raw) not in (V4_BYTES, V6_BYTES):
+        raise ProtocolError("a packed address has 6 or 18 bytes")
+    ip = ipaddress.ip_address(raw[:-2])
+    port = int.from_bytes(raw[-2:], "big")
+    if port == 0 or ip.is_multicast or ip.is_unspecified or raw[:-2] == b"\xff\xff\xff\xff":
+        raise ProtocolError("an address that cannot be dialled")
+    return str(ip), port
+
+
+@lru_cache(maxsize=65536)
+def address_range(address: Address) -> bytes | None:
+    """What limits count: the /24 of an IPv4 address, the /48 of an IPv6 one.
+
+    None for loopback and private addresses, where one range says nothing about who is who.
+    """
+    packed = pack_address(address)
+    ip = ipaddress.ip_address(packed[:-2])
+    if ip.is_loopback or ip.is_private or ip.is_link_local:
+        return None
+    return packed[:3] if ip.version == 4 else packed[:6]
+
+
+@lru_cache(maxsize=65536)
+def is_loopback(address: Address) -> bool:
+    """Whether only this machine can reach the address."""
+    return ipaddress.ip_address(pack_address(address)[:-2]).is_loopback
+
+
+class Contact:
+    """An id at an address, and what this node knows about it.
+
+    `raw` (the id and the packed address) is the contact's identity: one id heard of at two addresses makes two
+    contacts, of which only the true one can prove itself.
+    """
+
+    __slots__ = (
+        "address",
+        "last_seen",
+        "number",
+        "peer_id",
+        "proven",
+        "raw",
+        "rtt",
+        "rtt_variation",
+        "token",
+        "token_until",
+    )
+
+    def __init__(self, peer_id: bytes, address: Address) -> None:
+        self.peer_id = peer_id
+        self.address = address
+        self.raw = peer_id + pack_address(address)
+        self.number = int.from_bytes(peer_id, "big")
+        self.proven = False
+        """Whether it has shown, by a signed nonce from this address, that the id is its own."""
+        self.last_seen = float("-inf")
+        """Loop time of its last message that can't have been forged from off the path."""
+        self.token = b""
+        """What it wants to see in requests from this node, as proof of this node's address."""
+        self.token_until = float("-inf")
+        self.rtt: float | None = None
+        """Smoothed round trip and its variation (RFC 6298)."""
+        self.rtt_variation = 0.0
+
+    def observe_round_trip(self, seconds: float) -> None:
+        """Feeds the estimate with a round trip that had no retransmission (Karn's rule)."""
+        if self.rtt is None:
+            self.rtt, self.rtt_variation = seconds, seconds / 2
+        else:
+            self.rtt_variation += (abs(self.rtt - seconds) - self.rtt_variation) / 4
+            self.rtt += (seconds - self.rtt) / 8
+
+    def __repr__(self) -> str:
+        return f"Contact({self.peer_id.hex()[:8]}… at {self.address[0]}:{self.address[1]})"
+
+
+def pack_contacts(contacts: Iterable[Contact], room: int) -> tuple[bytes, bytes]:
+    """The contacts that fit into `room` bytes, first ones first: those with IPv4 addresses, those with IPv6."""
+    v4: list[bytes] = []
+    v6: list[bytes] = []
+    for contact in contacts:
+        room -= len(contact.raw)
+        if room < 0:
+            break
+        (v4 if len(contact.raw) == ID_BYTES + V4_BYTES else v6).append(contact.raw)
+    return b"".join(v4), b"".join(v6)
+
+
+def split_contacts(v4: object, v6: object, limit: int) -> Iterator[bytes]:
+    """The `Contact.raw` of each packed contact. Takes untrusted values.
+
+    Raises: ProtocolError for another type, a broken length, or more than `limit` contacts.
+    """
+    if type(v4) is not bytes or type(v6) is not bytes:
+        raise ProtocolError("contacts are packed in bytes")
+    for packed, size in ((v4, ID_BYTES + V4_BYTES), (v6, ID_BYTES + V6_BYTES)):
+        if len(packed) % size:
+            raise ProtocolError("packed contacts are cut short")
+        limit -= len(packed) // size
+        if limit < 0:
+            raise ProtocolError("more contacts than anybody asked for")
+        for start in range(0, len(packed), size):
+            yield packed[start : start + size]

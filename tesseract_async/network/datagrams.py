@@ -1,0 +1,245 @@
+"""What nodes say to each other, one datagram each: bytes to meaning and back. Pure.
+
+::
+
+    offset 0   magic (0x54), version, kind, flags          one byte each
+           4   transaction                                 8 random bytes; a reply repeats its request's
+          12   sender's peer id                            32 bytes
+          44   body                                        a msgpack array
+
+    request    [token, challenge, *arguments, padding?]
+    reply      [observed address, token, proof, wall time, *results]
+
+    PING       ()                        -> ()
+    FIND       (target)                  -> (v4 contacts, v6 contacts)
+    GET        (key)                     -> (count, digests, records, v4 contacts, v6 contacts)
+    PAGE       (key, start, end)         -> (next or nil, records)
+    STORE      ([key + record, ...])     -> (outcomes: a byte for each)
+    LEAVE      ()                        no reply
+
+The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
+without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,
+once for each pair of nodes; the *proof* is its public key and signature over `proof_statement`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from tesseract_async.errors import ProtocolError, UnsupportedVersion
+from tesseract_async.identity import MAX_RECORD_BYTES
+from tesseract_async.network.contacts import ID_BYTES, Address, pack_address, unpack_address
+from tesseract_async.network.settings import MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
+from tesseract_async.network.storage import NUM_RANGES, Outcome, Summary
+
+MAGIC = 0x54
+VERSION = 1
+
+PING, FIND, GET, PAGE, STORE, LEAVE = 1, 2, 3, 4, 5, 6
+REPLY = 0x80
+"""Added to a request's kind in its reply."""
+
+FLAG_CLIENT = 1
+"""The sender cannot be dialled: serve it, but never list it."""
+
+TOKEN_BYTES = 8
+CHALLENGE_BYTES = 16
+TRANSACTION_BYTES = 8
+PROOF_BYTES = 96
+PROOF_DOMAIN = b"tesseract contact proof 1\0"
+
+_HEAD = struct.Struct(">BBBB8s32s")
+_DIGESTS = struct.Struct(f">{NUM_RANGES}Q")
+_pack = msgpack.Packer(use_bin_type=True).pack
+
+MAX_GET_RECORDS = 16
+"""Records that a GET reply may hold; larger dictionaries are read in pages."""
+MAX_ITEMS = 16
+"""Records in one STORE or one page: what fits, with room to spare."""
+
+
+class Datagram(NamedTuple):
+    """A datagram whose head is well-formed. `body` is any msgpack array: the `read_*` functions check it."""
+
+    kind: int
+    flags: int
+    transaction: bytes
+    sender: bytes
+    body: list[Any]
+
+
+class Request(NamedTuple):
+    """What every request holds."""
+
+    token: bytes
+    challenge: bytes
+    arguments: list[Any]
+
+
+class Reply(NamedTuple):
+    """What every reply holds."""
+
+    observed: Address
+    """The address that the request came from."""
+    token: bytes
+    """For the next request to this node."""
+    proof: bytes
+    wall: float
+    results: list[Any]
+
+
+def encode(kind: int, flags: int, transaction: bytes, sender: bytes, body: Sequence[Any]) -> bytes:
+    """One datagram."""
+    return _HEAD.pack(MAGIC, VERSION, kind, flags, transaction, sender) + bytes(_pack(body))
+
+
+def encode_request(
+    kind: int,
+    flags: int,
+    transaction: bytes,
+    sender: bytes,
+    *,
+    token: bytes,
+    challenge: bytes,
+    arguments: Sequence[Any],
+) -> bytes:
+    """A request, padded if it holds no token."""
+    data = encode(kind, flags, transaction, sender, (token, challenge, *arguments))
+    missing = MIN_REQUEST_BYTES - len(data)
+    if not token and missing > 0:
+        # msgpack puts at least 2 bytes before the padding itself
+        padding = bytes(max(0, missing - 2))
+        data = encode(kind, flags, transaction, sender, (token, challenge, *arguments, padding))
+    return data
+
+
+def decode(data: bytes) -> Datagram:
+    """Reads an untrusted datagram. Raises: ProtocolError."""
+    if len(data) > MAX_DATAGRAM_BYTES:
+        raise ProtocolError("a datagram over 1,200 bytes")
+    if len(data) <= _HEAD.size or data[0] != MAGIC:
+        raise ProtocolError("not a datagram of this protocol")
+    magic, version, kind, flags, transaction, sender = _HEAD.unpack_from(data)
+    if version != VERSION:
+        raise UnsupportedVersion(version, VERSION)
+    try:
+        body = msgpack.unpackb(data[_HEAD.size :], raw=False, strict_map_key=True)
+    except (ValueError, TypeError, RecursionError, OverflowError, msgpack.UnpackException) as error:
+        raise ProtocolError("a datagram whose body is not msgpack") from error
+    if type(body) is not list:
+        raise ProtocolError("a datagram whose body is not an array")
+    return Datagram(kind, flags, transaction, sender, body)
+
+
+def read_request(datagram: Datagram) -> Request:
+    """Raises: ProtocolError."""
+    body = datagram.body
+    if len(body) < 2:
+        raise ProtocolError("a request cut short")
+    token, challenge = body[0], body[1]
+    if type(token) is not bytes or len(token) not in (0, TOKEN_BYTES):
+        raise ProtocolError("a malformed token")
+    if type(challenge) is not bytes or len(challenge) not in (0, CHALLENGE_BYTES):
+        raise ProtocolError("a malformed challenge")
+    return Request(token, challenge, body[2:])
+
+
+def read_reply(datagram: Datagram) -> Reply:
+    """Raises: ProtocolError."""
+    body = datagram.body
+    if len(body) < 4:
+        raise ProtocolError("a reply cut short")
+    observed, token, proof, wall = body[0], body[1], body[2], body[3]
+    if type(observed) is not bytes or type(token) is not bytes or len(token) != TOKEN_BYTES:
+        raise ProtocolError("a malformed token or address")
+    if type(proof) is not bytes or len(proof) not in (0, PROOF_BYTES) or type(wall) is not float:
+        raise ProtocolError("a malformed proof")
+    return Reply(unpack_address(observed), token, proof, wall, body[4:])
+
+
+def proof_statement(challenge: bytes, asker: bytes, prover: bytes, observed: Address) -> bytes:
+    """What a node signs to prove its id: the asker's nonce, both ids, and the address that it sees the asker at."""
+    return PROOF_DOMAIN + challenge + asker + prover + pack_address(observed)
+
+
+def read_key(arguments: list[Any]) -> bytes:
+    """The 32-byte target of FIND and key of GET and PAGE. Raises: ProtocolError."""
+    if not arguments or type(arguments[0]) is not bytes or len(arguments[0]) != ID_BYTES:
+        raise ProtocolError("a key has 32 bytes")
+    return arguments[0]
+
+
+def read_range(arguments: list[Any]) -> tuple[int, int]:
+    """Start and end of a PAGE request. Raises: ProtocolError."""
+    if len(arguments) < 3 or type(arguments[1]) is not int or type(arguments[2]) is not int:
+        raise ProtocolError("a page without its range")
+    start, end = arguments[1], arguments[2]
+    # the end of the last range does not fit into msgpack's 64 bits: ends are sent inclusive
+    if not 0 <= start <= end < 2**64:
+        raise ProtocolError("a page whose range is empty")
+    return start, end
+
+
+def read_items(arguments: list[Any]) -> list[tuple[bytes, bytes]]:
+    """(key, record) of each item of a STORE. Raises: ProtocolError."""
+    items = _byte_strings(arguments[0] if arguments else None)
+    if any(len(item) <= ID_BYTES for item in items):
+        raise ProtocolError("a record without its key")
+    return [(item[:ID_BYTES], item[ID_BYTES:]) for item in items]
+
+
+def read_outcomes(results: list[Any], count: int) -> list[Outcome]:
+    """What became of `count` stored records. Raises: ProtocolError."""
+    if not results or type(results[0]) is not bytes or len(results[0]) != count:
+        raise ProtocolError("a store's reply of the wrong length")
+    try:
+        return [Outcome(code) for code in results[0]]
+    except ValueError:
+        raise ProtocolError("an outcome that does not exist") from None
+
+
+def write_summary(summary: Summary) -> tuple[int, bytes]:
+    """Count and digests as a GET reply holds them."""
+    return summary.count, _DIGESTS.pack(*summary.digests)
+
+
+def read_value(results: list[Any]) -> tuple[Summary | None, list[bytes]]:
+    """What a GET reply says of the key: its summary (None where nothing is held), and all records, if they fit.
+
+    Raises: ProtocolError.
+    """
+    if len(results) < 5 or type(results[0]) is not int or type(results[1]) is not bytes:
+        raise ProtocolError("a reply to GET cut short")
+    count, packed = results[0], results[1]
+    if count == 0:
+        return None, []
+    if not 0 < count < 2**32:
+        raise ProtocolError("a dictionary of impossible size")
+    if not packed:
+        bodies = _byte_strings(results[2])
+        if len(bodies) != count:
+            raise ProtocolError("a dictionary without digests or records")
+        return Summary(count, (0,) * NUM_RANGES), bodies
+    if len(packed) != _DIGESTS.size:
+        raise ProtocolError("range digests of the wrong length")
+    return Summary(count, _DIGESTS.unpack(packed)), []
+
+
+def read_page(results: list[Any]) -> tuple[int | None, list[bytes]]:
+    """Where to go on (None at the end of the range), and the records. Raises: ProtocolError."""
+    if len(results) < 2 or not (results[0] is None or (type(results[0]) is int and 0 <= results[0] < 2**64)):
+        raise ProtocolError("a page without its cursor")
+    return results[0], _byte_strings(results[1])
+
+
+def _byte_strings(value: Any) -> list[bytes]:
+    if type(value) is not list or len(value) > MAX_ITEMS:
+        raise ProtocolError("records are a short list")
+    for item in value:
+        if type(item) is not bytes or len(item) > MAX_RECORD_BYTES + ID_BYTES:
+            raise ProtocolError("records are byte strings")
+    return value

@@ -1,0 +1,43 @@
+"""What the machine tells its driver. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tesseract_async.identity import SignedRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFinished:
+    """`NetworkProtocol.read` number `operation` ended. `records` are verified, merged, and may hold tombstones."""
+
+    operation: int
+    records: list[SignedRecord]
+    num_rounds: int
+    """The longest chain of answers that the lookup followed."""
+    num_holders: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFinished:
+    """`NetworkProtocol.write` number `operation` ended. One item for each record, in order."""
+
+    operation: int
+    num_holders: list[int]
+    num_outdated: list[int]
+    """Nodes that say they hold a newer record of the same owner. They may lie: read before believing them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The routing table is no longer empty, and the own neighbourhood is known."""
+
+    num_contacts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Isolated:
+    """Nobody is left in the routing table. Seeds and remembered contacts are asked until somebody answers."""
+
+
+Event = ReadFinished | WriteFinished | Joined | Isolated

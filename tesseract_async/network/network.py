@@ -1,0 +1,398 @@
+"""TesseractNetwork: the DHT of one node on an asyncio loop. UDP and timers; everything else is `network.protocol`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgpack
+
+from tesseract_async.errors import describe
+from tesseract_async.identity import Identity, PeerID, SignedRecord
+from tesseract_async.metrics import Metrics
+from tesseract_async.network.contacts import Address
+from tesseract_async.network.events import Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.protocol import NetworkProtocol
+from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
+from tesseract_async.transport.base import PeerAddress, split_host_port
+
+RECEIVE_BUFFER_BYTES = 4 * 2**20
+"""Loopback drops datagrams too, once this is full."""
+RESOLVE_BACKOFF = 30.0
+"""Longest wait before a seed's host name is looked up again."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreItem:
+    """One item of `TesseractNetwork.store_many`; the fields are `store`'s arguments."""
+
+    key: str
+    value: Any
+    ttl: float
+    subkey: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One live entry of the network, as its owner signed it."""
+
+    key: str
+    subkey: str | None
+    owner: PeerID
+    sequence: int
+    """Rises with every store of the same entry."""
+    expiration: float
+    """Wall-clock seconds (``time.time()``)."""
+    value: Any
+
+
+def key_digest(key: str) -> bytes:
+    """Where in the id space a key lives."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+class TesseractNetwork:
+    """The distributed hash table, seen from one node.
+
+    A *key* holds a single value, or a dictionary from subkeys to values. Entries are signed by the node that stores
+    them, expire, and are told apart by (key, subkey, owner): nobody overwrites another's. A node without seeds is a
+    network of one until others come. With seeds, reads and writes wait for the first of them to answer, at most
+    `NetworkSettings.join_timeout`; then they do with what there is.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        settings: NetworkSettings = NetworkSettings(),  # noqa: B008 (frozen)
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.identity = identity
+        self.settings = settings
+        self.metrics = Metrics() if metrics is None else metrics
+        self._protocol: NetworkProtocol | None = None
+        self._driver: _Driver | None = None
+        self._published: dict[tuple[str, str | None], tuple[int, float]] = {}
+        self._resolving: asyncio.Task[None] | None = None
+        self._has_seeds = False
+
+    @property
+    def peer_id(self) -> PeerID:
+        """This node's id."""
+        return self.identity.peer_id
+
+    @property
+    def num_contacts(self) -> int:
+        """Nodes in the routing table."""
+        return len(self._protocol.table) if self._protocol is not None else 0
+
+    async def start(
+        self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False
+    ) -> None:
+        """Takes over a bound, non-blocking UDP socket and begins to look for the network in the background.
+
+        `public` says that this node can be dialled (the first node of a swarm says so itself); a node on loopback
+        counts as public anyway. Returns at once: `wait_joined` waits for others.
+        """
+        assert self._driver is None, "a network is started once"
+        loop = asyncio.get_running_loop()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        host = sock.getsockname()[0]
+        protocol = NetworkProtocol(
+            identity=self.identity,
+            settings=self.settings,
+            random=random.SystemRandom(),
+            metrics=self.metrics,
+            now=loop.time(),
+            wall_offset=time.time() - loop.time(),
+            public=public or host == "::1" or host.startswith("127."),
+        )
+        driver = _Driver(protocol, loop, is_v6=sock.family == socket.AF_INET6)
+        await loop.create_datagram_endpoint(lambda: driver, sock=sock)
+        self._protocol, self._driver = protocol, driver
+        self._has_seeds = bool(initial_peers)
+        if initial_peers:
+            self._resolving = loop.create_task(self._resolve(initial_peers), name="network-seeds")
+        driver.cycle()
+
+    async def aclose(self) -> None:
+        """Says farewell and closes the socket. Pending reads and writes raise `ConnectionAbortedError`."""
+        if self._resolving is not None:
+            self._resolving.cancel()
+            await asyncio.gather(self._resolving, return_exceptions=True)
+            self._resolving = None
+        if self._driver is not None:
+            driver, self._driver = self._driver, None
+            await driver.aclose()
+
+    async def wait_joined(self, timeout: float | None = None) -> bool:
+        """Waits until at least one other node is known, and returns True; False after `timeout` seconds.
+
+        True at once where no seeds were given: then others come to us.
+        """
+        driver = self._running()
+        if not self._has_seeds:
+            return True
+        try:
+            async with asyncio.timeout(timeout):
+                await driver.joined.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int:
+        """Stores an entry for `ttl` seconds on the k nodes closest to the key; storing it again renews or replaces it.
+
+        Returns how many nodes hold it, this one included where it is among them: 0 means that nobody took it.
+
+        Raises: ValueError for a value that is over about 900 bytes in msgpack, or a `ttl` that the settings do not
+        allow; TypeError for a value that msgpack cannot hold.
+        """
+        (num_holders,) = await self.store_many([StoreItem(key, value, ttl, subkey)])
+        return num_holders
+
+    async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
+        """`store` for several entries at once. Those that share a key share its lookup and datagrams."""
+        await self._ready()
+        groups: dict[str, list[tuple[int, SignedRecord]]] = {}
+        for index, item in enumerate(items):
+            record = self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl)
+            groups.setdefault(item.key, []).append((index, record))
+        counts = [0] * len(items)
+        finished = await asyncio.gather(*(self._write([record for _, record in group]) for group in groups.values()))
+        for group, event in zip(groups.values(), finished, strict=True):
+            for (index, _), count in zip(group, event.num_holders, strict=True):
+                counts[index] = count
+        return counts
+
+    async def get(self, key: str) -> Any:
+        """What the network holds under `key`: None, a single value, or a dictionary of the live subkeys' values.
+
+        Where several owners stored the same (key, subkey), the entry with the highest (sequence, owner) is shown;
+        `get_entries` shows all, with owner and expiration. Entries with subkeys hide those without. Expired and
+        withdrawn entries are not seen.
+        """
+        return _view(await self.get_entries(key))
+
+    async def get_many(self, keys: Sequence[str]) -> list[Any]:
+        """`get` for several keys at once."""
+        return list(await asyncio.gather(*(self.get(key) for key in keys)))
+
+    async def get_entries(self, key: str) -> list[Entry]:
+        """All live entries under `key`, those of different owners side by side, by subkey, owner."""
+        driver = await self._ready()
+        event = cast(ReadFinished, await driver.wait(driver.protocol.read(key_digest(key), driver.now())))
+        wall = time.time()
+        entries = []
+        for record in event.records:
+            if record.tombstone or record.expiration <= wall:
+                continue
+            try:
+                value = msgpack.unpackb(record.value, strict_map_key=False)
+            except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+                self.metrics.count("network_values_unreadable")
+                continue
+            entries.append(Entry(key, record.subkey, record.owner, record.sequence, record.expiration, value))
+        entries.sort(key=lambda entry: (entry.subkey is not None, entry.subkey or "", entry.owner))
+        return entries
+
+    async def withdraw(self, key: str, *, subkey: str | None = None) -> int:
+        """Withdraws this node's entry, by a signed tombstone that its holders keep until the entry has expired.
+
+        Returns how many nodes hold the tombstone.
+        """
+        await self._ready()
+        if (key, subkey) not in self._published:
+            await self._recall(key, subkey)
+        _, expiration = self._published.get((key, subkey), (0, 0.0))
+        ttl = max(expiration - time.time(), 0.0) + CLOCK_SKEW
+        record = self._sign(key, subkey, b"", ttl, tombstone=True)
+        event = await self._write([record])
+        return event.num_holders[0]
+
+    # Inside
+
+    def _running(self) -> _Driver:
+        if self._driver is None:
+            raise RuntimeError("this network has not been started, or is closed")
+        return self._driver
+
+    async def _ready(self) -> _Driver:
+        """The driver, once the network is joined or `join_timeout` has passed since the call."""
+        driver = self._running()
+        if not driver.joined.is_set():
+            await self.wait_joined(self.settings.join_timeout)
+        return self._running()
+
+    async def _recall(self, key: str, subkey: str | None) -> None:
+        """Learns from the network what this identity published before a restart."""
+        for entry in await self.get_entries(key):
+            if entry.subkey == subkey and entry.owner == self.peer_id:
+                self._published[(key, subkey)] = (entry.sequence, entry.expiration)
+
+    def _sign(self, key: str, subkey: str | None, value: bytes, ttl: float, *, tombstone: bool = False) -> SignedRecord:
+        limit = self.settings.max_ttl + CLOCK_SKEW * tombstone
+        if not 0 < ttl <= limit:
+            raise ValueError(f"ttl must be between 0 and {limit} seconds, not {ttl}")
+        now = time.time()
+        last, hidden = self._published.get((key, subkey), (0, 0.0))
+        sequence = max(last + 1, int(now * 1e6))
+        expiration = now + ttl
+        record = SignedRecord.sign(
+            self.identity,
+            key_digest(key),
+            subkey=subkey,
+            sequence=sequence,
+            expiration=expiration,
+            value=value,
+            tombstone=tombstone,
+        )
+        self._published[(key, subkey)] = (sequence, max(expiration, hidden))
+        return record
+
+    async def _write(self, records: list[SignedRecord]) -> WriteFinished:
+        driver = self._running()
+        return cast(WriteFinished, await driver.wait(driver.protocol.write(records, driver.now())))
+
+    async def _resolve(self, peers: Sequence[PeerAddress]) -> None:
+        """Looks up the seeds' host names, again and again until all are known, and hands over what it has."""
+        driver = self._running()
+        backoff = 0.5
+        while True:
+            seeds: list[tuple[Address, PeerID | None]] = []
+            failed = False
+            for peer in peers:
+                for text in peer.addresses:
+                    host, port = split_host_port(text)
+                    try:
+                        infos = await driver.loop.getaddrinfo(host, port, family=driver.family, type=socket.SOCK_DGRAM)
+                    except OSError as error:
+                        failed = True
+                        logger.warning("the seed %s cannot be resolved (%s); trying again", text, describe(error))
+                        continue
+                    seeds += [((str(info[4][0]), port), peer.peer_id) for info in infos]
+            driver.protocol.set_seeds(seeds, driver.now())
+            driver.cycle()
+            if not failed:
+                return
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, RESOLVE_BACKOFF)
+
+
+class _Driver(asyncio.DatagramProtocol):
+    """The cycle: feed the machine, deliver its events, send its datagrams, arm one timer."""
+
+    def __init__(self, protocol: NetworkProtocol, loop: asyncio.AbstractEventLoop, *, is_v6: bool) -> None:
+        self.protocol = protocol
+        self.loop = loop
+        self.family = socket.AF_INET6 if is_v6 else socket.AF_INET
+        self.joined = asyncio.Event()
+        self._is_v6 = is_v6
+        self._transport: asyncio.DatagramTransport | None = None
+        self._closed: asyncio.Future[None] = loop.create_future()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._waiters: dict[int, asyncio.Future[ReadFinished | WriteFinished]] = {}
+
+    def now(self) -> float:
+        return self.loop.time()
+
+    async def wait(self, operation: int) -> ReadFinished | WriteFinished:
+        """The event that ends an operation that has just been started. Cancelling the wait cancels the operation."""
+        waiter: asyncio.Future[ReadFinished | WriteFinished] = self.loop.create_future()
+        self._waiters[operation] = waiter
+        try:
+            self.cycle()
+            return await waiter
+        finally:
+            del self._waiters[operation]
+            self.protocol.cancel(operation)
+
+    def cycle(self) -> None:
+        """Delivers what the machine has to say. To be called after everything that is fed to it."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        for event in self.protocol.events():
+            if isinstance(event, Joined):
+                self.joined.set()
+                logger.info("joined the network: %d contacts", event.num_contacts)
+            elif isinstance(event, Isolated):
+                self.joined.clear()
+                logger.warning("every contact is gone; looking for the network again")
+            else:
+                waiter = self._waiters.get(event.operation)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(event)
+        for data, address in self.protocol.datagrams_to_send():
+            self._transport.sendto(data, address)
+        self._arm_timer()
+
+    async def aclose(self) -> None:
+        """Farewell, then nothing more."""
+        self.protocol.leave(self.now())
+        self.cycle()
+        if self._timer is not None:
+            self._timer.cancel()
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(ConnectionAbortedError("the network was closed"))
+        if self._transport is not None:
+            self._transport.close()
+            await self._closed
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        now = self.loop.time()
+        self.protocol.wall_offset = time.time() - now
+        # IPv6 adds flow and scope, and shows IPv4 peers of a dual-stack socket in its own notation
+        host = addr[0].removeprefix("::ffff:") if self._is_v6 else addr[0]
+        self.protocol.receive_datagram(data, (host, addr[1]), now)
+        self.cycle()
+
+    def error_received(self, exc: Exception) -> None:
+        # an ICMP error for something sent earlier: the call it belongs to will time out, which decides
+        self.protocol.metrics.count("network_send_errors")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    def _handle_timer(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        self.protocol.wall_offset = time.time() - now
+        self.protocol.handle_timer(now)
+        self.cycle()
+
+    def _arm_timer(self) -> None:
+        at = self.protocol.timer_at()
+        if self._timer is not None:
+            # a timer that fires early costs one look; moving it at every datagram would cost more
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(max(at, self.loop.time()), self._handle_timer)
+        self._timer_at = at
+
+
+def _view(entries: Sequence[Entry]) -> Any:
+    best: dict[str | None, Entry] = {}
+    for entry in entries:
+        shown = best.get(entry.subkey)
+        if shown is None or (entry.sequence, entry.owner) > (shown.sequence, shown.owner):
+            best[entry.subkey] = entry
+    single = best.pop(None, None)
+    if best:
+        return {subkey: entry.value for subkey, entry in best.items()}
+    return None if single is None else single.value

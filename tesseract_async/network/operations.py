@@ -1,0 +1,480 @@
+"""What a node does over several RPCs: searching, reading, writing, joining. Pure: each step is an answer coming in.
+
+Operations hold their own state and talk to one `NetworkProtocol`, which sends their calls and tells them how these
+ended.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.identity import PeerID, SignedRecord
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.calls import Call
+from tesseract_async.network.contacts import ID_BYTES, Address, Contact
+from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.events import ReadFinished, WriteFinished
+from tesseract_async.network.lookup import Lookup
+from tesseract_async.network.storage import NUM_RANGES, RANGE_SIZE, EntryID, Outcome, Summary, summarise
+
+if TYPE_CHECKING:
+    from tesseract_async.network.protocol import NetworkProtocol
+
+STORE_ROOM = 1080
+"""Bytes of records, their keys and msgpack heads that fit into one STORE request."""
+
+
+class Search:
+    """Drives a `Lookup` with FIND or GET requests, and calls back when it ends."""
+
+    def __init__(
+        self,
+        network: NetworkProtocol,
+        target: bytes,
+        start: Sequence[Contact],
+        *,
+        on_answer: Callable[[Contact, Reply, float], None] | None = None,
+        on_end: Callable[[float], None],
+    ) -> None:
+        settings = network.settings
+        self.network = network
+        self.target = target
+        self.lookup = Lookup(
+            int.from_bytes(target, "big"), start, k=settings.k, num_paths=settings.num_paths, alpha=settings.alpha
+        )
+        self.ended = False
+        self._on_answer = on_answer
+        self._on_end = on_end
+
+    def advance(self, now: float) -> None:
+        """Asks whom the lookup wants asked; ends when it is finished."""
+        if self.ended:
+            return
+        kind = wire.GET if self._on_answer is not None else wire.FIND
+        for contact in self.lookup.to_ask():
+            self.network.call(self, kind, (self.target,), contact, now)
+        if self.lookup.finished:
+            self.stop()
+            self._on_end(now)
+
+    def stop(self) -> None:
+        """Takes no further answers."""
+        if not self.ended:
+            self.ended = True
+            self.network.metrics.observe("network_lookup_rounds", self.lookup.num_rounds, bounds=range(1, 10))
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        if self.ended:
+            return
+        assert call.contact is not None
+        try:
+            offset = 3 if self._on_answer is not None else 0
+            if len(reply.results) < offset + 2:
+                raise ProtocolError("a reply without contacts")
+            found = self.network.contacts_from(reply.results[offset], reply.results[offset + 1], now)
+            if self._on_answer is not None:
+                self._on_answer(call.contact, reply, now)
+        except ProtocolError:
+            self.network.drop_from(call.contact, "malformed")
+            self.lookup.failed(call.contact)
+        else:
+            self.lookup.answered(call.contact, found)
+        self.advance(now)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        if not self.ended and call.contact is not None:
+            self.lookup.stalled(call.contact)
+            self.advance(now)
+
+    def call_failed(self, call: Call, now: float) -> None:
+        if not self.ended and call.contact is not None:
+            self.lookup.failed(call.contact)
+            self.advance(now)
+
+
+class Ping:
+    """Asks a contact whether it is there and itself: a newcomer, or the oldest of a full bucket."""
+
+    def __init__(self, network: NetworkProtocol, contact: Contact, now: float) -> None:
+        self.network = network
+        self.contact = contact
+        network.call(self, wire.PING, (), contact, now)
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        self.network.verified(self.contact)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        self.network.verified(self.contact)
+
+
+class Refresh:
+    """A lookup for its side effect: the table learns contacts near `target`."""
+
+    def __init__(self, network: NetworkProtocol, target: bytes | int, now: float) -> None:
+        key = target if isinstance(target, bytes) else target.to_bytes(ID_BYTES, "big")
+        start = network.table.closest(int.from_bytes(key, "big"), network.settings.k)
+        self.search = Search(network, key, start, on_end=lambda now: None)
+        self.search.advance(now)
+
+
+class Neighbourhood:
+    """Looks up the own id, so that this node and those closest to it know each other; then fills far buckets."""
+
+    def __init__(self, network: NetworkProtocol, start: Iterable[Contact], now: float) -> None:
+        self.network = network
+        contacts = {contact.raw: contact for contact in start}
+        closest = network.table.closest(network.table.own_number, network.settings.k)
+        contacts.update((contact.raw, contact) for contact in closest)
+        self.search = Search(network, network.own_id, list(contacts.values()), on_end=self._end)
+
+    def start(self, now: float) -> None:
+        """Sends the first requests."""
+        self.search.advance(now)
+
+    def _end(self, now: float) -> None:
+        table = self.network.table
+        self.network.neighbourhood_known(now)
+        # section 2.3: refresh the buckets farther away than the closest neighbour, as far as they have room
+        for index, bucket in enumerate(table.buckets[:-1]):
+            if len(bucket.contacts) < table.k:
+                self.network.refresh_bucket(index, now)
+
+
+class Join:
+    """Asks seeds for the own neighbourhood. A seed that knows nobody new costs one RPC: asking again and again is how
+    two halves of a network find each other.
+    """
+
+    def __init__(self, network: NetworkProtocol, addresses: Mapping[Address, PeerID | None], now: float) -> None:
+        self.network = network
+        self.ids = addresses
+        for address in addresses:
+            network.call_address(self, wire.FIND, (network.own_id,), address, now)
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        assert call.contact is not None
+        network = self.network
+        expected = self.ids[call.address]
+        if expected is not None and call.contact.peer_id != expected:
+            network.drop_from(call.contact, "wrong_id")
+            network.metrics.count("network_seeds_with_another_id")
+            return
+        try:
+            if len(reply.results) < 2:
+                raise ProtocolError("a reply without contacts")
+            found = network.contacts_from(reply.results[0], reply.results[1], now)
+        except ProtocolError:
+            network.drop_from(call.contact, "malformed")
+            return
+        if not network.joined or any(contact.peer_id not in network.table for contact in found):
+            network.learn_neighbourhood([call.contact, *found], now)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        self.network.metrics.count("network_seeds_silent")
+
+
+class Write:
+    """Stores records of one key on the k nodes closest to it."""
+
+    def __init__(self, network: NetworkProtocol, records: Sequence[SignedRecord]) -> None:
+        assert records and all(record.key == records[0].key for record in records)
+        self.network = network
+        self.records = records
+        self.num_holders = [0] * len(records)
+        self.num_outdated = [0] * len(records)
+        self.cancelled = False
+        self._num_waiting = 0
+        self._retried: set[bytes] = set()
+
+    def start(self, number: int, now: float) -> None:
+        self._event = WriteFinished(number, self.num_holders, self.num_outdated)
+        key = self.records[0].key
+        start = self.network.table.closest(int.from_bytes(key, "big"), self.network.settings.k)
+        self._search = Search(self.network, key, start, on_end=self._store)
+        self._search.advance(now)
+
+    def _store(self, now: float) -> None:
+        if self.cancelled:
+            return
+        network, key = self.network, self.records[0].key
+        holders = self._search.lookup.closest()
+        target = int.from_bytes(key, "big")
+        own_distance = network.table.own_number ^ target
+        is_holder = network.public and (len(holders) < network.settings.k or own_distance < holders[-1].number ^ target)
+        if is_holder:
+            holders = holders[: network.settings.k - 1]
+        if is_holder or not holders:
+            for index, record in enumerate(self.records):
+                outcome = network.storage.add(record, network.wall(now))
+                self.num_holders[index] += outcome.held
+        for contact in holders:
+            for part in _parts(self.records):
+                self._send(contact, part, now)
+        self._end_if_done(now)
+
+    def _send(self, contact: Contact, part: range, now: float) -> None:
+        self._num_waiting += 1
+        items = [self.records[index].key + self.records[index].body for index in part]
+        self.network.call(_Stored(self, part), wire.STORE, (items,), contact, now)
+
+    def stored(self, contact: Contact, part: range, outcomes: list[Outcome], now: float) -> None:
+        """A holder answered."""
+        self._num_waiting -= 1
+        if Outcome.BAD_TOKEN in outcomes and contact.raw not in self._retried:
+            # the holder changed its secret since: its reply brought a new token
+            self._retried.add(contact.raw)
+            self._send(contact, part, now)
+            return
+        for index, outcome in zip(part, outcomes, strict=True):
+            self.num_holders[index] += outcome.held
+            self.num_outdated[index] += outcome is Outcome.OUTDATED
+            self.network.metrics.count("network_stores", outcome=outcome.name.lower())
+        self._end_if_done(now)
+
+    def not_stored(self, now: float) -> None:
+        """A holder did not answer."""
+        self._num_waiting -= 1
+        self._end_if_done(now)
+
+    def _end_if_done(self, now: float) -> None:
+        if not self._num_waiting and not self.cancelled:
+            self.network.finish(self, self._event)
+
+
+class _Stored:
+    """Hears how one STORE ended."""
+
+    def __init__(self, write: Write, part: range) -> None:
+        self.write = write
+        self.part = part
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        assert call.contact is not None
+        try:
+            outcomes = wire.read_outcomes(reply.results, len(self.part))
+        except ProtocolError:
+            self.write.network.drop_from(call.contact, "malformed")
+            self.write.not_stored(now)
+        else:
+            self.write.stored(call.contact, self.part, outcomes, now)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        self.write.not_stored(now)
+
+
+class _Repair:
+    """A store that nobody waits for."""
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        pass
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        pass
+
+
+class Holding:
+    """What one holder says that it holds of a dictionary."""
+
+    __slots__ = ("contact", "records", "summary")
+
+    def __init__(self, contact: Contact | None, summary: Summary, records: dict[EntryID, SignedRecord] | None) -> None:
+        self.contact = contact
+        """None for the own storage."""
+        self.summary = summary
+        self.records = records
+        """What is known to be there; None while no record has been fetched."""
+
+
+class Read:
+    """Reads a dictionary: finds holders, compares their digests, fetches what differs once, merges, repairs.
+
+    It ends when `num_equal_holders` report equal digests, else when the k nodes closest to the key have answered.
+    """
+
+    def __init__(self, network: NetworkProtocol, key: bytes) -> None:
+        self.network = network
+        self.key = key
+        self.cancelled = False
+        self._holdings: list[Holding] = []
+        self._verified: dict[bytes, SignedRecord] = {}
+        self._fetches: deque[_Fetch] = deque()
+        self._num_fetching = 0
+        self._settled = False
+        self._number = 0
+
+    def start(self, number: int, now: float) -> None:
+        self._number = number
+        own = {_entry_id(record): record for record in self.network.storage.records(self.key)}
+        if own:
+            self._verified.update((record.body, record) for record in own.values())
+            summary = self.network.storage.summary(self.key)
+            assert summary is not None
+            self._holdings.append(Holding(None, summary, own))
+        start = self.network.table.closest(int.from_bytes(self.key, "big"), self.network.settings.k)
+        self._search = Search(self.network, self.key, start, on_answer=self._hear, on_end=self._settle)
+        self._search.advance(now)
+
+    def _hear(self, contact: Contact, reply: Reply, now: float) -> None:
+        if self.cancelled:
+            self._search.stop()
+            return
+        summary, bodies = wire.read_value(reply.results)
+        if summary is None:
+            return
+        records: dict[EntryID, SignedRecord] | None = None
+        if bodies:
+            records = {}
+            for body in bodies:
+                record = self._verify(body)
+                records[_entry_id(record)] = record
+            summary = summarise(list(records.values()))
+        self._holdings.append(Holding(contact, summary, records))
+        equal = [item for item in self._holdings if item.summary == summary]
+        if len(equal) >= self.network.settings.num_equal_holders:
+            self._search.stop()
+            self._settle(now, equal)
+
+    def _verify(self, body: bytes) -> SignedRecord:
+        """Raises: InvalidRecord. Copies of the same bytes are checked once."""
+        record = self._verified.get(body)
+        if record is None:
+            record = self._verified[body] = SignedRecord.decode(self.key, body)
+        return record
+
+    def _settle(self, now: float, considered: list[Holding] | None = None) -> None:
+        """Nobody else is asked for digests; what the considered holders hold is fetched where it is not known yet."""
+        if self._settled or self.cancelled:
+            return
+        self._settled = True
+        for index in range(NUM_RANGES):
+            groups: dict[int, list[Holding]] = {}
+            for holding in considered if considered is not None else self._holdings:
+                groups.setdefault(holding.summary.digests[index], []).append(holding)
+            for digest, group in groups.items():
+                if digest and not any(item.records is not None for item in group):
+                    self._fetches.append(_Fetch(self, index, group))
+        self._go_on(now)
+
+    def _go_on(self, now: float) -> None:
+        while self._fetches and self._num_fetching < self.network.settings.pages_in_flight:
+            self._num_fetching += 1
+            self._fetches.popleft().ask(now)
+        if not self._num_fetching and not self._fetches and not self.cancelled:
+            self._finish(now)
+
+    def fetched(self, fetch: _Fetch, now: float) -> None:
+        """A range is complete, or all its holders failed."""
+        self._num_fetching -= 1
+        self._go_on(now)
+
+    def _finish(self, now: float) -> None:
+        merged: dict[EntryID, SignedRecord] = {}
+        for record in self._verified.values():
+            identity = _entry_id(record)
+            held = merged.get(identity)
+            if held is None or record.supersedes(held):
+                merged[identity] = record
+        self._repair(merged, now)
+        rounds = self._search.lookup.num_rounds
+        self.network.finish(self, ReadFinished(self._number, list(merged.values()), rounds, len(self._holdings)))
+
+    def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
+        """Sends holders the entries that they lack, verbatim, as far as what they hold is known."""
+        for holding in self._holdings:
+            if holding.records is None:
+                continue
+            missing = [
+                record
+                for identity, record in merged.items()
+                if identity not in holding.records or record.supersedes(holding.records[identity])
+            ][: self.network.settings.max_repairs]
+            if not missing:
+                continue
+            self.network.metrics.count("network_repairs", len(missing))
+            if holding.contact is None:
+                for record in missing:
+                    self.network.storage.add(record, self.network.wall(now))
+                continue
+            for part in _parts(missing):
+                items = [missing[index].key + missing[index].body for index in part]
+                self.network.call(_Repair(), wire.STORE, (items,), holding.contact, now)
+
+
+class _Fetch:
+    """Reads one range of a dictionary, page by page, from holders that report the same digest of it."""
+
+    def __init__(self, read: Read, index: int, group: list[Holding]) -> None:
+        self.read = read
+        self.sources = [item.contact for item in group if item.contact is not None]
+        read.network.random.shuffle(self.sources)
+        self.cursor = index * RANGE_SIZE
+        self.last = self.cursor + RANGE_SIZE - 1
+        self.num_records = 0
+
+    def ask(self, now: float) -> None:
+        """Asks for the next page."""
+        if not self.sources or self.read.cancelled:
+            self.read.fetched(self, now)
+            return
+        self.read.network.call(self, wire.PAGE, (self.read.key, self.cursor, self.last), self.sources[-1], now)
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        network = self.read.network
+        try:
+            cursor, bodies = wire.read_page(reply.results)
+            for body in bodies:
+                if not self.cursor <= self.read._verify(body).slot <= self.last:
+                    raise ProtocolError("a record outside the page that was asked for")
+            self.num_records += len(bodies)
+            if cursor is not None and not (self.cursor < cursor <= self.last and bodies):
+                raise ProtocolError("a page that does not advance")
+            if self.num_records > network.settings.max_entries_per_key:
+                raise ProtocolError("a dictionary without end")
+        except ProtocolError as error:
+            network.drop_from(call.contact, "invalid_record" if isinstance(error, InvalidRecord) else "malformed")
+            self.sources.pop()
+            self.ask(now)
+            return
+        if cursor is None:
+            self.read.fetched(self, now)
+        else:
+            self.cursor = cursor
+            self.ask(now)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        self.sources.pop()
+        self.ask(now)
+
+
+def _entry_id(record: SignedRecord) -> EntryID:
+    return record.subkey, record.owner
+
+
+def _parts(records: Sequence[SignedRecord]) -> Iterable[range]:
+    """Slices of `records` that fit into one STORE each."""
+    start, room = 0, STORE_ROOM
+    for index, record in enumerate(records):
+        size = ID_BYTES + len(record.body) + 3
+        if index > start and (size > room or index - start == wire.MAX_ITEMS):
+            yield range(start, index)
+            start, room = index, STORE_ROOM
+        room -= size
+    yield range(start, len(records))

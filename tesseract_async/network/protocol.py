@@ -1,0 +1,550 @@
+"""The node's side of the DHT as a machine without I/O: datagrams and the time in; datagrams, events and a timer out.
+
+The driver (`network.network`) repeats one cycle: feed (`receive_datagram`, `handle_timer`, or a request such as
+`read`), hand out `events`, send `datagrams_to_send`, wake up at `timer_at`. The machine never awaits, sleeps or
+reads a clock; it is given `now`, a loop time in seconds that never goes back, and is told `wall_offset`, what to add to
+it for the wall-clock time that records live by.
+
+Whatever comes from the network is untrusted. A datagram that breaks a rule is dropped and counted by its reason in
+``network_datagrams_dropped``; it raises nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random as random_module
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
+from tesseract_async.identity import Identity, PeerID, SignedRecord, verify
+from tesseract_async.metrics import Metrics
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.calls import Call, Caller, Calls
+from tesseract_async.network.contacts import (
+    Address,
+    Contact,
+    pack_address,
+    pack_contacts,
+    split_contacts,
+    unpack_address,
+)
+from tesseract_async.network.events import Event, Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.operations import Join, Neighbourhood, Ping, Read, Refresh, Write
+from tesseract_async.network.routing import RoutingTable
+from tesseract_async.network.settings import AMPLIFICATION, MAX_DATAGRAM_BYTES, NetworkSettings
+from tesseract_async.network.storage import Outcome, Storage
+
+MAX_KNOWN = 2048
+"""Contacts remembered outside the routing table: those of lookups under way, and their proofs and tokens."""
+MAX_REMEMBERED = 64
+"""Addresses of lost contacts that are asked again once nobody else is left."""
+MAX_VERIFICATIONS = 64
+"""Newcomers pinged at a time to see whether they belong into the table."""
+HOUSEKEEPING_PERIOD = 5.0
+
+
+class NetworkProtocol:
+    """One node of the DHT."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        settings: NetworkSettings,
+        random: random_module.Random,
+        metrics: Metrics,
+        now: float,
+        wall_offset: float,
+        public: bool,
+    ) -> None:
+        self.identity = identity
+        self.own_id = bytes(identity.peer_id)
+        self.settings = settings
+        self.random = random
+        self.metrics = metrics
+        self.wall_offset = wall_offset
+        """Wall-clock time minus loop time. The driver keeps it true."""
+        self.public = public
+        """Whether others may list this node in their routing tables."""
+        self.table = RoutingTable(self.own_id, k=settings.k, questionable_after=settings.questionable_after, now=now)
+        self.storage = Storage(settings)
+        self.joined = False
+        self._neighbourhood: Neighbourhood | None = None
+        self._calls = Calls(settings)
+        self._known: dict[bytes, Contact] = {}
+        self._unreachable: dict[bytes, float] = {}
+        self._remembered: dict[Address, None] = {}
+        self._verifying: set[bytes] = set()
+        self._operations: dict[int, Read | Write] = {}
+        self._num_operations = 0
+        self._seeds: list[tuple[Address, PeerID | None]] = []
+        self._seed_backoff = settings.min_seed_backoff
+        self._seeds_at = float("inf")
+        self._housekeeping_at = now + HOUSEKEEPING_PERIOD * random.random()
+        self._secrets = (random.randbytes(16), random.randbytes(16))
+        self._secrets_until = now + settings.token_lifetime
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._num_timers = 0
+        self._datagrams: deque[tuple[bytes, Address]] = deque()
+        self._events: deque[Event] = deque()
+
+    # What the driver asks for
+
+    def set_seeds(self, seeds: Iterable[tuple[Address, PeerID | None]], now: float) -> None:
+        """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust."""
+        self._seeds = list(seeds)
+        self._seed_backoff = self.settings.min_seed_backoff
+        self._seeds_at = now
+
+    def read(self, key: bytes, now: float) -> int:
+        """Looks up `key`; `ReadFinished` will carry the number returned."""
+        return self._start(Read(self, key), now)
+
+    def write(self, records: Sequence[SignedRecord], now: float) -> int:
+        """Stores own records, all of one key, on the k nodes closest to it; `WriteFinished` will carry the number."""
+        return self._start(Write(self, records), now)
+
+    def cancel(self, operation: int) -> None:
+        """Nobody waits for that read or write any longer. Stores that were sent already may take effect."""
+        started = self._operations.pop(operation, None)
+        if started is not None:
+            started.cancelled = True
+
+    def leave(self, now: float) -> None:
+        """Says farewell to everybody who may list this node. Afterwards only `datagrams_to_send` is of use."""
+        for contact in self.table.contacts():
+            if contact.token_until > now:
+                self._send_request(wire.LEAVE, self._new_transaction(), contact.token, b"", (), contact.address)
+
+    # What comes in
+
+    def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
+        """Takes one datagram as it came from the network, from a numeric `address`."""
+        try:
+            datagram = wire.decode(data)
+            if datagram.sender == self.own_id:
+                self._drop("own_id")
+            elif datagram.kind & wire.REPLY:
+                self._receive_reply(datagram, address, now)
+            else:
+                self._receive_request(datagram, len(data), address, now)
+        except UnsupportedVersion:
+            self._drop("version")
+        except InvalidRecord:
+            self._drop("invalid_record")
+        except ProtocolError:
+            self._drop("malformed")
+        self.metrics.count("network_datagrams_received")
+
+    def handle_timer(self, now: float) -> None:
+        """Does what is due. Calling it early or late is harmless."""
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](now)
+        if self._seeds_at <= now:
+            self._ask_seeds(now)
+        if self._housekeeping_at <= now:
+            self._keep_house(now)
+
+    # What goes out
+
+    def datagrams_to_send(self) -> list[tuple[bytes, Address]]:
+        """Datagrams in order of sending; each is handed out once."""
+        out = list(self._datagrams)
+        self._datagrams.clear()
+        return out
+
+    def events(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        out = list(self._events)
+        self._events.clear()
+        return out
+
+    def timer_at(self) -> float:
+        """The loop time at which `handle_timer` has something to do. It may change with every input."""
+        at = min(self._seeds_at, self._housekeeping_at)
+        return min(at, self._timers[0][0]) if self._timers else at
+
+    # For operations: the house's own callers
+
+    def wall(self, now: float) -> float:
+        """The wall-clock time at loop time `now`."""
+        return now + self.wall_offset
+
+    def call(self, caller: Caller, kind: int, arguments: Sequence[Any], contact: Contact, now: float) -> None:
+        """Sends a request to a contact; `caller` hears how it ends, never before this returns."""
+        self._enqueue(Call(caller, kind, arguments, contact=contact, address=contact.address), now)
+
+    def call_address(self, caller: Caller, kind: int, arguments: Sequence[Any], address: Address, now: float) -> None:
+        """The same to whoever lives at an address."""
+        self._enqueue(Call(caller, kind, arguments, contact=None, address=address), now)
+
+    def contacts_from(self, v4: object, v6: object, now: float) -> list[Contact]:
+        """The contacts that a reply names, without this node and those that were unreachable a moment ago.
+
+        Raises: ProtocolError.
+        """
+        contacts: list[Contact] = []
+        for raw in split_contacts(v4, v6, self.settings.k):
+            if raw[:32] != self.own_id and self._unreachable.get(raw, now) <= now:
+                contact = self._known.get(raw)
+                contacts.append(contact if contact is not None else self._learn(raw))
+        return contacts
+
+    def finish(self, operation: Read | Write, event: ReadFinished | WriteFinished) -> None:
+        """An operation ended: its number is free, its event goes out."""
+        if self._operations.pop(event.operation, None) is not None:
+            self._events.append(event)
+
+    def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:
+        """Looks up the own id, unless that is under way."""
+        if self._neighbourhood is None:
+            self._neighbourhood = Neighbourhood(self, start, now)
+            self._neighbourhood.start(now)
+
+    def neighbourhood_known(self, now: float) -> None:
+        """A lookup of the own id ended."""
+        self._neighbourhood = None
+        if not self.joined and len(self.table):
+            self.joined = True
+            self._events.append(Joined(len(self.table)))
+        self._seed_backoff = self.settings.min_seed_backoff
+        if self._seeds:
+            self._seeds_at = now + self.settings.seed_period * (0.75 + 0.5 * self.random.random())
+
+    def drop_from(self, contact: Contact | None, reason: str) -> None:
+        """Counts something wrong that a proven contact sent."""
+        self._drop(reason)
+
+    # Requests
+
+    def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
+        request = wire.read_request(datagram)
+        address_proven = bool(request.token) and self._token_holds(request.token, address)
+        self._heard_from(datagram, address, address_proven, now)
+        if datagram.kind == wire.LEAVE:
+            if address_proven:
+                self._farewell(datagram.sender, address)
+            else:
+                self._drop("token")
+            return
+        # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
+        room = MAX_DATAGRAM_BYTES if address_proven else min(MAX_DATAGRAM_BYTES, AMPLIFICATION * length)
+        room -= 96 + (wire.PROOF_BYTES + 18 if request.challenge else 18)
+        results = self._answer(datagram, request, address_proven, room, now)
+        packed_address = pack_address(address)
+        proof = b""
+        if request.challenge:
+            statement = wire.proof_statement(
+                request.challenge, datagram.sender, self.own_id, unpack_address(packed_address)
+            )
+            proof = self.identity.public_key + self.identity.sign(statement)
+        body = (packed_address, self._token_for(packed_address), proof, self.wall(now), *results)
+        kind = datagram.kind | wire.REPLY
+        self._send(wire.encode(kind, self._flags(), datagram.transaction, self.own_id, body), address)
+
+    def _answer(
+        self, datagram: wire.Datagram, request: wire.Request, address_proven: bool, room: int, now: float
+    ) -> Sequence[Any]:
+        kind = datagram.kind
+        if kind == wire.PING:
+            return ()
+        if kind == wire.FIND:
+            return self._pack_closest(wire.read_key(request.arguments), datagram.sender, room)
+        if kind == wire.GET:
+            key = wire.read_key(request.arguments)
+            count, digests, bodies = 0, b"", self.storage.bodies_if_fit(key, room - 10)
+            if bodies is None:
+                summary = self.storage.summary(key)
+                assert summary is not None
+                count, digests = wire.write_summary(summary)
+                room -= len(digests)
+            else:
+                count = len(bodies)
+                room -= sum(len(body) + 3 for body in bodies)
+            return (count, digests, bodies or [], *self._pack_closest(key, datagram.sender, room))
+        if kind == wire.PAGE:
+            key = wire.read_key(request.arguments)
+            start, last = wire.read_range(request.arguments)
+            bodies, cursor = self.storage.page(key, start, last + 1, room)
+            return (cursor, bodies)
+        if kind == wire.STORE:
+            items = wire.read_items(request.arguments)
+            return (bytes(self._store(key, body, address_proven, now) for key, body in items),)
+        raise ProtocolError(f"an unknown kind of request: {kind}")
+
+    def _store(self, key: bytes, body: bytes, address_proven: bool, now: float) -> Outcome:
+        if not address_proven:
+            return Outcome.BAD_TOKEN
+        if not self.public:
+            return Outcome.REFUSED
+        return self.keep(key, body, now)
+
+    def keep(self, key: bytes, body: bytes, now: float) -> Outcome:
+        """Verifies an untrusted record and keeps it in the own storage."""
+        wall = self.wall(now)
+        try:
+            # cheap objections come first: a flood of old records costs no signature checks
+            outcome = self.storage.check(SignedRecord.decode_unverified(key, body), wall)
+            return self.storage.add(SignedRecord.decode(key, body), wall) if outcome is None else outcome
+        except InvalidRecord:
+            self._drop("invalid_record")
+            return Outcome.INVALID
+
+    def _pack_closest(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
+        closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k + 1)
+        return pack_contacts([item for item in closest if item.peer_id != asker][: self.settings.k], room - 10)
+
+    def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
+        """A request came from an id that claims to live at an address."""
+        if datagram.flags & wire.FLAG_CLIENT:
+            return
+        raw = datagram.sender + pack_address(address)
+        contact = self.table.get(datagram.sender)
+        if contact is not None and contact.raw == raw:
+            if address_proven:
+                contact.last_seen = now
+                self.table.add(contact, now)
+            return
+        if contact is None and not self.table.wants(datagram.sender):
+            return
+        if raw in self._verifying or len(self._verifying) >= MAX_VERIFICATIONS:
+            return
+        if address_proven:
+            self._unreachable.pop(raw, None)
+        elif self._unreachable.get(raw, now) > now:
+            return
+        known = self._known.get(raw)
+        self._verifying.add(raw)
+        Ping(self, known if known is not None else self._learn(raw), now)
+
+    def verified(self, contact: Contact) -> None:
+        """The ping to a newcomer ended, either way."""
+        self._verifying.discard(contact.raw)
+
+    def _farewell(self, peer_id: bytes, address: Address) -> None:
+        contact = self.table.get(peer_id)
+        if contact is not None and contact.address == address:
+            self.table.remove(contact)
+            contact.proven = False
+            self.metrics.count("network_contacts_dropped", reason="farewell")
+            self._check_isolation()
+
+    # Replies
+
+    def _receive_reply(self, datagram: wire.Datagram, address: Address, now: float) -> None:
+        call = self._calls.by_transaction.get(datagram.transaction)
+        if call is None:
+            self._drop("unasked")
+            return
+        if address != call.address or datagram.kind != call.kind | wire.REPLY:
+            self._drop("spoofed")
+            return
+        reply = wire.read_reply(datagram)
+        contact = call.contact
+        if contact is None:
+            raw = datagram.sender + pack_address(address)
+            known = self._known.get(raw)
+            contact = known if known is not None else self._learn(raw)
+        elif contact.peer_id != datagram.sender:
+            self._drop("wrong_id")
+            self._end_call(datagram.transaction, call, None, now)
+            return
+        if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
+            self._drop("proof")
+            self._end_call(datagram.transaction, call, None, now)
+            return
+        contact.proven = True
+        contact.last_seen = now
+        contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
+        call.contact = contact
+        self._calls.observe_round_trip(call, now)
+        self._unreachable.pop(contact.raw, None)
+        if not datagram.flags & wire.FLAG_CLIENT:
+            self._enter(contact, now)
+        self._end_call(datagram.transaction, call, reply, now)
+        if not self.joined and len(self.table):
+            self.learn_neighbourhood((), now)
+
+    def _proof_holds(self, call: Call, sender: bytes, reply: wire.Reply) -> bool:
+        public_key, signature = reply.proof[:32], reply.proof[32:]
+        if not call.challenge or hashlib.sha256(public_key).digest() != sender:
+            return False
+        statement = wire.proof_statement(call.challenge, self.own_id, sender, reply.observed)
+        return verify(public_key, signature, statement)
+
+    def _enter(self, contact: Contact, now: float) -> None:
+        doubtful = self.table.add(contact, now)
+        if doubtful is not None and doubtful.raw not in self._verifying and len(self._verifying) < MAX_VERIFICATIONS:
+            self._verifying.add(doubtful.raw)
+            Ping(self, doubtful, now)
+
+    # Calls
+
+    def _enqueue(self, call: Call, now: float) -> None:
+        if self._calls.full:
+            self._calls.waiting.append(call)
+        else:
+            self._begin_call(call, now)
+
+    def _begin_call(self, call: Call, now: float) -> None:
+        transaction = self._new_transaction()
+        contact = call.contact
+        token = contact.token if contact is not None and contact.token_until > now else b""
+        if contact is None or not contact.proven:
+            call.challenge = self.random.randbytes(wire.CHALLENGE_BYTES)
+        self._calls.by_transaction[transaction] = call
+        call.data = wire.encode_request(
+            call.kind,
+            self._flags(),
+            transaction,
+            self.own_id,
+            token=token,
+            challenge=call.challenge,
+            arguments=call.arguments,
+        )
+        self._attempt(transaction, call, now)
+
+    def _attempt(self, transaction: bytes, call: Call, now: float) -> None:
+        call.attempts += 1
+        call.sent_at = now
+        self._send(call.data, call.address)
+        self._schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, now))
+
+    def _call_is_late(self, transaction: bytes, call: Call, now: float) -> None:
+        if call.done:
+            return
+        if call.attempts > self.settings.num_retransmissions:
+            if call.contact is not None:
+                self._lost(call.contact, now)
+            self._end_call(transaction, call, None, now)
+            return
+        self.metrics.count("network_retransmissions")
+        is_first = call.attempts == 1
+        self._attempt(transaction, call, now)
+        if is_first:
+            call.caller.call_stalled(call, now)
+
+    def _end_call(self, transaction: bytes, call: Call, reply: wire.Reply | None, now: float) -> None:
+        call.done = True
+        del self._calls.by_transaction[transaction]
+        while self._calls.waiting and not self._calls.full:
+            self._begin_call(self._calls.waiting.popleft(), now)
+        if reply is None:
+            self.metrics.count("network_calls_failed")
+            call.caller.call_failed(call, now)
+        else:
+            call.caller.call_answered(call, reply, now)
+
+    def _lost(self, contact: Contact, now: float) -> None:
+        """A contact did not answer three requests."""
+        self._unreachable[contact.raw] = now + self.settings.unreachable_for
+        contact.proven = False
+        if self.table.get(contact.peer_id) is contact:
+            self._remembered[contact.address] = None
+            if len(self._remembered) > MAX_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            self.metrics.count("network_contacts_dropped", reason="no_reply")
+        self.table.remove(contact)
+        self._check_isolation()
+
+    def _check_isolation(self) -> None:
+        if self.joined and not len(self.table):
+            self.joined = False
+            self._events.append(Isolated())
+            self._seeds_at = float("-inf")
+
+    # Joining and upkeep
+
+    def _ask_seeds(self, now: float) -> None:
+        addresses: dict[Address, PeerID | None] = dict.fromkeys(self._remembered) if not len(self.table) else {}
+        addresses.update(self._seeds)
+        if not addresses:
+            self._seeds_at = float("inf")
+            return
+        Join(self, addresses, now)
+        if not len(self.table):
+            self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
+            self._seed_backoff = min(2 * self._seed_backoff, self.settings.seed_period)
+        else:
+            self._seeds_at = now + self.settings.seed_period * (0.75 + 0.5 * self.random.random())
+
+    def _keep_house(self, now: float) -> None:
+        self._housekeeping_at = now + HOUSEKEEPING_PERIOD * (0.75 + 0.5 * self.random.random())
+        self.storage.expire(self.wall(now))
+        if now >= self._secrets_until:
+            self._secrets = (self.random.randbytes(16), self._secrets[0])
+            self._secrets_until = now + self.settings.token_lifetime
+        for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
+            del self._unreachable[raw]
+        if self.joined:
+            for index in self.table.stale_prefixes(now - self.settings.refresh_period):
+                self.refresh_bucket(index, now)
+        self.metrics.set("network_contacts", len(self.table))
+        self.metrics.set("network_records", self.storage.num_entries)
+        self.metrics.set("network_record_bytes", self.storage.num_bytes)
+
+    def refresh_bucket(self, index: int, now: float) -> None:
+        """Looks up a random id of a bucket."""
+        target = self.table.number_in_bucket(index, self.random.getrandbits(256))
+        self.table.touch(target, now)
+        Refresh(self, target, now)
+
+    # Small parts
+
+    def _start(self, operation: Read | Write, now: float) -> int:
+        self._num_operations += 1
+        number = self._num_operations
+        self._operations[number] = operation
+        operation.start(number, now)
+        return number
+
+    def _learn(self, raw: bytes) -> Contact:
+        contact = self._known[raw] = Contact(raw[:32], unpack_address(raw[32:]))
+        if len(self._known) > MAX_KNOWN:
+            in_table = {item.raw for item in self.table.contacts()}
+            kept = list(self._known.values())[MAX_KNOWN // 2 :]
+            kept += [item for item in self.table.contacts() if item.raw in self._known]
+            self._known = {item.raw: item for item in kept if item.proven or item.raw in in_table}
+            self._known[raw] = contact
+        return contact
+
+    def _schedule(self, at: float, action: Callable[[float], None]) -> None:
+        self._num_timers += 1
+        heapq.heappush(self._timers, (at, self._num_timers, action))
+
+    def _token_for(self, packed_address: bytes) -> bytes:
+        return _token(self._secrets[0], packed_address)
+
+    def _token_holds(self, token: bytes, address: Address) -> bool:
+        packed = pack_address(address)
+        return any(token == _token(secret, packed) for secret in self._secrets)
+
+    def _new_transaction(self) -> bytes:
+        return self.random.randbytes(wire.TRANSACTION_BYTES)
+
+    def _flags(self) -> int:
+        return 0 if self.public else wire.FLAG_CLIENT
+
+    def _send_request(
+        self, kind: int, transaction: bytes, token: bytes, challenge: bytes, arguments: Sequence[Any], address: Address
+    ) -> None:
+        self._send(
+            wire.encode_request(
+                kind, self._flags(), transaction, self.own_id, token=token, challenge=challenge, arguments=arguments
+            ),
+            address,
+        )
+
+    def _send(self, data: bytes, address: Address) -> None:
+        assert len(data) <= MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"
+        self._datagrams.append((data, address))
+
+    def _drop(self, reason: str) -> None:
+        self.metrics.count("network_datagrams_dropped", reason=reason)
+
+
+def _token(secret: bytes, packed_address: bytes) -> bytes:
+    return hashlib.blake2b(packed_address, key=secret, digest_size=wire.TOKEN_BYTES).digest()

@@ -1,0 +1,176 @@
+"""The routing table: buckets of contacts that split around the own id (Maymounkov & Mazieres 2002). Pure.
+
+Bucket i holds contacts whose ids share exactly i leading bits with the own one; the last bucket, the only one that
+splits, holds all that share more. The table never sends anything: where a ping decides who stays, `add` says whom to
+ping, and the caller reports what came of it (`seen` or `failed`).
+"""
+
+from __future__ import annotations
+
+from heapq import nsmallest
+
+from tesseract_async.network.contacts import Contact
+
+ID_BITS = 256
+
+
+def common_prefix(one: int, other: int) -> int:
+    """How many leading bits two 256-bit ids share."""
+    return ID_BITS - (one ^ other).bit_length()
+
+
+class Bucket:
+    """At most k contacts, least recently seen first, and as many who wait for a place."""
+
+    __slots__ = ("contacts", "last_lookup", "replacements")
+
+    def __init__(self, now: float) -> None:
+        self.contacts: dict[bytes, Contact] = {}
+        """By peer id, least recently seen first."""
+        self.replacements: dict[bytes, Contact] = {}
+        """Proven contacts that found the bucket full; the most recently seen last."""
+        self.last_lookup = now
+
+
+class RoutingTable:
+    """Proven contacts of public nodes, by distance from `own_id`."""
+
+    def __init__(self, own_id: bytes, *, k: int, questionable_after: float, now: float) -> None:
+        self.own_id = own_id
+        self.own_number = int.from_bytes(own_id, "big")
+        self.k = k
+        self.questionable_after = questionable_after
+        self.buckets = [Bucket(now)]
+        self.num_contacts = 0
+
+    def __len__(self) -> int:
+        return self.num_contacts
+
+    def __contains__(self, peer_id: object) -> bool:
+        return isinstance(peer_id, bytes) and peer_id in self._bucket_of(int.from_bytes(peer_id, "big")).contacts
+
+    def contacts(self) -> list[Contact]:
+        """All contacts, farthest bucket first."""
+        return [contact for bucket in self.buckets for contact in bucket.contacts.values()]
+
+    def get(self, peer_id: bytes) -> Contact | None:
+        """The contact with that id, if the table holds one."""
+        return self._bucket_of(int.from_bytes(peer_id, "big")).contacts.get(peer_id)
+
+    def wants(self, peer_id: bytes) -> bool:
+        """Whether a newcomer with that id would find a place at once: only then is it worth a ping."""
+        number = int.from_bytes(peer_id, "big")
+        bucket = self._bucket_of(number)
+        if peer_id in bucket.contacts or number == self.own_number:
+            return False
+        return (
+            len(bucket.contacts) < self.k or bucket is self.buckets[-1] or self._displaced(bucket, number) is not None
+        )
+
+    def add(self, contact: Contact, now: float) -> Contact | None:
+        """Enters a proven contact that has just been heard from, or marks it as seen.
+
+        In a full bucket it waits among the replacements; then the least recently seen contact is returned if it has
+        been silent for long enough that the caller should ping it.
+        """
+        assert contact.proven
+        if contact.number == self.own_number:
+            return None
+        while True:
+            bucket = self._bucket_of(contact.number)
+            old = bucket.contacts.pop(contact.peer_id, None)
+            if old is not None or len(bucket.contacts) < self.k:
+                bucket.contacts[contact.peer_id] = contact
+                bucket.replacements.pop(contact.peer_id, None)
+                self.num_contacts += old is None
+                return None
+            if bucket is not self.buckets[-1] or len(self.buckets) == ID_BITS:
+                break
+            self._split()
+        bucket.replacements.pop(contact.peer_id, None)
+        displaced = self._displaced(bucket, contact.number)
+        if displaced is not None:
+            del bucket.contacts[displaced.peer_id]
+            bucket.contacts[contact.peer_id] = contact
+            contact = displaced
+        bucket.replacements[contact.peer_id] = contact
+        if len(bucket.replacements) > self.k:
+            del bucket.replacements[next(iter(bucket.replacements))]
+        oldest = next(iter(bucket.contacts.values()))
+        return oldest if now - oldest.last_seen >= self.questionable_after else None
+
+    def remove(self, contact: Contact) -> Contact | None:
+        """Drops a contact that failed or left. Its place goes to the most recently seen replacement, which is returned.
+
+        Another contact with the same id (at another address) stays.
+        """
+        bucket = self._bucket_of(contact.number)
+        if bucket.replacements.get(contact.peer_id) is contact:
+            del bucket.replacements[contact.peer_id]
+        if bucket.contacts.get(contact.peer_id) is not contact:
+            return None
+        del bucket.contacts[contact.peer_id]
+        self.num_contacts -= 1
+        if not bucket.replacements:
+            return None
+        _, successor = bucket.replacements.popitem()
+        bucket.contacts[successor.peer_id] = successor
+        self.num_contacts += 1
+        return successor
+
+    def closest(self, target: int, count: int) -> list[Contact]:
+        """The `count` contacts nearest to `target` by XOR, nearest first."""
+        first = min(common_prefix(target, self.own_number), len(self.buckets) - 1)
+        # contacts of bucket `first` share the most bits with the target; all deeper buckets share exactly `first` bits
+        # with it, and each shallower one fewer: whole groups follow one another, so only groups need sorting
+        found = _nearest(self.buckets[first].contacts.values(), target, count)
+        if len(found) < count:
+            deeper = [contact for bucket in self.buckets[first + 1 :] for contact in bucket.contacts.values()]
+            found += _nearest(deeper, target, count - len(found))
+        for index in range(first - 1, -1, -1):
+            if len(found) >= count:
+                break
+            found += _nearest(self.buckets[index].contacts.values(), target, count - len(found))
+        return found
+
+    def touch(self, target: int, now: float) -> None:
+        """Notes that a lookup went through the bucket of `target`."""
+        self._bucket_of(target).last_lookup = now
+
+    def stale_prefixes(self, before: float) -> list[int]:
+        """Indices of buckets that no lookup has touched since `before`."""
+        return [index for index, bucket in enumerate(self.buckets) if bucket.last_lookup <= before]
+
+    def number_in_bucket(self, index: int, random_bits: int) -> int:
+        """An id that belongs into bucket `index`: the own prefix, one bit flipped, the rest from `random_bits`."""
+        low = ID_BITS - 1 - index
+        return ((self.own_number >> low) ^ 1) << low | random_bits & ((1 << low) - 1)
+
+    def _bucket_of(self, number: int) -> Bucket:
+        shared = ID_BITS - (number ^ self.own_number).bit_length()
+        return self.buckets[shared] if shared < len(self.buckets) else self.buckets[-1]
+
+    def _displaced(self, bucket: Bucket, number: int) -> Contact | None:
+        """Who leaves a full bucket for a newcomer that is one of the k nearest to the own id (section 2.4): a node
+        knows its neighbourhood completely, also where that spans several buckets."""
+        if sum(len(item.contacts) for item in self.buckets[self.buckets.index(bucket) + 1 :]) >= self.k:
+            return None
+        farthest = max(bucket.contacts.values(), key=lambda contact: contact.number ^ self.own_number)
+        return farthest if number ^ self.own_number < farthest.number ^ self.own_number else None
+
+    def _split(self) -> None:
+        index = len(self.buckets) - 1
+        upper = self.buckets[index]
+        lower = Bucket(upper.last_lookup)
+        self.buckets.append(lower)
+        for group, into in ((upper.contacts, lower.contacts), (upper.replacements, lower.replacements)):
+            for peer_id in [key for key, item in group.items() if common_prefix(item.number, self.own_number) > index]:
+                into[peer_id] = group.pop(peer_id)
+
+
+def _nearest(contacts: object, target: int, count: int) -> list[Contact]:
+    group: list[Contact] = list(contacts)  # type: ignore[call-overload]
+    if len(group) > 2 * count:
+        return nsmallest(count, group, key=lambda contact: contact.number ^ target)
+    group.sort(key=lambda contact: contact.number ^ target)
+    return group[:count]

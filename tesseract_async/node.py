@@ -1,0 +1,316 @@
+"""A node: one event loop's share of the swarm. It builds the parts (DHT, endpoint, directory) and joins them.
+
+This is the only file that names concrete transports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
+from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod, describe
+from tesseract_async.experts import ExpertDirectory, split_uid
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+
+if TYPE_CHECKING:
+    from tesseract_async.client.remote_expert import RemoteExpert
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[IncomingCall], Awaitable[Message]]
+
+WILDCARDS = ("0.0.0.0", "::", "")
+NUM_PORT_TRIES = 32
+
+
+class TesseractNode:
+    """One member of the swarm, embedded in the running event loop. Use it as an async context manager.
+
+    UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps
+    looking for them in the background, and look-ups made meanwhile wait a few seconds for it.
+
+    - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback: serving the world is
+      asked for, not stumbled into.
+    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
+    - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
+    - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
+    - `public`: the first node of a swarm beyond loopback says so itself.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        initial_peers: Sequence[str | PeerAddress] = (),
+        identity: Identity | str | Path | None = None,
+        announce: str | Sequence[str] | None = None,
+        public: bool = False,
+        refresh_period: float = 10.0,
+    ) -> None:
+        """Does no I/O, except that an `identity` given as a path is read or created.
+
+        `refresh_period`: seconds after which the directory of a grid in use is read again.
+
+        Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
+        """
+        if not 0 <= port < 65536:
+            raise ValueError(f"a port is a number from 0 to 65535, not {port}")
+        self.initial_peers = tuple(_parse_peer(peer) for peer in initial_peers)
+        if identity is None:
+            identity = Identity.generate()
+        elif not isinstance(identity, Identity):
+            identity = Identity.load_or_create(identity)
+        self.identity = identity
+        self.metrics = Metrics()
+        self.network = TesseractNetwork(identity=identity, metrics=self.metrics)
+        self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
+        self._host = host
+        self._port = port
+        self._public = public
+        self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
+        for address in self._announce:
+            PeerAddress.parse(address)
+        self._endpoint: Endpoint | None = None
+        self._bound: tuple[str, int] | None = None
+        self._experts: dict[str, Handler] = {}
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Binds the port and starts the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.
+
+        Raises: OSError with a sentence if the port is in use or the host is not this machine's; RuntimeError if
+        the node was started before; ValueError if it listens on every interface and its own address can't be told.
+        """
+        if self._endpoint is not None:
+            raise RuntimeError("this node was started before; make a new one")
+        tcp, udp = await _bind_pair(self._host, self._port)
+        try:
+            self._bound = tcp.getsockname()[:2]
+            if not self._announce:
+                self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
+            self._endpoint = endpoint = self._build_endpoint(tcp)
+            for method in (INFO, FORWARD, BACKWARD):
+                endpoint.handle(method, self._answer_expert)
+            await endpoint.start()
+            await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
+        except BaseException:
+            await self.aclose()
+            tcp.close()
+            udp.close()
+            raise
+        logger.info("node %s listens on %s (UDP and TCP)", self.peer_id.short, self.address)
+
+    async def aclose(self) -> None:
+        """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
+        await self.directory.aclose()
+        await self.network.aclose()
+        if self._endpoint is not None:
+            await self._endpoint.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
+        return Endpoint(identity=self.identity, metrics=self.metrics)
+
+    # ------------------------------------------------------------------------------------------------ who and where
+
+    @property
+    def peer_id(self) -> PeerID:
+        """The id that follows from this node's key."""
+        return self.identity.peer_id
+
+    @property
+    def address(self) -> str:
+        """``"host:port"`` that this node listens on, UDP and TCP. Raises: RuntimeError before `start`."""
+        if self._bound is None:
+            raise RuntimeError("the node has no address before it is started: use `async with TesseractNode(...)`")
+        return _join(*self._bound)
+
+    @property
+    def peer_address(self) -> PeerAddress:
+        """What others need to dial this node: its id and announced addresses."""
+        self.address  # noqa: B018  (raises the sentence above)
+        return PeerAddress(self.peer_id, self._announce)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The TCP side. Raises: RuntimeError before `start`."""
+        if self._endpoint is None:
+            raise RuntimeError("the node has no endpoint before it is started: use `async with TesseractNode(...)`")
+        return self._endpoint
+
+    # ------------------------------------------------------------------------------------------------ experts
+
+    async def get_expert(self, uid: str) -> RemoteExpert:
+        """The expert `uid`, found through the DHT: a module whose call is awaited.
+
+        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid.
+        """
+        from tesseract_async.client.remote_expert import RemoteExpert  # the one arrow that points up (torch, too)
+
+        split_uid(uid)
+        replicas = await self.directory.find(uid)
+        if not replicas:
+            raise ExpertNotFound(f"no live server hosts the expert {uid}")
+        return RemoteExpert(self, uid, replicas)
+
+    def host_expert(self, uid: str, handler: Handler) -> None:
+        """Routes every ``expert.*`` call for `uid`, from the network or from this node, to `handler`.
+
+        Raises: ValueError if this node hosts the uid already or the uid is malformed.
+        """
+        split_uid(uid)
+        if uid in self._experts:
+            raise ValueError(f"this node hosts {uid} already")
+        self._experts[uid] = handler
+
+    def unhost_expert(self, uid: str) -> None:
+        """Ends `host_expert`; later calls are answered with ExpertNotFound."""
+        self._experts.pop(uid, None)
+
+    async def call_expert(
+        self,
+        peer: PeerAddress,
+        method: str,
+        body: Any = None,
+        buffers: Sequence[Any] = (),
+        *,
+        timeout: float,
+        idempotent: bool = False,
+        priority: int = 0,
+        call_id: bytes | None = None,
+    ) -> Message:
+        """`Endpoint.call`, except that a call to this node itself goes straight to its handler, off the network.
+
+        Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
+        """
+        if peer.peer_id != self.peer_id:
+            return await self.endpoint.call(
+                peer,
+                method,
+                body,
+                buffers,
+                timeout=timeout,
+                idempotent=idempotent,
+                priority=priority,
+                call_id=call_id,
+            )
+        loop = asyncio.get_running_loop()
+        # Copies, as the network would make: neither side may see the other's later changes.
+        call = IncomingCall(
+            peer_id=self.peer_id,
+            method=method,
+            body=body,
+            buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
+            call_id=call_id or os.urandom(16),
+            deadline=loop.time() + timeout,
+            priority=priority,
+        )
+        async with asyncio.timeout(timeout):
+            try:
+                reply = await self._answer_expert(call)
+            except (RemoteError, TimeoutError, asyncio.CancelledError):
+                raise
+            except Exception as error:  # what a handler may raise is not ours to know: it arrives as it would by wire
+                logger.exception("the handler of %s failed", method)
+                raise RemoteError(describe(error)) from error
+        return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
+
+    async def _answer_expert(self, call: IncomingCall) -> Message:
+        if call.method not in (INFO, FORWARD, BACKWARD):
+            raise UnknownMethod(f"no such method: {call.method}")
+        uid = call.body.get("uid") if isinstance(call.body, dict) else None
+        handler = self._experts.get(uid) if isinstance(uid, str) else None
+        if handler is None:
+            raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
+        return await handler(call)
+
+
+def _parse_peer(peer: str | PeerAddress) -> PeerAddress:
+    return peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    """A listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise OSError(error.errno, f"cannot listen on {host!r}: it is no address of this machine") from None
+    family, _, _, _, address = found[0]
+    for _ in range(NUM_PORT_TRIES if port == 0 else 1):
+        tcp = socket.socket(family, socket.SOCK_STREAM)
+        udp = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            if family == socket.AF_INET6:
+                for sock in (tcp, udp):
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free; on Windows the option means theft
+                tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tcp.bind(address)
+            tcp.listen(1024)
+            udp.bind((address[0], tcp.getsockname()[1], *address[2:]))
+            tcp.setblocking(False)
+            udp.setblocking(False)
+            return tcp, udp
+        except OSError as error:
+            tcp.close()
+            udp.close()
+            if error.errno == errno.EADDRINUSE and port == 0:
+                continue
+            raise _bind_error(error, host, port) from None
+        except BaseException:
+            tcp.close()
+            udp.close()
+            raise
+    raise OSError(errno.EADDRINUSE, f"no port on {host} is free for both UDP and TCP")
+
+
+def _bind_error(error: OSError, host: str, port: int) -> OSError:
+    if error.errno == errno.EADDRINUSE:
+        return OSError(error.errno, f"port {port} on {host} is in use: choose another one, or 0 for any that is free")
+    if error.errno == errno.EADDRNOTAVAIL:
+        return OSError(error.errno, f"cannot listen on {host}: it is no address of this machine")
+    if error.errno == errno.EACCES:
+        return OSError(error.errno, f"may not listen on port {port}: ports below 1024 need privileges")
+    return error
+
+
+def _outside_host(host: str, peers: Sequence[PeerAddress]) -> str:
+    """The address that others see: `host`, or for a wildcard the interface that leads to the first seed."""
+    if host not in WILDCARDS:
+        return host
+    targets = [address for peer in peers for address in peer.addresses] or ["192.0.2.1:9"]  # RFC 5737: never answers
+    for target in targets:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(split_host_port(target))  # sends nothing: it only asks the routing table
+            except OSError:
+                continue
+            return str(probe.getsockname()[0])
+    raise ValueError(f"listening on {host} does not tell others where to dial: say announce='host:port'")

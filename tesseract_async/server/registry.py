@@ -1,0 +1,132 @@
+"""Ready-made experts by name, for `tesseract serve` and for examples; own ones by import path.
+
+A builder takes sizes and returns a module and the schema of its arguments::
+
+    module, args_schema = build_module("ffn", in_features=64, hidden_features=256)
+    backend = make_backend("ffn", in_features=64, learning_rate=1e-3)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.wire.tensors import Schema, TensorSpec
+
+Builder = Callable[..., tuple[nn.Module, tuple[Schema, ...]]]
+
+EXPERTS: dict[str, Builder] = {}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+def register(name: str) -> Callable[[Builder], Builder]:
+    """Decorates a builder, so that `build_module` finds it by `name`."""
+
+    def decorate(builder: Builder) -> Builder:
+        if name in EXPERTS:
+            raise ValueError(f"an expert named {name!r} exists already")
+        EXPERTS[name] = builder
+        return builder
+
+    return decorate
+
+
+def build_module(name: str, **sizes: Any) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """A new module and its args_schema. `name` is registered, or ``package.module:builder``.
+
+    Raises: ValueError for an unknown name; TypeError for sizes that the builder does not take.
+    """
+    builder = EXPERTS.get(name)
+    if builder is None:
+        path, separator, attribute = name.partition(":")
+        if not separator:
+            raise ValueError(f"no expert named {name!r}; there are {', '.join(sorted(EXPERTS))}, and module:builder")
+        try:
+            builder = getattr(importlib.import_module(path), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"no expert at {name!r}: {error}") from error
+    assert builder is not None
+    return builder(**sizes)
+
+
+def make_backend(
+    name: str,
+    *,
+    optimizer: str | None = "adam",
+    learning_rate: float = 1e-3,
+    max_batch_size: int = 4096,
+    sizes: Mapping[str, Any] | None = None,
+) -> ExpertBackend:
+    """A backend of `build_module(name, **sizes)`; ``optimizer=None`` freezes it. Raises: as `build_module`."""
+    module, args_schema = build_module(name, **(sizes or {}))
+    parameters = list(module.parameters())
+    made = None
+    if optimizer is not None and parameters:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"no optimizer named {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+        kind: Any = OPTIMIZERS[optimizer]
+        made = kind(parameters, lr=learning_rate)
+    return ExpertBackend(module, optimizer=made, args_schema=args_schema, max_batch_size=max_batch_size)
+
+
+class FeedForward(nn.Module):
+    """Two hidden layers, then a residual connection and layer norm where input and output are equally wide.
+
+    The feed-forward expert of "Outrageously Large Neural Networks" (Shazeer et al. 2017) in hivemind's variant.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(in_features, hidden_features),
+            nn.GELU(),
+            nn.Linear(hidden_features, hidden_features),
+            nn.GELU(),
+            nn.Linear(hidden_features, out_features),
+        )
+        self.norm = nn.LayerNorm(out_features) if in_features == out_features else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [rows, in] -> [rows, out]
+        y: torch.Tensor = self.layers(x)
+        return y if self.norm is None else self.norm(x + y)
+
+
+@register("ffn")
+def ffn(
+    in_features: int = 1024, hidden_features: int | None = None, out_features: int | None = None
+) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """`FeedForward`; 4 x wider inside, and as wide outside as inside by default."""
+    hidden = hidden_features or 4 * in_features
+    return FeedForward(in_features, hidden, out_features or in_features), (TensorSpec((in_features,)),)
+
+
+@register("transformer")
+def transformer(
+    in_features: int = 512, num_heads: int = 8, sequence_length: int = 128, dropout: float = 0.0
+) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """One pre-norm transformer encoder layer over [rows, sequence_length, in_features]."""
+    layer = nn.TransformerEncoderLayer(
+        in_features, num_heads, 4 * in_features, dropout=dropout, batch_first=True, norm_first=True, activation="gelu"
+    )
+    return layer, (TensorSpec((sequence_length, in_features)),)
+
+
+@register("linear")
+def linear(in_features: int = 1024, out_features: int | None = None) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """One `nn.Linear`."""
+    return nn.Linear(in_features, out_features or in_features), (TensorSpec((in_features,)),)
+
+
+@register("nop")
+def nop(in_features: int = 1024) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """Returns its input: measures everything but the computing."""
+    return nn.Identity(), (TensorSpec((in_features,)),)

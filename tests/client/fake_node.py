@@ -1,0 +1,251 @@
+"""A node whose experts are modules in this process: the real messages and tensors, no network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tesseract_async.errors import ExpertFailed, ExpertNotFound
+from tesseract_async.wire import messages
+from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
+
+
+@dataclass(frozen=True)
+class Reply:
+    body: Any = None
+    buffers: Sequence[memoryview] = ()
+
+
+@dataclass(frozen=True)
+class FakeReplica:
+    uid: str
+    peer: str
+    primary: bool = True
+    sequence: int = 1
+    expiration: float = float("inf")
+
+
+class FakeView:
+    def __init__(self, replicas: Mapping[tuple[int, ...], list[FakeReplica]], dims: int, version: int) -> None:
+        self.replicas = dict(sorted(replicas.items()))
+        self.coords = np.array(list(self.replicas), dtype=np.int64).reshape(len(self.replicas), dims)
+        self.version = version
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+
+class FakeDirectory:
+    """Warm at once unless `cold`; failed replicas are masked."""
+
+    def __init__(self) -> None:
+        self.replicas: dict[str, list[FakeReplica]] = {}
+        self.failed: list[FakeReplica] = []
+        self.cold = False
+        self.watched: dict[str, tuple[int, ...]] = {}
+        self.version = 0
+        self._views: dict[str, FakeView] = {}
+        self.warm = asyncio.Event()
+
+    def add(self, uid: str, peer: str = "peer", *, primary: bool = True) -> None:
+        self.replicas.setdefault(uid, []).append(FakeReplica(uid, peer, primary))
+        self._views.clear()
+        self.version += 1
+
+    def _alive(self, uid: str) -> list[FakeReplica]:
+        return [replica for replica in self.replicas.get(uid, []) if replica not in self.failed]
+
+    async def find(self, uid: str) -> list[FakeReplica]:
+        return self._alive(uid)
+
+    def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
+        self.watched[prefix] = grid_size
+
+    async def wait_warm(self, prefix: str) -> None:
+        if self.cold:
+            await self.warm.wait()
+
+    def live(self, prefix: str) -> FakeView | None:
+        if self.cold or prefix not in self.watched:
+            return None
+        if prefix not in self._views:
+            found = {}
+            for uid in self.replicas:
+                head, *coords = uid.split(".")
+                alive = self._alive(uid)
+                if head == prefix and alive:
+                    found[tuple(map(int, coords))] = alive
+            self._views[prefix] = FakeView(found, len(self.watched[prefix]), self.version)
+        return self._views[prefix]
+
+    def report_failure(self, replica: FakeReplica) -> None:
+        self.failed.append(replica)
+        self._views.clear()
+        self.version += 1
+
+    def forgive(self) -> None:
+        """The servers' next manifests: nothing is masked any more."""
+        self.failed.clear()
+        self._views.clear()
+        self.version += 1
+
+
+@dataclass(eq=False)
+class Hosted:
+    module: nn.Module
+    args_schema: tuple[Any, ...]
+    kwargs_schema: dict[str, Any]
+    outputs_schema: Any
+    optimizer: torch.optim.Optimizer | None = None
+    version: int = 0
+    num_forwards: int = 0
+    num_backwards: int = 0
+    num_rows: int = 0
+
+
+Fault = Callable[[str, str, int], Awaitable[None]]
+
+
+@dataclass
+class Asked:
+    method: str
+    uid: str
+    peer: Any
+    timeout: float
+    num_rows: int
+    priority: int = 0
+    body: Any = field(default=None, repr=False)
+
+
+class FakeNode:
+    """Hosts modules; `delay` and `backward_delay` are seconds, or functions of the uid. `fault` runs before each call
+    (and may raise, or sleep for ever); `tamper` may change a reply."""
+
+    def __init__(self) -> None:
+        self.directory = FakeDirectory()
+        self.hosted: dict[str, Hosted] = {}
+        self.delay: float | Callable[[str], float] = 0.0
+        self.backward_delay: float | Callable[[str], float] | None = None
+        self.fault: Fault | None = None
+        self.tamper: Callable[[str, Any, list[memoryview]], tuple[Any, list[memoryview]]] | None = None
+        self.calls: list[Asked] = []
+        self.num_cancelled = 0
+        self.num_open = 0
+
+    def host(
+        self,
+        uid: str,
+        module: nn.Module,
+        *args_schema: Any,
+        outputs_schema: Any = None,
+        kwargs_schema: dict[str, Any] | None = None,
+        lr: float | None = None,
+        peers: Sequence[str] = ("peer",),
+    ) -> Hosted:
+        args_schema = args_schema or (TensorSpec((8,)),)
+        optimizer = torch.optim.SGD(module.parameters(), lr) if lr is not None else None
+        hosted = Hosted(module, args_schema, kwargs_schema or {}, outputs_schema or args_schema[0], optimizer)
+        self.hosted[uid] = hosted
+        for i, peer in enumerate(peers):
+            self.directory.add(uid, peer, primary=i == 0)
+        return hosted
+
+    def count(self, method: str) -> int:
+        return sum(asked.method == method for asked in self.calls)
+
+    async def call_expert(
+        self,
+        peer: Any,
+        method: str,
+        body: Any = None,
+        buffers: Sequence[Any] = (),
+        *,
+        timeout: float,
+        idempotent: bool = False,
+        priority: int = 0,
+        call_id: bytes | None = None,
+    ) -> Reply:
+        uid = body["uid"]
+        num_rows = body["tensors"][0][1][0] if body.get("tensors") else 0
+        self.calls.append(Asked(method, uid, peer, timeout, num_rows, priority, body))
+        received = [memoryview(bytearray(buffer)) for buffer in buffers]
+        self.num_open += 1
+        try:
+            async with asyncio.timeout(timeout):
+                if self.fault is not None:
+                    await self.fault(method, uid, len(self.calls))
+                if method != messages.INFO:
+                    delay = self.delay
+                    if method == messages.BACKWARD and self.backward_delay is not None:
+                        delay = self.backward_delay
+                    seconds = delay(uid) if callable(delay) else delay
+                    await asyncio.sleep(seconds)
+                if uid not in self.hosted:
+                    raise ExpertNotFound(f"peer does not host {uid}")
+                reply, answers = self._answer(self.hosted[uid], uid, method, body, received)
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_open -= 1
+        out = [memoryview(bytearray(buffer)) for buffer in answers]
+        if self.tamper is not None:
+            reply, out = self.tamper(method, reply, out)
+        return Reply(reply, out)
+
+    def _answer(
+        self, hosted: Hosted, uid: str, method: str, body: Any, buffers: list[memoryview]
+    ) -> tuple[Any, list[memoryview]]:
+        if method == messages.INFO:
+            info = messages.ExpertInfo(
+                uid=uid,
+                args_schema=encode_schema(hosted.args_schema),
+                kwargs_schema=encode_schema(hosted.kwargs_schema),
+                outputs_schema=encode_schema(hosted.outputs_schema),
+                max_batch_size=1024,
+                version=hosted.version,
+                codecs=["none"],
+            )
+            return messages.encode(info), []
+        schema = (hosted.args_schema, hosted.kwargs_schema)
+        hosted.module.train(body["training"])
+        if method == messages.FORWARD:
+            request = messages.decode(messages.ForwardRequest, body)
+            inputs = unpack_tensors(request.tensors, buffers)
+            args, kwargs = unflatten(schema, inputs)
+            hosted.num_forwards += 1
+            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(request.seed)
+                outputs = flatten(self._run(hosted, args, kwargs))
+            metas, answers = pack_tensors(outputs)
+            return messages.encode(messages.ForwardReply(metas, hosted.version)), answers
+        request = messages.decode(messages.BackwardRequest, body)
+        tensors = unpack_tensors(request.tensors, buffers)
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed)
+            inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors[: request.num_inputs]]
+            args, kwargs = unflatten(schema, inputs)
+            outputs = flatten(self._run(hosted, args, kwargs))
+            pairs = [(o, g) for o, g in zip(outputs, tensors[request.num_inputs :], strict=True) if g is not None]
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        hosted.num_backwards += 1
+        hosted.num_rows += inputs[0].shape[0]
+        if hosted.optimizer is not None:
+            hosted.optimizer.step()
+            hosted.optimizer.zero_grad()
+            hosted.version += 1
+        metas, answers = pack_tensors([t.grad for t in inputs])
+        return messages.encode(messages.BackwardReply(metas, hosted.version)), answers
+
+    @staticmethod
+    def _run(hosted: Hosted, args: Any, kwargs: Any) -> Any:
+        try:
+            return hosted.module(*args, **kwargs)
+        except Exception as error:
+            raise ExpertFailed(f"the expert raised {error!r}") from error

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from tesseract_async.client import autograd
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.errors import ConnectionLost
+from tesseract_async.wire.messages import BACKWARD
+from tests.client.fake_node import FakeNode
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def expert_at(node: FakeNode, uid: str = "ffn.0.0") -> RemoteExpert:
+    node.host(uid, nn.Linear(8, 8))
+    expert = RemoteExpert(node, uid)
+    await expert.info()
+    return expert
+
+
+async def timed(awaitable: Any) -> float:
+    start = time.perf_counter()
+    await awaitable
+    return time.perf_counter() - start
+
+
+@pytest.mark.both_loops
+async def test_two_layers_of_calls_awaited_separately_overlap(node: FakeNode) -> None:
+    layers = [[await expert_at(node, f"ffn.{i}.{j}") for j in range(8)] for i in range(2)]
+    await backward((await layers[0][0](torch.randn(4, 8))).sum())  # the first backward of a process loads things
+    node.delay = 0.1
+    h = torch.randn(4, 8, requires_grad=True)
+    for layer in layers:
+        tasks = [asyncio.create_task(expert(h)) for expert in layer]
+        h = sum([await task for task in tasks])  # type: ignore[assignment]
+    assert await timed(backward(h.sum())) < 1.25 * 0.2
+
+
+@pytest.mark.both_loops
+async def test_chains_of_unequal_latency_take_as_long_as_the_longest(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    delays = [[0.02, 0.12, 0.06], [0.1, 0.04, 0.06], [0.06, 0.06, 0.08], [0.15, 0.02, 0.03]]
+
+    async def chain(x: torch.Tensor, seconds: list[float]) -> torch.Tensor:
+        for delay in seconds:
+            x = torch.tanh(await (await delayed(node, expert, delay))(x) * 1.01)
+        return x
+
+    x = torch.randn(4, 8, requires_grad=True)
+    h = sum(await asyncio.gather(*(chain(x, seconds) for seconds in delays)))
+    assert await timed(backward(h.sum())) < 1.25 * 0.2
+
+
+async def delayed(node: FakeNode, expert: RemoteExpert, seconds: float) -> RemoteExpert:
+    uid = f"{expert.uid}.{round(seconds * 1000)}"
+    if uid not in node.hosted:
+        node.host(uid, nn.Linear(8, 8))
+    node.delay = lambda uid: int(uid.split(".")[-1]) / 1000
+    other = RemoteExpert(node, uid)
+    await other.info()
+    return other
+
+
+async def test_calls_awaited_one_after_another_overlap_in_backward(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    node.delay = 0.05
+    x = torch.randn(4, 8, requires_grad=True)
+    h = sum([await expert(x) for _ in range(4)])
+    node.delay = 0.1
+    assert await timed(backward(h.sum())) < 1.25 * 0.1
+
+
+async def test_torch_still_lets_issue_go_first(node: FakeNode) -> None:
+    y = await (await expert_at(node))(torch.randn(1, 8))
+    assert y.grad_fn._sequence_nr() == autograd._ISSUE_FIRST
+
+
+async def test_it_accumulates_like_torch(node: FakeNode) -> None:
+    linear = nn.Linear(8, 8)
+    twin = nn.Linear(8, 8)
+    twin.load_state_dict(linear.state_dict())
+    for _ in range(2):
+        await backward((linear(torch.ones(3, 8)).sum() + linear.bias.sum()) * 2)
+        ((twin(torch.ones(3, 8)).sum() + twin.bias.sum()) * 2).backward()
+    for ours, theirs in zip(linear.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert ours.grad.is_contiguous() and not ours.grad.requires_grad
+    leaf = torch.ones((), requires_grad=True)
+    await backward(leaf)
+    assert leaf.grad == 1
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    await backward(a + b, torch.ones(2))
+    assert a.grad.data_ptr() != b.grad.data_ptr()  # type: ignore[union-attr]
+
+
+async def test_one_expert_several_times_and_the_graph_twice(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    module = node.hosted["ffn.0.0"].module
+    x = torch.randn(2, 8, requires_grad=True)
+    y = await expert(torch.tanh(await expert(x)) + await expert(x))
+    z = module(torch.tanh(module(x)) + module(x))
+    (expected,) = torch.autograd.grad(z.sum(), x)
+    await backward(y.sum(), retain_graph=True)
+    torch.testing.assert_close(x.grad, expected)
+    await asyncio.gather(backward(y.sum(), retain_graph=True), backward(y.sum(), retain_graph=True))
+    torch.testing.assert_close(x.grad, 3 * expected)
+    await backward(y.sum())
+    with pytest.raises(RuntimeError, match="second time"):
+        await backward(y.sum())
+    torch.testing.assert_close(x.grad, 4 * expected)
+
+
+async def test_a_failed_gradient_request_leaves_grad_untouched(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    linear = nn.Linear(8, 8)
+    loss = (await expert(linear(torch.ones(1, 8)))).sum() + linear.bias.sum()
+    node.directory.report_failure = lambda replica: None  # type: ignore[method-assign]
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        raise ConnectionLost("peer", "test")
+
+    node.fault = fault
+    with pytest.raises(ConnectionLost):
+        await backward(loss)
+    assert all(p.grad is None for p in linear.parameters())
+    assert not autograd._steps
+
+
+@pytest.mark.both_loops
+async def test_cancelling_leaves_grad_untouched_and_ends_the_calls(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    linear = nn.Linear(8, 8)
+    loss = sum([await expert(linear(torch.ones(1, 8))) for _ in range(3)]).sum()  # type: ignore[attr-defined]
+    node.delay = 60.0
+    task = asyncio.create_task(backward(loss))
+    await until(lambda: node.count(BACKWARD) == 3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert node.num_open == 0 and node.num_cancelled == 3
+    assert linear.weight.grad is None and not autograd._steps
+
+
+async def test_a_timeout_around_backward(node: FakeNode) -> None:
+    loss = (await (await expert_at(node))(torch.ones(1, 8))).sum()
+    node.delay = 60.0
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await backward(loss)
+
+
+async def test_backward_on_the_loops_thread_says_what_to_do(node: FakeNode) -> None:
+    y = await (await expert_at(node))(torch.ones(1, 8, requires_grad=True))
+    with pytest.raises(RuntimeError, match="await tesseract_async.backward"):
+        y.sum().backward()
+    assert node.count(BACKWARD) == 0
+
+
+async def test_plain_backward_in_another_thread(node: FakeNode) -> None:
+    x = torch.ones(1, 8, requires_grad=True)
+    y = await (await expert_at(node))(x)
+    await asyncio.to_thread(y.sum().backward)
+    assert x.grad is not None
+
+
+async def test_double_backward_is_refused(node: FakeNode) -> None:
+    x = torch.ones(1, 8, requires_grad=True)
+    y = await (await expert_at(node))(x)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        await asyncio.to_thread(lambda: torch.autograd.grad(y.sum(), x, create_graph=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+async def test_checkpointing_is_refused(node: FakeNode, reentrant: bool) -> None:
+    expert = await expert_at(node)
+    with pytest.raises(RuntimeError, match="torch.utils.checkpoint"):
+        torch.utils.checkpoint.checkpoint(expert, torch.ones(1, 8, requires_grad=True), use_reentrant=reentrant)
+
+
+async def test_losses_without_a_gradient_are_refused(node: FakeNode) -> None:
+    for loss, kind in ((torch.ones(()), RuntimeError), (torch.ones(2, requires_grad=True), RuntimeError)):
+        with pytest.raises(kind):
+            await backward(loss)
+    with pytest.raises(TypeError):
+        await backward(3.0)  # type: ignore[arg-type]
+
+
+async def test_changing_an_input_in_place_is_noticed(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    x = torch.ones(1, 8)
+    y = await expert(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        await backward(y.sum())
+    node.delay = 0.05
+    task = asyncio.create_task(expert(x))
+    await until(lambda: node.num_open == 1)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="in place"):
+        await task
+
+
+async def test_outputs_without_gradient_send_nothing(node: FakeNode) -> None:
+    y = await (await expert_at(node))(torch.ones(1, 8))
+    x = torch.ones((), requires_grad=True)
+    await backward(x + y.detach().sum())
+    assert node.count(BACKWARD) == 0
+
+
+async def test_the_loop_stays_free(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    y = await expert(torch.ones(1, 8, requires_grad=True))
+    node.delay = 0.2
+    turns = 0
+
+    async def tick() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    ticking = asyncio.create_task(tick())
+    await backward(y.sum())
+    ticking.cancel()
+    assert turns > 50
+
+
+def test_a_loop_that_ended_does_not_hang_backward() -> None:
+    node_and_loss: list[Any] = []
+
+    async def main() -> None:
+        node = FakeNode()
+        node_and_loss.append((await (await expert_at(node))(torch.ones(1, 8))).sum())
+
+    asyncio.run(main())
+    with pytest.raises(RuntimeError, match="no longer runs"):
+        node_and_loss[0].backward()
+
+
+async def test_engine_threads_are_used_again_and_end(node: FakeNode) -> None:
+    expert = await expert_at(node)
+    before = threading.active_count()
+    node.delay = 0.02
+    losses = [(await expert(torch.ones(1, 8))).sum() for _ in range(4)]
+    await asyncio.gather(*(backward(loss) for loss in losses[:3]))
+    assert threading.active_count() <= before + 3
+    await backward(losses[3])
+    assert threading.active_count() <= before + 3
+    await until(lambda: threading.active_count() == before)

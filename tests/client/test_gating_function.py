@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
+from tesseract_async.wire.messages import BACKWARD, FORWARD
+from tests.client.fake_node import FakeNode
+
+GRID = (4, 4)
+
+
+def make_grid(node: FakeNode, coords: list[tuple[int, int]] | None = None, lr: float | None = None) -> None:
+    for i, j in coords or [(i, j) for i in range(4) for j in range(4)]:
+        node.host(f"ffn.{i}.{j}", nn.Linear(8, 8), lr=lr)
+
+
+def make_gate(node: FakeNode, **settings: object) -> GatingFunction:
+    return GatingFunction(node, "ffn", grid_size=GRID, in_features=8, **{"k_best": 3, **settings})  # type: ignore[arg-type]
+
+
+def reference(
+    node: FakeNode, gate: GatingFunction, x: torch.Tensor, dead: tuple[str, ...] = (), k: int = 3
+) -> torch.Tensor:
+    """The mixture, computed row by row with the modules at hand."""
+    scores = gate.proj(x)
+    rows = []
+    for r in range(len(x)):
+        by_uid = {}
+        for uid in node.hosted:
+            _, i, j = uid.split(".")
+            by_uid[uid] = scores[r, int(i)] + scores[r, GRID[0] + int(j)]
+        best = sorted(by_uid, key=lambda uid: -by_uid[uid].item())[:k]
+        best = [uid for uid in best if uid not in dead]
+        weights = torch.softmax(torch.stack([by_uid[uid] for uid in best]), 0)
+        rows.append(sum(w * node.hosted[uid].module(x[r]) for w, uid in zip(weights, best, strict=True)))
+    return torch.stack(rows)  # type: ignore[arg-type]
+
+
+async def kill(node: FakeNode, *uids: str, method: str = FORWARD) -> None:
+    async def fault(called: str, uid: str, number: int) -> None:
+        if uid in uids and called == method:
+            raise ConnectionLost("peer", "killed")
+
+    node.fault = fault
+
+
+async def test_choose_gives_the_best_that_live(node: FakeNode) -> None:
+    make_grid(node, [(0, 0), (1, 3), (2, 2), (3, 1)])
+    gate = make_gate(node, k_best=2)
+    x = torch.randn(6, 8)
+    chosen = await gate.choose(x)
+    scores = gate.proj(x)
+    for r, experts in enumerate(chosen):
+        by_uid = {f"ffn.{i}.{j}": scores[r, i] + scores[r, 4 + j] for i, j in [(0, 0), (1, 3), (2, 2), (3, 1)]}
+        assert [expert.uid for expert in experts] == sorted(by_uid, key=lambda uid: -by_uid[uid].item())[:2]
+    assert (await chosen[0][0](x)).shape == (6, 8)
+
+
+async def test_it_equals_the_local_mixture(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node)
+    x = torch.randn(7, 8, requires_grad=True)
+    y = await gate(x)
+    expected = reference(node, gate, x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+    params = [x, *gate.parameters()]
+    grads = torch.autograd.grad(expected.square().sum(), params)
+    await backward(y.square().sum())
+    for parameter, grad in zip(params, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=1e-5)
+
+
+async def test_one_call_per_chosen_expert(node: FakeNode) -> None:
+    make_grid(node, [(0, 0), (1, 3)])
+    await (y := make_gate(node)(torch.randn(64, 8)))
+    del y
+    assert node.count(FORWARD) == 2
+
+
+async def test_a_dead_expert_is_left_out_and_weights_renormalise(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node)
+    x = torch.randn(7, 8, requires_grad=True)
+    dead = (await gate.choose(x))[0][0].uid
+    await kill(node, dead)
+    y = await gate(x)
+    torch.testing.assert_close(y, reference(node, gate, x, (dead,)), rtol=0, atol=1e-6)
+    await backward(y.sum())
+
+
+async def test_rows_short_of_answers_are_refilled(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node, k_best=1)
+    x = torch.randn(1, 8)
+    best, second = [e.uid for e in (await make_gate_like(gate, 2).choose(x))[0]]
+    await kill(node, best)
+    torch.testing.assert_close(await gate(x), node.hosted[second].module(x), rtol=0, atol=1e-6)
+
+
+def make_gate_like(gate: GatingFunction, k_best: int) -> GatingFunction:
+    other = GatingFunction(gate._shared.node, "ffn", grid_size=GRID, in_features=8, k_best=k_best)
+    other.load_state_dict(gate.state_dict())
+    return other
+
+
+async def test_nobody_answers(node: FakeNode) -> None:
+    make_grid(node, [(0, 0), (1, 1)])
+    await kill(node, "ffn.0.0", "ffn.1.1")
+    with pytest.raises(NotEnoughExperts, match=r"2 rows.*ffn\.0\.0: ConnectionLost"):
+        await make_gate(node)(torch.randn(2, 8))
+    node.directory.forgive()
+    y = await make_gate(node, on_missing="zero")(torch.randn(2, 8))
+    assert not y.any()
+    await backward(y.sum())
+
+
+async def test_nobody_lives(node: FakeNode) -> None:
+    with pytest.raises(NotEnoughExperts, match="no expert is alive"):
+        await make_gate(node)(torch.randn(2, 8))
+    with pytest.raises(NotEnoughExperts):
+        await make_gate(node).choose(torch.randn(2, 8))
+
+
+async def test_silence_ends_with_the_timeout(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node, forward_timeout=0.2)
+    await gate(torch.randn(2, 8))
+    node.delay = 60.0
+    with pytest.raises(NotEnoughExperts, match="Timeout"):
+        await gate(torch.randn(2, 8))
+    assert node.num_open == 0
+
+
+async def test_a_slow_expert_is_not_waited_for(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node, timeout_after_k_min=0.05)
+    x = torch.randn(3, 8)
+    slow = (await gate.choose(x))[0][0].uid
+    node.delay = lambda uid: 60.0 if uid == slow else 0.0
+    async with asyncio.timeout(5):
+        y = await gate(x)
+    torch.testing.assert_close(y, reference(node, gate, x, (slow,)), rtol=0, atol=1e-6)
+
+
+async def test_backward_goes_on_without_those_that_died(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node, backward_timeout=0.2)
+    x = torch.randn(7, 8, requires_grad=True)
+    y = await gate(x)
+    uids = sorted({asked.uid for asked in node.calls if asked.method == FORWARD})
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if method == BACKWARD and uid == uids[0]:
+            raise ConnectionLost("peer", "killed")
+        if method == BACKWARD and uid == uids[1]:
+            await asyncio.Event().wait()
+
+    node.fault = fault
+    await backward(y.sum())
+    assert x.grad is not None and gate.proj.weight.grad is not None
+    assert node.num_open == 0
+
+
+async def test_backward_k_min(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node, backward_k_min=1)
+    x = torch.randn(2, 8, requires_grad=True)
+    y = await gate(x)
+    await kill(node, *node.hosted, method=BACKWARD)
+    with pytest.raises(NotEnoughExperts, match="killed"):
+        await backward(y.sum())
+    assert x.grad is None and gate.proj.weight.grad is None
+
+
+async def test_poison_is_dropped_like_a_failure(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node)
+    x = torch.randn(3, 8)
+    bad = (await gate.choose(x))[0][0].uid
+    with torch.no_grad():
+        node.hosted[bad].module.bias.fill_(torch.nan)  # type: ignore[union-attr, operator]
+    assert torch.isfinite(await gate(x)).all()
+    with pytest.raises(NotEnoughExperts) as caught:
+        for hosted in node.hosted.values():
+            with torch.no_grad():
+                hosted.module.bias.fill_(torch.nan)  # type: ignore[union-attr, operator]
+        await gate(x)
+    assert isinstance(caught.value.errors[bad], ExpertFailed)
+
+
+async def test_what_does_not_fit_is_refused(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node)
+    with pytest.raises(SchemaMismatch, match=r"rows, 8.*got.*3, 7"):
+        await gate(torch.zeros(3, 7))
+    with pytest.raises(SchemaMismatch):
+        await gate(torch.zeros(3, 8), torch.zeros(3, 8))
+    with pytest.raises(TypeError):
+        await gate("x")
+    assert node.count(FORWARD) == 0
+    for bad in ({"k_best": 0}, {"k_min": 9}, {"on_missing": "?"}, {"forward_timeout": 0.0}):
+        with pytest.raises(ValueError):
+            make_gate(node, **bad)
+
+
+async def test_no_rows(node: FakeNode) -> None:
+    make_grid(node)
+    assert (await make_gate(node)(torch.zeros(0, 8))).shape == (0, 8)
+
+
+async def test_a_cold_directory_is_waited_for(node: FakeNode) -> None:
+    make_grid(node)
+    node.directory.cold = True
+    with pytest.raises(NotEnoughExperts, match="could not be read"):
+        await make_gate(node, forward_timeout=0.05)(torch.zeros(1, 8))
+    task = asyncio.create_task(make_gate(node)(torch.zeros(1, 8)))
+    await asyncio.sleep(0)
+    node.directory.cold = False
+    node.directory.warm.set()
+    assert (await task).shape == (1, 8)
+
+
+async def test_training_moves_gate_and_experts(node: FakeNode) -> None:
+    make_grid(node, lr=0.1)
+    gate = make_gate(node)
+    optimizer = torch.optim.SGD(gate.parameters(), 0.1)
+    x = torch.randn(32, 8)
+    losses = []
+    for _ in range(20):
+        loss = (await gate(x) - x).square().mean()
+        optimizer.zero_grad()
+        await backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+async def test_no_grad_and_copies(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node)
+    with torch.no_grad():
+        assert not (await gate(torch.randn(2, 8))).requires_grad
+    twin = copy.deepcopy(gate)
+    assert twin._shared is gate._shared
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(await twin(x), await gate(x))
+    assert set(gate.state_dict()) == {"proj.weight", "proj.bias"}
+
+
+async def test_cancelled_it_leaves_no_call(node: FakeNode) -> None:
+    make_grid(node)
+    gate = make_gate(node)
+    await gate(torch.randn(2, 8))
+    node.delay = 60.0
+    task = asyncio.create_task(gate(torch.randn(2, 8)))
+    while not node.num_open:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert node.num_open == 0

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.errors import ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.wire.tensors import TensorSpec
+from tests.client.fake_node import FakeNode
+
+
+async def test_remote_equals_local(node: FakeNode) -> None:
+    local = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    hosted = node.host("ffn.0.0", copy.deepcopy(local), lr=0.1)
+    expert = RemoteExpert(node, "ffn.0.0")
+    x = torch.randn(5, 8, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    y, z = await expert(x), local(twin)
+    torch.testing.assert_close(y, z, rtol=0, atol=1e-6)
+    await backward(y.square().sum())
+    z.square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad, rtol=0, atol=1e-5)
+    torch.optim.SGD(local.parameters(), 0.1).step()
+    for theirs, ours in zip(hosted.module.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+    assert [asked.method for asked in node.calls] == [INFO, FORWARD, BACKWARD]
+
+
+async def test_inputs_without_grad_still_train_the_expert(node: FakeNode) -> None:
+    hosted = node.host("ffn.0.0", nn.Linear(8, 8), lr=0.1)
+    y = await RemoteExpert(node, "ffn.0.0")(torch.randn(3, 8))
+    await backward(y.sum())
+    assert hosted.version == 1
+
+
+class Nested(nn.Module):
+    def forward(self, a: Any, b: Any, *, scale: torch.Tensor, masks: list[torch.Tensor]) -> Any:
+        return {"sum": (a + b["x"]) * scale, "pair": (a * masks[0], masks[1].long().sum(1, keepdim=True))}
+
+
+async def test_positional_keyword_and_nested_arguments(node: FakeNode) -> None:
+    vector, flags = TensorSpec((4,)), TensorSpec((4,), torch.bool)
+    node.host(
+        "nest.0",
+        Nested(),
+        vector,
+        {"x": vector},
+        kwargs_schema={"scale": TensorSpec((1,)), "masks": [flags, flags]},
+        outputs_schema={"sum": vector, "pair": (vector, TensorSpec((1,), torch.int64))},
+    )
+    expert = RemoteExpert(node, "nest.0")
+    a, b, scale = (torch.randn(3, n, requires_grad=True) for n in (4, 4, 1))
+    masks = [torch.rand(3, 4) > 0.5, torch.rand(3, 4) > 0.5]
+    out = await expert(a, {"x": b}, masks=masks, scale=scale)
+    expected = Nested()(a, {"x": b}, scale=scale, masks=masks)
+    torch.testing.assert_close(out["sum"], expected["sum"])
+    torch.testing.assert_close(out["pair"], expected["pair"])
+    assert not out["pair"][1].requires_grad
+    await backward(out["pair"][0].sum())
+    torch.testing.assert_close(a.grad, masks[0].float())
+    assert scale.grad is None or not scale.grad.any()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [(torch.zeros(3, 7),), (torch.zeros(3, 8, dtype=torch.float64),), (torch.zeros(3, 8), torch.zeros(3, 8)), ()],
+)
+async def test_what_does_not_fit_is_refused_before_anything_is_sent(node: FakeNode, args: tuple[torch.Tensor]) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    with pytest.raises(SchemaMismatch, match=r"float32\[rows, 8\].*got"):
+        await RemoteExpert(node, "ffn.0.0")(*args)
+    assert node.count(FORWARD) == 0
+
+
+async def test_not_a_tensor(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    with pytest.raises(TypeError, match=r"float32\[rows, 8\].*str"):
+        await RemoteExpert(node, "ffn.0.0")("x")
+
+
+async def test_unknown_uid(node: FakeNode) -> None:
+    with pytest.raises(ExpertNotFound, match="ffn.9.9"):
+        await RemoteExpert(node, "ffn.9.9")(torch.zeros(1, 8))
+
+
+async def test_grad_mode_is_read_at_the_call(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    with torch.no_grad():
+        unawaited = expert(torch.ones(1, 8))
+    assert not (await unawaited).requires_grad
+    awaitable = expert(torch.ones(1, 8))
+    with torch.no_grad():
+        assert (await awaitable).requires_grad
+    with torch.inference_mode():
+        assert not (await expert(torch.ones(1, 8))).requires_grad
+
+
+async def test_autocast_casts_inputs_to_the_schema(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    x = torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = await RemoteExpert(node, "ffn.0.0")(x)
+    assert y.dtype == torch.float32
+    await backward(y.sum())
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+async def test_training_and_seed_make_backward_draw_the_same(node: FakeNode) -> None:
+    node.host("drop.0", nn.Dropout(0.5))
+    expert = RemoteExpert(node, "drop.0")
+    x = torch.ones(4, 8, requires_grad=True)
+    y = await expert(x)
+    await backward(y.sum())
+    torch.testing.assert_close(x.grad, y.detach())
+    torch.testing.assert_close(await expert.eval()(x), x)
+
+
+async def test_a_failing_module(node: FakeNode) -> None:
+    node.host("bad.0", nn.Linear(9, 8), TensorSpec((8,)))
+    with pytest.raises(ExpertFailed, match="shape"):
+        await RemoteExpert(node, "bad.0")(torch.zeros(1, 8))
+
+
+async def test_a_silent_server_fails_within_its_timeout_and_is_masked(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    await expert(torch.zeros(1, 8))
+    node.delay = 60.0
+    with pytest.raises(TimeoutError):
+        await expert.with_options(timeout=0.1)(torch.zeros(1, 8))
+    assert [replica.uid for replica in node.directory.failed] == ["ffn.0.0"]
+    assert node.num_open == 0
+
+
+async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8), peers=("dead", "alive"))
+    dead = [0]
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if node.calls[-1].peer == "dead":
+            dead[0] += 1
+            raise TimeoutError
+
+    node.fault = fault
+    await RemoteExpert(node, "ffn.0.0")(torch.zeros(1, 8))
+    assert dead[0] == 1
+
+
+def change_meta(index: int, value: Any) -> Any:
+    def tamper(method: str, body: Any, buffers: Any) -> Any:
+        if "tensors" in body:
+            body["tensors"][0][index] = value
+        return body, buffers
+
+    return tamper
+
+
+def drop_tensor(method: str, body: Any, buffers: Any) -> Any:
+    return ({**body, "tensors": []}, []) if "tensors" in body else (body, buffers)
+
+
+def cut_buffer(method: str, body: Any, buffers: Any) -> Any:
+    return body, [buffer[:-1] for buffer in buffers]
+
+
+def absent(method: str, body: Any, buffers: Any) -> Any:
+    return ({**body, "tensors": [None]}, []) if "tensors" in body else (body, buffers)
+
+
+TAMPERS = {
+    "shape": change_meta(1, [4, 4]),
+    "rows": change_meta(1, [1, 16]),
+    "dtype": change_meta(0, "int32"),
+    "huge": change_meta(1, [2**39, 2**39]),
+    "negative": change_meta(1, [-1, 8]),
+    "codec": change_meta(2, "rot13"),
+    "none": drop_tensor,
+    "cut": cut_buffer,
+    "not a map": lambda method, body, buffers: ([], buffers),
+    "no version": lambda method, body, buffers: ({k: v for k, v in body.items() if k != "version"}, buffers),
+}
+
+
+@pytest.mark.parametrize("kind", [*TAMPERS, "absent"])
+async def test_nonsense_from_a_peer_is_a_protocol_error(node: FakeNode, kind: str) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    await expert.info()
+    node.tamper = {**TAMPERS, "absent": absent}[kind]
+    with pytest.raises(ProtocolError):
+        await expert(torch.zeros(2, 8))
+    assert node.directory.failed
+
+
+@pytest.mark.parametrize("kind", TAMPERS)
+async def test_nonsense_as_gradients_is_a_protocol_error_too(node: FakeNode, kind: str) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    x = torch.zeros(2, 8, requires_grad=True)
+    y = await RemoteExpert(node, "ffn.0.0")(x)
+    node.tamper = TAMPERS[kind]
+    with pytest.raises(ProtocolError):
+        await backward(y.sum())
+    assert x.grad is None
+
+
+async def test_a_copy_shares_the_node(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = copy.deepcopy(RemoteExpert(node, "ffn.0.0"))
+    assert (await expert(torch.zeros(2, 8))).shape == (2, 8)
+    assert "ffn.0.0" in repr(expert)
+
+
+async def test_cancelling_a_call_cancels_it_at_the_node(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    await expert.info()
+    node.delay = 60.0
+    task = asyncio.create_task(expert(torch.zeros(1, 8)))
+    while not node.count(FORWARD):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert node.num_open == 0 and node.num_cancelled == 1 and not node.directory.failed

@@ -1,0 +1,109 @@
+"""The examples do what their first lines promise, run as a user runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+async def start(name: str, *arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", str(EXAMPLES / name), *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=EXAMPLES.parent,
+        env={"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+
+
+async def finish(process: asyncio.subprocess.Process) -> str:
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    assert b"Traceback" not in err, err.decode()
+    return out.decode()
+
+
+def list_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@asynccontextmanager
+async def serving(*arguments: str) -> AsyncIterator[str]:
+    """The address of a running `volunteer_server.py`, which is told to leave by Ctrl-C at the end."""
+    server = await start("volunteer_server.py", *arguments)
+    try:
+        assert server.stdout is not None
+        line = (await server.stdout.readline()).decode()
+        found = re.search(r"--initial-peers (\S+)", line)
+        assert found, (line, await finish(server))
+        yield found[1]
+        server.send_signal(signal.SIGINT)
+        await finish(server)
+    finally:
+        if server.returncode is None:
+            server.kill()
+            await server.wait()
+
+
+async def test_quickstart() -> None:
+    text = (EXAMPLES / "quickstart.py").read_text()
+    assert len([line for line in text.splitlines() if line.strip()]) <= 20
+    shown = await finish(await start("quickstart.py"))
+    found = re.search(r"loss after 100 steps: ([\d.]+); gradient of the input: \(4, 8\)", shown)
+    assert found and float(found[1]) < 0.9
+
+
+async def test_a_trainer_trains_what_two_servers_host(tmp_path: Path) -> None:
+    async with (
+        serving("--checkpoint-dir", str(tmp_path)) as first,
+        serving("--initial-peers", first, "--experts", "ffn.[2:4].[0:4]"),
+    ):
+        shown = await finish(await start("volunteer_trainer.py", "--initial-peers", first, "--steps", "60"))
+        losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
+        assert len(losses) == 6
+        assert losses[-1] < 0.97 * losses[0]
+    assert len(list_files(tmp_path)) >= 8, "leaving saves the experts"
+
+
+async def test_a_trainer_without_anybody_ends_with_a_reason() -> None:
+    trainer = await start("volunteer_trainer.py", "--initial-peers", "nonsense")
+    _, err = await trainer.communicate()
+    assert trainer.returncode != 0
+    assert b"nonsense" in err
+
+
+@pytest.mark.both_loops
+async def test_a_web_application_owns_the_loop() -> None:
+    from aiohttp.test_utils import TestClient, TestServer
+
+    example = load("embed_in_web_app")
+    async with TestClient(TestServer(example.make_app(example.parse([])))) as client:
+        rows = [[1.0, 2.0, 3.0, 4.0]]
+        answers = await asyncio.gather(*(client.post("/apply", json={"rows": rows}) for _ in range(20)))
+        bodies = [await answer.json() for answer in answers]
+        assert all(body == bodies[0] for body in bodies)
+        assert len(bodies[0]["rows"][0]) == 4
+        wrong = await client.post("/apply", json={"rows": [[1.0]]})
+        assert wrong.status == 400
+        assert "float32[rows, 4]" in await wrong.text()
+        health = await (await client.get("/health")).json()
+        assert len(health["peer_id"]) == 64

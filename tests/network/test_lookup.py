@@ -1,0 +1,111 @@
+"""The lookup against brute force over whole simulated networks, answered by function calls."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseract_async.network.contacts import Contact
+from tesseract_async.network.lookup import Lookup
+
+
+def contacts(rng: random.Random, count: int) -> list[Contact]:
+    return [Contact(rng.randbytes(32), ("127.0.0.1", 1 + index)) for index in range(count)]
+
+
+def nearest(known: list[Contact], target: int, count: int) -> list[Contact]:
+    return sorted(known, key=lambda item: item.number ^ target)[:count]
+
+
+def run(lookup: Lookup, answer: dict[bytes, list[Contact]], dead: set[bytes] = frozenset()) -> int:  # type: ignore[assignment]
+    """Answers every question at once; returns how many were asked."""
+    num_asked = 0
+    while not lookup.finished:
+        asked = lookup.to_ask()
+        assert asked, "a lookup that is not finished asks somebody"
+        for item in asked:
+            num_asked += 1
+            if item.raw in dead:
+                lookup.failed(item)
+            else:
+                lookup.answered(item, answer[item.raw])
+    return num_asked
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.floats(0, 0.5))
+def test_finds_the_nearest_k_that_live(seed: int, size: int, num_paths: int, share_dead: float) -> None:
+    rng = random.Random(seed)
+    everybody = contacts(rng, size)
+    dead = {item.raw for item in everybody if rng.random() < share_dead}
+    target = rng.getrandbits(256)
+    # everybody names the 10 nearest that it knows of; it knows everybody
+    answer = {item.raw: nearest(everybody, target, 10) for item in everybody}
+    start = rng.sample(everybody, min(size, 6))
+    lookup = Lookup(target, start, k=10, num_paths=num_paths, alpha=3)
+    run(lookup, answer, dead)
+    alive = [item for item in everybody if item.raw not in dead]
+    if any(item.raw not in dead for item in start):
+        expected = [item for item in nearest(everybody, target, 10) if item in alive]
+        assert lookup.closest()[: len(expected)] == expected
+
+
+def test_nobody_is_asked_twice_and_no_more_than_alpha_at_once() -> None:
+    rng = random.Random(1)
+    everybody = contacts(rng, 100)
+    target = rng.getrandbits(256)
+    lookup = Lookup(target, everybody[:20], k=20, num_paths=4, alpha=8)
+    asked: list[bytes] = []
+    waiting: list[Contact] = []
+    while not lookup.finished:
+        waiting += lookup.to_ask()
+        assert len(waiting) <= 8
+        item = waiting.pop(rng.randrange(len(waiting)))
+        asked.append(item.raw)
+        lookup.answered(item, nearest(everybody, target, 20))
+    assert len(asked) == len(set(asked))
+
+
+def test_a_liar_leads_one_path_astray_and_the_others_arrive() -> None:
+    rng = random.Random(2)
+    everybody = contacts(rng, 200)
+    target = rng.getrandbits(256)
+    # liars whose ids lie nearer than anybody's, each naming further ones: they would fill every shortlist
+    liars = [Contact((target ^ (index + 1)).to_bytes(32, "big"), ("127.0.0.1", 9000 + index)) for index in range(300)]
+    answer = {item.raw: nearest(everybody, target, 8) for item in everybody}
+    answer.update((item.raw, liars) for item in liars)
+    start = [liars[0], *everybody[:7]]
+    lookup = Lookup(target, start, k=8, num_paths=4, alpha=8)
+    asked: set[bytes] = set()
+    while not lookup.finished and len(asked) < 2000:
+        for item in lookup.to_ask():
+            asked.add(item.raw)
+            lookup.answered(item, answer[item.raw])
+    assert {item.raw for item in nearest(everybody, target, 8)} <= asked
+
+
+def test_a_late_contact_frees_its_place_and_may_still_answer() -> None:
+    rng = random.Random(3)
+    start = contacts(rng, 4)
+    lookup = Lookup(0, start, k=4, num_paths=1, alpha=1)
+    (first,) = lookup.to_ask()
+    assert lookup.to_ask() == []
+    lookup.stalled(first)
+    (second,) = lookup.to_ask()
+    assert second is not first
+    lookup.answered(first, [])
+    assert lookup.closest() == [first]
+
+
+def test_rounds_count_the_longest_chain() -> None:
+    chain = [Contact((1 << (255 - index)).to_bytes(32, "big"), ("127.0.0.1", 1 + index)) for index in range(5)]
+    lookup = Lookup(0, chain[:1], k=2, num_paths=1, alpha=1)
+    run(lookup, {item.raw: chain[index + 1 : index + 2] for index, item in enumerate(chain)})
+    assert lookup.num_rounds == 5
+    assert lookup.closest() == [chain[4], chain[3]]
+
+
+def test_without_contacts_it_is_finished_at_once() -> None:
+    assert Lookup(0, [], k=20, num_paths=4, alpha=8).finished

@@ -1,0 +1,199 @@
+"""TesseractNetwork over real UDP on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from tesseract_async.identity import Identity
+from tesseract_async.network.network import StoreItem, TesseractNetwork
+from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.transport.base import PeerAddress
+
+QUICK = NetworkSettings(first_timeout=0.1, min_timeout=0.05, min_seed_backoff=0.05, join_timeout=2.0)
+
+
+def bound(port: int = 0, host: str = "127.0.0.1") -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    sock.bind((host, port))
+    return sock
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Turns the loop until a condition of another node's holds."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 (nothing announces what other nodes think)
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def node(
+    *seeds: int, port: int = 0, host: str = "127.0.0.1", identity: Identity | None = None
+) -> AsyncIterator[tuple[TesseractNetwork, int]]:
+    sock = bound(port, host)
+    port = sock.getsockname()[1]
+    network = TesseractNetwork(identity=identity or Identity.generate(), settings=QUICK)
+    text = f"[{host}]" if ":" in host else host
+    await network.start(sock, initial_peers=[PeerAddress.parse(f"{text}:{seed}") for seed in seeds])
+    try:
+        yield network, port
+    finally:
+        await network.aclose()
+
+
+@asynccontextmanager
+async def swarm(count: int, host: str = "127.0.0.1") -> AsyncIterator[list[TesseractNetwork]]:
+    async with AsyncExitStack() as stack:
+        first, seed = await stack.enter_async_context(node(host=host))
+        others = [(await stack.enter_async_context(node(seed, host=host)))[0] for _ in range(count - 1)]
+        assert all([await network.wait_joined(10) for network in others])
+        yield [first, *others]
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_values_and_dictionaries_are_seen_by_all(host: str) -> None:
+    async with swarm(5, host) as nodes:
+        assert await nodes[1].store("value", {"x": [1, b"2", None]}, ttl=60.0) == 5
+        assert await nodes[2].store("shared", 1, ttl=60.0, subkey="a") == 5
+        assert await nodes[3].store("shared", 2, ttl=60.0, subkey="b") == 5
+        for network in nodes:
+            assert await network.get("value") == {"x": [1, b"2", None]}
+            assert await network.get("shared") == {"a": 1, "b": 2}
+            assert await network.get("nothing") is None
+
+
+async def test_owners_stand_side_by_side_and_the_latest_is_shown() -> None:
+    async with swarm(4) as nodes:
+        await nodes[1].store("key", "first", ttl=60.0)
+        await nodes[2].store("key", "second", ttl=60.0)
+        entries = await nodes[3].get_entries("key")
+        assert {entry.owner: entry.value for entry in entries} == {
+            nodes[1].peer_id: "first",
+            nodes[2].peer_id: "second",
+        }
+        assert await nodes[0].get("key") == "second"
+        await nodes[1].store("key", "third", ttl=60.0)
+        assert await nodes[0].get("key") == "third"
+
+
+async def test_a_large_dictionary_is_read_in_pages() -> None:
+    async with swarm(4) as nodes:
+        items = [StoreItem("big", "v" * 50, 60.0, f"subkey {index}") for index in range(100)]
+        assert await nodes[1].store_many(items) == [4] * 100
+        values = await nodes[2].get("big")
+        assert values == {item.subkey: item.value for item in items}
+
+
+async def test_many_keys_at_once() -> None:
+    async with swarm(4) as nodes:
+        await nodes[1].store_many([StoreItem(f"key {index}", index, 60.0) for index in range(30)])
+        assert await nodes[3].get_many([f"key {index}" for index in range(31)]) == [*range(30), None]
+
+
+async def test_a_withdrawn_entry_is_gone_and_may_come_back() -> None:
+    async with swarm(4) as nodes:
+        await nodes[1].store("key", 1, ttl=60.0, subkey="a")
+        await nodes[2].store("key", 2, ttl=60.0, subkey="b")
+        assert await nodes[1].withdraw("key", subkey="a") == 4
+        assert await nodes[3].get("key") == {"b": 2}
+        await nodes[1].store("key", 3, ttl=60.0, subkey="a")
+        assert await nodes[3].get("key") == {"a": 3, "b": 2}
+
+
+async def test_a_restarted_owner_withdraws_what_it_published_before() -> None:
+    identity = Identity.generate()
+    async with swarm(3) as nodes:
+        seed = nodes[0]._driver
+        assert seed is not None and seed._transport is not None
+        port = seed._transport.get_extra_info("sockname")[1]
+        async with node(port, identity=identity) as (before, _):
+            await before.store("key", 1, ttl=60.0)
+        async with node(port, identity=identity) as (after, _):
+            assert await after.wait_joined(5)
+            assert await after.withdraw("key") >= 3
+        assert await nodes[1].get("key") is None
+
+
+async def test_expired_entries_are_not_seen() -> None:
+    async with swarm(3) as nodes:
+        await nodes[1].store("short", 1, ttl=0.05)
+        async with asyncio.timeout(5):
+            while await nodes[2].get("short") is not None:
+                pass
+
+
+async def test_a_lonely_node_is_a_network_of_one() -> None:
+    async with node() as (network, _):
+        assert await network.wait_joined(0.0)
+        assert await network.store("key", 5, ttl=60.0) == 1
+        assert await network.get("key") == 5
+        assert await network.withdraw("key") == 1
+        assert await network.get("key") is None
+
+
+async def test_starting_never_waits_for_seeds_and_finds_them_when_they_come() -> None:
+    with bound() as reserved:
+        port = reserved.getsockname()[1]
+    async with asyncio.timeout(10):
+        async with node(port) as (early, _):
+            assert not await early.wait_joined(0.01)
+            async with node(port=port) as (seed, _):
+                assert await early.wait_joined(10)
+                await early.store("key", 1, ttl=60.0)
+                assert await seed.get("key") == 1
+
+
+async def test_a_killed_node_does_not_stop_the_others() -> None:
+    async with swarm(6) as nodes:
+        await nodes[1].store("key", 1, ttl=60.0)
+        victim = nodes[5]._driver
+        assert victim is not None and victim._transport is not None
+        victim._transport.abort()  # no farewell
+        assert await nodes[2].get("key") == 1
+        assert await nodes[3].store("other", 2, ttl=60.0) == 5
+        assert nodes[3].num_contacts == 4
+
+
+async def test_a_farewell_removes_a_node_from_tables_at_once() -> None:
+    async with swarm(4) as nodes:
+        await nodes[3].aclose()
+        await until(lambda: all(network.num_contacts == 2 for network in nodes[:3]))
+
+
+async def test_closing_ends_what_is_pending_and_using_it_afterwards_says_so() -> None:
+    with bound() as silent:
+        async with node(silent.getsockname()[1]) as (network, _):
+            waiting = asyncio.create_task(network.get("key"))
+            await asyncio.sleep(0)
+            await network.aclose()
+            with pytest.raises((ConnectionAbortedError, RuntimeError)):
+                await waiting
+            with pytest.raises(RuntimeError, match="not been started"):
+                await network.get("key")
+
+
+async def test_a_caller_s_mistakes_raise_before_anything_is_sent() -> None:
+    async with node() as (network, _):
+        with pytest.raises(ValueError, match="store it in parts"):
+            await network.store("key", "x" * 2000, ttl=60.0)
+        with pytest.raises(ValueError, match="ttl"):
+            await network.store("key", 1, ttl=0.0)
+        with pytest.raises(TypeError):
+            await network.store("key", object(), ttl=60.0)
+
+
+async def test_garbage_on_the_port_is_counted_and_disturbs_nothing() -> None:
+    async with swarm(3) as nodes:
+        driver = nodes[0]._driver
+        assert driver is not None and driver._transport is not None
+        with bound() as attacker:
+            for data in (b"", b"x", bytes(1400), b"\x54\x01" + bytes(60)):
+                attacker.sendto(data, driver._transport.get_extra_info("sockname"))
+        await until(lambda: nodes[0].metrics.total("network_datagrams_dropped") >= 3)
+        assert await nodes[1].store("key", 1, ttl=60.0) == 3

@@ -1,0 +1,122 @@
+"""Storage: merging, expiration, quotas, and digests and pages against recomputation."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tesseract_async.identity import Identity, SignedRecord
+from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.network.storage import Outcome, Storage, summarise
+
+OWNERS = [Identity.from_seed(bytes([index] * 32)) for index in range(4)]
+KEY = bytes(32)
+WALL = 1_000_000.0
+
+
+def record(
+    owner: int = 0,
+    subkey: str | None = None,
+    *,
+    sequence: int = 1,
+    ttl: float = 60.0,
+    value: bytes = b"x",
+    tombstone: bool = False,
+) -> SignedRecord:
+    return SignedRecord.sign(
+        OWNERS[owner],
+        KEY,
+        subkey=subkey,
+        sequence=sequence,
+        expiration=WALL + ttl,
+        value=value,
+        tombstone=tombstone,
+    )
+
+
+def test_owners_never_collide_and_newer_replaces_older() -> None:
+    storage = Storage(NetworkSettings())
+    assert storage.add(record(0, "a"), WALL) is Outcome.STORED
+    assert storage.add(record(1, "a"), WALL) is Outcome.STORED
+    assert storage.add(record(0, "a"), WALL) is Outcome.ALREADY_HELD
+    assert storage.add(record(0, "a", sequence=3, value=b"new"), WALL) is Outcome.STORED
+    assert storage.add(record(0, "a", sequence=2, value=b"old"), WALL) is Outcome.OUTDATED
+    assert sorted(item.value for item in storage.records(KEY)) == [b"new", b"x"]
+
+
+def test_a_tombstone_hides_what_came_before_and_nothing_that_comes_later() -> None:
+    storage = Storage(NetworkSettings())
+    storage.add(record(sequence=1), WALL)
+    assert storage.add(record(sequence=2, tombstone=True), WALL) is Outcome.STORED
+    assert storage.add(record(sequence=1), WALL) is Outcome.OUTDATED
+    assert [item.tombstone for item in storage.records(KEY)] == [True]
+    assert storage.add(record(sequence=3), WALL) is Outcome.STORED
+
+
+def test_expired_records_go_after_the_tolerated_skew_and_leave_nothing_behind() -> None:
+    storage = Storage(NetworkSettings())
+    for sequence, ttl in ((1, 10.0), (2, 60.0)):
+        storage.add(record(sequence=sequence, ttl=ttl), WALL)
+    storage.add(record(1, "s", ttl=20.0), WALL)
+    assert storage.timer_at() == WALL + 40.0
+    assert storage.expire(WALL + 45.0) == 0
+    assert storage.expire(WALL + 50.0) == 1
+    assert storage.expire(WALL + 89.0) == 0
+    assert storage.expire(WALL + 90.0) == 1
+    assert (storage.num_entries, storage.num_bytes, storage.keys(), storage.timer_at()) == (0, 0, [], None)
+    assert storage.add(record(ttl=-31.0), WALL) is Outcome.EXPIRED
+    assert storage.add(record(ttl=-29.0), WALL) is Outcome.STORED
+
+
+def test_records_that_live_too_long_are_refused() -> None:
+    storage = Storage(NetworkSettings(max_ttl=100.0))
+    assert storage.add(record(ttl=131.0), WALL) is Outcome.TOO_LONG
+    assert storage.add(record(ttl=129.0), WALL) is Outcome.STORED
+    assert storage.add(record(1, ttl=159.0, tombstone=True), WALL) is Outcome.STORED
+    assert storage.add(record(2, sequence=2**62), WALL) is Outcome.TOO_LONG
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        NetworkSettings(max_entries_per_key=2),
+        NetworkSettings(max_entries_per_owner=2),
+        NetworkSettings(max_storage_bytes=1700),
+    ],
+)
+def test_quotas_hold(settings: NetworkSettings) -> None:
+    storage = Storage(settings)
+    outcomes = [storage.add(record(0, name), WALL) for name in "abc"]
+    assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
+    assert storage.add(record(0, "b", sequence=2), WALL) is Outcome.STORED
+
+
+ENTRIES = st.tuples(st.integers(0, 3), st.text("ab", max_size=3), st.integers(1, 3), st.integers(0, 200))
+
+
+@given(st.lists(ENTRIES, max_size=40), st.integers(150, 900), st.integers(0, 2**64 - 1))
+def test_digests_and_pages_agree_with_recomputation(
+    entries: list[tuple[int, str, int, int]], room: int, start: int
+) -> None:
+    storage = Storage(NetworkSettings())
+    best: dict[tuple[int, str], SignedRecord] = {}
+    for owner, subkey, sequence, size in entries:
+        made = record(owner, subkey, sequence=sequence, value=bytes(size))
+        storage.add(made, WALL)
+        held = best.get((owner, subkey))
+        if held is None or made.supersedes(held):
+            best[owner, subkey] = made
+    expected = list(best.values())
+    assert sorted(item.body for item in storage.records(KEY)) == sorted(item.body for item in expected)
+    assert storage.summary(KEY) == (summarise(expected) if expected else None)
+    read: list[bytes] = []
+    cursor: int | None = start
+    while cursor is not None:
+        bodies, following = storage.page(KEY, cursor, 2**64, room)
+        assert len(bodies) <= 1 or sum(len(body) + 3 for body in bodies) <= room
+        assert following is None or following > cursor
+        read += bodies
+        cursor = following
+    in_order = sorted((item for item in expected if item.slot >= start), key=lambda item: item.slot)
+    assert read == [item.body for item in in_order]

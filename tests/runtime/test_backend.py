@@ -1,0 +1,131 @@
+"""ExpertBackend: schemas, gradients without side effects, and states that travel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.errors import SchemaMismatch
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.wire.tensors import TensorSpec
+
+
+class Nested(nn.Module):
+    """Positional and keyword inputs of several dtypes; nested outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.embedding = nn.Embedding(10, 3)
+
+    def forward(self, x: torch.Tensor, *, index: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        y = self.linear(x) + self.embedding(index)
+        return {"y": y, "rest": (y.sum(-1, keepdim=True), mask & (index > 3)[:, None])}
+
+
+def nested() -> tuple[Nested, ExpertBackend]:
+    module = Nested()
+    backend = ExpertBackend(
+        module,
+        optimizer=torch.optim.Adam(module.parameters()),
+        args_schema=(TensorSpec((4,)),),
+        kwargs_schema={"index": TensorSpec((), torch.int64), "mask": TensorSpec((2,), torch.bool)},
+    )
+    return module, backend
+
+
+def inputs(num_rows: int) -> list[torch.Tensor]:
+    return [torch.randn(num_rows, 4), torch.randint(0, 10, (num_rows,)), torch.rand(num_rows, 2) > 0.5]
+
+
+def test_the_outputs_schema_is_found_by_a_dry_run() -> None:
+    module, backend = nested()
+    assert backend.outputs_schema == {
+        "y": TensorSpec((3,)),
+        "rest": (TensorSpec((1,)), TensorSpec((2,), torch.bool)),
+    }
+    assert module.training, "the dry run leaves the mode as it was"
+
+
+def test_nested_outputs_and_gradients_of_any_dtype() -> None:
+    module, backend = nested()
+    values = inputs(5)
+    outputs = backend.forward(values)
+    assert [tuple(output.shape) for output in outputs] == [(5, 3), (5, 1), (5, 2)]
+    assert not any(output.requires_grad for output in outputs)
+    of_inputs, of_parameters = backend.gradients(values, [torch.ones(5, 3), None, None])
+    x = values[0].clone().requires_grad_()
+    module(x, index=values[1], mask=values[2])["y"].sum().backward()
+    torch.testing.assert_close(of_inputs[0], x.grad)
+    assert of_inputs[1:] == [None, None], "integers have no gradient"
+    for parameter, gradient in zip(module.parameters(), of_parameters, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_gradients_leave_nothing_behind_and_a_step_raises_the_version() -> None:
+    module, backend = nested()
+    _, of_parameters = backend.gradients(inputs(5), [torch.ones(5, 3), None, None])
+    assert all(parameter.grad is None for parameter in module.parameters())
+    before = module.linear.weight.detach().clone()
+    assert backend.step(of_parameters, [b"i" * 16]) == 1
+    assert not torch.equal(before, module.linear.weight)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert backend.applied == {b"i" * 16: 1}
+
+
+def test_no_gradient_at_all_is_no_error() -> None:
+    _, backend = nested()
+    of_inputs, of_parameters = backend.gradients(inputs(2), [None, None, None])
+    assert not any(gradient is not None for gradient in [*of_inputs, *of_parameters])
+
+
+def test_a_frozen_expert_passes_gradients_on_and_never_steps() -> None:
+    module = nn.Linear(4, 3)
+    backend = ExpertBackend(module, args_schema=(TensorSpec((4,)),))
+    of_inputs, of_parameters = backend.gradients([torch.ones(2, 4)], [torch.ones(2, 3)])
+    assert of_inputs[0] is not None and of_parameters == []
+    assert backend.step([], [b"i" * 16]) == 0
+
+
+def test_a_state_continues_where_it_was_taken() -> None:
+    module, backend = nested()
+    for index in range(3):
+        backend.step(backend.gradients(inputs(5), [torch.ones(5, 3), None, None])[1], [bytes([index]) * 16])
+    state = backend.state()
+    other_module, other = nested()
+    other.load_state(state)
+    assert other.version == 3 and other.applied == backend.applied
+    values = inputs(4)
+    for one in (backend, other):
+        one.step(one.gradients(values, [torch.ones(4, 3), None, None])[1])
+    torch.testing.assert_close(other_module.state_dict(), module.state_dict())
+    assert state["version"] == 3, "a state is a copy"
+
+
+def test_outputs_that_break_the_schema_are_an_error() -> None:
+    class Liar(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if len(x) == 2 else x[:, :1]
+
+    backend = ExpertBackend(Liar(), args_schema=(TensorSpec((3,)),))
+    with pytest.raises(SchemaMismatch, match=r"float32\[rows, 3\].*float32\[5, 1\]"):
+        backend.forward([torch.ones(5, 3)])
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Flatten(start_dim=0), nn.LSTM(3, 3, batch_first=True)], ids=["joins rows", "returns a state"]
+)
+def test_a_module_that_does_not_keep_rows_is_refused(module: nn.Module) -> None:
+    with pytest.raises(ValueError, match="as many rows"):
+        ExpertBackend(module, args_schema=(TensorSpec((5, 3)),))
+
+
+def test_an_expert_takes_at_least_one_tensor_and_one_row() -> None:
+    with pytest.raises(ValueError, match="at least one tensor"):
+        ExpertBackend(nn.Identity(), args_schema=())
+    with pytest.raises(ValueError, match="max_batch_size"):
+        ExpertBackend(nn.Identity(), args_schema=(TensorSpec((1,)),), max_batch_size=0)

@@ -1,0 +1,363 @@
+"""The batcher against a brute-force model, and each of its promises by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tesseract_async.errors import Overloaded
+from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, Part, Pool, Request
+
+NO_LIMIT = BatcherSettings(max_queue_bytes=1 << 60, urgent_seconds=0.0)
+
+
+def request(pool: Pool, num_rows: int = 1, **rest: object) -> Request:
+    return Request(pool, num_rows, num_bytes=num_rows * 4, **rest)  # type: ignore[arg-type]
+
+
+def rows_of(batch: Batch | None) -> list[tuple[int, int]]:
+    assert batch is not None
+    return [(part.start, part.stop) for part in batch.parts]
+
+
+def requests_of(batch: Batch | None) -> list[Request]:
+    assert batch is not None
+    return [part.request for part in batch.parts]
+
+
+def drain(batcher: Batcher, now: float = 0.0) -> list[Batch]:
+    batches = []
+    while (batch := batcher.pop_ready(now)) is not None:
+        batches.append(batch)
+        batcher.finish(batch, now)
+    return batches
+
+
+def test_small_requests_are_merged_and_a_batch_never_exceeds_the_limit() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=10)
+    for size in (4, 4, 4, 10, 1):
+        batcher.add(request(pool, size), now=0.0)
+    assert [batch.num_rows for batch in drain(batcher)] == [8, 4, 10, 1]
+
+
+def test_a_large_request_is_split_in_order_and_its_tail_shares_a_batch() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=10)
+    large, small = request(pool, 25), request(pool, 3)
+    batcher.add(large, now=0.0)
+    batcher.add(small, now=0.0)
+    batches = drain(batcher)
+    assert [rows_of(batch) for batch in batches] == [[(0, 10)], [(10, 20)], [(20, 25), (0, 3)]]
+    assert not large.alive and batcher.statistics().num_bytes == 0
+
+
+def test_an_exclusive_request_shares_no_batch() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=10)
+    for exclusive in (False, True, True, False):
+        batcher.add(request(pool, 2, exclusive=exclusive), now=0.0)
+    assert [len(batch.parts) for batch in drain(batcher)] == [1, 1, 1, 1]
+
+
+def test_pools_are_never_mixed_and_the_one_with_the_oldest_work_goes_first() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pools = [batcher.add_pool(index, max_batch_size=10) for index in range(3)]
+    for when, index in enumerate((2, 0, 2, 1, 0)):
+        batcher.add(request(pools[index]), now=float(when))
+    batches = drain(batcher, now=9.0)
+    assert [batch.pool.name for batch in batches] == [2, 0, 1]
+    assert all(part.request.pool is batch.pool for batch in batches for part in batch.parts)
+
+
+def test_priority_goes_before_age_and_an_urgent_deadline_before_both() -> None:
+    batcher = Batcher(BatcherSettings(urgent_seconds=0.5))
+    pool, other = batcher.add_pool("a", max_batch_size=1), batcher.add_pool("b", max_batch_size=1)
+    old, high = request(pool), request(other, priority=1)
+    urgent, patient = request(pool, deadline=1.4), request(pool, deadline=60.0)
+    for one in (old, patient, high, urgent):
+        batcher.add(one, now=1.0)
+    assert [requests_of(batch)[0] for batch in drain(batcher, now=1.0)] == [urgent, high, old, patient]
+
+
+def test_a_flood_delays_its_sender_only() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=4)
+    flood = [request(pool, 4, peer="loud") for _ in range(50)]
+    for one in flood:
+        batcher.add(one, now=0.0)
+    first = batcher.pop_ready(now=0.0)
+    assert first is not None
+    quiet = [request(pool, 4, peer=f"quiet {index}") for index in range(3)]
+    for one in quiet:
+        batcher.add(one, now=1.0)
+    order = [requests_of(batch)[0] for batch in drain(batcher, now=1.0)]
+    assert max(order.index(one) for one in quiet) <= 4
+
+
+def test_equal_peers_take_turns() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=1)
+    for peer in ("a", "b"):
+        for _ in range(10):
+            batcher.add(request(pool, peer=peer), now=0.0)
+    peers = [requests_of(batch)[0].peer for batch in drain(batcher)]
+    assert all({peers[index], peers[index + 1]} == {"a", "b"} for index in range(0, 20, 2))
+
+
+def test_removed_and_expired_work_is_never_computed() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=10)
+    removed, expired, kept = request(pool), request(pool, deadline=5.0), request(pool, deadline=50.0)
+    for one in (removed, expired, kept):
+        batcher.add(one, now=0.0)
+    assert batcher.remove(removed) and not batcher.remove(removed)
+    assert batcher.timer_at() is not None
+    assert batcher.pop_expired(now=4.9) == []
+    assert batcher.pop_expired(now=5.0) == [expired]
+    assert requests_of(batcher.pop_ready(now=5.0)) == [kept]
+    assert not batcher.remove(kept), "its batch runs already"
+
+
+def test_a_split_request_that_leaves_is_not_continued() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=10)
+    large = request(pool, 25)
+    batcher.add(large, now=0.0)
+    batch = batcher.pop_ready(now=0.0)
+    assert batch is not None and batcher.remove(large)
+    batcher.finish(batch, now=1.0)
+    assert batcher.pop_ready(now=1.0) is None
+    statistics = batcher.statistics()
+    assert (statistics.num_waiting, statistics.num_waiting_rows, statistics.num_bytes) == (0, 0, 0)
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    batcher = Batcher(BatcherSettings(max_queue_bytes=100, default_retry_after=0.25))
+    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher.add(Request(pool, 1, num_bytes=1000), now=0.0)  # alone it is taken, whatever its size
+    with pytest.raises(Overloaded) as caught:
+        batcher.add(Request(pool, 1, num_bytes=1), now=0.0)
+    assert caught.value.retry_after == 0.25
+    (batch,) = [batcher.pop_ready(now=0.0)]
+    assert batch is not None
+    batcher.finish(batch, now=10.0)  # 100 bytes/s
+    batcher.add(Request(pool, 1, num_bytes=80), now=10.0)
+    with pytest.raises(Overloaded) as caught:
+        batcher.add(Request(pool, 1, num_bytes=70), now=10.0)
+    assert caught.value.retry_after == pytest.approx(0.5)
+
+
+def test_bytes_are_held_until_the_batch_has_run() -> None:
+    batcher = Batcher(BatcherSettings(max_queue_bytes=100))
+    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher.add(Request(pool, 1, num_bytes=100), now=0.0)
+    batch = batcher.pop_ready(now=0.0)
+    assert batch is not None
+    with pytest.raises(Overloaded):
+        batcher.add(Request(pool, 1, num_bytes=100), now=0.0)
+    batcher.finish(batch, now=1.0)
+    batcher.add(Request(pool, 1, num_bytes=100), now=1.0)
+
+
+def test_max_wait_holds_back_what_is_not_full() -> None:
+    batcher = Batcher(BatcherSettings(max_wait=0.5))
+    pool, other = batcher.add_pool("a", max_batch_size=4), batcher.add_pool("b", max_batch_size=4)
+    batcher.add(request(pool, 3), now=1.0)
+    assert batcher.pop_ready(now=1.4) is None
+    assert batcher.timer_at() == 1.5
+    batcher.add(request(other, 4), now=1.4)
+    assert rows_of(batcher.pop_ready(now=1.4)) == [(0, 4)], "a full batch does not wait"
+    assert rows_of(batcher.pop_ready(now=1.5)) == [(0, 3)]
+    assert batcher.timer_at() is None
+
+
+def test_batches_are_cut_at_preferred_sizes() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=64, preferred_sizes=(8, 32))
+    for _ in range(45):
+        batcher.add(request(pool), now=0.0)
+    assert [batch.num_rows for batch in drain(batcher)] == [32, 8, 5]
+    batcher.add(request(pool, 50), now=0.0)
+    assert [batch.num_rows for batch in drain(batcher)] == [50], "but what fits is not split for it"
+
+
+def test_the_queues_forget_what_has_passed() -> None:
+    batcher = Batcher(NO_LIMIT)
+    pool = batcher.add_pool("a", max_batch_size=8)
+    for round_number in range(5000):
+        one = request(pool, deadline=1e9, peer=round_number)
+        batcher.add(one, now=float(round_number))
+        if round_number % 3:
+            batcher.remove(one)
+        drain(batcher, now=float(round_number))
+    assert len(batcher._deadlines) < 3000
+    assert len(pool.ready) < 3000 and len(pool.served) <= 1025
+    assert sum(len(one.ages) for one in batcher._classes) < 3000
+
+
+@pytest.mark.parametrize("num_rows", [0, -1])
+def test_a_request_without_rows_is_refused(num_rows: int) -> None:
+    batcher = Batcher()
+    with pytest.raises(ValueError, match="at least one row"):
+        batcher.add(request(batcher.add_pool("a", max_batch_size=1), num_rows), now=0.0)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (5,)])
+def test_impossible_pool_sizes_are_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at most 4"):
+        Batcher().add_pool("a", max_batch_size=4, preferred_sizes=sizes)
+
+
+class BatcherModel(RuleBasedStateMachine):
+    """Any order of add, cancel, expire, pop, finish and fail: every row answered once, in order, within the limits."""
+
+    @initialize(budget=st.integers(50, 400), max_wait=st.sampled_from([0.0, 0.0, 1.0]), seed=st.integers(0, 99))
+    def begin(self, budget: int, max_wait: float, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.budget = budget
+        self.max_wait = max_wait
+        self.batcher = Batcher(BatcherSettings(max_queue_bytes=budget, max_wait=max_wait, urgent_seconds=0.5))
+        self.pools = [
+            self.batcher.add_pool(name, max_batch_size=size, preferred_sizes=preferred)
+            for name, size, preferred in (("a", 8, ()), ("b", 5, ()), ("c", 16, (4, 8)))
+        ]
+        self.now = 0.0
+        self.waiting: dict[Request, int] = {}  # rows dispatched so far
+        self.running: list[Batch] = []
+        self.answered: dict[Request, int] = {}
+        self.gone: set[Request] = set()
+        self.all: list[Request] = []
+
+    def held(self, one: Request) -> bool:
+        return one not in self.gone and self.answered[one] < one.num_rows
+
+    @rule(
+        pool=st.integers(0, 2),
+        num_rows=st.integers(1, 40),
+        patience=st.sampled_from([0.3, 2.0, 10.0, math.inf]),
+        priority=st.integers(0, 2),
+        peer=st.integers(0, 3),
+        exclusive=st.booleans(),
+    )
+    def add(self, pool: int, num_rows: int, patience: float, priority: int, peer: int, exclusive: bool) -> None:
+        one = Request(
+            self.pools[pool],
+            num_rows,
+            num_bytes=num_rows,
+            peer=peer,
+            deadline=self.now + patience,
+            priority=priority,
+            exclusive=exclusive,
+        )
+        held = sum(other.num_bytes for other in self.all if self.held(other))
+        if held and held + num_rows > self.budget:
+            with pytest.raises(Overloaded) as caught:
+                self.batcher.add(one, self.now)
+            assert caught.value.retry_after >= 0
+            return
+        self.batcher.add(one, self.now)
+        self.waiting[one] = 0
+        self.answered[one] = 0
+        self.all.append(one)
+
+    @precondition(lambda self: self.all)
+    @rule()
+    def cancel(self) -> None:
+        one = self.random.choice(self.all)
+        was_waiting = one in self.waiting
+        assert self.batcher.remove(one) == was_waiting
+        if was_waiting:
+            del self.waiting[one]
+            self.gone.add(one)
+
+    @rule(seconds=st.sampled_from([0.1, 0.5, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def expire(self) -> None:
+        late = {one for one in self.waiting if one.deadline <= self.now}
+        assert set(self.batcher.pop_expired(self.now)) == late
+        for one in late:
+            del self.waiting[one]
+            self.gone.add(one)
+
+    @rule()
+    def pop(self) -> None:
+        self.expire()
+        batch = self.batcher.pop_ready(self.now)
+        if batch is None:
+            if not self.max_wait:
+                assert not self.waiting
+            assert all(one.arrival + self.max_wait > self.now for one in self.waiting)
+            return
+        assert 1 <= batch.num_rows <= batch.pool.max_batch_size
+        assert batch.num_rows == sum(part.stop - part.start for part in batch.parts)
+        chosen = {part.request for part in batch.parts}
+        for part in batch.parts:
+            self.check_part(batch, part)
+        urgent = [one for one in self.waiting if one.deadline <= self.now + 0.5]
+        if urgent:
+            assert batch.parts[0].request.deadline == min(one.deadline for one in urgent)
+        elif not self.max_wait:
+            top = max(one.priority for one in self.waiting)
+            oldest = next(one for one in self.waiting if one.priority == top)
+            assert oldest.pool is batch.pool, "another expert holds older work of this class"
+        for part in batch.parts:
+            self.waiting[part.request] = part.stop
+            if part.is_last:
+                del self.waiting[part.request]
+        assert len(chosen) == len(batch.parts)
+        self.running.append(batch)
+
+    def check_part(self, batch: Batch, part: Part) -> None:
+        one = part.request
+        assert one.pool is batch.pool and self.waiting[one] == part.start < part.stop <= one.num_rows
+        assert not one.exclusive or len(batch.parts) == 1
+        if part.start == 0 and not part.is_last:
+            assert one.num_rows > batch.pool.max_batch_size, "what fits is never split"
+        if not part.is_last:
+            assert batch.num_rows == batch.pool.max_batch_size
+
+    @precondition(lambda self: self.running)
+    @rule(fails=st.booleans())
+    def finish(self, fails: bool) -> None:
+        batch = self.running.pop(self.random.randrange(len(self.running)))
+        if fails:
+            for part in batch.parts:
+                if self.batcher.remove(part.request):
+                    del self.waiting[part.request]
+                    self.gone.add(part.request)
+        self.batcher.finish(batch, self.now)
+        for part in batch.parts:
+            self.answered[part.request] += part.stop - part.start
+
+    @invariant()
+    def figures_agree(self) -> None:
+        statistics = self.batcher.statistics()
+        assert statistics.num_waiting == len(self.waiting) == len(self.batcher.waiting())
+        assert statistics.num_waiting_rows == sum(one.num_rows - done for one, done in self.waiting.items())
+        assert statistics.num_bytes == sum(one.num_bytes for one in self.all if self.held(one))
+        for pool in self.pools:
+            rows = sum(one.num_rows - done for one, done in self.waiting.items() if one.pool is pool)
+            assert pool.num_waiting_rows == rows
+
+    def teardown(self) -> None:
+        if not hasattr(self, "batcher"):
+            return
+        self.now += self.max_wait
+        while self.waiting:
+            self.pop()
+        while self.running:
+            self.finish(fails=False)
+        assert all(one in self.gone or self.answered[one] == one.num_rows for one in self.all)
+
+
+BatcherModel.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestBatcherModel = BatcherModel.TestCase

@@ -1,0 +1,151 @@
+"""TesseractNode: binding, addresses, routing expert calls by uid, and calls to oneself."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+
+import tesseract_async as ta
+from tesseract_async import errors
+from tesseract_async.wire.messages import FORWARD, INFO
+
+pytestmark = pytest.mark.both_loops
+
+
+async def echo(call: IncomingCall) -> Message:
+    return Message({"uid": call.body["uid"], "from": bytes(call.peer_id)}, call.buffers)
+
+
+async def test_udp_and_tcp_share_the_port_and_the_default_host_is_loopback() -> None:
+    async with ta.TesseractNode() as node:
+        host, port = node.address.split(":")
+        assert host == "127.0.0.1"
+        assert node.peer_address.addresses == (node.address,)
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_INET, kind) as sock, pytest.raises(OSError):
+                sock.bind((host, int(port)))
+
+
+async def test_a_port_in_use_is_a_sentence() -> None:
+    async with ta.TesseractNode() as node:
+        port = int(node.address.split(":")[1])
+        with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is in use: choose another"):
+            await ta.TesseractNode(port=port).start()
+
+
+async def test_a_foreign_host_is_a_sentence() -> None:
+    with pytest.raises(OSError, match="no address of this machine"):
+        await ta.TesseractNode(host="192.0.2.7").start()
+
+
+@pytest.mark.parametrize("seed", ["nonsense", "1.2.3.4", "1.2.3.4:99999", "1.2.3.4:5/short"])
+def test_a_malformed_seed_is_refused_at_once(seed: str) -> None:
+    with pytest.raises(ValueError):
+        ta.TesseractNode(initial_peers=[seed])
+
+
+async def test_before_start_there_is_no_address() -> None:
+    with pytest.raises(RuntimeError, match="before it is started"):
+        ta.TesseractNode().address  # noqa: B018
+
+
+async def test_start_twice_is_refused_and_close_twice_is_not() -> None:
+    async with ta.TesseractNode() as node:
+        with pytest.raises(RuntimeError, match="started before"):
+            await node.start()
+    await node.aclose()
+
+
+async def test_a_failed_start_frees_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = ta.TesseractNode()
+
+    async def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no network today")
+
+    monkeypatch.setattr(node.network, "start", fail)
+    with pytest.raises(OSError, match="no network today"):
+        await node.start()
+    port = int(node.address.split(":")[1])
+    async with ta.TesseractNode(port=port):
+        pass
+
+
+async def test_calls_reach_the_expert_of_their_uid_here_and_from_afar() -> None:
+    async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
+        host.host_expert("e.1", echo)
+        with pytest.raises(ValueError, match=r"hosts e\.1 already"):
+            host.host_expert("e.1", echo)
+        for caller in (host, guest):
+            data = bytearray(b"payload")
+            reply = await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, [data], timeout=5)
+            assert reply.body == {"uid": "e.1", "from": bytes(caller.peer_id)}
+            data[:] = b"changed"
+            assert bytes(reply.buffers[0]) == b"payload"
+            with pytest.raises(errors.ExpertNotFound, match=r"e\.2"):
+                await caller.call_expert(host.peer_address, INFO, {"uid": "e.2"}, timeout=5)
+            with pytest.raises(errors.ExpertNotFound):
+                await caller.call_expert(host.peer_address, INFO, ["no", "map"], timeout=5)
+            with pytest.raises(errors.UnknownMethod, match="no such method"):
+                await caller.call_expert(host.peer_address, "expert.nothing", {"uid": "e.1"}, timeout=5)
+        host.unhost_expert("e.1")
+        with pytest.raises(errors.ExpertNotFound):
+            await guest.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, timeout=5)
+
+
+async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def handler(call: IncomingCall) -> Message:
+        if call.body["how"] == "fail":
+            raise KeyError("lost")
+        if call.body["how"] == "refuse":
+            raise errors.Overloaded("full", retry_after=1.5)
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return Message()
+
+    async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
+        host.host_expert("e.1", handler)
+        for caller in (host, guest):
+
+            async def call(how: str, timeout: float = 5, caller: ta.TesseractNode = caller) -> Message:
+                return await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1", "how": how}, timeout=timeout)
+
+            with pytest.raises(errors.RemoteError, match="lost"):
+                await call("fail")
+            with pytest.raises(errors.Overloaded) as caught:
+                await call("refuse")
+            assert caught.value.retry_after == 1.5
+            with pytest.raises(TimeoutError):
+                await call("hang", timeout=0.05)
+            await asyncio.wait_for(cancelled.wait(), 5)
+            started.clear()
+            cancelled.clear()
+            task = asyncio.create_task(call("hang"))
+            await asyncio.wait_for(started.wait(), 5)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.wait_for(cancelled.wait(), 5)
+
+
+async def test_an_unknown_uid_is_named() -> None:
+    async with ta.TesseractNode() as node:
+        with pytest.raises(errors.ExpertNotFound, match=r"ffn\.3\.7"):
+            await node.get_expert("ffn.3.7")
+        with pytest.raises(ValueError):
+            await node.get_expert("no uid")
+
+
+async def test_listening_everywhere_announces_an_address_that_others_can_dial() -> None:
+    async with ta.TesseractNode() as seed, ta.TesseractNode("0.0.0.0", initial_peers=[seed.address]) as node:
+        assert node.peer_address.addresses[0].startswith("127.0.0.1:")
+    async with ta.TesseractNode("0.0.0.0", announce="203.0.113.5:4000") as node:
+        assert node.peer_address.addresses == ("203.0.113.5:4000",)
