@@ -10,6 +10,7 @@ import asyncio
 from typing import Final
 
 from tesseract_async.transport.base import Pipe, PipeReceiver
+
 from tesseract_async.transport.token_bucket import TokenBucket
 
 SMALL: Final = 4096
