@@ -1,0 +1,291 @@
+"""`Endpoint`: calls to other nodes, and answers to theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
+from tesseract_async.endpoint.dialling import Dialler
+from tesseract_async.endpoint.pool import Pool
+from tesseract_async.endpoint.settings import EndpointSettings
+from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport
+from tesseract_async.wire import calls, frames
+from tesseract_async.wire.calls import Hello, RequestHead
+from tesseract_async.wire.frames import Buffer
+
+__all__ = ["ConnectionInfo", "Endpoint", "EndpointSettings", "Handler", "IncomingCall", "Message"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[IncomingCall], Awaitable[Message]]
+
+TICK: float = 1.0
+"""Seconds between rounds of housekeeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """One open connection, for people and for choosing better paths."""
+
+    peer_id: PeerID
+    path: str
+    """As the pipe describes itself: ``tcp 10.0.0.1:4000``."""
+    dialled: bool
+    """Whether this end opened it."""
+    rtt: float | None
+    """Seconds for a ping and its answer, smoothed; None until the first one came."""
+    bytes_per_second: float
+    """Rate at which large messages last arrived; 0.0 if none did."""
+    num_calls: int
+    """Calls under way in both directions."""
+
+
+class Endpoint:
+    """Calls to other nodes, and answers to theirs, many at once over one connection per peer.
+
+    Lives on one event loop: `start`, then `call` and `handle`, then `aclose`. `transports` say how others are reached.
+    Without `start` it can call, but not be called.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        transports: Sequence[Transport] = (),
+        settings: EndpointSettings | None = None,
+        policy: Policy | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self.metrics = metrics if metrics is not None else Metrics()
+        self.policy = policy if policy is not None else Policy()
+        self._settings = settings = settings if settings is not None else EndpointSettings()
+        self._transports = tuple(transports)
+        self._handlers: dict[str, tuple[Handler, Action]] = {}
+        self._budget = Budget(settings.max_receive_bytes)
+        self._rng = random.Random()
+        self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
+        self._dialler = Dialler(
+            identity=identity,
+            transports=self._transports,
+            settings=settings,
+            pool=self._pool,
+            metrics=self.metrics,
+            make_connection=self._make_connection,
+        )
+        self._kept: set[PeerID] = set()
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._tick_at = 0.0
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Lets every transport listen."""
+        for transport in self._transports:
+            await transport.listen(self.accept)
+
+    async def aclose(self) -> None:
+        """Cancels all calls in both directions, says farewell, and leaves no task, timer or socket."""
+        self._closed = True
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        for transport in self._transports:
+            await transport.aclose()
+        await self._dialler.aclose()
+        closes = [connection.aclose("the node is closing") for connection in self._pool.connections()]
+        await asyncio.gather(*closes, *self._closing, return_exceptions=True)
+
+    async def __aenter__(self) -> Endpoint:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # ---- being called
+
+    def handle(self, method: str, handler: Handler, *, action: Action = "call") -> None:
+        """Answers calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
+
+        What the handler returns is on loan until it is sent: don't change its buffers. A RemoteError that it raises
+        reaches the caller; any other exception is logged, and reaches the caller as a plain RemoteError. Peers that
+        the policy does not let take `action` get NotAllowed.
+
+        Raises: ValueError if the method is taken.
+        """
+        if method in self._handlers:
+            raise ValueError(f"{method} has a handler already")
+        _check_method(method)
+        self._handlers[method] = (handler, action)
+
+    def unhandle(self, method: str) -> None:
+        """Calls of `method` get UnknownMethod from now on; those under way go on."""
+        self._handlers.pop(method, None)
+
+    def accept(self, pipe: Pipe) -> None:
+        """Serves whoever is at the other end of this pipe: transports bring what others opened."""
+        self._dialler.accept(pipe)
+
+    async def _answer(self, call: IncomingCall) -> Message:
+        found = self._handlers.get(call.method)
+        if found is None:
+            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
+        handler, action = found
+        if not self.policy.allows(call.peer_id, action):
+            self.metrics.count("endpoint_calls_refused", action=action)
+            raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
+        return await handler(call)
+
+    # ---- calling
+
+    async def call(
+        self,
+        peer: PeerAddress,
+        method: str,
+        body: Any = None,
+        buffers: Sequence[Buffer] = (),
+        *,
+        timeout: float,
+        idempotent: bool = False,
+        max_reply_bytes: int | None = None,
+        priority: int = 0,
+        call_id: bytes | None = None,
+    ) -> Message:
+        """Calls `method` at `peer` and gives its answer; connects first where necessary.
+
+        `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
+        reply that is accepted: naming it reserves that much memory, so that a large reply comes without asking.
+        `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes, random by
+        default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied where
+        they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
+
+        Raises: RemoteError (the subclass that the peer raised); ConnectionLost; PeerUnreachable; ProtocolError;
+        TimeoutError; ValueError or TypeError for what can't be sent.
+        """
+        loop = asyncio.get_running_loop()
+        _check_method(method)
+        if not 0 < timeout <= calls.MAX_TIMEOUT:
+            raise ValueError(f"a timeout is positive and at most {calls.MAX_TIMEOUT:.0f} s: {timeout}")
+        if not -128 <= priority <= 127:
+            raise ValueError(f"a priority is between -128 and 127: {priority}")
+        if call_id is None:
+            call_id = os.urandom(16)
+        elif len(call_id) != 16:
+            raise ValueError("a call id has 16 bytes")
+        views = tuple(map(frames.byte_view, buffers))
+        max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
+        deadline = loop.time() + timeout
+        attempt = 0
+        while True:
+            connection = self._pool.find(peer)
+            if connection is None:
+                connection = await self._dialler.connect(peer, deadline=deadline, what=method)
+            left = max(deadline - loop.time(), 0.001)
+            head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
+            try:
+                return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
+            except ConnectionLost:
+                wait = min(0.05 * 2**attempt, 2.0) * self._rng.uniform(0.5, 1.0)
+                attempt += 1
+                if not idempotent or self._closed or loop.time() + wait >= deadline:
+                    raise
+                self.metrics.count("endpoint_calls_repeated")
+            await asyncio.sleep(wait)
+
+    # ---- connections
+
+    def connections(self) -> list[ConnectionInfo]:
+        """Every open connection."""
+        return [
+            ConnectionInfo(c.peer_id, c.path, c.dialled is not None, c.rtt, c.bytes_per_second, c.num_calls)
+            for c in self._pool.connections()
+            if c.is_open
+        ]
+
+    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path]) -> None:
+        """Opens another connection to `peer` over one of `paths`. Later calls use it; those under way stay.
+
+        Raises: PeerUnreachable.
+        """
+        old = [c for c in self._pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
+        await self._dialler.connect_through(peer, paths)
+        for connection in old:
+            connection.retired = True
+
+    def keep(self, peer_id: PeerID) -> None:
+        """Spares this peer's connections when idle ones are closed."""
+        self._kept.add(peer_id)
+
+    def unkeep(self, peer_id: PeerID) -> None:
+        """Ends `keep`."""
+        self._kept.discard(peer_id)
+
+    def _make_connection(self, peer_id: PeerID, hello: Hello, dialled: PeerAddress | None, pipe: Pipe) -> Connection:
+        connection = Connection(
+            peer_id,
+            hello,
+            dialled=dialled,
+            path=pipe.description,
+            answer=self._answer,
+            open_bulk=self._dialler.open_bulk,
+            on_closed=self._pool.remove,
+            budget=self._budget,
+            settings=self._settings.protocol,
+            metrics=self.metrics,
+        )
+        self._pool.add(connection)
+        kind = pipe.description.partition(" ")[0]
+        self.metrics.count(
+            "endpoint_connections_opened", side="dialled" if dialled is not None else "accepted", path=kind
+        )
+        if self._tick_timer is None and not self._closed:
+            self._arm_tick()
+        return connection
+
+    # ---- housekeeping
+
+    def _arm_tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._tick_at = loop.time() + TICK
+        self._tick_timer = loop.call_at(self._tick_at, self._tick)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        lag = now - self._tick_at
+        self.metrics.set("loop_lag_seconds", lag)
+        if lag > 1.0:
+            logger.warning("the event loop stood still for %.1f s: something blocks it", lag)
+        connections = self._pool.connections()
+        self.metrics.set("endpoint_connections", len(connections))
+        for connection in connections:
+            connection.count_bytes()
+            if connection.dialled is None or not connection.is_open or connection.num_calls:
+                continue
+            idle = now - connection.last_used > self._settings.idle_timeout and connection.peer_id not in self._kept
+            if idle or connection.retired:
+                task = loop.create_task(connection.aclose("idle"))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        if connections:
+            self._arm_tick()
+        else:
+            self._tick_timer = None
+
+
+def _check_method(method: str) -> None:
+    if not 0 < len(method) <= calls.MAX_METHOD_LENGTH:
+        raise ValueError(f"a method's name has 1 to {calls.MAX_METHOD_LENGTH} characters")
