@@ -21,9 +21,9 @@ from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.base import PeerAddress, Throttle, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -34,6 +34,7 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE)
 
 
 class TesseractNode:
@@ -60,10 +61,12 @@ class TesseractNode:
         announce: str | Sequence[str] | None = None,
         public: bool = False,
         refresh_period: float = 10.0,
+        throttle: Throttle | None = None,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
-        `refresh_period`: seconds after which the directory of a grid in use is read again.
+        `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
+        connections together keep to, such as `transport.throttle.Throttle`.
 
         Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
         """
@@ -81,6 +84,7 @@ class TesseractNode:
         self._host = host
         self._port = port
         self._public = public
+        self._throttle = throttle
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
@@ -104,7 +108,7 @@ class TesseractNode:
             if not self._announce:
                 self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
             self._endpoint = endpoint = self._build_endpoint(tcp)
-            for method in (INFO, FORWARD, BACKWARD):
+            for method in EXPERT_METHODS:
                 endpoint.handle(method, self._answer_expert)
             await endpoint.start(tcp)
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
@@ -132,7 +136,9 @@ class TesseractNode:
         await self.aclose()
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
-        return Endpoint(identity=self.identity, transports=[TcpTransport(tcp)], metrics=self.metrics)
+        return Endpoint(
+            identity=self.identity, transports=[TcpTransport(tcp, throttle=self._throttle)], metrics=self.metrics
+        )
 
     # ------------------------------------------------------------------------------------------------ who and where
 
@@ -239,7 +245,7 @@ class TesseractNode:
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
-        if call.method not in (INFO, FORWARD, BACKWARD):
+        if call.method not in EXPERT_METHODS:
             raise UnknownMethod(f"{call.method!r} is no method of {self.peer_id.short}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None

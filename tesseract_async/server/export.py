@@ -79,7 +79,7 @@ async def export_experts(
     *,
     num_at_once: int = 4,
     timeout: float = 60.0,
-    settings: TransferSettings = TransferSettings(),
+    settings: TransferSettings | None = None,
     progress: Callable[[str], None] = lambda uid: None,
 ) -> ExportReport:
     """Writes the weights of `replicas` (uid -> its servers, the preferred one first) into `folder`.
@@ -106,7 +106,7 @@ async def export_experts(
                         weights_only=True,
                         min_version=0 if known is None else known.version + 1,
                         timeout=timeout,
-                        settings=settings,
+                        settings=settings or TransferSettings(),
                     )
                     if state is not None:
                         store.put(uid, state["module"], state["version"])

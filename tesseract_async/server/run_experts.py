@@ -46,7 +46,8 @@ def build_run_module(manifest: RunManifest, uid: str, *, allowed_modules: Collec
 def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Collection[str] = ()) -> ExpertBackend:
     """The expert, ready to be hosted, checked against the manifest's schemas.
 
-    Raises: ValueError if it is not allowed, or for what this version does not have; RunMismatch if its schemas are others.
+    Raises: ValueError if it is not allowed, or asks for what this version does not have; RunMismatch if its schemas
+    are others.
     """
     module, args_schema = _build(manifest, uid, allowed_modules)
     optimizer = _optimizer(manifest, list(module.parameters()))
