@@ -13,9 +13,10 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
+from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.identity import Identity, PeerID
@@ -49,6 +50,8 @@ class TesseractNode:
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
+    - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
+    - `policy`: who may call, train and store here; everybody by default.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class TesseractNode:
         identity: Identity | str | Path | None = None,
         announce: str | Sequence[str] | None = None,
         public: bool = False,
+        security: Literal["tls", "plain"] = "tls",
+        policy: Policy | None = None,
         refresh_period: float = 10.0,
         throttle: Throttle | None = None,
     ) -> None:
@@ -85,6 +90,8 @@ class TesseractNode:
         self._port = port
         self._public = public
         self._throttle = throttle
+        self._security = security
+        self.policy = policy if policy is not None else Policy()
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
@@ -109,8 +116,9 @@ class TesseractNode:
                 self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in EXPERT_METHODS:
-                endpoint.handle(method, self._answer_expert)
-            await endpoint.start(tcp)
+                action: Action = "train" if method == BACKWARD else "call"
+                endpoint.handle(method, self._answer_expert, action=action)
+            await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
         except BaseException:
             await self.aclose()
@@ -137,7 +145,11 @@ class TesseractNode:
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
         return Endpoint(
-            identity=self.identity, transports=[TcpTransport(tcp, throttle=self._throttle)], metrics=self.metrics
+            identity=self.identity,
+            transports=[TcpTransport(tcp, throttle=self._throttle)],
+            settings=EndpointSettings(security=self._security),
+            policy=self.policy,
+            metrics=self.metrics,
         )
 
     # ------------------------------------------------------------------------------------------------ who and where
@@ -212,6 +224,7 @@ class TesseractNode:
 
         Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         """
+        self.metrics.count("expert_calls", method=method)
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
                 peer,
@@ -246,7 +259,7 @@ class TesseractNode:
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
         if call.method not in EXPERT_METHODS:
-            raise UnknownMethod(f"{call.method!r} is no method of {self.peer_id.short}")
+            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:
