@@ -16,7 +16,8 @@ from torch import nn
 from tesseract_async.errors import ExpertFailed, Overloaded
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import BatcherSettings
-from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime, Work
+from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
+from tesseract_async.runtime.work import Work
 from tesseract_async.wire.tensors import TensorSpec
 
 pytestmark = pytest.mark.both_loops
