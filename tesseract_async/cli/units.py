@@ -54,7 +54,7 @@ def _parse(text: Any, units: dict[str, float], what: str) -> float:
     return float(match[1]) * units[match[2].lower()]
 
 
-class Amount(click.ParamType):
+class Amount(click.ParamType):  # type: ignore[type-arg]  # older versions are not generic
     """A command-line option's type that one of the parsers above reads."""
 
     def __init__(self, name: str, parse: Callable[[Any], Any]) -> None:

@@ -7,17 +7,34 @@ code by import path runs only where the volunteer allowed that module.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from tesseract_async.experts.run import RunManifest, Value
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server.registry import EXPERTS, OPTIMIZERS, build_module
 from tesseract_async.wire import tensors as wire
+
+TRAINING_OPTIONS: Final = frozenset(
+    {
+        "clip_gradient_norm",
+        "max_gradient_norm",
+        "step_every",
+        "merge_backward",
+        "stochastic",
+        "allow_batch_statistics",
+        "max_staleness",
+        "staleness_damping",
+    }
+)
+"""What `RunManifest.training` may hold besides ``max_batch_size``: the `BackendSettings` that change what is learned.
+Others (compilation, graphs, journal) are each volunteer's own business."""
 
 BETAS: Final = ("beta1", "beta2")
 """How a manifest, whose values are plain, gives Adam's ``betas``."""
@@ -52,12 +69,20 @@ def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Colle
     module, args_schema = _build(manifest, uid, allowed_modules)
     optimizer = _optimizer(manifest, list(module.parameters()))
     training = dict(manifest.training)
-    if manifest.schedule is not None:
-        raise ValueError(f"the run {manifest.name} uses the schedule {manifest.schedule!r}, which is not known here")
     max_batch_size = training.pop("max_batch_size", 4096)
-    if type(max_batch_size) is not int or training:
-        raise ValueError(f"the run {manifest.name} asks for unknown training options: {', '.join(manifest.training)}")
-    backend = ExpertBackend(module, optimizer=optimizer, args_schema=args_schema, max_batch_size=max_batch_size)
+    if unknown := training.keys() - TRAINING_OPTIONS:
+        raise ValueError(f"the run {manifest.name} asks for unknown training options: {', '.join(sorted(unknown))}")
+    try:
+        backend = ExpertBackend(
+            module,
+            optimizer=optimizer,
+            scheduler=_scheduler(manifest, optimizer),
+            args_schema=args_schema,
+            max_batch_size=max_batch_size,  # type: ignore[arg-type]
+            settings=BackendSettings(**training),  # type: ignore[arg-type]
+        )
+    except TypeError as error:
+        raise ValueError(f"the run {manifest.name}: max_batch_size or another training option: {error}") from None
     manifest.check(schemas_of(backend))
     return backend
 
@@ -110,6 +135,51 @@ def _optimizer(manifest: RunManifest, parameters: list[nn.Parameter]) -> torch.o
     except (TypeError, ValueError) as error:
         raise ValueError(f"the run {manifest.name}: {manifest.optimizer} does not take its options: {error}") from None
     return made
+
+
+def _warmup(num_warmup_steps: int = 0, num_steps: int | None = None, least: float = 0.0) -> Callable[[int], float]:
+    """Linear from 0 over `num_warmup_steps`, then constant, or falling linearly to `least` at `num_steps`."""
+    if num_warmup_steps < 0 or (num_steps is not None and num_steps <= num_warmup_steps):
+        raise ValueError("num_warmup_steps is 0 or more, and less than num_steps")
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return (step + 1) / num_warmup_steps
+        if num_steps is None:
+            return 1.0
+        return max(least, 1.0 - (1.0 - least) * (step - num_warmup_steps) / (num_steps - num_warmup_steps))
+
+    return factor
+
+
+def _cosine(num_steps: int, num_warmup_steps: int = 0, least: float = 0.0) -> Callable[[int], float]:
+    """Linear from 0 over `num_warmup_steps`, then half a cosine down to `least` at `num_steps`."""
+    rise = _warmup(num_warmup_steps, num_steps)
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return rise(step)
+        done = min(1.0, (step - num_warmup_steps) / (num_steps - num_warmup_steps))
+        return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
+
+
+SCHEDULES: Final[Mapping[str, Callable[..., Callable[[int], float]]]] = {"linear": _warmup, "cosine": _cosine}
+"""What the learning rate is multiplied with at each step, by name."""
+
+
+def _scheduler(manifest: RunManifest, optimizer: torch.optim.Optimizer | None) -> LRScheduler | None:
+    if manifest.schedule is None or optimizer is None:
+        return None
+    if manifest.schedule not in SCHEDULES:
+        raise ValueError(f"the run {manifest.name} uses the schedule {manifest.schedule!r}, which is not known here")
+    try:
+        factor = SCHEDULES[manifest.schedule](**manifest.schedule_options)
+        factor(0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the run {manifest.name}: {manifest.schedule} does not take its options: {error}") from None
+    return LambdaLR(optimizer, factor)
 
 
 def _optimizer_arguments(options: Mapping[str, Value]) -> dict[str, Any]:

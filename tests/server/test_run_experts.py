@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tesseract_async.experts.run import RunManifest, RunMismatch
-from tesseract_async.server.run_experts import build_run_backend, build_run_module, check_allowed, complete
+from tesseract_async.server.run_experts import SCHEDULES, build_run_backend, build_run_module, check_allowed, complete
 from tesseract_async.wire.tensors import TensorSpec
 
 DIGITS = RunManifest(
@@ -50,6 +50,29 @@ def test_equal_wherever_it_is_built_and_another_for_each_uid() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_the_schedule_and_how_steps_are_taken_come_from_the_run() -> None:
+    run = dataclasses.replace(
+        DIGITS,
+        schedule="linear",
+        schedule_options={"num_warmup_steps": 4, "num_steps": 8},
+        training={"step_every": 2, "clip_gradient_norm": 1.0},
+    )
+    backend = build_run_backend(complete(run), "ffn.0.0")
+    assert (backend.settings.step_every, backend.settings.clip_gradient_norm) == (2, 1.0)
+    assert backend.optimizer is not None and backend.scheduler is not None
+    rates = []
+    for _ in range(9):
+        rates.append(backend.optimizer.param_groups[0]["lr"] / 0.01)
+        backend.optimizer.step()
+        backend.scheduler.step()
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_a_cosine_falls_to_its_least() -> None:
+    factor = SCHEDULES["cosine"](num_steps=100, num_warmup_steps=10, least=0.1)
+    assert [factor(9), factor(10), factor(55), factor(100), factor(1000)] == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+
+
 def test_frozen_experts_have_no_optimizer() -> None:
     run = complete(dataclasses.replace(DIGITS, optimizer=None, optimizer_options={}))
     assert build_run_backend(run, "ffn.0.0").optimizer is None
@@ -71,6 +94,12 @@ def test_other_schemas_than_the_runs_are_refused_with_both() -> None:
         ({"optimizer_options": {"speed": 3}}, "does not take its options"),
         ({"optimizer_options": {"learning_rate": -1.0}}, "does not take its options"),
         ({"schedule": "moon"}, "'moon'"),
+        ({"schedule": "linear", "schedule_options": {"phase": 1}}, "linear does not take its options"),
+        ({"schedule": "cosine", "schedule_options": {"num_steps": "many"}}, "cosine does not take its options"),
+        ({"schedule": "linear", "schedule_options": {"num_warmup_steps": -1}}, "0 or more"),
+        ({"training": {"step_every": 0}}, "step_every"),
+        ({"training": {"step_every": "x"}}, "step_every|training option"),
+        ({"training": {"compile_mode": "default"}}, "compile_mode"),
         ({"training": {"max_batch_size": "all"}}, "max_batch_size"),
         ({"training": {"magic": True}}, "magic"),
     ],
