@@ -23,8 +23,8 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.reach import Reach, ReachSettings
-from tesseract_async.transport.base import PeerAddress, split_host_port
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.transport.base import PeerAddress, Throttle, split_host_port
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -35,6 +35,7 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE)
 
 
 class TesseractNode:
@@ -66,10 +67,12 @@ class TesseractNode:
         policy: Policy | None = None,
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
-        `refresh_period`: seconds after which the directory of a grid in use is read again.
+        `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
+        connections together keep to, such as `transport.throttle.Throttle`.
 
         Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
         """
@@ -82,13 +85,14 @@ class TesseractNode:
             identity = Identity.load_or_create(identity)
         self.identity = identity
         self.metrics = Metrics()
-        self.network = TesseractNetwork(identity=identity, metrics=self.metrics)
+        self.policy = policy if policy is not None else Policy()
+        self.network = TesseractNetwork(identity=identity, policy=self.policy, metrics=self.metrics)
         self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
         self._host = host
         self._port = port
         self._public = public
+        self._throttle = throttle
         self._security = security
-        self.policy = policy if policy is not None else Policy()
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
@@ -115,7 +119,7 @@ class TesseractNode:
             if not self._announce:
                 self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
             self._endpoint = endpoint = self._build_endpoint(tcp)
-            for method in (INFO, FORWARD, BACKWARD):
+            for method in EXPERT_METHODS:
                 action: Action = "train" if method == BACKWARD else "call"
                 endpoint.handle(method, self._answer_expert, action=action)
             await endpoint.start()
@@ -155,6 +159,7 @@ class TesseractNode:
             announced=self._announce,
             public=self._public,
             settings=self._reach_settings,
+            throttle=self._throttle,
         )
         self._reach.on_change = self._addresses_changed
         return Endpoint(
@@ -294,7 +299,7 @@ class TesseractNode:
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
-        if call.method not in (INFO, FORWARD, BACKWARD):
+        if call.method not in EXPERT_METHODS:
             raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None

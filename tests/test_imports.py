@@ -63,8 +63,14 @@ PURE = [
     "network/routing.py",
     "network/settings.py",
     "network/storage.py",
+    "transport/token_bucket.py",
+    "transport/throttle.py",
+    "experts/choice.py",
+    "experts/run.py",
     "runtime/batcher.py",
+    "server/contract.py",
     "client/beam_search.py",
+    "cli/units.py",
 ]
 IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
