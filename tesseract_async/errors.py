@@ -6,6 +6,7 @@
       ProtocolError            the peer broke the wire rules
         MessageTooLarge        ... by announcing more than the receiver allows
         UnsupportedVersion     ... by speaking a wire version that this node does not
+        HandshakeFailed        ... before it had proven who it is
         InvalidRecord          ... with a signed record that does not verify
       PeerUnreachable          every transport failed; holds each one's error
       ConnectionLost           an established channel died during a call
@@ -65,6 +66,19 @@ class UnsupportedVersion(ProtocolError):
     def __str__(self) -> str:
         older = "the peer" if self.theirs < self.ours else "this node"
         return f"the peer speaks wire version {self.theirs}, this node {self.ours}: upgrade {older}"
+
+
+class HandshakeFailed(ProtocolError):
+    """The peer did not prove who it is, is not who was expected, or took too long over it; the sentence says which."""
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        super().__init__(reason, sentence)
+        self.reason = reason
+        """One word for the counters: ``timeout``, ``tls``, ``certificate``, ``wrong_peer``, ``hello``, ``eof``."""
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 class InvalidRecord(ProtocolError):

@@ -17,7 +17,7 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
         raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type, unused-ignore]
 
 
 def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Many calls at once to one peer: protocol (no I/O), connection, pool, endpoint."""

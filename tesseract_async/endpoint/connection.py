@@ -1,0 +1,396 @@
+"""Drives the calls of one peer (`protocol`) over one or two channels."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.protocol import (
+    BULK,
+    MAIN,
+    BulkWanted,
+    CallCancelled,
+    CallFailed,
+    CallReceived,
+    ConnectionProtocol,
+    PeerClosed,
+    ProtocolSettings,
+    ReplyReceived,
+)
+from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
+from tesseract_async.identity import PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport.channel import Channel
+from tesseract_async.wire.calls import Hello, RequestHead
+from tesseract_async.wire.frames import FrameReader
+
+logger = logging.getLogger(__name__)
+
+FLUSH_BYTES: Final = 1024 * 1024
+"""Chunks encrypted and written before the loop may do something else."""
+LOAN_TIMEOUT: Final = 2.0
+"""Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a call carries each way."""
+
+    body: Any = None
+    """What msgpack can hold."""
+    buffers: tuple[memoryview, ...] = ()
+    """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingCall:
+    """A call that a peer made here."""
+
+    peer_id: PeerID
+    method: str
+    body: Any
+    buffers: tuple[memoryview, ...]
+    call_id: bytes
+    """16 bytes, equal in all repetitions of one call."""
+    deadline: float
+    """On this loop's clock: when the caller stops waiting."""
+    priority: int
+
+
+class Connection:
+    """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once."""
+
+    def __init__(
+        self,
+        peer_id: PeerID,
+        hello: Hello,
+        *,
+        dialled: str | None,
+        answer: Callable[[IncomingCall], Awaitable[Message]],
+        open_bulk: Callable[[Connection], Awaitable[None]],
+        on_closed: Callable[[Connection], None],
+        budget: Budget,
+        settings: ProtocolSettings,
+        metrics: Metrics,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.peer_id = peer_id
+        self.session = hello.session
+        self.dialled = dialled
+        """The address that was dialled, or None if the peer dialled."""
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.last_used = loop.time()
+        self._loop = loop
+        self._answer = answer
+        self._open_bulk = open_bulk
+        self._on_closed = on_closed
+        self._metrics = metrics
+        self._settings = settings
+        self._protocol = ConnectionProtocol(
+            f"{peer_id.short} ({dialled})" if dialled else peer_id.short,
+            hello,
+            dialled=dialled is not None,
+            budget=budget,
+            settings=settings,
+            now=loop.time(),
+            wake=self._wake,
+        )
+        self._channels: list[Channel | None] = [None, None]
+        self._futures: dict[int, asyncio.Future[Message]] = {}
+        self._handlers: dict[int, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._drained: list[asyncio.Future[None]] = []
+        self._flush_scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._lost_reason: str | None = None
+
+    def attach(self, lane: int, channel: Channel, reader: FrameReader) -> None:
+        """Takes over a channel after its hello; `reader` may be in the middle of its bytes."""
+        self._channels[lane] = channel
+        port = _LanePort(self, lane, reader)
+        reader.sink = self._protocol.lanes[lane]
+        self._protocol.lanes[lane].reader = reader
+        channel.receiver = port
+        if lane == BULK:
+            self._protocol.bulk_opened()
+        self._arm_timer()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls may be started."""
+        return self._lost_reason is None
+
+    @property
+    def has_bulk(self) -> bool:
+        """Whether the bulk channel is there."""
+        return self._channels[BULK] is not None
+
+    @property
+    def num_calls(self) -> int:
+        """Calls under way in both directions."""
+        return self._protocol.num_calls
+
+    # ---- own calls
+
+    async def call(
+        self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
+    ) -> Message:
+        """Cancelling it cancels the work at the other end. On return no memory of `buffers` is in use any more.
+
+        Raises: RemoteError, ConnectionLost, ProtocolError, TimeoutError; TypeError and ValueError for a bad body.
+        """
+        if self._lost_reason is not None:
+            raise ConnectionLost(self._protocol.peer, self._lost_reason)
+        now = self._loop.time()
+        stream = self._protocol.start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now)
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._futures[stream] = future
+        self.last_used = now
+        self._wake()
+        try:
+            return await future
+        except BaseException:
+            self._protocol.cancel_call(stream)
+            self._wake()
+            await self._loan_ended()
+            raise
+        finally:
+            self._futures.pop(stream, None)
+
+    async def _loan_ended(self) -> None:
+        """Waits, also while being cancelled, until no memory is on loan to a transport."""
+        limit = self._loop.time() + LOAN_TIMEOUT
+        cancelled = False
+        while any(channel is not None and channel.on_loan for channel in self._channels):
+            if self._loop.time() >= limit:
+                self.abort("the peer does not read")
+                break
+            drained: asyncio.Future[None] = self._loop.create_future()
+            self._drained.append(drained)
+            try:
+                # not only on the event: below its high-water mark, a transport drains without telling
+                await asyncio.wait([drained], timeout=0.01)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+
+    # ---- bytes
+
+    def _received(self, count: int) -> None:
+        """After a lane's reader took `count` bytes."""
+        if self._protocol.has_events:
+            self._handle_events()
+        if not self._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+            self._schedule_flush()
+
+    def _wake(self) -> None:
+        if self._protocol.has_events:
+            self._handle_events()
+        self._schedule_flush()
+        self._arm_timer()
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        protocol = self._protocol
+        try:
+            for lane, channel in enumerate(self._channels):
+                if channel is None:
+                    continue
+                room = FLUSH_BYTES
+                while not channel.paused and protocol.has_data(lane):
+                    if room <= 0:
+                        self._schedule_flush()
+                        break
+                    pieces = protocol.data_to_send(lane, 1)
+                    size = sum(map(len, pieces))
+                    room -= size
+                    self._metrics.count("endpoint_bytes_sent", size)
+                    channel.write(pieces)
+        except ProtocolError as error:
+            self.abort(describe(error))
+        if protocol.has_events:
+            self._handle_events()
+        if protocol.unsent_bytes > self._settings.max_unsent:
+            self._metrics.count("endpoint_connections_dropped", reason="peer_does_not_read")
+            self.abort("the peer does not read its replies")
+
+    def _channel_drained(self) -> None:
+        for future in self._drained:
+            if not future.done():
+                future.set_result(None)
+        self._drained.clear()
+        self._schedule_flush()
+
+    # ---- events
+
+    def _handle_events(self) -> None:
+        for event in self._protocol.events():
+            match event:
+                case ReplyReceived():
+                    future = self._futures.get(event.stream)
+                    if future is not None and not future.done():
+                        future.set_result(Message(event.body, event.buffers))
+                case CallReceived():
+                    self._start_handler(event)
+                case CallFailed():
+                    future = self._futures.get(event.stream)
+                    if future is not None and not future.done():
+                        future.set_exception(event.error)
+                case CallCancelled():
+                    task = self._handlers.pop(event.stream, None)
+                    if task is not None:
+                        task.cancel()
+                case BulkWanted():
+                    self._spawn(self._run_open_bulk())
+                case PeerClosed():
+                    self.abort(f"the peer closed it: {event.reason}")
+
+    def _start_handler(self, event: CallReceived) -> None:
+        self.last_used = self._loop.time()
+        task = self._spawn(self._run_handler(event))
+        self._handlers[event.stream] = task
+        self._arm_timer()
+
+    async def _run_handler(self, event: CallReceived) -> None:
+        head, stream = event.head, event.stream
+        call = IncomingCall(
+            self.peer_id, head.method, head.body, event.buffers, head.call_id, event.deadline, head.priority
+        )
+        try:
+            message = await self._answer(call)
+            self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
+        except RemoteError as error:
+            self._protocol.fail(stream, error)
+        except asyncio.CancelledError:
+            if stream in self._handlers:  # not by us: the handler cancelled itself, or the program stops
+                self._protocol.fail(stream, RemoteError(f"{head.method} was cancelled"))
+            raise
+        except Exception as error:
+            logger.exception("%s, called by %s, failed", head.method, self.peer_id.short)
+            self._protocol.fail(stream, RemoteError(f"{head.method} failed: {describe(error)}"))
+        finally:
+            self._handlers.pop(stream, None)
+            self._wake()
+
+    async def _run_open_bulk(self) -> None:
+        try:
+            await self._open_bulk(self)
+        except Exception as error:
+            logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
+            self._protocol.bulk_failed()
+
+    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # ---- time
+
+    def _arm_timer(self) -> None:
+        if self._lost_reason is not None:
+            return
+        due = self._protocol.timer_at()
+        if self._timer is not None:
+            if self._timer_at <= due:
+                return
+            self._timer.cancel()
+        self._timer_at = due
+        self._timer = self._loop.call_at(due, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        try:
+            self._protocol.handle_timer(now, late=now - self._timer_at)
+        except ConnectionLost as error:
+            self._metrics.count("endpoint_connections_dropped", reason="silent")
+            self.abort(error.reason)
+            return
+        self._wake()
+
+    # ---- the end
+
+    def abort(self, reason: str, error: Exception | None = None) -> None:
+        """Ends the connection now: own calls fail with ConnectionLost, handlers are cancelled. Idempotent."""
+        if self._lost_reason is not None:
+            return
+        self._lost_reason = reason
+        if self._timer is not None:
+            self._timer.cancel()
+        self._protocol.connection_lost(reason)
+        self._handle_events()
+        for channel in self._channels:
+            if channel is not None:
+                channel.abort(error)
+
+    def _channel_lost(self, lane: int, error: Exception | None) -> None:
+        self._channels[lane] = None
+        if isinstance(error, ProtocolError):
+            self._metrics.count("endpoint_connections_dropped", reason=type(error).__name__)
+            logger.warning("connection to %s dropped: %s", self._protocol.peer, error)
+        self.abort("it was closed" if error is None else describe(error))
+        self._channel_drained()
+        if not any(self._channels) and not self.closed.done():
+            self.closed.set_result(None)
+            self._on_closed(self)
+
+    async def aclose(self, reason: str = "farewell") -> None:
+        """Says farewell, fails what is under way, and waits until tasks and channels are gone."""
+        if self._lost_reason is None:
+            self._protocol.farewell(reason)
+            self._flush()
+            self._lost_reason = reason
+            if self._timer is not None:
+                self._timer.cancel()
+            self._protocol.connection_lost(reason)
+            self._handle_events()
+            for channel in self._channels:
+                if channel is not None:
+                    channel.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.wait([self.closed], timeout=1.0)
+        for channel in self._channels:
+            if channel is not None:
+                channel.abort()
+        await self.closed
+
+
+class _LanePort:
+    """One channel's receiver: bytes to the lane's reader, everything else to the connection."""
+
+    __slots__ = ("_connection", "_lane", "_reader", "_protocol", "_time", "get_buffer")
+
+    def __init__(self, connection: Connection, lane: int, reader: FrameReader) -> None:
+        self._connection = connection
+        self._lane = lane
+        self._reader = reader
+        self._protocol = connection._protocol
+        self._time = connection._loop.time
+        self.get_buffer = reader.get_buffer
+
+    def channel_opened(self, peer_id: PeerID | None) -> None:
+        raise AssertionError("the handshake is over")
+
+    def buffer_updated(self, count: int) -> None:
+        self._protocol.received(count, self._time())
+        self._reader.buffer_updated(count)
+        self._connection._received(count)
+
+    def channel_drained(self) -> None:
+        self._connection._channel_drained()
+
+    def channel_lost(self, error: Exception | None) -> None:
+        self._connection._channel_lost(self._lane, error)

@@ -1,0 +1,98 @@
+"""Which connections a node has, and which it is dialling: state only, whoever asks does the I/O."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tesseract_async.endpoint.connection import Connection
+from tesseract_async.identity import PeerID
+from tesseract_async.transport.base import PeerAddress
+
+Key = PeerID | tuple[str, ...]
+"""What a dial is known by: the peer, or its addresses where the peer is whoever answers."""
+
+
+@dataclass(slots=True)
+class Backoff:
+    """How often dialling a peer failed in a row, and when it may be tried again."""
+
+    failures: int = 0
+    retry_at: float = 0.0
+
+
+class Pool:
+    """Open connections by peer, and the back-off of peers that could not be dialled."""
+
+    MAX_BACKOFFS = 4096
+
+    def __init__(self, *, backoff_base: float, backoff_max: float, rng: random.Random) -> None:
+        self._base = backoff_base
+        self._max = backoff_max
+        self._rng = rng
+        self._by_peer: dict[PeerID, list[Connection]] = {}
+        self._by_address: dict[str, PeerID] = {}
+        self._backoffs: dict[Key, Backoff] = {}
+
+    @staticmethod
+    def key(peer: PeerAddress) -> Key:
+        """Under which a dial to `peer` is shared by all who wait for it."""
+        return peer.peer_id if peer.peer_id is not None else peer.addresses
+
+    def find(self, peer: PeerAddress) -> Connection | None:
+        """An open connection to `peer`, whoever dialled it; the one dialled here first."""
+        peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
+        for peer_id in peer_ids:
+            for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
+                if connection.is_open:
+                    return connection
+        return None
+
+    def find_session(self, peer_id: PeerID, session: bytes) -> Connection | None:
+        """The open connection that a bulk channel wants to join."""
+        for connection in self._by_peer.get(peer_id, ()):
+            if connection.session == session and connection.is_open and connection.dialled is None:
+                return connection
+        return None
+
+    def add(self, connection: Connection) -> None:
+        """A connection was established."""
+        mine = self._by_peer.setdefault(connection.peer_id, [])
+        if connection.dialled is not None:
+            mine.insert(0, connection)
+            self._by_address[connection.dialled] = connection.peer_id
+        else:
+            mine.append(connection)
+
+    def remove(self, connection: Connection) -> None:
+        """A connection has ended."""
+        mine = self._by_peer.get(connection.peer_id, [])
+        if connection in mine:
+            mine.remove(connection)
+        if not mine:
+            self._by_peer.pop(connection.peer_id, None)
+        if connection.dialled is not None and not any(other.dialled == connection.dialled for other in mine):
+            self._by_address.pop(connection.dialled, None)
+
+    def connections(self) -> list[Connection]:
+        """All that have not ended."""
+        return [connection for mine in self._by_peer.values() for connection in mine]
+
+    def retry_at(self, key: Key) -> float:
+        """The time before which this peer should not be dialled again; 0.0 if there is none."""
+        backoff = self._backoffs.get(key)
+        return backoff.retry_at if backoff is not None else 0.0
+
+    def dial_failed(self, key: Key, now: float) -> None:
+        """Doubles the wait before the next dial, with jitter, so that a crowd does not come back at once."""
+        backoff = self._backoffs.pop(key, None) or Backoff()
+        self._backoffs[key] = backoff
+        if len(self._backoffs) > self.MAX_BACKOFFS:
+            del self._backoffs[next(iter(self._backoffs))]
+        wait = min(self._max, self._base * 2**backoff.failures)
+        backoff.failures = min(backoff.failures + 1, 32)
+        backoff.retry_at = now + wait * self._rng.uniform(0.5, 1.0)
+
+    def dial_succeeded(self, key: Key) -> None:
+        """Forgets the failures."""
+        self._backoffs.pop(key, None)

@@ -1,0 +1,111 @@
+"""The seam of every transport: an anonymous, ordered *pipe* of bytes. `channel` makes it a channel to a known peer.
+
+A pipe pushes: it reads into memory that its receiver gives (`get_buffer`) and never holds received bytes. Writing never
+blocks; `paused` says when to stop, and `pipe_drained` that everything written has left, so that memory on loan may be
+used again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tesseract_async.identity import PeerID
+
+
+def split_host_port(text: str) -> tuple[str, int]:
+    """``"host:port"`` or ``"[v6]:port"`` in its parts. Raises: ValueError."""
+    host, separator, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not separator or not bare or (":" in bare) != (bare != host) or not port.isascii() or not port.isdigit():
+        raise ValueError(f"not an address (host:port, or [v6]:port): {text!r}")
+    if not 0 <= int(port) <= 65535:
+        raise ValueError(f"a port is at most 65535: {text!r}")
+    return bare, int(port)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """The inverse of `split_host_port`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """Where a peer can be dialled, best address first, and who must answer there (None: whoever does)."""
+
+    peer_id: PeerID | None
+    addresses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for address in self.addresses:
+            split_host_port(address)
+
+    @classmethod
+    def parse(cls, text: str) -> PeerAddress:
+        """Reads ``host:port`` or ``host:port/PEER_ID``. Raises: ValueError."""
+        address, separator, peer_id = text.partition("/")
+        return cls(PeerID.parse(peer_id) if separator else None, (address,))
+
+    def __str__(self) -> str:
+        where = ",".join(self.addresses)
+        return f"{where}/{self.peer_id}" if self.peer_id is not None else where
+
+    @property
+    def short(self) -> str:
+        """For sentences: the address and the first digits of the id."""
+        where = ",".join(self.addresses) or "no address"
+        return f"{where} ({self.peer_id.short})" if self.peer_id is not None else where
+
+
+class PipeReceiver(Protocol):
+    """What a pipe reports to, on its event loop. None of these may raise."""
+
+    def get_buffer(self) -> memoryview:
+        """Writable memory for the next received bytes: a memoryview, never empty."""
+
+    def buffer_updated(self, count: int) -> None:
+        """`count` bytes were received into the memory that `get_buffer` gave last."""
+
+    def pipe_drained(self) -> None:
+        """After `Pipe.paused` was true: all that was written has left, no memory is on loan."""
+
+    def pipe_lost(self, error: Exception | None) -> None:
+        """The end, once: after `close` or `abort`, at the peer's end of stream (None) or because of `error`."""
+
+
+class Pipe(Protocol):
+    """An ordered, reliable pipe of bytes to some computer. All calls are made on the pipe's event loop."""
+
+    def start(self, receiver: PipeReceiver) -> None:
+        """Begins to read. Called once."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Sends `data`, in order. Its memory is on loan until the pipe has drained. Ignored after the end."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether enough is waiting to be sent; `PipeReceiver.pipe_drained` follows."""
+
+    @property
+    def unsent(self) -> int:
+        """Bytes written that have not left yet; 0 means that no memory is on loan."""
+
+    def pause_reading(self) -> None:
+        """Leaves what arrives to the peer's and the network's buffers."""
+
+    def resume_reading(self) -> None:
+        """The inverse."""
+
+    def close(self) -> None:
+        """Ends the pipe after sending what was written; `pipe_lost` follows. Repeating it does nothing."""
+
+    def abort(self) -> None:
+        """Ends the pipe now; `pipe_lost` follows soon, never from within this call."""
+
+    @property
+    def description(self) -> str:
+        """For logs and counters of people: ``tcp 10.0.0.1:4000``."""
+
+    @property
+    def origin(self) -> str:
+        """What limits count: the remote host, without the port."""

@@ -1,0 +1,184 @@
+"""A pipe and, unless the network is trusted, TLS: an ordered byte channel to a known peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from tesseract_async.errors import HandshakeFailed, ProtocolError
+from tesseract_async.identity import PeerID
+from tesseract_async.transport.base import Pipe
+from tesseract_async.transport.tls import TlsMachine
+
+CIPHERTEXT_BYTES: Final = 256 * 1024
+SMALL_PIECE: Final = 8 * 1024
+"""Neighbouring pieces up to this size are joined: a system call costs more than their copy."""
+
+# One block serves all channels of a process and thread: ciphertext is consumed within the call that tells of it.
+_ciphertext: memoryview | None = None
+
+
+class ChannelReceiver(Protocol):
+    """What a channel reports to. `channel_opened` and `buffer_updated` may raise ProtocolError, which ends it."""
+
+    def channel_opened(self, peer_id: PeerID | None) -> None:
+        """The handshake is done; who the peer is (None on a plain channel, which proves nothing)."""
+
+    def get_buffer(self) -> memoryview:
+        """Writable memory for the next bytes: a memoryview, never empty."""
+
+    def buffer_updated(self, count: int) -> None:
+        """`count` bytes were received into it."""
+
+    def channel_drained(self) -> None:
+        """After `paused` was true: everything has left, no memory is on loan."""
+
+    def channel_lost(self, error: Exception | None) -> None:
+        """The end, once; `error` says why, None that one side closed it."""
+
+
+class Channel:
+    """See the module. `receiver` may be replaced at any time."""
+
+    def __init__(self, pipe: Pipe, tls: TlsMachine | None, receiver: ChannelReceiver) -> None:
+        self.pipe = pipe
+        self.receiver = receiver
+        self._tls = tls
+        self._open = False
+        self._closed = False
+        self._error: Exception | None = None
+
+    def start(self) -> None:
+        """Begins the handshake."""
+        self.pipe.start(self)
+        if self._tls is None:
+            self._open = True
+            self._guarded(lambda: self.receiver.channel_opened(None))
+        else:
+            self._guarded(self._handshake)
+
+    @property
+    def paused(self) -> bool:
+        """Whether enough is waiting to be sent; `channel_drained` follows."""
+        return self.pipe.paused
+
+    @property
+    def on_loan(self) -> bool:
+        """Whether memory given to `write` is still in use."""
+        return self._tls is None and self.pipe.unsent > 0
+
+    def write(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Sends the pieces, in order. Their memory is on loan while `on_loan`. Ignored after the end."""
+        if self._closed:
+            return
+        if self._tls is not None:
+            for piece in self._joined(pieces):
+                self._tls.write(piece)
+            self.pipe.write(self._tls.data_to_send())
+        else:
+            for piece in self._joined(pieces):
+                self.pipe.write(piece)
+
+    @staticmethod
+    def _joined(pieces: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+        if len(pieces) < 2:
+            return pieces
+        out: list[bytes | memoryview] = []
+        small: list[bytes | memoryview] = []
+        for piece in pieces:
+            if len(piece) <= SMALL_PIECE:
+                small.append(piece)
+                continue
+            if small:
+                out.append(b"".join(small) if len(small) > 1 else small[0])
+                small = []
+            out.append(piece)
+        if small:
+            out.append(b"".join(small))
+        return out
+
+    def close(self) -> None:
+        """Says farewell, sends what was written, ends. Repeating it does nothing."""
+        if not self._closed:
+            if self._tls is not None and self._open:
+                self._tls.close()
+                self.pipe.write(self._tls.data_to_send())
+            self._closed = True
+            self.pipe.close()
+
+    def abort(self, error: Exception | None = None) -> None:
+        """Ends the channel now; the receiver hears `error` soon, not from within this call."""
+        if self._error is None:
+            self._error = error
+        self._closed = True
+        self.pipe.abort()
+
+    # ---- PipeReceiver
+
+    def get_buffer(self) -> memoryview:
+        if self._tls is None:
+            return self.receiver.get_buffer()
+        global _ciphertext
+        if _ciphertext is None:
+            _ciphertext = memoryview(bytearray(CIPHERTEXT_BYTES))
+        return _ciphertext
+
+    def buffer_updated(self, count: int) -> None:
+        if self._closed:
+            return
+        try:
+            if self._tls is None:
+                self.receiver.buffer_updated(count)
+            else:
+                assert _ciphertext is not None
+                self._tls.receive_data(_ciphertext[:count])
+                if not self._open:
+                    self._handshake()
+                if self._open:
+                    self._decrypt(self._tls)
+        except ProtocolError as error:
+            self._fail(error)
+
+    def _decrypt(self, tls: TlsMachine) -> None:
+        while not self._closed:
+            try:
+                count = tls.read_into(self.receiver.get_buffer())
+            except EOFError:
+                self.close()
+                return
+            if not count:
+                return
+            self.receiver.buffer_updated(count)
+
+    def _handshake(self) -> None:
+        assert self._tls is not None
+        try:
+            done = self._tls.handshake()
+        finally:
+            data = self._tls.data_to_send()
+            if data:
+                self.pipe.write(data)
+        if done:
+            self._open = True
+            self.receiver.channel_opened(self._tls.peer_id)
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except ProtocolError as error:
+            self._fail(error)
+
+    def _fail(self, error: ProtocolError) -> None:
+        self._error = error
+        self._closed = True
+        self.pipe.close()  # sends what is queued, such as a TLS alert, unless the peer stops reading
+
+    def pipe_drained(self) -> None:
+        self.receiver.channel_drained()
+
+    def pipe_lost(self, error: Exception | None) -> None:
+        self._closed = True
+        reason = self._error or error
+        if reason is None and not self._open:
+            reason = HandshakeFailed("eof", "the peer hung up during the handshake")
+        self.receiver.channel_lost(reason)

@@ -1,0 +1,308 @@
+"""Frames: what the bytes of a channel between two endpoints mean. `docs/design/wire.md` is the specification.
+
+A frame is 16 bytes of header and a payload. A message (a request or a reply) is a *head* (msgpack) and raw buffers;
+it travels in one frame where it fits, else as a ``BEGIN`` frame that tells all sizes, and chunks. `FrameReader` cuts
+received bytes into frames; a chunk's payload is received straight into the message's own memory (`Assembly`).
+
+Everything here takes untrusted bytes and raises only `ProtocolError`; sizes are checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import msgpack
+import numpy as np
+
+from tesseract_async.errors import MessageTooLarge, ProtocolError
+
+VERSION: Final = 1
+
+HEADER = struct.Struct(">BBHIQ")
+"""kind, flags, zero, payload bytes, stream (number of the call; its caller counts up from 1)."""
+
+HELLO: Final = 1
+REQUEST: Final = 2
+REPLY: Final = 3
+BEGIN_REQUEST: Final = 4
+BEGIN_REPLY: Final = 5
+CHUNK_REQUEST: Final = 6
+CHUNK_REPLY: Final = 7
+GRANT_REQUEST: Final = 8
+GRANT_REPLY: Final = 9
+CREDIT: Final = 10
+WINDOW: Final = 11
+CANCEL: Final = 12
+PING: Final = 13
+PONG: Final = 14
+CLOSE: Final = 15
+BULK: Final = 16
+
+ROOM_ASKED: Final = 0
+"""Flag of a BEGIN frame: the sender waits for a GRANT."""
+ROOM_STANDING: Final = 1
+"""Flag of a BEGIN frame: the message fits the standing window; CREDIT gives its bytes back."""
+ROOM_RESERVED: Final = 2
+"""Flag of BEGIN_REPLY: the reply fits the room that its request reserved."""
+
+SCRATCH_BYTES: Final = 64 * 1024
+MAX_SMALL: Final = SCRATCH_BYTES - HEADER.size
+"""Payload bytes of any frame that is not a chunk: larger messages travel in chunks."""
+MAX_CHUNK: Final = 1024 * 1024
+MAX_BUFFERS: Final = 1024
+MAX_HEAD: Final = 1024 * 1024
+"""Bytes of one message's head, hence of its body: data belongs into buffers."""
+ALIGNMENT: Final = 64
+DIRECT_BYTES: Final = 8 * 1024
+"""Room from which on a chunk is received straight into its message rather than through the scratch memory."""
+
+_TABLE = struct.Struct(">II")
+
+Buffer = bytes | bytearray | memoryview
+
+
+def frame(kind: int, *, stream: int = 0, flags: int = 0, payload: bytes = b"") -> bytes:
+    """One whole frame."""
+    return HEADER.pack(kind, flags, 0, len(payload), stream) + payload
+
+
+def byte_view(buffer: Buffer) -> memoryview:
+    """The bytes of a C-contiguous buffer, without a copy. Raises: TypeError, ValueError for anything else."""
+    view = memoryview(buffer)
+    return view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
+
+
+def encode_table(head_bytes: int, sizes: Sequence[int]) -> bytes:
+    """The sizes of a message's head and buffers, as its first frame tells them."""
+    return _TABLE.pack(head_bytes, len(sizes)) + struct.pack(f">{len(sizes)}Q", *sizes)
+
+
+def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
+    """Reads what `encode_table` wrote: head bytes, buffer sizes, bytes read. Untrusted. Raises: ProtocolError."""
+    if len(payload) < _TABLE.size:
+        raise ProtocolError("a message is shorter than its table")
+    head_bytes, count = _TABLE.unpack_from(payload)
+    if head_bytes > MAX_HEAD:
+        raise MessageTooLarge(head_bytes, MAX_HEAD)
+    if count > MAX_BUFFERS:
+        raise ProtocolError(f"a message has more than {MAX_BUFFERS} buffers")
+    end = _TABLE.size + 8 * count
+    if len(payload) < end:
+        raise ProtocolError("a message is shorter than its table")
+    return head_bytes, struct.unpack_from(f">{count}Q", payload, _TABLE.size), end
+
+
+def encode_small(kind: int, stream: int, head: bytes, buffers: Sequence[memoryview]) -> bytes:
+    """A whole message as one frame; the caller has checked that it fits (`message_bytes` <= `MAX_SMALL`)."""
+    table = encode_table(len(head), [len(buffer) for buffer in buffers])
+    length = len(table) + len(head) + sum(map(len, buffers))
+    return b"".join((HEADER.pack(kind, 0, 0, length, stream), table, head, *buffers))
+
+
+def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
+    """Encoded bytes of a message: what a frame carries, and what `MAX_SMALL` and every limit count."""
+    return _TABLE.size + 8 * len(sizes) + head_bytes + sum(sizes)
+
+
+def decode_small(payload: memoryview) -> tuple[Any, tuple[memoryview, ...]]:
+    """The head's value and the buffers, copied into aligned memory of their own. Untrusted. Raises: ProtocolError."""
+    head_bytes, sizes, position = decode_table(payload)
+    if position + head_bytes + sum(sizes) != len(payload):
+        raise ProtocolError("a message's table does not fit its frame")
+    head = unpack(payload[position : position + head_bytes])
+    if not sizes:
+        return head, ()
+    position += head_bytes
+    buffers = allocate(sizes)
+    for buffer, size in zip(buffers, sizes, strict=True):
+        buffer[:] = payload[position : position + size]
+        position += size
+    return head, buffers
+
+
+def allocate(sizes: Sequence[int]) -> tuple[memoryview, ...]:
+    """Uninitialised writable memory for each size, every part at a 64-byte aligned address, all in one block."""
+    total = ALIGNMENT - 1
+    for size in sizes:
+        total += -(-size // ALIGNMENT) * ALIGNMENT
+    block = np.empty(total, np.uint8)
+    offset = -block.__array_interface__["data"][0] % ALIGNMENT
+    view = memoryview(block)  # type: ignore[arg-type, unused-ignore]
+    parts = []
+    for size in sizes:
+        parts.append(view[offset : offset + size])
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return tuple(parts)
+
+
+def pack(value: Any) -> bytes:
+    """Packs a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
+    try:
+        packed: bytes = msgpack.packb(value)
+    except OverflowError as error:
+        raise ValueError(f"an integer is too large for msgpack: {error}") from None
+    if len(packed) > MAX_HEAD:
+        raise ValueError(f"a body of {len(packed)} bytes is too large (at most {MAX_HEAD}): send data as buffers")
+    return packed
+
+
+def unpack(data: Buffer) -> Any:
+    """Reads a head. Untrusted. Raises: ProtocolError."""
+    try:
+        return msgpack.unpackb(data, strict_map_key=False)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"malformed msgpack: {type(error).__name__}") from None
+
+
+class Assembly:
+    """A large message on its way into the memory in which it will be used."""
+
+    __slots__ = ("head", "buffers", "left", "_parts", "_view")
+
+    def __init__(self, head_bytes: int, sizes: Sequence[int]) -> None:
+        self.head, *rest = allocate((head_bytes, *sizes))
+        self.buffers: tuple[memoryview, ...] = tuple(rest)
+        self.left = head_bytes + sum(sizes)
+        """Bytes still to come."""
+        self._parts = [part for part in reversed((self.head, *rest)) if len(part)]
+        self._view = self._parts.pop() if self._parts else memoryview(b"")
+
+    def room(self, limit: int) -> memoryview:
+        """The contiguous memory that the next bytes go to, at most `limit` of it."""
+        return self._view[:limit]
+
+    def advance(self, count: int) -> None:
+        """`count` bytes were written into `room`."""
+        self.left -= count
+        self._view = self._view[count:]
+        if not self._view and self._parts:
+            self._view = self._parts.pop()
+
+    def write(self, data: memoryview) -> None:
+        """Copies `data`, which must not be longer than `left`."""
+        while data:
+            room = self._view[: len(data)]
+            count = len(room)
+            room[:] = data[:count]
+            self.advance(count)
+            data = data[count:]
+
+
+class FrameSink(Protocol):
+    """What a `FrameReader` reports to. All three may raise ProtocolError, which ends the channel."""
+
+    def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A whole frame that is no chunk. `payload` is valid during this call only."""
+
+    def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:
+        """Where the chunk's `length` bytes go (it has that much left), or None to skip them."""
+
+    def chunk_finished(self, kind: int, stream: int) -> None:
+        """All bytes of the chunk are where they belong."""
+
+
+class FrameReader:
+    """Cuts a channel's bytes into frames. The caller writes into `get_buffer` and then calls `buffer_updated`.
+
+    Memory: one scratch block of 64 KiB, taken at the first read.
+    """
+
+    __slots__ = ("sink", "_scratch", "_start", "_end", "_direct", "_chunk_left", "_chunk", "_assembly", "_more_chunks")
+
+    def __init__(self, sink: FrameSink) -> None:
+        self.sink = sink
+        """Whom frames are reported to; may be replaced from within its own methods (after a hello)."""
+        self._scratch: memoryview | None = None
+        self._start = 0
+        self._end = 0
+        self._direct = False  # whether get_buffer gave the message's memory
+        self._chunk_left = 0
+        self._chunk = (0, 0)  # kind and stream
+        self._assembly: Assembly | None = None
+        self._more_chunks = False  # the last thing read was a chunk of an unfinished message
+
+    def get_buffer(self) -> memoryview:
+        """Memory for the next bytes, never empty."""
+        if self._chunk_left and self._assembly is not None and self._start == self._end:
+            room = self._assembly.room(self._chunk_left)
+            if len(room) >= DIRECT_BYTES:
+                self._direct = True
+                return room
+        self._direct = False
+        scratch = self._scratch
+        if scratch is None:
+            scratch = self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        if self._start:
+            kept = self._end - self._start
+            if kept < 4096 or self._end > SCRATCH_BYTES // 2:
+                scratch[:kept] = scratch[self._start : self._end]
+                self._start, self._end = 0, kept
+        if self._more_chunks:
+            # most likely one header and then a chunk's payload: leave the payload for its own memory
+            return scratch[self._end : self._end + 4096]
+        return scratch[self._end :]
+
+    def buffer_updated(self, count: int) -> None:
+        """`count` bytes were written into what `get_buffer` gave. Raises: ProtocolError; nothing may follow then."""
+        if self._direct:
+            assert self._assembly is not None
+            self._assembly.advance(count)
+            self._chunk_left -= count
+            if not self._chunk_left:
+                self._finish_chunk()
+            return
+        self._end += count
+        self._parse()
+
+    def release_scratch(self) -> None:
+        """Gives the scratch memory back while nothing is in it: idle connections are many."""
+        if self._start == self._end and not self._direct:
+            self._scratch = None
+            self._start = self._end = 0
+
+    def _finish_chunk(self) -> None:
+        assembly, self._assembly = self._assembly, None
+        self._more_chunks = assembly is not None and assembly.left > 0
+        if assembly is not None:
+            self.sink.chunk_finished(*self._chunk)
+
+    def _parse(self) -> None:
+        scratch, end = self._scratch, self._end
+        assert scratch is not None
+        position = self._start
+        while True:
+            if self._chunk_left:
+                count = min(self._chunk_left, end - position)
+                if not count:
+                    break
+                if self._assembly is not None:
+                    self._assembly.write(scratch[position : position + count])
+                position += count
+                self._chunk_left -= count
+                if not self._chunk_left:
+                    self._finish_chunk()
+                continue
+            if end - position < 16:
+                break
+            kind, flags, zero, length, stream = HEADER.unpack_from(scratch, position)
+            if zero:
+                raise ProtocolError("a frame header's reserved bytes are not zero")
+            if kind == CHUNK_REQUEST or kind == CHUNK_REPLY:
+                if not 0 < length <= MAX_CHUNK:
+                    raise MessageTooLarge(length, MAX_CHUNK)
+                self._assembly = self.sink.chunk_started(kind, stream, length)
+                self._chunk = (kind, stream)
+                self._chunk_left = length
+                position += 16
+                continue
+            if length > MAX_SMALL:
+                raise MessageTooLarge(length, MAX_SMALL)
+            stop = position + 16 + length
+            if stop > end:
+                break
+            self._more_chunks = False
+            self.sink.frame_received(kind, flags, stream, scratch[position + 16 : stop])
+            position = stop
+        self._start = position
