@@ -16,6 +16,13 @@ from tesseract_async.wire import messages
 from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns in the first turn of the loop that finds `condition` true; after ten seconds it gives up."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (any condition, not one that has an event)
+            await asyncio.sleep(0)
+
+
 @dataclass(frozen=True)
 class Reply:
     body: Any = None

@@ -11,7 +11,7 @@ from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD
-from tests.client.fake_node import FakeNode
+from tests.client.fake_node import FakeNode, until
 
 GRID = (4, 4)
 
@@ -260,8 +260,7 @@ async def test_cancelled_it_leaves_no_call(node: FakeNode) -> None:
     await gate(torch.randn(2, 8))
     node.delay = 60.0
     task = asyncio.create_task(gate(torch.randn(2, 8)))
-    while not node.num_open:
-        await asyncio.sleep(0)
+    await until(lambda: node.num_open > 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -13,7 +13,7 @@ from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode
+from tests.client.fake_node import FakeNode, until
 
 
 async def test_remote_equals_local(node: FakeNode) -> None:
@@ -224,8 +224,7 @@ async def test_cancelling_a_call_cancels_it_at_the_node(node: FakeNode) -> None:
     await expert.info()
     node.delay = 60.0
     task = asyncio.create_task(expert(torch.zeros(1, 8)))
-    while not node.count(FORWARD):
-        await asyncio.sleep(0)
+    await until(lambda: node.count(FORWARD) > 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
