@@ -74,9 +74,11 @@ def client(index: int, gate: Gate, load: Load, uids: list[str], addresses: list[
     try:
         expert = find_experts(dht, uids)[index % len(uids)]
 
+        batch = torch.randn(load.rows, load.width)
+
         def call() -> None:
-            x = torch.randn(load.rows, load.width, requires_grad=load.backward)
-            output = expert(x)
+            torch.set_grad_enabled(load.backward)  # the mode is each thread's own
+            output = expert(batch.detach().requires_grad_(load.backward))
             if load.backward:
                 output.sum().backward()
 
