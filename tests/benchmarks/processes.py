@@ -46,6 +46,8 @@ class ClientResult:
     num_calls: int
     seconds: float
     latencies: tuple[float, ...] = ()
+    cpu_seconds: float = 0.0
+    """Of the client's process meanwhile, where it was measured."""
 
 
 def timed(call: Callable[[], Any], stop_at: float) -> ClientResult:

@@ -76,7 +76,9 @@ class Served:
     mean_batch_rows: float
     """Rows of the batches that its device computed, on average."""
     busy_share: float
-    """Of the server's life in which the device computed; reaching it takes a load for all that time."""
+    """Of the time until it was stopped, the clients' start included, in which the device computed."""
+    cpu_seconds: float
+    """Of the server's process in that time."""
     details: dict[str, Any]
 
 
@@ -88,12 +90,12 @@ def serve(pipe: Connection, load: Load, uids: list[str], security: Security, loo
         backends = {uid: make_backend(load) for uid in uids}
         async with BenchmarkNode(security=security) as node, ta.TesseractServer(node, backends) as server:
             pipe.send(("value", str(node.peer_address)))
-            begin = time.monotonic()
+            begin, cpu = time.monotonic(), time.process_time()
             await stop_asked(pipe)
-            seconds = time.monotonic() - begin
+            seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
             statistics = server.runtime.statistics()
             rows = statistics.num_rows / max(1, statistics.num_batches)
-            pipe.send(("value", Served(rows, server.runtime.busy_seconds / seconds, asdict(statistics))))
+            pipe.send(("value", Served(rows, server.runtime.busy_seconds / seconds, cpu, asdict(statistics))))
 
     run_on(loop, main())
 
@@ -161,9 +163,10 @@ def client(
                     latencies.append(now - before)
                     before = now
 
-            begin = time.perf_counter()
+            begin, cpu = time.perf_counter(), time.process_time()
             await asyncio.gather(*(caller(offset) for offset in range(load.num_callers)))
-            return ClientResult(len(latencies), time.perf_counter() - begin, tuple(latencies))
+            seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+            return ClientResult(len(latencies), seconds, tuple(latencies), cpu)
 
     return run_on(loop, main())
 

@@ -86,11 +86,14 @@ def measure_load(load: Load, *, security: Security, loop: str) -> float:
     calls = rate(results)
     latencies = all_latencies(results)
     value, unit = (calls, "calls/s") if load.rows == 1 else (calls * load.rows, "rows/s")
+    num_calls = sum(result.num_calls for result in results)
     emit(
         f"{load.name}, {security}",
         value,
         unit,
-        num_calls=sum(result.num_calls for result in results),
+        num_calls=num_calls,
+        client_cpu_us_per_call=sum(result.cpu_seconds for result in results) / num_calls * 1e6,
+        server_cpu_us_per_call=served.cpu_seconds / num_calls * 1e6,
         median_ms=percentile(latencies, 0.5) * 1e3,
         p99_ms=percentile(latencies, 0.99) * 1e3,
         mean_batch_rows=served.mean_batch_rows,
