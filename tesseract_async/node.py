@@ -22,6 +22,7 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.tcp import TcpTransport
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class TesseractNode:
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in (INFO, FORWARD, BACKWARD):
                 endpoint.handle(method, self._answer_expert)
-            await endpoint.start()
+            await endpoint.start(tcp)
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
         except BaseException:
             await self.aclose()
@@ -131,7 +132,7 @@ class TesseractNode:
         await self.aclose()
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
-        return Endpoint(identity=self.identity, metrics=self.metrics)
+        return Endpoint(identity=self.identity, transports=[TcpTransport(tcp)], metrics=self.metrics)
 
     # ------------------------------------------------------------------------------------------------ who and where
 
@@ -239,7 +240,7 @@ class TesseractNode:
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
         if call.method not in (INFO, FORWARD, BACKWARD):
-            raise UnknownMethod(f"no such method: {call.method}")
+            raise UnknownMethod(f"{call.method!r} is no method of {self.peer_id.short}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:

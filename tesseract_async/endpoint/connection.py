@@ -24,6 +24,7 @@ from tesseract_async.endpoint.protocol import (
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.channel import Channel
 from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import FrameReader
@@ -69,7 +70,8 @@ class Connection:
         peer_id: PeerID,
         hello: Hello,
         *,
-        dialled: str | None,
+        dialled: PeerAddress | None,
+        path: str,
         answer: Callable[[IncomingCall], Awaitable[Message]],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
@@ -81,7 +83,10 @@ class Connection:
         self.peer_id = peer_id
         self.session = hello.session
         self.dialled = dialled
-        """The address that was dialled, or None if the peer dialled."""
+        """Where this end dialled, or None if the peer did."""
+        self.path = path
+        self.retired = False
+        """Whether a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
         self.last_used = loop.time()
         self._loop = loop
@@ -91,7 +96,7 @@ class Connection:
         self._metrics = metrics
         self._settings = settings
         self._protocol = ConnectionProtocol(
-            f"{peer_id.short} ({dialled})" if dialled else peer_id.short,
+            f"{peer_id.short} ({path})",
             hello,
             dialled=dialled is not None,
             budget=budget,
@@ -134,6 +139,29 @@ class Connection:
     def num_calls(self) -> int:
         """Calls under way in both directions."""
         return self._protocol.num_calls
+
+    @property
+    def rtt(self) -> float | None:
+        """Seconds for a ping and its answer, smoothed; None until the first one came."""
+        return self._protocol.rtt
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Rate at which large messages last arrived; 0.0 if none did."""
+        return self._protocol.bytes_per_second
+
+    def count_bytes(self) -> None:
+        """Adds the raw bytes since the last time to the metrics."""
+        for channel in self._channels:
+            if channel is not None:
+                self._count_bytes(channel)
+
+    def _count_bytes(self, channel: Channel) -> None:
+        received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
+        old_received, old_sent = channel.bytes_counted
+        channel.bytes_counted = (received, sent)
+        self._metrics.count("transport_bytes_received", received - old_received)
+        self._metrics.count("transport_bytes_sent", sent - old_sent)
 
     # ---- own calls
 
@@ -213,9 +241,7 @@ class Connection:
                         self._schedule_flush()
                         break
                     pieces = protocol.data_to_send(lane, 1)
-                    size = sum(map(len, pieces))
-                    room -= size
-                    self._metrics.count("endpoint_bytes_sent", size)
+                    room -= sum(map(len, pieces))
                     channel.write(pieces)
         except ProtocolError as error:
             self.abort(describe(error))
@@ -336,7 +362,9 @@ class Connection:
                 channel.abort(error)
 
     def _channel_lost(self, lane: int, error: Exception | None) -> None:
-        self._channels[lane] = None
+        channel, self._channels[lane] = self._channels[lane], None
+        if channel is not None:
+            self._count_bytes(channel)
         if isinstance(error, ProtocolError):
             self._metrics.count("endpoint_connections_dropped", reason=type(error).__name__)
             logger.warning("connection to %s dropped: %s", self._protocol.peer, error)

@@ -28,7 +28,7 @@ class Greeting:
         tls: TlsMachine | None,
         *,
         own: Hello | None,
-        answer_for: Callable[[PeerID, Hello], Hello],
+        answer_for: Callable[[Hello], Hello],
         expected: PeerID | None,
         established: Callable[[Channel, frames.FrameReader, PeerID, Hello], None],
         timeout: float,
@@ -37,6 +37,8 @@ class Greeting:
         self.done: asyncio.Future[None] = loop.create_future()
         """Ends with None, or a ProtocolError or OSError."""
         self.origin = pipe.origin
+        self.description = pipe.description
+        self.dialled = own is not None
         self._own = own
         self._answer_for = answer_for
         self._expected = expected
@@ -98,16 +100,16 @@ class Greeting:
         if claimed != peer_id or (self._expected is not None and peer_id != self._expected):
             raise HandshakeFailed("wrong_peer", f"another peer ({claimed.short}) answers there")
         if self._own is None:
-            self._send(self._answer_for(peer_id, hello))
-        self._timer.cancel()
+            self._send(self._answer_for(hello))
         self._established(self._channel, self._reader, peer_id, hello)
+        self._timer.cancel()
         if not self.done.done():
             self.done.set_result(None)
 
     def chunk_started(self, kind: int, stream: int, length: int) -> frames.Assembly | None:
         raise HandshakeFailed("hello", "the peer did not begin with a hello")
 
-    def chunk_finished(self, kind: int, stream: int) -> None:
+    def chunk_finished(self, kind: int, stream: int, length: int) -> None:
         raise AssertionError("no chunk was started")
 
     def _send(self, hello: Hello) -> None:

@@ -40,7 +40,7 @@ class Pool:
         return peer.peer_id if peer.peer_id is not None else peer.addresses
 
     def find(self, peer: PeerAddress) -> Connection | None:
-        """An open connection to `peer`, whoever dialled it; the one dialled here first."""
+        """An open connection to `peer`, whoever dialled it; the one last dialled here first."""
         peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
         for peer_id in peer_ids:
             for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
@@ -60,7 +60,8 @@ class Pool:
         mine = self._by_peer.setdefault(connection.peer_id, [])
         if connection.dialled is not None:
             mine.insert(0, connection)
-            self._by_address[connection.dialled] = connection.peer_id
+            for address in connection.dialled.addresses:
+                self._by_address[address] = connection.peer_id
         else:
             mine.append(connection)
 
@@ -71,12 +72,23 @@ class Pool:
             mine.remove(connection)
         if not mine:
             self._by_peer.pop(connection.peer_id, None)
-        if connection.dialled is not None and not any(other.dialled == connection.dialled for other in mine):
-            self._by_address.pop(connection.dialled, None)
+        if connection.dialled is not None and not any(other.dialled is not None for other in mine):
+            for address in connection.dialled.addresses:
+                if self._by_address.get(address) == connection.peer_id:
+                    del self._by_address[address]
 
     def connections(self) -> list[Connection]:
         """All that have not ended."""
         return [connection for mine in self._by_peer.values() for connection in mine]
+
+    @property
+    def num_connections(self) -> int:
+        """How many have not ended."""
+        return sum(map(len, self._by_peer.values()))
+
+    def num_connections_with(self, peer_id: PeerID) -> int:
+        """How many this peer opened."""
+        return sum(connection.dialled is None for connection in self._by_peer.get(peer_id, ()))
 
     def retry_at(self, key: Key) -> float:
         """The time before which this peer should not be dialled again; 0.0 if there is none."""

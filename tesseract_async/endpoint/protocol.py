@@ -179,8 +179,8 @@ class Lane:
     def chunk_started(self, kind: int, stream: int, length: int) -> frames.Assembly | None:
         return self._protocol._chunk_started(self.index, kind, stream, length)
 
-    def chunk_finished(self, kind: int, stream: int) -> None:
-        self._protocol._chunk_finished(kind, stream)
+    def chunk_finished(self, kind: int, stream: int, length: int) -> None:
+        self._protocol._chunk_finished(kind, stream, length)
 
 
 class ConnectionProtocol:
@@ -200,7 +200,10 @@ class ConnectionProtocol:
         self.peer = peer
         """How errors name the other end."""
         self.settings = settings
-        self.bytes_received = 0
+        self.rtt: float | None = None
+        """Seconds for a ping and its answer, smoothed; None until the first one came."""
+        self.bytes_per_second = 0.0
+        """Rate at which large messages last arrived, smoothed."""
         self._theirs = hello
         self._dialled = dialled
         self._budget = budget
@@ -208,8 +211,11 @@ class ConnectionProtocol:
         self._now = now
         self._heard = now
         self._pinged = False
-        self._ping_due = False
+        self._pinged_at: float | None = None  # when a ping left whose answer is still to come
         self._pong_due = False
+        self._burst_begin = now  # of chunks without a pause, for the rate
+        self._burst_last = now
+        self._burst_bytes = 0
         self._events: list[Event] = []
         self._next_stream = 1
         self._outgoing: dict[int, _Outgoing] = {}
@@ -222,6 +228,7 @@ class ConnectionProtocol:
         self._window_out = 0  # the peer's standing window for us, and what of it is used
         self._standing_out = 0
         self._window_in: Reservation | None = None  # our standing window for the peer
+        self._window_extra: list[Reservation] = []
         self._standing_in = 0
         self._bulk_wanted = False
         self._handlers: dict[int, Callable[[int, int, int, memoryview], None]] = {
@@ -240,6 +247,7 @@ class ConnectionProtocol:
             frames.BULK: self._bulk,
         }
         self.lanes = (Lane(self, MAIN), Lane(self, BULK))
+        self._send_ping()
 
     # ---- calls of our own
 
@@ -491,7 +499,6 @@ class ConnectionProtocol:
     def received(self, count: int, now: float) -> None:
         """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
         self._now = self._heard = now
-        self.bytes_received += count
         self._pinged = False
 
     @property
@@ -634,7 +641,7 @@ class ConnectionProtocol:
 
     def _take_standing(self, size: int) -> None:
         self._standing_in += size
-        if self._window_in is None or self._standing_in > self._window_in.size:
+        if self._window_in is None or self._standing_in > self._window_in_bytes:
             raise ProtocolError("a message does not fit the standing window")
 
     def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
@@ -646,7 +653,37 @@ class ConnectionProtocol:
             raise ProtocolError("a message has more bytes than it announced")
         return call.assembly
 
-    def _chunk_finished(self, kind: int, stream: int) -> None:
+    def _measure_rate(self, count: int) -> None:
+        """Counts a chunk that arrived, and widens the standing window where rate times delay asks for more."""
+        now = self._now
+        if now - self._burst_last > 0.1:
+            self._burst_begin, self._burst_bytes = now, 0  # the first chunk of a burst only starts the clock
+        else:
+            self._burst_bytes += count
+        self._burst_last = now
+        if now - self._burst_begin < 0.1:
+            return
+        rate = self._burst_bytes / (now - self._burst_begin)
+        self._burst_begin, self._burst_bytes = now, 0
+        self.bytes_per_second = rate if not self.bytes_per_second else 0.5 * (self.bytes_per_second + rate)
+        self._send_ping()
+        if self._window_in is None or self.rtt is None:
+            return
+        # twice: a message's room comes back a round trip after its last byte
+        more = int(2 * self.bytes_per_second * self.rtt) - self._window_in_bytes
+        if more > self._window_in_bytes // 4:
+            extra = self._budget.try_reserve(more)
+            if extra is not None:
+                self._window_extra.append(extra)
+                self.lanes[MAIN].put(frames.frame(frames.WINDOW, stream=self._window_in_bytes))
+
+    @property
+    def _window_in_bytes(self) -> int:
+        held = 0 if self._window_in is None else self._window_in.size
+        return held + sum(extra.size for extra in self._window_extra)
+
+    def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
+        self._measure_rate(length)
         if kind == frames.CHUNK_REQUEST:
             incoming = self._incoming.get(stream)
             if incoming is None or incoming.assembly is None:
@@ -704,7 +741,15 @@ class ConnectionProtocol:
         self._pong_due = True
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        pass  # its bytes were the sign of life
+        if self._pinged_at is not None:
+            measured = self._now - self._pinged_at
+            self._pinged_at = None
+            self.rtt = measured if self.rtt is None else 0.875 * self.rtt + 0.125 * measured  # RFC 6298, 2.3
+
+    def _send_ping(self) -> None:
+        if self._pinged_at is None:
+            self._pinged_at = self._now
+            self.lanes[MAIN].put(frames.frame(frames.PING))
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
@@ -758,7 +803,8 @@ class ConnectionProtocol:
             self._heard = now - self.settings.ping_after
         elif silent >= self.settings.ping_after and not self._pinged:
             self._pinged = True
-            self.lanes[MAIN].put(frames.frame(frames.PING))
+            self._pinged_at = None
+            self._send_ping()
             for lane in self.lanes:
                 lane.reader.release_scratch()
 
@@ -790,6 +836,8 @@ class ConnectionProtocol:
             self._end_call(stream, call)
         for stream in list(self._incoming):
             self._cancel_incoming(stream)
-        if self._window_in is not None:
-            self._window_in.release()
-            self._window_in = None
+        for reservation in (self._window_in, *self._window_extra):
+            if reservation is not None:
+                reservation.release()
+        self._window_in = None
+        self._window_extra = []

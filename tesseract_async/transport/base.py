@@ -7,6 +7,7 @@ used again.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,10 +36,14 @@ class PeerAddress:
 
     peer_id: PeerID | None
     addresses: tuple[str, ...]
+    rendezvous: tuple[str, ...] = ()
+    """Public nodes (``host:port/PEER_ID``) through which a peer that can't be dialled is asked to call back."""
 
     def __post_init__(self) -> None:
         for address in self.addresses:
             split_host_port(address)
+        for text in self.rendezvous:
+            split_host_port(text.partition("/")[0])
 
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
@@ -76,15 +81,24 @@ class PipeReceiver(Protocol):
 class Pipe(Protocol):
     """An ordered, reliable pipe of bytes to some computer. All calls are made on the pipe's event loop."""
 
+    bytes_received: int
+    bytes_sent: int
+    """Raw bytes so far: what a data quota counts."""
+
     def start(self, receiver: PipeReceiver) -> None:
-        """Begins to read. Called once."""
+        """Begins to read. A second call changes the receiver."""
 
     def write(self, data: bytes | memoryview) -> None:
         """Sends `data`, in order. Its memory is on loan until the pipe has drained. Ignored after the end."""
 
-    @property
-    def paused(self) -> bool:
-        """Whether enough is waiting to be sent; `PipeReceiver.pipe_drained` follows."""
+    paused: bool
+    """Whether enough is waiting to be sent; `PipeReceiver.pipe_drained` follows."""
+
+    description: str
+    """For logs and people: ``tcp 10.0.0.1:4000``. The first word names the kind of path."""
+
+    origin: str
+    """What limits count: the remote host, without the port."""
 
     @property
     def unsent(self) -> int:
@@ -102,10 +116,40 @@ class Pipe(Protocol):
     def abort(self) -> None:
         """Ends the pipe now; `pipe_lost` follows soon, never from within this call."""
 
-    @property
-    def description(self) -> str:
-        """For logs and counters of people: ``tcp 10.0.0.1:4000``."""
 
-    @property
-    def origin(self) -> str:
-        """What limits count: the remote host, without the port."""
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One way to a peer. Paths race: the first on which the peer has proven itself wins."""
+
+    name: str
+    """In errors and logs: ``tcp 10.0.0.1:4000``."""
+    delay: float
+    """Seconds of head start for the paths before; it starts at once when all of those have failed."""
+    open: Callable[[], Awaitable[Pipe]]
+    """Cancelled, it leaves nothing open. May raise OSError, TimeoutError or any TesseractError."""
+
+
+class Transport(Protocol):
+    """A kind of pipe: what an endpoint is given to reach others and to be reached."""
+
+    async def listen(self, accept: Callable[[Pipe], None]) -> None:
+        """Calls `accept` for each pipe that others open, from within the callback that told of it."""
+
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+        """The ways to this peer, likeliest first; `bulk`: for the second channel, which carries large messages."""
+
+    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+        """How an attempt on one of `paths` ended; `error` is None for the one that won."""
+
+    async def aclose(self) -> None:
+        """Stops listening. Pipes live on: whoever took them closes them."""
+
+
+class Throttle(Protocol):
+    """Limits the bytes per second of one or many pipes. `now` is the loop's time."""
+
+    def received(self, count: int, now: float) -> float:
+        """Counts received bytes; for how many seconds to leave further ones with the peer."""
+
+    def sent(self, count: int, now: float) -> float:
+        """The same for sent ones."""

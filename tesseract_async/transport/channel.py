@@ -43,6 +43,8 @@ class Channel:
     def __init__(self, pipe: Pipe, tls: TlsMachine | None, receiver: ChannelReceiver) -> None:
         self.pipe = pipe
         self.receiver = receiver
+        self.bytes_counted = (0, 0)
+        """Raw bytes received and sent that the metrics know of."""
         self._tls = tls
         self._open = False
         self._closed = False

@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from tesseract_async.transport.base import PipeReceiver, join_host_port
+from tesseract_async.transport.base import (
+    Path,
+    PeerAddress,
+    Pipe,
+    PipeReceiver,
+    Throttle,
+    join_host_port,
+    split_host_port,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,23 +24,33 @@ HIGH_WATER: Final = 256 * 1024
 """Unsent bytes beyond which a pipe is paused."""
 USER_TIMEOUT: Final = 15.0
 """Seconds for which sent bytes may stay unacknowledged before the kernel gives the connection up."""
+EARLY_BYTES: Final = 4096
+"""Bytes kept from a peer that speaks before `TcpPipe.start`."""
+HEAD_START: Final = 0.25
+"""Seconds between the attempts on a peer's addresses (RFC 8305, section 5)."""
+CONNECT_TIMEOUT: Final = 5.0
 
 
 class TcpPipe(asyncio.BufferedProtocol):
-    """See `base.Pipe`. Made by `connect` and `TcpListener`; what arrives before `start` is kept for it."""
+    """See `base.Pipe`. Made by `connect` and `TcpTransport`; what arrives before `start` is kept for it."""
 
-    EARLY_BYTES: Final = 4096
-
-    def __init__(self, opened: Callable[[TcpPipe], None] | None = None) -> None:
+    def __init__(self, opened: Callable[[TcpPipe], None] | None = None, *, throttle: Throttle | None = None) -> None:
         self.paused = False
         self.description = "tcp"
         self.origin = ""
+        self.bytes_received = 0
+        self.bytes_sent = 0
         self._opened = opened
         self._transport: asyncio.Transport | None = None
         self._receiver: PipeReceiver | None = None
+        self._throttle = throttle
+        self._reading_again: asyncio.TimerHandle | None = None
+        self._sending_again: asyncio.TimerHandle | None = None
         # a peer that speaks before `start`: uvloop cannot pause a transport in connection_made
         self._early = bytearray()
         self._early_buffer = memoryview(b"")
+
+    # ---- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
@@ -52,6 +70,77 @@ class TcpPipe(asyncio.BufferedProtocol):
         if self._opened is not None:
             self._opened(self)
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._receiver is not None:
+            return self._receiver.get_buffer()
+        self._early_buffer = memoryview(bytearray(EARLY_BYTES))
+        return self._early_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.bytes_received += nbytes
+        if self._throttle is not None:
+            self._throttle_reading(self._throttle, nbytes)
+        if self._receiver is not None:
+            self._receiver.buffer_updated(nbytes)
+            return
+        self._early += self._early_buffer[:nbytes]
+        if len(self._early) > EARLY_BYTES:
+            self.abort()
+
+    def eof_received(self) -> bool:
+        return False  # half-open connections serve nobody: close
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        if self._sending_again is None:
+            self.paused = False
+            if self._receiver is not None:
+                self._receiver.pipe_drained()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        for timer in (self._reading_again, self._sending_again):
+            if timer is not None:
+                timer.cancel()
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.pipe_lost(exc)
+
+    # ---- throttling
+
+    def _throttle_reading(self, throttle: Throttle, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        wait = throttle.received(count, loop.time())
+        if wait > 0 and self._transport is not None and self._reading_again is None:
+            self._transport.pause_reading()
+            self._reading_again = loop.call_later(wait, self._read_again)
+
+    def _read_again(self) -> None:
+        self._reading_again = None
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def _throttle_writing(self, throttle: Throttle, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        wait = throttle.sent(count, loop.time())
+        if wait > 0:
+            self.paused = True
+            if self._sending_again is not None:
+                self._sending_again.cancel()
+            self._sending_again = loop.call_later(wait, self._send_again)
+
+    def _send_again(self) -> None:
+        self._sending_again = None
+        if not self.unsent:
+            self.resume_writing()
+        elif self._transport is not None:
+            # resume_writing follows when the rest has left, which below the mark would not be told
+            self._sending_again = asyncio.get_running_loop().call_later(0.01, self._send_again)
+
+    # ---- base.Pipe
+
     def start(self, receiver: PipeReceiver) -> None:
         self._receiver = receiver
         early, self._early = memoryview(bytes(self._early)), bytearray()
@@ -64,40 +153,12 @@ class TcpPipe(asyncio.BufferedProtocol):
         if self._transport is None:  # lost already, and the receiver hears of it as always: later
             asyncio.get_running_loop().call_soon(receiver.pipe_lost, None)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        if self._receiver is not None:
-            return self._receiver.get_buffer()
-        self._early_buffer = memoryview(bytearray(self.EARLY_BYTES))
-        return self._early_buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        if self._receiver is not None:
-            self._receiver.buffer_updated(nbytes)
-            return
-        self._early += self._early_buffer[:nbytes]
-        if len(self._early) > self.EARLY_BYTES:
-            self.abort()
-
-    def eof_received(self) -> bool:
-        return False  # half-open connections serve nobody: close
-
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        if self._receiver is not None:
-            self._receiver.pipe_drained()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        receiver, self._receiver = self._receiver, None
-        if receiver is not None:
-            receiver.pipe_lost(exc)
-
     def write(self, data: bytes | memoryview) -> None:
         if self._transport is not None:
+            self.bytes_sent += len(data)
             self._transport.write(data)
+            if self._throttle is not None:
+                self._throttle_writing(self._throttle, len(data))
 
     @property
     def unsent(self) -> int:
@@ -108,7 +169,7 @@ class TcpPipe(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._transport is not None:
+        if self._transport is not None and self._reading_again is None:
             self._transport.resume_reading()
 
     def close(self) -> None:
@@ -120,29 +181,49 @@ class TcpPipe(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
-async def connect(host: str, port: int) -> TcpPipe:
-    """Dials. Raises: OSError."""
-    _, pipe = await asyncio.get_running_loop().create_connection(TcpPipe, host, port)
+async def connect(address: str, *, throttle: Throttle | None = None) -> TcpPipe:
+    """Dials ``host:port``. Raises: OSError, TimeoutError, ValueError."""
+    host, port = split_host_port(address)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            _, pipe = await loop.create_connection(lambda: TcpPipe(throttle=throttle), host, port)
+    except TimeoutError:
+        raise TimeoutError(f"nothing answered within {CONNECT_TIMEOUT:g} s") from None
     return pipe
 
 
-class TcpListener:
-    """Accepts pipes on a bound socket until closed; accepted pipes live on."""
+class TcpTransport:
+    """See `base.Transport`. `sock`: a bound TCP socket to accept on, owned from `listen` on; None only dials.
 
-    def __init__(self, server: asyncio.Server) -> None:
-        self._server = server
+    `throttle` limits all pipes of this transport together.
+    """
 
-    @classmethod
-    async def listen(
-        cls, sock: socket.socket, accepted: Callable[[TcpPipe], None], *, backlog: int = 256
-    ) -> TcpListener:
-        """Takes over a bound stream socket that does not listen yet, and calls `accepted` for each pipe."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: TcpPipe(accepted), sock=sock, backlog=backlog)
-        return cls(server)
+    def __init__(self, sock: socket.socket | None = None, *, throttle: Throttle | None = None) -> None:
+        self._sock = sock
+        self._throttle = throttle
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, accept: Callable[[Pipe], None]) -> None:
+        if self._sock is not None:
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: TcpPipe(accept, throttle=self._throttle), sock=self._sock, backlog=1024
+            )
+
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+        return [
+            Path(f"tcp {address}", index * HEAD_START, lambda address=address: self._open(address))  # type: ignore[misc]
+            for index, address in enumerate(peer.addresses)
+        ]
+
+    async def _open(self, address: str) -> Pipe:
+        return await connect(address, throttle=self._throttle)
+
+    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+        pass  # the order of addresses is the peer's own
 
     async def aclose(self) -> None:
-        """Stops accepting."""
-        self._server.close()
-        # Server.wait_closed would also wait for the accepted connections, whose owner closes them
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()  # wait_closed would also wait for the accepted pipes, whose owner closes them
         await asyncio.sleep(0)

@@ -199,8 +199,8 @@ class FrameSink(Protocol):
     def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:
         """Where the chunk's `length` bytes go (it has that much left), or None to skip them."""
 
-    def chunk_finished(self, kind: int, stream: int) -> None:
-        """All bytes of the chunk are where they belong."""
+    def chunk_finished(self, kind: int, stream: int, length: int) -> None:
+        """All `length` bytes of the chunk are where they belong."""
 
 
 class FrameReader:
@@ -219,7 +219,7 @@ class FrameReader:
         self._end = 0
         self._direct = False  # whether get_buffer gave the message's memory
         self._chunk_left = 0
-        self._chunk = (0, 0)  # kind and stream
+        self._chunk = (0, 0, 0)  # kind, stream and length
         self._assembly: Assembly | None = None
         self._more_chunks = False  # the last thing read was a chunk of an unfinished message
 
@@ -293,7 +293,7 @@ class FrameReader:
                 if not 0 < length <= MAX_CHUNK:
                     raise MessageTooLarge(length, MAX_CHUNK)
                 self._assembly = self.sink.chunk_started(kind, stream, length)
-                self._chunk = (kind, stream)
+                self._chunk = (kind, stream, length)
                 self._chunk_left = length
                 position += 16
                 continue

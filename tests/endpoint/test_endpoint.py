@@ -21,6 +21,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.transport.tcp import TcpTransport
 
 pytestmark = pytest.mark.both_loops
 
@@ -37,10 +38,10 @@ async def echo(call: IncomingCall) -> Message:
 
 @contextlib.asynccontextmanager
 async def serving(settings: EndpointSettings | None = None) -> AsyncIterator[tuple[Endpoint, PeerAddress]]:
-    endpoint = Endpoint(identity=Identity.generate(), settings=settings)
     sock = bound_socket()
     port = sock.getsockname()[1]
-    await endpoint.start(sock)
+    endpoint = Endpoint(identity=Identity.generate(), transports=[TcpTransport(sock)], settings=settings)
+    await endpoint.start()
     endpoint.handle("echo", echo)
     async with endpoint:
         yield endpoint, PeerAddress(endpoint.peer_id, (f"127.0.0.1:{port}",))
@@ -54,7 +55,7 @@ def settings(request: pytest.FixtureRequest) -> EndpointSettings:
 @contextlib.asynccontextmanager
 async def pair(settings: EndpointSettings) -> AsyncIterator[tuple[Endpoint, Endpoint, PeerAddress]]:
     async with serving(settings) as (server, address):
-        async with Endpoint(identity=Identity.generate(), settings=settings) as client:
+        async with Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=settings) as client:
             yield client, server, address
 
 
@@ -163,7 +164,7 @@ async def test_a_dead_peer_is_unreachable_at_once(settings: EndpointSettings) ->
     sock = bound_socket()
     port = sock.getsockname()[1]
     sock.close()
-    async with Endpoint(identity=Identity.generate(), settings=settings) as client:
+    async with Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=settings) as client:
         with pytest.raises(PeerUnreachable, match="ConnectionRefused"):
             await client.call(PeerAddress.parse(f"127.0.0.1:{port}"), "echo", timeout=5)
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from torch import nn
 
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
     ExpertFailed,

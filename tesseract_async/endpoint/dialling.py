@@ -1,0 +1,256 @@
+"""How connections come to be: paths are raced, channels greeted, and half-open ones kept few."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from tesseract_async.endpoint.connection import Connection
+from tesseract_async.endpoint.greeting import Greeting
+from tesseract_async.endpoint.pool import Key, Pool
+from tesseract_async.endpoint.protocol import BULK, MAIN
+from tesseract_async.endpoint.racing import race
+from tesseract_async.endpoint.settings import EndpointSettings
+from tesseract_async.errors import (
+    ConnectionLost,
+    HandshakeFailed,
+    PeerUnreachable,
+    ProtocolError,
+    UnsupportedVersion,
+    describe,
+)
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport
+from tesseract_async.transport.certificates import make_contexts
+from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.tls import TlsMachine
+from tesseract_async.wire.calls import Hello
+from tesseract_async.wire.frames import FrameReader
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Established = Callable[[Channel, FrameReader, PeerID, Hello], None]
+
+
+class Dialler:
+    """Opens connections, and accepts those that others open. `make_connection` builds one that is not attached yet."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        transports: Sequence[Transport],
+        settings: EndpointSettings,
+        pool: Pool,
+        metrics: Metrics,
+        make_connection: Callable[[PeerID, Hello, PeerAddress | None, Pipe], Connection],
+    ) -> None:
+        self._peer_id = identity.peer_id
+        self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
+        if settings.security == "tls":
+            self._contexts = make_contexts(identity)
+        elif settings.security == "plain":
+            logger.warning("security is off: nothing is encrypted, and peers can claim to be anybody")
+        else:
+            raise ValueError(f"security is 'tls' or 'plain', not {settings.security!r}")
+        self._transports = transports
+        self._settings = settings
+        self._pool = pool
+        self._metrics = metrics
+        self._make_connection = make_connection
+        self._dials: dict[Key, asyncio.Task[Connection]] = {}
+        self._half_open: set[Greeting] = set()
+        self._closed = False
+
+    async def aclose(self) -> None:
+        """Gives up every dial and every half-open channel."""
+        self._closed = True
+        dials = list(self._dials.values())
+        for dial in dials:
+            dial.cancel()
+        greetings = list(self._half_open)
+        for greeting in greetings:
+            greeting.abort()
+        waits: list[Awaitable[object]] = [*dials, *(greeting.done for greeting in greetings)]
+        await asyncio.gather(*waits, return_exceptions=True)
+
+    # ---- dialling
+
+    async def connect(self, peer: PeerAddress, *, deadline: float, what: str) -> Connection:
+        """A new connection; one dial is shared by all who want the same peer.
+
+        Raises: PeerUnreachable, ConnectionLost if this end closes, TimeoutError naming `what` at the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        if self._closed:
+            raise ConnectionLost(peer.short, "this endpoint is closed")
+        key = self._pool.key(peer)
+        dial = self._dials.get(key)
+        if dial is None:
+            dial = self._dials[key] = loop.create_task(self._dial(peer, key))
+            dial.add_done_callback(lambda task: self._dialled(key, task))
+        done, _ = await asyncio.wait([dial], timeout=max(0.0, deadline - loop.time()))
+        if not done:
+            raise TimeoutError(f"{what}: {peer.short} was not reached in time")
+        if dial.cancelled():
+            raise ConnectionLost(peer.short, "this endpoint is closed")
+        return dial.result()
+
+    def _dialled(self, key: Key, task: asyncio.Task[Connection]) -> None:
+        self._dials.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # retrieved: maybe nobody waits any more
+
+    async def _dial(self, peer: PeerAddress, key: Key) -> Connection:
+        loop = asyncio.get_running_loop()
+        wait = self._pool.retry_at(key) - loop.time()
+        if wait > 0:
+            await asyncio.sleep(wait)
+        try:
+            connection = await self.connect_through(peer, self._paths(peer, bulk=False))
+        except PeerUnreachable:
+            self._pool.dial_failed(key, loop.time())
+            raise
+        self._pool.dial_succeeded(key)
+        return connection
+
+    async def connect_through(self, peer: PeerAddress, paths: Sequence[Path]) -> Connection:
+        """A new connection over the best of these paths, preferred by later calls. Raises: PeerUnreachable."""
+        made: list[Connection] = []
+
+        async def attempt(path: Path) -> Connection:
+            def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+                if made:
+                    raise HandshakeFailed("late", "another path to the peer was faster")
+                known = PeerAddress(peer_id, peer.addresses, peer.rendezvous)
+                connection = self._make_connection(peer_id, hello, known, channel.pipe)
+                connection.attach(MAIN, channel, reader)
+                made.append(connection)
+
+            await self._greet(await path.open(), peer.peer_id, self._hello(os.urandom(16), bulk=False), established)
+            return made[0]
+
+        connection, errors = await self._race(peer, paths, attempt)
+        if connection is None:
+            raise PeerUnreachable(peer.short, errors)
+        return connection
+
+    async def open_bulk(self, connection: Connection) -> None:
+        """Opens the second channel of a connection that was dialled here. Raises: PeerUnreachable."""
+        peer = connection.dialled
+        assert peer is not None
+
+        async def attempt(path: Path) -> bool:
+            def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+                if not connection.is_open or connection.has_bulk:
+                    raise HandshakeFailed("late", "the connection needs no bulk channel any more")
+                connection.attach(BULK, channel, reader)
+
+            await self._greet(
+                await path.open(), connection.peer_id, self._hello(connection.session, bulk=True), established
+            )
+            return True
+
+        opened, errors = await self._race(peer, self._paths(peer, bulk=True), attempt)
+        if not opened:
+            raise PeerUnreachable(peer.short, errors)
+
+    def _paths(self, peer: PeerAddress, *, bulk: bool) -> list[Path]:
+        return [path for transport in self._transports for path in transport.paths(peer, bulk=bulk)]
+
+    async def _race(
+        self, peer: PeerAddress, paths: Sequence[Path], attempt: Callable[[Path], Awaitable[Result]]
+    ) -> tuple[Result | None, dict[str, BaseException]]:
+        def finished(path: Path, error: BaseException | None, seconds: float) -> None:
+            if error is not None:
+                self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
+            for transport in self._transports:
+                transport.path_finished(peer, path, error, seconds)
+
+        return await race(paths, attempt, finished=finished)
+
+    async def _greet(self, pipe: Pipe, expected: PeerID | None, hello: Hello, established: Established) -> None:
+        """Raises: OSError, ProtocolError."""
+        greeting = self._greeting(pipe, own=hello, expected=expected, established=established)
+        try:
+            await asyncio.shield(greeting.done)
+        except asyncio.CancelledError:
+            greeting.abort()
+            raise
+
+    # ---- accepting
+
+    def accept(self, pipe: Pipe) -> None:
+        """Greets whoever opened this pipe; refuses where too many are half open."""
+        settings = self._settings
+        same_origin = sum(greeting.origin == pipe.origin for greeting in self._half_open)
+        too_many = len(self._half_open) >= settings.max_half_open or same_origin >= settings.max_half_open_per_host
+        if self._closed or too_many:
+            self._metrics.count("endpoint_handshakes_failed", reason="too_many")
+            pipe.abort()
+        else:
+            self._greeting(pipe, own=None, expected=None, established=self._accepted)
+
+    def _accepted(self, channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
+        if hello.bulk:
+            connection = self._pool.find_session(peer_id, hello.session)
+            if connection is None or connection.has_bulk:
+                raise HandshakeFailed("hello", "a bulk channel belongs to no connection")
+            connection.attach(BULK, channel, reader)
+            return
+        if (
+            self._pool.num_connections >= self._settings.max_connections
+            or self._pool.num_connections_with(peer_id) >= self._settings.max_connections_per_peer
+        ):
+            raise HandshakeFailed("too_many", "the peer opens more connections than are accepted")
+        self._make_connection(peer_id, hello, None, channel.pipe).attach(MAIN, channel, reader)
+
+    # ---- both
+
+    def _hello(self, session: bytes, *, bulk: bool) -> Hello:
+        bounds = self._settings.protocol
+        return Hello(session, bulk, self._peer_id, bounds.max_calls, bounds.max_small, bounds.max_message)
+
+    def _greeting(
+        self, pipe: Pipe, *, own: Hello | None, expected: PeerID | None, established: Established
+    ) -> Greeting:
+        tls = None
+        if self._contexts is not None:
+            dialling, accepting = self._contexts
+            context = accepting if own is None else dialling
+            tls = TlsMachine(context, server_side=own is None, expected=expected)
+        greeting = Greeting(
+            pipe,
+            tls,
+            own=own,
+            answer_for=lambda hello: self._hello(hello.session, bulk=hello.bulk),
+            expected=expected,
+            established=established,
+            timeout=self._settings.handshake_timeout,
+        )
+        self._half_open.add(greeting)
+        greeting.done.add_done_callback(lambda done: self._greeted(greeting))
+        greeting.start()
+        return greeting
+
+    def _greeted(self, greeting: Greeting) -> None:
+        self._half_open.discard(greeting)
+        error = greeting.done.exception()
+        if error is not None and not greeting.dialled:
+            self._metrics.count("endpoint_handshakes_failed", reason=reason_of(error))
+            logger.info("a handshake with %s failed: %s", greeting.description, describe(error))
+
+
+def reason_of(error: BaseException) -> str:
+    """One word for the counters."""
+    if isinstance(error, HandshakeFailed):
+        return error.reason
+    if isinstance(error, UnsupportedVersion):
+        return "version"
+    return "protocol" if isinstance(error, ProtocolError) else "io"
