@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tesseract_async.admission import Policy as Policy
     from tesseract_async.client.autograd import backward as backward
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
     from tesseract_async.client.isolated import isolated as isolated
@@ -32,6 +33,7 @@ _HOMES = {
     "RemoteExpert": "client.remote_expert",
     "Identity": "identity",
     "PeerID": "identity",
+    "Policy": "admission",
     "TesseractNetwork": "network.network",
     "TesseractNode": "node",
     "ExpertBackend": "runtime.backend",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,9 @@ def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
     return True
 
 
+Verifier = Callable[[bytes, bytes, bytes], bool]
+"""`verify`, or what a simulation has instead: (public key, signature, data) -> whether it holds."""
+
 RECORD_DOMAIN = b"tesseract record 1\0"
 _RECORD_HEAD = struct.Struct(">64s32sQQB")
 _TOMBSTONE, _HAS_SUBKEY = 1, 2
@@ -184,7 +188,7 @@ class SignedRecord:
         return cls(key, subkey, owner, sequence, milliseconds / 1000, value, tombstone, body)
 
     @classmethod
-    def decode(cls, key: bytes, body: bytes) -> SignedRecord:
+    def decode(cls, key: bytes, body: bytes, *, verify: Verifier = verify) -> SignedRecord:
         """Reads and verifies an untrusted `body` that claims to belong under `key`.
 
         Raises: InvalidRecord if it is malformed or the signature does not hold.

@@ -13,9 +13,10 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
+from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.identity import Identity, PeerID
@@ -48,6 +49,8 @@ class TesseractNode:
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
+    - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
+    - `policy`: who may call, train and store here; everybody by default.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class TesseractNode:
         identity: Identity | str | Path | None = None,
         announce: str | Sequence[str] | None = None,
         public: bool = False,
+        security: Literal["tls", "plain"] = "tls",
+        policy: Policy | None = None,
         refresh_period: float = 10.0,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
@@ -81,6 +86,8 @@ class TesseractNode:
         self._host = host
         self._port = port
         self._public = public
+        self._security = security
+        self.policy = policy if policy is not None else Policy()
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
@@ -105,8 +112,9 @@ class TesseractNode:
                 self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in (INFO, FORWARD, BACKWARD):
-                endpoint.handle(method, self._answer_expert)
-            await endpoint.start(tcp)
+                action: Action = "train" if method == BACKWARD else "call"
+                endpoint.handle(method, self._answer_expert, action=action)
+            await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
         except BaseException:
             await self.aclose()
@@ -132,7 +140,13 @@ class TesseractNode:
         await self.aclose()
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
-        return Endpoint(identity=self.identity, transports=[TcpTransport(tcp)], metrics=self.metrics)
+        return Endpoint(
+            identity=self.identity,
+            transports=[TcpTransport(tcp)],
+            settings=EndpointSettings(security=self._security),
+            policy=self.policy,
+            metrics=self.metrics,
+        )
 
     # ------------------------------------------------------------------------------------------------ who and where
 
@@ -206,6 +220,7 @@ class TesseractNode:
 
         Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         """
+        self.metrics.count("expert_calls", method=method)
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
                 peer,
@@ -240,7 +255,7 @@ class TesseractNode:
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
         if call.method not in (INFO, FORWARD, BACKWARD):
-            raise UnknownMethod(f"{call.method!r} is no method of {self.peer_id.short}")
+            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:

@@ -60,6 +60,19 @@ class Call:
         self.done = False
 
 
+class Unwatched:
+    """Makes calls whose end nobody waits for."""
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        pass
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        pass
+
+
 class Calls:
     """The calls of one node by transaction, and those that wait because too many are under way."""
 

@@ -80,6 +80,7 @@ class Contact:
         "number",
         "peer_id",
         "proven",
+        "range",
         "raw",
         "rtt",
         "rtt_variation",
@@ -92,6 +93,7 @@ class Contact:
         self.address = address
         self.raw = peer_id + pack_address(address)
         self.number = int.from_bytes(peer_id, "big")
+        self.range = address_range(address)
         self.proven = False
         """Whether it has shown, by a signed nonce from this address, that the id is its own."""
         self.last_seen = float("-inf")
@@ -102,6 +104,20 @@ class Contact:
         self.rtt: float | None = None
         """Smoothed round trip and its variation (RFC 6298)."""
         self.rtt_variation = 0.0
+
+    def twin(self) -> Contact:
+        """The same contact, as somebody else knows it who has not talked to it yet."""
+        twin = Contact.__new__(Contact)
+        twin.peer_id, twin.address, twin.raw, twin.number, twin.range = (
+            self.peer_id,
+            self.address,
+            self.raw,
+            self.number,
+            self.range,
+        )
+        twin.proven, twin.last_seen, twin.token, twin.token_until = False, float("-inf"), b"", float("-inf")
+        twin.rtt, twin.rtt_variation = None, 0.0
+        return twin
 
     def observe_round_trip(self, seconds: float) -> None:
         """Feeds the estimate with a round trip that had no retransmission (Karn's rule)."""

@@ -16,6 +16,9 @@
     PAGE       (key, start, end)         -> (next or nil, records)
     STORE      ([key + record, ...])     -> (outcomes: a byte for each)
     LEAVE      ()                        no reply
+    DIAL       (nonce)                   -> (whether it was passed on)
+    DIAL_FOR   (address, nonce)          no reply; see `network.dialback`
+    DIALED     (nonce)                   no reply
 
 The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
 without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,
@@ -25,13 +28,13 @@ once for each pair of nodes; the *proof* is its public key and signature over `p
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgpack
 
 from tesseract_async.errors import ProtocolError, UnsupportedVersion
-from tesseract_async.identity import MAX_RECORD_BYTES
+from tesseract_async.identity import MAX_RECORD_BYTES, SignedRecord
 from tesseract_async.network.contacts import ID_BYTES, Address, pack_address, unpack_address
 from tesseract_async.network.settings import MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
 from tesseract_async.network.storage import NUM_RANGES, Outcome, Summary
@@ -39,7 +42,7 @@ from tesseract_async.network.storage import NUM_RANGES, Outcome, Summary
 MAGIC = 0x54
 VERSION = 1
 
-PING, FIND, GET, PAGE, STORE, LEAVE = 1, 2, 3, 4, 5, 6
+PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED = range(1, 10)
 REPLY = 0x80
 """Added to a request's kind in its reply."""
 
@@ -60,6 +63,8 @@ MAX_GET_RECORDS = 16
 """Records that a GET reply may hold; larger dictionaries are read in pages."""
 MAX_ITEMS = 16
 """Records in one STORE or one page: what fits, with room to spare."""
+STORE_ROOM = 1080
+"""Bytes of records, their keys and msgpack heads that fit into one STORE."""
 
 
 class Datagram(NamedTuple):
@@ -90,6 +95,7 @@ class Reply(NamedTuple):
     proof: bytes
     wall: float
     results: list[Any]
+    flags: int
 
 
 def encode(kind: int, flags: int, transaction: bytes, sender: bytes, body: Sequence[Any]) -> bytes:
@@ -158,7 +164,7 @@ def read_reply(datagram: Datagram) -> Reply:
         raise ProtocolError("a malformed token or address")
     if type(proof) is not bytes or len(proof) not in (0, PROOF_BYTES) or type(wall) is not float:
         raise ProtocolError("a malformed proof")
-    return Reply(unpack_address(observed), token, proof, wall, body[4:])
+    return Reply(unpack_address(observed), token, proof, wall, body[4:], datagram.flags)
 
 
 def proof_statement(challenge: bytes, asker: bytes, prover: bytes, observed: Address) -> bytes:
@@ -234,6 +240,25 @@ def read_page(results: list[Any]) -> tuple[int | None, list[bytes]]:
     if len(results) < 2 or not (results[0] is None or (type(results[0]) is int and 0 <= results[0] < 2**64)):
         raise ProtocolError("a page without its cursor")
     return results[0], _byte_strings(results[1])
+
+
+def store_parts(records: Sequence[SignedRecord]) -> Iterator[range]:
+    """Slices of `records` that fit into one STORE each."""
+    start, room = 0, STORE_ROOM
+    for index, record in enumerate(records):
+        size = ID_BYTES + len(record.body) + 3
+        if index > start and (size > room or index - start == MAX_ITEMS):
+            yield range(start, index)
+            start, room = index, STORE_ROOM
+        room -= size
+    if len(records) > start:
+        yield range(start, len(records))
+
+
+def store_items(records: Sequence[SignedRecord]) -> Iterator[list[bytes]]:
+    """The arguments of the STOREs that carry `records`."""
+    for part in store_parts(records):
+        yield [records[index].key + records[index].body for index in part]
 
 
 def _byte_strings(value: Any) -> list[bytes]:

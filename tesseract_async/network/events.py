@@ -40,4 +40,18 @@ class Isolated:
     """Nobody is left in the routing table. Seeds and remembered contacts are asked until somebody answers."""
 
 
-Event = ReadFinished | WriteFinished | Joined | Isolated
+@dataclass(frozen=True, slots=True)
+class RoleChanged:
+    """Others found out whether this node can be dialled: ``public`` or ``client``."""
+
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClockSkewed:
+    """The other nodes' clocks, in the median, are `seconds` ahead of this one's: more than is tolerated."""
+
+    seconds: float
+
+
+Event = ReadFinished | WriteFinished | Joined | Isolated | RoleChanged | ClockSkewed

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Sequence
 
 from tesseract_async.network.contacts import Contact
 
+MAX_PER_PATH = 64
+MAX_ASKED_PER_PATH = 100
+
 
 class State(enum.Enum):
     NEW = enum.auto()
@@ -42,22 +45,26 @@ class Candidate:
 class Path:
     """The candidates that one path has heard of, nearest first."""
 
-    __slots__ = ("candidates", "num_asked", "seen")
+    __slots__ = ("candidates", "num_asked", "num_asked_ever", "ranges", "seen")
 
     def __init__(self) -> None:
         self.candidates: list[Candidate] = []
         self.seen: set[bytes] = set()
+        self.ranges: dict[bytes, int] = {}
         self.num_asked = 0
+        """Now, without those that are late."""
+        self.num_asked_ever = 0
 
 
 class Lookup:
     """One search for the k contacts nearest to `target`.
 
-    `max_per_path` bounds what a path remembers, whatever it is told.
+    Whatever it is told, a path remembers `MAX_PER_PATH` candidates at most, `max_per_range` of one address range, and
+    gives up after `MAX_ASKED_PER_PATH` questions.
     """
 
     def __init__(
-        self, target: int, start: Sequence[Contact], *, k: int, num_paths: int, alpha: int, max_per_path: int = 64
+        self, target: int, start: Sequence[Contact], *, k: int, num_paths: int, alpha: int, max_per_range: int = 3
     ) -> None:
         self.target = target
         self.k = k
@@ -65,7 +72,7 @@ class Lookup:
         """The longest chain of answers that was followed."""
         self.num_asked = 0
         self._alpha = -(-alpha // num_paths)
-        self._max_per_path = max_per_path
+        self._max_per_range = max_per_range
         self._candidates: dict[bytes, Candidate] = {}
         self._paths = [Path() for _ in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
@@ -76,16 +83,23 @@ class Lookup:
         """Contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
         for path in self._paths:
-            if path.num_asked >= self._alpha:
+            if path.num_asked >= self._alpha or path.num_asked_ever >= MAX_ASKED_PER_PATH:
                 continue
-            for candidate in self._frontier(path):
+            num_counted = 0
+            for candidate in path.candidates:
+                if candidate.state is State.FAILED:
+                    continue
                 if candidate.state is State.NEW:
                     candidate.state = State.ASKED
                     candidate.path = path
                     path.num_asked += 1
+                    path.num_asked_ever += 1
                     asked.append(candidate.contact)
                     if path.num_asked >= self._alpha:
                         break
+                num_counted += 1
+                if num_counted == self.k:
+                    break
         self.num_asked += len(asked)
         return asked
 
@@ -117,8 +131,8 @@ class Lookup:
 
     @property
     def finished(self) -> bool:
-        """Whether every path is."""
-        return all(candidate.state is State.ANSWERED for path in self._paths for candidate in self._frontier(path))
+        """Whether every path is: the k nearest that it may still count on have answered."""
+        return all(self._path_finished(path) for path in self._paths)
 
     def closest(self) -> list[Contact]:
         """The k nearest contacts that answered, nearest first."""
@@ -126,28 +140,36 @@ class Lookup:
         answered.sort(key=lambda item: item.distance)
         return [item.contact for item in answered[: self.k]]
 
-    def _frontier(self, path: Path) -> list[Candidate]:
-        """The k nearest candidates of a path that may still count."""
-        frontier: list[Candidate] = []
+    def _path_finished(self, path: Path) -> bool:
+        given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH
+        num_counted = 0
         for candidate in path.candidates:
-            if candidate.state is not State.FAILED:
-                frontier.append(candidate)
-                if len(frontier) == self.k:
-                    break
-        return frontier
+            if candidate.state is State.ANSWERED:
+                num_counted += 1
+                if num_counted == self.k:
+                    return True
+            elif candidate.state is not State.FAILED and not (given_up and candidate.state is State.NEW):
+                return False
+        return True
 
     def _hear(self, path: Path, contact: Contact, round_number: int) -> None:
         if contact.raw in path.seen:
             return
+        if contact.range is not None:
+            if path.ranges.get(contact.range, 0) >= self._max_per_range:
+                return
+            path.ranges[contact.range] = path.ranges.get(contact.range, 0) + 1
         candidate = self._candidates.get(contact.raw)
         if candidate is None:
             candidate = Candidate(contact, contact.number ^ self.target, round_number)
             self._candidates[contact.raw] = candidate
         path.seen.add(contact.raw)
         insort(path.candidates, candidate, key=_distance)
-        if len(path.candidates) > self._max_per_path:
-            dropped = path.candidates.pop()
-            path.seen.discard(dropped.contact.raw)
+        if len(path.candidates) > MAX_PER_PATH:
+            dropped = path.candidates.pop().contact
+            path.seen.discard(dropped.raw)
+            if dropped.range is not None:
+                path.ranges[dropped.range] -= 1
 
     def _leave(self, candidate: Candidate) -> Path:
         assert candidate.path is not None

@@ -8,8 +8,9 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import msgpack
@@ -18,15 +19,24 @@ from tesseract_async.errors import describe
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.contacts import Address
-from tesseract_async.network.events import Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.events import (
+    ClockSkewed,
+    Isolated,
+    Joined,
+    ReadFinished,
+    RoleChanged,
+    WriteFinished,
+)
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
-from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""
 RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
+
+MAX_REMEMBERED_PEERS = 40
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +85,21 @@ class TesseractNetwork:
         identity: Identity,
         settings: NetworkSettings = NetworkSettings(),  # noqa: B008 (frozen)
         metrics: Metrics | None = None,
+        peers_file: str | Path | None = None,
     ) -> None:
+        """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds."""
         self.identity = identity
         self.settings = settings
         self.metrics = Metrics() if metrics is None else metrics
         self._protocol: NetworkProtocol | None = None
         self._driver: _Driver | None = None
         self._published: dict[tuple[str, str | None], tuple[int, float]] = {}
+        self._peers_file = None if peers_file is None else Path(peers_file)
         self._resolving: asyncio.Task[None] | None = None
         self._has_seeds = False
+        self._forced_client = False
+        self.on_role_change: Callable[[], None] | None = None
+        """Called on the loop whenever `role` has changed."""
 
     @property
     def peer_id(self) -> PeerID:
@@ -94,6 +110,39 @@ class TesseractNetwork:
     def num_contacts(self) -> int:
         """Nodes in the routing table."""
         return len(self._protocol.table) if self._protocol is not None else 0
+
+    @property
+    def role(self) -> str:
+        """``public`` if a third node has dialled this one (or it was declared), ``client`` if none could, or
+        ``unknown`` until that is clear. Only public nodes are listed by others and hold their records."""
+        if self._forced_client:
+            return "client"
+        return self._protocol.dialback.role if self._protocol is not None else "unknown"
+
+    @property
+    def observed(self) -> dict[PeerID, str]:
+        """Where the latest contacts see this node's UDP socket, as ``host:port``."""
+        seen = self._protocol.observed if self._protocol is not None else {}
+        return {peer_id: join_host_port(*address) for peer_id, address in seen.items()}
+
+    def public_contacts(self, count: int) -> list[PeerAddress]:
+        """Up to `count` contacts, all public, nearest to this node first. UDP and TCP share the port number."""
+        if self._protocol is None:
+            return []
+        table = self._protocol.table
+        return [
+            PeerAddress(PeerID(contact.peer_id), (join_host_port(*contact.address),))
+            for contact in table.closest(table.own_number, count)
+        ]
+
+    def set_client(self, forced: bool) -> None:
+        """Makes this node a client whatever dial-back says: where its other ports can't be reached, for one."""
+        if forced != self._forced_client:
+            self._forced_client = forced
+            if self._protocol is not None:
+                self._protocol.dialback.forced_client = forced
+            if self.on_role_change is not None:
+                self.on_role_change()
 
     async def start(
         self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False
@@ -116,12 +165,14 @@ class TesseractNetwork:
             wall_offset=time.time() - loop.time(),
             public=public or host == "::1" or host.startswith("127."),
         )
-        driver = _Driver(protocol, loop, is_v6=sock.family == socket.AF_INET6)
+        protocol.dialback.forced_client = self._forced_client
+        driver = _Driver(protocol, loop, is_v6=sock.family == socket.AF_INET6, on_role_change=self._role_changed)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
-        self._has_seeds = bool(initial_peers)
-        if initial_peers:
-            self._resolving = loop.create_task(self._resolve(initial_peers), name="network-seeds")
+        seeds = [*initial_peers, *self._remembered_peers()]
+        self._has_seeds = bool(seeds)
+        if seeds:
+            self._resolving = loop.create_task(self._resolve(seeds), name="network-seeds")
         driver.cycle()
 
     async def aclose(self) -> None:
@@ -132,6 +183,7 @@ class TesseractNetwork:
             self._resolving = None
         if self._driver is not None:
             driver, self._driver = self._driver, None
+            self._remember_peers()
             await driver.aclose()
 
     async def wait_joined(self, timeout: float | None = None) -> bool:
@@ -163,15 +215,29 @@ class TesseractNetwork:
     async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
         """`store` for several entries at once. Those that share a key share its lookup and datagrams."""
         await self._ready()
-        groups: dict[str, list[tuple[int, SignedRecord]]] = {}
+        groups: dict[str, list[int]] = {}
         for index, item in enumerate(items):
-            record = self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl)
-            groups.setdefault(item.key, []).append((index, record))
+            groups.setdefault(item.key, []).append(index)
         counts = [0] * len(items)
-        finished = await asyncio.gather(*(self._write([record for _, record in group]) for group in groups.values()))
+        # everything is signed, and so checked, before anything is sent
+        records = [self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl) for item in items]
+        finished = await asyncio.gather(
+            *(self._write([records[index] for index in group]) for group in groups.values())
+        )
+        outdated: list[int] = []
         for group, event in zip(groups.values(), finished, strict=True):
-            for (index, _), count in zip(group, event.num_holders, strict=True):
-                counts[index] = count
+            for position, index in enumerate(group):
+                counts[index] = event.num_holders[position]
+                if event.num_outdated[position] > event.num_holders[position]:
+                    outdated.append(index)
+        if outdated:
+            # before a restart, or by a clock that has been set back since, newer ones were published: go beyond them
+            for name in {(items[index].key, items[index].subkey) for index in outdated}:
+                await self._recall(*name)
+            for index in outdated:
+                item = items[index]
+                record = self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl)
+                counts[index] = (await self._write([record])).num_holders[0]
         return counts
 
     async def get(self, key: str) -> Any:
@@ -221,6 +287,31 @@ class TesseractNetwork:
 
     # Inside
 
+    def _role_changed(self) -> None:
+        if self.on_role_change is not None:
+            self.on_role_change()
+
+    def _remembered_peers(self) -> list[PeerAddress]:
+        if self._peers_file is None or not self._peers_file.exists():
+            return []
+        try:
+            return [PeerAddress.parse(line) for line in self._peers_file.read_text().split()]
+        except (OSError, ValueError) as error:
+            logger.warning("the remembered peers in %s cannot be read: %s", self._peers_file, describe(error))
+            return []
+
+    def _remember_peers(self) -> None:
+        contacts = self.public_contacts(MAX_REMEMBERED_PEERS)
+        if self._peers_file is None or not contacts:
+            return
+        try:
+            self._peers_file.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._peers_file.with_suffix(".new")
+            fresh.write_text("".join(f"{peer}\n" for peer in contacts))
+            fresh.replace(self._peers_file)
+        except OSError as error:
+            logger.warning("the peers cannot be remembered in %s: %s", self._peers_file, describe(error))
+
     def _running(self) -> _Driver:
         if self._driver is None:
             raise RuntimeError("this network has not been started, or is closed")
@@ -235,9 +326,12 @@ class TesseractNetwork:
 
     async def _recall(self, key: str, subkey: str | None) -> None:
         """Learns from the network what this identity published before a restart."""
-        for entry in await self.get_entries(key):
-            if entry.subkey == subkey and entry.owner == self.peer_id:
-                self._published[(key, subkey)] = (entry.sequence, entry.expiration)
+        driver = self._running()
+        event = cast(ReadFinished, await driver.wait(driver.protocol.read(key_digest(key), driver.now())))
+        for record in event.records:
+            if record.subkey == subkey and record.owner == self.peer_id:
+                sequence, expiration = self._published.get((key, subkey), (0, 0.0))
+                self._published[(key, subkey)] = (max(sequence, record.sequence), max(expiration, record.expiration))
 
     def _sign(self, key: str, subkey: str | None, value: bytes, ttl: float, *, tombstone: bool = False) -> SignedRecord:
         limit = self.settings.max_ttl + CLOCK_SKEW * tombstone
@@ -291,8 +385,16 @@ class TesseractNetwork:
 class _Driver(asyncio.DatagramProtocol):
     """The cycle: feed the machine, deliver its events, send its datagrams, arm one timer."""
 
-    def __init__(self, protocol: NetworkProtocol, loop: asyncio.AbstractEventLoop, *, is_v6: bool) -> None:
+    def __init__(
+        self,
+        protocol: NetworkProtocol,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        is_v6: bool,
+        on_role_change: Callable[[], None],
+    ) -> None:
         self.protocol = protocol
+        self.on_role_change = on_role_change
         self.loop = loop
         self.family = socket.AF_INET6 if is_v6 else socket.AF_INET
         self.joined = asyncio.Event()
@@ -328,6 +430,11 @@ class _Driver(asyncio.DatagramProtocol):
             elif isinstance(event, Isolated):
                 self.joined.clear()
                 logger.warning("every contact is gone; looking for the network again")
+            elif isinstance(event, RoleChanged):
+                logger.info("this node is found to be %s", event.role)
+                self.on_role_change()
+            elif isinstance(event, ClockSkewed):
+                logger.warning("the clock of this computer differs from the others' by %.0f s: set it", event.seconds)
             else:
                 waiter = self._waiters.get(event.operation)
                 if waiter is not None and not waiter.done():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.calls import Call
+from tesseract_async.network.calls import Call, Unwatched
 from tesseract_async.network.contacts import ID_BYTES, Address, Contact
 from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import ReadFinished, WriteFinished
@@ -22,9 +22,6 @@ from tesseract_async.network.storage import NUM_RANGES, RANGE_SIZE, EntryID, Out
 
 if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
-
-STORE_ROOM = 1080
-"""Bytes of records, their keys and msgpack heads that fit into one STORE request."""
 
 
 class Search:
@@ -38,12 +35,18 @@ class Search:
         *,
         on_answer: Callable[[Contact, Reply, float], None] | None = None,
         on_end: Callable[[float], None],
+        alpha: int | None = None,
     ) -> None:
         settings = network.settings
         self.network = network
         self.target = target
         self.lookup = Lookup(
-            int.from_bytes(target, "big"), start, k=settings.k, num_paths=settings.num_paths, alpha=settings.alpha
+            int.from_bytes(target, "big"),
+            start,
+            k=settings.k,
+            num_paths=settings.num_paths,
+            alpha=settings.alpha if alpha is None else alpha,
+            max_per_range=settings.max_range_per_shortlist,
         )
         self.ended = False
         self._on_answer = on_answer
@@ -74,7 +77,7 @@ class Search:
             offset = 3 if self._on_answer is not None else 0
             if len(reply.results) < offset + 2:
                 raise ProtocolError("a reply without contacts")
-            found = self.network.contacts_from(reply.results[offset], reply.results[offset + 1], now)
+            found = self.network.contacts_from(call.contact, reply.results[offset], reply.results[offset + 1], now)
             if self._on_answer is not None:
                 self._on_answer(call.contact, reply, now)
         except ProtocolError:
@@ -168,7 +171,7 @@ class Join:
         try:
             if len(reply.results) < 2:
                 raise ProtocolError("a reply without contacts")
-            found = network.contacts_from(reply.results[0], reply.results[1], now)
+            found = network.contacts_from(call.contact, reply.results[0], reply.results[1], now)
         except ProtocolError:
             network.drop_from(call.contact, "malformed")
             return
@@ -198,15 +201,21 @@ class Write:
     def start(self, number: int, now: float) -> None:
         self._event = WriteFinished(number, self.num_holders, self.num_outdated)
         key = self.records[0].key
-        start = self.network.table.closest(int.from_bytes(key, "big"), self.network.settings.k)
+        settings = self.network.settings
+        start = self.network.table.closest(int.from_bytes(key, "big"), settings.k)
+        if self.network.joined and len(start) < settings.k and all(item.token_until > now for item in start):
+            # fewer nodes than a record has holders: everybody is one, and nobody needs to be searched
+            self._store_on(start, now)
+            return
         self._search = Search(self.network, key, start, on_end=self._store)
         self._search.advance(now)
 
     def _store(self, now: float) -> None:
-        if self.cancelled:
-            return
+        if not self.cancelled:
+            self._store_on(self._search.lookup.closest(), now)
+
+    def _store_on(self, holders: list[Contact], now: float) -> None:
         network, key = self.network, self.records[0].key
-        holders = self._search.lookup.closest()
         target = int.from_bytes(key, "big")
         own_distance = network.table.own_number ^ target
         is_holder = network.public and (len(holders) < network.settings.k or own_distance < holders[-1].number ^ target)
@@ -217,7 +226,7 @@ class Write:
                 outcome = network.storage.add(record, network.wall(now))
                 self.num_holders[index] += outcome.held
         for contact in holders:
-            for part in _parts(self.records):
+            for part in wire.store_parts(self.records):
                 self._send(contact, part, now)
         self._end_if_done(now)
 
@@ -274,19 +283,6 @@ class _Stored:
         self.write.not_stored(now)
 
 
-class _Repair:
-    """A store that nobody waits for."""
-
-    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
-        pass
-
-    def call_stalled(self, call: Call, now: float) -> None:
-        pass
-
-    def call_failed(self, call: Call, now: float) -> None:
-        pass
-
-
 class Holding:
     """What one holder says that it holds of a dictionary."""
 
@@ -326,7 +322,9 @@ class Read:
             assert summary is not None
             self._holdings.append(Holding(None, summary, own))
         start = self.network.table.closest(int.from_bytes(self.key, "big"), self.network.settings.k)
-        self._search = Search(self.network, self.key, start, on_answer=self._hear, on_end=self._settle)
+        # a holder is among the other holders already: a few answers will do
+        alpha = self.network.settings.num_paths if own else None
+        self._search = Search(self.network, self.key, start, on_answer=self._hear, on_end=self._settle, alpha=alpha)
         self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: Reply, now: float) -> None:
@@ -353,7 +351,7 @@ class Read:
         """Raises: InvalidRecord. Copies of the same bytes are checked once."""
         record = self._verified.get(body)
         if record is None:
-            record = self._verified[body] = SignedRecord.decode(self.key, body)
+            record = self._verified[body] = SignedRecord.decode(self.key, body, verify=self.network.verify)
         return record
 
     def _settle(self, now: float, considered: list[Holding] | None = None) -> None:
@@ -410,9 +408,8 @@ class Read:
                 for record in missing:
                     self.network.storage.add(record, self.network.wall(now))
                 continue
-            for part in _parts(missing):
-                items = [missing[index].key + missing[index].body for index in part]
-                self.network.call(_Repair(), wire.STORE, (items,), holding.contact, now)
+            for items in wire.store_items(missing):
+                self.network.call(Unwatched(), wire.STORE, (items,), holding.contact, now)
 
 
 class _Fetch:
@@ -466,15 +463,3 @@ class _Fetch:
 
 def _entry_id(record: SignedRecord) -> EntryID:
     return record.subkey, record.owner
-
-
-def _parts(records: Sequence[SignedRecord]) -> Iterable[range]:
-    """Slices of `records` that fit into one STORE each."""
-    start, room = 0, STORE_ROOM
-    for index, record in enumerate(records):
-        size = ID_BYTES + len(record.body) + 3
-        if index > start and (size > room or index - start == wire.MAX_ITEMS):
-            yield range(start, index)
-            start, room = index, STORE_ROOM
-        room -= size
-    yield range(start, len(records))

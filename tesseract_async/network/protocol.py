@@ -19,28 +19,35 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
-from tesseract_async.identity import Identity, PeerID, SignedRecord, verify
+from tesseract_async.identity import Identity, PeerID, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import Call, Caller, Calls
 from tesseract_async.network.contacts import (
     Address,
     Contact,
+    address_range,
+    is_loopback,
     pack_address,
     pack_contacts,
     split_contacts,
     unpack_address,
 )
-from tesseract_async.network.events import Event, Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.dialback import DialBack
+from tesseract_async.network.events import ClockSkewed, Event, Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Join, Neighbourhood, Ping, Read, Refresh, Write
+from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import RoutingTable
-from tesseract_async.network.settings import AMPLIFICATION, MAX_DATAGRAM_BYTES, NetworkSettings
+from tesseract_async.network.settings import AMPLIFICATION, CLOCK_SKEW, MAX_DATAGRAM_BYTES, NetworkSettings
 from tesseract_async.network.storage import Outcome, Storage
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups under way, and their proofs and tokens."""
 MAX_REMEMBERED = 64
 """Addresses of lost contacts that are asked again once nobody else is left."""
+MAX_OBSERVED = 16
+"""Opinions kept on what this node's address is."""
 MAX_VERIFICATIONS = 64
 """Newcomers pinged at a time to see whether they belong into the table."""
 HOUSEKEEPING_PERIOD = 5.0
@@ -59,20 +66,35 @@ class NetworkProtocol:
         now: float,
         wall_offset: float,
         public: bool,
+        verify: Verifier = verify,
     ) -> None:
         self.identity = identity
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
         self.metrics = metrics
+        self.verify = verify
         self.wall_offset = wall_offset
         """Wall-clock time minus loop time. The driver keeps it true."""
-        self.public = public
-        """Whether others may list this node in their routing tables."""
-        self.table = RoutingTable(self.own_id, k=settings.k, questionable_after=settings.questionable_after, now=now)
+        self.table = RoutingTable(
+            self.own_id,
+            k=settings.k,
+            questionable_after=settings.questionable_after,
+            now=now,
+            max_range_per_bucket=settings.max_range_per_bucket,
+            max_range_per_table=settings.max_range_per_table,
+        )
         self.storage = Storage(settings)
+        self.dialback = DialBack(self, public=public, now=now)
+        self.observed: dict[PeerID, Address] = {}
+        """The address at which the latest contacts see this node."""
         self.joined = False
         self._neighbourhood: Neighbourhood | None = None
+        self._dial_waited = public
+        self._replicator = Replicator(self, now=now)
+        self._limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
+        self._skews: deque[float] = deque(maxlen=15)
+        self._skew_reported = False
         self._calls = Calls(settings)
         self._known: dict[bytes, Contact] = {}
         self._unreachable: dict[bytes, float] = {}
@@ -90,6 +112,11 @@ class NetworkProtocol:
         self._num_timers = 0
         self._datagrams: deque[tuple[bytes, Address]] = deque()
         self._events: deque[Event] = deque()
+
+    @property
+    def public(self) -> bool:
+        """Whether others may list this node in their routing tables, and store records here."""
+        return self.dialback.is_public
 
     # What the driver asks for
 
@@ -145,6 +172,10 @@ class NetworkProtocol:
             heapq.heappop(self._timers)[2](now)
         if self._seeds_at <= now:
             self._ask_seeds(now)
+        if self.dialback.ask_at <= now:
+            self.dialback.handle_timer(now)
+        if self._replicator.timer_at() <= now:
+            self._replicator.handle_timer(now)
         if self._housekeeping_at <= now:
             self._keep_house(now)
 
@@ -164,7 +195,7 @@ class NetworkProtocol:
 
     def timer_at(self) -> float:
         """The loop time at which `handle_timer` has something to do. It may change with every input."""
-        at = min(self._seeds_at, self._housekeeping_at)
+        at = min(self._seeds_at, self._housekeeping_at, self.dialback.ask_at, self._replicator.timer_at())
         return min(at, self._timers[0][0]) if self._timers else at
 
     # For operations: the house's own callers
@@ -181,8 +212,10 @@ class NetworkProtocol:
         """The same to whoever lives at an address."""
         self._enqueue(Call(caller, kind, arguments, contact=None, address=address), now)
 
-    def contacts_from(self, v4: object, v6: object, now: float) -> list[Contact]:
+    def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
+
+        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out.
 
         Raises: ProtocolError.
         """
@@ -190,7 +223,10 @@ class NetworkProtocol:
         for raw in split_contacts(v4, v6, self.settings.k):
             if raw[:32] != self.own_id and self._unreachable.get(raw, now) <= now:
                 contact = self._known.get(raw)
-                contacts.append(contact if contact is not None else self._learn(raw))
+                if contact is None:
+                    contact = self._learn(raw)
+                if raw[32:33] != b"\x7f" or is_loopback(teller.address):
+                    contacts.append(contact)
         return contacts
 
     def finish(self, operation: Read | Write, event: ReadFinished | WriteFinished) -> None:
@@ -200,7 +236,12 @@ class NetworkProtocol:
 
     def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:
         """Looks up the own id, unless that is under way."""
-        if self._neighbourhood is None:
+        if not self._dial_waited:
+            # the first contact is asked to have this node dialled before it writes to anybody else (see `dialback`)
+            self._dial_waited = True
+            self.dialback.handle_timer(now)
+            self._schedule(now + self.settings.first_timeout, lambda now: self.learn_neighbourhood((), now))
+        elif self._neighbourhood is None:
             self._neighbourhood = Neighbourhood(self, start, now)
             self._neighbourhood.start(now)
 
@@ -223,17 +264,25 @@ class NetworkProtocol:
     def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
         request = wire.read_request(datagram)
         address_proven = bool(request.token) and self._token_holds(request.token, address)
+        if not self._limiter.allows(address, 5.0 if request.challenge else 1.0, now):
+            self._drop("rate")
+            return
+        if datagram.kind == wire.DIALED:
+            self.dialback.dialled(request.arguments, address, now)
+            return
         self._heard_from(datagram, address, address_proven, now)
-        if datagram.kind == wire.LEAVE:
-            if address_proven:
+        if datagram.kind in (wire.LEAVE, wire.DIAL_FOR):
+            if not address_proven:
+                self._drop("token")
+            elif datagram.kind == wire.LEAVE:
                 self._farewell(datagram.sender, address)
             else:
-                self._drop("token")
+                self.dialback.dial(request.arguments, now)
             return
         # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
         room = MAX_DATAGRAM_BYTES if address_proven else min(MAX_DATAGRAM_BYTES, AMPLIFICATION * length)
         room -= 96 + (wire.PROOF_BYTES + 18 if request.challenge else 18)
-        results = self._answer(datagram, request, address_proven, room, now)
+        results = self._answer(datagram, request, address, address_proven, room, now)
         packed_address = pack_address(address)
         proof = b""
         if request.challenge:
@@ -246,13 +295,19 @@ class NetworkProtocol:
         self._send(wire.encode(kind, self._flags(), datagram.transaction, self.own_id, body), address)
 
     def _answer(
-        self, datagram: wire.Datagram, request: wire.Request, address_proven: bool, room: int, now: float
+        self,
+        datagram: wire.Datagram,
+        request: wire.Request,
+        address: Address,
+        address_proven: bool,
+        room: int,
+        now: float,
     ) -> Sequence[Any]:
         kind = datagram.kind
         if kind == wire.PING:
             return ()
         if kind == wire.FIND:
-            return self._pack_closest(wire.read_key(request.arguments), datagram.sender, room)
+            return self.closest_for(wire.read_key(request.arguments), datagram.sender, room)
         if kind == wire.GET:
             key = wire.read_key(request.arguments)
             count, digests, bodies = 0, b"", self.storage.bodies_if_fit(key, room - 10)
@@ -264,7 +319,7 @@ class NetworkProtocol:
             else:
                 count = len(bodies)
                 room -= sum(len(body) + 3 for body in bodies)
-            return (count, digests, bodies or [], *self._pack_closest(key, datagram.sender, room))
+            return (count, digests, bodies or [], *self.closest_for(key, datagram.sender, room))
         if kind == wire.PAGE:
             key = wire.read_key(request.arguments)
             start, last = wire.read_range(request.arguments)
@@ -272,34 +327,41 @@ class NetworkProtocol:
             return (cursor, bodies)
         if kind == wire.STORE:
             items = wire.read_items(request.arguments)
-            return (bytes(self._store(key, body, address_proven, now) for key, body in items),)
+            return (bytes(self._store(key, body, address, address_proven, now) for key, body in items),)
+        if kind == wire.DIAL:
+            return (address_proven and self.dialback.pass_on(address, request.arguments, now),)
         raise ProtocolError(f"an unknown kind of request: {kind}")
 
-    def _store(self, key: bytes, body: bytes, address_proven: bool, now: float) -> Outcome:
+    def _store(self, key: bytes, body: bytes, address: Address, address_proven: bool, now: float) -> Outcome:
+        """Verifies an untrusted record and keeps it in the own storage."""
         if not address_proven:
             return Outcome.BAD_TOKEN
         if not self.public:
             return Outcome.REFUSED
-        return self.keep(key, body, now)
-
-    def keep(self, key: bytes, body: bytes, now: float) -> Outcome:
-        """Verifies an untrusted record and keeps it in the own storage."""
         wall = self.wall(now)
+        source = address_range(address)
         try:
             # cheap objections come first: a flood of old records costs no signature checks
-            outcome = self.storage.check(SignedRecord.decode_unverified(key, body), wall)
-            return self.storage.add(SignedRecord.decode(key, body), wall) if outcome is None else outcome
+            outcome = self.storage.check(SignedRecord.decode_unverified(key, body), wall, source)
+            if outcome is not None:
+                return outcome
+            if not self._limiter.allows(address, 4.0, now):
+                return Outcome.FULL
+            return self.storage.add(SignedRecord.decode(key, body, verify=self.verify), wall, source)
         except InvalidRecord:
             self._drop("invalid_record")
             return Outcome.INVALID
 
-    def _pack_closest(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
+    def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
+        """The contacts that this node names when asked for a target, packed into `room` bytes."""
         closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k + 1)
         return pack_contacts([item for item in closest if item.peer_id != asker][: self.settings.k], room - 10)
 
     def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
         """A request came from an id that claims to live at an address."""
         if datagram.flags & wire.FLAG_CLIENT:
+            if address_proven:
+                self.dialback.note_client(address)
             return
         raw = datagram.sender + pack_address(address)
         contact = self.table.get(datagram.sender)
@@ -359,6 +421,7 @@ class NetworkProtocol:
         contact.proven = True
         contact.last_seen = now
         contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
+        self._observe(contact, reply, call, now)
         call.contact = contact
         self._calls.observe_round_trip(call, now)
         self._unreachable.pop(contact.raw, None)
@@ -373,10 +436,22 @@ class NetworkProtocol:
         if not call.challenge or hashlib.sha256(public_key).digest() != sender:
             return False
         statement = wire.proof_statement(call.challenge, self.own_id, sender, reply.observed)
-        return verify(public_key, signature, statement)
+        return self.verify(public_key, signature, statement)
+
+    def _observe(self, contact: Contact, reply: wire.Reply, call: Call, now: float) -> None:
+        """Learns how others see this node: its address, and its clock."""
+        peer_id = PeerID(contact.peer_id)
+        self.observed.pop(peer_id, None)
+        self.observed[peer_id] = reply.observed
+        if len(self.observed) > MAX_OBSERVED:
+            del self.observed[next(iter(self.observed))]
+        self._skews.append(reply.wall - self.wall((call.sent_at + now) / 2))
 
     def _enter(self, contact: Contact, now: float) -> None:
+        known = self.table.get(contact.peer_id)
         doubtful = self.table.add(contact, now)
+        if known is not contact and self.table.get(contact.peer_id) is contact:
+            self._replicator.newcomer(contact, now)
         if doubtful is not None and doubtful.raw not in self._verifying and len(self._verifying) < MAX_VERIFICATIONS:
             self._verifying.add(doubtful.raw)
             Ping(self, doubtful, now)
@@ -410,6 +485,8 @@ class NetworkProtocol:
     def _attempt(self, transaction: bytes, call: Call, now: float) -> None:
         call.attempts += 1
         call.sent_at = now
+        if not self.dialback.declared:
+            self.dialback.note_sent(call.address, now)
         self._send(call.data, call.address)
         self._schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, now))
 
@@ -479,12 +556,23 @@ class NetworkProtocol:
             self._secrets_until = now + self.settings.token_lifetime
         for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
             del self._unreachable[raw]
+        self._check_clock()
         if self.joined:
             for index in self.table.stale_prefixes(now - self.settings.refresh_period):
                 self.refresh_bucket(index, now)
         self.metrics.set("network_contacts", len(self.table))
         self.metrics.set("network_records", self.storage.num_entries)
         self.metrics.set("network_record_bytes", self.storage.num_bytes)
+
+    def _check_clock(self) -> None:
+        if len(self._skews) < 3:
+            return
+        skew = sorted(self._skews)[len(self._skews) // 2]
+        self.metrics.set("network_clock_skew_seconds", skew)
+        skewed = abs(skew) > CLOCK_SKEW
+        if skewed and not self._skew_reported:
+            self._events.append(ClockSkewed(skew))
+        self._skew_reported = skewed
 
     def refresh_bucket(self, index: int, now: float) -> None:
         """Looks up a random id of a bucket."""
@@ -537,6 +625,20 @@ class NetworkProtocol:
             ),
             address,
         )
+
+    def send_oneway(
+        self, kind: int, arguments: Sequence[Any], address: Address, token: bytes, *, padded: bool = True
+    ) -> None:
+        """Sends what nobody replies to."""
+        if padded:
+            self._send_request(kind, self._new_transaction(), token, b"", arguments, address)
+        else:
+            body = (token, b"", *arguments)
+            self._send(wire.encode(kind, self._flags(), self._new_transaction(), self.own_id, body), address)
+
+    def emit(self, event: Event) -> None:
+        """Adds to `events`."""
+        self._events.append(event)
 
     def _send(self, data: bytes, address: Address) -> None:
         assert len(data) <= MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"

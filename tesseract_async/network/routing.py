@@ -35,13 +35,25 @@ class Bucket:
 class RoutingTable:
     """Proven contacts of public nodes, by distance from `own_id`."""
 
-    def __init__(self, own_id: bytes, *, k: int, questionable_after: float, now: float) -> None:
+    def __init__(
+        self,
+        own_id: bytes,
+        *,
+        k: int,
+        questionable_after: float,
+        now: float,
+        max_range_per_bucket: int = 2,
+        max_range_per_table: int = 10,
+    ) -> None:
         self.own_id = own_id
         self.own_number = int.from_bytes(own_id, "big")
         self.k = k
         self.questionable_after = questionable_after
         self.buckets = [Bucket(now)]
         self.num_contacts = 0
+        self._max_range_per_bucket = max_range_per_bucket
+        self._max_range_per_table = max_range_per_table
+        self._ranges: dict[bytes, int] = {}
 
     def __len__(self) -> int:
         return self.num_contacts
@@ -79,10 +91,17 @@ class RoutingTable:
         while True:
             bucket = self._bucket_of(contact.number)
             old = bucket.contacts.pop(contact.peer_id, None)
-            if old is not None or len(bucket.contacts) < self.k:
+            if old is contact:
+                bucket.contacts[contact.peer_id] = contact
+                return None
+            if old is not None:
+                self._count(old, -1)
+            if not self._range_allows(bucket, contact):
+                return None
+            if len(bucket.contacts) < self.k:
                 bucket.contacts[contact.peer_id] = contact
                 bucket.replacements.pop(contact.peer_id, None)
-                self.num_contacts += old is None
+                self._count(contact, 1)
                 return None
             if bucket is not self.buckets[-1] or len(self.buckets) == ID_BITS:
                 break
@@ -91,7 +110,9 @@ class RoutingTable:
         displaced = self._displaced(bucket, contact.number)
         if displaced is not None:
             del bucket.contacts[displaced.peer_id]
+            self._count(displaced, -1)
             bucket.contacts[contact.peer_id] = contact
+            self._count(contact, 1)
             contact = displaced
         bucket.replacements[contact.peer_id] = contact
         if len(bucket.replacements) > self.k:
@@ -110,13 +131,14 @@ class RoutingTable:
         if bucket.contacts.get(contact.peer_id) is not contact:
             return None
         del bucket.contacts[contact.peer_id]
-        self.num_contacts -= 1
-        if not bucket.replacements:
-            return None
-        _, successor = bucket.replacements.popitem()
-        bucket.contacts[successor.peer_id] = successor
-        self.num_contacts += 1
-        return successor
+        self._count(contact, -1)
+        while bucket.replacements:
+            _, successor = bucket.replacements.popitem()
+            if self._range_allows(bucket, successor):
+                bucket.contacts[successor.peer_id] = successor
+                self._count(successor, 1)
+                return successor
+        return None
 
     def closest(self, target: int, count: int) -> list[Contact]:
         """The `count` contacts nearest to `target` by XOR, nearest first."""
@@ -149,6 +171,20 @@ class RoutingTable:
     def _bucket_of(self, number: int) -> Bucket:
         shared = ID_BITS - (number ^ self.own_number).bit_length()
         return self.buckets[shared] if shared < len(self.buckets) else self.buckets[-1]
+
+    def _range_allows(self, bucket: Bucket, contact: Contact) -> bool:
+        """Whether the limits by address range leave room for one more."""
+        if contact.range is None:
+            return True
+        in_bucket = sum(1 for item in bucket.contacts.values() if item.range == contact.range)
+        return in_bucket < self._max_range_per_bucket and self._ranges.get(contact.range, 0) < self._max_range_per_table
+
+    def _count(self, contact: Contact, change: int) -> None:
+        self.num_contacts += change
+        if contact.range is not None:
+            self._ranges[contact.range] = self._ranges.get(contact.range, 0) + change
+            if not self._ranges[contact.range]:
+                del self._ranges[contact.range]
 
     def _displaced(self, bucket: Bucket, number: int) -> Contact | None:
         """Who leaves a full bucket for a newcomer that is one of the k nearest to the own id (section 2.4): a node

@@ -60,6 +60,18 @@ class NetworkSettings:
     """Entries of one dictionary by the same owner."""
     pages_in_flight: int = 8
     """Pages of one large dictionary asked for at a time. Each costs the reader some signature checks in one go."""
+    republish_period: float = 600.0
+    """Holders compare what they hold with those closest to the key this often."""
+    max_range_per_bucket: int = 2
+    """Contacts of one address range (/24, /48) in a bucket; loopback and private addresses are exempt from ranges."""
+    max_range_per_table: int = 10
+    """Contacts of one range in the routing table."""
+    max_range_per_shortlist: int = 3
+    """Candidates of one range on one path of a lookup, and holders of one range that count in a read."""
+    max_entries_per_range: int = 1024
+    """Entries of one dictionary that came from one range."""
+    max_request_rate: float = 4000.0
+    """What one range (or address and port) may ask for in a second: 1 a request, 4 a signature made or checked."""
     max_repairs: int = 32
     """Entries that one read sends to holders that were found stale."""
 

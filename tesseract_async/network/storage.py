@@ -64,6 +64,9 @@ class _Dictionary:
     """(slot, identity) of each entry, sorted."""
     digests: list[int] = field(default_factory=lambda: [0] * NUM_RANGES)
     owners: dict[PeerID, int] = field(default_factory=dict)
+    sources: dict[bytes, int] = field(default_factory=dict)
+    """Entries by the address range that first sent them."""
+    source_of: dict[EntryID, bytes] = field(default_factory=dict)
 
 
 class Storage:
@@ -82,8 +85,11 @@ class Storage:
         """Every key that has entries."""
         return list(self._keys)
 
-    def check(self, record: SignedRecord, wall: float) -> Outcome | None:
-        """What `add` would answer without changing anything, or None where it would store: spares a verification."""
+    def check(self, record: SignedRecord, wall: float, source: bytes | None = None) -> Outcome | None:
+        """What `add` would answer without changing anything, or None where it would store: spares a verification.
+
+        `source` is the address range that sent the record, None where ranges are not counted.
+        """
         if record.expiration + CLOCK_SKEW <= wall:
             return Outcome.EXPIRED
         # a tombstone outlives what it hides by the skew
@@ -104,11 +110,13 @@ class Storage:
                 return Outcome.FULL
             if dictionary.owners.get(record.owner, 0) >= self._settings.max_entries_per_owner:
                 return Outcome.FULL
+            if source is not None and dictionary.sources.get(source, 0) >= self._settings.max_entries_per_range:
+                return Outcome.FULL
         return None
 
-    def add(self, record: SignedRecord, wall: float) -> Outcome:
+    def add(self, record: SignedRecord, wall: float, source: bytes | None = None) -> Outcome:
         """Keeps a verified record unless `check` objects."""
-        outcome = self.check(record, wall)
+        outcome = self.check(record, wall, source)
         if outcome is not None:
             return outcome
         identity = (record.subkey, record.owner)
@@ -118,6 +126,9 @@ class Storage:
         if old is None:
             insort(dictionary.order, (slot, identity), key=_slot_of)
             dictionary.owners[record.owner] = dictionary.owners.get(record.owner, 0) + 1
+            if source is not None:
+                dictionary.sources[source] = dictionary.sources.get(source, 0) + 1
+                dictionary.source_of[identity] = source
             self.num_entries += 1
             self.num_bytes += len(record.body) + ENTRY_OVERHEAD
         else:
@@ -214,6 +225,11 @@ class Storage:
         dictionary.owners[record.owner] -= 1
         if not dictionary.owners[record.owner]:
             del dictionary.owners[record.owner]
+        source = dictionary.source_of.pop(identity, None)
+        if source is not None:
+            dictionary.sources[source] -= 1
+            if not dictionary.sources[source]:
+                del dictionary.sources[source]
         self.num_entries -= 1
         self.num_bytes -= len(record.body) + ENTRY_OVERHEAD
         if not dictionary.entries:

@@ -51,14 +51,17 @@ async def train(task: plan.TrainerTask) -> None:
             k_best=task.k_best,
         )
         optimizer = torch.optim.Adam(gate.parameters(), lr=task.gate_learning_rate)
+        node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
         say("ready")
 
         for step in range(1, task.steps + 1):
             batch = torch.randint(0, len(x_train), (task.rows,))
+            x, y = x_train[batch], y_train[batch]
+            x = x + task.noise * torch.randn_like(x)
             facts: dict[str, Any] = {"step": step}
             try:
-                loss = F.cross_entropy(await gate(x_train[batch]), y_train[batch])
+                loss = F.cross_entropy(await gate(x), y)
                 optimizer.zero_grad()
                 await ta.backward(loss)
                 optimizer.step()

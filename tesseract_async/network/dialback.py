@@ -1,0 +1,151 @@
+"""Finding out whether others can dial this node: a third node, to which nothing was ever sent, tries. Pure.
+
+::
+
+    A  --DIAL-->  B           B answers whether it passed the question on
+                  B --DIAL_FOR(address of A, nonce)-->  C
+    A  <------------------------DIALED(nonce)--------  C
+
+A gateway that lets in only those who were written to drops the last datagram. So it counts only if it comes from an
+address that A has not written to for a while (RFC 4787: mappings and filters live for minutes).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.calls import Call
+from tesseract_async.network.contacts import Address, Contact, pack_address, unpack_address
+from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.events import RoleChanged
+
+if TYPE_CHECKING:
+    from tesseract_async.network.protocol import NetworkProtocol
+
+FILTER_LIFETIME = 600.0
+"""Seconds after which a gateway has surely forgotten that something was sent to an address."""
+MIN_BACKOFF = 2.0
+MAX_BACKOFF = 120.0
+CONFIRM_PERIOD = 1800.0
+"""A node that was found public asks again after so long."""
+MAX_HELPERS = 64
+MAX_WRITTEN_TO = 8192
+
+
+class DialBack:
+    """The role of one node, and its part in finding out that of others."""
+
+    def __init__(self, network: NetworkProtocol, *, public: bool, now: float) -> None:
+        self.network = network
+        self.declared = public
+        """Whether it was told that it is public: then it never asks."""
+        self.role = "public" if public else "unknown"
+        self.forced_client = False
+        self.ask_at = float("inf") if public else now
+        self.helpers: dict[Address, None] = {}
+        """Clients heard from with a proven address: they too can dial."""
+        self._backoff = MIN_BACKOFF
+        self._nonce = b""
+        self._written_to: dict[Address, float] = {}
+        self._num_unanswered = 0
+
+    @property
+    def is_public(self) -> bool:
+        return self.role == "public" and not self.forced_client
+
+    def note_sent(self, address: Address, now: float) -> None:
+        """Everything that is sent passes here while the role is open."""
+        self._written_to.pop(address, None)
+        self._written_to[address] = now
+        if len(self._written_to) > MAX_WRITTEN_TO:
+            del self._written_to[next(iter(self._written_to))]
+
+    def note_client(self, address: Address) -> None:
+        """A client with a proven address asked something: a helper for others."""
+        self.helpers.pop(address, None)
+        self.helpers[address] = None
+        if len(self.helpers) > MAX_HELPERS:
+            del self.helpers[next(iter(self.helpers))]
+
+    def handle_timer(self, now: float) -> None:
+        """Asks a random contact to have this node dialled."""
+        contacts = self.network.table.contacts()
+        if not contacts:
+            self.ask_at = now + 1.0
+            return
+        self.ask(self.network.random.choice(contacts), now)
+
+    def ask(self, contact: Contact, now: float) -> None:
+        """Asks `contact`, and arranges to ask another one later."""
+        if self.role == "unknown" and self._num_unanswered >= 3:
+            self._become("client", now)
+        self._num_unanswered += 1
+        self._nonce = self.network.random.randbytes(wire.TRANSACTION_BYTES)
+        self.ask_at = now + self._backoff
+        self._backoff = min(2 * self._backoff, MAX_BACKOFF)
+        if self.role == "public" and self._num_unanswered >= 3:
+            self._become("client", now)
+        self.network.call(self, wire.DIAL, (self._nonce,), contact, now)
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        """It was passed on, or could not be: either way only DIALED counts."""
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        pass
+
+    def pass_on(self, asker: Address, arguments: list[object], now: float) -> bool:
+        """Answers DIAL: asks a third node to dial `asker`. Returns whether there was one. Raises: ProtocolError."""
+        nonce = _nonce(arguments)
+        network = self.network
+        candidates = [item.address for item in network.table.contacts() if item.token_until > now]
+        tokens = {item.address: item.token for item in network.table.contacts()}
+        candidates += [address for address in self.helpers if address not in tokens]
+        candidates = [address for address in candidates if address[0] != asker[0]] or [
+            address for address in candidates if address != asker
+        ]
+        if not candidates:
+            return False
+        third = network.random.choice(candidates)
+        network.send_oneway(wire.DIAL_FOR, (pack_address(asker), nonce), third, tokens.get(third, b""))
+        return True
+
+    def dial(self, arguments: list[object], now: float) -> None:
+        """Answers DIAL_FOR, which came from a contact: one short datagram to the asker. Raises: ProtocolError."""
+        nonce = _nonce(arguments[1:])
+        packed = arguments[0]
+        if type(packed) is not bytes:
+            raise ProtocolError("a dial-back without an address")
+        self.network.send_oneway(wire.DIALED, (nonce,), unpack_address(packed), b"", padded=False)
+
+    def dialled(self, arguments: list[object], address: Address, now: float) -> None:
+        """Handles DIALED. Raises: ProtocolError."""
+        nonce = _nonce(arguments)
+        if not self._nonce or nonce != self._nonce:
+            raise ProtocolError("a dial-back that was not asked for")
+        if now - self._written_to.get(address, float("-inf")) < FILTER_LIFETIME:
+            return
+        self._num_unanswered = 0
+        self._backoff = MIN_BACKOFF
+        self.ask_at = now + CONFIRM_PERIOD
+        self._become("public", now)
+
+    def _become(self, role: str, now: float) -> None:
+        if self.role == role:
+            return
+        self.role = role
+        self.network.emit(RoleChanged(role))
+        if role == "public":
+            # those nearest hear from this node without the client flag, and list it
+            self.network.learn_neighbourhood((), now)
+
+
+def _nonce(arguments: list[object]) -> bytes:
+    nonce = arguments[0] if arguments else None
+    if type(nonce) is not bytes or len(nonce) != wire.TRANSACTION_BYTES:
+        raise ProtocolError("a dial-back without its nonce")
+    return nonce

@@ -1,0 +1,375 @@
+"""Many nodes of the real protocol over a made-up network: latency, loss, duplication, gateways, partitions, churn.
+
+What is simulated is what lies between the machines, and the arithmetic of signatures (`SimulatedIdentity`). The
+machines are `network.protocol.NetworkProtocol`, the same code that `TesseractNetwork` drives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import statistics
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgpack
+
+from tesseract_async.identity import Identity, PeerID, SignedRecord
+from tesseract_async.metrics import Metrics
+from tesseract_async.network.contacts import Address, Contact
+from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.protocol import NetworkProtocol
+from tesseract_async.network.routing import ID_BITS
+from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.testing.clock import VirtualClock
+
+Latency = Callable[[Address, Address, random.Random], float]
+"""One-way delay in seconds of one datagram from one address to another."""
+
+WALL_AT_START = 1_700_000_000.0
+GATEWAY_MEMORY = 120.0
+"""Seconds for which a simulated gateway lets answers in."""
+
+
+def log_normal_latency(*, median_rtt: float, sigma: float, jitter: float = 0.1) -> Latency:
+    """Round trips that are log-normal over pairs of nodes, constant for one pair but for a share of `jitter`."""
+    steps = 4096
+    normal = statistics.NormalDist()
+    factors = [median_rtt / 2 * 2.718281828459045 ** (sigma * normal.inv_cdf((i + 0.5) / steps)) for i in range(steps)]
+
+    def delay(source: Address, target: Address, rng: random.Random) -> float:
+        low, high = sorted((f"{source[0]}:{source[1]}", f"{target[0]}:{target[1]}"))
+        base = factors[zlib.crc32(f"{low}-{high}".encode()) % steps]
+        return float(base * (1 + jitter * rng.random()))
+
+    return delay
+
+
+class SimulatedIdentity(Identity):
+    """An identity whose signatures are keyed hashes, 50 times faster than Ed25519.
+
+    Within one simulation they are as good: only the identity's own `sign` makes what `SimulatedNetwork.verify` accepts.
+    """
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, seed: bytes) -> None:
+        self._secret = hashlib.blake2b(seed, digest_size=32).digest()
+        self.public_key = hashlib.blake2b(self._secret, digest_size=32).digest()
+        self.peer_id = PeerID.from_public_key(self.public_key)
+
+    def sign(self, data: bytes) -> bytes:
+        return hashlib.blake2b(data, key=self._secret, digest_size=64).digest()
+
+
+class SimulatedNode:
+    """One node: a machine, its address, and what it waits for."""
+
+    def __init__(
+        self, network: SimulatedNetwork, protocol: NetworkProtocol, address: Address, *, gateway: bool
+    ) -> None:
+        self.network = network
+        self.protocol = protocol
+        self.address = address
+        self.gateway = gateway
+        """Whether it lives behind a gateway that lets in only answers from addresses that it wrote to."""
+        self.alive = True
+        self.joined = False
+        self.events: list[Event] = []
+        """Everything that happened, but for reads and writes."""
+        self.num_sent = 0
+        self.num_bytes_sent = 0
+        self._armed_at = float("inf")
+        self._waiting: dict[int, Callable[[Any], None]] = {}
+        self._written_to: dict[Address, float] = {}
+        self._sequence = 0
+
+    def read(self, key: str, done: Callable[[ReadFinished], None]) -> None:
+        """Starts a read; `done` hears how it ended."""
+        self._waiting[self.protocol.read(_digest(key), self.network.clock.now)] = done
+        self.cycle()
+
+    def write(self, records: Sequence[SignedRecord], done: Callable[[WriteFinished], None]) -> None:
+        """Starts a write of own records of one key; `done` hears how it ended."""
+        self._waiting[self.protocol.write(records, self.network.clock.now)] = done
+        self.cycle()
+
+    def sign(
+        self, key: str, value: Any, *, ttl: float, subkey: str | None = None, tombstone: bool = False
+    ) -> SignedRecord:
+        """A record of this node's own, newer than all before."""
+        wall = self.protocol.wall(self.network.clock.now)
+        self._sequence = max(self._sequence + 1, int(wall * 1e6))
+        return SignedRecord.sign(
+            self.protocol.identity,
+            _digest(key),
+            subkey=subkey,
+            sequence=self._sequence,
+            expiration=wall + ttl,
+            value=msgpack.packb(value),
+            tombstone=tombstone,
+        )
+
+    def receive(self, data: bytes, source: Address) -> None:
+        """A datagram arrives from the simulated network."""
+        if not self.alive:
+            return
+        now = self.network.clock.now
+        if self.gateway and now - self._written_to.get(source, float("-inf")) > GATEWAY_MEMORY:
+            return
+        self.protocol.receive_datagram(data, source, now)
+        self.cycle()
+
+    def cycle(self) -> None:
+        """What a driver does after everything that it feeds its machine."""
+        for event in self.protocol.events():
+            if isinstance(event, ReadFinished | WriteFinished):
+                done = self._waiting.pop(event.operation, None)
+                if done is not None:
+                    done(event)
+            else:
+                self.events.append(event)
+                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.joined)
+        for data, target in self.protocol.datagrams_to_send():
+            self.num_sent += 1
+            self.num_bytes_sent += len(data)
+            if self.gateway:
+                self._written_to[target] = self.network.clock.now
+            self.network.transmit(data, self.address, target)
+        at = self.protocol.timer_at()
+        if self.alive and at < self._armed_at:
+            self._armed_at = at
+            self.network.clock.call_at(at, self._timer)
+
+    def _timer(self) -> None:
+        self._armed_at = float("inf")
+        if self.alive:
+            self.protocol.handle_timer(self.network.clock.now)
+            self.cycle()
+
+
+class SimulatedNetwork:
+    """Nodes and what lies between them. All randomness comes from `seed`: the same calls give the same run."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        latency: Latency | float = 0.04,
+        loss: float = 0.0,
+        duplication: float = 0.0,
+        settings: NetworkSettings = NetworkSettings(),  # noqa: B008 (frozen)
+        public_addresses: bool = False,
+    ) -> None:
+        """`latency` is one-way, in seconds; `loss` and `duplication` are shares of all datagrams.
+
+        Nodes get private addresses, which limits by address range leave alone, unless `public_addresses`.
+        """
+        self.clock = VirtualClock()
+        self.random = random.Random(seed)
+        self.settings = settings
+        self.loss = loss
+        self.duplication = duplication
+        self.nodes: dict[Address, SimulatedNode] = {}
+        """Everybody who ever was, dead ones included, by address."""
+        self.trace = hashlib.blake2b(digest_size=16)
+        """A running hash over everything that was sent, with when and where to: two runs are equal if it is."""
+        self.num_datagrams = 0
+        self._latency: Latency = latency if callable(latency) else lambda source, target, rng: latency
+        self._groups: dict[Address, int] = {}
+        self._public_addresses = public_addresses
+        self._secrets: dict[bytes, bytes] = {}
+        self._seed = seed
+
+    # Nodes
+
+    def identity(self) -> SimulatedIdentity:
+        """A new identity that this network's nodes can verify."""
+        identity = SimulatedIdentity(b"%d/%d" % (self._seed, len(self._secrets)))
+        self._secrets[identity.public_key] = identity._secret
+        return identity
+
+    def verify(self, public_key: bytes, signature: bytes, data: bytes) -> bool:
+        """What `identity.verify` is to Ed25519."""
+        secret = self._secrets.get(public_key)
+        return secret is not None and hashlib.blake2b(data, key=secret, digest_size=64).digest() == signature
+
+    def add_node(
+        self,
+        seeds: Iterable[SimulatedNode | Address] = (),
+        *,
+        public: bool = True,
+        gateway: bool = False,
+        clock_skew: float = 0.0,
+        address: Address | None = None,
+        identity: SimulatedIdentity | None = None,
+        protocol: type[NetworkProtocol] = NetworkProtocol,
+    ) -> SimulatedNode:
+        """A node that starts now and looks for the network through `seeds`.
+
+        `public` says that it was declared so, as nodes on loopback are; else it has to find out by dial-back.
+        `clock_skew` is what its wall clock is ahead. `protocol` may be a subclass that misbehaves.
+        """
+        if address is None:
+            address = self._next_address()
+        machine = protocol(
+            identity=self.identity() if identity is None else identity,
+            settings=self.settings,
+            random=random.Random(self.random.getrandbits(64)),
+            metrics=Metrics(),
+            now=self.clock.now,
+            wall_offset=WALL_AT_START + clock_skew,
+            public=public,
+            verify=self.verify,
+        )
+        node = SimulatedNode(self, machine, address, gateway=gateway)
+        self.nodes[address] = node
+        addresses = [item.address if isinstance(item, SimulatedNode) else item for item in seeds]
+        if addresses:
+            machine.set_seeds([(item, None) for item in addresses], self.clock.now)
+        node.cycle()
+        return node
+
+    def add_swarm(self, count: int, *, interval: float = 0.05, settle: float = 30.0) -> list[SimulatedNode]:
+        """`count` nodes that join one after another, each through a random one before; returns when all have joined.
+
+        Raises: TimeoutError if some have not after `settle` seconds.
+        """
+        nodes = [self.add_node()]
+        while len(nodes) < count:
+            nodes.append(self.add_node([self.random.choice(nodes)]))
+            self.clock.run(interval)
+        if not self.clock.run_until(lambda: all(node.protocol.joined for node in nodes) or count == 1, timeout=settle):
+            raise TimeoutError(f"not all of {count} nodes have joined after {settle} s")
+        return nodes
+
+    def add_settled_swarm(
+        self, count: int, *, protocol_of: Callable[[int], type[NetworkProtocol]] = lambda index: NetworkProtocol
+    ) -> list[SimulatedNode]:
+        """`count` nodes whose routing tables hold what they would after long use: in each bucket k random nodes of all
+        that belong there, proven. Joining ten thousand nodes one by one takes an hour; this takes seconds.
+        """
+        nodes = [self.add_node(protocol=protocol_of(index)) for index in range(count)]
+        ordered = sorted(nodes, key=lambda node: node.protocol.table.own_number)
+        numbers = [node.protocol.table.own_number for node in ordered]
+        templates = [Contact(node.protocol.own_id, node.address) for node in ordered]
+        for node in nodes:
+            table = node.protocol.table
+            low, high = 0, count
+            for depth in range(ID_BITS):
+                if high - low <= 1:
+                    break
+                middle = bisect_left(numbers, (table.own_number >> (ID_BITS - 1 - depth) | 1) << (ID_BITS - 1 - depth))
+                if table.own_number >> (ID_BITS - 1 - depth) & 1:
+                    others, low = range(low, middle), middle
+                else:
+                    others, high = range(middle, high), middle
+                chosen = self.random.sample(others, min(table.k, len(others)))
+                for index in chosen:
+                    contact = templates[index].twin()
+                    contact.proven = True
+                    contact.last_seen = self.clock.now
+                    table.add(contact, self.clock.now)
+            node.protocol.joined = True
+        return nodes
+
+    def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
+        """They vanish without a word."""
+        for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
+            node.alive = False
+
+    def leave(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
+        """They say farewell and go."""
+        for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
+            node.protocol.leave(self.clock.now)
+            node.cycle()
+            node.alive = False
+
+    def alive(self) -> list[SimulatedNode]:
+        """Everybody who lives, in order of joining."""
+        return [node for node in self.nodes.values() if node.alive]
+
+    # What lies between them
+
+    def partition(self, *groups: Iterable[SimulatedNode]) -> None:
+        """Only nodes of the same group reach one another; those in no group reach nobody in one."""
+        self._groups = {node.address: index for index, group in enumerate(groups, 1) for node in group}
+
+    def heal(self) -> None:
+        """Everybody reaches everybody again."""
+        self._groups = {}
+
+    def transmit(self, data: bytes, source: Address, target: Address) -> None:
+        """One datagram leaves; it may be lost, late, or arrive twice."""
+        self.num_datagrams += 1
+        self.trace.update(repr((self.clock.now, source, target)).encode() + data)
+        if self._groups.get(source, 0) != self._groups.get(target, 0):
+            return
+        receiver = self.nodes.get(target)
+        if receiver is None or not receiver.alive:
+            return
+        copies = 1 + (self.duplication > 0 and self.random.random() < self.duplication)
+        for _ in range(copies):
+            if self.loss and self.random.random() < self.loss:
+                continue
+            delay = self._latency(source, target, self.random)
+            self.clock.call_later(delay, receiver.receive, data, source)
+
+    # Whole operations, in virtual time
+
+    def run(self, seconds: float) -> None:
+        """Lets time pass."""
+        self.clock.run(seconds)
+
+    def store(
+        self, node: SimulatedNode, key: str, value: Any, *, ttl: float, subkey: str | None = None, timeout: float = 60.0
+    ) -> int:
+        """`TesseractNetwork.store` by one node. Raises: TimeoutError."""
+        finished: list[WriteFinished] = []
+        node.write([node.sign(key, value, ttl=ttl, subkey=subkey)], finished.append)
+        self._wait(finished, timeout)
+        return finished[0].num_holders[0]
+
+    def withdraw(self, node: SimulatedNode, key: str, *, ttl: float, subkey: str | None = None) -> int:
+        """A tombstone over the node's own entry. Raises: TimeoutError."""
+        finished: list[WriteFinished] = []
+        node.write([node.sign(key, None, ttl=ttl, subkey=subkey, tombstone=True)], finished.append)
+        self._wait(finished, 60.0)
+        return finished[0].num_holders[0]
+
+    def get(self, node: SimulatedNode, key: str, *, timeout: float = 60.0) -> Any:
+        """`TesseractNetwork.get` by one node. Raises: TimeoutError."""
+        finished: list[ReadFinished] = []
+        node.read(key, finished.append)
+        self._wait(finished, timeout)
+        return self.value_of(node, finished[0])
+
+    def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Any:
+        """None, a single value, or a dictionary, as `TesseractNetwork.get` shows it."""
+        wall = node.protocol.wall(self.clock.now)
+        shown: dict[str | None, SignedRecord] = {}
+        for record in finished.records:
+            if not record.tombstone and record.expiration > wall:
+                held = shown.get(record.subkey)
+                if held is None or (record.sequence, record.owner) > (held.sequence, held.owner):
+                    shown[record.subkey] = record
+        values = {subkey: msgpack.unpackb(record.value, strict_map_key=False) for subkey, record in shown.items()}
+        single = values.pop(None, None)
+        return values or single
+
+    def _wait(self, finished: Sequence[object], timeout: float) -> None:
+        if not self.clock.run_until(lambda: bool(finished), timeout=timeout):
+            raise TimeoutError(f"not finished after {timeout} s of virtual time")
+
+    def _next_address(self) -> Address:
+        index = len(self.nodes) + 1
+        if not self._public_addresses:
+            return f"10.{index >> 16 & 255}.{index >> 8 & 255}.{index & 255}", 4000
+        # one /24 for each node, out of ranges that are nobody's private ones
+        return f"{20 + (index >> 16 & 63)}.{index >> 8 & 255}.{index & 255}.{1 + index % 200}", 4000
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
