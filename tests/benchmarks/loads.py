@@ -37,7 +37,7 @@ COMPARED = (
 class DhtLoad:
     """Each worker's round: a fresh key, `num_stores` nodes store one subkey each, then `num_gets` nodes read the key.
 
-    `num_killed` nodes, which no worker uses, vanish at moments spread over the run.
+    `num_killed` nodes, which no worker uses, are killed without a farewell after a third of the rounds.
     """
 
     num_nodes: int = 16
@@ -45,7 +45,7 @@ class DhtLoad:
     num_rounds: int = 16
     num_stores: int = 8
     num_gets: int = 8
-    num_killed: int = 1
+    num_killed: int = 2
     num_seeds: int = 4
     ttl: float = 300.0
 

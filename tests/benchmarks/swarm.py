@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -16,6 +17,7 @@ import torch
 
 import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings
+from tesseract_async.transport.tcp import TcpTransport
 from tests.benchmarks.loads import Load
 from tests.benchmarks.modules import KINDS
 from tests.benchmarks.processes import Child, ClientResult, Gate, child, in_thread, run_clients, wait_for_stop
@@ -30,9 +32,9 @@ class BenchmarkNode(ta.TesseractNode):
         super().__init__(**options)
         self._security = security
 
-    def _build_endpoint(self, *args: Any) -> Endpoint:
+    def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
         settings = EndpointSettings(security=self._security)
-        return Endpoint(identity=self.identity, metrics=self.metrics, settings=settings)
+        return Endpoint(identity=self.identity, transports=[TcpTransport(tcp)], settings=settings, metrics=self.metrics)
 
 
 def run_on(loop: str, main: Coroutine[Any, Any, Any]) -> Any:

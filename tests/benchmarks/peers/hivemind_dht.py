@@ -31,7 +31,6 @@ async def run(load: DhtLoad) -> None:
         doomed = rng.sample(nodes, load.num_killed)
         used = [node for node in nodes if node not in doomed]
         num_rounds = load.num_workers * load.num_rounds
-        kill_at = dict(zip(rng.sample(range(num_rounds), len(doomed)), doomed, strict=True))
         rounds = iter(range(num_rounds))
         stored = found = 0
 
@@ -46,9 +45,9 @@ async def run(load: DhtLoad) -> None:
                 )
             )
             stored += sum(done)
-            node = kill_at.get(next(rounds))
-            if node is not None:
-                node.kill()
+            if next(rounds) == num_rounds // 3:
+                for node in doomed:
+                    node.kill()
             answers = await asyncio.gather(
                 *(node.get(key, latest=True, return_future=True) for node in rng.sample(used, load.num_gets))
             )
