@@ -16,7 +16,7 @@ from tesseract_async.transport.base import PeerAddress
 from tests.benchmarks.figures import emit, percentile
 from tests.benchmarks.loads import Load
 from tests.benchmarks.processes import child
-from tests.benchmarks.swarm import BenchmarkNode, Security, joined, make_backend, run_on, serving, stop_asked
+from tests.benchmarks.swarm import Security, joined, make_backend, run_on, serving, stop_asked
 
 SECONDS = 3.0
 BULK = 8 << 20
@@ -30,7 +30,6 @@ TRAINED = Load("trained", "ffn", 4, 256, 1, backward=True)
 
 async def small_beside_big(address: str, security: Security) -> None:
     """Four large calls and one small one at a time, all to the same peer."""
-    torch.set_grad_enabled(False)
     async with joined(address, security) as node:
         expert = await node.get_expert("nop.0")
         batch, row = torch.randn(BIG.rows, BIG.width), torch.randn(1, BIG.width)
@@ -41,7 +40,8 @@ async def small_beside_big(address: str, security: Security) -> None:
         async def calls(x: torch.Tensor) -> list[float]:
             latencies = []
             while (begin := time.perf_counter()) < stop_at:
-                await expert(x)
+                with torch.no_grad():
+                    await expert(x)
                 latencies.append(time.perf_counter() - begin)
             return latencies
 
@@ -67,7 +67,7 @@ def train(pipe: Connection, security: Security, loop: str) -> None:
     torch.set_num_threads(1)
 
     async def main() -> None:
-        async with BenchmarkNode(security=security) as node:
+        async with ta.TesseractNode(security=security) as node:
             num_bytes = 0
 
             async def swallow(call: IncomingCall) -> Message:
@@ -99,7 +99,7 @@ def stream(pipe: Connection, address: str, security: Security, loop: str) -> Non
     """A process that sends bulk as fast as it is taken, from the moment it has said so until it is stopped."""
 
     async def main() -> None:
-        async with BenchmarkNode(security=security) as node:
+        async with ta.TesseractNode(security=security) as node:
             peer, payload = PeerAddress.parse(address), memoryview(bytearray(BULK))
 
             async def send() -> None:

@@ -12,7 +12,7 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.tcp import TcpTransport
 from tests.benchmarks.figures import emit, percentile
 from tests.benchmarks.processes import child
-from tests.benchmarks.swarm import BenchmarkNode, run_on, stop_asked
+from tests.benchmarks.swarm import run_on, stop_asked
 
 NUM_DIALS = 100
 
@@ -25,7 +25,7 @@ def serve(pipe: Connection, loop: str) -> None:
     """A node in a process of its own; sends its address."""
 
     async def main() -> None:
-        async with BenchmarkNode(security="tls") as node:
+        async with ta.TesseractNode(security="tls") as node:
             node.endpoint.handle("echo", answer)
             pipe.send(("value", str(node.peer_address)))
             await stop_asked(pipe)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -16,25 +15,15 @@ from typing import Any, Literal
 import torch
 
 import tesseract_async as ta
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings
-from tesseract_async.transport.tcp import TcpTransport
 from tests.benchmarks.loads import Load
 from tests.benchmarks.modules import KINDS
 from tests.benchmarks.processes import Child, ClientResult, Gate, child, in_thread, run_clients, wait_for_stop
 
 Security = Literal["tls", "plain"]
 
-
-class BenchmarkNode(ta.TesseractNode):
-    """A node whose channels are as secure as the benchmark says."""
-
-    def __init__(self, *, security: Security, **options: Any) -> None:
-        super().__init__(**options)
-        self._security = security
-
-    def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
-        settings = EndpointSettings(security=self._security)
-        return Endpoint(identity=self.identity, transports=[TcpTransport(tcp)], settings=settings, metrics=self.metrics)
+# The package loads its parts on first use: here, once, instead of in each forked process.
+for _name in ta.__all__:
+    getattr(ta, _name)
 
 
 def run_on(loop: str, main: Coroutine[Any, Any, Any]) -> Any:
@@ -90,7 +79,7 @@ def serve(pipe: Connection, load: Load, uids: list[str], security: Security, loo
 
     async def main() -> None:
         backends = {uid: make_backend(load) for uid in uids}
-        async with BenchmarkNode(security=security) as node, ta.TesseractServer(node, backends) as server:
+        async with ta.TesseractNode(security=security) as node, ta.TesseractServer(node, backends) as server:
             pipe.send(("value", str(node.peer_address)))
             begin, cpu = time.monotonic(), time.process_time()
             await stop_asked(pipe)
@@ -114,7 +103,7 @@ def serving(
 @contextlib.asynccontextmanager
 async def joined(address: str, security: Security) -> AsyncIterator[ta.TesseractNode]:
     """A node in this process that has joined the server's network."""
-    async with BenchmarkNode(security=security, initial_peers=[address]) as node:
+    async with ta.TesseractNode(security=security, initial_peers=[address]) as node:
         yield node
 
 
@@ -123,7 +112,8 @@ def make_call(expert: ta.RemoteExpert, load: Load) -> Callable[[], Awaitable[Non
     batch = torch.randn(load.rows, load.width)
 
     async def forward() -> None:
-        await expert(batch)
+        with torch.no_grad():
+            await expert(batch)
 
     async def forward_and_backward() -> None:
         output = await expert(batch.detach().requires_grad_())
@@ -144,7 +134,6 @@ def client(
 ) -> ClientResult:
     """One client process. It calls until the gate's time is over, or `num_batches` times with each of its callers."""
     torch.set_num_threads(1)
-    torch.set_grad_enabled(load.backward)
 
     async def main() -> ClientResult:
         async with joined(address, security) as node:

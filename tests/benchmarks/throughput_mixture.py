@@ -13,12 +13,12 @@ import tesseract_async as ta
 from tesseract_async.wire.messages import FORWARD
 from tests.benchmarks.figures import emit, percentile
 from tests.benchmarks.loads import Load, MixtureLoad
-from tests.benchmarks.swarm import BenchmarkNode, Security, run_on, serving
+from tests.benchmarks.swarm import Security, run_on, serving
 
 NUM_REPEATS = 5
 
 
-class CountingNode(BenchmarkNode):
+class CountingNode(ta.TesseractNode):
     """Counts the expert calls that leave it, by uid."""
 
     def __init__(self, **options: Any) -> None:
