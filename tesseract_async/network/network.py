@@ -38,6 +38,7 @@ RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
 
 MAX_REMEMBERED_PEERS = 40
+ENTRIES_PER_TURN = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +259,9 @@ class TesseractNetwork:
         event = cast(ReadFinished, await driver.wait(driver.protocol.read(key_digest(key), driver.now())))
         wall = time.time()
         entries = []
-        for record in event.records:
+        for index, record in enumerate(event.records):
+            if index % ENTRIES_PER_TURN == ENTRIES_PER_TURN - 1:
+                await asyncio.sleep(0)  # a large dictionary takes a while to unpack
             if record.tombstone or record.expiration <= wall:
                 continue
             try:
@@ -446,6 +449,7 @@ class _Driver(asyncio.DatagramProtocol):
         """Farewell, then nothing more."""
         self.protocol.leave(self.now())
         self.cycle()
+        self.joined.set()  # nobody needs to wait for that any longer
         if self._timer is not None:
             self._timer.cancel()
         for waiter in self._waiters.values():

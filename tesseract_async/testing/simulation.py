@@ -266,7 +266,11 @@ class SimulatedNetwork:
                     others, low = range(low, middle), middle
                 else:
                     others, high = range(middle, high), middle
-                chosen = self.random.sample(others, min(table.k, len(others)))
+                if high - low > table.k:
+                    chosen = self.random.sample(others, min(table.k, len(others)))
+                else:
+                    # a node knows its own neighbourhood completely
+                    chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[: table.k]
                 for index in chosen:
                     contact = templates[index].twin()
                     contact.proven = True
