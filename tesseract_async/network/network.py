@@ -30,6 +30,7 @@ from tesseract_async.network.events import (
 )
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
+from tesseract_async.transport import stun
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
@@ -467,8 +468,20 @@ class _Driver(asyncio.DatagramProtocol):
         self.protocol.wall_offset = time.time() - now
         # IPv6 adds flow and scope, and shows IPv4 peers of a dual-stack socket in its own notation
         host = addr[0].removeprefix("::ffff:") if self._is_v6 else addr[0]
+        if stun.is_stun(data):
+            self._answer_stun(data, host, addr)
+            return
         self.protocol.receive_datagram(data, (host, addr[1]), now)
         self.cycle()
+
+    def _answer_stun(self, data: bytes, host: str, addr: Any) -> None:
+        """Tells whoever asks under which address it is seen: hole punching needs that."""
+        answer = stun.answer(data, (host, addr[1]))
+        if answer is None:
+            self.protocol.metrics.count("network_datagrams_dropped", reason="stun")
+        elif self._transport is not None:
+            self._transport.sendto(answer, addr)
+            self.protocol.metrics.count("network_stun_answers")
 
     def error_received(self, exc: Exception) -> None:
         # an ICMP error for something sent earlier: the call it belongs to will time out, which decides
