@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 PATIENCE = 4.0
+REFRESH_K = 8
+"""How many of the nearest a lookup for a bucket's refresh asks."""
 TYPICAL_RECORD_BYTES = 180
 PAGE_BYTES = 1000
 RECORDS_PER_SLICE = 24
@@ -47,6 +49,7 @@ class Search:
         on_answer: Callable[[Contact, Reply, float], None] | None = None,
         on_end: Callable[[float], None],
         alpha: int | None = None,
+        k: int | None = None,
     ) -> None:
         settings = network.settings
         self.network = network
@@ -54,7 +57,7 @@ class Search:
         self.lookup = Lookup(
             int.from_bytes(target, "big"),
             start,
-            k=settings.k,
+            k=settings.k if k is None else k,
             num_paths=settings.num_paths,
             alpha=settings.alpha if alpha is None else alpha,
             max_per_range=settings.max_range_per_shortlist,
@@ -133,7 +136,8 @@ class Refresh:
     def __init__(self, network: NetworkProtocol, target: bytes | int, now: float) -> None:
         key = target if isinstance(target, bytes) else target.to_bytes(ID_BYTES, "big")
         start = network.table.closest(int.from_bytes(key, "big"), network.settings.k)
-        self.search = Search(network, key, start, on_end=lambda now: None)
+        # the bucket wants a few good contacts, not the complete neighbourhood of a random id
+        self.search = Search(network, key, start, on_end=lambda now: None, k=REFRESH_K)
         self.search.advance(now)
 
 
@@ -374,6 +378,8 @@ class Read:
         self._fetches: deque[_Fetch] = deque()
         self._num_fetching = 0
         self._settled = False
+        self.complete = True
+        """False once some part that holders reported could be had from none of them."""
         self._number = 0
 
     def start(self, number: int, now: float) -> None:
@@ -439,7 +445,7 @@ class Read:
                 if digest and not any(item.records is not None for item in group):
                     # about a page each, so that all may be under way at once
                     count = max(item.summary.count for item in group)
-                    num_parts = min(max(1, count * TYPICAL_RECORD_BYTES // (NUM_RANGES * PAGE_BYTES)), MAX_PARTS)
+                    num_parts = min(-(-count * TYPICAL_RECORD_BYTES // (NUM_RANGES * PAGE_BYTES)), MAX_PARTS)
                     step = RANGE_SIZE // num_parts
                     for part in range(num_parts):
                         start = index * RANGE_SIZE + part * step
@@ -489,7 +495,8 @@ class Read:
     def _finish(self, now: float) -> None:
         self._repair(self._merged, now)
         rounds = self._search.lookup.num_rounds
-        self.network.finish(self, ReadFinished(self._number, list(self._merged.values()), rounds, len(self._holdings)))
+        records = list(self._merged.values())
+        self.network.finish(self, ReadFinished(self._number, records, rounds, len(self._holdings), self.complete))
 
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
         """Sends holders the entries that they lack, verbatim, as far as what they hold is known."""
@@ -530,6 +537,7 @@ class _Fetch:
     def ask(self, now: float) -> None:
         """Asks for the next page."""
         if not self.sources or self.read.cancelled:
+            self.read.complete = False
             self.read.fetched(self, now)
             return
         self.read.network.call(self, wire.PAGE, (self.read.key, self.cursor, self.last), self.sources[-1], now)

@@ -58,6 +58,9 @@ MAX_OBSERVED = 16
 MAX_VERIFICATIONS = 64
 """Newcomers pinged at a time to see whether they belong into the table."""
 HOUSEKEEPING_PERIOD = 5.0
+STALL = 0.05
+"""A timer this late means that the own loop stood still, and says nothing about others."""
+MAX_GRACES = 3
 
 
 class NetworkProtocol:
@@ -530,10 +533,17 @@ class NetworkProtocol:
         if not self.dialback.declared:
             self.dialback.note_sent(call.address, now)
         self._send(call.data, call.address)
-        self.schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, attempt, now))
+        due = now + self._calls.timeout(call)
+        self.schedule(due, lambda now: self._call_is_late(transaction, call, attempt, due, now))
 
-    def _call_is_late(self, transaction: bytes, call: Call, attempt: int, now: float) -> None:
+    def _call_is_late(self, transaction: bytes, call: Call, attempt: int, due: float, now: float) -> None:
         if call.done or call.attempts != attempt:
+            return
+        if now - due > STALL and call.num_graces < MAX_GRACES:
+            # this loop stood still meanwhile: the reply may lie in the socket, which is read first
+            call.num_graces += 1
+            later = now + self.settings.min_timeout
+            self.schedule(later, lambda now: self._call_is_late(transaction, call, attempt, later, now))
             return
         if call.attempts > self.settings.num_retransmissions:
             if call.contact is not None:

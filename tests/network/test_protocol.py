@@ -460,3 +460,19 @@ def test_a_slice_of_copying_survives_the_loss_of_everybody() -> None:
         pair.now = pair.a.timer_at()
         pair.a.handle_timer(pair.now)
         pair.a.datagrams_to_send()
+
+
+def test_after_the_own_loop_stood_still_nobody_is_judged_before_the_socket_is_read() -> None:
+    pair = Pair()
+    pair.join()
+    pair.a.read(bytes(range(32)), 0.0)
+    for data, _ in pair.a.datagrams_to_send():
+        pair.b.receive_datagram(data, A, 0.0)
+    answers = pair.b.datagrams_to_send()
+    # the replies lie in the socket while this loop stands still for a minute
+    pair.a.handle_timer(60.0)
+    assert len(pair.a.table) == 1
+    for data, _ in answers:
+        pair.a.receive_datagram(data, B, 60.0)
+    assert any(isinstance(event, ReadFinished) for event in pair.a.events())
+    assert len(pair.a.table) == 1
