@@ -182,6 +182,7 @@ class SimulatedNetwork:
         self._public_addresses = public_addresses
         self._secrets: dict[bytes, bytes] = {}
         self._seed = seed
+        self._num_addresses = 0
 
     # Nodes
 
@@ -368,7 +369,8 @@ class SimulatedNetwork:
             raise TimeoutError(f"not finished after {timeout} s of virtual time")
 
     def _next_address(self) -> Address:
-        index = len(self.nodes) + 1
+        self._num_addresses += 1
+        index = self._num_addresses
         if not self._public_addresses:
             return f"10.{index >> 16 & 255}.{index >> 8 & 255}.{index & 255}", 4000
         # one /24 for each node, out of ranges that are nobody's private ones

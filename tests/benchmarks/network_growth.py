@@ -134,7 +134,7 @@ def main() -> None:
         print(
             json.dumps({"name": f"network_growth_{size}", "value": row["rounds"], "unit": "rounds", **row}), flush=True
         )
-    used, num_contacts = memory(50_000, 1_000)
+    used, num_contacts = memory(2_000, 1_000)
     figure = {"name": "network_memory_per_node", "value": round(used / 1e6, 3), "unit": "MB", "asked": "< 2"}
     print(json.dumps({**figure, "contacts": num_contacts}), flush=True)
     if path is not None:
