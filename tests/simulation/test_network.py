@@ -89,7 +89,7 @@ def four_peers(seed: int) -> None:
 
 
 def test_four_peers_on_one_machine_never_split() -> None:
-    for seed in range(100):
+    for seed in range(60):
         four_peers(seed)
 
 
@@ -151,7 +151,7 @@ def test_loss_duplication_and_reordering_lose_no_record() -> None:
 
 def test_records_outlive_a_third_of_the_nodes_and_their_copies_come_back() -> None:
     network = SimulatedNetwork(seed=7, settings=QUICK, latency=0.02)
-    nodes = network.add_swarm(40, interval=0.1)
+    nodes = network.add_swarm(30, interval=0.1)
     for index in range(10):
         network.store(nodes[index], f"key {index}", index, ttl=3600.0)
     FaultScript([(1.0, Kill(0.3))]).apply(network)
@@ -164,17 +164,20 @@ def test_records_outlive_a_third_of_the_nodes_and_their_copies_come_back() -> No
         assert sum(bool(node.protocol.storage.records(key)) for node in living) >= 18
 
 
-def test_churn_loses_no_live_record() -> None:
+@pytest.mark.parametrize("count, rounds", [(15, 8), pytest.param(60, 40, marks=pytest.mark.slow)])
+def test_churn_loses_no_live_record(count: int, rounds: int) -> None:
     network = SimulatedNetwork(seed=8, settings=QUICK, latency=0.02)
-    nodes = network.add_swarm(30, interval=0.1)
+    nodes = network.add_swarm(count, interval=0.1)
     writer = nodes[0]
     for index in range(10):
         network.store(writer, f"key {index}", index, ttl=36000.0)
     # twice a minute a tenth of all goes, with or without a word, and others come
-    faults = [(30.0 * number, fault) for number in range(1, 21) for fault in (Kill(0.07), Leave(0.04), Join(3))]
+    faults = [
+        (30.0 * number, fault) for number in range(1, rounds) for fault in (Kill(0.1), Leave(0.1), Join(count // 5))
+    ]
     FaultScript(faults).apply(network)
-    network.run(21 * 30.0)
-    assert not all(node.alive for node in nodes[1:20])
+    network.run(rounds * 30.0)
+    assert sum(node.alive for node in nodes) < count / 2
     reader = network.alive()[-1]
     assert [network.get(reader, f"key {index}") for index in range(10)] == list(range(10))
 
@@ -234,7 +237,7 @@ def test_liars_do_not_hide_records() -> None:
     def protocol_of(index: int) -> type[NetworkProtocol]:
         return Conspiracy if index % 5 == 0 else NetworkProtocol
 
-    nodes = network.add_settled_swarm(300, protocol_of=protocol_of)
+    nodes = network.add_settled_swarm(150, protocol_of=protocol_of)
     Conspiracy.accomplices += [Contact(node.protocol.own_id, node.address) for node in nodes[::5]]
     honest = [node for index, node in enumerate(nodes) if index % 5]
     rng = network.random
