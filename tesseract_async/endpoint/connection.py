@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 FLUSH_BYTES: Final = 1024 * 1024
 """Chunks encrypted and written before the loop may do something else."""
+STARTS_PER_TURN: Final = 128
+"""Handlers started in one turn of the loop."""
 LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
@@ -108,6 +110,7 @@ class Connection:
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._handlers: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._started = 0  # handlers since the last flush
         self._held: dict[int, CallReceived] = {}  # calls that wait until the peer has read earlier replies
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -249,9 +252,12 @@ class Connection:
             self.abort(describe(error))
         if protocol.has_events:
             self._handle_events()
-        while self._held and protocol.backlog <= self._settings.max_backlog:
+        self._started = 0
+        while self._held and self._may_start():
             self._start_handler(self._held.pop(next(iter(self._held))))
-        if protocol.unsent_bytes > self._settings.max_unsent:
+        if self._held and protocol.backlog <= self._settings.max_backlog:
+            self._schedule_flush()
+        if self._lost_reason is None and protocol.unsent_bytes > self._settings.max_unsent:
             self._metrics.count("endpoint_connections_dropped", reason="peer_does_not_read")
             self.abort("the peer does not read its replies")
 
@@ -268,10 +274,11 @@ class Connection:
                     if future is not None and not future.done():
                         future.set_result(Message(event.body, event.buffers))
                 case CallReceived():
-                    if self._held or self._protocol.backlog > self._settings.max_backlog:
-                        self._held[event.stream] = event
-                    else:
+                    if not self._held and self._may_start():
                         self._start_handler(event)
+                    else:
+                        self._held[event.stream] = event
+                        self._schedule_flush()
                 case CallFailed():
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
@@ -286,7 +293,12 @@ class Connection:
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
 
+    def _may_start(self) -> bool:
+        # a burst of calls is started in portions, so that its first replies show whether the peer reads them
+        return self._started < STARTS_PER_TURN and self._protocol.backlog <= self._settings.max_backlog
+
     def _start_handler(self, event: CallReceived) -> None:
+        self._started += 1
         self.last_used = self._loop.time()
         task = self._spawn(self._run_handler(event))
         self._handlers[event.stream] = task

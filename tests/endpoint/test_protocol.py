@@ -327,15 +327,15 @@ def test_a_silent_peer_is_pinged_and_then_dead() -> None:
     machine = pair.client.machine
     assert machine.rtt == 0.0
     assert machine.timer_at() == SETTINGS.ping_after
-    machine.handle_timer(4.0)
+    machine.handle_timer(3.0)
     assert machine.has_data(MAIN) and machine.timer_at() == SETTINGS.dead_after
-    pair.now = 4.5
+    pair.now = 3.5
     pair.settle()
     assert machine.rtt == pytest.approx(0.0625)
-    assert machine.timer_at() == pytest.approx(8.5), "any byte counts as life"
-    machine.handle_timer(8.5)
+    assert machine.timer_at() == pytest.approx(6.5), "any byte counts as life"
+    machine.handle_timer(6.5)
     with pytest.raises(ConnectionLost, match="nothing was heard"):
-        machine.handle_timer(16.5)
+        machine.handle_timer(12.5)
 
 
 def test_after_our_own_stall_nobody_is_judged_before_the_socket_was_read() -> None:
