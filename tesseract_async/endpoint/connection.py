@@ -62,6 +62,8 @@ class IncomingCall:
     deadline: float
     """On this loop's clock: when the caller stops waiting."""
     priority: int
+    origin: str = ""
+    """The remote host as this end sees it, without the port; empty where it is none (a call to the own node)."""
 
 
 class Connection:
@@ -74,6 +76,7 @@ class Connection:
         *,
         dialled: PeerAddress | None,
         path: str,
+        origin: str,
         answer: Callable[[IncomingCall], Awaitable[Message]],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
@@ -87,6 +90,7 @@ class Connection:
         self.dialled = dialled
         """Where this end dialled, or None if the peer did."""
         self.path = path
+        self.origin = origin
         self.retired = False
         """Whether a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -307,7 +311,14 @@ class Connection:
     async def _run_handler(self, event: CallReceived) -> None:
         head, stream = event.head, event.stream
         call = IncomingCall(
-            self.peer_id, head.method, head.body, event.buffers, head.call_id, event.deadline, head.priority
+            peer_id=self.peer_id,
+            method=head.method,
+            body=head.body,
+            buffers=event.buffers,
+            call_id=head.call_id,
+            deadline=event.deadline,
+            priority=head.priority,
+            origin=self.origin,
         )
         try:
             message = await self._answer(call)

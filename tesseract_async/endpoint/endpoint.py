@@ -244,6 +244,7 @@ class Endpoint:
             hello,
             dialled=dialled,
             path=pipe.description,
+            origin=pipe.origin,
             answer=self._answer,
             open_bulk=self._dialler.open_bulk,
             on_closed=self._pool.remove,

@@ -155,6 +155,14 @@ class TcpPipe(asyncio.BufferedProtocol):
         if self._transport is None:  # lost already, and the receiver hears of it as always: later
             asyncio.get_running_loop().call_soon(receiver.pipe_lost, None)
 
+    def detach(self) -> None:
+        """Takes the receiver away: what arrives is kept for the next `start`, as before the first one."""
+        self._receiver = None
+
+    def unread(self, data: bytes) -> None:
+        """Gives received bytes back: the receiver of the next `start` gets them first."""
+        self._early += data
+
     def write(self, data: bytes | memoryview) -> None:
         if self._transport is not None:
             self.bytes_sent += len(data)

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from tesseract_async.errors import (
     ExpertFailed,
     ExpertNotFound,
+    InputsForgotten,
     NotAllowed,
     Overloaded,
     ProtocolError,
@@ -29,7 +30,10 @@ MAX_TIMEOUT: Final = 7 * 24 * 3600.0
 
 _ERRORS: dict[str, type[RemoteError]] = {
     kind.code: kind
-    for kind in (ExpertNotFound, SchemaMismatch, Overloaded, ExpertFailed, NotAllowed, UnknownMethod, RemoteError)
+    for kind in (
+        *(ExpertNotFound, SchemaMismatch, Overloaded, ExpertFailed),
+        *(InputsForgotten, NotAllowed, UnknownMethod, RemoteError),
+    )
 }
 
 
