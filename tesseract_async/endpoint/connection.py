@@ -31,8 +31,12 @@ from tesseract_async.wire.frames import FrameReader
 
 logger = logging.getLogger(__name__)
 
-FLUSH_BYTES: Final = 1024 * 1024
-"""Chunks encrypted and written before the loop may do something else."""
+FLUSH_BYTES: Final = 256 * 1024
+"""Bytes encrypted and written before the loop may do something else."""
+READ_BYTES: Final = 512 * 1024
+"""Bytes of large messages read before the loop may do something else: uvloop would go on for as long as the socket
+has any, and small calls would wait.
+"""
 STARTS_PER_TURN: Final = 128
 """Handlers started in one turn of the loop."""
 LOAN_TIMEOUT: Final = 2.0
@@ -124,7 +128,7 @@ class Connection:
     def attach(self, lane: int, channel: Channel, reader: FrameReader) -> None:
         """Takes over a channel after its hello; `reader` may be in the middle of its bytes."""
         self._channels[lane] = channel
-        port = _LanePort(self, lane, reader)
+        port = _LanePort(self, lane, channel, reader)
         reader.sink = self._protocol.lanes[lane]
         self._protocol.lanes[lane].reader = reader
         channel.receiver = port
@@ -427,14 +431,16 @@ class Connection:
 class _LanePort:
     """One channel's receiver: bytes to the lane's reader, everything else to the connection."""
 
-    __slots__ = ("_connection", "_lane", "_reader", "_protocol", "_time", "get_buffer")
+    __slots__ = ("_connection", "_channel", "_lane", "_reader", "_protocol", "_time", "_turn_bytes", "get_buffer")
 
-    def __init__(self, connection: Connection, lane: int, reader: FrameReader) -> None:
+    def __init__(self, connection: Connection, lane: int, channel: Channel, reader: FrameReader) -> None:
         self._connection = connection
+        self._channel = channel
         self._lane = lane
         self._reader = reader
         self._protocol = connection._protocol
         self._time = connection._loop.time
+        self._turn_bytes = 0
         self.get_buffer = reader.get_buffer
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
@@ -444,6 +450,17 @@ class _LanePort:
         self._protocol.received(count, self._time())
         self._reader.buffer_updated(count)
         self._connection._received(count)
+        if self._lane == BULK:
+            if not self._turn_bytes:
+                self._connection._loop.call_soon(self._next_turn)
+            self._turn_bytes += count + 1
+            if self._turn_bytes > READ_BYTES:
+                self._channel.pipe.pause_reading()
+
+    def _next_turn(self) -> None:
+        if self._turn_bytes > READ_BYTES:
+            self._channel.pipe.resume_reading()
+        self._turn_bytes = 0
 
     def channel_drained(self) -> None:
         self._connection._channel_drained()

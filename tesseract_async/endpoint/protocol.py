@@ -22,7 +22,7 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 MAIN: Final = 0
 BULK: Final = 1
-CHUNK_BYTES: Final = (256 * 1024, 1024 * 1024)
+CHUNK_BYTES: Final = (256 * 1024, 512 * 1024)
 """Payload of one chunk on the main and on the bulk lane: on main, small messages wait for it."""
 
 MAX_JOINED: Final = 256 * 1024

@@ -1,4 +1,4 @@
-"""Whatever bytes a peer sends, decoders raise `ProtocolError` or nothing. Seeded; the slow run takes a million inputs."""
+"""Whatever bytes a peer sends, decoders raise `ProtocolError` or nothing. Seeded; slowly, a million inputs."""
 
 from __future__ import annotations
 

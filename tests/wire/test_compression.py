@@ -102,6 +102,18 @@ def test_strides_and_gradients_do_not_matter(codec: str) -> None:
     assert torch.equal(through(view, codec), through(view.detach().contiguous().clone(), codec))
 
 
+def test_none_takes_every_dtype() -> None:
+    from tesseract_async.wire.tensors import DTYPES
+
+    for dtype in DTYPES.values():
+        for shape in ((), (3,), (2, 0), (2, 5)):
+            tensor = torch.ones(shape, dtype=dtype)
+            assert torch.equal(through(tensor, "none"), tensor)
+            assert torch.equal(
+                through(tensor.T if tensor.dim() == 2 else tensor, "none"), tensor.T if tensor.dim() == 2 else tensor
+            )
+
+
 def test_none_shares_memory_both_ways() -> None:
     tensor = torch.zeros(8)
     view = encode(tensor, "none")
