@@ -299,7 +299,7 @@ def test_higher_priority_goes_first_and_equals_share() -> None:
     pair.carry(pair.client, BULK)
     pair.carry(pair.server, MAIN)
     order = []
-    for _ in range(30):
+    for _ in range(50):
         pair.carry(pair.client, BULK, 1)
         order += [event.stream for event in pair.server.take() if isinstance(event, CallReceived)]
     assert order == [high, *low]
