@@ -103,6 +103,19 @@ def test_the_first_large_message_asks_and_later_ones_use_the_standing_window() -
     assert clean(pair)
 
 
+def test_large_replies_use_and_give_back_the_standing_window_too() -> None:
+    pair = Pair()
+    for index in range(40):
+        pair.call(1)
+        pair.settle()
+        pair.server.machine.reply(pair.received().stream, None, (memoryview(bytes(MIB)),), now=0.0)
+        pair.carry(pair.server, BULK, 10 * MIB)
+        arrived = any(isinstance(event, ReplyReceived) for event in pair.client.take())
+        assert arrived == (index > 0), "all but the first come without a round trip"
+        pair.settle()
+    assert clean(pair)
+
+
 def test_a_full_budget_makes_messages_wait_whole_and_in_line() -> None:
     pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=2**40), server_budget=5 * MIB)
     streams = [pair.call(2 * MIB) for _ in range(4)]

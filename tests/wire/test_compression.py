@@ -76,6 +76,9 @@ def test_blocks_that_are_not_finite_never_pass_for_finite(codec: str) -> None:
         else:
             assert back[:BLOCK].isnan().all()
             assert back[BLOCK:].isfinite().all() == (codec == "uint8_blockwise")
+            header = encoded_bytes(2 * BLOCK, torch.float32, codec) - 2 * BLOCK
+            codes = bytes(encode(tensor, codec))[header : header + BLOCK]
+            assert codes == bytes(BLOCK), "the same bytes on every machine"
 
 
 def test_extreme_ranges_stay_within_the_range_of_codes() -> None:
