@@ -6,6 +6,7 @@ Each message is a frozen dataclass; `encode` gives the msgpack body, `decode_*` 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
 - ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
 - ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
+- ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tesseract_async.errors import ProtocolError
 INFO = "expert.info"
 FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
+STATE = "expert.state"
 
 MAX_UID_LENGTH = 256
 
@@ -107,7 +109,44 @@ class BackwardReply:
     version: int
 
 
-Body = TypeVar("Body", InfoRequest, ExpertInfo, ForwardRequest, ForwardReply, BackwardRequest, BackwardReply)
+@dataclass(frozen=True, slots=True)
+class StateRequest:
+    """Asks for the expert's state, a piece at a time. The pieces of one file carry one digest."""
+
+    uid: str
+    weights_only: bool
+    """Without the optimizer's state and the journal: for an export."""
+    min_version: int
+    """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
+    digest: bytes
+    """Of the file that `offset` continues; 16 zero bytes for whichever is newest."""
+    offset: int
+    """Bytes of the file that the caller has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateReply:
+    """Beside it travels the piece that begins at `offset`; nothing where `size` is 0."""
+
+    version: int
+    digest: bytes
+    """The first 16 bytes of the file's SHA-256. Another one than asked for: begin again, the offset is 0."""
+    size: int
+    """Bytes of the whole file; 0 if the expert has not reached `min_version`."""
+    offset: int
+
+
+Body = TypeVar(
+    "Body",
+    InfoRequest,
+    ExpertInfo,
+    ForwardRequest,
+    ForwardReply,
+    BackwardRequest,
+    BackwardReply,
+    StateRequest,
+    StateReply,
+)
 
 _CHECKS: dict[str, Any] = {
     "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
