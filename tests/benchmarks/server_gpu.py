@@ -6,10 +6,9 @@ python -m tests.benchmarks.server_gpu
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
+import sys
 import time
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
+from tests.benchmarks.figures import emit
 
 WIDTH, ROWS, ROUNDS = 4096, 2048, 40
 NAME = f"rows/s against a plain loop on the same GPU, ffn {WIDTH} wide, batches of {ROWS}, transfers included"
@@ -52,22 +52,14 @@ async def ours(backend: ExpertBackend, rows: torch.Tensor) -> float:
 
 
 def main() -> None:
-    asked = ">= 0.9"
     if not torch.cuda.is_available():
-        line: dict[str, Any] = {
-            "name": NAME,
-            "value": None,
-            "unit": "share",
-            "asked": asked,
-            "skipped": "no CUDA device",
-        }
-        print(json.dumps(line))
+        sys.stderr.write("skipped: this machine has no CUDA device\n")
         return
     module = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)).cuda()
     backend = ExpertBackend(module, args_schema=(TensorSpec((WIDTH,)),), max_batch_size=ROWS)
     rows = torch.randn(ROWS, WIDTH)
     shares = [plain(module, rows) / asyncio.run(ours(backend, rows)) for _ in range(5)]
-    print(json.dumps({"name": NAME, "value": round(statistics.median(shares), 4), "unit": "share", "asked": asked}))
+    emit(NAME, statistics.median(shares), "share", ">= 0.9")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import statistics
 import time
@@ -21,10 +20,7 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, BatcherSettings, Request
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
-
-
-def report(name: str, value: float, unit: str, asked: str) -> None:
-    print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "asked": asked}), flush=True)
+from tests.benchmarks.figures import emit
 
 
 def batcher_rate(num_requests: int = 100_000) -> float:
@@ -165,15 +161,15 @@ def timed(function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def main() -> None:
-    report("batcher alone", max(batcher_rate() for _ in range(3)), "requests/s", ">= 100000")
-    report("latency added by an idle runtime, 1 row, nop", timed(idle_latency), "us median", "< 150")
+    emit("batcher alone", max(batcher_rate() for _ in range(3)), "requests/s", ">= 100000")
+    emit("latency added by an idle runtime, 1 row, nop", timed(idle_latency), "us median", "< 150")
     for backward in (False, True):
         share, milliseconds = timed(lambda backward=backward: throughput_share(backward=backward))  # type: ignore[misc]
         kind = "backward" if backward else "forward"
-        report(f"rows/s against a plain loop, {kind}, batches of {milliseconds:.0f} ms", share, "share", ">= 0.95")
+        emit(f"rows/s against a plain loop, {kind}, batches of {milliseconds:.0f} ms", share, "share", ">= 0.95")
     ratio, busy = timed(fairness)
-    report("p99 wait over mean, 64 experts, 1000 requests", ratio, "ratio", "<= 2.2")
-    report("device busy, 64 experts, 1000 requests", busy, "share", ">= 0.9")
+    emit("p99 wait over mean, 64 experts, 1000 requests", ratio, "ratio", "<= 2.2")
+    emit("device busy, 64 experts, 1000 requests", busy, "share", ">= 0.9")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class FakePublisher:
 
     declared: dict[str, bool] = {}
 
-    def __init__(self, network: Any, *, addresses: Any, settings: Any, metrics: Any) -> None: ...
+    def __init__(self, network: Any, **_: Any) -> None: ...
 
     async def declare(self, uids: Mapping[str, bool]) -> int:
         FakePublisher.declared = dict(uids)
