@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,21 @@ async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, 
         _, version = await node.backward("ffn.0", [x], [gradient], call_id=call_id)
         assert version == index + 1
     assert server.experts["ffn.0"].version == 20
+
+
+async def test_one_of_two_callers_of_a_backward_may_leave(node: FakeNode, server: TesseractServer) -> None:
+    x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
+    released = threading.Event()
+    holding = asyncio.create_task(server.runtime.call(lambda: released.wait(10)))
+    await asyncio.sleep(0)
+    calls = [asyncio.create_task(node.backward("ffn.0", [x], [gradient], call_id=call_id)) for _ in range(2)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    await asyncio.gather(calls[0], return_exceptions=True)
+    released.set()
+    await holding
+    _, version = await calls[1]
+    assert version == 1
 
 
 async def test_a_failed_backward_may_be_tried_again(node: FakeNode, server: TesseractServer) -> None:
