@@ -148,7 +148,8 @@ def node() -> FakeNode:
 
 @pytest_asyncio.fixture
 async def server(node: FakeNode) -> AsyncIterator[TesseractServer]:
-    async with TesseractServer(node, {"ffn.0": make_backend(0), "ffn.1": make_backend(1)}) as server:  # type: ignore[arg-type]
+    experts = {"ffn.0": make_backend(0), "ffn.1": make_backend(1)}
+    async with TesseractServer(node, experts, settings=ServerSettings(drain_timeout=0.0)) as server:  # type: ignore[arg-type]
         yield server
 
 
