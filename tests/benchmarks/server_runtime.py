@@ -140,7 +140,7 @@ async def fairness(num_experts: int = 64, num_requests: int = 1000, seconds: flo
     ]
     x = torch.randn(4, 256)
     waits: list[float] = []
-    async with running() as runtime:
+    async with running(settings=RuntimeSettings(num_threads=1)) as runtime:
         stop = time.perf_counter() + seconds
 
         async def client(index: int) -> None:
