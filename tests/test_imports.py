@@ -24,11 +24,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "network": LOWER | {"transport"},
     "endpoint": LOWER | {"transport"},
     "experts": LOWER | {"transport", "network", "endpoint"},
-    "node": LOWER | {"transport", "network", "endpoint", "experts"},
+    "reach": LOWER | {"transport", "network", "endpoint"},
+    "node": LOWER | {"transport", "network", "endpoint", "experts", "reach"},
     "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
+    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
@@ -42,6 +44,10 @@ PURE = [
     "wire/messages.py",
     "wire/tensors.py",
     "wire/compression.py",
+    "transport/message_stream.py",
+    "transport/offers.py",
+    "transport/preamble.py",
+    "transport/stun.py",
     "transport/tls.py",
     "endpoint/protocol.py",
     "network/calls.py",
@@ -57,8 +63,14 @@ PURE = [
     "network/routing.py",
     "network/settings.py",
     "network/storage.py",
+    "transport/token_bucket.py",
+    "transport/throttle.py",
+    "experts/choice.py",
+    "experts/run.py",
     "runtime/batcher.py",
+    "server/contract.py",
     "client/beam_search.py",
+    "cli/units.py",
 ]
 IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
