@@ -31,7 +31,7 @@ from tests.benchmarks.peers.install import python_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-NO_BENCHMARKS = {"__main__", "comparisons", "figures", "loads", "modules", "processes", "swarm"}
+NO_BENCHMARKS = {"__main__", "comparisons", "faulty", "figures", "loads", "modules", "processes", "swarm"}
 FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "throughput_mixture")
 TIMEOUT = 300.0
 
