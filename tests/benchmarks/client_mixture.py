@@ -72,6 +72,7 @@ async def failures() -> None:
                     num_lost += 1
                 seconds.append(time.perf_counter() - begin)
             times[name] = sum(seconds) / len(seconds)
+            times[f"{name}_worst"] = max(seconds)
         ratio = times["faulty"] / times["clean"]
         emit("10 % of calls fail, 5 % hang: step time / clean", ratio, "", "<= 1.5", **times, steps=NUM_STEPS)
         emit("10 % of calls fail, 5 % hang: steps lost", num_lost, "steps", "<= 0")
