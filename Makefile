@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: demo test test-all lint bench clean
 
@@ -20,6 +21,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Everything, one after another, and one table; `make bench BENCH_ARGS="throughput ceilings"` runs some of it.
+bench: $(VENV)/.dev
+	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparison with hivemind is missing
+	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an open range would fetch gigabytes of CUDA libraries onto machines without a GPU
@@ -36,4 +42,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-hivemind .mypy_cache .pytest_cache .ruff_cache .hypothesis
