@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -81,17 +80,11 @@ class Lab:
 
     def command(self, host: str, *args: str) -> list[str]:
         """`args` as a command that runs on `host`."""
-        return ["ip", "netns", "exec", self._namespace(host), *args]
+        return ["ip", "netns", "exec", self.namespace(host), *args]
 
-    def python(self, host: str, script: Path, *args: str) -> subprocess.Popen[str]:
-        """Starts a Python script on `host`; its standard input and output are pipes of text."""
-        return subprocess.Popen(
-            self.command(host, sys.executable, "-W", "error", str(script), *args),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": _path()},
-        )
+    def namespace(self, host: str) -> str:
+        """The name of the network namespace that is `host`."""
+        return f"{self._prefix}-{host}"
 
     def forget_mappings(self, host: str) -> None:
         """The router of `host` forgets all its connections, as after a restart."""
@@ -116,7 +109,7 @@ class Lab:
         router = f"{name}-nat"
         self._add_namespace(router)
         self._join_bridge(router, number, outside)
-        self._in(router, f"ip link add lan type veth peer name eth0 netns {self._namespace(name)}")
+        self._in(router, f"ip link add lan type veth peer name eth0 netns {self.namespace(name)}")
         self._in(router, f"ip addr add 10.0.{number}.1/24 dev lan")
         self._in(router, "ip link set lan up")
         self._in(name, f"ip addr add 10.0.{number}.2/24 dev eth0")
@@ -139,7 +132,7 @@ class Lab:
         _run(*self.command(router, "nft", "-f", "-"), text=rules)
 
     def _join_bridge(self, name: str, number: int, address: str) -> None:
-        self._in("net", f"ip link add p{number} type veth peer name wan netns {self._namespace(name)}")
+        self._in("net", f"ip link add p{number} type veth peer name wan netns {self.namespace(name)}")
         self._in("net", f"ip link set p{number} master br0 up")
         self._in(name, f"ip addr add {address}/24 dev wan")
         self._in(name, "ip link set wan up")
@@ -148,16 +141,13 @@ class Lab:
             self._in("net", f"tc qdisc add dev p{number} root netem delay {self._delay_ms}ms limit 10000")
 
     def _add_namespace(self, name: str) -> None:
-        namespace = self._namespace(name)
+        namespace = self.namespace(name)
         _run("ip", "netns", "add", namespace)
         self._namespaces.append(namespace)
         self._in(name, "ip link set lo up")
 
     def _in(self, name: str, command: str) -> None:
         _run(*self.command(name, *command.split()))
-
-    def _namespace(self, name: str) -> str:
-        return f"{self._prefix}-{name}"
 
     def _remove(self) -> None:
         for namespace in self._namespaces:

@@ -1,4 +1,4 @@
-"""One computer of the laboratory: a node that obeys lines of JSON on standard input and answers each with one.
+"""The computers of the laboratory: each a process in its namespace, whose node obeys lines of JSON.
 
 Run by `test_nat`, never by pytest itself.
 """
@@ -6,8 +6,11 @@ Run by `test_nat`, never by pytest itself.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -27,8 +30,9 @@ class Member:
         return await getattr(self, "do_" + order.pop("do"))(**order)
 
     async def do_start(self) -> Any:
+        self.own_tasks = asyncio.all_tasks()
         await self.node.start()
-        return {"peer": f"{self.node.address}/{self.node.peer_id}", "peer_id": str(self.node.peer_id)}
+        return {"peer_id": str(self.node.peer_id), "pid": os.getpid()}
 
     async def do_wait_joined(self) -> bool:
         return await self.node.network.wait_joined(20.0)
@@ -48,13 +52,6 @@ class Member:
         server = TesseractServer(self.node, {uid: backend})
         await server.start()
         self.servers.append(server)
-        return True
-
-    async def do_prepare(self) -> bool:
-        """Imports what a trainer has imported by the time of its first call."""
-        import tesseract_async.client.autograd
-        import tesseract_async.client.remote_expert  # noqa: F401
-
         return True
 
     async def do_train(self, uid: str, rows: int = 4, width: int = 16, timeout: float = 20.0) -> Any:
@@ -118,11 +115,12 @@ class Member:
     async def do_metrics(self) -> Any:
         return self.node.metrics.snapshot()
 
-    async def do_stop(self) -> bool:
+    async def do_stop(self) -> list[str]:
+        """The tasks that are left."""
         for server in self.servers:
             await server.aclose()
         await self.node.aclose()
-        return not asyncio.all_tasks() - {asyncio.current_task()}
+        return [str(task) for task in asyncio.all_tasks() - self.own_tasks - {asyncio.current_task()}]
 
 
 def make_expert(width: int) -> Any:
@@ -132,29 +130,63 @@ def make_expert(width: int) -> Any:
     return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, width))
 
 
-async def main(host: str, public: bool, seeds: list[str]) -> None:
-    member = Member(host, seeds, public=public)
-    loop = asyncio.get_running_loop()
-    while True:
-        line = await loop.run_in_executor(None, sys.stdin.readline)
-        if not line:
-            return
-        order = json.loads(line)
-        stopping = order["do"] == "stop"
-        try:
-            answer = {"result": await member.obey(order)}
-        except Exception as error:
-            logging.getLogger("member").exception("order failed")
-            answer = {"error": describe(error)}
-        print(json.dumps(answer), flush=True)
-        if stopping:
-            return
+async def obey_all(member: Member, path: str) -> None:
+    """Serves orders on a Unix socket, whose name every network namespace can see, until told to stop."""
+    stopped = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            order = json.loads(line)
+            stopping = order["do"] == "stop"
+            try:
+                answer = {"result": await member.obey(order)}
+            except Exception as error:
+                logging.getLogger("member").exception("the order failed")
+                answer = {"error": describe(error)}
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+            if stopping:
+                stopped.set()
+                break
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, path):
+        await stopped.wait()
+
+
+def enter_namespace(name: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{name}") as handle:
+        if libc.setns(handle.fileno(), 0x40000000):  # CLONE_NEWNET; os.setns came with Python 3.12
+            raise OSError(ctypes.get_errno(), f"cannot enter the namespace {name}")
+
+
+def main(folder: str, level: str, members: dict[str, dict[str, Any]]) -> None:
+    """Imports once what all need, then forks one process per computer: each in its namespace."""
+    import aiortc  # noqa: F401
+    import torch
+
+    import tesseract_async.client.autograd
+    import tesseract_async.client.remote_expert
+    import tesseract_async.server.server  # noqa: F401
+
+    gc.freeze()
+    children = []
+    for name, place in members.items():
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        enter_namespace(place["namespace"])
+        torch.set_num_threads(1)
+        logging.basicConfig(level=level, format=f"{name} %(relativeCreated)d %(name)s %(message)s")
+        logging.getLogger("aioice").setLevel(logging.WARNING)
+        member = Member(place["host"], place["seeds"], public=place["public"])
+        asyncio.run(obey_all(member, f"{folder}/{name}"))
+        os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
-    level = getattr(logging, sys.argv[1])
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format=f"{sys.argv[2]} %(relativeCreated)d %(name)s %(message)s"
-    )
-    logging.getLogger("aioice").setLevel(logging.WARNING)
-    asyncio.run(main(sys.argv[3], sys.argv[4] == "public", sys.argv[5:]))
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
