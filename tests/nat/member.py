@@ -15,8 +15,12 @@ import sys
 import time
 from typing import Any
 
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import describe
+from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
+from tesseract_async.reach import ReachSettings
+from tesseract_async.transport.base import PeerAddress
 
 PORT = 31337
 
@@ -25,6 +29,7 @@ class Member:
     def __init__(self, host: str, seeds: list[str], *, public: bool) -> None:
         self.node = TesseractNode(host, PORT, initial_peers=seeds, public=public)
         self.servers: list[Any] = []
+        self.crowd: list[TesseractNode] = []
 
     async def obey(self, order: dict[str, Any]) -> Any:
         return await getattr(self, "do_" + order.pop("do"))(**order)
@@ -98,6 +103,39 @@ class Member:
             found.setdefault(str(info.peer_id), []).append(info.path)
         return found
 
+    async def do_crowd(self, count: int, seed: str) -> list[str]:
+        """Starts many client nodes in this process, all behind this computer's NAT: their ids."""
+
+        async def echo(call: IncomingCall) -> Message:
+            return Message(call.body)
+
+        self.own_tasks = asyncio.all_tasks()
+        self.crowd = [
+            TesseractNode("0.0.0.0", initial_peers=[seed], reach=ReachSettings(client=True)) for _ in range(count)
+        ]
+        for node in self.crowd:
+            await node.start()
+            node.endpoint.handle("echo", echo)
+        known = await asyncio.gather(*(node.wait_reachable(30.0) for node in self.crowd))
+        assert all(known)
+        return [str(node.peer_id) for node in self.crowd]
+
+    async def do_call_crowd(self, peer_ids: list[str], via: str) -> Any:
+        """Calls each, at once: the kinds of path, and the slowest call's seconds."""
+        begun = time.monotonic()
+
+        async def call(peer_id: str) -> float:
+            peer = PeerAddress(PeerID.parse(peer_id), (), (via,))
+            reply = await self.node.endpoint.call(peer, "echo", peer_id, timeout=20.0)
+            assert reply.body == peer_id
+            return time.monotonic() - begun
+
+        seconds = await asyncio.gather(*map(call, peer_ids))
+        return {"slowest": max(seconds), "kinds": sorted({path.partition(" ")[0] for path in self.all_paths()})}
+
+    def all_paths(self) -> list[str]:
+        return [info.path for info in self.node.endpoint.connections()]
+
     async def do_echo(self, uid: str, megabytes: int, width: int = 1024) -> float:
         """Bytes per second each way through an expert that gives back what it gets."""
         import torch
@@ -119,6 +157,8 @@ class Member:
         """The tasks that are left."""
         for server in self.servers:
             await server.aclose()
+        for node in self.crowd:
+            await node.aclose()
         await self.node.aclose()
         return [str(task) for task in asyncio.all_tasks() - self.own_tasks - {asyncio.current_task()}]
 

@@ -43,6 +43,7 @@ class Swarm:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", script, str(folder), level, json.dumps(members)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,  # so that all of them can be ended together
         )
 
     def __enter__(self) -> Self:
@@ -70,6 +71,11 @@ class Swarm:
             self.peer_ids[name], self._pids[name] = started["peer_id"], started["pid"]
         assert all(self.do_all(names, "wait_joined").values())
         return self.do_all(names, "wait_reachable")
+
+    def start_only(self, name: str) -> None:
+        """As `start`, without waiting."""
+        started = self.do(name, "start")
+        self.peer_ids[name], self._pids[name] = started["peer_id"], started["pid"]
 
     def do(self, name: str, what: str, **arguments: Any) -> Any:
         """Gives one member an order and waits for its answer. Raises: AssertionError if the order fails."""
@@ -123,10 +129,8 @@ class Swarm:
         for line in self._lines.values():
             line.close()
         self._lines.clear()
-        for pid in self._pids.values():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self._process.kill()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         self._process.wait()

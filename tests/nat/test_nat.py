@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,23 @@ def test_a_killed_relay_is_replaced(swarm: Swarm) -> None:
     assert result["seconds"] < 15.0
     assert host not in str(result["paths"][swarm.peer_ids["ss"]])
     print(f"relay killed: {result['seconds']:.1f} s")
+
+
+def test_fifty_clients_on_one_rendezvous_node(tmp_path: Path) -> None:
+    hosts = {"r1": "public", "tp": "public", "m": "keeping"}
+    with Lab(hosts) as lab, Swarm(lab, tmp_path, public=("r1",)) as swarm:
+        swarm.start_only("r1")
+        swarm.start_only("tp")
+        before = resident_bytes(swarm.pid("r1"))
+        crowd = swarm.do("m", "crowd", count=50, seed=f"{lab.hosts['r1'].address}:31337")
+        via = f"{lab.hosts['r1'].address}:31337/{swarm.peer_ids['r1']}"
+        result = swarm.do("tp", "call_crowd", peer_ids=crowd, via=via)
+        grown = resident_bytes(swarm.pid("r1")) - before
+        assert "reverse" in result["kinds"]
+        assert swarm.do("r1", "metrics")["rendezvous_clients"] == 50
+        assert grown < 50 * 2**20 / 2, "the rendezvous keeps more than half a megabyte per client"
+        print(f"50 clients: slowest call {result['slowest']:.2f} s, rendezvous grew by {grown / 2**20:.1f} MiB")
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
