@@ -13,17 +13,18 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
+from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.reach import Reach, ReachSettings
-from tesseract_async.transport.base import PeerAddress, split_host_port
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.transport.base import PeerAddress, Throttle, split_host_port
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -34,6 +35,7 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE)
 
 
 class TesseractNode:
@@ -48,6 +50,8 @@ class TesseractNode:
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
+    - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
+    - `policy`: who may call, train and store here; everybody by default.
     """
 
     def __init__(
@@ -59,12 +63,16 @@ class TesseractNode:
         identity: Identity | str | Path | None = None,
         announce: str | Sequence[str] | None = None,
         public: bool = False,
+        security: Literal["tls", "plain"] = "tls",
+        policy: Policy | None = None,
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
-        `refresh_period`: seconds after which the directory of a grid in use is read again.
+        `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
+        connections together keep to, such as `transport.throttle.Throttle`.
 
         Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
         """
@@ -77,11 +85,14 @@ class TesseractNode:
             identity = Identity.load_or_create(identity)
         self.identity = identity
         self.metrics = Metrics()
-        self.network = TesseractNetwork(identity=identity, metrics=self.metrics)
+        self.policy = policy if policy is not None else Policy()
+        self.network = TesseractNetwork(identity=identity, policy=self.policy, metrics=self.metrics)
         self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
         self._host = host
         self._port = port
         self._public = public
+        self._throttle = throttle
+        self._security = security
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
@@ -108,8 +119,9 @@ class TesseractNode:
             if not self._announce:
                 self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
             self._endpoint = endpoint = self._build_endpoint(tcp)
-            for method in (INFO, FORWARD, BACKWARD):
-                endpoint.handle(method, self._answer_expert)
+            for method in EXPERT_METHODS:
+                action: Action = "train" if method == BACKWARD else "call"
+                endpoint.handle(method, self._answer_expert, action=action)
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
@@ -147,9 +159,16 @@ class TesseractNode:
             announced=self._announce,
             public=self._public,
             settings=self._reach_settings,
+            throttle=self._throttle,
         )
         self._reach.on_change = self._addresses_changed
-        return Endpoint(identity=self.identity, transports=self._reach.transports, metrics=self.metrics)
+        return Endpoint(
+            identity=self.identity,
+            transports=self._reach.transports,
+            settings=EndpointSettings(security=self._security),
+            policy=self.policy,
+            metrics=self.metrics,
+        )
 
     def _addresses_changed(self) -> None:
         for watcher in list(self._address_watchers):
@@ -246,6 +265,7 @@ class TesseractNode:
 
         Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         """
+        self.metrics.count("expert_calls", method=method)
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
                 peer,
@@ -279,8 +299,8 @@ class TesseractNode:
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
-        if call.method not in (INFO, FORWARD, BACKWARD):
-            raise UnknownMethod(f"{call.method!r} is no method of {self.peer_id.short}")
+        if call.method not in EXPERT_METHODS:
+            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:

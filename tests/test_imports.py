@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
+    "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
@@ -62,8 +63,14 @@ PURE = [
     "network/routing.py",
     "network/settings.py",
     "network/storage.py",
+    "transport/token_bucket.py",
+    "transport/throttle.py",
+    "experts/choice.py",
+    "experts/run.py",
     "runtime/batcher.py",
+    "server/contract.py",
     "client/beam_search.py",
+    "cli/units.py",
 ]
 IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}

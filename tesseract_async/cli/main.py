@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from tesseract_async import __version__
+import tesseract_async
 
 COMMANDS = {
     "demo": (
@@ -38,7 +38,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="tesseract")
+@click.version_option(tesseract_async.__version__, prog_name="tesseract")
 def main() -> None:
     """Train one large mixture-of-experts model on computers that volunteers lend.
 

@@ -14,6 +14,7 @@ import click
 
 from tesseract_async.errors import TesseractError
 
+FAILED = 1
 INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses after Ctrl-C and SIGTERM: 128 + the signal's number, as shells say it."""
 
@@ -30,10 +31,16 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
         status = INTERRUPTED
     except asyncio.CancelledError:
         status = TERMINATED
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
     except OSError as error:
-        raise click.ClickException(error.strerror or str(error)) from None
+        # strerror is the sentence alone, without "[Errno 98]" before it
+        click.echo(f"Error: {error.strerror or error}", err=True)
+        status = FAILED
     except (ValueError, TesseractError) as error:
-        raise click.ClickException(str(error)) from None
+        click.echo(f"Error: {error}", err=True)
+        status = FAILED
     sys.exit(status)
 
 

@@ -84,7 +84,7 @@ experts_on_a_grid = st.integers(1, 4).flatmap(
     ),
     st.lists(st.sampled_from([f"10.0.0.1:80/{peer(3)}", f"[::1]:1/{peer(4)}"]), max_size=4),
     st.integers(0, 2**48 - 1),
-    st.integers(400, 1000),
+    st.integers(400, MAX_PART_BYTES),
 )
 def test_parts_say_together_what_was_encoded(
     experts: dict[tuple[int, ...], bool], addresses: list[str], rendezvous: list[str], sequence: int, size: int

@@ -17,12 +17,12 @@ from tesseract_async.cli.running import run
 
 @click.command("demo")
 @click.option(
-    "--steps", default=300, show_default=True, type=click.IntRange(1), help="Steps of each of the two trainers."
+    "--steps", default=400, show_default=True, type=click.IntRange(1), help="Steps of each of the two trainers."
 )
 @click.option(
     "--servers", default=3, show_default=True, type=click.IntRange(1, 16), help="Servers that share 16 experts."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the data's order and of all first weights.")
+@click.option("--seed", default=0, show_default=True, help="Of the batches and all first weights.")
 @click.option("--freeze-experts", is_flag=True, help="The control: experts do not learn. Accuracy stays below 0.6.")
 @click.option(
     "--plot",

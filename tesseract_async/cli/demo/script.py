@@ -128,6 +128,7 @@ class Script:
             seed=self.settings.seed,
             steps=self.settings.steps,
             rows=self.settings.rows,
+            noise=self.settings.noise,
             k_best=self.settings.k_best,
             gate_learning_rate=self.settings.gate_learning_rate,
             validate_every=self.settings.validate_every,

@@ -23,12 +23,16 @@ from tesseract_async.errors import TesseractError
 Digits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def load_digits(seed: int) -> Digits:
-    """scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels to train on (80 %), and to validate on."""
+def load_digits() -> Digits:
+    """scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels to train on (80 %), and to validate on.
+
+    Always the same split, so that runs of different seeds can be compared, and nobody's validation is another one's
+    training.
+    """
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(pixels, dtype=torch.float32)[order]
     x = (x - x.mean()) / x.std()
     y = torch.tensor(labels, dtype=torch.int64)[order]
@@ -39,8 +43,7 @@ def load_digits(seed: int) -> Digits:
 async def train(task: plan.TrainerTask) -> None:
     """Joins the swarm, trains, and reports until all steps are taken."""
     torch.set_num_threads(1)
-    # all trainers split the data alike, so that nobody's validation is another one's training
-    x_train, y_train, x_val, y_val = load_digits(task.seed)
+    x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(task.seed * 1000 + task.number)
     async with ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=task.refresh_period) as node:
         gate = ta.GatingFunction(
@@ -51,14 +54,17 @@ async def train(task: plan.TrainerTask) -> None:
             k_best=task.k_best,
         )
         optimizer = torch.optim.Adam(gate.parameters(), lr=task.gate_learning_rate)
+        node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
         say("ready")
 
         for step in range(1, task.steps + 1):
             batch = torch.randint(0, len(x_train), (task.rows,))
+            x, y = x_train[batch], y_train[batch]
+            x = x + task.noise * torch.randn_like(x)
             facts: dict[str, Any] = {"step": step}
             try:
-                loss = F.cross_entropy(await gate(x_train[batch]), y_train[batch])
+                loss = F.cross_entropy(await gate(x), y)
                 optimizer.zero_grad()
                 await ta.backward(loss)
                 optimizer.step()

@@ -74,6 +74,7 @@ def test_a_task_survives_the_command_line() -> None:
         seed=2,
         steps=3,
         rows=4,
+        noise=0.5,
         k_best=5,
         gate_learning_rate=1e-3,
         validate_every=10,
