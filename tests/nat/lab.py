@@ -14,6 +14,7 @@ Needs root, iproute2 and nftables (and conntrack for `Lab.forget_mappings`); `wh
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import sys
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+
+_numbers = itertools.count()
 
 NAT_RULES = {"keeping": "masquerade", "symmetric": "masquerade random,fully-random"}
 
@@ -57,11 +60,9 @@ def why_not() -> str | None:
 class Lab:
     """`hosts`: names and kinds. Build it as a context manager; leaving it removes every namespace again."""
 
-    def __init__(self, hosts: dict[str, str], *, delay_ms: float = 0.0) -> None:
-        """`delay_ms`: one-way delay of each host's own link to the internet."""
+    def __init__(self, hosts: dict[str, str]) -> None:
         self._kinds = hosts
-        self._delay_ms = delay_ms
-        self._prefix = f"tsr{os.getpid()}"
+        self._prefix = f"tsr{os.getpid()}x{next(_numbers)}"
         self._namespaces: list[str] = []
         self.hosts: dict[str, Host] = {}
 
@@ -136,9 +137,6 @@ class Lab:
         self._in("net", f"ip link set p{number} master br0 up")
         self._in(name, f"ip addr add {address}/24 dev wan")
         self._in(name, "ip link set wan up")
-        if self._delay_ms:
-            self._in(name, f"tc qdisc add dev wan root netem delay {self._delay_ms}ms limit 10000")
-            self._in("net", f"tc qdisc add dev p{number} root netem delay {self._delay_ms}ms limit 10000")
 
     def _add_namespace(self, name: str) -> None:
         namespace = self.namespace(name)
