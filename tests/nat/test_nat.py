@@ -97,7 +97,8 @@ def test_a_nat_that_forgets_is_survived(swarm: Swarm, server: str, trainer: str,
     result = swarm.do(trainer, "train", uid=f"{server}.0")
     assert result.get("equal"), result
     assert result["seconds"] < 15.0
-    print(f"{server} <- {trainer}, the NAT of {victim} forgot: {result['seconds']:.1f} s, {result['error'] or 'unnoticed'}")
+    noticed = result["error"] or "without an error"
+    print(f"{server} <- {trainer}, the NAT of {victim} forgot: {result['seconds']:.1f} s, {noticed}")
 
 
 def test_a_killed_relay_is_replaced(swarm: Swarm) -> None:
