@@ -91,6 +91,21 @@ class Lab:
         """The router of `host` forgets all its connections, as after a restart."""
         _run(*self.command(f"{host}-nat", "conntrack", "-F"))
 
+    def block_udp(self, host: str, *, blocked: bool, but: int) -> None:
+        """The router of `host` lets no UDP pass except to port `but`, as some firewalls; or it does so again."""
+        if not blocked:
+            self._in(f"{host}-nat", "nft delete table ip noudp")
+            return
+        rules = f"""
+            table ip noudp {{
+                chain passing {{
+                    type filter hook forward priority -1; policy accept;
+                    udp dport != {but} drop
+                }}
+            }}
+        """
+        _run(*self.command(f"{host}-nat", "nft", "-f", "-"), text=rules)
+
     def _build(self) -> None:
         self._add_namespace("net")
         self._in("net", "ip link add br0 type bridge")

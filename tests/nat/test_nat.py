@@ -6,6 +6,7 @@ Skipped where namespaces can't be made, unless TESSERACT_REQUIRE_NAT says that t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,29 @@ def test_a_killed_relay_is_replaced(swarm: Swarm) -> None:
     assert result["seconds"] < 15.0
     assert host not in str(result["paths"][swarm.peer_ids["ss"]])
     print(f"relay killed: {result['seconds']:.1f} s")
+
+
+@pytest.mark.slow
+def test_a_better_path_is_found_later(tmp_path: Path) -> None:
+    """Where only the DHT's UDP passes, the relay is taken; once all passes, new calls go through a punched hole."""
+    hosts = {"r1": "public", "r2": "public", "sk": "keeping", "tk": "keeping"}
+    with Lab(hosts) as lab, Swarm(lab, tmp_path, public=("r1", "r2")) as swarm:
+        for names in (("r1", "r2"), ("sk",), ("tk",)):
+            swarm.start(names)
+        swarm.do("sk", "serve", uid="e.0")
+        lab.block_udp("tk", blocked=True, but=31337)
+        first = swarm.do("tk", "train", uid="e.0")
+        assert first["equal"]
+        assert [path.partition(" ")[0] for path in first["paths"][swarm.peer_ids["sk"]]] == ["relay"]
+        lab.block_udp("tk", blocked=False, but=31337)
+        deadline = time.monotonic() + 45
+        kinds = ["relay"]
+        while kinds[0] != "datachannel" and time.monotonic() < deadline:
+            time.sleep(0.5)
+            later = swarm.do("tk", "train", uid="e.0")
+            assert later["equal"] and not later["error"], "the change of paths disturbed a call"
+            kinds = [path.partition(" ")[0] for path in later["paths"][swarm.peer_ids["sk"]]]
+        assert kinds[0] == "datachannel"
 
 
 def test_fifty_clients_on_one_rendezvous_node(tmp_path: Path) -> None:
