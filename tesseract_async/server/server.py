@@ -191,6 +191,11 @@ class TesseractServer:
         if self._publisher is not None:
             await self._publisher.declare(self._is_primary)
 
+    @property
+    def is_paused(self) -> bool:
+        """Between `pause` and `resume`."""
+        return self._is_paused
+
     # -- Roles and states ------------------------------------------------------------------------------------------
 
     def is_primary(self, uid: str) -> bool:
@@ -204,6 +209,10 @@ class TesseractServer:
         self._is_primary[uid] = primary
         if self._publisher is not None and not self._is_paused and not self._closed:
             await self._publisher.declare(self._is_primary)
+
+    async def wait_backwards(self, uid: str) -> None:
+        """Returns once no backward of this expert is under way here: before its last state is copied, for example."""
+        await self._calls.wait_backwards(uid)
 
     async def snapshot(self, uid: str) -> dict[str, Any]:
         """A copy of the expert's state, taken between two batches; `server.checkpoint.encode` makes a file of it."""
