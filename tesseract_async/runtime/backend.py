@@ -120,6 +120,7 @@ class ExpertBackend:
         self.input_specs: list[TensorSpec] = wire.flatten(self.inputs_schema)
         if not self.input_specs:
             raise ValueError("an expert takes at least one tensor")
+        self._takes_flat_inputs = not self.kwargs_schema and all(isinstance(x, TensorSpec) for x in self.args_schema)
         self.max_batch_size = max_batch_size
         self.version = 0
         """Optimizer steps taken."""
@@ -277,14 +278,17 @@ class ExpertBackend:
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:
             self.module.train(training)
-        with contextlib.ExitStack() as stack:
-            if seed is not None and self.is_stochastic(training):
-                stack.enter_context(modules.seeded(seed, inputs[0].device))
-            if self.settings.autocast is not None:
-                # a recorded graph must not remember autocast's copies of weights, which change with each step
-                caches = not self.settings.cuda_graphs
-                device_type = inputs[0].device.type
-                stack.enter_context(torch.autocast(device_type, dtype=self.settings.autocast, cache_enabled=caches))
+        draws = seed is not None and self.is_stochastic(training)
+        if draws or self.settings.autocast is not None:
+            with contextlib.ExitStack() as stack:
+                if seed is not None and draws:
+                    stack.enter_context(modules.seeded(seed, inputs[0].device))
+                if self.settings.autocast is not None:
+                    # a recorded graph must not remember autocast's copies of weights, which change with each step
+                    caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
+                    stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
+                outputs = self._acceleration.run(inputs, self._apply)
+        else:
             outputs = self._acceleration.run(inputs, self._apply)
         leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
         if leaves[0].shape[0] != inputs[0].shape[0]:
@@ -292,8 +296,11 @@ class ExpertBackend:
         return leaves
 
     def _apply(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
-        args, kwargs = wire.unflatten(self.inputs_schema, inputs)
-        outputs = module(*args, **kwargs)
+        if self._takes_flat_inputs:
+            outputs = module(*inputs)
+        else:
+            args, kwargs = wire.unflatten(self.inputs_schema, inputs)
+            outputs = module(*args, **kwargs)
         if self.settings.autocast is not None:
             leaves = wire.flatten(outputs)
             if len(leaves) == len(self.output_specs):

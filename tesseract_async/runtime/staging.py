@@ -67,6 +67,8 @@ class CudaStaging:
     overlaps = True
 
     def __init__(self, device: torch.device) -> None:
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         torch.cuda.set_device(device)
         self._compute = cuda.Stream(device)

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import CheckpointError, ExpertNotFound, NotAllowed, Overloaded, describe
+from tesseract_async.errors import (
+    CheckpointError,
+    ExpertNotFound,
+    NotAllowed,
+    Overloaded,
+    TesseractError,
+    describe,
+)
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
@@ -87,6 +94,8 @@ class TesseractServer:
         )
         self._saved_versions: dict[str, int] = {}
         self._saving = asyncio.Lock()
+        self._unwatch: Callable[[], None] | None = None
+        self._address_updates: set[asyncio.Task[None]] = set()
         self._saver: asyncio.Task[None] | None = None
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
@@ -120,9 +129,13 @@ class TesseractServer:
             for uid in self.experts:
                 self.node.host_expert(uid, partial(self._answer, uid))
                 hosted.append(uid)
+            await self.node.wait_reachable()
+            peer = self.node.peer_address
+            self._unwatch = self.node.watch_address(self._address_changed)
             self._publisher = ExpertPublisher(
                 self.node.network,
-                addresses=self.node.peer_address.addresses,
+                addresses=peer.addresses,
+                rendezvous=peer.rendezvous,
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
             )
@@ -138,6 +151,19 @@ class TesseractServer:
         if self._store is not None:
             self._saver = asyncio.create_task(self._save_periodically(), name="server: checkpoints")
 
+    def _address_changed(self) -> None:
+        async def update() -> None:
+            peer = self.node.peer_address
+            if self._publisher is not None and (peer.addresses or peer.rendezvous):
+                try:
+                    await self._publisher.update_addresses(peer.addresses, peer.rendezvous)
+                except TesseractError as error:
+                    logger.warning("the new addresses could not be published yet: %s", describe(error))
+
+        task = asyncio.create_task(update(), name="server: addresses")
+        self._address_updates.add(task)
+        task.add_done_callback(self._address_updates.discard)
+
     async def aclose(self, *, drain_timeout: float | None = None) -> None:
         """Leaves: `drain`, withdraw, save, stop. Closing twice is harmless.
 
@@ -146,6 +172,9 @@ class TesseractServer:
         if self._closed:
             return
         self._closed = True
+        if self._unwatch is not None:
+            self._unwatch()
+        await asyncio.gather(*self._address_updates, return_exceptions=True)
         if self._saver is not None:
             self._saver.cancel()
             await asyncio.gather(self._saver, return_exceptions=True)

@@ -1,6 +1,6 @@
 """What the batcher and the device's thread cost. Prints one JSON line per figure; run alone on the machine.
 
-python tests/benchmarks/server_runtime.py
+python -m tests.benchmarks.server_runtime
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Coroutine
@@ -143,11 +144,10 @@ async def fairness(num_experts: int = 64, num_requests: int = 1000, seconds: flo
         stop = time.perf_counter() + seconds
 
         async def client(index: int) -> None:
-            turn = index
+            choice = random.Random(index)
             while (started := time.perf_counter()) < stop:
-                await runtime.forward(backends[turn % num_experts], [x], peer=index)
+                await runtime.forward(choice.choice(backends), [x], peer=index)
                 waits.append(time.perf_counter() - started)
-                turn += 7
 
         before, began = runtime.busy_seconds, time.perf_counter()
         await asyncio.gather(*(client(index) for index in range(num_requests)))

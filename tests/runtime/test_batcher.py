@@ -377,5 +377,5 @@ class BatcherModel(RuleBasedStateMachine):
         assert all(one in self.gone or self.answered[one] == one.num_rows for one in self.all)
 
 
-BatcherModel.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+BatcherModel.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestBatcherModel = BatcherModel.TestCase

@@ -61,7 +61,13 @@ class FakeNode:
         self.handlers: dict[str, Callable[[IncomingCall], Awaitable[Message]]] = {}
         self.metrics = Metrics()
         self.network = None
-        self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",))
+        self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
+
+    async def wait_reachable(self) -> bool:
+        return True
+
+    def watch_address(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
 
     def host_expert(self, uid: str, handler: Callable[[IncomingCall], Awaitable[Message]]) -> None:
         if uid in self.handlers:

@@ -22,7 +22,7 @@ from tesseract_async.cli.running import run
 @click.option(
     "--servers", default=3, show_default=True, type=click.IntRange(1, 16), help="Servers that share 16 experts."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the data's order and of all first weights.")
+@click.option("--seed", default=0, show_default=True, help="Of the batches and all first weights.")
 @click.option("--freeze-experts", is_flag=True, help="The control: experts do not learn. Accuracy stays below 0.6.")
 @click.option(
     "--plot",

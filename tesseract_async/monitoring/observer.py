@@ -1,0 +1,293 @@
+"""Keeps a picture of a swarm: who hosts what, what they compute, who joined, left and failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.experts import ExpertPattern, GridView, split_uid
+from tesseract_async.identity import PeerID
+from tesseract_async.monitoring.status import NodeStatus, ask_status
+from tesseract_async.transport.base import PeerAddress
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+log = logging.getLogger(__name__)
+
+NUM_CONTACTS_ASKED = 32
+NUM_ASKED_AT_ONCE = 16
+HISTORY_LENGTH = 600
+LOG_LENGTH = 200
+PROGRESS_TTL = 60.0
+
+
+@dataclass(slots=True)
+class Peer:
+    """A node that hosts experts, or that was met otherwise."""
+
+    address: PeerAddress
+    uids: set[str] = field(default_factory=set)
+    """What its manifests say that it hosts."""
+    status: NodeStatus | None = None
+    """What it said last; None while it never answered."""
+    seen_at: float = 0.0
+    """Loop time of `status`."""
+    rows_per_second: float = 0.0
+    steps_per_second: float = 0.0
+    busy: float = 0.0
+    """Share of the time that its devices compute (of all of them: 2.0 where two are busy)."""
+    error: str | None = None
+    """Why it did not answer the last time."""
+
+
+class SwarmObserver:
+    """Watches grids through a node, and asks their servers how they are. Use it as an async context manager.
+
+    Without `patterns` it shows whatever the servers among the node's contacts host: enough for small swarms.
+    """
+
+    def __init__(self, node: TesseractNode, *, patterns: Sequence[ExpertPattern] = (), period: float = 2.0) -> None:
+        """`period`: seconds between two looks. Raises: ValueError if it is not positive."""
+        if period <= 0:
+            raise ValueError(f"the period is positive, not {period}")
+        self.node = node
+        self.period = period
+        self.peers: dict[PeerID, Peer] = {}
+        self.log: deque[tuple[float, str]] = deque(maxlen=LOG_LENGTH)
+        """(wall-clock time, sentence): who joined, left and failed."""
+        self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_LENGTH)
+        self.losses: dict[str, tuple[int, float]] = {}
+        """What trainers published, see `publish_progress`: trainer -> (step, loss)."""
+        self._grids: dict[str, tuple[int, ...]] = {}
+        for pattern in patterns:
+            self._watch(pattern.prefix, pattern.grid_size)
+        self._discover = not patterns
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self.num_looks = 0
+
+    async def __aenter__(self) -> SwarmObserver:
+        self._task = asyncio.create_task(self._run(), name="monitoring: observe")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def wait_changed(self) -> None:
+        """Returns after the next look."""
+        await self._changed.wait()
+
+    async def look(self) -> None:
+        """Looks once, beside the periodic looks. Takes at most about a period."""
+        if self._discover:
+            await self._meet_contacts()
+        for prefix, size in self._grids.items():
+            # a grid that grew is watched under its first size: `watch` refuses another one
+            if self.node.directory.live(prefix) is None:
+                self.node.directory.watch(prefix, size)
+            else:
+                await self.node.directory.refresh(prefix)
+        self._note_members()
+        limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            for peer in self.peers.values():
+                if peer.uids:
+                    group.create_task(self._ask(peer, limit))
+            group.create_task(self._read_losses())
+        self._remember()
+        self.num_looks += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def state(self) -> dict[str, Any]:
+        """The picture as JSON holds it; the dashboard's page and `tesseract top` draw it."""
+        hosts = {peer_id: number for number, peer_id in enumerate(self.peers)}
+        return {
+            "time": time.time(),
+            "node": {"peer_id": str(self.node.peer_id), "address": self.node.address, "role": self.node.network.role},
+            "totals": self.history[-1] if self.history else {},
+            "grids": [self._grid_state(prefix, size, hosts) for prefix, size in self._grids.items()],
+            "peers": [self._peer_state(peer_id, peer) for peer_id, peer in self.peers.items()],
+            "history": list(self.history),
+            "losses": {name: list(value) for name, value in self.losses.items()},
+            "log": [list(line) for line in self.log],
+        }
+
+    # ------------------------------------------------------------------------------------------------ looking
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            started = loop.time()
+            try:
+                await self.look()
+            except* (TesseractError, TimeoutError, OSError) as errors:
+                log.warning("could not look at the swarm: %s", describe(errors.exceptions[0]))
+            await asyncio.sleep(max(0.05, started + self.period - loop.time()))
+
+    def _watch(self, prefix: str, size: tuple[int, ...]) -> None:
+        if prefix not in self._grids:
+            self._grids[prefix] = size
+            self.node.directory.watch(prefix, size)
+
+    async def _meet_contacts(self) -> None:
+        """Learns of grids from the servers among this node's contacts."""
+        limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
+        strangers = [Peer(address) for address in self.node.network.public_contacts(NUM_CONTACTS_ASKED)]
+        async with asyncio.TaskGroup() as group:
+            for stranger in strangers:
+                group.create_task(self._ask(stranger, limit))
+        sizes: dict[str, tuple[int, ...]] = {}
+        for stranger in strangers:
+            for uid in stranger.status.experts if stranger.status is not None else ():
+                prefix, coords = split_uid(uid)
+                known = sizes.get(prefix, (0,) * len(coords))
+                if len(known) == len(coords):
+                    sizes[prefix] = tuple(max(a, b + 1) for a, b in zip(known, coords, strict=True))
+        for prefix, size in sizes.items():
+            self._watch(prefix, size)
+
+    def _note_members(self) -> None:
+        hosted: dict[PeerID, tuple[PeerAddress, set[str]]] = {}
+        for prefix in self._grids:
+            view = self.node.directory.live(prefix)
+            for row in range(0 if view is None else len(view)):
+                assert view is not None
+                for replica in view.replicas_at(row):
+                    if replica.peer.peer_id is not None:
+                        hosted.setdefault(replica.peer.peer_id, (replica.peer, set()))[1].add(replica.uid)
+        for peer_id, (address, uids) in hosted.items():
+            peer = self.peers.get(peer_id)
+            if peer is None:
+                peer = self.peers[peer_id] = Peer(address)
+            if not peer.uids:
+                self._note(f"{peer_id.short} joined with {len(uids)} experts")
+            elif uids != peer.uids:
+                self._note(f"{peer_id.short} hosts {len(uids)} experts now, {len(peer.uids)} before")
+            peer.address, peer.uids = address, uids
+        for peer_id, peer in list(self.peers.items()):
+            if peer_id not in hosted:
+                why = f"; it did not answer: {peer.error}" if peer.error else ""
+                self._note(f"{peer_id.short} left with {len(peer.uids)} experts{why}")
+                del self.peers[peer_id]
+
+    async def _ask(self, peer: Peer, limit: asyncio.Semaphore) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with limit:
+                status = await ask_status(self.node, peer.address, timeout=max(0.5, self.period))
+        except (TesseractError, TimeoutError) as error:
+            sentence = describe(error)
+            if peer.error is None and peer.uids and peer.address.peer_id is not None:
+                self._note(f"{peer.address.peer_id.short} does not answer: {sentence}")
+            peer.error = sentence
+            return
+        now, before = loop.time(), peer.status
+        if before is not None and now > peer.seen_at and status.uptime >= before.uptime:
+            seconds = now - peer.seen_at
+            peer.rows_per_second = max(0, status.num_rows - before.num_rows) / seconds
+            peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
+            steps = (
+                expert.version - before.experts[uid].version
+                for uid, expert in status.experts.items()
+                if uid in before.experts
+            )
+            peer.steps_per_second = max(0, sum(steps)) / seconds
+        if peer.error is not None and peer.uids and peer.address.peer_id is not None:
+            self._note(f"{peer.address.peer_id.short} answers again")
+        peer.status, peer.seen_at, peer.error = status, now, None
+
+    async def _read_losses(self) -> None:
+        found: dict[str, tuple[int, float]] = {}
+        for prefix in self._grids:
+            for entry in await self.node.network.get_entries(_progress_key(prefix)):
+                try:
+                    step, loss = entry.value
+                    found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = (int(step), float(loss))
+                except (TypeError, ValueError):
+                    self.node.metrics.count("progress_dropped")
+        self.losses = found
+
+    def _remember(self) -> None:
+        peers = [peer for peer in self.peers.values() if peer.uids]
+        losses = [loss for _, loss in self.losses.values()]
+        point = {
+            "time": time.time(),
+            "experts": float(len(set().union(*(peer.uids for peer in peers)))),
+            "servers": float(len(peers)),
+            "rows_per_second": sum(peer.rows_per_second for peer in peers),
+            "steps_per_second": sum(peer.steps_per_second for peer in peers),
+        }
+        if losses:
+            point["loss"] = sum(losses) / len(losses)
+        self.history.append(point)
+
+    def _note(self, sentence: str) -> None:
+        self.log.append((time.time(), sentence))
+        log.info("%s", sentence)
+
+    # ------------------------------------------------------------------------------------------------ showing
+
+    def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> dict[str, Any]:
+        view = self.node.directory.live(prefix)
+        return {"prefix": prefix, "size": list(size), "experts": [] if view is None else self._cells(view, hosts)}
+
+    def _cells(self, view: GridView, hosts: dict[PeerID, int]) -> list[list[Any]]:
+        """Per live expert: coordinates, number of its first host in the list of peers, replicas, version, busy."""
+        cells = []
+        for row, coords in enumerate(view.coords.tolist()):
+            replicas = view.replicas_at(row)
+            peer_id = replicas[0].peer.peer_id
+            peer = self.peers.get(peer_id) if peer_id is not None else None
+            status = peer.status if peer is not None else None
+            expert = status.experts.get(replicas[0].uid) if status is not None else None
+            cells.append(
+                [
+                    coords,
+                    hosts.get(peer_id, -1) if peer_id is not None else -1,
+                    len(replicas),
+                    expert.version if expert is not None else None,
+                    round(peer.busy, 3) if peer is not None else 0.0,
+                ]
+            )
+        return cells
+
+    def _peer_state(self, peer_id: PeerID, peer: Peer) -> dict[str, Any]:
+        connections = [one for one in self.node.endpoint.connections() if one.peer_id == peer_id]
+        rtts = [one.rtt for one in connections if one.rtt is not None]
+        return {
+            "peer_id": str(peer_id),
+            "short": peer_id.short,
+            "addresses": list(peer.address.addresses),
+            "path": connections[0].path if connections else None,
+            "rtt": min(rtts) if rtts else None,
+            "num_experts": len(peer.uids),
+            "rows_per_second": round(peer.rows_per_second, 1),
+            "steps_per_second": round(peer.steps_per_second, 1),
+            "busy": round(peer.busy, 3),
+            "waiting_rows": peer.status.num_waiting_rows if peer.status is not None else None,
+            "uptime": peer.status.uptime if peer.status is not None else None,
+            "software": peer.status.software if peer.status is not None else None,
+            "error": peer.error,
+        }
+
+
+def _progress_key(prefix: str) -> str:
+    return f"progress/{prefix}"
+
+
+async def publish_progress(node: TesseractNode, prefix: str, *, step: int, loss: float, trainer: str = "") -> None:
+    """Lets observers see how the training of the grid `prefix` goes. Call it every few seconds, not at every step.
+
+    `trainer` tells several trainers on one node apart.
+    """
+    await node.network.store(_progress_key(prefix), [step, loss], ttl=PROGRESS_TTL, subkey=trainer)

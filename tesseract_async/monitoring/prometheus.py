@@ -1,0 +1,70 @@
+"""A node's metrics in Prometheus' text format, by its naming conventions: prefix, unit, ``_total`` for counters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from tesseract_async.metrics import Metrics
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "tesseract_"
+
+HELP = {
+    "datagrams": "UDP datagrams of the DHT.",
+    "calls": "Calls between nodes.",
+    "expert": "Calls to experts, by method.",
+    "manifests": "Manifests of servers read from the DHT.",
+    "experts": "Experts seen in watched grids.",
+    "endpoint": "Connections and calls between nodes.",
+    "network": "The distributed hash table.",
+    "transport": "Bytes on the wire.",
+    "checkpoints": "Checkpoints of hosted experts.",
+}
+
+
+class _Collector:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        for kind, source in ((CounterMetricFamily, self._metrics.counters), (GaugeMetricFamily, self._metrics.gauges)):
+            for name, items in _by_name(source).items():
+                labels = sorted({label for pairs, _ in items for label, _ in pairs})
+                family = kind(PREFIX + name, _help(name), labels=labels)
+                for pairs, value in items:
+                    given = dict(pairs)
+                    family.add_metric([given.get(label, "") for label in labels], value)
+                yield family
+        for name, items in _by_name(self._metrics.histograms).items():
+            labels = sorted({label for pairs, _ in items for label, _ in pairs})
+            histograms = HistogramMetricFamily(PREFIX + name, _help(name), labels=labels)
+            for pairs, histogram in items:
+                given, total, buckets = dict(pairs), 0, []
+                for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+                    total += count
+                    buckets.append((bound, total))
+                histograms.add_metric([given.get(label, "") for label in labels], buckets, histogram.sum)
+            yield histograms
+
+
+def render(metrics: Metrics) -> bytes:
+    """All figures of this moment as text."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(metrics))
+    return generate_latest(registry)
+
+
+def _by_name(source: dict[Any, Any]) -> dict[str, list[tuple[tuple[tuple[str, str], ...], Any]]]:
+    grouped: dict[str, list[tuple[tuple[tuple[str, str], ...], Any]]] = defaultdict(list)
+    for (name, labels), value in source.items():
+        grouped[name].append((labels, value))
+    return grouped
+
+
+def _help(name: str) -> str:
+    return HELP.get(name.partition("_")[0], "See docs/reference/metrics.md.")

@@ -1,0 +1,180 @@
+"""What a node says about itself when asked: the call ``node.status``."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import tesseract_async
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts import split_uid
+from tesseract_async.transport.base import PeerAddress
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+METHOD = "node.status"
+MAX_STATUS_BYTES = 2**20
+MAX_EXPERTS = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStatus:
+    """One hosted expert."""
+
+    version: int
+    """Optimizer steps that it has taken."""
+    primary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One node at one moment. Sums run since the node started: rates are differences of two statuses."""
+
+    software: str
+    """Version of this package there."""
+    uptime: float
+    """Seconds since it started."""
+    num_contacts: int
+    """Nodes in its routing table."""
+    num_connections: int
+    """Open channels to other nodes."""
+    num_rows: int
+    """Rows that its experts have computed."""
+    num_batches: int
+    num_waiting_rows: int
+    """Rows that wait to be computed."""
+    busy_seconds: float
+    """Time that its devices have spent computing."""
+    experts: Mapping[str, ExpertStatus]
+    """uid -> status."""
+
+
+class _Statistics(Protocol):
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_batches(self) -> int: ...
+    @property
+    def num_waiting_rows(self) -> int: ...
+
+
+class _Runtime(Protocol):
+    @property
+    def busy_seconds(self) -> float: ...
+    def statistics(self) -> _Statistics: ...
+
+
+class _Backend(Protocol):
+    @property
+    def version(self) -> int: ...
+
+
+class Server(Protocol):
+    """What is read of a `TesseractServer`."""
+
+    @property
+    def experts(self) -> Mapping[str, _Backend]: ...
+    @property
+    def runtime(self) -> _Runtime: ...
+    def is_primary(self, uid: str) -> bool: ...
+
+
+class StatusService:
+    """Answers ``node.status`` for a node and the servers on it. Use it as an async context manager, or call `close`."""
+
+    def __init__(self, node: TesseractNode, *servers: Server) -> None:
+        """From now on the node answers. Raises: RuntimeError before the node is started; ValueError if it has one."""
+        self._node = node
+        self._servers = servers
+        self._started_at = asyncio.get_running_loop().time()
+        node.endpoint.handle(METHOD, self._answer)
+
+    async def __aenter__(self) -> StatusService:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The node answers no longer."""
+        self._node.endpoint.unhandle(METHOD)
+
+    def status(self) -> NodeStatus:
+        """This moment's."""
+        statistics = [server.runtime.statistics() for server in self._servers]
+        return NodeStatus(
+            software=tesseract_async.__version__,
+            uptime=asyncio.get_running_loop().time() - self._started_at,
+            num_contacts=self._node.network.num_contacts,
+            num_connections=len(self._node.endpoint.connections()),
+            num_rows=sum(one.num_rows for one in statistics),
+            num_batches=sum(one.num_batches for one in statistics),
+            num_waiting_rows=sum(one.num_waiting_rows for one in statistics),
+            busy_seconds=sum(server.runtime.busy_seconds for server in self._servers),
+            experts={
+                uid: ExpertStatus(backend.version, server.is_primary(uid))
+                for server in self._servers
+                for uid, backend in server.experts.items()
+            },
+        )
+
+    async def _answer(self, call: IncomingCall) -> Message:
+        return Message(encode_status(self.status()))
+
+
+def encode_status(status: NodeStatus) -> dict[str, Any]:
+    """As msgpack holds it."""
+    body = {field.name: getattr(status, field.name) for field in dataclasses.fields(status)}
+    body["experts"] = {uid: [expert.version, expert.primary] for uid, expert in status.experts.items()}
+    return body
+
+
+def decode_status(body: Any) -> NodeStatus:
+    """Reads what `encode_status` made. Untrusted; unknown fields are ignored. Raises: ProtocolError."""
+    if type(body) is not dict:
+        raise ProtocolError("a status is a map")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(NodeStatus):
+        value = body.get(field.name)
+        if field.name == "experts":
+            value = _experts(value)
+        elif field.name == "software":
+            if type(value) is not str or len(value) > 64 or not value.isprintable():
+                raise ProtocolError("a malformed software version")
+        elif str(field.type) == "int":
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ProtocolError(f"status: {field.name} is missing or malformed")
+        elif not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise ProtocolError(f"status: {field.name} is missing or malformed")
+        values[field.name] = value
+    return NodeStatus(**values)
+
+
+def _experts(value: Any) -> dict[str, ExpertStatus]:
+    if type(value) is not dict or len(value) > MAX_EXPERTS:
+        raise ProtocolError("status: experts is missing or malformed")
+    experts = {}
+    for uid, fields in value.items():
+        try:
+            version, primary = fields
+            split_uid(uid)
+        except (TypeError, ValueError, AttributeError):
+            raise ProtocolError("status: a malformed expert") from None
+        if type(version) is not int or not 0 <= version < 2**63 or type(primary) is not bool:
+            raise ProtocolError("status: a malformed expert")
+        experts[uid] = ExpertStatus(version, primary)
+    return experts
+
+
+async def ask_status(node: TesseractNode, peer: PeerAddress, *, timeout: float) -> NodeStatus:
+    """What `peer` says about itself. Raises: as `Endpoint.call`; UnknownMethod where it does not answer such calls."""
+    reply = await node.endpoint.call(
+        peer, METHOD, timeout=timeout, idempotent=True, max_reply_bytes=MAX_STATUS_BYTES, priority=-1
+    )
+    return decode_status(reply.body)

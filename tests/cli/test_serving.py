@@ -1,0 +1,81 @@
+"""`tesseract dht` and `tesseract serve` as processes: they report, they serve, they leave."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tesseract_async as ta
+from tesseract_async.cli.main import main
+from tests.cli.processes import event, tesseract
+
+SMALL = ("--experts", "ffn.[0:2].3", "--size", "in_features=4", "--size", "hidden_features=8")
+
+
+def test_a_port_in_use_is_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(main, ["dht", "--port", str(port)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: port {port} on 127.0.0.1 is in use")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--expert-class", "fnn"), "no expert named 'fnn'; there are"),
+        (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
+        (("--initial-peers", "nonsense"), "nonsense"),
+    ],
+)
+def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[str, ...], sentence: str) -> None:
+    result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0", *arguments])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ") and sentence in result.output
+
+
+async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -> None:
+    identity, checkpoints = str(tmp_path / "identity.pem"), str(tmp_path / "checkpoints")
+    kept = (*SMALL, "--identity", identity, "--checkpoint-dir", checkpoints)
+    async with tesseract("dht") as bootstrap:
+        address = (await event(bootstrap, "ready"))["address"]
+        async with ta.TesseractNode(initial_peers=[address]) as node:
+            x = torch.ones(3, 4)
+            async with tesseract("serve", "-p", address, *kept) as server:
+                first = await event(server, "ready")
+                assert first["uids"] == ["ffn.0.3", "ffn.1.3"]
+                expert = await node.get_expert("ffn.1.3")
+                await ta.backward((await expert(x)).sum())
+                with torch.no_grad():
+                    before = await expert(x)
+                server.send_signal(signal.SIGINT)
+                assert (await event(server, "left"))["versions"] == {"ffn.0.3": 0, "ffn.1.3": 1}
+                assert await server.wait() == 0
+
+            async with tesseract("serve", "-p", address, *kept) as server:
+                again = await event(server, "ready")
+                assert again["peer_id"] == first["peer_id"]
+                assert again["versions"] == {"ffn.0.3": 0, "ffn.1.3": 1}
+                expert = await node.get_expert("ffn.1.3")
+                with torch.no_grad():
+                    assert torch.equal(await expert(x), before)
+                server.send_signal(signal.SIGTERM)
+                await event(server, "left")
+                assert await server.wait() == 0
+        bootstrap.send_signal(signal.SIGINT)
+        assert await bootstrap.wait() == 0
+
+
+async def test_a_child_leaves_with_its_parent() -> None:
+    async with tesseract("dht", "--leave-with-parent") as node:
+        await event(node, "ready")
+        assert node.stdin is not None
+        node.stdin.close()
+        assert await node.wait() == 0
