@@ -96,15 +96,15 @@ async def adopt_states(
 ) -> set[str]:
     """Loads the state of each expert that another server hosts already; returns those, which this one will follow.
 
-    For backends that no server has been given yet. One whose state cannot be had is followed all the same, and pulled
-    again later; training starts from the first weights only where nobody hosts the expert.
+    For backends that no server has been given yet. Where nobody gives the state, this server begins by itself: the
+    others may be gone (or be this very server, before it was killed), and if they are not, the one with fewer steps
+    gives way.
     """
     followed: set[str] = set()
     gate = asyncio.Semaphore(settings.num_at_once)
 
     async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
         async with gate:
-            followed.add(uid)
             for replica in replicas:
                 try:
                     state = await fetch_state(
@@ -112,6 +112,7 @@ async def adopt_states(
                     )
                     if state is not None:
                         backends[uid].load_state(state)
+                        followed.add(uid)
                         return
                 except (TesseractError, TimeoutError, RuntimeError, ValueError, LookupError, TypeError) as error:
                     logger.warning("the state of %s at %s: %s", uid, replica.peer.short, describe(error))
