@@ -78,6 +78,9 @@ class Hosting:
     def __init__(self, plan: ServePlan) -> None:
         self.plan = plan
         self.run: SignedRun | None = None
+        self.server: TesseractServer | None = None
+        self.ready = asyncio.Event()
+        """Set once the experts can be found."""
         throttle = Throttle(upload_rate=plan.limits.max_upload_rate, download_rate=plan.limits.max_download_rate)
         self.node = TesseractNode(**plan.node, throttle=throttle)
 
@@ -93,7 +96,7 @@ class Hosting:
                 followed = await adopt_states(self.node, backends)
             else:
                 followed = set()
-            server = TesseractServer(
+            self.server = server = TesseractServer(
                 self.node,
                 backends,
                 device=self.plan.device,
@@ -133,6 +136,7 @@ class Hosting:
         facts |= {"followed": followed} if followed else {}
         facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
         click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)
+        self.ready.set()
         say("ready", address=address, peer_id=str(self.node.peer_id), uids=uids, versions=_versions(server), **facts)
         period = self.plan.report_period
         reports = asyncio.create_task(_report(server, period)) if period else None

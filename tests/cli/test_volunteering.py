@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 import tesseract_async as ta
+from tesseract_async.cli import hosting as hosting_module
+from tesseract_async.cli.hosting import Hosting, ServePlan
 from tesseract_async.cli.main import main
 from tesseract_async.experts import ExpertReplica
+from tesseract_async.experts.run import RunMismatch
+from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.export import load_export
 from tests.cli.processes import event, finish, tesseract
 
@@ -43,6 +50,54 @@ async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
             await asyncio.sleep(0.05)
 
 
+def plan(run: str, seed: str, **changes: Any) -> ServePlan:
+    """What `tesseract serve --run RUN -p SEED --num-experts 4 --sync-every 1` makes of its options."""
+    return ServePlan(
+        **{
+            "patterns": (),
+            "num_experts": 4,
+            "run": run,
+            "allowed_modules": (),
+            "given": {},
+            "expert_class": "ffn",
+            "sizes": {},
+            "optimizer": "adam",
+            "learning_rate": 0.1,
+            "max_batch_size": 1,
+            "seed": 99,
+            "device": "cpu",
+            "threads": 1,
+            "checkpoint_dir": None,
+            "checkpoint_period": 60.0,
+            "ttl": 45.0,
+            "sync_every": 1.0,
+            "report_period": None,
+            "limits": VolunteerSettings(),
+            "node": {"initial_peers": [seed]},
+            "leave_with_parent": False,
+            **changes,
+        }
+    )
+
+
+@contextlib.asynccontextmanager
+async def volunteer(plan: ServePlan) -> AsyncIterator[Hosting]:
+    """`tesseract serve` in this process, which saves importing torch once more."""
+    hosting = Hosting(plan)
+    task = asyncio.create_task(hosting.main())
+    ready = asyncio.create_task(hosting.ready.wait())
+    try:
+        await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        yield hosting
+    finally:
+        ready.cancel()
+        task.cancel()
+        await asyncio.gather(task, ready, return_exceptions=True)
+
+
+@pytest.mark.timeout(150)
 async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
     config = tmp_path / "volunteer.toml"
     author = ("--identity", str(tmp_path / "author.pem"))
@@ -62,23 +117,26 @@ async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
             expert = await node.get_expert(taught)
             await ta.backward((await expert(x)).sum())
 
-            join = ("serve", "--run", full_name, "-p", seed)
-            # the wrong flags do not start
-            status, _, complaint = await finish(*join, "--size", "in_features=5")
-            assert status == 1 and "sizes.in_features is 4 in the run, but 5 here" in complaint
+            # who joins with the wrong flags does not start
+            with pytest.raises(RunMismatch, match="sizes.in_features is 4 in the run, but 5 here"):
+                async with volunteer(plan(full_name, seed, given={"sizes.in_features": 5})):
+                    pass
 
-            async with tesseract(*join, "--num-experts", "4", "--sync-every", "1") as second:
-                also = await event(second, "ready")
-                assert sorted(also["uids"]) == ["ffn.0.0", "ffn.0.1", "ffn.1.0", "ffn.1.1"]
-                assert sorted(also["followed"]) == sorted(ready["uids"])
-                assert also["versions"][taught] == 1, "it begins with what the first one trained"
+            async with volunteer(plan("digits", seed)) as second:
+                assert second.server is not None
+                backends = second.server.experts
+                assert sorted(backends) == ["ffn.0.0", "ffn.0.1", "ffn.1.0", "ffn.1.1"]
+                assert sorted(uid for uid in backends if not second.server.is_primary(uid)) == sorted(ready["uids"])
+                assert backends[taught].version == 1, "it begins with what the first one trained"
                 await ta.backward((await expert(x)).sum())
 
                 # the first one leaves, and its experts go on at the second, with every step
                 first.send_signal(signal.SIGTERM)
                 assert (await event(first, "left"))["versions"][taught] == 2
                 assert await first.wait() == 0
-                assert (await primary_of(node, taught)).peer.peer_id == ta.PeerID.parse(also["peer_id"])
+                assert all(second.server.is_primary(uid) for uid in backends)
+                assert backends[taught].version == 2
+                assert (await primary_of(node, taught)).peer.peer_id == second.node.peer_id
                 expert = await node.get_expert(taught)
                 await ta.backward((await expert(x)).sum())
 
@@ -90,9 +148,6 @@ async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
                 assert experts.signed_run.full_name == full_name
                 with torch.no_grad():
                     assert torch.equal(experts[taught](x), await expert(x))
-                second.send_signal(signal.SIGINT)
-                assert (await event(second, "left"))["versions"][taught] == 3
-                assert await second.wait() == 0
         organiser.send_signal(signal.SIGINT)
         assert await organiser.wait() == 0
 
@@ -121,10 +176,8 @@ async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
 def test_mistakes_are_sentences(
     arguments: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from tesseract_async.cli import hosting
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hosting, "FIND_ATTEMPTS", 1)
+    monkeypatch.setattr(hosting_module, "FIND_ATTEMPTS", 1)
     result = CliRunner().invoke(main, list(arguments))
     assert result.exit_code in (1, 2)
     assert any(part in " ".join(result.output.split()) for part in sentence.split("|")), result.output
