@@ -148,6 +148,8 @@ class ReplicaKeeper:
         self._clock = clock
         self._source = StateSource(server.snapshot, self._aside, settings=settings.transfer)
         self._synced: dict[str, tuple[PeerID | None, float]] = {}  # from whom, and when (loop time)
+        # whom an expert was taken over from, and the last manifest in which that one still calls itself primary
+        self._predecessors: dict[str, tuple[PeerID, int]] = {}
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -239,7 +241,10 @@ class ReplicaKeeper:
                 async with gate:
                     return await self._hand_over_one(uid, replicas[uid])
 
-            return sum(await asyncio.gather(*(move(uid) for uid in mine if replicas[uid])))
+            num_moved = sum(await asyncio.gather(*(move(uid) for uid in mine if replicas[uid])))
+            if num_moved:
+                await self._server.announce()
+            return num_moved
 
     # -- one expert ------------------------------------------------------------------------------------------------
 
@@ -247,7 +252,8 @@ class ReplicaKeeper:
         if self._server.is_paused or uid in self._moving:
             return
         primary = self._server.is_primary(uid)
-        rivals = [other for other in others if other.primary]
+        before, sequence = self._predecessors.get(uid, (None, 0))
+        rivals = [other for other in others if other.primary and (_owner(other) != before or other.sequence > sequence)]
         # versions matter only where there is something to decide
         standings = {
             other: Standing(
@@ -314,8 +320,9 @@ class ReplicaKeeper:
         moved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._moving[uid] = moved
         try:
-            # from here on backwards are not applied, so that the state which the follower fetches is the last one
-            await self._server.set_primary(uid, False)
+            # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
+            # network hears of it later: followers would take over by themselves, from an older state.
+            await self._server.set_primary(uid, False, announce=False)
             await self._server.wait_backwards(uid)
             self._source.drop(uid)
             for other in others:
@@ -332,7 +339,7 @@ class ReplicaKeeper:
                 self.leaders[uid] = other
                 logger.info("%s was handed over to %s", uid, other.peer.short)
                 return True
-            await self._server.set_primary(uid, True)
+            await self._server.set_primary(uid, True, announce=False)
             return False
         finally:
             del self._moving[uid]
@@ -353,6 +360,7 @@ class ReplicaKeeper:
             raise RemoteError(f"{uid} was not taken over: {describe(error)}") from error
         self.leaders.pop(uid, None)
         self.forget(uid)
+        self._predecessors[uid] = (call.peer_id, leader.sequence)
         await self._server.set_primary(uid, True)
         return Message(messages.encode(messages.LeadReply(backend.version)))
 

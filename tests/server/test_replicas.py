@@ -194,6 +194,19 @@ async def test_a_primary_that_leaves_hands_over_under_load_and_nothing_is_lost_o
         assert await backward(trainer, second) == max(versions) + 1
 
 
+async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quarrel() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        stale = await read_replicas(second.node, [UID])
+        assert stale[UID][0].primary
+        assert await first.keeper.hand_over() == 1
+        # equal steps, and perhaps the lower id: without the handover, either might have given way
+        await second.keeper._settle(UID, stale[UID])
+        await first.keeper.look()
+        assert second.leads and not first.leads
+        (found,) = (await read_replicas(second.node, [UID]))[UID]
+        assert not found.primary
+
+
 async def test_without_a_follower_it_stays_primary() -> None:
     async with volunteer() as only:
         assert await only.keeper.hand_over() == 0
