@@ -247,8 +247,12 @@ def test_what_a_state_must_hold() -> None:
 def test_a_damaged_state_raises_one_error_only(at: int, flip: int, cut: bool) -> None:
     data = bytearray(GOOD)
     data[at] ^= flip
-    with pytest.raises(ProtocolError):
-        check_state("ffn.0", bytes(data[:at] if cut else data), weights_only=False)
+    try:
+        state = check_state("ffn.0", bytes(data[:at] if cut else data), weights_only=False)
+    except ProtocolError:
+        return
+    # a space of the header that became another kind of space
+    assert b"".join(checkpoint.encode(state)) == GOOD
 
 
 @settings(max_examples=100, deadline=None)
