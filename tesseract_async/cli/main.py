@@ -14,6 +14,8 @@ COMMANDS = {
         "Train a small mixture of experts with separate processes, on this machine.",
     ),
     "dht": ("tesseract_async.cli.dht", "Run a bootstrap node: a first address for others to join by."),
+    "export": ("tesseract_async.cli.export", "Collect a run's weights into a folder that loads without the swarm."),
+    "run": ("tesseract_async.cli.start_run", "Start a training run: sign what it consists of."),
     "serve": ("tesseract_async.cli.serve", "Lend this machine: host experts."),
 }
 
