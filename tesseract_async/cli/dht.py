@@ -28,6 +28,7 @@ def command(
     set_up_logging(verbose=verbose)
 
     async def main() -> int:
+        from tesseract_async.monitoring import StatusService
         from tesseract_async.node import TesseractNode
 
         node = TesseractNode(
@@ -38,7 +39,7 @@ def command(
             public=public,
             identity=identity,
         )
-        async with node:
+        async with node, StatusService(node):
             address = str(node.peer_address)
             click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
             click.echo(f"    tesseract serve --initial-peers {address}\n", err=True)

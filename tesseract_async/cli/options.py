@@ -40,3 +40,25 @@ def node_options(command: Command) -> Command:
 def peers(values: tuple[str, ...]) -> list[str]:
     """What `--initial-peers` gave, with lists taken apart."""
     return [peer.strip() for value in values for peer in value.split(",") if peer.strip()]
+
+
+def joining_options(command: Command) -> Command:
+    """For commands that join a swarm, do something and end: whom to join."""
+    options = [
+        click.option(
+            "--initial-peers",
+            "-p",
+            multiple=True,
+            required=True,
+            metavar="HOST:PORT[/PEER_ID]",
+            help="A node of the swarm to join; may be given several times, or as one list with commas.",
+        ),
+        click.option("--verbose", "-v", is_flag=True, help="Log what goes on, not only what goes wrong."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+patterns_argument = click.argument("patterns", nargs=-1)
+"""Which grids to show."""

@@ -95,6 +95,7 @@ def command(
         import torch
 
         from tesseract_async.experts import PublisherSettings
+        from tesseract_async.monitoring import StatusService
         from tesseract_async.node import TesseractNode
         from tesseract_async.server.registry import make_backend
         from tesseract_async.server.server import TesseractServer
@@ -135,6 +136,7 @@ def command(
                 checkpoint_period=checkpoint_period,
                 publisher_settings=settings,
             ) as server,
+            StatusService(node, server),
         ):
             address = str(node.peer_address)
             click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)

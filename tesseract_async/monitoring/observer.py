@@ -196,7 +196,11 @@ class SwarmObserver:
             seconds = now - peer.seen_at
             peer.rows_per_second = max(0, status.num_rows - before.num_rows) / seconds
             peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
-            steps = (expert.version - before.experts[uid].version for uid, expert in status.experts.items() if uid in before.experts)
+            steps = (
+                expert.version - before.experts[uid].version
+                for uid, expert in status.experts.items()
+                if uid in before.experts
+            )
             peer.steps_per_second = max(0, sum(steps)) / seconds
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
             self._note(f"{peer.address.peer_id.short} answers again")
@@ -287,5 +291,3 @@ async def publish_progress(node: TesseractNode, prefix: str, *, step: int, loss:
     `trainer` tells several trainers on one node apart.
     """
     await node.network.store(_progress_key(prefix), [step, loss], ttl=PROGRESS_TTL, subkey=trainer)
-
-

@@ -150,7 +150,7 @@ def decode_status(body: Any) -> NodeStatus:
         elif str(field.type) == "int":
             if type(value) is not int or not 0 <= value < 2**63:
                 raise ProtocolError(f"status: {field.name} is missing or malformed")
-        elif type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        elif not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise ProtocolError(f"status: {field.name} is missing or malformed")
         values[field.name] = value
     return NodeStatus(**values)
