@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tesseract_async.admission import Policy as Policy
     from tesseract_async.client.autograd import backward as backward
+    from tesseract_async.client.background import BackgroundNode as BackgroundNode
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
+    from tesseract_async.client.gating_function import SwitchGatingFunction as SwitchGatingFunction
     from tesseract_async.client.isolated import isolated as isolated
     from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
+    from tesseract_async.client.trainer import AsyncTrainer as AsyncTrainer
     from tesseract_async.identity import Identity as Identity
     from tesseract_async.identity import PeerID as PeerID
     from tesseract_async.network.network import TesseractNetwork as TesseractNetwork
@@ -29,7 +32,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "backward": "client.autograd",
     "isolated": "client.isolated",
+    "AsyncTrainer": "client.trainer",
+    "BackgroundNode": "client.background",
     "GatingFunction": "client.gating_function",
+    "SwitchGatingFunction": "client.gating_function",
     "RemoteExpert": "client.remote_expert",
     "Identity": "identity",
     "PeerID": "identity",

@@ -15,6 +15,7 @@
         SchemaMismatch         the tensors do not fit the expert's schema
         Overloaded             the byte budget is full; `retry_after` says when to come back
         ExpertFailed           the expert's module raised
+        InputsForgotten        the server dropped the forward's inputs; send them again
         NotAllowed             the peer's policy refuses this caller
         UnknownMethod          the peer does not answer such calls
       NotEnoughExperts         fewer than k_min experts answered; holds each one's error
@@ -162,6 +163,13 @@ class ExpertFailed(RemoteError):
     """The expert's module, loss of finiteness or optimizer raised; the sentence holds the remote error's."""
 
     code = "expert_failed"
+
+
+class InputsForgotten(RemoteError):
+    """The server no longer keeps the inputs that a backward refers to. Repeat the call with the inputs."""
+
+    code = "inputs_forgotten"
+    retryable = True
 
 
 class NotAllowed(RemoteError):

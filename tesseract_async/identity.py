@@ -194,9 +194,13 @@ class SignedRecord:
         Raises: InvalidRecord if it is malformed or the signature does not hold.
         """
         record = cls.decode_unverified(key, body)
-        if not verify(body[64:96], body[:64], RECORD_DOMAIN + key + body[64:]):
-            raise InvalidRecord("the signature of a record does not hold")
+        record.check(verify=verify)
         return record
+
+    def check(self, *, verify: Verifier = verify) -> None:
+        """Checks the signature. Raises: InvalidRecord."""
+        if not verify(self.body[64:96], self.body[:64], RECORD_DOMAIN + self.key + self.body[64:]):
+            raise InvalidRecord("the signature of a record does not hold")
 
     @classmethod
     def decode_unverified(cls, key: bytes, body: bytes) -> SignedRecord:

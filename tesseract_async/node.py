@@ -22,9 +22,9 @@ from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.transport.base import PeerAddress, split_host_port
-from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.reach import Reach, ReachSettings
+from tesseract_async.transport.base import PeerAddress, Throttle, split_host_port
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -35,6 +35,7 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE)
 
 
 class TesseractNode:
@@ -65,10 +66,13 @@ class TesseractNode:
         security: Literal["tls", "plain"] = "tls",
         policy: Policy | None = None,
         refresh_period: float = 10.0,
+        reach: ReachSettings | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
-        `refresh_period`: seconds after which the directory of a grid in use is read again.
+        `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
+        connections together keep to, such as `transport.throttle.Throttle`.
 
         Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
         """
@@ -81,16 +85,20 @@ class TesseractNode:
             identity = Identity.load_or_create(identity)
         self.identity = identity
         self.metrics = Metrics()
-        self.network = TesseractNetwork(identity=identity, metrics=self.metrics)
+        self.policy = policy if policy is not None else Policy()
+        self.network = TesseractNetwork(identity=identity, policy=self.policy, metrics=self.metrics)
         self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
         self._host = host
         self._port = port
         self._public = public
+        self._throttle = throttle
         self._security = security
-        self.policy = policy if policy is not None else Policy()
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
+        self._reach_settings = reach
+        self._reach: Reach | None = None
+        self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None
         self._bound: tuple[str, int] | None = None
         self._experts: dict[str, Handler] = {}
@@ -111,11 +119,12 @@ class TesseractNode:
             if not self._announce:
                 self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
             self._endpoint = endpoint = self._build_endpoint(tcp)
-            for method in (INFO, FORWARD, BACKWARD):
+            for method in EXPERT_METHODS:
                 action: Action = "train" if method == BACKWARD else "call"
                 endpoint.handle(method, self._answer_expert, action=action)
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
+            await self.reach.start(endpoint)
         except BaseException:
             await self.aclose()
             tcp.close()
@@ -126,6 +135,8 @@ class TesseractNode:
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
         await self.directory.aclose()
+        if self._reach is not None:
+            await self._reach.aclose()
         await self.network.aclose()
         if self._endpoint is not None:
             await self._endpoint.aclose()
@@ -140,13 +151,28 @@ class TesseractNode:
         await self.aclose()
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
+        self._reach = Reach(
+            identity=self.identity,
+            network=self.network,
+            sock=tcp,
+            metrics=self.metrics,
+            announced=self._announce,
+            public=self._public,
+            settings=self._reach_settings,
+            throttle=self._throttle,
+        )
+        self._reach.on_change = self._addresses_changed
         return Endpoint(
             identity=self.identity,
-            transports=[TcpTransport(tcp)],
+            transports=self._reach.transports,
             settings=EndpointSettings(security=self._security),
             policy=self.policy,
             metrics=self.metrics,
         )
+
+    def _addresses_changed(self) -> None:
+        for watcher in list(self._address_watchers):
+            watcher()
 
     # ------------------------------------------------------------------------------------------------ who and where
 
@@ -164,9 +190,28 @@ class TesseractNode:
 
     @property
     def peer_address(self) -> PeerAddress:
-        """What others need to dial this node: its id and announced addresses."""
+        """What others need to reach this node: its id, and its addresses or rendezvous nodes as known now."""
         self.address  # noqa: B018  (raises the sentence above)
-        return PeerAddress(self.peer_id, self._announce)
+        return PeerAddress(self.peer_id, self.reach.addresses, self.reach.rendezvous_texts)
+
+    @property
+    def reach(self) -> Reach:
+        """What is known about the ways to and from this node. Raises: RuntimeError before `start`."""
+        if self._reach is None:
+            raise RuntimeError("the node has no place yet before it is started: use `async with TesseractNode(...)`")
+        return self._reach
+
+    async def wait_reachable(self, timeout: float = 10.0) -> bool:
+        """Waits until it is known how others reach this node, `timeout` seconds at most; whether it is known.
+
+        On loopback that is so at once. Elsewhere other nodes are asked, which takes a second or two.
+        """
+        return await self.reach.wait_known(timeout)
+
+    def watch_address(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Calls `watcher` on the loop whenever `peer_address` has changed. Returns what ends that."""
+        self._address_watchers.append(watcher)
+        return lambda: self._address_watchers.remove(watcher)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -254,7 +299,7 @@ class TesseractNode:
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
     async def _answer_expert(self, call: IncomingCall) -> Message:
-        if call.method not in (INFO, FORWARD, BACKWARD):
+        if call.method not in EXPERT_METHODS:
             raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
         handler = self._experts.get(uid) if isinstance(uid, str) else None

@@ -31,8 +31,8 @@ def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, 
         async with TesseractNode(initial_peers=peers(initial_peers)) as node:
             expert = await node.get_expert(uid)
             replicas = await node.directory.find(uid)
-            schema = await fetch_schema(node, replicas[0].peer, uid, timeout=10.0)
-            inputs = (schema.args_schema, schema.kwargs_schema)
+            schema = await fetch_schema(node, uid, replicas[0].peer, timeout=10.0)
+            inputs = schema.inputs
             tensors = [
                 torch.randn(rows, *spec.shape, dtype=spec.dtype)
                 if spec.dtype.is_floating_point
@@ -51,7 +51,7 @@ def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, 
             "uid": uid,
             "peer_id": str(replicas[0].peer.peer_id),
             "num_replicas": len(replicas),
-            "takes": describe_schema(schema.args_schema),
+            "takes": describe_schema(schema.inputs),
             "gave": describe_structure(outputs),
             "median_seconds": seconds[len(seconds) // 2],
         }

@@ -1,9 +1,10 @@
 """Which experts of a grid score highest, for a batch of rows at once. Pure: no loop, no clock, no network.
 
-Product-key gating (Lample et al. 2019, as the paper's section 3.1 uses it): an expert's score is the sum, over the
-grid's dimensions, of the score of its coordinate there.
+Product-key gating (Lample et al. 2019, as in the paper's section 3.1): an expert's score is the sum, over the grid's
+dimensions, of the score of its coordinate there.
 
-Suffixes of names: R rows, S sum of the grid's sizes, N live experts, D dimensions, K experts wanted.
+Suffixes of names: R rows, S sum of the grid's sizes, N live experts, D dimensions, K experts wanted, P prefixes (all
+coordinates but the last), M values of the last coordinate, L lines (pairs of a row and an expert).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import numpy.typing as npt
 import torch
 
 Coordinates = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
+"""Scores computed at once: what a core's cache holds."""
 
 
 def columns(coords_ND: Coordinates, grid_size: Sequence[int]) -> torch.Tensor:
@@ -27,56 +30,185 @@ def columns(coords_ND: Coordinates, grid_size: Sequence[int]) -> torch.Tensor:
 
 
 def expert_scores(
-    scores_RS: torch.Tensor, rows_P: torch.Tensor, experts_P: torch.Tensor, columns_ND: torch.Tensor
+    scores_RS: torch.Tensor, rows_L: torch.Tensor, experts_L: torch.Tensor, columns_ND: torch.Tensor
 ) -> torch.Tensor:
     """The score of each pair (row, expert); differentiable with respect to `scores_RS`."""
-    return scores_RS[rows_P[:, None], columns_ND[experts_P]].sum(1)
+    return scores_RS[rows_L[:, None], columns_ND[experts_L]].sum(1)
 
 
-def top_k(scores_RS: torch.Tensor, coords_ND: Coordinates, grid_size: Sequence[int], k: int) -> torch.Tensor:
-    """Exactly the `k` best of the live experts for every row: ``[R, min(k, N)]`` rows of `coords_ND`, best first."""
-    num_rows, num_live = scores_RS.shape[0], len(coords_ND)
-    k = min(k, num_live)
-    if k == 0 or num_rows == 0:
-        return torch.empty(num_rows, k, dtype=torch.int64)
-    columns_DN = columns(coords_ND, grid_size).T.contiguous()
-    best = torch.empty(num_rows, k, dtype=torch.int64)
-    step = max(1, _CHUNK_ELEMENTS // num_live)
-    for start in range(0, num_rows, step):
-        chunk = scores_RS[start : start + step]
-        total = chunk.index_select(1, columns_DN[0])
-        for column in columns_DN[1:]:
-            total += chunk.index_select(1, column)
-        best[start : start + step] = total.topk(k, dim=1).indices
-    return best
+class LiveGrid:
+    """The live experts of a grid, prepared for `top_k`. Reusable as long as the same experts live."""
+
+    def __init__(self, coords_ND: Coordinates, grid_size: Sequence[int]) -> None:
+        """`coords_ND` are distinct and lie in the grid."""
+        self.coords_ND = coords_ND
+        self.grid_size = tuple(grid_size)
+        self.columns_ND = columns(coords_ND, grid_size)
+        self._by_prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        num_live, num_dims = coords_ND.shape
+        if num_dims < 2 or num_live == 0:
+            return
+        prefixes, prefix_of = np.unique(coords_ND[:, :-1], axis=0, return_inverse=True)
+        lasts, last_of = np.unique(coords_ND[:, -1], return_inverse=True)
+        cells = len(prefixes) * len(lasts)
+        # Scoring one expert outright costs some ten times as much as one cell of the table (measured), which in turn
+        # has fixed costs.
+        if num_live < 512 + cells // 10:
+            return
+        expert_PM = torch.full((len(prefixes), len(lasts)), -1, dtype=torch.int64)
+        expert_PM[torch.from_numpy(prefix_of.reshape(-1)), torch.from_numpy(last_of)] = torch.arange(num_live)
+        offset = sum(self.grid_size[:-1])
+        self._by_prefix = (columns(prefixes, grid_size[:-1]), torch.from_numpy(lasts) + offset, expert_PM)
+
+    def top_k(self, scores_RS: torch.Tensor, k: int, *, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Exactly the `k` best live experts of every row: ``[R, min(k, N)]`` indices into `coords_ND`, best first.
+
+        `bias_N`, where given, is added to the experts' scores. Neither holds NaN. Ties are broken somehow.
+        """
+        num_rows, num_live = scores_RS.shape[0], len(self.coords_ND)
+        k = min(k, num_live)
+        best_RK = torch.empty(num_rows, k, dtype=torch.int64)
+        if k == 0:
+            return best_RK
+        step = max(1, _CHUNK_ELEMENTS // (self._by_prefix[2].numel() if self._by_prefix else num_live))
+        prepared = None if self._by_prefix is None else self._table(bias_N, scores_RS.dtype)
+        for start in range(0, num_rows, step):
+            chunk = scores_RS[start : start + step]
+            best = self._scan(chunk, k, bias_N) if prepared is None else self._descend(chunk, k, prepared)
+            best_RK[start : start + step] = best
+        return best_RK
+
+    def _scan(self, scores_RS: torch.Tensor, k: int, bias_N: torch.Tensor | None) -> torch.Tensor:
+        """Scores all live experts."""
+        first, *others = self.columns_ND.T
+        total_RN = scores_RS.index_select(1, first)
+        for column in others:
+            total_RN += scores_RS.index_select(1, column)
+        if bias_N is not None:
+            total_RN += bias_N
+        return total_RN.topk(k, dim=1).indices
+
+    def _table(self, bias_N: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """What to add to a cell's score: minus infinity where nobody lives."""
+        assert self._by_prefix is not None
+        expert_PM = self._by_prefix[2]
+        bias_PM = torch.zeros(expert_PM.shape, dtype=dtype) if bias_N is None else bias_N.to(dtype)[expert_PM]
+        return bias_PM.masked_fill(expert_PM < 0, -torch.inf)
+
+    def _descend(self, scores_RS: torch.Tensor, k: int, bias_PM: torch.Tensor) -> torch.Tensor:
+        """Finds the k prefixes with the best live child: the k best experts lie under them, whatever the holes.
+
+        (Were one of them under another prefix, each of these k would hold a better one.)
+        """
+        assert self._by_prefix is not None
+        columns_PD, columns_M, expert_PM = self._by_prefix
+        first, *others = columns_PD.T
+        prefix_RP = scores_RS.index_select(1, first)
+        for column in others:
+            prefix_RP += scores_RS.index_select(1, column)
+        last_RM = scores_RS.index_select(1, columns_M)
+        best_child_RP = (last_RM[:, None, :] + bias_PM).amax(2)
+        prefixes_RK = (prefix_RP + best_child_RP).topk(min(k, len(columns_PD)), dim=1).indices
+        cells_RKM = prefix_RP.gather(1, prefixes_RK)[:, :, None] + last_RM[:, None, :] + bias_PM[prefixes_RK]
+        best_RK = cells_RKM.flatten(1).topk(k, dim=1).indices
+        width = len(columns_M)
+        return expert_PM[prefixes_RK.gather(1, best_RK // width), best_RK % width]
+
+    def next_best(
+        self, scores_RS: torch.Tensor, *, tried_RT: Indices, excluded_N: npt.NDArray[np.bool_], wanted_R: Indices
+    ) -> tuple[Indices, Indices]:
+        """Each row's `wanted_R` best experts that it has not tried (`tried_RT`; -1 pads) and that are not excluded.
+
+        Returns pairs: rows and experts. A row with no expert left is in no pair.
+        """
+        usable = np.flatnonzero(~excluded_N)
+        width = int(wanted_R.max(initial=0)) + tried_RT.shape[1]
+        grid = LiveGrid(self.coords_ND[usable], self.grid_size)
+        experts_RK = usable[grid.top_k(scores_RS, width).numpy()]
+        fresh_RK = ~(experts_RK[:, :, None] == tried_RT[:, None, :]).any(2)
+        chosen_RK = fresh_RK & (fresh_RK.cumsum(1) <= wanted_R[:, None])
+        rows, at = np.nonzero(chosen_RK)
+        return rows, experts_RK[rows, at]
 
 
-def next_best(
-    scores_RS: torch.Tensor,
-    coords_ND: Coordinates,
-    grid_size: Sequence[int],
-    *,
-    tried_RT: npt.NDArray[np.int64],
-    excluded_N: npt.NDArray[np.bool_],
-    wanted_R: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each row its `wanted_R` best experts that it has not tried (`tried_RT`, -1 pads) and that are not excluded.
+def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> torch.Tensor:
+    """The `k` best cells of the whole grid for every row, whoever lives there: coordinates ``[R, K, D]``, best first.
 
-    Returns pairs: rows and experts. A row with no expert left is in no pair.
+    A beam of width `k` over the dimensions; as scores add up, it is exact. For grids too large to hold.
     """
-    usable = np.flatnonzero(~excluded_N)
-    width = int(wanted_R.max(initial=0)) + tried_RT.shape[1]
-    best = top_k(scores_RS, coords_ND[usable], grid_size, width).numpy()
-    experts_RW = usable[best]
-    fresh = ~(experts_RW[:, :, None] == tried_RT[:, None, :]).any(2)
-    chosen = fresh & (fresh.cumsum(1) <= wanted_R[:, None])
-    rows, at = np.nonzero(chosen)
-    return rows, experts_RW[rows, at]
+    parts = torch.split(scores_RS, list(grid_size), dim=1)
+    num_rows = len(scores_RS)
+    total_RK = torch.zeros(num_rows, 1, dtype=scores_RS.dtype)
+    cells_RKD = torch.empty(num_rows, 1, 0, dtype=torch.int64)
+    for part_RG in parts:
+        size = part_RG.shape[1]
+        extended = (total_RK[:, :, None] + part_RG[:, None, :]).flatten(1)
+        total_RK, at = extended.topk(min(k, extended.shape[1]), dim=1)
+        kept = cells_RKD.gather(1, (at // size)[:, :, None].expand(-1, -1, cells_RKD.shape[2]))
+        cells_RKD = torch.cat([kept, (at % size)[:, :, None]], dim=2)
+    return cells_RKD
 
 
-def group(rows_P: npt.NDArray[np.int64], experts_P: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+class BeamSearch:
+    """Finds every row's `k` best live experts by asking about cells, best first: for a directory that is not warm.
+
+    Ask about `wanted()`, tell what lives with `learn`, until `wanted` gives nothing more. Exact if it is let finish;
+    it ends early after `max_asked` cells, with what was found by then.
+    """
+
+    def __init__(self, scores_RS: torch.Tensor, grid_size: Sequence[int], *, k: int, max_asked: int = 512) -> None:
+        self._scores = scores_RS
+        self._grid_size = tuple(grid_size)
+        self._k = k
+        self._max_asked = max_asked
+        self._beam = k
+        self._alive: dict[tuple[int, ...], bool] = {}
+
+    def wanted(self, limit: int = 64) -> list[tuple[int, ...]]:
+        """At most `limit` cells to ask about next, those that most rows need first; empty once the search is over."""
+        limit = min(limit, self._max_asked - len(self._alive))
+        num_cells = int(np.prod(np.array(self._grid_size, dtype=object)))
+        while limit > 0 and len(self._scores):
+            cells_RKD = best_cells(self._scores, self._grid_size, self._beam).numpy()
+            flat, which = np.unique(cells_RKD.reshape(-1, len(self._grid_size)), axis=0, return_inverse=True)
+            known = [self._alive.get(tuple(cell)) for cell in flat.tolist()]
+            which_RK = which.reshape(cells_RKD.shape[:2])
+            alive_RK = np.array([state is True for state in known])[which_RK]
+            unknown_RK = np.array([state is None for state in known])[which_RK]
+            # a row needs the cells up to its k-th live one
+            needed_RK = unknown_RK & (alive_RK.cumsum(1) < self._k)
+            if needed_RK.any():
+                votes = np.bincount(which_RK[needed_RK], minlength=len(flat))
+                order = np.argsort(-votes, kind="stable")[:limit]
+                return [tuple(flat[i].tolist()) for i in order if votes[i]]
+            if (alive_RK.sum(1) >= self._k).all() or self._beam >= num_cells:
+                return []
+            self._beam = min(2 * self._beam, num_cells)
+        return []
+
+    def learn(self, cell: tuple[int, ...], alive: bool) -> None:
+        """Whether anybody hosts `cell`."""
+        self._alive[cell] = alive
+
+    @property
+    def found(self) -> list[tuple[int, ...]]:
+        """The live cells so far, ascending."""
+        return sorted(cell for cell, alive in self._alive.items() if alive)
+
+
+def group(rows_L: Indices, experts_L: Indices) -> list[tuple[int, Indices]]:
     """The pairs by expert: each expert once, with its rows in ascending order."""
-    order = np.lexsort((rows_P, experts_P))
-    rows_P, experts_P = rows_P[order], experts_P[order]
-    experts, starts = np.unique(experts_P, return_index=True)
-    return list(zip(experts.tolist(), np.split(rows_P, starts[1:]), strict=True)) if len(experts) else []
+    order = np.lexsort((rows_L, experts_L))
+    rows_L, experts_L = rows_L[order], experts_L[order]
+    experts, starts = np.unique(experts_L, return_index=True)
+    return list(zip(experts.tolist(), np.split(rows_L, starts[1:]), strict=True)) if len(experts) else []
+
+
+def within_capacity(
+    rows_L: Indices, experts_L: Indices, scores_L: npt.NDArray[np.floating], room_N: Indices
+) -> Indices:
+    """Which of the pairs fit if expert n takes `room_N` more rows, the best scores first. Ascending indices."""
+    order = np.lexsort((-scores_L, experts_L))
+    experts = experts_L[order]
+    rank = np.arange(len(experts)) - np.searchsorted(experts, experts)
+    return np.sort(order[rank < room_N[experts]])

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from tesseract_async.client.autograd import refuse_checkpoint, remote_call
-from tesseract_async.client.beam_search import columns, expert_scores, top_k
-from tesseract_async.client.expert_calls import REPLICA_FAULTS, CallOptions, ExpertSchema, fetch_schema
-from tesseract_async.client.isolated import isolated
+from tesseract_async.client.beam_search import expert_scores
+from tesseract_async.client.grid_search import GridSearch
+from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall, MixtureSettings
-from tesseract_async.client.ports import Node, View
-from tesseract_async.client.remote_expert import NO_GRAD, RemoteExpert, Shared
-from tesseract_async.errors import NotEnoughExperts, ProtocolError, RemoteError, SchemaMismatch
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.errors import SchemaMismatch
 from tesseract_async.wire.tensors import describe_structure, flatten_like, unflatten
 
-_NUM_SCHEMA_WITNESSES = 3
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixed:
+    """What one pass through a gate gave."""
+
+    output: Any
+    """As the experts' outputs are nested, each ``[rows, ...]``."""
+    num_answers: torch.Tensor
+    """``int64[rows]``: experts that answered each row."""
+    errors: Mapping[str, BaseException]
+    """By uid, the experts that did not answer, and why."""
+    load_balancing_loss: torch.Tensor | None
+    """Scalar, differentiable with respect to the gate, 1 for a perfectly even load; None unless asked for."""
 
 
 class GatingFunction(nn.Module):
     """Sends every row of its input to its `k_best` experts and averages their answers by their scores.
 
-    The experts are those that live under ``uid_prefix`` in a grid of `grid_size`; `proj`, the only local parameter,
+    The experts are those that live under ``uid_prefix`` in a grid of `grid_size`; `proj`, the only local parameters,
     scores all grid dimensions at once, and an expert's score is the sum over its coordinates. With a warm directory
     the chosen experts are exactly the best that live. All experts of a grid have one schema.
 
@@ -37,27 +46,46 @@ class GatingFunction(nn.Module):
         y = await gate(x)                   # x: [rows, 1024]
         experts = await gate.choose(x)      # for each row its best experts, best first
 
-    Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node.
+    Sequences ``[rows, length, features]`` are routed as a whole, by their mean (the experts then take ``[length,
+    features]`` for a row), or token by token (`route`).
+
+    Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learnt about experts.
     """
 
     def __init__(
         self,
-        node: Node,
+        node: Any,
         uid_prefix: str,
         *,
         grid_size: Sequence[int],
         in_features: int,
         k_best: int = 4,
         k_min: int = 1,
+        spare: int = 1,
         forward_timeout: float = 15.0,
-        timeout_after_k_min: float = 1.0,
+        timeout_after_k_min: float | None = None,
         backward_timeout: float = 15.0,
         backward_k_min: int = 0,
+        rescale_backward: bool = False,
+        patience: float = 0.25,
+        refill: bool = True,
         on_missing: Literal["raise", "zero"] = "raise",
+        route: Literal["sample", "token"] = "sample",
+        search: Literal["exact", "beam"] = "exact",
+        load_balancing: bool = False,
+        latency_weight: float = 0.0,
+        jitter: float = 0.0,
+        capacity_factor: float | None = None,
         priority: int = 0,
         codec: str = "none",
     ) -> None:
-        """See `MixtureSettings` for the keyword arguments from `k_best` on. Does no I/O.
+        """Does no I/O. Arguments not named here: see `MixtureSettings`.
+
+        - `route`: whether a sequence goes to its experts as one row (``"sample"``) or each token as its own.
+        - `search`: ``"exact"`` reads the whole grid and keeps it fresh; ``"beam"`` asks the network about the best
+          cells of each batch, for grids too large to hold.
+        - `load_balancing`: whether each pass computes a load-balancing loss (see `load_balancing_loss`).
+        - `jitter`: in training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``.
 
         Raises: ValueError for a grid, a number or a time-out that makes no sense.
         """
@@ -66,210 +94,264 @@ class GatingFunction(nn.Module):
         self.grid_size = tuple(int(size) for size in grid_size)
         if not self.grid_size or min(self.grid_size) < 1:
             raise ValueError(f"a grid has at least one dimension, and every size is positive: {self.grid_size}")
+        if route not in ("sample", "token") or search not in ("exact", "beam"):
+            raise ValueError(f"route is 'sample' or 'token', search 'exact' or 'beam'; not {route!r} and {search!r}")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter lies in [0, 1), not at {jitter}")
         self.settings = MixtureSettings(
             k_best=k_best,
             k_min=k_min,
+            spare=spare,
             forward_timeout=forward_timeout,
             timeout_after_k_min=timeout_after_k_min,
             backward_timeout=backward_timeout,
             backward_k_min=backward_k_min,
+            rescale_backward=rescale_backward,
+            patience=patience,
+            refill=refill,
             on_missing=on_missing,
+            capacity_factor=capacity_factor,
+            latency_weight=latency_weight,
             priority=priority,
             codec=codec,
         )
+        self.route = route
+        self.search = search
+        self.load_balancing = load_balancing
+        self.jitter = jitter
         self.proj = nn.Linear(in_features, sum(self.grid_size))
-        self._shared = _GateShared(node)
+        self.load_balancing_loss: torch.Tensor | None = None
+        """Of the latest pass that ended, if `load_balancing` is on. With several passes under way, use `mix`."""
+        self._search = GridSearch(node, uid_prefix, self.grid_size, k_best=k_best, timeout=forward_timeout)
 
     def extra_repr(self) -> str:
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.settings.k_best}"
 
-    def choose(self, x: torch.Tensor) -> Awaitable[list[list[RemoteExpert]]]:
-        """For each row of `x` (``[rows, in_features]``) its best live experts, best first; await it.
+    def choose(self, x: torch.Tensor) -> Any:
+        """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
-        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`, NotEnoughExperts if none lives.
+        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`.
         """
-        self._check(x)
+        self._search.check()
         with torch.no_grad():
-            scores_RS = self.proj(x)
-        return isolated(self._choose(scores_RS), modes=NO_GRAD)
+            scores_RS = self._scores(self._rows((x,))[0][0])
+        return self._search.deliver(isolated(self._choose(scores_RS), modes=NO_GRAD))
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
-        `x`: ``[rows, in_features]``, which is scored and is also the experts' first argument; further arguments go to
-        the experts beside it, row by row. Experts that fail or are slow are left out, and weights are renormalised over
-        those that answered. Reads grad mode, autocast and `training` now, not when awaited.
+        `x`, ``[rows, in_features]`` or a sequence, is scored and is also the experts' first argument; further arguments
+        go to the experts beside it, row by row. Experts that fail or are slow are left out, and weights are
+        renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited.
 
         Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint.
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema;
         NotEnoughExperts, which lists who failed and why.
         """
-        refuse_checkpoint()
-        self._check(x)
-        differentiable = torch.is_grad_enabled()
-        scores_RS = self.proj(x).float() if not x.dtype == torch.float64 else self.proj(x)
-        seed = int(torch.randint(2**62, ())) if self.training else 0
-        return isolated(self._mix(scores_RS, (x, *args), kwargs, differentiable, self.training, seed), modes=NO_GRAD)
+        return self._search.deliver(isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
-    def _check(self, x: torch.Tensor) -> None:
+    def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As `forward`, but gives a `Mixed`: the output, and how it came about."""
+        return self._search.deliver(self._start(x, args, kwargs))
+
+    # ---------------------------------------------------------------------------------------------- what is scored
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Arguments and keyword arguments with one routed row per line, and the shape that lines came from."""
+        x = args[0]
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"the gate takes a tensor, not a {type(x).__name__}")
-        if x.dim() != 2 or x.shape[1] != self.proj.in_features:
-            wanted = f"(float32[rows, {self.proj.in_features}])"
+        in_features = self.proj.in_features
+        if x.dim() < 2 or x.shape[-1] != in_features:
+            wanted = f"(float32[rows, {in_features}]) or (float32[rows, length, {in_features}])"
             raise SchemaMismatch(f"the gate {self.uid_prefix} takes {wanted}; got {describe_structure((x,))}")
+        if x.dim() == 2 or self.route == "sample":
+            return args, kwargs or {}, None
+        lead = x.shape[:-1]
 
-    # ---------------------------------------------------------------------------------------------- choosing
+        def flat(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                if value.shape[: len(lead)] != lead:
+                    raise SchemaMismatch(
+                        f"routed by token, all arguments start with {tuple(lead)}; got {describe_structure(value)}"
+                    )
+                return value.flatten(0, len(lead) - 1)
+            if isinstance(value, tuple | list):
+                return type(value)(flat(item) for item in value)
+            if isinstance(value, Mapping):
+                return {key: flat(item) for key, item in value.items()}
+            return value
+
+        return flat(args), flat(kwargs or {}), lead
+
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        """``[rows, sum(grid_size)]``, in the graph, at least float32."""
+        pooled = x if x.dim() == 2 else x.flatten(1, -2).mean(1)
+        if self.training and self.jitter:
+            pooled = pooled * (1 + self.jitter * (2 * torch.rand_like(pooled) - 1))
+        scores_RS: torch.Tensor = self.proj(pooled)
+        return scores_RS if scores_RS.dtype == torch.float64 else scores_RS.float()
+
+    # ---------------------------------------------------------------------------------------------- the passes
 
     async def _choose(self, scores_RS: torch.Tensor) -> list[list[RemoteExpert]]:
-        view = await self._live_view()
-        if not len(view.coords):
-            raise NotEnoughExperts(self.settings.k_min, len(scores_RS), {})
-        best = top_k(_sound(scores_RS), view.coords, self.grid_size, self.settings.k_best).numpy()
-        experts = np.empty(len(view.coords), dtype=object)
-        for index in np.unique(best).tolist():
-            experts[index] = self._shared.expert(self.uid_prefix, view, index)
-        chosen: list[list[RemoteExpert]] = experts[best].tolist()
-        return chosen
+        scores_RS = _sound(scores_RS)
+        view = await self._search.view(scores_RS, beam=self.search == "beam")
+        bias_N = self._search.bias(view, self.settings.latency_weight)
+        best_RK = self._search.grid(view).top_k(scores_RS, self.settings.k_best, bias_N=bias_N)
+        return self._search.experts(view, best_RK.numpy())
 
-    async def _live_view(self) -> View:
-        """The grid's live experts. Raises: NotEnoughExperts if the directory does not get warm in time."""
-        directory = self._shared.node.directory
-        view = directory.live(self.uid_prefix)
-        if view is None:
-            directory.watch(self.uid_prefix, self.grid_size)
-            try:
-                async with asyncio.timeout(self.settings.forward_timeout):
-                    await directory.wait_warm(self.uid_prefix)
-            except TimeoutError:
-                cold = TimeoutError("the grid's directory could not be read in time")
-                raise NotEnoughExperts(self.settings.k_min, 0, {self.uid_prefix: cold}) from None
-            view = directory.live(self.uid_prefix)
-        assert view is not None
-        live: View = view
-        return live
+    def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
+        """Everything that belongs to the moment of the call: scores, modes, seed."""
+        refuse_checkpoint()
+        self._search.check()
+        rows, kwrows, lead = self._rows((x, *args), kwargs)
+        scores_RS = self._scores(rows[0])
+        seed = int(torch.randint(2**62, ())) if self.training else 0
+        mixed = self._mix(scores_RS, rows, kwrows, lead, torch.is_grad_enabled(), self.training, seed)
+        return isolated(mixed, modes=NO_GRAD)
 
-    # ---------------------------------------------------------------------------------------------- mixing
+    @staticmethod
+    async def _output(mixed: Coroutine[Any, Any, Mixed]) -> Any:
+        return (await mixed).output
 
     async def _mix(
         self,
         scores_RS: torch.Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        lead: torch.Size | None,
         differentiable: bool,
         training: bool,
         seed: int,
-    ) -> Any:
-        view = await self._live_view()
-        num_rows = len(scores_RS)
+    ) -> Mixed:
         sound_RS = _sound(scores_RS)
-        schema = await self._schema(sound_RS, view)
+        view = await self._search.view(sound_RS, beam=self.search == "beam")
+        schema = await self._search.schema(sound_RS, view)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"the experts of {self.uid_prefix}")
+        grid = self._search.grid(view)
         call = MixtureCall(
-            self._shared.node,
+            self._search,
             view,
+            grid,
             prefix=self.uid_prefix,
             schema=schema,
-            grid_size=self.grid_size,
             scores=sound_RS,
+            bias=self._search.bias(view, self.settings.latency_weight),
             settings=self.settings,
             training=training,
             seed=seed,
         )
-        answers = await remote_call(call, inputs, differentiable=differentiable)
-        rows_P, experts_P = (index.to(scores_RS.device) for index in call.pairs())
-        columns_ND = columns(view.coords, self.grid_size).to(scores_RS.device)
-        enough_R = torch.from_numpy(call.num_answers >= max(1, self.settings.k_min)).to(scores_RS.device)
-        with torch.set_grad_enabled(differentiable):
-            weights_P = _softmax_by_row(expert_scores(scores_RS, rows_P, experts_P, columns_ND), rows_P, num_rows)
-            weights_P = weights_P * enough_R[rows_P]
-            outputs = [_weighted_sum(weights_P, answer, rows_P, num_rows) for answer in answers]
-        return unflatten(schema.outputs, outputs)
-
-    async def _schema(self, scores_RS: torch.Tensor, view: View) -> ExpertSchema:
-        """What the experts of this grid take and give: the word of most of the first few that are asked."""
-        if self._shared.schema is None:
-            if not len(view.coords):
-                raise NotEnoughExperts(self.settings.k_min, len(scores_RS), {})
-            best = top_k(scores_RS[:1], view.coords, self.grid_size, len(view.coords)).reshape(-1).tolist()
-            if not best:
-                best = list(range(len(view.coords)))
-            self._shared.schema = await self._ask_for_schema(view, best)
-        return self._shared.schema
-
-    async def _ask_for_schema(self, view: View, experts: list[int]) -> ExpertSchema:
-        errors: dict[str, BaseException] = {}
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.settings.forward_timeout
-        for start in range(0, len(experts), _NUM_SCHEMA_WITNESSES):
-            left = deadline - loop.time()
-            if left <= 0:
-                break
-            asked = [
-                self._shared.expert(self.uid_prefix, view, i) for i in experts[start : start + _NUM_SCHEMA_WITNESSES]
-            ]
-            # half of the time is kept for the next ones, should these be silent
-            told = await asyncio.gather(*(self._ask_one(expert, left / 2) for expert in asked), return_exceptions=True)
-            schemas = Counter[str]()
-            by_text: dict[str, ExpertSchema] = {}
-            for expert, answer in zip(asked, told, strict=True):
-                if isinstance(answer, ExpertSchema):
-                    schemas[repr(answer.inputs) + repr(answer.outputs)] += 1
-                    by_text.setdefault(repr(answer.inputs) + repr(answer.outputs), answer)
-                elif isinstance(answer, RemoteError | TimeoutError | ProtocolError | OSError) or (
-                    isinstance(answer, REPLICA_FAULTS)
-                ):
-                    errors[expert.uid] = answer
-                else:
-                    raise answer
-            if schemas:
-                return by_text[schemas.most_common(1)[0][0]]
-        raise NotEnoughExperts(self.settings.k_min, 0, errors)
-
-    async def _ask_one(self, expert: RemoteExpert, timeout: float) -> ExpertSchema:
-        replica = (await expert.find())[0]
         try:
-            async with asyncio.timeout(timeout):
-                return await fetch_schema(self._shared.node, expert.uid, replica.peer, timeout=timeout)
-        except REPLICA_FAULTS:
-            self._shared.node.directory.report_failure(replica)
-            raise
+            answers = await remote_call(call, inputs, differentiable=differentiable)
+        finally:
+            self._search.learn(call, view)
+        device, num_rows = scores_RS.device, len(scores_RS)
+        rows_L, experts_L = (index.to(device) for index in call.lines())
+        num_answers_R = torch.from_numpy(call.num_answers).to(device)
+        with torch.set_grad_enabled(differentiable):
+            scores_L = expert_scores(scores_RS, rows_L, experts_L, grid.columns_ND.to(device))
+            weights_L = self._weights(scores_L, scores_RS, rows_L)
+            weights_L = weights_L * (num_answers_R >= self.settings.k_min)[rows_L]
+            call.weights = weights_L.detach().cpu()
+            outputs = [_weighted_sum(weights_L, answer, rows_L, num_rows) for answer in answers]
+            if lead is not None:
+                outputs = [output.reshape(*lead, *output.shape[1:]) for output in outputs]
+            loss = None
+            if self.load_balancing:
+                loss = self._load_balancing_loss(scores_RS, grid.columns_ND.to(device)[call.chosen.to(device)])
+        self.load_balancing_loss = loss
+        return Mixed(unflatten(schema.outputs, outputs), num_answers_R, call.errors, loss)
+
+    def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
+        """Softmax over the experts that answered each row."""
+        num_rows = len(scores_RS)
+        top_R = scores_L.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows_L, scores_L.detach(), "amax")
+        exp_L = (scores_L - top_R[rows_L]).exp()
+        return exp_L / scores_L.new_zeros(num_rows).index_add(0, rows_L, exp_L)[rows_L]
+
+    def _load_balancing_loss(self, scores_RS: torch.Tensor, chosen_RKD: torch.Tensor) -> torch.Tensor:
+        """Fedus et al. 2021, equation 4, for each grid dimension, averaged: with product keys an expert's probability
+        is the product of its coordinates', so that loads are even if they are in every dimension."""
+        losses = []
+        offset = 0
+        for d, size in enumerate(self.grid_size):
+            probability_G = scores_RS[:, offset : offset + size].softmax(1).mean(0)
+            count_G = torch.bincount((chosen_RKD[..., d] - offset).flatten(), minlength=size)
+            losses.append(size * (probability_G * count_G / max(1, chosen_RKD[..., d].numel())).sum())
+            offset += size
+        return torch.stack(losses).mean()
 
 
-class _GateShared(Shared):
-    """What the copies of a gate share: the node, the schema, and one RemoteExpert per uid."""
+class SwitchGatingFunction(GatingFunction):
+    """The Switch layer (Fedus et al. 2021): each row goes to its one best expert, its answer times its probability.
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
-        self.schema: ExpertSchema | None = None
-        self._experts: dict[tuple[int, ...], RemoteExpert] = {}
+    As a single expert's renormalised weight is always 1, which would teach the gate nothing, the answer is multiplied
+    by the expert's probability, the product of its coordinates' softmaxes. By default with the paper's jitter and
+    load-balancing loss; add ``0.01 * gate.load_balancing_loss`` to the loss. Set `capacity_factor` to bound an
+    expert's rows: those beyond go to their next-best expert, or, with ``refill=False``, get zeros as in the paper.
+    """
 
-    def expert(self, prefix: str, view: View, index: int) -> RemoteExpert:
-        """The expert at this row of the view's coordinates, made once."""
-        coords = tuple(view.coords[index].tolist())
-        expert = self._experts.get(coords)
-        if expert is None:
-            uid = ".".join((prefix, *map(str, coords)))
-            expert = RemoteExpert(self.node, uid, schema=self.schema, options=CallOptions())
-            self._experts[coords] = expert
-        return expert
+    def __init__(
+        self,
+        node: Any,
+        uid_prefix: str,
+        *,
+        grid_size: Sequence[int],
+        in_features: int,
+        forward_timeout: float = 15.0,
+        backward_timeout: float = 15.0,
+        backward_k_min: int = 0,
+        patience: float = 0.25,
+        refill: bool = True,
+        on_missing: Literal["raise", "zero"] = "zero",
+        route: Literal["sample", "token"] = "token",
+        search: Literal["exact", "beam"] = "exact",
+        load_balancing: bool = True,
+        latency_weight: float = 0.0,
+        jitter: float = 0.01,
+        capacity_factor: float | None = None,
+        priority: int = 0,
+        codec: str = "none",
+    ) -> None:
+        """See `GatingFunction`."""
+        super().__init__(
+            node,
+            uid_prefix,
+            grid_size=grid_size,
+            in_features=in_features,
+            k_best=1,
+            k_min=1,
+            forward_timeout=forward_timeout,
+            backward_timeout=backward_timeout,
+            backward_k_min=backward_k_min,
+            patience=patience,
+            refill=refill,
+            on_missing=on_missing,
+            route=route,
+            search=search,
+            load_balancing=load_balancing,
+            latency_weight=latency_weight,
+            jitter=jitter,
+            capacity_factor=capacity_factor,
+            priority=priority,
+            codec=codec,
+        )
+
+    def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
+        normalizers = [part.logsumexp(1) for part in torch.split(scores_RS, list(self.grid_size), dim=1)]
+        return (scores_L - torch.stack(normalizers).sum(0)[rows_L]).exp()
 
 
 def _sound(scores_RS: torch.Tensor) -> torch.Tensor:
-    """The scores as choosing takes them: on the CPU, outside of the graph, NaN last."""
+    """The scores as choosing takes them: on the CPU, outside of the graph, finite."""
     return torch.nan_to_num(scores_RS.detach().cpu(), nan=-1e30, posinf=1e30, neginf=-1e30)
 
 
-def _softmax_by_row(scores_P: torch.Tensor, rows_P: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Softmax over the pairs of each row."""
-    top_R = scores_P.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows_P, scores_P.detach(), "amax")
-    exp_P = (scores_P - top_R[rows_P]).exp()
-    return exp_P / scores_P.new_zeros(num_rows).index_add(0, rows_P, exp_P)[rows_P]
-
-
 def _weighted_sum(
-    weights_P: torch.Tensor, answers_P: torch.Tensor, rows_P: torch.Tensor, num_rows: int
+    weights_L: torch.Tensor, answers_L: torch.Tensor, rows_L: torch.Tensor, num_rows: int
 ) -> torch.Tensor:
     """For each row the sum of its answers, weighted; ``[num_rows, ...]``. Rows without answers get zeros."""
-    weights = weights_P.reshape(-1, *[1] * (answers_P.dim() - 1)).to(answers_P.dtype)
-    return answers_P.new_zeros(num_rows, *answers_P.shape[1:]).index_add(0, rows_P, weights * answers_P)
+    weights = weights_L.reshape(-1, *[1] * (answers_L.dim() - 1)).to(answers_L.dtype)
+    return answers_L.new_zeros(num_rows, *answers_L.shape[1:]).index_add(0, rows_L, weights * answers_L)

@@ -41,6 +41,8 @@ class Modes(NamedTuple):
 
 
 DEFAULT = Modes(grad=True, inference=False, autocast=(), autocast_cache=True)
+NO_GRAD = DEFAULT._replace(grad=False)
+"""The modes in which the machinery of a call runs; what it gives back is put into the graph by `remote_call`."""
 
 
 class _Switch:

@@ -7,7 +7,9 @@ experts that answered, and goes on without those that do not. Both end within th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tesseract_async.client.beam_search import group, next_best, top_k
+from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
 from tesseract_async.client.expert_calls import CallOptions, ExpertSchema, Forward, call_backward, call_forward
-from tesseract_async.client.ports import Node, View
-from tesseract_async.client.remote_expert import GRACE_SECONDS, try_replicas
+from tesseract_async.client.ports import View
+from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
 from tesseract_async.wire.tensors import flatten
+
+_MIN_PATIENCE_SECONDS = 0.05
+_MAX_SHARE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +36,30 @@ class MixtureSettings:
     """Experts asked for each row."""
     k_min: int = 1
     """Answers that a row needs."""
+    spare: int = 1
+    """A row is refilled as soon as fewer than ``k_min + spare`` of its experts have answered or still may: a spare one
+    under way keeps a row from waiting for one that hangs."""
     forward_timeout: float = 15.0
     """For a row to get its `k_min` answers, refills included."""
-    timeout_after_k_min: float = 1.0
-    """Once every row has `k_min` answers, how much longer the others are waited for."""
+    timeout_after_k_min: float | None = None
+    """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`."""
     backward_timeout: float = 15.0
     """For the experts' gradients. An expert that has not answered by then contributes none."""
     backward_k_min: int = 0
     """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
+    patience: float = 0.25
+    """An expert counts as hanging when it takes longer than this share (0.05 s at least) beyond what is usual: for most
+    others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must."""
+    refill: bool = True
+    """Whether rows short of answers are sent to their next-best experts."""
+    rescale_backward: bool = False
+    """Whether the survivors' input gradients are divided by their share of the row's weight."""
     on_missing: Literal["raise", "zero"] = "raise"
     """What becomes of a row short of `k_min` answers in the end: NotEnoughExperts, or an output of zeros."""
+    capacity_factor: float | None = None
+    """An expert takes at most this many times its fair share of the rows, the best-scored first; None: no limit."""
+    latency_weight: float = 0.0
+    """Score that an expert loses, in choosing only, for each second that it is expected to take."""
     priority: int = 0
     """Higher goes first at the servers."""
     codec: str = "none"
@@ -49,14 +68,17 @@ class MixtureSettings:
     def __post_init__(self) -> None:
         if self.k_best < 1:
             raise ValueError(f"k_best is at least 1, not {self.k_best}")
-        if not 0 <= self.k_min <= self.k_best:
-            raise ValueError(f"k_min lies between 0 and k_best={self.k_best}, not at {self.k_min}")
-        if not 0 <= self.backward_k_min <= self.k_best:
-            raise ValueError(f"backward_k_min lies between 0 and k_best={self.k_best}, not at {self.backward_k_min}")
+        for name in ("k_min", "backward_k_min"):
+            if not 0 <= getattr(self, name) <= self.k_best:
+                raise ValueError(f"{name} lies between 0 and k_best={self.k_best}, not at {getattr(self, name)}")
         if self.on_missing not in ("raise", "zero"):
             raise ValueError(f"on_missing is 'raise' or 'zero', not {self.on_missing!r}")
-        if min(self.forward_timeout, self.backward_timeout) <= 0 or self.timeout_after_k_min < 0:
+        if min(self.forward_timeout, self.backward_timeout) <= 0 or (self.timeout_after_k_min or 0) < 0:
             raise ValueError("time-outs are positive numbers of seconds")
+        if min(self.spare, self.patience, self.latency_weight) < 0:
+            raise ValueError("spare, patience and latency_weight are not negative")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
 
 
 @dataclass(slots=True, eq=False)
@@ -65,50 +87,89 @@ class Part:
 
     uid: str
     expert: int
-    """Row of the view's coordinates."""
+    """Index into the live experts."""
     rows: torch.Tensor
     replicas: Sequence[Any]
     forward: Forward
+    sent: float
+    """The loop's time."""
     outputs: list[torch.Tensor] = field(default_factory=list)
     version: int = 0
-    peer_replica: Any = None
+    slow: bool = False
+    """Whether it takes suspiciously long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What the answers of a batch so far say about how long an answer may take."""
+
+    seconds: float
+    num_rows: float
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], seconds: Sequence[float]) -> Usual:
+        """The medians."""
+        return cls(statistics.median(seconds), statistics.median(len(part.rows) for part in parts))
+
+    def limit(self, part: Part, settings: MixtureSettings, expected: float | None) -> float:
+        """Seconds after which `part` counts as hanging. Those with more rows get more time."""
+        share = min(_MAX_SHARE, max(1.0, len(part.rows) / self.num_rows))
+        usual = max(self.seconds * share, expected or 0.0)
+        return usual + max(_MIN_PATIENCE_SECONDS, settings.patience * usual)
 
 
 class MixtureCall:
-    """See `autograd.Remote`. Outputs are all experts' answers, one under the other, in the order of `answered`."""
+    """See `autograd.Remote`. The outputs are all experts' answers, one under the other, in the order of `answered`."""
 
     def __init__(
         self,
-        node: Node,
+        shared: Shared,
         view: View,
+        grid: LiveGrid,
         *,
         prefix: str,
         schema: ExpertSchema,
-        grid_size: Sequence[int],
         scores: torch.Tensor,
+        bias: torch.Tensor | None,
         settings: MixtureSettings,
         training: bool,
         seed: int,
     ) -> None:
-        """`scores`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph; never NaN."""
+        """`scores`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN; `bias`: by expert."""
         self.timeout = settings.backward_timeout
         self.answered: list[Part] = []
+        self.chosen = torch.empty(0, 0, dtype=torch.int64)
+        """``[rows, k]``: the experts that were asked first."""
         self.errors: dict[str, BaseException] = {}
-        self._node = node
+        self.seconds: dict[int, float] = {}
+        """By expert, how long it took, or had taken when nobody waited any more."""
+        self.weights: torch.Tensor | None = None
+        """The weight of every line of the outputs, for `rescale_backward`."""
+        self._shared = shared
         self._view = view
+        self._grid = grid
         self._prefix = prefix
         self._schema = schema
-        self._grid_size = grid_size
         self._scores = scores
+        self._bias = bias
         self._settings = settings
         self._training = training
         self._seed = seed
-        num_rows = scores.shape[0]
-        self.num_answers: npt.NDArray[np.int64] = np.zeros(num_rows, dtype=np.int64)
+        num_rows, num_live = len(scores), len(view.coords)
+        self.num_answers: Indices = np.zeros(num_rows, dtype=np.int64)
         """Answers by row."""
-        self._num_pending: npt.NDArray[np.int64] = np.zeros(num_rows, dtype=np.int64)
-        self._tried_RT: npt.NDArray[np.int64] = np.empty((num_rows, 0), dtype=np.int64)
-        self._excluded: npt.NDArray[np.bool_] = np.zeros(len(view.coords), dtype=np.bool_)
+        self.given_up: list[Part] = []
+        """Those that nobody waited for any more."""
+        self._num_pending: Indices = np.zeros(num_rows, dtype=np.int64)
+        self._num_slow: Indices = np.zeros(num_rows, dtype=np.int64)
+        self._exhausted: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
+        """Rows for which no further expert is left."""
+        self._tried_RT: Indices = np.empty((num_rows, 0), dtype=np.int64)
+        self._excluded: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
+        self._room: Indices = np.full(num_live, num_rows, dtype=np.int64)
+        if settings.capacity_factor is not None and num_live:
+            share = num_rows * min(settings.k_best, num_live) / num_live
+            self._room[:] = max(1, math.ceil(settings.capacity_factor * share))
 
     # ---------------------------------------------------------------------------------------------- forward
 
@@ -120,76 +181,104 @@ class MixtureCall:
         device = inputs[0].device
         inputs = [tensor.cpu() for tensor in inputs]
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.forward_timeout
+        started = loop.time()
+        deadline = started + self._settings.forward_timeout
         tasks: dict[asyncio.Task[None], Part] = {}
 
         def launch(parts: list[Part]) -> None:
             for part in parts:
-                self._num_pending[part.rows.numpy()] += 1
                 tasks[loop.create_task(self._ask(part, inputs, deadline))] = part
 
         try:
-            best = top_k(self._scores, self._view.coords, self._grid_size, self._settings.k_best).numpy()
-            launch(self._assign(np.repeat(np.arange(len(best)), best.shape[1]), best.reshape(-1)))
-            satisfied = False
+            self.chosen = self._grid.top_k(self._scores, self._settings.k_best, bias_N=self._bias)
+            best_RK = self.chosen.numpy()
+            num_rows, k = best_RK.shape
+            launch(self._assign(np.repeat(np.arange(num_rows), k), best_RK.reshape(-1)))
+            launch(self._refill())  # what did not fit into the capacity
+            num_first = len(tasks)
             while tasks:
-                if not satisfied and (self.num_answers >= self._settings.k_min).all():
-                    satisfied = True
-                    deadline = min(deadline, loop.time() + self._settings.timeout_after_k_min)
-                done, _ = await asyncio.wait(tasks, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
-                if not done:
+                now = loop.time()
+                suspicious_at = self._suspect(tasks.values(), now, num_first)
+                launch(self._refill())
+                hopeless = self._exhausted & (self._num_pending + self._num_slow == 0) & ~self._satisfied()
+                if hopeless.any() and self._settings.on_missing == "raise" and self._settings.k_min:
                     break
+                if (self._satisfied() | hopeless).all():
+                    if all(part.slow for part in tasks.values()):
+                        break
+                    if self._settings.timeout_after_k_min is not None:
+                        deadline = min(deadline, now + self._settings.timeout_after_k_min)
+                if now >= deadline:
+                    break
+                done, _ = await asyncio.wait(
+                    tasks,
+                    timeout=max(0.0, min(deadline, suspicious_at) - now),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
                 for task in done:
-                    self._settle(tasks.pop(task), task.exception())
+                    self._settle(tasks.pop(task), task.exception(), loop.time())
                 launch(self._refill())
             for part in tasks.values():
+                self.given_up.append(part)
+                self.seconds[part.expert] = loop.time() - part.sent
                 self.errors.setdefault(part.uid, TimeoutError(f"{part.uid} did not answer in time"))
         finally:
-            await _cancel_all(tasks)
+            await cancel_all(tasks)
         short = int((self.num_answers < self._settings.k_min).sum())
         if short and self._settings.on_missing == "raise":
             raise NotEnoughExperts(self._settings.k_min, short, self.errors)
         return [output.to(device) for output in self._stacked_outputs()]
 
-    def _assign(self, rows_P: npt.NDArray[np.int64], experts_P: npt.NDArray[np.int64]) -> list[Part]:
-        """Parts for these pairs, which are also remembered as tried."""
-        width = int(np.bincount(rows_P, minlength=1).max(initial=0))
-        fresh = np.full((len(self._tried_RT), width), -1, dtype=np.int64)
-        order = np.argsort(rows_P, kind="stable")
-        rows, experts = rows_P[order], experts_P[order]
-        at = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        fresh[rows, at] = experts
-        self._tried_RT = np.concatenate([self._tried_RT, fresh], axis=1)
-        return [self._part(expert, members) for expert, members in group(rows_P, experts_P)]
+    def _satisfied(self) -> npt.NDArray[np.bool_]:
+        # even where no answer is needed, one is worth waiting for
+        return self.num_answers >= max(1, self._settings.k_min)
 
-    def _part(self, expert: int, rows: npt.NDArray[np.int64]) -> Part:
+    def _assign(self, rows_L: Indices, experts_L: Indices) -> list[Part]:
+        """Parts for these pairs of a row and an expert, now remembered as tried; not for those beyond capacity."""
+        if not len(rows_L):
+            return []
+        order = np.argsort(rows_L, kind="stable")
+        rows, experts = rows_L[order], experts_L[order]
+        at = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        tried = np.full((len(self._tried_RT), int(at.max()) + 1), -1, dtype=np.int64)
+        tried[rows, at] = experts
+        self._tried_RT = np.concatenate([self._tried_RT, tried], axis=1)
+        if self._settings.capacity_factor is not None:
+            scores = self._scores.numpy()[rows[:, None], self._grid.columns_ND.numpy()[experts]].sum(1)
+            kept = within_capacity(rows, experts, scores, self._room)
+            rows, experts = rows[kept], experts[kept]
+            self._room -= np.bincount(experts, minlength=len(self._room))
+            self._excluded |= self._room <= 0
+        np.add.at(self._num_pending, rows, 1)
+        now = asyncio.get_running_loop().time()
+        return [self._part(expert, members, now) for expert, members in group(rows, experts)]
+
+    def _part(self, expert: int, rows: Indices, now: float) -> Part:
         coords = tuple(self._view.coords[expert].tolist())
         uid = ".".join((self._prefix, *map(str, coords)))
         options = CallOptions(
             timeout=self._settings.forward_timeout, priority=self._settings.priority, codec=self._settings.codec
         )
         forward = Forward(uid, self._schema, self._training, self._seed, options)
-        return Part(uid, expert, torch.from_numpy(rows), self._view.replicas[coords], forward)
+        return Part(uid, expert, torch.from_numpy(rows), self._view.replicas[coords], forward, now)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
-        async def find() -> Sequence[Any]:
-            return part.replicas
-
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], int]:
-            return await call_forward(self._node, part.forward, peer, chosen, timeout=timeout)
+            return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.version = await try_replicas(self._node, find, attempt, timeout=left)
+        outputs, part.version = await ask_best(self._shared, part.replicas, attempt, timeout=left)
         if not all(torch.isfinite(output).all() for output in outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
 
-    def _settle(self, part: Part, error: BaseException | None) -> None:
+    def _settle(self, part: Part, error: BaseException | None, now: float) -> None:
         rows = part.rows.numpy()
-        self._num_pending[rows] -= 1
+        (self._num_slow if part.slow else self._num_pending)[rows] -= 1
         if error is None:
+            self.seconds[part.expert] = now - part.sent
             self.num_answers[rows] += 1
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
@@ -198,37 +287,64 @@ class MixtureCall:
         else:
             raise error
 
+    def _suspect(self, under_way: Iterable[Part], now: float, num_first: int) -> float:
+        """Marks the parts that take suspiciously long; returns when the next one would (the loop's time)."""
+        next_at = math.inf
+        if not self.answered or 2 * len(self.answered) < num_first:
+            return next_at
+        usual = Usual.of(self.answered, [self.seconds[part.expert] for part in self.answered])
+        for part in under_way:
+            if part.slow:
+                continue
+            limit_at = part.sent + usual.limit(part, self._settings, self._shared.expected(part.replicas))
+            if now >= limit_at:
+                part.slow = True
+                self._num_pending[part.rows.numpy()] -= 1
+                self._num_slow[part.rows.numpy()] += 1
+            else:
+                next_at = min(next_at, limit_at)
+        return next_at
+
     def _refill(self) -> list[Part]:
-        """Parts for the rows that can no longer reach `k_min` with what is under way."""
-        missing = self._settings.k_min - self.num_answers - self._num_pending
-        rows = np.flatnonzero(missing > 0)
-        if not len(rows):
-            return []
-        at, experts = next_best(
-            self._scores[torch.from_numpy(rows)],
-            self._view.coords,
-            self._grid_size,
-            tried_RT=self._tried_RT[rows],
-            excluded_N=self._excluded,
-            wanted_R=missing[rows],
-        )
-        return self._assign(rows[at], experts) if len(at) else []
+        """Parts for the rows that have too few answers to come, from their next-best experts."""
+        parts: list[Part] = []
+        if not self._settings.refill:
+            self._exhausted[:] = True
+            return parts
+        target = min(max(1, self._settings.k_min) + self._settings.spare, self._settings.k_best)
+        while True:
+            is_open = ~self._satisfied() & ~self._exhausted
+            missing = np.where(is_open, target - self.num_answers - self._num_pending, 0)
+            rows = np.flatnonzero(missing > 0)
+            if not len(rows):
+                return parts
+            at, experts = self._grid.next_best(
+                self._scores[torch.from_numpy(rows)],
+                tried_RT=self._tried_RT[rows],
+                excluded_N=self._excluded,
+                wanted_R=missing[rows],
+            )
+            self._exhausted[np.delete(rows, at)] = True
+            parts += self._assign(rows[at], experts)
+            if self._settings.capacity_factor is None:
+                return parts
 
     def _stacked_outputs(self) -> list[torch.Tensor]:
         stacked = []
         for i, spec in enumerate(flatten(self._schema.outputs)):
             answers = [part.outputs[i] for part in self.answered]
-            stacked.append(torch.cat([torch.empty(0, *spec.shape, dtype=spec.dtype), *answers]))
+            stacked.append(torch.cat(answers) if answers else torch.empty(0, *spec.shape, dtype=spec.dtype))
         for part in self.answered:
             part.outputs = []  # the copies live in the stack now
         return stacked
 
-    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and expert of every line of the outputs."""
         empty = torch.empty(0, dtype=torch.int64)
         rows = torch.cat([empty, *(part.rows for part in self.answered)])
-        experts = torch.cat([empty, *(torch.full_like(part.rows, part.expert) for part in self.answered)])
-        return rows, experts
+        sizes = torch.tensor([len(part.rows) for part in self.answered], dtype=torch.int64)
+        experts = torch.tensor([part.expert for part in self.answered], dtype=torch.int64)
+        return rows, experts.repeat_interleave(sizes)
 
     # ---------------------------------------------------------------------------------------------- backward
 
@@ -243,68 +359,115 @@ class MixtureCall:
             return [None] * len(inputs)
         inputs = [tensor.cpu() for tensor in inputs]
         output_grads = [None if grad is None else grad.cpu() for grad in output_grads]
-        num_rows = inputs[0].shape[0]
-        sums: list[torch.Tensor | None] = [None] * len(inputs)
-        answers = np.zeros(num_rows, dtype=np.int64)
-        asked = np.zeros(num_rows, dtype=np.int64)
-        errors: dict[str, BaseException] = {}
         loop = asyncio.get_running_loop()
         tasks: dict[asyncio.Task[list[torch.Tensor | None]], Part] = {}
+        asked = np.zeros(len(self.num_answers), dtype=np.int64)
+        slices: dict[int, slice] = {}
         start = 0
         for part in self.answered:
-            stop = start + len(part.rows)
-            grads = [None if grad is None else grad[start:stop] for grad in output_grads]
+            lines = slices[part.expert] = slice(start, start + len(part.rows))
+            start = lines.stop
+            grads = [None if grad is None else grad[lines] for grad in output_grads]
             tasks[loop.create_task(self._ask_backward(part, inputs, grads))] = part
             asked[part.rows.numpy()] += 1
-            start = stop
         try:
-            await asyncio.wait(tasks, timeout=self._settings.backward_timeout + 2 * GRACE_SECONDS)
-            for task, part in tasks.items():
-                error = task.exception() if task.done() else TimeoutError(f"{part.uid} did not answer in time")
+            results, errors = await self._collect(tasks, asked)
+        finally:
+            await cancel_all(tasks)
+        got = np.zeros_like(asked)
+        for part, _ in results:
+            got[part.rows.numpy()] += 1
+        short = int((got < np.minimum(asked, self._settings.backward_k_min)).sum())
+        if short:
+            raise NotEnoughExperts(self._settings.backward_k_min, short, errors)
+        sums = self._sum(inputs, results)
+        return self._rescaled(sums, [slices[part.expert] for part, _ in results])
+
+    async def _collect(
+        self, tasks: dict[asyncio.Task[list[torch.Tensor | None]], Part], asked: Indices
+    ) -> tuple[list[tuple[Part, list[torch.Tensor | None]]], dict[str, BaseException]]:
+        """What arrives in time: until all have answered, or all rows have enough and the rest takes too long."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        deadline = started + self._settings.backward_timeout + GRACE_SECONDS
+        needed = np.minimum(asked, self._settings.backward_k_min)
+        got = np.zeros_like(asked)
+        results: list[tuple[Part, list[torch.Tensor | None]]] = []
+        errors: dict[str, BaseException] = {}
+        seconds: list[float] = []
+        waiting = set(tasks)
+        book = self._shared.latencies
+        while waiting:
+            give_up_at = deadline
+            if results and 2 * len(results) >= len(tasks) and (got >= needed).all():
+                usual = Usual.of([part for part, _ in results], seconds)
+                limits = (
+                    usual.limit(part, self._settings, book.expected((part.uid, "backward")))
+                    for part in (tasks[task] for task in waiting)
+                )
+                give_up_at = min(deadline, started + max(limits))
+            left = give_up_at - loop.time()
+            done, waiting = await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+            if not done and left <= 0:
+                break
+            for task in done:
+                part, error = tasks[task], task.exception()
                 if error is None:
-                    answers[part.rows.numpy()] += 1
-                    for i, grad in enumerate(task.result()):
-                        if grad is not None:
-                            if (total := sums[i]) is None:
-                                total = sums[i] = torch.zeros_like(inputs[i])
-                            total.index_add_(0, part.rows, grad)
+                    got[part.rows.numpy()] += 1
+                    results.append((part, task.result()))
+                    seconds.append(loop.time() - started)
+                    book.observe((part.uid, "backward"), seconds[-1])
                 elif isinstance(error, TesseractError | TimeoutError):
                     errors[part.uid] = error
                 else:
                     raise error
-        finally:
-            await _cancel_all(tasks)
-        short = int((answers < np.minimum(asked, self._settings.backward_k_min)).sum())
-        if short:
-            raise NotEnoughExperts(self._settings.backward_k_min, short, errors)
-        return sums
+        for task in waiting:
+            part = tasks[task]
+            book.observe((part.uid, "backward"), loop.time() - started)
+            errors[part.uid] = TimeoutError(f"{part.uid} sent no gradient in time")
+        return results, errors
 
     async def _ask_backward(
         self, part: Part, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
-        async def find() -> Sequence[Any]:
-            return part.replicas
-
         async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
             return await call_backward(
-                self._node, part.forward, peer, chosen, grads, version=part.version, timeout=timeout
+                self._shared.node, part.forward, peer, chosen, grads, version=part.version, timeout=timeout
             )
 
-        result = await try_replicas(self._node, find, attempt, timeout=self._settings.backward_timeout, only_first=True)
+        timeout = self._settings.backward_timeout
+        result = await ask_primary(self._shared, part.replicas, attempt, timeout=timeout)
         if not all(grad is None or torch.isfinite(grad).all() for grad in result):
             raise ExpertFailed(f"{part.uid} answered gradients that are not finite")
         return result
 
+    def _sum(
+        self, inputs: Sequence[torch.Tensor], results: Sequence[tuple[Part, list[torch.Tensor | None]]]
+    ) -> list[torch.Tensor | None]:
+        """For every input the sum of its gradients, in an order that does not depend on who answered first."""
+        sums: list[torch.Tensor | None] = [None] * len(inputs)
+        for part, grads in sorted(results, key=lambda result: result[0].expert):
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    if (total := sums[i]) is None:
+                        total = sums[i] = torch.zeros_like(inputs[i])
+                    total.index_add_(0, part.rows, grad)
+        return sums
 
-async def _cancel_all(tasks: Any) -> None:
-    """Ends the tasks that still run, and waits for them; their errors are nobody's business."""
-    running = [task for task in tasks if not task.done()]
-    for task in running:
-        task.cancel()
-    if running:
-        await asyncio.wait(running)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()
+    def _rescaled(self, sums: list[torch.Tensor | None], survivors: Sequence[slice]) -> list[torch.Tensor | None]:
+        """Each row's gradient divided by the weight of those experts whose gradients arrived, if it is asked for."""
+        if not self._settings.rescale_backward or self.weights is None:
+            return sums
+        rows, _ = self.lines()
+        arrived = torch.zeros(len(rows), dtype=self.weights.dtype)
+        for lines in survivors:
+            arrived[lines] = self.weights[lines]
+        share = torch.zeros(len(self.num_answers), dtype=arrived.dtype).index_add_(0, rows, arrived)
+        # a row that lost nearly all of its weight is not blown up to noise
+        scale = 1 / share.clamp(min=0.05)
+        return [
+            None if total is None else total * scale.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))
+            for total in sums
+        ]

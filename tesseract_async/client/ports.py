@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T")
 
 
 class Reply(Protocol):
@@ -73,3 +75,20 @@ class Node(Protocol):
         priority: int = 0,
         call_id: bytes | None = None,
     ) -> Any: ...
+
+
+class PlainCalls:
+    """A node for code without a loop: modules that are given one deliver results instead of awaitables."""
+
+    @property
+    def node(self) -> Node:
+        """The node that makes the calls, on a loop of its own."""
+        raise NotImplementedError
+
+    def check(self) -> Any:
+        """Raises: RuntimeError where `run` would."""
+        raise NotImplementedError
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The coroutine's result; blocks meanwhile."""
+        raise NotImplementedError

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from tesseract_async.client.autograd import refuse_checkpoint, remote_call
 from tesseract_async.client.expert_calls import (
-    REPLICA_FAULTS,
     CallOptions,
     ExpertSchema,
     Forward,
@@ -20,28 +19,12 @@ from tesseract_async.client.expert_calls import (
     call_forward,
     fetch_schema,
 )
-from tesseract_async.client.isolated import DEFAULT, isolated
-from tesseract_async.client.ports import Node
-from tesseract_async.errors import ExpertNotFound, RemoteError
+from tesseract_async.client.isolated import NO_GRAD, isolated
+from tesseract_async.client.replicas import Shared, ask_best, ask_primary
+from tesseract_async.errors import ExpertNotFound
 from tesseract_async.wire.tensors import flatten, flatten_like, unflatten
 
-T = TypeVar("T")
-
-GRACE_SECONDS = 0.5
-"""A call that outlives its time-out by this much is abandoned."""
 DEFAULT_OPTIONS = CallOptions()
-NO_GRAD = DEFAULT._replace(grad=False)
-"""The modes in which the machinery of a call runs; what it gives back is put into the graph by `remote_call`."""
-
-
-class Shared:
-    """Holds what copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
 
 
 class RemoteExpert(nn.Module):
@@ -60,14 +43,14 @@ class RemoteExpert(nn.Module):
 
     def __init__(
         self,
-        node: Node,
+        node: Any,
         uid: str,
         replicas: Sequence[Any] = (),
         *,
         schema: ExpertSchema | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> None:
-        """Does no I/O: the schema is fetched with the first call. `replicas` are tried where the directory has none."""
+        """Does no I/O: the schema is fetched with the first call. `replicas`: who hosted it when it was found."""
         super().__init__()
         self.uid = uid
         self.options = options
@@ -93,7 +76,7 @@ class RemoteExpert(nn.Module):
         twin.train(self.training)
         return twin
 
-    def forward(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
         Under autocast, floating-point inputs are cast to the schema's dtypes.
@@ -104,11 +87,13 @@ class RemoteExpert(nn.Module):
         ``torch.utils.checkpoint``.
         """
         refuse_checkpoint()
+        self._shared.check()
         differentiable = torch.is_grad_enabled()
         devices = {leaf.device.type for leaf in flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         casts = any(torch.is_autocast_enabled(device) for device in devices)
         seed = int(torch.randint(2**62, ())) if self.training else 0
-        return isolated(self._call(args, kwargs, differentiable, casts, self.training, seed), modes=NO_GRAD)
+        call = self._call(args, kwargs, differentiable, casts, self.training, seed)
+        return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
     async def info(self) -> ExpertSchema:
         """What the expert takes and gives, asked of its server once. Raises: as a call does."""
@@ -138,11 +123,12 @@ class RemoteExpert(nn.Module):
         async def attempt(peer: Any, timeout: float) -> ExpertSchema:
             return await fetch_schema(self._shared.node, self.uid, peer, timeout=timeout)
 
-        return await try_replicas(self._shared.node, self.find, attempt, timeout=self.options.timeout)
+        return await ask_best(self._shared, await self.find(), attempt, timeout=self.options.timeout, observed=False)
 
     async def find(self) -> Sequence[Any]:
-        """The live replicas, the primary first. Raises: ExpertNotFound if there is none."""
-        found = await self._shared.node.directory.find(self.uid)
+        """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
+        async with asyncio.timeout(self.options.timeout):
+            found = await self._shared.node.directory.find(self.uid)
         if not found:
             raise ExpertNotFound(f"no live server hosts the expert {self.uid}")
         return found
@@ -166,16 +152,16 @@ class _ExpertCall:
     def __init__(self, expert: RemoteExpert, forward: Forward) -> None:
         self.timeout = forward.options.timeout
         self._expert = expert
-        self._node = expert._shared.node
+        self._shared = expert._shared
         self._forward = forward
         self._version = 0
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        async def attempt(peer: Any, timeout: float) -> list[torch.Tensor]:
-            outputs, self._version = await call_forward(self._node, self._forward, peer, inputs, timeout=timeout)
-            return [output.to(inputs[0].device) for output in outputs]
+        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], int]:
+            return await call_forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
-        return await try_replicas(self._node, self._expert.find, attempt, timeout=self.timeout)
+        outputs, self._version = await ask_best(self._shared, await self._expert.find(), attempt, timeout=self.timeout)
+        return [output.to(inputs[0].device) for output in outputs]
 
     async def backward(
         self, inputs: Sequence[torch.Tensor], output_grads: Sequence[torch.Tensor | None]
@@ -185,42 +171,7 @@ class _ExpertCall:
 
         async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
             return await call_backward(
-                self._node, self._forward, peer, inputs, output_grads, version=self._version, timeout=timeout
+                self._shared.node, self._forward, peer, inputs, output_grads, version=self._version, timeout=timeout
             )
 
-        # the primary alone: another replica would train a copy that nobody reads
-        return await try_replicas(self._node, self._expert.find, attempt, timeout=self.timeout, only_first=True)
-
-
-async def try_replicas(
-    node: Node,
-    find: Callable[[], Awaitable[Sequence[Any]]],
-    attempt: Callable[[Any, float], Awaitable[T]],
-    *,
-    timeout: float,
-    only_first: bool = False,
-) -> T:
-    """``attempt(peer, seconds left)`` at one replica after the other until one answers. A silent one is masked.
-
-    Raises: the first error if none answers; an error that another replica would repeat at once; TimeoutError.
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
-    async with asyncio.timeout(timeout):
-        replicas = await find()
-    first_error: Exception | None = None
-    for replica in replicas[:1] if only_first else replicas:
-        left = deadline - loop.time()
-        if left <= 0:
-            break
-        try:
-            async with asyncio.timeout(left + GRACE_SECONDS):  # should the call itself not keep its time
-                return await attempt(replica.peer, left)
-        except REPLICA_FAULTS as error:
-            node.directory.report_failure(replica)
-            first_error = first_error or error
-        except RemoteError as error:
-            if not error.retryable:
-                raise
-            first_error = first_error or error
-    raise first_error or TimeoutError(f"no answer within {timeout} s")
+        return await ask_primary(self._shared, await self._expert.find(), attempt, timeout=self.timeout)

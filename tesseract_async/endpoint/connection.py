@@ -47,7 +47,7 @@ class Message:
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class IncomingCall:
     """A call that a peer made here."""
 
@@ -60,6 +60,8 @@ class IncomingCall:
     deadline: float
     """On this loop's clock: when the caller stops waiting."""
     priority: int
+    origin: str = ""
+    """The remote host as this end sees it, without the port; empty where it is none (a call to the own node)."""
 
 
 class Connection:
@@ -72,6 +74,7 @@ class Connection:
         *,
         dialled: PeerAddress | None,
         path: str,
+        origin: str,
         answer: Callable[[IncomingCall], Awaitable[Message]],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
@@ -85,6 +88,7 @@ class Connection:
         self.dialled = dialled
         """Where this end dialled, or None if the peer did."""
         self.path = path
+        self.origin = origin
         self.retired = False
         """Whether a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -108,7 +112,7 @@ class Connection:
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._handlers: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._drained: list[asyncio.Future[None]] = []
+        self._held: dict[int, CallReceived] = {}  # calls that wait until the peer has read earlier replies
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -179,7 +183,11 @@ class Connection:
         future: asyncio.Future[Message] = self._loop.create_future()
         self._futures[stream] = future
         self.last_used = now
-        self._wake()
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+        if self._timer is None or deadline < self._timer_at:
+            self._arm_timer()
         try:
             return await future
         except BaseException:
@@ -192,17 +200,15 @@ class Connection:
 
     async def _loan_ended(self) -> None:
         """Waits, also while being cancelled, until no memory is on loan to a transport."""
+        marks = [(channel, mark) for channel in self._channels if channel and (mark := channel.loan_mark()) is not None]
         limit = self._loop.time() + LOAN_TIMEOUT
         cancelled = False
-        while any(channel is not None and channel.on_loan for channel in self._channels):
+        while not all(channel.loan_ended(mark) for channel, mark in marks):
             if self._loop.time() >= limit:
                 self.abort("the peer does not read")
-                break
-            drained: asyncio.Future[None] = self._loop.create_future()
-            self._drained.append(drained)
             try:
-                # not only on the event: below its high-water mark, a transport drains without telling
-                await asyncio.wait([drained], timeout=0.01)
+                # a short sleep, because below their high-water mark transports drain without telling
+                await asyncio.sleep(0.005)
             except asyncio.CancelledError:
                 cancelled = True
         if cancelled:
@@ -247,15 +253,13 @@ class Connection:
             self.abort(describe(error))
         if protocol.has_events:
             self._handle_events()
+        while self._held and protocol.backlog <= self._settings.max_backlog:
+            self._start_handler(self._held.pop(next(iter(self._held))))
         if protocol.unsent_bytes > self._settings.max_unsent:
             self._metrics.count("endpoint_connections_dropped", reason="peer_does_not_read")
             self.abort("the peer does not read its replies")
 
     def _channel_drained(self) -> None:
-        for future in self._drained:
-            if not future.done():
-                future.set_result(None)
-        self._drained.clear()
         self._schedule_flush()
 
     # ---- events
@@ -268,12 +272,16 @@ class Connection:
                     if future is not None and not future.done():
                         future.set_result(Message(event.body, event.buffers))
                 case CallReceived():
-                    self._start_handler(event)
+                    if self._held or self._protocol.backlog > self._settings.max_backlog:
+                        self._held[event.stream] = event
+                    else:
+                        self._start_handler(event)
                 case CallFailed():
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
                         future.set_exception(event.error)
                 case CallCancelled():
+                    self._held.pop(event.stream, None)
                     task = self._handlers.pop(event.stream, None)
                     if task is not None:
                         task.cancel()
@@ -291,7 +299,14 @@ class Connection:
     async def _run_handler(self, event: CallReceived) -> None:
         head, stream = event.head, event.stream
         call = IncomingCall(
-            self.peer_id, head.method, head.body, event.buffers, head.call_id, event.deadline, head.priority
+            peer_id=self.peer_id,
+            method=head.method,
+            body=head.body,
+            buffers=event.buffers,
+            call_id=head.call_id,
+            deadline=event.deadline,
+            priority=head.priority,
+            origin=self.origin,
         )
         try:
             message = await self._answer(call)
@@ -365,6 +380,7 @@ class Connection:
         channel, self._channels[lane] = self._channels[lane], None
         if channel is not None:
             self._count_bytes(channel)
+        self._held.clear()
         if isinstance(error, ProtocolError):
             self._metrics.count("endpoint_connections_dropped", reason=type(error).__name__)
             logger.warning("connection to %s dropped: %s", self._protocol.peer, error)

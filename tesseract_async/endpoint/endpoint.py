@@ -15,6 +15,7 @@ from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.pool import Pool
+from tesseract_async.endpoint.protocol import RequestUnseen
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
@@ -85,6 +86,8 @@ class Endpoint:
             metrics=self.metrics,
             make_connection=self._make_connection,
         )
+        self._call_prefix = os.urandom(8)  # half of every call id; a counter is the other
+        self._next_call = 0
         self._kept: set[PeerID] = set()
         self._tick_timer: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
@@ -168,9 +171,9 @@ class Endpoint:
 
         `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
         reply that is accepted: naming it reserves that much memory, so that a large reply comes without asking.
-        `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes, random by
-        default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied where
-        they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
+        `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes; a fresh
+        one by default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied
+        where they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
 
         Raises: RemoteError (the subclass that the peer raised); ConnectionLost; PeerUnreachable; ProtocolError;
         TimeoutError; ValueError or TypeError for what can't be sent.
@@ -182,7 +185,8 @@ class Endpoint:
         if not -128 <= priority <= 127:
             raise ValueError(f"a priority is between -128 and 127: {priority}")
         if call_id is None:
-            call_id = os.urandom(16)
+            self._next_call += 1
+            call_id = self._call_prefix + self._next_call.to_bytes(8, "big")
         elif len(call_id) != 16:
             raise ValueError("a call id has 16 bytes")
         views = tuple(map(frames.byte_view, buffers))
@@ -197,10 +201,11 @@ class Endpoint:
             head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
-            except ConnectionLost:
+            except ConnectionLost as error:
+                again = idempotent or isinstance(error, RequestUnseen)
                 wait = min(0.05 * 2**attempt, 2.0) * self._rng.uniform(0.5, 1.0)
                 attempt += 1
-                if not idempotent or self._closed or loop.time() + wait >= deadline:
+                if not again or self._closed or loop.time() + wait >= deadline:
                     raise
                 self.metrics.count("endpoint_calls_repeated")
             await asyncio.sleep(wait)
@@ -239,6 +244,7 @@ class Endpoint:
             hello,
             dialled=dialled,
             path=pipe.description,
+            origin=pipe.origin,
             answer=self._answer,
             open_bulk=self._dialler.open_bulk,
             on_closed=self._pool.remove,

@@ -40,7 +40,7 @@ class Pool:
         return peer.peer_id if peer.peer_id is not None else peer.addresses
 
     def find(self, peer: PeerAddress) -> Connection | None:
-        """An open connection to `peer`, whoever dialled it; the one last dialled here first."""
+        """An open connection to `peer`, whoever dialled it: the newest, those dialled here first."""
         peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
         for peer_id in peer_ids:
             for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
@@ -58,12 +58,14 @@ class Pool:
     def add(self, connection: Connection) -> None:
         """A connection was established."""
         mine = self._by_peer.setdefault(connection.peer_id, [])
-        if connection.dialled is not None:
+        if connection.dialled is None:
+            # before older ones: when a NAT forgets its mapping, the peer comes back while its old connection
+            # looks alive for some time
+            mine.insert(sum(other.dialled is not None for other in mine), connection)
+        else:
             mine.insert(0, connection)
             for address in connection.dialled.addresses:
                 self._by_address[address] = connection.peer_id
-        else:
-            mine.append(connection)
 
     def remove(self, connection: Connection) -> None:
         """A connection has ended."""

@@ -13,7 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tesseract_async.endpoint.budget import Budget, Reservation
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError, RemoteError
@@ -38,8 +38,16 @@ class ProtocolSettings:
     """Bytes of the largest message that is accepted."""
     standing_bytes: int = 16 * 2**20
     """Room of the standing window: large messages within it need not ask first."""
-    max_unsent: int = 128 * 2**20
+    max_backlog: int = 32 * 2**20
+    """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
+    max_unsent: int = 96 * 2**20
     """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
+    max_idle_frames: int = 10_000
+    """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
+    idle_frames_per_second: float = 5_000.0
+    """... and how fast it may go on."""
+    bulk_retry: float = 30.0
+    """Seconds between attempts to open a bulk lane."""
     ping_after: float = 4.0
     """Seconds without a received byte after which the peer is pinged."""
     dead_after: float = 12.0
@@ -48,8 +56,7 @@ class ProtocolSettings:
     """Seconds without progress after which the room of a half-received message is taken back."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallReceived:
+class CallReceived(NamedTuple):
     """Answer this call: `ConnectionProtocol.reply` or `fail`, unless `CallCancelled` comes first."""
 
     stream: int
@@ -58,15 +65,13 @@ class CallReceived:
     deadline: float
 
 
-@dataclass(frozen=True, slots=True)
-class CallCancelled:
+class CallCancelled(NamedTuple):
     """Nobody waits for this received call any more (cancelled, or its deadline passed)."""
 
     stream: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyReceived:
+class ReplyReceived(NamedTuple):
     """An own call ended with a result."""
 
     stream: int
@@ -74,21 +79,22 @@ class ReplyReceived:
     buffers: tuple[memoryview, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CallFailed:
+class CallFailed(NamedTuple):
     """An own call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
 
     stream: int
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class BulkWanted:
+class BulkWanted(NamedTuple):
     """One side has a large message: open the bulk lane. Comes to the side that dialled only."""
 
 
-@dataclass(frozen=True, slots=True)
-class PeerClosed:
+class RequestUnseen(ConnectionLost):
+    """The peer closed without having seen the request: repeating it is safe, whatever it does."""
+
+
+class PeerClosed(NamedTuple):
     """The peer said farewell and sends nothing more."""
 
     reason: str
@@ -118,13 +124,26 @@ class _Outgoing:
     """An own call under way."""
 
     __slots__ = (
-        *("head", "buffers", "deadline", "lane", "small", "room", "sending", "assembly", "reply_held", "standing"),
+        *(
+            "head",
+            "buffers",
+            "sizes",
+            "deadline",
+            "lane",
+            "small",
+            "room",
+            "sending",
+            "assembly",
+            "reply_held",
+            "standing",
+        ),
         "sent",
     )
 
-    def __init__(self, head: RequestHead, buffers: tuple[memoryview, ...], deadline: float) -> None:
+    def __init__(self, head: RequestHead, buffers: tuple[memoryview, ...], sizes: list[int], deadline: float) -> None:
         self.head = head
         self.buffers = buffers
+        self.sizes = sizes
         self.deadline = deadline
         self.lane = MAIN
         self.small = 0  # bytes counted against the peer's max_small
@@ -216,6 +235,7 @@ class ConnectionProtocol:
         self._burst_begin = now  # of chunks without a pause, for the rate
         self._burst_last = now
         self._burst_bytes = 0
+        self._arena = frames.Arena()
         self._events: list[Event] = []
         self._next_stream = 1
         self._outgoing: dict[int, _Outgoing] = {}
@@ -231,6 +251,11 @@ class ConnectionProtocol:
         self._window_extra: list[Reservation] = []
         self._standing_in = 0
         self._bulk_wanted = False
+        self._bulk_retry_at = 0.0
+        self._last_seen = 0  # the highest number of a call that the peer made
+        self._peer_saw: int | None = None  # the same of our calls, once the peer has closed
+        self._idle_frames = 0.0
+        self._idle_frames_at = now
         self._handlers: dict[int, Callable[[int, int, int, memoryview], None]] = {
             frames.REQUEST: self._request,
             frames.REPLY: self._reply,
@@ -268,14 +293,15 @@ class ConnectionProtocol:
         encoded = calls.encode_request(head)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
-        size = frames.message_bytes(len(encoded), [len(buffer) for buffer in buffers])
+        sizes = [len(buffer) for buffer in buffers]
+        size = frames.message_bytes(len(encoded), sizes)
         if size > self._theirs.max_message:
             raise MessageTooLarge(size, self._theirs.max_message)
         if reserve_reply and head.max_reply > self._budget.total:
             raise MessageTooLarge(head.max_reply, self._budget.total)
         stream = self._next_stream
         self._next_stream += 1
-        call = self._outgoing[stream] = _Outgoing(head, buffers, deadline)
+        call = self._outgoing[stream] = _Outgoing(head, buffers, sizes, deadline)
         self._push_deadline(deadline, stream, True)
         if reserve_reply and head.max_reply > frames.MAX_SMALL:
             call.room = self._budget.reserve(head.max_reply, self._room_granted)
@@ -321,7 +347,7 @@ class ConnectionProtocol:
                     head.body,
                 )
             )
-        size = frames.message_bytes(len(encoded), [len(buffer) for buffer in call.buffers])
+        size = frames.message_bytes(len(encoded), call.sizes)
         if self._num_sent >= self._theirs.max_calls:
             return False
         if size <= frames.MAX_SMALL:
@@ -329,7 +355,7 @@ class ConnectionProtocol:
                 return False
             call.small = size
             self._small_out += size
-            self.lanes[MAIN].put(frames.encode_small(frames.REQUEST, stream, encoded, call.buffers))
+            self.lanes[MAIN].put(frames.encode_small(frames.REQUEST, stream, encoded, call.sizes, call.buffers))
             call.buffers = ()  # copied: no memory of the caller's is in use any more
         else:
             call.sending = _Sending(frames.CHUNK_REQUEST, stream, encoded, call.buffers, call.head.priority)
@@ -448,6 +474,16 @@ class ConnectionProtocol:
     def bulk_failed(self) -> None:
         """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""
         self._bulk_wanted = False
+        self._bulk_retry_at = self._now + self.settings.bulk_retry
+
+    @property
+    def backlog(self) -> int:
+        """Bytes of small frames and of large replies that wait to be sent."""
+        main, bulk = self.lanes
+        small = main.small_bytes + bulk.small_bytes
+        if not main.large and not bulk.large:
+            return small
+        return small + sum(sending.left for sending in (*main.large, *bulk.large))
 
     # ---- calls of the peer
 
@@ -463,12 +499,13 @@ class ConnectionProtocol:
         encoded = calls.encode_result(body)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
-        size = frames.message_bytes(len(encoded), [len(buffer) for buffer in buffers])
+        sizes = [len(buffer) for buffer in buffers]
+        size = frames.message_bytes(len(encoded), sizes)
         limit = min(call.head.max_reply, self._theirs.max_message)
         if size > limit:
             self.fail(stream, RemoteError(f"the reply has {size} bytes, more than the {limit} that its caller accepts"))
         elif size <= frames.MAX_SMALL:
-            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, buffers))
+            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers))
             self._end_incoming(stream)
         else:
             call.sending = _Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
@@ -478,7 +515,7 @@ class ConnectionProtocol:
     def fail(self, stream: int, error: RemoteError) -> None:
         """Answers a received call with an error."""
         if stream in self._incoming:
-            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, calls.encode_error(error), ()))
+            self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, calls.encode_error(error), (), ()))
             self._end_incoming(stream)
 
     def _end_incoming(self, stream: int) -> None:
@@ -517,6 +554,7 @@ class ConnectionProtocol:
         # twice: the peer counts a call as ended when it cancels, and its cancel may travel on the other lane
         if len(self._incoming) >= 2 * self.settings.max_calls:
             raise ProtocolError(f"more than {self.settings.max_calls} calls at once")
+        self._last_seen = max(self._last_seen, stream)
         call = self._incoming[stream] = _Incoming(lane)
         call.progress = self._now
         return call
@@ -527,7 +565,7 @@ class ConnectionProtocol:
         self._small_in += call.small
         if self._small_in > 2 * self.settings.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {self.settings.max_small} bytes of small requests at once")
-        head, buffers = frames.decode_small(payload)
+        head, buffers = frames.decode_small(payload, self._arena)
         self._deliver(stream, call, head, buffers)
 
     def _deliver(self, stream: int, call: _Incoming, value: Any, buffers: tuple[memoryview, ...]) -> None:
@@ -541,7 +579,7 @@ class ConnectionProtocol:
         if call is None:
             return  # cancelled or expired meanwhile
         self._check_sent(call)
-        head, buffers = frames.decode_small(payload)
+        head, buffers = frames.decode_small(payload, self._arena)
         self._finish(stream, call, head, buffers)
 
     def _check_sent(self, call: _Outgoing) -> None:
@@ -651,6 +689,8 @@ class ConnectionProtocol:
             return None  # cancelled or expired meanwhile
         if length > call.assembly.left:
             raise ProtocolError("a message has more bytes than it announced")
+        if length < frames.MIN_CHUNK and length != call.assembly.left:
+            raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
         return call.assembly
 
     def _measure_rate(self, count: int) -> None:
@@ -705,11 +745,24 @@ class ConnectionProtocol:
         call = self._outgoing.get(stream)
         if call is not None:
             self._granted(call.sending, call.lane)
+        else:
+            self._count_idle()
 
     def _grant_reply(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         call = self._incoming.get(stream)
         if call is not None:
             self._granted(call.sending, call.lane)
+        else:
+            self._count_idle()
+
+    def _count_idle(self) -> None:
+        """Counts a frame that does nothing: a few are normal, a flood is not."""
+        settings = self.settings
+        passed = self._now - self._idle_frames_at
+        self._idle_frames_at = self._now
+        self._idle_frames = max(0.0, self._idle_frames - passed * settings.idle_frames_per_second) + 1
+        if self._idle_frames > settings.max_idle_frames:
+            raise ProtocolError("the peer sends a flood of frames that do nothing")
 
     def _granted(self, sending: _Sending | None, lane: int) -> None:
         if sending is None or sending.granted:
@@ -718,11 +771,13 @@ class ConnectionProtocol:
         self.lanes[lane].large.append(sending)
 
     def _credit(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if stream > self._standing_out:
             raise ProtocolError("more credit than was taken")
         self._standing_out -= stream
 
     def _window(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if stream < self._window_out or stream > 2**48:
             raise ProtocolError("a standing window never shrinks")
         self._window_out = stream
@@ -730,6 +785,8 @@ class ConnectionProtocol:
     def _cancel(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         if stream in self._incoming:
             self._cancel_incoming(stream)
+        else:
+            self._count_idle()
 
     def _cancel_incoming(self, stream: int) -> None:
         delivered = self._incoming[stream].head is not None
@@ -738,9 +795,11 @@ class ConnectionProtocol:
             self._events.append(CallCancelled(stream))
 
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         self._pong_due = True
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if self._pinged_at is not None:
             measured = self._now - self._pinged_at
             self._pinged_at = None
@@ -752,15 +811,17 @@ class ConnectionProtocol:
             self.lanes[MAIN].put(frames.frame(frames.PING))
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._peer_saw = stream
         self._events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
     def _bulk(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        self._count_idle()
         if not self._dialled:
             raise ProtocolError("only the accepting side asks for a bulk lane")
         self._want_bulk()
 
     def _want_bulk(self) -> None:
-        if self.lanes[BULK].open or self._bulk_wanted:
+        if self.lanes[BULK].open or self._bulk_wanted or self._now < self._bulk_retry_at:
             return
         self._bulk_wanted = True
         if self._dialled:
@@ -807,6 +868,7 @@ class ConnectionProtocol:
             self._send_ping()
             for lane in self.lanes:
                 lane.reader.release_scratch()
+            self._arena.release()
 
     def _fail_call(self, stream: int, call: _Outgoing, error: Exception) -> None:
         self._events.append(CallFailed(stream, error))
@@ -822,13 +884,15 @@ class ConnectionProtocol:
 
     def farewell(self, reason: str) -> None:
         """Queues the CLOSE frame, after which nothing may be sent."""
-        self.lanes[MAIN].put(frames.frame(frames.CLOSE, payload=reason.encode()[:500]))
+        self.lanes[MAIN].put(frames.frame(frames.CLOSE, stream=self._last_seen, payload=reason.encode()[:500]))
 
     def connection_lost(self, reason: str) -> None:
         """The channels are gone: every own call fails, every received one is cancelled, all room is given back."""
         for stream, call in list(self._outgoing.items()):
             if stream in self._outgoing:
-                self._events.append(CallFailed(stream, ConnectionLost(self.peer, reason)))
+                seen = self._peer_saw is None or stream <= self._peer_saw
+                kind = ConnectionLost if seen and call.sent else RequestUnseen
+                self._events.append(CallFailed(stream, kind(self.peer, reason)))
                 call.sent = False
         self._waiting.clear()
         for stream, call in list(self._outgoing.items()):

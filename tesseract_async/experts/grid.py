@@ -45,7 +45,7 @@ class Claim:
     def replica(self, prefix: str, row: int) -> ExpertReplica:
         """The expert in this row of the manifest."""
         uid = join_uid(prefix, self.manifest.coords[row].tolist())
-        peer = PeerAddress(self.owner, self.manifest.addresses)
+        peer = PeerAddress(self.owner, self.manifest.addresses, self.manifest.rendezvous)
         return ExpertReplica(uid, peer, self.manifest.sequence, self.expiration, bool(self.manifest.primary[row]))
 
 

@@ -22,7 +22,7 @@ class Caller(Protocol):
         """The contact, whose id is proven by now, replied. `call.contact` is set, also where only an address was."""
 
     def call_stalled(self, call: Call, now: float) -> None:
-        """The first wait passed without a reply; the request is sent again."""
+        """A wait passed without a reply, the request is sent again. Heard once for each retransmission."""
 
     def call_failed(self, call: Call, now: float) -> None:
         """No reply came, or one that proves that somebody else is there."""
@@ -41,6 +41,7 @@ class Call:
         "data",
         "done",
         "kind",
+        "repeated",
         "sent_at",
     )
 
@@ -58,6 +59,8 @@ class Call:
         self.attempts = 0
         self.sent_at = 0.0
         self.done = False
+        self.repeated = False
+        """Whether it was sent anew because its token was out of date."""
 
 
 class Unwatched:

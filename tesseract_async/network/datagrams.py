@@ -49,6 +49,9 @@ REPLY = 0x80
 FLAG_CLIENT = 1
 """The sender cannot be dialled: serve it, but never list it."""
 
+FLAG_AGAIN = 2
+"""In a reply without results: the token is out of date (its giver restarted, say); ask again with this one."""
+
 TOKEN_BYTES = 8
 CHALLENGE_BYTES = 16
 TRANSACTION_BYTES = 8

@@ -140,6 +140,7 @@ class DialBack:
         self.role = role
         self.network.emit(RoleChanged(role))
         if role == "public":
+            self.network.end_dial_wait()
             # those nearest hear from this node without the client flag, and list it
             self.network.learn_neighbourhood((), now)
 

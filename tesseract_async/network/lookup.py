@@ -113,11 +113,13 @@ class Lookup:
             self._hear(path, heard, candidate.round + 1)
 
     def stalled(self, contact: Contact) -> None:
-        """A contact is late: others may be asked beside it."""
+        """A contact is late: others may be asked beside it. Late again, it counts as failed until it answers."""
         candidate = self._candidates[contact.raw]
         if candidate.state is State.ASKED:
             self._leave(candidate)
             candidate.state = State.STALLED
+        elif candidate.state is State.STALLED:
+            candidate.state = State.FAILED
 
     def failed(self, contact: Contact) -> None:
         """A contact did not answer, or not as itself."""

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import msgpack
 
+from tesseract_async.admission import Policy
 from tesseract_async.errors import describe
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
@@ -29,6 +30,7 @@ from tesseract_async.network.events import (
 )
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
+from tesseract_async.transport import stun
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
@@ -86,8 +88,12 @@ class TesseractNetwork:
         settings: NetworkSettings = NetworkSettings(),  # noqa: B008 (frozen)
         metrics: Metrics | None = None,
         peers_file: str | Path | None = None,
+        policy: Policy = Policy(),  # noqa: B008 (frozen)
     ) -> None:
-        """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds."""
+        """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds.
+
+        `policy` says whose records this node holds (action ``store``).
+        """
         self.identity = identity
         self.settings = settings
         self.metrics = Metrics() if metrics is None else metrics
@@ -97,6 +103,7 @@ class TesseractNetwork:
         self._peers_file = None if peers_file is None else Path(peers_file)
         self._resolving: asyncio.Task[None] | None = None
         self._has_seeds = False
+        self._policy = policy
         self._forced_client = False
         self.on_role_change: Callable[[], None] | None = None
         """Called on the loop whenever `role` has changed."""
@@ -163,6 +170,7 @@ class TesseractNetwork:
             metrics=self.metrics,
             now=loop.time(),
             wall_offset=time.time() - loop.time(),
+            policy=self._policy,
             public=public or host == "::1" or host.startswith("127."),
         )
         protocol.dialback.forced_client = self._forced_client
@@ -213,23 +221,15 @@ class TesseractNetwork:
         return num_holders
 
     async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
-        """`store` for several entries at once. Those that share a key share its lookup and datagrams."""
+        """`store` for several entries at once. Those that share a key share its lookup, and all share datagrams."""
         await self._ready()
-        groups: dict[str, list[int]] = {}
-        for index, item in enumerate(items):
-            groups.setdefault(item.key, []).append(index)
-        counts = [0] * len(items)
+        if not items:
+            return []
         # everything is signed, and so checked, before anything is sent
         records = [self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl) for item in items]
-        finished = await asyncio.gather(
-            *(self._write([records[index] for index in group]) for group in groups.values())
-        )
-        outdated: list[int] = []
-        for group, event in zip(groups.values(), finished, strict=True):
-            for position, index in enumerate(group):
-                counts[index] = event.num_holders[position]
-                if event.num_outdated[position] > event.num_holders[position]:
-                    outdated.append(index)
+        event = await self._write(records)
+        counts = list(event.num_holders)
+        outdated = [index for index, count in enumerate(counts) if event.num_outdated[index] > count]
         if outdated:
             # before a restart, or by a clock that has been set back since, newer ones were published: go beyond them
             for name in {(items[index].key, items[index].subkey) for index in outdated}:
@@ -464,8 +464,20 @@ class _Driver(asyncio.DatagramProtocol):
         self.protocol.wall_offset = time.time() - now
         # IPv6 adds flow and scope, and shows IPv4 peers of a dual-stack socket in its own notation
         host = addr[0].removeprefix("::ffff:") if self._is_v6 else addr[0]
+        if stun.is_stun(data):
+            self._answer_stun(data, host, addr)
+            return
         self.protocol.receive_datagram(data, (host, addr[1]), now)
         self.cycle()
+
+    def _answer_stun(self, data: bytes, host: str, addr: Any) -> None:
+        """Tells whoever asks under which address it is seen: hole punching needs that."""
+        answer = stun.answer(data, (host, addr[1]))
+        if answer is None:
+            self.protocol.metrics.count("network_datagrams_dropped", reason="stun")
+        elif self._transport is not None:
+            self._transport.sendto(answer, addr)
+            self.protocol.metrics.count("network_stun_answers")
 
     def error_received(self, exc: Exception) -> None:
         # an ICMP error for something sent earlier: the call it belongs to will time out, which decides

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from tesseract_async.admission import Policy
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
 from tesseract_async.identity import Identity, PeerID, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
@@ -39,7 +40,13 @@ from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Join, Neighbourhood, Ping, Read, Refresh, Write
 from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import RoutingTable
-from tesseract_async.network.settings import AMPLIFICATION, CLOCK_SKEW, MAX_DATAGRAM_BYTES, NetworkSettings
+from tesseract_async.network.settings import (
+    AMPLIFICATION,
+    CLOCK_SKEW,
+    MAX_DATAGRAM_BYTES,
+    MIN_REQUEST_BYTES,
+    NetworkSettings,
+)
 from tesseract_async.network.storage import Outcome, Storage
 
 MAX_KNOWN = 2048
@@ -67,12 +74,14 @@ class NetworkProtocol:
         wall_offset: float,
         public: bool,
         verify: Verifier = verify,
+        policy: Policy = Policy(),  # noqa: B008 (frozen)
     ) -> None:
         self.identity = identity
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
         self.metrics = metrics
+        self.policy = policy
         self.verify = verify
         self.wall_offset = wall_offset
         """Wall-clock time minus loop time. The driver keeps it true."""
@@ -90,7 +99,7 @@ class NetworkProtocol:
         """The address at which the latest contacts see this node."""
         self.joined = False
         self._neighbourhood: Neighbourhood | None = None
-        self._dial_waited = public
+        self._dial_wait_until: float | None = float("-inf") if public else None
         self._replicator = Replicator(self, now=now)
         self._limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
         self._skews: deque[float] = deque(maxlen=15)
@@ -131,7 +140,7 @@ class NetworkProtocol:
         return self._start(Read(self, key), now)
 
     def write(self, records: Sequence[SignedRecord], now: float) -> int:
-        """Stores own records, all of one key, on the k nodes closest to it; `WriteFinished` will carry the number."""
+        """Stores own records, each on the k nodes closest to its key; `WriteFinished` will carry the number."""
         return self._start(Write(self, records), now)
 
     def cancel(self, operation: int) -> None:
@@ -236,14 +245,18 @@ class NetworkProtocol:
 
     def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:
         """Looks up the own id, unless that is under way."""
-        if not self._dial_waited:
+        if self._dial_wait_until is None:
             # the first contact is asked to have this node dialled before it writes to anybody else (see `dialback`)
-            self._dial_waited = True
+            self._dial_wait_until = now + self.settings.first_timeout
             self.dialback.handle_timer(now)
-            self._schedule(now + self.settings.first_timeout, lambda now: self.learn_neighbourhood((), now))
-        elif self._neighbourhood is None:
+            self.schedule(self._dial_wait_until, lambda now: self.learn_neighbourhood((), now))
+        elif self._neighbourhood is None and now >= self._dial_wait_until:
             self._neighbourhood = Neighbourhood(self, start, now)
             self._neighbourhood.start(now)
+
+    def end_dial_wait(self) -> None:
+        """The first dial-back came: there is nothing to wait for any longer."""
+        self._dial_wait_until = float("-inf")
 
     def neighbourhood_known(self, now: float) -> None:
         """A lookup of the own id ended."""
@@ -268,7 +281,17 @@ class NetworkProtocol:
             self._drop("rate")
             return
         if datagram.kind == wire.DIALED:
+            # the only short one without a token: nobody replies to it
             self.dialback.dialled(request.arguments, address, now)
+            return
+        packed_address = pack_address(address)
+        if not address_proven and length < MIN_REQUEST_BYTES:
+            if request.token and datagram.kind not in (wire.LEAVE, wire.DIAL_FOR):
+                body = (packed_address, self._token_for(packed_address), b"", self.wall(now))
+                flags = self._flags() | wire.FLAG_AGAIN
+                kind = datagram.kind | wire.REPLY
+                self._send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
+            self._drop("token" if request.token else "unpadded")
             return
         self._heard_from(datagram, address, address_proven, now)
         if datagram.kind in (wire.LEAVE, wire.DIAL_FOR):
@@ -283,7 +306,6 @@ class NetworkProtocol:
         room = MAX_DATAGRAM_BYTES if address_proven else min(MAX_DATAGRAM_BYTES, AMPLIFICATION * length)
         room -= 96 + (wire.PROOF_BYTES + 18 if request.challenge else 18)
         results = self._answer(datagram, request, address, address_proven, room, now)
-        packed_address = pack_address(address)
         proof = b""
         if request.challenge:
             statement = wire.proof_statement(
@@ -342,12 +364,18 @@ class NetworkProtocol:
         source = address_range(address)
         try:
             # cheap objections come first: a flood of old records costs no signature checks
-            outcome = self.storage.check(SignedRecord.decode_unverified(key, body), wall, source)
+            record = SignedRecord.decode_unverified(key, body)
+            # the owner counts, not who sent it: holders copy what others own
+            if not self.policy.allows(record.owner, "store"):
+                return Outcome.REFUSED
+            outcome = self.storage.check(record, wall, source)
             if outcome is not None:
                 return outcome
             if not self._limiter.allows(address, 4.0, now):
                 return Outcome.FULL
-            return self.storage.add(SignedRecord.decode(key, body, verify=self.verify), wall, source)
+            record.check(verify=self.verify)
+            self.storage.put(record, source)
+            return Outcome.STORED
         except InvalidRecord:
             self._drop("invalid_record")
             return Outcome.INVALID
@@ -410,6 +438,13 @@ class NetworkProtocol:
             raw = datagram.sender + pack_address(address)
             known = self._known.get(raw)
             contact = known if known is not None else self._learn(raw)
+        elif datagram.flags & wire.FLAG_AGAIN:
+            if not call.repeated and contact.peer_id == datagram.sender:
+                call.repeated = True
+                contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
+                call.data = self._encode_call(datagram.transaction, call, now)
+                self._attempt(datagram.transaction, call, now)
+            return
         elif contact.peer_id != datagram.sender:
             self._drop("wrong_id")
             self._end_call(datagram.transaction, call, None, now)
@@ -466,12 +501,16 @@ class NetworkProtocol:
 
     def _begin_call(self, call: Call, now: float) -> None:
         transaction = self._new_transaction()
-        contact = call.contact
-        token = contact.token if contact is not None and contact.token_until > now else b""
-        if contact is None or not contact.proven:
+        if call.contact is None or not call.contact.proven:
             call.challenge = self.random.randbytes(wire.CHALLENGE_BYTES)
         self._calls.by_transaction[transaction] = call
-        call.data = wire.encode_request(
+        call.data = self._encode_call(transaction, call, now)
+        self._attempt(transaction, call, now)
+
+    def _encode_call(self, transaction: bytes, call: Call, now: float) -> bytes:
+        contact = call.contact
+        token = contact.token if contact is not None and contact.token_until > now else b""
+        return wire.encode_request(
             call.kind,
             self._flags(),
             transaction,
@@ -480,18 +519,18 @@ class NetworkProtocol:
             challenge=call.challenge,
             arguments=call.arguments,
         )
-        self._attempt(transaction, call, now)
 
     def _attempt(self, transaction: bytes, call: Call, now: float) -> None:
         call.attempts += 1
+        attempt = call.attempts
         call.sent_at = now
         if not self.dialback.declared:
             self.dialback.note_sent(call.address, now)
         self._send(call.data, call.address)
-        self._schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, now))
+        self.schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, attempt, now))
 
-    def _call_is_late(self, transaction: bytes, call: Call, now: float) -> None:
-        if call.done:
+    def _call_is_late(self, transaction: bytes, call: Call, attempt: int, now: float) -> None:
+        if call.done or call.attempts != attempt:
             return
         if call.attempts > self.settings.num_retransmissions:
             if call.contact is not None:
@@ -499,10 +538,8 @@ class NetworkProtocol:
             self._end_call(transaction, call, None, now)
             return
         self.metrics.count("network_retransmissions")
-        is_first = call.attempts == 1
         self._attempt(transaction, call, now)
-        if is_first:
-            call.caller.call_stalled(call, now)
+        call.caller.call_stalled(call, now)
 
     def _end_call(self, transaction: bytes, call: Call, reply: wire.Reply | None, now: float) -> None:
         call.done = True
@@ -599,7 +636,8 @@ class NetworkProtocol:
             self._known[raw] = contact
         return contact
 
-    def _schedule(self, at: float, action: Callable[[float], None]) -> None:
+    def schedule(self, at: float, action: Callable[[float], None]) -> None:
+        """Calls ``action(now)`` once `handle_timer` is called at `at` or later."""
         self._num_timers += 1
         heapq.heappush(self._timers, (at, self._num_timers, action))
 

@@ -41,7 +41,7 @@ class Outcome(enum.IntEnum):
     INVALID = 7
     """The record is malformed or its signature does not hold."""
     REFUSED = 8
-    """The node holds nothing for others: it is a client."""
+    """The node holds nothing for others (it is a client), or nothing of this owner."""
 
     @property
     def held(self) -> bool:
@@ -117,8 +117,13 @@ class Storage:
     def add(self, record: SignedRecord, wall: float, source: bytes | None = None) -> Outcome:
         """Keeps a verified record unless `check` objects."""
         outcome = self.check(record, wall, source)
-        if outcome is not None:
-            return outcome
+        if outcome is None:
+            self.put(record, source)
+            return Outcome.STORED
+        return outcome
+
+    def put(self, record: SignedRecord, source: bytes | None = None) -> None:
+        """Keeps a verified record to which `check` did not object."""
         identity = (record.subkey, record.owner)
         dictionary = self._keys.setdefault(record.key, _Dictionary())
         slot = record.slot
@@ -139,7 +144,6 @@ class Storage:
         handle = slot.to_bytes(8, "big") + record.owner
         self._by_heap[(record.key, handle)] = identity
         heapq.heappush(self._expirations, (record.expiration + CLOCK_SKEW, record.key, handle, record.sequence))
-        return Outcome.STORED
 
     def records(self, key: bytes) -> list[SignedRecord]:
         """All records under `key`, tombstones included, in no order."""

@@ -10,20 +10,66 @@ split over batches equals one that is not.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from tesseract_async.runtime import modules
+from tesseract_async.runtime.acceleration import Acceleration
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
-Gradients = list[torch.Tensor | None]
+Gradients = Sequence[torch.Tensor | None]
 """One per input, or one per trained parameter; None where nothing flows."""
 
-_JOURNAL_LENGTH = 100_000
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSettings:
+    """How an expert is trained and computed."""
+
+    clip_gradient_norm: float | None = None
+    """Gradients of a step are scaled down to this norm (over all parameters)."""
+    max_gradient_norm: float | None = None
+    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer."""
+    step_every: int = 1
+    """Backward batches whose gradients are summed for one optimizer step."""
+    merge_backward: bool = True
+    """Whether requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
+    then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
+    stochastic: bool | None = None
+    """Whether the module draws random numbers, so that requests must not be merged: True always, False never, None in
+    train mode if it holds PyTorch's dropout or the like."""
+    allow_batch_statistics: bool = False
+    """Lets an expert that trains hold BatchNorm, whose outputs depend on whom a row shares its batch with."""
+    max_staleness: int | None = None
+    """A backward whose forward is more steps ago than this is refused."""
+    staleness_damping: float = 0.0
+    """Gradients count ``(1 + staleness) ** -staleness_damping``; 1 is the rule of Zhang et al., "Staleness-aware
+    Async-SGD" (2016)."""
+    journal_length: int = 65536
+    """Backward calls that are remembered, so that none is applied twice."""
+    preferred_sizes: tuple[int, ...] = ()
+    """Rows at which batches are best cut; with `compile_mode` or `cuda_graphs`, they are padded up to one of them."""
+    autocast: torch.dtype | None = None
+    """Computes in this dtype where PyTorch's autocast deems it safe; outputs keep their schema's dtype."""
+    compile_mode: str | None = None
+    """``torch.compile``'s mode, such as "default" or "reduce-overhead"; None leaves the module as it is."""
+    cuda_graphs: bool = False
+    """Records the forward pass of each preferred size as a CUDA graph; other devices and sizes run as usual."""
+
+    def __post_init__(self) -> None:
+        if self.step_every < 1:
+            raise ValueError(f"step_every is at least 1, not {self.step_every}")
+        for name in ("clip_gradient_norm", "max_gradient_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is positive, not {value}")
 
 
 class ExpertBackend:
@@ -34,12 +80,15 @@ class ExpertBackend:
             many rows. Rows must not influence one another: they meet other people's rows in a batch.
         optimizer: steps the module's parameters after each backward batch; None freezes the expert, which then
             still passes gradients on to its inputs.
+        scheduler: of the optimizer's learning rate; stepped once per optimizer step.
         args_schema: the positional arguments, as nested `TensorSpec`s.
         kwargs_schema: the keyword arguments by name.
         outputs_schema: what the module returns; found by running two rows of zeros if not given.
         max_batch_size: rows that are computed at once, at most.
+        settings: see `BackendSettings`.
 
-    Raises: ValueError if the module does not return as many rows as it was given, or `max_batch_size` is below 1.
+    Raises: ValueError if the module does not return as many rows as it was given, trains with BatchNorm inside
+    (unless ``settings.allow_batch_statistics``), or a size does not fit.
     """
 
     def __init__(
@@ -47,21 +96,31 @@ class ExpertBackend:
         module: nn.Module,
         *,
         optimizer: torch.optim.Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
         args_schema: Sequence[Schema],
         kwargs_schema: Mapping[str, Schema] | None = None,
         outputs_schema: Schema = None,
         max_batch_size: int = 4096,
+        settings: BackendSettings = BackendSettings(),
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size is at least 1, not {max_batch_size}")
+        if optimizer is not None and not settings.allow_batch_statistics and modules.uses_batch_statistics(module):
+            raise ValueError(
+                "a trained expert must not hold BatchNorm: its rows meet other people's rows. Use LayerNorm or "
+                "GroupNorm, or say BackendSettings(allow_batch_statistics=True)"
+            )
         self.module = module
         self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.settings = settings
         self.args_schema = tuple(args_schema)
         self.kwargs_schema = dict(kwargs_schema or {})
         self.inputs_schema: Schema = (self.args_schema, self.kwargs_schema)
         self.input_specs: list[TensorSpec] = wire.flatten(self.inputs_schema)
         if not self.input_specs:
             raise ValueError("an expert takes at least one tensor")
+        self._takes_flat_inputs = not self.kwargs_schema and all(isinstance(x, TensorSpec) for x in self.args_schema)
         self.max_batch_size = max_batch_size
         self.version = 0
         """Optimizer steps taken."""
@@ -72,6 +131,12 @@ class ExpertBackend:
         if optimizer is not None:
             groups = optimizer.param_groups
             self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
+        self._draws = modules.draws_random_numbers(module)
+        self._accumulated: Gradients | None = None
+        self._num_accumulated = 0
+        self._acceleration = Acceleration(
+            module, sizes=settings.preferred_sizes, compile_mode=settings.compile_mode, cuda_graphs=settings.cuda_graphs
+        )
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
 
@@ -82,16 +147,32 @@ class ExpertBackend:
             return tensor.device
         return torch.device("cpu")
 
+    def is_stochastic(self, training: bool) -> bool:
+        """Whether a request's random numbers are its own, so that it is computed alone."""
+        if self.settings.stochastic is None:
+            return training and self._draws
+        return self.settings.stochastic
+
     # -- Computing: on the runtime's thread only -------------------------------------------------------------------
 
-    def forward(self, inputs: Sequence[torch.Tensor], *, training: bool = False) -> list[torch.Tensor]:
-        """The module's outputs for these rows, without gradients. Raises what the module raises; ValueError if its
-        outputs do not fit the schema."""
+    def forward(
+        self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
+    ) -> list[torch.Tensor]:
+        """The module's outputs for these rows, without gradients.
+
+        With a `seed`, a stochastic module draws from it. Raises what the module raises; SchemaMismatch if its outputs
+        do not fit the schema.
+        """
         with torch.no_grad():
-            return self._run(inputs, training)
+            return self._run(inputs, training, seed)
 
     def gradients(
-        self, inputs: Sequence[torch.Tensor], output_gradients: Gradients, *, training: bool = False
+        self,
+        inputs: Sequence[torch.Tensor],
+        output_gradients: Gradients,
+        *,
+        training: bool = False,
+        seed: int | None = None,
     ) -> tuple[Gradients, Gradients]:
         """Recomputes the outputs and backpropagates. Returns the gradients of the inputs and of `parameters`.
 
@@ -102,7 +183,7 @@ class ExpertBackend:
         ]
         wanted = [leaf for leaf in leaves if leaf.requires_grad] + self.parameters
         with torch.enable_grad():
-            outputs = self._run(leaves, training)
+            outputs = self._run(leaves, training, seed)
             pairs = [
                 (output, gradient)
                 for output, gradient in zip(outputs, output_gradients, strict=True)
@@ -114,27 +195,40 @@ class ExpertBackend:
                 [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
             )
         remaining = iter(found)
-        of_inputs: Gradients = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
+        of_inputs = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
         return of_inputs, list(remaining)
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = ()) -> int:
-        """One optimizer step on these gradients of `parameters`; journals `call_ids`. Returns the new version.
+        """Takes these gradients of `parameters`: one optimizer step, or a share of one (`step_every`).
 
-        A frozen expert only journals. Raises what the optimizer raises; its state is then undefined.
+        Journals `call_ids`, also for a frozen expert, which takes no steps. Returns the version that they led to.
+        Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
-            try:
-                self.optimizer.step()
-            finally:
-                self.optimizer.zero_grad(set_to_none=True)
-            self.version += 1
+            self._accumulated = add_gradients(self._accumulated, gradients)
+            self._num_accumulated += 1
+            if self._num_accumulated >= self.settings.step_every:
+                self._take_step()
         for call_id in call_ids:
             self.applied[call_id] = self.version
-        while len(self.applied) > _JOURNAL_LENGTH:
+        while len(self.applied) > self.settings.journal_length:
             self.applied.popitem(last=False)
         return self.version
+
+    def _take_step(self) -> None:
+        assert self.optimizer is not None and self._accumulated is not None
+        gradients, self._accumulated, self._num_accumulated = self._accumulated, None, 0
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        try:
+            if self.settings.clip_gradient_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_gradient_norm)
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.version += 1
 
     def to(self, device: torch.device) -> None:
         """Moves the module and the optimizer's state."""
@@ -142,14 +236,24 @@ class ExpertBackend:
         if self.optimizer is not None:
             # load_state_dict puts every state tensor beside its parameter
             self.optimizer.load_state_dict(self.optimizer.state_dict())
+        self._acceleration.forget()
 
     def state(self) -> dict[str, Any]:
         """Copies of everything that a checkpoint holds: nested dicts and lists of CPU tensors and plain values."""
+        ids = b"".join(self.applied)
         return {
             "module": _copy(self.module.state_dict()),
             "optimizer": None if self.optimizer is None else _copy(self.optimizer.state_dict()),
+            "scheduler": None if self.scheduler is None else _copy(self.scheduler.state_dict()),
             "version": self.version,
-            "applied": {call_id.hex(): version for call_id, version in self.applied.items()},
+            "applied": {
+                "ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8)
+                if ids
+                else torch.empty(0, dtype=torch.uint8),
+                "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
+            },
+            "accumulated": None if self._accumulated is None else _copy(list(self._accumulated)),
+            "num_accumulated": self._num_accumulated,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -157,22 +261,57 @@ class ExpertBackend:
         self.module.load_state_dict(state["module"])
         if self.optimizer is not None and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
-        self.applied = OrderedDict((bytes.fromhex(key), version) for key, version in state["applied"].items())
+        ids = state["applied"]["ids"].numpy().tobytes()
+        versions = state["applied"]["versions"].tolist()
+        self.applied = OrderedDict(
+            (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
+        )
+        accumulated = state["accumulated"]
+        self._accumulated = None
+        if accumulated is not None and self.optimizer is not None:
+            self._accumulated = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
+        self._num_accumulated = state["num_accumulated"]
 
-    def _run(self, inputs: Sequence[torch.Tensor], training: bool) -> list[torch.Tensor]:
+    def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:
             self.module.train(training)
-        args, kwargs = wire.unflatten(self.inputs_schema, inputs)
-        outputs = self.module(*args, **kwargs)
-        return wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
+        draws = seed is not None and self.is_stochastic(training)
+        if draws or self.settings.autocast is not None:
+            with contextlib.ExitStack() as stack:
+                if seed is not None and draws:
+                    stack.enter_context(modules.seeded(seed, inputs[0].device))
+                if self.settings.autocast is not None:
+                    # a recorded graph must not remember autocast's copies of weights, which change with each step
+                    caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
+                    stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
+                outputs = self._acceleration.run(inputs, self._apply)
+        else:
+            outputs = self._acceleration.run(inputs, self._apply)
+        leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
+        if leaves[0].shape[0] != inputs[0].shape[0]:
+            raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {inputs[0].shape[0]}")
+        return leaves
+
+    def _apply(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        if self._takes_flat_inputs:
+            outputs = module(*inputs)
+        else:
+            args, kwargs = wire.unflatten(self.inputs_schema, inputs)
+            outputs = module(*args, **kwargs)
+        if self.settings.autocast is not None:
+            leaves = wire.flatten(outputs)
+            if len(leaves) == len(self.output_specs):
+                cast = [x.to(spec.dtype) for x, spec in zip(leaves, self.output_specs, strict=True)]
+                outputs = wire.unflatten(outputs, cast)
+        return outputs
 
     def _dry_run(self) -> Schema:
         device, was_training = self.device, self.module.training
-        args, kwargs = wire.unflatten(
-            self.inputs_schema,
-            [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in self.input_specs],
-        )
+        zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in self.input_specs]
+        args, kwargs = wire.unflatten(self.inputs_schema, zeros)
         try:
             with torch.no_grad():
                 outputs = self.module.eval()(*args, **kwargs)
@@ -183,6 +322,13 @@ class ExpertBackend:
             got = wire.describe_structure(outputs)
             raise ValueError(f"an expert returns tensors with as many rows as it was given; for 2 rows it gave {got}")
         return wire.unflatten(outputs, [TensorSpec.of(leaf) for leaf in leaves])
+
+
+def add_gradients(left: Gradients | None, right: Gradients | None) -> Gradients | None:
+    """The sum, where absent ones count as zeros. Neither is changed."""
+    if left is None or right is None:
+        return left if right is None else right
+    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
 
 
 def _copy(value: Any) -> Any:

@@ -41,6 +41,8 @@ class BatcherSettings:
 
     max_queue_bytes: int = 1 << 30
     """Bytes of all requests that wait or run; beyond it `Batcher.add` refuses. One request is always taken."""
+    max_peer_share: float = 0.5
+    """Share of those bytes that one peer may hold, so that a flood leaves room for others."""
     max_wait: float = 0.0
     """Seconds that an incomplete batch is held back, although the device is idle, for others to join it."""
     urgent_seconds: float = 0.2
@@ -157,6 +159,9 @@ class Batcher:
         self.settings = settings
         self._classes: list[_Class] = []  # highest priority first
         self._deadlines: list[tuple[float, int, Request]] = []
+        self._full_pools: dict[Pool, None] = {}  # those that need not wait for others to join; used with max_wait only
+        self._peer_bytes: dict[Hashable, int] = {}
+        self._max_peer_bytes = int(settings.max_queue_bytes * settings.max_peer_share)
         self._sequence = 0
         self._num_stale = 0
         self._statistics = BatcherStatistics()
@@ -175,13 +180,12 @@ class Batcher:
         if request.num_rows < 1:
             raise ValueError("a request has at least one row")
         statistics = self._statistics
-        if statistics.num_bytes and statistics.num_bytes + request.num_bytes > self.settings.max_queue_bytes:
-            statistics.num_refused += 1
-            retry_after = self._seconds_until_room(request.num_bytes)
-            raise Overloaded(
-                f"{statistics.num_bytes} bytes wait already; try again in {retry_after:.2f} s or ask another replica",
-                retry_after=retry_after,
-            )
+        held = self._peer_bytes.get(request.peer, 0)
+        if statistics.num_bytes + request.num_bytes > self.settings.max_queue_bytes and statistics.num_bytes:
+            raise self._refusal("", statistics.num_bytes + request.num_bytes - self.settings.max_queue_bytes)
+        if held + request.num_bytes > self._max_peer_bytes and held:
+            raise self._refusal(" of yours", held + request.num_bytes - self._max_peer_bytes)
+        self._peer_bytes[request.peer] = held + request.num_bytes
         self._sequence += 1
         request.arrival = now
         request.alive = True
@@ -193,6 +197,8 @@ class Batcher:
             pool.served = {peer: end for peer, end in pool.served.items() if end > pool.virtual_time}
         heapq.heappush(pool.ready, (-request.priority, start, self._sequence, request))
         pool.num_waiting_rows += request.num_rows
+        if self.settings.max_wait and pool.num_waiting_rows >= self._full_size(pool):
+            self._full_pools[pool] = None
         self._class_of(request.priority).ages.append(request)
         if request.deadline < math.inf:
             heapq.heappush(self._deadlines, (request.deadline, self._sequence, request))
@@ -256,7 +262,7 @@ class Batcher:
             if request.alive and request.next_row == request.num_rows and request.num_running == 0:
                 request.alive = False
                 self._statistics.num_finished += 1
-                self._statistics.num_bytes -= request.num_bytes
+                self._release(request)
         seconds = max(now - batch.started, 1e-6)
         speed = self._statistics.bytes_per_second
         self._statistics.bytes_per_second = speed + (num_bytes / seconds - speed) * (_SPEED_WEIGHT if speed else 1.0)
@@ -320,13 +326,13 @@ class Batcher:
         if not self.settings.max_wait:
             return next((request.pool for request in self._oldest()), None)
         # held back: an old enough request releases its pool, and so do enough rows for a whole batch
-        for one in self._classes:
-            for request in one.ages:
-                if request.waits and (
-                    request.arrival + self.settings.max_wait <= now
-                    or request.pool.num_waiting_rows >= self._full_size(request.pool)
-                ):
-                    return request.pool
+        for request in self._oldest():
+            if request.arrival + self.settings.max_wait <= now:
+                return request.pool
+        for pool in list(self._full_pools):
+            if pool.num_waiting_rows >= self._full_size(pool):
+                return pool
+            del self._full_pools[pool]
         return None
 
     @staticmethod
@@ -387,8 +393,16 @@ class Batcher:
         statistics = self._statistics
         statistics.num_waiting -= 1
         statistics.num_waiting_rows -= num_left
-        statistics.num_bytes -= request.num_bytes
+        self._release(request)
         self._num_stale += 1
+
+    def _release(self, request: Request) -> None:
+        self._statistics.num_bytes -= request.num_bytes
+        held = self._peer_bytes[request.peer] - request.num_bytes
+        if held:
+            self._peer_bytes[request.peer] = held
+        else:
+            del self._peer_bytes[request.peer]
 
     def _sweep(self) -> None:
         """Drops stale entries, so that memory follows what waits and not what has passed."""
@@ -404,9 +418,13 @@ class Batcher:
             heapq.heapify(pool.ready)
         self._num_stale = 0
 
-    def _seconds_until_room(self, num_bytes: int) -> float:
+    def _refusal(self, whose: str, num_excess_bytes: int) -> Overloaded:
         statistics = self._statistics
-        if not statistics.bytes_per_second:
-            return self.settings.default_retry_after
-        excess = statistics.num_bytes + num_bytes - self.settings.max_queue_bytes
-        return max(excess, 0) / statistics.bytes_per_second
+        statistics.num_refused += 1
+        retry_after = self.settings.default_retry_after
+        if statistics.bytes_per_second:
+            retry_after = num_excess_bytes / statistics.bytes_per_second
+        return Overloaded(
+            f"too many bytes{whose} wait already; try again in {retry_after:.2f} s or ask another replica",
+            retry_after=retry_after,
+        )

@@ -42,7 +42,7 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 16 << 20
 
 
 class CheckpointStore:
@@ -92,6 +92,9 @@ class CheckpointStore:
                 return decode(path.read_bytes())
             except (OSError, CheckpointError) as error:
                 logger.error("checkpoint %s is damaged (%s); trying the one before", path, describe(error))
+                # out of the way: it must neither be tried again nor count among those that are kept
+                with contextlib.suppress(OSError):
+                    os.replace(path, path.with_suffix(".damaged"))
         if files:
             raise CheckpointError(f"none of the {len(files)} checkpoints in {self._folder(uid)} can be read")
         return None
@@ -132,13 +135,13 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
     return [len(head).to_bytes(8, "little"), head, *pieces]
 
 
-def decode(data: bytes) -> dict[str, Any]:
-    """What `encode` was given. Raises: CheckpointError for anything damaged or foreign."""
+def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """What `encode` was given. Takes untrusted bytes. Raises: CheckpointError for anything damaged or foreign."""
     try:
         length = int.from_bytes(data[:8], "little")
         if length > min(_MAX_HEADER_BYTES, len(data) - 8):
             raise CheckpointError("the header is cut off")
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(bytes(data[8 : 8 + length]))
         metadata = header["__metadata__"]
         if metadata.get("tesseract_format") != str(FORMAT_VERSION):
             raise CheckpointError(f"format {metadata.get('tesseract_format')!r} is not {FORMAT_VERSION}")
@@ -153,12 +156,12 @@ def decode(data: bytes) -> dict[str, Any]:
                 continue
             start, stop = entry["data_offsets"]
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if stop - start != math.prod(shape) * dtype.itemsize or stop > len(body):
+            if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= len(body):
                 raise CheckpointError(f"{name} does not fit its place")
             flat = torch.frombuffer(body[start:stop], dtype=dtype) if stop > start else torch.empty(0, dtype=dtype)
             tensors[name] = flat.view(shape).clone()
         state = _put_tensors(json.loads(metadata["tesseract_state"]), tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"not a checkpoint: {describe(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError("not a checkpoint: no state inside")

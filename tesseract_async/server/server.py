@@ -1,15 +1,15 @@
-"""TesseractServer: hosts experts on a node. Answers their calls, declares them, keeps their checkpoints."""
+"""TesseractServer: hosts experts on a node. Declares them, has their calls answered, keeps their checkpoints."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -17,27 +17,25 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
     ExpertNotFound,
-    ProtocolError,
-    RemoteError,
-    SchemaMismatch,
-    UnknownMethod,
+    NotAllowed,
+    Overloaded,
+    TesseractError,
     describe,
 )
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
-from tesseract_async.runtime.backend import ExpertBackend, Gradients
-from tesseract_async.runtime.runtime import Answer, RuntimeSettings, TesseractRuntime, Work
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
+from tesseract_async.server.calls import CallSettings, ExpertCalls
 from tesseract_async.server.checkpoint import CheckpointStore
-from tesseract_async.wire import compression, messages
-from tesseract_async.wire import tensors as wire
+from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
 
-_CallKey = tuple[str, bytes]  # uid, call id
-
-_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
+Handler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
+"""Answers calls of one more method: takes the uid, its backend and the call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,18 +43,22 @@ class ServerSettings:
     """How a server keeps its experts."""
 
     runtime: RuntimeSettings = RuntimeSettings()
+    calls: CallSettings = CallSettings()
     keep_checkpoints: int = 3
     """Files kept per expert."""
-    max_gradient_cache_bytes: int = 64 << 20
-    """Answers of backwards kept for callers who ask again because the first answer was lost."""
+    drain_timeout: float = 5.0
+    """Seconds that leaving waits for running calls and for backwards of forwards that were answered."""
 
 
 class TesseractServer:
     """Hosts `experts`, uid -> backend, on one device. Use it as an async context manager.
 
     Entering restores each expert's newest checkpoint from `checkpoint_dir`, if given, and returns once the experts can
-    be found in the network. Leaving withdraws them, saves and stops the device's thread. The backends belong to the
-    server meanwhile: nobody else may touch their modules.
+    be found in the network. Leaving drains, withdraws them, saves, and stops the device's thread. The backends belong
+    to the server meanwhile: nobody else may touch their modules.
+
+    Of several servers that host one uid, one is its primary: it trains. `followers` names the uids of which this server
+    is not; their backwards go to `pass_on`, if that is set, and are refused otherwise.
     """
 
     def __init__(
@@ -67,71 +69,121 @@ class TesseractServer:
         device: str | torch.device = "cpu",
         checkpoint_dir: str | Path | None = None,
         checkpoint_period: float = 60.0,
+        followers: Collection[str] = (),
         publisher_settings: PublisherSettings | None = None,
         settings: ServerSettings = ServerSettings(),
     ) -> None:
-        """`checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far."""
+        """`checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
+
+        Raises: ValueError if `followers` names an expert that is not among `experts`.
+        """
+        if unknown := set(followers) - experts.keys():
+            raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
         self.node = node
         self.experts = dict(experts)
         self.settings = settings
         self.checkpoint_period = checkpoint_period
-        self._publisher_settings = publisher_settings or PublisherSettings()
-        self.runtime = TesseractRuntime(device=device, settings=settings.runtime)
+        self.runtime = TesseractRuntime(device=device, settings=settings.runtime, metrics=node.metrics)
+        self.pass_on: Callable[[str, IncomingCall], Awaitable[Message]] | None = None
+        """Answers the backwards of experts that this server only follows."""
+        self._calls = ExpertCalls(self.runtime, settings=settings.calls, metrics=node.metrics)
+        self._handlers: dict[str, Handler] = {}
+        self._is_primary = {uid: uid not in followers for uid in experts}
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
         )
         self._saved_versions: dict[str, int] = {}
-        self._publisher: ExpertPublisher | None = None
+        self._saving = asyncio.Lock()
+        self._unwatch: Callable[[], None] | None = None
+        self._address_updates: set[asyncio.Task[None]] = set()
         self._saver: asyncio.Task[None] | None = None
-        self._backwards: dict[_CallKey, _Backward] = {}
-        self._answers = _AnswerCache(settings.max_gradient_cache_bytes)
-        self._hosted: list[str] = []
+        self._publisher_settings = publisher_settings or PublisherSettings()
+        self._publisher: ExpertPublisher | None = None
+        self._is_paused = False
         self._closed = False
 
-    async def __aenter__(self) -> TesseractServer:
+    # -- Life ------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
+        await self.aclose(drain_timeout=None if kind is None else 0.0)
 
     async def start(self) -> None:
-        """What entering does. Raises: CheckpointError if an expert has checkpoints and none of them fits it."""
-        await self.runtime.start()
+        """What entering does.
+
+        Raises: CheckpointError if an expert has checkpoints and none of them fits it, or none can be written;
+        ValueError if the node hosts one of the uids already.
+        """
+        hosted: list[str] = []
         try:
+            await self.runtime.start()
             for uid, backend in self.experts.items():
                 await self._restore(uid, backend)
+            # first of all, so that a server that is killed early returns with the weights that it answered with
+            await self.save_checkpoints()
             for uid in self.experts:
-                self.node.host_expert(uid, self._answer)
-                self._hosted.append(uid)
+                self.node.host_expert(uid, partial(self._answer, uid))
+                hosted.append(uid)
+            await self.node.wait_reachable()
+            peer = self.node.peer_address
+            self._unwatch = self.node.watch_address(self._address_changed)
             self._publisher = ExpertPublisher(
                 self.node.network,
-                addresses=self.node.peer_address.addresses,
+                addresses=peer.addresses,
+                rendezvous=peer.rendezvous,
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
             )
-            await self._publisher.declare(dict.fromkeys(self.experts, True))
+            await self._publisher.declare(self._is_primary)
         except BaseException:
-            await self.aclose()
+            self._closed = True
+            for uid in hosted:
+                self.node.unhost_expert(uid)
+            if self._publisher is not None:
+                await self._publisher.aclose()
+            await self.runtime.aclose()
             raise
         if self._store is not None:
             self._saver = asyncio.create_task(self._save_periodically(), name="server: checkpoints")
 
-    async def aclose(self) -> None:
-        """Withdraws the experts, refuses what waits, saves, and stops the thread. Closing twice is harmless."""
+    def _address_changed(self) -> None:
+        async def update() -> None:
+            peer = self.node.peer_address
+            if self._publisher is not None and (peer.addresses or peer.rendezvous):
+                try:
+                    await self._publisher.update_addresses(peer.addresses, peer.rendezvous)
+                except TesseractError as error:
+                    logger.warning("the new addresses could not be published yet: %s", describe(error))
+
+        task = asyncio.create_task(update(), name="server: addresses")
+        self._address_updates.add(task)
+        task.add_done_callback(self._address_updates.discard)
+
+    async def aclose(self, *, drain_timeout: float | None = None) -> None:
+        """Leaves: `drain`, withdraw, save, stop. Closing twice is harmless.
+
+        `drain_timeout` overrides the settings'. A save that fails is logged, not raised: there is nobody left to act.
+        """
         if self._closed:
             return
         self._closed = True
+        if self._unwatch is not None:
+            self._unwatch()
+        await asyncio.gather(*self._address_updates, return_exceptions=True)
         if self._saver is not None:
             self._saver.cancel()
             await asyncio.gather(self._saver, return_exceptions=True)
         try:
+            await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
             if self._publisher is not None:
                 await self._publisher.aclose()
         finally:
-            for uid in self._hosted:
+            for uid in self.experts:
                 self.node.unhost_expert(uid)
             try:
                 await self.save_checkpoints()
@@ -140,37 +192,108 @@ class TesseractServer:
             finally:
                 await self.runtime.aclose()
 
-    async def save_checkpoints(self) -> int:
-        """Writes a checkpoint of each expert that took steps since its last one. Returns how many.
+    async def drain(self, *, timeout: float) -> bool:
+        """Takes no new forwards, and tells the network so; waits for the calls under way and for the backwards of
+        forwards that were answered, which are still applied. False if they did not all come within `timeout` seconds.
+        """
+        self._calls.refuse_forwards = Overloaded("this server is leaving; ask another replica", retry_after=60.0)
+        try:
+            async with asyncio.timeout(timeout):
+                if self._publisher is not None:
+                    await self._publisher.withdraw()
+                await self._calls.wait_quiet()
+        except TimeoutError:
+            return False
+        return True
 
-        Raises: CheckpointError for the first that could not be written, after trying all.
+    async def pause(self, reason: str, *, retry_after: float) -> None:
+        """Refuses forwards with `reason` and withdraws the experts, but keeps them, and applies backwards that come."""
+        self._is_paused = True
+        self._calls.refuse_forwards = Overloaded(reason, retry_after=retry_after)
+        if self._publisher is not None:
+            await self._publisher.withdraw()
+
+    async def resume(self) -> None:
+        """Ends `pause`; returns once the experts can be found again."""
+        self._is_paused = False
+        self._calls.refuse_forwards = None
+        if self._publisher is not None:
+            await self._publisher.declare(self._is_primary)
+
+    # -- Roles and states ------------------------------------------------------------------------------------------
+
+    def is_primary(self, uid: str) -> bool:
+        """Whether this server trains the expert. Raises: KeyError if it does not host it."""
+        return self._is_primary[uid]
+
+    async def set_primary(self, uid: str, primary: bool) -> None:
+        """Changes the role of one expert here, and says so in the network. Raises: KeyError."""
+        if self._is_primary[uid] == primary:
+            return
+        self._is_primary[uid] = primary
+        if self._publisher is not None and not self._is_paused and not self._closed:
+            await self._publisher.declare(self._is_primary)
+
+    async def snapshot(self, uid: str) -> dict[str, Any]:
+        """A copy of the expert's state, taken between two batches; `server.checkpoint.encode` makes a file of it."""
+        return await self.runtime.snapshot(self.experts[uid])
+
+    async def install(self, uid: str, state: Mapping[str, Any]) -> None:
+        """Lets the expert continue from `state`, between two batches; if it does not fit, from where it was.
+
+        Raises: CheckpointError.
+        """
+        backend = self.experts[uid]
+
+        def load() -> None:
+            before = backend.state()
+            try:
+                backend.load_state(state)
+            except BaseException:
+                backend.load_state(before)
+                raise
+
+        try:
+            await self.runtime.call(load)
+            await self.runtime.snapshot(backend)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the state does not fit {uid}: {describe(error)}") from error
+
+    def handle(self, method: str, handler: Handler) -> None:
+        """Has calls of one more ``expert.`` method answered by `handler`."""
+        self._handlers[method] = handler
+
+    # -- Checkpoints -----------------------------------------------------------------------------------------------
+
+    async def save_checkpoints(self) -> int:
+        """Writes a checkpoint of each expert that changed since its last one. Returns how many.
+
+        States are copied between two batches, and written beside them. Raises: CheckpointError for the first that could
+        not be written, after trying all.
         """
         if self._store is None:
             return 0
-        num_saved = 0
+        store, num_saved = self._store, 0
         failed: CheckpointError | None = None
-        for uid, backend in self.experts.items():
-            if self._saved_versions.get(uid) == backend.version:
-                continue
-            # copied between two batches, written beside them
-            state = await self.runtime.call(backend.state)
-            version = state["version"]
-            try:
-                await self.runtime.call_aside(_Save(self._store, uid, state))
-            except CheckpointError as error:
-                failed = failed or error
-                continue
-            self._saved_versions[uid] = version
-            num_saved += 1
+        async with self._saving:
+            for uid, backend in self.experts.items():
+                if self._saved_versions.get(uid) == backend.version:
+                    continue
+                state = await self.runtime.snapshot(backend)
+                version: int = state["version"]
+                try:
+                    await self.runtime.call_aside(partial(store.save, uid, state, version=version))
+                except CheckpointError as error:
+                    failed = failed or error
+                    continue
+                self._saved_versions[uid] = version
+                num_saved += 1
         if failed is not None:
             raise failed
         return num_saved
 
     async def _restore(self, uid: str, backend: ExpertBackend) -> None:
-        state = None
-        if self._store is not None:
-            store = self._store
-            state = await self.runtime.call_aside(lambda: store.load(uid))
+        state = None if self._store is None else await self.runtime.call_aside(partial(self._store.load, uid))
 
         def install() -> None:
             if state is not None:
@@ -179,7 +302,7 @@ class TesseractServer:
 
         try:
             await self.runtime.call(install)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint of {uid} does not fit its module: {describe(error)}") from error
         if state is not None:
             self._saved_versions[uid] = backend.version
@@ -194,206 +317,16 @@ class TesseractServer:
                 logger.error("%s", error)
                 self.node.metrics.count("checkpoints_failed")
 
-    # -- Calls: what comes in is untrusted -------------------------------------------------------------------------
+    # -- Calls -----------------------------------------------------------------------------------------------------
 
-    async def _answer(self, call: IncomingCall) -> Message:
-        """Handles one call. Raises RemoteErrors only, for the caller to see; anything else is a mistake of ours."""
-        try:
-            if call.method == messages.FORWARD:
-                return await self._forward(call)
-            if call.method == messages.BACKWARD:
-                return await self._backward(call)
-            if call.method == messages.INFO:
-                return self._info(call)
-        except ProtocolError as error:
-            raise RemoteError(f"malformed {call.method}: {error}") from None
-        raise UnknownMethod(f"experts do not answer {call.method!r}")
-
-    def _info(self, call: IncomingCall) -> Message:
-        request = messages.decode(messages.InfoRequest, call.body)
-        backend = self._backend(request.uid)
-        info = messages.ExpertInfo(
-            uid=request.uid,
-            args_schema=wire.encode_schema(backend.args_schema),
-            kwargs_schema=wire.encode_schema(backend.kwargs_schema),
-            outputs_schema=wire.encode_schema(backend.outputs_schema),
-            max_batch_size=backend.max_batch_size,
-            version=backend.version,
-            codecs=list(compression.CODECS),
-        )
-        return Message(messages.encode(info))
-
-    async def _forward(self, call: IncomingCall) -> Message:
-        request = messages.decode(messages.ForwardRequest, call.body)
-        backend = self._backend(request.uid)
-        codec = _check_codec(request.reply_codec)
-        inputs = _check_inputs(request.uid, backend, wire.unpack_tensors(request.tensors, call.buffers))
-        if inputs[0].shape[0] == 0:
-            answer = Answer(
-                [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs], backend.version
-            )
-        else:
-            answer = await self.runtime.forward(
-                backend,
-                inputs,
-                training=request.training,
-                deadline=call.deadline,
-                priority=_priority(call),
-                peer=call.peer_id,
-            )
-        metas, buffers = wire.pack_tensors(answer.tensors, codec)
-        return Message(messages.encode(messages.ForwardReply(metas, answer.version)), tuple(buffers))
-
-    async def _backward(self, call: IncomingCall) -> Message:
-        request = messages.decode(messages.BackwardRequest, call.body)
-        backend = self._backend(request.uid)
-        codec = _check_codec(request.reply_codec)
-        key = (request.uid, request.call_id)
-        answer = self._answers.get(key)
-        if answer is None:
-            tensors = wire.unpack_tensors(request.tensors, call.buffers)
-            inputs = _check_inputs(request.uid, backend, tensors[: request.num_inputs])
-            gradients = _check_gradients(request.uid, backend, inputs, tensors[request.num_inputs :])
-            answer = await self._apply_once(call, key, request, backend, inputs, gradients)
-        metas, buffers = wire.pack_tensors(answer.tensors, codec)
-        return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
-
-    async def _apply_once(
-        self,
-        call: IncomingCall,
-        key: _CallKey,
-        request: messages.BackwardRequest,
-        backend: ExpertBackend,
-        inputs: list[torch.Tensor],
-        gradients: Gradients,
-    ) -> Answer:
-        """Applies a backward unless its call id was applied before; several callers of one id share its answer."""
-        if inputs[0].shape[0] == 0:
-            return Answer([_zero_gradient(x) for x in inputs], backend.version)
-        backward = self._backwards.get(key)
-        if backward is None:
-            version = backend.applied.get(request.call_id)
-            work = self.runtime.submit(
-                backend,
-                inputs,
-                gradients,
-                training=request.training,
-                # applied before, and its gradients were forgotten: compute them again, but take no step
-                call_id=request.call_id if version is None else None,
-                deadline=call.deadline,
-                priority=_priority(call),
-                peer=call.peer_id,
-            )
-            backward = self._backwards[key] = _Backward(work, version)
-            work.answer.add_done_callback(lambda _: self._end_backward(key))
-        backward.num_waiting += 1
-        try:
-            answer = await asyncio.shield(backward.work.answer)
-        finally:
-            backward.num_waiting -= 1
-            if not backward.num_waiting and not backward.work.answer.done():
-                # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
-                self.runtime.withdraw(backward.work)
-        return answer if backward.version is None else Answer(answer.tensors, backward.version)
-
-    def _end_backward(self, key: _CallKey) -> None:
-        backward = self._backwards.pop(key)
-        answer = backward.work.answer
-        if not answer.cancelled() and answer.exception() is None:
-            self._answers.put(key, answer.result())
-
-    def _backend(self, uid: str) -> ExpertBackend:
+    async def _answer(self, uid: str, call: IncomingCall) -> Message:
         backend = self.experts.get(uid)
-        if backend is None or self._closed:
+        if backend is None:
             raise ExpertNotFound(f"this server does not host {uid!r}")
-        return backend
-
-
-@dataclass(slots=True)
-class _Backward:
-    """A backward under way, and how many callers wait for it."""
-
-    work: Work
-    version: int | None
-    """The version that it led to when it was applied before; None if this is the first time."""
-    num_waiting: int = 0
-
-
-class _AnswerCache:
-    """The latest answers by call id, within a byte budget."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._answers: OrderedDict[_CallKey, Answer] = OrderedDict()
-
-    def get(self, key: _CallKey) -> Answer | None:
-        return self._answers.get(key)
-
-    def put(self, key: _CallKey, answer: Answer) -> None:
-        if key in self._answers:
-            return
-        self._answers[key] = answer
-        self._num_bytes += _num_bytes(answer)
-        while self._num_bytes > self._max_bytes:
-            _, old = self._answers.popitem(last=False)
-            self._num_bytes -= _num_bytes(old)
-
-
-def _num_bytes(answer: Answer) -> int:
-    return sum(tensor.nbytes for tensor in answer.tensors if tensor is not None)
-
-
-class _Save:
-    """Writes one state: a callable for the helper thread."""
-
-    def __init__(self, store: CheckpointStore, uid: str, state: dict[str, Any]) -> None:
-        self.store, self.uid, self.state = store, uid, state
-
-    def __call__(self) -> Path:
-        return self.store.save(self.uid, self.state, version=self.state["version"])
-
-
-def _priority(call: IncomingCall) -> int:
-    """The call's priority within the few classes that a stranger may make the batcher keep."""
-    return max(_LOWEST_PRIORITY, min(call.priority, _HIGHEST_PRIORITY))
-
-
-def _check_codec(codec: str) -> str:
-    if codec not in compression.CODECS:
-        raise SchemaMismatch(f"codec {codec!r} is not known here; known: {', '.join(compression.CODECS)}")
-    return codec
-
-
-def _check_inputs(uid: str, backend: ExpertBackend, tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The inputs of an untrusted call. Raises: SchemaMismatch (both schemas in the sentence)."""
-    if len(tensors) != len(backend.input_specs):
-        raise _mismatch(uid, backend.inputs_schema, tensors)
-    try:
-        structure = wire.unflatten(backend.inputs_schema, tensors)
-        return wire.flatten_like(backend.inputs_schema, structure, what=uid)
-    except TypeError:  # an absent tensor
-        raise _mismatch(uid, backend.inputs_schema, tensors) from None
-
-
-def _check_gradients(
-    uid: str, backend: ExpertBackend, inputs: list[torch.Tensor], tensors: list[torch.Tensor | None]
-) -> Gradients:
-    """The output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
-    num_rows = inputs[0].shape[0]
-    fits = len(tensors) == len(backend.output_specs) and all(
-        tensor is None or (tensor.dtype == spec.dtype and tuple(tensor.shape) == (num_rows, *spec.shape))
-        for tensor, spec in zip(tensors, backend.output_specs, strict=True)
-    )
-    if not fits:
-        raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)
-    return tensors
-
-
-def _mismatch(what: str, schema: Any, tensors: Sequence[torch.Tensor | None]) -> SchemaMismatch:
-    takes, got = wire.describe_schema(schema), wire.describe_structure(tuple(tensors))
-    return SchemaMismatch(f"{what} takes {takes}; got {got}")
-
-
-def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:
-    return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None
+        if call.method in self._handlers:
+            return await self._handlers[call.method](uid, backend, call)
+        if call.method == messages.BACKWARD and not self._is_primary[uid]:
+            if self.pass_on is None:
+                raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
+            return await self.pass_on(uid, call)
+        return await self._calls.answer(uid, backend, call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -11,6 +12,8 @@ from tesseract_async.transport.base import Pipe
 from tesseract_async.transport.tls import TlsMachine
 
 CIPHERTEXT_BYTES: Final = 256 * 1024
+FAREWELL_TIMEOUT: Final = 1.0
+"""Seconds in which a closed channel may send what is queued."""
 SMALL_PIECE: Final = 8 * 1024
 """Neighbouring pieces up to this size are joined: a system call costs more than their copy."""
 
@@ -48,7 +51,9 @@ class Channel:
         self._tls = tls
         self._open = False
         self._closed = False
+        self._lost = False
         self._error: Exception | None = None
+        self._abort_timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begins the handshake."""
@@ -64,13 +69,16 @@ class Channel:
         """Whether enough is waiting to be sent; `channel_drained` follows."""
         return self.pipe.paused
 
-    @property
-    def on_loan(self) -> bool:
-        """Whether memory given to `write` is still in use."""
-        return self._tls is None and self.pipe.unsent > 0
+    def loan_mark(self) -> int | None:
+        """A mark for `loan_ended`, or None if no memory given to `write` is in use."""
+        return self.pipe.bytes_sent if self._tls is None and self.pipe.unsent else None
+
+    def loan_ended(self, mark: int) -> bool:
+        """Whether all that was written before the mark was taken has left."""
+        return self._lost or self.pipe.bytes_sent - self.pipe.unsent >= mark
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Sends the pieces, in order. Their memory is on loan while `on_loan`. Ignored after the end."""
+        """Sends the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
         if self._closed:
             return
         if self._tls is not None:
@@ -106,7 +114,12 @@ class Channel:
                 self._tls.close()
                 self.pipe.write(self._tls.data_to_send())
             self._closed = True
-            self.pipe.close()
+            self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        # sends what is queued, such as a TLS alert or a farewell, unless the peer does not read
+        self.pipe.close()
+        self._abort_timer = asyncio.get_running_loop().call_later(FAREWELL_TIMEOUT, self.pipe.abort)
 
     def abort(self, error: Exception | None = None) -> None:
         """Ends the channel now; the receiver hears `error` soon, not from within this call."""
@@ -173,13 +186,15 @@ class Channel:
     def _fail(self, error: ProtocolError) -> None:
         self._error = error
         self._closed = True
-        self.pipe.close()  # sends what is queued, such as a TLS alert, unless the peer stops reading
+        self._close_pipe()
 
     def pipe_drained(self) -> None:
         self.receiver.channel_drained()
 
     def pipe_lost(self, error: Exception | None) -> None:
-        self._closed = True
+        self._closed = self._lost = True
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
         reason = self._error or error
         if reason is None and not self._open:
             reason = HandshakeFailed("eof", "the peer hung up during the handshake")

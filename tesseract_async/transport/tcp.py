@@ -44,6 +44,7 @@ class TcpPipe(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._receiver: PipeReceiver | None = None
         self._throttle = throttle
+        self._reading_paused = False  # by the receiver's wish
         self._reading_again: asyncio.TimerHandle | None = None
         self._sending_again: asyncio.TimerHandle | None = None
         # a peer that speaks before `start`: uvloop cannot pause a transport in connection_made
@@ -114,12 +115,13 @@ class TcpPipe(asyncio.BufferedProtocol):
         loop = asyncio.get_running_loop()
         wait = throttle.received(count, loop.time())
         if wait > 0 and self._transport is not None and self._reading_again is None:
-            self._transport.pause_reading()
+            if not self._reading_paused:
+                self._transport.pause_reading()
             self._reading_again = loop.call_later(wait, self._read_again)
 
     def _read_again(self) -> None:
         self._reading_again = None
-        if self._transport is not None:
+        if self._transport is not None and not self._reading_paused:
             self._transport.resume_reading()
 
     def _throttle_writing(self, throttle: Throttle, count: int) -> None:
@@ -153,6 +155,14 @@ class TcpPipe(asyncio.BufferedProtocol):
         if self._transport is None:  # lost already, and the receiver hears of it as always: later
             asyncio.get_running_loop().call_soon(receiver.pipe_lost, None)
 
+    def detach(self) -> None:
+        """Takes the receiver away: what arrives is kept for the next `start`, as before the first one."""
+        self._receiver = None
+
+    def unread(self, data: bytes) -> None:
+        """Gives received bytes back: the receiver of the next `start` gets them first."""
+        self._early += data
+
     def write(self, data: bytes | memoryview) -> None:
         if self._transport is not None:
             self.bytes_sent += len(data)
@@ -165,12 +175,14 @@ class TcpPipe(asyncio.BufferedProtocol):
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def pause_reading(self) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._reading_paused and self._reading_again is None:
             self._transport.pause_reading()
+        self._reading_paused = True
 
     def resume_reading(self) -> None:
-        if self._transport is not None and self._reading_again is None:
+        if self._transport is not None and self._reading_paused and self._reading_again is None:
             self._transport.resume_reading()
+        self._reading_paused = False
 
     def close(self) -> None:
         if self._transport is not None:

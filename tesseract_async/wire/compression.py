@@ -1,31 +1,170 @@
-"""Codecs: how one tensor becomes one buffer. Codec ``none`` is the tensor's own memory."""
+"""Codecs: how one tensor becomes one buffer, and back.
+
+======================= ==================== ===============================================================
+codec                   bytes per element    what is lost
+======================= ==================== ===============================================================
+``none``                the dtype's own      nothing: the buffer is the tensor's memory
+``bf16``                2                    all but 8 bits of precision; range, NaN and infinities stay
+``fp16``                2                    all but 11 bits of precision; what exceeds ±65504 becomes ±65504
+``uint8``               1, and 8 per tensor  256 equal steps between the tensor's least and greatest value
+``uint8_blockwise``     1, and 8 per block   256 equal steps between a block's least and greatest value
+======================= ==================== ===============================================================
+
+A block is 4,096 elements of the flattened tensor, the last one may be shorter. A tensor (or block) of equal values
+survives the uint8 codecs exactly; one that holds a NaN or an infinity comes back as NaNs throughout, so that nothing
+that was not finite passes for finite. The loss is at most half a step: (greatest - least) / 510 plus float32 rounding.
+
+Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. All numbers are little-endian.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
+from typing import Final
 
 import torch
 
 from tesseract_async.errors import ProtocolError
 
-CODECS = ("none",)
+CODECS: Final = ("none", "bf16", "fp16", "uint8", "uint8_blockwise")
+
+BLOCK: Final = 4096
+"""Elements of one block of ``uint8_blockwise``."""
+TILE: Final = 32
+"""Blocks worked on at a time: so many stay in a core's cache between the passes."""
+FP16_MAX: Final = 65504.0
+
+assert sys.byteorder == "little", "tensors travel as they lie in memory, which the wire defines as little-endian"
 
 
 def encode(tensor: torch.Tensor, codec: str) -> memoryview:
-    """The tensor's bytes (little-endian, C order). Shares memory with a contiguous CPU tensor."""
+    """The tensor's bytes by `codec`, for any dtype under ``none``, any floating one under the others; on any device.
+
+    Any shape and strides. ``none`` shares memory with a contiguous CPU tensor. Runs without autograd; large tensors
+    take some milliseconds: not on an event loop.
+
+    Raises: ValueError for an unknown codec or a tensor that it does not take.
+    """
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
+    if codec != "none" and not tensor.is_floating_point():
+        raise ValueError(f"codec {codec} takes floating tensors, not {tensor.dtype}")
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type, unused-ignore]
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if codec == "bf16":
+        flat = flat.to(torch.bfloat16)
+    elif codec == "fp16":
+        flat = flat.to(torch.float32 if flat.dtype == torch.bfloat16 else flat.dtype)
+        flat = flat.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+    elif codec != "none":
+        flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type, unused-ignore]
 
 
 def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> torch.Tensor:
-    """The tensor that `encode` saw, using the memory of `buffer`. Untrusted. Raises: ProtocolError."""
+    """The tensor that `encode` saw, less what the codec loses. ``none`` uses the memory of `buffer`.
+
+    Untrusted. Raises: ProtocolError.
+    """
     if codec not in CODECS:
         raise ProtocolError("unknown codec")
-    if len(buffer) != math.prod(shape) * dtype.itemsize:
-        raise ProtocolError(f"a tensor of shape {shape} and {dtype} does not fit {len(buffer)} bytes")
-    if len(buffer) == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    if codec != "none" and not dtype.is_floating_point:
+        raise ProtocolError(f"codec {codec} gives no tensor of {dtype}")
+    count = math.prod(shape)
+    if len(buffer) != encoded_bytes(count, dtype, codec):
+        raise ProtocolError(f"a tensor of shape {shape} and {dtype} does not fit {len(buffer)} bytes of codec {codec}")
+    try:
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        if buffer.readonly:
+            buffer = memoryview(bytearray(buffer))
+        if codec == "none":
+            return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        if codec in ("bf16", "fp16"):
+            half = torch.frombuffer(buffer, dtype=torch.bfloat16 if codec == "bf16" else torch.float16)
+            return half.to(dtype).view(shape)
+        flat = _dequantize(torch.frombuffer(buffer, dtype=torch.uint8), count, BLOCK if "block" in codec else count)
+        return flat.to(dtype).view(shape)
+    except RuntimeError:  # sizes whose strides overflow, beside one that is 0
+        raise ProtocolError("a tensor's shape cannot be") from None
+
+
+def encoded_bytes(count: int, dtype: torch.dtype, codec: str) -> int:
+    """Bytes of `count` elements by `codec`."""
+    if codec == "none":
+        return count * dtype.itemsize
+    if codec in ("bf16", "fp16"):
+        return 2 * count
+    return count + 8 * (-(-count // BLOCK) if codec == "uint8_blockwise" else min(count, 1))
+
+
+# Shapes: n elements, b whole blocks of k elements. Encoded: b' least values, b' steps (float32), n codes; b' counts
+# a shorter last block, too. A code c stands for least + c * step.
+
+
+def _quantize(flat_n: torch.Tensor, k: int) -> torch.Tensor:
+    n = flat_n.numel()
+    b = n // k
+    header = 8 * -(-n // k)
+    out = torch.empty(header + n, dtype=torch.uint8)
+    scales = out[:header].view(torch.float32).view(2, -1)
+    codes_n = out[header:]
+    with torch.no_grad():
+        _quantize_blocks(flat_n[: b * k].view(b, k), scales[:, :b], codes_n[: b * k].view(b, k))
+        if b * k < n:
+            _quantize_blocks(flat_n[b * k :].view(1, -1), scales[:, b:], codes_n[b * k :].view(1, -1))
+    return out
+
+
+def _quantize_blocks(flat_bk: torch.Tensor, scales_2b: torch.Tensor, codes_bk: torch.Tensor) -> None:
+    b, k = flat_bk.shape
+    rows = max(1, TILE * BLOCK // k)
+    columns = min(k, TILE * BLOCK)
+    scratch = torch.empty(min(b, rows), columns)
+    for row in range(0, b, rows):
+        tile = flat_bk[row : row + rows]
+        # amin and amax: aminmax is not vectorised along a dimension
+        least = tile.amin(1, keepdim=True).float()
+        greatest = tile.amax(1, keepdim=True).float()
+        step = (greatest - least) / 255
+        scales_2b[0, row : row + rows] = least[:, 0]
+        scales_2b[1, row : row + rows] = step[:, 0]
+        # a step may be 0 or a denormal number: then every code is 0, exact but for that denormal
+        factor = torch.where(step >= torch.finfo(torch.float32).tiny, 1 / step, 0.0)
+        finite = torch.isfinite(step)
+        for column in range(0, k, columns):
+            part = tile[:, column : column + columns]
+            work = scratch[: part.shape[0], : part.shape[1]]
+            torch.sub(part, least, out=work) if part.dtype == torch.float32 else work.copy_(part).sub_(least)
+            work.mul_(factor).add_(0.5)
+            if not finite.all():
+                work.masked_fill_(~finite, 0.0)  # what float-to-integer conversion makes of NaN differs by machine
+            codes_bk[row : row + rows, column : column + columns].copy_(work)
+
+
+def _dequantize(encoded: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    b = n // k
+    header = 8 * -(-n // k)
+    scales = encoded[:header].view(torch.float32).view(2, -1)
+    codes_n = encoded[header:]
+    out = torch.empty(n)
+    _dequantize_blocks(codes_n[: b * k].view(b, k), scales[:, :b], out[: b * k].view(b, k))
+    if b * k < n:
+        _dequantize_blocks(codes_n[b * k :].view(1, -1), scales[:, b:], out[b * k :].view(1, -1))
+    return out
+
+
+def _dequantize_blocks(codes_bk: torch.Tensor, scales_2b: torch.Tensor, out_bk: torch.Tensor) -> None:
+    b, k = codes_bk.shape
+    rows = max(1, TILE * BLOCK // k)
+    columns = min(k, TILE * BLOCK)
+    least, step = scales_2b[0].view(-1, 1), scales_2b[1].view(-1, 1)
+    # infinities become NaN, also where a code of 0 would hide them
+    step = torch.where(torch.isfinite(step) & torch.isfinite(least), step, math.nan)
+    for row in range(0, b, rows):
+        for column in range(0, k, columns):
+            part = out_bk[row : row + rows, column : column + columns]
+            part.copy_(codes_bk[row : row + rows, column : column + columns])
+            part.mul_(step[row : row + rows]).add_(least[row : row + rows])

@@ -51,6 +51,8 @@ SCRATCH_BYTES: Final = 64 * 1024
 MAX_SMALL: Final = SCRATCH_BYTES - HEADER.size
 """Payload bytes of any frame that is not a chunk: larger messages travel in chunks."""
 MAX_CHUNK: Final = 1024 * 1024
+MIN_CHUNK: Final = 4096
+"""Payload bytes of every chunk but a message's last."""
 MAX_BUFFERS: Final = 1024
 MAX_HEAD: Final = 1024 * 1024
 """Bytes of one message's head, hence of its body: data belongs into buffers."""
@@ -59,6 +61,7 @@ DIRECT_BYTES: Final = 8 * 1024
 """Room from which on a chunk is received straight into its message rather than through the scratch memory."""
 
 _TABLE = struct.Struct(">II")
+_SIZES = tuple(struct.Struct(f">{count}Q") for count in range(MAX_BUFFERS + 1))
 
 Buffer = bytes | bytearray | memoryview
 
@@ -76,7 +79,7 @@ def byte_view(buffer: Buffer) -> memoryview:
 
 def encode_table(head_bytes: int, sizes: Sequence[int]) -> bytes:
     """The sizes of a message's head and buffers, as its first frame tells them."""
-    return _TABLE.pack(head_bytes, len(sizes)) + struct.pack(f">{len(sizes)}Q", *sizes)
+    return _TABLE.pack(head_bytes, len(sizes)) + _SIZES[len(sizes)].pack(*sizes)
 
 
 def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
@@ -91,14 +94,13 @@ def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
     end = _TABLE.size + 8 * count
     if len(payload) < end:
         raise ProtocolError("a message is shorter than its table")
-    return head_bytes, struct.unpack_from(f">{count}Q", payload, _TABLE.size), end
+    return head_bytes, _SIZES[count].unpack_from(payload, _TABLE.size), end
 
 
-def encode_small(kind: int, stream: int, head: bytes, buffers: Sequence[memoryview]) -> bytes:
+def encode_small(kind: int, stream: int, head: bytes, sizes: Sequence[int], buffers: Sequence[memoryview]) -> bytes:
     """A whole message as one frame; the caller has checked that it fits (`message_bytes` <= `MAX_SMALL`)."""
-    table = encode_table(len(head), [len(buffer) for buffer in buffers])
-    length = len(table) + len(head) + sum(map(len, buffers))
-    return b"".join((HEADER.pack(kind, 0, 0, length, stream), table, head, *buffers))
+    length = message_bytes(len(head), sizes)
+    return b"".join((HEADER.pack(kind, 0, 0, length, stream), encode_table(len(head), sizes), head, *buffers))
 
 
 def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
@@ -106,8 +108,8 @@ def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
     return _TABLE.size + 8 * len(sizes) + head_bytes + sum(sizes)
 
 
-def decode_small(payload: memoryview) -> tuple[Any, tuple[memoryview, ...]]:
-    """The head's value and the buffers, copied into aligned memory of their own. Untrusted. Raises: ProtocolError."""
+def decode_small(payload: memoryview, arena: Arena) -> tuple[Any, tuple[memoryview, ...]]:
+    """The head's value and the buffers, copied into memory of `arena`. Untrusted. Raises: ProtocolError."""
     head_bytes, sizes, position = decode_table(payload)
     if position + head_bytes + sum(sizes) != len(payload):
         raise ProtocolError("a message's table does not fit its frame")
@@ -115,7 +117,7 @@ def decode_small(payload: memoryview) -> tuple[Any, tuple[memoryview, ...]]:
     if not sizes:
         return head, ()
     position += head_bytes
-    buffers = allocate(sizes)
+    buffers = arena.allocate(sizes)
     for buffer, size in zip(buffers, sizes, strict=True):
         buffer[:] = payload[position : position + size]
         position += size
@@ -135,6 +137,41 @@ def allocate(sizes: Sequence[int]) -> tuple[memoryview, ...]:
         parts.append(view[offset : offset + size])
         offset += -(-size // ALIGNMENT) * ALIGNMENT
     return tuple(parts)
+
+
+class Arena:
+    """Memory for the buffers of small messages, cut from shared blocks: an aligned block of their own costs more than
+    such a message's copy. What is kept of a message keeps its block of 64 KiB alive.
+    """
+
+    __slots__ = ("_block", "_used")
+
+    BLOCK_BYTES: Final = 64 * 1024
+    LARGEST: Final = 8 * 1024
+    """Bytes beyond which a message gets a block of its own."""
+
+    def __init__(self) -> None:
+        self._block: memoryview | None = None
+        self._used = 0
+
+    def allocate(self, sizes: Sequence[int]) -> tuple[memoryview, ...]:
+        """As `allocate`."""
+        if sum(sizes) + ALIGNMENT * len(sizes) > self.LARGEST:
+            return allocate(sizes)
+        block, used = self._block, self._used
+        if block is None or used + self.LARGEST > self.BLOCK_BYTES:
+            (block,) = allocate((self.BLOCK_BYTES,))
+            self._block, used = block, 0
+        parts = []
+        for size in sizes:
+            parts.append(block[used : used + size])
+            used += -(-size // ALIGNMENT) * ALIGNMENT
+        self._used = used
+        return tuple(parts)
+
+    def release(self) -> None:
+        """Lets go of the present block: idle connections are many."""
+        self._block = None
 
 
 def pack(value: Any) -> bytes:

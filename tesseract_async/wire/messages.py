@@ -6,6 +6,7 @@ Each message is a frozen dataclass; `encode` gives the msgpack body, `decode_*` 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
 - ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
 - ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
+- ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tesseract_async.errors import ProtocolError
 INFO = "expert.info"
 FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
+STATE = "expert.state"
 
 MAX_UID_LENGTH = 256
 
@@ -61,6 +63,8 @@ class ForwardRequest:
     """Seeds the module's random numbers, so that backward's recomputation draws the same."""
     reply_codec: str
     """Codec for the outputs."""
+    keep_inputs: bool = False
+    """A backward will follow: the server may keep the inputs, so that they need not travel again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class ForwardReply:
     tensors: list[Any]
     version: int
     """Optimizer steps that the expert had taken when it computed this."""
+    inputs_cached: bytes | None = None
+    """Names the inputs that the server keeps for the backward; None if it keeps none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,9 @@ class BackwardRequest:
     version: int
     """The version that the forward's reply carried: what staleness is measured from."""
     reply_codec: str
+    inputs_cached: bytes | None = None
+    """From the forward's reply: stands for the inputs, of which then none travel (``num_inputs`` is 0). A server that
+    has dropped them answers `InputsForgotten`, and the request is repeated with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +109,51 @@ class BackwardReply:
     version: int
 
 
-Body = TypeVar("Body", InfoRequest, ExpertInfo, ForwardRequest, ForwardReply, BackwardRequest, BackwardReply)
+@dataclass(frozen=True, slots=True)
+class StateRequest:
+    """Asks for the expert's state, a piece at a time. The pieces of one file carry one digest."""
+
+    uid: str
+    weights_only: bool
+    """Without the optimizer's state and the journal: for an export."""
+    min_version: int
+    """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
+    digest: bytes
+    """Of the file that `offset` continues; 16 zero bytes for whichever is newest."""
+    offset: int
+    """Bytes of the file that the caller has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateReply:
+    """Beside it travels the piece that begins at `offset`; nothing where `size` is 0."""
+
+    version: int
+    digest: bytes
+    """The first 16 bytes of the file's SHA-256. Another one than asked for: begin again, the offset is 0."""
+    size: int
+    """Bytes of the whole file; 0 if the expert has not reached `min_version`."""
+    offset: int
+
+
+Body = TypeVar(
+    "Body",
+    InfoRequest,
+    ExpertInfo,
+    ForwardRequest,
+    ForwardReply,
+    BackwardRequest,
+    BackwardReply,
+    StateRequest,
+    StateReply,
+)
 
 _CHECKS: dict[str, Any] = {
     "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
     "int": lambda value: type(value) is int and 0 <= value < 2**63,
     "bool": lambda value: type(value) is bool,
     "bytes": lambda value: type(value) is bytes and len(value) == 16,
+    "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
     "list[Any]": lambda value: type(value) is list,
     "list[str]": lambda value: type(value) is list and all(type(item) is str for item in value),
     "list[Any] | dict[str, Any]": lambda value: (
@@ -122,7 +169,8 @@ def encode(message: Body) -> dict[str, Any]:
 
 
 def decode(kind: type[Body], body: Any) -> Body:
-    """Reads an untrusted body as `kind`. Unknown fields are ignored, so that later versions may add some.
+    """Reads an untrusted body as `kind`. Unknown fields are ignored, and fields with a default may be missing, so that
+    later versions may add some.
 
     Raises: ProtocolError for a missing field or a value of the wrong type.
     """
@@ -130,7 +178,7 @@ def decode(kind: type[Body], body: Any) -> Body:
         raise ProtocolError(f"{kind.__name__}: the body is not a map")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        value = body.get(field.name)
+        value = body.get(field.name, None if field.default is dataclasses.MISSING else field.default)
         if not _CHECKS[str(field.type)](value):
             raise ProtocolError(f"{kind.__name__}: {field.name} is missing or malformed")
         values[field.name] = value

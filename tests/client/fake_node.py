@@ -55,6 +55,8 @@ class FakeDirectory:
         self.replicas: dict[str, list[FakeReplica]] = {}
         self.failed: list[FakeReplica] = []
         self.cold = False
+        self.mute = False  # the network is not joined yet
+        self.num_finds = 0
         self.watched: dict[str, tuple[int, ...]] = {}
         self.version = 0
         self._views: dict[str, FakeView] = {}
@@ -69,7 +71,8 @@ class FakeDirectory:
         return [replica for replica in self.replicas.get(uid, []) if replica not in self.failed]
 
     async def find(self, uid: str) -> list[FakeReplica]:
-        return self._alive(uid)
+        self.num_finds += 1
+        return [] if self.mute else self._alive(uid)
 
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
         self.watched[prefix] = grid_size

@@ -4,7 +4,7 @@ import asyncio
 import heapq
 import random
 import threading
-import time
+import time as clock
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from tesseract_async.client import autograd
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.wire.messages import BACKWARD
+from tesseract_async.wire.messages import BACKWARD, INFO
 from tests.client.fake_node import FakeNode, until
 
 
@@ -28,50 +28,52 @@ async def expert_at(node: FakeNode, uid: str = "ffn.0.0") -> RemoteExpert:
 
 
 async def timed(awaitable: Any) -> float:
-    start = time.perf_counter()
+    start = clock.perf_counter()
     await awaitable
-    return time.perf_counter() - start
+    return clock.perf_counter() - start
 
 
-async def makespan(node: FakeNode, monkeypatch: pytest.MonkeyPatch, loss: torch.Tensor) -> float:
-    """How long backward of `loss` takes in virtual time, if nothing but the calls' delays takes any.
+class VirtualDelays:
+    """Calls take as many virtual milliseconds as their uid says: ``ffn.120``. Nothing else takes any.
 
-    Whenever the engine's thread waits for an answer, time jumps to the call that is due first.
+    Time jumps to the call that is due first whenever nothing else can happen: the loop is idle, and so is the engine's
+    thread, which waits for an answer (or there is none).
     """
-    now = 0.0
-    due: list[tuple[float, int, asyncio.Event]] = []
-    waits_for: list[Any] = []
-    asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    wait = autograd._Request.wait
 
-    def watched_wait(request: Any) -> Any:
-        waits_for[:] = [request]
-        loop.call_soon_threadsafe(asked.set)
-        return wait(request)
+    def __init__(self, node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._due: list[tuple[float, int, asyncio.Event]] = []
+        self._waits_for: list[Any] = []
+        wait = autograd._Request.wait
 
-    async def fault(method: str, uid: str, number: int) -> None:
-        answered = asyncio.Event()
-        heapq.heappush(due, (now + int(uid.split(".")[-1]) / 1000, number, answered))
-        await answered.wait()
+        def watched_wait(request: Any) -> Any:
+            self._waits_for[:] = [request]
+            return wait(request)
 
-    monkeypatch.setattr(autograd._Request, "wait", watched_wait)
-    node.fault = fault
-    task = asyncio.create_task(backward(loss))
-    while not task.done():
-        asking = asyncio.create_task(asked.wait())
-        await asyncio.wait([task, asking], return_when=asyncio.FIRST_COMPLETED)
-        asking.cancel()
-        asked.clear()
-        while waits_for and not waits_for[0]._done.is_set():
-            for _ in range(10):  # calls that are on their way to the loop arrive first
+        async def fault(method: str, uid: str, number: int) -> None:
+            if method != INFO:
+                answered = asyncio.Event()
+                heapq.heappush(self._due, (self.now + int(uid.split(".")[-1]) / 1000, number, answered))
+                await answered.wait()
+
+        monkeypatch.setattr(autograd._Request, "wait", watched_wait)
+        node.fault = fault
+
+    async def run(self, coroutine: Any, *, engine: bool = False) -> Any:
+        task = asyncio.create_task(coroutine)
+        while not task.done():
+            for _ in range(20):  # whatever is under way on the loop arrives first
                 await asyncio.sleep(0)
-            if due:
-                now, _, answered = heapq.heappop(due)
+            idle = not engine or (self._waits_for and not self._waits_for[0]._done.is_set())
+            if self._due and idle and not task.done():
+                self.now, _, answered = heapq.heappop(self._due)
                 answered.set()
-            await asyncio.sleep(0)
-    await task
-    return now
+        return await task
+
+    async def seconds(self, loss: torch.Tensor) -> float:
+        start = self.now
+        await self.run(backward(loss), engine=True)
+        return self.now - start
 
 
 async def timed_expert(node: FakeNode, seconds: float) -> RemoteExpert:
@@ -83,11 +85,16 @@ async def timed_expert(node: FakeNode, seconds: float) -> RemoteExpert:
 
 async def test_two_layers_of_calls_awaited_separately_overlap(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     expert = await timed_expert(node, 0.2)
-    h = torch.randn(4, 8, requires_grad=True)
-    for _ in range(2):
-        tasks = [asyncio.create_task(expert(h)) for _ in range(8)]
-        h = sum([await task for task in tasks])  # type: ignore[assignment]
-    assert await makespan(node, monkeypatch, h.sum()) == pytest.approx(0.4)
+    time = VirtualDelays(node, monkeypatch)
+
+    async def layers() -> torch.Tensor:
+        h = torch.randn(4, 8, requires_grad=True)
+        for _ in range(2):
+            tasks = [asyncio.create_task(expert(h)) for _ in range(8)]
+            h = sum([await task for task in tasks])  # type: ignore[assignment]
+        return h.sum()
+
+    assert await time.seconds(await time.run(layers())) == pytest.approx(0.4)
 
 
 CHAINS = {
@@ -104,7 +111,7 @@ CHAINS = {
 async def test_chains_of_unequal_latency_take_as_long_as_the_longest(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    node.delay = lambda uid: int(uid.split(".")[-1]) / 1000
+    time = VirtualDelays(node, monkeypatch)
 
     async def chain(x: torch.Tensor, seconds: list[float]) -> torch.Tensor:
         for delay in seconds:
@@ -112,10 +119,12 @@ async def test_chains_of_unequal_latency_take_as_long_as_the_longest(
         return x
 
     x = torch.randn(4, 8, requires_grad=True)
-    h = sum(await asyncio.gather(*(chain(x, seconds) for seconds in CHAINS[kind])))
-    node.delay = 0.0
+
+    async def chains() -> torch.Tensor:
+        return sum(await asyncio.gather(*(chain(x, seconds) for seconds in CHAINS[kind]))).sum()  # type: ignore
+
     critical = max(sum(seconds) for seconds in CHAINS[kind])
-    assert await makespan(node, monkeypatch, h.sum()) <= 1.25 * critical  # type: ignore[attr-defined]
+    assert await time.seconds(await time.run(chains())) <= 1.001 * critical
 
 
 async def test_calls_awaited_one_after_another_overlap_in_backward(
@@ -124,7 +133,7 @@ async def test_calls_awaited_one_after_another_overlap_in_backward(
     expert = await timed_expert(node, 0.1)
     x = torch.randn(4, 8, requires_grad=True)
     h = sum([await expert(x) for _ in range(4)])
-    assert await makespan(node, monkeypatch, h.sum()) == pytest.approx(0.1)  # type: ignore[attr-defined]
+    assert await VirtualDelays(node, monkeypatch).seconds(h.sum()) == pytest.approx(0.1)  # type: ignore[attr-defined]
 
 
 @pytest.mark.both_loops

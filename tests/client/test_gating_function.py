@@ -105,7 +105,7 @@ async def test_rows_short_of_answers_are_refilled(node: FakeNode) -> None:
 
 
 def make_gate_like(gate: GatingFunction, k_best: int) -> GatingFunction:
-    other = GatingFunction(gate._shared.node, "ffn", grid_size=GRID, in_features=8, k_best=k_best)
+    other = GatingFunction(gate._search.node, "ffn", grid_size=GRID, in_features=8, k_best=k_best)
     other.load_state_dict(gate.state_dict())
     return other
 
@@ -217,14 +217,23 @@ async def test_no_rows(node: FakeNode) -> None:
 
 async def test_a_cold_directory_is_waited_for(node: FakeNode) -> None:
     make_grid(node)
-    node.directory.cold = True
+    node.directory.cold = node.directory.mute = True
     with pytest.raises(NotEnoughExperts, match="could not be read"):
         await make_gate(node, forward_timeout=0.05)(torch.zeros(1, 8))
     task = asyncio.create_task(make_gate(node)(torch.zeros(1, 8)))
     await asyncio.sleep(0)
-    node.directory.cold = False
+    node.directory.cold = node.directory.mute = False
     node.directory.warm.set()
     assert (await task).shape == (1, 8)
+
+
+async def test_meanwhile_a_beam_search_finds_the_same_experts(node: FakeNode) -> None:
+    make_grid(node, [(0, 0), (1, 3), (2, 2), (3, 1), (3, 3)])
+    gate, x = make_gate(node), torch.randn(5, 8)
+    warm = [[expert.uid for expert in row] for row in await gate.choose(x)]
+    node.directory.cold = True
+    assert [[expert.uid for expert in row] for row in await gate.choose(x)] == warm
+    assert node.directory.num_finds > 0
 
 
 async def test_training_moves_gate_and_experts(node: FakeNode) -> None:
@@ -248,7 +257,7 @@ async def test_no_grad_and_copies(node: FakeNode) -> None:
     with torch.no_grad():
         assert not (await gate(torch.randn(2, 8))).requires_grad
     twin = copy.deepcopy(gate)
-    assert twin._shared is gate._shared
+    assert twin._search is gate._search
     x = torch.randn(2, 8)
     torch.testing.assert_close(await twin(x), await gate(x))
     assert set(gate.state_dict()) == {"proj.weight", "proj.bias"}

@@ -14,7 +14,7 @@ from tesseract_async.network.network import StoreItem, TesseractNetwork
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 
-QUICK = NetworkSettings(first_timeout=0.1, min_timeout=0.05, min_seed_backoff=0.05, join_timeout=2.0)
+QUICK = NetworkSettings(first_timeout=0.2, min_seed_backoff=0.05, join_timeout=2.0)
 
 
 def bound(port: int = 0, host: str = "127.0.0.1") -> socket.socket:
@@ -52,7 +52,9 @@ async def swarm(count: int, host: str = "127.0.0.1") -> AsyncIterator[list[Tesse
         first, seed = await stack.enter_async_context(node(host=host))
         others = [(await stack.enter_async_context(node(seed, host=host)))[0] for _ in range(count - 1)]
         assert all([await network.wait_joined(10) for network in others])
-        yield [first, *others]
+        nodes = [first, *others]
+        await until(lambda: all(network.num_contacts == count - 1 for network in nodes))
+        yield nodes
 
 
 @pytest.mark.both_loops
@@ -157,7 +159,7 @@ async def test_a_killed_node_does_not_stop_the_others() -> None:
         victim._transport.abort()  # no farewell
         assert await nodes[2].get("key") == 1
         assert await nodes[3].store("other", 2, ttl=60.0) == 5
-        assert nodes[3].num_contacts == 4
+        await until(lambda: nodes[3].num_contacts == 4)
 
 
 async def test_a_farewell_removes_a_node_from_tables_at_once() -> None:

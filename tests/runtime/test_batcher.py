@@ -138,7 +138,7 @@ def test_a_split_request_that_leaves_is_not_continued() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    batcher = Batcher(BatcherSettings(max_queue_bytes=100, default_retry_after=0.25))
+    batcher = Batcher(BatcherSettings(max_queue_bytes=100, default_retry_after=0.25, max_peer_share=1.0))
     pool = batcher.add_pool("a", max_batch_size=10)
     batcher.add(Request(pool, 1, num_bytes=1000), now=0.0)  # alone it is taken, whatever its size
     with pytest.raises(Overloaded) as caught:
@@ -154,7 +154,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
 
 def test_bytes_are_held_until_the_batch_has_run() -> None:
-    batcher = Batcher(BatcherSettings(max_queue_bytes=100))
+    batcher = Batcher(BatcherSettings(max_queue_bytes=100, max_peer_share=1.0))
     pool = batcher.add_pool("a", max_batch_size=10)
     batcher.add(Request(pool, 1, num_bytes=100), now=0.0)
     batch = batcher.pop_ready(now=0.0)
@@ -163,6 +163,21 @@ def test_bytes_are_held_until_the_batch_has_run() -> None:
         batcher.add(Request(pool, 1, num_bytes=100), now=0.0)
     batcher.finish(batch, now=1.0)
     batcher.add(Request(pool, 1, num_bytes=100), now=1.0)
+
+
+def test_one_peer_cannot_fill_the_queue() -> None:
+    batcher = Batcher(BatcherSettings(max_queue_bytes=100, max_peer_share=0.4))
+    pool = batcher.add_pool("a", max_batch_size=10)
+    loud = [Request(pool, 1, num_bytes=20, peer="loud") for _ in range(3)]
+    for one in loud[:2]:
+        batcher.add(one, now=0.0)
+    with pytest.raises(Overloaded, match="of yours"):
+        batcher.add(loud[2], now=0.0)
+    batcher.add(Request(pool, 1, num_bytes=60, peer="other"), now=0.0)
+    batcher.remove(loud[0])
+    batcher.add(loud[2], now=0.0)
+    drain(batcher)
+    assert not batcher._peer_bytes
 
 
 def test_max_wait_holds_back_what_is_not_full() -> None:
@@ -223,6 +238,7 @@ class BatcherModel(RuleBasedStateMachine):
         self.budget = budget
         self.max_wait = max_wait
         self.batcher = Batcher(BatcherSettings(max_queue_bytes=budget, max_wait=max_wait, urgent_seconds=0.5))
+        self.peer_budget = budget // 2
         self.pools = [
             self.batcher.add_pool(name, max_batch_size=size, preferred_sizes=preferred)
             for name, size, preferred in (("a", 8, ()), ("b", 5, ()), ("c", 16, (4, 8)))
@@ -256,7 +272,8 @@ class BatcherModel(RuleBasedStateMachine):
             exclusive=exclusive,
         )
         held = sum(other.num_bytes for other in self.all if self.held(other))
-        if held and held + num_rows > self.budget:
+        of_peer = sum(other.num_bytes for other in self.all if self.held(other) and other.peer == peer)
+        if (held and held + num_rows > self.budget) or (of_peer and of_peer + num_rows > self.peer_budget):
             with pytest.raises(Overloaded) as caught:
                 self.batcher.add(one, self.now)
             assert caught.value.retry_after >= 0
@@ -296,6 +313,7 @@ class BatcherModel(RuleBasedStateMachine):
             if not self.max_wait:
                 assert not self.waiting
             assert all(one.arrival + self.max_wait > self.now for one in self.waiting)
+            assert all(pool.num_waiting_rows < pool.max_batch_size for pool in self.pools)
             return
         assert 1 <= batch.num_rows <= batch.pool.max_batch_size
         assert batch.num_rows == sum(part.stop - part.start for part in batch.parts)
@@ -359,5 +377,5 @@ class BatcherModel(RuleBasedStateMachine):
         assert all(one in self.gone or self.answered[one] == one.num_rows for one in self.all)
 
 
-BatcherModel.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+BatcherModel.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestBatcherModel = BatcherModel.TestCase

@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import ExpertFailed, Overloaded
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import BatcherSettings
-from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime, Work
+from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
+from tesseract_async.runtime.work import Work
 from tesseract_async.wire.tensors import TensorSpec
-
-pytestmark = pytest.mark.both_loops
 
 
 class Gate(nn.Module):
@@ -76,6 +75,17 @@ async def runtime() -> AsyncIterator[TesseractRuntime]:
         await runtime.aclose()
 
 
+@pytest_asyncio.fixture(params=[False, True], ids=["plain", "overlap"])
+async def any_runtime(request: pytest.FixtureRequest) -> AsyncIterator[TesseractRuntime]:
+    """Also as for a device with copy engines, where a batch is staged while another one computes."""
+    runtime = TesseractRuntime(settings=RuntimeSettings(overlap=request.param))
+    await runtime.start()
+    try:
+        yield runtime
+    finally:
+        await runtime.aclose()
+
+
 def local_step(module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, lr: float = 0.1) -> torch.Tensor:
     """What a training loop without us would do. Returns the gradient of x."""
     x = x.clone().requires_grad_()
@@ -88,30 +98,31 @@ def local_step(module: nn.Module, x: torch.Tensor, gradient: torch.Tensor, lr: f
 
 
 @pytest.mark.parametrize("num_rows", [1, 64, 200])
-async def test_forward_and_backward_equal_the_module(runtime: TesseractRuntime, num_rows: int) -> None:
+async def test_forward_and_backward_equal_the_module(any_runtime: TesseractRuntime, num_rows: int) -> None:
     module, backend = make_mlp()
     reference = copy.deepcopy(module)
     x, gradient = torch.randn(num_rows, 8), torch.randn(num_rows, 4)
-    answer = await runtime.forward(backend, [x])
+    answer = await any_runtime.forward(backend, [x])
     torch.testing.assert_close(answer.tensors[0], reference(x).detach(), atol=1e-6, rtol=1e-6)
     assert answer.version == 0
-    answer = await runtime.backward(backend, [x], [gradient], call_id=b"1" * 16)
+    answer = await any_runtime.backward(backend, [x], [gradient], call_id=b"1" * 16)
     torch.testing.assert_close(answer.tensors[0], local_step(reference, x, gradient), atol=1e-6, rtol=1e-6)
     assert answer.version == backend.version == 1, "a request split over batches steps once"
     for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
-async def test_requests_that_gathered_while_busy_become_one_batch_and_one_step(runtime: TesseractRuntime) -> None:
+@pytest.mark.both_loops
+async def test_requests_that_gathered_while_busy_become_one_batch_and_one_step(any_runtime: TesseractRuntime) -> None:
     gate, gate_backend = make_gate()
     module, backend = make_mlp()
     reference = copy.deepcopy(module)
-    blocker = runtime.submit(gate_backend, [torch.ones(1, 1)])
+    blocker = any_runtime.submit(gate_backend, [torch.ones(1, 1)])
     await gate.entered.wait()
     xs = [torch.randn(size, 8) for size in (3, 5, 2)]
     gradients = [torch.randn(len(x), 4) for x in xs]
     works = [
-        runtime.submit(backend, [x], [gradient], call_id=bytes([index]) * 16)
+        any_runtime.submit(backend, [x], [gradient], call_id=bytes([index]) * 16)
         for index, (x, gradient) in enumerate(zip(xs, gradients, strict=True))
     ]
     gate.open.set()
@@ -133,6 +144,7 @@ async def test_a_batch_never_exceeds_the_limit(runtime: TesseractRuntime) -> Non
     assert max(gate.sizes) <= 10 and sum(gate.sizes) == sum(sizes)
 
 
+@pytest.mark.both_loops
 async def test_a_batch_wakes_the_loop_once(runtime: TesseractRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, backend = make_gate()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])
@@ -152,14 +164,14 @@ async def test_a_batch_wakes_the_loop_once(runtime: TesseractRuntime, monkeypatc
 
 
 @pytest.mark.parametrize("backward", [False, True])
-async def test_only_the_request_at_fault_fails(runtime: TesseractRuntime, backward: bool) -> None:
+async def test_only_the_request_at_fault_fails(any_runtime: TesseractRuntime, backward: bool) -> None:
     gate, backend = make_gate()
-    blocker = runtime.submit(backend, [torch.ones(1, 1)])
+    blocker = any_runtime.submit(backend, [torch.ones(1, 1)])
     await gate.entered.wait()
     works: list[Work] = []
     for index in range(8):
         x = torch.full((2, 1), 666.0 if index == 5 else float(index))
-        works.append(runtime.submit(backend, [x], [x] if backward else None, call_id=bytes(15) + bytes([index])))
+        works.append(any_runtime.submit(backend, [x], [x] if backward else None, call_id=bytes(15) + bytes([index])))
     gate.open.set()
     answers = await asyncio.gather(*(work.answer for work in works), blocker.answer, return_exceptions=True)
     assert isinstance(answers[5], ExpertFailed) and "ValueError: a bad row" in str(answers[5])
@@ -187,21 +199,24 @@ async def test_backward_without_a_call_id_takes_no_step(runtime: TesseractRuntim
     torch.testing.assert_close(module.state_dict(), before)
 
 
-async def test_cancelling_withdraws_what_waits_and_lets_run_what_runs(runtime: TesseractRuntime) -> None:
+@pytest.mark.both_loops
+async def test_cancelling_withdraws_what_waits_and_lets_run_what_runs(any_runtime: TesseractRuntime) -> None:
     gate, backend = make_gate()
-    running = asyncio.create_task(runtime.backward(backend, [torch.ones(1, 1)], [torch.ones(1, 1)], call_id=b"1" * 16))
+    running = asyncio.create_task(
+        any_runtime.backward(backend, [torch.ones(1, 1)], [torch.ones(1, 1)], call_id=b"1" * 16)
+    )
     await asyncio.sleep(0)
     await gate.entered.wait()
-    waiting = asyncio.create_task(runtime.forward(backend, [torch.ones(1, 1)]))
+    waiting = asyncio.create_task(any_runtime.forward(backend, [torch.ones(1, 1)]))
     await asyncio.sleep(0)
-    assert runtime.statistics().num_waiting == 1
+    assert any_runtime.statistics().num_waiting == 1
     for task in (running, waiting):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert runtime.statistics().num_waiting == 0
+    assert any_runtime.statistics().num_waiting == 0
     gate.open.set()
-    await runtime.call(lambda: None)
+    await any_runtime.call(lambda: None)
     assert gate.sizes == [1] and backend.version == 1, "its step stands"
 
 
@@ -231,6 +246,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     await runtime.aclose()
 
 
+@pytest.mark.both_loops
 async def test_closing_ends_every_call() -> None:
     runtime = TesseractRuntime()
     await runtime.start()
@@ -249,11 +265,11 @@ async def test_closing_ends_every_call() -> None:
     await runtime.aclose()
 
 
-async def test_functions_run_on_the_thread_between_batches(runtime: TesseractRuntime) -> None:
-    assert (await runtime.call(threading.current_thread)).name == "tesseract-runtime-cpu"
-    assert (await runtime.call_aside(threading.current_thread)).name.startswith("tesseract-files")
+async def test_functions_run_on_the_thread_between_batches(any_runtime: TesseractRuntime) -> None:
+    assert (await any_runtime.call(threading.current_thread)).name == "tesseract-runtime-cpu"
+    assert (await any_runtime.call_aside(threading.current_thread)).name.startswith("tesseract-files")
     with pytest.raises(ZeroDivisionError):
-        await runtime.call(lambda: 1 // 0)
+        await any_runtime.call(lambda: 1 // 0)
 
 
 async def test_a_module_may_raise_anything(runtime: TesseractRuntime) -> None:
@@ -266,3 +282,63 @@ async def test_a_module_may_raise_anything(runtime: TesseractRuntime) -> None:
         await runtime.forward(backend, [torch.ones(1, 1)])
     module, mlp = make_mlp()
     await runtime.forward(mlp, [torch.ones(1, 8)])
+
+
+async def test_stochastic_requests_and_unmerged_backwards_are_computed_alone(runtime: TesseractRuntime) -> None:
+    gate, gate_backend = make_gate()
+    for settings, backward in (
+        (BackendSettings(stochastic=True), False),
+        (BackendSettings(merge_backward=False), True),
+    ):
+        gate.entered.clear()
+        gate.open.clear()
+        module = nn.Linear(1, 1)
+        backend = ExpertBackend(
+            module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            args_schema=(TensorSpec((1,)),),
+            settings=settings,
+        )
+        blocker = runtime.submit(gate_backend, [torch.ones(1, 1)])
+        await gate.entered.wait()
+        num_batches = runtime.statistics().num_batches
+        x = torch.ones(1, 1)
+        works = [runtime.submit(backend, [x], [x] if backward else None, call_id=bytes([i]) * 16) for i in range(5)]
+        gate.open.set()
+        await asyncio.gather(blocker.answer, *(work.answer for work in works))
+        assert runtime.statistics().num_batches == num_batches + 5
+        assert backend.version == 5 * backward, "one step each"
+
+
+async def test_a_hung_module_makes_the_device_refuse_and_never_blocks_closing() -> None:
+    runtime = TesseractRuntime(settings=RuntimeSettings(stall_timeout=0.0, close_timeout=0.05))
+    await runtime.start()
+    gate, backend = make_gate()
+    hung = runtime.submit(backend, [torch.ones(1, 1)])
+    await gate.entered.wait()
+    with pytest.raises(Overloaded, match="hangs"):
+        await runtime.forward(backend, [torch.ones(1, 1)])
+    await runtime.aclose()
+    assert not hung.answer.done()
+    gate.open.set()  # what never happens outside of tests
+    await hung.answer
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), asyncio.get_running_loop()))
+
+
+async def test_a_device_that_does_not_exist_is_an_error_at_start() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    runtime = TesseractRuntime(device="cuda")
+    with pytest.raises((RuntimeError, AssertionError), match="(?i)cuda|nvidia"):
+        await runtime.start()
+
+
+async def test_figures_reach_the_metrics(runtime: TesseractRuntime) -> None:
+    _, backend = make_mlp()
+    await runtime.forward(backend, [torch.randn(3, 8)])
+    with pytest.raises(ExpertFailed):
+        await runtime.backward(backend, [torch.randn(2, 8)], [torch.full((2, 4), torch.nan)], call_id=b"1" * 16)
+    snapshot = runtime.metrics.snapshot()
+    assert snapshot["runtime_rows{direction=forward}"] == 3
+    assert snapshot["runtime_failures{direction=backward}"] == 1
+    assert runtime.busy_seconds > 0

@@ -82,8 +82,10 @@ def test_a_damaged_file_falls_back_to_the_one_before(
     loaded = store.load("ffn.0")
     assert loaded is not None and loaded["version"] == 1
     assert "is damaged" in caplog.text
-    store.files("ffn.0")[1].write_bytes(b"rubbish")
-    with pytest.raises(CheckpointError, match="none of the 2"):
+    assert [path.name for path in store.files("ffn.0")] == ["000000000001.safetensors"]
+    assert newest.with_suffix(".damaged").exists(), "out of the way, but not lost"
+    store.files("ffn.0")[0].write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="none of the 1"):
         store.load("ffn.0")
 
 

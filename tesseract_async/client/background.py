@@ -1,0 +1,216 @@
+"""`BackgroundNode`: a node for scripts and notebooks. One of three files that cross threads.
+
+The node runs on an event loop in a thread of its own. The package's modules notice that their node is such a one, and
+give results instead of awaitables; ``loss.backward()`` works as always, as it does not run on the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from tesseract_async.admission import Policy
+from tesseract_async.client.ports import PlainCalls
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.node import TesseractNode
+from tesseract_async.transport.base import PeerAddress
+
+T = TypeVar("T")
+
+
+class BackgroundNode(PlainCalls):
+    """A `TesseractNode` on a loop of its own, for code that has none: the same names, with plain calls.
+
+    ::
+
+        with ta.BackgroundNode(initial_peers=["198.51.100.7:31337"]) as node:
+            expert = node.get_expert("ffn.3.7")
+            gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(16, 16), in_features=1024)
+            loss = gate(expert(x)).sum()
+            loss.backward()
+
+    Calls block the calling thread; any thread but the node's own may call, several at once. In a notebook, call
+    `start` and `close` instead of using ``with``. Inside asynchronous code use `TesseractNode`: this one would block
+    the loop there, except when it is called in a thread (``asyncio.to_thread``).
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        initial_peers: Sequence[str | PeerAddress] = (),
+        identity: Identity | str | Path | None = None,
+        announce: str | Sequence[str] | None = None,
+        public: bool = False,
+        security: Literal["tls", "plain"] = "tls",
+        policy: Policy | None = None,
+        refresh_period: float = 10.0,
+    ) -> None:
+        """As `TesseractNode`. Raises: as there."""
+        self._inner = TesseractNode(
+            host,
+            port,
+            initial_peers=initial_peers,
+            identity=identity,
+            announce=announce,
+            public=public,
+            security=security,
+            policy=policy,
+            refresh_period=refresh_period,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def start(self) -> Self:
+        """Starts the thread and the node in it. Raises: RuntimeError if started before; as `TesseractNode.start`."""
+        if self._thread is not None:
+            raise RuntimeError("this node was started before; make a new one")
+        started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._serve, args=(started,), name="tesseract-background", daemon=True)
+        self._thread.start()
+        self._loop = started.result()
+        try:
+            self.run(self._inner.start())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Says farewell and stops the loop and its thread; calls under way in other threads fail. Twice is fine."""
+        if self._loop is None or self._thread is None:
+            return
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("a BackgroundNode can't be closed on its own thread")
+        loop, self._loop = self._loop, None
+        try:
+            asyncio.run_coroutine_threadsafe(self._inner.aclose(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join()
+
+    def _serve(self, started: concurrent.futures.Future[asyncio.AbstractEventLoop]) -> None:
+        with asyncio.Runner() as runner:  # cancels what is left when the loop has stopped
+            loop = runner.get_loop()
+            asyncio.set_event_loop(loop)
+            loop.call_soon(started.set_result, loop)
+            loop.run_forever()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        raise RuntimeError("a BackgroundNode is for code without a loop (`with`); asynchronous code uses TesseractNode")
+
+    async def __aexit__(self, *args: object) -> None:
+        raise AssertionError("never entered")
+
+    # ------------------------------------------------------------------------------------------------ calls
+
+    def check(self) -> asyncio.AbstractEventLoop:
+        """The node's loop. Raises: RuntimeError if the node is not running, or on the node's own thread."""
+        if self._loop is None:
+            raise RuntimeError("this BackgroundNode is not running: use it inside `with`, or call start()")
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("on the node's own thread there is a loop: await the call on `node.node` instead")
+        return self._loop
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs any coroutine on the node's loop and returns its result; blocks meanwhile. Interrupting cancels it.
+
+        Raises: what the coroutine raises; RuntimeError if the node is not running, or on the node's own thread.
+        """
+        try:
+            loop = self.check()
+        except RuntimeError:
+            coroutine.close()
+            raise
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("the BackgroundNode was closed during this call") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    @property
+    def node(self) -> TesseractNode:
+        """The node itself, for coroutines that run on its loop (see `run`). Raises: RuntimeError if not running."""
+        if self._loop is None:
+            raise RuntimeError("this BackgroundNode is not running: use it inside `with`, or call start()")
+        return self._inner
+
+    @property
+    def address(self) -> str:
+        """``"host:port"`` that the node listens on."""
+        return self._inner.address
+
+    @property
+    def peer_id(self) -> PeerID:
+        """The id that follows from the node's key."""
+        return self._inner.peer_id
+
+    @property
+    def network(self) -> Network:
+        """The DHT, with plain calls."""
+        return Network(self)
+
+    def get_expert(self, uid: str) -> RemoteExpert:
+        """The expert `uid`, as a module with plain calls. Raises: as `TesseractNode.get_expert`."""
+        found = self.run(self._inner.get_expert(uid))
+        return RemoteExpert(self, uid, found.replicas)
+
+    @contextlib.contextmanager
+    def entered(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """Enters an asynchronous context manager on the node's loop for the length of a ``with`` block::
+
+        with node.entered(ta.TesseractServer(node.node, {"ffn.3.7": backend})) as server:
+            ...
+        """
+
+        async def enter() -> T:
+            return await context.__aenter__()
+
+        async def leave(*error: Any) -> bool | None:
+            return await context.__aexit__(*error)
+
+        value = self.run(enter())
+        try:
+            yield value
+        except BaseException as error:
+            if not self.run(leave(type(error), error, error.__traceback__)):
+                raise
+        else:
+            self.run(leave(None, None, None))
+
+
+class Network:
+    """`TesseractNetwork` with plain calls."""
+
+    def __init__(self, node: BackgroundNode) -> None:
+        self._node = node
+
+    def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int:
+        """See `TesseractNetwork.store`."""
+        return self._node.run(self._node.node.network.store(key, value, ttl=ttl, subkey=subkey))
+
+    def get(self, key: str) -> Any:
+        """See `TesseractNetwork.get`."""
+        return self._node.run(self._node.node.network.get(key))

@@ -1,0 +1,217 @@
+"""The live experts of a grid, for the gates that choose among them: the directory's view, or what a search finds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tesseract_async.client.beam_search import BeamSearch, LiveGrid
+from tesseract_async.client.expert_calls import ExpertSchema, fetch_schema
+from tesseract_async.client.mixture import MixtureCall
+from tesseract_async.client.ports import View
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.client.replicas import REPLICA_FAULTS, Shared, cancel_all
+from tesseract_async.errors import NotEnoughExperts, TesseractError
+
+_NUM_WITNESSES = 3
+_MAX_STRIKES = 3
+_SMOOTHING = 0.2
+
+
+class FoundView:
+    """What a beam search found: a `View` of those live experts that matter to the rows it was made for."""
+
+    def __init__(self, replicas: Mapping[tuple[int, ...], list[Any]], num_dims: int) -> None:
+        self.replicas = dict(sorted(replicas.items()))
+        self.coords = np.array(list(self.replicas), dtype=np.int64).reshape(len(self.replicas), num_dims)
+        self.version = -1
+
+
+class GridSearch(Shared):
+    """What the copies of a gate share: the node, the grid's schema, and what was learnt about its experts."""
+
+    def __init__(self, node: Any, prefix: str, grid_size: tuple[int, ...], *, k_best: int, timeout: float) -> None:
+        super().__init__(node)
+        self.prefix = prefix
+        self.grid_size = grid_size
+        self._k_best = k_best
+        self._timeout = timeout
+        self._schema: ExpertSchema | None = None
+        self._asking: asyncio.Lock | None = None
+        self._prepared: tuple[View, LiveGrid] | None = None
+        self._experts: dict[tuple[int, ...], RemoteExpert] = {}
+        self._in_view: tuple[View, npt.NDArray[np.object_]] | None = None
+        self._strikes: Counter[tuple[int, ...]] = Counter()
+        self._seconds: dict[tuple[int, ...], float] = {}
+
+    # ------------------------------------------------------------------------------------------------ who lives
+
+    async def view(self, scores_RS: torch.Tensor, *, beam: bool = False) -> View:
+        """The live experts: all of them, as soon as the directory knows them.
+
+        While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
+        `beam` there is only the search, for grids too large to hold.
+
+        Raises: NotEnoughExperts if the directory could not be read in time, or nobody lives.
+        """
+        directory = self.node.directory
+        if not beam:
+            view: View | None = directory.live(self.prefix)
+            if view is None:
+                directory.watch(self.prefix, self.grid_size)
+                view = directory.live(self.prefix)
+            if view is None:
+                view = await self._first_view(scores_RS)
+        else:
+            view = await self._search(scores_RS)
+        if len(scores_RS) and not len(view.coords):
+            raise NotEnoughExperts(1, len(scores_RS), {})
+        return view
+
+    async def _first_view(self, scores_RS: torch.Tensor) -> View:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+        warm = loop.create_task(self.node.directory.wait_warm(self.prefix))
+        search = loop.create_task(self._search(scores_RS))
+        try:
+            await asyncio.wait([warm, search], timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not warm.done() and search.done():
+                found = search.result()
+                if len(found.coords) >= self._k_best:
+                    return found
+                await asyncio.wait([warm], timeout=max(0.0, deadline - loop.time()))
+            if warm.done():
+                warm.result()
+                view: View | None = self.node.directory.live(self.prefix)
+                if view is not None:
+                    return view
+            if search.done() and len(search.result().coords):
+                return search.result()
+        finally:
+            await cancel_all([warm, search])
+        cold = TimeoutError("the grid's directory could not be read in time")
+        raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
+
+    async def _search(self, scores_RS: torch.Tensor) -> FoundView:
+        machine = BeamSearch(scores_RS, self.grid_size, k=self._k_best)
+        found: dict[tuple[int, ...], list[Any]] = {}
+
+        async def ask(cell: tuple[int, ...]) -> None:
+            replicas = await self.node.directory.find(self.uid(cell))
+            machine.learn(cell, bool(replicas))
+            if replicas:
+                found[cell] = list(replicas)
+
+        while cells := machine.wanted():
+            async with asyncio.TaskGroup() as group:
+                for cell in cells:
+                    group.create_task(ask(cell))
+        return FoundView(found, len(self.grid_size))
+
+    def grid(self, view: View) -> LiveGrid:
+        """The view prepared for choosing; the same object as long as the view is."""
+        if self._prepared is None or self._prepared[0] is not view:
+            self._prepared = (view, LiveGrid(view.coords, self.grid_size))
+        return self._prepared[1]
+
+    # ------------------------------------------------------------------------------------------------ experts
+
+    def uid(self, coords: Sequence[int]) -> str:
+        """The uid at these coordinates."""
+        return ".".join((self.prefix, *map(str, coords)))
+
+    def experts(self, view: View, chosen_RK: npt.NDArray[np.int64]) -> list[list[RemoteExpert]]:
+        """The experts at these rows of the view's coordinates. A uid is always the same object."""
+        if self._in_view is None or self._in_view[0] is not view:
+            self._in_view = (view, np.empty(len(view.coords), dtype=object))
+        experts = self._in_view[1]
+        for index in np.unique(chosen_RK).tolist():
+            if experts[index] is None:
+                coords = tuple(view.coords[index].tolist())
+                known = self._experts.get(coords)
+                if known is None:
+                    known = self._experts[coords] = RemoteExpert(self.node, self.uid(coords), schema=self._schema)
+                experts[index] = known
+        result: list[list[RemoteExpert]] = experts[chosen_RK].tolist()
+        return result
+
+    async def schema(self, scores_RS: torch.Tensor, view: View) -> ExpertSchema:
+        """What the experts of this grid take and give: the word of most of the first few that answer.
+
+        Raises: NotEnoughExperts if nobody answers in time.
+        """
+        if self._schema is None:
+            self._asking = self._asking or asyncio.Lock()
+            async with self._asking:
+                if self._schema is None:
+                    best = self.grid(view).top_k(scores_RS[:1], len(view.coords)).reshape(-1).tolist()
+                    self._schema = await self._ask_for_schema(view, best or list(range(len(view.coords))))
+        return self._schema
+
+    async def _ask_for_schema(self, view: View, experts: list[int]) -> ExpertSchema:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+        errors: dict[str, BaseException] = {}
+        for start in range(0, len(experts), _NUM_WITNESSES):
+            left = deadline - loop.time()
+            if left <= 0:
+                break
+            asked = [tuple(view.coords[i].tolist()) for i in experts[start : start + _NUM_WITNESSES]]
+            # half of the time is kept for the next ones, should these be silent
+            told = await asyncio.gather(
+                *(self._ask_one(coords, view.replicas[coords][0], left / 2) for coords in asked),
+                return_exceptions=True,
+            )
+            schemas: dict[str, ExpertSchema] = {}
+            votes: Counter[str] = Counter()
+            for coords, answer in zip(asked, told, strict=True):
+                if isinstance(answer, ExpertSchema):
+                    text = repr((answer.inputs, answer.outputs))
+                    schemas.setdefault(text, answer)
+                    votes[text] += 1
+                elif isinstance(answer, TesseractError | TimeoutError):
+                    errors[self.uid(coords)] = answer
+                else:
+                    raise answer
+            if votes:
+                return schemas[votes.most_common(1)[0][0]]
+        raise NotEnoughExperts(1, 0, errors)
+
+    async def _ask_one(self, coords: tuple[int, ...], replica: Any, timeout: float) -> ExpertSchema:
+        try:
+            async with asyncio.timeout(timeout):
+                return await fetch_schema(self.node, self.uid(coords), replica.peer, timeout=timeout)
+        except REPLICA_FAULTS:
+            self.node.directory.report_failure(replica)
+            raise
+
+    # ------------------------------------------------------------------------------------------------ experience
+
+    def bias(self, view: View, weight: float) -> torch.Tensor | None:
+        """What to add to the live experts' scores: ``-weight`` for every second that each is expected to take."""
+        if not weight:
+            return None
+        seconds = [self._seconds.get(tuple(coords), 0.0) for coords in view.coords.tolist()]
+        return torch.tensor(seconds) * -weight
+
+    def learn(self, call: MixtureCall, view: View) -> None:
+        """Takes in how a forward went: latencies, and experts that never answer, which are masked in the end."""
+        for expert, seconds in call.seconds.items():
+            coords = tuple(view.coords[expert].tolist())
+            known = self._seconds.get(coords, seconds)
+            self._seconds[coords] = known + _SMOOTHING * (seconds - known)
+        for part in call.answered:
+            self._strikes.pop(tuple(view.coords[part.expert].tolist()), None)
+        for part in call.given_up:
+            coords = tuple(view.coords[part.expert].tolist())
+            self._strikes[coords] += 1
+            if self._strikes[coords] >= _MAX_STRIKES:
+                del self._strikes[coords]
+                for replica in part.replicas:
+                    self.node.directory.report_failure(replica)

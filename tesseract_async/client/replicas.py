@@ -1,0 +1,170 @@
+"""One call to an expert that several servers host: which of them is asked, and whom else when it is slow or gone."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from typing import Any, Self, TypeVar
+
+from tesseract_async.client.latency import LatencyBook
+from tesseract_async.client.ports import Node, PlainCalls
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertNotFound,
+    Overloaded,
+    PeerUnreachable,
+    ProtocolError,
+    RemoteError,
+)
+
+T = TypeVar("T")
+
+Attempt = Callable[[Any, float], Awaitable[T]]
+"""``attempt(peer, seconds)``: one call to one server."""
+
+# Errors that say something about a replica, not about the request: it is masked until its next sign of life.
+REPLICA_FAULTS = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
+
+GRACE_SECONDS = 0.5
+"""A call that outlives its time-out by this much is abandoned."""
+_BLOCK_SECONDS = 0.1
+
+
+_books: weakref.WeakKeyDictionary[Node, LatencyBook] = weakref.WeakKeyDictionary()
+"""What each node's calls have taught about replicas: all modules of a node share it."""
+
+
+class Shared:
+    """What copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
+
+    def __init__(self, node: Any) -> None:
+        """`node`: a `Node`, or one that gives plain calls."""
+        self._plain = node if isinstance(node, PlainCalls) else None
+        self.node: Node = node.node if isinstance(node, PlainCalls) else node
+        self.latencies = _books.setdefault(self.node, LatencyBook())
+
+    def check(self) -> None:
+        """Raises: RuntimeError if no call can be made from here, before a coroutine is made in vain."""
+        if self._plain is not None:
+            self._plain.check()
+
+    def deliver(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What a module's call returns: the coroutine, to be awaited, or its result where calls are plain."""
+        return coroutine if self._plain is None else self._plain.run(coroutine)
+
+    def expected(self, replicas: Sequence[Any]) -> float | None:
+        """Seconds that a forward to the fastest of `replicas` is expected to take; None if none was ever called."""
+        known = [seconds for r in replicas if (seconds := self.latencies.expected(_key(r))) is not None]
+        return min(known, default=None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+async def ask_best(
+    shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], *, timeout: float, observed: bool = True
+) -> T:
+    """Asks the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
+
+    The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
+    directory. How long it took is remembered if `observed`.
+
+    Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
+    TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    queue = _by_expectation(shared.latencies, replicas, loop.time())
+    if len(queue) == 1:
+        return await _ask(shared, queue[0], attempt, timeout, observed=observed)
+    tasks: dict[asyncio.Task[T], Any] = {}
+    first_error: BaseException | None = None
+    try:
+        while queue or tasks:
+            now = loop.time()
+            if now >= deadline:
+                break
+            hedge_at = deadline
+            if queue:
+                # one more under way than before: at the start, after a failure, or because the last one is slow
+                replica = queue.pop(0)
+                asking = _ask(shared, replica, attempt, deadline - now, observed=observed)
+                tasks[loop.create_task(asking)] = replica
+                p95 = shared.latencies.p95(_key(replica))
+                if queue and p95 is not None:
+                    hedge_at = now + p95
+            while tasks:
+                wait_until = hedge_at if queue else deadline + GRACE_SECONDS
+                done, _ = await asyncio.wait(
+                    tasks, timeout=max(0.0, wait_until - loop.time()), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    del tasks[task]
+                    error = task.exception()
+                    if error is None:
+                        return task.result()
+                    if not _may_be_repeated_elsewhere(error):
+                        raise error
+                    first_error = first_error or error
+                if queue and (done or loop.time() >= hedge_at):
+                    break
+                if not done and loop.time() >= wait_until:
+                    break
+        raise first_error or TimeoutError(f"no replica answered within {timeout} s")
+    finally:
+        await cancel_all(tasks)
+
+
+async def ask_primary(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], *, timeout: float) -> T:
+    """Asks the first replica, the primary, alone: any other would train a copy that nobody reads. Raises: its error."""
+    return await _ask(shared, replicas[0], attempt, timeout, observed=False)
+
+
+async def _ask(shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool) -> T:
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    try:
+        async with asyncio.timeout(timeout + GRACE_SECONDS):  # should the call itself not keep its time
+            result = await attempt(replica.peer, timeout)
+    except REPLICA_FAULTS:
+        shared.node.directory.report_failure(replica)
+        raise
+    except Overloaded as error:
+        shared.latencies.block(_key(replica), loop.time() + max(error.retry_after, _BLOCK_SECONDS))
+        raise
+    except asyncio.CancelledError:
+        if observed and loop.time() - start > (shared.latencies.expected(_key(replica)) or 0.0):
+            shared.latencies.observe(_key(replica), loop.time() - start)  # a loser took at least this long
+        raise
+    if observed:
+        shared.latencies.observe(_key(replica), loop.time() - start)
+    return result
+
+
+def _key(replica: Any) -> tuple[str, Any]:
+    peer_id = getattr(replica.peer, "peer_id", None)
+    return (replica.uid, replica.peer if peer_id is None else peer_id)
+
+
+def _may_be_repeated_elsewhere(error: BaseException) -> bool:
+    return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
+
+
+def _by_expectation(book: LatencyBook, replicas: Sequence[Any], now: float) -> list[Any]:
+    """Those not blocked first, then the fastest; unknown ones before known ones, so that they get known."""
+    if len(replicas) < 2:
+        return list(replicas)
+    return sorted(replicas, key=lambda r: (book.is_blocked(_key(r), now), book.expected(_key(r)) or 0.0))
+
+
+async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Ends the tasks that still run, and waits for them; their errors are nobody's business."""
+    running = [task for task in tasks if not task.done()]
+    for task in running:
+        task.cancel()
+    while running := [task for task in running if not task.done()]:
+        await asyncio.wait(running)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()

@@ -1,0 +1,176 @@
+"""How a newcomer settles which experts it takes, before it has built any: reservations in the network.
+
+A newcomer reads who hosts what, chooses (`choice.choose`), and says so under the grid's *claims* key for a minute.
+After a moment it reads what others reserved meanwhile; where two took the same expert, both compute who keeps it, and
+the other draws again. So newcomers that arrive in the same second share the free experts out, where choosing alone
+would let them meet by chance. Reservations bind nobody: whoever ignores them merely hosts one replica more.
+
+A reservation is bytes: the number of dimensions, then 4 bytes (big-endian) per coordinate, expert by expert.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Protocol
+
+import numpy as np
+
+from tesseract_async.errors import ProtocolError, TesseractError, describe
+from tesseract_async.experts.choice import Coords, choose, losers
+from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, grid_key, join_uid
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.identity import PeerID
+
+logger = logging.getLogger(__name__)
+
+MAX_PART_BYTES = 800
+
+
+class ClaimingNetwork(Protocol):
+    """What claiming needs of `TesseractNetwork`."""
+
+    @property
+    def peer_id(self) -> PeerID: ...
+    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
+    async def get_entries(self, key: str) -> Sequence[Any]: ...
+    async def withdraw(self, key: str, *, subkey: str | None = None) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimSettings:
+    """How newcomers settle. Seconds are plain floats."""
+
+    ttl: float = 60.0
+    """A reservation holds so long: enough to build the experts and declare them."""
+    settle: float = 0.5
+    """Between a reservation and the look at others'; longer than it takes to choose and to store."""
+    max_rounds: int = 4
+    """After so many draws a newcomer keeps what it has, even if it meets somebody there."""
+
+
+class ExpertClaim:
+    """Experts that this node reserved. `release` it once they are declared, or are not going to be."""
+
+    def __init__(self, network: ClaimingNetwork, prefix: str) -> None:
+        self._network = network
+        self._prefix = prefix
+        self._num_parts = 0
+        self.uids: dict[str, bool] = {}
+        """uid -> whether nobody hosted it when it was chosen, so that this node will train it."""
+
+    async def reserve(self, coords: Sequence[Coords], *, ttl: float) -> None:
+        """Says in the network that these are taken, in place of what was said before."""
+        parts = encode_reservation(coords)
+        for number, part in enumerate(parts):
+            await self._network.store(claims_key(self._prefix), part, ttl=ttl, subkey=str(number))
+        gone = range(len(parts), self._num_parts)
+        self._num_parts = len(parts)
+        for number in gone:
+            await self._network.withdraw(claims_key(self._prefix), subkey=str(number))
+
+    async def release(self) -> None:
+        """Withdraws the reservation; if that fails, it expires."""
+        for number in range(self._num_parts):
+            try:
+                await self._network.withdraw(claims_key(self._prefix), subkey=str(number))
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.info("a reservation could not be withdrawn, it will expire: %s", describe(error))
+        self._num_parts = 0
+
+
+async def claim_experts(
+    network: ClaimingNetwork,
+    pattern: ExpertPattern,
+    num_experts: int,
+    *,
+    random: Random,
+    settings: ClaimSettings = ClaimSettings(),
+    clock: Callable[[], float] = time.time,
+    log: Callable[[str], None] = logger.info,
+) -> ExpertClaim:
+    """Reserves `num_experts` of `pattern`: free ones, else those with the fewest replicas.
+
+    Fewer only if the pattern names fewer. `clock` gives wall-clock time. Cancelled, it leaves a reservation that
+    expires. Raises: what the network raises.
+    """
+    claim = ExpertClaim(network, pattern.prefix)
+    hosted = await _hosted(network, pattern, clock)
+    mine: list[Coords] = []
+    others = await _reserved(network, pattern, clock)
+    for attempt in range(settings.max_rounds):
+        counts = hosted + Counter(coords for theirs in others.values() for coords in theirs)
+        mine += choose(pattern, num_experts - len(mine), counts, random, without=mine)
+        if not mine:
+            break
+        await claim.reserve(mine, ttl=settings.ttl)
+        await asyncio.sleep(settings.settle)
+        others = await _reserved(network, pattern, clock)
+        lost = losers(mine, others, network.peer_id)
+        if not lost or attempt == settings.max_rounds - 1:
+            break
+        log(f"{len(lost)} of {len(mine)} chosen experts were taken by others at the same time; drawing again")
+        mine = [coords for coords in mine if coords not in lost]
+    claim.uids = {join_uid(pattern.prefix, coords): coords not in hosted for coords in sorted(mine)}
+    return claim
+
+
+def claims_key(prefix: str) -> str:
+    """Where newcomers to this grid reserve experts."""
+    return f"claims/{prefix}"
+
+
+def encode_reservation(coords: Sequence[Coords]) -> list[bytes]:
+    """The parts that reserve `coords`, which have equally many dimensions."""
+    if not coords:
+        return []
+    num_dims = len(coords[0])
+    per_part = (MAX_PART_BYTES - 1) // (4 * num_dims)
+    packed = np.array(coords, dtype=">u4")
+    return [bytes([num_dims]) + packed[start : start + per_part].tobytes() for start in range(0, len(coords), per_part)]
+
+
+def decode_reservation(value: Any) -> list[Coords]:
+    """Reads one part. Untrusted. Raises: ProtocolError."""
+    if type(value) is not bytes or not 1 < len(value) <= MAX_PART_BYTES:
+        raise ProtocolError("a reservation consists of bytes, not too many of them")
+    num_dims = value[0]
+    if not 0 < num_dims <= MAX_DIMS or (len(value) - 1) % (4 * num_dims):
+        raise ProtocolError("a malformed reservation")
+    rows: list[list[int]] = np.frombuffer(value, ">u4", offset=1).reshape(-1, num_dims).tolist()
+    return [tuple(row) for row in rows]
+
+
+async def _hosted(network: ClaimingNetwork, pattern: ExpertPattern, clock: Callable[[], float]) -> Counter[Coords]:
+    """How many other servers host each expert of the grid."""
+    servers: set[tuple[PeerID, Coords]] = set()
+    for entry in await network.get_entries(grid_key(pattern.prefix)):
+        if entry.owner == network.peer_id or entry.expiration <= clock():
+            continue
+        try:
+            manifest = decode_manifest(entry.value)
+        except ProtocolError as error:
+            logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
+            continue
+        servers |= {(entry.owner, tuple(row)) for row in manifest.coords.tolist()}
+    return Counter(coords for _, coords in servers)
+
+
+async def _reserved(
+    network: ClaimingNetwork, pattern: ExpertPattern, clock: Callable[[], float]
+) -> dict[PeerID, set[Coords]]:
+    """What others reserved."""
+    found: dict[PeerID, set[Coords]] = {}
+    for entry in await network.get_entries(claims_key(pattern.prefix)):
+        if entry.owner == network.peer_id or entry.expiration <= clock():
+            continue
+        try:
+            found.setdefault(entry.owner, set()).update(decode_reservation(entry.value))
+        except ProtocolError as error:
+            logger.debug("dropped a reservation of %s: %s", entry.owner.short, error)
+    return found

@@ -1,0 +1,308 @@
+"""The run manifest: what one training run consists of, signed by whoever starts it. No I/O.
+
+A volunteer who joins by the run's name takes everything from it (expert class and sizes, optimizer, schedule, schemas,
+codecs, grid), so nobody can start with wrong flags. The manifest carries its own signature: any node may store a copy,
+and so the run outlives the computer that started it. A run's full name is ``NAME@PEER_ID`` of its signer; the bare
+name will do as long as only one signer uses it.
+
+On the wire: the signer's public key (32 bytes), the signature (64) over a domain tag and the rest, and the rest, a
+msgpack map. In the network it lies in numbered parts, each with the first bytes of the whole one's hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgpack
+
+from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, is_prefix
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.identity import Identity, PeerID, verify
+
+Value = str | int | float | bool | None
+"""What an option may be."""
+
+DOMAIN: Final = b"tesseract run 1\0"
+MAX_RUN_BYTES: Final = 16 * 1024
+MAX_PART_BYTES: Final = 850
+MAX_OPTIONS: Final = 64
+MAX_TEXT: Final = 256
+MAX_SCHEMA_DEPTH: Final = 10
+"""Of schemas as data: two levels more than `wire.tensors` builds."""
+MAX_SCHEMA_ITEMS: Final = 2048
+
+_HEAD: Final = 96
+_DIGEST: Final = 8
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class RunMismatch(ValueError):
+    """What this node was told, or what it built, differs from the run's manifest; holds both values of each field."""
+
+    def __init__(self, run: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
+        """`differences`: field -> (the run's value, this node's)."""
+        super().__init__(run, differences)
+        self.run = run
+        self.differences = dict(differences)
+
+    def __str__(self) -> str:
+        parts = (
+            f"{name} is {theirs!r} in the run, but {ours!r} here" for name, (theirs, ours) in self.differences.items()
+        )
+        return f"this does not fit the run {self.run}: {'; '.join(parts)}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunManifest:
+    """What every server and trainer of a run must agree on. Schemas are as `wire.tensors.encode_schema` makes them."""
+
+    name: str
+    prefix: str
+    """Of the experts' uids."""
+    grid_size: tuple[int, ...]
+    expert: str
+    """A registered name, or ``module:builder``, which a volunteer must allow."""
+    sizes: Mapping[str, Value] = field(default_factory=dict)
+    """What the expert's class is built with."""
+    optimizer: str | None = "adam"
+    """A registered name; None freezes the experts."""
+    optimizer_options: Mapping[str, Value] = field(default_factory=dict)
+    schedule: str | None = None
+    """A registered name of a learning-rate schedule."""
+    schedule_options: Mapping[str, Value] = field(default_factory=dict)
+    training: Mapping[str, Value] = field(default_factory=dict)
+    """How steps are taken: ``max_batch_size``, ``clip_norm`` and the like."""
+    codecs: Mapping[str, Value] = field(default_factory=dict)
+    """Codec of each direction: ``inputs``, ``outputs``, ``gradients``."""
+    seed: int = 0
+    """Of the experts' first weights, together with their uids: two servers that start the same one start equal."""
+    args_schema: Sequence[Any] = ()
+    kwargs_schema: Mapping[str, Any] = field(default_factory=dict)
+    outputs_schema: Any = ()
+    created: int = 0
+    """Milliseconds since 1970. Of two manifests of one signer under one name, the later one holds."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid_size", tuple(self.grid_size))
+        try:
+            _check(self)
+        except ProtocolError as error:
+            raise ValueError(str(error)) from None
+        # as they come back from the wire, so that what is equal there is equal here
+        for name in ("args_schema", "kwargs_schema", "outputs_schema"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+
+    @property
+    def pattern(self) -> ExpertPattern:
+        """All uids of the run."""
+        return ExpertPattern(self.prefix, tuple(map(range, self.grid_size)))
+
+    def fields(self) -> dict[str, Any]:
+        """Every single value by a printable name: ``grid_size``, ``sizes.in_features``, ``args_schema``."""
+        found: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Mapping) and not item.name.endswith("_schema"):
+                found |= {f"{item.name}.{key}": option for key, option in value.items()}
+            else:
+                found[item.name] = value
+        return found
+
+    def check(self, ours: Mapping[str, Any], *, run: str | None = None) -> None:
+        """Compares values by their names in `fields` with this manifest's; what it lacks counts as None.
+
+        Raises: RunMismatch with both values of each that differs.
+        """
+        theirs = self.fields()
+        plain = {name: _plain(value) for name, value in ours.items()}
+        differences = {
+            name: (theirs.get(name), value) for name, value in plain.items() if _plain(theirs.get(name)) != value
+        }
+        if differences:
+            raise RunMismatch(run or self.name, differences)
+
+
+@dataclass(frozen=True, slots=True)
+class SignedRun:
+    """A run manifest with the proof of who wrote it."""
+
+    manifest: RunManifest
+    signer: PeerID
+    blob: bytes
+    """The whole on the wire."""
+
+    @property
+    def full_name(self) -> str:
+        """``NAME@PEER_ID``: what nobody else can sign."""
+        return f"{self.manifest.name}@{self.signer}"
+
+
+def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
+    """Signs. Raises: ValueError if the manifest is too large."""
+    body = msgpack.packb(_plain(dataclasses.asdict(manifest)))
+    blob = identity.public_key + identity.sign(DOMAIN + body) + body
+    if len(blob) > MAX_RUN_BYTES:
+        raise ValueError(f"a run manifest has at most {MAX_RUN_BYTES} bytes; this one has {len(blob)}")
+    return SignedRun(manifest, identity.peer_id, blob)
+
+
+def decode_run(blob: Any) -> SignedRun:
+    """Reads and verifies. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
+    if type(blob) is not bytes or not _HEAD < len(blob) <= MAX_RUN_BYTES:
+        raise ProtocolError("a run manifest consists of bytes, not too many of them")
+    public_key, signature, body = blob[:32], blob[32:_HEAD], blob[_HEAD:]
+    if not verify(public_key, signature, DOMAIN + body):
+        raise InvalidRecord("the signature of a run manifest does not hold")
+    try:
+        data = msgpack.unpackb(body, strict_map_key=True, max_str_len=MAX_RUN_BYTES, max_bin_len=0, max_ext_len=0)
+    except Exception as error:  # msgpack's own classes, and ValueError of several kinds
+        raise ProtocolError(f"a run manifest that is no msgpack ({type(error).__name__})") from None
+    if type(data) is not dict:
+        raise ProtocolError("a run manifest is a map")
+    values = {}
+    for item in dataclasses.fields(RunManifest):
+        if item.name not in data:
+            raise ProtocolError(f"a run manifest without {item.name}")
+        values[item.name] = data[item.name]
+    if type(values["grid_size"]) is not list:
+        raise ProtocolError("a run's grid_size is a list")
+    try:
+        manifest = RunManifest(**values)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None
+    return SignedRun(manifest, PeerID.from_public_key(public_key), blob)
+
+
+def split_run(blob: bytes) -> list[bytes]:
+    """The parts in which a signed run lies in the network, each at most `MAX_PART_BYTES`."""
+    digest = hashlib.sha256(blob).digest()[:_DIGEST]
+    room = MAX_PART_BYTES - _DIGEST - 2
+    chunks = [blob[start : start + room] for start in range(0, len(blob), room)]
+    return [digest + bytes([number, len(chunks)]) + chunk for number, chunk in enumerate(chunks)]
+
+
+def join_run(parts: Iterable[Any]) -> list[SignedRun]:
+    """The signed runs that these parts of one owner make up. Untrusted: what does not fit or hold is left out."""
+    chunks: dict[tuple[bytes, int], dict[int, bytes]] = {}
+    for part in parts:
+        if type(part) is bytes and _DIGEST + 2 < len(part) <= MAX_PART_BYTES:
+            digest, number, total = part[:_DIGEST], part[_DIGEST], part[_DIGEST + 1]
+            if number < total:
+                chunks.setdefault((digest, total), {})[number] = part[_DIGEST + 2 :]
+    found = []
+    for (digest, total), numbered in chunks.items():
+        if len(numbered) != total:
+            continue
+        blob = b"".join(numbered[number] for number in range(total))
+        if hashlib.sha256(blob).digest()[:_DIGEST] != digest:
+            continue
+        try:
+            found.append(decode_run(blob))
+        except ProtocolError:
+            continue
+    return found
+
+
+def newest_by_signer(runs: Iterable[SignedRun], name: str) -> dict[PeerID, SignedRun]:
+    """Of each signer, the latest manifest of this name. (Equal times are decided the same way everywhere.)"""
+    found: dict[PeerID, SignedRun] = {}
+    for run in runs:
+        known = found.get(run.signer)
+        if run.manifest.name != name:
+            continue
+        if known is None or (run.manifest.created, run.blob) > (known.manifest.created, known.blob):
+            found[run.signer] = run
+    return found
+
+
+def split_run_name(text: str) -> tuple[str, PeerID | None]:
+    """``NAME`` or ``NAME@PEER_ID``. Raises: ValueError."""
+    name, separator, signer = text.partition("@")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a run's name has 1 to 64 letters, digits, dots, dashes or underscores: {name!r}")
+    return name, PeerID.parse(signer) if separator else None
+
+
+def run_key(name: str) -> str:
+    """Where manifests of runs of this name are stored."""
+    return f"runs/{name}"
+
+
+def _check(manifest: RunManifest) -> None:
+    """Types, sizes and ranges: of an own one, and of what strangers wrote. Raises: ProtocolError."""
+    if type(manifest.name) is not str or not _NAME.fullmatch(manifest.name):
+        raise ProtocolError("a run's name has 1 to 64 letters, digits, dots, dashes or underscores")
+    if not _is_text(manifest.prefix) or not is_prefix(manifest.prefix):
+        raise ProtocolError("a run's prefix is the first part of uids, such as ffn")
+    if not 0 < len(manifest.grid_size) <= MAX_DIMS or any(
+        type(size) is not int or not 0 < size <= MAX_COORDINATE + 1 for size in manifest.grid_size
+    ):
+        raise ProtocolError(f"a run's grid_size is 1 to {MAX_DIMS} numbers above 0")
+    if not _is_text(manifest.expert):
+        raise ProtocolError("a run's expert is a name")
+    for name in ("optimizer", "schedule"):
+        if getattr(manifest, name) is not None and not _is_text(getattr(manifest, name)):
+            raise ProtocolError(f"a run's {name} is a name, or none")
+    for name in ("sizes", "optimizer_options", "schedule_options", "training", "codecs"):
+        options = getattr(manifest, name)
+        if not isinstance(options, Mapping) or len(options) > MAX_OPTIONS:
+            raise ProtocolError(f"a run's {name} is a map of at most {MAX_OPTIONS} options")
+        for key, value in options.items():
+            if type(key) is not str or not key.isidentifier() or len(key) > 64:
+                raise ProtocolError(f"a run's {name} have names such as in_features")
+            if not _is_value(value):
+                raise ProtocolError(f"{name}.{key} of a run is no text, number or truth value")
+    for name in ("seed", "created"):
+        if type(getattr(manifest, name)) is not int or not 0 <= getattr(manifest, name) < 2**63:
+            raise ProtocolError(f"a run's {name} is a number, 0 or more")
+    if not isinstance(manifest.args_schema, list | tuple) or not isinstance(manifest.kwargs_schema, Mapping):
+        raise ProtocolError("a run's args_schema is a list and its kwargs_schema a map")
+    budget = [MAX_SCHEMA_ITEMS]
+    for schema in (manifest.args_schema, manifest.kwargs_schema, manifest.outputs_schema):
+        _check_schema(schema, budget, MAX_SCHEMA_DEPTH)
+
+
+def _check_schema(part: Any, budget: list[int], depth: int) -> None:
+    budget[0] -= 1
+    if depth == 0 or budget[0] < 0:
+        raise ProtocolError("a run's schema is too large")
+    if isinstance(part, Mapping):
+        if not all(_is_text(key) for key in part):
+            raise ProtocolError("a schema's keys are strings")
+        for item in part.values():
+            _check_schema(item, budget, depth - 1)
+    elif isinstance(part, list | tuple):
+        for item in part:
+            _check_schema(item, budget, depth - 1)
+    elif type(part) is not int and not _is_text(part):
+        raise ProtocolError("malformed schema")
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and 0 < len(value) <= MAX_TEXT and value.isprintable()
+
+
+def _is_value(value: Any) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is int:
+        return -(2**63) <= value < 2**63
+    return (
+        value is None or type(value) is bool or (type(value) is str and len(value) <= MAX_TEXT and value.isprintable())
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, any mapping as dict: as it comes back from the wire."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

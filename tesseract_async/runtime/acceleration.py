@@ -1,0 +1,93 @@
+"""Ways to run a module faster: ``torch.compile``, and CUDA graphs of its forward pass.
+
+Both like few, fixed numbers of rows; so a batch is padded up to the next preferred size with copies of its last row
+(never with zeros, which a module may divide by), and the padding's outputs are cut off. Copies get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+Apply = Callable[[Any, Sequence[torch.Tensor]], Any]
+"""Calls a module with flat inputs."""
+
+
+class Acceleration:
+    """How one module is called. Without any option, `run` just calls it."""
+
+    def __init__(self, module: nn.Module, *, sizes: Sequence[int], compile_mode: str | None, cuda_graphs: bool) -> None:
+        self._module = module
+        self._sizes = tuple(sorted(sizes))
+        self._callable: Any = module if compile_mode is None else torch.compile(module, mode=compile_mode)
+        self._pads = bool(sizes) and (compile_mode is not None or cuda_graphs)
+        self._uses_graphs = cuda_graphs
+        self._graphs: dict[int, _Graph] = {}
+
+    def run(self, inputs: Sequence[torch.Tensor], apply: Apply) -> Any:
+        """What ``apply(module, inputs)`` returns."""
+        if not self._pads:
+            return apply(self._callable, inputs)
+        num_rows = inputs[0].shape[0]
+        size = next((size for size in self._sizes if size >= num_rows), num_rows)
+        padded = [_pad(x, size) for x in inputs]
+        if self._uses_graphs and size in self._sizes and self._may_record(padded):
+            if size not in self._graphs:
+                self._graphs[size] = _Graph(self._callable, padded, apply)
+            outputs = self._graphs[size].replay(padded)
+        else:
+            outputs = apply(self._callable, padded)
+        return outputs if size == num_rows else _cut(outputs, num_rows)
+
+    def forget(self) -> None:
+        """Drops recorded graphs: the module's tensors have moved."""
+        self._graphs.clear()
+
+    def _may_record(self, inputs: Sequence[torch.Tensor]) -> bool:
+        # a graph repeats its random numbers and its mode: only plain evaluation without gradients is recorded
+        return inputs[0].is_cuda and not torch.is_grad_enabled() and not self._module.training
+
+
+class _Graph:
+    """One recorded forward pass. The weights are read where they lie, so that it follows the optimizer's steps."""
+
+    def __init__(self, module: Any, example: Sequence[torch.Tensor], apply: Apply) -> None:
+        self._inputs = [x.clone() for x in example]
+        streams: Any = torch.cuda  # its classes are untyped
+        warm_up = streams.Stream(example[0].device)
+        warm_up.wait_stream(torch.cuda.current_stream(example[0].device))
+        with torch.cuda.stream(warm_up):
+            for _ in range(3):
+                apply(module, self._inputs)
+        torch.cuda.current_stream(example[0].device).wait_stream(warm_up)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = apply(module, self._inputs)
+
+    def replay(self, inputs: Sequence[torch.Tensor]) -> Any:
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return _map(self._outputs, torch.clone)  # the next replay overwrites them
+
+
+def _pad(x: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - x.shape[0]
+    if missing <= 0:
+        return x
+    return torch.cat([x, x[-1:].detach().expand(missing, *x.shape[1:])])
+
+
+def _cut(structure: Any, num_rows: int) -> Any:
+    return _map(structure, lambda x: x[:num_rows])
+
+
+def _map(structure: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(structure, torch.Tensor):
+        return function(structure)
+    if isinstance(structure, Mapping):
+        return {key: _map(item, function) for key, item in structure.items()}
+    return type(structure)(_map(item, function) for item in structure)

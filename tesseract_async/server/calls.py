@@ -1,0 +1,281 @@
+"""ExpertCalls: answers the calls that clients make to experts. Everything that arrives here is untrusted.
+
+A forward is computed. A backward is applied once, whatever happens to its caller: callers that ask again under the same
+call id share the running computation, get the remembered answer, or, if that was forgotten, have their gradients
+computed again without a step. What was applied is journalled by the backend, together with the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import (
+    InputsForgotten,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+    SchemaMismatch,
+    UnknownMethod,
+)
+from tesseract_async.metrics import Metrics
+from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.runtime.work import Answer, Work
+from tesseract_async.server.memory import Memory
+from tesseract_async.wire import compression, messages
+from tesseract_async.wire import tensors as wire
+
+_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
+_MAX_EXPECTED = 65536
+STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
+
+_CallKey = tuple[str, bytes]  # uid, call id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallSettings:
+    """What a server remembers for its callers."""
+
+    max_answers_bytes: int = 64 << 20
+    """Answers of backwards, for callers who ask again because the first answer was lost."""
+    max_inputs_bytes: int = 256 << 20
+    """Inputs of forwards that a backward will follow, so that it need not send them again."""
+    backward_timeout: float = 60.0
+    """Seconds after a forward until its backward is no longer expected; leaving waits for those that are."""
+
+
+@dataclass(slots=True)
+class _Backward:
+    """A backward under way, and how many callers wait for it."""
+
+    work: Work
+    version: int | None
+    """The version that it led to when it was applied before; None if this is the first time."""
+    num_waiting: int = 0
+
+
+class ExpertCalls:
+    """Answers forward, backward and info calls through one runtime. Lives on the loop."""
+
+    def __init__(self, runtime: TesseractRuntime, *, settings: CallSettings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.refuse_forwards: Overloaded | None = None
+        """Raised to forwards while the server pauses or leaves."""
+        self._runtime = runtime
+        self._backwards: dict[_CallKey, _Backward] = {}
+        self._answers: Memory[_CallKey, Answer] = Memory(settings.max_answers_bytes, _num_bytes_of_answer)
+        self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(settings.max_inputs_bytes, _num_bytes)
+        self._expected: OrderedDict[bytes, float] = OrderedDict()  # inputs_cached -> until when its backward may come
+        self._num_active = 0
+        self._quiet = asyncio.Event()
+
+    async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        """Answers one call. Raises only RemoteErrors, for the caller to see."""
+        self._num_active += 1
+        try:
+            if call.method == messages.FORWARD:
+                return await self._forward(uid, backend, call)
+            if call.method == messages.BACKWARD:
+                return await self._backward(uid, backend, call)
+            if call.method == messages.INFO:
+                return _info(uid, backend, call)
+            raise UnknownMethod(f"experts do not answer {call.method!r}")
+        except ProtocolError as error:
+            raise RemoteError(f"malformed {call.method}: {error}") from None
+        except TimeoutError as error:
+            raise Overloaded(str(error), retry_after=0.0) from None
+        finally:
+            self._num_active -= 1
+            self._quiet.set()
+
+    async def wait_quiet(self) -> None:
+        """Returns when no call is under way, and no backward of an answered forward is expected any more."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._expected and next(iter(self._expected.values())) <= loop.time():
+                self._expected.popitem(last=False)
+            if not self._num_active and not self._expected:
+                return
+            self._quiet.clear()
+            until = None if not self._expected else next(iter(self._expected.values()))
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._quiet.wait()
+            except TimeoutError:
+                continue
+
+    async def _forward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        request = messages.decode(messages.ForwardRequest, call.body)
+        if self.refuse_forwards is not None:
+            raise self.refuse_forwards
+        codec = _check_codec(request.reply_codec)
+        inputs = check_inputs(uid, backend, wire.unpack_tensors(request.tensors, call.buffers))
+        if inputs[0].shape[0] == 0:
+            empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
+            answer = Answer(empty, backend.version)
+        else:
+            answer = await self._runtime.forward(
+                backend,
+                inputs,
+                training=request.training,
+                seed=request.seed,
+                deadline=call.deadline,
+                priority=_priority(call),
+                peer=call.peer_id,
+            )
+        inputs_cached = self._keep(inputs) if request.keep_inputs else None
+        metas, buffers = wire.pack_tensors(answer.tensors, codec)
+        reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
+        return Message(messages.encode(reply), tuple(buffers))
+
+    async def _backward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        request = messages.decode(messages.BackwardRequest, call.body)
+        codec = _check_codec(request.reply_codec)
+        key = (uid, request.call_id)
+        answer = self._answers.get(key)
+        if answer is None:
+            backward = self._backwards.get(key)
+            begun = backward or self._begin_backward(key, backend, call, request)
+            answer = begun if isinstance(begun, Answer) else await self._share(begun)
+        if request.inputs_cached is not None:
+            self._inputs.pop(request.inputs_cached)
+            self._expected.pop(request.inputs_cached, None)
+        self.metrics.observe(
+            "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=STALENESS_BUCKETS
+        )
+        metas, buffers = wire.pack_tensors(answer.tensors, codec)
+        return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
+
+    def _begin_backward(
+        self, key: _CallKey, backend: ExpertBackend, call: IncomingCall, request: messages.BackwardRequest
+    ) -> _Backward | Answer:
+        """Queues a backward, unless there is nothing to compute."""
+        uid = key[0]
+        tensors = wire.unpack_tensors(request.tensors, call.buffers)
+        if request.inputs_cached is None:
+            inputs = check_inputs(uid, backend, tensors[: request.num_inputs])
+        else:
+            kept = self._inputs.get(request.inputs_cached)
+            if kept is None:
+                raise InputsForgotten(f"the inputs of this backward of {uid} are no longer kept; send them again")
+            inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
+        gradients = check_gradients(uid, backend, inputs, tensors[request.num_inputs :])
+        if inputs[0].shape[0] == 0:
+            return Answer([_zero_gradient(x) for x in inputs], backend.version)
+        version = backend.applied.get(request.call_id)
+        work = self._runtime.submit(
+            backend,
+            inputs,
+            gradients,
+            training=request.training,
+            seed=request.seed,
+            # applied before, and its gradients were forgotten: compute them again, but take no step
+            call_id=request.call_id if version is None else None,
+            forward_version=request.version if version is None else None,
+            deadline=call.deadline,
+            priority=_priority(call),
+            peer=call.peer_id,
+        )
+        backward = self._backwards[key] = _Backward(work, version)
+        work.answer.add_done_callback(lambda _: self._end_backward(key))
+        return backward
+
+    async def _share(self, backward: _Backward) -> Answer:
+        """Waits for a backward together with all who asked for it."""
+        backward.num_waiting += 1
+        try:
+            answer: Answer = await asyncio.shield(backward.work.answer)
+        finally:
+            backward.num_waiting -= 1
+            if not backward.num_waiting and not backward.work.answer.done():
+                # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
+                self._runtime.withdraw(backward.work)
+        return answer if backward.version is None else Answer(answer.tensors, backward.version)
+
+    def _end_backward(self, key: _CallKey) -> None:
+        backward = self._backwards.pop(key)
+        answer = backward.work.answer
+        if not answer.cancelled() and answer.exception() is None:
+            result: Answer = answer.result()
+            version = result.version if backward.version is None else backward.version
+            self._answers.put(key, Answer(result.tensors, version))
+
+    def _keep(self, inputs: list[torch.Tensor]) -> bytes | None:
+        name = os.urandom(16)
+        if not self._inputs.put(name, inputs):
+            return None
+        self._expected[name] = asyncio.get_running_loop().time() + self.settings.backward_timeout
+        if len(self._expected) > _MAX_EXPECTED:
+            self._expected.popitem(last=False)
+        return name
+
+
+def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The inputs of an untrusted call. Raises: SchemaMismatch (both schemas in the sentence)."""
+    if len(tensors) != len(backend.input_specs) or any(tensor is None for tensor in tensors):
+        raise _mismatch(uid, backend.inputs_schema, tensors)
+    return wire.flatten_like(backend.inputs_schema, wire.unflatten(backend.inputs_schema, tensors), what=uid)
+
+
+def check_gradients(
+    uid: str, backend: ExpertBackend, inputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor | None]
+) -> Gradients:
+    """The output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
+    num_rows = inputs[0].shape[0]
+    fits = len(tensors) == len(backend.output_specs) and all(
+        tensor is None or (tensor.dtype == spec.dtype and tuple(tensor.shape) == (num_rows, *spec.shape))
+        for tensor, spec in zip(tensors, backend.output_specs, strict=True)
+    )
+    if not fits:
+        raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)
+    return tensors
+
+
+def _info(uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    messages.decode(messages.InfoRequest, call.body)
+    info = messages.ExpertInfo(
+        uid=uid,
+        args_schema=wire.encode_schema(backend.args_schema),
+        kwargs_schema=wire.encode_schema(backend.kwargs_schema),
+        outputs_schema=wire.encode_schema(backend.outputs_schema),
+        max_batch_size=backend.max_batch_size,
+        version=backend.version,
+        codecs=list(compression.CODECS),
+    )
+    return Message(messages.encode(info))
+
+
+def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | None]) -> SchemaMismatch:
+    takes, got = wire.describe_schema(schema), wire.describe_structure(tuple(tensors))
+    return SchemaMismatch(f"{what} takes {takes}; got {got}")
+
+
+def _priority(call: IncomingCall) -> int:
+    """The call's priority within the few classes that a stranger may make the batcher keep."""
+    return max(_LOWEST_PRIORITY, min(call.priority, _HIGHEST_PRIORITY))
+
+
+def _check_codec(codec: str) -> str:
+    if codec not in compression.CODECS:
+        raise SchemaMismatch(f"codec {codec!r} is not known here; known: {', '.join(compression.CODECS)}")
+    return codec
+
+
+def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:
+    return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None
+
+
+def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _num_bytes_of_answer(answer: Answer) -> int:
+    return _num_bytes(answer.tensors)

@@ -1,0 +1,259 @@
+"""What a volunteer agreed to, and whether the server may work right now. No I/O: time and load are given to it.
+
+`VolunteerSettings` holds the limits, `VolunteerContract` applies them. The limits on rates are kept elsewhere, where
+the bytes pass (`transport.throttle`); everything else is decided here, so that "why does my machine not serve?" has
+one answer: `Verdict.reason`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta, tzinfo
+from typing import Final
+
+PERIODS: Final = ("day", "week", "month")
+
+_DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_WINDOW: Final = re.compile(r"(?:(?P<days>[a-z,-]+)\s+)?(?P<start>\d{1,2}:\d\d)\s*-\s*(?P<end>\d{1,2}:\d\d)")
+_HORIZON_DAYS: Final = 9
+"""Windows repeat weekly: what does not change within a week and a day never does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """A span of the local day on some days of the week. One that ends before it starts runs past midnight."""
+
+    start: int
+    """Minutes after midnight."""
+    end: int
+    """Minutes after midnight, 1440 for its end; at or before `start`: of the next day."""
+    days: frozenset[int] = frozenset(range(7))
+    """Days on which it starts, Monday = 0."""
+
+    @classmethod
+    def parse(cls, text: str) -> Hours:
+        """Reads ``22:00-07:00``, ``sat,sun 00:00-24:00`` or ``mon-fri 18:30-23:00``. Raises: ValueError."""
+        match = _WINDOW.fullmatch(text.strip().lower())
+        if match is None:
+            raise ValueError(f"not hours, such as '22:00-07:00' or 'mon-fri 18:00-23:30': {text!r}")
+        start, end = _minutes(match["start"], text), _minutes(match["end"], text)
+        if start == end or start == 1440:
+            raise ValueError(f"hours that never begin; a whole day is 00:00-24:00: {text!r}")
+        days = frozenset(range(7)) if match["days"] is None else _days(match["days"], text)
+        return cls(start, end, days)
+
+    def __str__(self) -> str:
+        span = f"{self.start // 60:02}:{self.start % 60:02}-{self.end // 60:02}:{self.end % 60:02}"
+        return span if len(self.days) == 7 else ",".join(_DAYS[day] for day in sorted(self.days)) + " " + span
+
+    def on(self, day: date, timezone: tzinfo | None) -> tuple[float, float] | None:
+        """Wall-clock seconds of its start and end, where it starts on `day` (None for the machine's own zone)."""
+        if day.weekday() not in self.days:
+            return None
+        last = day + timedelta(days=1) if self.end <= self.start else day
+        return _at(day, self.start, timezone), _at(last, self.end, timezone)
+
+
+@dataclass(frozen=True, slots=True)
+class VolunteerSettings:
+    """The limits that a volunteer sets. None and an empty list mean: no limit."""
+
+    max_memory_bytes: int | None = None
+    """Memory of the whole process. Fewer experts are hosted if they would not fit, and while the process has more,
+    no new work is taken."""
+    max_upload_rate: float | None = None
+    """Bytes per second, sent to all peers together."""
+    max_download_rate: float | None = None
+    """Bytes per second, received from all peers together."""
+    data_quota_bytes: int | None = None
+    """Bytes, sent and received together, in one `quota_period`; the server rests until the next one begins."""
+    quota_period: str = "month"
+    """``day``, ``week`` (from Monday) or ``month``, in local time."""
+    hours: tuple[Hours, ...] = ()
+    """When the server may work, local time; it may in any of these."""
+    pause_above_load: float | None = None
+    """Share of all processors (0 to 1) that *other* programs use while somebody is at the machine."""
+    pause_after: float = 5.0
+    """Seconds for which the load must stay above that before the server pauses: opening a file is no reason."""
+    resume_after: float = 60.0
+    """Seconds for which the load must stay below before it goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_memory_bytes", "max_upload_rate", "max_download_rate", "data_quota_bytes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is more than 0, or absent for no limit; not {value}")
+        if self.quota_period not in PERIODS:
+            raise ValueError(f"quota_period is one of {', '.join(PERIODS)}; not {self.quota_period!r}")
+        if self.pause_above_load is not None and not 0 <= self.pause_above_load < 1:
+            raise ValueError(f"pause_above_load is a share of all processors, from 0 to 1; not {self.pause_above_load}")
+        if self.pause_after < 0 or self.resume_after < 0:
+            raise ValueError("pause_after and resume_after are seconds, 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether the server may work, and for how long that holds if nothing else is observed."""
+
+    serve: bool
+    reason: str
+    """For the log and the callers who are refused: one clause, such as ``outside of its hours (22:00-07:00)``."""
+    until: float | None
+    """Wall-clock seconds when time alone changes it; None if only an observation can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes used in the present quota period: what must outlive a restart."""
+
+    period_start: float = 0.0
+    """Wall-clock seconds at which the period of these bytes began."""
+    num_bytes: int = 0
+
+
+class VolunteerContract:
+    """Applies `VolunteerSettings` to what it observes. Time is wall-clock seconds and may jump."""
+
+    def __init__(self, settings: VolunteerSettings, *, timezone: tzinfo | None = None, usage: Usage = Usage()) -> None:
+        """`timezone`: whose hours and midnights count, None for the machine's; `usage`: from before a restart."""
+        self.settings = settings
+        self._timezone = timezone
+        self._usage = usage
+        # since when the load has been above the threshold, or below it again
+        self._busy_since: float | None = None
+        self._calm_since: float | None = None
+        self._paused = False
+        self._memory_short = False
+
+    def usage(self, now: float) -> Usage:
+        """The bytes of the period that `now` lies in."""
+        start, _ = _period(now, self.settings.quota_period, self._timezone)
+        # a clock that was set back does not give the quota a second time
+        if start > self._usage.period_start:
+            self._usage = Usage(start, 0)
+        return self._usage
+
+    def count_bytes(self, num_bytes: int, now: float) -> None:
+        """`num_bytes` more were sent or received."""
+        usage = self.usage(now)
+        self._usage = Usage(usage.period_start, usage.num_bytes + num_bytes)
+
+    def observe_memory(self, num_bytes: int) -> None:
+        """The process holds `num_bytes` now. Once over the limit, it counts as short until 5 % below."""
+        limit = self.settings.max_memory_bytes
+        if limit is not None:
+            self._memory_short = num_bytes > (0.95 * limit if self._memory_short else limit)
+
+    def observe_load(self, load: float, now: float) -> None:
+        """Other programs use this share of all processors now."""
+        limit = self.settings.pause_above_load
+        if limit is None:
+            return
+        if load > limit:
+            self._calm_since = None
+            if self._busy_since is None or self._busy_since > now:
+                self._busy_since = now
+            self._paused = self._paused or now - self._busy_since >= self.settings.pause_after
+        else:
+            self._busy_since = None
+            if self._calm_since is None or self._calm_since > now:
+                self._calm_since = now
+
+    def may_serve(self, now: float, load: float | None = None) -> Verdict:
+        """Whether the server may work at `now`; `load` is observed first, where given."""
+        if load is not None:
+            self.observe_load(load, now)
+        closed: list[tuple[str, float | None]] = []
+        changes: list[float] = []
+        if self.settings.hours:
+            is_open, change = _hours_at(self.settings.hours, now, self._timezone)
+            if not is_open:
+                closed.append((f"outside of its hours ({'; '.join(map(str, self.settings.hours))})", change))
+            elif change is not None:
+                changes.append(change)
+        if self.settings.data_quota_bytes is not None and self.usage(now).num_bytes >= self.settings.data_quota_bytes:
+            _, end = _period(now, self.settings.quota_period, self._timezone)
+            closed.append((f"its data quota of this {self.settings.quota_period} is used up", end))
+        if self._paused and self._calm_since is not None and now - self._calm_since >= self.settings.resume_after:
+            self._paused = False
+        if self._paused:
+            calm = None if self._calm_since is None else self._calm_since + self.settings.resume_after
+            closed.append(("its owner uses the machine", calm))
+        if self._memory_short:
+            closed.append(("its memory limit is reached", None))
+        if not closed:
+            return Verdict(True, "", min(changes, default=None))
+        ends = [end for _, end in closed]
+        until = None if None in ends else max(end for end in ends if end is not None)
+        return Verdict(False, ", and ".join(reason for reason, _ in closed), until)
+
+
+def experts_that_fit(settings: VolunteerSettings, *, base_bytes: int, expert_bytes: int) -> int | None:
+    """How many experts of `expert_bytes` each (weights, gradients, optimizer state) fit the memory limit beside
+    `base_bytes` of everything else; None without a limit."""
+    if settings.max_memory_bytes is None:
+        return None
+    return max(0, settings.max_memory_bytes - base_bytes) // max(1, expert_bytes)
+
+
+def _hours_at(hours: Sequence[Hours], now: float, timezone: tzinfo | None) -> tuple[bool, float | None]:
+    """Whether `now` lies in any of `hours`, and when that changes; None if it never does."""
+    today = datetime.fromtimestamp(now, timezone).date()
+    spans = []
+    for offset in range(-1, _HORIZON_DAYS):
+        for window in hours:
+            span = window.on(today + timedelta(days=offset), timezone)
+            if span is not None:
+                spans.append(span)
+    horizon = _at(today + timedelta(days=_HORIZON_DAYS - 1), 0, timezone)
+    end = now
+    is_open = False
+    for start, stop in sorted(spans):
+        if start > end:
+            if is_open:
+                break  # a gap follows
+            return False, start
+        if stop > end:
+            is_open, end = True, stop
+    return is_open, end if is_open and end < horizon else None
+
+
+def _period(now: float, period: str, timezone: tzinfo | None) -> tuple[float, float]:
+    """Wall-clock seconds of the start and the end of the period that `now` lies in."""
+    first = datetime.fromtimestamp(now, timezone).date()
+    if period == "week":
+        first -= timedelta(days=first.weekday())
+        last = first + timedelta(days=7)
+    elif period == "month":
+        first = first.replace(day=1)
+        last = (first + timedelta(days=31)).replace(day=1)
+    else:
+        last = first + timedelta(days=1)
+    return _at(first, 0, timezone), _at(last, 0, timezone)
+
+
+def _at(day: date, minutes: int, timezone: tzinfo | None) -> float:
+    midnight = datetime(day.year, day.month, day.day, tzinfo=timezone)
+    # wall-clock arithmetic: 07:00 is 07:00 in the night of the clock change, too
+    return (midnight + timedelta(minutes=minutes)).timestamp()
+
+
+def _minutes(text: str, whole: str) -> int:
+    hour, minute = map(int, text.split(":"))
+    if minute > 59 or hour * 60 + minute > 1440:
+        raise ValueError(f"{text} is no time of the day: {whole!r}")
+    return hour * 60 + minute
+
+
+def _days(text: str, whole: str) -> frozenset[int]:
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if first not in _DAYS or (last or first) not in _DAYS:
+            raise ValueError(f"days are {', '.join(_DAYS)}, or spans of them such as mon-fri: {whole!r}")
+        start, stop = _DAYS.index(first), _DAYS.index(last or first)
+        # fri-mon runs over the weekend
+        found |= {day % 7 for day in range(start, stop + 1 + (7 if stop < start else 0))}
+    return frozenset(found)

@@ -1,0 +1,266 @@
+"""A run's weights as a folder that loads without the swarm.
+
+::
+
+    folder/
+      export.json                      the run's signed manifest, and each expert's file, version and checksum
+      experts/ffn.3.7.safetensors      its weights; any safetensors reader loads them
+
+`export_experts` collects them from whoever hosts them now; a second run into the same folder takes only what is newer.
+`load_export` gives them back as ordinary modules::
+
+    experts = load_export("folder")
+    y = experts["ffn.3.7"](x)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from tesseract_async.errors import CheckpointError, ProtocolError, TesseractError, describe
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.run import RunManifest, SignedRun, decode_run
+from tesseract_async.server.run_experts import build_run_module
+from tesseract_async.server.state_transfer import TransferSettings, fetch_state
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = "tesseract export 1"
+INDEX: Final = "export.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedExpert:
+    """One line of the index."""
+
+    file: str
+    """Relative to the folder."""
+    version: int
+    """Optimizer steps taken."""
+    sha256: str
+    """Of the file."""
+
+
+@dataclass(slots=True)
+class ExportReport:
+    """What an export did."""
+
+    taken: dict[str, int] = field(default_factory=dict)
+    """uid -> version, of what was written now."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """... of what the folder held already and nobody has newer."""
+    failed: dict[str, BaseException] = field(default_factory=dict)
+    """uid -> the last error, of what no server gave. An older file of it, if there is one, stays."""
+
+
+async def export_experts(
+    node: TesseractNode,
+    run: SignedRun,
+    replicas: Mapping[str, Sequence[ExpertReplica]],
+    folder: str | Path,
+    *,
+    num_at_once: int = 4,
+    timeout: float = 60.0,
+    settings: TransferSettings | None = None,
+    progress: Callable[[str], None] = lambda uid: None,
+) -> ExportReport:
+    """Writes the weights of `replicas` (uid -> its servers, the preferred one first) into `folder`.
+
+    `timeout` is for each piece of a state; `progress` is called with each uid that is done or failed. Interrupted, it
+    leaves a folder that loads, and a later run goes on from there.
+
+    Raises: OSError if the folder can't be written; ValueError if it holds the export of another run.
+    """
+    store = _Folder(Path(folder), run)
+    report = ExportReport()
+    gate = asyncio.Semaphore(num_at_once)
+
+    async def take(uid: str, servers: Sequence[ExpertReplica]) -> None:
+        known = store.experts.get(uid)
+        async with gate:
+            error: BaseException = ProtocolError(f"nobody hosts {uid}")
+            for replica in servers:
+                try:
+                    state = await fetch_state(
+                        node,
+                        replica.peer,
+                        uid,
+                        weights_only=True,
+                        min_version=0 if known is None else known.version + 1,
+                        timeout=timeout,
+                        settings=settings or TransferSettings(),
+                    )
+                    if state is not None:
+                        store.put(uid, state["module"], state["version"])
+                        report.taken[uid] = state["version"]
+                    elif known is not None:
+                        report.kept[uid] = known.version
+                    break
+                except (TesseractError, TimeoutError) as caught:
+                    logger.warning("%s at %s: %s", uid, replica.peer.short, describe(caught))
+                    error = caught
+            else:
+                report.failed[uid] = error
+        progress(uid)
+
+    async with asyncio.TaskGroup() as group:
+        for uid in sorted(replicas):
+            group.create_task(take(uid, replicas[uid]))
+    store.write_index()
+    return report
+
+
+class _Folder:
+    """An export being written. Its index is renewed now and then, so that an interrupted one loads."""
+
+    def __init__(self, path: Path, run: SignedRun) -> None:
+        self.path = path
+        self.run = run
+        self.experts: dict[str, ExportedExpert] = {}
+        self._num_unlisted = 0
+        (path / "experts").mkdir(parents=True, exist_ok=True)
+        if (path / INDEX).exists():
+            before, experts = read_index(path)
+            if (before.signer, before.manifest.name) != (run.signer, run.manifest.name):
+                raise ValueError(f"{path} holds an export of {before.full_name}, not of {run.full_name}")
+            self.experts = {uid: one for uid, one in experts.items() if (path / one.file).exists()}
+
+    def put(self, uid: str, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        metadata = {"uid": uid, "version": str(version), "run": self.run.full_name}
+        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata)
+        # a uid may hold what a file system does not take, or takes for a path
+        file = f"experts/{quote(uid, safe='')}.safetensors"
+        _write(self.path / file, data)
+        self.experts[uid] = ExportedExpert(file, version, hashlib.sha256(data).hexdigest())
+        self._num_unlisted += 1
+        if self._num_unlisted >= 64:
+            self.write_index()
+
+    def write_index(self) -> None:
+        self._num_unlisted = 0
+        manifest = self.run.manifest
+        index = {
+            "format": FORMAT,
+            "run": manifest.name,
+            "signer": str(self.run.signer),
+            "expert": manifest.expert,
+            "sizes": dict(manifest.sizes),
+            "grid_size": list(manifest.grid_size),
+            "signed_manifest": base64.b64encode(self.run.blob).decode(),
+            "experts": {
+                uid: {"file": one.file, "version": one.version, "sha256": one.sha256}
+                for uid, one in sorted(self.experts.items())
+            },
+        }
+        _write(self.path / INDEX, json.dumps(index, indent=1).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_index(folder: str | Path) -> tuple[SignedRun, dict[str, ExportedExpert]]:
+    """The run and the experts of an export. Raises: CheckpointError for what is none."""
+    path = Path(folder) / INDEX
+    try:
+        index = json.loads(path.read_bytes())
+        if index["format"] != FORMAT:
+            raise CheckpointError(f"{path}: {str(index['format'])[:40]!r} is not {FORMAT!r}")
+        run = decode_run(base64.b64decode(index["signed_manifest"]))
+        experts = {
+            uid: ExportedExpert(_inside(one["file"]), int(one["version"]), str(one["sha256"]))
+            for uid, one in index["experts"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ProtocolError) as error:
+        raise CheckpointError(f"{path} is no export: {describe(error)}") from error
+    return run, experts
+
+
+def _inside(file: str) -> str:
+    path = Path(file)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{file!r} leads out of the folder")
+    return file
+
+
+class ExportedExperts(Mapping[str, nn.Module]):
+    """The experts of an export by uid: ordinary modules, in eval mode, made when they are asked for first."""
+
+    def __init__(self, folder: str | Path, *, allowed_modules: Collection[str] = ()) -> None:
+        """`allowed_modules`: from which a run's own classes may be imported. Raises: CheckpointError."""
+        self.folder = Path(folder)
+        self.signed_run, self.index = read_index(folder)
+        self._allowed = tuple(allowed_modules)
+        self._modules: dict[str, nn.Module] = {}
+
+    @property
+    def run(self) -> RunManifest:
+        """What the swarm agreed on."""
+        return self.signed_run.manifest
+
+    def weights(self, uid: str) -> dict[str, torch.Tensor]:
+        """One expert's weights, without building it. Raises: KeyError; CheckpointError if the file is damaged."""
+        entry = self.index[uid]
+        path = self.folder / entry.file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise CheckpointError(f"{path} is damaged: its checksum is wrong")
+        try:
+            return safetensors.torch.load(data)
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is no safetensors file: {describe(error)}") from error
+
+    def __getitem__(self, uid: str) -> nn.Module:
+        module = self._modules.get(uid)
+        if module is None:
+            weights = self.weights(uid)
+            module = build_run_module(self.run, uid, allowed_modules=self._allowed)
+            try:
+                module.load_state_dict(weights)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"the weights of {uid} do not fit the run's {self.run.expert}: {error}"
+                ) from error
+            self._modules[uid] = module.eval()
+        return module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def load_export(folder: str | Path, *, allowed_modules: Collection[str] = ()) -> ExportedExperts:
+    """The experts of an export; needs no network. See `ExportedExperts`.
+
+    Raises: CheckpointError if the folder is no export.
+    """
+    return ExportedExperts(folder, allowed_modules=allowed_modules)

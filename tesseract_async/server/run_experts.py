@@ -1,0 +1,191 @@
+"""From a run's manifest to experts, and from an expert to what a manifest says of it.
+
+A manifest comes from the network. It may choose among registered experts and optimizers and give them plain values;
+code by import path runs only where the volunteer allowed that module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from tesseract_async.experts.run import RunManifest, Value
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server.registry import EXPERTS, OPTIMIZERS, build_module
+from tesseract_async.wire import tensors as wire
+
+TRAINING_OPTIONS: Final = frozenset(
+    {
+        "clip_gradient_norm",
+        "max_gradient_norm",
+        "step_every",
+        "merge_backward",
+        "stochastic",
+        "allow_batch_statistics",
+        "max_staleness",
+        "staleness_damping",
+    }
+)
+"""What `RunManifest.training` may hold besides ``max_batch_size``: the `BackendSettings` that change what is learned.
+Others (compilation, graphs, journal) are each volunteer's own business."""
+
+BETAS: Final = ("beta1", "beta2")
+"""How a manifest, whose values are plain, gives Adam's ``betas``."""
+
+
+def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> None:
+    """Raises: ValueError if the run's expert is code by import path, and not from an allowed module."""
+    path, separator, _ = manifest.expert.partition(":")
+    if not separator:
+        return
+    if not any(path == module or path.startswith(f"{module}.") for module in allowed_modules):
+        raise ValueError(
+            f"the run {manifest.name} wants to run the code of {manifest.expert} here; if you know that code and have "
+            f"it installed, allow it with --allow-module {path}"
+        )
+
+
+def build_run_module(manifest: RunManifest, uid: str, *, allowed_modules: Collection[str] = ()) -> nn.Module:
+    """The expert's module with its first weights, the same wherever it is built (on one kind of device).
+
+    Raises: ValueError if it is not allowed, or if this version has no such expert, or it does not take these sizes.
+    """
+    return _build(manifest, uid, allowed_modules)[0]
+
+
+def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Collection[str] = ()) -> ExpertBackend:
+    """The expert, ready to be hosted, checked against the manifest's schemas.
+
+    Raises: ValueError if it is not allowed, or asks for what this version does not have; RunMismatch if its schemas
+    are others.
+    """
+    module, args_schema = _build(manifest, uid, allowed_modules)
+    optimizer = _optimizer(manifest, list(module.parameters()))
+    training = dict(manifest.training)
+    max_batch_size = training.pop("max_batch_size", 4096)
+    if unknown := training.keys() - TRAINING_OPTIONS:
+        raise ValueError(f"the run {manifest.name} asks for unknown training options: {', '.join(sorted(unknown))}")
+    try:
+        backend = ExpertBackend(
+            module,
+            optimizer=optimizer,
+            scheduler=_scheduler(manifest, optimizer),
+            args_schema=args_schema,
+            max_batch_size=max_batch_size,  # type: ignore[arg-type]
+            settings=BackendSettings(**training),  # type: ignore[arg-type]
+        )
+    except TypeError as error:
+        raise ValueError(f"the run {manifest.name}: max_batch_size or another training option: {error}") from None
+    manifest.check(schemas_of(backend))
+    return backend
+
+
+def schemas_of(backend: ExpertBackend) -> dict[str, Any]:
+    """The manifest's fields that follow from the expert itself."""
+    return {
+        "args_schema": wire.encode_schema(backend.args_schema),
+        "kwargs_schema": wire.encode_schema(backend.kwargs_schema),
+        "outputs_schema": wire.encode_schema(backend.outputs_schema),
+    }
+
+
+def complete(manifest: RunManifest, *, allowed_modules: Collection[str] = ()) -> RunManifest:
+    """The manifest with the schemas of the expert that it describes: what its author does before signing.
+
+    Raises: as `build_run_backend`.
+    """
+    uid = next(iter(manifest.pattern))
+    module, args_schema = _build(manifest, uid, allowed_modules)
+    found = schemas_of(ExpertBackend(module, args_schema=args_schema))
+    done = dataclasses.replace(manifest, **found)
+    build_run_backend(done, uid, allowed_modules=allowed_modules)  # says now what a volunteer would be told later
+    return done
+
+
+def _build(manifest: RunManifest, uid: str, allowed_modules: Collection[str]) -> tuple[nn.Module, tuple[Any, ...]]:
+    check_allowed(manifest, allowed_modules)
+    if ":" not in manifest.expert and manifest.expert not in EXPERTS:
+        raise ValueError(
+            f"the run {manifest.name} hosts experts called {manifest.expert!r}, which this version does not have: "
+            "upgrade tesseract-async"
+        )
+    with torch.random.fork_rng(devices=[]):  # a host's own random numbers are not ours to change
+        torch.manual_seed(zlib.crc32(f"{manifest.seed}/{uid}".encode()))
+        try:
+            return build_module(manifest.expert, **manifest.sizes)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"the run {manifest.name}: {manifest.expert} does not take its sizes: {error}") from None
+
+
+def _optimizer(manifest: RunManifest, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    if manifest.optimizer is None or not parameters:
+        return None
+    if manifest.optimizer not in OPTIMIZERS:
+        raise ValueError(f"the run {manifest.name} uses the optimizer {manifest.optimizer!r}, which is not known here")
+    kind: Any = OPTIMIZERS[manifest.optimizer]
+    try:
+        made: torch.optim.Optimizer = kind(parameters, **_optimizer_arguments(manifest.optimizer_options))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the run {manifest.name}: {manifest.optimizer} does not take its options: {error}") from None
+    return made
+
+
+def _warmup(num_warmup_steps: int = 0, num_steps: int | None = None, least: float = 0.0) -> Callable[[int], float]:
+    """Linear from 0 over `num_warmup_steps`, then constant, or falling linearly to `least` at `num_steps`."""
+    if num_warmup_steps < 0 or (num_steps is not None and num_steps <= num_warmup_steps):
+        raise ValueError("num_warmup_steps is 0 or more, and less than num_steps")
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return (step + 1) / num_warmup_steps
+        if num_steps is None:
+            return 1.0
+        return max(least, 1.0 - (1.0 - least) * (step - num_warmup_steps) / (num_steps - num_warmup_steps))
+
+    return factor
+
+
+def _cosine(num_steps: int, num_warmup_steps: int = 0, least: float = 0.0) -> Callable[[int], float]:
+    """Linear from 0 over `num_warmup_steps`, then half a cosine down to `least` at `num_steps`."""
+    rise = _warmup(num_warmup_steps, num_steps)
+
+    def factor(step: int) -> float:
+        if step < num_warmup_steps:
+            return rise(step)
+        done = min(1.0, (step - num_warmup_steps) / (num_steps - num_warmup_steps))
+        return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
+
+
+SCHEDULES: Final[Mapping[str, Callable[..., Callable[[int], float]]]] = {"linear": _warmup, "cosine": _cosine}
+"""What the learning rate is multiplied with at each step, by name."""
+
+
+def _scheduler(manifest: RunManifest, optimizer: torch.optim.Optimizer | None) -> LRScheduler | None:
+    if manifest.schedule is None or optimizer is None:
+        return None
+    if manifest.schedule not in SCHEDULES:
+        raise ValueError(f"the run {manifest.name} uses the schedule {manifest.schedule!r}, which is not known here")
+    try:
+        factor = SCHEDULES[manifest.schedule](**manifest.schedule_options)
+        factor(0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the run {manifest.name}: {manifest.schedule} does not take its options: {error}") from None
+    return LambdaLR(optimizer, factor)
+
+
+def _optimizer_arguments(options: Mapping[str, Value]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: value for name, value in options.items() if name not in BETAS}
+    if "learning_rate" in found:
+        found["lr"] = found.pop("learning_rate")
+    if any(name in options for name in BETAS):
+        found["betas"] = (options.get("beta1", 0.9), options.get("beta2", 0.999))
+    return found

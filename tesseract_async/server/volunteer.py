@@ -1,0 +1,171 @@
+"""Keeps a server to its volunteer's contract: watches the machine, pauses and resumes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import psutil
+
+from tesseract_async.server.contract import Usage, Verdict, VolunteerContract, VolunteerSettings
+
+if TYPE_CHECKING:
+    from tesseract_async.server.server import TesseractServer
+
+logger = logging.getLogger(__name__)
+
+BYTE_COUNTERS: Final = (
+    "transport_bytes_sent",
+    "transport_bytes_received",
+    "network_bytes_sent",
+    "network_bytes_received",
+)
+RETRY_AFTER: Final = 60.0
+"""Seconds that callers are told to wait where nobody knows when the pause ends."""
+SAVE_PERIOD: Final = 30.0
+
+
+class Machine(Protocol):
+    """What is observed of the computer."""
+
+    def load(self) -> float:
+        """Share of all processors (0 to 1) that other programs used since the last call."""
+
+    def memory(self) -> int:
+        """Bytes that this process holds."""
+
+
+class ThisMachine:
+    """The computer that this process runs on, by psutil."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._num_processors = psutil.cpu_count() or 1
+        self.load()  # the first figure is since ever
+
+    def load(self) -> float:
+        everybody = psutil.cpu_percent(interval=None) / 100
+        own = self._process.cpu_percent(interval=None) / 100 / self._num_processors
+        return float(max(0.0, min(1.0, everybody - own)))
+
+    def memory(self) -> int:
+        return int(self._process.memory_info().rss)
+
+
+class VolunteerKeeper:
+    """Pauses and resumes a server as its volunteer's contract says. Use it inside the server's ``async with``.
+
+    The bytes of the present quota period are kept in `usage_file`, so that a restart does not give the quota anew.
+    """
+
+    def __init__(
+        self,
+        server: TesseractServer,
+        settings: VolunteerSettings,
+        *,
+        usage_file: str | Path | None = None,
+        machine: Machine | None = None,
+        clock: Callable[[], float] = time.time,
+        period: float = 1.0,
+        before_resume: Callable[[], Awaitable[None]] | None = None,
+        tell: Callable[[Verdict], None] = lambda verdict: None,
+    ) -> None:
+        """`period`: seconds between looks; `before_resume` is awaited when a pause ends, before experts are declared
+        again; `tell` is called at each change. `clock` gives wall-clock seconds."""
+        self._usage_file = None if usage_file is None else Path(usage_file)
+        self.contract = VolunteerContract(settings, usage=self._read_usage())
+        self.verdict = Verdict(True, "", None)
+        self._server = server
+        self._metrics = server.node.metrics
+        self._machine = machine if machine is not None else ThisMachine()
+        self._clock = clock
+        self._period = period
+        self._before_resume = before_resume
+        self._tell = tell
+        self._num_bytes = self._count()
+        self._saved = self.contract.usage(clock())
+        self._saved_at = clock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> VolunteerKeeper:
+        """Looks once before it returns, so that a server outside of its hours begins with a pause."""
+        await self.look()
+        self._task = asyncio.create_task(self._watch(), name="server: volunteer's contract")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._observe()
+        self._save_usage()
+
+    async def look(self) -> Verdict:
+        """Observes, decides, and pauses or resumes the server where that changed."""
+        now = self._observe()
+        verdict = self.contract.may_serve(now, self._machine.load())
+        before, self.verdict = self.verdict, verdict
+        self._metrics.set("volunteer_serving", float(verdict.serve))
+        self._metrics.set("volunteer_period_bytes", self.contract.usage(now).num_bytes)
+        if verdict.serve and not before.serve:
+            logger.info("going on: nothing in the volunteer's contract speaks against it any more")
+            if self._before_resume is not None:
+                await self._before_resume()
+            await self._server.resume()
+            self._tell(verdict)
+        elif not verdict.serve and (before.serve or verdict.reason != before.reason):
+            wait = RETRY_AFTER if verdict.until is None else max(1.0, verdict.until - now)
+            logger.info("pausing: %s", verdict.reason)
+            await self._server.pause(f"this volunteer's computer rests: {verdict.reason}", retry_after=wait)
+            self._tell(verdict)
+        if now - self._saved_at >= SAVE_PERIOD or now < self._saved_at:
+            self._save_usage()
+        return verdict
+
+    def _observe(self) -> float:
+        now = self._clock()
+        num_bytes = self._count()
+        self.contract.count_bytes(num_bytes - self._num_bytes, now)
+        self._num_bytes = num_bytes
+        self.contract.observe_memory(self._machine.memory())
+        return now
+
+    def _count(self) -> int:
+        return int(sum(self._metrics.total(name) for name in BYTE_COUNTERS))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._period)
+            await self.look()
+
+    def _read_usage(self) -> Usage:
+        if self._usage_file is None or not self._usage_file.exists():
+            return Usage()
+        try:
+            data = json.loads(self._usage_file.read_bytes())
+            return Usage(float(data["period_start"]), int(data["num_bytes"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s cannot be read (%s): the data quota begins anew", self._usage_file, error)
+            return Usage()
+
+    def _save_usage(self) -> None:
+        now = self._clock()
+        usage = self.contract.usage(now)
+        self._saved_at = now
+        if self._usage_file is None or usage == self._saved:
+            return
+        unfinished = self._usage_file.with_name(self._usage_file.name + ".unfinished")
+        try:
+            self._usage_file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"period_start": usage.period_start, "num_bytes": usage.num_bytes}))
+            os.replace(unfinished, self._usage_file)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._usage_file, error)
+            return
+        self._saved = usage

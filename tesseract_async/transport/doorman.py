@@ -1,0 +1,111 @@
+"""Tells accepted connections apart by their first bytes: ordinary ones go on, those with a `preamble` go elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport import preamble
+from tesseract_async.transport.base import Path, PeerAddress, Pipe
+from tesseract_async.transport.tcp import TcpPipe, TcpTransport
+
+TIMEOUT: Final = 5.0
+"""Seconds until the first bytes must have arrived."""
+MAX_WAITING: Final = 512
+MAX_WAITING_PER_HOST: Final = 64
+
+
+class Doorman:
+    """A `base.Transport` around a listening one. Pipes with a preamble go to `special(kind, token, pipe)`."""
+
+    def __init__(
+        self,
+        transport: TcpTransport,
+        *,
+        special: Callable[[int, bytes, Pipe], None],
+        metrics: Metrics,
+    ) -> None:
+        self._inner = transport
+        self._special = special
+        self._metrics = metrics
+        self._accept: Callable[[Pipe], None] | None = None
+        self._visitors: set[_Visitor] = set()
+
+    async def listen(self, accept: Callable[[Pipe], None]) -> None:
+        self._accept = accept
+        await self._inner.listen(self._pipe_accepted)
+
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+        return self._inner.paths(peer, bulk=bulk)
+
+    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+        self._inner.path_finished(peer, path, error, seconds)
+
+    async def aclose(self) -> None:
+        for visitor in list(self._visitors):
+            self._refuse(visitor, "closing")
+        await self._inner.aclose()
+
+    def _pipe_accepted(self, pipe: Pipe) -> None:
+        """Waits for the first bytes, within the limits."""
+        same_host = sum(visitor.pipe.origin == pipe.origin for visitor in self._visitors)
+        if len(self._visitors) >= MAX_WAITING or same_host >= MAX_WAITING_PER_HOST:
+            self._metrics.count("doorman_refused", reason="too_many")
+            pipe.abort()
+            return
+        assert isinstance(pipe, TcpPipe)
+        visitor = _Visitor(self, pipe)
+        self._visitors.add(visitor)
+        pipe.start(visitor)
+
+    def _decide(self, visitor: _Visitor, data: bytes) -> None:
+        if data[:1] != preamble.MAGIC[:1]:
+            self._gone(visitor)
+            assert self._accept is not None
+            visitor.pipe.unread(data)
+            self._accept(visitor.pipe)
+        elif len(data) == preamble.LENGTH:
+            try:
+                kind, token = preamble.decode_preamble(data)
+            except ProtocolError:
+                self._refuse(visitor, "malformed")
+                return
+            self._gone(visitor)
+            self._special(kind, token, visitor.pipe)
+
+    def _refuse(self, visitor: _Visitor, reason: str) -> None:
+        self._metrics.count("doorman_refused", reason=reason)
+        self._gone(visitor)
+        visitor.pipe.abort()
+
+    def _gone(self, visitor: _Visitor) -> None:
+        visitor.timer.cancel()
+        visitor.pipe.detach()
+        self._visitors.discard(visitor)
+
+
+class _Visitor:
+    """Receives the first bytes of one pipe, and never one too many."""
+
+    def __init__(self, doorman: Doorman, pipe: TcpPipe) -> None:
+        self.pipe = pipe
+        self.timer = asyncio.get_running_loop().call_later(TIMEOUT, doorman._refuse, self, "silent")
+        self._doorman = doorman
+        self._buffer = memoryview(bytearray(preamble.LENGTH))
+        self._count = 0
+
+    def get_buffer(self) -> memoryview:
+        return self._buffer[self._count :]
+
+    def buffer_updated(self, count: int) -> None:
+        self._count += count
+        self._doorman._decide(self, bytes(self._buffer[: self._count]))
+
+    def pipe_drained(self) -> None:
+        pass
+
+    def pipe_lost(self, error: Exception | None) -> None:
+        self._doorman._gone(self)

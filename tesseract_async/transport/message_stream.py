@@ -1,0 +1,179 @@
+"""A stream of bytes over a channel of messages (WebRTC's), with backpressure and a heartbeat. No I/O.
+
+WebRTC's own means are not enough: aiortc queues what is sent without bound, delivers what it receives whether wanted or
+not, and notices a dead peer after half a minute. So each side says how many bytes the other one may still send, and
+that it lives.
+
+Binary messages carry the stream's bytes. Text messages steer it: ``w<number>`` allows so many further bytes, ``p`` asks
+for the answer ``q``, and ``f`` says that no more bytes follow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from tesseract_async.errors import ConnectionLost, ProtocolError
+
+MESSAGE_BYTES: Final = 16 * 1024
+"""Bytes of one message: aiortc's fastest size, and what every WebRTC implementation takes (RFC 8831, 6.6)."""
+INITIAL_CREDIT: Final = 256 * 1024
+"""Bytes that may be sent before the peer's first ``w``: part of the protocol."""
+MAX_CONTROL: Final = 16
+"""Characters of the longest text message."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """Bounds of one stream."""
+
+    window_bytes: int = 2 * 2**20
+    """Bytes that the peer may send before they are consumed here; at most so many are held. >= `INITIAL_CREDIT`."""
+    high_water: int = 256 * 1024
+    """Bytes written but not sent beyond which the stream is paused."""
+    ping_after: float = 2.0
+    """Seconds without a received message after which the peer is asked whether it lives."""
+    dead_after: float = 7.0
+    """Seconds without a received message after which it counts as dead."""
+
+
+class MessageStream:
+    """One end. Feed `receive` and `handle_timer`; send what `messages_to_send` gives; hand on what `read` gives."""
+
+    def __init__(self, settings: StreamSettings, *, now: float) -> None:
+        self.settings = settings
+        self.unsent = 0
+        """Bytes written that `messages_to_send` has not given yet."""
+        self.ended = False
+        """Whether the peer has sent its last byte."""
+        self.held = 0
+        """Bytes received but not read."""
+        self.rtt: float | None = None
+        """Seconds from the last ping to its answer."""
+        self._outgoing: deque[bytes] = deque()
+        self._control = [f"w{settings.window_bytes - INITIAL_CREDIT}"]
+        self._incoming: deque[memoryview] = deque()
+        self._credit = INITIAL_CREDIT
+        self._room = settings.window_bytes
+        self._consumed = 0
+        self._finishing = False
+        self._said_all = False
+        self._last_received = now
+        self._ping_sent: float | None = None
+        self._timer_at = now + settings.ping_after
+
+    # ---- outward
+
+    @property
+    def paused(self) -> bool:
+        """Whether enough is waiting."""
+        return self.unsent > self.settings.high_water
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Queues a copy of `data`. Nothing may follow `finish`."""
+        assert not self._finishing
+        view = memoryview(data)
+        for start in range(0, len(view), MESSAGE_BYTES):
+            self._outgoing.append(bytes(view[start : start + MESSAGE_BYTES]))
+        self.unsent += len(view)
+
+    def finish(self) -> None:
+        """No more bytes follow what was written. Repeating it does nothing."""
+        self._finishing = True
+
+    def messages_to_send(self, room: int) -> list[bytes | str]:
+        """Messages with together about `room` bytes of data, as far as the peer allows. Control messages go always."""
+        messages: list[bytes | str] = list(self._control)
+        self._control.clear()
+        while self._outgoing and room > 0 and self._credit >= len(self._outgoing[0]):
+            message = self._outgoing.popleft()
+            room -= len(message)
+            self._credit -= len(message)
+            self.unsent -= len(message)
+            messages.append(message)
+        if self._finishing and not self._outgoing and not self._said_all:
+            self._said_all = True
+            messages.append("f")
+        return messages
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything, the end included, was given out."""
+        return self._said_all
+
+    # ---- inward
+
+    def receive(self, message: bytes | str, now: float) -> None:
+        """Takes one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
+        self._last_received = now
+        if isinstance(message, str):
+            self._receive_control(message, now)
+            return
+        if self.ended:
+            raise ProtocolError("data after the end of the stream")
+        if len(message) > self._room:
+            raise ProtocolError("the peer sends more than it was allowed")
+        if message:
+            self._room -= len(message)
+            self.held += len(message)
+            self._incoming.append(memoryview(message))
+
+    def _receive_control(self, message: str, now: float) -> None:
+        if message == "p":
+            if "q" not in self._control:
+                self._control.append("q")
+        elif message == "q":
+            if self._ping_sent is not None:
+                self.rtt = now - self._ping_sent
+                self._ping_sent = None
+        elif message == "f":
+            self.ended = True
+        elif message[:1] == "w" and len(message) <= MAX_CONTROL and message[1:].isascii() and message[1:].isdigit():
+            self._credit = min(self._credit + int(message[1:]), 2**40)
+        else:
+            raise ProtocolError("a malformed control message")
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Moves received bytes into `buffer`; how many. Allows the peer to send more in time."""
+        count = 0
+        while self._incoming and count < len(buffer):
+            view = self._incoming[0]
+            part = view[: len(buffer) - count]
+            buffer[count : count + len(part)] = part
+            count += len(part)
+            if len(part) == len(view):
+                self._incoming.popleft()
+            else:
+                self._incoming[0] = view[len(part) :]
+        self.held -= count
+        self._consumed += count
+        if self._consumed >= self.settings.window_bytes // 4:
+            self._control.append(f"w{self._consumed}")
+            self._room += self._consumed
+            self._consumed = 0
+        return count
+
+    # ---- time
+
+    def timer_at(self) -> float:
+        """When to call `handle_timer`."""
+        return self._timer_at
+
+    def handle_timer(self, now: float, *, late: float = 0.0) -> None:
+        """`late`: how long after `timer_at` this comes: while the own loop stalled, nobody is judged.
+
+        Raises: ConnectionLost if the peer is silent for too long.
+        """
+        settings = self.settings
+        if late > 1.0:
+            self._last_received = max(self._last_received, now - settings.ping_after)
+        silent = now - self._last_received
+        if silent >= settings.dead_after:
+            raise ConnectionLost("the peer", f"nothing was received for {silent:.0f} s")
+        if silent >= settings.ping_after - 0.001:
+            self._control.append("p")
+            self._ping_sent = now
+            self._timer_at = min(now + settings.ping_after, self._last_received + settings.dead_after)
+        else:
+            self._timer_at = self._last_received + settings.ping_after

@@ -1,0 +1,324 @@
+"""What two nodes tell each other, through a third one that they need not trust, to get a pipe between them. No I/O.
+
+An *offer* says: I want a pipe to you, and this is how (`kind`); the *answer* accepts or declines. Both are signed, name
+their recipient and are fresh; an answer holds its offer's hash. So whoever carries them can lose them, and no more.
+
+Layout: 64 bytes of Ed25519 signature, 32 bytes of the sender's public key, then a msgpack list:
+``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `_CONTEXT`
+followed by the key and the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgpack
+
+from tesseract_async.errors import InvalidRecord, MessageTooLarge, ProtocolError
+from tesseract_async.identity import Identity, PeerID, verify
+from tesseract_async.transport.base import join_host_port, split_host_port
+
+REVERSE: Final = "reverse"
+"""Body: `ReverseBody`. Please dial me, I am reachable; the pipe is mine to open TLS on."""
+CHANNEL: Final = "channel"
+"""Body: `Description`, in the answer too. Let us punch a hole, at once and together."""
+RELAY: Final = "relay"
+"""Body: `RelayBody`. Please meet me at this relay."""
+KINDS: Final = (REVERSE, CHANNEL, RELAY)
+
+MAX_BYTES: Final = 4096
+MAX_CANDIDATES: Final = 12
+MAX_ADDRESSES: Final = 8
+MAX_REASON: Final = 200
+TOKEN_BYTES: Final = 16
+
+_CONTEXT: Final = b"tesseract offer 1\0"
+
+
+# ---------------------------------------------------------------------------------------------------- bodies
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One address under which a side of a future data channel may be reached by UDP (RFC 8445)."""
+
+    kind: str
+    """``host``, ``srflx`` (as a STUN server saw it) or ``relay`` (a TURN server's)."""
+    host: str
+    port: int
+    priority: int
+    foundation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """One side of a data channel under negotiation: what SDP would say, without SDP."""
+
+    username: str
+    password: str
+    fingerprint: bytes
+    """SHA-256 of the DTLS certificate."""
+    candidates: tuple[Candidate, ...]
+
+    def pack(self) -> dict[str, Any]:
+        """As msgpack can hold it."""
+        return {
+            "username": self.username,
+            "password": self.password,
+            "fingerprint": self.fingerprint,
+            "candidates": [[one.kind, one.host, one.port, one.priority, one.foundation] for one in self.candidates],
+        }
+
+    @classmethod
+    def unpack(cls, body: Any) -> Description:
+        """Untrusted. Addresses are literal and could belong to a peer. Raises: ProtocolError."""
+        username, password = _ice_text(body, "username", 4), _ice_text(body, "password", 22)
+        fingerprint, raw = _field(body, "fingerprint", bytes), _field(body, "candidates", list)
+        if len(fingerprint) != 32:
+            raise ProtocolError("a fingerprint has 32 bytes")
+        if len(raw) > MAX_CANDIDATES:
+            raise ProtocolError(f"a description has at most {MAX_CANDIDATES} candidates")
+        return cls(username, password, fingerprint, tuple(_candidate(one) for one in raw))
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseBody:
+    """Where to dial, and the token to begin with (see `preamble`)."""
+
+    addresses: tuple[str, ...]
+    token: bytes
+
+    def pack(self) -> dict[str, Any]:
+        """As msgpack can hold it."""
+        return {"addresses": list(self.addresses), "token": self.token}
+
+    @classmethod
+    def unpack(cls, body: Any) -> ReverseBody:
+        """Untrusted. Raises: ProtocolError."""
+        addresses = _field(body, "addresses", list)
+        if not 0 < len(addresses) <= MAX_ADDRESSES:
+            raise ProtocolError(f"1 to {MAX_ADDRESSES} addresses are given, not {len(addresses)}")
+        return cls(tuple(_address(one) for one in addresses), _token(body))
+
+
+@dataclass(frozen=True, slots=True)
+class RelayBody:
+    """Which relay to meet at, and the token to begin with there."""
+
+    relay: PeerID
+    token: bytes
+
+    def pack(self) -> dict[str, Any]:
+        """As msgpack can hold it."""
+        return {"relay": bytes(self.relay), "token": self.token}
+
+    @classmethod
+    def unpack(cls, body: Any) -> RelayBody:
+        """Untrusted. Raises: ProtocolError."""
+        return cls(PeerID(_field(body, "relay", bytes)), _token(body))
+
+
+def _field(body: Any, name: str, kind: type[Any]) -> Any:
+    value = body.get(name) if type(body) is dict else None
+    if type(value) is not kind:
+        raise ProtocolError(f"an offer's {name} is missing or malformed")
+    return value
+
+
+def _token(body: Any) -> bytes:
+    token: bytes = _field(body, "token", bytes)
+    if len(token) != TOKEN_BYTES:
+        raise ProtocolError(f"a token has {TOKEN_BYTES} bytes")
+    return token
+
+
+def _ice_text(body: Any, name: str, least: int) -> str:
+    text: str = _field(body, name, str)
+    if not least <= len(text) <= 256 or not text.isascii() or not all(one.isalnum() or one in "+/" for one in text):
+        raise ProtocolError(f"an offer's {name} is not as RFC 8445 wants it")
+    return text
+
+
+def _candidate(raw: Any) -> Candidate:
+    if type(raw) is not list or [type(value) for value in raw] != [str, str, int, int, str]:
+        raise ProtocolError("a malformed candidate")
+    kind, host, port, priority, foundation = raw
+    if kind not in ("host", "srflx", "relay") or not 0 < port < 65536 or not 0 <= priority < 2**32:
+        raise ProtocolError("a malformed candidate")
+    if not 0 < len(foundation) <= 32 or not foundation.isascii() or not foundation.isprintable():
+        raise ProtocolError("a malformed candidate")
+    return Candidate(kind, _ip(host), port, priority, foundation)
+
+
+def _ip(text: str) -> str:
+    try:
+        ip = ipaddress.ip_address(text)
+    except ValueError:
+        raise ProtocolError("an offer's address is not an IP address") from None
+    if ip.is_multicast or ip.is_unspecified or "%" in text or text == "255.255.255.255":
+        raise ProtocolError("an offer's address cannot be a peer's")
+    return str(ip)
+
+
+def _address(raw: Any) -> str:
+    if type(raw) is not str or len(raw) > 64:
+        raise ProtocolError("a malformed address in an offer")
+    try:
+        host, port = split_host_port(raw)
+    except ValueError:
+        raise ProtocolError("a malformed address in an offer") from None
+    if port == 0:
+        raise ProtocolError("a malformed address in an offer")
+    return join_host_port(_ip(host), port)
+
+
+# ---------------------------------------------------------------------------------------------------- envelopes
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An offer whose signature holds. `body` is still untrusted: unpack it by `kind`."""
+
+    sender: PeerID
+    recipient: PeerID
+    kind: str
+    nonce: bytes
+    time: float
+    """Wall-clock seconds at the sender."""
+    body: Any
+    hash: bytes
+    """SHA-256 of the whole offer: what the answer refers to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer whose signature holds and which belongs to the offer that it was checked against."""
+
+    accepted: bool
+    reason: str
+    """Why it was declined, for people."""
+    body: Any
+
+
+def encode_offer(
+    identity: Identity, recipient: PeerID, *, kind: str, body: Mapping[str, Any], nonce: bytes, now: float
+) -> bytes:
+    """`nonce`: 16 random bytes. `now`: wall-clock seconds. Raises: ValueError if it gets too long."""
+    return _seal(identity, ["offer", bytes(recipient), nonce, int(now * 1000), kind, dict(body)])
+
+
+def decode_offer(data: bytes, recipient: PeerID) -> Offer:
+    """Untrusted. Whether it is fresh and new, `OfferGuard` says.
+
+    Raises: ProtocolError for malformed bytes; InvalidRecord for a wrong signature or another recipient.
+    """
+    sender, values = _open(data, "offer", recipient)
+    nonce, milliseconds, kind, body = values
+    if type(nonce) is not bytes or len(nonce) != 16 or kind not in KINDS:
+        raise ProtocolError("a malformed offer")
+    return Offer(sender, recipient, kind, nonce, milliseconds / 1000, body, hashlib.sha256(data).digest())
+
+
+def encode_answer(
+    identity: Identity, offer: Offer, *, body: Mapping[str, Any] | None, reason: str = "", now: float
+) -> bytes:
+    """Accepts `offer` with `body`, or declines it (None) and says why."""
+    kind, packed = ("yes", dict(body)) if body is not None else ("no", {"reason": reason[:MAX_REASON]})
+    return _seal(identity, ["answer", bytes(offer.sender), offer.hash, int(now * 1000), kind, packed])
+
+
+def decode_answer(data: bytes, offer: bytes, *, sender: PeerID, recipient: PeerID) -> Answer:
+    """Reads `sender`'s answer to the encoded `offer` that `recipient` made. Untrusted.
+
+    Raises: ProtocolError for malformed bytes; InvalidRecord for a wrong signature, sender, recipient or offer.
+    """
+    signer, values = _open(data, "answer", recipient)
+    offer_hash, _, kind, body = values
+    if signer != sender:
+        raise InvalidRecord("an answer that somebody else signed")
+    if offer_hash != hashlib.sha256(offer).digest():
+        raise InvalidRecord("an answer to another offer")
+    if kind == "yes":
+        return Answer(True, "", body)
+    if kind != "no":
+        raise ProtocolError("a malformed answer")
+    return Answer(False, str(_field(body, "reason", str))[:MAX_REASON], None)
+
+
+def _seal(identity: Identity, values: list[Any]) -> bytes:
+    payload: bytes = identity.public_key + msgpack.packb(values)
+    data = identity.sign(_CONTEXT + payload) + payload
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"an offer has at most {MAX_BYTES} bytes, not {len(data)}")
+    return data
+
+
+def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, list[Any]]:
+    if type(data) is not bytes or len(data) < 96:
+        raise ProtocolError(f"a malformed {what}")
+    if len(data) > MAX_BYTES:
+        raise MessageTooLarge(len(data), MAX_BYTES)
+    try:
+        values = msgpack.unpackb(data[96:], strict_map_key=True)
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
+        raise ProtocolError(f"a malformed {what}") from None
+    if type(values) is not list or len(values) != 6 or values[0] != what:
+        raise ProtocolError(f"a malformed {what}")
+    if type(values[3]) is not int or not 0 <= values[3] < 2**50 or type(values[4]) is not str:
+        raise ProtocolError(f"a malformed {what}")
+    if values[1] != bytes(recipient):
+        raise InvalidRecord(f"an {what} for another peer")
+    if not verify(data[64:96], data[:64], _CONTEXT + data[64:]):
+        raise InvalidRecord(f"an {what} whose signature does not hold")
+    return PeerID.from_public_key(data[64:96]), values[2:]
+
+
+# ---------------------------------------------------------------------------------------------------- limits
+
+
+@dataclass(frozen=True, slots=True)
+class GuardSettings:
+    """How many offers a node listens to."""
+
+    max_skew: float = 120.0
+    """Seconds by which the sender's clock and travel time may differ from ours."""
+    per_sender: int = 20
+    """Offers of one peer per minute."""
+    total: int = 300
+    """Offers of all peers per minute."""
+
+
+class OfferGuard:
+    """Decides which offers are worth work: fresh, never seen, and not too many. Bounded by `total` per minute."""
+
+    def __init__(self, settings: GuardSettings) -> None:
+        self._settings = settings
+        self._seen: OrderedDict[bytes, float] = OrderedDict()
+        self._recent: deque[tuple[float, PeerID]] = deque()
+        self._per_sender: dict[PeerID, int] = {}
+
+    def refuse(self, offer: Offer, *, now: float, wall: float) -> str | None:
+        """Why not (a label for counters), or None: then the offer counts. `wall`: wall-clock seconds."""
+        settings = self._settings
+        while self._recent and self._recent[0][0] <= now - 60:
+            _, sender = self._recent.popleft()
+            self._per_sender[sender] -= 1
+            if not self._per_sender[sender]:
+                del self._per_sender[sender]
+        while self._seen and next(iter(self._seen.values())) <= now - 2 * settings.max_skew:
+            self._seen.popitem(last=False)
+        if abs(offer.time - wall) > settings.max_skew:
+            return "stale"
+        if offer.hash in self._seen:
+            return "replayed"
+        if len(self._recent) >= settings.total or self._per_sender.get(offer.sender, 0) >= settings.per_sender:
+            return "too_many"
+        self._seen[offer.hash] = now
+        self._recent.append((now, offer.sender))
+        self._per_sender[offer.sender] = self._per_sender.get(offer.sender, 0) + 1
+        return None

@@ -1,0 +1,251 @@
+"""Joins the connections of two nodes that cannot reach one another. The relay reads nothing: TLS runs end to end.
+
+`RelayLedger` is pure: who may join whom, and how much. `Relay` moves the bytes. A token is good for one connection:
+whoever reserves a splice gets one token for itself and one for the peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+from tesseract_async.errors import Overloaded
+from tesseract_async.identity import PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport.base import Pipe
+
+logger = logging.getLogger(__name__)
+
+SCRATCH_BYTES: Final = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RelaySettings:
+    """What a public node gives to others."""
+
+    max_splices: int = 64
+    """Joined pairs, waiting ones included."""
+    max_per_peer: int = 8
+    """... that one peer has reserved."""
+    max_bytes: int = 64 * 2**30
+    """Bytes that one pair may exchange."""
+    max_rate: float | None = 25e6
+    """Bytes per second that all pairs together may exchange, or None for no limit."""
+    waiting_timeout: float = 10.0
+    """Seconds within which both ends must have come."""
+    silent_timeout: float = 60.0
+    """Seconds without a byte after which a pair is parted; endpoints exchange pings every few seconds."""
+
+
+class Splice:
+    """One reserved pair, as the ledger sees it."""
+
+    __slots__ = ("owner", "tokens", "expires_at", "num_arrived", "num_bytes", "last_active")
+
+    def __init__(self, owner: PeerID, tokens: tuple[bytes, bytes], expires_at: float) -> None:
+        self.owner = owner
+        self.tokens = tokens
+        self.expires_at = expires_at
+        self.num_arrived = 0
+        self.num_bytes = 0
+        self.last_active = expires_at
+
+
+class RelayLedger:
+    """Who may join whom, and how much. The caller gives the time; `remove` every splice that ends."""
+
+    def __init__(self, settings: RelaySettings) -> None:
+        self.settings = settings
+        self._by_token: dict[bytes, Splice] = {}
+        self._splices: set[Splice] = set()
+        self._allowance = settings.max_rate or 0.0
+        self._allowance_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._splices)
+
+    def __contains__(self, splice: Splice) -> bool:
+        return splice in self._splices
+
+    def reserve(self, owner: PeerID, tokens: tuple[bytes, bytes], *, now: float) -> Splice:
+        """Makes room for a pair. `tokens`: two times 16 random bytes. Raises: Overloaded."""
+        settings = self.settings
+        if len(self._splices) >= settings.max_splices:
+            raise Overloaded("this relay is full", retry_after=settings.waiting_timeout)
+        if sum(splice.owner == owner for splice in self._splices) >= settings.max_per_peer:
+            raise Overloaded(f"this relay serves one peer at most {settings.max_per_peer} times", retry_after=5.0)
+        splice = Splice(owner, tokens, now + settings.waiting_timeout)
+        self._splices.add(splice)
+        for token in tokens:
+            self._by_token[token] = splice
+        return splice
+
+    def arrive(self, token: bytes, *, now: float) -> Splice | None:
+        """Uses up a token: its splice, or None if nobody knows it (any more)."""
+        splice = self._by_token.pop(token, None)
+        if splice is None or splice.expires_at <= now:
+            return None
+        splice.num_arrived += 1
+        splice.last_active = now
+        return splice
+
+    def remove(self, splice: Splice) -> None:
+        """The splice has ended. Repeating it does nothing."""
+        self._splices.discard(splice)
+        for token in splice.tokens:
+            self._by_token.pop(token, None)
+
+    def expired(self, *, now: float) -> list[Splice]:
+        """Splices that nobody completed, or that are silent."""
+        silent_before = now - self.settings.silent_timeout
+        return [
+            splice
+            for splice in self._splices
+            if (splice.expires_at <= now if splice.num_arrived < 2 else splice.last_active <= silent_before)
+        ]
+
+    def account(self, splice: Splice, count: int, *, now: float) -> float | None:
+        """`count` bytes passed. Seconds for which this end should not be read (0.0: go on), or None: part the pair."""
+        splice.num_bytes += count
+        splice.last_active = now
+        if splice.num_bytes > self.settings.max_bytes:
+            return None
+        rate = self.settings.max_rate
+        if rate is None:
+            return 0.0
+        # a bucket of one second's bytes; it may be overdrawn by what has been received already
+        self._allowance = min(rate, self._allowance + (now - self._allowance_at) * rate) - count
+        self._allowance_at = now
+        return max(0.0, -self._allowance / rate)
+
+
+class Relay:
+    """Give it every accepted pipe that began with a relay's preamble."""
+
+    def __init__(self, *, settings: RelaySettings, metrics: Metrics) -> None:
+        self.ledger = RelayLedger(settings)
+        self.metrics = metrics
+        self._halves: dict[Splice, list[_Half]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def reserve(self, owner: PeerID) -> tuple[bytes, bytes]:
+        """Two tokens: one for `owner`, one for its peer. Raises: Overloaded."""
+        tokens = secrets.token_bytes(16), secrets.token_bytes(16)
+        loop = asyncio.get_running_loop()
+        try:
+            self.ledger.reserve(owner, tokens, now=loop.time())
+        except Overloaded:
+            self.metrics.count("relay_refused", reason="full")
+            raise
+        self.metrics.set("relay_splices", len(self.ledger))
+        if self._sweep is None and not self._closed:
+            self._sweep = loop.call_later(1.0, self._sweep_now)
+        return tokens
+
+    def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
+        """One end has come; joins it with the other one, if that has come before."""
+        splice = self.ledger.arrive(token, now=asyncio.get_running_loop().time())
+        if splice is None or self._closed:
+            self.metrics.count("relay_refused", reason="unknown_token")
+            pipe.abort()
+            return
+        half = _Half(self, splice, pipe)
+        halves = self._halves.setdefault(splice, [])
+        halves.append(half)
+        pipe.start(half)
+        if len(halves) == 1:
+            pipe.pause_reading()  # its bytes wait in the kernel
+            return
+        first, second = halves
+        first.other, second.other = second, first
+        for one in halves:
+            one.pipe.resume_reading()
+        self.metrics.count("relay_joined")
+
+    async def aclose(self) -> None:
+        """Parts all pairs; what they have not sent is lost."""
+        self._closed = True
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for splice, halves in list(self._halves.items()):
+            self._part(splice, "closing")
+            for half in halves:
+                half.pipe.abort()
+        await asyncio.sleep(0)
+
+    def _sweep_now(self) -> None:
+        loop = asyncio.get_running_loop()
+        for splice in self.ledger.expired(now=loop.time()):
+            self._part(splice, "silent" if splice.num_arrived == 2 else "not_completed")
+        self._sweep = loop.call_later(1.0, self._sweep_now) if len(self.ledger) else None
+
+    def _part(self, splice: Splice, reason: str) -> None:
+        if splice not in self.ledger:
+            return
+        self.ledger.remove(splice)
+        self.metrics.count("relay_parted", reason=reason)
+        self.metrics.set("relay_splices", len(self.ledger))
+        for half in self._halves.pop(splice, []):
+            half.end()
+
+
+# Received bytes are copied within the call that tells of them, so one block serves all halves.
+_scratch: memoryview | None = None
+
+
+class _Half:
+    """One end of a splice: what it receives, the other end sends. While that is slow, it is not read."""
+
+    def __init__(self, relay: Relay, splice: Splice, pipe: Pipe) -> None:
+        self.pipe = pipe
+        self.other: _Half | None = None
+        self._relay = relay
+        self._splice = splice
+        self._time = asyncio.get_running_loop().time
+        self._resume: asyncio.TimerHandle | None = None
+
+    def get_buffer(self) -> memoryview:
+        global _scratch
+        if _scratch is None:
+            _scratch = memoryview(bytearray(SCRATCH_BYTES))
+        return _scratch
+
+    def buffer_updated(self, count: int) -> None:
+        other = self.other
+        assert other is not None and _scratch is not None
+        relay = self._relay
+        wait = relay.ledger.account(self._splice, count, now=self._time())
+        if wait is None:
+            relay._part(self._splice, "max_bytes")
+            return
+        relay.metrics.count("relay_bytes", count)
+        other.pipe.write(bytes(_scratch[:count]))
+        if other.pipe.paused:
+            self.pipe.pause_reading()
+        if wait > 0.01:
+            self.pipe.pause_reading()
+            if self._resume is None:
+                self._resume = asyncio.get_running_loop().call_later(wait, self._resume_now)
+
+    def _resume_now(self) -> None:
+        self._resume = None
+        if self.other is not None and not self.other.pipe.paused:
+            self.pipe.resume_reading()
+
+    def pipe_drained(self) -> None:
+        if self.other is not None and self.other._resume is None:
+            self.other.pipe.resume_reading()
+
+    def pipe_lost(self, error: Exception | None) -> None:
+        self._relay._part(self._splice, "ended")
+        self.end()
+
+    def end(self) -> None:
+        """Sends what was taken over already, and closes."""
+        if self._resume is not None:
+            self._resume.cancel()
+        self.pipe.close()

@@ -1,0 +1,401 @@
+"""Pipes through NATs: a WebRTC data channel between two nodes that have exchanged an offer and an answer (`offers`).
+
+ICE (aioice) punches the hole, DTLS and SCTP (aiortc) carry messages through it, and `message_stream` makes them an
+ordered stream of bytes. The ordinary TLS runs inside, as in every pipe: DTLS' own certificates only tie the association
+to the signed offer. aiortc takes half a second to import, so it is imported by `load`, in a thread, when first needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import aioice
+
+from tesseract_async.errors import ConnectionLost, ProtocolError, describe
+from tesseract_async.transport.base import PipeReceiver, Throttle, join_host_port
+from tesseract_async.transport.message_stream import MessageStream, StreamSettings
+from tesseract_async.transport.offers import MAX_CANDIDATES, Candidate, Description
+
+if TYPE_CHECKING:
+    from aiortc import RTCCertificate
+
+logger = logging.getLogger(__name__)
+
+SCTP_PORT: Final = 5000
+BUFFERED_HIGH: Final = 256 * 1024
+"""Bytes in aiortc's own queue beyond which nothing is added ..."""
+BUFFERED_LOW: Final = 128 * 1024
+"""... until it has fallen to this."""
+CLOSE_TIMEOUT: Final = 2.0
+"""Seconds that `close` gives to what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebrtcSettings:
+    """How data channels are made."""
+
+    gathering_timeout: float = 1.0
+    """Seconds given to the STUN and TURN servers; what has not answered by then is left out."""
+    connect_timeout: float = 8.0
+    """Seconds for punching, DTLS and SCTP together. Where it works, it takes one or two."""
+    turn_server: str | None = None
+    """``"turn:host:port"`` of an outside TURN server, if one shall be used."""
+    turn_username: str | None = None
+    turn_password: str | None = None
+    stream: StreamSettings = field(default_factory=StreamSettings)
+
+
+async def load() -> None:
+    """Imports aiortc without holding up the loop. The first connection does it, too."""
+    await asyncio.to_thread(importlib.import_module, "aiortc")
+
+
+class _Ice(aioice.Connection):
+    """An ICE connection that gathers on given addresses, for a given time."""
+
+    def __init__(self, *, addresses: Sequence[str], gathering_timeout: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._addresses = list(addresses)
+        self._gathering_timeout = gathering_timeout
+
+    async def get_component_candidates(
+        self, component: int, addresses: list[str], timeout: float = 0.0
+    ) -> list[aioice.Candidate]:
+        # aioice would offer every interface, and wait five seconds for a server that is gone
+        return await super().get_component_candidates(component, self._addresses, self._gathering_timeout)  # type: ignore[arg-type]
+
+
+class _IcePort:
+    """What aiortc's DTLS wants to stand on."""
+
+    def __init__(self, ice: _Ice, role: str) -> None:
+        self._recv = ice.recv
+        self._send = ice.send
+        self.role = role
+        self.state = "completed"
+
+
+class Negotiation:
+    """One attempt at a data channel. `gather`, tell the peer, `connect`; `aclose` in any case but success.
+
+    `controlling`: whether this side made the offer. `stun_server`: ``(IPv4 address, port)`` of a server that is known
+    to answer, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        controlling: bool,
+        addresses: Sequence[str],
+        stun_server: tuple[str, int] | None,
+        settings: WebrtcSettings,
+        throttle: Throttle | None = None,
+    ) -> None:
+        turn: dict[str, Any] = {}
+        if settings.turn_server is not None:
+            host, _, port = settings.turn_server.removeprefix("turn:").partition(":")
+            turn = {
+                "turn_server": (host, int(port or 3478)),
+                "turn_username": settings.turn_username,
+                "turn_password": settings.turn_password,
+            }
+        self._settings = settings
+        self._throttle = throttle
+        self._controlling = controlling
+        self._ice = _Ice(
+            addresses=addresses,
+            gathering_timeout=settings.gathering_timeout,
+            ice_controlling=controlling,
+            stun_server=stun_server,
+            **turn,
+        )
+        self._dtls: Any = None
+        self._sctp: Any = None
+
+    async def gather(self) -> Description:
+        """Finds out under which addresses this side may be reached: this side of the offer or answer."""
+        certificate = await _certificate()
+        await self._ice.gather_candidates()
+        [fingerprint] = [f for f in certificate.getFingerprints() if f.algorithm == "sha-256"]
+        candidates = [
+            Candidate(one.type, one.host, one.port, one.priority, one.foundation[:32])
+            for one in self._ice.local_candidates
+        ]
+        return Description(
+            self._ice.local_username,
+            self._ice.local_password,
+            bytes.fromhex(fingerprint.value.replace(":", "")),
+            tuple(candidates[:MAX_CANDIDATES]),
+        )
+
+    async def connect(self, remote: Description) -> DataChannelPipe:
+        """Punches the hole and opens the channel. Closes this negotiation when it fails or is cancelled.
+
+        Raises: ConnectionLost if no path was found; TimeoutError after `connect_timeout` seconds.
+        """
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout):
+                return await self._connect(remote)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _connect(self, remote: Description) -> DataChannelPipe:
+        import aiortc
+        from aiortc.rtcdatachannel import RTCDataChannelParameters
+        from aiortc.rtcsctptransport import LOCAL_MAX_MESSAGE_SIZE
+
+        ice = self._ice
+        ice.remote_username, ice.remote_password = remote.username, remote.password
+        for one in remote.candidates:
+            await ice.add_remote_candidate(
+                aioice.Candidate(
+                    foundation=one.foundation,
+                    component=1,
+                    transport="udp",
+                    priority=one.priority,
+                    host=one.host,
+                    port=one.port,
+                    type=one.kind,
+                )
+            )
+        await ice.add_remote_candidate(None)
+        try:
+            await ice.connect()
+        except ConnectionError:
+            raise ConnectionLost("the peer", "no hole could be punched") from None
+        port = _IcePort(ice, "controlling" if self._controlling else "controlled")
+        self._dtls = dtls = aiortc.RTCDtlsTransport(port, [await _certificate()])  # type: ignore[arg-type]
+        value = ":".join(f"{byte:02X}" for byte in remote.fingerprint)
+        fingerprint = aiortc.RTCDtlsFingerprint(algorithm="sha-256", value=value)
+        await dtls.start(aiortc.RTCDtlsParameters(fingerprints=[fingerprint]))
+        if dtls.state != "connected":
+            raise ConnectionLost("the peer", "the DTLS handshake failed")
+        self._sctp = sctp = aiortc.RTCSctpTransport(dtls, SCTP_PORT)
+        channel = aiortc.RTCDataChannel(sctp, RTCDataChannelParameters(label="tesseract", negotiated=True, id=0))
+        opened = asyncio.Event()
+        channel.once("open", opened.set)
+        channel.once("close", opened.set)
+        # messages may follow the opening at once: the pipe must listen before
+        pipe = DataChannelPipe(self, channel, sctp, dtls, self._settings.stream, throttle=self._throttle)
+        await sctp.start(aiortc.RTCSctpCapabilities(maxMessageSize=LOCAL_MAX_MESSAGE_SIZE), SCTP_PORT)
+        await opened.wait()
+        if channel.readyState != "open":
+            raise ConnectionLost("the peer", "it hung up")
+        pair = ice._nominated.get(1)
+        if pair is not None:
+            pipe.origin, remote_port = pair.remote_addr
+            pipe.description = f"datachannel {join_host_port(pipe.origin, remote_port)}"
+        return pipe
+
+    async def aclose(self) -> None:
+        """Ends everything; no task or socket is left. Safe to repeat."""
+        sctp, self._sctp = self._sctp, None
+        dtls, self._dtls = self._dtls, None
+        if sctp is not None:
+            await sctp.stop()
+        if dtls is not None:
+            pump = dtls._task
+            await dtls.stop()
+            if pump is not None:
+                await asyncio.wait([pump])
+        await self._ice.close()
+
+
+_own_certificate: RTCCertificate | None = None
+
+
+async def _certificate() -> RTCCertificate:
+    """The DTLS certificate of this process: it proves nothing, the signed offer holds its fingerprint."""
+    global _own_certificate
+    if _own_certificate is None:
+        await load()
+        import aiortc
+
+        _own_certificate = _own_certificate or aiortc.RTCCertificate.generateCertificate()
+    return _own_certificate
+
+
+class DataChannelPipe:
+    """A `base.Pipe` over an open data channel. Made by `Negotiation.connect`."""
+
+    def __init__(
+        self,
+        negotiation: Negotiation,
+        channel: Any,
+        sctp: Any,
+        dtls: Any,
+        settings: StreamSettings,
+        *,
+        throttle: Throttle | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._negotiation = negotiation
+        self._channel = channel
+        self._sctp = sctp
+        self._stream = MessageStream(settings, now=self._loop.time())
+        self._receiver: PipeReceiver | None = None
+        self._reading = True
+        self.paused = False
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        self._delivering = False
+        self._closing: asyncio.Task[None] | None = None
+        self._gone = asyncio.Event()
+        self.description = "datachannel"
+        self.origin = ""
+        channel.bufferedAmountLowThreshold = BUFFERED_LOW
+        channel.on("message", self._received)
+        channel.on("bufferedamountlow", self._pump)
+        channel.on("close", self._channel_closed)
+        dtls.on("statechange", self._channel_closed)
+        self._dtls = dtls
+        self._throttle = throttle
+        self._reading_again: asyncio.TimerHandle | None = None
+        self._sending_again: asyncio.TimerHandle | None = None
+        self._timer = self._loop.call_at(self._stream.timer_at(), self._timer_fired)
+
+    @property
+    def rtt(self) -> float | None:
+        """Seconds to the peer and back, as last measured."""
+        return self._stream.rtt
+
+    # ---- outward
+
+    @property
+    def unsent(self) -> int:
+        return self._stream.unsent + int(self._channel.bufferedAmount)
+
+    def write(self, data: bytes | memoryview) -> None:
+        if self._closing is None:
+            self.bytes_sent += len(data)
+            self._stream.write(data)
+            self._pump()
+            if self._stream.paused:
+                self.paused = True
+
+    def _pump(self) -> None:
+        channel = self._channel
+        if channel.readyState != "open":
+            return
+        room = BUFFERED_HIGH - channel.bufferedAmount if self._sending_again is None else 0
+        before = self._stream.unsent
+        for message in self._stream.messages_to_send(room):
+            channel.send(message)
+        if self._throttle is not None and self._stream.unsent < before:
+            wait = self._throttle.sent(before - self._stream.unsent, self._loop.time())
+            if wait > 0:
+                self._sending_again = self._loop.call_later(wait, self._send_again)
+        if self.paused and self._stream.unsent == 0:
+            self.paused = False
+            if self._receiver is not None:
+                self._receiver.pipe_drained()
+
+    # ---- inward
+
+    def start(self, receiver: PipeReceiver) -> None:
+        self._receiver = receiver
+        self._loop.call_soon(self._deliver)
+
+    def pause_reading(self) -> None:
+        self._reading = False
+
+    def resume_reading(self) -> None:
+        self._reading = True
+        self._loop.call_soon(self._deliver)
+
+    def _received(self, message: bytes | str) -> None:
+        try:
+            self._stream.receive(message, self._loop.time())
+        except ProtocolError as error:
+            self._end(error, flush=False)
+            return
+        if isinstance(message, str):
+            self._pump()
+        self.bytes_received += len(message)
+        if self._throttle is not None and self._reading_again is None:
+            wait = self._throttle.received(len(message), self._loop.time())
+            if wait > 0:  # what is not consumed here, the peer may not send
+                self._reading_again = self._loop.call_later(wait, self._read_again)
+        self._deliver()
+
+    def _read_again(self) -> None:
+        self._reading_again = None
+        self._deliver()
+
+    def _send_again(self) -> None:
+        self._sending_again = None
+        self._pump()
+
+    def _deliver(self) -> None:
+        stream = self._stream
+        if self._delivering:
+            return  # the receiver resumed from within buffer_updated: the outer loop goes on
+        self._delivering = True
+        while stream.held and self._reading and self._receiver is not None and self._closing is None:
+            if self._reading_again is not None:
+                break
+            count = stream.read_into(self._receiver.get_buffer())
+            self._receiver.buffer_updated(count)
+        self._delivering = False
+        if self._closing is None:
+            self._pump()
+            if stream.ended and not stream.held and self._receiver is not None:
+                self._end(None, flush=False)
+
+    # ---- time
+
+    def _timer_fired(self) -> None:
+        now = self._loop.time()
+        try:
+            self._stream.handle_timer(now, late=now - self._stream.timer_at())
+        except ConnectionLost as error:
+            self._end(error, flush=False)
+            return
+        self._pump()
+        self._timer = self._loop.call_at(self._stream.timer_at(), self._timer_fired)
+
+    # ---- the end
+
+    def close(self) -> None:
+        self._end(None, flush=True)
+
+    def abort(self) -> None:
+        if self._closing is not None:
+            self._gone.set()  # `close` may be waiting
+        self._end(None, flush=False)
+
+    def _channel_closed(self) -> None:
+        if self._dtls.state != "connected" or self._channel.readyState in ("closing", "closed"):
+            self._gone.set()
+            self._end(None if self._stream.ended else ConnectionLost("the peer", "the channel broke"), flush=False)
+
+    def _end(self, error: Exception | None, *, flush: bool) -> None:
+        if self._closing is None:
+            for timer in (self._timer, self._reading_again, self._sending_again):
+                if timer is not None:
+                    timer.cancel()
+            self._sending_again = None
+            self._closing = self._loop.create_task(self._run_end(error, flush))
+
+    async def _run_end(self, error: Exception | None, flush: bool) -> None:
+        if flush:
+            self._stream.finish()
+            self._pump()  # the peer hangs up when it has read everything
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._gone.wait()
+            except TimeoutError:
+                logger.debug("%s: closed before everything was sent", self.description)
+        try:
+            await self._negotiation.aclose()
+        except Exception as failure:  # the library's own end may not keep the receiver from hearing of ours
+            logger.warning("%s: %s", self.description, describe(failure))
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.pipe_lost(error)

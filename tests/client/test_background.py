@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async.errors import ExpertNotFound
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(8, 8)
+
+
+@pytest.fixture
+def node(module: nn.Module) -> Iterator[ta.BackgroundNode]:
+    backends = {
+        f"ffn.{i}.{i}": ta.ExpertBackend(module if not i else nn.Linear(8, 8), args_schema=(ta.TensorSpec((8,)),))
+        for i in range(2)
+    }
+    with ta.BackgroundNode() as node, node.entered(ta.TesseractServer(node.node, backends)):
+        yield node
+
+
+def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Module) -> None:
+    expert = node.get_expert("ffn.0.0")
+    x = torch.randn(3, 8, requires_grad=True)
+    y = expert(x)
+    torch.testing.assert_close(y, module(x))
+    y.sum().backward()
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    with torch.no_grad():
+        assert not expert(x).requires_grad
+    with pytest.raises(ExpertNotFound, match="ffn.1.9"):
+        node.get_expert("ffn.1.9")
+    gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(2, 2), in_features=8, k_best=2)
+    optimizer = torch.optim.Adam(gate.parameters(), 1e-2)
+    assert gate.choose(x)[0][0].uid in ("ffn.0.0", "ffn.1.1")
+    for _ in range(3):
+        optimizer.zero_grad()
+        gate(x).square().sum().backward()
+        optimizer.step()
+    assert gate.mix(x).num_answers.tolist() == [2, 2, 2]
+    assert node.network.store("key", 1, ttl=60.0) >= 1 and node.network.get("key") == 1
+
+    async def in_a_running_loop() -> None:
+        y = await asyncio.to_thread(expert, x)
+        await asyncio.to_thread(y.sum().backward)
+        expert(x).sum().backward()  # as in a notebook's cell, which the kernel's loop runs
+
+    asyncio.run(in_a_running_loop())
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(expert(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+
+    async def on_the_nodes_thread() -> None:
+        expert(x)
+
+    with pytest.raises(RuntimeError, match="own thread"):
+        node.run(on_the_nodes_thread())
+
+
+async def test_misuse_says_so() -> None:
+    node = ta.BackgroundNode()
+    with pytest.raises(RuntimeError, match="not running"):
+        node.get_expert("ffn.0.0")
+    with pytest.raises(RuntimeError, match="without a loop"):
+        async with node:
+            pass
+    node.start()
+    with pytest.raises(RuntimeError, match="started before"):
+        node.start()
+    node.close()
+    node.close()
+    with pytest.raises(RuntimeError, match="not running"):
+        node.run(asyncio.sleep(0))

@@ -1,0 +1,306 @@
+"""Every pattern of failing experts and rows against a reference that goes row by row; and the options of the gates."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
+from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMismatch
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.wire.tensors import TensorSpec
+from tests.client.fake_node import FakeNode
+
+UIDS = [f"ffn.{i}" for i in range(4)]
+
+
+class Slope(nn.Module):
+    """Multiplies by a number: what each answer and gradient should be is plain to see."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.slope
+
+
+def make_gate(node: FakeNode, **settings: object) -> GatingFunction:
+    for i, uid in enumerate(UIDS):
+        node.host(uid, Slope(float(i + 1)), TensorSpec((2,)))
+    gate = GatingFunction(node, "ffn", grid_size=(4,), in_features=2, **settings)  # type: ignore[arg-type]
+    gate.proj.requires_grad_(False)
+    torch.manual_seed(1)
+    nn.init.normal_(gate.proj.weight)
+    return gate
+
+
+def fail(node: FakeNode, forward: tuple[str, ...] = (), backward: tuple[str, ...] = (), hang: bool = False) -> None:
+    async def fault(method: str, uid: str, number: int) -> None:
+        if uid in {FORWARD: forward, BACKWARD: backward}.get(method, ()):
+            if hang:
+                await asyncio.Event().wait()
+            raise ConnectionLost("peer", "test")
+
+    node.fault = fault
+
+
+PATTERNS = [p for n in range(5) for p in itertools.combinations(range(4), n)]
+
+
+@pytest.mark.parametrize("k_best,k_min,spare", [(1, 1, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (4, 2, 0)])
+async def test_every_failure_pattern_in_forward(node: FakeNode, k_best: int, k_min: int, spare: int) -> None:
+    gate = make_gate(node, k_best=k_best, k_min=k_min, spare=spare, on_missing="zero")
+    x = torch.randn(6, 2)
+    await gate(x)
+    scores = gate.proj(x)
+    for pattern in PATTERNS:
+        node.directory.forgive()
+        fail(node, forward=tuple(UIDS[i] for i in pattern))
+        expected = []
+        for row, row_scores in zip(x, scores, strict=True):
+            order = row_scores.argsort(descending=True).tolist()
+            target = min(k_min + spare, k_best)
+            asked = order[:k_best]
+            answered = [i for i in asked if i not in pattern]
+            # refilled one by one from the next best, as long as too few can still answer
+            rest = iter(i for i in order[k_best:])
+            while len(answered) < target and len(answered) < k_best and (i := next(rest, None)) is not None:
+                answered += [i] if i not in pattern else []
+            if len(answered) < k_min:
+                expected.append((torch.zeros(2), len(answered)))
+                continue
+            weights = row_scores[answered].softmax(0)
+            expected.append((sum(w * row * (i + 1) for w, i in zip(weights, answered, strict=True)), len(answered)))
+        mixed = await gate.mix(x)
+        for r, (value, count) in enumerate(expected):
+            if spare == 0:
+                assert mixed.num_answers[r] == count
+            if spare == 0 or mixed.num_answers[r] == count:
+                torch.testing.assert_close(mixed.output[r], value, rtol=0, atol=1e-5)
+        assert set(mixed.errors) <= {UIDS[i] for i in pattern}
+        if any(count < k_min for _, count in expected):
+            gate.settings = make_settings(gate, on_missing="raise")
+            node.directory.forgive()
+            with pytest.raises(NotEnoughExperts):
+                await gate(x)
+            gate.settings = make_settings(gate, on_missing="zero")
+    assert node.num_open == 0
+
+
+def make_settings(gate: GatingFunction, **changes: object) -> object:
+    import dataclasses
+
+    return dataclasses.replace(gate.settings, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("backward_k_min", [0, 1, 2])
+async def test_every_failure_pattern_in_backward(node: FakeNode, rescale: bool, backward_k_min: int) -> None:
+    gate = make_gate(node, k_best=3, backward_k_min=backward_k_min, rescale_backward=rescale)
+    data = torch.randn(5, 2)
+    for pattern in PATTERNS:
+        node.directory.forgive()
+        node.fault = None
+        x = data.clone().requires_grad_()
+        y = await gate(x)
+        fail(node, backward=tuple(UIDS[i] for i in pattern))
+        twin = data.clone().requires_grad_()
+        total = torch.zeros(())
+        enough = True
+        for row, row_scores in zip(twin, gate.proj(twin), strict=True):
+            asked = row_scores.topk(3).indices.tolist()
+            weights = row_scores[asked].softmax(0)
+            alive = [i not in pattern for i in asked]
+            enough &= sum(alive) >= backward_k_min
+            share = max(0.05, float(weights.detach()[torch.tensor(alive)].sum())) if rescale else 1.0
+            for w, i, survives in zip(weights, asked, alive, strict=True):
+                kept = row / share + (row - row / share).detach() if survives else row.detach()
+                total = total + (w * (i + 1) * kept).sum()
+        if not enough:
+            with pytest.raises(NotEnoughExperts):
+                await backward(y.sum())
+            assert x.grad is None
+            continue
+        await backward(y.sum())
+        (expected,) = torch.autograd.grad(total, twin)
+        torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-5)
+
+
+async def test_a_row_whose_experts_all_hang_is_refilled(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=1)
+    x = torch.randn(16, 2)
+    best = (await gate.choose(x))[0][0].uid
+    await gate(x)
+    fail(node, forward=(best,), hang=True)
+    async with asyncio.timeout(5):
+        mixed = await gate.mix(x)
+    assert (mixed.num_answers == 1).all() and best in mixed.errors
+    assert node.num_open == 0
+
+
+async def test_an_expert_that_never_answers_is_masked_in_the_end(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=2)
+    x = torch.randn(16, 2)
+    await gate(x)
+    fail(node, forward=(UIDS[0],), hang=True)
+    async with asyncio.timeout(10):
+        while not node.directory.failed:
+            await gate(x)
+    assert {replica.uid for replica in node.directory.failed} == {UIDS[0]}
+    assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
+
+
+async def test_backward_goes_on_without_one_that_hangs(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=4)
+    x = torch.randn(8, 2, requires_grad=True)
+    y = await gate(x)
+    fail(node, backward=(UIDS[2],), hang=True)
+    async with asyncio.timeout(5):
+        await backward(y.sum())
+    assert x.grad is not None and node.num_open == 0
+
+
+async def test_capacity_bounds_rows_and_sends_the_others_on(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=1, capacity_factor=1.0)
+    with torch.no_grad():
+        gate.proj.weight.zero_()
+        gate.proj.bias.copy_(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # all rows want the first expert
+    mixed = await gate.mix(torch.randn(8, 2))
+    rows = {asked.uid: asked.num_rows for asked in node.calls if asked.method == FORWARD}
+    assert rows == dict.fromkeys(UIDS, 2) and (mixed.num_answers == 1).all()
+    gate = make_gate(node, k_best=1, capacity_factor=1.0, refill=False, on_missing="zero")
+    with torch.no_grad():
+        gate.proj.weight.zero_()
+        gate.proj.bias.copy_(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    assert (await gate.mix(torch.randn(8, 2))).num_answers.sum() == 2
+
+
+async def test_latency_aware_scores_prefer_the_fast(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=4, latency_weight=1000.0)
+    x = torch.randn(8, 2)
+    node.delay = lambda uid: 0.05 if uid == UIDS[0] else 0.0
+    await gate(x)
+    gate.settings = make_settings(gate, k_best=3)  # type: ignore[assignment]
+    assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
+
+
+async def test_jitter_changes_scores_in_training_only(node: FakeNode) -> None:
+    gate = make_gate(node, jitter=0.5)
+    x = torch.randn(8, 2)
+    assert not torch.equal(gate._scores(x), gate._scores(x))
+    gate.eval()
+    assert torch.equal(gate._scores(x), gate._scores(x))
+
+
+async def test_load_balancing_loss(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=1, load_balancing=True)
+    gate.proj.requires_grad_(True)
+    x = torch.randn(64, 2)
+    mixed = await gate.mix(x)
+    probability = gate.proj(x).softmax(1)
+    share = torch.bincount(probability.argmax(1), minlength=4) / 64
+    torch.testing.assert_close(mixed.load_balancing_loss, 4 * (share * probability.mean(0)).sum())
+    assert gate.load_balancing_loss is mixed.load_balancing_loss
+    await backward(mixed.load_balancing_loss)
+    assert gate.proj.weight.grad is not None
+
+
+async def test_sequences_by_sample_and_by_token(node: FakeNode) -> None:
+    x = torch.randn(3, 5, 2, requires_grad=True)
+    gate = make_gate(node, k_best=2, route="token")
+    y = await gate(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y[1], await gate(x[1]))
+    await backward(y.sum())
+    with pytest.raises(SchemaMismatch, match="token"):
+        await gate(x, torch.zeros(3, 2))
+    for i in range(4):
+        node.host(f"seq.{i}", Slope(float(i + 1)), TensorSpec((5, 2)))
+    gate = GatingFunction(node, "seq", grid_size=(4,), in_features=2, k_best=1)
+    y = await gate(x)
+    best = gate.proj(x.mean(1)).argmax(1)
+    torch.testing.assert_close(y, x * (best + 1)[:, None, None])
+
+
+async def test_further_arguments_go_along(node: FakeNode) -> None:
+    class Scaled(nn.Module):
+        def forward(
+            self, x: torch.Tensor, by: torch.Tensor, *, plus: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * by, x + plus
+
+    vector = TensorSpec((2,))
+    for i in range(2):
+        node.host(f"s.{i}", Scaled(), vector, vector, kwargs_schema={"plus": vector}, outputs_schema=(vector, vector))
+    gate = GatingFunction(node, "s", grid_size=(2,), in_features=2, k_best=2)
+    x, by, plus = (torch.randn(4, 2, requires_grad=True) for _ in range(3))
+    product, total = await gate(x, by, plus=plus)
+    torch.testing.assert_close(product, x * by)
+    torch.testing.assert_close(total, x + plus)
+    await backward((product + total).sum())
+    torch.testing.assert_close(by.grad, x.detach())
+    torch.testing.assert_close(plus.grad, torch.ones(4, 2))
+
+
+async def test_switch_multiplies_by_the_probability(node: FakeNode) -> None:
+    for i, j in itertools.product(range(2), range(2)):
+        node.host(f"sw.{i}.{j}", Slope(float(1 + i + 2 * j)), TensorSpec((2,)))
+    gate = SwitchGatingFunction(node, "sw", grid_size=(2, 2), in_features=2)
+    gate.eval()
+    x = torch.randn(6, 2)
+    scores = gate.proj(x)
+    joint = (scores[:, :2, None] + scores[:, None, 2:]).flatten(1).softmax(1)
+    best = joint.argmax(1)
+    slopes = torch.tensor([1.0, 3.0, 2.0, 4.0])[best]
+    y = await gate(x)
+    torch.testing.assert_close(y, x * (slopes * joint.amax(1))[:, None])
+    await backward(y.sum() + 0.01 * gate.load_balancing_loss)  # type: ignore[operator]
+    assert gate.proj.weight.grad is not None and gate.proj.weight.grad.any()
+
+
+async def test_beam_gate_never_reads_the_grid(node: FakeNode) -> None:
+    for i, j in [(0, 0), (1, 700), (999, 3), (500, 500)]:
+        node.host(f"big.{i}.{j}", Slope(1.0), TensorSpec((2,)))
+    gate = GatingFunction(
+        node, "big", grid_size=(1000, 1000), in_features=2, k_best=1, search="beam", on_missing="zero"
+    )
+    with torch.no_grad():
+        gate.proj.weight.zero_()
+        gate.proj.bias.zero_()
+        gate.proj.bias[1] = gate.proj.bias[1000 + 700] = 5.0
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(await gate(x), x)
+    assert node.directory.watched == {}
+
+
+async def test_a_liar_about_the_schema_is_outvoted(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=4)
+    x = torch.randn(1, 2)
+    liar = (await gate.choose(x))[0][0].uid
+    hosted = node.hosted[liar]
+    hosted.args_schema = (TensorSpec((9,)),)
+    assert (await gate(x)).shape == (1, 2)
+    assert node.count(INFO) == 3
+
+
+async def test_float64_gradcheck(node: FakeNode) -> None:
+    torch.manual_seed(0)
+    for i, j in itertools.product(range(2), range(2)):
+        module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        node.host(f"g.{i}.{j}", module, TensorSpec((3,), torch.float64))
+    gate = GatingFunction(node, "g", grid_size=(2, 2), in_features=3, k_best=4).double()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    loop = asyncio.get_running_loop()
+    weight, bias = gate.proj.weight, gate.proj.bias
+
+    def mixture(*_: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = asyncio.run_coroutine_threadsafe(gate(x), loop).result()
+        return result
+
+    assert await asyncio.to_thread(torch.autograd.gradcheck, mixture, (x, weight, bias), nondet_tol=1e-12)

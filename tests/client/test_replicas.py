@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.latency import LatencyBook
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.errors import ConnectionLost, ExpertFailed, Overloaded
+from tesseract_async.wire.messages import BACKWARD, FORWARD
+from tests.client.fake_node import FakeNode
+
+
+def peers_asked(node: FakeNode, method: str = FORWARD) -> list[Any]:
+    return [asked.peer for asked in node.calls if asked.method == method]
+
+
+def by_peer(node: FakeNode, seconds: dict[str, float]) -> None:
+    async def fault(method: str, uid: str, number: int) -> None:
+        if method == FORWARD:
+            await asyncio.sleep(seconds[node.calls[number - 1].peer])
+
+    node.fault = fault
+
+
+async def test_the_fastest_replica_is_asked_once_all_are_known(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("primary", "fast"))
+    expert = RemoteExpert(node, "ffn.0")
+    by_peer(node, {"primary": 0.05, "fast": 0.0})
+    for _ in range(6):
+        y = await expert(torch.zeros(1, 8))
+    assert peers_asked(node)[:2] == ["primary", "fast"] and peers_asked(node)[2:] == ["fast"] * 4
+    await backward(y.sum())
+    assert peers_asked(node, BACKWARD) == ["primary"]
+
+
+async def test_a_call_slower_than_p95_is_hedged_and_the_loser_cancelled(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("a", "b"))
+    expert = RemoteExpert(node, "ffn.0")
+    by_peer(node, {"a": 0.001, "b": 0.02})
+    for _ in range(12):
+        await expert(torch.zeros(1, 8))
+    cancelled = node.num_cancelled
+    by_peer(node, {"a": 60.0, "b": 0.0})
+    async with asyncio.timeout(5):
+        await expert(torch.zeros(1, 8))
+    assert peers_asked(node)[-2:] == ["a", "b"]
+    assert node.num_cancelled == cancelled + 1 and node.num_open == 0 and not node.directory.failed
+
+
+async def test_a_full_replica_is_left_alone_for_a_while(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("a", "b"))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if method == FORWARD and node.calls[number - 1].peer == "a":
+            raise Overloaded("full", retry_after=60.0)
+
+    node.fault = fault
+    expert = RemoteExpert(node, "ffn.0")
+    for _ in range(3):
+        await expert(torch.zeros(1, 8))
+    assert peers_asked(node) == ["a", "b", "b", "b"] and not node.directory.failed
+
+
+async def test_all_replicas_gone(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("a", "b", "c"))
+    expert = RemoteExpert(node, "ffn.0")
+    await expert.info()
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        raise ConnectionLost(node.calls[number - 1].peer, "test")
+
+    node.fault = fault
+    with pytest.raises(ConnectionLost):
+        await expert(torch.zeros(1, 8))
+    assert len(node.directory.failed) == 3
+
+
+async def test_what_the_expert_itself_raises_is_not_asked_for_twice(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(9, 8), peers=("a", "b"))
+    with pytest.raises(ExpertFailed):
+        await RemoteExpert(node, "ffn.0")(torch.zeros(1, 8))
+    assert len(peers_asked(node)) == 1
+
+
+async def test_priority_and_timeout_travel(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8))
+    await RemoteExpert(node, "ffn.0").with_options(timeout=3.0, priority=7)(torch.zeros(1, 8))
+    assert node.calls[-1].priority == 7 and 2.9 < node.calls[-1].timeout <= 3.0
+    with pytest.raises(ValueError):
+        RemoteExpert(node, "ffn.0").with_options(timeout=0.0)
+    with pytest.raises(ValueError, match="codec"):
+        await RemoteExpert(node, "ffn.0").with_options(codec="zip")(torch.zeros(1, 8))
+
+
+def test_latency_book() -> None:
+    book = LatencyBook()
+    assert book.expected("a") is None and book.p95("a") is None
+    for i in range(100):
+        book.observe("a", 1.0 if i % 10 else 2.0)
+    assert book.p95("a") == 2.0 and 1.0 < (book.expected("a") or 0) < 2.0
+    assert book.p95("new") == 2.0
+    book.block("a", 5.0)
+    assert book.is_blocked("a", 4.0) and not book.is_blocked("a", 5.0) and not book.is_blocked("b", 0.0)

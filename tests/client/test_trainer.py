@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.client.trainer import AsyncTrainer
+from tests.client.fake_node import FakeNode
+
+
+class Model(nn.Module):
+    def __init__(self, expert: RemoteExpert) -> None:
+        super().__init__()
+        self.before, self.expert, self.after = nn.Linear(8, 8), expert, nn.Linear(8, 1)
+
+    async def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.after(await self.expert(self.before(x)))
+        return y
+
+
+async def loss_of(model: Model, batch: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = (await model(batch) - batch.sum(1, keepdim=True)).square().mean()
+    return loss
+
+
+@pytest.fixture
+def model(node: FakeNode) -> Model:
+    torch.manual_seed(0)
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    return Model(RemoteExpert(node, "ffn.0.0"))
+
+
+async def test_one_in_flight_equals_a_plain_loop(node: FakeNode, model: Model) -> None:
+    local = nn.Sequential(copy.deepcopy(model.before), node.hosted["ffn.0.0"].module, copy.deepcopy(model.after))
+    own = [*local[0].parameters(), *local[2].parameters()]
+    optimizer = torch.optim.Adam(own, 1e-2)
+    trainer = AsyncTrainer(model, torch.optim.Adam(model.parameters(), 1e-2))
+    for seed in range(5):
+        batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+        report = await trainer.step(loss_of, batch)
+        assert report.staleness == 0 and report.version == seed + 1
+        loss = (local(batch) - batch.sum(1, keepdim=True)).square().mean()
+        torch.testing.assert_close(report.loss, loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    mine = [*model.before.parameters(), *model.after.parameters()]
+    for a, b in zip(mine, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.both_loops
+async def test_64_in_flight_lose_no_gradient(node: FakeNode, model: Model) -> None:
+    node.delay = lambda uid: float(torch.rand(())) * 0.02
+    trainer = AsyncTrainer(model, torch.optim.Adam(model.parameters(), 1e-3, betas=(0.0, 0.999)), in_flight=64)
+    before = torch.get_num_threads()
+    losses, staleness = [], []
+    async for report in trainer.run(loss_of, (torch.ones(4, 8) for _ in range(256))):
+        losses.append(report.loss.item())
+        staleness.append(report.staleness)
+    assert len(losses) == trainer.version == node.count("expert.backward") == 256
+    assert trainer.optimizer.state[model.before.weight]["step"] == 256
+    assert max(staleness) >= 30 and sum(losses[-32:]) < sum(losses[:32])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.get_num_threads() == before
+
+
+async def test_staleness_is_bounded(node: FakeNode, model: Model) -> None:
+    node.delay = lambda uid: float(torch.rand(())) * 0.02
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 1e-3), in_flight=16, max_staleness=5)
+    reports = [report async for report in trainer.run(loss_of, (torch.randn(4, 8) for _ in range(64)))]
+    assert len(reports) == 64
+    assert max(report.staleness for report in reports) <= 5
+
+
+async def test_the_gradients_of_a_step_are_those_of_its_parameters(node: FakeNode, model: Model) -> None:
+    """Two steps at once from the same parameters: SGD ends where the sum of both gradients leads."""
+    batches = [torch.randn(4, 8), torch.randn(4, 8)]
+    twin = copy.deepcopy(model)
+    module = node.hosted["ffn.0.0"].module
+    for batch in batches:
+        y = twin.after(module(twin.before(batch)))
+        (y - batch.sum(1, keepdim=True)).square().mean().backward()
+    node.delay = 0.02
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1), in_flight=2)
+    await asyncio.gather(*(trainer.step(loss_of, batch) for batch in batches))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+async def test_an_error_ends_the_run_and_leaves_the_trainer_usable(node: FakeNode, model: Model) -> None:
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1), in_flight=4)
+
+    async def failing(replica: Model, batch: torch.Tensor) -> torch.Tensor:
+        if batch[0, 0] == 7:
+            raise ZeroDivisionError
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    batches = [torch.full((1, 8), float(i)) for i in (1, 2, 3, 7)]
+    with pytest.raises(ZeroDivisionError):
+        async with contextlib.aclosing(trainer.run(failing, batches)) as reports:
+            async for _ in reports:
+                pass
+    assert trainer.version == 0
+    assert (await trainer.step(loss_of, torch.randn(2, 8))).staleness == 0
+
+
+async def test_buffers_follow(node: FakeNode) -> None:
+    module = nn.BatchNorm1d(4)
+    trainer = AsyncTrainer(module, torch.optim.SGD(module.parameters(), 0.1))
+
+    async def loss_of(replica: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = replica(batch).square().sum()
+        return loss
+
+    await trainer.step(loss_of, torch.randn(8, 4))
+    assert module.num_batches_tracked == 1
+
+
+async def test_mistakes(model: Model) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError):
+        AsyncTrainer(model, optimizer, in_flight=0)
+    with pytest.raises(ValueError):
+        AsyncTrainer(model, optimizer, max_staleness=-1)
+    with pytest.raises(ValueError, match="not the module's"):
+        AsyncTrainer(model.before, optimizer)

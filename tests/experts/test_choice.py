@@ -1,0 +1,105 @@
+"""Choosing experts, against brute force and against chance."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts.choice import choose, coords_at, losers, num_members, rank_of
+from tesseract_async.identity import PeerID
+
+
+def peer(number: int) -> PeerID:
+    return PeerID(number.to_bytes(32, "big"))
+
+
+def test_ranks_are_the_order_of_iteration() -> None:
+    pattern = ExpertPattern.parse("ffn.[2:5].7.[0:4]")
+    assert num_members(pattern) == 12
+    assert [pattern.prefix + "".join(f".{at}" for at in coords_at(pattern, rank)) for rank in range(12)] == list(
+        pattern
+    )
+    assert [rank_of(pattern, coords_at(pattern, rank)) for rank in range(12)] == list(range(12))
+    assert rank_of(pattern, (5, 7, 0)) is None
+    assert rank_of(pattern, (2, 7)) is None
+    for rank in (-1, 12):
+        with pytest.raises(IndexError, match="12 members"):
+            coords_at(pattern, rank)
+
+
+hosted = st.dictionaries(st.tuples(st.integers(0, 5), st.integers(0, 5)), st.integers(0, 3))
+
+
+@given(hosted, st.integers(0, 25), st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5))), st.randoms())
+def test_free_ones_first_then_the_least_replicated(
+    hosted: dict[tuple[int, int], int], wanted: int, without: set[tuple[int, int]], random: Random
+) -> None:
+    pattern = ExpertPattern.parse("ffn.[1:5].[2:6]")
+    chosen = choose(pattern, wanted, hosted, Random(random.random()), without=without)
+    members = [coords_at(pattern, rank) for rank in range(16)]
+    allowed = [coords for coords in members if coords not in without]
+    assert len(chosen) == len(set(chosen)) == min(wanted, len(allowed))
+    assert set(chosen) <= set(allowed)
+    # nobody who was left out has fewer replicas than somebody who was chosen
+    left = [hosted.get(coords, 0) for coords in allowed if coords not in chosen]  # type: ignore[comparison-overlap]
+    if left and chosen:
+        assert max(hosted.get(coords, 0) for coords in chosen) <= min(left)  # type: ignore[call-overload]
+
+
+def test_a_pattern_larger_than_any_memory() -> None:
+    pattern = ExpertPattern.parse("ffn.[0:999999999].[0:999999999].[0:999999999]")
+    taken = {(0, 0, number): 1 for number in range(1000)}
+    chosen = choose(pattern, 1000, taken, Random(1))
+    assert len(set(chosen)) == 1000
+    assert not set(chosen) & set(taken)
+    assert all(rank_of(pattern, coords) is not None for coords in chosen)
+
+
+def test_two_newcomers_meet_no_more_often_than_chance() -> None:
+    """Both take 8 of 64 free ones: 8 * 8 / 64 = 1 in common on average, as drawing from two urns gives."""
+    pattern = ExpertPattern.parse("ffn.[0:8].[0:12]")
+    taken = {(row, column): 1 for row in range(8) for column in range(8, 12)}
+    rounds, wanted, free = 4000, 8, 64
+    common = [
+        len(set(choose(pattern, wanted, taken, Random(2 * n))) & set(choose(pattern, wanted, taken, Random(2 * n + 1))))
+        for n in range(rounds)
+    ]
+    mean = wanted * wanted / free
+    # hypergeometric
+    variance = mean * (1 - wanted / free) * (free - wanted) / (free - 1)
+    assert abs(sum(common) / rounds - mean) < 4 * math.sqrt(variance / rounds)
+
+
+def test_every_free_one_is_as_likely() -> None:
+    pattern = ExpertPattern.parse("ffn.[0:10]")
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(5000):
+        counts.update(choose(pattern, 2, {(0,): 1, (4,): 2, (5,): 1, (9,): 1}, Random(seed)))
+    assert set(counts) == {(1,), (2,), (3,), (6,), (7,), (8,)}
+    expected = 10_000 / 6
+    chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert chi_squared < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_the_least_replicated_are_as_likely_among_themselves() -> None:
+    pattern = ExpertPattern.parse("ffn.[0:4]")
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(3000):
+        counts.update(choose(pattern, 1, {(0,): 2, (1,): 1, (2,): 1, (3,): 1}, Random(seed)))
+    assert set(counts) == {(1,), (2,), (3,)}
+    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 13.8  # 2 degrees of freedom, p = 0.001
+
+
+def test_of_two_who_reserved_the_same_exactly_one_keeps_it() -> None:
+    all_of_them = [(row, column) for row in range(20) for column in range(20)]
+    first, second = peer(1), peer(2)
+    lost = losers(all_of_them, {second: all_of_them}, first)
+    assert losers(all_of_them, {first: all_of_them}, second) == set(all_of_them) - lost
+    assert 140 < len(lost) < 260  # and neither of them always
+    assert losers([(0, 0)], {second: [(1, 1)]}, first) == set()

@@ -1,0 +1,405 @@
+"""The machine, fed by function calls: what it sends, believes, refuses and counts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tesseract_async.admission import Policy
+from tesseract_async.identity import Identity, SignedRecord
+from tesseract_async.metrics import Metrics
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.contacts import Address
+from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
+from tesseract_async.network.protocol import NetworkProtocol
+from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.network.storage import Outcome
+
+A, B, STRANGER = ("10.0.0.1", 4000), ("10.0.0.2", 4000), ("10.0.0.9", 4000)
+WALL = 1_700_000_000.0
+KEY = bytes(32)
+
+
+def machine(seed: int, *, public: bool = True, skew: float = 0.0, **settings: Any) -> NetworkProtocol:
+    return NetworkProtocol(
+        identity=Identity.from_seed(bytes([seed] * 32)),
+        settings=NetworkSettings(**settings),
+        random=random.Random(seed),
+        metrics=Metrics(),
+        now=0.0,
+        wall_offset=WALL + skew,
+        public=public,
+    )
+
+
+class Pair:
+    """Two machines and the wire between them; nothing is sent before `exchange`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.a = machine(1, **settings)
+        self.b = machine(2, **settings)
+        self.now = 0.0
+
+    def exchange(self) -> None:
+        while True:
+            moved = False
+            for source, target, origin, address in ((self.a, self.b, A, B), (self.b, self.a, B, A)):
+                for data, where in source.datagrams_to_send():
+                    assert len(data) <= 1200
+                    if where == address:
+                        target.receive_datagram(data, origin, self.now)
+                        moved = True
+            if not moved:
+                return
+
+    def join(self) -> None:
+        self.a.set_seeds([(B, None)], self.now)
+        self.a.handle_timer(self.now)
+        self.exchange()
+        self.a.events()
+        self.b.events()
+
+
+def dropped(protocol: NetworkProtocol, reason: str) -> float:
+    return protocol.metrics.counters.get(("network_datagrams_dropped", (("reason", reason),)), 0)
+
+
+def record(
+    owner: NetworkProtocol, *, sequence: int = 1, ttl: float = 600.0, size: int = 1, **more: Any
+) -> SignedRecord:
+    return SignedRecord.sign(owner.identity, KEY, sequence=sequence, expiration=WALL + ttl, value=bytes(size), **more)
+
+
+def request(kind: int, *arguments: Any, token: bytes = b"", challenge: bytes = b"", flags: int = 0) -> bytes:
+    return wire.encode_request(
+        kind, flags, bytes(8), bytes([7] * 32), token=token, challenge=challenge, arguments=arguments
+    )
+
+
+def reply_of(protocol: NetworkProtocol) -> wire.Reply:
+    """The next reply to the stranger, whom the machine may ping besides."""
+    for data, address in protocol.datagrams_to_send():
+        datagram = wire.decode(data)
+        if datagram.kind & wire.REPLY:
+            assert address == STRANGER
+            return wire.read_reply(datagram)
+    raise AssertionError("no reply")
+
+
+def test_two_machines_find_each_other_and_share_values() -> None:
+    pair = Pair()
+    pair.a.set_seeds([(B, None)], 0.0)
+    pair.a.handle_timer(0.0)
+    pair.exchange()
+    assert Joined(1) in pair.a.events() and Joined(1) in pair.b.events()
+    number = pair.a.write([record(pair.a)], 0.0)
+    pair.exchange()
+    assert pair.a.events() == [WriteFinished(number, [2], [0])]
+    number = pair.b.read(KEY, 0.0)
+    pair.exchange()
+    (event,) = pair.b.events()
+    assert isinstance(event, ReadFinished) and event.operation == number
+    assert event.records == [record(pair.a)]
+
+
+def test_a_seed_with_another_id_than_expected_is_not_joined_through() -> None:
+    pair = Pair()
+    pair.a.set_seeds([(B, pair.a.identity.peer_id)], 0.0)
+    pair.a.handle_timer(0.0)
+    pair.exchange()
+    assert dropped(pair.a, "wrong_id") == 1
+
+
+def test_an_id_is_proven_once_and_not_in_every_rpc() -> None:
+    pair = Pair()
+    pair.join()
+    for _ in range(3):
+        pair.a.read(bytes(range(32)), 0.0)
+        for data, _address in pair.a.datagrams_to_send():
+            assert wire.read_request(wire.decode(data)).challenge == b""
+
+
+def test_a_lost_request_is_sent_again_with_the_same_transaction_and_then_given_up() -> None:
+    pair = Pair()
+    pair.join()
+    pair.a.read(bytes(range(32)), 0.0)
+    sent = [data for data, _ in pair.a.datagrams_to_send()]
+    now = 0.0
+    while not any(isinstance(event, Isolated) for event in pair.a.events()):
+        now = pair.a.timer_at()
+        assert now < 20.0
+        pair.a.handle_timer(now)
+        sent += [data for data, _ in pair.a.datagrams_to_send() if wire.decode(data).kind == wire.GET]
+    assert len(sent) == 3 and len(set(sent)) == 1
+    assert len(pair.a.table) == 0
+
+
+def test_whoever_is_alone_asks_its_seeds_and_old_contacts_for_ever_and_comes_back() -> None:
+    pair = Pair()
+    pair.join()
+    pair.a.read(bytes(range(32)), 0.0)
+    pair.a.datagrams_to_send()
+    asked = 0
+    while pair.now < 600.0:
+        pair.now = max(pair.a.timer_at(), pair.now)
+        pair.a.handle_timer(pair.now)
+        asked += len(pair.a.datagrams_to_send())
+    assert not pair.a.joined and asked > 10
+    pair.now = pair.a.timer_at()
+    while not pair.a.joined:
+        pair.a.handle_timer(pair.now)
+        pair.exchange()
+        pair.now = pair.a.timer_at()
+        assert pair.now < 1000.0
+    assert len(pair.a.table) == 1
+
+
+def test_a_farewell_needs_a_token() -> None:
+    pair = Pair()
+    pair.join()
+    forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.own_id, token=bytes(8), challenge=b"", arguments=())
+    pair.a.receive_datagram(forged, B, 0.0)
+    assert len(pair.a.table) == 1 and dropped(pair.a, "token") == 1
+    pair.b.leave(0.0)
+    pair.exchange()
+    assert len(pair.a.table) == 0
+
+
+def test_stores_need_a_token_and_get_one() -> None:
+    holder = machine(1)
+    item = record(machine(3))
+    holder.receive_datagram(request(wire.STORE, [item.key + item.body], challenge=bytes(16)), STRANGER, 0.0)
+    reply = reply_of(holder)
+    assert list(reply.results[0]) == [Outcome.BAD_TOKEN]
+    holder.receive_datagram(request(wire.STORE, [item.key + item.body], token=reply.token), STRANGER, 0.0)
+    assert list(reply_of(holder).results[0]) == [Outcome.STORED]
+    # another address cannot use it
+    holder.receive_datagram(request(wire.STORE, [item.key + item.body], token=reply.token), A, 0.0)
+    (answer,) = [wire.decode(data) for data, _ in holder.datagrams_to_send() if wire.decode(data).kind & wire.REPLY]
+    assert answer.flags & wire.FLAG_AGAIN and len(answer.body) == 4
+
+
+def test_tokens_outlive_one_change_of_the_secret_and_not_two() -> None:
+    holder = machine(1)
+    holder.receive_datagram(request(wire.PING), STRANGER, 0.0)
+    token = reply_of(holder).token
+    for now, good in ((1.0, True), (301.0, True), (650.0, False)):
+        while holder.timer_at() <= now:
+            holder.handle_timer(now)
+        item = record(machine(3), sequence=1 + int(now))
+        holder.receive_datagram(request(wire.STORE, [item.key + item.body], token=token), STRANGER, now)
+        reply = reply_of(holder)
+        assert [list(result) for result in reply.results] == ([[Outcome.STORED]] if good else [])
+        assert bool(reply.flags & wire.FLAG_AGAIN) is not good
+
+
+def test_a_holder_that_restarted_gives_a_new_token_and_the_call_goes_on() -> None:
+    pair = Pair()
+    pair.join()
+    pair.b = machine(2)
+    pair.b._secrets = (bytes(16), bytes(16))
+    number = pair.a.write([record(pair.a)], 0.0)
+    pair.exchange()
+    assert WriteFinished(number, [2], [0]) in pair.a.events()
+    assert dropped(pair.b, "token") == 1
+
+
+@pytest.mark.parametrize("length", [200, 400, 1100])
+def test_a_reply_to_an_unproven_address_is_no_amplifier(length: int) -> None:
+    holder = machine(1)
+    for index in range(8):
+        holder.storage.add(record(machine(3), sequence=index + 1, size=100, subkey=str(index)), WALL)
+    short = wire.encode(
+        wire.GET, wire.FLAG_CLIENT, bytes(8), bytes([7] * 32), (b"", bytes(16), KEY, bytes(length - 60))
+    )
+    holder.receive_datagram(short, STRANGER, 0.0)
+    sent = sum(len(data) for data, _ in holder.datagrams_to_send())
+    assert (0 < sent <= 3 * len(short)) if len(short) >= 400 else sent == 0
+
+
+def test_wrong_signatures_forged_replies_and_replies_nobody_asked_for_are_counted() -> None:
+    pair = Pair()
+    pair.join()
+    item = bytearray(record(pair.b).body)
+    item[10] ^= 1
+    token = next(iter(pair.a.table.contacts())).token
+    stored = wire.encode_request(
+        wire.STORE, 0, bytes(8), pair.a.own_id, token=token, challenge=b"", arguments=([KEY + bytes(item)],)
+    )
+    pair.b.receive_datagram(stored, A, 0.0)
+    assert dropped(pair.b, "invalid_record") == 1 and pair.b.storage.num_entries == 0
+    pair.b.datagrams_to_send()
+    pair.a.read(bytes(range(32)), 0.0)
+    ((question, _),) = pair.a.datagrams_to_send()
+    pair.b.receive_datagram(question, A, 0.0)
+    ((answer, _),) = pair.b.datagrams_to_send()
+    pair.a.receive_datagram(answer, STRANGER, 0.0)
+    assert dropped(pair.a, "spoofed") == 1 and pair.a.events() == []
+    pair.a.receive_datagram(answer, B, 0.0)
+    assert isinstance(pair.a.events()[0], ReadFinished)
+    pair.a.receive_datagram(answer, B, 0.0)
+    assert dropped(pair.a, "unasked") == 1
+
+
+def test_somebody_who_answers_in_another_s_name_never_enters_the_table() -> None:
+    a, liar = machine(1), machine(2)
+    liar.own_id = bytes([9] * 32)  # it has no key for this id
+    a.set_seeds([(B, None)], 0.0)
+    a.handle_timer(0.0)
+    for data, _ in a.datagrams_to_send():
+        liar.receive_datagram(data, A, 0.0)
+    for data, address in liar.datagrams_to_send():
+        if address == A:
+            a.receive_datagram(data, B, 0.0)
+    assert dropped(a, "proof") == 1
+    assert len(a.table) == 0
+
+
+def test_a_flood_from_one_source_is_cut_off_and_others_are_served() -> None:
+    holder = machine(1, max_request_rate=10.0)
+    for _ in range(100):
+        holder.receive_datagram(request(wire.PING, flags=wire.FLAG_CLIENT), STRANGER, 0.0)
+    assert len(holder.datagrams_to_send()) == 20 and dropped(holder, "rate") == 80
+    holder.receive_datagram(request(wire.PING, flags=wire.FLAG_CLIENT), A, 0.0)
+    assert len(holder.datagrams_to_send()) == 1
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_any_number_of_ids_of_one_range_take_no_place_and_no_memory(count: int) -> None:
+    holder = machine(1, max_request_rate=1e9)
+    rng = random.Random(0)
+    pings = 0
+    for index in range(count):
+        data = wire.encode(wire.PING, 0, bytes(8), rng.randbytes(32), (b"", b"", bytes(350)))
+        holder.receive_datagram(data, ("8.8.8." + str(index % 250), 1024 + index % 60000), 0.0)
+        pings += sum(1 for sent, _ in holder.datagrams_to_send() if wire.decode(sent).kind == wire.PING)
+    # unproven ids cost a bounded number of pings and stay out of the table
+    assert pings <= 64
+    assert len(holder.table) == 0
+    assert len(holder._known) <= 2048 and len(holder._verifying) <= 64
+
+
+def test_a_policy_decides_whose_records_are_held() -> None:
+    holder, friend, other = machine(1), machine(3), machine(4)
+    holder.policy = Policy(storers=[friend.identity.peer_id])
+    holder.receive_datagram(request(wire.PING), STRANGER, 0.0)
+    token = reply_of(holder).token
+    for owner, outcome in ((friend, Outcome.STORED), (other, Outcome.REFUSED)):
+        item = record(owner)
+        holder.receive_datagram(request(wire.STORE, [item.key + item.body], token=token), STRANGER, 0.0)
+        assert list(reply_of(holder).results[0]) == [outcome]
+
+
+def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
+    pair = Pair()
+    pair.a = machine(1, public=False)
+    pair.a.end_dial_wait()
+    pair.join()
+    assert len(pair.a.table) == 1 and len(pair.b.table) == 0
+    number = pair.a.write([record(pair.a)], 0.0)
+    pair.exchange()
+    assert WriteFinished(number, [1], [0]) in pair.a.events()
+    assert pair.a.storage.num_entries == 0
+
+
+def test_a_clock_that_is_wrong_is_reported() -> None:
+    pair = Pair()
+    pair.b = machine(2, skew=300.0)
+    pair.join()
+    for _ in range(3):
+        pair.a.read(bytes(range(32)), 0.0)
+        pair.exchange()
+    pair.a.events()
+    while pair.now < 10.0:
+        pair.now = pair.a.timer_at()
+        pair.a.handle_timer(pair.now)
+        pair.exchange()
+    (event,) = [event for event in pair.a.events() if isinstance(event, ClockSkewed)]
+    assert 290 < event.seconds < 310
+
+
+class Trio:
+    """A node of unknown role, its first contact, and a third node."""
+
+    def __init__(self) -> None:
+        self.machines: dict[Address, NetworkProtocol] = {
+            A: machine(1, public=False),
+            B: machine(2),
+            STRANGER: machine(3),
+        }
+        self.now = 0.0
+        self.machines[STRANGER].set_seeds([(B, None)], 0.0)
+        self.run(1.0)
+        self.machines[A].set_seeds([(B, None)], 0.0)
+
+    def run(self, seconds: float, *, filtered: bool = False) -> None:
+        end = self.now + seconds
+        written: set[Address] = set()
+        while self.now < end:
+            for protocol in self.machines.values():
+                protocol.handle_timer(self.now)
+            queue = [
+                (data, origin, where)
+                for origin, item in self.machines.items()
+                for data, where in item.datagrams_to_send()
+            ]
+            while queue:
+                data, origin, where = queue.pop(0)
+                if origin == A:
+                    written.add(where)
+                if filtered and where == A and origin not in written:
+                    continue
+                self.machines[where].receive_datagram(data, origin, self.now)
+                queue += [(sent, where, to) for sent, to in self.machines[where].datagrams_to_send()]
+            self.now += 0.1
+
+
+def test_a_node_that_a_third_one_can_dial_becomes_public() -> None:
+    trio = Trio()
+    assert trio.machines[A].dialback.role == "unknown"
+    trio.run(10.0)
+    assert RoleChanged("public") in trio.machines[A].events()
+    assert trio.machines[A].own_id in trio.machines[B].table
+
+
+def test_a_node_behind_a_gateway_becomes_a_client_and_is_listed_by_nobody() -> None:
+    trio = Trio()
+    trio.run(60.0, filtered=True)
+    assert RoleChanged("client") in trio.machines[A].events()
+    assert all(trio.machines[A].own_id not in trio.machines[other].table for other in (B, STRANGER))
+
+
+def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
+    trio = Trio()
+    node = trio.machines[A]
+    node.dialback.note_sent(STRANGER, 0.0)
+    trio.run(10.0)
+    assert node.dialback.role != "public"
+
+
+def test_newly_closer_nodes_get_copies_and_only_of_what_they_lack() -> None:
+    pair = Pair()
+    for index in range(3):
+        pair.a.storage.add(record(pair.a, subkey=str(index)), WALL)
+    pair.b.storage.add(record(pair.a, subkey="0"), WALL)
+    pair.join()
+    for _ in range(5):
+        pair.now += 0.1
+        pair.a.handle_timer(pair.now)
+        pair.exchange()
+    assert pair.b.storage.num_entries == 3
+    assert pair.a.metrics.total("network_records_copied") == 2
+
+
+def test_a_reader_repairs_a_holder_that_lags() -> None:
+    pair = Pair()
+    pair.join()
+    pair.a.storage.add(record(pair.b, sequence=1), WALL)
+    pair.b.storage.add(record(pair.b, sequence=2), WALL)
+    pair.b.read(KEY, 0.0)
+    pair.exchange()
+    (event,) = [event for event in pair.b.events() if isinstance(event, ReadFinished)]
+    assert [item.sequence for item in event.records] == [2]
+    assert [item.sequence for item in pair.a.storage.records(KEY)] == [2]

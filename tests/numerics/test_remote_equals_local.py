@@ -1,0 +1,268 @@
+"""A remote expert is the same function as its module run here: outputs, gradients and the step that it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async import errors
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    """Positional and keyword arguments, and a nested result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, WIDTH))
+
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.inner(x) * scale
+        return {"sum": x + y, "square": y.square()}
+
+
+def block_backend(module: nn.Module, **options: Any) -> ta.ExpertBackend:
+    return ta.ExpertBackend(
+        module,
+        optimizer=torch.optim.Adam(module.parameters(), lr=1e-2),
+        args_schema=(ta.TensorSpec((WIDTH,)),),
+        kwargs_schema={"scale": ta.TensorSpec((1,))},
+        max_batch_size=options.pop("max_batch_size", 64),
+        **options,
+    )
+
+
+def linear_backend(module: nn.Module) -> ta.ExpertBackend:
+    return ta.ExpertBackend(
+        module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1e-2),
+        args_schema=(ta.TensorSpec((WIDTH,)),),
+        max_batch_size=64,
+    )
+
+
+@asynccontextmanager
+async def swarm(experts: dict[str, ta.ExpertBackend], node: type[ta.TesseractNode] = ta.TesseractNode) -> AsyncIterator:
+    """A host with `experts` and a guest that knows it: two nodes, one process, real sockets."""
+    async with (
+        ta.TesseractNode() as host,
+        ta.TesseractServer(host, experts),
+        node(initial_peers=[host.address]) as guest,
+    ):
+        yield host, guest
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("where", ["remote", "own node"])
+async def test_outputs_input_gradients_and_the_step_are_equal(where: str) -> None:
+    torch.manual_seed(0)
+    module = Block()
+    local = copy.deepcopy(module)
+    optimizer = torch.optim.Adam(local.parameters(), lr=1e-2)
+    async with swarm({"block.0": block_backend(module)}) as (host, guest):
+        expert = await (guest if where == "remote" else host).get_expert("block.0")
+        for _ in range(3):
+            x, scale = torch.randn(7, WIDTH, requires_grad=True), torch.rand(7, 1, requires_grad=True)
+            x2, scale2 = x.detach().clone().requires_grad_(), scale.detach().clone().requires_grad_()
+            y = await expert(x, scale=scale)
+            y2 = local(x2, scale=scale2)
+            assert y.keys() == y2.keys()
+            for key in y2:
+                torch.testing.assert_close(y[key], y2[key], rtol=0, atol=1e-6)
+            await ta.backward(y["sum"].square().mean() + y["square"].mean())
+            (y2["sum"].square().mean() + y2["square"].mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.testing.assert_close(x.grad, x2.grad, rtol=0, atol=1e-6)
+            torch.testing.assert_close(scale.grad, scale2.grad, rtol=0, atol=1e-6)
+    for ours, theirs in zip(module.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+async def test_a_request_larger_than_a_batch_is_split_and_steps_once() -> None:
+    torch.manual_seed(0)
+    module = Block()
+    local = copy.deepcopy(module)
+    optimizer = torch.optim.Adam(local.parameters(), lr=1e-2)
+    seen: list[int] = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    async with swarm({"block.0": block_backend(module, max_batch_size=10)}) as (_, guest):
+        expert = await guest.get_expert("block.0")
+        x, scale = torch.randn(37, WIDTH, requires_grad=True), torch.rand(37, 1)
+        x2 = x.detach().clone().requires_grad_()
+        y, y2 = await expert(x, scale=scale), local(x2, scale=scale)
+        torch.testing.assert_close(y["sum"], y2["sum"], rtol=0, atol=1e-6)
+        await ta.backward(y["sum"].square().sum())
+        y2["sum"].square().sum().backward()
+        optimizer.step()
+    assert max(seen) <= 10
+    torch.testing.assert_close(x.grad, x2.grad, rtol=0, atol=1e-5)
+    for ours, theirs in zip(module.parameters(), local.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+async def test_many_small_requests_never_exceed_the_batch() -> None:
+    seen: list[int] = []
+    module = nn.Linear(WIDTH, WIDTH)
+    module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    backend = ta.ExpertBackend(module, args_schema=(ta.TensorSpec((WIDTH,)),), max_batch_size=16)
+    async with swarm({"e.0": backend}) as (_, guest):
+        expert = await guest.get_expert("e.0")
+        xs = [torch.randn(1 + i % 13, WIDTH) for i in range(60)]
+        ys = await asyncio.gather(*(expert(x) for x in xs))
+    with torch.no_grad():
+        for x, y in zip(xs, ys, strict=True):
+            torch.testing.assert_close(y.detach(), module(x), rtol=0, atol=1e-6)
+    assert max(seen) <= 16
+
+
+class MeetingNode(ta.TesseractNode):
+    """Calls to experts wait until `together` of them are under way: calls made one after another would never end."""
+
+    together = 1
+
+    async def call_expert(self, *args: Any, **kwargs: Any) -> Any:
+        if self.together > 1:
+            if getattr(self, "barrier", None) is None or self.barrier.parties != self.together:
+                self.barrier = asyncio.Barrier(self.together)
+            await self.barrier.wait()
+        return await super().call_expert(*args, **kwargs)
+
+
+async def test_calls_that_went_out_together_come_back_together_in_backward() -> None:
+    experts = {f"far.{i}": linear_backend(nn.Linear(WIDTH, WIDTH)) for i in range(16)}
+    async with swarm(experts, MeetingNode) as (_, guest):
+        remote = [await guest.get_expert(uid) for uid in experts]
+        await asyncio.gather(*(expert(torch.zeros(1, WIDTH)) for expert in remote))  # schemas, connection
+        guest.together = 8
+        h = torch.randn(4, WIDTH, requires_grad=True)
+        for layer in (remote[:8], remote[8:]):
+            h = torch.stack(await asyncio.gather(*(expert(h) for expert in layer))).mean(0)
+        await asyncio.wait_for(ta.backward(h.square().sum()), 10)
+
+
+async def test_evaluating_under_no_grad_beside_training_changes_neither() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(WIDTH, WIDTH)
+    async with swarm({"e.0": linear_backend(module)}, MeetingNode) as (_, guest):
+        expert = await guest.get_expert("e.0")
+        await expert(torch.zeros(1, WIDTH))
+        guest.together = 3
+        head = nn.Linear(WIDTH, 1)
+
+        async def train() -> bool:
+            y = head(await expert(torch.randn(4, WIDTH)))
+            guest.together = 1
+            await ta.backward(y.sum())
+            return head.weight.grad is not None
+
+        async def evaluate() -> bool:
+            with torch.no_grad():
+                y = await expert(torch.randn(4, WIDTH))
+                return (y * head.weight).requires_grad
+
+        assert await asyncio.gather(train(), ta.isolated(evaluate()), train()) == [True, False, True]
+        assert torch.is_grad_enabled()
+
+
+async def test_the_gate_reaches_every_expert_and_trains() -> None:
+    torch.manual_seed(0)
+    modules = {f"ffn.{i}.{j}": nn.Linear(WIDTH, WIDTH) for i in range(2) for j in range(2)}
+    before = copy.deepcopy(modules)
+    async with swarm({uid: linear_backend(module) for uid, module in modules.items()}) as (_, guest):
+        gate = ta.GatingFunction(guest, uid_prefix="ffn", grid_size=(2, 2), in_features=WIDTH, k_best=4)
+        x = torch.randn(5, WIDTH, requires_grad=True)
+        chosen = await gate.choose(x)
+        assert len(chosen) == 5
+        y = await gate(x)
+        scores = gate.proj(x)
+        grid = scores[:, :2, None] + scores[:, None, 2:]
+        weights = grid.flatten(1).softmax(1)
+        expected = sum(weights[:, i, None] * before[uid](x) for i, uid in enumerate(before))
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+        gradients = torch.autograd.grad(expected.square().sum(), [x, *gate.proj.parameters()])
+        await ta.backward(y.square().sum())
+        for ours, theirs in zip([x, *gate.proj.parameters()], gradients, strict=True):
+            torch.testing.assert_close(ours.grad, theirs, rtol=0, atol=1e-5)
+    for uid, module in modules.items():
+        assert not torch.equal(module.weight, before[uid].weight)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+async def test_wrong_input_is_refused_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm({"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}) as (_, guest):
+        expert = await guest.get_expert("e.0")
+        await expert(torch.zeros(1, WIDTH))
+
+        async def no_call(*args: object, **kwargs: object) -> None:
+            raise AssertionError("something was sent")
+
+        monkeypatch.setattr(guest, "call_expert", no_call)
+        both = r"float32\[rows, 16\].*got.*"
+        with pytest.raises(errors.SchemaMismatch, match=both + r"float32\[2, 3\]"):
+            await expert(torch.zeros(2, 3))
+        with pytest.raises(errors.SchemaMismatch, match=both + r"float64\[2, 16\]"):
+            await expert(torch.zeros(2, WIDTH, dtype=torch.float64))
+        with pytest.raises(errors.SchemaMismatch, match=both):
+            await expert(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH))
+        with pytest.raises(TypeError, match="list|str"):
+            await expert("text")
+
+
+class Stubborn(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.abs().sum() > 0:
+            raise ArithmeticError("I do not like these numbers")
+        return x
+
+
+async def test_an_experts_own_exception_reaches_its_caller_with_its_message() -> None:
+    backend = ta.ExpertBackend(Stubborn(), args_schema=(ta.TensorSpec((WIDTH,)),), max_batch_size=16)
+    async with swarm({"e.0": backend}) as (_, guest):
+        expert = await guest.get_expert("e.0")
+        good, bad = await asyncio.gather(
+            expert(torch.zeros(1, WIDTH)), expert(torch.ones(1, WIDTH)), return_exceptions=True
+        )
+        assert isinstance(bad, errors.ExpertFailed) and "I do not like these numbers" in str(bad)
+        assert isinstance(good, torch.Tensor)
+
+
+async def test_backward_on_the_loops_own_thread_says_what_to_do() -> None:
+    async with swarm({"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}) as (_, guest):
+        y = await (await guest.get_expert("e.0"))(torch.randn(1, WIDTH))
+        with pytest.raises(RuntimeError, match=r"await tesseract_async\.backward"):
+            y.sum().backward()
+
+
+@pytest.mark.both_loops
+async def test_a_peer_that_stops_answering_costs_a_timeout_and_one_that_dies_an_error() -> None:
+    async with ta.TesseractNode() as guest:
+        async with ta.TesseractNode(initial_peers=[guest.address]) as host:
+            async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}):
+                expert = await guest.get_expert("e.0")
+                await expert(torch.zeros(1, WIDTH))
+                host.unhost_expert("e.0")
+                silent = asyncio.Event()
+
+                async def never(call: object) -> Any:
+                    await silent.wait()
+
+                host.host_expert("e.0", never)
+                with pytest.raises((TimeoutError, errors.TesseractError)):
+                    await expert.with_options(timeout=0.1)(torch.zeros(1, WIDTH))
+        began = time.perf_counter()
+        with pytest.raises((TimeoutError, errors.TesseractError)):
+            await expert.with_options(timeout=1.0)(torch.zeros(1, WIDTH))
+        assert time.perf_counter() - began < 3

@@ -1,0 +1,192 @@
+"""Exports: collected over two real nodes, loaded without any."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import tesseract_async as ta
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import CheckpointError, ExpertNotFound
+from tesseract_async.experts import ExpertReplica
+from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.server.export import export_experts, load_export
+from tesseract_async.server.run_experts import build_run_backend, complete
+from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.transport.base import PeerAddress
+
+ALICE = ta.Identity.from_seed(bytes(32))
+UIDS = ("ffn.0.0", "ffn.1.1")
+
+
+@pytest.fixture(scope="module")
+def run() -> SignedRun:
+    return sign_run(ALICE, complete(RunManifest("digits", "ffn", (2, 2), "ffn", sizes={"in_features": 8})))
+
+
+class Swarm:
+    """Real nodes: `guest` exports what `host` hosts."""
+
+    def __init__(self, host: ta.TesseractNode, guest: ta.TesseractNode, run: SignedRun) -> None:
+        self.host, self.guest = host, guest
+        self.backends = {uid: build_run_backend(run.manifest, uid) for uid in UIDS}
+        self.source = StateSource(self.snapshot, self.aside)
+        self.num_calls = 0
+        for uid in UIDS:
+            host.host_expert(uid, self.answer)
+
+    async def snapshot(self, uid: str) -> dict[str, Any]:
+        return self.backends[uid].state()
+
+    async def aside(self, work: Any) -> bytes:
+        return bytes(work())
+
+    async def answer(self, call: IncomingCall) -> Message:
+        self.num_calls += 1
+        uid = call.body["uid"]
+        return await self.source.answer(uid, self.backends[uid], call)
+
+    def train(self, uid: str) -> None:
+        _, gradients = self.backends[uid].gradients([torch.ones(1, 8)], [torch.ones(1, 8)])
+        self.backends[uid].step(gradients)
+
+    def replicas(self, *uids: str, before: PeerAddress | None = None) -> dict[str, list[ExpertReplica]]:
+        peers = [self.host.peer_address] if before is None else [before, self.host.peer_address]
+        return {uid: [ExpertReplica(uid, peer, 1, 0.0, True) for peer in peers] for uid in uids}
+
+
+@pytest.fixture
+async def swarm(run: SignedRun) -> Any:
+    async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
+        swarm = Swarm(host, guest, run)
+        yield swarm
+        swarm.source.close()
+
+
+async def test_an_export_loads_without_the_swarm_and_gives_equal_outputs(
+    swarm: Swarm, run: SignedRun, tmp_path: Path
+) -> None:
+    swarm.train("ffn.1.1")
+    report = await export_experts(swarm.guest, run, swarm.replicas(*UIDS), tmp_path)
+    assert report.taken == {"ffn.0.0": 0, "ffn.1.1": 1} and not report.failed and not report.kept
+    x = torch.randn(5, 8)
+    experts = load_export(tmp_path)
+    assert sorted(experts) == sorted(UIDS) and len(experts) == 2
+    assert experts.run == run.manifest and experts.signed_run.signer == ALICE.peer_id
+    for uid in UIDS:
+        with torch.no_grad():
+            (expected,) = swarm.backends[uid].forward([x])
+            assert torch.equal(experts[uid](x), expected)
+        assert experts[uid] is experts[uid] and not experts[uid].training
+    # any reader of the format takes the weights
+    plain = safetensors.torch.load_file(tmp_path / "experts" / "ffn.1.1.safetensors")
+    assert set(plain) == set(swarm.backends["ffn.1.1"].module.state_dict())
+    # another process without any node
+    torch.save({"x": x, "y": experts["ffn.1.1"](x).detach()}, tmp_path / "case.pt")
+    code = (
+        "import sys, torch\n"
+        "from tesseract_async.server.export import load_export\n"
+        "case = torch.load(sys.argv[1] + '/case.pt', weights_only=True)\n"
+        "assert torch.equal(load_export(sys.argv[1])['ffn.1.1'](case['x']), case['y'])\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(tmp_path))
+    assert await process.wait() == 0
+
+
+async def test_a_second_export_takes_only_what_is_newer(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    await export_experts(swarm.guest, run, swarm.replicas(*UIDS), tmp_path)
+    swarm.train("ffn.0.0")
+    done: list[str] = []
+    report = await export_experts(swarm.guest, run, swarm.replicas(*UIDS), tmp_path, progress=done.append)
+    assert (report.taken, report.kept) == ({"ffn.0.0": 1}, {"ffn.1.1": 0})
+    assert sorted(done) == sorted(UIDS)
+    assert {uid: one.version for uid, one in load_export(tmp_path).index.items()} == {"ffn.0.0": 1, "ffn.1.1": 0}
+
+
+async def test_a_dead_server_is_passed_over_and_what_nobody_gives_is_told(
+    swarm: Swarm, run: SignedRun, tmp_path: Path
+) -> None:
+    nobody = PeerAddress(ta.Identity.from_seed(b"n" * 32).peer_id, ("127.0.0.1:9",))
+    replicas = swarm.replicas("ffn.0.0", before=nobody) | swarm.replicas("ffn.0.1")
+    report = await export_experts(swarm.guest, run, replicas, tmp_path, timeout=5.0)
+    assert report.taken == {"ffn.0.0": 0}
+    assert isinstance(report.failed["ffn.0.1"], ExpertNotFound)
+    assert list(load_export(tmp_path)) == ["ffn.0.0"]
+
+
+async def test_another_runs_folder_is_not_overwritten(swarm: Swarm, run: SignedRun, tmp_path: Path) -> None:
+    await export_experts(swarm.guest, run, swarm.replicas("ffn.0.0"), tmp_path)
+    other = sign_run(ta.Identity.from_seed(b"b" * 32), run.manifest)
+    with pytest.raises(ValueError, match=f"holds an export of {run.full_name}"):
+        await export_experts(swarm.guest, other, swarm.replicas("ffn.0.0"), tmp_path)
+
+
+@pytest.fixture
+def exported(run: SignedRun, tmp_path: Path) -> Iterator[Path]:
+    async def collect() -> None:
+        async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
+            swarm = Swarm(host, guest, run)
+            await export_experts(guest, run, swarm.replicas(*UIDS), tmp_path)
+            swarm.source.close()
+
+    asyncio.run(collect())
+    yield tmp_path
+
+
+def test_damage_is_noticed(exported: Path) -> None:
+    file = exported / "experts" / "ffn.0.0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    experts = load_export(exported)
+    with pytest.raises(CheckpointError, match="checksum is wrong"):
+        experts["ffn.0.0"]
+    assert experts["ffn.1.1"] is not None
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        experts.weights("ffn.0.0")
+    with pytest.raises(KeyError):
+        experts["ffn.7.7"]
+
+
+def _set(index: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        index = index[name]
+    index[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("format", "other"),
+        ("signed_manifest", "AAAA"),
+        ("signed_manifest", 3),
+        ("experts", []),
+        ("experts/ffn.0.0/file", "../../secret"),
+        ("experts/ffn.0.0/file", "/etc/passwd"),
+        ("experts/ffn.0.0/version", None),
+    ],
+)
+def test_a_strange_index_is_refused(exported: Path, path: str, value: Any) -> None:
+    index = json.loads((exported / "export.json").read_text())
+    _set(index, path, value)
+    (exported / "export.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no export|is not"):
+        load_export(exported)
+
+
+def test_what_is_no_export(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no export"):
+        load_export(tmp_path)
+    (tmp_path / "export.json").write_bytes(b"\xff[")
+    with pytest.raises(CheckpointError, match="no export"):
+        load_export(tmp_path)

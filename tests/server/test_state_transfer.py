@@ -1,0 +1,280 @@
+"""States in pieces: through a fake node that scripts what goes wrong, and through real ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
+from tesseract_async.server import checkpoint
+from tesseract_async.server.state_transfer import (
+    NO_DIGEST,
+    StateSource,
+    TransferSettings,
+    check_state,
+    fetch_state,
+)
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
+
+NOBODY = PeerAddress(None, ("127.0.0.1:9",))
+SMALL = TransferSettings(piece_bytes=500)
+
+
+def make_backend() -> ta.ExpertBackend:
+    torch.manual_seed(0)
+    module = nn.Linear(16, 16)
+    return ta.ExpertBackend(
+        module, optimizer=torch.optim.Adam(module.parameters()), args_schema=(ta.TensorSpec((16,)),)
+    )
+
+
+def train(backend: ta.ExpertBackend) -> None:
+    x = torch.ones(1, 16)
+    _, gradients = backend.gradients([x], [torch.ones(1, 16)])
+    backend.step(gradients, [bytes(16)])
+
+
+class FakeNode:
+    """Calls go to one source; `before` may look at each request, or raise."""
+
+    def __init__(self, transfer: TransferSettings = SMALL) -> None:
+        self.backend = make_backend()
+        self.num_snapshots = 0
+        self.requests: list[messages.StateRequest] = []
+        self.before: Callable[[messages.StateRequest], None] = lambda request: None
+        self.after: Callable[[Message], Message] = lambda reply: reply
+        self.source = StateSource(self.snapshot, self.aside, settings=transfer)
+
+    async def snapshot(self, uid: str) -> dict[str, Any]:
+        self.num_snapshots += 1
+        return self.backend.state()
+
+    async def aside(self, work: Callable[[], bytes]) -> bytes:
+        await asyncio.sleep(0)
+        return work()
+
+    async def call_expert(
+        self, peer: PeerAddress, method: str, body: Any, *, timeout: float, idempotent: bool
+    ) -> Message:
+        assert method == messages.STATE and idempotent
+        request = messages.decode(messages.StateRequest, body)
+        self.requests.append(request)
+        self.before(request)
+        call = IncomingCall(
+            peer_id=ta.PeerID(bytes(32)),
+            method=method,
+            body=body,
+            buffers=(),
+            call_id=bytes(16),
+            deadline=0.0,
+            priority=0,
+        )
+        return self.after(await self.source.answer(request.uid, self.backend, call))
+
+    async def fetch(self, **changes: Any) -> dict[str, Any] | None:
+        return await fetch_state(self, NOBODY, "ffn.0", settings=SMALL, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def node() -> Any:
+    node = FakeNode()
+    yield node
+    node.source.close()
+
+
+async def test_a_state_arrives_whole_and_loads(node: FakeNode) -> None:
+    train(node.backend)
+    state = await node.fetch()
+    assert state is not None
+    assert len(node.requests) > 5
+    assert node.num_snapshots == 1
+    other = make_backend()
+    other.load_state(state)
+    assert other.version == 1
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.module.parameters(), node.backend.module.parameters(), strict=True)
+    )
+    assert other.applied == node.backend.applied
+    node.source.close()
+
+
+async def test_weights_alone_are_smaller(node: FakeNode) -> None:
+    train(node.backend)
+    state = await node.fetch(weights_only=True)
+    assert state is not None and set(state) == {"module", "version"}
+
+
+async def test_nothing_is_sent_before_the_version_is_reached(node: FakeNode) -> None:
+    assert await node.fetch(min_version=1) is None
+    assert node.num_snapshots == 0
+    train(node.backend)
+    assert (await node.fetch(min_version=1) or {})["version"] == 1
+
+
+async def test_a_broken_connection_goes_on_where_it_stopped(node: FakeNode) -> None:
+    lost: list[int] = []
+
+    def break_twice(request: messages.StateRequest) -> None:
+        if request.offset >= 1000 and len(lost) < 2:
+            lost.append(request.offset)
+            raise ConnectionLost("the server", "for the test")
+
+    node.before = break_twice
+    assert await node.fetch() is not None
+    offsets = [request.offset for request in node.requests]
+    assert lost == [1000, 1000]
+    assert offsets == [0, 500, 1000, 1000, *range(1000, offsets[-1] + 1, 500)]
+    assert node.num_snapshots == 1
+
+
+async def test_it_gives_up_after_some_broken_connections(node: FakeNode) -> None:
+    def always(request: messages.StateRequest) -> None:
+        raise ConnectionLost("the server", "for the test")
+
+    node.before = always
+    with pytest.raises(ConnectionLost):
+        await node.fetch()
+    assert len(node.requests) == SMALL.num_retries + 1
+
+
+async def test_training_goes_on_meanwhile_and_does_not_mix_versions(node: FakeNode) -> None:
+    node.before = lambda request: train(node.backend)
+    state = await node.fetch()
+    assert state is not None and state["version"] == 1
+    assert node.num_snapshots == 1
+
+
+async def test_a_copy_that_is_gone_means_beginning_again(node: FakeNode) -> None:
+    def lose_it(request: messages.StateRequest) -> None:
+        if len(node.requests) == 3:
+            train(node.backend)
+            node.source.close()
+
+    node.before = lose_it
+    state = await node.fetch()
+    assert state is not None and state["version"] == 1
+    assert [request.offset for request in node.requests[:4]] == [0, 500, 1000, 500]
+
+
+async def test_a_server_that_always_begins_again_is_left(node: FakeNode) -> None:
+    def lose_it(request: messages.StateRequest) -> None:
+        if request.offset:
+            train(node.backend)
+            node.source.close()
+
+    node.before = lose_it
+    with pytest.raises(ProtocolError, match="faster than it sends"):
+        await node.fetch()
+
+
+async def test_many_who_come_together_share_one_copy(node: FakeNode) -> None:
+    states = await asyncio.gather(*(node.fetch() for _ in range(5)))
+    assert all(state is not None for state in states)
+    assert node.num_snapshots == 1
+
+
+async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
+    node = FakeNode(TransferSettings(piece_bytes=500, keep=0.02))
+    await node.fetch()
+    dropped = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(0.08, dropped.set_result, None)
+    await dropped
+    assert not node.source._copies and node.source._sweep is None
+    full = FakeNode(TransferSettings(piece_bytes=500, max_cached_bytes=1))
+    await full.fetch()
+    with pytest.raises(Overloaded):
+        await full.fetch(weights_only=True)
+    full.source.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"size": 10**12}, "at most"),
+        ({"offset": 7}, "does not fit"),
+        ({"size": 10}, "does not fit"),
+        ({"digest": b"x" * 16}, "does not fit"),
+        ({"digest": "x"}, "malformed"),
+        ({"version": -1}, "malformed"),
+    ],
+)
+async def test_a_lying_server_is_found_out(node: FakeNode, change: dict[str, Any], sentence: str) -> None:
+    node.after = lambda reply: Message({**reply.body, **change}, reply.buffers)
+    with pytest.raises(ProtocolError, match=sentence):
+        await node.fetch()
+
+
+async def test_a_piece_too_many_or_empty_is_refused(node: FakeNode) -> None:
+    node.after = lambda reply: Message(reply.body, (*reply.buffers, memoryview(b"more")))
+    with pytest.raises(ProtocolError, match="does not fit"):
+        await node.fetch()
+    node.after = lambda reply: Message(reply.body, (memoryview(b""),))
+    with pytest.raises(ProtocolError, match="does not fit"):
+        await node.fetch()
+
+
+GOOD = b"".join(checkpoint.encode(make_backend().state()))
+
+
+def test_what_a_state_must_hold() -> None:
+    assert check_state("ffn.0", GOOD, weights_only=False)["version"] == 0
+    state = make_backend().state()
+    for change in (
+        {"version": "1"},
+        {"version": -1},
+        {"module": 3},
+        {"module": {"a": 1}},
+        {"optimizer": 3},
+        {"applied": 3},
+    ):
+        file = b"".join(checkpoint.encode({**state, **change}))
+        with pytest.raises(ProtocolError, match="ffn.0"):
+            check_state("ffn.0", file, weights_only=False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255), st.booleans())
+def test_a_damaged_state_raises_one_error_only(at: int, flip: int, cut: bool) -> None:
+    data = bytearray(GOOD)
+    data[at] ^= flip
+    with pytest.raises(ProtocolError):
+        check_state("ffn.0", bytes(data[:at] if cut else data), weights_only=False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_raise_one_error_only(data: bytes) -> None:
+    for file in (data, len(data).to_bytes(8, "little") + data):
+        with pytest.raises(ProtocolError):
+            check_state("ffn.0", file, weights_only=False)
+
+
+def test_deep_nesting_raises_one_error_only() -> None:
+    deep = b'{"__metadata__":' + b"[" * 100_000
+    with pytest.raises(ProtocolError):
+        check_state("ffn.0", len(deep).to_bytes(8, "little") + deep, weights_only=False)
+
+
+@pytest.mark.both_loops
+async def test_between_two_nodes() -> None:
+    fake = FakeNode(TransferSettings(piece_bytes=100_000))
+    async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
+
+        async def answer(call: IncomingCall) -> Message:
+            return await fake.source.answer("ffn.0", fake.backend, call)
+
+        host.host_expert("ffn.0", answer)
+        state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=10.0)
+        assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
+        fake.source.close()
+    assert NO_DIGEST == bytes(16)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tesseract_async.transport import stun, stun_client
+
+pytestmark = pytest.mark.both_loops
+
+
+class Server(asyncio.DatagramProtocol):
+    """Answers as if the asker sat behind a NAT that showed it as `seen`; the first `num_lost` questions get lost."""
+
+    def __init__(self, seen: tuple[str, int], num_lost: int) -> None:
+        self.seen = seen
+        self.num_lost = num_lost
+        self.num_asked = 0
+        self.gone = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.num_asked += 1
+        if self.num_asked > self.num_lost:
+            answer = stun.answer(data, self.seen)
+            assert answer is not None
+            for reply in (b"noise", answer[:-1], stun.encode_response(bytes(12), "9.9.9.9", 9), answer, answer):
+                self.transport.sendto(reply, addr)  # type: ignore[attr-defined]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone.set()
+
+
+@contextlib.asynccontextmanager
+async def serving(seen: tuple[str, int], *, num_lost: int = 0) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
+    loop = asyncio.get_running_loop()
+    transport, server = await loop.create_datagram_endpoint(lambda: Server(seen, num_lost), local_addr=("127.0.0.1", 0))
+    yield server, transport.get_extra_info("sockname")
+    transport.close()
+    await server.gone.wait()
+
+
+async def test_each_server_tells_what_it_saw() -> None:
+    async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2)) as (_, other):
+        answers = await stun_client.ask([one, other], local_host="127.0.0.1")
+        assert answers == {one: ("203.0.113.1", 1), other: ("203.0.113.1", 2)}
+
+
+async def test_a_lost_question_is_repeated() -> None:
+    async with serving(("203.0.113.1", 1), num_lost=1) as (server, address):
+        assert await stun_client.ask([address], local_host="127.0.0.1") == {address: ("203.0.113.1", 1)}
+        assert server.num_asked == 2
+
+
+async def test_the_silent_are_left_out() -> None:
+    async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2), num_lost=99) as (_, silent):
+        answers = await stun_client.ask([silent, one], local_host="127.0.0.1", timeout=0.3)
+        assert list(answers) == [one]
+    assert await stun_client.ask([]) == {}
