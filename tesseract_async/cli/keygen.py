@@ -29,4 +29,4 @@ def command(file: Path, show: bool) -> None:
         raise click.ClickException(f"there is no file {file}") from None
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(identity.peer_id)
+    click.echo(str(identity.peer_id))

@@ -21,7 +21,7 @@ REQUIRED_ACCURACY = 0.97
 class DemoSettings:
     """One run of the demo."""
 
-    steps: int = 400
+    steps: int = 300
     """Steps of each trainer."""
     num_servers: int = 3
     seed: int = 0
@@ -33,7 +33,7 @@ class DemoSettings:
     return_at: float = 0.42
     """Share of the steps after which it is started again."""
 
-    rows: int = 32
+    rows: int = 64
     """Rows of one step."""
     noise: float = 0.5
     """Standard deviation of what is added to the training pixels (whose own is 1), so that 1,437 images suffice."""
