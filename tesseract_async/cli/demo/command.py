@@ -17,7 +17,7 @@ from tesseract_async.cli.running import run
 
 @click.command("demo")
 @click.option(
-    "--steps", default=300, show_default=True, type=click.IntRange(1), help="Steps of each of the two trainers."
+    "--steps", default=400, show_default=True, type=click.IntRange(1), help="Steps of each of the two trainers."
 )
 @click.option(
     "--servers", default=3, show_default=True, type=click.IntRange(1, 16), help="Servers that share 16 experts."

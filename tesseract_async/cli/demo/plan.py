@@ -21,7 +21,7 @@ REQUIRED_ACCURACY = 0.97
 class DemoSettings:
     """One run of the demo."""
 
-    steps: int = 300
+    steps: int = 400
     """Steps of each trainer."""
     num_servers: int = 3
     seed: int = 0
