@@ -10,10 +10,12 @@ import tesseract_async
 
 # name: (module, the command in it, a sentence for the list)
 COMMANDS = {
+    "bench": ("bench", "command", "Measure what this machine would contribute."),
     "call": ("call", "command", "Try an expert: find it, call it, say what came and how fast."),
     "dashboard": ("dashboard", "command", "Serve a web page that shows the swarm."),
     "demo": ("demo.command", "command", "Train a small mixture of experts with separate processes, on this machine."),
     "dht": ("dht", "command", "Run a bootstrap node: a first address for others to join by."),
+    "doctor": ("doctor", "command", "Look for what would keep this machine from taking part."),
     "get": ("records", "get", "Show what the network holds under a key."),
     "keygen": ("keygen", "command", "Make an identity."),
     "put": ("records", "put", "Store a value under a key."),

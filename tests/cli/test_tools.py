@@ -83,3 +83,22 @@ def test_keygen_makes_an_identity_once(tmp_path: Path) -> None:
 def test_options_come_from_the_environment_too() -> None:
     result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0"], env={"TESSERACT_SERVE_PORT": "70000"})
     assert result.exit_code == 2 and "70000" in result.output
+
+
+async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> None:
+    async with swarm() as address:
+        result = await tesseract("doctor", "-p", address, "--checkpoint-dir", str(tmp_path / "new"), "--json")
+        findings = [json.loads(line) for line in result.output.splitlines()]
+        assert result.exit_code == 0, findings
+        what = {finding["what"] for finding in findings}
+        assert {"Python", "PyTorch", "CUDA", "disk", "listening", "clock", f"seed {address}"} <= what
+        assert all(finding["advice"] for finding in findings if finding["verdict"] != "good")
+    taken = await tesseract("doctor", "--host", "192.0.2.7")
+    assert taken.exit_code == 1 and "BAD   listening" in taken.output and "Choose another" in taken.output
+
+
+async def test_bench_says_rows_per_second() -> None:
+    result = await tesseract("bench", "--in-features", "8", "--rows", "4", "--seconds", "0.1", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.output)
+    assert facts["forward_rows_per_second"] > 0 and facts["training_rows_per_second"] > 0
