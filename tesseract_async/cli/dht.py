@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import click
 
+from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import node_options, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
 @click.command("dht")
 @node_options
+@config_option
 def command(
     host: str,
     port: int,

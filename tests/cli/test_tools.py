@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import tesseract_async as ta
 from tesseract_async.cli.main import main
+from tesseract_async.cli.running import JsonLines
 from tesseract_async.monitoring import StatusService
 
 
@@ -83,6 +85,26 @@ def test_keygen_makes_an_identity_once(tmp_path: Path) -> None:
 def test_options_come_from_the_environment_too() -> None:
     result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0"], env={"TESSERACT_SERVE_PORT": "70000"})
     assert result.exit_code == 2 and "70000" in result.output
+
+
+def test_options_come_from_a_file_after_flags_and_environment(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text('port = 70001\nlog-format = "json"\n')
+    arguments = ["dht", "--config", str(tmp_path / "node.toml")]
+    assert "70001" in CliRunner().invoke(main, arguments).output
+    assert "70002" in CliRunner().invoke(main, arguments, env={"TESSERACT_DHT_PORT": "70002"}).output
+    assert "70003" in CliRunner().invoke(main, [*arguments, "--port", "70003"]).output
+
+
+def test_shells_complete_commands() -> None:
+    environment = {"_TESSERACT_COMPLETE": "bash_complete", "COMP_WORDS": "tesseract d", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(main, [], prog_name="tesseract", env=environment)
+    assert [line.split(",")[1] for line in result.output.split()] == ["dashboard", "demo", "dht", "doctor"]
+
+
+def test_log_lines_can_be_json() -> None:
+    record = logging.LogRecord("tesseract_async.x", logging.WARNING, "f", 1, "dropped %s", ("a peer",), None)
+    line = json.loads(JsonLines().format(record))
+    assert (line["level"], line["logger"], line["message"]) == ("warning", "tesseract_async.x", "dropped a peer")
 
 
 async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> None:
