@@ -10,10 +10,10 @@ demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
