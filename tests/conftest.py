@@ -42,6 +42,7 @@ def no_thread_left() -> Iterator[None]:
     if (autograd := sys.modules.get("tesseract_async.client.autograd")) is not None:
         autograd.IDLE_SECONDS = 0.02  # its idle threads end by themselves: don't wait a second for each test's
     before = set(threading.enumerate())
+    gc.freeze()  # what the modules hold stays: collecting looks at this test's own objects only, and is quick
     yield
     gc.collect()  # an unclosed socket warns when collected, and warnings are errors
     left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
