@@ -22,6 +22,7 @@ from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, RunNotFound, find_run
+from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.server.contract import Verdict, VolunteerSettings, experts_that_fit
 from tesseract_async.server.registry import make_backend
@@ -106,6 +107,7 @@ class Hosting:
                 publisher_settings=_publisher_settings(self.plan.ttl),
             )
             await stack.enter_async_context(server)
+            await stack.enter_async_context(StatusService(self.node, server))
             if claim is not None:
                 await claim.release()
             replicas = ReplicaKeeper(server, settings=_replica_settings(self.plan))
