@@ -142,6 +142,9 @@ class TesseractServer:
             await self._publisher.declare(self._is_primary)
         except BaseException:
             self._closed = True
+            if self._unwatch is not None:
+                self._unwatch()
+            await asyncio.gather(*self._address_updates, return_exceptions=True)
             for uid in hosted:
                 self.node.unhost_expert(uid)
             if self._publisher is not None:
