@@ -207,6 +207,22 @@ async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quar
         assert not found.primary
 
 
+async def test_who_pauses_hands_over_and_comes_back_as_a_follower() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        await backward(first.node, first)
+        await first.keeper.hand_over()
+        await first.server.pause("its owner uses the machine", retry_after=1.0)
+        assert (second.leads, second.version) == (True, 1)
+        await backward(first.node, second)
+        await first.keeper.look()
+        assert first.version == 1, "it rests"
+        await first.keeper.come_back()
+        await first.server.resume()
+        assert not first.leads and first.version == 2 and equal(first, second)
+        (found,) = (await read_replicas(second.node, [UID]))[UID]
+        assert not found.primary
+
+
 async def test_without_a_follower_it_stays_primary() -> None:
     async with volunteer() as only:
         assert await only.keeper.hand_over() == 0
