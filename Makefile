@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: demo test test-all lint bench docs clean
 
@@ -19,6 +20,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Everything, one after another, and one table; `make bench BENCH_ARGS="throughput ceilings"` runs some of it.
+bench: $(VENV)/.dev
+	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparison with hivemind is missing
+	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,4 +46,4 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-hivemind .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -42,11 +42,12 @@ def no_thread_left() -> Iterator[None]:
     if (autograd := sys.modules.get("tesseract_async.client.autograd")) is not None:
         autograd.IDLE_SECONDS = 0.02  # its idle threads end by themselves: don't wait a second for each test's
     before = set(threading.enumerate())
+    gc.freeze()  # what the modules hold stays: collecting looks at this test's own objects only, and is quick
     yield
     gc.collect()  # an unclosed socket warns when collected, and warnings are errors
     left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
     # the loop's default executor and torch's own autograd threads belong to their libraries
-    left = {t for t in left if not t.name.startswith(("asyncio_", "Dummy", "pt_autograd"))}
+    left = {t for t in left if not t.name.startswith(("asyncio_", "uvloop_", "Dummy", "pt_autograd"))}
     for thread in left:
         thread.join(timeout=5)
     assert not any(thread.is_alive() for thread in left), f"threads left: {left}"

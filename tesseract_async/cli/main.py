@@ -16,9 +16,11 @@ COMMANDS = {
     "demo": ("demo.command", "command", "Train a small mixture of experts with separate processes, on this machine."),
     "dht": ("dht", "command", "Run a bootstrap node: a first address for others to join by."),
     "doctor": ("doctor", "command", "Look for what would keep this machine from taking part."),
+    "export": ("export", "command", "Collect a run's weights into a folder that loads without the swarm."),
     "get": ("records", "get", "Show what the network holds under a key."),
     "keygen": ("keygen", "command", "Make an identity."),
     "put": ("records", "put", "Store a value under a key."),
+    "run": ("start_run", "command", "Start a training run: sign what it consists of."),
     "serve": ("serve", "command", "Lend this machine: host experts."),
     "top": ("top", "command", "Show the swarm live in the terminal."),
 }

@@ -332,7 +332,8 @@ async def _backward(loss: torch.Tensor, gradient: torch.Tensor | None, retain_gr
         except asyncio.CancelledError as caught:
             cancelled = caught
             step.cancel()
-    failed = cancelled or outcome.exception()
+    error = outcome.exception()  # asked for in any case: an error that nobody looks at is logged
+    failed = cancelled or error
     if failed is not None:
         step.cancel()
         await step.aclose()

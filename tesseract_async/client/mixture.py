@@ -47,9 +47,10 @@ class MixtureSettings:
     """For the experts' gradients. An expert that has not answered by then contributes none."""
     backward_k_min: int = 0
     """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
-    patience: float = 0.25
+    patience: float = 1.5
     """An expert counts as hanging when it takes longer than this share (0.05 s at least) beyond what is usual: for most
-    others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must."""
+    others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
+    The default leaves room for a server that computes many experts one after another."""
     refill: bool = True
     """Whether rows short of answers are sent to their next-best experts."""
     rescale_backward: bool = False

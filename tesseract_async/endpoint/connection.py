@@ -31,8 +31,14 @@ from tesseract_async.wire.frames import FrameReader
 
 logger = logging.getLogger(__name__)
 
-FLUSH_BYTES: Final = 1024 * 1024
-"""Chunks encrypted and written before the loop may do something else."""
+FLUSH_BYTES: Final = 256 * 1024
+"""Bytes encrypted and written before the loop may do something else."""
+READ_BYTES: Final = 512 * 1024
+"""Bytes of large messages read before the loop may do something else: uvloop would go on for as long as the socket
+has any, and small calls would wait.
+"""
+STARTS_PER_TURN: Final = 128
+"""Handlers started in one turn of the loop."""
 LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
@@ -112,6 +118,7 @@ class Connection:
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._handlers: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._started = 0  # handlers since the last flush
         self._held: dict[int, CallReceived] = {}  # calls that wait until the peer has read earlier replies
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -121,7 +128,7 @@ class Connection:
     def attach(self, lane: int, channel: Channel, reader: FrameReader) -> None:
         """Takes over a channel after its hello; `reader` may be in the middle of its bytes."""
         self._channels[lane] = channel
-        port = _LanePort(self, lane, reader)
+        port = _LanePort(self, lane, channel, reader)
         reader.sink = self._protocol.lanes[lane]
         self._protocol.lanes[lane].reader = reader
         channel.receiver = port
@@ -253,9 +260,12 @@ class Connection:
             self.abort(describe(error))
         if protocol.has_events:
             self._handle_events()
-        while self._held and protocol.backlog <= self._settings.max_backlog:
+        self._started = 0
+        while self._held and self._may_start():
             self._start_handler(self._held.pop(next(iter(self._held))))
-        if protocol.unsent_bytes > self._settings.max_unsent:
+        if self._held and protocol.backlog <= self._settings.max_backlog:
+            self._schedule_flush()
+        if self._lost_reason is None and protocol.unsent_bytes > self._settings.max_unsent:
             self._metrics.count("endpoint_connections_dropped", reason="peer_does_not_read")
             self.abort("the peer does not read its replies")
 
@@ -272,10 +282,11 @@ class Connection:
                     if future is not None and not future.done():
                         future.set_result(Message(event.body, event.buffers))
                 case CallReceived():
-                    if self._held or self._protocol.backlog > self._settings.max_backlog:
-                        self._held[event.stream] = event
-                    else:
+                    if not self._held and self._may_start():
                         self._start_handler(event)
+                    else:
+                        self._held[event.stream] = event
+                        self._schedule_flush()
                 case CallFailed():
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
@@ -290,7 +301,12 @@ class Connection:
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
 
+    def _may_start(self) -> bool:
+        # a burst of calls is started in portions, so that its first replies show whether the peer reads them
+        return self._started < STARTS_PER_TURN and self._protocol.backlog <= self._settings.max_backlog
+
     def _start_handler(self, event: CallReceived) -> None:
+        self._started += 1
         self.last_used = self._loop.time()
         task = self._spawn(self._run_handler(event))
         self._handlers[event.stream] = task
@@ -415,14 +431,16 @@ class Connection:
 class _LanePort:
     """One channel's receiver: bytes to the lane's reader, everything else to the connection."""
 
-    __slots__ = ("_connection", "_lane", "_reader", "_protocol", "_time", "get_buffer")
+    __slots__ = ("_connection", "_channel", "_lane", "_reader", "_protocol", "_time", "_turn_bytes", "get_buffer")
 
-    def __init__(self, connection: Connection, lane: int, reader: FrameReader) -> None:
+    def __init__(self, connection: Connection, lane: int, channel: Channel, reader: FrameReader) -> None:
         self._connection = connection
+        self._channel = channel
         self._lane = lane
         self._reader = reader
         self._protocol = connection._protocol
         self._time = connection._loop.time
+        self._turn_bytes = 0
         self.get_buffer = reader.get_buffer
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
@@ -432,6 +450,17 @@ class _LanePort:
         self._protocol.received(count, self._time())
         self._reader.buffer_updated(count)
         self._connection._received(count)
+        if self._lane == BULK:
+            if not self._turn_bytes:
+                self._connection._loop.call_soon(self._next_turn)
+            self._turn_bytes += count + 1
+            if self._turn_bytes > READ_BYTES:
+                self._channel.pipe.pause_reading()
+
+    def _next_turn(self) -> None:
+        if self._turn_bytes > READ_BYTES:
+            self._channel.pipe.resume_reading()
+        self._turn_bytes = 0
 
     def channel_drained(self) -> None:
         self._connection._channel_drained()

@@ -99,9 +99,9 @@ class Greeting:
         peer_id = claimed if self._peer_id is None else self._peer_id
         if claimed != peer_id or (self._expected is not None and peer_id != self._expected):
             raise HandshakeFailed("wrong_peer", f"another peer ({claimed.short}) answers there")
-        if self._own is None:
-            self._send(self._answer_for(hello))
         self._established(self._channel, self._reader, peer_id, hello)
+        if self._own is None:  # only now: to the dialler, this answer means that it was taken in
+            self._send(self._answer_for(hello))
         self._timer.cancel()
         if not self.done.done():
             self.done.set_result(None)

@@ -22,8 +22,11 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 MAIN: Final = 0
 BULK: Final = 1
-CHUNK_BYTES: Final = (256 * 1024, 1024 * 1024)
+CHUNK_BYTES: Final = (256 * 1024, 512 * 1024)
 """Payload of one chunk on the main and on the bulk lane: on main, small messages wait for it."""
+
+MAX_JOINED: Final = 256 * 1024
+"""Bytes of small frames that are sent at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ class ProtocolSettings:
     """... and how fast it may go on."""
     bulk_retry: float = 30.0
     """Seconds between attempts to open a bulk lane."""
-    ping_after: float = 4.0
+    ping_after: float = 3.0
     """Seconds without a received byte after which the peer is pinged."""
-    dead_after: float = 12.0
+    dead_after: float = 9.0
     """Seconds without a received byte after which it counts as dead."""
     stall_after: float = 15.0
     """Seconds without progress after which the room of a half-received message is taken back."""
@@ -188,6 +191,16 @@ class Lane:
     def put(self, data: bytes) -> None:
         self.small.append(data)
         self.small_bytes += len(data)
+
+    def take(self, limit: int) -> bytes:
+        """The oldest small frames, together not much more than `limit` bytes."""
+        count = size = 0
+        while count < len(self.small) and size < limit:
+            size += len(self.small[count])
+            count += 1
+        taken, self.small = self.small[:count], self.small[count:]
+        self.small_bytes -= size
+        return b"".join(taken)
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         handler = self._handlers.get(kind)
@@ -417,7 +430,7 @@ class ConnectionProtocol:
                 self.lanes[lane].large.remove(sending)
 
     def data_to_send(self, lane: int, room: int) -> list[bytes | memoryview]:
-        """What to write to the lane's channel now, in order: all small frames, and chunks of about `room` bytes.
+        """What to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
 
         The memoryviews are on loan until the channel has drained.
         """
@@ -427,9 +440,13 @@ class ConnectionProtocol:
         queues = self.lanes[lane]
         out: list[bytes | memoryview] = []
         if queues.small:
-            out.append(b"".join(queues.small) if len(queues.small) > 1 else queues.small[0])
-            queues.small = []
-            queues.small_bytes = 0
+            if queues.small_bytes <= MAX_JOINED:
+                out.append(b"".join(queues.small) if len(queues.small) > 1 else queues.small[0])
+                queues.small = []
+                queues.small_bytes = 0
+            else:
+                out.append(queues.take(MAX_JOINED))
+            room = 0 if queues.small else room
         while queues.large and room > 0:
             sending = queues.large[0]
             if len(queues.large) > 1:
@@ -858,7 +875,7 @@ class ConnectionProtocol:
                 self.fail(stream, Overloaded("the request stalled on its way", retry_after=1.0))
         silent = now - self._heard
         if silent >= self.settings.dead_after and self._pinged:
-            if late < 1.0:
+            if late < self.settings.dead_after / 8:
                 raise ConnectionLost(self.peer, f"nothing was heard for {silent:.0f} s")
             # our own loop stood still: what the peer sent meanwhile is still in the socket, so read that first
             self._heard = now - self.settings.ping_after
@@ -900,6 +917,9 @@ class ConnectionProtocol:
             self._end_call(stream, call)
         for stream in list(self._incoming):
             self._cancel_incoming(stream)
+        for lane in self.lanes:
+            lane.small, lane.small_bytes = [], 0
+            lane.large.clear()
         for reservation in (self._window_in, *self._window_extra):
             if reservation is not None:
                 reservation.release()

@@ -41,6 +41,7 @@ class Call:
         "data",
         "done",
         "kind",
+        "num_graces",
         "repeated",
         "sent_at",
     )
@@ -59,6 +60,8 @@ class Call:
         self.attempts = 0
         self.sent_at = 0.0
         self.done = False
+        self.num_graces = 0
+        """How often its time-out was put off because the own loop had stalled."""
         self.repeated = False
         """Whether it was sent anew because its token was out of date."""
 

@@ -16,7 +16,7 @@ V6_BYTES = 18
 ID_BYTES = 32
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def pack_address(address: Address) -> bytes:
     """6 bytes for IPv4, 18 for IPv6: the address, then the port, in network order.
 
@@ -33,7 +33,7 @@ def pack_address(address: Address) -> bytes:
     return ip.packed + port.to_bytes(2, "big")
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def unpack_address(raw: bytes) -> Address:
     """The address that `pack_address` packed. Takes untrusted bytes.
 
@@ -48,7 +48,7 @@ def unpack_address(raw: bytes) -> Address:
     return str(ip), port
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def address_range(address: Address) -> bytes | None:
     """What limits count: the /24 of an IPv4 address, the /48 of an IPv6 one.
 
@@ -61,7 +61,7 @@ def address_range(address: Address) -> bytes | None:
     return packed[:3] if ip.version == 4 else packed[:6]
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def is_loopback(address: Address) -> bool:
     """Whether only this machine can reach the address."""
     return ipaddress.ip_address(pack_address(address)[:-2]).is_loopback

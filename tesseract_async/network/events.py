@@ -16,6 +16,8 @@ class ReadFinished:
     num_rounds: int
     """The longest chain of answers that the lookup followed."""
     num_holders: int
+    complete: bool
+    """Whether everything that holders reported was also had from one of them."""
 
 
 @dataclass(frozen=True, slots=True)

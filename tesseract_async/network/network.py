@@ -39,6 +39,7 @@ RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
 
 MAX_REMEMBERED_PEERS = 40
+ENTRIES_PER_TURN = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -255,11 +256,17 @@ class TesseractNetwork:
 
     async def get_entries(self, key: str) -> list[Entry]:
         """All live entries under `key`, those of different owners side by side, by subkey, owner."""
-        driver = await self._ready()
-        event = cast(ReadFinished, await driver.wait(driver.protocol.read(key_digest(key), driver.now())))
+        await self._ready()
+        event = await self._read(key)
+        if not event.complete:
+            # holders vanished in the middle of it; others have the same
+            self.metrics.count("network_reads_incomplete")
+            event = await self._read(key)
         wall = time.time()
         entries = []
-        for record in event.records:
+        for index, record in enumerate(event.records):
+            if index % ENTRIES_PER_TURN == ENTRIES_PER_TURN - 1:
+                await asyncio.sleep(0)  # a large dictionary takes a while to unpack
             if record.tombstone or record.expiration <= wall:
                 continue
             try:
@@ -326,9 +333,7 @@ class TesseractNetwork:
 
     async def _recall(self, key: str, subkey: str | None) -> None:
         """Learns from the network what this identity published before a restart."""
-        driver = self._running()
-        event = cast(ReadFinished, await driver.wait(driver.protocol.read(key_digest(key), driver.now())))
-        for record in event.records:
+        for record in (await self._read(key)).records:
             if record.subkey == subkey and record.owner == self.peer_id:
                 sequence, expiration = self._published.get((key, subkey), (0, 0.0))
                 self._published[(key, subkey)] = (max(sequence, record.sequence), max(expiration, record.expiration))
@@ -352,6 +357,10 @@ class TesseractNetwork:
         )
         self._published[(key, subkey)] = (sequence, max(expiration, hidden))
         return record
+
+    async def _read(self, key: str) -> ReadFinished:
+        driver = self._running()
+        return cast(ReadFinished, await driver.wait(driver.protocol.read(key_digest(key), driver.now())))
 
     async def _write(self, records: list[SignedRecord]) -> WriteFinished:
         driver = self._running()
@@ -447,6 +456,7 @@ class _Driver(asyncio.DatagramProtocol):
         """Farewell, then nothing more."""
         self.protocol.leave(self.now())
         self.cycle()
+        self.joined.set()  # nobody needs to wait for that any longer
         if self._timer is not None:
             self._timer.cancel()
         for waiter in self._waiters.values():

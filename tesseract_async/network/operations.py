@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 
 
 PATIENCE = 4.0
+REFRESH_K = 8
+"""How many of the nearest a lookup for a bucket's refresh asks."""
+TYPICAL_RECORD_BYTES = 180
+PAGE_BYTES = 1000
+RECORDS_PER_SLICE = 24
+"""Signatures of pages checked in one go: about 3 ms."""
+SLICE_PAUSE = 1e-6
+"""The next slice comes at the next turn of the loop."""
+MAX_PARTS = 64
+"""Parts of one of the `NUM_RANGES` ranges, each read by itself."""
 
 
 class Search:
@@ -39,6 +49,7 @@ class Search:
         on_answer: Callable[[Contact, Reply, float], None] | None = None,
         on_end: Callable[[float], None],
         alpha: int | None = None,
+        k: int | None = None,
     ) -> None:
         settings = network.settings
         self.network = network
@@ -46,7 +57,7 @@ class Search:
         self.lookup = Lookup(
             int.from_bytes(target, "big"),
             start,
-            k=settings.k,
+            k=settings.k if k is None else k,
             num_paths=settings.num_paths,
             alpha=settings.alpha if alpha is None else alpha,
             max_per_range=settings.max_range_per_shortlist,
@@ -125,7 +136,8 @@ class Refresh:
     def __init__(self, network: NetworkProtocol, target: bytes | int, now: float) -> None:
         key = target if isinstance(target, bytes) else target.to_bytes(ID_BYTES, "big")
         start = network.table.closest(int.from_bytes(key, "big"), network.settings.k)
-        self.search = Search(network, key, start, on_end=lambda now: None)
+        # the bucket wants a few good contacts, not the complete neighbourhood of a random id
+        self.search = Search(network, key, start, on_end=lambda now: None, k=REFRESH_K)
         self.search.advance(now)
 
 
@@ -361,16 +373,21 @@ class Read:
         self.cancelled = False
         self._holdings: list[Holding] = []
         self._verified: dict[bytes, SignedRecord] = {}
+        self._merged: dict[EntryID, SignedRecord] = {}
+        self._unchecked: deque[tuple[_Fetch, int, int, list[bytes]]] = deque()
         self._fetches: deque[_Fetch] = deque()
         self._num_fetching = 0
         self._settled = False
+        self.complete = True
+        """False once some part that holders reported could be had from none of them."""
         self._number = 0
 
     def start(self, number: int, now: float) -> None:
         self._number = number
         own = {_entry_id(record): record for record in self.network.storage.records(self.key)}
         if own:
-            self._verified.update((record.body, record) for record in own.values())
+            for record in own.values():
+                self._believe(record)
             summary = self.network.storage.summary(self.key)
             assert summary is not None
             self._holdings.append(Holding(None, summary, own))
@@ -404,8 +421,16 @@ class Read:
         """Raises: InvalidRecord. Copies of the same bytes are checked once."""
         record = self._verified.get(body)
         if record is None:
-            record = self._verified[body] = SignedRecord.decode(self.key, body, verify=self.network.verify)
+            record = SignedRecord.decode(self.key, body, verify=self.network.verify)
+            self._believe(record)
         return record
+
+    def _believe(self, record: SignedRecord) -> None:
+        self._verified[record.body] = record
+        identity = _entry_id(record)
+        held = self._merged.get(identity)
+        if held is None or record.supersedes(held):
+            self._merged[identity] = record
 
     def _settle(self, now: float, considered: list[Holding] | None = None) -> None:
         """Nobody else is asked for digests; what the considered holders hold is fetched where it is not known yet."""
@@ -418,15 +443,49 @@ class Read:
                 groups.setdefault(holding.summary.digests[index], []).append(holding)
             for digest, group in groups.items():
                 if digest and not any(item.records is not None for item in group):
-                    self._fetches.append(_Fetch(self, index, group))
+                    # about a page each, so that all may be under way at once
+                    count = max(item.summary.count for item in group)
+                    num_parts = min(-(-count * TYPICAL_RECORD_BYTES // (NUM_RANGES * PAGE_BYTES)), MAX_PARTS)
+                    step = RANGE_SIZE // num_parts
+                    for part in range(num_parts):
+                        start = index * RANGE_SIZE + part * step
+                        end = (index + 1) * RANGE_SIZE if part == num_parts - 1 else start + step
+                        sources = [item.contact for item in group if item.contact is not None]
+                        self.network.random.shuffle(sources)
+                        self._fetches.append(_Fetch(self, start, end - 1, sources))
         self._go_on(now)
 
     def _go_on(self, now: float) -> None:
         while self._fetches and self._num_fetching < self.network.settings.pages_in_flight:
             self._num_fetching += 1
             self._fetches.popleft().ask(now)
-        if not self._num_fetching and not self._fetches and not self.cancelled:
+        if not self._num_fetching and not self._fetches and not self._unchecked and not self.cancelled:
             self._finish(now)
+
+    def page(self, fetch: _Fetch, start: int, last: int, bodies: list[bytes], now: float) -> None:
+        """A page of slots from `start` to `last` came. Its signatures are checked in slices that yield the loop."""
+        self._unchecked.append((fetch, start, last, bodies))
+        if len(self._unchecked) == 1:
+            self.network.schedule(now + SLICE_PAUSE, self._check_slice)
+
+    def _check_slice(self, now: float) -> None:
+        num_checked = 0
+        while self._unchecked and num_checked < RECORDS_PER_SLICE and not self.cancelled:
+            fetch, start, last, bodies = self._unchecked[0]
+            num_checked += len(bodies)
+            try:
+                for body in bodies:
+                    if not start <= self._verify(body).slot <= last:
+                        raise ProtocolError("a record outside the page that was asked for")
+            except ProtocolError as error:
+                reason = "invalid_record" if isinstance(error, InvalidRecord) else "malformed"
+                self.network.drop_from(None, reason)
+                self._fetches.append(fetch.elsewhere(start, last))
+            self._unchecked.popleft()
+        if self._unchecked and not self.cancelled:
+            self.network.schedule(now + SLICE_PAUSE, self._check_slice)
+        else:
+            self._go_on(now)
 
     def fetched(self, fetch: _Fetch, now: float) -> None:
         """A range is complete, or all its holders failed."""
@@ -434,15 +493,10 @@ class Read:
         self._go_on(now)
 
     def _finish(self, now: float) -> None:
-        merged: dict[EntryID, SignedRecord] = {}
-        for record in self._verified.values():
-            identity = _entry_id(record)
-            held = merged.get(identity)
-            if held is None or record.supersedes(held):
-                merged[identity] = record
-        self._repair(merged, now)
+        self._repair(self._merged, now)
         rounds = self._search.lookup.num_rounds
-        self.network.finish(self, ReadFinished(self._number, list(merged.values()), rounds, len(self._holdings)))
+        records = list(self._merged.values())
+        self.network.finish(self, ReadFinished(self._number, records, rounds, len(self._holdings), self.complete))
 
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
         """Sends holders the entries that they lack, verbatim, as far as what they hold is known."""
@@ -466,19 +520,24 @@ class Read:
 
 
 class _Fetch:
-    """Reads one range of a dictionary, page by page, from holders that report the same digest of it."""
+    """Reads one part of a dictionary, page by page, from holders that report the same digest of it."""
 
-    def __init__(self, read: Read, index: int, group: list[Holding]) -> None:
+    def __init__(self, read: Read, start: int, last: int, sources: list[Contact]) -> None:
         self.read = read
-        self.sources = [item.contact for item in group if item.contact is not None]
-        read.network.random.shuffle(self.sources)
-        self.cursor = index * RANGE_SIZE
-        self.last = self.cursor + RANGE_SIZE - 1
+        self.sources = sources
+        """Holders to ask, the last one first."""
+        self.cursor = start
+        self.last = last
         self.num_records = 0
+
+    def elsewhere(self, start: int, last: int) -> _Fetch:
+        """A fetch of slots that this one's present source could not give, from the other sources."""
+        return _Fetch(self.read, start, last, self.sources[:-1])
 
     def ask(self, now: float) -> None:
         """Asks for the next page."""
         if not self.sources or self.read.cancelled:
+            self.read.complete = False
             self.read.fetched(self, now)
             return
         self.read.network.call(self, wire.PAGE, (self.read.key, self.cursor, self.last), self.sources[-1], now)
@@ -487,19 +546,18 @@ class _Fetch:
         network = self.read.network
         try:
             cursor, bodies = wire.read_page(reply.results)
-            for body in bodies:
-                if not self.cursor <= self.read._verify(body).slot <= self.last:
-                    raise ProtocolError("a record outside the page that was asked for")
             self.num_records += len(bodies)
             if cursor is not None and not (self.cursor < cursor <= self.last and bodies):
                 raise ProtocolError("a page that does not advance")
             if self.num_records > network.settings.max_entries_per_key:
                 raise ProtocolError("a dictionary without end")
-        except ProtocolError as error:
-            network.drop_from(call.contact, "invalid_record" if isinstance(error, InvalidRecord) else "malformed")
+        except ProtocolError:
+            network.drop_from(call.contact, "malformed")
             self.sources.pop()
             self.ask(now)
             return
+        if bodies:
+            self.read.page(self, self.cursor, self.last if cursor is None else cursor - 1, bodies, now)
         if cursor is None:
             self.read.fetched(self, now)
         else:

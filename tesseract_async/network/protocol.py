@@ -58,6 +58,9 @@ MAX_OBSERVED = 16
 MAX_VERIFICATIONS = 64
 """Newcomers pinged at a time to see whether they belong into the table."""
 HOUSEKEEPING_PERIOD = 5.0
+STALL = 0.05
+"""A timer this late means that the own loop stood still, and says nothing about others."""
+MAX_GRACES = 3
 
 
 class NetworkProtocol:
@@ -174,6 +177,7 @@ class NetworkProtocol:
         except ProtocolError:
             self._drop("malformed")
         self.metrics.count("network_datagrams_received")
+        self.metrics.count("network_bytes_received", len(data))
 
     def handle_timer(self, now: float) -> None:
         """Does what is due. Calling it early or late is harmless."""
@@ -400,15 +404,18 @@ class NetworkProtocol:
             return
         if contact is None and not self.table.wants(datagram.sender):
             return
-        if raw in self._verifying or len(self._verifying) >= MAX_VERIFICATIONS:
-            return
         if address_proven:
             self._unreachable.pop(raw, None)
         elif self._unreachable.get(raw, now) > now:
             return
         known = self._known.get(raw)
-        self._verifying.add(raw)
-        Ping(self, known if known is not None else self._learn(raw), now)
+        self.ping(known if known is not None else self._learn(raw), now)
+
+    def ping(self, contact: Contact, now: float) -> None:
+        """Sees whether a contact is there and itself, unless that or too much of the kind is under way."""
+        if contact.raw not in self._verifying and len(self._verifying) < MAX_VERIFICATIONS:
+            self._verifying.add(contact.raw)
+            Ping(self, contact, now)
 
     def verified(self, contact: Contact) -> None:
         """The ping to a newcomer ended, either way."""
@@ -487,9 +494,8 @@ class NetworkProtocol:
         doubtful = self.table.add(contact, now)
         if known is not contact and self.table.get(contact.peer_id) is contact:
             self._replicator.newcomer(contact, now)
-        if doubtful is not None and doubtful.raw not in self._verifying and len(self._verifying) < MAX_VERIFICATIONS:
-            self._verifying.add(doubtful.raw)
-            Ping(self, doubtful, now)
+        if doubtful is not None:
+            self.ping(doubtful, now)
 
     # Calls
 
@@ -527,10 +533,17 @@ class NetworkProtocol:
         if not self.dialback.declared:
             self.dialback.note_sent(call.address, now)
         self._send(call.data, call.address)
-        self.schedule(now + self._calls.timeout(call), lambda now: self._call_is_late(transaction, call, attempt, now))
+        due = now + self._calls.timeout(call)
+        self.schedule(due, lambda now: self._call_is_late(transaction, call, attempt, due, now))
 
-    def _call_is_late(self, transaction: bytes, call: Call, attempt: int, now: float) -> None:
+    def _call_is_late(self, transaction: bytes, call: Call, attempt: int, due: float, now: float) -> None:
         if call.done or call.attempts != attempt:
+            return
+        if now - due > STALL and call.num_graces < MAX_GRACES:
+            # this loop stood still meanwhile: the reply may lie in the socket, which is read first
+            call.num_graces += 1
+            later = now + self.settings.min_timeout
+            self.schedule(later, lambda now: self._call_is_late(transaction, call, attempt, later, now))
             return
         if call.attempts > self.settings.num_retransmissions:
             if call.contact is not None:
@@ -681,6 +694,7 @@ class NetworkProtocol:
     def _send(self, data: bytes, address: Address) -> None:
         assert len(data) <= MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"
         self._datagrams.append((data, address))
+        self.metrics.count("network_bytes_sent", len(data))
 
     def _drop(self, reason: str) -> None:
         self.metrics.count("network_datagrams_dropped", reason=reason)

@@ -27,6 +27,8 @@ KEYS_PER_SLICE = 32
 """Keys looked at in one go; a longer list is worked off over several turns of the loop."""
 SLICE_PAUSE = 0.02
 MAX_NEWCOMERS = 256
+PING_TIME = 5.0
+"""Seconds within which silent neighbours have answered or are known to be gone."""
 
 
 class Replicator:
@@ -61,8 +63,10 @@ class Replicator:
     def handle_timer(self, now: float) -> None:
         """Works off a slice, or begins the periodic round."""
         if self.period_at <= now:
-            self.period_at = now + self.network.settings.republish_period * (0.75 + 0.5 * self.network.random.random())
-            self._begin(now, everybody=True)
+            period = self.network.settings.republish_period
+            self.period_at = now + period * (0.75 + 0.5 * self.network.random.random())
+            self._ping_silent_neighbours(now - period / 2, now)
+            self.network.schedule(now + PING_TIME, lambda now: self._begin(now, everybody=True))
         if self._work is not None and self._work_at <= now:
             self._now = now
             if next(self._work, self) is self:
@@ -72,6 +76,13 @@ class Replicator:
                     self._begin(now)
             else:
                 self._work_at = now + SLICE_PAUSE
+
+    def _ping_silent_neighbours(self, before: float, now: float) -> None:
+        """The dead must be known as such: else the three who should copy may all be among them."""
+        table = self.network.table
+        for contact in table.closest(table.own_number, 2 * table.k):
+            if contact.last_seen < before:
+                self.network.ping(contact, now)
 
     def _begin(self, now: float, *, everybody: bool = False) -> None:
         newcomers = None if everybody else list(self._newcomers)
@@ -89,7 +100,7 @@ class Replicator:
             target = int.from_bytes(key, "big")
             closest = table.closest(target, k)
             own_distance = table.own_number ^ target
-            fresh = self._now - 2 * network.settings.republish_period
+            fresh = self._now - network.settings.republish_period / 2 - 2 * PING_TIME
             rank = sum(
                 1
                 for contact in closest
@@ -100,7 +111,7 @@ class Replicator:
             if rank >= NUM_REPLICATORS:
                 continue
             for contact in closest if newcomers is None else newcomers:
-                if newcomers is None or contact.number ^ target <= closest[-1].number ^ target:
+                if newcomers is None or contact in closest:
                     Sync(network, key, contact, self._now)
 
     _now = 0.0

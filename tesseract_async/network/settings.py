@@ -58,8 +58,8 @@ class NetworkSettings:
     """Entries of one dictionary."""
     max_entries_per_owner: int = 1024
     """Entries of one dictionary by the same owner."""
-    pages_in_flight: int = 8
-    """Pages of one large dictionary asked for at a time. Each costs the reader some signature checks in one go."""
+    pages_in_flight: int = 64
+    """Pages of one large dictionary asked for at a time."""
     republish_period: float = 600.0
     """Holders compare what they hold with those closest to the key this often."""
     max_range_per_bucket: int = 2

@@ -10,7 +10,7 @@ import enum
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
@@ -18,8 +18,10 @@ from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 NUM_RANGES = 16
 """Parts of a dictionary that have digests of their own."""
 RANGE_SIZE = 2**64 // NUM_RANGES
-ENTRY_OVERHEAD = 600
+ENTRY_OVERHEAD = 1000
 """Bytes of memory that an entry costs beside its record."""
+SMALL = 32
+"""Entries up to which a dictionary does without an index."""
 
 EntryID = tuple[str | None, PeerID]
 
@@ -57,16 +59,75 @@ class Summary:
     """`NUM_RANGES` sums of the digests of the records in the range, modulo 2**64; 0 where it is empty."""
 
 
-@dataclass(slots=True)
+class _Index:
+    """What makes a large dictionary quick; a small one is looked through."""
+
+    __slots__ = ("digests", "order", "owners")
+
+    def __init__(self, entries: dict[EntryID, SignedRecord]) -> None:
+        self.order = sorted(((record.slot, identity) for identity, record in entries.items()), key=_slot_of)
+        self.digests = list(summarise(list(entries.values())).digests)
+        self.owners: dict[PeerID, int] = {}
+        for _, owner in entries:
+            self.owners[owner] = self.owners.get(owner, 0) + 1
+
+    def add(self, identity: EntryID, record: SignedRecord, old: SignedRecord | None) -> None:
+        slot = record.slot
+        if old is None:
+            insort(self.order, (slot, identity), key=_slot_of)
+            self.owners[record.owner] = self.owners.get(record.owner, 0) + 1
+        self._mix(slot, record.digest - (old.digest if old is not None else 0))
+
+    def remove(self, identity: EntryID, record: SignedRecord) -> None:
+        slot = record.slot
+        position = bisect_left(self.order, slot, key=_slot_of)
+        while self.order[position][1] != identity:
+            position += 1
+        del self.order[position]
+        self._mix(slot, -record.digest)
+        self.owners[record.owner] -= 1
+        if not self.owners[record.owner]:
+            del self.owners[record.owner]
+
+    def _mix(self, slot: int, change: int) -> None:
+        index = slot // RANGE_SIZE
+        self.digests[index] = (self.digests[index] + change) % 2**64
+
+
 class _Dictionary:
-    entries: dict[EntryID, SignedRecord] = field(default_factory=dict)
-    order: list[tuple[int, EntryID]] = field(default_factory=list)
-    """(slot, identity) of each entry, sorted."""
-    digests: list[int] = field(default_factory=lambda: [0] * NUM_RANGES)
-    owners: dict[PeerID, int] = field(default_factory=dict)
-    sources: dict[bytes, int] = field(default_factory=dict)
-    """Entries by the address range that first sent them."""
-    source_of: dict[EntryID, bytes] = field(default_factory=dict)
+    """The entries of one key. Most keys have one, so everything else is made when it is needed."""
+
+    __slots__ = ("entries", "index", "sources")
+
+    def __init__(self) -> None:
+        self.entries: dict[EntryID, SignedRecord] = {}
+        self.index: _Index | None = None
+        self.sources: dict[EntryID, bytes] | None = None
+        """The address range that first sent an entry, where ranges are counted."""
+
+    def count_of_owner(self, owner: PeerID) -> int:
+        if self.index is not None:
+            return self.index.owners.get(owner, 0)
+        return sum(1 for _, other in self.entries if other == owner)
+
+    def count_of_source(self, source: bytes) -> int:
+        return sum(1 for other in self.sources.values() if other == source) if self.sources is not None else 0
+
+    def summary(self) -> Summary:
+        if self.index is not None:
+            return Summary(len(self.entries), tuple(self.index.digests))
+        return summarise(list(self.entries.values()))
+
+    def in_order(self, start: int) -> Iterator[tuple[int, SignedRecord]]:
+        """(slot, record) from the slot `start` on."""
+        if self.index is not None:
+            order = self.index.order
+            for position in range(bisect_left(order, start, key=_slot_of), len(order)):
+                slot, identity = order[position]
+                yield slot, self.entries[identity]
+        else:
+            pairs = ((record.slot, record) for record in self.entries.values())
+            yield from sorted((pair for pair in pairs if pair[0] >= start), key=lambda pair: pair[0])
 
 
 class Storage:
@@ -75,9 +136,9 @@ class Storage:
     def __init__(self, settings: NetworkSettings) -> None:
         self._settings = settings
         self._keys: dict[bytes, _Dictionary] = {}
-        self._expirations: list[tuple[float, bytes, bytes, int]] = []
-        """A heap of (removal time, key, digest of the identity, sequence)."""
-        self._by_heap: dict[tuple[bytes, bytes], EntryID] = {}
+        self._expirations: list[tuple[float, int, SignedRecord]] = []
+        """A heap of (removal time, number, record). Replaced records stay in it until it is rebuilt or they expire."""
+        self._num_pushed = 0
         self.num_entries = 0
         self.num_bytes = 0
 
@@ -108,9 +169,9 @@ class Storage:
         if dictionary is not None:
             if len(dictionary.entries) >= self._settings.max_entries_per_key:
                 return Outcome.FULL
-            if dictionary.owners.get(record.owner, 0) >= self._settings.max_entries_per_owner:
+            if dictionary.count_of_owner(record.owner) >= self._settings.max_entries_per_owner:
                 return Outcome.FULL
-            if source is not None and dictionary.sources.get(source, 0) >= self._settings.max_entries_per_range:
+            if source is not None and dictionary.count_of_source(source) >= self._settings.max_entries_per_range:
                 return Outcome.FULL
         return None
 
@@ -125,25 +186,31 @@ class Storage:
     def put(self, record: SignedRecord, source: bytes | None = None) -> None:
         """Keeps a verified record to which `check` did not object."""
         identity = (record.subkey, record.owner)
-        dictionary = self._keys.setdefault(record.key, _Dictionary())
-        slot = record.slot
+        dictionary = self._keys.get(record.key)
+        if dictionary is None:
+            dictionary = self._keys[record.key] = _Dictionary()
         old = dictionary.entries.get(identity)
+        dictionary.entries[identity] = record
         if old is None:
-            insort(dictionary.order, (slot, identity), key=_slot_of)
-            dictionary.owners[record.owner] = dictionary.owners.get(record.owner, 0) + 1
-            if source is not None:
-                dictionary.sources[source] = dictionary.sources.get(source, 0) + 1
-                dictionary.source_of[identity] = source
             self.num_entries += 1
             self.num_bytes += len(record.body) + ENTRY_OVERHEAD
+            if source is not None:
+                if dictionary.sources is None:
+                    dictionary.sources = {}
+                dictionary.sources[identity] = source
         else:
-            self._mix(dictionary, slot, -old.digest)
             self.num_bytes += len(record.body) - len(old.body)
-        dictionary.entries[identity] = record
-        self._mix(dictionary, slot, record.digest)
-        handle = slot.to_bytes(8, "big") + record.owner
-        self._by_heap[(record.key, handle)] = identity
-        heapq.heappush(self._expirations, (record.expiration + CLOCK_SKEW, record.key, handle, record.sequence))
+        if dictionary.index is not None:
+            dictionary.index.add(identity, record, old)
+        elif len(dictionary.entries) > SMALL:
+            dictionary.index = _Index(dictionary.entries)
+        self._num_pushed += 1
+        heapq.heappush(self._expirations, (record.expiration + CLOCK_SKEW, self._num_pushed, record))
+        if len(self._expirations) > 2 * self.num_entries + 64:
+            # an owner that replaces its entry again and again must not fill the heap
+            live = [(item.expiration + CLOCK_SKEW, number, item) for number, item in enumerate(self)]
+            heapq.heapify(live)
+            self._expirations, self._num_pushed = live, len(live)
 
     def records(self, key: bytes) -> list[SignedRecord]:
         """All records under `key`, tombstones included, in no order."""
@@ -158,7 +225,7 @@ class Storage:
     def summary(self, key: bytes) -> Summary | None:
         """Count and range digests of `key`, or None where nothing is held."""
         dictionary = self._keys.get(key)
-        return Summary(len(dictionary.entries), tuple(dictionary.digests)) if dictionary else None
+        return dictionary.summary() if dictionary else None
 
     def bodies_if_fit(self, key: bytes, room: int) -> list[bytes] | None:
         """The bodies of all records of `key` if they fit into `room` bytes of msgpack, else None."""
@@ -181,30 +248,24 @@ class Storage:
         bodies: list[bytes] = []
         if dictionary is None:
             return bodies, None
-        for position in range(bisect_left(dictionary.order, start, key=_slot_of), len(dictionary.order)):
-            slot, identity = dictionary.order[position]
+        for slot, record in dictionary.in_order(start):
             if slot >= end:
                 break
-            body = dictionary.entries[identity].body
-            room -= len(body) + 3
+            room -= len(record.body) + 3
             if room < 0 and bodies:
                 return bodies, slot
-            bodies.append(body)
+            bodies.append(record.body)
         return bodies, None
 
     def expire(self, wall: float) -> int:
         """Drops what has expired (by more than the tolerated clock skew). Returns how many entries."""
         num_dropped = 0
         while self._expirations and self._expirations[0][0] <= wall:
-            _, key, handle, sequence = heapq.heappop(self._expirations)
-            identity = self._by_heap.get((key, handle))
-            if identity is None or self._keys[key].entries[identity].sequence != sequence:
+            _, _, record = heapq.heappop(self._expirations)
+            dictionary = self._keys.get(record.key)
+            if dictionary is None or dictionary.entries.get((record.subkey, record.owner)) is not record:
                 continue
-            record = self._keys[key].entries[identity]
-            if record.expiration + CLOCK_SKEW > wall:
-                continue
-            del self._by_heap[(key, handle)]
-            self._remove(record)
+            self._remove(dictionary, record)
             num_dropped += 1
         return num_dropped
 
@@ -216,33 +277,17 @@ class Storage:
         for dictionary in list(self._keys.values()):
             yield from list(dictionary.entries.values())
 
-    def _remove(self, record: SignedRecord) -> None:
+    def _remove(self, dictionary: _Dictionary, record: SignedRecord) -> None:
         identity = (record.subkey, record.owner)
-        dictionary = self._keys[record.key]
-        slot = record.slot
         del dictionary.entries[identity]
-        position = bisect_left(dictionary.order, slot, key=_slot_of)
-        while dictionary.order[position][1] != identity:
-            position += 1
-        del dictionary.order[position]
-        self._mix(dictionary, slot, -record.digest)
-        dictionary.owners[record.owner] -= 1
-        if not dictionary.owners[record.owner]:
-            del dictionary.owners[record.owner]
-        source = dictionary.source_of.pop(identity, None)
-        if source is not None:
-            dictionary.sources[source] -= 1
-            if not dictionary.sources[source]:
-                del dictionary.sources[source]
+        if dictionary.index is not None:
+            dictionary.index.remove(identity, record)
+        if dictionary.sources is not None:
+            dictionary.sources.pop(identity, None)
         self.num_entries -= 1
         self.num_bytes -= len(record.body) + ENTRY_OVERHEAD
         if not dictionary.entries:
             del self._keys[record.key]
-
-    @staticmethod
-    def _mix(dictionary: _Dictionary, slot: int, digest: int) -> None:
-        index = slot // RANGE_SIZE
-        dictionary.digests[index] = (dictionary.digests[index] + digest) % 2**64
 
 
 def summarise(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:

@@ -6,7 +6,7 @@ while it is busy. Time goes in as `now` (seconds, any monotonic clock) and comes
 
 A batch holds requests of one `Pool` only (what may be computed together: one expert, one direction, one mode) and
 never more than the pool's `max_batch_size` rows. A request that fits is never split; a larger one is cut into chunks
-of `max_batch_size` rows, in order, and its last chunk may share a batch with other requests.
+of `max_batch_size` rows, in order, and its last chunk may share a batch with other requests, unless it has many bytes.
 
 Order
     1. Work whose deadline is closer than `urgent_seconds`, the earliest deadline first.
@@ -45,6 +45,8 @@ class BatcherSettings:
     """Share of those bytes that one peer may hold, so that a flood leaves room for others."""
     max_wait: float = 0.0
     """Seconds that an incomplete batch is held back, although the device is idle, for others to join it."""
+    large_request_bytes: int = 1 << 20
+    """A request of so many bytes shares no batch: copying it beside others would cost more than merging saves."""
     urgent_seconds: float = 0.2
     """A request whose deadline is closer than this overtakes all others."""
     default_retry_after: float = 0.5
@@ -350,13 +352,19 @@ class Batcher:
 
     def _fill(self, pool: Pool, parts: list[Part], num_rows: int, limit: int, now: float) -> int:
         """Takes the pool's requests in order until one does not fit any more. Returns the rows now in the batch."""
-        ready = pool.ready
+        ready, large = pool.ready, self.settings.large_request_bytes
+        if parts and parts[0].request.num_bytes >= large:
+            return num_rows
         while ready:
             _, start, _, request = ready[0]
             if not request.waits:
                 heapq.heappop(ready)
                 continue
-            if parts and (request.exclusive or request.num_rows - request.next_row > limit - num_rows):
+            if parts and (
+                request.exclusive
+                or request.num_bytes >= large
+                or request.num_rows - request.next_row > limit - num_rows
+            ):
                 break
             if not parts and (request.exclusive or request.num_rows - request.next_row > limit):
                 limit = pool.max_batch_size  # a preferred size must not split what fits in a batch
@@ -364,7 +372,7 @@ class Batcher:
             num_rows += self._take(request, parts, limit - num_rows, now)
             if request.next_row == request.num_rows:
                 heapq.heappop(ready)
-            if request.exclusive or num_rows >= limit:
+            if request.exclusive or request.num_bytes >= large or num_rows >= limit:
                 break
         if not ready:
             pool.served.clear()

@@ -96,6 +96,11 @@ class ExpertCalls:
             self._num_active -= 1
             self._quiet.set()
 
+    async def wait_backwards(self, uid: str) -> None:
+        """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
+        while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:
+            await asyncio.wait(pending)
+
     async def wait_quiet(self) -> None:
         """Returns when no call is under way, and no backward of an answered forward is expected any more."""
         loop = asyncio.get_running_loop()
@@ -220,9 +225,19 @@ class ExpertCalls:
 
 def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """The inputs of an untrusted call. Raises: SchemaMismatch (both schemas in the sentence)."""
-    if len(tensors) != len(backend.input_specs) or any(tensor is None for tensor in tensors):
-        raise _mismatch(uid, backend.inputs_schema, tensors)
-    return wire.flatten_like(backend.inputs_schema, wire.unflatten(backend.inputs_schema, tensors), what=uid)
+    specs = backend.input_specs
+    present = [tensor for tensor in tensors if tensor is not None]
+    # shapes are compared with tuples of the same length only, so a 0-d tensor, which has no rows, fits none
+    if (
+        len(tensors) == len(present) == len(specs)
+        and all(
+            x.dtype == spec.dtype and x.dim() and x.shape[1:] == spec.shape
+            for x, spec in zip(present, specs, strict=True)
+        )
+        and all(x.shape[0] == present[0].shape[0] for x in present)
+    ):
+        return present
+    raise _mismatch(uid, backend.inputs_schema, tensors)
 
 
 def check_gradients(

@@ -182,6 +182,7 @@ class SimulatedNetwork:
         self._public_addresses = public_addresses
         self._secrets: dict[bytes, bytes] = {}
         self._seed = seed
+        self._num_addresses = 0
 
     # Nodes
 
@@ -266,7 +267,11 @@ class SimulatedNetwork:
                     others, low = range(low, middle), middle
                 else:
                     others, high = range(middle, high), middle
-                chosen = self.random.sample(others, min(table.k, len(others)))
+                if high - low > table.k:
+                    chosen = self.random.sample(others, min(table.k, len(others)))
+                else:
+                    # a node knows its own neighbourhood completely
+                    chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[: table.k]
                 for index in chosen:
                     contact = templates[index].twin()
                     contact.proven = True
@@ -364,7 +369,8 @@ class SimulatedNetwork:
             raise TimeoutError(f"not finished after {timeout} s of virtual time")
 
     def _next_address(self) -> Address:
-        index = len(self.nodes) + 1
+        self._num_addresses += 1
+        index = self._num_addresses
         if not self._public_addresses:
             return f"10.{index >> 16 & 255}.{index >> 8 & 255}.{index & 255}", 4000
         # one /24 for each node, out of ranges that are nobody's private ones

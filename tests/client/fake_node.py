@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,18 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 (any condition, not one that has an event)
             await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside. (torch.manual_seed keeps a stack trace for every device not yet in use.)"""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 @dataclass(frozen=True)
@@ -230,15 +243,13 @@ class FakeNode:
             inputs = unpack_tensors(request.tensors, buffers)
             args, kwargs = unflatten(schema, inputs)
             hosted.num_forwards += 1
-            with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(request.seed)
+            with torch.inference_mode(False), torch.no_grad(), seeded(request.seed):
                 outputs = flatten(self._run(hosted, args, kwargs))
             metas, answers = pack_tensors(outputs)
             return messages.encode(messages.ForwardReply(metas, hosted.version)), answers
         request = messages.decode(messages.BackwardRequest, body)
         tensors = unpack_tensors(request.tensors, buffers)
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(request.seed)
+        with torch.inference_mode(False), torch.enable_grad(), seeded(request.seed):
             inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors[: request.num_inputs]]
             args, kwargs = unflatten(schema, inputs)
             outputs = flatten(self._run(hosted, args, kwargs))

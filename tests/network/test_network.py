@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 
+from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity
 from tesseract_async.network.network import StoreItem, TesseractNetwork
 from tesseract_async.network.settings import NetworkSettings
@@ -44,6 +47,13 @@ async def node(
         yield network, port
     finally:
         await network.aclose()
+
+
+def port_of(network: TesseractNetwork) -> int:
+    driver = network._driver
+    assert driver is not None and driver._transport is not None
+    port: int = driver._transport.get_extra_info("sockname")[1]
+    return port
 
 
 @asynccontextmanager
@@ -87,7 +97,9 @@ async def test_owners_stand_side_by_side_and_the_latest_is_shown() -> None:
 async def test_a_large_dictionary_is_read_in_pages() -> None:
     async with swarm(4) as nodes:
         items = [StoreItem("big", "v" * 50, 60.0, f"subkey {index}") for index in range(100)]
-        assert await nodes[1].store_many(items) == [4] * 100
+        nodes[2].set_client(True)  # it holds nothing itself
+        assert await nodes[1].store_many(items) == [3] * 100
+        assert nodes[2].role == "client"
         values = await nodes[2].get("big")
         assert values == {item.subkey: item.value for item in items}
 
@@ -111,9 +123,7 @@ async def test_a_withdrawn_entry_is_gone_and_may_come_back() -> None:
 async def test_a_restarted_owner_withdraws_what_it_published_before() -> None:
     identity = Identity.generate()
     async with swarm(3) as nodes:
-        seed = nodes[0]._driver
-        assert seed is not None and seed._transport is not None
-        port = seed._transport.get_extra_info("sockname")[1]
+        port = port_of(nodes[0])
         async with node(port, identity=identity) as (before, _):
             await before.store("key", 1, ttl=60.0)
         async with node(port, identity=identity) as (after, _):
@@ -199,3 +209,66 @@ async def test_garbage_on_the_port_is_counted_and_disturbs_nothing() -> None:
                 attacker.sendto(data, driver._transport.get_extra_info("sockname"))
         await until(lambda: nodes[0].metrics.total("network_datagrams_dropped") >= 3)
         assert await nodes[1].store("key", 1, ttl=60.0) == 3
+
+
+async def test_peers_are_remembered_on_disk_and_asked_beside_the_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "peers"
+    async with swarm(3) as nodes:
+        for seeds in ([PeerAddress.parse(f"127.0.0.1:{port_of(nodes[0])}")], []):
+            network = TesseractNetwork(identity=Identity.generate(), settings=QUICK, peers_file=path)
+            await network.start(bound(), initial_peers=seeds)
+            assert await network.wait_joined(10) and network.num_contacts >= 1
+            await network.aclose()
+        remembered = {PeerAddress.parse(line).peer_id for line in path.read_text().split()}
+        assert {network.peer_id for network in nodes} <= remembered
+
+
+async def test_damaged_remembered_peers_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "peers"
+    path.write_text("nonsense")
+    network = TesseractNetwork(identity=Identity.generate(), settings=QUICK, peers_file=path)
+    await network.start(bound())
+    assert "cannot be read" in caplog.text
+    await network.aclose()
+
+
+async def test_roles_addresses_and_contacts_can_be_asked_for() -> None:
+    async with swarm(4) as nodes:
+        assert nodes[1].role == "public"
+        ports = {port_of(network) for network in nodes}
+        observed = nodes[1].observed
+        assert set(observed.values()) == {f"127.0.0.1:{port_of(nodes[1])}"}
+        assert set(observed) <= {network.peer_id for network in nodes}
+        contacts = nodes[1].public_contacts(10)
+        assert {int(peer.addresses[0].rpartition(":")[2]) for peer in contacts} == ports - {port_of(nodes[1])}
+        changes: list[str] = []
+        nodes[1].on_role_change = lambda: changes.append(nodes[1].role)
+        nodes[1].set_client(True)
+        nodes[1].set_client(True)
+        nodes[1].set_client(False)
+        assert changes == ["client", "public"]
+
+
+async def test_a_policy_says_whose_records_a_node_holds() -> None:
+    friend = Identity.generate()
+    policy = Policy(storers=[friend.peer_id])
+    closed = TesseractNetwork(identity=Identity.generate(), settings=QUICK, policy=policy)
+    await closed.start(bound())
+    async with node(port_of(closed), identity=friend) as (known, _), node(port_of(closed)) as (stranger, _):
+        await until(lambda: closed.num_contacts == known.num_contacts == stranger.num_contacts == 2)
+        assert await known.store("key", 1, ttl=60.0) == 3
+        assert await stranger.store("key", 2, ttl=60.0) == 2
+    await closed.aclose()
+
+
+async def test_an_owner_whose_clock_went_back_goes_beyond_what_it_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = Identity.generate()
+    async with swarm(3) as nodes:
+        async with node(port_of(nodes[0]), identity=identity) as (before, _):
+            await before.store("key", "old", ttl=600.0)
+        genuine = time.time
+        monkeypatch.setattr(time, "time", lambda: genuine() - 20.0)
+        async with node(port_of(nodes[0]), identity=identity) as (after, _):
+            assert await after.store("key", "new", ttl=600.0) >= 3
+        monkeypatch.undo()
+        assert await nodes[1].get("key") == "new"

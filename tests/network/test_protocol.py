@@ -403,3 +403,76 @@ def test_a_reader_repairs_a_holder_that_lags() -> None:
     (event,) = [event for event in pair.b.events() if isinstance(event, ReadFinished)]
     assert [item.sequence for item in event.records] == [2]
     assert [item.sequence for item in pair.a.storage.records(KEY)] == [2]
+
+
+def test_a_client_whose_gateway_gives_it_another_port_is_served_as_before() -> None:
+    pair = Pair()
+    pair.a = machine(1, public=False)
+    pair.a.end_dial_wait()
+    pair.join()
+    for index in range(4):
+        pair.b.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
+    number = pair.a.read(KEY, 0.0)
+    moved = (A[0], A[1] + 1)
+    events = []
+    while not events:
+        sent = pair.a.datagrams_to_send()
+        assert sent, "it never comes to a standstill"
+        for data, _ in sent:
+            pair.b.receive_datagram(data, moved, 0.0)
+        for data, address in pair.b.datagrams_to_send():
+            assert address == moved
+            pair.a.receive_datagram(data, B, 0.0)
+        events = [event for event in pair.a.events() if isinstance(event, ReadFinished)]
+    assert events[0].operation == number and len(events[0].records) == 4
+
+
+def test_a_holder_that_sends_forged_pages_is_passed_over() -> None:
+    pair = Pair()
+    pair.join()
+    for index in range(20):
+        pair.b.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
+    genuine = pair.b.storage.page
+
+    def forged(key: bytes, start: int, end: int, room: int) -> tuple[list[bytes], int | None]:
+        bodies, cursor = genuine(key, start, end, room)
+        return [bytes([body[0] ^ 1]) + body[1:] for body in bodies], cursor
+
+    pair.b.storage.page = forged  # type: ignore[method-assign]
+    pair.a.read(KEY, 0.0)
+    events = []
+    while not events:
+        pair.exchange()
+        pair.now += 1e-3
+        pair.a.handle_timer(pair.now)
+        events = [event for event in pair.a.events() if isinstance(event, ReadFinished)]
+        assert pair.now < 5.0
+    assert events[0].records == []
+    assert dropped(pair.a, "invalid_record") > 0
+
+
+def test_a_slice_of_copying_survives_the_loss_of_everybody() -> None:
+    pair = Pair(republish_period=10.0)
+    pair.a.storage.add(record(pair.a), WALL)
+    pair.join()
+    pair.a.table.remove(pair.a.table.contacts()[0])
+    while pair.now < 40.0:
+        pair.now = pair.a.timer_at()
+        pair.a.handle_timer(pair.now)
+        pair.a.datagrams_to_send()
+
+
+def test_after_the_own_loop_stood_still_nobody_is_judged_before_the_socket_is_read() -> None:
+    pair = Pair()
+    pair.join()
+    pair.a.read(bytes(range(32)), 0.0)
+    for data, _ in pair.a.datagrams_to_send():
+        pair.b.receive_datagram(data, A, 0.0)
+    answers = pair.b.datagrams_to_send()
+    # the replies lie in the socket while this loop stands still for a minute
+    pair.a.handle_timer(60.0)
+    assert len(pair.a.table) == 1
+    for data, _ in answers:
+        pair.a.receive_datagram(data, B, 60.0)
+    assert any(isinstance(event, ReadFinished) for event in pair.a.events())
+    assert len(pair.a.table) == 1

@@ -82,7 +82,7 @@ def test_records_that_live_too_long_are_refused() -> None:
     [
         NetworkSettings(max_entries_per_key=2),
         NetworkSettings(max_entries_per_owner=2),
-        NetworkSettings(max_storage_bytes=1700),
+        NetworkSettings(max_storage_bytes=2500),
     ],
 )
 def test_quotas_hold(settings: NetworkSettings) -> None:
@@ -92,10 +92,10 @@ def test_quotas_hold(settings: NetworkSettings) -> None:
     assert storage.add(record(0, "b", sequence=2), WALL) is Outcome.STORED
 
 
-ENTRIES = st.tuples(st.integers(0, 3), st.text("ab", max_size=3), st.integers(1, 3), st.integers(0, 200))
+ENTRIES = st.tuples(st.integers(0, 3), st.text("abc", max_size=3), st.integers(1, 3), st.integers(0, 200))
 
 
-@given(st.lists(ENTRIES, max_size=40), st.integers(150, 900), st.integers(0, 2**64 - 1))
+@given(st.lists(ENTRIES, max_size=60), st.integers(150, 900), st.integers(0, 2**64 - 1))
 def test_digests_and_pages_agree_with_recomputation(
     entries: list[tuple[int, str, int, int]], room: int, start: int
 ) -> None:
@@ -120,3 +120,20 @@ def test_digests_and_pages_agree_with_recomputation(
         cursor = following
     in_order = sorted((item for item in expected if item.slot >= start), key=lambda item: item.slot)
     assert read == [item.body for item in in_order]
+
+
+def test_replacing_an_entry_again_and_again_fills_no_memory() -> None:
+    storage = Storage(NetworkSettings())
+    for sequence in range(1, 500):
+        assert storage.add(record(sequence=sequence), WALL) is Outcome.STORED
+    assert len(storage._expirations) < 80
+    assert storage.expire(WALL + 90.0) == 1 and storage.keys() == []
+
+
+def test_a_range_has_its_share_of_a_dictionary_and_no_more() -> None:
+    storage = Storage(NetworkSettings(max_entries_per_range=2))
+    here, there = b"\x08\x08\x08", b"\x08\x08\x09"
+    outcomes = [storage.add(record(0, name), WALL, here) for name in "abc"]
+    assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
+    assert storage.add(record(0, "c"), WALL, there) is Outcome.STORED
+    assert storage.add(record(0, "d"), WALL, None) is Outcome.STORED

@@ -57,6 +57,17 @@ def test_a_large_request_is_split_in_order_and_its_tail_shares_a_batch() -> None
     assert not large.alive and batcher.statistics().num_bytes == 0
 
 
+def test_a_request_of_many_bytes_shares_no_batch() -> None:
+    batcher = Batcher(BatcherSettings(large_request_bytes=1000))
+    pool = batcher.add_pool("a", max_batch_size=10)
+    for num_bytes in (999, 999, 1000, 1000, 999):
+        batcher.add(Request(pool, 2, num_bytes), now=0.0)
+    assert [len(batch.parts) for batch in drain(batcher)] == [2, 1, 1, 1]
+    batcher.add(Request(pool, 2, 999), now=0.0)
+    batcher.add(Request(pool, 2, 1000, deadline=0.1), now=0.0)
+    assert [len(batch.parts) for batch in drain(batcher)] == [1, 1], "nor an urgent one"
+
+
 def test_an_exclusive_request_shares_no_batch() -> None:
     batcher = Batcher(NO_LIMIT)
     pool = batcher.add_pool("a", max_batch_size=10)

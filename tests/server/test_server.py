@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
     ExpertFailed,
+    InputsForgotten,
+    NotAllowed,
+    Overloaded,
     RemoteError,
     SchemaMismatch,
     UnknownMethod,
@@ -26,9 +30,11 @@ from tesseract_async.errors import (
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.server import checkpoint
 from tesseract_async.server import server as server_module
+from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.memory import Memory
-from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import TensorSpec
@@ -41,7 +47,7 @@ class FakePublisher:
 
     declared: dict[str, bool] = {}
 
-    def __init__(self, network: Any, *, addresses: Any, settings: Any, metrics: Any) -> None: ...
+    def __init__(self, network: Any, **_: Any) -> None: ...
 
     async def declare(self, uids: Mapping[str, bool]) -> int:
         FakePublisher.declared = dict(uids)
@@ -142,7 +148,8 @@ def node() -> FakeNode:
 
 @pytest_asyncio.fixture
 async def server(node: FakeNode) -> AsyncIterator[TesseractServer]:
-    async with TesseractServer(node, {"ffn.0": make_backend(0), "ffn.1": make_backend(1)}) as server:  # type: ignore[arg-type]
+    experts = {"ffn.0": make_backend(0), "ffn.1": make_backend(1)}
+    async with TesseractServer(node, experts, settings=ServerSettings(drain_timeout=0.0)) as server:  # type: ignore[arg-type]
         yield server
 
 
@@ -262,6 +269,21 @@ async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, 
     assert server.experts["ffn.0"].version == 20
 
 
+async def test_one_of_two_callers_of_a_backward_may_leave(node: FakeNode, server: TesseractServer) -> None:
+    x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
+    released = threading.Event()
+    holding = asyncio.create_task(server.runtime.call(lambda: released.wait(10)))
+    await asyncio.sleep(0)
+    calls = [asyncio.create_task(node.backward("ffn.0", [x], [gradient], call_id=call_id)) for _ in range(2)]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    await asyncio.gather(calls[0], return_exceptions=True)
+    released.set()
+    await holding
+    _, version = await calls[1]
+    assert version == 1
+
+
 async def test_a_failed_backward_may_be_tried_again(node: FakeNode, server: TesseractServer) -> None:
     x, call_id = torch.randn(3, 8), os.urandom(16)
     with pytest.raises(ExpertFailed, match="not finite"):
@@ -313,3 +335,203 @@ async def test_a_checkpoint_of_another_module_is_refused_and_nothing_is_left_ope
         async with TesseractServer(node, {"ffn.0": other}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
             pass
     assert not node.handlers
+
+
+async def test_the_first_checkpoint_is_written_before_anything_is_answered(node: FakeNode, tmp_path: Path) -> None:
+    async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
+        assert (tmp_path / "ffn.0" / "000000000000.safetensors").exists()
+
+
+async def test_a_disk_that_fills_up_stops_nothing(
+    node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = asyncio.Event()
+
+    class Watched(TesseractServer):
+        async def save_checkpoints(self) -> int:
+            try:
+                return await super().save_checkpoints()
+            except CheckpointError:
+                tried.set()
+                raise
+
+    async with Watched(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path, checkpoint_period=0.01) as server:  # type: ignore[arg-type]
+        fsync = os.fsync
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        async with asyncio.timeout(10):
+            await tried.wait()
+        await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        assert "No space left" in caplog.text
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert server.experts["ffn.0"].version == 2
+    assert (tmp_path / "ffn.0" / "000000000002.safetensors").exists(), "there was room again when it left"
+
+
+async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: FakeNode, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path / "file"):  # type: ignore[arg-type]
+            pass
+    assert not node.handlers
+
+
+async def test_a_uid_that_is_hosted_already_is_an_error_at_start(node: FakeNode, server: TesseractServer) -> None:
+    with pytest.raises(ValueError, match="hosted already"):
+        async with TesseractServer(node, {"ffn.7": make_backend(), "ffn.0": make_backend()}):  # type: ignore[arg-type]
+            pass
+    assert sorted(node.handlers) == ["ffn.0", "ffn.1"]
+
+
+async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: TesseractServer) -> None:
+    x, gradient = torch.randn(3, 8), torch.randn(3, 4)
+    metas, _ = wire.pack_tensors([x])
+    request = messages.ForwardRequest(
+        uid="ffn.0", tensors=metas, training=False, seed=0, reply_codec="none", keep_inputs=True
+    )
+    names = []
+    for _ in range(2):
+        reply = await node.call("ffn.0", messages.FORWARD, messages.encode(request), [x])
+        name = messages.decode(messages.ForwardReply, reply.body).inputs_cached
+        assert name is not None
+        names.append(name)
+    expected, _ = await node.backward("ffn.0", [x], [gradient], call_id=b"1" * 16)
+    server.experts["ffn.0"].load_state(make_backend(0).state())
+    found, _ = await node.backward("ffn.0", [], [gradient], inputs_cached=names[0])
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(InputsForgotten):
+        await node.backward("ffn.0", [], [gradient], inputs_cached=names[0])
+    with pytest.raises(SchemaMismatch):
+        await node.backward("ffn.0", [], [torch.randn(2, 4)], inputs_cached=names[1])
+    reply = await node.call("ffn.0", messages.FORWARD, messages.encode(request) | {"keep_inputs": False}, [x])
+    assert messages.decode(messages.ForwardReply, reply.body).inputs_cached is None
+
+
+async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
+    """A forward that a backward will follow."""
+    x = torch.randn(3, 8)
+    metas, _ = wire.pack_tensors([x])
+    request = messages.ForwardRequest(
+        uid=uid, tensors=metas, training=True, seed=0, reply_codec="none", keep_inputs=True
+    )
+    reply = await node.call(uid, messages.FORWARD, messages.encode(request), [x])
+    name = messages.decode(messages.ForwardReply, reply.body).inputs_cached
+    assert name is not None
+    return name
+
+
+async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode, server: TesseractServer) -> None:
+    name = await keep_inputs(node)
+    draining = asyncio.create_task(server.drain(timeout=10))
+    await asyncio.sleep(0)
+    assert not FakePublisher.declared
+    with pytest.raises(Overloaded, match="leaving"):
+        await node.forward("ffn.0", torch.randn(3, 8))
+    assert not draining.done()
+    await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
+    assert await draining
+    assert server.experts["ffn.0"].version == 1
+
+
+async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode) -> None:
+    settings = ServerSettings(calls=CallSettings(backward_timeout=0.05))
+    async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
+        await keep_inputs(node)
+        assert await server.drain(timeout=10), "its backward is no longer expected"
+    async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
+        await keep_inputs(node)
+        assert not await server.drain(timeout=0.05)
+        await server.aclose(drain_timeout=0.0)
+
+
+async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, server: TesseractServer) -> None:
+    name = await keep_inputs(node)
+    await server.pause("its owner is at the keyboard", retry_after=7.0)
+    assert not FakePublisher.declared
+    with pytest.raises(Overloaded, match="keyboard") as caught:
+        await node.forward("ffn.0", torch.randn(3, 8))
+    assert caught.value.retry_after == 7.0
+    await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
+    await server.set_primary("ffn.1", False)
+    assert not FakePublisher.declared
+    await server.resume()
+    assert FakePublisher.declared == {"ffn.0": True, "ffn.1": False}
+    await node.forward("ffn.0", torch.randn(3, 8))
+
+
+async def test_a_follower_answers_forwards_and_passes_backwards_on(node: FakeNode) -> None:
+    with pytest.raises(ValueError, match="not so ffn.9"):
+        TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.9"])  # type: ignore[arg-type]
+    async with TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.0"]) as server:  # type: ignore[arg-type]
+        assert FakePublisher.declared == {"ffn.0": False} and not server.is_primary("ffn.0")
+        await node.forward("ffn.0", torch.randn(3, 8))
+        with pytest.raises(NotAllowed, match="only follows ffn.0"):
+            await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        passed = []
+
+        async def pass_on(uid: str, call: IncomingCall) -> Message:
+            passed.append(uid)
+            raise Overloaded("the primary is busy", retry_after=1.0)
+
+        server.pass_on = pass_on
+        with pytest.raises(Overloaded, match="primary is busy"):
+            await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        assert passed == ["ffn.0"]
+        await server.set_primary("ffn.0", True)
+        assert FakePublisher.declared == {"ffn.0": True}
+        _, version = await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        assert version == 1
+
+
+async def test_a_state_can_be_taken_and_installed_while_it_serves(node: FakeNode, server: TesseractServer) -> None:
+    await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+    await server.install("ffn.1", checkpoint.decode(b"".join(checkpoint.encode(await server.snapshot("ffn.0")))))
+    modules = [server.experts[uid].module.state_dict() for uid in ("ffn.0", "ffn.1")]
+    torch.testing.assert_close(*modules)
+    assert server.experts["ffn.1"].version == 1
+    for wrong in ({}, {"module": {}}, make_other().state()):
+        with pytest.raises(CheckpointError, match="does not fit ffn.1"):
+            await server.install("ffn.1", wrong)
+    torch.testing.assert_close(server.experts["ffn.1"].module.state_dict(), modules[0])
+
+
+def make_other() -> ExpertBackend:
+    return ExpertBackend(nn.Linear(8, 8), args_schema=(TensorSpec((8,)),))
+
+
+async def test_further_methods_can_be_answered(node: FakeNode, server: TesseractServer) -> None:
+    async def handler(uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        return Message([uid, backend.version])
+
+    server.handle("expert.age", handler)
+    assert (await node.call("ffn.0", "expert.age", {"uid": "ffn.0"})).body == ["ffn.0", 0]
+
+
+async def test_work_whose_deadline_passed_is_refused_unseen(node: FakeNode, server: TesseractServer) -> None:
+    with pytest.raises(Overloaded, match="deadline"):
+        await node.call("ffn.0", messages.FORWARD, messages.encode(_forward_request()), [torch.randn(3, 8)], timeout=-1)
+
+
+def _forward_request() -> messages.ForwardRequest:
+    metas, _ = wire.pack_tensors([torch.randn(3, 8)])
+    return messages.ForwardRequest(uid="ffn.0", tensors=metas, training=False, seed=0, reply_codec="none")
+
+
+async def test_staleness_is_measured(node: FakeNode, server: TesseractServer) -> None:
+    for _ in range(3):
+        await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])  # all say that they saw version 0
+    snapshot = node.metrics.snapshot()
+    assert snapshot["expert_staleness_steps_count"] == 3 and snapshot["expert_staleness_steps_sum"] == 0 + 1 + 2
+
+
+def test_no_clock_that_can_jump_is_read() -> None:
+    package = Path(server_module.__file__).parent.parent
+    for path in [*(package / "runtime").glob("*.py"), *(package / "server").glob("*.py")]:
+        assert "time.time(" not in path.read_text() or path.name in ALLOWED_WALL_CLOCKS, path
+
+
+ALLOWED_WALL_CLOCKS: set[str] = set()

@@ -76,6 +76,9 @@ def test_blocks_that_are_not_finite_never_pass_for_finite(codec: str) -> None:
         else:
             assert back[:BLOCK].isnan().all()
             assert back[BLOCK:].isfinite().all() == (codec == "uint8_blockwise")
+            header = encoded_bytes(2 * BLOCK, torch.float32, codec) - 2 * BLOCK
+            codes = bytes(encode(tensor, codec))[header : header + BLOCK]
+            assert codes == bytes(BLOCK), "the same bytes on every machine"
 
 
 def test_extreme_ranges_stay_within_the_range_of_codes() -> None:
@@ -100,6 +103,18 @@ def test_strides_and_gradients_do_not_matter(codec: str) -> None:
     base = torch.randn(64, 130, requires_grad=True)
     view = base[::3, 1::2].T
     assert torch.equal(through(view, codec), through(view.detach().contiguous().clone(), codec))
+
+
+def test_none_takes_every_dtype() -> None:
+    from tesseract_async.wire.tensors import DTYPES
+
+    for dtype in DTYPES.values():
+        for shape in ((), (3,), (2, 0), (2, 5)):
+            tensor = torch.ones(shape, dtype=dtype)
+            assert torch.equal(through(tensor, "none"), tensor)
+            assert torch.equal(
+                through(tensor.T if tensor.dim() == 2 else tensor, "none"), tensor.T if tensor.dim() == 2 else tensor
+            )
 
 
 def test_none_shares_memory_both_ways() -> None:

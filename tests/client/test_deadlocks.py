@@ -1,0 +1,216 @@
+"""Backward ends, whatever happens around it: nested, in any pool, cancelled at every await, while the node closes."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client import autograd
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts
+from tesseract_async.wire.messages import BACKWARD
+from tests.client.fake_node import FakeNode, until
+
+
+async def make(node: FakeNode, **settings: Any) -> tuple[nn.Linear, GatingFunction, RemoteExpert]:
+    torch.manual_seed(0)
+    for i in range(4):
+        node.host(f"ffn.{i}", nn.Linear(8, 8))
+    gate = GatingFunction(node, "ffn", grid_size=(4,), in_features=8, k_best=2, **settings)
+    return nn.Linear(8, 8), gate, RemoteExpert(node, "ffn.0")
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+async def test_from_a_pool_of_any_size(node: FakeNode, num_threads: int) -> None:
+    """With one thread for eight backwards they queue, but none waits for another."""
+    linear, gate, _ = await make(node)
+    node.delay = 0.01
+    losses = [(await gate(linear(torch.randn(2, 8)))).sum() for _ in range(8)]
+    loop = asyncio.get_running_loop()
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        await asyncio.gather(*(loop.run_in_executor(pool, loss.backward) for loss in losses))
+    assert linear.weight.grad is not None
+
+
+async def test_64_at_once_take_as_long_as_one(node: FakeNode) -> None:
+    linear, gate, _ = await make(node)
+    losses = [(await gate(linear(torch.randn(2, 8)))).sum() for _ in range(64)]
+    released = asyncio.Event()
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        await released.wait()
+
+    node.fault = fault
+    tasks = [asyncio.create_task(backward(loss)) for loss in losses]
+    await until(lambda: len({id(c) for c in node.calls if c.method == BACKWARD}) >= 64)  # all went out together
+    released.set()
+    await asyncio.gather(*tasks)
+
+
+class Nested(torch.autograd.Function):
+    """A node whose backward runs a backward of its own, through a remote expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+        ctx.inner, ctx.leaf = inner  # in a list: not part of this graph
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (inner,) = torch.autograd.grad(ctx.inner, ctx.leaf, retain_graph=True)
+        return grads[0] + inner, None
+
+
+@pytest.mark.both_loops
+async def test_nested_backward(node: FakeNode) -> None:
+    _, _, expert = await make(node)
+    leaf = torch.ones(2, 8, requires_grad=True)
+    inner = (await expert(leaf)).sum()
+    x = torch.ones(2, 8, requires_grad=True)
+    y = Nested.apply(await expert(x), [inner, leaf])  # type: ignore[no-untyped-call]
+    await backward((await expert(y)).sum())
+    assert x.grad is not None
+    node.delay = 60.0
+    z = Nested.apply(torch.ones(2, 8, requires_grad=True) * 1, [inner, leaf])  # type: ignore[no-untyped-call]
+    task = asyncio.create_task(backward(z.sum()))
+    await until(lambda: node.num_open == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert node.num_open == 0
+
+
+@pytest.mark.both_loops
+async def test_while_the_node_closes(node: FakeNode) -> None:
+    """Calls under way fail, as an endpoint's do that closes; so do those that come later."""
+    linear, _, expert = await make(node)
+    losses = [(await expert(torch.tanh(await expert(linear(torch.randn(2, 8)))))).sum() for _ in range(4)]
+    closing = asyncio.Event()
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        await closing.wait()
+        raise ConnectionLost("peer", "this node is closing")
+
+    node.fault = fault
+    tasks = [asyncio.create_task(backward(loss)) for loss in losses]
+    await until(lambda: node.num_open == 4)
+    closing.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, ConnectionLost) for result in results)
+    assert linear.weight.grad is None
+
+
+def test_the_loop_ends_during_backward() -> None:
+    """As when a program is left by Ctrl-C: asyncio.run cancels everything, and nothing stays behind."""
+    node = FakeNode()
+
+    async def main() -> None:
+        linear, gate, _ = await make(node)
+        loss = (await gate(linear(torch.randn(2, 8)))).sum()
+        node.delay = 60.0
+        task = asyncio.create_task(backward(loss))
+        await until(lambda: node.num_open > 0)
+        del task  # the end of main finds it still running
+
+    asyncio.run(main())
+    assert node.num_open == 0 and not autograd._steps
+
+
+async def step(node: FakeNode, linear: nn.Linear, gate: GatingFunction, expert: RemoteExpert) -> None:
+    y = await gate(linear(torch.ones(2, 8)))
+    await backward((await expert(y)).sum())
+
+
+@pytest.mark.both_loops
+async def test_cancelled_at_every_await(node: FakeNode) -> None:
+    """A step is cancelled after one more turn of the loop each time, until it ends by itself."""
+    linear, gate, expert = await make(node)
+    await step(node, linear, gate, expert)
+    num_cancelled = 0
+    for turns in range(400):
+        linear.zero_grad()
+        task = asyncio.create_task(step(node, linear, gate, expert))
+        for _ in range(turns):
+            if task.done():
+                break
+            await asyncio.sleep(0)
+        if not task.cancel():
+            await task
+            break
+        try:
+            await task
+        except asyncio.CancelledError:
+            num_cancelled += 1
+            assert linear.weight.grad is None
+        assert node.num_open == 0 and not autograd._steps
+    assert num_cancelled > 10
+    node.directory.forgive()
+    await step(node, linear, gate, expert)
+
+
+@pytest.mark.parametrize("num_steps", [200, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_many_steps_under_a_fault_script(node: FakeNode, num_steps: int) -> None:
+    """Seeded failures, hangs, poison and nonsense: the loss falls, and nothing leaks."""
+    dice = random.Random(0)
+    torch.manual_seed(0)
+    for i in range(8):
+        node.host(f"ffn.{i // 4}.{i % 4}", nn.Linear(8, 8), lr=0.05)
+    gate = GatingFunction(
+        node, "ffn", grid_size=(2, 4), in_features=8, k_best=3, forward_timeout=5.0, backward_timeout=5.0, patience=0.1
+    )
+    optimizer = torch.optim.SGD(gate.parameters(), 0.05)
+    target = torch.randn(8, 8) / 3
+    hung: list[asyncio.Event] = []
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        roll = dice.random()
+        if roll < 0.05:
+            raise ConnectionLost("peer", "script")
+        if roll < 0.10:
+            raise ExpertFailed("script")
+        if roll < 0.102:
+            hung.append(asyncio.Event())
+            await hung[-1].wait()
+
+    def tamper(method: str, body: Any, buffers: list[memoryview]) -> Any:
+        if "tensors" in body and dice.random() < 0.01:
+            return body, [buffer[:-4] for buffer in buffers]
+        if "tensors" in body and dice.random() < 0.01:
+            for buffer in buffers:
+                buffer[:4] = b"\xff\xff\xff\xff"  # not a number
+        return body, buffers
+
+    losses, lost, leaks = [], 0, []
+    for number in range(num_steps):
+        if number == 20:  # the start is undisturbed, so that all has been seen once
+            node.fault, node.tamper = fault, tamper
+        if number % 10 == 0:
+            node.directory.forgive()
+        x = torch.randn(8, 8)
+        try:
+            loss = (await gate(x) - x @ target).square().mean()
+            optimizer.zero_grad()
+            await backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+        except NotEnoughExperts:
+            lost += 1
+        if number in (100, num_steps - 1):
+            gc.collect()
+            leaks.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    assert len(hung) >= num_steps // 200 and node.num_open == 0
+    assert lost <= num_steps // 100
+    assert sum(losses[-50:]) < 0.8 * sum(losses[:50])
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in gate.parameters())
+    assert leaks[1] <= leaks[0] * 1.02 + 10
+    assert not autograd._steps and len(asyncio.all_tasks()) == 1

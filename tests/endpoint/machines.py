@@ -1,0 +1,122 @@
+"""Two protocol machines joined by function calls: no socket, no clock, every byte in the test's hands."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.protocol import (
+    BULK,
+    MAIN,
+    BulkWanted,
+    CallReceived,
+    ConnectionProtocol,
+    Event,
+    ProtocolSettings,
+)
+from tesseract_async.wire.calls import Hello, RequestHead
+
+SETTINGS = ProtocolSettings()
+
+
+@functools.cache
+def contents(size: int) -> bytes:
+    """What a buffer of this size holds in these tests."""
+    return random.Random(size).randbytes(size)
+
+
+class Side:
+    """One machine, what it told so far, and answers to what it was asked."""
+
+    def __init__(self, theirs: ProtocolSettings, ours: ProtocolSettings, budget: Budget, dialled: bool) -> None:
+        hello = Hello(bytes(16), False, bytes(32), theirs.max_calls, theirs.max_small, theirs.max_message)
+        self.budget = budget
+        self.woken = 0
+        self.machine = ConnectionProtocol(
+            "peer", hello, dialled=dialled, budget=budget, settings=ours, now=0.0, wake=self._wake
+        )
+        self.events: list[Event] = []
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def take(self) -> list[Event]:
+        """Events since the last time."""
+        self.events += self.machine.events()
+        events, self.events = self.events, []
+        return events
+
+    def receive(self, lane: int, data: bytes, now: float, step: int | None = None) -> None:
+        reader = self.machine.lanes[lane].reader
+        view = memoryview(data)
+        while view:
+            buffer = reader.get_buffer()
+            count = min(len(buffer), len(view), step or len(view))
+            buffer[:count] = view[:count]
+            view = view[count:]
+            self.machine.received(count, now)
+            reader.buffer_updated(count)
+        self.events += self.machine.events()
+
+
+class Pair:
+    """`client` dialled `server`. `settle` carries bytes both ways until nothing is left to send."""
+
+    def __init__(
+        self,
+        *,
+        client: ProtocolSettings = SETTINGS,
+        server: ProtocolSettings = SETTINGS,
+        client_budget: int = 2**30,
+        server_budget: int = 2**30,
+        bulk: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        self.now = 0.0
+        self.client = Side(server, client, Budget(client_budget), True)
+        self.server = Side(client, server, Budget(server_budget), False)
+        self.bytes = {MAIN: 0, BULK: 0}
+        self._pick = random.Random(seed) if seed is not None else None
+        if bulk:
+            self.client.machine.bulk_opened()
+            self.server.machine.bulk_opened()
+        self.settle()
+
+    def other(self, side: Side) -> Side:
+        return self.server if side is self.client else self.client
+
+    def carry(self, side: Side, lane: int, room: int = 1) -> bool:
+        """Brings what one side has for one lane to the other; whether there was anything."""
+        data = b"".join(side.machine.data_to_send(lane, room))
+        side.events += side.machine.events()
+        self.bytes[lane] += len(data)
+        step = self._pick.choice((1, 100, 4096, 100_000, 1 << 20)) if self._pick and len(data) < 3000 else None
+        self.other(side).receive(lane, data, self.now, step)
+        return bool(data)
+
+    def settle(self) -> None:
+        ways = [(side, lane) for side in (self.client, self.server) for lane in (MAIN, BULK)]
+        while any(side.machine.has_data(lane) for side, lane in ways):
+            if self._pick:
+                self._pick.shuffle(ways)
+            for side, lane in ways:
+                self.carry(side, lane)
+        for side in (self.client, self.server):
+            side.events += side.machine.events()
+            side.events = [event for event in side.events if not isinstance(event, BulkWanted)]
+
+    def call(self, *sizes: int, timeout: float = 10.0, max_reply: int | None = None, **head: Any) -> int:
+        """Starts a call of the client with buffers of these sizes."""
+        request = RequestHead(bytes(16), "m", timeout, head.get("priority", 0), 0, max_reply or 2**30, head.get("body"))
+        buffers = tuple(memoryview(contents(size)) for size in sizes)
+        return self.client.machine.start_call(
+            request, buffers, deadline=self.now + timeout, reserve_reply=max_reply is not None, now=self.now
+        )
+
+    def received(self) -> CallReceived:
+        """The one thing that the server heard: a call."""
+        (event,) = self.server.take()
+        assert isinstance(event, CallReceived)
+        return event

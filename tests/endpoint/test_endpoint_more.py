@@ -1,0 +1,288 @@
+"""The endpoint beyond single calls: who may call, which connection is used, what limits, backs off and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+
+import pytest
+
+from tesseract_async.admission import Policy
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.protocol import ProtocolSettings
+from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
+from tesseract_async.identity import Identity
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.transport.tcp import TcpTransport
+from tesseract_async.wire import frames
+from tests.faults.serving import echo, serving
+
+PLAIN = EndpointSettings(security="plain")
+
+
+def client_of(settings: EndpointSettings | None = None) -> Endpoint:
+    return Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=settings)
+
+
+async def test_the_policy_says_who_may_call_and_who_may_train() -> None:
+    async with serving() as (server, address), client_of() as friend, client_of() as reader, client_of() as stranger:
+        server.policy = Policy(callers={friend.peer_id, reader.peer_id}, trainers={friend.peer_id})
+        server.handle("train", echo, action="train")
+        assert (await friend.call(address, "train", 1, timeout=5)).body == 1
+        assert (await reader.call(address, "echo", 2, timeout=5)).body == 2
+        for client, method in ((reader, "train"), (stranger, "echo"), (stranger, "train")):
+            with pytest.raises(NotAllowed, match=client.peer_id.short):
+                await client.call(address, method, timeout=5)
+        assert server.metrics.total("endpoint_calls_refused") == 3
+
+
+def test_an_allow_list_covers_every_action() -> None:
+    friend, stranger = Identity.generate().peer_id, Identity.generate().peer_id
+    policy = Policy.only([friend])
+    for action in ("call", "train", "store"):
+        assert policy.allows(friend, action) and not policy.allows(stranger, action)  # type: ignore[arg-type]
+        assert Policy().allows(stranger, action)  # type: ignore[arg-type]
+
+
+@pytest.mark.both_loops
+async def test_an_accepted_connection_serves_calls_both_ways() -> None:
+    async with serving() as (server, address), client_of() as client:
+        client.handle("echo", echo)
+        await client.call(address, "echo", timeout=5)
+        back = PeerAddress(client.peer_id, ())
+        for size in (10, 2_000_000):  # the large reply, then the large request, make the *dialler* open the bulk lane
+            reply = await server.call(back, "echo", "back", [bytes(size)], timeout=5)
+            assert reply.body == "back" and len(reply.buffers[0]) == size
+        assert server.metrics.total("endpoint_connections_opened") == 1
+
+
+async def test_one_dial_and_one_connection_serve_all_who_call_at_once() -> None:
+    async with serving() as (server, address), client_of() as client:
+        await asyncio.gather(*(client.call(address, "echo", timeout=5) for _ in range(50)))
+        assert len(client.connections()) == len(server.connections()) == 1
+        info = client.connections()[0]
+        assert info.peer_id == server.peer_id and info.path == f"tcp {address.addresses[0]}" and info.dialled
+
+
+@pytest.mark.both_loops
+async def test_an_idle_connection_is_closed_and_comes_back() -> None:
+    settings = EndpointSettings(idle_timeout=0.01)
+    async with serving() as (server, address), client_of(settings) as client:
+        await client.call(address, "echo", timeout=5)
+        (connection,) = client._pool.connections()
+        client.keep(server.peer_id)
+        connection.last_used -= 1
+        client._tick()
+        assert client.connections(), "kept"
+        client.unkeep(server.peer_id)
+        client._tick()
+        await connection.closed
+        assert not client.connections()
+        await client.call(address, "echo", timeout=5)
+        assert client.metrics.total("endpoint_connections_opened") == 2
+        assert client.metrics.total("transport_bytes_sent") > 100
+
+
+@pytest.mark.both_loops
+async def test_an_upgrade_moves_later_calls_and_leaves_running_ones() -> None:
+    release = asyncio.Event()
+
+    async def wait(call: IncomingCall) -> Message:
+        await release.wait()
+        return Message("waited")
+
+    async with serving() as (server, address), client_of() as client:
+        server.handle("wait", wait)
+        running = asyncio.create_task(client.call(address, "wait", timeout=5))
+        await client.call(address, "echo", timeout=5)
+        (old,) = client._pool.connections()
+        await client.upgrade(address, TcpTransport().paths(address, bulk=False))
+        before = old._protocol._next_stream
+        await client.call(address, "echo", timeout=5)
+        assert old._protocol._next_stream == before and len(client.connections()) == 2
+        client._tick()
+        release.set()
+        assert (await running).body == "waited"
+        client._tick()
+        await old.closed
+        assert len(client.connections()) == 1
+
+
+async def test_a_reply_beyond_the_callers_bound_is_an_error() -> None:
+    async def big(call: IncomingCall) -> Message:
+        return Message(None, (memoryview(bytes(call.body)),))
+
+    settings = EndpointSettings(max_receive_bytes=4 * 2**20)
+    async with serving() as (server, address), client_of(settings) as client:
+        server.handle("big", big)
+        assert len((await client.call(address, "big", 10**6, timeout=5, max_reply_bytes=2 * 10**6)).buffers[0]) == 10**6
+        assert client._budget.used == 0, "room that was reserved is given back"
+        with pytest.raises(RemoteError, match="more than the 500000"):
+            await client.call(address, "big", 10**6, timeout=5, max_reply_bytes=500_000)
+        with pytest.raises(MessageTooLarge):
+            await client.call(address, "big", 1, timeout=5, max_reply_bytes=5 * 2**20)
+        with pytest.raises(MessageTooLarge):
+            await client.call(address, "big", 5 * 2**20, timeout=5)
+
+
+async def test_mistakes_of_the_caller_are_raised_before_anything_is_sent() -> None:
+    peer = PeerAddress.parse("127.0.0.1:1")
+    async with client_of() as client:
+        for wrong in (
+            {"timeout": 0},
+            {"timeout": -1},
+            {"timeout": float("nan")},
+            {"timeout": 1, "priority": 200},
+            {"timeout": 1, "call_id": b"short"},
+        ):
+            with pytest.raises(ValueError):
+                await client.call(peer, "m", **wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError):
+            await client.call(peer, "x" * 200, timeout=1)
+        with pytest.raises(ValueError):
+            client.handle("", echo)
+    with pytest.raises(ValueError, match="security"):
+        Endpoint(identity=Identity.generate(), settings=EndpointSettings(security="none"))  # type: ignore[arg-type]
+    async with serving() as (_, address), client_of() as client:
+        for body in (object(), 1 << 80, bytes(2 * 2**20)):
+            with pytest.raises((TypeError, ValueError)):
+                await client.call(address, "echo", body, timeout=5)
+        with pytest.raises((TypeError, ValueError)):
+            await client.call(address, "echo", None, [memoryview(bytes(10))[::2]], timeout=5)
+        assert (await client.call(address, "echo", 1, timeout=5)).body == 1
+
+
+async def test_a_handlers_unsendable_reply_is_an_error_at_the_caller(caplog: pytest.LogCaptureFixture) -> None:
+    async def odd(call: IncomingCall) -> Message:
+        return Message(object())
+
+    async with serving() as (server, address), client_of() as client:
+        server.handle("odd", odd)
+        with pytest.raises(RemoteError, match="odd failed"):
+            await client.call(address, "odd", timeout=5)
+
+
+async def test_ends_with_different_security_do_not_understand_each_other_and_say_so() -> None:
+    quick = dataclasses.replace(PLAIN, handshake_timeout=0.5)
+    for mine, theirs in (
+        (quick, EndpointSettings(handshake_timeout=0.5)),
+        (EndpointSettings(handshake_timeout=0.5), quick),
+    ):
+        async with serving(theirs) as (_, address), client_of(mine) as client:
+            with pytest.raises(PeerUnreachable):
+                await client.call(address, "echo", timeout=5)
+
+
+async def test_another_wire_version_is_named_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = frames.pack
+
+    async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
+        from tesseract_async.wire import calls
+
+        def future(hello: calls.Hello) -> bytes:
+            return b"TSRA\x00\x07" + encode({"from": "the future"})
+
+        monkeypatch.setattr(calls, "encode_hello", future)
+        with pytest.raises(PeerUnreachable, match="wire version 7, this node 1: upgrade this node"):
+            await client.call(address, "echo", timeout=5)
+        assert server.metrics.counters[("endpoint_handshakes_failed", (("reason", "version"),))] == 1
+
+
+async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() -> None:
+    settings = dataclasses.replace(PLAIN, backoff_base=0.05, backoff_max=0.2)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    port = sock.getsockname()[1]
+    sock.close()
+    identity = Identity.generate()
+    address = PeerAddress(identity.peer_id, (f"127.0.0.1:{port}",))
+    async with client_of(settings) as client:
+        for _ in range(3):
+            results = await asyncio.gather(
+                *(client.call(address, "echo", timeout=5) for _ in range(5)), return_exceptions=True
+            )
+            assert all(isinstance(result, PeerUnreachable) for result in results)
+        assert client.metrics.total("endpoint_dials_failed") == 3
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        async with Endpoint(identity=identity, transports=[TcpTransport(sock)], settings=settings) as server:
+            server.handle("echo", echo)
+            await server.start()
+            assert (await client.call(address, "echo", 1, timeout=5)).body == 1
+
+
+async def test_a_peer_that_never_answers_the_dial_ends_in_a_timeout() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = PeerAddress.parse(f"127.0.0.1:{silent.getsockname()[1]}")
+        async with client_of() as client:
+            with pytest.raises(TimeoutError, match="echo"):
+                await client.call(address, "echo", timeout=0.2)
+        async with client_of(EndpointSettings(handshake_timeout=0.2)) as client:
+            with pytest.raises(PeerUnreachable, match=r"within 0\.2 s"):
+                await client.call(address, "echo", timeout=5)
+
+
+@pytest.mark.both_loops
+async def test_closing_fails_own_calls_and_cancels_handlers() -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def forever(call: IncomingCall) -> Message:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        raise AssertionError
+
+    for close_server in (True, False):
+        started.clear()
+        cancelled.clear()
+        async with serving() as (server, address), client_of() as client:
+            server.handle("forever", forever)
+            task = asyncio.create_task(client.call(address, "forever", timeout=30))
+            await started.wait()
+            await (server if close_server else client).aclose()
+            with pytest.raises(ConnectionLost, match="closing"):
+                await task
+            await asyncio.wait_for(cancelled.wait(), 5)
+            with pytest.raises((ConnectionLost, PeerUnreachable)):
+                await client.call(address, "echo", timeout=5)
+
+
+@pytest.mark.both_loops
+async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns() -> None:
+    """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
+    slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(standing_bytes=64 * 2**20))
+    async with serving(slow) as (server, address), client_of(slow) as client:
+        await client.call(address, "echo", None, [bytes(100_000)], timeout=5)  # opens the window and the bulk lane
+        async with asyncio.timeout(5):
+            while not client._pool.connections()[0].has_bulk:
+                await client.call(address, "echo", timeout=5)
+        payload = bytearray(30 * 2**20)
+        theirs = [channel for c in server._pool.connections() for channel in c._channels if channel is not None]
+        for channel in theirs:
+            channel.pipe.pause_reading()
+        task = asyncio.create_task(client.call(address, "echo", None, [payload], timeout=20))
+        channels = [channel for c in client._pool.connections() for channel in c._channels if channel is not None]
+        while not any(channel.pipe.unsent for channel in channels):  # noqa: ASYNC110  (nothing tells of it)
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0.02)
+        assert not task.done(), "bytes are on loan: the call must not return"
+        for channel in theirs:
+            channel.pipe.resume_reading()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert all(channel.pipe.unsent == 0 for channel in channels)
+        payload[:] = b"x" * len(payload)
+        assert (await client.call(address, "echo", 1, timeout=5)).body == 1
+
+
+async def test_a_standing_still_loop_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as (server, address), client_of() as client:
+        await client.call(address, "echo", timeout=5)
+        client._tick_at -= 5.0
+        client._tick()
+        assert "stood still for" in caplog.text and client.metrics.gauges[("loop_lag_seconds", ())] > 3

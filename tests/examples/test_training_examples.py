@@ -1,0 +1,103 @@
+"""The two training examples, small: they learn, equal their controls where they should, and go on after Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import gzip
+import re
+import signal
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+async def start(name: str, *arguments: object) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=EXAMPLES.parent,
+        env={"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+
+
+async def finish(process: asyncio.subprocess.Process) -> str:
+    out, err = await process.communicate()
+    assert process.returncode == 0 and b"Traceback" not in err, err.decode()
+    return out.decode()
+
+
+SMALL_LM = ("--layers", 1, "--grid", 2, "--width", 16, "--length", 16, "--batch-size", 4, "--eval-batches", 4)
+
+
+def perplexity(text: str, steps: int) -> float:
+    found = re.search(rf"perplexity after {steps} steps: ([\d.]+)", text)
+    assert found, text
+    return float(found[1])
+
+
+async def test_the_language_model_equals_its_local_twin_and_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    small = (*SMALL_LM, "--steps", 30, "--report-every", 1)
+    local, whole, cut = await asyncio.gather(
+        start("train_lm.py", "--local", "--out", tmp_path / "local", *small),
+        start("train_lm.py", "--out", tmp_path / "whole", *small),
+        start("train_lm.py", "--out", tmp_path / "cut", *small),
+    )
+    assert cut.stdout is not None
+    while b"step 5:" not in (line := await cut.stdout.readline()):
+        assert line
+    cut.send_signal(signal.SIGINT)
+    first = await finish(cut)
+    assert "perplexity after" in first and "perplexity after 30 steps" not in first
+    wanted = perplexity(await finish(local), 30)
+    assert wanted < 150  # of 256
+    assert perplexity(await finish(whole), 30) == pytest.approx(wanted, rel=0.05)
+    second = await finish(await start("train_lm.py", "--out", tmp_path / "cut", *small))
+    assert "goes on after step" in second
+    assert perplexity(second, 30) == pytest.approx(wanted, rel=0.05)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}i", *array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def blobs(folder: Path) -> tuple[str, ...]:
+    """Images that a model can tell apart, in the format of MNIST."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 600)
+    images = np.clip(rng.normal(size=(10, 784))[labels] * 60 + 100 + rng.normal(size=(600, 784)) * 40, 0, 255)
+    write_idx(folder / "images.gz", images.reshape(-1, 28, 28))
+    write_idx(folder / "labels.gz", labels)
+    return ("--images", str(folder / "images.gz"), "--labels", str(folder / "labels.gz"))
+
+
+async def test_the_papers_experiment_small_and_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = (*blobs(tmp_path), "--num-train", 500, "--num-valid", 100, "--grid", 2, "--layers", 2, "--seeds", 0)
+    small = (*small, "--in-flight", 8, "--time-scale", 0.01, "--evaluate-every", 16, "--no-plot", "--out", out)
+    await finish(await start("paper_convergence.py", *small, "--updates", 32, "--variants", "trained"))
+    with (out / "trained-0" / "curve.csv").open() as file:
+        assert [row[0] for row in csv.reader(file)] == ["updates", "16", "32"]
+    text = await finish(await start("paper_convergence.py", *small, "--updates", 48, "--variants", "trained", "dense"))
+    assert "trained seed 0: 48 updates" in text and "trained seed 0: 32 updates" not in text
+    summary = dict(row for row in csv.reader((out / "summary.csv").read_text().splitlines()))
+    assert float(summary["trained"]) > 0.2 and float(summary["dense"]) > 0.2
+    assert (out / "settings.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_the_papers_experiment_512_updates(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--updates", 512, "--evaluate-every", 64, "--seeds", 0, "--variants", "trained", "--time-scale", 0.1)
+    sizes = ("--num-train", 500, "--num-valid", 100)
+    await finish(await start("paper_convergence.py", *blobs(tmp_path), *sizes, *options, "--out", out))
+    summary = dict(row for row in csv.reader((out / "summary.csv").read_text().splitlines()))
+    assert float(summary["trained"]) > 0.8

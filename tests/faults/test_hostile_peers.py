@@ -1,0 +1,155 @@
+"""Peers that announce too much, send too much, read nothing or never finish: closed, counted, others unharmed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+
+import pytest
+
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.protocol import ProtocolSettings
+from tesseract_async.errors import PeerUnreachable
+from tesseract_async.identity import Identity
+from tesseract_async.transport.tcp import TcpTransport
+from tesseract_async.wire import frames
+from tests.faults.serving import RawPeer, serving
+
+PLAIN = EndpointSettings(security="plain")
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+
+
+def client_of(settings: EndpointSettings = PLAIN) -> Endpoint:
+    return Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=settings)
+
+
+ATTACKS = {
+    "a frame of 1 TB": frames.frame(frames.BEGIN_REQUEST, stream=1, payload=frames.encode_table(10, [2**40])),
+    "a bomb of nested msgpack": frames.frame(
+        frames.REQUEST, stream=1, payload=frames.encode_table(60_000, []) + b"\x91" * 60_000
+    ),
+    "a million tiny frames": frames.frame(frames.PING) * 1_000_000,
+    "tiny chunks": frames.frame(frames.BEGIN_REQUEST, stream=1, payload=frames.encode_table(0, [2**20]))
+    + (frames.HEADER.pack(frames.CHUNK_REQUEST, 0, 0, 1, 1) + b"x") * 100_000,
+    "garbage": bytes(range(256)) * 100,
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+async def test_an_attack_costs_the_attacker_its_channel_only(attack: str) -> None:
+    async with serving(PLAIN) as (server, address), client_of() as client:
+        assert (await client.call(address, "echo", 0, timeout=5)).body == 0
+        async with RawPeer.connected(address) as peer:
+            peer.writer.write(ATTACKS[attack])
+            beside = asyncio.create_task(client.call(address, "echo", 1, [bytes(200_000)], timeout=5))
+            await peer.closed()
+            assert (await beside).body == 1
+        assert (await client.call(address, "echo", 2, timeout=5)).body == 2
+        async with asyncio.timeout(5):
+            while not server.metrics.total("endpoint_connections_dropped"):
+                await client.call(address, "echo", timeout=5)
+        assert server._budget.used <= PLAIN.protocol.standing_bytes, "no memory was taken for what never came"
+        assert len(server.connections()) == 1 and len(client.connections()) == 1
+
+
+async def test_what_is_no_hello_is_refused_and_counted() -> None:
+    for settings, reasons in ((PLAIN, {"hello", "protocol", "version"}), (EndpointSettings(), {"tls"})):
+        for data in (b"GET / HTTP/1.1\r\n\r\n" * 10, bytes(500), frames.frame(frames.HELLO, payload=b"TSRA\x00\x63")):
+            async with serving(settings) as (server, address):
+                async with RawPeer.connected(address, greet=False) as peer:
+                    peer.writer.write(data)
+                    answer = await peer.closed()
+                seen = {
+                    dict(labels).get("reason") for (name, labels) in server.metrics.counters if "handshakes" in name
+                }
+                assert seen and seen <= reasons
+                if data.endswith(b"TSRA\x00\x63") and settings is PLAIN:
+                    assert answer[16:22] == b"TSRA\x00\x01", "the acceptor tells which version it speaks"
+
+
+async def test_a_slow_loris_is_cut_off_and_leaves_room_for_others() -> None:
+    settings = dataclasses.replace(PLAIN, handshake_timeout=0.2, max_half_open_per_host=5)
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        async with RawPeer.connected(address, greet=False) as first:
+            first.writer.write(b"\x01")
+            others = [RawPeer.connected(address, greet=False) for _ in range(6)]
+            peers = [await other.__aenter__() for other in others]
+            await peers[-1].closed()
+            assert server.metrics.counters[("endpoint_handshakes_failed", (("reason", "too_many"),))] >= 1
+            for peer in (first, *peers):
+                await peer.closed()
+            for other in others:
+                await other.__aexit__(None, None, None)
+        assert server.metrics.counters[("endpoint_handshakes_failed", (("reason", "timeout"),))] == 5
+        assert (await client.call(address, "echo", 1, timeout=5)).body == 1
+
+
+async def test_one_peer_cannot_open_connections_without_a_bound() -> None:
+    settings = dataclasses.replace(PLAIN, max_connections_per_peer=3)
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        transport = TcpTransport()
+        for index in range(4):
+            opening = client._dialler.connect_through(address, transport.paths(address, bulk=False))
+            if index < 3:
+                await opening
+            else:
+                with pytest.raises(PeerUnreachable):
+                    await opening
+        assert len(server.connections()) == 3
+
+
+async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> None:
+    bounds = ProtocolSettings(max_small=2**20, max_backlog=2**20, max_unsent=2**24, ping_after=0.3, dead_after=0.6)
+    settings = dataclasses.replace(PLAIN, protocol=bounds, max_receive_bytes=2**26)
+    computed = 0
+
+    async def swell(call: IncomingCall) -> Message:
+        nonlocal computed
+        computed += 1
+        return Message(None, (memoryview(bytes(60_000)),))
+
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        server.handle("swell", swell)
+        async with RawPeer.connected(address) as peer:
+            for stream in range(1, 1000):  # within the limits that the server told
+                peer.writer.write(peer.request(stream, method="swell"))
+            peak = 0
+            async with asyncio.timeout(10):
+                while len(server.connections()) != 1 or not server.metrics.total("endpoint_connections_dropped"):
+                    for connection in server._pool.connections():
+                        peak = max(peak, connection._protocol.unsent_bytes)
+                    await client.call(address, "echo", timeout=5)
+            # one portion of replies beyond the bound on the backlog; the rest was held back and never computed
+            assert 2**20 < peak <= 2**20 + 128 * 61_000, "replies that nobody reads"
+            assert computed < 500
+            assert server.metrics.total("endpoint_connections_dropped") == 1
+
+
+async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 2500:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    settings = dataclasses.replace(PLAIN, max_connections_per_peer=2000)
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        transport = TcpTransport()
+        for _ in range(20):
+            paths = transport.paths(address, bulk=False)
+            await asyncio.gather(*(client._dialler.connect_through(address, paths) for _ in range(50)))
+        assert len(server.connections()) == len(client.connections()) == 1000
+        loop = asyncio.get_running_loop()
+        for connection in (*server._pool.connections(), *client._pool.connections()):
+            connection._protocol.handle_timer(loop.time() + 5)  # what the timer does after a while
+        scratch = sum(
+            reader._scratch is not None
+            for connection in (*server._pool.connections(), *client._pool.connections())
+            for reader in (lane.reader for lane in connection._protocol.lanes)
+        )
+        assert scratch < 100, "idle connections hold no scratch memory"
+        assert (await client.call(address, "echo", 1, [bytes(300_000)], timeout=5)).body == 1

@@ -1,0 +1,218 @@
+"""Whatever bytes a peer sends, decoders raise `ProtocolError` or nothing. Seeded; slowly, a million inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+
+from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.protocol import ConnectionProtocol, ProtocolSettings
+from tesseract_async.errors import ProtocolError
+from tesseract_async.identity import Identity
+from tesseract_async.transport.certificates import make_contexts
+from tesseract_async.transport.tls import TlsMachine
+from tesseract_async.wire import calls, compression, frames, messages, tensors
+from tesseract_async.wire.calls import Hello, RequestHead
+
+SETTINGS = ProtocolSettings(max_message=2**22, max_calls=50)
+HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22)
+REQUEST = calls.encode_request(RequestHead(bytes(16), "expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
+CONTEXTS = make_contexts(Identity.from_seed(b"f" * 32))
+
+
+def mutate(pick: random.Random, data: bytes) -> bytes:
+    """A few bytes changed, dropped, repeated or cut off; sometimes nothing but noise."""
+    out = bytearray(data)
+    for _ in range(pick.choice((0, 1, 1, 2, 5))):
+        if not out:
+            break
+        at = pick.randrange(len(out))
+        match pick.randrange(5):
+            case 0:
+                out[at] = pick.randrange(256)
+            case 1:
+                out[at] ^= 1 << pick.randrange(8)
+            case 2:
+                del out[at : at + pick.randrange(1, 9)]
+            case 3:
+                out[at:at] = pick.choice((b"\xff" * 4, b"\x00" * 8, pick.randbytes(3), bytes(out[at : at + 16])))
+            case 4:
+                del out[at:]
+    return bytes(out) if pick.random() < 0.95 else pick.randbytes(pick.randrange(80))
+
+
+def value(pick: random.Random, depth: int = 0) -> Any:
+    """Something that msgpack can hold."""
+    kinds: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: pick.choice((True, False, 0, 1, -1, 2**40, 2**63, -(2**63), 1.5, float("nan"))),
+        lambda: pick.choice(("", "uid", "float32", "none", "uint8_blockwise", "s", "t", "l", "x" * 300)),
+        lambda: pick.randbytes(pick.choice((0, 16, 32))),
+    ]
+    if depth < 4:
+        kinds.append(lambda: [value(pick, depth + 1) for _ in range(pick.randrange(5))])
+        kinds.append(lambda: {value(pick, 9) if pick.random() < 0.2 else "k": value(pick, depth + 1) for _ in range(3)})
+    return pick.choice(kinds)()
+
+
+def fuzz_machine(pick: random.Random) -> None:
+    """Both roles of a connection take mutated frames of every kind."""
+    side = ConnectionProtocol(
+        "peer", HELLO, dialled=pick.random() < 0.5, budget=Budget(2**23), settings=SETTINGS, now=0.0, wake=lambda: None
+    )
+    for _ in range(2):
+        head = RequestHead(bytes(16), "m", 5.0, 0, 0, 2**20, None)
+        side.start_call(
+            head, (memoryview(bytes(pick.choice((5, 70_000)))),), deadline=5.0, reserve_reply=False, now=0.0
+        )
+    data = bytearray()
+    for _ in range(pick.randrange(1, 8)):
+        stream = pick.choice((1, 2, 3, 2**63))
+        kind = pick.randrange(18)
+        table = frames.encode_table(pick.choice((0, len(REQUEST))), [pick.choice((0, 70_000, 2**21, 2**50))])
+        if kind in (frames.CHUNK_REQUEST, frames.CHUNK_REPLY):
+            length = pick.choice((1, 4096, 70_000))
+            data += frames.HEADER.pack(kind, 0, 0, length, stream) + bytes(length)
+            continue
+        result = calls.encode_result(value(pick))
+        payload = pick.choice(
+            (
+                b"",
+                table,
+                frames.encode_table(len(REQUEST), []) + REQUEST,
+                frames.encode_table(len(result), [3]) + result + b"abc",
+            )
+        )
+        data += mutate(pick, frames.frame(kind, stream=stream, flags=pick.randrange(4), payload=payload))
+    view = memoryview(bytes(data))
+    try:
+        while view:
+            reader = side.lanes[0].reader
+            buffer = reader.get_buffer()
+            count = min(len(buffer), len(view))
+            buffer[:count] = view[:count]
+            view = view[count:]
+            side.received(count, 0.0)
+            reader.buffer_updated(count)
+            side.data_to_send(0, 1)
+    except ProtocolError:
+        pass
+    side.events()
+    side.connection_lost("the end")
+    assert side._budget.used == 0 and side.num_calls == 0
+
+
+def fuzz_frames(pick: random.Random) -> None:
+    payload = frames.encode_table(len(REQUEST), [3, 0]) + REQUEST + b"abc"
+    calls.decode_request(frames.decode_small(memoryview(mutate(pick, payload)), frames.Arena())[0])
+
+
+def fuzz_heads(pick: random.Random) -> None:
+    anything = value(pick)
+    if pick.random() < 0.5:
+        calls.decode_request([bytes(16), "m", 5, 0, 0, 5, None][: pick.randrange(8)] + [anything])
+    elif pick.random() < 0.5:
+        calls.decode_reply(
+            pick.choice(([0, anything], [1, "overloaded", "x", anything], [1, anything, "x", {}], anything))
+        )
+    else:
+        calls.decode_request(frames.unpack(mutate(pick, REQUEST)))
+
+
+def fuzz_hello(pick: random.Random) -> None:
+    calls.decode_hello(memoryview(mutate(pick, calls.encode_hello(HELLO))))
+
+
+KINDS: list[Any] = [
+    messages.InfoRequest,
+    messages.ExpertInfo,
+    messages.ForwardRequest,
+    messages.ForwardReply,
+    messages.BackwardRequest,
+    messages.BackwardReply,
+]
+
+
+def fuzz_messages(pick: random.Random) -> None:
+    kind = pick.choice(KINDS)
+    body = {field.name: value(pick) for field in dataclasses.fields(kind) if pick.random() < 0.9}
+    messages.decode(kind, body if pick.random() < 0.9 else value(pick))
+
+
+def fuzz_tensors(pick: random.Random) -> None:
+    dtype = pick.choice([*tensors.DTYPES, "float128", 5])
+    shape = pick.choice(([2, 3], [], [0, 5], [2**39, 0, 2**39], [2**39] * 3, [-1], [1] * 15, "xx", value(pick)))
+    meta = pick.choice(([dtype, shape, pick.choice((*compression.CODECS, "zip", 7))], None, value(pick)))
+    size = pick.choice((0, 6, 12, 14, 24, 48, 96, 100))
+    metas = [meta] if pick.random() < 0.9 else value(pick)
+    tensors.unpack_tensors(metas, [memoryview(bytearray(pick.randbytes(size)))] * pick.choice((0, 1, 1, 1, 2)))
+
+
+def fuzz_schema(pick: random.Random) -> None:
+    schema = tensors.encode_schema(({"a": tensors.TensorSpec((3,)), "b": [tensors.TensorSpec((), torch.int64)]},))
+    packed = mutate(pick, msgpack.packb(schema))
+    tensors.decode_schema(frames.unpack(packed) if pick.random() < 0.7 else value(pick))
+
+
+def fuzz_tls(pick: random.Random) -> None:
+    dialling, accepting = CONTEXTS
+    client, server = TlsMachine(dialling, server_side=False), TlsMachine(accepting, server_side=True)
+    client.handshake()
+    server.receive_data(memoryview(mutate(pick, client.data_to_send())))
+    server.handshake()
+    client.receive_data(memoryview(mutate(pick, server.data_to_send())))
+    if client.handshake():
+        server.receive_data(memoryview(mutate(pick, client.data_to_send())))
+        if server.handshake():
+            client.write(b"hello")
+            server.receive_data(memoryview(mutate(pick, client.data_to_send())))
+            server.read_into(memoryview(bytearray(100)))
+
+
+TARGETS: dict[str, tuple[Callable[[random.Random], None], int, int]] = {
+    # target: inputs in the quick and in the slow run
+    "machine": (fuzz_machine, 1000, 200_000),
+    "frames": (fuzz_frames, 3000, 250_000),
+    "heads": (fuzz_heads, 3000, 200_000),
+    "hello": (fuzz_hello, 3000, 150_000),
+    "messages": (fuzz_messages, 3000, 100_000),
+    "tensors": (fuzz_tensors, 3000, 100_000),
+    "schema": (fuzz_schema, 3000, 100_000),
+    "tls": (fuzz_tls, 50, 5_000),
+}
+
+
+def run(name: str, count: int, seed: str) -> None:
+    target = TARGETS[name][0]
+    survived = 0
+    for number in range(count):
+        try:
+            target(random.Random(f"{seed} {name} {number}"))
+            survived += 1
+        except (ProtocolError, EOFError):
+            pass
+        except Exception as error:
+            raise AssertionError(f"{name}, seed {seed!r}, input {number}: {error!r}") from error
+    assert 0 < survived, "nothing was ever accepted: the fuzzer does not get past the gate"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_only_protocol_errors_come_out(name: str) -> None:
+    run(name, TARGETS[name][1], "quick")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", TARGETS)
+def test_only_protocol_errors_come_out_of_a_million_inputs(name: str) -> None:
+    run(name, TARGETS[name][2], "slow")
+
+
+def test_the_slow_run_is_a_million_inputs() -> None:
+    assert sum(slow for _, _, slow in TARGETS.values()) >= 1_000_000

@@ -1,0 +1,124 @@
+"""TCP pipes: the conformance suite, the listener, throttling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tesseract_async.transport.base import PeerAddress, Pipe, join_host_port, split_host_port
+from tesseract_async.transport.tcp import EARLY_BYTES, TcpTransport
+from tests.transport import conformance
+from tests.transport.conformance import *  # noqa: F403
+from tests.transport.conformance import Pipes, Receiver
+
+pytestmark = pytest.mark.both_loops
+
+
+class Limit:
+    """A throttle that lets `rate` bytes per second through, each way."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.ready = [0.0, 0.0]
+
+    def _wait(self, way: int, count: int, now: float) -> float:
+        self.ready[way] = max(self.ready[way], now) + count / self.rate
+        return self.ready[way] - now
+
+    def received(self, count: int, now: float) -> float:
+        return self._wait(0, count, now)
+
+    def sent(self, count: int, now: float) -> float:
+        return self._wait(1, count, now)
+
+
+@contextlib.asynccontextmanager
+async def tcp_pair(throttle: Limit | None = None) -> AsyncIterator[tuple[Pipe, Pipe]]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    accepted: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
+    listening, dialling = TcpTransport(sock), TcpTransport(throttle=throttle)
+    await listening.listen(accepted.set_result)
+    (path,) = dialling.paths(PeerAddress(None, (join_host_port(*sock.getsockname()),)), bulk=False)
+    pair = await path.open(), await accepted
+    try:
+        yield pair
+    finally:
+        ends = [Receiver(), Receiver()]
+        for pipe, end in zip(pair, ends, strict=True):
+            pipe.start(end)
+            pipe.abort()
+        for end in ends:
+            await end.until(lambda end=end: bool(end.lost))  # type: ignore[misc]
+        await listening.aclose()
+        await dialling.aclose()
+
+
+@pytest.fixture
+def pipes() -> Pipes:
+    return tcp_pair
+
+
+def test_the_conformance_suite_is_complete_here() -> None:
+    assert {name for name in vars(conformance) if name.startswith("test_")} <= set(globals())
+
+
+async def test_an_impatient_peer_is_not_stored_without_a_bound() -> None:
+    async with tcp_pair() as (dialled, accepted):
+        mine = Receiver()
+        dialled.start(mine)
+        dialled.write(bytes(50 * EARLY_BYTES))
+        await mine.until(lambda: bool(mine.lost))
+
+
+async def test_paths_give_each_address_a_head_start() -> None:
+    peer = PeerAddress(None, ("10.0.0.1:1", "[::1]:2", "example.org:3"))
+    paths = TcpTransport().paths(peer, bulk=True)
+    assert [path.name for path in paths] == ["tcp 10.0.0.1:1", "tcp [::1]:2", "tcp example.org:3"]
+    assert [path.delay for path in paths] == [0.0, 0.25, 0.5]
+
+
+async def test_a_throttle_slows_both_directions() -> None:
+    loop = asyncio.get_running_loop()
+    async with tcp_pair(Limit(1_000_000)) as (dialled, accepted):
+        mine, theirs = Receiver(), Receiver()
+        dialled.start(mine)
+        accepted.start(theirs)
+        begun = loop.time()
+        for _ in range(2):
+            dialled.write(bytes(50_000))
+            assert dialled.paused
+            await mine.until(lambda: not dialled.paused)
+        assert 0.09 < loop.time() - begun < 1.0
+        begun = loop.time()
+        accepted.write(bytes(100_000))
+        await mine.until(lambda: len(mine.data) == 100_000)
+        dialled.pause_reading()  # the receiver's wish outlives the throttle's
+        accepted.write(b"x")
+        await asyncio.sleep(0.2)
+        assert len(mine.data) == 100_000
+        dialled.resume_reading()
+        await mine.until(lambda: len(mine.data) == 100_001)
+        assert loop.time() - begun > 0.03
+
+
+def test_addresses_are_read_and_written() -> None:
+    for text, parts in {"a.b:5": ("a.b", 5), "[::1]:80": ("::1", 80), "127.0.0.1:0": ("127.0.0.1", 0)}.items():
+        assert split_host_port(text) == parts and join_host_port(*parts) == text
+    for text in ("", "a", "a:", ":5", "::1:80", "[a]", "a:70000", "a:-1", "a:٣", "[1.2.3.4]:x"):
+        with pytest.raises(ValueError, match=r"address|port"):
+            split_host_port(text)
+
+
+def test_peer_addresses_are_read_and_written() -> None:
+    peer_id = "ab" * 32
+    address = PeerAddress.parse(f"127.0.0.1:5/{peer_id}")
+    assert str(address) == f"127.0.0.1:5/{peer_id}" and str(address.peer_id) == peer_id
+    assert PeerAddress.parse("h:1") == PeerAddress(None, ("h:1",)) and str(PeerAddress.parse("h:1")) == "h:1"
+    assert "abababab" in address.short and "no address" in PeerAddress(address.peer_id, ()).short
+    for text in ("h:1/xyz", "h", "h:1/"):
+        with pytest.raises(ValueError):
+            PeerAddress.parse(text)
