@@ -65,7 +65,7 @@ async def _with_parent(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
-        return FAILED if work.cancelled() else work.result()
+        return 0 if work.cancelled() else work.result()
     finally:
         stop_watching()
 
