@@ -24,7 +24,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.base import PeerAddress, Throttle, split_host_port
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -35,7 +35,7 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
-EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE)
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
 
 
 class TesseractNode:

@@ -139,9 +139,9 @@ class Reach:
         if self._declared_public:
             self._server.start()
             self._known.set()
-        elif settings.client:
-            self._apply(self.finding, Finding(tcp=False))
         else:
+            if settings.client:
+                self._apply(self.finding, Finding(tcp=False))
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def aclose(self) -> None:
@@ -284,9 +284,11 @@ class Reach:
         self._rng.shuffle(contacts)
         # those that we have no connection with see us as any stranger would
         contacts.sort(key=lambda peer: peer.peer_id in connected)
-        (reached, host), nat = await asyncio.gather(
-            self._reachability.check(contacts[:6], port=self._port), self._ask_stun()
+        client = self._settings.client  # whoever knows that it can't be reached asks for the NAT's kind only
+        (reached, host), (nat, seen) = await asyncio.gather(
+            _known(False) if client else self._reachability.check(contacts[:6], port=self._port), self._ask_stun()
         )
+        host = host or seen
         udp = {"public": True, "client": False}.get(self._network.role)
         if self.finding.tcp is False:
             udp = None  # the network only repeats what it was told
@@ -324,10 +326,11 @@ class Reach:
         assert self.nat is not None
         self.nat.spawn(webrtc.load())
 
-    async def _ask_stun(self) -> NatKind:
-        """Renews the choice of a STUN server; says what the answers tell of our NAT."""
+    async def _ask_stun(self) -> tuple[NatKind, str | None]:
+        """Renews the choice of a STUN server; what the answers tell of our NAT, and our host as they see it."""
         servers = [split_host_port(peer.addresses[0]) for peer in self._network.public_contacts(4)]
-        servers += [split_host_port(text) for text in self._settings.stun_servers]
+        for text in self._settings.stun_servers:
+            servers += await _resolve(*split_host_port(text))
         servers = [server for server in servers if _is_ipv4(server[0])]
         local = self._host if _is_ipv4(self._host) else "0.0.0.0"
         try:
@@ -339,12 +342,13 @@ class Reach:
             self._stun = (next(iter(answers)), asyncio.get_running_loop().time())
         seen = set(answers.values())
         if not answers:
-            return "unknown"
+            return "unknown", None
+        host = next(iter(seen))[0]
         if {host for host, _ in seen} <= set(self._own_addresses()):
-            return "none"
+            return "none", host
         if len(answers) < 2:
-            return "unknown"
-        return "keeping" if len(seen) == 1 else "symmetric"
+            return "unknown", host
+        return ("keeping" if len(seen) == 1 else "symmetric"), host
 
     def _outside_addresses(self) -> tuple[str, ...]:
         """What was announced; with the host that others see, where this node itself did not know it."""
@@ -357,6 +361,20 @@ class Reach:
         if self._host not in WILDCARDS:
             return [str(self._host)]
         return own_addresses(self._settings.skip_interfaces)
+
+
+async def _known(reached: bool) -> tuple[bool | None, str | None]:
+    return reached, None
+
+
+async def _resolve(host: str, port: int) -> list[tuple[str, int]]:
+    """The IPv4 address of a server that was configured by name; nothing where it has none."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        logger.warning("the STUN server %s is unknown: %s", host, error)
+        return []
+    return [(str(found[0][4][0]), port)]
 
 
 def _is_ipv4(host: str) -> bool:

@@ -47,7 +47,7 @@ def no_thread_left() -> Iterator[None]:
     gc.collect()  # an unclosed socket warns when collected, and warnings are errors
     left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
     # the loop's default executor and torch's own autograd threads belong to their libraries
-    left = {t for t in left if not t.name.startswith(("asyncio_", "Dummy", "pt_autograd"))}
+    left = {t for t in left if not t.name.startswith(("asyncio_", "uvloop_", "Dummy", "pt_autograd"))}
     for thread in left:
         thread.join(timeout=5)
     assert not any(thread.is_alive() for thread in left), f"threads left: {left}"

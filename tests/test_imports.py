@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
-    "cli": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing"},
+    "cli": LOWER
+    | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing", "monitoring"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}

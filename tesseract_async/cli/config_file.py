@@ -51,7 +51,7 @@ def read_config(path: Path, command: click.Command) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     options: dict[str, click.Option] = {}
     for option in command.params:
-        if isinstance(option, click.Option) and option.expose_value:
+        if isinstance(option, click.Option) and not option.is_eager:
             for flag in (*option.opts, *option.secondary_opts):
                 if flag.startswith("--"):
                     options[flag[2:].replace("-", "_")] = option

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import click
 
+from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import node_options, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
 @click.command("dht")
 @node_options
+@config_option
 def command(
     host: str,
     port: int,
@@ -28,6 +30,7 @@ def command(
     set_up_logging(verbose=verbose)
 
     async def main() -> int:
+        from tesseract_async.monitoring import StatusService
         from tesseract_async.node import TesseractNode
 
         node = TesseractNode(
@@ -38,7 +41,7 @@ def command(
             public=public,
             identity=identity,
         )
-        async with node:
+        async with node, StatusService(node):
             address = str(node.peer_address)
             click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
             click.echo(f"    tesseract serve --initial-peers {address}\n", err=True)

@@ -8,13 +8,29 @@ import click
 
 import tesseract_async
 
+# name: (module, the command in it, a sentence for the list)
 COMMANDS = {
-    "demo": (
-        "tesseract_async.cli.demo.command",
-        "Train a small mixture of experts with separate processes, on this machine.",
-    ),
-    "dht": ("tesseract_async.cli.dht", "Run a bootstrap node: a first address for others to join by."),
-    "serve": ("tesseract_async.cli.serve", "Lend this machine: host experts."),
+    "bench": ("bench", "command", "Measure what this machine would contribute."),
+    "call": ("call", "command", "Try an expert: find it, call it, say what came and how fast."),
+    "dashboard": ("dashboard", "command", "Serve a web page that shows the swarm."),
+    "demo": ("demo.command", "command", "Train a small mixture of experts with separate processes, on this machine."),
+    "dht": ("dht", "command", "Run a bootstrap node: a first address for others to join by."),
+    "doctor": ("doctor", "command", "Look for what would keep this machine from taking part."),
+    "export": ("export", "command", "Collect a run's weights into a folder that loads without the swarm."),
+    "get": ("records", "get", "Show what the network holds under a key."),
+    "keygen": ("keygen", "command", "Make an identity."),
+    "put": ("records", "put", "Store a value under a key."),
+    "run": ("start_run", "command", "Start a training run: sign what it consists of."),
+    "serve": ("serve", "command", "Lend this machine: host experts."),
+    "top": ("top", "command", "Show the swarm live in the terminal."),
+}
+
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    # every option may be given as an environment variable: TESSERACT_SERVE_DEVICE=cuda
+    "auto_envvar_prefix": "TESSERACT",
 }
 
 
@@ -27,21 +43,23 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(COMMANDS[cmd_name][0])
-        command: click.Command = module.command
+        module, name, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"tesseract_async.cli.{module}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # from the table: asking every command for its own sentence would import them all
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=LazyGroup, context_settings=CONTEXT)
 @click.version_option(tesseract_async.__version__, prog_name="tesseract")
 def main() -> None:
     """Train one large mixture-of-experts model on computers that volunteers lend.
 
     Try `tesseract demo` first. To train across machines, run `tesseract dht` on one that all can reach, and
-    `tesseract serve` wherever experts shall live.
+    `tesseract serve` wherever experts shall live; `tesseract top` shows what goes on.
+
+    Every option may also be given as an environment variable, such as TESSERACT_SERVE_DEVICE=cuda.
     """

@@ -7,7 +7,28 @@ from typing import Any, TypeVar
 
 import click
 
+from tesseract_async.cli.config_file import config_option
+from tesseract_async.cli.running import LOG_FORMAT
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _keep_log_format(ctx: click.Context, param: click.Parameter, value: str) -> None:
+    ctx.meta[LOG_FORMAT] = value
+
+
+LOG_OPTIONS = [
+    click.option("--verbose", "-v", is_flag=True, help="Log what goes on, not only what goes wrong."),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        expose_value=False,
+        callback=_keep_log_format,
+        help="How log lines are written on standard error.",
+    ),
+]
 
 
 def node_options(command: Command) -> Command:
@@ -29,7 +50,7 @@ def node_options(command: Command) -> Command:
             type=click.Path(dir_okay=False),
             help="File with this node's key, made if missing. Without one, the node is a new one at each start.",
         ),
-        click.option("--verbose", "-v", is_flag=True, help="Log what goes on, not only what goes wrong."),
+        *LOG_OPTIONS,
         click.option("--leave-with-parent", is_flag=True, hidden=True, help="Leave when standard input ends."),
     ]
     for option in reversed(options):
@@ -40,3 +61,25 @@ def node_options(command: Command) -> Command:
 def peers(values: tuple[str, ...]) -> list[str]:
     """What `--initial-peers` gave, with lists taken apart."""
     return [peer.strip() for value in values for peer in value.split(",") if peer.strip()]
+
+
+def joining_options(command: Command) -> Command:
+    """For commands that join a swarm, do something and end: whom to join."""
+    options = [
+        click.option(
+            "--initial-peers",
+            "-p",
+            multiple=True,
+            required=True,
+            metavar="HOST:PORT[/PEER_ID]",
+            help="A node of the swarm to join; may be given several times, or as one list with commas.",
+        ),
+        *LOG_OPTIONS,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return config_option(command)
+
+
+patterns_argument = click.argument("patterns", nargs=-1)
+"""Which grids to show."""

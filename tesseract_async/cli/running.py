@@ -14,6 +14,9 @@ import click
 
 from tesseract_async.errors import TesseractError
 
+LOG_FORMAT = "tesseract_async.log_format"
+"""Where the commands' context keeps what `--log-format` said."""
+
 FAILED = 1
 INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses after Ctrl-C and SIGTERM: 128 + the signal's number, as shells say it."""
@@ -104,10 +107,26 @@ def say(event: str, **facts: Any) -> None:
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
+class JsonLines(logging.Formatter):
+    """One JSON object per line: time (seconds), level, logger, message, and the traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            facts["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(facts)
+
+
 def set_up_logging(*, verbose: bool) -> None:
-    """Logs to standard error: what went wrong, and with `verbose` also what went on."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    """Logs to standard error: what went wrong, and with `verbose` also what went on; in the form of `--log-format`."""
+    context = click.get_current_context(silent=True)
+    form = context.meta.get(LOG_FORMAT, "text") if context is not None else "text"
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonLines() if form == "json" else text)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])

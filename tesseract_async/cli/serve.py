@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from tesseract_async.cli.config_file import config_option
+from tesseract_async.cli.limits import limit_options, volunteer_settings
 from tesseract_async.cli.options import node_options, peers
-from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.cli.running import run as run_main
+from tesseract_async.cli.running import set_up_logging
+from tesseract_async.cli.units import SECONDS
 
-if TYPE_CHECKING:
-    from tesseract_async.runtime.backend import ExpertBackend
-    from tesseract_async.server.server import TesseractServer
+MAX_EXPERTS = 4096
+"""That one server hosts."""
 
 
 @click.command("serve")
@@ -22,9 +24,26 @@ if TYPE_CHECKING:
     "--experts",
     "patterns",
     multiple=True,
-    required=True,
     metavar="PATTERN",
     help="Uids to host, such as ffn.3.7 or 'ffn.[0:4].[0:16]'; may be given several times.",
+)
+@click.option(
+    "--num-experts",
+    type=click.IntRange(1, MAX_EXPERTS),
+    help="Host so many of the pattern, or of the run: free ones, else those with the fewest replicas.",
+)
+@click.option(
+    "--run",
+    "run_name",
+    metavar="NAME[@PEER_ID]",
+    help="Take part in this run: everything about its experts comes from the manifest that its author signed.",
+)
+@click.option(
+    "--allow-module",
+    "allowed_modules",
+    multiple=True,
+    metavar="MODULE",
+    help="A run may name expert classes of this Python module: its code will run here.",
 )
 @click.option("--expert-class", default="ffn", show_default=True, help="Name of a ready-made class, or module:builder.")
 @click.option(
@@ -50,134 +69,104 @@ if TYPE_CHECKING:
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
 @click.option(
     "--checkpoint-dir",
-    type=click.Path(file_okay=False),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Where weights and optimizer states are kept; a restart goes on from there.",
+)
+@click.option(
+    "--sync-every",
+    type=SECONDS,
+    default=30.0,
+    show_default=True,
+    help="How often state is pulled of experts that another server trains.",
 )
 @click.option("--checkpoint-period", default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.option("--ttl", default=45.0, show_default=True, help="Seconds until others forget this server if it vanishes.")
 @click.option(
     "--report-period", type=float, help="Print a line of JSON with the experts' versions every so many seconds."
 )
+@limit_options
 @node_options
-def command(
-    patterns: tuple[str, ...],
-    expert_class: str,
-    sizes: tuple[str, ...],
-    optimizer: str,
-    learning_rate: float,
-    max_batch_size: int,
-    seed: int,
-    device: str,
-    threads: int,
-    checkpoint_dir: str | None,
-    checkpoint_period: float,
-    ttl: float,
-    report_period: float | None,
-    host: str,
-    port: int,
-    initial_peers: tuple[str, ...],
-    announce: str | None,
-    public: bool,
-    identity: str | None,
-    verbose: bool,
-    leave_with_parent: bool,
-) -> None:
+@config_option
+@click.pass_context
+def command(ctx: click.Context, /, **values: Any) -> None:
     """Lend this machine: host experts, train them as others send gradients, and keep their weights.
 
-    Prints one line of JSON on standard output once the experts can be found. Ctrl-C leaves cleanly: what is running
-    is finished, the experts are withdrawn from the network, and their weights are saved.
+    Say what to host by --experts, by --run and --num-experts, or in a file (--config; see examples/volunteer.toml).
+
+    Prints one line of JSON on standard output once the experts can be found. Ctrl-C leaves cleanly: experts that
+    another server follows are handed over to it, what is running is finished, the experts are withdrawn from the
+    network, and their weights are saved.
     """
-    set_up_logging(verbose=verbose)
-    uids = _uids(patterns)
-    kwargs = _sizes(sizes)
+    set_up_logging(verbose=values["verbose"])
+    limits = volunteer_settings(values)
+    values["sizes"] = _sizes(values["sizes"])
+    values["optimizer"] = None if values["optimizer"] == "none" else values["optimizer"]
+    if not values["patterns"] and values["run_name"] is None:
+        raise click.UsageError("say what to host: --experts PATTERN, or --run NAME")
+    _check_patterns(values["patterns"], values["num_experts"])
+
+    def is_given(name: str) -> bool:
+        return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+
+    # a file's ~ is not the shell's business
+    checkpoint_dir, identity = (
+        None if values[name] is None else Path(values[name]).expanduser() for name in ("checkpoint_dir", "identity")
+    )
 
     async def main() -> int:
-        import torch
+        from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
 
-        from tesseract_async.experts import PublisherSettings
-        from tesseract_async.node import TesseractNode
-        from tesseract_async.server.registry import make_backend
-        from tesseract_async.server.server import TesseractServer
-
-        torch.set_num_threads(threads)
-
-        def backend(uid: str) -> ExpertBackend:
-            # the same first weights at each start, others for each expert
-            torch.manual_seed(zlib.crc32(f"{seed}/{uid}".encode()))
-            return make_backend(
-                expert_class,
-                optimizer=None if optimizer == "none" else optimizer,
-                learning_rate=learning_rate,
-                max_batch_size=max_batch_size,
-                sizes=kwargs,
-            )
-
-        try:
-            backends = {uid: backend(uid) for uid in uids}
-        except TypeError as error:
-            raise ValueError(f"--size does not fit the class {expert_class!r}: {error}") from None
-        node = TesseractNode(
-            host,
-            port,
-            initial_peers=peers(initial_peers),
-            announce=announce,
-            public=public,
-            identity=identity,
+        plan = ServePlan(
+            patterns=values["patterns"],
+            num_experts=values["num_experts"],
+            run=values["run_name"],
+            allowed_modules=values["allowed_modules"],
+            given=manifest_fields(values, is_given),
+            expert_class=values["expert_class"],
+            sizes=values["sizes"],
+            optimizer=values["optimizer"],
+            learning_rate=values["learning_rate"],
+            max_batch_size=values["max_batch_size"],
+            seed=values["seed"],
+            device=values["device"],
+            threads=values["threads"],
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_period=values["checkpoint_period"],
+            ttl=values["ttl"],
+            sync_every=values["sync_every"],
+            report_period=values["report_period"],
+            limits=limits,
+            node={
+                "host": values["host"],
+                "port": values["port"],
+                "initial_peers": peers(values["initial_peers"]),
+                "announce": values["announce"],
+                "public": values["public"],
+                "identity": identity,
+            },
+            leave_with_parent=values["leave_with_parent"],
         )
-        settings = PublisherSettings(ttl=ttl, refresh_period=ttl / 3, retry_period=min(1.0, ttl / 10))
-        async with (
-            node,
-            TesseractServer(
-                node,
-                backends,
-                device=device,
-                checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
-                checkpoint_period=checkpoint_period,
-                publisher_settings=settings,
-            ) as server,
-        ):
-            address = str(node.peer_address)
-            click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)
-            say("ready", address=address, peer_id=str(node.peer_id), uids=uids, versions=_versions(server))
-            reports = asyncio.create_task(_report(server, report_period)) if report_period else None
-            try:
-                reason = await until_told_to_leave(watch_stdin=leave_with_parent)
-            finally:
-                if reports is not None:
-                    reports.cancel()
-                    await asyncio.gather(reports, return_exceptions=True)
-            click.echo(f"leaving ({reason}): finishing, withdrawing, saving", err=True)
-        say("left", versions=_versions(server))
-        return 0
+        return await Hosting(plan).main()
 
-    run(main)
+    run_main(main)
 
 
-def _versions(server: TesseractServer) -> dict[str, int]:
-    return {uid: backend.version for uid, backend in server.experts.items()}
-
-
-async def _report(server: TesseractServer, period: float) -> None:
-    while True:
-        await asyncio.sleep(period)
-        say("report", versions=_versions(server))
-
-
-def _uids(patterns: tuple[str, ...]) -> list[str]:
+def _check_patterns(patterns: tuple[str, ...], num_experts: int | None) -> None:
+    """Raises: click.BadParameter for malformed patterns, and for too many experts unless some are to be chosen."""
     from tesseract_async.experts import ExpertPattern
+    from tesseract_async.experts.choice import num_members
 
-    uids: dict[str, None] = {}
     for text in patterns:
         try:
             pattern = ExpertPattern.parse(text)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--experts") from None
-        if len(pattern) > 4096:
+        size = num_members(pattern)
+        if num_experts is None and size > MAX_EXPERTS:
             raise click.BadParameter(
-                f"{text} are {len(pattern)} experts; one server hosts at most 4096", param_hint="--experts"
+                f"{text} are {size} experts; one server hosts at most {MAX_EXPERTS}: say --num-experts to choose some",
+                param_hint="--experts",
             )
-        uids |= dict.fromkeys(pattern)
-    return list(uids)
 
 
 def _sizes(values: tuple[str, ...]) -> dict[str, int | float]:

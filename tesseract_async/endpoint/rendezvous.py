@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import (
@@ -53,12 +54,14 @@ class RendezvousSettings:
     """Seconds after which a registration that was not renewed ends."""
     max_offers: int = 256
     """Offers that a public node carries at once ..."""
-    max_offers_per_sender: int = 16
+    max_offers_per_sender: int = 32
     """... for one sender ..."""
     max_offers_per_client: int = 32
     """... to one registered node."""
     offer_timeout: float = 10.0
     """Seconds that a public node waits for an answer."""
+    max_own_offers: int = 16
+    """Offers that this node sends through one public node at once; more wait for their turn."""
     num_rendezvous: int = 3
     """Public nodes with which a client node keeps a connection."""
     renew_period: float = 30.0
@@ -190,6 +193,7 @@ class RendezvousClient:
         self._settings = settings
         self._registered: dict[PeerID, tuple[PeerAddress, float, bool]] = {}  # until when to renew; whether it relays
         self._failed: dict[PeerID, float] = {}
+        self._turns: WeakValueDictionary[PeerAddress, asyncio.Semaphore] = WeakValueDictionary()
         self._keeper: asyncio.Task[None] | None = None
         self._rng = random.Random()
         endpoint.handle(DELIVER, self._delivered)
@@ -208,7 +212,11 @@ class RendezvousClient:
             body = {"offer": offer, "origin": self._own_origin()}
             return await _deliver(self._endpoint, recipient, body, timeout=timeout)
         body = {"to": bytes(recipient), "offer": offer}
-        reply = await self._endpoint.call(via, OFFER, body, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES)
+        turn = self._turns.get(via)
+        if turn is None:
+            turn = self._turns[via] = asyncio.Semaphore(self._settings.max_own_offers)
+        async with asyncio.timeout(timeout), turn:
+            reply = await self._endpoint.call(via, OFFER, body, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES)
         return bytes(_field(reply.body, "answer", bytes))
 
     async def reserve_relay(self, via: PeerAddress, *, timeout: float) -> tuple[bytes, bytes]:

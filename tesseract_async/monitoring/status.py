@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +39,8 @@ class NodeStatus:
 
     software: str
     """Version of this package there."""
+    time: float
+    """Its wall clock (`time.time`): what records expire by."""
     uptime: float
     """Seconds since it started."""
     num_contacts: int
@@ -110,6 +113,7 @@ class StatusService:
         statistics = [server.runtime.statistics() for server in self._servers]
         return NodeStatus(
             software=tesseract_async.__version__,
+            time=time.time(),
             uptime=asyncio.get_running_loop().time() - self._started_at,
             num_contacts=self._node.network.num_contacts,
             num_connections=len(self._node.endpoint.connections()),

@@ -96,6 +96,11 @@ class ExpertCalls:
             self._num_active -= 1
             self._quiet.set()
 
+    async def wait_backwards(self, uid: str) -> None:
+        """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
+        while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:
+            await asyncio.wait(pending)
+
     async def wait_quiet(self) -> None:
         """Returns when no call is under way, and no backward of an answered forward is expected any more."""
         loop = asyncio.get_running_loop()

@@ -216,6 +216,11 @@ class TesseractServer:
         if self._publisher is not None:
             await self._publisher.withdraw()
 
+    async def announce(self) -> None:
+        """Says the present roles in the network, after `set_primary` without."""
+        if self._publisher is not None and not self._is_paused and not self._closed:
+            await self._publisher.declare(self._is_primary)
+
     async def resume(self) -> None:
         """Ends `pause`; returns once the experts can be found again."""
         self._is_paused = False
@@ -223,19 +228,27 @@ class TesseractServer:
         if self._publisher is not None:
             await self._publisher.declare(self._is_primary)
 
+    @property
+    def is_paused(self) -> bool:
+        """Between `pause` and `resume`."""
+        return self._is_paused
+
     # -- Roles and states ------------------------------------------------------------------------------------------
 
     def is_primary(self, uid: str) -> bool:
         """Whether this server trains the expert. Raises: KeyError if it does not host it."""
         return self._is_primary[uid]
 
-    async def set_primary(self, uid: str, primary: bool) -> None:
-        """Changes the role of one expert here, and says so in the network. Raises: KeyError."""
-        if self._is_primary[uid] == primary:
-            return
+    async def set_primary(self, uid: str, primary: bool, *, announce: bool = True) -> None:
+        """Changes the role of one expert here, and unless told otherwise says so in the network. Raises: KeyError."""
+        unchanged = self._is_primary[uid] == primary
         self._is_primary[uid] = primary
-        if self._publisher is not None and not self._is_paused and not self._closed:
-            await self._publisher.declare(self._is_primary)
+        if announce and not unchanged:
+            await self.announce()
+
+    async def wait_backwards(self, uid: str) -> None:
+        """Returns once no backward of this expert is under way here: before its last state is copied, for example."""
+        await self._calls.wait_backwards(uid)
 
     async def snapshot(self, uid: str) -> dict[str, Any]:
         """A copy of the expert's state, taken between two batches; `server.checkpoint.encode` makes a file of it."""

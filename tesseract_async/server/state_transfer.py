@@ -95,6 +95,11 @@ class StateSource:
         reply = messages.StateReply(copy.version, copy.digest, len(copy.data), offset)
         return Message(messages.encode(reply), (piece,) if len(piece) else ())
 
+    def drop(self, uid: str) -> None:
+        """Forgets the copies of one expert: whoever asks next gets its state of that moment, to the last gradient."""
+        for key in ((uid, True), (uid, False)):
+            self._copies.pop(key, None)
+
     def close(self) -> None:
         """Drops every copy."""
         self._copies.clear()

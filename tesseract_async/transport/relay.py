@@ -26,9 +26,9 @@ SCRATCH_BYTES: Final = 256 * 1024
 class RelaySettings:
     """What a public node gives to others."""
 
-    max_splices: int = 64
+    max_splices: int = 256
     """Joined pairs, waiting ones included."""
-    max_per_peer: int = 8
+    max_per_peer: int = 32
     """... that one peer has reserved."""
     max_bytes: int = 64 * 2**30
     """Bytes that one pair may exchange."""

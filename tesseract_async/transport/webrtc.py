@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -52,7 +53,8 @@ class WebrtcSettings:
 
 async def load() -> None:
     """Imports aiortc without holding up the loop. The first connection does it, too."""
-    await asyncio.to_thread(importlib.import_module, "aiortc")
+    if "aiortc" not in sys.modules:
+        await asyncio.to_thread(importlib.import_module, "aiortc")
 
 
 class _Ice(aioice.Connection):

@@ -6,6 +6,7 @@ Each message is a frozen dataclass; `encode` gives the msgpack body, `decode_*` 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
 - ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
 - ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
+- ``expert.lead``: `LeadRequest` -> `LeadReply`, from a primary that leaves to a follower
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
@@ -21,6 +22,7 @@ INFO = "expert.info"
 FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
 STATE = "expert.state"
+LEAD = "expert.lead"
 
 MAX_UID_LENGTH = 256
 
@@ -110,6 +112,20 @@ class BackwardReply:
 
 
 @dataclass(frozen=True, slots=True)
+class LeadRequest:
+    """Asks a follower to fetch the expert's last state from the caller, its primary, and to train it from then on."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeadReply:
+    """The follower is the primary now."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class StateRequest:
     """Asks for the expert's state, a piece at a time. The pieces of one file carry one digest."""
 
@@ -144,6 +160,8 @@ Body = TypeVar(
     ForwardReply,
     BackwardRequest,
     BackwardReply,
+    LeadRequest,
+    LeadReply,
     StateRequest,
     StateReply,
 )

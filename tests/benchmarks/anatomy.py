@@ -5,8 +5,6 @@ The client's and the server's parts run against the other side cut off; the endp
 
 from __future__ import annotations
 
-import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,17 +19,18 @@ from tests.benchmarks.loads import Load
 from tests.benchmarks.swarm import Security, make_backend, run_on
 
 LOAD = Load("nop", "nop", 1, 1024, 1)
-NUM_CALLS = 2000
+NUM_BATCHES, BATCH = 40, 50
 
 
-async def microseconds(call: Callable[[], Awaitable[Any]], num_calls: int = NUM_CALLS) -> float:
-    """Processor time of this process per call."""
-    for _ in range(num_calls // 10):
-        await call()
-    begin = time.process_time()
-    for _ in range(num_calls):
-        await call()
-    return (time.process_time() - begin) / num_calls * 1e6
+async def microseconds(call: Callable[[], Awaitable[Any]]) -> float:
+    """Processor time of this process per call: of the best batch, which a busy machine disturbs least."""
+    least = float("inf")
+    for _ in range(NUM_BATCHES):
+        begin = time.process_time()
+        for _ in range(BATCH):
+            await call()
+        least = min(least, (time.process_time() - begin) / BATCH * 1e6)
+    return least
 
 
 class Recorder(ta.TesseractNode):
@@ -52,7 +51,7 @@ async def measure(security: Security) -> None:
     backend = make_backend(LOAD)
     async with (
         ta.TesseractNode(security=security) as host,
-        ta.TesseractServer(host, {"nop.0": backend}) as server,
+        ta.TesseractServer(host, {"nop.0": backend}),
         Recorder(security=security, initial_peers=[str(host.peer_address)]) as node,
     ):
         expert = await node.get_expert("nop.0")
@@ -65,9 +64,8 @@ async def measure(security: Security) -> None:
         whole = await microseconds(call)
         body, buffers, _ = node.last
 
-        async def answer() -> None:
-            deadline = asyncio.get_running_loop().time() + 30.0
-            await server._answer(IncomingCall(node.peer_id, FORWARD, body, buffers, os.urandom(16), deadline, 0))
+        async def answer() -> None:  # a call to one's own node goes straight to its server
+            await host.call_expert(host.peer_address, FORWARD, body, buffers, timeout=30.0)
 
         async def echo(incoming: IncomingCall) -> Message:
             return Message(incoming.body, incoming.buffers)

@@ -171,7 +171,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(RunManifest)]), anything, max_size=3))
 def test_whatever_was_signed_is_read_or_refused(changes: dict[str, Any]) -> None:
     body = msgpack.packb(dataclasses.asdict(DIGITS) | changes)
@@ -181,7 +181,7 @@ def test_whatever_was_signed_is_read_or_refused(changes: dict[str, Any]) -> None
         pass
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=400))
 def test_any_signed_bytes_are_read_or_refused(body: bytes) -> None:
     with pytest.raises(ProtocolError):

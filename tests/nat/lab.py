@@ -14,14 +14,16 @@ Needs root, iproute2 and nftables (and conntrack for `Lab.forget_mappings`); `wh
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+_numbers = itertools.count()
 
 NAT_RULES = {"keeping": "masquerade", "symmetric": "masquerade random,fully-random"}
 
@@ -58,11 +60,9 @@ def why_not() -> str | None:
 class Lab:
     """`hosts`: names and kinds. Build it as a context manager; leaving it removes every namespace again."""
 
-    def __init__(self, hosts: dict[str, str], *, delay_ms: float = 0.0) -> None:
-        """`delay_ms`: one-way delay of each host's own link to the internet."""
+    def __init__(self, hosts: dict[str, str]) -> None:
         self._kinds = hosts
-        self._delay_ms = delay_ms
-        self._prefix = f"tsr{os.getpid()}"
+        self._prefix = f"tsr{os.getpid()}x{next(_numbers)}"
         self._namespaces: list[str] = []
         self.hosts: dict[str, Host] = {}
 
@@ -81,21 +81,30 @@ class Lab:
 
     def command(self, host: str, *args: str) -> list[str]:
         """`args` as a command that runs on `host`."""
-        return ["ip", "netns", "exec", self._namespace(host), *args]
+        return ["ip", "netns", "exec", self.namespace(host), *args]
 
-    def python(self, host: str, script: Path, *args: str) -> subprocess.Popen[str]:
-        """Starts a Python script on `host`; its standard input and output are pipes of text."""
-        return subprocess.Popen(
-            self.command(host, sys.executable, "-W", "error", str(script), *args),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": _path()},
-        )
+    def namespace(self, host: str) -> str:
+        """The name of the network namespace that is `host`."""
+        return f"{self._prefix}-{host}"
 
     def forget_mappings(self, host: str) -> None:
         """The router of `host` forgets all its connections, as after a restart."""
         _run(*self.command(f"{host}-nat", "conntrack", "-F"))
+
+    def block_udp(self, host: str, *, blocked: bool, but: int) -> None:
+        """The router of `host` lets no UDP pass except to port `but`, as some firewalls; or it does so again."""
+        if not blocked:
+            self._in(f"{host}-nat", "nft delete table ip noudp")
+            return
+        rules = f"""
+            table ip noudp {{
+                chain passing {{
+                    type filter hook forward priority -1; policy accept;
+                    udp dport != {but} drop
+                }}
+            }}
+        """
+        _run(*self.command(f"{host}-nat", "nft", "-f", "-"), text=rules)
 
     def _build(self) -> None:
         self._add_namespace("net")
@@ -116,7 +125,7 @@ class Lab:
         router = f"{name}-nat"
         self._add_namespace(router)
         self._join_bridge(router, number, outside)
-        self._in(router, f"ip link add lan type veth peer name eth0 netns {self._namespace(name)}")
+        self._in(router, f"ip link add lan type veth peer name eth0 netns {self.namespace(name)}")
         self._in(router, f"ip addr add 10.0.{number}.1/24 dev lan")
         self._in(router, "ip link set lan up")
         self._in(name, f"ip addr add 10.0.{number}.2/24 dev eth0")
@@ -139,25 +148,19 @@ class Lab:
         _run(*self.command(router, "nft", "-f", "-"), text=rules)
 
     def _join_bridge(self, name: str, number: int, address: str) -> None:
-        self._in("net", f"ip link add p{number} type veth peer name wan netns {self._namespace(name)}")
+        self._in("net", f"ip link add p{number} type veth peer name wan netns {self.namespace(name)}")
         self._in("net", f"ip link set p{number} master br0 up")
         self._in(name, f"ip addr add {address}/24 dev wan")
         self._in(name, "ip link set wan up")
-        if self._delay_ms:
-            self._in(name, f"tc qdisc add dev wan root netem delay {self._delay_ms}ms limit 10000")
-            self._in("net", f"tc qdisc add dev p{number} root netem delay {self._delay_ms}ms limit 10000")
 
     def _add_namespace(self, name: str) -> None:
-        namespace = self._namespace(name)
+        namespace = self.namespace(name)
         _run("ip", "netns", "add", namespace)
         self._namespaces.append(namespace)
         self._in(name, "ip link set lo up")
 
     def _in(self, name: str, command: str) -> None:
         _run(*self.command(name, *command.split()))
-
-    def _namespace(self, name: str) -> str:
-        return f"{self._prefix}-{name}"
 
     def _remove(self) -> None:
         for namespace in self._namespaces:

@@ -98,7 +98,7 @@ windows = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(windows, min_size=1, max_size=4), st.integers(0, 7 * 1440 - 1))
 def test_hours_against_brute_force(some: list[Hours], minute: int) -> None:
     """Every quarter of an hour of a week, by the definition; what changes next, by walking there."""

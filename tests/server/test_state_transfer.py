@@ -242,16 +242,20 @@ def test_what_a_state_must_hold() -> None:
             check_state("ffn.0", file, weights_only=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, len(GOOD) - 1), st.integers(1, 255), st.booleans())
 def test_a_damaged_state_raises_one_error_only(at: int, flip: int, cut: bool) -> None:
     data = bytearray(GOOD)
     data[at] ^= flip
-    with pytest.raises(ProtocolError):
-        check_state("ffn.0", bytes(data[:at] if cut else data), weights_only=False)
+    try:
+        state = check_state("ffn.0", bytes(data[:at] if cut else data), weights_only=False)
+    except ProtocolError:
+        return
+    # a space of the header that became another kind of space
+    assert b"".join(checkpoint.encode(state)) == GOOD
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_raise_one_error_only(data: bytes) -> None:
     for file in (data, len(data).to_bytes(8, "little") + data):

@@ -33,7 +33,7 @@ class DemoSettings:
     return_at: float = 0.42
     """Share of the steps after which it is started again."""
 
-    rows: int = 32
+    rows: int = 64
     """Rows of one step."""
     noise: float = 0.5
     """Standard deviation of what is added to the training pixels (whose own is 1), so that 1,437 images suffice."""

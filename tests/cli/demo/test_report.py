@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,8 @@ def finished(*accuracies: float, **settings: Any) -> Progress:
 
 
 def text(renderable: Any) -> str:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(renderable)
-    console.file.close()
     return console.export_text()
 
 

@@ -1,0 +1,298 @@
+"""What `tesseract serve` does: finds the run, claims experts, hosts them, keeps to the limits, leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import psutil
+import torch
+
+from tesseract_async.cli.running import say, until_told_to_leave
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.experts import ExpertPattern, PublisherSettings
+from tesseract_async.experts.claiming import ExpertClaim, claim_experts
+from tesseract_async.experts.run import SignedRun
+from tesseract_async.experts.run_directory import RunKeeper, RunNotFound, find_run
+from tesseract_async.monitoring import StatusService
+from tesseract_async.node import TesseractNode
+from tesseract_async.server.contract import Verdict, VolunteerSettings, experts_that_fit
+from tesseract_async.server.registry import make_backend
+from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
+from tesseract_async.server.run_experts import build_run_backend
+from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.volunteer import VolunteerKeeper
+from tesseract_async.transport.throttle import Throttle
+
+if TYPE_CHECKING:
+    from tesseract_async.runtime.backend import ExpertBackend
+
+logger = logging.getLogger(__name__)
+
+JOIN_TIMEOUT: Final = 10.0
+FIND_ATTEMPTS: Final = 5
+COPIES_PER_WEIGHT: Final = 7
+"""Memory of an expert in sizes of its weights: these, gradients, two moments of Adam, and the last good state of all
+but the gradients."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServePlan:
+    """What the command's options said. `None` in `given` is "none", not "not given"."""
+
+    patterns: Sequence[str]
+    num_experts: int | None
+    run: str | None
+    allowed_modules: Sequence[str]
+    given: Mapping[str, Any]
+    """Fields of a run's manifest that the user gave as flags: checked against the run's."""
+    expert_class: str
+    sizes: Mapping[str, int | float]
+    optimizer: str | None
+    learning_rate: float
+    max_batch_size: int
+    seed: int
+    device: str
+    threads: int
+    checkpoint_dir: Path | None
+    checkpoint_period: float
+    ttl: float
+    sync_every: float
+    report_period: float | None
+    limits: VolunteerSettings
+    node: Mapping[str, Any]
+    """Arguments of `TesseractNode`."""
+    leave_with_parent: bool
+
+
+class Hosting:
+    """One `tesseract serve` from start to end."""
+
+    def __init__(self, plan: ServePlan) -> None:
+        self.plan = plan
+        self.run: SignedRun | None = None
+        self.server: TesseractServer | None = None
+        self.ready = asyncio.Event()
+        """Set once the experts can be found."""
+        throttle = Throttle(upload_rate=plan.limits.max_upload_rate, download_rate=plan.limits.max_download_rate)
+        self.node = TesseractNode(**plan.node, throttle=throttle)
+
+    async def main(self) -> int:
+        """Until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
+        torch.set_num_threads(self.plan.threads)
+        # the first optimizer of a process imports a second's worth of torch: before others wait for this node's answers
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self.node)
+            await self._find_run()
+            uids, claim = await self._choose()
+            backends = {uid: self._build(uid) for uid in uids}
+            if self.node.initial_peers and await self.node.network.wait_joined(JOIN_TIMEOUT):
+                followed = await adopt_states(self.node, backends)
+            else:
+                followed = set()
+            self.server = server = TesseractServer(
+                self.node,
+                backends,
+                device=self.plan.device,
+                checkpoint_dir=self.plan.checkpoint_dir,
+                checkpoint_period=self.plan.checkpoint_period,
+                followers=followed,
+                publisher_settings=_publisher_settings(self.plan.ttl),
+            )
+            await stack.enter_async_context(server)
+            await stack.enter_async_context(StatusService(self.node, server))
+            if claim is not None:
+                await claim.release()
+            replicas = ReplicaKeeper(server, settings=_replica_settings(self.plan))
+            await stack.enter_async_context(replicas)
+            if self.run is not None:
+                keeper = RunKeeper(self.node.network, self.run)
+                keeper.start()
+                stack.push_async_callback(keeper.aclose)
+            volunteer = VolunteerKeeper(
+                server,
+                self.plan.limits,
+                usage_file=None if self.plan.checkpoint_dir is None else self.plan.checkpoint_dir / "usage.json",
+                before_pause=partial(_hand_over, replicas),
+                before_resume=replicas.come_back,
+                tell=_tell,
+            )
+            await stack.enter_async_context(volunteer)
+            reason = await self._serve(server, volunteer)
+            click.echo(f"leaving ({reason}): handing over, finishing, withdrawing, saving", err=True)
+            await _hand_over(replicas)
+        say("left", versions=_versions(server))
+        return 0
+
+    async def _serve(self, server: TesseractServer, volunteer: VolunteerKeeper) -> str:
+        address = str(self.node.peer_address)
+        uids = list(server.experts)
+        followed = [uid for uid in uids if not server.is_primary(uid)]
+        facts: dict[str, Any] = {} if self.run is None else {"run": self.run.full_name}
+        facts |= {"followed": followed} if followed else {}
+        facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
+        click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)
+        self.ready.set()
+        say("ready", address=address, peer_id=str(self.node.peer_id), uids=uids, versions=_versions(server), **facts)
+        period = self.plan.report_period
+        reports = asyncio.create_task(_report(server, period)) if period else None
+        try:
+            return await until_told_to_leave(watch_stdin=self.plan.leave_with_parent)
+        finally:
+            if reports is not None:
+                reports.cancel()
+                await asyncio.gather(reports, return_exceptions=True)
+
+    # -- what to host ----------------------------------------------------------------------------------------------
+
+    async def _find_run(self) -> None:
+        if self.plan.run is None:
+            return
+        await self.node.network.wait_joined(JOIN_TIMEOUT)
+        for attempt in range(FIND_ATTEMPTS):
+            try:
+                self.run = await find_run(self.node.network, self.plan.run)
+                break
+            except RunNotFound:
+                if attempt == FIND_ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(1.0)  # the network may still be finding its nodes
+        assert self.run is not None
+        self.run.manifest.check(self.plan.given, run=self.run.full_name)
+        click.echo(f"the run is {self.run.full_name}", err=True)
+
+    async def _choose(self) -> tuple[list[str], ExpertClaim | None]:
+        """The uids to host, and the reservation to release once they are declared."""
+        patterns = [ExpertPattern.parse(text) for text in self.plan.patterns]
+        if self.run is not None:
+            run = self.run.manifest
+            for pattern in patterns:
+                inside = zip(pattern.ranges, run.grid_size, strict=False)
+                if pattern.prefix != run.prefix or len(pattern.ranges) != len(run.grid_size):
+                    raise ValueError(f"{pattern} is no part of the run's grid {run.pattern}")
+                if any(one.stop > size for one, size in inside):
+                    raise ValueError(f"{pattern} reaches beyond the run's grid {run.pattern}")
+            patterns = patterns or [run.pattern]
+        num_experts = self.plan.num_experts
+        if num_experts is None and self.plan.patterns:
+            return _all_of(patterns, self._num_that_fit(patterns[0])), None
+        if len(patterns) != 1:
+            raise ValueError("--num-experts chooses from one pattern; say --experts once")
+        (pattern,) = patterns
+        num_experts = self._limited(num_experts or 1, self._num_that_fit(pattern))
+        # what this computer trained before comes first: its checkpoints are worth more than a free place
+        mine = _checkpointed(self.plan.checkpoint_dir, pattern)[:num_experts]
+        if len(mine) == num_experts:
+            return mine, None
+        await self.node.network.wait_joined(JOIN_TIMEOUT)
+        claim = await claim_experts(
+            self.node.network, pattern, num_experts, random=random.Random(), log=lambda text: click.echo(text, err=True)
+        )
+        more = [uid for uid in claim.uids if uid not in mine]
+        return mine + more[: num_experts - len(mine)], claim
+
+    def _limited(self, num_experts: int, fitting: int | None) -> int:
+        if fitting is None or fitting >= num_experts:
+            return num_experts
+        if fitting == 0:
+            raise ValueError("not even one expert fits --max-memory; the process itself needs some hundred megabytes")
+        click.echo(f"only {fitting} of {num_experts} experts fit --max-memory", err=True)
+        return fitting
+
+    def _num_that_fit(self, pattern: ExpertPattern) -> int | None:
+        if self.plan.limits.max_memory_bytes is None:
+            return None
+        module = self._build(next(iter(pattern))).module
+        weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        base = psutil.Process().memory_info().rss
+        return experts_that_fit(self.plan.limits, base_bytes=base, expert_bytes=COPIES_PER_WEIGHT * weights)
+
+    def _build(self, uid: str) -> ExpertBackend:
+        plan = self.plan
+        if self.run is not None:
+            return build_run_backend(self.run.manifest, uid, allowed_modules=plan.allowed_modules)
+        # the same first weights at each start, others for each expert
+        torch.manual_seed(zlib.crc32(f"{plan.seed}/{uid}".encode()))
+        try:
+            return make_backend(
+                plan.expert_class,
+                optimizer=plan.optimizer,
+                learning_rate=plan.learning_rate,
+                max_batch_size=plan.max_batch_size,
+                sizes=plan.sizes,
+            )
+        except TypeError as error:
+            raise ValueError(f"--size does not fit the class {plan.expert_class!r}: {error}") from None
+
+
+def manifest_fields(plan_values: Mapping[str, Any], is_given: Callable[[str], bool]) -> dict[str, Any]:
+    """The flags that a run's manifest decides, by its field names, as far as the user gave them."""
+    names = {
+        "expert_class": "expert",
+        "optimizer": "optimizer",
+        "learning_rate": "optimizer_options.learning_rate",
+        "max_batch_size": "training.max_batch_size",
+        "seed": "seed",
+    }
+    found = {field: plan_values[name] for name, field in names.items() if is_given(name)}
+    return found | {f"sizes.{name}": value for name, value in plan_values["sizes"].items()}
+
+
+def _all_of(patterns: Sequence[ExpertPattern], fitting: int | None) -> list[str]:
+    uids = list(dict.fromkeys(uid for pattern in patterns for uid in pattern))
+    if fitting is not None and fitting < len(uids):
+        raise ValueError(
+            f"{len(uids)} experts were asked for, but only {fitting} fit --max-memory: with --num-experts, so many are "
+            "chosen"
+        )
+    return uids
+
+
+def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:
+    if directory is None or not directory.is_dir():
+        return []
+    return sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name in pattern)
+
+
+def _publisher_settings(ttl: float) -> PublisherSettings:
+    return PublisherSettings(ttl=ttl, refresh_period=ttl / 3, retry_period=min(1.0, ttl / 10))
+
+
+def _replica_settings(plan: ServePlan) -> ReplicaSettings:
+    return ReplicaSettings(sync_every=plan.sync_every, check_every=min(5.0, plan.sync_every, plan.ttl / 3))
+
+
+def _tell(verdict: Verdict) -> None:
+    if verdict.serve:
+        click.echo("going on", err=True)
+        say("going on")
+    else:
+        click.echo(f"resting: {verdict.reason}", err=True)
+        say("resting", reason=verdict.reason, until=verdict.until)
+
+
+async def _hand_over(replicas: ReplicaKeeper) -> None:
+    try:
+        await replicas.hand_over()
+    except (TesseractError, TimeoutError, OSError) as error:
+        logger.warning("the experts could not be handed over: %s", describe(error))
+
+
+def _versions(server: TesseractServer) -> dict[str, int]:
+    return {uid: backend.version for uid, backend in server.experts.items()}
+
+
+async def _report(server: TesseractServer, period: float) -> None:
+    while True:
+        await asyncio.sleep(period)
+        say("report", versions=_versions(server))

@@ -1,0 +1,32 @@
+"""`tesseract keygen`: makes an identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("keygen")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--show", is_flag=True, help="Print the peer id of an identity that exists.")
+def command(file: Path, show: bool) -> None:
+    """Make an identity: a new Ed25519 key in FILE, readable by its owner only. Prints its peer id.
+
+    A node with an identity keeps its name over restarts: give the file as --identity to `serve` or `dht`.
+    """
+    from tesseract_async.identity import Identity
+
+    try:
+        if show:
+            identity = Identity.load(file)
+        else:
+            identity = Identity.generate()
+            identity.save(file)
+    except FileExistsError:
+        raise click.ClickException(f"{file} exists: it is not overwritten. --show prints its peer id") from None
+    except FileNotFoundError:
+        raise click.ClickException(f"there is no file {file}") from None
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(str(identity.peer_id))

@@ -1,0 +1,112 @@
+"""`tesseract get` and `tesseract put`: look at the network's records, and write some."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+
+from tesseract_async.cli.options import joining_options, peers
+from tesseract_async.cli.running import run, set_up_logging
+
+
+@click.command("get")
+@click.argument("key")
+@joining_options
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per entry.")
+def get(key: str, initial_peers: tuple[str, ...], verbose: bool, as_json: bool) -> None:
+    """Show every entry that the network holds under KEY: whose it is, until when it holds, and what it says.
+
+    The servers of a grid are under experts/PREFIX. The exit status is 1 where nothing is held.
+    """
+    set_up_logging(verbose=verbose)
+
+    async def main() -> int:
+        from tesseract_async.node import TesseractNode
+
+        async with TesseractNode(initial_peers=peers(initial_peers)) as node:
+            await _joined(node)
+            entries = await node.network.get_entries(key)
+        for entry in entries:
+            left = entry.expiration - time.time()
+            shown = _readable(key, entry.value)
+            if as_json:
+                facts = {"subkey": entry.subkey, "owner": str(entry.owner), "sequence": entry.sequence}
+                click.echo(json.dumps({**facts, "expires_in": round(left, 3), "value": shown}))
+            else:
+                subkey = "" if entry.subkey is None else f" [{entry.subkey}]"
+                click.echo(f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}")
+        if not entries:
+            click.echo(f"nothing is held under {key!r}", err=True)
+        return 0 if entries else 1
+
+    run(main)
+
+
+@click.command("put")
+@click.argument("key")
+@click.argument("value")
+@joining_options
+@click.option("--subkey", help="One owner may hold several entries under a key, told apart by this.")
+@click.option("--ttl", default=300.0, show_default=True, type=click.FloatRange(1.0), help="Seconds for which it holds.")
+@click.option("--identity", type=click.Path(dir_okay=False), help="File with the key of the entry's owner.")
+def put(
+    key: str,
+    value: str,
+    initial_peers: tuple[str, ...],
+    verbose: bool,
+    subkey: str | None,
+    ttl: float,
+    identity: str | None,
+) -> None:
+    """Store VALUE under KEY: JSON where it is JSON, else as text. It stays for `--ttl` seconds, unless renewed."""
+    set_up_logging(verbose=verbose)
+
+    async def main() -> int:
+        from tesseract_async.node import TesseractNode
+
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
+            await _joined(node)
+            holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
+        click.echo(f"held by {holders} nodes for {ttl:.0f} s", err=holders == 0)
+        return 0 if holders else 1
+
+    run(main)
+
+
+async def _joined(node: Any) -> None:
+    if not await node.network.wait_joined(10.0):
+        raise click.ClickException(
+            "none of the peers answers: is one of --initial-peers running, and reachable by UDP?"
+        )
+
+
+def _readable(key: str, value: Any) -> Any:
+    """A value as JSON can show it; a manifest as what it says."""
+    from tesseract_async.errors import ProtocolError
+    from tesseract_async.experts.manifest import decode_manifest
+
+    if key.startswith("experts/"):
+        try:
+            manifest = decode_manifest(value)
+        except ProtocolError as error:
+            return f"not a manifest: {error}"
+        return {
+            "addresses": list(manifest.addresses),
+            "rendezvous": list(manifest.rendezvous),
+            "experts": manifest.coords.tolist(),
+            "primary": manifest.primary.tolist(),
+        }
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    try:
+        json.dumps(value)
+    except TypeError:
+        return repr(value)
+    return value

@@ -1,0 +1,147 @@
+"""The dashboard: a web page that a node serves itself, live by server-sent events, and its metrics for Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+
+from tesseract_async.monitoring import prometheus
+from tesseract_async.monitoring.observer import SwarmObserver
+
+PAGE = Path(__file__).parent / "page"
+FILES = {"": "index.html", "style.css": "style.css", "page.js": "page.js"}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+COOKIE = "tesseract_token"
+
+# nothing from elsewhere, nothing inline: what strangers write into the swarm can at most be shown as text
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Dashboard:
+    """Serves the page, ``/api/state`` (JSON), ``/api/events`` (the same, live) and ``/metrics`` over HTTP.
+
+    Use it as an async context manager. On any address but loopback it asks for a token: `url` holds it.
+    """
+
+    def __init__(
+        self, observer: SwarmObserver, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
+    ) -> None:
+        """`token`: what visitors must know; made up where none is given and `host` is not loopback."""
+        if token is None and not _is_loopback(host):
+            token = secrets.token_urlsafe(16)
+        self.token = token
+        self._observer = observer
+        self._host = host
+        self._port = port
+        self._runner: web.AppRunner | None = None
+        self._streams: set[asyncio.Task[object]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Raises: OSError with a sentence if the port is in use."""
+        app = web.Application(middlewares=[self._guard])
+        for path in FILES:
+            app.router.add_get(f"/{path}", self._file)
+        app.router.add_get("/api/state", self._state)
+        app.router.add_get("/api/events", self._events)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            sentence = f"the dashboard cannot listen on {self._host} port {self._port}: choose another port"
+            raise OSError(error.errno, sentence) from None
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @property
+    def url(self) -> str:
+        """Where to point a browser, the token included."""
+        assert self._runner is not None, "entered"
+        host, port = self._runner.addresses[0][:2]
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.token is None:
+            # a page elsewhere could point its own name at this address; without a token the name must be ours
+            if not _is_loopback(_host_of(request)):
+                raise web.HTTPForbidden(text="ask for this page by its own address\n")
+        else:
+            bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            given = request.query.get("token") or request.cookies.get(COOKIE) or bearer
+            if not hmac.compare_digest(given.encode(), self.token.encode()):
+                raise web.HTTPForbidden(text="a token is needed: open the address that the command printed\n")
+        response = await handler(request)
+        if not response.prepared:
+            response.headers.update(SECURITY_HEADERS)
+            if self.token is not None and "token" in request.query:
+                response.set_cookie(COOKIE, self.token, httponly=True, samesite="Strict")
+        return response
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        path = PAGE / FILES[request.path.lstrip("/")]
+        return web.Response(text=path.read_text(), content_type=TYPES[path.suffix])
+
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self._observer.state())
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        body = prometheus.render(self._observer.node.metrics)
+        return web.Response(body=body, headers={"Content-Type": prometheus.CONTENT_TYPE})
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        response.headers.update(SECURITY_HEADERS)
+        await response.prepare(request)
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            while True:
+                await response.write(f"data: {json.dumps(self._observer.state())}\n\n".encode())
+                await self._observer.wait_changed()
+        except (ConnectionError, asyncio.CancelledError):
+            return response
+        finally:
+            self._streams.discard(task)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(request: web.Request) -> str:
+    host = request.host
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]

@@ -1,0 +1,100 @@
+"""Many training steps in flight over delayed experts: throughput by Little's law, and memory that stays flat."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import math
+import time
+
+import psutil
+import torch
+
+import tesseract_async as ta
+from tests.benchmarks.faulty import FaultyNode, hosting
+from tests.benchmarks.figures import emit
+from tests.benchmarks.swarm import run_on
+
+WIDTH, ROWS = 256, 64
+SECONDS = 4.0
+CALLS_PER_STEP = 2  # one forward and one backward, one after the other
+BASE_IN_FLIGHT = 4
+
+
+class Model(torch.nn.Module):
+    """A local layer, an expert somewhere, and a head."""
+
+    def __init__(self, expert: ta.RemoteExpert) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 1)
+        self.expert = expert
+
+    async def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(await self.expert(torch.relu(self.first(x)))).square().mean()
+
+
+async def steps_per_second(node: FaultyNode, model: Model, delay: float, in_flight: int) -> float:
+    """Of an AsyncTrainer with so many steps in flight, once it is up to speed."""
+    node.fate = lambda method, uid: delay
+    trainer = ta.AsyncTrainer(model, torch.optim.SGD(model.parameters(), lr=1e-4), in_flight=in_flight)
+    batch = torch.randn(ROWS, WIDTH)
+    num_warm = 2 * in_flight
+    count, begin = 0, math.inf
+    reports = trainer.run(lambda copy, x: copy.loss(x), itertools.repeat(batch))
+    async for _ in reports:
+        count += 1
+        if count == num_warm:
+            begin = time.perf_counter()
+        if time.perf_counter() - begin > SECONDS:
+            break
+    seconds = time.perf_counter() - begin
+    await reports.aclose()
+    return (count - num_warm) / seconds
+
+
+async def delays(node: FaultyNode, model: Model) -> None:
+    """As many steps in flight as the rate without delays, times the delay, asks for."""
+    base = await steps_per_second(node, model, 0.0, BASE_IN_FLIGHT)
+    emit("steps/s without delay", base, "steps/s", in_flight=BASE_IN_FLIGHT)
+    for delay, share in ((0.1, 0.95), (0.2, 0.9)):
+        in_flight = BASE_IN_FLIGHT + math.ceil(base * CALLS_PER_STEP * delay)
+        rate = await steps_per_second(node, model, delay, in_flight)
+        name = f"steps/s with {delay * 1e3:.0f} ms per call / without ({in_flight} in flight)"
+        emit(name, rate / base, "", f">= {share:g}", steps_per_second=rate, in_flight=in_flight)
+
+
+async def memory(node: FaultyNode, model: Model) -> None:
+    """Resident memory over 1,000 steps, after as many as it takes to fill every cache."""
+    node.fate = lambda method, uid: 0.0
+    process = psutil.Process()
+    trainer = ta.AsyncTrainer(model, torch.optim.SGD(model.parameters(), lr=1e-4), in_flight=8)
+    batch = torch.randn(ROWS, WIDTH)
+
+    async def run(num_steps: int) -> int:
+        async for _ in trainer.run(lambda copy, x: copy.loss(x), itertools.repeat(batch, num_steps)):
+            pass
+        await asyncio.sleep(0)
+        gc.collect()
+        return process.memory_info().rss
+
+    before = await run(500)
+    after = await run(1000)
+    growth = (after - before) / before * 100
+    emit("memory: growth over 1,000 steps", growth, "%", "<= 2", before_bytes=before, after_bytes=after)
+
+
+async def measure() -> None:
+    async with hosting(["ffn.0"], kind="ffn", width=WIDTH, train=True) as node:
+        model = Model(await node.get_expert("ffn.0"))
+        await delays(node, model)
+        await memory(node, model)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    run_on("uvloop", measure())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The commands that join a swarm, do something and end: get, put, call, top; and keygen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner, Result
+
+import tesseract_async as ta
+from tesseract_async.cli.main import main
+from tesseract_async.cli.running import JsonLines
+from tesseract_async.monitoring import StatusService
+
+
+async def tesseract(*arguments: str) -> Result:
+    """The command in a thread with a loop of its own, beside the swarm of the test."""
+    return await asyncio.to_thread(CliRunner().invoke, main, list(arguments))
+
+
+@asynccontextmanager
+async def swarm() -> AsyncIterator[str]:
+    """The address of a node that hosts ``ffn.0.1``."""
+    backend = ta.ExpertBackend(torch.nn.Linear(3, 2), args_schema=(ta.TensorSpec((3,)),))
+    async with (
+        ta.TesseractNode() as node,
+        ta.TesseractServer(node, {"ffn.0.1": backend}) as server,
+        StatusService(node, server),
+    ):
+        yield str(node.peer_address)
+
+
+async def test_what_is_put_can_be_got() -> None:
+    async with swarm() as address:
+        put = await tesseract("put", "colour", '{"red": 3}', "-p", address, "--subkey", "mine")
+        assert put.exit_code == 0 and "held by" in put.output
+        got = await tesseract("get", "colour", "-p", address, "--json")
+        entry = json.loads(got.output)
+        assert (entry["value"], entry["subkey"]) == ({"red": 3}, "mine")
+        assert 0 < entry["expires_in"] <= 300
+        manifest = await tesseract("get", "experts/ffn", "-p", address)
+        assert '"experts": [[0, 1]]' in manifest.output and "127.0.0.1:" in manifest.output
+        nothing = await tesseract("get", "nothing", "-p", address)
+        assert nothing.exit_code == 1 and "nothing is held" in nothing.output
+
+
+async def test_an_expert_can_be_tried() -> None:
+    async with swarm() as address:
+        result = await tesseract("call", "ffn.0.1", "-p", address, "--rows", "4", "--repeat", "3", "--json")
+        assert result.exit_code == 0, result.output
+        facts = json.loads(result.output)
+        assert facts["uid"] == "ffn.0.1" and "[rows, 3]" in facts["takes"] and "[4, 2]" in facts["gave"]
+        people = await tesseract("call", "ffn.0.1", "-p", address)
+        assert "answered in" in people.output
+        missing = await tesseract("call", "ffn.7.7", "-p", address)
+        assert missing.exit_code == 1 and "ffn.7.7" in missing.output and "Traceback" not in missing.output
+
+
+async def test_top_prints_once() -> None:
+    async with swarm() as address:
+        result = await tesseract("top", "--once", "-p", address, "--period", "0.2")
+        assert result.exit_code == 0, result.output
+        assert "1 experts on 1 servers" in result.output and "ffn" in result.output
+        state = json.loads((await tesseract("top", "ffn.[0:2].[0:2]", "--once", "--json", "-p", address)).output)
+        assert state["grids"][0]["size"] == [2, 2] and len(state["grids"][0]["experts"]) == 1
+    assert (await tesseract("top", "-p", "127.0.0.1:1", "--json")).exit_code == 2
+
+
+def test_keygen_makes_an_identity_once(tmp_path: Path) -> None:
+    file = str(tmp_path / "keys" / "identity.pem")
+    made = CliRunner().invoke(main, ["keygen", file])
+    assert made.exit_code == 0 and len(made.output.strip()) == 64
+    assert CliRunner().invoke(main, ["keygen", "--show", file]).output == made.output
+    again = CliRunner().invoke(main, ["keygen", file])
+    assert again.exit_code == 1 and "not overwritten" in again.output
+    missing = CliRunner().invoke(main, ["keygen", "--show", str(tmp_path / "none")])
+    assert missing.exit_code == 1 and "no file" in missing.output
+
+
+def test_options_come_from_the_environment_too() -> None:
+    result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0"], env={"TESSERACT_SERVE_PORT": "70000"})
+    assert result.exit_code == 2 and "70000" in result.output
+
+
+def test_options_come_from_a_file_after_flags_and_environment(tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text('port = 70001\nlog-format = "json"\n')
+    arguments = ["dht", "--config", str(tmp_path / "node.toml")]
+    assert "70001" in CliRunner().invoke(main, arguments).output
+    assert "70002" in CliRunner().invoke(main, arguments, env={"TESSERACT_DHT_PORT": "70002"}).output
+    assert "70003" in CliRunner().invoke(main, [*arguments, "--port", "70003"]).output
+
+
+def test_shells_complete_commands() -> None:
+    environment = {"_TESSERACT_COMPLETE": "bash_complete", "COMP_WORDS": "tesseract d", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(main, [], prog_name="tesseract", env=environment)
+    assert [line.split(",")[1] for line in result.output.split()] == ["dashboard", "demo", "dht", "doctor"]
+
+
+def test_log_lines_can_be_json() -> None:
+    record = logging.LogRecord("tesseract_async.x", logging.WARNING, "f", 1, "dropped %s", ("a peer",), None)
+    line = json.loads(JsonLines().format(record))
+    assert (line["level"], line["logger"], line["message"]) == ("warning", "tesseract_async.x", "dropped a peer")
+
+
+async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> None:
+    async with swarm() as address:
+        result = await tesseract("doctor", "-p", address, "--checkpoint-dir", str(tmp_path / "new"), "--json")
+        findings = [json.loads(line) for line in result.output.splitlines()]
+        assert result.exit_code == 0, findings
+        what = {finding["what"] for finding in findings}
+        assert {"Python", "PyTorch", "CUDA", "disk", "listening", "clock", f"seed {address}"} <= what
+        assert all(finding["advice"] for finding in findings if finding["verdict"] != "good")
+    taken = await tesseract("doctor", "--host", "192.0.2.7")
+    assert taken.exit_code == 1 and "BAD   listening" in taken.output and "Choose another" in taken.output
+
+
+async def test_bench_says_rows_per_second() -> None:
+    result = await tesseract("bench", "--in-features", "8", "--rows", "4", "--seconds", "0.1", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.output)
+    assert facts["forward_rows_per_second"] > 0 and facts["training_rows_per_second"] > 0

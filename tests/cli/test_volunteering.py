@@ -1,0 +1,210 @@
+"""A run from its signature to its export, with the commands as processes: what a volunteer and an organiser do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tesseract_async as ta
+from tesseract_async.cli import hosting as hosting_module
+from tesseract_async.cli.hosting import Hosting, ServePlan
+from tesseract_async.cli.main import main
+from tesseract_async.experts import ExpertPattern, ExpertReplica
+from tesseract_async.experts.run import RunMismatch
+from tesseract_async.server.contract import VolunteerSettings
+from tesseract_async.server.export import load_export
+from tests.cli.processes import event, finish, tesseract
+
+SIZES = ("--size", "in_features=4", "--size", "hidden_features=8")
+
+VOLUNTEER = """
+[join]
+run = "digits"
+initial-peers = ["{seed}"]
+num-experts = 3
+checkpoint-dir = "{folder}/checkpoints"
+identity = "{folder}/volunteer.pem"
+[limits]
+max-memory = "64 GiB"
+max-upload = "1 Gbit/s"
+data-quota = "1 TB"
+hours = "00:00-24:00"
+"""
+
+
+async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
+    """The uid's primary, asked of the network until there is one."""
+    async with asyncio.timeout(20):
+        while True:
+            found = [one for one in await node.directory.find(uid) if one.primary]
+            if found:
+                return found[0]
+            await asyncio.sleep(0.05)
+
+
+def plan(run: str, seed: str, **changes: Any) -> ServePlan:
+    """What `tesseract serve --run RUN -p SEED --num-experts 4 --sync-every 1` makes of its options."""
+    return ServePlan(
+        **{
+            "patterns": (),
+            "num_experts": 4,
+            "run": run,
+            "allowed_modules": (),
+            "given": {},
+            "expert_class": "ffn",
+            "sizes": {},
+            "optimizer": "adam",
+            "learning_rate": 0.1,
+            "max_batch_size": 1,
+            "seed": 99,
+            "device": "cpu",
+            "threads": 1,
+            "checkpoint_dir": None,
+            "checkpoint_period": 60.0,
+            "ttl": 45.0,
+            "sync_every": 1.0,
+            "report_period": None,
+            "limits": VolunteerSettings(),
+            "node": {"initial_peers": [seed]},
+            "leave_with_parent": False,
+            **changes,
+        }
+    )
+
+
+@contextlib.asynccontextmanager
+async def volunteer(plan: ServePlan) -> AsyncIterator[Hosting]:
+    """`tesseract serve` in this process, which saves importing torch once more."""
+    hosting = Hosting(plan)
+    task = asyncio.create_task(hosting.main())
+    ready = asyncio.create_task(hosting.ready.wait())
+    try:
+        await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        yield hosting
+    finally:
+        ready.cancel()
+        task.cancel()
+        await asyncio.gather(task, ready, return_exceptions=True)
+
+
+@pytest.mark.timeout(150)
+async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
+    config = tmp_path / "volunteer.toml"
+    author = ("--identity", str(tmp_path / "author.pem"))
+    x = torch.ones(3, 4)
+    async with tesseract("run", "digits", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author) as organiser:
+        started = await event(organiser, "run")
+        seed, full_name = started["address"], started["run"]
+        assert full_name == f"digits@{ta.Identity.load(tmp_path / 'author.pem').peer_id}"
+        config.write_text(VOLUNTEER.format(seed=seed, folder=tmp_path))
+        async with (
+            ta.TesseractNode(initial_peers=[seed], refresh_period=0.2) as node,
+            tesseract("serve", "--config", str(config)) as first,
+        ):
+            ready = await event(first, "ready")
+            assert ready["run"] == full_name and len(ready["uids"]) == 3 and "followed" not in ready
+            taught = ready["uids"][0]
+            expert = await node.get_expert(taught)
+            await ta.backward((await expert(x)).sum())
+
+            # who joins with the wrong flags does not start
+            with pytest.raises(RunMismatch, match="sizes.in_features is 4 in the run, but 5 here"):
+                async with volunteer(plan(full_name, seed, given={"sizes.in_features": 5})):
+                    pass
+
+            async with volunteer(plan("digits", seed)) as second:
+                assert second.server is not None
+                backends = second.server.experts
+                assert sorted(backends) == ["ffn.0.0", "ffn.0.1", "ffn.1.0", "ffn.1.1"]
+                assert sorted(uid for uid in backends if not second.server.is_primary(uid)) == sorted(ready["uids"])
+                assert backends[taught].version == 1, "it begins with what the first one trained"
+                await ta.backward((await expert(x)).sum())
+
+                # the first one leaves, and its experts go on at the second, with every step
+                first.send_signal(signal.SIGTERM)
+                assert (await event(first, "left"))["versions"][taught] == 2
+                assert await first.wait() == 0
+                assert all(second.server.is_primary(uid) for uid in backends)
+                assert backends[taught].version == 2
+                assert (await primary_of(node, taught)).peer.peer_id == second.node.peer_id
+                expert = await node.get_expert(taught)
+                await ta.backward((await expert(x)).sum())
+
+                out = tmp_path / "weights"
+                status, _, told = await finish("export", "--run", "digits", "-p", seed, "--out", str(out))
+                assert status == 0 and "4 experts written" in told
+                experts = load_export(out)
+                assert experts.index[taught].version == 3
+                assert experts.signed_run.full_name == full_name
+                with torch.no_grad():
+                    assert torch.equal(experts[taught](x), await expert(x))
+        organiser.send_signal(signal.SIGINT)
+        assert await organiser.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("serve",), "say what to host: --experts PATTERN, or --run NAME"),
+        (("serve", "--experts", "ffn.[0:9999]"), "say --num-experts to choose some"),
+        (("serve", "--run", "a/b"), "a run's name has"),
+        (("serve", "--run", "digits@12"), "not a peer id"),
+        (("serve", "--experts", "ffn.0", "--hours", "7-9"), "not hours"),
+        (("serve", "--experts", "ffn.0", "--max-memory", "1 MB"), "not even one|only 0 fit"),
+        (("serve", "--experts", "ffn.0", "--experts", "ffn.1", "--num-experts", "1"), "one pattern"),
+        (("serve", "--run", "digits"), "nobody in the network knows a run called digits"),
+        (("run", "digits", "--grid", "2"), "--identity FILE"),
+        (("run", "digits", "--grid", "2y2", "--identity", "x"), "is not like 32x32"),
+        (("run", "digits", "--grid", "2", "--identity", "x", "--once"), "--once needs --initial-peers"),
+        (("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide"), "is not like name=value"),
+        (("run", "di gits", "--grid", "2", "--identity", "x"), "a run's name has"),
+        (("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide=3"), "does not take its sizes"),
+        (("run", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"), "unknown training options"),
+        (("export", "--run", "digits", "--out", "x"), "whose swarm"),
+    ],
+)
+def test_mistakes_are_sentences(
+    arguments: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hosting_module, "FIND_ATTEMPTS", 1)
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code in (1, 2)
+    assert any(part in " ".join(result.output.split()) for part in sentence.split("|")), result.output
+    assert "Traceback" not in result.output
+
+
+def test_what_was_trained_here_before_is_taken_first(tmp_path: Path) -> None:
+    pattern = ExpertPattern.parse("ffn.[0:2].[0:2]")
+    for name in ("ffn.1.1", "ffn.0.1", "ffn.7.7", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ffn.0.0").write_text("a file")
+    assert hosting_module._checkpointed(tmp_path, pattern) == ["ffn.0.1", "ffn.1.1"]
+    assert hosting_module._checkpointed(tmp_path / "none", pattern) == []
+    assert hosting_module._checkpointed(None, pattern) == []
+
+
+def test_the_sample_file_is_understood() -> None:
+    """Every line of examples/volunteer.toml is an option of `tesseract serve`, with a value that it takes."""
+    from tesseract_async.cli.config_file import read_config
+    from tesseract_async.cli.limits import OPTIONS, volunteer_settings
+    from tesseract_async.cli.serve import command
+
+    values = read_config(Path(__file__).parents[2] / "examples" / "volunteer.toml", command)
+    assert values["run_name"] == "digits" and values["num_experts"] == 4
+    context = command.make_context("serve", [], default_map=values)
+    assert context.params["initial_peers"] == ("198.51.100.7:31337",)
+    limits = volunteer_settings({name: context.params[name] for name in OPTIONS})
+    assert limits.max_upload_rate == 1.25e6 and limits.data_quota_bytes == 200 * 10**9
+    assert len(limits.hours) == 2 and limits.pause_above_load == pytest.approx(0.3)
+    assert set(OPTIONS) <= set(values), "the sample shows every limit"

@@ -1,0 +1,59 @@
+"""What nodes say about themselves: round trips, and what strangers may say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.monitoring.status import ExpertStatus, NodeStatus, decode_status, encode_status
+
+STATUS = NodeStatus(
+    software="0.1.0",
+    time=1.5e9,
+    uptime=12.5,
+    num_contacts=3,
+    num_connections=2,
+    num_rows=100,
+    num_batches=7,
+    num_waiting_rows=4,
+    busy_seconds=0.25,
+    experts={"ffn.3.7": ExpertStatus(5, True), "ffn.0.0": ExpertStatus(0, False)},
+)
+
+
+def test_a_status_survives_the_wire() -> None:
+    assert decode_status(encode_status(STATUS)) == STATUS
+    assert decode_status({**encode_status(STATUS), "added later": 1}) == STATUS
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(NodeStatus)])
+@pytest.mark.parametrize(
+    "value", [None, -1, "x" * 100, [], {"ffn": [1, True]}, {"ffn.1": [1]}, {3: [1, True]}, float("nan"), True]
+)
+def test_malformed_fields_are_protocol_errors(field: str, value: Any) -> None:
+    if value is True and field in ("time", "uptime", "busy_seconds"):
+        return  # a bool is a number to Python, and harmless here
+    with pytest.raises(ProtocolError):
+        decode_status({**encode_status(STATUS), field: value})
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(json_like, st.dictionaries(st.sampled_from([field.name for field in dataclasses.fields(NodeStatus)]), json_like))
+def test_garbage_is_a_protocol_error(body: Any, fields: dict[str, Any]) -> None:
+    for garbage in (body, {**encode_status(STATUS), **fields}):
+        try:
+            decode_status(garbage)
+        except ProtocolError:
+            pass

@@ -1,0 +1,168 @@
+"""The observer and the dashboard in front of a real, small swarm."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+from rich.console import Console
+
+import tesseract_async as ta
+from tesseract_async.cli import top
+from tesseract_async.experts import ExpertPattern
+from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
+from tesseract_async.monitoring.dashboard import PAGE, Dashboard
+
+pytestmark = pytest.mark.both_loops
+
+
+def backend() -> ta.ExpertBackend:
+    module = torch.nn.Linear(2, 2)
+    return ta.ExpertBackend(
+        module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), args_schema=(ta.TensorSpec((2,)),)
+    )
+
+
+@asynccontextmanager
+async def volunteer(*uids: str, seeds: tuple[str, ...] = ()) -> AsyncIterator[ta.TesseractNode]:
+    async with (
+        ta.TesseractNode(initial_peers=seeds) as node,
+        ta.TesseractServer(node, {uid: backend() for uid in uids}) as server,
+        StatusService(node, server),
+    ):
+        yield node
+
+
+def only(items: list[Any]) -> Any:
+    [item] = items
+    return item
+
+
+async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
+    async with ta.TesseractNode() as seed, StatusService(seed):
+        seeds = (seed.address,)
+        async with ta.TesseractNode(initial_peers=seeds, refresh_period=0.2) as node:
+            observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:2].[0:3]")], period=1.0)
+            async with volunteer("ffn.0.0", "ffn.1.2", seeds=seeds) as host:
+                await node.directory.wait_warm("ffn")
+                await node.directory.refresh("ffn")
+                await observer.look()
+                expert = await node.get_expert("ffn.1.2")
+                for _ in range(3):
+                    await ta.backward((await expert(torch.ones(5, 2))).sum())
+                await publish_progress(host, "ffn", step=3, loss=0.5, trainer="one")
+                await observer.look()
+                state = json.loads(json.dumps(observer.state()))
+                grid = only(state["grids"])
+                assert grid["size"] == [2, 3]
+                assert [(cell[0], cell[2], cell[3]) for cell in grid["experts"]] == [([0, 0], 1, 0), ([1, 2], 1, 3)]
+                peer = only(state["peers"])
+                assert peer["peer_id"] == str(host.peer_id)
+                assert peer["steps_per_second"] > 0 and peer["rows_per_second"] > 0
+                assert peer["num_experts"] == 2 and peer["error"] is None and peer["path"]
+                assert state["totals"]["experts"] == 2 and state["totals"]["loss"] == 0.5
+                assert only(list(state["losses"].values())) == [3, 0.5]
+                assert "joined with 2 experts" in only(state["log"])[1]
+                console = Console(width=120, record=True, quiet=False, file=io.StringIO())
+                console.print(top.draw(state))
+                shown = console.export_text()
+                assert host.peer_id.short in shown and "2 experts on 1 servers" in shown and "●" in shown
+            await observer.look()
+            state = observer.state()
+            assert state["peers"] == [] and only(state["grids"])["experts"] == []
+            assert "left with 2 experts" in state["log"][-1][1]
+
+
+async def test_without_patterns_the_neighbours_grids_are_found() -> None:
+    async with (
+        volunteer("ffn.0.3", "attention.1") as host,
+        ta.TesseractNode(initial_peers=[host.address], refresh_period=0.2) as node,
+    ):
+        await node.network.wait_joined(10)
+        observer = SwarmObserver(node, period=1.0)
+        await observer.look()
+        for prefix in ("ffn", "attention"):
+            await node.directory.wait_warm(prefix)
+        await observer.look()
+        assert {grid["prefix"]: grid["size"] for grid in observer.state()["grids"]} == {"ffn": [1, 4], "attention": [2]}
+        assert only(observer.state()["peers"])["num_experts"] == 2
+
+
+async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
+    async with (
+        ta.TesseractNode() as host,
+        ta.TesseractServer(host, {"ffn.0": backend()}),  # without a StatusService
+        ta.TesseractNode(initial_peers=[host.address]) as node,
+    ):
+        observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.0")], period=1.0)
+        await node.directory.wait_warm("ffn")
+        for _ in range(3):
+            await observer.look()
+        assert "UnknownMethod" in only(observer.state()["peers"])["error"]
+        assert [sentence for _, sentence in observer.log if "does not answer" in sentence][1:] == []
+
+
+async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None:
+    async with ta.TesseractNode() as node:
+        node.metrics.count("expert_calls", method="expert.forward")
+        observer = SwarmObserver(node, period=0.05)
+        async with observer, Dashboard(observer) as page, aiohttp.ClientSession() as browser:
+            assert page.url.startswith("http://127.0.0.1:") and page.token is None
+            for path, kind in (("", "text/html"), ("style.css", "text/css"), ("page.js", "text/javascript")):
+                async with browser.get(page.url + path) as answer:
+                    assert answer.status == 200 and answer.content_type == kind
+                    assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+            async with browser.get(page.url + "api/state") as answer:
+                assert (await answer.json())["node"]["peer_id"] == str(node.peer_id)
+            async with browser.get(page.url + "metrics") as answer:
+                assert 'tesseract_expert_calls_total{method="expert.forward"} 1.0' in await answer.text()
+            async with browser.get(page.url + "api/events") as answer:
+                assert answer.content_type == "text/event-stream"
+                for _ in range(3):
+                    line = await answer.content.readline()
+                    assert json.loads(line.removeprefix(b"data: "))["grids"] == []
+                    await answer.content.readline()
+            async with browser.get(page.url, headers={"Host": "evil.example"}) as answer:
+                assert answer.status == 403, "a page elsewhere must not read this one under its own name"
+            async with browser.get(page.url + "../../status.py") as answer:
+                assert answer.status == 404
+    assert sum(file.stat().st_size for file in PAGE.iterdir()) < 300_000
+
+
+async def test_beyond_loopback_a_token_is_asked_for() -> None:
+    async with ta.TesseractNode() as node:
+        observer = SwarmObserver(node)
+        async with Dashboard(observer, host="0.0.0.0") as page, aiohttp.ClientSession() as browser:
+            assert page.token is not None and page.token in page.url
+            at = page.url.replace("0.0.0.0", "127.0.0.1").partition("?")[0]
+            for wrong in ("", "?token=", "?token=guess"):
+                async with browser.get(at + "api/state" + wrong) as answer:
+                    assert answer.status == 403
+            async with browser.get(at + "metrics", headers={"Authorization": f"Bearer {page.token}"}) as answer:
+                assert answer.status == 200
+            async with browser.get(f"{at}?token={page.token}") as answer:
+                assert answer.status == 200
+                cookie = answer.cookies["tesseract_token"]
+                assert cookie["httponly"] and cookie["samesite"] == "Strict"
+            async with browser.get(at + "api/state", cookies={"tesseract_token": page.token}) as answer:
+                assert answer.status == 200
+
+
+async def test_a_port_in_use_is_a_sentence() -> None:
+    async with ta.TesseractNode() as node:
+        observer = SwarmObserver(node)
+        async with Dashboard(observer) as page:
+            port = int(page.url.rpartition(":")[2].strip("/"))
+            with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port}"):
+                await Dashboard(observer, port=port).__aenter__()
+
+
+def test_a_period_is_positive() -> None:
+    with pytest.raises(ValueError, match="period"):
+        SwarmObserver(None, period=0)  # type: ignore[arg-type]

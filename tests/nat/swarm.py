@@ -1,0 +1,136 @@
+"""A swarm in the laboratory: processes of `member`, and a test's hand on each of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.nat.lab import Lab
+
+ROOT = Path(__file__).parents[2]
+
+
+class Swarm:
+    """Every host of `lab` runs a node; those in `public` say so themselves, the first one is everybody's seed."""
+
+    def __init__(self, lab: Lab, folder: Path, *, public: tuple[str, ...]) -> None:
+        self.lab = lab
+        self.peer_ids: dict[str, str] = {}
+        self._folder = folder
+        self._pids: dict[str, int] = {}
+        self._lines: dict[str, Any] = {}
+        seed = f"{lab.hosts[public[0]].address}:31337"
+        members = {
+            name: {
+                "namespace": lab.namespace(name),
+                "host": host.address if host.kind == "public" else "0.0.0.0",
+                "public": name in public,
+                "seeds": [] if name == public[0] else [seed],
+            }
+            for name, host in lab.hosts.items()
+        }
+        level = os.environ.get("TESSERACT_NAT_LOG", "ERROR")
+        script = str(Path(__file__).with_name("member.py"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", script, str(folder), level, json.dumps(members)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,  # so that all of them can be ended together
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            for name in self.lab.hosts:
+                self._connect(name)
+        except BaseException:
+            self._kill_all()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            left = self.do_all([name for name in self.lab.hosts if name in self._lines], "stop")
+            assert not any(left.values()), f"tasks left: {left}"
+            self._process.wait(10)
+        finally:
+            self._kill_all()
+
+    def start(self, names: Sequence[str]) -> dict[str, Any]:
+        """Starts the nodes of these hosts, and waits until each knows how it can be reached: what they found."""
+        for name, started in self.do_all(names, "start").items():
+            self.peer_ids[name], self._pids[name] = started["peer_id"], started["pid"]
+        assert all(self.do_all(names, "wait_joined").values())
+        return self.do_all(names, "wait_reachable")
+
+    def start_only(self, name: str) -> None:
+        """As `start`, without waiting."""
+        started = self.do(name, "start")
+        self.peer_ids[name], self._pids[name] = started["peer_id"], started["pid"]
+
+    def do(self, name: str, what: str, **arguments: Any) -> Any:
+        """Gives one member an order and waits for its answer. Raises: AssertionError if the order fails."""
+        self._say(name, what, arguments)
+        return self._hear(name)
+
+    def do_all(self, names: Sequence[str], what: str, **arguments: Any) -> dict[str, Any]:
+        """The same order for many at once."""
+        for name in names:
+            self._say(name, what, arguments)
+        return {name: self._hear(name) for name in names}
+
+    def kill(self, name: str) -> None:
+        """SIGKILL: no farewell."""
+        os.kill(self._pids[name], signal.SIGKILL)
+        self._lines.pop(name).close()
+
+    def pid(self, name: str) -> int:
+        """The member's process."""
+        return self._pids[name]
+
+    def _connect(self, name: str) -> None:
+        path = self._folder / name
+        deadline = time.monotonic() + 60  # the first process imports torch
+        while not path.exists():
+            assert self._process.poll() is None and time.monotonic() < deadline, f"{name} did not start"
+            time.sleep(0.02)
+        while True:
+            line = socket.socket(socket.AF_UNIX)
+            try:
+                line.connect(str(path))
+            except ConnectionRefusedError:  # bound, but not listening yet
+                line.close()
+                time.sleep(0.01)
+                continue
+            self._lines[name] = line.makefile("rw")
+            line.close()
+            return
+
+    def _say(self, name: str, what: str, arguments: dict[str, Any]) -> None:
+        print(json.dumps({"do": what, **arguments}), file=self._lines[name], flush=True)
+
+    def _hear(self, name: str) -> Any:
+        line = self._lines[name].readline()
+        assert line, f"{name} is gone"
+        answer = json.loads(line)
+        assert "error" not in answer, f"{name}: {answer['error']}"
+        return answer["result"]
+
+    def _kill_all(self) -> None:
+        for line in self._lines.values():
+            line.close()
+        self._lines.clear()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()

@@ -1,0 +1,278 @@
+"""Primary and followers on real nodes: in step, taken over, handed over under load, never two for long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async.errors import NotAllowed, Overloaded
+from tesseract_async.experts import PublisherSettings
+from tesseract_async.server.replicas import PASSED_ON, ReplicaKeeper, ReplicaSettings, adopt_states, read_replicas
+from tesseract_async.server.state_transfer import TransferSettings
+from tesseract_async.wire import messages
+from tesseract_async.wire import tensors as wire
+
+UID = "ffn.0"
+BY_HAND = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=5.0, transfer=TransferSettings(reuse=0.0))
+LAZY = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=5.0)
+PUBLISHER = PublisherSettings(declare_timeout=2.0)
+X = torch.ones(2, 4)
+
+
+def make_backend(seed: int = 0) -> ta.ExpertBackend:
+    torch.manual_seed(seed)
+    module = nn.Linear(4, 4)
+    return ta.ExpertBackend(
+        module, optimizer=torch.optim.SGD(module.parameters(), lr=0.01), args_schema=(ta.TensorSpec((4,)),)
+    )
+
+
+class Volunteer:
+    """A node with a server of one expert."""
+
+    def __init__(self, node: ta.TesseractNode, server: ta.TesseractServer, keeper: ReplicaKeeper) -> None:
+        self.node, self.server, self.keeper = node, server, keeper
+
+    @property
+    def version(self) -> int:
+        return self.server.experts[UID].version
+
+    @property
+    def leads(self) -> bool:
+        return self.server.is_primary(UID)
+
+
+@contextlib.asynccontextmanager
+async def volunteer(
+    peers: Sequence[str] = (), *, seed: int = 0, follow: bool = False, settings: ReplicaSettings = BY_HAND
+) -> AsyncIterator[Volunteer]:
+    async with ta.TesseractNode(initial_peers=peers) as node:
+        await node.network.wait_joined(5.0)
+        backends = {UID: make_backend(seed)}
+        server = ta.TesseractServer(node, backends, followers=[UID] if follow else [], publisher_settings=PUBLISHER)
+        async with server, ReplicaKeeper(server, settings=settings) as keeper:
+            yield Volunteer(node, server, keeper)
+
+
+async def forward(node: ta.TesseractNode, at: Volunteer) -> torch.Tensor:
+    metas, buffers = wire.pack_tensors([X])
+    request = messages.ForwardRequest(
+        uid=UID, tensors=metas, training=False, seed=0, reply_codec="none", keep_inputs=False
+    )
+    reply = await node.call_expert(
+        at.node.peer_address, messages.FORWARD, messages.encode(request), buffers, timeout=5.0
+    )
+    (y,) = wire.unpack_tensors(reply.body["tensors"], reply.buffers)
+    assert y is not None
+    return y
+
+
+async def backward(node: ta.TesseractNode, at: Volunteer, call_id: bytes | None = None, **more: Any) -> int:
+    metas, buffers = wire.pack_tensors([X, torch.ones(2, 4)])
+    request = messages.BackwardRequest(
+        uid=UID,
+        call_id=call_id or os.urandom(16),
+        tensors=metas,
+        num_inputs=1,
+        training=False,
+        seed=0,
+        version=0,
+        reply_codec="none",
+    )
+    body = messages.encode(request) | more
+    reply = await node.call_expert(at.node.peer_address, messages.BACKWARD, body, buffers, timeout=5.0)
+    return int(reply.body["version"])
+
+
+def equal(left: Volunteer, right: Volunteer) -> bool:
+    a, b = (one.server.experts[UID].module.state_dict() for one in (left, right))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+async def test_a_follower_keeps_up_answers_forwards_and_passes_backwards_on() -> None:
+    async with volunteer() as first, volunteer([first.node.address], seed=1, follow=True) as second:
+        assert equal(first, second) and not second.leads
+        assert torch.equal(await forward(first.node, second), await forward(first.node, first))
+        call_id = os.urandom(16)
+        assert await backward(second.node, second, call_id) == 1
+        assert (first.version, second.version) == (1, 0)
+        assert await backward(second.node, second, call_id) == 1, "repeated, not applied again"
+        assert first.version == 1
+        await second.keeper.look()
+        assert second.version == 0, "not due before sync_every"
+        second.keeper.forget(UID)
+        await second.keeper.look()
+        assert second.version == 1 and equal(first, second)
+        assert second.node.metrics.total("states_pulled") == 2
+
+
+async def test_the_newest_follower_takes_over_when_the_primary_is_gone() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        seed = await stack.enter_async_context(ta.TesseractNode())
+        primary = contextlib.AsyncExitStack()
+        first = await primary.enter_async_context(volunteer([seed.address]))
+        second = await stack.enter_async_context(volunteer([seed.address], follow=True))
+        third = await stack.enter_async_context(volunteer([seed.address], follow=True))
+        await backward(seed, first)
+        third.keeper.forget(UID)
+        await third.keeper.look()  # it has one step more than second
+        assert (second.version, third.version) == (0, 1)
+        await primary.aclose()
+        await second.keeper.look()
+        assert not second.leads, "third is newer"
+        assert second.version == 1 and equal(second, third)
+        # now both are as new, and the lower id decides
+        for follower in (third, second, third):
+            await follower.keeper.look()
+        leader, other = (third, second) if third.leads else (second, third)
+        assert leader.leads and not other.leads and leader.node.peer_id < other.node.peer_id
+        assert leader.node.metrics.total("experts_taken_over") == 1
+        assert await backward(seed, other) == 2 and leader.version == 2
+        (found, *others) = (await read_replicas(seed, [UID]))[UID]
+        assert found.primary and found.peer.peer_id == leader.node.peer_id and not others[0].primary
+
+
+async def test_of_two_primaries_one_gives_way_and_takes_the_others_state() -> None:
+    async with volunteer() as first, volunteer([first.node.address], seed=1, follow=True) as second:
+        await second.server.set_primary(UID, True)  # as after a partition
+        await backward(first.node, second)
+        assert first.leads and second.leads
+        await first.keeper.look()
+        await second.keeper.look()
+        assert second.leads and not first.leads
+        assert first.version == 1 and equal(first, second)
+        assert first.node.metrics.total("experts_given_up") == 1
+
+
+async def test_it_looks_by_itself() -> None:
+    quick = ReplicaSettings(check_every=0.05, sync_every=0.05)
+    async with volunteer() as first, volunteer([first.node.address], follow=True, settings=quick) as second:
+        async with asyncio.timeout(5):
+            while not second.node.metrics.total("states_pulled"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await backward(first.node, first)
+            while not second.version:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert equal(first, second)
+
+
+async def test_a_primary_that_leaves_hands_over_under_load_and_nothing_is_lost_or_applied_twice() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        trainer = await stack.enter_async_context(ta.TesseractNode())
+        primary = contextlib.AsyncExitStack()
+        first = await primary.enter_async_context(volunteer([trainer.address], settings=LAZY))
+        second = await stack.enter_async_context(volunteer([trainer.address], follow=True))
+        async with primary:
+            versions: list[int] = []
+            under_way = asyncio.Event()
+            handed_over = asyncio.Event()
+
+            async def train() -> None:
+                while not handed_over.is_set() or len(versions) < 40:
+                    versions.append(await backward(trainer, first))
+                    if len(versions) >= 10:
+                        under_way.set()
+
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(train()) for _ in range(4)]
+                await under_way.wait()
+                assert await first.keeper.hand_over() == 1
+                handed_over.set()
+            assert len(tasks) == 4 and second.leads and not first.leads
+            # merged backwards share a step, so versions repeat; but all were journalled, each once
+            applied = second.server.experts[UID].applied
+            assert len(applied) == len(versions)
+            assert second.version == max(versions)
+        assert await backward(trainer, second) == max(versions) + 1
+
+
+async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quarrel() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        stale = await read_replicas(second.node, [UID])
+        assert stale[UID][0].primary
+        assert await first.keeper.hand_over() == 1
+        # equal steps, and perhaps the lower id: without the handover, either might have given way
+        await second.keeper._settle(UID, stale[UID])
+        await first.keeper.look()
+        assert second.leads and not first.leads
+        (found,) = (await read_replicas(second.node, [UID]))[UID]
+        assert not found.primary
+
+
+async def test_who_pauses_hands_over_and_comes_back_as_a_follower() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        await backward(first.node, first)
+        await first.keeper.hand_over()
+        await first.server.pause("its owner uses the machine", retry_after=1.0)
+        assert (second.leads, second.version) == (True, 1)
+        await backward(first.node, second)
+        await first.keeper.look()
+        assert first.version == 1, "it rests"
+        await first.keeper.come_back()
+        await first.server.resume()
+        assert not first.leads and first.version == 2 and equal(first, second)
+        (found,) = (await read_replicas(second.node, [UID]))[UID]
+        assert not found.primary
+
+
+async def test_without_a_follower_it_stays_primary() -> None:
+    async with volunteer() as only:
+        assert await only.keeper.hand_over() == 0
+        assert only.leads and await backward(only.node, only) == 1
+
+
+async def test_a_follower_that_cannot_take_over_leaves_the_expert_where_it_is() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+
+        async def refuse(*_: Any) -> Any:
+            raise NotAllowed("not today")
+
+        second.server.handle(messages.LEAD, refuse)
+        waiting = asyncio.create_task(first.keeper.hand_over())
+        assert await waiting == 0
+        assert first.leads and await backward(first.node, first) == 1
+
+
+async def test_a_backward_is_not_passed_on_twice_and_a_dead_primary_means_come_back() -> None:
+    async with volunteer() as other, volunteer([other.node.address], follow=True) as second:
+        leader = second.keeper.leaders.pop(UID)
+        with pytest.raises(Overloaded, match="between two primaries") as caught:
+            await backward(other.node, second)
+        assert caught.value.retry_after == BY_HAND.check_every
+        second.keeper.leaders[UID] = leader
+        with pytest.raises(Overloaded, match="between two primaries"):
+            await backward(other.node, second, **{PASSED_ON: True})
+        await other.server.aclose(drain_timeout=0.0)
+        await other.node.endpoint.aclose()
+        with pytest.raises(Overloaded, match="another takes over soon"):
+            await backward(second.node, second)
+
+
+async def test_only_the_primary_may_hand_over() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        async with ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
+            body = messages.encode(messages.LeadRequest(UID))
+            for victim in (first, second):
+                with pytest.raises(NotAllowed, match="is not the primary"):
+                    await stranger.call_expert(victim.node.peer_address, messages.LEAD, body, timeout=5.0)
+        assert first.leads and not second.leads
+
+
+async def test_a_newcomer_adopts_what_others_trained() -> None:
+    async with volunteer(seed=5) as first:
+        await backward(first.node, first)
+        async with ta.TesseractNode(initial_peers=[first.node.address]) as node:
+            await node.network.wait_joined(5.0)
+            backends = {UID: make_backend(1), "ffn.1": make_backend(2)}
+            assert await adopt_states(node, backends, settings=BY_HAND) == {UID}
+            theirs = first.server.experts[UID].module.state_dict()
+            assert all(torch.equal(theirs[name], value) for name, value in backends[UID].module.state_dict().items())
+            assert backends[UID].version == 1 and backends["ffn.1"].version == 0
