@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
-from tesseract_async.client.expert_calls import CallOptions, ExpertSchema, Forward, call_backward, call_forward
+from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchema, Forward, call_backward, call_forward
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
@@ -95,7 +96,7 @@ class Part:
     sent: float
     """The loop's time."""
     outputs: list[torch.Tensor] = field(default_factory=list)
-    version: int = 0
+    answer: Answer | None = None
     slow: bool = False
     """Whether it takes suspiciously long."""
 
@@ -135,6 +136,7 @@ class MixtureCall:
         settings: MixtureSettings,
         training: bool,
         seed: int,
+        differentiable: bool,
     ) -> None:
         """`scores`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN; `bias`: by expert."""
         self.timeout = settings.backward_timeout
@@ -156,6 +158,7 @@ class MixtureCall:
         self._settings = settings
         self._training = training
         self._seed = seed
+        self._differentiable = differentiable
         num_rows, num_live = len(scores), len(view.coords)
         self.num_answers: Indices = np.zeros(num_rows, dtype=np.int64)
         """Answers by row."""
@@ -260,17 +263,17 @@ class MixtureCall:
         options = CallOptions(
             timeout=self._settings.forward_timeout, priority=self._settings.priority, codec=self._settings.codec
         )
-        forward = Forward(uid, self._schema, self._training, self._seed, options)
+        forward = Forward(uid, self._schema, self._training, self._seed, options, self._differentiable)
         return Part(uid, expert, torch.from_numpy(rows), self._view.replicas[coords], forward, now)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
-        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], int]:
+        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.version = await ask_best(self._shared, part.replicas, attempt, timeout=left)
+        outputs, part.answer = await ask_best(self._shared, part.replicas, attempt, timeout=left)
         if not all(torch.isfinite(output).all() for output in outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
@@ -433,13 +436,20 @@ class MixtureCall:
     ) -> list[torch.Tensor | None]:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
+        call_id = os.urandom(16)
+        assert part.answer is not None
+        answer = part.answer
+
         async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
             return await call_backward(
-                self._shared.node, part.forward, peer, chosen, grads, version=part.version, timeout=timeout
+                self._shared.node, part.forward, peer, chosen, grads, answer=answer, call_id=call_id, timeout=timeout
             )
 
+        async def find() -> Sequence[Any]:
+            return await self._shared.node.directory.find(part.uid)
+
         timeout = self._settings.backward_timeout
-        result = await ask_primary(self._shared, part.replicas, attempt, timeout=timeout)
+        result = await ask_primary(self._shared, part.replicas, find, attempt, timeout=timeout)
         if not all(grad is None or torch.isfinite(grad).all() for grad in result):
             raise ExpertFailed(f"{part.uid} answered gradients that are not finite")
         return result
