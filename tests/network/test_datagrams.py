@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVersion
@@ -33,6 +33,7 @@ def test_a_request_without_a_token_is_padded_and_one_with_a_token_is_not() -> No
     assert len(short) < 70
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=1300))
 def test_garbage_raises_protocol_errors_only(data: bytes) -> None:
     for prefix in (b"", b"\x54\x01\x02\x00" + bytes(40)):
@@ -44,6 +45,7 @@ def test_garbage_raises_protocol_errors_only(data: bytes) -> None:
             pass
 
 
+@settings(deadline=None)
 @given(st.lists(MSGPACK_VALUES, max_size=6))
 def test_well_formed_msgpack_of_the_wrong_shape_raises_protocol_errors_only(body: list[object]) -> None:
     datagram = wire.Datagram(1, 0, bytes(8), ME, body)
@@ -110,6 +112,7 @@ def test_packed_contacts_fit_and_come_back_nearest_first() -> None:
 OWNER = Identity.from_seed(bytes(32))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.none() | st.text(max_size=20), st.booleans(), st.integers(0, 2**53))
 def test_records_survive(value: bytes, subkey: str | None, tombstone: bool, sequence: int) -> None:
     record = SignedRecord.sign(
@@ -119,6 +122,7 @@ def test_records_survive(value: bytes, subkey: str | None, tombstone: bool, sequ
     assert record.owner == OWNER.peer_id
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_no_bit_of_a_record_can_be_changed(position: int, flip: int) -> None:
     body = bytearray(SignedRecord.sign(OWNER, ME, sequence=1, expiration=2.0, value=b"v", subkey="s").body)
@@ -133,6 +137,7 @@ def test_a_record_belongs_to_one_key() -> None:
         SignedRecord.decode(bytes(32), body)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=1200))
 def test_garbage_is_no_record(body: bytes) -> None:
     with pytest.raises(InvalidRecord):

@@ -34,7 +34,7 @@ def run(lookup: Lookup, answer: dict[bytes, list[Contact]], dead: set[bytes] = f
     return num_asked
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.floats(0, 0.5))
 def test_finds_the_nearest_k_that_live(seed: int, size: int, num_paths: int, share_dead: float) -> None:
     rng = random.Random(seed)

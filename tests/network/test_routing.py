@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.network.contacts import Contact
@@ -29,6 +29,7 @@ def table(k: int = 3) -> RoutingTable:
     return RoutingTable(OWN.to_bytes(32, "big"), k=k, questionable_after=60.0, now=0.0)
 
 
+@settings(deadline=None)
 @given(st.lists(IDS, unique=True, max_size=120), IDS, st.integers(1, 30))
 @example([MIDPOINT, MIDPOINT - 1, MIDPOINT + 1], MIDPOINT, 2)
 def test_closest_is_brute_force_over_what_the_table_holds(numbers: list[int], target: int, count: int) -> None:
@@ -42,6 +43,7 @@ def test_closest_is_brute_force_over_what_the_table_holds(numbers: list[int], ta
     assert OWN not in held
 
 
+@settings(deadline=None)
 @given(st.lists(IDS, unique=True, max_size=200))
 def test_every_contact_lies_in_the_bucket_of_its_prefix(numbers: list[int]) -> None:
     routes = table()
@@ -55,6 +57,7 @@ def test_every_contact_lies_in_the_bucket_of_its_prefix(numbers: list[int]) -> N
             assert shared == index if index < last else shared >= last
 
 
+@settings(deadline=None)
 @given(st.lists(IDS, unique=True, max_size=200))
 def test_the_nearest_k_of_all_that_were_seen_are_kept(numbers: list[int]) -> None:
     # section 2.4 of the paper: a node knows its own neighbourhood completely, whatever order it heard of it in
@@ -65,6 +68,7 @@ def test_the_nearest_k_of_all_that_were_seen_are_kept(numbers: list[int]) -> Non
     assert [item.number for item in routes.closest(OWN, 3)] == nearest
 
 
+@settings(deadline=None)
 @given(st.integers(0, 255), st.integers(0, 2**256 - 1))
 def test_a_refreshed_bucket_gets_an_id_of_its_own(index: int, noise: int) -> None:
     assert common_prefix(table().number_in_bucket(index, noise), OWN) == index

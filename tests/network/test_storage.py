@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.identity import Identity, SignedRecord
@@ -95,6 +95,7 @@ def test_quotas_hold(settings: NetworkSettings) -> None:
 ENTRIES = st.tuples(st.integers(0, 3), st.text("abc", max_size=3), st.integers(1, 3), st.integers(0, 200))
 
 
+@settings(deadline=None)
 @given(st.lists(ENTRIES, max_size=60), st.integers(150, 900), st.integers(0, 2**64 - 1))
 def test_digests_and_pages_agree_with_recomputation(
     entries: list[tuple[int, str, int, int]], room: int, start: int
