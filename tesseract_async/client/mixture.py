@@ -109,15 +109,24 @@ class Usual:
     num_rows: float
 
     @classmethod
-    def of(cls, parts: Sequence[Part], seconds: Sequence[float]) -> Usual:
-        """The medians."""
+    def of(cls, parts: Sequence[Part], seconds: Sequence[float], num_asked: int) -> Usual | None:
+        """The medians; None unless half of those asked (and not failed) have answered."""
+        if not parts or 2 * len(parts) < num_asked:
+            return None
         return cls(statistics.median(seconds), statistics.median(len(part.rows) for part in parts))
 
-    def limit(self, part: Part, settings: MixtureSettings, expected: float | None) -> float:
-        """Seconds after which `part` counts as hanging. Those with more rows get more time."""
-        share = min(_MAX_SHARE, max(1.0, len(part.rows) / self.num_rows))
-        usual = max(self.seconds * share, expected or 0.0)
-        return usual + max(_MIN_PATIENCE_SECONDS, settings.patience * usual)
+
+def patience_limit(part: Part, settings: MixtureSettings, usual: Usual | None, expected: float | None) -> float:
+    """Seconds after which `part` counts as hanging; infinite if nothing is known. Those with more rows get more time.
+
+    `expected`: what it usually takes itself, where that is known.
+    """
+    known = [] if expected is None else [expected]
+    if usual is not None:
+        known.append(usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows)))
+    if not known:
+        return math.inf
+    return max(known) + max(_MIN_PATIENCE_SECONDS, settings.patience * max(known))
 
 
 class MixtureCall:
@@ -165,6 +174,7 @@ class MixtureCall:
         self.given_up: list[Part] = []
         """Those that nobody waited for any more."""
         self._num_pending: Indices = np.zeros(num_rows, dtype=np.int64)
+        self._num_failed = 0
         self._num_slow: Indices = np.zeros(num_rows, dtype=np.int64)
         self._exhausted: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
         """Rows for which no further expert is left."""
@@ -287,6 +297,7 @@ class MixtureCall:
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
             self.errors[part.uid] = error
+            self._num_failed += 1
             self._excluded[part.expert] = True
         else:
             raise error
@@ -294,13 +305,13 @@ class MixtureCall:
     def _suspect(self, under_way: Iterable[Part], now: float, num_first: int) -> float:
         """Marks the parts that take suspiciously long; returns when the next one would (the loop's time)."""
         next_at = math.inf
-        if not self.answered or 2 * len(self.answered) < num_first:
-            return next_at
-        usual = Usual.of(self.answered, [self.seconds[part.expert] for part in self.answered])
+        seconds = [self.seconds[part.expert] for part in self.answered]
+        usual = Usual.of(self.answered, seconds, num_first - self._num_failed)
         for part in under_way:
             if part.slow:
                 continue
-            limit_at = part.sent + usual.limit(part, self._settings, self._shared.expected(part.replicas))
+            expected = self._shared.expected(part.replicas)
+            limit_at = part.sent + patience_limit(part, self._settings, usual, expected)
             if now >= limit_at:
                 part.slow = True
                 self._num_pending[part.rows.numpy()] -= 1
@@ -403,12 +414,11 @@ class MixtureCall:
         book = self._shared.latencies
         while waiting:
             give_up_at = deadline
-            if results and 2 * len(results) >= len(tasks) and (got >= needed).all():
-                usual = Usual.of([part for part, _ in results], seconds)
-                limits = (
-                    usual.limit(part, self._settings, book.expected((part.uid, "backward")))
-                    for part in (tasks[task] for task in waiting)
-                )
+            if (got >= needed).all():
+                usual = Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
+                parts = [tasks[task] for task in waiting]
+                own = [book.expected((part.uid, "backward")) for part in parts]
+                limits = [patience_limit(p, self._settings, usual, e) for p, e in zip(parts, own, strict=True)]
                 give_up_at = min(deadline, started + max(limits))
             left = give_up_at - loop.time()
             done, waiting = await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)

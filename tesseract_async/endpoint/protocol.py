@@ -247,7 +247,8 @@ class ConnectionProtocol:
         self._budget = budget
         self._wake = wake
         self._now = now
-        self._heard = now
+        self._heard = now  # on any lane
+        self._main_heard = now
         self._pinged = False
         self._pinged_at: float | None = None  # when a ping left whose answer is still to come
         self._pong_due = False
@@ -573,8 +574,10 @@ class ConnectionProtocol:
     def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
         """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
         self._now = self._heard = now
-        self._pinged = False
-        if lane == BULK:
+        if lane == MAIN:
+            self._main_heard = now
+            self._pinged = False
+        else:
             self.lanes[BULK].moved = now
             self.lanes[BULK].pinged = False
 
@@ -878,7 +881,10 @@ class ConnectionProtocol:
 
     def timer_at(self) -> float:
         """When `handle_timer` wants to be called."""
-        due = self._heard + (self.settings.dead_after if self._pinged else self.settings.ping_after)
+        if self._pinged:
+            due = min(self._heard + self.settings.dead_after, self._main_heard + self.settings.stall_after)
+        else:
+            due = self._main_heard + self.settings.ping_after
         if self._deadlines and self._deadlines[0][0] < due:
             due = self._deadlines[0][0]
         if self._num_on_bulk:
@@ -906,13 +912,18 @@ class ConnectionProtocol:
                 self.fail(stream, Overloaded("the request stalled on its way", retry_after=1.0))
         if self._num_on_bulk:
             self._check_bulk(now, late)
-        silent = now - self._heard
-        if silent >= self.settings.dead_after and self._pinged:
-            if late < self.settings.dead_after / 8:
-                raise ConnectionLost(self.peer, f"nothing was heard for {silent:.0f} s")
+        self._check_main(now, late)
+
+    def _check_main(self, now: float, late: float) -> None:
+        """Pings a silent peer, and judges one that does not answer: sooner where the bulk lane is silent, too."""
+        settings = self.settings
+        silent, main_silent = now - self._heard, now - self._main_heard
+        if self._pinged and (silent >= settings.dead_after or main_silent >= settings.stall_after):
+            if late < settings.dead_after / 8:
+                raise ConnectionLost(self.peer, f"nothing was heard for {main_silent:.0f} s")
             # our own loop stood still: what the peer sent meanwhile is still in the socket, so read that first
-            self._heard = now - self.settings.ping_after
-        elif silent >= self.settings.ping_after and not self._pinged:
+            self._heard = self._main_heard = now - settings.ping_after
+        elif main_silent >= settings.ping_after and not self._pinged:
             self._pinged = True
             self._pinged_at = None
             self._send_ping()

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.datagrams import Reply
-from tesseract_async.network.settings import NetworkSettings
+
+if TYPE_CHECKING:
+    from tesseract_async.network.protocol import NetworkProtocol
+
+STALL = 0.05
+"""A timer this late means that the own loop stood still, and says nothing about others."""
+MAX_GRACES = 3
+"""How often one call is spared for that."""
 
 
 class Caller(Protocol):
@@ -82,8 +90,9 @@ class Unwatched:
 class Calls:
     """The calls of one node by transaction, and those that wait because too many are under way."""
 
-    def __init__(self, settings: NetworkSettings) -> None:
-        self._settings = settings
+    def __init__(self, network: NetworkProtocol) -> None:
+        self._network = network
+        self._settings = network.settings
         self.by_transaction: dict[bytes, Call] = {}
         self.waiting: deque[Call] = deque()
         self._rtt: float | None = None
@@ -92,6 +101,43 @@ class Calls:
     def full(self) -> bool:
         """Whether another call has to wait."""
         return len(self.by_transaction) >= self._settings.max_calls
+
+    def start(self, call: Call, now: float) -> None:
+        """Sends a call, now or as soon as there is room."""
+        if self.full:
+            self.waiting.append(call)
+            return
+        transaction = self._network.new_transaction()
+        if call.contact is None or not call.contact.proven:
+            call.challenge = self._network.random.randbytes(wire.CHALLENGE_BYTES)
+        self.by_transaction[transaction] = call
+        self.repeat(transaction, call, now)
+
+    def repeat(self, transaction: bytes, call: Call, now: float) -> None:
+        """Writes the request with the contact's present token and sends it."""
+        contact = call.contact
+        call.data = wire.encode_request(
+            call.kind,
+            self._network.flags(),
+            transaction,
+            self._network.own_id,
+            token=contact.token if contact is not None and contact.token_until > now else b"",
+            challenge=call.challenge,
+            arguments=call.arguments,
+        )
+        self._attempt(transaction, call, now)
+
+    def end(self, transaction: bytes, call: Call, reply: Reply | None, now: float) -> None:
+        """A call was answered, or failed (None). Its caller hears of it; the next one's turn comes."""
+        call.done = True
+        del self.by_transaction[transaction]
+        while self.waiting and not self.full:
+            self.start(self.waiting.popleft(), now)
+        if reply is None:
+            self._network.metrics.count("network_calls_failed")
+            call.caller.call_failed(call, now)
+        else:
+            call.caller.call_answered(call, reply, now)
 
     def timeout(self, call: Call) -> float:
         """Seconds to wait for this attempt's reply: the peer's own round trips, else all peers', else a first guess."""
@@ -114,3 +160,32 @@ class Calls:
         self._rtt = seconds if self._rtt is None else self._rtt + (seconds - self._rtt) / 16
         if call.contact is not None:
             call.contact.observe_round_trip(seconds)
+
+    def _attempt(self, transaction: bytes, call: Call, now: float) -> None:
+        call.attempts += 1
+        attempt = call.attempts
+        call.sent_at = now
+        network = self._network
+        if not network.dialback.declared:
+            network.dialback.note_sent(call.address, now)
+        network.send(call.data, call.address)
+        due = now + self.timeout(call)
+        network.schedule(due, lambda now: self._is_late(transaction, call, attempt, due, now))
+
+    def _is_late(self, transaction: bytes, call: Call, attempt: int, due: float, now: float) -> None:
+        if call.done or call.attempts != attempt:
+            return
+        if now - due > STALL and call.num_graces < MAX_GRACES:
+            # this loop stood still meanwhile: the reply may lie in the socket, which is read first
+            call.num_graces += 1
+            later = now + self._settings.min_timeout
+            self._network.schedule(later, lambda now: self._is_late(transaction, call, attempt, later, now))
+            return
+        if call.attempts > self._settings.num_retransmissions:
+            if call.contact is not None:
+                self._network.lost(call.contact, now)
+            self.end(transaction, call, None, now)
+            return
+        self._network.metrics.count("network_retransmissions")
+        self._attempt(transaction, call, now)
+        call.caller.call_stalled(call, now)

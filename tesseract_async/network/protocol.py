@@ -58,9 +58,6 @@ MAX_OBSERVED = 16
 MAX_VERIFICATIONS = 64
 """Newcomers pinged at a time to see whether they belong into the table."""
 HOUSEKEEPING_PERIOD = 5.0
-STALL = 0.05
-"""A timer this late means that the own loop stood still, and says nothing about others."""
-MAX_GRACES = 3
 
 
 class NetworkProtocol:
@@ -107,7 +104,7 @@ class NetworkProtocol:
         self._limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
         self._skews: deque[float] = deque(maxlen=15)
         self._skew_reported = False
-        self._calls = Calls(settings)
+        self._calls = Calls(self)
         self._known: dict[bytes, Contact] = {}
         self._unreachable: dict[bytes, float] = {}
         self._remembered: dict[Address, None] = {}
@@ -156,7 +153,7 @@ class NetworkProtocol:
         """Says farewell to everybody who may list this node. Afterwards only `datagrams_to_send` is of use."""
         for contact in self.table.contacts():
             if contact.token_until > now:
-                self._send_request(wire.LEAVE, self._new_transaction(), contact.token, b"", (), contact.address)
+                self._send_request(wire.LEAVE, self.new_transaction(), contact.token, b"", (), contact.address)
 
     # What comes in
 
@@ -219,11 +216,11 @@ class NetworkProtocol:
 
     def call(self, caller: Caller, kind: int, arguments: Sequence[Any], contact: Contact, now: float) -> None:
         """Sends a request to a contact; `caller` hears how it ends, never before this returns."""
-        self._enqueue(Call(caller, kind, arguments, contact=contact, address=contact.address), now)
+        self._calls.start(Call(caller, kind, arguments, contact=contact, address=contact.address), now)
 
     def call_address(self, caller: Caller, kind: int, arguments: Sequence[Any], address: Address, now: float) -> None:
         """The same to whoever lives at an address."""
-        self._enqueue(Call(caller, kind, arguments, contact=None, address=address), now)
+        self._calls.start(Call(caller, kind, arguments, contact=None, address=address), now)
 
     def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
@@ -292,9 +289,9 @@ class NetworkProtocol:
         if not address_proven and length < MIN_REQUEST_BYTES:
             if request.token and datagram.kind not in (wire.LEAVE, wire.DIAL_FOR):
                 body = (packed_address, self._token_for(packed_address), b"", self.wall(now))
-                flags = self._flags() | wire.FLAG_AGAIN
+                flags = self.flags() | wire.FLAG_AGAIN
                 kind = datagram.kind | wire.REPLY
-                self._send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
+                self.send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
             self._drop("token" if request.token else "unpadded")
             return
         self._heard_from(datagram, address, address_proven, now)
@@ -318,7 +315,7 @@ class NetworkProtocol:
             proof = self.identity.public_key + self.identity.sign(statement)
         body = (packed_address, self._token_for(packed_address), proof, self.wall(now), *results)
         kind = datagram.kind | wire.REPLY
-        self._send(wire.encode(kind, self._flags(), datagram.transaction, self.own_id, body), address)
+        self.send(wire.encode(kind, self.flags(), datagram.transaction, self.own_id, body), address)
 
     def _answer(
         self,
@@ -449,16 +446,15 @@ class NetworkProtocol:
             if not call.repeated and contact.peer_id == datagram.sender:
                 call.repeated = True
                 contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
-                call.data = self._encode_call(datagram.transaction, call, now)
-                self._attempt(datagram.transaction, call, now)
+                self._calls.repeat(datagram.transaction, call, now)
             return
         elif contact.peer_id != datagram.sender:
             self._drop("wrong_id")
-            self._end_call(datagram.transaction, call, None, now)
+            self._calls.end(datagram.transaction, call, None, now)
             return
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
             self._drop("proof")
-            self._end_call(datagram.transaction, call, None, now)
+            self._calls.end(datagram.transaction, call, None, now)
             return
         contact.proven = True
         contact.last_seen = now
@@ -469,7 +465,7 @@ class NetworkProtocol:
         self._unreachable.pop(contact.raw, None)
         if not datagram.flags & wire.FLAG_CLIENT:
             self._enter(contact, now)
-        self._end_call(datagram.transaction, call, reply, now)
+        self._calls.end(datagram.transaction, call, reply, now)
         if not self.joined and len(self.table):
             self.learn_neighbourhood((), now)
 
@@ -497,75 +493,7 @@ class NetworkProtocol:
         if doubtful is not None:
             self.ping(doubtful, now)
 
-    # Calls
-
-    def _enqueue(self, call: Call, now: float) -> None:
-        if self._calls.full:
-            self._calls.waiting.append(call)
-        else:
-            self._begin_call(call, now)
-
-    def _begin_call(self, call: Call, now: float) -> None:
-        transaction = self._new_transaction()
-        if call.contact is None or not call.contact.proven:
-            call.challenge = self.random.randbytes(wire.CHALLENGE_BYTES)
-        self._calls.by_transaction[transaction] = call
-        call.data = self._encode_call(transaction, call, now)
-        self._attempt(transaction, call, now)
-
-    def _encode_call(self, transaction: bytes, call: Call, now: float) -> bytes:
-        contact = call.contact
-        token = contact.token if contact is not None and contact.token_until > now else b""
-        return wire.encode_request(
-            call.kind,
-            self._flags(),
-            transaction,
-            self.own_id,
-            token=token,
-            challenge=call.challenge,
-            arguments=call.arguments,
-        )
-
-    def _attempt(self, transaction: bytes, call: Call, now: float) -> None:
-        call.attempts += 1
-        attempt = call.attempts
-        call.sent_at = now
-        if not self.dialback.declared:
-            self.dialback.note_sent(call.address, now)
-        self._send(call.data, call.address)
-        due = now + self._calls.timeout(call)
-        self.schedule(due, lambda now: self._call_is_late(transaction, call, attempt, due, now))
-
-    def _call_is_late(self, transaction: bytes, call: Call, attempt: int, due: float, now: float) -> None:
-        if call.done or call.attempts != attempt:
-            return
-        if now - due > STALL and call.num_graces < MAX_GRACES:
-            # this loop stood still meanwhile: the reply may lie in the socket, which is read first
-            call.num_graces += 1
-            later = now + self.settings.min_timeout
-            self.schedule(later, lambda now: self._call_is_late(transaction, call, attempt, later, now))
-            return
-        if call.attempts > self.settings.num_retransmissions:
-            if call.contact is not None:
-                self._lost(call.contact, now)
-            self._end_call(transaction, call, None, now)
-            return
-        self.metrics.count("network_retransmissions")
-        self._attempt(transaction, call, now)
-        call.caller.call_stalled(call, now)
-
-    def _end_call(self, transaction: bytes, call: Call, reply: wire.Reply | None, now: float) -> None:
-        call.done = True
-        del self._calls.by_transaction[transaction]
-        while self._calls.waiting and not self._calls.full:
-            self._begin_call(self._calls.waiting.popleft(), now)
-        if reply is None:
-            self.metrics.count("network_calls_failed")
-            call.caller.call_failed(call, now)
-        else:
-            call.caller.call_answered(call, reply, now)
-
-    def _lost(self, contact: Contact, now: float) -> None:
+    def lost(self, contact: Contact, now: float) -> None:
         """A contact did not answer three requests."""
         self._unreachable[contact.raw] = now + self.settings.unreachable_for
         contact.proven = False
@@ -661,18 +589,20 @@ class NetworkProtocol:
         packed = pack_address(address)
         return any(token == _token(secret, packed) for secret in self._secrets)
 
-    def _new_transaction(self) -> bytes:
+    def new_transaction(self) -> bytes:
+        """64 random bits, which only who received the request can repeat."""
         return self.random.randbytes(wire.TRANSACTION_BYTES)
 
-    def _flags(self) -> int:
+    def flags(self) -> int:
+        """What the head of a datagram says of this node."""
         return 0 if self.public else wire.FLAG_CLIENT
 
     def _send_request(
         self, kind: int, transaction: bytes, token: bytes, challenge: bytes, arguments: Sequence[Any], address: Address
     ) -> None:
-        self._send(
+        self.send(
             wire.encode_request(
-                kind, self._flags(), transaction, self.own_id, token=token, challenge=challenge, arguments=arguments
+                kind, self.flags(), transaction, self.own_id, token=token, challenge=challenge, arguments=arguments
             ),
             address,
         )
@@ -682,16 +612,17 @@ class NetworkProtocol:
     ) -> None:
         """Sends what nobody replies to."""
         if padded:
-            self._send_request(kind, self._new_transaction(), token, b"", arguments, address)
+            self._send_request(kind, self.new_transaction(), token, b"", arguments, address)
         else:
             body = (token, b"", *arguments)
-            self._send(wire.encode(kind, self._flags(), self._new_transaction(), self.own_id, body), address)
+            self.send(wire.encode(kind, self.flags(), self.new_transaction(), self.own_id, body), address)
 
     def emit(self, event: Event) -> None:
         """Adds to `events`."""
         self._events.append(event)
 
-    def _send(self, data: bytes, address: Address) -> None:
+    def send(self, data: bytes, address: Address) -> None:
+        """Queues one datagram."""
         assert len(data) <= MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"
         self._datagrams.append((data, address))
         self.metrics.count("network_bytes_sent", len(data))

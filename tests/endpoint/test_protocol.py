@@ -380,6 +380,17 @@ def test_a_bulk_lane_that_stands_still_is_noticed_while_main_lives() -> None:
         machine.handle_timer(pair.now)
 
 
+def test_a_main_lane_that_stands_still_is_noticed_while_bulk_lives() -> None:
+    machine = Pair().client.machine
+    machine.handle_timer(3.0)
+    for now in (5.0, 10.0, 14.9):
+        machine.received(100, now, lane=BULK)
+        assert machine.timer_at() == pytest.approx(min(now + 9.0, 15.0))
+        machine.handle_timer(now)
+    with pytest.raises(ConnectionLost):
+        machine.handle_timer(15.0)
+
+
 def test_half_received_requests_that_stall_are_given_up() -> None:
     pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0))
     pair.call(9 * MIB, timeout=1000.0)
