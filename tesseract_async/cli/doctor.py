@@ -162,11 +162,7 @@ async def reach(peer: str, host: str) -> AsyncIterator[Finding]:
         far = abs(offset) > MAX_CLOCK_OFFSET
         advice = "Records expire by the clock: synchronise it (NTP)." if far else ""
         yield Finding("bad" if far else "good", "clock", f"{offset:+.1f} s from that of {peer}", advice)
-        yield Finding("good", "seen from outside", _seen(node.network.role))
-
-
-def _seen(role: str) -> str:
-    return {
-        "public": "others can dial this machine",
-        "client": "others cannot dial this machine: it is reached through relays, and holds no records",
-    }.get(role, "not known yet whether others can dial this machine: that takes some peers and seconds")
+        known = await node.wait_reachable(15.0)
+        found, *advised = node.reach.report()
+        reached = node.reach.finding.role == "public" or not node.reach.enabled
+        yield Finding("good" if known and reached else "note", "seen from outside", found, " ".join(advised))

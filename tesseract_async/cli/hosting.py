@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -88,6 +89,8 @@ class Hosting:
     async def main(self) -> int:
         """Until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
         torch.set_num_threads(self.plan.threads)
+        # the first optimizer of a process imports a second's worth of torch: before others wait for this node's answers
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
             await self._find_run()
@@ -120,7 +123,8 @@ class Hosting:
                 server,
                 self.plan.limits,
                 usage_file=None if self.plan.checkpoint_dir is None else self.plan.checkpoint_dir / "usage.json",
-                before_resume=replicas.look,
+                before_pause=partial(_hand_over, replicas),
+                before_resume=replicas.come_back,
                 tell=_tell,
             )
             await stack.enter_async_context(volunteer)

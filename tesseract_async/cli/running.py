@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from typing import Any
 
 import click
@@ -16,6 +17,8 @@ from tesseract_async.errors import TesseractError
 
 LOG_FORMAT = "tesseract_async.log_format"
 """Where the commands' context keeps what `--log-format` said."""
+
+_stdin_is_watched: ContextVar[bool] = ContextVar("stdin_is_watched", default=False)
 
 FAILED = 1
 INTERRUPTED, TERMINATED = 130, 143
@@ -27,9 +30,11 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
 
     A user's mistake (OSError, ValueError, TesseractError) ends in a sentence and status 1, never in a traceback.
     """
+    context = click.get_current_context(silent=True)
+    with_parent = context is not None and bool(context.params.get("leave_with_parent"))
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            status = runner.run(main())
+            status = runner.run(_with_parent(main) if with_parent else main())
     except KeyboardInterrupt:
         status = INTERRUPTED
     except asyncio.CancelledError:
@@ -45,6 +50,24 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
         click.echo(f"Error: {error}", err=True)
         status = FAILED
     sys.exit(status)
+
+
+async def _with_parent(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Runs `main()`, and cancels it when standard input ends, also in the middle of starting."""
+    loop = asyncio.get_running_loop()
+    gone: asyncio.Future[str] = loop.create_future()
+    stop_watching = await _at_end_of_stdin(gone)
+    _stdin_is_watched.set(True)
+    work = asyncio.create_task(main())
+    try:
+        waiting: set[asyncio.Future[Any]] = {work, gone}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+        return 0 if work.cancelled() else work.result()
+    finally:
+        stop_watching()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -82,7 +105,7 @@ async def until_told_to_leave(*, watch_stdin: bool = False) -> str:
             restore.append(lambda number=number: loop.remove_signal_handler(number))  # type: ignore[misc]
         except NotImplementedError:  # Windows: there, Ctrl-C cancels the main task
             pass
-    if watch_stdin:
+    if watch_stdin and not _stdin_is_watched.get():
         restore.append(await _at_end_of_stdin(told))
     try:
         return await told

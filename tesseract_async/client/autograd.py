@@ -93,7 +93,7 @@ async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differe
 
 def refuse_checkpoint() -> None:
     """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint``."""
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             raise RuntimeError(_CHECKPOINTED)

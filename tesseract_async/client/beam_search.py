@@ -4,7 +4,8 @@ Product-key gating (Lample et al. 2019, as in the paper's section 3.1): an exper
 dimensions, of the score of its coordinate there.
 
 Suffixes of names: R rows, S sum of the grid's sizes, N live experts, D dimensions, K experts wanted, P prefixes (all
-coordinates but the last), M values of the last coordinate, L lines (pairs of a row and an expert).
+coordinates but the last), M values of the last coordinate, U distinct
+patterns of who lives under a prefix, L lines (pairs of a row and an expert).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class LiveGrid:
         self.grid_size = tuple(grid_size)
         self.columns_ND = columns(coords_ND, grid_size)
         self._by_prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._tables: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         num_live, num_dims = coords_ND.shape
         if num_dims < 2 or num_live == 0:
             return
@@ -70,11 +72,14 @@ class LiveGrid:
         best_RK = torch.empty(num_rows, k, dtype=torch.int64)
         if k == 0:
             return best_RK
-        step = max(1, _CHUNK_ELEMENTS // (self._by_prefix[2].numel() if self._by_prefix else num_live))
         prepared = None if self._by_prefix is None else self._table(bias_N, scores_RS.dtype)
+        width = num_live
+        if prepared is not None:
+            width = max(len(prepared[1]), min(k, len(prepared[0]))) * prepared[0].shape[1]
+        step = max(1, _CHUNK_ELEMENTS // width)
         for start in range(0, num_rows, step):
             chunk = scores_RS[start : start + step]
-            best = self._scan(chunk, k, bias_N) if prepared is None else self._descend(chunk, k, prepared)
+            best = self._scan(chunk, k, bias_N) if prepared is None else self._descend(chunk, k, *prepared)
             best_RK[start : start + step] = best
         return best_RK
 
@@ -88,14 +93,25 @@ class LiveGrid:
             total_RN += bias_N
         return total_RN.topk(k, dim=1).indices
 
-    def _table(self, bias_N: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """What to add to a cell's score: minus infinity where nobody lives."""
+    def _table(
+        self, bias_N: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What to add to a cell's score, ``[P, M]``, minus infinity where nobody lives; its distinct rows, and which of
+        them each prefix has (a prefix all of whose children live is like any other such)."""
+        if bias_N is None and dtype in self._tables:
+            return self._tables[dtype]
         assert self._by_prefix is not None
         expert_PM = self._by_prefix[2]
         bias_PM = torch.zeros(expert_PM.shape, dtype=dtype) if bias_N is None else bias_N.to(dtype)[expert_PM]
-        return bias_PM.masked_fill(expert_PM < 0, -torch.inf)
+        bias_PM = bias_PM.masked_fill(expert_PM < 0, -torch.inf)
+        table = (bias_PM, *torch.unique(bias_PM, dim=0, return_inverse=True))
+        if bias_N is None:
+            self._tables[dtype] = table
+        return table
 
-    def _descend(self, scores_RS: torch.Tensor, k: int, bias_PM: torch.Tensor) -> torch.Tensor:
+    def _descend(
+        self, scores_RS: torch.Tensor, k: int, bias_PM: torch.Tensor, bias_UM: torch.Tensor, which_P: torch.Tensor
+    ) -> torch.Tensor:
         """Finds the k prefixes with the best live child: the k best experts lie under them, whatever the holes.
 
         (Were one of them under another prefix, each of these k would hold a better one.)
@@ -107,7 +123,7 @@ class LiveGrid:
         for column in others:
             prefix_RP += scores_RS.index_select(1, column)
         last_RM = scores_RS.index_select(1, columns_M)
-        best_child_RP = (last_RM[:, None, :] + bias_PM).amax(2)
+        best_child_RP = (last_RM[:, None, :] + bias_UM).amax(2)[:, which_P]
         prefixes_RK = (prefix_RP + best_child_RP).topk(min(k, len(columns_PD)), dim=1).indices
         cells_RKM = prefix_RP.gather(1, prefixes_RK)[:, :, None] + last_RM[:, None, :] + bias_PM[prefixes_RK]
         best_RK = cells_RKM.flatten(1).topk(k, dim=1).indices

@@ -6,7 +6,6 @@ is treated like one that is down.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,10 @@ from typing import Any
 import torch
 
 from tesseract_async.client.ports import Node
-from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, ProtocolError
+from tesseract_async.errors import InputsForgotten, ProtocolError
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, pack_tensors, unpack_tensors
-
-# Errors that say something about a replica, not about the request: it is masked until its next sign of life.
-REPLICA_FAULTS = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +71,19 @@ class Forward:
     training: bool
     seed: int
     options: CallOptions
+    differentiable: bool = False
+    """Whether a backward may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a forward brought back, besides the outputs: its backward needs it."""
+
+    peer: Any
+    version: int
+    """Optimizer steps that the expert had taken."""
+    inputs_cached: bytes | None
+    """Names the inputs if that peer keeps them, so that they need not travel again."""
 
 
 async def fetch_schema(node: Node, uid: str, peer: Any, *, timeout: float) -> ExpertSchema:
@@ -89,15 +98,17 @@ async def fetch_schema(node: Node, uid: str, peer: Any, *, timeout: float) -> Ex
 
 async def call_forward(
     node: Node, forward: Forward, peer: Any, inputs: Sequence[torch.Tensor], *, timeout: float | None = None
-) -> tuple[list[torch.Tensor], int]:
-    """The expert's outputs (on the CPU) and its version.
+) -> tuple[list[torch.Tensor], Answer]:
+    """The expert's outputs (on the CPU), and what its backward needs to know.
 
     `inputs` fit the schema; they must not change before the call ends. Raises: what the call raises; ProtocolError if
     the answer does not fit the schema.
     """
     options = forward.options
     metas, buffers = pack_tensors(inputs, options.codec)
-    request = messages.ForwardRequest(forward.uid, metas, forward.training, forward.seed, options.codec)
+    request = messages.ForwardRequest(
+        forward.uid, metas, forward.training, forward.seed, options.codec, forward.differentiable
+    )
     reply = await node.call_expert(
         peer,
         FORWARD,
@@ -114,7 +125,7 @@ async def call_forward(
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
     num_rows = inputs[0].shape[0]
     checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
-    return checked, decoded.version
+    return checked, Answer(peer, decoded.version, decoded.inputs_cached)
 
 
 def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:
@@ -131,25 +142,49 @@ async def call_backward(
     inputs: Sequence[torch.Tensor],
     output_grads: Sequence[torch.Tensor | None],
     *,
-    version: int,
+    answer: Answer,
+    call_id: bytes,
     timeout: float | None = None,
 ) -> list[torch.Tensor | None]:
     """The inputs' gradients (None where there is none), on the CPU. The expert takes an optimizer step.
 
-    Raises: what the call raises; ProtocolError if the answer does not fit the inputs.
+    Under one `call_id` it takes that step once, whichever replicas are asked however often. Raises: what the call
+    raises; ProtocolError if the answer does not fit the inputs.
     """
+    if answer.inputs_cached is not None and peer == answer.peer:
+        try:
+            return await _send_backward(
+                node, forward, peer, inputs, output_grads, answer, call_id, timeout, answer.inputs_cached
+            )
+        except InputsForgotten:
+            pass  # then they travel once more
+    return await _send_backward(node, forward, peer, inputs, output_grads, answer, call_id, timeout, None)
+
+
+async def _send_backward(
+    node: Node,
+    forward: Forward,
+    peer: Any,
+    inputs: Sequence[torch.Tensor],
+    output_grads: Sequence[torch.Tensor | None],
+    answer: Answer,
+    call_id: bytes,
+    timeout: float | None,
+    cached: bytes | None,
+) -> list[torch.Tensor | None]:
     options = forward.options
-    metas, buffers = pack_tensors([*inputs, *output_grads], options.codec)
-    call_id = os.urandom(16)
+    sent = [] if cached is not None else inputs
+    metas, buffers = pack_tensors([*sent, *output_grads], options.codec)
     request = messages.BackwardRequest(
         uid=forward.uid,
         call_id=call_id,
         tensors=metas,
-        num_inputs=len(inputs),
+        num_inputs=len(sent),
         training=forward.training,
         seed=forward.seed,
-        version=version,
+        version=answer.version,
         reply_codec=options.codec,
+        inputs_cached=cached,
     )
     reply = await node.call_expert(
         peer,

@@ -14,7 +14,7 @@ from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall, MixtureSettings
-from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.client.remote_expert import RemoteExpert, draw_seed
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.wire.tensors import describe_structure, flatten_like, unflatten
 
@@ -208,7 +208,7 @@ class GatingFunction(nn.Module):
         self._search.check()
         rows, kwrows, lead = self._rows((x, *args), kwargs)
         scores_RS = self._scores(rows[0])
-        seed = int(torch.randint(2**62, ())) if self.training else 0
+        seed = draw_seed() if self.training else 0
         mixed = self._mix(scores_RS, rows, kwrows, lead, torch.is_grad_enabled(), self.training, seed)
         return isolated(mixed, modes=NO_GRAD)
 
@@ -242,6 +242,7 @@ class GatingFunction(nn.Module):
             settings=self.settings,
             training=training,
             seed=seed,
+            differentiable=differentiable,
         )
         try:
             answers = await remote_call(call, inputs, differentiable=differentiable)

@@ -131,13 +131,14 @@ class GridSearch(Shared):
         if self._in_view is None or self._in_view[0] is not view:
             self._in_view = (view, np.empty(len(view.coords), dtype=object))
         experts = self._in_view[1]
-        for index in np.unique(chosen_RK).tolist():
-            if experts[index] is None:
-                coords = tuple(view.coords[index].tolist())
-                known = self._experts.get(coords)
-                if known is None:
-                    known = self._experts[coords] = RemoteExpert(self.node, self.uid(coords), schema=self._schema)
-                experts[index] = known
+        for index in [index for index in np.unique(chosen_RK).tolist() if experts[index] is None]:
+            coords = tuple(view.coords[index].tolist())
+            known = self._experts.get(coords)
+            if known is None:
+                known = self._experts[coords] = RemoteExpert(
+                    self._plain or self.node, self.uid(coords), schema=self._schema
+                )
+            experts[index] = known
         result: list[list[RemoteExpert]] = experts[chosen_RK].tolist()
         return result
 

@@ -3,6 +3,10 @@
 A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for whoever runs meanwhile. `isolated`
 swaps a coroutine's modes out at every suspension and back in when it goes on. The awaitables of this package are
 isolated already; a coroutine of one's own that awaits something else inside such a block is wrapped by its user.
+
+While an awaitable of this package is suspended the thread is in torch's default modes: a block around an ``await``
+cannot be told from a mode that was switched for the whole thread. A program that does the latter (say,
+``torch.set_grad_enabled(False)`` at its start) switches in its tasks instead, around what they compute.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ class Modes(NamedTuple):
     @classmethod
     def current(cls) -> Modes:
         """The modes of this thread now."""
-        autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
+        autocast: tuple[tuple[str, torch.dtype], ...] = ()
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
         return cls(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -60,6 +66,8 @@ class _Switch:
             self._guard = torch.inference_mode(modes.inference)
             self._guard.__enter__()
         now = Modes.current()
+        if now == modes:
+            return
         if now.autocast != modes.autocast:
             self._set_autocast(now, modes)
         if now.autocast_cache != modes.autocast_cache:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
-from tesseract_async.client.expert_calls import CallOptions, ExpertSchema, Forward, call_backward, call_forward
+from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchema, Forward, call_backward, call_forward
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
@@ -95,7 +96,7 @@ class Part:
     sent: float
     """The loop's time."""
     outputs: list[torch.Tensor] = field(default_factory=list)
-    version: int = 0
+    answer: Answer | None = None
     slow: bool = False
     """Whether it takes suspiciously long."""
 
@@ -108,15 +109,24 @@ class Usual:
     num_rows: float
 
     @classmethod
-    def of(cls, parts: Sequence[Part], seconds: Sequence[float]) -> Usual:
-        """The medians."""
+    def of(cls, parts: Sequence[Part], seconds: Sequence[float], num_asked: int) -> Usual | None:
+        """The medians; None unless half of those asked (and not failed) have answered."""
+        if not parts or 2 * len(parts) < num_asked:
+            return None
         return cls(statistics.median(seconds), statistics.median(len(part.rows) for part in parts))
 
-    def limit(self, part: Part, settings: MixtureSettings, expected: float | None) -> float:
-        """Seconds after which `part` counts as hanging. Those with more rows get more time."""
-        share = min(_MAX_SHARE, max(1.0, len(part.rows) / self.num_rows))
-        usual = max(self.seconds * share, expected or 0.0)
-        return usual + max(_MIN_PATIENCE_SECONDS, settings.patience * usual)
+
+def patience_limit(part: Part, settings: MixtureSettings, usual: Usual | None, expected: float | None) -> float:
+    """Seconds after which `part` counts as hanging; infinite if nothing is known. Those with more rows get more time.
+
+    `expected`: what it usually takes itself, where that is known.
+    """
+    known = [] if expected is None else [expected]
+    if usual is not None:
+        known.append(usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows)))
+    if not known:
+        return math.inf
+    return max(known) + max(_MIN_PATIENCE_SECONDS, settings.patience * max(known))
 
 
 class MixtureCall:
@@ -135,6 +145,7 @@ class MixtureCall:
         settings: MixtureSettings,
         training: bool,
         seed: int,
+        differentiable: bool,
     ) -> None:
         """`scores`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN; `bias`: by expert."""
         self.timeout = settings.backward_timeout
@@ -156,12 +167,14 @@ class MixtureCall:
         self._settings = settings
         self._training = training
         self._seed = seed
+        self._differentiable = differentiable
         num_rows, num_live = len(scores), len(view.coords)
         self.num_answers: Indices = np.zeros(num_rows, dtype=np.int64)
         """Answers by row."""
         self.given_up: list[Part] = []
         """Those that nobody waited for any more."""
         self._num_pending: Indices = np.zeros(num_rows, dtype=np.int64)
+        self._num_failed = 0
         self._num_slow: Indices = np.zeros(num_rows, dtype=np.int64)
         self._exhausted: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
         """Rows for which no further expert is left."""
@@ -260,17 +273,17 @@ class MixtureCall:
         options = CallOptions(
             timeout=self._settings.forward_timeout, priority=self._settings.priority, codec=self._settings.codec
         )
-        forward = Forward(uid, self._schema, self._training, self._seed, options)
+        forward = Forward(uid, self._schema, self._training, self._seed, options, self._differentiable)
         return Part(uid, expert, torch.from_numpy(rows), self._view.replicas[coords], forward, now)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
-        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], int]:
+        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.version = await ask_best(self._shared, part.replicas, attempt, timeout=left)
+        outputs, part.answer = await ask_best(self._shared, part.replicas, attempt, timeout=left)
         if not all(torch.isfinite(output).all() for output in outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
@@ -284,6 +297,7 @@ class MixtureCall:
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
             self.errors[part.uid] = error
+            self._num_failed += 1
             self._excluded[part.expert] = True
         else:
             raise error
@@ -291,13 +305,13 @@ class MixtureCall:
     def _suspect(self, under_way: Iterable[Part], now: float, num_first: int) -> float:
         """Marks the parts that take suspiciously long; returns when the next one would (the loop's time)."""
         next_at = math.inf
-        if not self.answered or 2 * len(self.answered) < num_first:
-            return next_at
-        usual = Usual.of(self.answered, [self.seconds[part.expert] for part in self.answered])
+        seconds = [self.seconds[part.expert] for part in self.answered]
+        usual = Usual.of(self.answered, seconds, num_first - self._num_failed)
         for part in under_way:
             if part.slow:
                 continue
-            limit_at = part.sent + usual.limit(part, self._settings, self._shared.expected(part.replicas))
+            expected = self._shared.expected(part.replicas)
+            limit_at = part.sent + patience_limit(part, self._settings, usual, expected)
             if now >= limit_at:
                 part.slow = True
                 self._num_pending[part.rows.numpy()] -= 1
@@ -400,12 +414,11 @@ class MixtureCall:
         book = self._shared.latencies
         while waiting:
             give_up_at = deadline
-            if results and 2 * len(results) >= len(tasks) and (got >= needed).all():
-                usual = Usual.of([part for part, _ in results], seconds)
-                limits = (
-                    usual.limit(part, self._settings, book.expected((part.uid, "backward")))
-                    for part in (tasks[task] for task in waiting)
-                )
+            if (got >= needed).all():
+                usual = Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
+                parts = [tasks[task] for task in waiting]
+                own = [book.expected((part.uid, "backward")) for part in parts]
+                limits = [patience_limit(p, self._settings, usual, e) for p, e in zip(parts, own, strict=True)]
                 give_up_at = min(deadline, started + max(limits))
             left = give_up_at - loop.time()
             done, waiting = await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
@@ -433,13 +446,20 @@ class MixtureCall:
     ) -> list[torch.Tensor | None]:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
+        call_id = os.urandom(16)
+        assert part.answer is not None
+        answer = part.answer
+
         async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
             return await call_backward(
-                self._shared.node, part.forward, peer, chosen, grads, version=part.version, timeout=timeout
+                self._shared.node, part.forward, peer, chosen, grads, answer=answer, call_id=call_id, timeout=timeout
             )
 
+        async def find() -> Sequence[Any]:
+            return await self._shared.node.directory.find(part.uid)
+
         timeout = self._settings.backward_timeout
-        result = await ask_primary(self._shared, part.replicas, attempt, timeout=timeout)
+        result = await ask_primary(self._shared, part.replicas, find, attempt, timeout=timeout)
         if not all(grad is None or torch.isfinite(grad).all() for grad in result):
             raise ExpertFailed(f"{part.uid} answered gradients that are not finite")
         return result

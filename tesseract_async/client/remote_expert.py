@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from tesseract_async.client.autograd import refuse_checkpoint, remote_call
 from tesseract_async.client.expert_calls import (
+    Answer,
     CallOptions,
     ExpertSchema,
     Forward,
@@ -89,9 +92,11 @@ class RemoteExpert(nn.Module):
         refuse_checkpoint()
         self._shared.check()
         differentiable = torch.is_grad_enabled()
-        devices = {leaf.device.type for leaf in flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        casts = any(torch.is_autocast_enabled(device) for device in devices)
-        seed = int(torch.randint(2**62, ())) if self.training else 0
+        casts = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        if casts:  # it counts where the tensors are
+            devices = {leaf.device.type for leaf in flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+            casts = any(torch.is_autocast_enabled(device) for device in devices)
+        seed = draw_seed() if self.training else 0
         call = self._call(args, kwargs, differentiable, casts, self.training, seed)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
@@ -115,7 +120,7 @@ class RemoteExpert(nn.Module):
             with torch.set_grad_enabled(differentiable):
                 args, kwargs = _cast(schema.args, args), _cast(schema.kwargs, kwargs)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"expert {self.uid}")
-        call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options))
+        call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options, differentiable))
         outputs = await remote_call(call, inputs, differentiable=differentiable)
         return unflatten(schema.outputs, outputs)
 
@@ -146,6 +151,19 @@ def _cast(schema: Any, value: Any) -> Any:
     return value
 
 
+_seeds = random.Random()
+_seeded_by: int | None = None
+
+
+def draw_seed() -> int:
+    """A seed for one call's random numbers; the sequence follows from ``torch.manual_seed``."""
+    global _seeded_by
+    if torch.initial_seed() != _seeded_by:
+        _seeded_by = torch.initial_seed()
+        _seeds.seed(_seeded_by)
+    return _seeds.getrandbits(62)
+
+
 class _ExpertCall:
     """One call of one expert: where its forward was answered, and how its backward goes (see `autograd.Remote`)."""
 
@@ -154,13 +172,13 @@ class _ExpertCall:
         self._expert = expert
         self._shared = expert._shared
         self._forward = forward
-        self._version = 0
+        self._answer: Answer | None = None
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], int]:
+        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
             return await call_forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
-        outputs, self._version = await ask_best(self._shared, await self._expert.find(), attempt, timeout=self.timeout)
+        outputs, self._answer = await ask_best(self._shared, await self._expert.find(), attempt, timeout=self.timeout)
         return [output.to(inputs[0].device) for output in outputs]
 
     async def backward(
@@ -169,9 +187,21 @@ class _ExpertCall:
         if all(grad is None for grad in output_grads):
             return [None] * len(inputs)
 
+        call_id = os.urandom(16)
+        assert self._answer is not None
+        answer = self._answer
+
         async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
             return await call_backward(
-                self._shared.node, self._forward, peer, inputs, output_grads, version=self._version, timeout=timeout
+                self._shared.node,
+                self._forward,
+                peer,
+                inputs,
+                output_grads,
+                answer=answer,
+                call_id=call_id,
+                timeout=timeout,
             )
 
-        return await ask_primary(self._shared, await self._expert.find(), attempt, timeout=self.timeout)
+        find = self._expert.find
+        return await ask_primary(self._shared, await find(), find, attempt, timeout=self.timeout)

@@ -12,10 +12,12 @@ from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
+    NotAllowed,
     Overloaded,
     PeerUnreachable,
     ProtocolError,
     RemoteError,
+    TesseractError,
 )
 
 T = TypeVar("T")
@@ -29,6 +31,7 @@ REPLICA_FAULTS = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound
 GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
 _BLOCK_SECONDS = 0.1
+_MAX_HANDOVERS = 5
 
 
 _books: weakref.WeakKeyDictionary[Node, LatencyBook] = weakref.WeakKeyDictionary()
@@ -116,9 +119,42 @@ async def ask_best(
         await cancel_all(tasks)
 
 
-async def ask_primary(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], *, timeout: float) -> T:
-    """Asks the first replica, the primary, alone: any other would train a copy that nobody reads. Raises: its error."""
-    return await _ask(shared, replicas[0], attempt, timeout, observed=False)
+async def ask_primary(
+    shared: Shared,
+    replicas: Sequence[Any],
+    find: Callable[[], Awaitable[Sequence[Any]]],
+    attempt: Attempt[T],
+    *,
+    timeout: float,
+) -> T:
+    """Asks the primary, and whoever is primary then when that one fails: for calls that are safe to repeat elsewhere.
+
+    `replicas` are those known, the primary first; `find` looks them up anew. A full one is asked again when it said.
+    Raises: the first error if none answers; TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    first_error: Exception | None = None
+    for _ in range(_MAX_HANDOVERS):
+        left = deadline - loop.time()
+        if left <= 0 or not replicas:
+            break
+        try:
+            return await _ask(shared, replicas[0], attempt, left, observed=False)
+        except (*REPLICA_FAULTS, NotAllowed) as error:
+            first_error = first_error or error
+        except Overloaded as error:
+            first_error = first_error or error
+            pause = max(error.retry_after, _BLOCK_SECONDS)
+            if loop.time() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+        try:
+            async with asyncio.timeout_at(deadline):
+                replicas = await find()
+        except (TesseractError, TimeoutError):
+            break
+    raise first_error or TimeoutError(f"no answer within {timeout} s")
 
 
 async def _ask(shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool) -> T:
@@ -160,11 +196,18 @@ def _by_expectation(book: LatencyBook, replicas: Sequence[Any], now: float) -> l
 
 async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:
     """Ends the tasks that still run, and waits for them; their errors are nobody's business."""
-    running = [task for task in tasks if not task.done()]
-    for task in running:
-        task.cancel()
-    while running := [task for task in running if not task.done()]:
-        await asyncio.wait(running)
+    running = []
     for task in tasks:
-        if not task.cancelled():
-            task.exception()
+        if task.done():
+            _forget(task)
+        else:
+            task.add_done_callback(_forget)
+            task.cancel()
+            running.append(task)
+    if running:
+        await asyncio.wait(running)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # once asked for, it is not logged as lost

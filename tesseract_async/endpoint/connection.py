@@ -447,7 +447,7 @@ class _LanePort:
         raise AssertionError("the handshake is over")
 
     def buffer_updated(self, count: int) -> None:
-        self._protocol.received(count, self._time())
+        self._protocol.received(count, self._time(), lane=self._lane)
         self._reader.buffer_updated(count)
         self._connection._received(count)
         if self._lane == BULK:

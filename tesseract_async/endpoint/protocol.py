@@ -56,7 +56,8 @@ class ProtocolSettings:
     dead_after: float = 9.0
     """Seconds without a received byte after which it counts as dead."""
     stall_after: float = 15.0
-    """Seconds without progress after which the room of a half-received message is taken back."""
+    """Seconds without progress after which the room of a half-received message is taken back, and after which a bulk
+    lane that is in use and does not answer a ping counts as dead, and its connection with it."""
 
 
 class CallReceived(NamedTuple):
@@ -131,6 +132,7 @@ class _Outgoing:
             "head",
             "buffers",
             "sizes",
+            "on_bulk",
             "deadline",
             "lane",
             "small",
@@ -155,16 +157,18 @@ class _Outgoing:
         self.assembly: frames.Assembly | None = None
         self.reply_held: Reservation | None = None  # reserved when the reply asked
         self.standing = 0  # bytes of the standing window that the reply uses
+        self.on_bulk = False  # whether request or reply travel there
         self.sent = False
 
 
 class _Incoming:
     """A call that the peer made."""
 
-    __slots__ = ("lane", "head", "held", "standing", "assembly", "progress", "sending", "size", "small")
+    __slots__ = ("on_bulk", "lane", "head", "held", "standing", "assembly", "progress", "sending", "size", "small")
 
     def __init__(self, lane: int) -> None:
         self.lane = lane
+        self.on_bulk = False
         self.head: RequestHead | None = None
         self.held: Reservation | None = None
         self.standing = 0
@@ -185,6 +189,8 @@ class Lane:
         self.small: list[bytes] = []
         self.small_bytes = 0
         self.large: deque[_Sending] = deque()
+        self.moved = 0.0  # when bytes last came in, or chunks went out
+        self.pinged = False
         self._protocol = protocol
         self._handlers = protocol._handlers
 
@@ -241,7 +247,8 @@ class ConnectionProtocol:
         self._budget = budget
         self._wake = wake
         self._now = now
-        self._heard = now
+        self._heard = now  # on any lane
+        self._main_heard = now
         self._pinged = False
         self._pinged_at: float | None = None  # when a ping left whose answer is still to come
         self._pong_due = False
@@ -264,6 +271,7 @@ class ConnectionProtocol:
         self._window_extra: list[Reservation] = []
         self._standing_in = 0
         self._bulk_wanted = False
+        self._num_on_bulk = 0  # calls that use the bulk lane
         self._bulk_retry_at = 0.0
         self._last_seen = 0  # the highest number of a call that the peer made
         self._peer_saw: int | None = None  # the same of our calls, once the peer has closed
@@ -373,6 +381,7 @@ class ConnectionProtocol:
         else:
             call.sending = _Sending(frames.CHUNK_REQUEST, stream, encoded, call.buffers, call.head.priority)
             call.lane = self._begin(frames.BEGIN_REQUEST, call.sending, encoded, call.buffers, None)
+            self._note_bulk(call, call.lane)
         call.sent = True
         self._num_sent += 1
         return True
@@ -380,6 +389,7 @@ class ConnectionProtocol:
     def _end_call(self, stream: int, call: _Outgoing) -> None:
         del self._outgoing[stream]
         self._small_out -= call.small
+        self._num_on_bulk -= call.on_bulk
         if call.sent:
             self._num_sent -= 1
         self._drop_sending(call.sending, call.lane)
@@ -423,6 +433,13 @@ class ConnectionProtocol:
             lane.large.append(sending)
         return lane.index
 
+    def _note_bulk(self, call: _Outgoing | _Incoming, lane: int) -> None:
+        if lane == BULK and not call.on_bulk:
+            call.on_bulk = True
+            if not self._num_on_bulk:
+                self.lanes[BULK].moved = self._now
+            self._num_on_bulk += 1
+
     def _drop_sending(self, sending: _Sending | None, lane: int) -> None:
         if sending is not None and sending.left:
             sending.left = 0
@@ -447,6 +464,8 @@ class ConnectionProtocol:
             else:
                 out.append(queues.take(MAX_JOINED))
             room = 0 if queues.small else room
+        if queues.large and room > 0:
+            queues.moved = self._now
         while queues.large and room > 0:
             sending = queues.large[0]
             if len(queues.large) > 1:
@@ -528,6 +547,7 @@ class ConnectionProtocol:
             call.sending = _Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
             room = call.head.reply_room
             call.lane = self._begin(frames.BEGIN_REPLY, call.sending, encoded, buffers, room or None)
+            self._note_bulk(call, call.lane)
 
     def fail(self, stream: int, error: RemoteError) -> None:
         """Answers a received call with an error."""
@@ -538,6 +558,7 @@ class ConnectionProtocol:
     def _end_incoming(self, stream: int) -> None:
         call = self._incoming.pop(stream)
         self._small_in -= call.small
+        self._num_on_bulk -= call.on_bulk
         self._drop_sending(call.sending, call.lane)
         if call.held is not None:
             call.held.release()
@@ -550,10 +571,15 @@ class ConnectionProtocol:
 
     # ---- frames
 
-    def received(self, count: int, now: float) -> None:
+    def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
         """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
         self._now = self._heard = now
-        self._pinged = False
+        if lane == MAIN:
+            self._main_heard = now
+            self._pinged = False
+        else:
+            self.lanes[BULK].moved = now
+            self.lanes[BULK].pinged = False
 
     @property
     def has_events(self) -> bool:
@@ -574,6 +600,7 @@ class ConnectionProtocol:
         self._last_seen = max(self._last_seen, stream)
         call = self._incoming[stream] = _Incoming(lane)
         call.progress = self._now
+        self._note_bulk(call, lane)
         return call
 
     def _request(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -651,6 +678,7 @@ class ConnectionProtocol:
         if call is None:
             return  # cancelled or expired meanwhile: its chunks are skipped, or never asked for
         self._check_sent(call)
+        self._note_bulk(call, lane)
         if call.assembly is not None or call.reply_held is not None or size > call.head.max_reply:
             raise ProtocolError("a second or too large reply")
         if flags == frames.ROOM_RESERVED:
@@ -813,11 +841,14 @@ class ConnectionProtocol:
 
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._count_idle()
-        self._pong_due = True
+        if lane == MAIN:
+            self._pong_due = True  # one for however many
+        else:
+            self.lanes[lane].put(frames.frame(frames.PONG))
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._count_idle()
-        if self._pinged_at is not None:
+        if self._pinged_at is not None and lane == MAIN:
             measured = self._now - self._pinged_at
             self._pinged_at = None
             self.rtt = measured if self.rtt is None else 0.875 * self.rtt + 0.125 * measured  # RFC 6298, 2.3
@@ -850,9 +881,15 @@ class ConnectionProtocol:
 
     def timer_at(self) -> float:
         """When `handle_timer` wants to be called."""
-        due = self._heard + (self.settings.dead_after if self._pinged else self.settings.ping_after)
+        if self._pinged:
+            due = min(self._heard + self.settings.dead_after, self._main_heard + self.settings.stall_after)
+        else:
+            due = self._main_heard + self.settings.ping_after
         if self._deadlines and self._deadlines[0][0] < due:
             due = self._deadlines[0][0]
+        if self._num_on_bulk:
+            bulk = self.lanes[BULK]
+            due = min(due, bulk.moved + self.settings.stall_after * (1.0 if bulk.pinged else 0.5))
         return due
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
@@ -873,19 +910,38 @@ class ConnectionProtocol:
         for stream, incoming in list(self._incoming.items()):
             if incoming.assembly is not None and now - incoming.progress > self.settings.stall_after:
                 self.fail(stream, Overloaded("the request stalled on its way", retry_after=1.0))
-        silent = now - self._heard
-        if silent >= self.settings.dead_after and self._pinged:
-            if late < self.settings.dead_after / 8:
-                raise ConnectionLost(self.peer, f"nothing was heard for {silent:.0f} s")
+        if self._num_on_bulk:
+            self._check_bulk(now, late)
+        self._check_main(now, late)
+
+    def _check_main(self, now: float, late: float) -> None:
+        """Pings a silent peer, and judges one that does not answer: sooner where the bulk lane is silent, too."""
+        settings = self.settings
+        silent, main_silent = now - self._heard, now - self._main_heard
+        if self._pinged and (silent >= settings.dead_after or main_silent >= settings.stall_after):
+            if late < settings.dead_after / 8:
+                raise ConnectionLost(self.peer, f"nothing was heard for {main_silent:.0f} s")
             # our own loop stood still: what the peer sent meanwhile is still in the socket, so read that first
-            self._heard = now - self.settings.ping_after
-        elif silent >= self.settings.ping_after and not self._pinged:
+            self._heard = self._main_heard = now - settings.ping_after
+        elif main_silent >= settings.ping_after and not self._pinged:
             self._pinged = True
             self._pinged_at = None
             self._send_ping()
             for lane in self.lanes:
                 lane.reader.release_scratch()
             self._arena.release()
+
+    def _check_bulk(self, now: float, late: float) -> None:
+        """A bulk lane may stand still while main lives: some box on the way has forgotten one of two flows."""
+        bulk, limit = self.lanes[BULK], self.settings.stall_after
+        quiet = now - bulk.moved
+        if quiet >= limit / 2 and not bulk.pinged:
+            bulk.pinged = True
+            bulk.put(frames.frame(frames.PING))
+        elif quiet >= limit and late >= limit / 8:
+            bulk.moved = now - limit / 2  # our own loop stood still: read first, then judge
+        elif quiet >= limit:
+            raise ConnectionLost(self.peer, f"its bulk channel has stood still for {quiet:.0f} s")
 
     def _fail_call(self, stream: int, call: _Outgoing, error: Exception) -> None:
         self._events.append(CallFailed(stream, error))

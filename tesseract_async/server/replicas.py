@@ -173,8 +173,17 @@ class ReplicaKeeper:
             self._task = None
         self._source.close()
 
-    async def look(self) -> None:
-        """One round over all experts: settles their roles, and pulls the states that are due."""
+    async def come_back(self) -> None:
+        """Before a pause of the server ends: follows whoever trains its experts now, from their state."""
+        await self.look(even_paused=True)
+
+    async def look(self, *, even_paused: bool = False) -> None:
+        """One round over all experts: settles their roles, and pulls the states that are due.
+
+        Nothing is done while the server pauses, unless `even_paused`.
+        """
+        if self._server.is_paused and not even_paused:
+            return
         async with self._looking:
             if not await self._node.network.wait_joined(self.settings.check_every):
                 return  # alone for the moment: that nobody is seen says nothing
@@ -249,7 +258,7 @@ class ReplicaKeeper:
     # -- one expert ------------------------------------------------------------------------------------------------
 
     async def _settle(self, uid: str, others: list[ExpertReplica]) -> None:
-        if self._server.is_paused or uid in self._moving:
+        if uid in self._moving:
             return
         primary = self._server.is_primary(uid)
         before, sequence = self._predecessors.get(uid, (None, 0))

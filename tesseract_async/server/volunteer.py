@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import psutil
 
+from tesseract_async.errors import TesseractError, describe
 from tesseract_async.server.contract import Usage, Verdict, VolunteerContract, VolunteerSettings
 
 if TYPE_CHECKING:
@@ -73,11 +74,14 @@ class VolunteerKeeper:
         machine: Machine | None = None,
         clock: Callable[[], float] = time.time,
         period: float = 1.0,
+        before_pause: Callable[[], Awaitable[None]] | None = None,
         before_resume: Callable[[], Awaitable[None]] | None = None,
         tell: Callable[[Verdict], None] = lambda verdict: None,
     ) -> None:
-        """`period`: seconds between looks; `before_resume` is awaited when a pause ends, before experts are declared
-        again; `tell` is called at each change. `clock` gives wall-clock seconds."""
+        """`period`: seconds between looks. `before_pause` is awaited while the experts are still declared, and
+        `before_resume` before they are declared again; `tell` is called at each change. `clock` gives wall-clock
+        seconds.
+        """
         self._usage_file = None if usage_file is None else Path(usage_file)
         self.contract = VolunteerContract(settings, usage=self._read_usage())
         self.verdict = Verdict(True, "", None)
@@ -86,6 +90,7 @@ class VolunteerKeeper:
         self._machine = machine if machine is not None else ThisMachine()
         self._clock = clock
         self._period = period
+        self._before_pause = before_pause
         self._before_resume = before_resume
         self._tell = tell
         self._num_bytes = self._count()
@@ -110,7 +115,7 @@ class VolunteerKeeper:
         """Observes, decides, and pauses or resumes the server where that changed."""
         now = self._observe()
         verdict = self.contract.may_serve(now, self._machine.load())
-        before, self.verdict = self.verdict, verdict
+        before, self.verdict = self.verdict, verdict  # even if what follows fails, it is not tried every second
         self._metrics.set("volunteer_serving", float(verdict.serve))
         self._metrics.set("volunteer_period_bytes", self.contract.usage(now).num_bytes)
         if verdict.serve and not before.serve:
@@ -122,6 +127,8 @@ class VolunteerKeeper:
         elif not verdict.serve and (before.serve or verdict.reason != before.reason):
             wait = RETRY_AFTER if verdict.until is None else max(1.0, verdict.until - now)
             logger.info("pausing: %s", verdict.reason)
+            if before.serve and self._before_pause is not None:
+                await self._before_pause()
             await self._server.pause(f"this volunteer's computer rests: {verdict.reason}", retry_after=wait)
             self._tell(verdict)
         if now - self._saved_at >= SAVE_PERIOD or now < self._saved_at:
@@ -142,7 +149,10 @@ class VolunteerKeeper:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._period)
-            await self.look()
+            try:
+                await self.look()
+            except (TesseractError, TimeoutError, OSError, psutil.Error) as error:
+                logger.warning("the volunteer's contract could not be looked after: %s", describe(error))
 
     def _read_usage(self) -> Usage:
         if self._usage_file is None or not self._usage_file.exists():

@@ -33,7 +33,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NO_BENCHMARKS = {"__main__", "comparisons", "faulty", "figures", "loads", "modules", "processes", "swarm"}
 FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "throughput_mixture")
+LONG = {"network_churn", "network_growth", "network_simulated"}  # minutes to hours: when named, or with --long
 TIMEOUT = 300.0
+LONG_TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def run(benchmark: Benchmark, log: Path) -> Outcome:
         said.write(f"==== {benchmark.name}\n".encode())
         said.flush()
         process = subprocess.Popen(benchmark.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True)
-        killer = threading.Timer(TIMEOUT, process.kill)
+        timeout = LONG_TIMEOUT if benchmark.name in LONG else TIMEOUT
+        killer = threading.Timer(timeout, process.kill)
         killer.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -95,7 +98,7 @@ def run(benchmark: Benchmark, log: Path) -> Outcome:
         code = process.wait()
         killer.cancel()
     if code != 0:
-        error = f"took over {TIMEOUT:.0f} s" if code == -signal.SIGKILL else f"ended with code {code}"
+        error = f"took over {timeout:.0f} s" if code == -signal.SIGKILL else f"ended with code {code}"
         print(f"  {error}: see {log}", flush=True)
     return Outcome(benchmark, tuple(figures), time.monotonic() - begin, error, load_average)
 
@@ -120,6 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="run the benchmarks whose name contains one of these")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--long", action="store_true", help="also those that take minutes to hours")
     parser.add_argument("--no-peers", action="store_true", help="leave hivemind out")
     parser.add_argument("--peer-python", type=Path, default=python_of(PEERS_DIRECTORY), help="hivemind's interpreter")
     parser.add_argument("--json", type=Path, default=ROOT / "bench.json", help="where the figures are saved")
@@ -128,6 +132,7 @@ def main() -> int:
         each
         for each in find_benchmarks(args.peer_python)
         if (not args.words or any(word in each.name for word in args.words))
+        and (args.long or args.list or each.name not in LONG or each.name in args.words)
         and not (args.no_peers and each.side != "ours")
     ]
     if args.list:

@@ -63,7 +63,7 @@ def read_figure(line: str) -> Figure | None:
             name=str(data["name"]),
             value=float(data["value"]),
             unit=str(data.get("unit") or ""),
-            asked=None if asked is None else _as_goal(asked, data.get("unit")),
+            asked=None if asked in (None, "") else _as_goal(asked, data.get("unit")),
             details=dict(data.get("details") or {}),
         )
     except (KeyError, TypeError, ValueError):

@@ -17,7 +17,7 @@ import tesseract_async as ta
 from tesseract_async.cli import hosting as hosting_module
 from tesseract_async.cli.hosting import Hosting, ServePlan
 from tesseract_async.cli.main import main
-from tesseract_async.experts import ExpertReplica
+from tesseract_async.experts import ExpertPattern, ExpertReplica
 from tesseract_async.experts.run import RunMismatch
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.export import load_export
@@ -182,6 +182,16 @@ def test_mistakes_are_sentences(
     assert result.exit_code in (1, 2)
     assert any(part in " ".join(result.output.split()) for part in sentence.split("|")), result.output
     assert "Traceback" not in result.output
+
+
+def test_what_was_trained_here_before_is_taken_first(tmp_path: Path) -> None:
+    pattern = ExpertPattern.parse("ffn.[0:2].[0:2]")
+    for name in ("ffn.1.1", "ffn.0.1", "ffn.7.7", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ffn.0.0").write_text("a file")
+    assert hosting_module._checkpointed(tmp_path, pattern) == ["ffn.0.1", "ffn.1.1"]
+    assert hosting_module._checkpointed(tmp_path / "none", pattern) == []
+    assert hosting_module._checkpointed(None, pattern) == []
 
 
 def test_the_sample_file_is_understood() -> None:

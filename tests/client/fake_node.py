@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tesseract_async.errors import ExpertFailed, ExpertNotFound
+from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten
 from tesseract_async.wire import messages
 from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
 
@@ -158,6 +159,8 @@ class FakeNode:
         self.fault: Fault | None = None
         self.tamper: Callable[[str, Any, list[memoryview]], tuple[Any, list[memoryview]]] | None = None
         self.calls: list[Asked] = []
+        self.keeps_inputs = False
+        self.kept: dict[bytes, list[Any]] = {}
         self.num_cancelled = 0
         self.num_open = 0
 
@@ -246,14 +249,23 @@ class FakeNode:
             with torch.inference_mode(False), torch.no_grad(), seeded(request.seed):
                 outputs = flatten(self._run(hosted, args, kwargs))
             metas, answers = pack_tensors(outputs)
-            return messages.encode(messages.ForwardReply(metas, hosted.version)), answers
+            name = None
+            if self.keeps_inputs and request.keep_inputs:
+                name = os.urandom(16)
+                self.kept[name] = inputs
+            return messages.encode(messages.ForwardReply(metas, hosted.version, name)), answers
         request = messages.decode(messages.BackwardRequest, body)
         tensors = unpack_tensors(request.tensors, buffers)
+        if request.inputs_cached is not None:
+            if request.inputs_cached not in self.kept:
+                raise InputsForgotten("they are gone")
+            tensors = [*self.kept[request.inputs_cached], *tensors]
         with torch.inference_mode(False), torch.enable_grad(), seeded(request.seed):
-            inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors[: request.num_inputs]]
+            num_inputs = len(flatten(schema))
+            inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors[:num_inputs]]
             args, kwargs = unflatten(schema, inputs)
             outputs = flatten(self._run(hosted, args, kwargs))
-            pairs = [(o, g) for o, g in zip(outputs, tensors[request.num_inputs :], strict=True) if g is not None]
+            pairs = [(o, g) for o, g in zip(outputs, tensors[num_inputs:], strict=True) if g is not None]
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         hosted.num_backwards += 1
         hosted.num_rows += inputs[0].shape[0]

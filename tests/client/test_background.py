@@ -47,7 +47,8 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
         optimizer.zero_grad()
         gate(x).square().sum().backward()
         optimizer.step()
-    assert gate.mix(x).num_answers.tolist() == [2, 2, 2]
+    with torch.no_grad():  # a server that leaves waits for the backwards of what it answered
+        assert gate.mix(x).num_answers.tolist() == [2, 2, 2]
     assert node.network.store("key", 1, ttl=60.0) >= 1 and node.network.get("key") == 1
 
     async def in_a_running_loop() -> None:
@@ -57,7 +58,12 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
 
     asyncio.run(in_a_running_loop())
     results = []
-    threads = [threading.Thread(target=lambda: results.append(expert(x))) for _ in range(4)]
+
+    def call() -> None:
+        with torch.no_grad():
+            results.append(expert(x))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -26,7 +26,7 @@ def totals(scores: torch.Tensor, coords: np.ndarray, grid: tuple[int, ...]) -> n
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(grid=grids, share=st.floats(0, 1), k=st.integers(1, 7), seed=st.integers(0, 2**32 - 1), biased=st.booleans())
 @pytest.mark.parametrize("by_prefix", [False, True])
 def test_top_k_is_exact_whatever_the_holes(
@@ -69,7 +69,7 @@ def test_a_large_grid_takes_the_fast_path_and_is_exact() -> None:
         torch.testing.assert_close(best, full.topk(4).values, rtol=0, atol=0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(grid=grids, k=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
 def test_best_cells_of_the_whole_grid(grid: tuple[int, ...], k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def test_best_cells_of_the_whole_grid(grid: tuple[int, ...], k: int, seed: int) 
         assert got == sorted(everything[r], reverse=True)[: len(got)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(grid=grids, share=st.floats(0, 1), k=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), limit=st.integers(1, 9))
 def test_beam_search_finds_the_best_that_live(
     grid: tuple[int, ...], share: float, k: int, seed: int, limit: int

@@ -144,6 +144,26 @@ async def test_a_row_whose_experts_all_hang_is_refilled(node: FakeNode) -> None:
     assert node.num_open == 0
 
 
+@pytest.mark.parametrize("method", [FORWARD, BACKWARD])
+async def test_most_experts_hang_and_the_others_fail(node: FakeNode, method: str) -> None:
+    """Nothing of this batch says how long an answer takes; what was seen before does."""
+    gate = make_gate(node, k_best=2, spare=0)
+    for _ in range(2):
+        await backward((await gate(torch.randn(8, 2, requires_grad=True))).sum())
+
+    async def fault(called: str, uid: str, number: int) -> None:
+        if called == method and uid == UIDS[0]:
+            raise ConnectionLost("peer", "test")
+        if called == method and uid != UIDS[1]:
+            await asyncio.Event().wait()
+
+    node.fault = fault
+    async with asyncio.timeout(5):
+        x = torch.randn(8, 2, requires_grad=True)
+        await backward((await gate(x)).sum() + x.sum())
+    assert node.num_open == 0
+
+
 async def test_an_expert_that_never_answers_is_masked_in_the_end(node: FakeNode) -> None:
     gate = make_gate(node, k_best=2)
     x = torch.randn(16, 2)

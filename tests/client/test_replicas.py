@@ -10,7 +10,7 @@ from torch import nn
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.latency import LatencyBook
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.errors import ConnectionLost, ExpertFailed, Overloaded
+from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
 from tests.client.fake_node import FakeNode
 
@@ -64,6 +64,42 @@ async def test_a_full_replica_is_left_alone_for_a_while(node: FakeNode) -> None:
     for _ in range(3):
         await expert(torch.zeros(1, 8))
     assert peers_asked(node) == ["a", "b", "b", "b"] and not node.directory.failed
+
+
+async def test_backward_goes_to_the_next_primary_under_the_same_call_id(node: FakeNode) -> None:
+    hosted = node.host("ffn.0", nn.Linear(8, 8), peers=("leaving", "heir"), lr=0.1)
+    x = torch.ones(2, 8, requires_grad=True)
+    y = await RemoteExpert(node, "ffn.0")(x)
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        asked = node.calls[number - 1]
+        if asked.peer == "leaving":
+            raise ExpertNotFound("it has left")
+        if len(peers_asked(node, BACKWARD)) == 2:
+            raise Overloaded("between two primaries", retry_after=0.0)
+
+    node.fault = fault
+    await backward(y.sum())
+    assert peers_asked(node, BACKWARD) == ["leaving", "heir", "heir"]
+    assert len({asked.body["call_id"] for asked in node.calls if asked.method == BACKWARD}) == 1
+    assert hosted.version == 1 and x.grad is not None
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_inputs_that_the_server_keeps_do_not_travel_again(node: FakeNode, forgotten: bool) -> None:
+    node.host("ffn.0", nn.Linear(8, 8))
+    node.keeps_inputs = True
+    x = torch.ones(2, 8, requires_grad=True)
+    y = await RemoteExpert(node, "ffn.0")(x)
+    if forgotten:
+        node.kept.clear()
+    await backward(y.sum())
+    sent = [asked.body["num_inputs"] for asked in node.calls if asked.method == BACKWARD]
+    assert sent == ([0, 1] if forgotten else [0])
+    torch.testing.assert_close(x.grad, node.hosted["ffn.0"].module.weight.detach().sum(0).expand(2, 8))  # type: ignore
+    with torch.no_grad():
+        await RemoteExpert(node, "ffn.0")(x)
+    assert not node.calls[-1].body["keep_inputs"]
 
 
 async def test_all_replicas_gone(node: FakeNode) -> None:

@@ -56,7 +56,7 @@ class Side:
             count = min(len(buffer), len(view), step or len(view))
             buffer[:count] = view[:count]
             view = view[count:]
-            self.machine.received(count, now)
+            self.machine.received(count, now, lane=lane)
             reader.buffer_updated(count)
         self.events += self.machine.events()
 

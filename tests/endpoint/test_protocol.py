@@ -359,6 +359,38 @@ def test_after_our_own_stall_nobody_is_judged_before_the_socket_was_read() -> No
         machine.handle_timer(70.0)
 
 
+def test_a_bulk_lane_that_stands_still_is_noticed_while_main_lives() -> None:
+    pair = Pair()
+    pair.call(MIB, timeout=1000.0)
+    pair.settle()
+    pair.received()  # its handler takes its time
+    machine = pair.client.machine
+    for pair.now in (7.5, 15.0, 22.5):
+        machine.handle_timer(pair.now)
+        assert machine.has_data(BULK), "pinged, as long as a call uses it"
+        pair.settle()
+    pair.now = 30.0
+    machine.handle_timer(pair.now)
+    machine.data_to_send(BULK, 1)  # lost on the way
+    while pair.carry(pair.client, MAIN) or pair.carry(pair.server, MAIN):
+        pass
+    pair.now = 37.5
+    machine.received(1, pair.now)
+    with pytest.raises(ConnectionLost, match="bulk channel has stood still"):
+        machine.handle_timer(pair.now)
+
+
+def test_a_main_lane_that_stands_still_is_noticed_while_bulk_lives() -> None:
+    machine = Pair().client.machine
+    machine.handle_timer(3.0)
+    for now in (5.0, 10.0, 14.9):
+        machine.received(100, now, lane=BULK)
+        assert machine.timer_at() == pytest.approx(min(now + 9.0, 15.0))
+        machine.handle_timer(now)
+    with pytest.raises(ConnectionLost):
+        machine.handle_timer(15.0)
+
+
 def test_half_received_requests_that_stall_are_given_up() -> None:
     pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0))
     pair.call(9 * MIB, timeout=1000.0)

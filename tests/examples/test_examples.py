@@ -72,23 +72,13 @@ async def test_quickstart() -> None:
     assert found and float(found[1]) < 0.9
 
 
-async def test_a_trainer_trains_what_two_servers_host(tmp_path: Path) -> None:
-    async with (
-        serving("--checkpoint-dir", str(tmp_path)) as first,
-        serving("--initial-peers", first, "--experts", "ffn.[2:4].[0:4]"),
-    ):
+async def test_a_trainer_trains_what_a_volunteer_hosts(tmp_path: Path) -> None:
+    async with serving("--checkpoint-dir", str(tmp_path)) as first:
         shown = await finish(await start("volunteer_trainer.py", "--initial-peers", first, "--steps", "60"))
         losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
         assert len(losses) == 6
         assert losses[-1] < 0.97 * losses[0]
     assert len(list_files(tmp_path)) >= 8, "leaving saves the experts"
-
-
-async def test_a_trainer_without_anybody_ends_with_a_reason() -> None:
-    trainer = await start("volunteer_trainer.py", "--initial-peers", "nonsense")
-    _, err = await trainer.communicate()
-    assert trainer.returncode != 0
-    assert b"nonsense" in err
 
 
 @pytest.mark.both_loops

@@ -19,7 +19,7 @@ from tesseract_async.experts.claiming import (
     encode_reservation,
 )
 from tesseract_async.experts.manifest import encode_manifest, grid_key
-from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
+from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 
 AT_ONCE = ClaimSettings(settle=0.0)
 
@@ -69,6 +69,15 @@ async def test_what_expired_what_is_its_own_and_garbage_do_not_count() -> None:
     assert claim.uids == {"ffn.0": True, "ffn.1": True}
 
 
+class SlowNetwork(FakeNetwork):
+    """Others come in between."""
+
+    async def get_entries(self, key: str) -> list[FakeEntry]:
+        entries = await super().get_entries(key)
+        await asyncio.sleep(0)
+        return entries
+
+
 async def test_newcomers_of_one_moment_share_the_free_ones_out() -> None:
     """Eight at once take 4 each of 64. By chance alone 6.6 experts would be taken twice; here none is."""
     swarm = FakeSwarm()
@@ -79,7 +88,7 @@ async def test_newcomers_of_one_moment_share_the_free_ones_out() -> None:
         claims = await asyncio.gather(
             *(
                 claim_experts(
-                    FakeNetwork(swarm, peer(number)),
+                    SlowNetwork(swarm, peer(number)),
                     pattern,
                     4,
                     random=Random(100 * seed + number),

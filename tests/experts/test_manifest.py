@@ -103,6 +103,12 @@ def test_parts_say_together_what_was_encoded(
     assert together == experts
 
 
+@pytest.mark.parametrize("coordinate", [0, 255, 256, 65535, 65536, 2**32 - 1])
+def test_coordinates_at_the_borders_of_their_widths_survive(coordinate: int) -> None:
+    [(part, _)] = encode_manifest(ADDRESSES, {(0, coordinate): True}, sequence=1)
+    assert members(decode_manifest(part)) == {(0, coordinate): True}
+
+
 def test_eight_experts_take_a_few_dozen_bytes() -> None:
     # 87 KB for 512 servers are 170 bytes per server, of which a signed entry takes about 110 for itself
     experts = {(random.Random(i).randrange(64), i): True for i in range(8)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ PUBLISHER = PublisherSettings(declare_timeout=2.0)
 X = torch.ones(2, 4)
 
 
-def make_backend(seed: int = 0) -> ta.ExpertBackend:
+def make_backend(seed: int = 0, module: nn.Module | None = None) -> ta.ExpertBackend:
     torch.manual_seed(seed)
-    module = nn.Linear(4, 4)
+    module = nn.Linear(4, 4) if module is None else module
     return ta.ExpertBackend(
         module, optimizer=torch.optim.SGD(module.parameters(), lr=0.01), args_schema=(ta.TensorSpec((4,)),)
     )
@@ -52,11 +53,17 @@ class Volunteer:
 
 @contextlib.asynccontextmanager
 async def volunteer(
-    peers: Sequence[str] = (), *, seed: int = 0, follow: bool = False, settings: ReplicaSettings = BY_HAND
+    peers: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    follow: bool = False,
+    settings: ReplicaSettings = BY_HAND,
+    identity: ta.Identity | None = None,
+    module: nn.Module | None = None,
 ) -> AsyncIterator[Volunteer]:
-    async with ta.TesseractNode(initial_peers=peers) as node:
+    async with ta.TesseractNode(initial_peers=peers, identity=identity) as node:
         await node.network.wait_joined(5.0)
-        backends = {UID: make_backend(seed)}
+        backends = {UID: make_backend(seed, module)}
         server = ta.TesseractServer(node, backends, followers=[UID] if follow else [], publisher_settings=PUBLISHER)
         async with server, ReplicaKeeper(server, settings=settings) as keeper:
             yield Volunteer(node, server, keeper)
@@ -195,14 +202,58 @@ async def test_a_primary_that_leaves_hands_over_under_load_and_nothing_is_lost_o
 
 
 async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quarrel() -> None:
-    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+    low, high = sorted((ta.Identity.from_seed(bytes([n]) * 32) for n in (1, 2)), key=lambda one: one.peer_id)
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(volunteer(identity=low))
+        second = await stack.enter_async_context(volunteer([first.node.address], follow=True, identity=high))
         stale = await read_replicas(second.node, [UID])
         assert stale[UID][0].primary
         assert await first.keeper.hand_over() == 1
-        # equal steps, and perhaps the lower id: without the handover, either might have given way
+        # equal steps and the lower id: without the handover, the second one would give way
         await second.keeper._settle(UID, stale[UID])
         await first.keeper.look()
         assert second.leads and not first.leads
+        (found,) = (await read_replicas(second.node, [UID]))[UID]
+        assert not found.primary
+
+
+class Slow(nn.Linear):
+    """Says when it computes a backward, and takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.begun = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.loop.call_soon_threadsafe(self.begun.set)
+            time.sleep(0.2)
+        return super().forward(x)
+
+
+async def test_what_is_being_applied_when_it_hands_over_goes_along() -> None:
+    slow = Slow()
+    async with volunteer(module=slow) as first, volunteer([first.node.address], follow=True) as second:
+        task = asyncio.create_task(backward(first.node, first))
+        await slow.begun.wait()
+        assert await first.keeper.hand_over() == 1
+        assert await task == 1
+        assert second.leads and second.version == 1 and len(second.server.experts[UID].applied) == 1
+
+
+async def test_who_pauses_hands_over_and_comes_back_as_a_follower() -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+        await backward(first.node, first)
+        await first.keeper.hand_over()
+        await first.server.pause("its owner uses the machine", retry_after=1.0)
+        assert (second.leads, second.version) == (True, 1)
+        await backward(first.node, second)
+        await first.keeper.look()
+        assert first.version == 1, "it rests"
+        await first.keeper.come_back()
+        await first.server.resume()
+        assert not first.leads and first.version == 2 and equal(first, second)
         (found,) = (await read_replicas(second.node, [UID]))[UID]
         assert not found.primary
 

@@ -214,6 +214,17 @@ async def test_a_lying_server_is_found_out(node: FakeNode, change: dict[str, Any
         await node.fetch()
 
 
+async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: FakeNode) -> None:
+    def flip(reply: Message) -> Message:
+        piece = bytearray(reply.buffers[0])
+        piece[-1] ^= 1
+        return Message(reply.body, (memoryview(piece),))
+
+    node.after = flip
+    with pytest.raises(ProtocolError, match="damaged on the way"):
+        await node.fetch()
+
+
 async def test_a_piece_too_many_or_empty_is_refused(node: FakeNode) -> None:
     node.after = lambda reply: Message(reply.body, (*reply.buffers, memoryview(b"more")))
     with pytest.raises(ProtocolError, match="does not fit"):

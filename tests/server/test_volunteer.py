@@ -57,12 +57,12 @@ async def test_load_pauses_and_calm_resumes() -> None:
     server, machine = FakeServer(), FakeMachine()
     order: list[str] = []
 
-    async def before_resume() -> None:
+    async def before() -> None:
         order.append(f"before, after {len(server.told)} words")
 
     limits = VolunteerSettings(pause_above_load=0.3, pause_after=5.0, resume_after=60.0)
     told: list[Verdict] = []
-    one = keeper(server, machine, limits, before_resume=before_resume, tell=told.append)
+    one = keeper(server, machine, limits, before_pause=before, before_resume=before, tell=told.append)
     machine.share = 0.9
     assert (await one.look()).serve
     machine.now += 5
@@ -75,7 +75,7 @@ async def test_load_pauses_and_calm_resumes() -> None:
     machine.now += 60
     assert (await one.look()).serve
     assert server.told[1:] == [("resume", 0.0)]
-    assert order == ["before, after 1 words"]
+    assert order == ["before, after 0 words", "before, after 1 words"]
     assert [verdict.serve for verdict in told] == [False, True]
 
 
@@ -138,6 +138,27 @@ async def test_it_looks_by_itself() -> None:
         machine.share = 0.9
         await server.changed.wait()
     assert len(server.told) == 1
+
+
+async def test_a_failure_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    server, machine = FakeServer(), FakeMachine()
+    limits = VolunteerSettings(pause_above_load=0.3, pause_after=0.0)
+    failed = asyncio.Event()
+
+    async def fail() -> None:
+        failed.set()
+        raise TimeoutError
+
+    async with keeper(server, machine, limits, period=0.01, before_pause=fail) as one, asyncio.timeout(5):
+        machine.share = 0.9
+        await failed.wait()
+        machine.share = 0.0
+        machine.now += 1000
+        await one.look()
+        machine.now += 1000
+        await server.changed.wait()
+    assert server.told == [("resume", 0.0)]
+    assert "could not be looked after: TimeoutError" in caplog.text
 
 
 def test_this_machine_is_seen() -> None:

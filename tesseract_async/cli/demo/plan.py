@@ -33,6 +33,9 @@ class DemoSettings:
     return_at: float = 0.42
     """Share of the steps after which it is started again."""
 
+    wait_at: float = 0.8
+    """Share of the steps after which trainers wait for the server that was killed, if it is not back yet."""
+
     rows: int = 64
     """Rows of one step."""
     noise: float = 0.5
@@ -70,6 +73,8 @@ class TrainerTask:
     noise: float
     k_best: int
     gate_learning_rate: float
+    wait_at: int
+    """Before this step, the trainer waits until all experts live."""
     validate_every: int
     refresh_period: float
 

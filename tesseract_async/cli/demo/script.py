@@ -131,6 +131,7 @@ class Script:
             noise=self.settings.noise,
             k_best=self.settings.k_best,
             gate_learning_rate=self.settings.gate_learning_rate,
+            wait_at=max(1, round(self.settings.wait_at * self.settings.steps)),
             validate_every=self.settings.validate_every,
             refresh_period=self.settings.refresh_period,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,9 +41,12 @@ def load_digits() -> Digits:
     return x[:cut], y[:cut], x[cut:], y[cut:]
 
 
-async def train(task: plan.TrainerTask) -> None:
+WAIT_FOR_EVERYBODY = 30.0
+"""Seconds that a trainer waits at most for the server that was killed."""
+
+
+async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) -> None:
     """Joins the swarm, trains, and reports until all steps are taken."""
-    torch.set_num_threads(1)
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(task.seed * 1000 + task.number)
     async with ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=task.refresh_period) as node:
@@ -56,9 +60,11 @@ async def train(task: plan.TrainerTask) -> None:
         optimizer = torch.optim.Adam(gate.parameters(), lr=task.gate_learning_rate)
         node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
-        say("ready")
+        report("ready")
 
         for step in range(1, task.steps + 1):
+            if step == task.wait_at:
+                await wait_for_everybody(node)
             batch = torch.randint(0, len(x_train), (task.rows,))
             x, y = x_train[batch], y_train[batch]
             x = x + task.noise * torch.randn_like(x)
@@ -79,12 +85,28 @@ async def train(task: plan.TrainerTask) -> None:
             facts["num_calls"] = int(node.metrics.total("expert_calls"))
             view = node.directory.live(plan.PREFIX)
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
-            say("step", **facts)
-        say("done")
+            report("step", **facts)
+        report("done")
+
+
+async def wait_for_everybody(node: ta.TesseractNode) -> None:
+    """Returns once all experts live, or after `WAIT_FOR_EVERYBODY` seconds.
+
+    On a fast machine the steps are taken before Python has started again on the server that was killed; but that it
+    takes part again is what the demo shows.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + WAIT_FOR_EVERYBODY
+    while loop.time() < deadline:
+        view = node.directory.live(plan.PREFIX)
+        if view is not None and len(view) == len(plan.all_uids()):
+            return
+        await asyncio.sleep(0.1)
 
 
 async def main(task: plan.TrainerTask) -> int:
     """Trains until done, or until whoever started this process is gone or says so."""
+    torch.set_num_threads(1)
     training = asyncio.create_task(train(task))
     leaving = asyncio.create_task(until_told_to_leave(watch_stdin=True))
     await asyncio.wait({training, leaving}, return_when=asyncio.FIRST_COMPLETED)
