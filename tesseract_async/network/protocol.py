@@ -37,7 +37,8 @@ from tesseract_async.network.contacts import (
 from tesseract_async.network.dialback import DialBack
 from tesseract_async.network.events import ClockSkewed, Event, Isolated, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.limits import RateLimiter
-from tesseract_async.network.operations import Join, Neighbourhood, Ping, Read, Refresh, Write
+from tesseract_async.network.operations import Join, Neighbourhood, Ping, Refresh
+from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import RoutingTable
 from tesseract_async.network.settings import (
@@ -48,6 +49,8 @@ from tesseract_async.network.settings import (
     NetworkSettings,
 )
 from tesseract_async.network.storage import Outcome, Storage
+from tesseract_async.network.tokens import Tokens
+from tesseract_async.network.writing import Write
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups under way, and their proofs and tokens."""
@@ -115,8 +118,7 @@ class NetworkProtocol:
         self._seed_backoff = settings.min_seed_backoff
         self._seeds_at = float("inf")
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * random.random()
-        self._secrets = (random.randbytes(16), random.randbytes(16))
-        self._secrets_until = now + settings.token_lifetime
+        self.tokens = Tokens(random, lifetime=settings.token_lifetime, now=now)
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._num_timers = 0
         self._datagrams: deque[tuple[bytes, Address]] = deque()
@@ -277,7 +279,7 @@ class NetworkProtocol:
 
     def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
         request = wire.read_request(datagram)
-        address_proven = bool(request.token) and self._token_holds(request.token, address)
+        address_proven = bool(request.token) and self.tokens.holds(request.token, pack_address(address))
         if not self._limiter.allows(address, 5.0 if request.challenge else 1.0, now):
             self._drop("rate")
             return
@@ -288,7 +290,7 @@ class NetworkProtocol:
         packed_address = pack_address(address)
         if not address_proven and length < MIN_REQUEST_BYTES:
             if request.token and datagram.kind not in (wire.LEAVE, wire.DIAL_FOR):
-                body = (packed_address, self._token_for(packed_address), b"", self.wall(now))
+                body = (packed_address, self.tokens.give(packed_address), b"", self.wall(now))
                 flags = self.flags() | wire.FLAG_AGAIN
                 kind = datagram.kind | wire.REPLY
                 self.send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
@@ -313,7 +315,7 @@ class NetworkProtocol:
                 request.challenge, datagram.sender, self.own_id, unpack_address(packed_address)
             )
             proof = self.identity.public_key + self.identity.sign(statement)
-        body = (packed_address, self._token_for(packed_address), proof, self.wall(now), *results)
+        body = (packed_address, self.tokens.give(packed_address), proof, self.wall(now), *results)
         kind = datagram.kind | wire.REPLY
         self.send(wire.encode(kind, self.flags(), datagram.transaction, self.own_id, body), address)
 
@@ -529,9 +531,7 @@ class NetworkProtocol:
     def _keep_house(self, now: float) -> None:
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * (0.75 + 0.5 * self.random.random())
         self.storage.expire(self.wall(now))
-        if now >= self._secrets_until:
-            self._secrets = (self.random.randbytes(16), self._secrets[0])
-            self._secrets_until = now + self.settings.token_lifetime
+        self.tokens.rotate(now)
         for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
             del self._unreachable[raw]
         self._check_clock()
@@ -582,13 +582,6 @@ class NetworkProtocol:
         self._num_timers += 1
         heapq.heappush(self._timers, (at, self._num_timers, action))
 
-    def _token_for(self, packed_address: bytes) -> bytes:
-        return _token(self._secrets[0], packed_address)
-
-    def _token_holds(self, token: bytes, address: Address) -> bool:
-        packed = pack_address(address)
-        return any(token == _token(secret, packed) for secret in self._secrets)
-
     def new_transaction(self) -> bytes:
         """64 random bits, which only who received the request can repeat."""
         return self.random.randbytes(wire.TRANSACTION_BYTES)
@@ -629,7 +622,3 @@ class NetworkProtocol:
 
     def _drop(self, reason: str) -> None:
         self.metrics.count("network_datagrams_dropped", reason=reason)
-
-
-def _token(secret: bytes, packed_address: bytes) -> bytes:
-    return hashlib.blake2b(packed_address, key=secret, digest_size=wire.TOKEN_BYTES).digest()
