@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +69,14 @@ class ExpertCalls:
         self.metrics = metrics
         self.refuse_forwards: Overloaded | None = None
         """Raised to forwards while the server pauses or leaves."""
+        self.expects_backwards: Callable[[str], bool] = lambda uid: True
+        """Whether this server applies the backwards of an expert; else they go elsewhere, and nobody waits for them."""
         self._runtime = runtime
         self._backwards: dict[_CallKey, _Backward] = {}
         self._answers: Memory[_CallKey, Answer] = Memory(settings.max_answers_bytes, _num_bytes_of_answer)
         self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(settings.max_inputs_bytes, _num_bytes)
-        self._expected: OrderedDict[bytes, float] = OrderedDict()  # inputs_cached -> until when its backward may come
+        # inputs_cached -> until when its backward may come, and of which expert
+        self._expected: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
         self._num_active = 0
         self._quiet = asyncio.Event()
 
@@ -105,14 +108,17 @@ class ExpertCalls:
         """Returns when no call is under way, and no backward of an answered forward is expected any more."""
         loop = asyncio.get_running_loop()
         while True:
-            while self._expected and next(iter(self._expected.values())) <= loop.time():
+            while self._expected:
+                until, uid = next(iter(self._expected.values()))
+                if until > loop.time() and self.expects_backwards(uid):
+                    break
                 self._expected.popitem(last=False)
             if not self._num_active and not self._expected:
                 return
             self._quiet.clear()
-            until = None if not self._expected else next(iter(self._expected.values()))
+            next_at = None if not self._expected else next(iter(self._expected.values()))[0]
             try:
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(next_at):
                     await self._quiet.wait()
             except TimeoutError:
                 continue
@@ -136,7 +142,7 @@ class ExpertCalls:
                 priority=_priority(call),
                 peer=call.peer_id,
             )
-        inputs_cached = self._keep(inputs) if request.keep_inputs else None
+        inputs_cached = self._keep(uid, inputs) if request.keep_inputs else None
         metas, buffers = wire.pack_tensors(answer.tensors, codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
@@ -213,11 +219,13 @@ class ExpertCalls:
             version = result.version if backward.version is None else backward.version
             self._answers.put(key, Answer(result.tensors, version))
 
-    def _keep(self, inputs: list[torch.Tensor]) -> bytes | None:
+    def _keep(self, uid: str, inputs: list[torch.Tensor]) -> bytes | None:
         name = os.urandom(16)
         if not self._inputs.put(name, inputs):
             return None
-        self._expected[name] = asyncio.get_running_loop().time() + self.settings.backward_timeout
+        if not self.expects_backwards(uid):
+            return name
+        self._expected[name] = (asyncio.get_running_loop().time() + self.settings.backward_timeout, uid)
         if len(self._expected) > _MAX_EXPECTED:
             self._expected.popitem(last=False)
         return name

@@ -89,6 +89,7 @@ class TesseractServer:
         self._calls = ExpertCalls(self.runtime, settings=settings.calls, metrics=node.metrics)
         self._handlers: dict[str, Handler] = {}
         self._is_primary = {uid: uid not in followers for uid in experts}
+        self._calls.expects_backwards = self._is_primary.__getitem__
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
         )

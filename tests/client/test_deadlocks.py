@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import gc
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -124,6 +125,36 @@ def test_the_loop_ends_during_backward() -> None:
 
     asyncio.run(main())
     assert node.num_open == 0 and not autograd._steps
+
+
+class Slow(torch.autograd.Function):
+    """Its backward takes until `go` is set."""
+
+    go: threading.Event
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        Slow.go.wait(10)
+        return grads[0]
+
+
+async def test_cancelled_before_a_request_went_out_none_goes_out(node: FakeNode) -> None:
+    linear, _, expert = await make(node)
+    y = await expert(linear(torch.ones(2, 8)))
+    Slow.go = threading.Event()
+    task = asyncio.create_task(backward(Slow.apply(y).sum()))  # type: ignore[no-untyped-call]
+    await until(lambda: bool(autograd._steps))
+    task.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    Slow.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert node.count(BACKWARD) == 0 and linear.weight.grad is None
 
 
 async def step(node: FakeNode, linear: nn.Linear, gate: GatingFunction, expert: RemoteExpert) -> None:

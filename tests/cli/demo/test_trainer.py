@@ -56,4 +56,4 @@ async def test_experts_that_learn_carry_the_accuracy() -> None:
 
 @pytest.mark.timeout(120)
 async def test_with_frozen_experts_the_gate_alone_learns_little() -> None:
-    assert await accuracy_after_training(None, 100) < 0.6
+    assert await accuracy_after_training(None, 60) < 0.6
