@@ -25,7 +25,7 @@ from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
 from tesseract_async.wire.tensors import flatten
 
-_MIN_PATIENCE_SECONDS = 0.05
+_MIN_PATIENCE_SECONDS = 0.02
 _MAX_SHARE = 4.0
 
 
@@ -49,7 +49,7 @@ class MixtureSettings:
     backward_k_min: int = 0
     """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
     patience: float = 1.5
-    """An expert counts as hanging when it takes longer than this share (0.05 s at least) beyond what is usual: for most
+    """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
     others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
     The default leaves room for a server that computes many experts one after another."""
     refill: bool = True

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,9 +23,11 @@ from tesseract_async.client.expert_calls import (
     fetch_schema,
 )
 from tesseract_async.client.isolated import NO_GRAD, isolated
-from tesseract_async.client.replicas import Shared, ask_best, ask_primary
-from tesseract_async.errors import ExpertNotFound
+from tesseract_async.client.replicas import Attempt, Shared, ask_best, ask_primary
+from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable
 from tesseract_async.wire.tensors import flatten, flatten_like, unflatten
+
+T = TypeVar("T")
 
 DEFAULT_OPTIONS = CallOptions()
 
@@ -128,7 +130,23 @@ class RemoteExpert(nn.Module):
         async def attempt(peer: Any, timeout: float) -> ExpertSchema:
             return await fetch_schema(self._shared.node, self.uid, peer, timeout=timeout)
 
-        return await ask_best(self._shared, await self.find(), attempt, timeout=self.options.timeout, observed=False)
+        return await self.ask(attempt, timeout=self.options.timeout, observed=False)
+
+    async def ask(self, attempt: Attempt[T], *, timeout: float, observed: bool = True) -> T:
+        """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
+
+        A server that came back at another address is known by its old one until a call there has failed.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        replicas = await self.find()
+        try:
+            return await ask_best(self._shared, replicas, attempt, timeout=timeout, observed=observed)
+        except (PeerUnreachable, ConnectionLost, ExpertNotFound):
+            left = deadline - asyncio.get_running_loop().time()
+            found = await self._shared.node.directory.find(self.uid)  # without those that just failed
+            if left <= 0 or not found:
+                raise
+            return await ask_best(self._shared, found, attempt, timeout=left, observed=observed)
 
     async def find(self) -> Sequence[Any]:
         """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
@@ -178,7 +196,7 @@ class _ExpertCall:
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
             return await call_forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
-        outputs, self._answer = await ask_best(self._shared, await self._expert.find(), attempt, timeout=self.timeout)
+        outputs, self._answer = await self._expert.ask(attempt, timeout=self.timeout)
         return [output.to(inputs[0].device) for output in outputs]
 
     async def backward(

@@ -187,5 +187,7 @@ class Calls:
             self.end(transaction, call, None, now)
             return
         self._network.metrics.count("network_retransmissions")
+        if call.contact is not None:
+            call.contact.late = True
         self._attempt(transaction, call, now)
         call.caller.call_stalled(call, now)

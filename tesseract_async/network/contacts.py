@@ -77,6 +77,7 @@ class Contact:
     __slots__ = (
         "address",
         "last_seen",
+        "late",
         "number",
         "peer_id",
         "proven",
@@ -101,6 +102,8 @@ class Contact:
         self.token = b""
         """What it wants to see in requests from this node, as proof of this node's address."""
         self.token_until = float("-inf")
+        self.late = False
+        """Whether a request to it has passed its time-out and nothing was heard since."""
         self.rtt: float | None = None
         """Smoothed round trip and its variation (RFC 6298)."""
         self.rtt_variation = 0.0
@@ -116,7 +119,7 @@ class Contact:
             self.range,
         )
         twin.proven, twin.last_seen, twin.token, twin.token_until = False, float("-inf"), b"", float("-inf")
-        twin.rtt, twin.rtt_variation = None, 0.0
+        twin.late, twin.rtt, twin.rtt_variation = False, None, 0.0
         return twin
 
     def observe_round_trip(self, seconds: float) -> None:

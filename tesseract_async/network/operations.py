@@ -59,8 +59,12 @@ class Search:
         if self.ended:
             return
         kind = wire.GET if self._on_answer is not None else wire.FIND
-        for contact in self.lookup.to_ask():
-            self.network.call(self, kind, (self.target,), contact, now)
+        while asked := self.lookup.to_ask():
+            for contact in asked:
+                self.network.call(self, kind, (self.target,), contact, now)
+                if contact.late:
+                    # with something else already: others are asked beside it at once
+                    self.lookup.stalled(contact)
         if self.lookup.finished:
             self.stop()
             self._on_end(now)

@@ -459,6 +459,7 @@ class NetworkProtocol:
             self._calls.end(datagram.transaction, call, None, now)
             return
         contact.proven = True
+        contact.late = False
         contact.last_seen = now
         contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
         self._observe(contact, reply, call, now)

@@ -132,7 +132,9 @@ class _Store:
     def __init__(self, write: Write, contact: Contact, indices: list[int], now: float) -> None:
         self.write = write
         self.indices = indices
-        self.late = False
+        # whoever is late with something else already will not be waited for again
+        self.late = contact.late
+        write._num_late += contact.late
         self.repeated = False
         self._send(contact, now)
 

@@ -48,7 +48,7 @@ async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -
     kept = (*SMALL, "--identity", identity, "--checkpoint-dir", checkpoints)
     async with tesseract("dht") as bootstrap:
         address = (await event(bootstrap, "ready"))["address"]
-        async with ta.TesseractNode(initial_peers=[address]) as node:
+        async with ta.TesseractNode(initial_peers=[address], refresh_period=0.2) as node:
             x = torch.ones(3, 4)
             async with tesseract("serve", "-p", address, *kept) as server:
                 first = await event(server, "ready")

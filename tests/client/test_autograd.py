@@ -62,9 +62,11 @@ class VirtualDelays:
     async def run(self, coroutine: Any, *, engine: bool = False) -> Any:
         task = asyncio.create_task(coroutine)
         while not task.done():
+            waits_for = self._waits_for[-1:]
             for _ in range(20):  # whatever is under way on the loop arrives first
                 await asyncio.sleep(0)
-            idle = not engine or (self._waits_for and not self._waits_for[0]._done.is_set())
+            # the engine waited all the while: what it had started before has arrived as well
+            idle = not engine or (waits_for == self._waits_for[-1:] != [] and not waits_for[0]._done.is_set())
             if self._due and idle and not task.done():
                 self.now, _, answered = heapq.heappop(self._due)
                 answered.set()

@@ -110,8 +110,9 @@ async def test_a_web_application_owns_the_loop() -> None:
         rows = [[1.0, 2.0, 3.0, 4.0]]
         answers = await asyncio.gather(*(client.post("/apply", json={"rows": rows}) for _ in range(20)))
         bodies = [await answer.json() for answer in answers]
-        assert all(body == bodies[0] for body in bodies)
         assert len(bodies[0]["rows"][0]) == 4
+        # which requests share a batch is chance, and with it the last digit
+        assert all(body["rows"][0] == pytest.approx(bodies[0]["rows"][0], rel=1e-5) for body in bodies)
         wrong = await client.post("/apply", json={"rows": [[1.0]]})
         assert wrong.status == 400
         assert "float32[rows, 4]" in await wrong.text()

@@ -479,3 +479,33 @@ def test_after_the_own_loop_stood_still_nobody_is_judged_before_the_socket_is_re
         pair.a.receive_datagram(data, B, 60.0)
     assert any(isinstance(event, ReadFinished) for event in pair.a.events())
     assert len(pair.a.table) == 1
+
+
+def test_whoever_is_late_already_is_not_waited_for_again() -> None:
+    nodes = {(f"10.0.1.{index}", 4000): machine(10 + index) for index in range(6)}
+    addresses = list(nodes)
+    now = 0.0
+
+    def exchange(deaf: Address | None) -> None:
+        while moved := [(data, at, to) for at, node in nodes.items() for data, to in node.datagrams_to_send()]:
+            for data, at, to in moved:
+                if deaf not in (at, to):
+                    nodes[to].receive_datagram(data, at, now)
+
+    for address in addresses[1:]:
+        nodes[address].set_seeds([(addresses[0], None)], now)
+        nodes[address].handle_timer(now)
+        exchange(None)
+    writer, dead = nodes[addresses[1]], addresses[5]
+    writer.events()
+    waits = []
+    for sequence in (1, 2):
+        begin = now
+        writer.write([record(writer, sequence=sequence)], now)
+        exchange(dead)
+        while not any(isinstance(event, WriteFinished) and event.num_holders == [5] for event in writer.events()):
+            now = writer.timer_at()
+            writer.handle_timer(now)
+            exchange(dead)
+        waits.append(now - begin)
+    assert 0.1 < waits[0] < 0.6 and waits[1] == 0.0

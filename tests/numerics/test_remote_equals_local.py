@@ -266,3 +266,13 @@ async def test_a_peer_that_stops_answering_costs_a_timeout_and_one_that_dies_an_
         with pytest.raises((TimeoutError, errors.TesseractError)):
             await expert.with_options(timeout=1.0)(torch.zeros(1, WIDTH))
         assert time.perf_counter() - began < 3
+
+
+async def test_a_server_that_came_back_elsewhere_is_found_by_the_call_that_misses_it() -> None:
+    identity = ta.Identity.generate()
+    async with ta.TesseractNode() as guest:
+        for _ in range(2):  # the second time on another port, while the directory remembers the first
+            async with ta.TesseractNode(initial_peers=[guest.address], identity=identity) as host:
+                async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}):
+                    expert = await guest.get_expert("e.0")
+                    assert (await expert(torch.zeros(1, WIDTH))).shape == (1, WIDTH)
