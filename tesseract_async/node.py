@@ -1,6 +1,6 @@
 """A node: one event loop's share of the swarm. It builds the parts (DHT, endpoint, directory) and joins them.
 
-This is the only file that names concrete transports.
+Concrete transports are named in `reach` only.
 """
 
 from __future__ import annotations

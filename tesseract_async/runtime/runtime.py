@@ -64,7 +64,10 @@ class TesseractRuntime:
         settings: RuntimeSettings = RuntimeSettings(),
         metrics: Metrics | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:  # what PyTorch raises for a name that it does not know
+            raise ValueError(f"not a device, such as 'cpu' or 'cuda:0': {device!r}") from error
         self.settings = settings
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(settings.batcher)
@@ -84,7 +87,7 @@ class TesseractRuntime:
     # -- On the loop -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the thread. Raises: RuntimeError the second time; what PyTorch raises for an unusable device."""
+        """Starts the thread. Raises: RuntimeError the second time; ValueError for a device that is not here."""
         if self._thread is not None:
             raise RuntimeError("this runtime was started before")
         self._loop = asyncio.get_running_loop()

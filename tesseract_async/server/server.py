@@ -75,8 +75,13 @@ class TesseractServer:
     ) -> None:
         """`checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
 
-        Raises: ValueError if `followers` names an expert that is not among `experts`.
+        Raises: ValueError if `followers` names an expert that is not among `experts`; TypeError for an expert that is
+        no ExpertBackend.
         """
+        for uid, backend in experts.items():
+            if not isinstance(backend, ExpertBackend):
+                kind = type(backend).__name__
+                raise TypeError(f"{uid} takes an ExpertBackend, which holds its module and schemas; got {kind}")
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
         self.node = node
