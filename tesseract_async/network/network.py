@@ -438,7 +438,10 @@ class _Driver(asyncio.DatagramProtocol):
                 logger.info("joined the network: %d contacts", event.num_contacts)
             elif isinstance(event, Isolated):
                 self.joined.clear()
-                logger.warning("every contact is gone; looking for the network again")
+                if self._has_seeds:
+                    logger.warning("every contact is gone; looking for the network again")
+                else:
+                    logger.info("the last contact has left; waiting for others")
             elif isinstance(event, RoleChanged):
                 logger.info("this node is found to be %s", event.role)
                 self.on_role_change()
