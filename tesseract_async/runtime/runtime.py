@@ -100,7 +100,7 @@ class TesseractRuntime:
         self._thread.start()
         try:
             await asyncio.shield(ready)
-        except BaseException:
+        except BaseException:  # cancelled, too: no thread stays behind
             await self.aclose()
             raise
 
@@ -286,7 +286,7 @@ class TesseractRuntime:
         def job(executor: Executor) -> None:
             try:
                 result = function(executor)
-            except BaseException as error:
+            except BaseException as error:  # it is handed to the awaiting task
                 self._post(_settle, future, None, error)
             else:
                 self._post(_settle, future, result, None)
@@ -328,7 +328,7 @@ class TesseractRuntime:
             if self.settings.num_threads is not None:
                 torch.set_num_threads(self.settings.num_threads)
             executor = Executor(staging_for(self.device))
-        except BaseException as error:
+        except BaseException as error:  # it is handed to whoever starts the runtime
             self._post(_settle, ready, None, error)
         else:
             self._post(_settle, ready, None, None)

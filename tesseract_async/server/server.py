@@ -146,7 +146,7 @@ class TesseractServer:
                 metrics=self.node.metrics,
             )
             await self._publisher.declare(self._is_primary)
-        except BaseException:
+        except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             if self._unwatch is not None:
                 self._unwatch()
@@ -271,7 +271,7 @@ class TesseractServer:
             before = backend.state()
             try:
                 backend.load_state(state)
-            except BaseException:
+            except BaseException:  # a state may be anything: back to the one before
                 backend.load_state(before)
                 raise
 
