@@ -69,4 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse()
-    web.run_app(make_app(args), host="127.0.0.1", port=args.port)
+    try:
+        web.run_app(make_app(args), host="127.0.0.1", port=args.port)
+    except (OSError, ta.errors.TesseractError) as error:  # a port in use, no expert: a sentence is enough
+        raise SystemExit(f"embed_in_web_app.py: {error}") from None

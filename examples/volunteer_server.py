@@ -10,7 +10,6 @@ The first prints the address that all others, servers and trainers, are given as
 
 import argparse
 import asyncio
-import contextlib
 
 import torch
 
@@ -48,5 +47,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-dir", default=None, help="where weights are kept, to go on from after a restart")
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         asyncio.run(main(parser.parse_args()))
+    except KeyboardInterrupt:
+        pass  # everything was closed on the way here
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # a port in use, say: a sentence is enough
+        raise SystemExit(f"{parser.prog}: {error}") from None

@@ -1,6 +1,6 @@
 """A node: one event loop's share of the swarm. It builds the parts (DHT, endpoint, directory) and joins them.
 
-This is the only file that names concrete transports.
+Concrete transports are named in `reach` only.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class TesseractNode:
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
-        except BaseException:
+        except BaseException:  # cancelled, too: nothing half started stays
             await self.aclose()
             tcp.close()
             udp.close()
@@ -345,7 +345,7 @@ async def _bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket
             if error.errno == errno.EADDRINUSE and port == 0:
                 continue
             raise _bind_error(error, host, port) from None
-        except BaseException:
+        except BaseException:  # whatever it was, the sockets have no owner yet
             tcp.close()
             udp.close()
             raise

@@ -204,7 +204,7 @@ class _Await(torch.autograd.Function):
         try:
             call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
             results = request.wait()
-        except BaseException:
+        except BaseException:  # nobody waits for the answer any more
             request.cancel()
             raise
         moved = [None if grad is None else grad.to(device) for grad, device in zip(results, ctx.devices, strict=True)]

@@ -82,7 +82,7 @@ class BackgroundNode(PlainCalls):
         self._loop = started.result()
         try:
             self.run(self._inner.start())
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, must not leave the thread
             self.close()
             raise
         return self
@@ -146,7 +146,7 @@ class BackgroundNode(PlainCalls):
             return future.result()
         except concurrent.futures.CancelledError:
             raise RuntimeError("the BackgroundNode was closed during this call") from None
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: the call ends with its caller
             future.cancel()
             raise
 
@@ -194,7 +194,7 @@ class BackgroundNode(PlainCalls):
         value = self.run(enter())
         try:
             yield value
-        except BaseException as error:
+        except BaseException as error:  # the context manager decides, as in `with`
             if not self.run(leave(type(error), error, error.__traceback__)):
                 raise
         else:

@@ -14,9 +14,10 @@ import torch
 
 from tesseract_async.client.ports import Node
 from tesseract_async.errors import InputsForgotten, ProtocolError
+from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.wire import messages
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
-from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, pack_tensors, unpack_tensors
+from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ async def call_forward(
     the answer does not fit the schema.
     """
     options = forward.options
-    metas, buffers = pack_tensors(inputs, options.codec)
+    metas, buffers = await pack(inputs, options.codec)
     request = messages.ForwardRequest(
         forward.uid, metas, forward.training, forward.seed, options.codec, forward.differentiable
     )
@@ -119,7 +120,7 @@ async def call_forward(
         priority=options.priority,
     )
     decoded = messages.decode(messages.ForwardReply, reply.body)
-    outputs = unpack_tensors(decoded.tensors, reply.buffers)
+    outputs = await unpack(decoded.tensors, reply.buffers)
     specs = flatten(forward.schema.outputs)
     if len(outputs) != len(specs):
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
@@ -174,7 +175,7 @@ async def _send_backward(
 ) -> list[torch.Tensor | None]:
     options = forward.options
     sent = [] if cached is not None else inputs
-    metas, buffers = pack_tensors([*sent, *output_grads], options.codec)
+    metas, buffers = await pack([*sent, *output_grads], options.codec)
     request = messages.BackwardRequest(
         uid=forward.uid,
         call_id=call_id,
@@ -197,7 +198,7 @@ async def _send_backward(
         call_id=call_id,
     )
     decoded = messages.decode(messages.BackwardReply, reply.body)
-    grads = unpack_tensors(decoded.tensors, reply.buffers)
+    grads = await unpack(decoded.tensors, reply.buffers)
     if len(grads) != len(inputs):
         raise ProtocolError(f"{forward.uid} answered {len(grads)} gradients for {len(inputs)} inputs")
     for grad, tensor in zip(grads, inputs, strict=True):

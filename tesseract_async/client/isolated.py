@@ -121,7 +121,7 @@ def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -
         switch.to(mine)
         try:
             waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
-        except BaseException as end:
+        except BaseException as end:  # StopIteration among them; all are passed on
             switch.to(outside if is_task else entered)
             if isinstance(end, StopIteration):
                 result: T = end.value

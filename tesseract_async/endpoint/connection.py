@@ -197,7 +197,7 @@ class Connection:
             self._arm_timer()
         try:
             return await future
-        except BaseException:
+        except BaseException:  # cancelled or failed: the other end is told
             self._protocol.cancel_call(stream)
             self._wake()
             await self._loan_ended()
@@ -333,7 +333,7 @@ class Connection:
             if stream in self._handlers:  # not by us: the handler cancelled itself, or the program stops
                 self._protocol.fail(stream, RemoteError(f"{head.method} was cancelled"))
             raise
-        except Exception as error:
+        except Exception as error:  # what a handler raises is not ours to know
             logger.exception("%s, called by %s, failed", head.method, self.peer_id.short)
             self._protocol.fail(stream, RemoteError(f"{head.method} failed: {describe(error)}"))
         finally:
@@ -343,7 +343,7 @@ class Connection:
     async def _run_open_bulk(self) -> None:
         try:
             await self._open_bulk(self)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
             self._protocol.bulk_failed()
 

@@ -179,7 +179,7 @@ class TesseractNetwork:
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
         seeds = [*initial_peers, *self._remembered_peers()]
-        self._has_seeds = bool(seeds)
+        self._has_seeds = driver.has_seeds = bool(seeds)
         if seeds:
             self._resolving = loop.create_task(self._resolve(seeds), name="network-seeds")
         driver.cycle()
@@ -407,6 +407,7 @@ class _Driver(asyncio.DatagramProtocol):
         self.loop = loop
         self.family = socket.AF_INET6 if is_v6 else socket.AF_INET
         self.joined = asyncio.Event()
+        self.has_seeds = False
         self._is_v6 = is_v6
         self._transport: asyncio.DatagramTransport | None = None
         self._closed: asyncio.Future[None] = loop.create_future()
@@ -438,7 +439,10 @@ class _Driver(asyncio.DatagramProtocol):
                 logger.info("joined the network: %d contacts", event.num_contacts)
             elif isinstance(event, Isolated):
                 self.joined.clear()
-                logger.warning("every contact is gone; looking for the network again")
+                if self.has_seeds:
+                    logger.warning("every contact is gone; looking for the network again")
+                else:
+                    logger.info("the last contact has left; waiting for others")
             elif isinstance(event, RoleChanged):
                 logger.info("this node is found to be %s", event.role)
                 self.on_role_change()

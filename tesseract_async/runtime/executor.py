@@ -71,7 +71,7 @@ class Executor:
         attempt = Attempt(parts)
         try:
             attempt.upload = self.staging.upload(_columns(parts))
-        except BaseException as error:
+        except BaseException as error:  # a module may raise anything: it fails its own batch
             attempt.error = error
         return attempt
 
@@ -95,7 +95,7 @@ class Executor:
             gradients = self._damp(attempt, staged[num_inputs:])
             attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
             _check_gradients(gradients, attempt.summed, backend.settings.max_gradient_norm)
-        except BaseException as error:
+        except BaseException as error:  # a module may raise anything: it fails its own batch
             attempt.error = error
         finally:
             attempt.upload = None
@@ -104,7 +104,7 @@ class Executor:
         """Retries what failed, takes the step, and starts the answers' way back."""
         try:
             self._complete(attempt)
-        except BaseException as error:
+        except BaseException as error:  # the thread must live: whoever waits is told
             self._lose(attempt, error)
 
     def _complete(self, attempt: Attempt) -> None:
@@ -114,7 +114,7 @@ class Executor:
         if good and attempt.work.output_gradients is not None:
             try:
                 version = self._step(good, version)
-            except BaseException as error:
+            except BaseException as error:  # an optimizer may raise anything
                 attempt.outcomes += [Outcome(work, None, error) for work in _works(good)]
                 return
         for one in good:
@@ -124,7 +124,7 @@ class Executor:
         """What to tell each request; waits for the answers to arrive."""
         try:
             return self._collect(attempt)
-        except BaseException as error:
+        except BaseException as error:  # the thread must live: whoever waits is told
             self._lose(attempt, error)
             return attempt.outcomes
 
@@ -234,7 +234,7 @@ class Executor:
         self._refresh_good_state(backend)
         try:
             return backend.step(summed, [call_id for call_id in call_ids if call_id is not None])
-        except BaseException as error:
+        except BaseException as error:  # an optimizer may raise anything
             logger.exception("the optimizer of an expert raised; its last good state is loaded")
             raise self._reload(backend, error) from None
 
@@ -247,7 +247,7 @@ class Executor:
     def _reload(self, backend: ExpertBackend, error: BaseException) -> ExpertFailed:
         try:
             backend.load_state(self._good_states[backend].state)
-        except BaseException as second:
+        except BaseException as second:  # then only this expert is given up
             self._broken[backend] = (
                 f"this expert is broken: its optimizer raised {describe(error)}, then {describe(second)}"
             )

@@ -64,7 +64,10 @@ class TesseractRuntime:
         settings: RuntimeSettings = RuntimeSettings(),
         metrics: Metrics | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:  # what PyTorch raises for a name that it does not know
+            raise ValueError(f"not a device, such as 'cpu' or 'cuda:0': {device!r}") from error
         self.settings = settings
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(settings.batcher)
@@ -84,7 +87,7 @@ class TesseractRuntime:
     # -- On the loop -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the thread. Raises: RuntimeError the second time; what PyTorch raises for an unusable device."""
+        """Starts the thread. Raises: RuntimeError the second time; ValueError for a device that is not here."""
         if self._thread is not None:
             raise RuntimeError("this runtime was started before")
         self._loop = asyncio.get_running_loop()
@@ -97,7 +100,7 @@ class TesseractRuntime:
         self._thread.start()
         try:
             await asyncio.shield(ready)
-        except BaseException:
+        except BaseException:  # cancelled, too: no thread stays behind
             await self.aclose()
             raise
 
@@ -283,7 +286,7 @@ class TesseractRuntime:
         def job(executor: Executor) -> None:
             try:
                 result = function(executor)
-            except BaseException as error:
+            except BaseException as error:  # it is handed to the awaiting task
                 self._post(_settle, future, None, error)
             else:
                 self._post(_settle, future, result, None)
@@ -325,7 +328,7 @@ class TesseractRuntime:
             if self.settings.num_threads is not None:
                 torch.set_num_threads(self.settings.num_threads)
             executor = Executor(staging_for(self.device))
-        except BaseException as error:
+        except BaseException as error:  # it is handed to whoever starts the runtime
             self._post(_settle, ready, None, error)
         else:
             self._post(_settle, ready, None, None)

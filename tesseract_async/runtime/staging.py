@@ -67,6 +67,8 @@ class CudaStaging:
     overlaps = True
 
     def __init__(self, device: torch.device) -> None:
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"no device {device} here: PyTorch sees {torch.cuda.device_count()} CUDA device(s)")
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._device = device

@@ -26,6 +26,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Answer, Work
 from tesseract_async.server.memory import Memory
@@ -128,7 +129,7 @@ class ExpertCalls:
         if self.refuse_forwards is not None:
             raise self.refuse_forwards
         codec = _check_codec(request.reply_codec)
-        inputs = check_inputs(uid, backend, wire.unpack_tensors(request.tensors, call.buffers))
+        inputs = check_inputs(uid, backend, await unpack(request.tensors, call.buffers))
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
@@ -143,7 +144,7 @@ class ExpertCalls:
                 peer=call.peer_id,
             )
         inputs_cached = self._keep(uid, inputs) if request.keep_inputs else None
-        metas, buffers = wire.pack_tensors(answer.tensors, codec)
+        metas, buffers = await pack(answer.tensors, codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
 
@@ -153,8 +154,10 @@ class ExpertCalls:
         key = (uid, request.call_id)
         answer = self._answers.get(key)
         if answer is None:
-            backward = self._backwards.get(key)
-            begun = backward or self._begin_backward(key, backend, call, request)
+            tensors = await unpack(request.tensors, call.buffers)
+            answer = self._answers.get(key)  # the same call may have been answered meanwhile
+        if answer is None:
+            begun = self._backwards.get(key) or self._begin_backward(key, backend, call, request, tensors)
             answer = begun if isinstance(begun, Answer) else await self._share(begun)
         if request.inputs_cached is not None:
             self._inputs.pop(request.inputs_cached)
@@ -162,15 +165,19 @@ class ExpertCalls:
         self.metrics.observe(
             "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=STALENESS_BUCKETS
         )
-        metas, buffers = wire.pack_tensors(answer.tensors, codec)
+        metas, buffers = await pack(answer.tensors, codec)
         return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
 
     def _begin_backward(
-        self, key: _CallKey, backend: ExpertBackend, call: IncomingCall, request: messages.BackwardRequest
+        self,
+        key: _CallKey,
+        backend: ExpertBackend,
+        call: IncomingCall,
+        request: messages.BackwardRequest,
+        tensors: Sequence[torch.Tensor | None],
     ) -> _Backward | Answer:
         """Queues a backward, unless there is nothing to compute."""
         uid = key[0]
-        tensors = wire.unpack_tensors(request.tensors, call.buffers)
         if request.inputs_cached is None:
             inputs = check_inputs(uid, backend, tensors[: request.num_inputs])
         else:

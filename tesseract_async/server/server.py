@@ -75,8 +75,13 @@ class TesseractServer:
     ) -> None:
         """`checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
 
-        Raises: ValueError if `followers` names an expert that is not among `experts`.
+        Raises: ValueError if `followers` names an expert that is not among `experts`; TypeError for an expert that is
+        no ExpertBackend.
         """
+        for uid, backend in experts.items():
+            if not isinstance(backend, ExpertBackend):
+                kind = type(backend).__name__
+                raise TypeError(f"{uid} takes an ExpertBackend, which holds its module and schemas; got {kind}")
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
         self.node = node
@@ -141,7 +146,7 @@ class TesseractServer:
                 metrics=self.node.metrics,
             )
             await self._publisher.declare(self._is_primary)
-        except BaseException:
+        except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             if self._unwatch is not None:
                 self._unwatch()
@@ -266,7 +271,7 @@ class TesseractServer:
             before = backend.state()
             try:
                 backend.load_state(state)
-            except BaseException:
+            except BaseException:  # a state may be anything: back to the one before
                 backend.load_state(before)
                 raise
 

@@ -196,7 +196,7 @@ class NatTransport:
                 body = ReverseBody(self._surroundings.public_addresses[: offers.MAX_ADDRESSES], token)
                 await self._offer(peer, peer_id, offers.REVERSE, body.pack())
                 pipe = await arrived
-        except BaseException:
+        except BaseException:  # cancelled, too: the pipe has no owner
             if arrived.done() and not arrived.cancelled():
                 arrived.result().abort()
             raise
@@ -221,7 +221,7 @@ class NatTransport:
             answer = await self._offer(peer, peer_id, offers.CHANNEL, own.pack())
             pipe: Pipe = await negotiation.connect(Description.unpack(answer.body))
             return pipe
-        except BaseException:
+        except BaseException:  # cancelled, too: sockets are closed
             await negotiation.aclose()
             raise
 
@@ -239,7 +239,7 @@ class NatTransport:
                 try:
                     body = RelayBody(via.peer_id, theirs)
                     await self._offer(peer, peer_id, offers.RELAY, body.pack(), via=[via])
-                except BaseException:
+                except BaseException:  # cancelled, too: the pipe has no owner
                     pipe.abort()
                     raise
                 return pipe
@@ -343,10 +343,10 @@ class NatTransport:
             negotiation = await self._negotiation(controlling=False)
             try:
                 own: Description = await negotiation.gather()
-            except BaseException:
+            except BaseException:  # cancelled, too: sockets are closed
                 await negotiation.aclose()
                 raise
-        except BaseException:
+        except BaseException:  # cancelled, too: the place is free again
             self._num_negotiations -= 1
             raise
         self.spawn(self._finish_negotiation(negotiation, remote))

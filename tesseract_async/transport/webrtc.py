@@ -143,7 +143,7 @@ class Negotiation:
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
                 return await self._connect(remote)
-        except BaseException:
+        except BaseException:  # cancelled, too: sockets are closed
             await self.aclose()
             raise
 

@@ -33,6 +33,8 @@ def test_a_port_in_use_is_a_sentence() -> None:
         (("--expert-class", "fnn"), "no expert named 'fnn'; there are"),
         (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
         (("--initial-peers", "nonsense"), "nonsense"),
+        (("--device", "nonsense"), "not a device, such as 'cpu' or 'cuda:0': 'nonsense'"),
+        (("--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
     ],
 )
 def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[str, ...], sentence: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -70,6 +71,25 @@ async def test_quickstart() -> None:
     shown = await finish(await start("quickstart.py"))
     found = re.search(r"loss after 100 steps: ([\d.]+); gradient of the input: \(4, 8\)", shown)
     assert found and float(found[1]) < 0.9
+
+
+@pytest.mark.parametrize("name", ["volunteer_server.py", "embed_in_web_app.py"])
+async def test_a_port_in_use_is_a_sentence(name: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = await start(name, "--port", str(taken.getsockname()[1]))
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode().startswith(f"{name}: ") and "in use" in err.decode()
+    assert b"Traceback" not in err
+
+
+async def test_a_peer_that_is_no_address_is_a_sentence() -> None:
+    process = await start("volunteer_trainer.py", "--initial-peers", "nonsense")
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode() == "volunteer_trainer.py: not an address (host:port, or [v6]:port): 'nonsense'\n"
 
 
 async def test_a_trainer_trains_what_a_volunteer_hosts(tmp_path: Path) -> None:

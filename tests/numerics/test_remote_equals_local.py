@@ -180,7 +180,8 @@ async def test_the_gate_reaches_every_expert_and_trains() -> None:
     modules = {f"ffn.{i}.{j}": nn.Linear(WIDTH, WIDTH) for i in range(2) for j in range(2)}
     before = copy.deepcopy(modules)
     async with swarm({uid: linear_backend(module) for uid, module in modules.items()}) as (_, guest):
-        gate = ta.GatingFunction(guest, uid_prefix="ffn", grid_size=(2, 2), in_features=WIDTH, k_best=4)
+        # k_min: on a busy machine a slow expert would be left out, as it should
+        gate = ta.GatingFunction(guest, uid_prefix="ffn", grid_size=(2, 2), in_features=WIDTH, k_best=4, k_min=4)
         x = torch.randn(5, WIDTH, requires_grad=True)
         chosen = await gate.choose(x)
         assert len(chosen) == 5

@@ -463,6 +463,11 @@ async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, s
     await node.forward("ffn.0", torch.randn(3, 8))
 
 
+async def test_a_bare_module_is_no_expert(node: FakeNode) -> None:
+    with pytest.raises(TypeError, match="ffn.0 takes an ExpertBackend, .* got Linear"):
+        TesseractServer(node, {"ffn.0": torch.nn.Linear(4, 4)})  # type: ignore[arg-type, dict-item]
+
+
 async def test_a_follower_answers_forwards_and_passes_backwards_on(node: FakeNode) -> None:
     with pytest.raises(ValueError, match="not so ffn.9"):
         TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.9"])  # type: ignore[arg-type]
