@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.server.server import ServerSettings
 
 
 @pytest.mark.both_loops
@@ -19,7 +20,7 @@ async def test_garbage_on_either_port_is_dropped_counted_and_disturbs_nobody() -
     backend = ta.ExpertBackend(nn.Linear(4, 4), args_schema=(ta.TensorSpec((4,)),), max_batch_size=8)
     async with (
         ta.TesseractNode() as host,
-        ta.TesseractServer(host, {"e.0": backend}),
+        ta.TesseractServer(host, {"e.0": backend}, settings=ServerSettings(drain_timeout=0.1)),
         ta.TesseractNode(initial_peers=[host.address]) as guest,
     ):
         expert = await guest.get_expert("e.0")

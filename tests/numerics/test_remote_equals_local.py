@@ -15,8 +15,11 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async import errors
+from tesseract_async.server.server import ServerSettings
 
 WIDTH = 16
+# a leaving server waits for the backwards of what it answered: here, some never come
+BRIEF = ServerSettings(drain_timeout=0.1)
 
 
 class Block(nn.Module):
@@ -56,7 +59,7 @@ async def swarm(experts: dict[str, ta.ExpertBackend], node: type[ta.TesseractNod
     """A host with `experts` and a guest that knows it: two nodes, one process, real sockets."""
     async with (
         ta.TesseractNode() as host,
-        ta.TesseractServer(host, experts),
+        ta.TesseractServer(host, experts, settings=BRIEF),
         node(initial_peers=[host.address]) as guest,
     ):
         yield host, guest
@@ -251,7 +254,7 @@ async def test_backward_on_the_loops_own_thread_says_what_to_do() -> None:
 async def test_a_peer_that_stops_answering_costs_a_timeout_and_one_that_dies_an_error() -> None:
     async with ta.TesseractNode() as guest:
         async with ta.TesseractNode(initial_peers=[guest.address]) as host:
-            async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}):
+            async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
                 expert = await guest.get_expert("e.0")
                 await expert(torch.zeros(1, WIDTH))
                 host.unhost_expert("e.0")
@@ -274,6 +277,6 @@ async def test_a_server_that_came_back_elsewhere_is_found_by_the_call_that_misse
     async with ta.TesseractNode() as guest:
         for _ in range(2):  # the second time on another port, while the directory remembers the first
             async with ta.TesseractNode(initial_peers=[guest.address], identity=identity) as host:
-                async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}):
+                async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
                     expert = await guest.get_expert("e.0")
                     assert (await expert(torch.zeros(1, WIDTH))).shape == (1, WIDTH)
