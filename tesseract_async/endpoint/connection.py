@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tesseract_async.endpoint.budget import Budget
-from tesseract_async.endpoint.protocol import (
-    BULK,
-    MAIN,
+from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
     CallFailed,
     CallReceived,
-    ConnectionProtocol,
     PeerClosed,
-    ProtocolSettings,
     ReplyReceived,
 )
+from tesseract_async.endpoint.lanes import BULK, MAIN
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -154,12 +153,12 @@ class Connection:
     @property
     def rtt(self) -> float | None:
         """Seconds for a ping and its answer, smoothed; None until the first one came."""
-        return self._protocol.rtt
+        return self._protocol.life.rtt
 
     @property
     def bytes_per_second(self) -> float:
         """Rate at which large messages last arrived; 0.0 if none did."""
-        return self._protocol.bytes_per_second
+        return self._protocol.windows.bytes_per_second
 
     def count_bytes(self) -> None:
         """Adds the raw bytes since the last time to the metrics."""

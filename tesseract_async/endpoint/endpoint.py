@@ -14,8 +14,8 @@ from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
+from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.pool import Pool
-from tesseract_async.endpoint.protocol import RequestUnseen
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID

@@ -7,15 +7,14 @@ import random
 from typing import Any
 
 from tesseract_async.endpoint.budget import Budget
-from tesseract_async.endpoint.protocol import (
-    BULK,
-    MAIN,
+from tesseract_async.endpoint.events import (
     BulkWanted,
     CallReceived,
-    ConnectionProtocol,
     Event,
-    ProtocolSettings,
 )
+from tesseract_async.endpoint.lanes import BULK, MAIN
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.wire.calls import Hello, RequestHead
 
 SETTINGS = ProtocolSettings()
