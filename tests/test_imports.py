@@ -42,6 +42,7 @@ PURE = [
     "wire/calls.py",
     "endpoint/budget.py",
     "endpoint/pool.py",
+    "wire/codecs.py",
     "wire/messages.py",
     "wire/tensors.py",
     "wire/compression.py",
