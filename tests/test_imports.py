@@ -55,6 +55,7 @@ PURE = [
     "endpoint/lanes.py",
     "endpoint/liveness.py",
     "endpoint/protocol.py",
+    "endpoint/quotas.py",
     "endpoint/under_way.py",
     "endpoint/windows.py",
     "network/calls.py",
