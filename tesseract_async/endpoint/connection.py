@@ -19,6 +19,7 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
@@ -86,6 +87,7 @@ class Connection:
         budget: Budget,
         settings: ProtocolSettings,
         metrics: Metrics,
+        meter: Meter,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -112,6 +114,7 @@ class Connection:
             settings=settings,
             now=loop.time(),
             wake=self._wake,
+            meter=meter,
         )
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}

@@ -26,6 +26,7 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
+from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.under_way import Deadlines, Incoming, Outgoing
 from tesseract_async.endpoint.windows import Windows
@@ -35,7 +36,9 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 
 class ConnectionProtocol:
-    """See the module. `wake` is called when something is to be sent or told although nobody called in."""
+    """See the module. `wake` is called when something is to be sent or told although nobody called in; `meter` counts
+    the peer's calls against its quota.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class ConnectionProtocol:
         settings: ProtocolSettings,
         now: float,
         wake: Callable[[], None],
+        meter: Meter | None = None,
     ) -> None:
         self.peer = peer
         """How errors name the other end."""
@@ -55,6 +59,7 @@ class ConnectionProtocol:
         self._dialled = dialled
         self._budget = budget
         self._wake = wake
+        self._meter = meter
         self._now = now
         self._pong_due = False
         self._arena = frames.Arena()
@@ -294,7 +299,10 @@ class ConnectionProtocol:
         limit = min(call.head.max_reply, self._theirs.max_message)
         if size > limit:
             self.fail(stream, RemoteError(f"the reply has {size} bytes, more than the {limit} that its caller accepts"))
-        elif size <= frames.MAX_SMALL:
+            return
+        if call.metered and self._meter is not None:
+            self._meter.charge(size, now)
+        if size <= frames.MAX_SMALL:
             self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers))
             self._end_incoming(stream)
         else:
@@ -312,6 +320,8 @@ class ConnectionProtocol:
     def _end_incoming(self, stream: int) -> None:
         call = self._incoming.pop(stream)
         self._small_in -= call.small
+        if call.metered and self._meter is not None:
+            self._meter.end()
         self.life.num_on_bulk -= call.on_bulk
         self.lanes[call.lane].drop(call.sending)
         if call.held is not None:
@@ -354,7 +364,19 @@ class ConnectionProtocol:
         if self._small_in > 2 * self.settings.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {self.settings.max_small} bytes of small requests at once")
         head, buffers = frames.decode_small(payload, self._arena)
-        self._deliver(stream, call, head, buffers)
+        if self._meter is None or self._within_quota(stream, call, len(payload)):
+            self._deliver(stream, call, head, buffers)
+
+    def _within_quota(self, stream: int, call: Incoming, size: int) -> bool:
+        """Counts a request; one that is too much is answered at once, before anything is done or received for it."""
+        assert self._meter is not None
+        wait = self._meter.begin(size, self._now)
+        call.metered = wait == 0.0
+        if not wait:
+            return True
+        self._count_idle()
+        self.fail(stream, Overloaded("this peer has used up its quota here", retry_after=wait))
+        return False
 
     def _deliver(self, stream: int, call: Incoming, value: Any, buffers: tuple[memoryview, ...]) -> None:
         head = call.head = calls.decode_request(value)
@@ -391,6 +413,9 @@ class ConnectionProtocol:
         if flags == frames.ROOM_STANDING:
             self.windows.take(size)
             call.standing = size
+        if self._meter is not None and not self._within_quota(stream, call, size):
+            return  # chunks that are on their way are skipped
+        if flags == frames.ROOM_STANDING:
             call.assembly = frames.Assembly(head_bytes, sizes)
         elif flags == frames.ROOM_ASKED:
             self.windows.open()

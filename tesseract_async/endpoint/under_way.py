@@ -38,7 +38,7 @@ class Outgoing:
 class Incoming:
     """A call that the peer made."""
 
-    __slots__ = ("on_bulk", "lane", "head", "held", "standing", "assembly", "progress", "sending", "small")
+    __slots__ = ("on_bulk", "lane", "head", "held", "standing", "assembly", "progress", "sending", "small", "metered")
 
     def __init__(self, lane: int, now: float) -> None:
         self.lane = lane
@@ -50,6 +50,7 @@ class Incoming:
         self.progress = now
         self.sending: Sending | None = None
         self.small = 0
+        self.metered = False  # whether it counts against the peer's quota
 
 
 class Deadlines:
