@@ -86,24 +86,25 @@ def test_failing_and_hanging_experts_cost_less_than_half_a_step(latency: str) ->
 
 
 def test_experts_of_a_server_that_computes_one_after_another_are_given_their_time() -> None:
-    """Sixteen answers, ten milliseconds apart: nobody hangs, and nobody is taken to."""
+    """Sixteen answers, ten milliseconds apart: nobody hangs, and hardly one in a hundred is taken to."""
 
-    async def main() -> int:
+    async def main() -> float:
         node, gate = make_swarm()
-        device = asyncio.Lock()
+        device, dice = asyncio.Lock(), random.Random(3)
 
         async def fault(method: str, uid: str, number: int) -> None:
             if method != INFO:
+                await asyncio.sleep(dice.random() / 1000)  # in another order each time
                 async with device:
                     await asyncio.sleep(0.01)
 
         node.fault = fault
         await steps(node, gate, 10)
-        before = node.num_cancelled
+        cancelled, called = node.num_cancelled, len(node.calls)
         await steps(node, gate, 30)
-        return node.num_cancelled - before
+        return (node.num_cancelled - cancelled) / (len(node.calls) - called)
 
-    assert run_in_virtual_time(main()) == 0
+    assert run_in_virtual_time(main()) < 0.01
 
 
 def test_patience_can_be_fixed() -> None:
