@@ -396,6 +396,7 @@ class MixtureCall:
         """
         if all(grad is None for grad in output_grads) or not self.answered:
             return [None] * len(inputs)
+        self._shared.node.check_running()
         inputs = [tensor.cpu() for tensor in inputs]
         output_grads = [None if grad is None else grad.cpu() for grad in output_grads]
         loop = asyncio.get_running_loop()

@@ -63,6 +63,8 @@ class Node(Protocol):
     @property
     def directory(self) -> Directory: ...
 
+    def check_running(self) -> None: ...
+
     async def call_expert(
         self,
         peer: Any,

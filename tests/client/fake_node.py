@@ -164,6 +164,7 @@ class FakeNode:
         self.kept: dict[bytes, list[Any]] = {}
         self.num_cancelled = 0
         self.num_open = 0
+        self.closed = False
 
     def host(
         self,
@@ -182,6 +183,10 @@ class FakeNode:
         for i, peer in enumerate(peers):
             self.directory.add(uid, peer, primary=i == 0)
         return hosted
+
+    def check_running(self) -> None:
+        if self.closed:
+            raise RuntimeError("this node is closed")
 
     def count(self, method: str) -> int:
         return sum(asked.method == method for asked in self.calls)

@@ -274,3 +274,14 @@ async def test_cancelled_it_leaves_no_call(node: FakeNode) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert node.num_open == 0
+
+
+async def test_under_autocast_inputs_take_the_experts_dtype(node: FakeNode) -> None:
+    make_grid(node)
+    gate, before = make_gate(node), nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = await gate(before(x))
+    assert y.dtype == torch.float32
+    await backward(y.sum())
+    assert before.weight.grad is not None and gate.proj.weight.grad is not None

@@ -363,3 +363,22 @@ async def test_a_server_that_came_back_elsewhere_is_found_by_the_call_that_misse
                 async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
                     expert = await guest.get_expert("e.0")
                     assert (await expert(torch.zeros(1, WIDTH))).shape == (1, WIDTH)
+
+
+async def test_what_a_closed_node_made_says_that_it_is_closed() -> None:
+    fresh = ta.TesseractNode()
+    with pytest.raises(RuntimeError, match="not started.*async with"):
+        await fresh.get_expert("e.0")
+    async with ta.TesseractNode() as host:
+        async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
+            async with ta.TesseractNode(initial_peers=[host.address]) as guest:
+                expert = await guest.get_expert("e.0")
+                gate = ta.GatingFunction(guest, "e", grid_size=(1,), in_features=WIDTH, k_best=1)
+                x = torch.randn(1, WIDTH)
+                losses = [(await expert(x)).sum(), (await gate(x)).sum()]
+            for late in (lambda: expert(x), lambda: gate(x), lambda: gate.choose(x), lambda: guest.get_expert("e.0")):
+                with pytest.raises(RuntimeError, match="this node is closed"):
+                    await late()
+            for loss in losses:
+                with pytest.raises(RuntimeError, match="this node is closed"):
+                    await ta.backward(loss)
