@@ -53,15 +53,17 @@ def two_moons(num_rows: int) -> TensorDataset:
     return TensorDataset(x + 0.1 * torch.randn_like(x), label)
 
 
-def train(node: ta.BackgroundNode, *, epochs: int, grad_steps: int) -> float:
+def train(node: ta.BackgroundNode, args: argparse.Namespace) -> float:
     """Accelerate's loop as its manual has it. Returns the accuracy in the end."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=grad_steps)
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=args.grad_steps, mixed_precision=args.mixed_precision
+    )
     model = Classifier(node)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
     data = DataLoader(two_moons(512), batch_size=64, shuffle=True)
     model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
-    for epoch in range(epochs):
+    for epoch in range(args.epochs):
         for x, label in data:
             with accelerator.accumulate(model):
                 loss = F.cross_entropy(model(x), label)
@@ -71,7 +73,7 @@ def train(node: ta.BackgroundNode, *, epochs: int, grad_steps: int) -> float:
                 scheduler.step()
                 optimizer.zero_grad()
         accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
-    x, label = accelerator.prepare(DataLoader(two_moons(512), batch_size=512)).dataset[:]
+    x, label = two_moons(512)[:]
     model.eval()
     with torch.no_grad():
         return (model(x).argmax(1) == label).float().mean().item()
@@ -84,14 +86,15 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--grad-steps", type=int, default=1, help="batches whose gradients make one local step")
+    parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
     args = parser.parse_args()
     torch.manual_seed(0)
     with ta.BackgroundNode(initial_peers=args.initial_peers) as node:
         if args.initial_peers:
-            accuracy = train(node, epochs=args.epochs, grad_steps=args.grad_steps)
+            accuracy = train(node, args)
         else:
             with node.entered(ta.TesseractServer(node.node, make_experts())):
-                accuracy = train(node, epochs=args.epochs, grad_steps=args.grad_steps)
+                accuracy = train(node, args)
     print(f"accuracy: {accuracy:.3f}")
 
 
