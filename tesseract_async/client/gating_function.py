@@ -15,7 +15,7 @@ from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall, MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
-from tesseract_async.errors import SchemaMismatch
+from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.tensors import describe_structure, flatten_like, unflatten
 
 
@@ -131,7 +131,7 @@ class GatingFunction(nn.Module):
     def choose(self, x: torch.Tensor) -> Any:
         """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
-        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`.
+        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if nobody lives.
         """
         self._search.check()
         with torch.no_grad():
@@ -148,6 +148,8 @@ class GatingFunction(nn.Module):
 
         Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint,
         and if the node is not running.
+        While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
+
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema;
         NotEnoughExperts, which lists who failed and why.
         """
@@ -200,6 +202,8 @@ class GatingFunction(nn.Module):
     async def _choose(self, scores_RS: torch.Tensor) -> list[list[RemoteExpert]]:
         scores_RS = _sound(scores_RS)
         view = await self._search.view(scores_RS, beam=self.search == "beam")
+        if len(scores_RS) and not len(view.coords):
+            raise NotEnoughExperts(1, len(scores_RS), {})
         bias_N = self._search.bias(view, self.settings.latency_weight)
         best_RK = self._search.grid(view).top_k(scores_RS, self.settings.k_best, bias_N=bias_N)
         return self._search.experts(view, best_RK.numpy())
