@@ -89,8 +89,6 @@ class Hosting:
     async def main(self) -> int:
         """Until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
         torch.set_num_threads(self.plan.threads)
-        # the first optimizer of a process imports a second's worth of torch: before others wait for this node's answers
-        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
             await self._find_run()

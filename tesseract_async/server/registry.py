@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,13 +70,16 @@ def make_backend(
     """A backend of `build_module(name, **sizes)`; ``optimizer=None`` freezes it. Raises: as `build_module`."""
     module, args_schema = build_module(name, **(sizes or {}))
     parameters = list(module.parameters())
-    made = None
+    make = None
     if optimizer is not None and parameters:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"no optimizer named {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+        if learning_rate < 0:
+            raise ValueError(f"a learning rate is 0 or more, not {learning_rate}")
         kind: Any = OPTIMIZERS[optimizer]
-        made = kind(parameters, lr=learning_rate, fused=True)  # one kernel for all: a third of the time on a CPU
-    return ExpertBackend(module, optimizer=made, args_schema=args_schema, max_batch_size=max_batch_size)
+        # one kernel for all: a third of the time on a CPU
+        make = partial(kind, parameters, lr=learning_rate, fused=True)
+    return ExpertBackend(module, optimizer=make, args_schema=args_schema, max_batch_size=max_batch_size)
 
 
 class FeedForward(nn.Module):

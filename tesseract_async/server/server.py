@@ -102,7 +102,7 @@ class TesseractServer:
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
         self._address_updates: set[asyncio.Task[None]] = set()
-        self._saver: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
         self._is_paused = False
@@ -158,7 +158,19 @@ class TesseractServer:
             await self.runtime.aclose()
             raise
         if self._store is not None:
-            self._saver = asyncio.create_task(self._save_periodically(), name="server: checkpoints")
+            self._background.append(asyncio.create_task(self._save_periodically(), name="server: checkpoints"))
+        self._background.append(asyncio.create_task(self._make_optimizers(), name="server: optimizers"))
+
+    async def _make_optimizers(self) -> None:
+        """Makes those that are yet to be made: after the experts are found, before a backward needs them."""
+        if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
+            return
+        await self.runtime.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
+        for uid, backend in self.experts.items():
+            try:
+                await self.runtime.call(backend.prepare)
+            except Exception:  # an optimizer may raise anything; its backwards will say so, too
+                logger.exception("%s cannot be trained: its optimizer cannot be made", uid)
 
     def _address_changed(self) -> None:
         async def update() -> None:
@@ -184,9 +196,9 @@ class TesseractServer:
         if self._unwatch is not None:
             self._unwatch()
         await asyncio.gather(*self._address_updates, return_exceptions=True)
-        if self._saver is not None:
-            self._saver.cancel()
-            await asyncio.gather(self._saver, return_exceptions=True)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         try:
             await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
             if self._publisher is not None:
@@ -352,3 +364,8 @@ class TesseractServer:
                 raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
             return await self.pass_on(uid, call)
         return await self._calls.answer(uid, backend, call)
+
+
+def _load_optimizers() -> None:
+    """PyTorch's first optimizer of a process imports its compiler."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -26,8 +26,10 @@ def test_every_ready_made_expert_computes(name: str) -> None:
 
 
 def test_optimizers_by_name_and_frozen_experts() -> None:
-    assert isinstance(registry.make_backend("ffn", optimizer="sgd", sizes=SMALL["ffn"]).optimizer, torch.optim.SGD)
-    assert registry.make_backend("ffn", optimizer=None, sizes=SMALL["ffn"]).optimizer is None
+    backend = registry.make_backend("ffn", optimizer="sgd", sizes=SMALL["ffn"])
+    backend.prepare()
+    assert isinstance(backend.optimizer, torch.optim.SGD)
+    assert not registry.make_backend("ffn", optimizer=None, sizes=SMALL["ffn"]).trains
     with pytest.raises(ValueError, match="no optimizer named 'adamm'; there are adam"):
         registry.make_backend("ffn", optimizer="adamm", sizes=SMALL["ffn"])
 

@@ -37,6 +37,8 @@ def test_a_completed_manifest_knows_its_schemas_and_builds_its_experts() -> None
     assert run.outputs_schema == ["s", "float32", [8]]
     backend = build_run_backend(run, "ffn.1.0")
     assert backend.max_batch_size == 32
+    assert backend.trains and backend.optimizer is None, "importing an optimizer takes a second: not before it is found"
+    backend.prepare()
     assert isinstance(backend.optimizer, torch.optim.Adam)
     (group,) = backend.optimizer.param_groups
     assert (group["lr"], group["betas"], group["amsgrad"]) == (0.01, (0.0, 0.999), True)
@@ -58,6 +60,7 @@ def test_the_schedule_and_how_steps_are_taken_come_from_the_run() -> None:
         training={"step_every": 2, "clip_gradient_norm": 1.0},
     )
     backend = build_run_backend(complete(run), "ffn.0.0")
+    backend.prepare()
     assert (backend.settings.step_every, backend.settings.clip_gradient_norm) == (2, 1.0)
     assert backend.optimizer is not None and backend.scheduler is not None
     rates = []
@@ -75,7 +78,7 @@ def test_a_cosine_falls_to_its_least() -> None:
 
 def test_frozen_experts_have_no_optimizer() -> None:
     run = complete(dataclasses.replace(DIGITS, optimizer=None, optimizer_options={}))
-    assert build_run_backend(run, "ffn.0.0").optimizer is None
+    assert not build_run_backend(run, "ffn.0.0").trains
 
 
 def test_other_schemas_than_the_runs_are_refused_with_both() -> None:
