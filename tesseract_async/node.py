@@ -220,6 +220,10 @@ class TesseractNode:
             raise RuntimeError("the node has no endpoint before it is started: use `async with TesseractNode(...)`")
         return self._endpoint
 
+    def is_connected(self, peer_id: PeerID) -> bool:
+        """Whether `peer_id` is this node or a peer with an open connection, whoever dialled it."""
+        return peer_id == self.peer_id or self.endpoint.is_connected(peer_id)
+
     # ------------------------------------------------------------------------------------------------ experts
 
     async def get_expert(self, uid: str) -> RemoteExpert:

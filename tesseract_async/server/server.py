@@ -95,6 +95,7 @@ class TesseractServer:
         self._handlers: dict[str, Handler] = {}
         self._is_primary = {uid: uid not in followers for uid in experts}
         self._calls.expects_backwards = self._is_primary.__getitem__
+        self._calls.is_gone = lambda peer: not node.is_connected(peer)
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
         )

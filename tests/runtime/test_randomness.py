@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.randomness import seeded
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
@@ -75,33 +76,54 @@ def test_what_takes_no_generator_runs_on_the_default_one_put_back_afterwards(mon
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-async def test_the_loops_own_random_numbers_and_an_experts_do_not_meet() -> None:
-    module = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.5))
-    backend = ExpertBackend(module, args_schema=(TensorSpec((64,)),), max_batch_size=64)
-    x = torch.randn(64, 64)
+class Halting(nn.Module):
+    """Draws, lets somebody else draw, and draws again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = asyncio.Event()
+        self.go_on = threading.Event()
+        self.loop = asyncio.get_running_loop()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.dropout(x, 0.5, self.training)
+        self.loop.call_soon_threadsafe(self.drawn.set)
+        assert self.go_on.wait(timeout=10)
+        self.go_on.clear()
+        return functional.dropout(y, 0.5, self.training)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+async def test_the_loops_own_random_numbers_and_an_experts_do_not_meet(backward: bool) -> None:
+    module = Halting()
+    spec = TensorSpec((64,))
+    settings = BackendSettings(stochastic=True)
+    backend = ExpertBackend(module, args_schema=(spec,), outputs_schema=spec, settings=settings)
+    x = torch.ones(8, 64)
     runtime = TesseractRuntime()
     await runtime.start()
+
+    async def compute(num_draws: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        gradients = [x] if backward else None
+        work = runtime.submit(backend, [x], gradients, training=True, seed=7)
+        await module.drawn.wait()
+        module.drawn.clear()
+        drawn = [torch.rand(3) for _ in range(num_draws)]
+        module.go_on.set()
+        (result,) = (await work.answer).tensors
+        assert result is not None
+        return result, drawn
+
     try:
         torch.manual_seed(1)
-        alone = [torch.rand(3) for _ in range(400)]
+        expected = torch.rand(30, 3)
+        undisturbed, _ = await compute(0)
         torch.manual_seed(1)
-        beside: list[torch.Tensor] = []
-
-        async def draw() -> None:
-            while len(beside) < 400:
-                beside.append(torch.rand(3))
-                if len(beside) % 10 == 0:
-                    await asyncio.sleep(0)
-
-        async def call(seed: int) -> None:
-            y = (await runtime.forward(backend, [x], training=True, seed=seed)).tensors[0]
-            again = (await runtime.forward(backend, [x], training=True, seed=seed)).tensors[0]
-            gradient = (await runtime.backward(backend, [x], [torch.ones(64, 64)], training=True, seed=seed)).tensors[0]
-            more = (await runtime.backward(backend, [x], [torch.ones(64, 64)], training=True, seed=seed)).tensors[0]
-            assert y is not None and again is not None and torch.equal(y, again)
-            assert gradient is not None and more is not None and torch.equal(gradient, more)
-
-        await asyncio.gather(draw(), *(call(seed) for seed in range(20)))
-        assert torch.equal(torch.stack(alone), torch.stack(beside))
+        drawn = []
+        for _ in range(3):
+            result, some = await compute(10)
+            assert torch.equal(result, undisturbed)
+            drawn += some
+        assert torch.equal(torch.cat(drawn).view(30, 3), expected)
     finally:
         await runtime.aclose()

@@ -30,7 +30,7 @@ from tesseract_async.errors import (
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.server import checkpoint
+from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.memory import Memory
@@ -68,6 +68,10 @@ class FakeNode:
         self.metrics = Metrics()
         self.network = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
+        self.connected = True
+
+    def is_connected(self, peer_id: Any) -> bool:
+        return self.connected
 
     async def wait_reachable(self) -> bool:
         return True
@@ -437,7 +441,7 @@ async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode,
     assert server.experts["ffn.0"].version == 1
 
 
-async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode) -> None:
+async def test_draining_does_not_wait_for_what_never_comes(node: FakeNode) -> None:
     settings = ServerSettings(calls=CallSettings(backward_timeout=0.05))
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
@@ -446,6 +450,19 @@ async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode)
         await keep_inputs(node)
         assert not await server.drain(timeout=0.05)
         await server.aclose(drain_timeout=0.0)
+
+
+async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected, "GONE_AFTER", 0.05)
+    async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
+        await keep_inputs(node)
+        draining = asyncio.create_task(server.drain(timeout=30))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        node.connected = False
+        assert await draining
 
 
 async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, server: TesseractServer) -> None:
