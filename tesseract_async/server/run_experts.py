@@ -22,6 +22,7 @@ from tesseract_async.experts.run import RunManifest, Value
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer, MakesScheduler
 from tesseract_async.server.registry import EXPERTS, OPTIMIZERS, build_module
 from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.codecs import CodecPolicy
 
 TRAINING_OPTIONS: Final = frozenset(
     {
@@ -71,6 +72,10 @@ def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Colle
     module, args_schema = _build(manifest, uid, allowed_modules)
     optimizer = _optimizer(manifest, list(module.parameters()))
     training = dict(manifest.training)
+    try:
+        codecs = CodecPolicy.only(manifest.codecs)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"the run {manifest.name}: {error}") from None
     max_batch_size = training.pop("max_batch_size", 4096)
     if unknown := training.keys() - TRAINING_OPTIONS:
         raise ValueError(f"the run {manifest.name} asks for unknown training options: {', '.join(sorted(unknown))}")
@@ -81,7 +86,7 @@ def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Colle
             scheduler=None if optimizer is None else _scheduler(manifest),
             args_schema=args_schema,
             max_batch_size=max_batch_size,  # type: ignore[arg-type]
-            settings=BackendSettings(**training),  # type: ignore[arg-type]
+            settings=BackendSettings(**training, codecs=codecs),  # type: ignore[arg-type]
         )
     except TypeError as error:
         raise ValueError(f"the run {manifest.name}: max_batch_size or another training option: {error}") from None
