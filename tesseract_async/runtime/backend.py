@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,9 @@ class ExpertBackend:
         module: takes tensors with rows first, and returns tensors (nested in tuples, lists, dicts as it likes) with as
             many rows. Rows must not influence one another: they meet other people's rows in a batch.
         optimizer: steps the module's parameters after each backward batch; None freezes the expert, which then
-            still passes gradients on to its inputs.
+            still passes gradients on to its inputs. A function that makes one, over all parameters that want
+            gradients, is called when it is first needed: a process's first optimizer imports PyTorch's compiler,
+            which takes longer than everything else that an expert needs before it answers.
         scheduler: of the optimizer's learning rate; stepped once per optimizer step.
         args_schema: the positional arguments, as nested `TensorSpec`s.
         kwargs_schema: the keyword arguments by name.
@@ -95,7 +97,7 @@ class ExpertBackend:
         self,
         module: nn.Module,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer] | None = None,
         scheduler: LRScheduler | None = None,
         args_schema: Sequence[Schema],
         kwargs_schema: Mapping[str, Schema] | None = None,
@@ -111,7 +113,7 @@ class ExpertBackend:
                 "GroupNorm, or say BackendSettings(allow_batch_statistics=True)"
             )
         self.module = module
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self.scheduler = scheduler
         self.settings = settings
         self.args_schema = tuple(args_schema)
@@ -128,9 +130,11 @@ class ExpertBackend:
         """The journal: call ids of backwards that were applied, and the version that each led to."""
         self.parameters: list[nn.Parameter] = []
         """What the optimizer steps: those of its parameters that want gradients."""
-        if optimizer is not None:
+        if isinstance(optimizer, torch.optim.Optimizer):
             groups = optimizer.param_groups
             self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
+        elif optimizer is not None:
+            self.parameters = [one for one in module.parameters() if one.requires_grad]
         self._draws = modules.draws_random_numbers(module)
         self._accumulated: Gradients | None = None
         self._num_accumulated = 0
@@ -139,6 +143,14 @@ class ExpertBackend:
         )
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Made now, if it was to be made when needed. Raises what making it raises."""
+        if self._optimizer is None or isinstance(self._optimizer, torch.optim.Optimizer):
+            return self._optimizer
+        self._optimizer = self._optimizer()
+        return self._optimizer
 
     @property
     def device(self) -> torch.device:
@@ -233,9 +245,9 @@ class ExpertBackend:
     def to(self, device: torch.device) -> None:
         """Moves the module and the optimizer's state."""
         self.module.to(device)
-        if self.optimizer is not None:
+        if isinstance(self._optimizer, torch.optim.Optimizer):
             # load_state_dict puts every state tensor beside its parameter
-            self.optimizer.load_state_dict(self.optimizer.state_dict())
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
         self._acceleration.forget()
 
     def state(self) -> dict[str, Any]:
