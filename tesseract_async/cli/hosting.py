@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from tesseract_async.experts.run_directory import RunKeeper, RunNotFound, find_r
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.server.contract import Verdict, VolunteerSettings, experts_that_fit
-from tesseract_async.server.registry import make_backend
+from tesseract_async.server.registry import draws_its_own, make_backend
 from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import TesseractServer
@@ -93,7 +94,7 @@ class Hosting:
             await stack.enter_async_context(self.node)
             await self._find_run()
             uids, claim = await self._choose()
-            backends = {uid: self._build(uid) for uid in uids}
+            backends = await self._build_all(uids)
             if self.node.initial_peers and await self.node.network.wait_joined(JOIN_TIMEOUT):
                 followed = await adopt_states(self.node, backends)
             else:
@@ -215,18 +216,36 @@ class Hosting:
         base = psutil.Process().memory_info().rss
         return experts_that_fit(self.plan.limits, base_bytes=base, expert_bytes=COPIES_PER_WEIGHT * weights)
 
+    async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
+        """On all cores where the class allows it; the loop is free meanwhile to join the network."""
+        name = self.plan.expert_class if self.run is None else self.run.manifest.expert
+        if ":" in name or not draws_its_own(name):
+            return {uid: self._build(uid) for uid in uids}
+        limit = asyncio.Semaphore(os.cpu_count() or 1)
+
+        async def build(uid: str) -> ExpertBackend:
+            async with limit:
+                return await asyncio.to_thread(self._build, uid)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {uid: group.create_task(build(uid)) for uid in uids}
+        except* ValueError as errors:
+            raise errors.exceptions[0] from None
+        return {uid: task.result() for uid, task in tasks.items()}
+
     def _build(self, uid: str) -> ExpertBackend:
         plan = self.plan
         if self.run is not None:
             return build_run_backend(self.run.manifest, uid, allowed_modules=plan.allowed_modules)
-        # the same first weights at each start, others for each expert
-        torch.manual_seed(zlib.crc32(f"{plan.seed}/{uid}".encode()))
         try:
             return make_backend(
                 plan.expert_class,
                 optimizer=plan.optimizer,
                 learning_rate=plan.learning_rate,
                 max_batch_size=plan.max_batch_size,
+                # the same first weights at each start, others for each expert
+                seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
                 sizes=plan.sizes,
             )
         except TypeError as error:

@@ -11,8 +11,8 @@ from click.core import ParameterSource
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
 from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
-from tesseract_async.cli.running import set_up_logging
 from tesseract_async.cli.units import SECONDS
 
 MAX_EXPERTS = 4096
@@ -114,7 +114,8 @@ def command(ctx: click.Context, /, **values: Any) -> None:
     )
 
     async def main() -> int:
-        from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
+        with importing():
+            from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
 
         plan = ServePlan(
             patterns=values["patterns"],

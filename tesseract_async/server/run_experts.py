@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Final
 
-import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -128,12 +127,11 @@ def _build(manifest: RunManifest, uid: str, allowed_modules: Collection[str]) ->
             f"the run {manifest.name} hosts experts called {manifest.expert!r}, which this version does not have: "
             "upgrade tesseract-async"
         )
-    with torch.random.fork_rng(devices=[]):  # a host's own random numbers are not ours to change
-        torch.manual_seed(zlib.crc32(f"{manifest.seed}/{uid}".encode()))
-        try:
-            return build_module(manifest.expert, **manifest.sizes)
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"the run {manifest.name}: {manifest.expert} does not take its sizes: {error}") from None
+    seed = zlib.crc32(f"{manifest.seed}/{uid}".encode())
+    try:
+        return build_module(manifest.expert, seed=seed, **manifest.sizes)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"the run {manifest.name}: {manifest.expert} does not take its sizes: {error}") from None
 
 
 def _optimizer(manifest: RunManifest, parameters: list[nn.Parameter]) -> MakesOptimizer | None:
