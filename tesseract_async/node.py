@@ -68,11 +68,13 @@ class TesseractNode:
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
+        max_receive_bytes: int = 2**30,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
-        connections together keep to, such as `transport.throttle.Throttle`.
+        connections together keep to, such as `transport.throttle.Throttle`. `max_receive_bytes`: of large messages that
+        are half received or being answered.
 
         Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
         """
@@ -92,6 +94,7 @@ class TesseractNode:
         self._port = port
         self._public = public
         self._throttle = throttle
+        self._max_receive_bytes = max_receive_bytes
         self._security = security
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
@@ -165,7 +168,7 @@ class TesseractNode:
         return Endpoint(
             identity=self.identity,
             transports=self._reach.transports,
-            settings=EndpointSettings(security=self._security),
+            settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
             policy=self.policy,
             metrics=self.metrics,
         )

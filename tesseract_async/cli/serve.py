@@ -79,6 +79,13 @@ MAX_EXPERTS = 4096
     show_default=True,
     help="How often state is pulled of experts that another server trains.",
 )
+@click.option(
+    "--leave-within",
+    type=SECONDS,
+    default=30.0,
+    show_default=True,
+    help="How long leaving may take before what is not finished is dropped; saving comes after.",
+)
 @click.option("--checkpoint-period", default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.option("--ttl", default=45.0, show_default=True, help="Seconds until others forget this server if it vanishes.")
 @click.option(
@@ -146,6 +153,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
                 "identity": identity,
             },
             leave_with_parent=values["leave_with_parent"],
+            leave_within=values["leave_within"],
         )
         return await Hosting(plan).main()
 

@@ -105,6 +105,13 @@ class ExpertCalls:
             self._num_active -= 1
             self._quiet.set()
 
+    def forget(self) -> int:
+        """Drops what callers can send again and what can be computed again. Returns the bytes."""
+        num_bytes = self._inputs.num_bytes + self._answers.num_bytes
+        self._inputs.clear()
+        self._answers.clear()
+        return num_bytes
+
     async def wait_backwards(self, uid: str) -> None:
         """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
         while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:

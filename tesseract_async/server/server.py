@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
@@ -27,12 +27,15 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
 from tesseract_async.server.checkpoint import CheckpointStore
+from tesseract_async.server.memory import trim_heap
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
+
+_FAREWELL_TIMEOUT: Final = 2.0
 
 Handler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
 """Answers calls of one more method: takes the uid, its backend and the call."""
@@ -203,7 +206,7 @@ class TesseractServer:
         try:
             await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
             if self._publisher is not None:
-                await self._publisher.aclose()
+                await self._say_farewell(self._publisher)
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
@@ -214,16 +217,26 @@ class TesseractServer:
             finally:
                 await self.runtime.aclose()
 
+    @staticmethod
+    async def _say_farewell(publisher: ExpertPublisher) -> None:
+        """Withdraws what `drain` had no time for."""
+        try:
+            async with asyncio.timeout(_FAREWELL_TIMEOUT):
+                await publisher.aclose()
+        except TimeoutError:
+            logger.warning("the network does not answer: this server's experts will expire there")
+
     async def drain(self, *, timeout: float) -> bool:
         """Takes no new forwards, and tells the network so; waits for the calls under way and for the backwards of
         forwards that were answered, which are still applied. False if they did not all come within `timeout` seconds.
         """
         self._calls.refuse_forwards = Overloaded("this server is leaving; ask another replica", retry_after=60.0)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
                 if self._publisher is not None:
-                    await self._publisher.withdraw()
-                await self._calls.wait_quiet()
+                    # beside, not before: a network that does not answer must not cost the last backwards their time
+                    group.create_task(self._publisher.withdraw())
+                group.create_task(self._calls.wait_quiet())
         except TimeoutError:
             return False
         return True
@@ -246,6 +259,15 @@ class TesseractServer:
         self._calls.refuse_forwards = None
         if self._publisher is not None:
             await self._publisher.declare(self._is_primary)
+
+    def free_memory(self) -> int:
+        """Forgets what was kept for callers, who send their inputs again, and gives free pages back to the system.
+
+        Returns the bytes of what was forgotten.
+        """
+        num_bytes = self._calls.forget()
+        trim_heap()
+        return num_bytes
 
     @property
     def is_paused(self) -> bool:

@@ -416,6 +416,20 @@ async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: Tesser
     assert messages.decode(messages.ForwardReply, reply.body).inputs_cached is None
 
 
+async def test_memory_that_is_needed_is_given_up_and_callers_send_again(
+    node: FakeNode, server: TesseractServer
+) -> None:
+    x, gradient = torch.randn(3, 8), torch.randn(3, 4)
+    name = await keep_inputs(node)
+    first = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
+    assert server.free_memory() == x.nbytes + first[0][0].nbytes and server.free_memory() == 0
+    with pytest.raises(InputsForgotten):
+        await node.backward("ffn.0", [], [gradient], inputs_cached=name)
+    await node.backward("ffn.0", [x], [gradient])
+    _, version = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
+    assert version == server.experts["ffn.1"].version == 1, "computed again, not applied again"
+
+
 async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
     """A forward that a backward will follow."""
     x = torch.randn(3, 8)
@@ -432,7 +446,8 @@ async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
 async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     draining = asyncio.create_task(server.drain(timeout=10))
-    await asyncio.sleep(0)
+    for _ in range(3):  # its tasks begin
+        await asyncio.sleep(0)
     assert not FakePublisher.declared
     with pytest.raises(Overloaded, match="leaving"):
         await node.forward("ffn.0", torch.randn(3, 8))
@@ -451,6 +466,27 @@ async def test_draining_does_not_wait_for_what_never_comes(node: FakeNode) -> No
         await keep_inputs(node)
         assert not await server.drain(timeout=0.05)
         await server.aclose(drain_timeout=0.0)
+
+
+async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_: FakePublisher) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FakePublisher, "withdraw", hang)
+    monkeypatch.setattr(FakePublisher, "aclose", hang)
+    monkeypatch.setattr(server_module, "_FAREWELL_TIMEOUT", 0.05)
+    settings = ServerSettings(drain_timeout=0.2)
+    async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
+        name = await keep_inputs(node)
+        leaving = asyncio.create_task(server.aclose())
+        await asyncio.sleep(0)
+        await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
+        assert not leaving.done()
+        async with asyncio.timeout(5):
+            await leaving
+        assert server.experts["ffn.0"].version == 1, "backwards are applied meanwhile"
 
 
 async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
