@@ -312,6 +312,7 @@ class TesseractNode:
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:
             raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
+        self.metrics.count("expert_calls_answered", method=call.method)
         return await handler(call)
 
 
