@@ -69,9 +69,9 @@ def configuration() -> str:
         "1. the command line,",
         "2. the environment,",
         "3. a TOML file named by `--config`, for the commands that have that flag.\n",
-        "In a TOML file an option stands under its own name (`num-experts` or `num_experts`), at the top or in any table:",
-        "tables are for the reader's eye. An option that may be given several times takes a list there. A switch takes",
-        "`true`. In the environment, write several values with spaces between them, and `1` for a switch.",
+        "In a TOML file an option stands under its own name (`num-experts` or `num_experts`), at the top or in any",
+        "table: tables are for the reader's eye. An option that may be given several times takes a list there.",
+        "A switch takes `true`. In the environment, write several values with spaces between them, and `1` for a switch.",
         "`examples/volunteer.toml` of the repository shows a whole file.\n",
         "```toml",
         'host = "0.0.0.0"',
@@ -81,7 +81,9 @@ def configuration() -> str:
     ]
     for name, command, context in all_commands():
         options = [
-            option for option in command.params if isinstance(option, click.Option) and not (option.hidden or option.is_eager)
+            option
+            for option in command.params
+            if isinstance(option, click.Option) and not (option.hidden or option.is_eager)
         ]
         if not options:
             continue
@@ -93,7 +95,10 @@ def configuration() -> str:
         parts += [f"## tesseract {name}\n", f"| {' | '.join(head)} |", f"|{'|'.join(line)}|"]
         for option in options:
             flag = max(option.opts, key=len)
-            cells = [" ".join(f"`{one}`" for one in sorted(option.opts, key=len, reverse=True)), f"`{_variable(option, context)}`"]
+            cells = [
+                " ".join(f"`{one}`" for one in sorted(option.opts, key=len, reverse=True)),
+                f"`{_variable(option, context)}`",
+            ]
             if from_file:
                 cells.append(f"`{flag.removeprefix('--')}`")
             cells.append(_default(option))
@@ -155,7 +160,9 @@ def metrics() -> str:
     for name, (unit, sentence) in METRICS.items():
         kind, labels, _ = found[name]
         shown = f"{PREFIX}{name}{'_total' if kind == 'counter' else ''}"
-        lines.append(f"| `{shown}` | {kind} | {unit} | {', '.join(f'`{one}`' for one in sorted(labels))} | {sentence} |")
+        lines.append(
+            f"| `{shown}` | {kind} | {unit} | {', '.join(f'`{one}`' for one in sorted(labels))} | {sentence} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -188,8 +195,8 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "Numbers that may be chosen stand in frozen dataclasses, one for each part. The part takes them as `settings=`,",
-        "unless its description says otherwise. The defaults are meant to be right; times are seconds.",
+        "Numbers that may be chosen stand in frozen dataclasses, one for each part. The part takes them as",
+        "`settings=`, unless its description says otherwise. The defaults are meant to be right; times are seconds.",
         "",
     ]
     found = settings_classes()

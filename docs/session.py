@@ -31,9 +31,18 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
-RECORDED: Final = ("README.md", *(f"docs/tutorial/{path.name}" for path in sorted((ROOT / "docs/tutorial").glob("*.md"))))
+RECORDED: Final = (
+    "README.md",
+    *(f"docs/tutorial/{path.name}" for path in sorted((ROOT / "docs/tutorial").glob("*.md"))),
+)
 
-GO_ON: Final = ("tesseract serve", "tesseract dht", "tesseract dashboard", "tesseract run ", "python examples/volunteer_server.py")
+GO_ON: Final = (
+    "tesseract serve",
+    "tesseract dht",
+    "tesseract dashboard",
+    "tesseract run ",
+    "python examples/volunteer_server.py",
+)
 NOT_RUN: Final = {
     "make demo": "it takes a minute, and tests/cli/demo runs a smaller one",
     "make demo DEMO_ARGS=--freeze-experts": "as `make demo`",
@@ -46,7 +55,8 @@ PATIENCE: Final = 60.0
 """Seconds for a command to end, or to say that it is ready."""
 
 _PIECES = re.compile(
-    r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$|^<!-- (?P<verb>stop|kill|run): (?P<whom>[^>]+?) -->$",
+    r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$"
+    r"|^<!-- (?P<verb>stop|kill|run): (?P<whom>[^>]+?) -->$",
     flags=re.S | re.M,
 )
 _READY = re.compile(r'"address": "([^"]+)"|--initial-peers (\S+)|(https?://\S+)')
@@ -133,7 +143,10 @@ class Session:
         return text
 
     async def run(self, command: str, terminal: str) -> str:
-        """What `command` says, up to its end, or until it is ready if it goes on. Raises: AssertionError if it fails."""
+        """What `command` says, up to its end, or until it is ready if it goes on.
+
+        Raises: AssertionError if it fails.
+        """
         real = self.localised(command)
         if real.startswith("tesseract dashboard"):
             real += " --bind-port 0"
@@ -207,7 +220,7 @@ class Session:
 async def session() -> AsyncIterator[Session]:
     """A session in a folder of its own; both are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="tesseract-") as folder:
-        one = Session(Path(folder).resolve())
+        one = Session(Path(folder))
         try:
             yield one
         except BaseException:
@@ -218,12 +231,11 @@ async def session() -> AsyncIterator[Session]:
         await one.aclose()
 
 
-async def follow(page: Path) -> str:
-    """Does what the page says. Returns its text with the outputs as they were seen, where their shape has changed.
+async def follow(text: str) -> str:
+    """Does what a page's text says. Returns the text with the outputs as they were seen, where their shape has changed.
 
     Raises: AssertionError if a command fails.
     """
-    text = page.read_text(encoding="utf-8")
     seen: list[tuple[tuple[int, int], str]] = []
     output = ""
     async with session() as reader:
@@ -245,15 +257,19 @@ async def follow(page: Path) -> str:
     return text
 
 
-async def record(pages: list[str]) -> None:
+def record(pages: list[str]) -> None:
     """Writes the pages anew where an output has changed."""
     for name in pages:
-        page = ROOT / name
-        text = await follow(page)
-        changed = text != page.read_text(encoding="utf-8")
-        page.write_text(text, encoding="utf-8")
-        print(f"{name}: {'written anew' if changed else 'as it was'}")
+        print(f"{name}: {'written anew' if rewrite(ROOT / name) else 'as it was'}")
+
+
+def rewrite(page: Path) -> bool:
+    """Follows a page and writes it anew where an output has changed; whether one has."""
+    text = page.read_text(encoding="utf-8")
+    seen = asyncio.run(follow(text))
+    page.write_text(seen, encoding="utf-8")
+    return seen != text
 
 
 if __name__ == "__main__":
-    asyncio.run(record(sys.argv[1:] or list(RECORDED)))
+    record(sys.argv[1:] or list(RECORDED))
