@@ -92,7 +92,7 @@ def check_shell(text: str) -> int:
                 num_found += check_shell(word)
         for at, word in enumerate(words[:-1]):
             # the command, at whatever path, or the container's image in front of what it is given
-            if word.rpartition("/")[2] in ("tesseract", "tesseract-async") and words[at + 1].isalpha():
+            if word.removeprefix("/opt/tesseract/bin/") in ("tesseract", "tesseract-async") and words[at + 1].isalpha():
                 check(["tesseract", *words[at + 1 :]])
                 num_found += 1
                 break
