@@ -125,10 +125,10 @@ class AsyncTrainer(Generic[M]):
     ) -> AsyncGenerator[StepReport, None]:
         """A step for each batch, `in_flight` at once; reports come as steps end. Batches are taken as they are needed.
 
-        `max_failures`: so many steps on end may fail with a TesseractError or TimeoutError, the swarm's faults (SchemaMismatch is not); each is
-        reported with its `error`, and its batch is given up. Any other error, and one failure more, ends the run: the
-        steps under way are cancelled, and it is raised. So does closing the iterator (`contextlib.aclosing`) or
-        cancelling.
+        `max_failures`: so many steps on end may fail with a TesseractError or TimeoutError, the swarm's faults
+        (SchemaMismatch is none); each is reported with its `error`, and its batch is given up. Any other error, and one
+        failure more, ends the run: the steps under way are cancelled, and it is raised. So does closing the iterator
+        (`contextlib.aclosing`) or cancelling.
         """
         num_failures = 0
         under_way: set[asyncio.Task[StepReport]] = set()

@@ -225,6 +225,10 @@ class Endpoint:
             if c.is_open
         ]
 
+    def is_connected(self, peer_id: PeerID) -> bool:
+        """Whether a connection to this peer is open, whoever dialled it."""
+        return self._pool.find(PeerAddress(peer_id, ())) is not None
+
     async def upgrade(self, peer: PeerAddress, paths: Sequence[Path]) -> None:
         """Opens another connection to `peer` over one of `paths`. Later calls use it; those under way stay.
 
