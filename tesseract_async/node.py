@@ -235,6 +235,13 @@ class TesseractNode:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
         return RemoteExpert(self, uid, replicas)
 
+    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
+        take; None where there is none, or nothing was measured. To this node itself it takes no time."""
+        if peer.peer_id == self.peer_id:
+            return 0.0, 0.0
+        return self.endpoint.path(peer)
+
     def host_expert(self, uid: str, handler: Handler) -> None:
         """Routes every ``expert.*`` call for `uid`, from the network or from this node, to `handler`.
 

@@ -220,6 +220,14 @@ class Endpoint:
             if c.is_open
         ]
 
+    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
+        take; None where there is none, or nothing was measured."""
+        connection = self._pool.find(peer)
+        if connection is None or connection.rtt is None:
+            return None
+        return connection.rtt, connection.bytes_per_second
+
     async def upgrade(self, peer: PeerAddress, paths: Sequence[Path]) -> None:
         """Opens another connection to `peer` over one of `paths`. Later calls use it; those under way stay.
 
