@@ -46,6 +46,11 @@ def node_options(command: Command) -> Command:
         click.option("--announce", metavar="HOST:PORT", help="What others should dial, if not what is listened on."),
         click.option("--public", is_flag=True, help="This is the first node of a swarm and can be reached by all."),
         click.option(
+            "--upnp",
+            is_flag=True,
+            help="Ask the router to let others in (pip install 'tesseract-async[upnp]').",
+        ),
+        click.option(
             "--identity",
             type=click.Path(dir_okay=False),
             help="File with this node's key, made if missing. Without one, the node is a new one at each start.",

@@ -142,6 +142,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
                 "initial_peers": peers(values["initial_peers"]),
                 "announce": values["announce"],
                 "public": values["public"],
+                "upnp": values["upnp"],
                 "identity": identity,
             },
             leave_with_parent=values["leave_with_parent"],

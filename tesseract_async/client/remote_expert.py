@@ -132,9 +132,7 @@ class RemoteExpert(nn.Module):
 
         return await self.ask(attempt, timeout=self.options.timeout, observed=False)
 
-    async def ask(
-        self, attempt: Attempt[T], *, timeout: float, observed: bool = True, num_bytes: float = 0
-    ) -> T:
+    async def ask(self, attempt: Attempt[T], *, timeout: float, observed: bool = True, num_bytes: float = 0) -> T:
         """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
 
         A server that came back at another address is known by its old one until a call there has failed.
@@ -150,9 +148,7 @@ class RemoteExpert(nn.Module):
             found = await self._shared.node.directory.find(self.uid)  # without those that just failed
             if left <= 0 or not found:
                 raise
-            return await ask_best(
-                self._shared, found, attempt, timeout=left, observed=observed, num_bytes=num_bytes
-            )
+            return await ask_best(self._shared, found, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
 
     async def find(self) -> Sequence[Any]:
         """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
