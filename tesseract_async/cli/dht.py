@@ -18,6 +18,7 @@ def command(
     initial_peers: tuple[str, ...],
     announce: str | None,
     public: bool,
+    upnp: bool,
     identity: str | None,
     verbose: bool,
     leave_with_parent: bool,
@@ -39,6 +40,7 @@ def command(
             initial_peers=peers(initial_peers),
             announce=announce,
             public=public,
+            upnp=upnp,
             identity=identity,
         )
         async with node, StatusService(node):

@@ -48,6 +48,7 @@ def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values
             initial_peers=peers(values["initial_peers"]),
             announce=values["announce"],
             public=values["public"],
+            upnp=values["upnp"],
             identity=values["identity"],
         )
         async with node:

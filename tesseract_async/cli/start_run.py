@@ -97,6 +97,7 @@ def command(name: str, **values: Any) -> None:
             initial_peers=peers(values["initial_peers"]),
             announce=values["announce"],
             public=values["public"],
+            upnp=values["upnp"],
             identity=identity,
         )
         async with node:
