@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -54,6 +55,8 @@ class TesseractNode:
     - `public`: the first node of a swarm beyond loopback says so itself.
     - `upnp`: asks the router to let others in, as most home routers do if they are asked (``pip install
       'tesseract-async[upnp]'``). Others still have to prove that it does.
+    - `relay`: whether this node, where others can dial it, relays for those who cannot meet otherwise. What it gives is
+      limited (`RelaySettings`), and it can read nothing of it.
     - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
     - `policy`: who may call, train and store here; everybody by default.
     """
@@ -68,6 +71,7 @@ class TesseractNode:
         announce: str | Sequence[str] | None = None,
         public: bool = False,
         upnp: bool = False,
+        relay: bool = True,
         security: Literal["tls", "plain"] = "tls",
         policy: Policy | None = None,
         refresh_period: float = 10.0,
@@ -105,7 +109,9 @@ class TesseractNode:
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
-        self._reach_settings = reach
+        self._reach_settings = reach if reach is not None else ReachSettings()
+        if not relay:
+            self._reach_settings = replace(self._reach_settings, relay=None)
         self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
@@ -18,10 +20,10 @@ def command(
     initial_peers: tuple[str, ...],
     announce: str | None,
     public: bool,
-    upnp: bool,
     identity: str | None,
     verbose: bool,
     leave_with_parent: bool,
+    **outside: Any,
 ) -> None:
     """Run a bootstrap node: a first address for others to join by.
 
@@ -40,7 +42,7 @@ def command(
             initial_peers=peers(initial_peers),
             announce=announce,
             public=public,
-            upnp=upnp,
+            **outside_help(outside),
             identity=identity,
         )
         async with node, StatusService(node):
