@@ -102,6 +102,11 @@ class Part:
     slow: bool = False
     """Whether it takes suspiciously long."""
 
+    @property
+    def num_bytes(self) -> int:
+        """What travels there and back, uncompressed."""
+        return len(self.rows) * self.forward.schema.row_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Usual:
@@ -285,7 +290,9 @@ class MixtureCall:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.answer = await ask_best(self._shared, part.replicas, attempt, timeout=left)
+        outputs, part.answer = await ask_best(
+            self._shared, part.replicas, attempt, timeout=left, num_bytes=part.num_bytes
+        )
         if not all(torch.isfinite(output).all() for output in outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
@@ -312,7 +319,7 @@ class MixtureCall:
         for part in under_way:
             if part.slow:
                 continue
-            expected = self._shared.expected(part.replicas)
+            expected = self._shared.expected(part.replicas, num_bytes=part.num_bytes)
             limit_at = part.sent + patience_limit(part, self._settings, usual, expected)
             if now >= limit_at:
                 part.slow = True

@@ -63,6 +63,9 @@ class Node(Protocol):
     @property
     def directory(self) -> Directory: ...
 
+    def path(self, peer: Any) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known) of the path to `peer`; None without one."""
+
     async def call_expert(
         self,
         peer: Any,
