@@ -75,7 +75,7 @@ class Read:
         start = self.network.table.closest(int.from_bytes(self.key, "big"), self.network.settings.k)
         # a holder is among the other holders already: a few answers will do
         alpha = self.network.settings.num_paths if own else None
-        self._search = Search(self.network, self.key, start, on_answer=self._hear, on_end=self._settle, alpha=alpha)
+        self._search = Search(self.network, self.key, start, now, on_answer=self._hear, on_end=self._settle, alpha=alpha)
         self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: Reply, now: float) -> None:
