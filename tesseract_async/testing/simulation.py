@@ -53,7 +53,7 @@ class SimulatedIdentity(Identity):
     Within one simulation they are as good: only the identity's own `sign` makes what `SimulatedNetwork.verify` accepts.
     """
 
-    __slots__ = ("_secret",)
+    __slots__ = ()
 
     def __init__(self, seed: bytes) -> None:
         self._secret = hashlib.blake2b(seed, digest_size=32).digest()
