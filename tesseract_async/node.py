@@ -77,11 +77,13 @@ class TesseractNode:
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
+        max_receive_bytes: int = 2**30,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
-        connections together keep to, such as `transport.throttle.Throttle`.
+        connections together keep to, such as `transport.throttle.Throttle`. `max_receive_bytes`: of large messages that
+        are half received or being answered.
 
         Raises: ValueError for a malformed seed, port or announced address, and for `upnp` without its packages; OSError
         for an unreadable identity file.
@@ -105,6 +107,7 @@ class TesseractNode:
         self._public = public
         self._upnp = upnp
         self._throttle = throttle
+        self._max_receive_bytes = max_receive_bytes
         self._security = security
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
@@ -182,7 +185,7 @@ class TesseractNode:
         return Endpoint(
             identity=self.identity,
             transports=self._reach.transports,
-            settings=EndpointSettings(security=self._security),
+            settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
             policy=self.policy,
             metrics=self.metrics,
         )
@@ -236,6 +239,10 @@ class TesseractNode:
         if self._endpoint is None:
             raise RuntimeError("the node has no endpoint before it is started: use `async with TesseractNode(...)`")
         return self._endpoint
+
+    def is_connected(self, peer_id: PeerID) -> bool:
+        """Whether `peer_id` is this node or a peer with an open connection, whoever dialled it."""
+        return peer_id == self.peer_id or self.endpoint.is_connected(peer_id)
 
     # ------------------------------------------------------------------------------------------------ experts
 
@@ -329,6 +336,7 @@ class TesseractNode:
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:
             raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
+        self.metrics.count("expert_calls_answered", method=call.method)
         return await handler(call)
 
 

@@ -85,7 +85,7 @@ def command(name: str, **values: Any) -> None:
             schedule=values["schedule"],
             schedule_options=options["schedule_option"],
             training={"max_batch_size": values["max_batch_size"]} | options["training"],
-            codecs=options["codec"],
+            codecs={key: "none" if value is None else value for key, value in options["codec"].items()},
             seed=values["seed"],
             created=int(time.time() * 1000),
         )

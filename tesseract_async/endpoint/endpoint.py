@@ -234,6 +234,10 @@ class Endpoint:
             if c.is_open
         ]
 
+    def is_connected(self, peer_id: PeerID) -> bool:
+        """Whether a connection to this peer is open, whoever dialled it."""
+        return self._pool.find(PeerAddress(peer_id, ())) is not None
+
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
         take; None where there is none, or nothing was measured."""
