@@ -49,7 +49,8 @@ class GridSearch(Shared):
         self._experts: dict[tuple[int, ...], RemoteExpert] = {}
         self._in_view: tuple[View, npt.NDArray[np.object_]] | None = None
         self._strikes: Counter[tuple[int, ...]] = Counter()
-        self._seconds: dict[tuple[int, ...], float] = {}
+        self._seconds: dict[tuple[int, ...], float] = {}  # beyond the way there and back
+        self._num_bytes = 0.0  # of one forward to one expert, both ways
 
     # ------------------------------------------------------------------------------------------------ who lives
 
@@ -212,15 +213,28 @@ class GridSearch(Shared):
         """What to add to the live experts' scores: ``-weight`` for every second that each is expected to take."""
         if not weight:
             return None
-        seconds = [self._seconds.get(tuple(coords), 0.0) for coords in view.coords.tolist()]
+        ways: dict[Any, float] = {}  # many experts share a peer
+
+        def way(replica: Any) -> float:
+            if replica.peer not in ways:
+                ways[replica.peer] = self.path_seconds(replica, self._num_bytes)
+            return ways[replica.peer]
+
+        seconds = [
+            self._seconds.get(coords, 0.0) + min(map(way, view.replicas[coords]))
+            for coords in map(tuple, view.coords.tolist())
+        ]
         return torch.tensor(seconds) * -weight
 
     def learn(self, call: MixtureCall, view: View) -> None:
         """Takes in how a forward went: latencies, and experts that never answer, which are masked in the end."""
-        for expert, seconds in call.seconds.items():
-            coords = tuple(view.coords[expert].tolist())
-            known = self._seconds.get(coords, seconds)
-            self._seconds[coords] = known + _SMOOTHING * (seconds - known)
+        for part in (*call.answered, *call.given_up):
+            coords = tuple(view.coords[part.expert].tolist())
+            way = min(self.path_seconds(replica, part.num_bytes) for replica in part.replicas)
+            beyond = max(0.0, call.seconds[part.expert] - way)
+            known = self._seconds.get(coords, beyond)
+            self._seconds[coords] = known + _SMOOTHING * (beyond - known)
+            self._num_bytes += _SMOOTHING * (part.num_bytes - self._num_bytes)
         for part in call.answered:
             self._strikes.pop(tuple(view.coords[part.expert].tolist()), None)
         for part in call.given_up:

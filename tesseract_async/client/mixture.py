@@ -104,6 +104,11 @@ class Part:
     slow: bool = False
     """Whether it takes suspiciously long."""
 
+    @property
+    def num_bytes(self) -> int:
+        """What travels there and back, uncompressed."""
+        return len(self.rows) * self.forward.schema.row_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Usual:
@@ -285,7 +290,8 @@ class MixtureCall:
         )
         forward = Forward(uid, self._schema, self._training, self._seed, options, self._differentiable)
         replicas = self._view.replicas[coords]
-        return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, self._shared.expected(replicas))
+        expected = self._shared.expected(replicas, num_bytes=len(rows) * self._schema.row_bytes)
+        return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
@@ -294,7 +300,9 @@ class MixtureCall:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.answer = await ask_best(self._shared, part.replicas, attempt, timeout=left)
+        outputs, part.answer = await ask_best(
+            self._shared, part.replicas, attempt, timeout=left, num_bytes=part.num_bytes
+        )
         if not all(torch.isfinite(output).all() for output in outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs

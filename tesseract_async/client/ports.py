@@ -64,6 +64,9 @@ class Node(Protocol):
     @property
     def directory(self) -> Directory: ...
 
+    def path(self, peer: Any) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known) of the path to `peer`; None without one."""
+
     def check_running(self) -> None: ...
 
     async def call_expert(

@@ -138,7 +138,7 @@ class RemoteExpert(nn.Module):
 
         return await self.ask(attempt, timeout=self.options.timeout, observed=False)
 
-    async def ask(self, attempt: Attempt[T], *, timeout: float, observed: bool = True) -> T:
+    async def ask(self, attempt: Attempt[T], *, timeout: float, observed: bool = True, num_bytes: float = 0) -> T:
         """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
 
         A server that came back at another address is known by its old one until a call there has failed.
@@ -146,13 +146,15 @@ class RemoteExpert(nn.Module):
         deadline = asyncio.get_running_loop().time() + timeout
         replicas = await self.find()
         try:
-            return await ask_best(self._shared, replicas, attempt, timeout=timeout, observed=observed)
+            return await ask_best(
+                self._shared, replicas, attempt, timeout=timeout, observed=observed, num_bytes=num_bytes
+            )
         except (PeerUnreachable, ConnectionLost, ExpertNotFound):
             left = deadline - asyncio.get_running_loop().time()
             found = await self._shared.node.directory.find(self.uid)  # without those that just failed
             if left <= 0 or not found:
                 raise
-            return await ask_best(self._shared, found, attempt, timeout=left, observed=observed)
+            return await ask_best(self._shared, found, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
 
     async def find(self) -> Sequence[Any]:
         """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
@@ -210,7 +212,8 @@ class _ExpertCall:
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
             return await call_forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
-        outputs, self._answer = await self._expert.ask(attempt, timeout=self.timeout)
+        num_bytes = len(inputs[0]) * self._forward.schema.row_bytes
+        outputs, self._answer = await self._expert.ask(attempt, timeout=self.timeout, num_bytes=num_bytes)
         return [output.to(inputs[0].device) for output in outputs]
 
     async def backward(

@@ -172,6 +172,7 @@ class FakeNode:
         self.kept: dict[bytes, list[Any]] = {}
         self.num_cancelled = 0
         self.num_open = 0
+        self.paths: dict[Any, tuple[float, float]] = {}
         self.closed = False
 
     def host(
@@ -198,6 +199,9 @@ class FakeNode:
 
     def count(self, method: str) -> int:
         return sum(asked.method == method for asked in self.calls)
+
+    def path(self, peer: Any) -> tuple[float, float] | None:
+        return self.paths.get(peer)
 
     async def call_expert(
         self,
