@@ -19,10 +19,12 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
+from tesseract_async.client.endings import Endings
 from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchema, Forward, call_backward, call_forward
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
+from tesseract_async.runtime.finite import are_finite
 from tesseract_async.wire.codecs import AUTO, Codecs
 from tesseract_async.wire.tensors import flatten
 
@@ -123,12 +125,13 @@ def patience_limit(part: Part, settings: MixtureSettings, usual: Usual | None, e
 
     `expected`: what it usually takes itself, where that is known.
     """
-    known = [] if expected is None else [expected]
+    seconds = expected
     if usual is not None:
-        known.append(usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows)))
-    if not known:
+        of_others = usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows))
+        seconds = of_others if expected is None else max(expected, of_others)
+    if seconds is None:
         return math.inf
-    return max(known) + max(_MIN_PATIENCE_SECONDS, settings.patience * max(known))
+    return seconds + max(_MIN_PATIENCE_SECONDS, settings.patience * seconds)
 
 
 class MixtureCall:
@@ -167,6 +170,7 @@ class MixtureCall:
         self._scores = scores
         self._bias = bias
         self._settings = settings
+        self._options = CallOptions(timeout=settings.forward_timeout, priority=settings.priority, codec=settings.codec)
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
@@ -200,10 +204,13 @@ class MixtureCall:
         started = loop.time()
         deadline = started + self._settings.forward_timeout
         tasks: dict[asyncio.Task[None], Part] = {}
+        endings: Endings[None] = Endings()
 
         def launch(parts: list[Part]) -> None:
             for part in parts:
-                tasks[loop.create_task(self._ask(part, inputs, deadline))] = part
+                task = loop.create_task(self._ask(part, inputs, deadline))
+                tasks[task] = part
+                endings.add(task)
 
         try:
             self.chosen = self._grid.top_k(self._scores, self._settings.k_best, bias_N=self._bias)
@@ -226,14 +233,10 @@ class MixtureCall:
                         deadline = min(deadline, now + self._settings.timeout_after_k_min)
                 if now >= deadline:
                     break
-                done, _ = await asyncio.wait(
-                    tasks,
-                    timeout=max(0.0, min(deadline, suspicious_at) - now),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                for task in done:
+                for task in await endings.wait(min(deadline, suspicious_at)):
                     self._settle(tasks.pop(task), task.exception(), loop.time())
-                launch(self._refill())
+                if not tasks:
+                    launch(self._refill())
             for part in tasks.values():
                 self.given_up.append(part)
                 self.seconds[part.expert] = loop.time() - part.sent
@@ -272,10 +275,7 @@ class MixtureCall:
     def _part(self, expert: int, rows: Indices, now: float) -> Part:
         coords = tuple(self._view.coords[expert].tolist())
         uid = ".".join((self._prefix, *map(str, coords)))
-        options = CallOptions(
-            timeout=self._settings.forward_timeout, priority=self._settings.priority, codec=self._settings.codec
-        )
-        forward = Forward(uid, self._schema, self._training, self._seed, options, self._differentiable)
+        forward = Forward(uid, self._schema, self._training, self._seed, self._options, self._differentiable)
         return Part(uid, expert, torch.from_numpy(rows), self._view.replicas[coords], forward, now)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
@@ -286,7 +286,7 @@ class MixtureCall:
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
         outputs, part.answer = await ask_best(self._shared, part.replicas, attempt, timeout=left)
-        if not all(torch.isfinite(output).all() for output in outputs):
+        if not are_finite(outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
 
@@ -298,7 +298,7 @@ class MixtureCall:
             self.num_answers[rows] += 1
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
-            self.errors[part.uid] = error
+            self.errors[part.uid] = _without_frames(error)
             self._num_failed += 1
             self._excluded[part.expert] = True
         else:
@@ -412,21 +412,22 @@ class MixtureCall:
         results: list[tuple[Part, list[torch.Tensor | None]]] = []
         errors: dict[str, BaseException] = {}
         seconds: list[float] = []
-        waiting = set(tasks)
         book = self._shared.latencies
+        waiting = {task: book.expected((part.uid, "backward")) for task, part in tasks.items()}
+        endings: Endings[list[torch.Tensor | None]] = Endings()
+        for task in tasks:
+            endings.add(task)
         while waiting:
             give_up_at = deadline
             if (got >= needed).all():
                 usual = Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
-                parts = [tasks[task] for task in waiting]
-                own = [book.expected((part.uid, "backward")) for part in parts]
-                limits = [patience_limit(p, self._settings, usual, e) for p, e in zip(parts, own, strict=True)]
+                limits = [patience_limit(tasks[task], self._settings, usual, own) for task, own in waiting.items()]
                 give_up_at = min(deadline, started + max(limits))
-            left = give_up_at - loop.time()
-            done, waiting = await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
-            if not done and left <= 0:
+            done = await endings.wait(give_up_at)
+            if not done and give_up_at <= loop.time():
                 break
             for task in done:
+                del waiting[task]
                 part, error = tasks[task], task.exception()
                 if error is None:
                     got[part.rows.numpy()] += 1
@@ -434,7 +435,7 @@ class MixtureCall:
                     seconds.append(loop.time() - started)
                     book.observe((part.uid, "backward"), seconds[-1])
                 elif isinstance(error, TesseractError | TimeoutError):
-                    errors[part.uid] = error
+                    errors[part.uid] = _without_frames(error)
                 else:
                     raise error
         for task in waiting:
@@ -462,7 +463,7 @@ class MixtureCall:
 
         timeout = self._settings.backward_timeout
         result = await ask_primary(self._shared, part.replicas, find, attempt, timeout=timeout)
-        if not all(grad is None or torch.isfinite(grad).all() for grad in result):
+        if not are_finite(result):
             raise ExpertFailed(f"{part.uid} answered gradients that are not finite")
         return result
 
@@ -494,3 +495,13 @@ class MixtureCall:
             None if total is None else total * scale.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))
             for total in sums
         ]
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error without its traceback, whose frames hold the call that keeps the error: such a cycle, with all the
+    tensors of a batch in it, would stay until the collector comes by."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
