@@ -65,6 +65,7 @@ class Executor:
         self.staging = staging or HostStaging()
         self._good_states: weakref.WeakKeyDictionary[ExpertBackend, _GoodState] = weakref.WeakKeyDictionary()
         self._broken: weakref.WeakKeyDictionary[ExpertBackend, str] = weakref.WeakKeyDictionary()
+        self._copy_again_at = 0.0  # time.monotonic, before which no good state is renewed: the experts share the time
 
     def stage(self, parts: Sequence[Part]) -> Attempt:
         """Gathers the parts' rows and starts copying them to the device."""
@@ -153,9 +154,8 @@ class Executor:
         started = time.monotonic()
         state = backend.state() if state is None else state
         now = time.monotonic()
-        self._good_states[backend] = _GoodState(
-            state, now + max(_MIN_SNAPSHOT_PERIOD, (now - started) / _MAX_SNAPSHOT_SHARE)
-        )
+        self._good_states[backend] = _GoodState(state, now + _MIN_SNAPSHOT_PERIOD)
+        self._copy_again_at = now + (now - started) / _MAX_SNAPSHOT_SHARE
         return state
 
     def _damp(self, attempt: Attempt, gradients: Gradients) -> Gradients:
@@ -240,8 +240,10 @@ class Executor:
 
     def _refresh_good_state(self, backend: ExpertBackend) -> None:
         """Keeps the copy that a failed step returns to fresh, but spends little time on it."""
-        good = self._good_states.get(backend)
-        if backend.optimizer is not None and (good is None or time.monotonic() > good.renew_at):
+        if backend.optimizer is None:
+            return
+        good, now = self._good_states.get(backend), time.monotonic()
+        if good is None or now > max(good.renew_at, self._copy_again_at):
             self.keep_good_state(backend)
 
     def _reload(self, backend: ExpertBackend, error: BaseException) -> ExpertFailed:
