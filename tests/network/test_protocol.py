@@ -537,7 +537,7 @@ def test_holders_of_one_address_range_count_as_one(hosts: tuple[str, ...], num_a
     assert len(asked) == num_asked
 
 
-def test_a_seed_that_names_one_newcomer_costs_a_ping_and_no_lookup() -> None:
+def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
     node = machine(1)
     others = [machine(10 + index) for index in range(8)]
     addresses = {(f"10.0.1.{index}", 4000): other for index, other in enumerate(others)}
@@ -568,5 +568,8 @@ def test_a_seed_that_names_one_newcomer_costs_a_ping_and_no_lookup() -> None:
     listed.proven = True
     seed.table.add(listed, 0.0)
     node._ask_seeds(0.0)
-    assert exchange() == [wire.FIND, wire.PING]
+    # it is new and near (so small a network is all neighbourhood): whom it knows is looked up
+    assert exchange().count(wire.FIND) > 2
     assert newcomer.own_id in node.table
+    node._ask_seeds(0.0)
+    assert exchange() == [wire.FIND], "nobody new"
