@@ -19,6 +19,7 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
@@ -86,12 +87,15 @@ class Connection:
         budget: Budget,
         settings: ProtocolSettings,
         metrics: Metrics,
+        meter: Meter,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
         self.session = hello.session
         self.dialled = dialled
         """Where this end dialled, or None if the peer did."""
+        self.known = dialled
+        """Where calls say that the peer is, which may have changed since."""
         self.path = path
         self.origin = origin
         self.retired = False
@@ -112,6 +116,7 @@ class Connection:
             settings=settings,
             now=loop.time(),
             wake=self._wake,
+            meter=meter,
         )
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}

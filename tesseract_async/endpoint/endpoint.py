@@ -16,6 +16,7 @@ from tesseract_async.endpoint.connection import Connection, IncomingCall, Messag
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.pool import Pool
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
@@ -76,6 +77,7 @@ class Endpoint:
         self._transports = tuple(transports)
         self._handlers: dict[str, tuple[Handler, Action]] = {}
         self._budget = Budget(settings.max_receive_bytes)
+        self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._rng = random.Random()
         self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
@@ -93,6 +95,8 @@ class Endpoint:
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.on_peer_known: Callable[[PeerAddress], None] | None = None
+        """Called when a call names its peer at other addresses than those where the peer was dialled."""
 
     # ---- life
 
@@ -141,6 +145,9 @@ class Endpoint:
     def accept(self, pipe: Pipe) -> None:
         """Serves whoever is at the other end of this pipe: transports bring what others opened."""
         self._dialler.accept(pipe)
+
+    def _over_quota(self, reason: str) -> None:
+        self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
     async def _answer(self, call: IncomingCall) -> Message:
         found = self._handlers.get(call.method)
@@ -197,6 +204,8 @@ class Endpoint:
             connection = self._pool.find(peer)
             if connection is None:
                 connection = await self._dialler.connect(peer, deadline=deadline, what=method)
+            elif peer is not connection.known and connection.known is not None:
+                self._peer_known(connection, peer)
             left = max(deadline - loop.time(), 0.001)
             head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
             try:
@@ -210,6 +219,11 @@ class Endpoint:
                 self.metrics.count("endpoint_calls_repeated")
             await asyncio.sleep(wait)
 
+    def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
+        if peer != connection.known and peer.peer_id is not None and self.on_peer_known is not None:
+            self.on_peer_known(peer)
+        connection.known = peer
+
     # ---- connections
 
     def connections(self) -> list[ConnectionInfo]:
@@ -220,13 +234,33 @@ class Endpoint:
             if c.is_open
         ]
 
-    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path]) -> None:
-        """Opens another connection to `peer` over one of `paths`. Later calls use it; those under way stay.
+    def is_connected(self, peer_id: PeerID) -> bool:
+        """Whether a connection to this peer is open, whoever dialled it."""
+        return self._pool.find(PeerAddress(peer_id, ())) is not None
+
+    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
+        take; None where there is none, or nothing was measured."""
+        connection = self._pool.find(peer)
+        if connection is None or connection.rtt is None:
+            return None
+        return connection.rtt, connection.bytes_per_second
+
+    def path_kind(self, peer_id: PeerID) -> str:
+        """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
+        connection = self._pool.find(PeerAddress(peer_id, ()))
+        if connection is None or connection.dialled is None:
+            return ""
+        return connection.path.partition(" ")[0]
+
+    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path] | None = None) -> None:
+        """Opens another connection to `peer` over one of `paths`, or of all that its addresses allow. Later calls use
+        it; those under way stay, and what this end opened before is closed after them.
 
         Raises: PeerUnreachable.
         """
         old = [c for c in self._pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
-        await self._dialler.connect_through(peer, paths)
+        await self._dialler.connect_through(peer, self._dialler.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
 
@@ -251,6 +285,7 @@ class Endpoint:
             budget=self._budget,
             settings=self._settings.protocol,
             metrics=self.metrics,
+            meter=self._quotas.meter(peer_id),
         )
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]

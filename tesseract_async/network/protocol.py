@@ -26,6 +26,9 @@ from tesseract_async.network import datagrams as wire
 from tesseract_async.network.caching import PathCache, lifetime
 from tesseract_async.network.calls import Call, Caller, Calls
 from tesseract_async.network.contacts import (
+    ID_BYTES,
+    V4_BYTES,
+    V6_BYTES,
     Address,
     Contact,
     address_range,
@@ -102,6 +105,8 @@ class NetworkProtocol:
         self.storage = Storage(settings)
         self.copies = PathCache()
         self.dialback = DialBack(self, public=public, now=now)
+        self.address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
+        """Lengths of the packed addresses that this node can send to."""
         self.observed: dict[PeerID, Address] = {}
         """The address at which the latest contacts see this node."""
         self.joined = False
@@ -232,13 +237,16 @@ class NetworkProtocol:
     def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
 
-        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out.
+        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out, and so are
+        those with an address of a kind that this node does not speak.
 
         Raises: ProtocolError.
         """
         contacts: list[Contact] = []
         known, unreachable, own_id = self._known, self._unreachable, self.own_id
         for raw in split_contacts(v4, v6, self.settings.k):
+            if len(raw) - ID_BYTES not in self.address_bytes:
+                continue
             if raw[:32] != own_id and (raw not in unreachable or unreachable[raw] <= now):
                 contact = known.get(raw)
                 if contact is None:

@@ -29,14 +29,15 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.server import checkpoint
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec
 
 PEER = Identity.from_seed(bytes(32)).peer_id
@@ -68,6 +69,10 @@ class FakeNode:
         self.metrics = Metrics()
         self.network = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
+        self.connected = True
+
+    def is_connected(self, peer_id: Any) -> bool:
+        return self.connected
 
     async def wait_reachable(self) -> bool:
         return True
@@ -232,7 +237,7 @@ async def test_malformed_calls_are_refused(node: FakeNode, server: TesseractServ
     for changes in ({"num_inputs": 5}, {"num_inputs": 0}, {"call_id": b"short"}, {"version": None}):
         with pytest.raises(RemoteError):
             await node.backward("ffn.0", [x], [torch.zeros(2, 4)], **changes)
-    with pytest.raises(SchemaMismatch, match="codec 'zip' is not known"):
+    with pytest.raises(SchemaMismatch, match="codec 'zip' is not known here; accepted: none"):
         await node.forward("ffn.0", x, reply_codec="zip")
     with pytest.raises(UnknownMethod):
         await node.call("ffn.0", "expert.dance", {"uid": "ffn.0"})
@@ -411,6 +416,20 @@ async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: Tesser
     assert messages.decode(messages.ForwardReply, reply.body).inputs_cached is None
 
 
+async def test_memory_that_is_needed_is_given_up_and_callers_send_again(
+    node: FakeNode, server: TesseractServer
+) -> None:
+    x, gradient = torch.randn(3, 8), torch.randn(3, 4)
+    name = await keep_inputs(node)
+    first = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
+    assert server.free_memory() == x.nbytes + first[0][0].nbytes and server.free_memory() == 0
+    with pytest.raises(InputsForgotten):
+        await node.backward("ffn.0", [], [gradient], inputs_cached=name)
+    await node.backward("ffn.0", [x], [gradient])
+    _, version = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
+    assert version == server.experts["ffn.1"].version == 1, "computed again, not applied again"
+
+
 async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
     """A forward that a backward will follow."""
     x = torch.randn(3, 8)
@@ -427,7 +446,8 @@ async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
 async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     draining = asyncio.create_task(server.drain(timeout=10))
-    await asyncio.sleep(0)
+    for _ in range(3):  # its tasks begin
+        await asyncio.sleep(0)
     assert not FakePublisher.declared
     with pytest.raises(Overloaded, match="leaving"):
         await node.forward("ffn.0", torch.randn(3, 8))
@@ -437,7 +457,7 @@ async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode,
     assert server.experts["ffn.0"].version == 1
 
 
-async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode) -> None:
+async def test_draining_does_not_wait_for_what_never_comes(node: FakeNode) -> None:
     settings = ServerSettings(calls=CallSettings(backward_timeout=0.05))
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
@@ -446,6 +466,40 @@ async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode)
         await keep_inputs(node)
         assert not await server.drain(timeout=0.05)
         await server.aclose(drain_timeout=0.0)
+
+
+async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_: FakePublisher) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FakePublisher, "withdraw", hang)
+    monkeypatch.setattr(FakePublisher, "aclose", hang)
+    monkeypatch.setattr(server_module, "_FAREWELL_TIMEOUT", 0.05)
+    settings = ServerSettings(drain_timeout=0.2)
+    async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
+        name = await keep_inputs(node)
+        leaving = asyncio.create_task(server.aclose())
+        await asyncio.sleep(0)
+        await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
+        assert not leaving.done()
+        async with asyncio.timeout(5):
+            await leaving
+        assert server.experts["ffn.0"].version == 1, "backwards are applied meanwhile"
+
+
+async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected, "GONE_AFTER", 0.05)
+    async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
+        await keep_inputs(node)
+        draining = asyncio.create_task(server.drain(timeout=30))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        node.connected = False
+        assert await draining
 
 
 async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, server: TesseractServer) -> None:
@@ -540,3 +594,34 @@ def test_no_clock_that_can_jump_is_read() -> None:
 
 
 ALLOWED_WALL_CLOCKS: set[str] = set()
+
+
+async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: FakeNode) -> None:
+    codecs = CodecPolicy(inputs=("bf16",), outputs=("fp16", "none"), gradients=("none",))
+    backend = ExpertBackend(
+        nn.Linear(8, 4), args_schema=(TensorSpec((8,)),), settings=BackendSettings(codecs=codecs), max_batch_size=16
+    )
+    async with TesseractServer(node, {"ffn.0": backend}):  # type: ignore[arg-type]
+        info = messages.decode(messages.ExpertInfo, (await node.call("ffn.0", messages.INFO, {"uid": "ffn.0"})).body)
+        assert CodecPolicy.decode(info.codecs) == codecs
+        x, gradient = torch.zeros(2, 8), torch.zeros(2, 4)
+        half, _ = wire.pack_tensors([x], "bf16")
+
+        async def forward(metas: list[Any], reply_codec: str) -> Message:
+            _, buffers = wire.pack_tensors([x], metas[0][2])
+            request = messages.ForwardRequest("ffn.0", metas, False, 0, reply_codec)
+            now = asyncio.get_running_loop().time()
+            call = IncomingCall(PEER, messages.FORWARD, messages.encode(request), tuple(buffers), bytes(16), now + 9, 0)
+            return await node.handlers["ffn.0"](call)
+
+        reply = messages.decode(messages.ForwardReply, (await forward(half, "fp16")).body)
+        assert reply.tensors[0][2] == "fp16"
+        with pytest.raises(SchemaMismatch, match="'bf16' is not for its outputs; accepted: fp16, none"):
+            await forward(half, "bf16")
+        with pytest.raises(SchemaMismatch, match="'none' is not for its inputs; accepted: bf16"):
+            await forward(wire.pack_tensors([x])[0], "none")
+        with pytest.raises(SchemaMismatch, match="gradients"):
+            await node.backward("ffn.0", [x], [gradient], reply_codec="bf16")
+        with pytest.raises(SchemaMismatch, match="inputs"):
+            await node.backward("ffn.0", [x], [gradient])
+        assert backend.version == 0
