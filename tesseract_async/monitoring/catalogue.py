@@ -75,6 +75,8 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "network_retransmissions": ("datagrams", "Requests sent again."),
     "network_lookup_rounds": ("rounds", "Rounds of questions that each look-up took."),
     "network_reads_incomplete": ("reads", "Reads repeated because holders vanished in the middle of them."),
+    "network_reads_unanswered": ("reads", "Reads that nobody answered, repeated after joining anew."),
+    "network_copies_served": ("reads", "Reads answered from a copy on the way to the holders."),
     "network_repairs": ("records", "Records sent to holders that lacked them when a read found out."),
     "network_values_unreadable": ("records", "Records of others whose value could not be read."),
     "network_clock_skew_seconds": ("seconds", "This node's clock against the median of its contacts'."),
