@@ -7,8 +7,9 @@ model with frozen experts, and a dense model of equal active size.
     python examples/paper_convergence.py --images t10k-images-idx3-ubyte.gz --labels t10k-labels-idx1-ubyte.gz
 
 Everything is kept under --out: curves (CSV), settings (JSON), checkpoints, a plot (PNG; needs matplotlib). Ctrl-C
-stops; the same command goes on where it was. The paper's own curve had no failures, untrained gates and experts of 6.3
-million parameters; these have about 17 thousand each.
+stops; the same command goes on where it was. `--out FOLDER --summarize DOCS` only writes table, curves and plot of what
+is there. The paper's own curve had no failures, untrained gates and experts of 6.3 million parameters; these have about
+17 thousand each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import contextvars
+import copy
 import csv
 import gzip
 import hashlib
@@ -25,7 +27,7 @@ import random
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,60 +218,79 @@ class UnreliableNode(ta.TesseractNode):
 
     failure_rate = 0.0
     dice = random.Random(0)
+    num_calls = 0
 
     async def call_expert(self, peer: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        if in_training.get() and method != "expert.info" and self.dice.random() < self.failure_rate:
-            raise ExpertFailed("lost on purpose")
+        if in_training.get() and method != "expert.info":
+            self.num_calls += 1
+            if self.dice.random() < self.failure_rate:
+                raise ExpertFailed("lost on purpose")
         return await super().call_expert(peer, method, *args, **kwargs)
+
+
+NO_SETTINGS = ("images", "labels", "out", "seeds", "variants", "no_plot", "summarize", "serve", "run")
 
 
 class Run:
     """One variant and seed: the curve so far, and all that is needed to go on."""
 
     def __init__(self, args: argparse.Namespace, variant: str, seed: int) -> None:
-        self.args, self.variant, self.seed = args, variant, seed
+        self.variant, self.seed = variant, seed
         self.folder = Path(args.out) / f"{variant}-{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.curve: list[tuple[int, float, float, float]] = []
+        """Number of updates, validation accuracy, mean training loss since the last point, seconds."""
         self.num_updates = 0
+        self.num_calls = 0
+        """Calls of experts that training made, those that failed included."""
+        self.num_updates_uncounted = 0
+        """Updates before the calls were counted."""
+        self.snapshots: dict[int, Any] = {}
+        """By number of updates: the states of models still to be evaluated."""
+        self.settings: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
+        self.state: dict[str, Any] | None = None
+        if (self.folder / "trainer.pt").exists():
+            self.state = torch.load(self.folder / "trainer.pt", weights_only=True)
+            self.curve = [tuple(point) for point in self.state["curve"]]
+            self.num_updates = self.state["num_updates"]
+            self.num_updates_uncounted = self.num_updates
+            for name in ("num_calls", "num_updates_uncounted", "snapshots", "settings"):
+                setattr(self, name, self.state.get(name, getattr(self, name)))
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the model and its optimizer where the run had stopped, if it had begun."""
+        if self.state is not None:
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"curve": self.curve, "num_updates": self.num_updates}
+        names = ("curve", "num_updates", "num_calls", "num_updates_uncounted", "snapshots", "settings")
+        state |= {name: getattr(self, name) for name in names}
         torch.save(state, self.folder / "trainer.new")
         (self.folder / "trainer.new").replace(self.folder / "trainer.pt")
-        with (self.folder / "curve.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["updates", "validation_accuracy", "training_loss", "seconds"])
-            writer.writerows(self.curve)
-
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        path = self.folder / "trainer.pt"
-        if path.exists():
-            state = torch.load(path, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.curve = [tuple(point) for point in state["curve"]]
-            self.num_updates = state["num_updates"]
+        write_csv(self.folder / "curve.csv", ["updates", "validation_accuracy", "training_loss", "seconds"], self.curve)
 
     def accuracy_at(self, updates: int) -> float | None:
-        """The mean of the last four evaluations up to that point."""
-        points = [accuracy for at, accuracy, _, _ in self.curve if at <= updates]
-        done = bool(self.curve) and self.curve[-1][0] >= updates
-        return sum(points[-4:]) / len(points[-4:]) if done else None
+        """The mean of the last four evaluations up to that point; None while one of them is missing."""
+        every = self.settings["evaluate_every"]
+        found = {at: accuracy for at, accuracy, _, _ in self.curve}
+        wanted = [updates - i * every for i in range(4) if updates - i * every > 0]
+        return sum(found[at] for at in wanted) / len(wanted) if all(at in found for at in wanted) else None
 
 
 async def train(args: argparse.Namespace, run: Run, data: Any, address: str | None) -> None:
     """Trains to the end, evaluating and saving on the way."""
     train_x, train_y, valid_x, valid_y = data
-    dice = random.Random(run.seed)
+    dice = random.Random(f"delays {run.seed} from {run.num_updates}")
     async with contextlib.AsyncExitStack() as stack:
         node = None
         if address is not None:
             node = await stack.enter_async_context(UnreliableNode(initial_peers=[address]))
-            node.failure_rate, node.dice = args.failure_rate, random.Random(run.seed + 1)
+            node.failure_rate = args.failure_rate
+            node.dice = random.Random(f"failures {run.seed} from {run.num_updates}")
         model, optimizer = make_model(args, node, run.seed)
-        run.load(model, optimizer)
+        run.restore(model, optimizer)
         trainer = ta.AsyncTrainer(model, optimizer, in_flight=args.in_flight if node is not None else 1)
 
         async def loss_of(replica: Model, rows: torch.Tensor) -> torch.Tensor:
@@ -279,96 +300,177 @@ async def train(args: argparse.Namespace, run: Run, data: Any, address: str | No
                 await asyncio.sleep(dice.expovariate(1.0) * args.delay * args.time_scale)
             return loss
 
-        async def evaluate() -> float:
-            with torch.no_grad():
-                logits = await model(valid_x)
-                return float((logits.argmax(1) == valid_y).float().mean())
+        first, calls_before = run.num_updates, run.num_calls
 
-        started, losses = time.perf_counter(), []
+        async def evaluate() -> None:
+            num_updates = min(run.snapshots)
+            snapshot = copy.deepcopy(model)
+            snapshot.load_state_dict(run.snapshots[num_updates])
+            with torch.no_grad():
+                accuracy = float(((await snapshot(valid_x)).argmax(1) == valid_y).float().mean())
+            del run.snapshots[num_updates]
+            loss = sum(losses) / max(1, len(losses))
+            losses.clear()
+            seconds = before + time.perf_counter() - started
+            run.curve.append((num_updates, accuracy, loss, round(seconds, 1)))
+            print(
+                f"{run.variant} seed {run.seed}: {num_updates} updates, accuracy {accuracy:.4f}, "
+                f"loss {loss:.4f}, staleness {staleness}, {seconds:.0f} s",
+                flush=True,
+            )
+
+        def note() -> None:
+            run.num_updates = first + trainer.version
+            run.num_calls = calls_before + (node.num_calls if node is not None else 0)
+            run.save(model, optimizer)
+
+        def keep(*_: object) -> None:
+            # Many steps end while one evaluation runs: what is to be evaluated is kept when it is there.
+            if (num_updates := first + trainer.version + 1) % args.evaluate_every == 0:
+                run.snapshots[num_updates] = {name: value.clone() for name, value in model.state_dict().items()}
+
+        optimizer.register_step_post_hook(keep)
+        started, losses, staleness = time.perf_counter(), list[float](), 0
         before = run.curve[-1][3] if run.curve else 0.0
-        rows = batches(len(train_x), args.batch_size, run.seed, run.num_updates)
-        first = run.num_updates
+        rows = batches(len(train_x), args.batch_size, run.seed, first)
         wanted = (next(rows) for _ in range(args.updates - first))
         try:
+            while run.snapshots:  # Ctrl-C came before them
+                await evaluate()
             async with contextlib.aclosing(trainer.run(loss_of, wanted)) as reports:
                 async for report in reports:
-                    run.num_updates = first + report.version
                     losses.append(report.loss.item())
-                    if report.version == trainer.version and run.num_updates % args.evaluate_every == 0:
-                        seconds = before + time.perf_counter() - started
-                        point = (run.num_updates, await evaluate(), sum(losses) / len(losses), round(seconds, 1))
-                        losses.clear()
-                        run.curve.append(point)
-                        run.save(model, optimizer)
-                        print(
-                            f"{run.variant} seed {run.seed}: {point[0]} updates, accuracy {point[1]:.4f}, "
-                            f"loss {point[2]:.4f}, staleness {report.staleness}, {point[3]:.0f} s",
-                            flush=True,
-                        )
+                    staleness = report.staleness
+                    if (first + report.version) % args.evaluate_every == 0:
+                        await evaluate()
+                        note()
         finally:
-            run.num_updates = first + trainer.version
-            run.save(model, optimizer)
+            note()
 
 
 # ------------------------------------------------------------------------------------------------ what it came to
 
 
-def summarize(args: argparse.Namespace, runs: list[Run]) -> None:
-    """Prints the table, and saves it with the settings and the plot."""
-    marks = [mark for mark in PUBLISHED if mark <= args.updates] or [args.updates]
-    rows = []
-    for variant in args.variants:
-        row: list[Any] = [variant]
-        for mark in marks:
-            values = [run.accuracy_at(mark) for run in runs if run.variant == variant]
-            row.append(None if None in values else round(sum(values) / len(values), 4))  # type: ignore[arg-type]
-        rows.append(row)
-    rows.append(["published (full data, no failures)", *(PUBLISHED.get(mark) for mark in marks)])
-    out = Path(args.out)
-    with (out / "summary.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["variant", *marks], *rows])
-    (out / "settings.json").write_text(json.dumps(vars(args), indent=2, default=str))
-    for row in [["variant", *marks], *rows]:
-        print("  ".join(str(cell if cell is not None else "-").ljust(12) for cell in row))
-    if args.no_plot:
+def write_csv(path: Path, head: list[Any], rows: Iterable[Any]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+
+
+def summarize(runs: list[Run], folder: Path, *, plot: bool = False) -> None:
+    """Prints the table, and saves it with the curves, the settings and the plot."""
+    runs = [run for run in runs if run.curve]
+    if not runs:
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    updates = max(run.settings["updates"] for run in runs)
+    marks = [mark for mark in PUBLISHED if mark <= updates] or [updates]
+    table: list[list[Any]] = []
+    for variant in [variant for variant in VARIANTS if any(run.variant == variant for run in runs)]:
+        of_variant = [run for run in runs if run.variant == variant]
+        for run in of_variant:
+            table.append([variant, run.seed, *(run.accuracy_at(mark) for mark in marks), *effort([run])])
+        if len(of_variant) > 1:
+            means = [mean([run.accuracy_at(mark) for run in of_variant]) for mark in marks]
+            table.append([variant, "mean", *means, *effort(of_variant)])
+    table.append(["published (full data, no failures)", "", *(PUBLISHED.get(mark) for mark in marks), "", ""])
+    head = ["variant", "seed", *marks, "calls_per_update", "minutes"]
+    rounded = [[round(cell, 4) if isinstance(cell, float) else cell for cell in row] for row in table]
+    write_csv(folder / "summary.csv", head, rounded)
+    points = [
+        (run.variant, run.seed, at, round(a, 4), round(loss, 4), s) for run in runs for at, a, loss, s in run.curve
+    ]
+    columns = ["variant", "seed", "updates", "validation_accuracy", "training_loss", "seconds"]
+    write_csv(folder / "curves.csv", columns, points)
+    settings = {f"{run.variant}-{run.seed}": run.settings for run in runs}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for row in [head, *rounded]:
+        print("  ".join(str("-" if cell is None else cell).ljust(9) for cell in row))
+    if plot:
+        draw(runs, updates, folder / "curve.png")
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def effort(runs: list[Run]) -> tuple[float, float]:
+    """Calls per update, and minutes in all."""
+    num_updates = sum(run.num_updates - run.num_updates_uncounted for run in runs)
+    return round(sum(run.num_calls for run in runs) / max(1, num_updates), 1), round(
+        sum(run.curve[-1][3] for run in runs) / 60, 1
+    )
+
+
+def draw(runs: list[Run], updates: int, path: Path) -> None:
+    """Each run's evaluations, pale; the mean over seeds of the last four, as it is asked for; what was published."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
+        print("no plot: matplotlib is missing")
         return
     figure, axes = plt.subplots(figsize=(8, 5))
-    for run in runs:
-        if run.curve:
-            color = f"C{VARIANTS.index(run.variant)}"
-            label = run.variant if run.seed == args.seeds[0] else None
-            axes.plot([p[0] for p in run.curve], [p[1] for p in run.curve], color=color, alpha=0.7, label=label)
+    for color, variant in enumerate(VARIANTS):
+        of_variant = [run for run in runs if run.variant == variant]
+        for run in of_variant:
+            axes.plot(
+                [p[0] for p in run.curve], [p[1] for p in run.curve], color=f"C{color}", alpha=0.25, linewidth=0.8
+            )
+        means = (
+            [(at, mean([run.accuracy_at(at) for run in of_variant])) for at, *_ in of_variant[0].curve]
+            if of_variant
+            else []
+        )
+        means = [(at, value) for at, value in means if value is not None]
+        label = f"{variant} (mean of {len(of_variant)} seeds)" if len(of_variant) > 1 else variant
+        axes.plot([at for at, _ in means], [value for _, value in means], color=f"C{color}", label=label)
     axes.plot(list(PUBLISHED), list(PUBLISHED.values()), "k*", label="published: full data, no failures")
-    axes.set(xlabel="updates", ylabel="validation accuracy", ylim=(0.5, 1.0), xlim=(0, args.updates))
+    axes.set(xlabel="updates", ylabel="validation accuracy", ylim=(0.5, 1.0), xlim=(0, updates))
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    figure.savefig(out / "curve.png", dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def all_runs(args: argparse.Namespace) -> list[Run]:
+    """Everything that lies under --out, and what is to be trained now."""
+    wanted = {(variant, seed) for seed in args.seeds for variant in args.variants} if args.summarize is None else set()
+    for folder in Path(args.out).glob("*-*"):
+        variant, _, seed = folder.name.rpartition("-")
+        if variant in VARIANTS and seed.isdigit():
+            wanted.add((variant, int(seed)))
+    return [
+        Run(args, variant, seed)
+        for variant, seed in sorted(wanted, key=lambda pair: (pair[1], VARIANTS.index(pair[0])))
+    ]
 
 
 async def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # batches are small: a second thread costs more than it gives
+    runs = all_runs(args)
+    if args.summarize is not None:
+        summarize(runs, Path(args.summarize), plot=not args.no_plot)
+        return
     data = load_data(args)
-    runs = [Run(args, variant, seed) for seed in args.seeds for variant in args.variants]
     try:
         for run in runs:
+            wanted = run.variant in args.variants and run.seed in args.seeds
+            if not wanted or (run.num_updates >= args.updates and not run.snapshots):
+                continue
+            run.settings["updates"] = args.updates
             if run.variant == "dense":
                 await train(args, run, data, None)
                 continue
             async with experts_process(args, run.variant, run.seed, run.folder) as address:
                 await train(args, run, data, address)
     finally:
-        summarize(args, runs)
+        summarize(runs, Path(args.out), plot=not args.no_plot)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", help="gzipped IDX file of images: a path, or a URL ending in #sha256=...")
@@ -395,10 +497,11 @@ def parse() -> argparse.Namespace:
     add("--lr-gate", type=float, default=1e-4)
     add("--lr-dense", type=float, default=1e-3)
     add("--no-plot", action="store_true")
+    add("--summarize", metavar="FOLDER", help="train nothing: write table, curves and plot of what --out holds here")
     add("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     add("--run", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve is None and not (args.images and args.labels):
+    args = parser.parse_args(arguments)
+    if args.serve is None and args.summarize is None and not (args.images and args.labels):
         parser.error("--images and --labels are needed")
     return args
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tesseract_async.admission import Policy as Policy
+    from tesseract_async.admission import Quota as Quota
     from tesseract_async.client.autograd import backward as backward
     from tesseract_async.client.background import BackgroundNode as BackgroundNode
     from tesseract_async.client.gating_function import GatingFunction as GatingFunction
@@ -40,6 +41,7 @@ _HOMES = {
     "Identity": "identity",
     "PeerID": "identity",
     "Policy": "admission",
+    "Quota": "admission",
     "TesseractNetwork": "network.network",
     "TesseractNode": "node",
     "ExpertBackend": "runtime.backend",

@@ -1,9 +1,10 @@
-"""Who may do what at a node."""
+"""Who may do what at a node, and how much of it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tesseract_async.identity import PeerID
@@ -12,22 +13,60 @@ Action = Literal["call", "train", "store"]
 """``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``store``: put records."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """How much one peer may ask of a node; None: as much as it likes.
+
+    After a rest a peer may use a whole period's worth at once; what it used comes back evenly. So over any time t it
+    gets at most ``1 + t / period`` times the figures below, and one message. What is more is refused with
+    `errors.Overloaded`, whose ``retry_after`` says when to come back.
+
+    Raises: ValueError for a figure that is not positive.
+    """
+
+    calls: float | None = None
+    """Calls in `period` seconds."""
+    num_bytes: float | None = None
+    """Encoded bytes of requests and replies in `period` seconds. A message is taken whole: one that is larger than what
+    is left makes the next one wait.
+    """
+    period: float = 60.0
+    """Seconds."""
+    concurrent: int | None = None
+    """Calls under way at once, over all of the peer's connections."""
+
+    def __post_init__(self) -> None:
+        for name in ("calls", "num_bytes", "period", "concurrent"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"a quota's {name} is a positive number, not {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """For each action the peers that may take it, or None for everybody, which is the default.
+    """For each action the peers that may take it, or None for everybody, which is the default; and peers' quotas.
 
-    Whoever may not call may not train either.
+    Whoever may not call may not train either. Quotas are for peers that mean well and want much: identities cost
+    nothing, so against those that mean ill the answer is an allow-list.
     """
 
     callers: Collection[PeerID] | None = None
     trainers: Collection[PeerID] | None = None
     storers: Collection[PeerID] | None = None
+    quota: Quota | None = None
+    """What each peer may ask for in calls; None: no limit."""
+    quotas: Mapping[PeerID, Quota | None] = field(default_factory=dict)
+    """The same for single peers, instead of `quota`."""
 
     @classmethod
     def only(cls, peers: Collection[PeerID]) -> Policy:
         """The allow-list: these peers may do everything, all others nothing."""
         allowed = frozenset(peers)
         return cls(callers=allowed, trainers=allowed, storers=allowed)
+
+    def quota_of(self, peer_id: PeerID) -> Quota | None:
+        """What this peer may ask for; None: no limit."""
+        return self.quotas.get(peer_id, self.quota)
 
     def allows(self, peer_id: PeerID, action: Action) -> bool:
         """Whether `peer_id` may take this action."""

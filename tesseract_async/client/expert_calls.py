@@ -6,8 +6,8 @@ is treated like one that is down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tesseract_async.client.ports import Node
 from tesseract_async.errors import InputsForgotten, ProtocolError
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.wire import messages
+from tesseract_async.wire.codecs import AUTO, CodecPolicy, Codecs, settle
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten
 
@@ -28,7 +29,7 @@ class ExpertSchema:
     kwargs: dict[str, Schema]
     outputs: Schema
     max_batch_size: int
-    codecs: tuple[str, ...]
+    codecs: CodecPolicy
 
     @property
     def inputs(self) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
@@ -44,7 +45,7 @@ class ExpertSchema:
             raise ProtocolError("an expert's arguments are a tuple and a map of schemas")
         if not flatten((args, kwargs)) or not flatten(outputs):
             raise ProtocolError("an expert without tensors to take or to give")
-        return cls(args, kwargs, outputs, info.max_batch_size, tuple(info.codecs))
+        return cls(args, kwargs, outputs, info.max_batch_size, CodecPolicy.decode(info.codecs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,14 @@ class CallOptions:
     """Seconds for one call, forward or backward, all attempts together."""
     priority: int = 0
     """Higher goes first at the server."""
-    codec: str = "none"
-    """How floating-point tensors travel, both ways."""
+    codec: str | Mapping[str, str] = AUTO
+    """How floating-point tensors travel: a codec's name, or names by ``inputs``, ``outputs``, ``gradients``. What the
+    expert does not accept gives way to what loses no more, see `wire.codecs`."""
+    codecs: Codecs = field(init=False)
+    """The same, checked."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "codecs", Codecs.of(self.codec))
         if not self.timeout > 0:
             raise ValueError(f"a timeout is a positive number of seconds, not {self.timeout}")
 
@@ -103,12 +108,13 @@ async def call_forward(
     """The expert's outputs (on the CPU), and what its backward needs to know.
 
     `inputs` fit the schema; they must not change before the call ends. Raises: what the call raises; ProtocolError if
-    the answer does not fit the schema.
+    the answer does not fit the schema; SchemaMismatch, before anything is sent, if the codecs can't be settled.
     """
     options = forward.options
-    metas, buffers = await pack(inputs, options.codec)
+    codecs = settle(forward.schema.codecs, options.codecs)
+    metas, buffers = await pack(inputs, codecs.inputs)
     request = messages.ForwardRequest(
-        forward.uid, metas, forward.training, forward.seed, options.codec, forward.differentiable
+        forward.uid, metas, forward.training, forward.seed, codecs.outputs, forward.differentiable
     )
     reply = await node.call_expert(
         peer,
@@ -175,7 +181,11 @@ async def _send_backward(
 ) -> list[torch.Tensor | None]:
     options = forward.options
     sent = [] if cached is not None else inputs
-    metas, buffers = await pack([*sent, *output_grads], options.codec)
+    codecs = settle(forward.schema.codecs, options.codecs)
+    names: str | list[str] = codecs.gradients
+    if sent and codecs.inputs != codecs.gradients:
+        names = [codecs.inputs] * len(sent) + [codecs.gradients] * len(output_grads)
+    metas, buffers = await pack([*sent, *output_grads], names)
     request = messages.BackwardRequest(
         uid=forward.uid,
         call_id=call_id,
@@ -184,7 +194,7 @@ async def _send_backward(
         training=forward.training,
         seed=forward.seed,
         version=answer.version,
-        reply_codec=options.codec,
+        reply_codec=codecs.gradients,
         inputs_cached=cached,
     )
     reply = await node.call_expert(

@@ -77,7 +77,7 @@ class GatingFunction(nn.Module):
         jitter: float = 0.0,
         capacity_factor: float | None = None,
         priority: int = 0,
-        codec: str = "none",
+        codec: str | Mapping[str, str] = "auto",
     ) -> None:
         """Does no I/O. Arguments not named here: see `MixtureSettings`.
 
@@ -314,7 +314,7 @@ class SwitchGatingFunction(GatingFunction):
         jitter: float = 0.01,
         capacity_factor: float | None = None,
         priority: int = 0,
-        codec: str = "none",
+        codec: str | Mapping[str, str] = "auto",
     ) -> None:
         """See `GatingFunction`."""
         super().__init__(

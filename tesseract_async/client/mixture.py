@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchem
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
+from tesseract_async.wire.codecs import AUTO, Codecs
 from tesseract_async.wire.tensors import flatten
 
 _MIN_PATIENCE_SECONDS = 0.02
@@ -64,10 +65,11 @@ class MixtureSettings:
     """Score that an expert loses, in choosing only, for each second that it is expected to take."""
     priority: int = 0
     """Higher goes first at the servers."""
-    codec: str = "none"
-    """How floating-point tensors travel."""
+    codec: str | Mapping[str, str] = AUTO
+    """How floating-point tensors travel, see `CallOptions`."""
 
     def __post_init__(self) -> None:
+        Codecs.of(self.codec)
         if self.k_best < 1:
             raise ValueError(f"k_best is at least 1, not {self.k_best}")
         for name in ("k_min", "backward_k_min"):

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -68,12 +68,13 @@ class RemoteExpert(nn.Module):
         return self.uid
 
     def with_options(
-        self, *, timeout: float | None = None, priority: int | None = None, codec: str | None = None
+        self, *, timeout: float | None = None, priority: int | None = None, codec: str | Mapping[str, str] | None = None
     ) -> RemoteExpert:
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
         `timeout`: seconds for one call, forward or backward. `priority`: higher goes first at the server. `codec`: how
-        floating-point tensors travel. Raises: ValueError.
+        floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see `CallOptions`).
+        Raises: ValueError.
         """
         given = {"timeout": timeout, "priority": priority, "codec": codec}
         options = dataclasses.replace(self.options, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]

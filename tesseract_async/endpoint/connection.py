@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tesseract_async.endpoint.budget import Budget
-from tesseract_async.endpoint.protocol import (
-    BULK,
-    MAIN,
+from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
     CallFailed,
     CallReceived,
-    ConnectionProtocol,
     PeerClosed,
-    ProtocolSettings,
     ReplyReceived,
 )
+from tesseract_async.endpoint.lanes import BULK, MAIN
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -87,6 +87,7 @@ class Connection:
         budget: Budget,
         settings: ProtocolSettings,
         metrics: Metrics,
+        meter: Meter,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -113,6 +114,7 @@ class Connection:
             settings=settings,
             now=loop.time(),
             wake=self._wake,
+            meter=meter,
         )
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
@@ -154,12 +156,12 @@ class Connection:
     @property
     def rtt(self) -> float | None:
         """Seconds for a ping and its answer, smoothed; None until the first one came."""
-        return self._protocol.rtt
+        return self._protocol.life.rtt
 
     @property
     def bytes_per_second(self) -> float:
         """Rate at which large messages last arrived; 0.0 if none did."""
-        return self._protocol.bytes_per_second
+        return self._protocol.windows.bytes_per_second
 
     def count_bytes(self) -> None:
         """Adds the raw bytes since the last time to the metrics."""

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.greeting import Greeting
+from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.pool import Key, Pool
-from tesseract_async.endpoint.protocol import BULK, MAIN
 from tesseract_async.endpoint.racing import race
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import (

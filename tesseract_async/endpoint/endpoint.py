@@ -14,8 +14,9 @@ from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
+from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.pool import Pool
-from tesseract_async.endpoint.protocol import RequestUnseen
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
@@ -76,6 +77,7 @@ class Endpoint:
         self._transports = tuple(transports)
         self._handlers: dict[str, tuple[Handler, Action]] = {}
         self._budget = Budget(settings.max_receive_bytes)
+        self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._rng = random.Random()
         self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
@@ -141,6 +143,9 @@ class Endpoint:
     def accept(self, pipe: Pipe) -> None:
         """Serves whoever is at the other end of this pipe: transports bring what others opened."""
         self._dialler.accept(pipe)
+
+    def _over_quota(self, reason: str) -> None:
+        self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
     async def _answer(self, call: IncomingCall) -> Message:
         found = self._handlers.get(call.method)
@@ -251,6 +256,7 @@ class Endpoint:
             budget=self._budget,
             settings=self._settings.protocol,
             metrics=self.metrics,
+            meter=self._quotas.meter(peer_id),
         )
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]

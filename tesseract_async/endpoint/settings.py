@@ -5,7 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tesseract_async.endpoint.protocol import ProtocolSettings
+
+@dataclass(frozen=True, slots=True)
+class ProtocolSettings:
+    """Bounds of one connection."""
+
+    max_calls: int = 1024
+    """Calls that the peer may have under way at once; it queues more on its own side."""
+    max_small: int = 8 * 2**20
+    """Bytes of small requests that the peer may have under way at once."""
+    max_message: int = 2**30
+    """Bytes of the largest message that is accepted."""
+    standing_bytes: int = 16 * 2**20
+    """Room of the standing window: large messages within it need not ask first."""
+    max_backlog: int = 32 * 2**20
+    """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
+    max_unsent: int = 96 * 2**20
+    """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
+    max_idle_frames: int = 10_000
+    """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
+    idle_frames_per_second: float = 5_000.0
+    """... and how fast it may go on."""
+    bulk_retry: float = 30.0
+    """Seconds between attempts to open a bulk lane."""
+    ping_after: float = 3.0
+    """Seconds without a received byte after which the peer is pinged."""
+    dead_after: float = 9.0
+    """Seconds without a received byte after which it counts as dead."""
+    stall_after: float = 15.0
+    """Seconds without progress after which the room of a half-received message is taken back, and after which a bulk
+    lane that is in use and does not answer a ping counts as dead, and its connection with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ class ReadFinished:
     num_rounds: int
     """The longest chain of answers that the lookup followed."""
     num_holders: int
+    num_answers: int
+    """Contacts that answered at all: where nobody did, finding nothing says nothing."""
     complete: bool
     """Whether everything that holders reported was also had from one of them."""
 

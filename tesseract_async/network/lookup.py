@@ -71,6 +71,7 @@ class Lookup:
         self.num_rounds = 0
         """The longest chain of answers that was followed."""
         self.num_asked = 0
+        self.num_answered = 0
         self._alpha = -(-alpha // num_paths)
         self._max_per_range = max_per_range
         self._candidates: dict[bytes, Candidate] = {}
@@ -108,6 +109,7 @@ class Lookup:
         candidate = self._candidates[contact.raw]
         path = self._leave(candidate)
         candidate.state = State.ANSWERED
+        self.num_answered += 1
         self.num_rounds = max(self.num_rounds, candidate.round)
         for heard in found:
             self._hear(path, heard, candidate.round + 1)

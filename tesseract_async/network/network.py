@@ -255,9 +255,21 @@ class TesseractNetwork:
         return list(await asyncio.gather(*(self.get(key) for key in keys)))
 
     async def get_entries(self, key: str) -> list[Entry]:
-        """All live entries under `key`, those of different owners side by side, by subkey, owner."""
-        await self._ready()
+        """All live entries under `key`, those of different owners side by side, by subkey, owner.
+
+        Raises: TimeoutError if nobody answered within `NetworkSettings.join_timeout` though this node was joined to
+        others before: that is not the same as nothing being there.
+        """
+        give_up_at = self._running().now() + self.settings.join_timeout
+        driver = await self._ready()
         event = await self._read(key)
+        while not event.num_answers and not event.records and self._has_seeds and driver.protocol.ever_joined:
+            # every contact failed at once (a line that was down, a gateway that forgot): joining anew comes first
+            self.metrics.count("network_reads_unanswered")
+            left = give_up_at - driver.now()
+            if left <= 0 or not await self.wait_joined(left):
+                raise TimeoutError(f"no node of the network answered within {self.settings.join_timeout} s")
+            event = await self._read(key)
         if not event.complete:
             # holders vanished in the middle of it; others have the same
             self.metrics.count("network_reads_incomplete")

@@ -101,6 +101,7 @@ class NetworkProtocol:
         self.observed: dict[PeerID, Address] = {}
         """The address at which the latest contacts see this node."""
         self.joined = False
+        self.ever_joined = False
         self._neighbourhood: Neighbourhood | None = None
         self._dial_wait_until: float | None = float("-inf") if public else None
         self._replicator = Replicator(self, now=now)
@@ -265,7 +266,7 @@ class NetworkProtocol:
         """A lookup of the own id ended."""
         self._neighbourhood = None
         if not self.joined and len(self.table):
-            self.joined = True
+            self.joined = self.ever_joined = True
             self._events.append(Joined(len(self.table)))
         self._seed_backoff = self.settings.min_seed_backoff
         if self._seeds:

@@ -175,9 +175,16 @@ class Read:
 
     def _finish(self, now: float) -> None:
         self._repair(self._merged, now)
-        rounds = self._search.lookup.num_rounds
-        records = list(self._merged.values())
-        self.network.finish(self, ReadFinished(self._number, records, rounds, len(self._holdings), self.complete))
+        lookup = self._search.lookup
+        event = ReadFinished(
+            self._number,
+            list(self._merged.values()),
+            lookup.num_rounds,
+            num_holders=len(self._holdings),
+            num_answers=lookup.num_answered,
+            complete=self.complete,
+        )
+        self.network.finish(self, event)
 
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
         """Sends holders the entries that they lack, verbatim, as far as what they hold is known."""

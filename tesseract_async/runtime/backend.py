@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tesseract_async.runtime import modules
 from tesseract_async.runtime.acceleration import Acceleration
 from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
 Gradients = Sequence[torch.Tensor | None]
@@ -56,6 +57,8 @@ class BackendSettings:
     """Backward calls that are remembered, so that none is applied twice."""
     preferred_sizes: tuple[int, ...] = ()
     """Rows at which batches are best cut; with `compile_mode` or `cuda_graphs`, they are padded up to one of them."""
+    codecs: CodecPolicy = CodecPolicy()
+    """Codecs that its inputs, outputs and gradients may travel in; callers settle theirs against these."""
     autocast: torch.dtype | None = None
     """Computes in this dtype where PyTorch's autocast deems it safe; outputs keep their schema's dtype."""
     compile_mode: str | None = None

@@ -18,12 +18,15 @@ AT_ONCE_BYTES: Final = 256 * 1024
 """Up to so many bytes of tensors (of buffers, when decoding) the loop does it itself."""
 
 
-async def pack(tensors: Sequence[torch.Tensor | None], codec: str) -> tuple[list[Meta], list[memoryview]]:
+async def pack(
+    tensors: Sequence[torch.Tensor | None], codecs: str | Sequence[str]
+) -> tuple[list[Meta], list[memoryview]]:
     """`wire.tensors.pack_tensors`; the tensors must not change before it ends, also if this call is cancelled."""
     num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.is_floating_point())
-    if codec == "none" or num_bytes <= AT_ONCE_BYTES:
-        return pack_tensors(tensors, codec)
-    return await asyncio.to_thread(pack_tensors, tensors, codec)
+    lossless = codecs == "none" or not isinstance(codecs, str) and all(codec == "none" for codec in codecs)
+    if lossless or num_bytes <= AT_ONCE_BYTES:
+        return pack_tensors(tensors, codecs)
+    return await asyncio.to_thread(pack_tensors, tensors, codecs)
 
 
 async def unpack(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:

@@ -30,8 +30,9 @@ from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Answer, Work
 from tesseract_async.server.memory import Memory
-from tesseract_async.wire import compression, messages
+from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.codecs import CODECS
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
 _MAX_EXPECTED = 65536
@@ -128,8 +129,11 @@ class ExpertCalls:
         request = messages.decode(messages.ForwardRequest, call.body)
         if self.refuse_forwards is not None:
             raise self.refuse_forwards
-        codec = _check_codec(request.reply_codec)
-        inputs = check_inputs(uid, backend, await unpack(request.tensors, call.buffers))
+        codec = request.reply_codec
+        backend.settings.codecs.check("outputs", codec, expert=uid)
+        tensors = await unpack(request.tensors, call.buffers)
+        _check_codecs(uid, backend, "inputs", request.tensors, tensors)
+        inputs = check_inputs(uid, backend, tensors)
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
@@ -150,7 +154,8 @@ class ExpertCalls:
 
     async def _backward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         request = messages.decode(messages.BackwardRequest, call.body)
-        codec = _check_codec(request.reply_codec)
+        codec = request.reply_codec
+        backend.settings.codecs.check("gradients", codec, expert=uid)
         key = (uid, request.call_id)
         answer = self._answers.get(key)
         if answer is None:
@@ -177,15 +182,17 @@ class ExpertCalls:
         tensors: Sequence[torch.Tensor | None],
     ) -> _Backward | Answer:
         """Queues a backward, unless there is nothing to compute."""
-        uid = key[0]
+        uid, num_inputs = key[0], request.num_inputs
+        _check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
+        _check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
         if request.inputs_cached is None:
-            inputs = check_inputs(uid, backend, tensors[: request.num_inputs])
+            inputs = check_inputs(uid, backend, tensors[:num_inputs])
         else:
             kept = self._inputs.get(request.inputs_cached)
             if kept is None:
                 raise InputsForgotten(f"the inputs of this backward of {uid} are no longer kept; send them again")
             inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
-        gradients = check_gradients(uid, backend, inputs, tensors[request.num_inputs :])
+        gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
         if inputs[0].shape[0] == 0:
             return Answer([_zero_gradient(x) for x in inputs], backend.version)
         version = backend.applied.get(request.call_id)
@@ -278,7 +285,7 @@ def _info(uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         outputs_schema=wire.encode_schema(backend.outputs_schema),
         max_batch_size=backend.max_batch_size,
         version=backend.version,
-        codecs=list(compression.CODECS),
+        codecs=backend.settings.codecs.encode(),
     )
     return Message(messages.encode(info))
 
@@ -293,10 +300,16 @@ def _priority(call: IncomingCall) -> int:
     return max(_LOWEST_PRIORITY, min(call.priority, _HIGHEST_PRIORITY))
 
 
-def _check_codec(codec: str) -> str:
-    if codec not in compression.CODECS:
-        raise SchemaMismatch(f"codec {codec!r} is not known here; known: {', '.join(compression.CODECS)}")
-    return codec
+def _check_codecs(
+    uid: str, backend: ExpertBackend, what: str, metas: Sequence[wire.Meta], tensors: Sequence[torch.Tensor | None]
+) -> None:
+    """Whether what came in (and was unpacked) may travel so. Raises: SchemaMismatch."""
+    policy = backend.settings.codecs
+    if len(getattr(policy, what)) == len(CODECS):
+        return
+    for meta, tensor in zip(metas, tensors, strict=True):
+        if meta is not None and tensor is not None and tensor.is_floating_point():
+            policy.check(what, meta[2], expert=uid)
 
 
 def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:

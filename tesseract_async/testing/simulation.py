@@ -141,11 +141,12 @@ class SimulatedNode:
         at = self.protocol.timer_at()
         if self.alive and at < self._armed_at:
             self._armed_at = at
-            self.network.clock.call_at(at, self._timer)
+            self.network.clock.call_at(at, self._timer, at)
 
-    def _timer(self) -> None:
-        self._armed_at = float("inf")
-        if self.alive:
+    def _timer(self, at: float) -> None:
+        # one that was overtaken by an earlier one has nothing to do: firing it too would arm ever more of them
+        if self.alive and at == self._armed_at:
+            self._armed_at = float("inf")
             self.protocol.handle_timer(self.network.clock.now)
             self.cycle()
 

@@ -26,8 +26,7 @@ from typing import Final
 import torch
 
 from tesseract_async.errors import ProtocolError
-
-CODECS: Final = ("none", "bf16", "fp16", "uint8", "uint8_blockwise")
+from tesseract_async.wire.codecs import CODECS as CODECS
 
 BLOCK: Final = 4096
 """Elements of one block of ``uint8_blockwise``."""

@@ -49,8 +49,8 @@ class ExpertInfo:
     """Rows that the server computes at once; larger requests are split by the server."""
     version: int
     """Optimizer steps taken so far."""
-    codecs: list[str]
-    """Codecs that the server accepts and answers with."""
+    codecs: dict[str, Any]
+    """Codecs that the server accepts and answers with, as `wire.codecs.CodecPolicy` encodes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class ForwardRequest:
     seed: int
     """Seeds the module's random numbers, so that backward's recomputation draws the same."""
     reply_codec: str
-    """Codec for the outputs."""
+    """Codec for the outputs; one that the expert accepts for them."""
     keep_inputs: bool = False
     """A backward will follow: the server may keep the inputs, so that they need not travel again."""
 
@@ -98,6 +98,7 @@ class BackwardRequest:
     version: int
     """The version that the forward's reply carried: what staleness is measured from."""
     reply_codec: str
+    """Codec for the inputs' gradients."""
     inputs_cached: bytes | None = None
     """From the forward's reply: stands for the inputs, of which then none travel (``num_inputs`` is 0). A server that
     has dropped them answers `InputsForgotten`, and the request is repeated with them."""
@@ -173,7 +174,6 @@ _CHECKS: dict[str, Any] = {
     "bytes": lambda value: type(value) is bytes and len(value) == 16,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
     "list[Any]": lambda value: type(value) is list,
-    "list[str]": lambda value: type(value) is list and all(type(item) is str for item in value),
     "list[Any] | dict[str, Any]": lambda value: (
         type(value) is list or (type(value) is dict and all(type(key) is str for key in value))
     ),

@@ -15,6 +15,7 @@ from torch import nn
 
 from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten
 from tesseract_async.wire import messages
+from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
 
 
@@ -236,7 +237,7 @@ class FakeNode:
                 outputs_schema=encode_schema(hosted.outputs_schema),
                 max_batch_size=1024,
                 version=hosted.version,
-                codecs=["none"],
+                codecs=CodecPolicy(inputs=("none",), outputs=("none",), gradients=("none",)).encode(),
             )
             return messages.encode(info), []
         schema = (hosted.args_schema, hosted.kwargs_schema)

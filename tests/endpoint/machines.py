@@ -7,15 +7,15 @@ import random
 from typing import Any
 
 from tesseract_async.endpoint.budget import Budget
-from tesseract_async.endpoint.protocol import (
-    BULK,
-    MAIN,
+from tesseract_async.endpoint.events import (
     BulkWanted,
     CallReceived,
-    ConnectionProtocol,
     Event,
-    ProtocolSettings,
 )
+from tesseract_async.endpoint.lanes import BULK, MAIN
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.wire.calls import Hello, RequestHead
 
 SETTINGS = ProtocolSettings()
@@ -30,12 +30,19 @@ def contents(size: int) -> bytes:
 class Side:
     """One machine, what it told so far, and answers to what it was asked."""
 
-    def __init__(self, theirs: ProtocolSettings, ours: ProtocolSettings, budget: Budget, dialled: bool) -> None:
+    def __init__(
+        self,
+        theirs: ProtocolSettings,
+        ours: ProtocolSettings,
+        budget: Budget,
+        dialled: bool,
+        meter: Meter | None = None,
+    ) -> None:
         hello = Hello(bytes(16), False, bytes(32), theirs.max_calls, theirs.max_small, theirs.max_message)
         self.budget = budget
         self.woken = 0
         self.machine = ConnectionProtocol(
-            "peer", hello, dialled=dialled, budget=budget, settings=ours, now=0.0, wake=self._wake
+            "peer", hello, dialled=dialled, budget=budget, settings=ours, now=0.0, wake=self._wake, meter=meter
         )
         self.events: list[Event] = []
 
@@ -73,10 +80,11 @@ class Pair:
         server_budget: int = 2**30,
         bulk: bool = True,
         seed: int | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.now = 0.0
         self.client = Side(server, client, Budget(client_budget), True)
-        self.server = Side(client, server, Budget(server_budget), False)
+        self.server = Side(client, server, Budget(server_budget), False, meter)
         self.bytes = {MAIN: 0, BULK: 0}
         self._pick = random.Random(seed) if seed is not None else None
         if bulk:

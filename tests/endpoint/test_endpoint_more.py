@@ -10,7 +10,7 @@ import pytest
 
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.endpoint.protocol import ProtocolSettings
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress

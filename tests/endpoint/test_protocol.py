@@ -7,19 +7,18 @@ import random
 
 import pytest
 
-from tesseract_async.endpoint.protocol import (
-    BULK,
-    MAIN,
+from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
     CallFailed,
     CallReceived,
-    ConnectionProtocol,
     PeerClosed,
-    ProtocolSettings,
     ReplyReceived,
     RequestUnseen,
 )
+from tesseract_async.endpoint.lanes import BULK, MAIN
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertFailed,
@@ -230,9 +229,9 @@ def test_cancelling_at_every_step_leaves_nothing_behind() -> None:
             assert not pair.client.take()
             assert clean(pair), (size, reply_size, steps, delivered, finished)
             for side in (pair.client, pair.server):
-                window = side.machine._window_in
-                assert side.budget.used == (window.size if window else 0)
-                assert side.machine._standing_in == 0 and side.machine._standing_out == 0
+                windows = side.machine.windows
+                assert side.budget.used == windows.in_bytes
+                assert windows.in_used == 0 and windows.out_used == 0
             pair.call(5)
             pair.settle()
             assert isinstance(pair.server.take()[-1], CallReceived), "the connection goes on"
@@ -338,13 +337,13 @@ def test_the_dialler_opens_the_bulk_lane_when_either_side_needs_it() -> None:
 def test_a_silent_peer_is_pinged_and_then_dead() -> None:
     pair = Pair()
     machine = pair.client.machine
-    assert machine.rtt == 0.0
+    assert machine.life.rtt == 0.0
     assert machine.timer_at() == SETTINGS.ping_after
     machine.handle_timer(3.0)
     assert machine.has_data(MAIN) and machine.timer_at() == SETTINGS.dead_after
     pair.now = 3.5
     pair.settle()
-    assert machine.rtt == pytest.approx(0.0625)
+    assert machine.life.rtt == pytest.approx(0.0625)
     assert machine.timer_at() == pytest.approx(6.5), "any byte counts as life"
     machine.handle_timer(6.5)
     with pytest.raises(ConnectionLost, match="nothing was heard"):
@@ -436,17 +435,17 @@ def test_the_end_of_a_connection_ends_everything_in_it() -> None:
 
 def test_a_fast_far_peer_gets_a_wider_window() -> None:
     pair = Pair()
-    pair.server.machine.rtt = 0.2
+    pair.server.machine.life.rtt = 0.2
     for index in range(80):
         pair.now = index * 0.01
         pair.call(4 * MIB)
         pair.settle()
-        pair.server.machine.rtt = 0.2
+        pair.server.machine.life.rtt = 0.2
         pair.server.machine.reply(pair.received().stream, None, (), now=pair.now)
         pair.settle()
-    assert pair.server.machine.bytes_per_second == pytest.approx(400 * MIB, rel=0.2)
-    assert pair.client.machine._window_out > 100 * MIB
-    assert pair.server.budget.used == pair.client.machine._window_out
+    assert pair.server.machine.windows.bytes_per_second == pytest.approx(400 * MIB, rel=0.2)
+    assert pair.client.machine.windows.out_bytes > 100 * MIB
+    assert pair.server.budget.used == pair.client.machine.windows.out_bytes
 
 
 def hostile(settings: ProtocolSettings = SETTINGS) -> tuple[Side, ConnectionProtocol]:

@@ -65,7 +65,7 @@ class FakeNetwork:
         self.joined = True
         self.holders = [3]
         """What `store` answers, one after the other; the last one from then on."""
-        self.failure: TesseractError | None = None
+        self.failure: TesseractError | TimeoutError | None = None
         self.withdrawn: list[tuple[str, str | None]] = []
 
     async def wait_joined(self, timeout: float | None = None) -> bool:

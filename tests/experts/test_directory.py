@@ -92,6 +92,27 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
     await subject.aclose()
 
 
+async def test_a_read_that_nobody_answered_empties_no_grid() -> None:
+    swarm = FakeSwarm()
+    server = await declare(swarm, 1, "ffn.3.7")
+    network = FakeNetwork(swarm, peer(0))
+    subject = ExpertDirectory(network, settings=QUICK, clock=swarm.clock)
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    network.failure = TimeoutError("no node of the network answered within 5.0 s")
+    before = swarm.reads[grid_key("ffn")]
+    await swarm.until(lambda: swarm.reads[grid_key("ffn")] > before + 2)
+    view = subject.live("ffn")
+    assert view is not None and view.coords.tolist() == [[3, 7]], "what was read before lives until it expires"
+    assert subject.metrics.total("directory_reads_failed") >= 2
+    swarm.clock.now += server.settings.ttl + 1
+    view = subject.live("ffn")
+    assert view is not None and len(view) == 0
+    network.failure = None
+    await server.aclose()
+    await subject.aclose()
+
+
 async def test_a_watched_grid_follows_the_swarm() -> None:
     swarm = FakeSwarm()
     subject = directory(swarm, QUICK)

@@ -11,7 +11,7 @@ import logging
 import pytest
 
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.endpoint.protocol import ProtocolSettings
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import TesseractError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress

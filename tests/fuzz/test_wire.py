@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tesseract_async.endpoint.budget import Budget
-from tesseract_async.endpoint.protocol import ConnectionProtocol, ProtocolSettings
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts

@@ -172,6 +172,28 @@ async def test_a_killed_node_does_not_stop_the_others() -> None:
         await until(lambda: nodes[3].num_contacts == 4)
 
 
+async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does() -> None:
+    async with swarm(2) as nodes:
+        reader, holder = nodes[1], nodes[0]
+        reader.set_client(True)  # it holds nothing itself
+        await holder.store("key", 1, ttl=60.0)
+        port = port_of(holder)
+        assert holder._driver is not None and holder._driver._transport is not None
+        storage = holder._driver.protocol.storage
+        holder._driver._transport.abort()  # no farewell
+        with pytest.raises(TimeoutError, match="no node of the network answered"):
+            await reader.get("key")
+        assert reader.num_contacts == 0
+        # it comes back in the midst of another read
+        reading = asyncio.create_task(reader.get("key"))
+        await asyncio.sleep(0)
+        async with node(port=port, identity=holder.identity) as (back, _):
+            assert back._driver is not None
+            back._driver.protocol.storage = storage
+            assert await reading == 1
+            assert await reader.get("absent") is None
+
+
 async def test_a_farewell_removes_a_node_from_tables_at_once() -> None:
     async with swarm(4) as nodes:
         await nodes[3].aclose()

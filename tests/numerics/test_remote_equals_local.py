@@ -15,7 +15,9 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async import errors
+from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.server.server import ServerSettings
+from tesseract_async.wire.codecs import CodecPolicy
 
 WIDTH = 16
 # a leaving server waits for the backwards of what it answered: here, some never come
@@ -90,6 +92,47 @@ async def test_outputs_input_gradients_and_the_step_are_equal(where: str) -> Non
             torch.testing.assert_close(scale.grad, scale2.grad, rtol=0, atol=1e-6)
     for ours, theirs in zip(module.parameters(), local.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+class Recorder(ta.TesseractNode):
+    """Remembers the codecs of what travelled, by method: of the request's tensors, and the reply's."""
+
+    async def call_expert(self, peer: Any, method: str, body: Any = None, *args: Any, **kwargs: Any) -> Any:
+        reply = await super().call_expert(peer, method, body, *args, **kwargs)
+        if "tensors" in reply.body:
+            self.seen = {
+                **getattr(self, "seen", {}),
+                method: [[meta[2] for meta in side["tensors"] if meta] for side in (body, reply.body)],
+            }
+        return reply
+
+
+async def test_codecs_are_settled_with_the_expert_for_each_direction() -> None:
+    codecs = CodecPolicy(inputs=("bf16",), outputs=("none", "fp16"), gradients=("uint8_blockwise", "bf16"))
+    module = nn.Linear(WIDTH, WIDTH)
+    backend = ta.ExpertBackend(
+        module, args_schema=(ta.TensorSpec((WIDTH,)),), settings=BackendSettings(codecs=codecs), max_batch_size=64
+    )
+    async with swarm({"block.0": backend}, Recorder) as (_, guest):
+        expert = await guest.get_expert("block.0")
+        await expert.info()  # what it accepts is asked once
+
+        async def travelled(codec: Any) -> Any:
+            x = torch.randn(70_000 // WIDTH, WIDTH, requires_grad=True)
+            y = await expert.with_options(codec=codec)(x)
+            torch.testing.assert_close(y, module(x), rtol=0.02, atol=0.02)
+            await ta.backward(y.square().mean())
+            return guest.seen["expert.forward"], guest.seen["expert.backward"]
+
+        # without a wish: none where it is accepted, else what the expert names first; cached inputs do not travel
+        assert await travelled("auto") == ([["bf16"], ["none"]], [["uint8_blockwise"], ["uint8_blockwise"]])
+        assert await travelled({"gradients": "bf16"}) == ([["bf16"], ["none"]], [["bf16"], ["bf16"]])
+        wish = {"outputs": "uint8", "gradients": "uint8"}  # what is not accepted gives way to what loses no more
+        assert await travelled(wish) == ([["bf16"], ["none"]], [["uint8_blockwise"], ["uint8_blockwise"]])
+        num_calls = guest.metrics.total("expert_calls")
+        with pytest.raises(errors.SchemaMismatch, match="inputs travel in bf16, not in fp16"):
+            await travelled("fp16")
+        assert guest.metrics.total("expert_calls") == num_calls, "said before anything was sent"
 
 
 async def test_a_request_larger_than_a_batch_is_split_and_steps_once() -> None:

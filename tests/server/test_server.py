@@ -29,7 +29,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import checkpoint
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
@@ -37,6 +37,7 @@ from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec
 
 PEER = Identity.from_seed(bytes(32)).peer_id
@@ -232,7 +233,7 @@ async def test_malformed_calls_are_refused(node: FakeNode, server: TesseractServ
     for changes in ({"num_inputs": 5}, {"num_inputs": 0}, {"call_id": b"short"}, {"version": None}):
         with pytest.raises(RemoteError):
             await node.backward("ffn.0", [x], [torch.zeros(2, 4)], **changes)
-    with pytest.raises(SchemaMismatch, match="codec 'zip' is not known"):
+    with pytest.raises(SchemaMismatch, match="codec 'zip' is not known here; accepted: none"):
         await node.forward("ffn.0", x, reply_codec="zip")
     with pytest.raises(UnknownMethod):
         await node.call("ffn.0", "expert.dance", {"uid": "ffn.0"})
@@ -540,3 +541,34 @@ def test_no_clock_that_can_jump_is_read() -> None:
 
 
 ALLOWED_WALL_CLOCKS: set[str] = set()
+
+
+async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: FakeNode) -> None:
+    codecs = CodecPolicy(inputs=("bf16",), outputs=("fp16", "none"), gradients=("none",))
+    backend = ExpertBackend(
+        nn.Linear(8, 4), args_schema=(TensorSpec((8,)),), settings=BackendSettings(codecs=codecs), max_batch_size=16
+    )
+    async with TesseractServer(node, {"ffn.0": backend}):  # type: ignore[arg-type]
+        info = messages.decode(messages.ExpertInfo, (await node.call("ffn.0", messages.INFO, {"uid": "ffn.0"})).body)
+        assert CodecPolicy.decode(info.codecs) == codecs
+        x, gradient = torch.zeros(2, 8), torch.zeros(2, 4)
+        half, _ = wire.pack_tensors([x], "bf16")
+
+        async def forward(metas: list[Any], reply_codec: str) -> Message:
+            _, buffers = wire.pack_tensors([x], metas[0][2])
+            request = messages.ForwardRequest("ffn.0", metas, False, 0, reply_codec)
+            now = asyncio.get_running_loop().time()
+            call = IncomingCall(PEER, messages.FORWARD, messages.encode(request), tuple(buffers), bytes(16), now + 9, 0)
+            return await node.handlers["ffn.0"](call)
+
+        reply = messages.decode(messages.ForwardReply, (await forward(half, "fp16")).body)
+        assert reply.tensors[0][2] == "fp16"
+        with pytest.raises(SchemaMismatch, match="'bf16' is not for its outputs; accepted: fp16, none"):
+            await forward(half, "bf16")
+        with pytest.raises(SchemaMismatch, match="'none' is not for its inputs; accepted: bf16"):
+            await forward(wire.pack_tensors([x])[0], "none")
+        with pytest.raises(SchemaMismatch, match="gradients"):
+            await node.backward("ffn.0", [x], [gradient], reply_codec="bf16")
+        with pytest.raises(SchemaMismatch, match="inputs"):
+            await node.backward("ffn.0", [x], [gradient])
+        assert backend.version == 0

@@ -1,0 +1,153 @@
+"""One channel's side of a connection: what waits to be sent on it, and the reader of what arrives. No I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.wire import frames
+
+MAIN: Final = 0
+BULK: Final = 1
+CHUNK_BYTES: Final = (256 * 1024, 512 * 1024)
+"""Payload of one chunk on the main and on the bulk lane: on main, small messages wait for it."""
+
+MAX_JOINED: Final = 256 * 1024
+"""Bytes of small frames that are sent at once."""
+
+
+class Sending:
+    """A large message on its way out."""
+
+    __slots__ = ("kind", "stream", "size", "left", "priority", "parts", "granted", "begun")
+
+    def __init__(self, kind: int, stream: int, head: bytes, buffers: Sequence[memoryview], priority: int) -> None:
+        self.kind = kind  # CHUNK_REQUEST or CHUNK_REPLY
+        self.stream = stream
+        self.left = len(head) + sum(map(len, buffers))
+        self.size = frames.message_bytes(len(head), [len(buffer) for buffer in buffers])
+        self.priority = priority
+        self.granted = False
+        self.begun = False  # whether a byte of a buffer may be on loan to a transport
+        self.parts = deque(part for part in (memoryview(head), *buffers) if len(part))
+
+    def next_chunk(self, limit: int, out: list[bytes | memoryview]) -> int:
+        """Appends a chunk of at most `limit` bytes to `out`, header and pieces; its length."""
+        length = count = min(self.left, limit)
+        out.append(frames.HEADER.pack(self.kind, 0, 0, length, self.stream))
+        self.left -= length
+        self.begun = True
+        while count:
+            part = self.parts[0]
+            if len(part) <= count:
+                out.append(part)
+                count -= len(part)
+                self.parts.popleft()
+            else:
+                out.append(part[:count])
+                self.parts[0] = part[count:]
+                count = 0
+        return length
+
+
+class Lane:
+    """Queues of what leaves, a reader for what arrives. `handlers`: what takes each kind of frame that is no chunk."""
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        handlers: Mapping[int, Callable[[int, int, int, memoryview], None]],
+        chunk_started: Callable[[int, int, int, int], frames.Assembly | None],
+        chunk_finished: Callable[[int, int, int], None],
+    ) -> None:
+        self.index = index
+        self.reader = frames.FrameReader(self)
+        self.open = index == MAIN
+        self.small: list[bytes] = []
+        self.small_bytes = 0
+        self.large: deque[Sending] = deque()
+        self.moved = 0.0  # when bytes last came in, or chunks went out
+        self.pinged = False
+        self.chunk_finished = chunk_finished
+        self._handlers = handlers
+        self._chunk_started = chunk_started
+
+    # ---- out
+
+    def put(self, data: bytes) -> None:
+        """Queues whole frames that are no chunks."""
+        self.small.append(data)
+        self.small_bytes += len(data)
+
+    def drop(self, sending: Sending | None) -> None:
+        """Nothing more of this message is sent."""
+        if sending is not None and sending.left:
+            sending.left = 0
+            if sending in self.large:
+                self.large.remove(sending)
+
+    def drop_all(self) -> None:
+        """Nothing more is sent."""
+        self.small, self.small_bytes = [], 0
+        self.large.clear()
+
+    @property
+    def has_data(self) -> bool:
+        """Whether `data_to_send` would give anything."""
+        return bool(self.small or self.large)
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be sent."""
+        if not self.large:
+            return self.small_bytes
+        return self.small_bytes + sum(sending.left for sending in self.large)
+
+    def data_to_send(self, room: int, now: float, sent: Callable[[Sending], None]) -> list[bytes | memoryview]:
+        """Small frames first, then chunks of about `room` bytes; `sent` hears of each message that has left whole."""
+        out: list[bytes | memoryview] = []
+        if self.small:
+            if self.small_bytes <= MAX_JOINED:
+                out.append(b"".join(self.small) if len(self.small) > 1 else self.small[0])
+                self.small = []
+                self.small_bytes = 0
+            else:
+                out.append(self._take_small(MAX_JOINED))
+            room = 0 if self.small else room
+        if self.large and room > 0:
+            self.moved = now
+        while self.large and room > 0:
+            sending = self.large[0]
+            if len(self.large) > 1:
+                sending = max(self.large, key=lambda item: item.priority)
+                self.large.remove(sending)
+                self.large.append(sending)
+            room -= sending.next_chunk(CHUNK_BYTES[self.index], out)
+            if not sending.left:
+                self.large.remove(sending)
+                sent(sending)
+        return out
+
+    def _take_small(self, limit: int) -> bytes:
+        """The oldest small frames, together not much more than `limit` bytes."""
+        count = size = 0
+        while count < len(self.small) and size < limit:
+            size += len(self.small[count])
+            count += 1
+        taken, self.small = self.small[:count], self.small[count:]
+        self.small_bytes -= size
+        return b"".join(taken)
+
+    # ---- in: frames.FrameSink
+
+    def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
+        handler = self._handlers.get(kind)
+        if handler is None:
+            raise ProtocolError("a frame of unknown kind")
+        handler(self.index, flags, stream, payload)
+
+    def chunk_started(self, kind: int, stream: int, length: int) -> frames.Assembly | None:
+        return self._chunk_started(self.index, kind, stream, length)

@@ -1,0 +1,112 @@
+"""Standing windows: large messages within them need not ask for room first, which saves a round trip. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tesseract_async.endpoint.budget import Budget, Reservation
+from tesseract_async.errors import ProtocolError
+from tesseract_async.wire import frames
+
+
+class Windows:
+    """The window that this end keeps for its peer, and the one that the peer keeps for it.
+
+    The own one is reserved from `budget` as a whole, opened by the first message that asks, and widened to what rate
+    times delay need. `put` takes frames for the peer.
+    """
+
+    def __init__(self, budget: Budget, standing_bytes: int, *, put: Callable[[bytes], None], now: float) -> None:
+        self.bytes_per_second = 0.0
+        """Rate at which large messages last arrived, smoothed."""
+        self.out_bytes = 0
+        """The peer's window for us ..."""
+        self.out_used = 0
+        """... and what of it our messages use."""
+        self.in_used = 0
+        """What the peer's messages use of ours."""
+        self._budget = budget
+        self._standing_bytes = standing_bytes
+        self._put = put
+        self._held: list[Reservation] = []
+        self._burst_begin = now  # of chunks without a pause, for the rate
+        self._burst_last = now
+        self._burst_bytes = 0
+
+    # ---- the peer's, for us
+
+    def try_use(self, size: int) -> bool:
+        """Takes `size` bytes of the peer's window, if they are there."""
+        if self.out_used + size > self.out_bytes:
+            return False
+        self.out_used += size
+        return True
+
+    def credited(self, size: int) -> None:
+        """The peer gives back `size` bytes. Raises: ProtocolError."""
+        if size > self.out_used:
+            raise ProtocolError("more credit than was taken")
+        self.out_used -= size
+
+    def told(self, size: int) -> None:
+        """The peer's window has `size` bytes from now on. Raises: ProtocolError."""
+        if size < self.out_bytes or size > 2**48:
+            raise ProtocolError("a standing window never shrinks")
+        self.out_bytes = size
+
+    # ---- ours, for the peer
+
+    @property
+    def in_bytes(self) -> int:
+        """The size of our window."""
+        return sum(reservation.size for reservation in self._held)
+
+    def open(self) -> None:
+        """Opens our window, if it is not open and the budget can spare it."""
+        if not self._held:
+            self._widen(self._standing_bytes)
+
+    def take(self, size: int) -> None:
+        """The peer uses `size` bytes of ours. Raises: ProtocolError."""
+        self.in_used += size
+        if self.in_used > self.in_bytes:
+            raise ProtocolError("a message does not fit the standing window")
+
+    def give_back(self, size: int) -> None:
+        """What `take` took is free again; the peer is told."""
+        self.in_used -= size
+        self._put(frames.frame(frames.CREDIT, stream=size))
+
+    def measure(self, count: int, now: float, rtt: float | None) -> bool:
+        """Counts a chunk that arrived, and widens our window where rate times delay asks for more.
+
+        True when there is a new rate: the delay should be measured, too.
+        """
+        if now - self._burst_last > 0.1:
+            self._burst_begin, self._burst_bytes = now, 0  # the first chunk of a burst only starts the clock
+        else:
+            self._burst_bytes += count
+        self._burst_last = now
+        if now - self._burst_begin < 0.1:
+            return False
+        rate = self._burst_bytes / (now - self._burst_begin)
+        self._burst_begin, self._burst_bytes = now, 0
+        self.bytes_per_second = rate if not self.bytes_per_second else 0.5 * (self.bytes_per_second + rate)
+        if self._held and rtt is not None:
+            # twice: a message's room comes back a round trip after its last byte
+            more = int(2 * self.bytes_per_second * rtt) - self.in_bytes
+            if more > self.in_bytes // 4:
+                self._widen(more)
+        return True
+
+    def _widen(self, more: int) -> None:
+        reservation = self._budget.try_reserve(more)
+        if reservation is not None:
+            self._held.append(reservation)
+            self._put(frames.frame(frames.WINDOW, stream=self.in_bytes))
+
+    def release(self) -> None:
+        """Gives our window's room back: the connection is gone."""
+        for reservation in self._held:
+            reservation.release()
+        self._held = []

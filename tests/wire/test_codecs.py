@@ -1,0 +1,63 @@
+"""What an expert accepts and what a caller wishes: they settle on what loses no more than was wished, or say why."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tesseract_async.errors import ProtocolError, SchemaMismatch
+from tesseract_async.wire.codecs import AUTO, CODECS, CodecPolicy, Codecs, settle
+from tesseract_async.wire.compression import decode, encode
+
+POLICIES = [
+    names for count in range(1, len(CODECS) + 1) for names in itertools.permutations(CODECS, count) if count < 4
+]
+
+
+def test_every_wish_settles_on_what_is_accepted_and_loses_no_more() -> None:
+    x = torch.randn(3 * 4096, generator=torch.Generator().manual_seed(1))
+    x[0] = 70_000.0  # beyond fp16, and an outlier for the blockless uint8
+    loss = {codec: (decode(encode(x, codec), x.dtype, tuple(x.shape), codec) - x).abs() for codec in CODECS}
+    for names in POLICIES:
+        policy = CodecPolicy(inputs=names)
+        for wish in (AUTO, *CODECS):
+            wished = Codecs(inputs=wish, outputs="bf16")
+            if wish == AUTO:
+                assert settle(policy, wished).inputs == ("none" if "none" in names else names[0])
+                continue
+            try:
+                got = settle(policy, wished).inputs
+            except SchemaMismatch as error:
+                assert wish not in names and "none" not in names and wish in str(error) and "inputs" in str(error)
+                continue
+            assert got in names and settle(policy, wished).outputs == "bf16"
+            assert got == wish if wish in names else True
+            assert loss[got].max() <= loss[wish].max(), f"{wish} became {got}"
+
+
+def test_wishes_are_one_name_or_names_by_what_travels() -> None:
+    assert Codecs.of("bf16") == Codecs("bf16", "bf16", "bf16")
+    assert Codecs.of({"outputs": "uint8"}) == Codecs(AUTO, "uint8", AUTO)
+    for wrong in ("zip", {"output": "none"}, {"inputs": "zip"}):
+        with pytest.raises(ValueError, match="codec"):
+            Codecs.of(wrong)  # type: ignore[arg-type]
+
+
+def test_policies_say_what_is_wrong_with_them() -> None:
+    assert CodecPolicy.only({"inputs": "bf16"}) == CodecPolicy(inputs=("bf16",))
+    for wrong in ({"inputs": ()}, {"inputs": ("zip",)}, {"gradients": "none"}):
+        with pytest.raises(ValueError, match="travel in some of"):
+            CodecPolicy(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'weights'"):
+        CodecPolicy.only({"weights": "none"})
+
+
+def test_a_policy_survives_the_wire_and_nonsense_does_not() -> None:
+    policy = CodecPolicy(inputs=("bf16", "none"), gradients=("uint8",))
+    assert CodecPolicy.decode(policy.encode()) == policy
+    assert CodecPolicy.decode({**policy.encode(), "inputs": ["of the future", "bf16", 5]}).inputs == ("bf16",)
+    for wrong in (None, [], {}, {**policy.encode(), "outputs": []}, {**policy.encode(), "outputs": ["zip"]}):
+        with pytest.raises(ProtocolError):
+            CodecPolicy.decode(wrong)
