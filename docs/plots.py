@@ -92,14 +92,12 @@ def summary(run: dict[str, Any]) -> str:
     lines = ["| load | ours | hivemind 1.1.12 | ratio | goal | met |", "|---|---:|---:|---:|---|---|"]
     for each, figure in rows:
         ours, theirs, unit = figure.details["ours"], figure.details["hivemind"], figure.details["unit"]
-        verdict = {True: "yes", False: "**no**", None: ""}[figure.met]
-        lines.append(
-            f"| {each.ours} | {ours:,.0f} {unit} | {theirs:,.0f} | {figure.value:.1f} | {figure.asked or ''} | {verdict} |"
-        )
+        goal, verdict = figure.asked or "", {True: "yes", False: "**no**", None: ""}[figure.met]
+        lines.append(f"| {each.ours} | {ours:,.0f} {unit} | {theirs:,.0f} | {figure.value:.1f} | {goal} | {verdict} |")
     about = (
         f"Both on one machine, one after another: {machine_of(run)}\n"
-        "All on loopback, so without any distance. The machine is small and shared: the same figure differs by a third from\n"
-        "one quarter of an hour to the next."
+        "All on loopback, so without any distance. The machine is small and shared: the same figure differs by a third\n"
+        "from one quarter of an hour to the next."
     )
     return "\n".join([*lines, "", about]) + "\n"
 

@@ -308,6 +308,27 @@ def test_the_slurm_script_starts_what_there_is() -> None:
     assert check_shell(text) == 1
 
 
+PUBLIC_NAMES_OF_OTHERS = """
+    DecentralizedAverager DHT ModuleBackend RemoteExpert RemoteMixtureOfExperts RemoteSwitchMixtureOfExperts Server
+    register_expert_class GradScaler Optimizer TrainingAverager background_server declare_experts get_experts DHTNode DHTID
+    DHTValue P2P P2PContext P2PDaemonError P2PHandlerError PeerID PeerInfo ServicerBase StubBase get_dht_time
+    TensorDescriptor MSGPackSerializer SizeAdaptiveCompression BLOCKWISE_8BIT hivemind-dht hivemind-server
+    TesseractNetwork TesseractServer TesseractRuntime ExpertBackend GatingFunction TaskPool BatchTensorProto SharedFuture
+    run_and_await_k PickleSerializer map_with_parallel_backward first_k_active
+""".split()
+"""What hivemind 1.1.12 and the original Tesseract 0.7.1 export."""
+
+
+def test_each_name_of_the_others_has_its_like_or_a_word_why_not() -> None:
+    page = text_of(DOCS / "how-to/migrate.md")
+    rows = [line.strip("|").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    theirs, ours = " ".join(row[0] for row in rows), " ".join(row[1] for row in rows if len(row) == 2)
+    assert [name for name in PUBLIC_NAMES_OF_OTHERS if not re.search(rf"\b{name}\b", theirs)] == []
+    package = "".join(text_of(path) for path in sorted((ROOT / "tesseract_async").rglob("*.py")))
+    promised = set(re.findall(r"`(?:ta\.)?([A-Z]\w+)[(`]", ours)) - {"PEER_ID"}
+    assert [name for name in sorted(promised) if f"class {name}" not in package] == []
+
+
 # -- reference -------------------------------------------------------------------------------------------------------
 
 
