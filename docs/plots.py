@@ -96,8 +96,8 @@ def summary(run: dict[str, Any]) -> str:
         lines.append(f"| {each.ours} | {ours:,.0f} {unit} | {theirs:,.0f} | {figure.value:.1f} | {goal} | {verdict} |")
     about = (
         f"Both on one machine, one after another: {machine_of(run)}\n"
-        "All on loopback, so without any distance. The machine is small and shared: the same figure differs by a third\n"
-        "from one quarter of an hour to the next."
+        "All on loopback, so without any distance. The machine is small and shared: the same figure differs by a\n"
+        "third from one quarter of an hour to the next."
     )
     return "\n".join([*lines, "", about]) + "\n"
 

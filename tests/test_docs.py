@@ -310,11 +310,11 @@ def test_the_slurm_script_starts_what_there_is() -> None:
 
 PUBLIC_NAMES_OF_OTHERS = """
     DecentralizedAverager DHT ModuleBackend RemoteExpert RemoteMixtureOfExperts RemoteSwitchMixtureOfExperts Server
-    register_expert_class GradScaler Optimizer TrainingAverager background_server declare_experts get_experts DHTNode DHTID
-    DHTValue P2P P2PContext P2PDaemonError P2PHandlerError PeerID PeerInfo ServicerBase StubBase get_dht_time
+    register_expert_class GradScaler Optimizer TrainingAverager background_server declare_experts get_experts DHTNode
+    DHTID DHTValue P2P P2PContext P2PDaemonError P2PHandlerError PeerID PeerInfo ServicerBase StubBase get_dht_time
     TensorDescriptor MSGPackSerializer SizeAdaptiveCompression BLOCKWISE_8BIT hivemind-dht hivemind-server
-    TesseractNetwork TesseractServer TesseractRuntime ExpertBackend GatingFunction TaskPool BatchTensorProto SharedFuture
-    run_and_await_k PickleSerializer map_with_parallel_backward first_k_active
+    TesseractNetwork TesseractServer TesseractRuntime ExpertBackend GatingFunction TaskPool BatchTensorProto
+    SharedFuture run_and_await_k PickleSerializer map_with_parallel_backward first_k_active
 """.split()
 """What hivemind 1.1.12 and the original Tesseract 0.7.1 export."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import gc
 import logging
+import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +28,17 @@ from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, RunNotFound, find_run
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
-from tesseract_async.server.contract import Verdict, VolunteerSettings, experts_that_fit
-from tesseract_async.server.registry import make_backend
+from tesseract_async.runtime.batcher import BatcherSettings
+from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.server.calls import CallSettings
+from tesseract_async.server.contract import Verdict, VolunteerSettings
+from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory
+from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.registry import draws_its_own, make_backend
 from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
 from tesseract_async.server.run_experts import build_run_backend
-from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.server import ServerSettings, TesseractServer
+from tesseract_async.server.state_transfer import TransferSettings
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 
@@ -40,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT: Final = 10.0
 FIND_ATTEMPTS: Final = 5
-COPIES_PER_WEIGHT: Final = 7
-"""Memory of an expert in sizes of its weights: these, gradients, two moments of Adam, and the last good state of all
-but the gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +78,8 @@ class ServePlan:
     node: Mapping[str, Any]
     """Arguments of `TesseractNode`."""
     leave_with_parent: bool
+    leave_within: float = 30.0
+    """Seconds that leaving may take: handing over, finishing, withdrawing. Saving comes after."""
 
 
 class Hosting:
@@ -84,18 +92,23 @@ class Hosting:
         self.ready = asyncio.Event()
         """Set once the experts can be found."""
         throttle = Throttle(upload_rate=plan.limits.max_upload_rate, download_rate=plan.limits.max_download_rate)
-        self.node = TesseractNode(**plan.node, throttle=throttle)
+        limit = plan.limits.max_memory_bytes
+        share, most = SHARES["received"]
+        self.memory: MemoryPlan | None = None
+        """How the volunteer's memory is divided, once an expert was measured; None without a limit."""
+        self.node = TesseractNode(
+            **plan.node, throttle=throttle, max_receive_bytes=most if limit is None else min(most, int(share * limit))
+        )
 
     async def main(self) -> int:
         """Until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
         torch.set_num_threads(self.plan.threads)
-        # the first optimizer of a process imports a second's worth of torch: before others wait for this node's answers
-        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
             await self._find_run()
+            self._measure()
             uids, claim = await self._choose()
-            backends = {uid: self._build(uid) for uid in uids}
+            backends = await self._build_all(uids)
             if self.node.initial_peers and await self.node.network.wait_joined(JOIN_TIMEOUT):
                 followed = await adopt_states(self.node, backends)
             else:
@@ -108,12 +121,13 @@ class Hosting:
                 checkpoint_period=self.plan.checkpoint_period,
                 followers=followed,
                 publisher_settings=_publisher_settings(self.plan.ttl),
+                settings=self._server_settings(),
             )
             await stack.enter_async_context(server)
             await stack.enter_async_context(StatusService(self.node, server))
             if claim is not None:
                 await claim.release()
-            replicas = ReplicaKeeper(server, settings=_replica_settings(self.plan))
+            replicas = ReplicaKeeper(server, settings=self._replica_settings())
             await stack.enter_async_context(replicas)
             if self.run is not None:
                 keeper = RunKeeper(self.node.network, self.run)
@@ -130,7 +144,8 @@ class Hosting:
             await stack.enter_async_context(volunteer)
             reason = await self._serve(server, volunteer)
             click.echo(f"leaving ({reason}): handing over, finishing, withdrawing, saving", err=True)
-            await _hand_over(replicas)
+            # where the network does not answer, draining is followed by a farewell that is cut short, too
+            await _hand_over(replicas, timeout=max(0.0, self.plan.leave_within - 1.5 * self._drain_timeout))
         say("left", versions=_versions(server))
         return 0
 
@@ -152,6 +167,10 @@ class Hosting:
             if reports is not None:
                 reports.cancel()
                 await asyncio.gather(reports, return_exceptions=True)
+
+    @property
+    def _drain_timeout(self) -> float:
+        return min(5.0, self.plan.leave_within / 3)
 
     # -- what to host ----------------------------------------------------------------------------------------------
 
@@ -185,11 +204,11 @@ class Hosting:
             patterns = patterns or [run.pattern]
         num_experts = self.plan.num_experts
         if num_experts is None and self.plan.patterns:
-            return _all_of(patterns, self._num_that_fit(patterns[0])), None
+            return _all_of(patterns, self.memory), None
         if len(patterns) != 1:
             raise ValueError("--num-experts chooses from one pattern; say --experts once")
         (pattern,) = patterns
-        num_experts = self._limited(num_experts or 1, self._num_that_fit(pattern))
+        num_experts = self._limited(num_experts or 1)
         # what this computer trained before comes first: its checkpoints are worth more than a free place
         mine = _checkpointed(self.plan.checkpoint_dir, pattern)[:num_experts]
         if len(mine) == num_experts:
@@ -201,34 +220,79 @@ class Hosting:
         more = [uid for uid in claim.uids if uid not in mine]
         return mine + more[: num_experts - len(mine)], claim
 
-    def _limited(self, num_experts: int, fitting: int | None) -> int:
-        if fitting is None or fitting >= num_experts:
+    def _limited(self, num_experts: int) -> int:
+        if self.memory is None or self.memory.num_experts >= num_experts:
             return num_experts
-        if fitting == 0:
-            raise ValueError("not even one expert fits --max-memory; the process itself needs some hundred megabytes")
-        click.echo(f"only {fitting} of {num_experts} experts fit --max-memory", err=True)
-        return fitting
+        click.echo(f"only {self.memory.num_experts} of {num_experts} experts fit --max-memory", err=True)
+        return self.memory.num_experts
 
-    def _num_that_fit(self, pattern: ExpertPattern) -> int | None:
-        if self.plan.limits.max_memory_bytes is None:
-            return None
-        module = self._build(next(iter(pattern))).module
-        weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-        base = psutil.Process().memory_info().rss
-        return experts_that_fit(self.plan.limits, base_bytes=base, expert_bytes=COPIES_PER_WEIGHT * weights)
+    def _measure(self) -> None:
+        """Divides the volunteer's memory, after building one expert of the kind and throwing it away."""
+        limit = self.plan.limits.max_memory_bytes
+        if limit is None:
+            return
+        patterns = [ExpertPattern.parse(text) for text in self.plan.patterns]
+        pattern = patterns[0] if patterns or self.run is None else self.run.manifest.pattern
+        expert = measure(self._build(next(iter(pattern))))
+        gc.collect()
+        trim_heap()
+        # with everything in it that the first expert made PyTorch import
+        base = int(psutil.Process().memory_info().rss)
+        self.memory = plan_memory(limit, base=base, expert=expert, on_gpu=not self.plan.device.startswith("cpu"))
+        logger.info("memory: the process has %d bytes; %s; %s", base, expert, self.memory)
+        if not self.memory.num_experts:
+            raise ValueError(
+                f"not even one expert fits --max-memory: the process itself has {_mib(base)}, an expert takes "
+                f"{_mib(expert.resident)}, its largest batch {_mib(expert.batch)} while it "
+                f"is computed; with what must be kept for callers, one needs {_mib(self.memory.needed_for_one)}"
+            )
+
+    def _server_settings(self) -> ServerSettings:
+        settings = ServerSettings(drain_timeout=self._drain_timeout)
+        if self.memory is None:
+            return settings
+        return dataclasses.replace(
+            settings,
+            runtime=RuntimeSettings(batcher=BatcherSettings(max_queue_bytes=self.memory.queue)),
+            calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
+        )
+
+    def _replica_settings(self) -> ReplicaSettings:
+        plan = self.plan
+        transfer = TransferSettings() if self.memory is None else TransferSettings(max_cached_bytes=self.memory.copies)
+        check_every = min(5.0, plan.sync_every, plan.ttl / 3)
+        return ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, transfer=transfer)
+
+    async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
+        """On all cores where the class allows it; the loop is free meanwhile to join the network."""
+        name = self.plan.expert_class if self.run is None else self.run.manifest.expert
+        if ":" in name or not draws_its_own(name):
+            return {uid: self._build(uid) for uid in uids}
+        limit = asyncio.Semaphore(os.cpu_count() or 1)
+
+        async def build(uid: str) -> ExpertBackend:
+            async with limit:
+                return await asyncio.to_thread(self._build, uid)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {uid: group.create_task(build(uid)) for uid in uids}
+        except* ValueError as errors:
+            raise errors.exceptions[0] from None
+        return {uid: task.result() for uid, task in tasks.items()}
 
     def _build(self, uid: str) -> ExpertBackend:
         plan = self.plan
         if self.run is not None:
             return build_run_backend(self.run.manifest, uid, allowed_modules=plan.allowed_modules)
-        # the same first weights at each start, others for each expert
-        torch.manual_seed(zlib.crc32(f"{plan.seed}/{uid}".encode()))
         try:
             return make_backend(
                 plan.expert_class,
                 optimizer=plan.optimizer,
                 learning_rate=plan.learning_rate,
                 max_batch_size=plan.max_batch_size,
+                # the same first weights at each start, others for each expert
+                seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
                 sizes=plan.sizes,
             )
         except TypeError as error:
@@ -248,14 +312,18 @@ def manifest_fields(plan_values: Mapping[str, Any], is_given: Callable[[str], bo
     return found | {f"sizes.{name}": value for name, value in plan_values["sizes"].items()}
 
 
-def _all_of(patterns: Sequence[ExpertPattern], fitting: int | None) -> list[str]:
+def _all_of(patterns: Sequence[ExpertPattern], memory: MemoryPlan | None) -> list[str]:
     uids = list(dict.fromkeys(uid for pattern in patterns for uid in pattern))
-    if fitting is not None and fitting < len(uids):
+    if memory is not None and memory.num_experts < len(uids):
         raise ValueError(
-            f"{len(uids)} experts were asked for, but only {fitting} fit --max-memory: with --num-experts, so many are "
-            "chosen"
+            f"{len(uids)} experts were asked for, but only {memory.num_experts} fit --max-memory: with --num-experts, "
+            "so many are chosen"
         )
     return uids
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:
@@ -268,10 +336,6 @@ def _publisher_settings(ttl: float) -> PublisherSettings:
     return PublisherSettings(ttl=ttl, refresh_period=ttl / 3, retry_period=min(1.0, ttl / 10))
 
 
-def _replica_settings(plan: ServePlan) -> ReplicaSettings:
-    return ReplicaSettings(sync_every=plan.sync_every, check_every=min(5.0, plan.sync_every, plan.ttl / 3))
-
-
 def _tell(verdict: Verdict) -> None:
     if verdict.serve:
         click.echo("going on", err=True)
@@ -281,9 +345,10 @@ def _tell(verdict: Verdict) -> None:
         say("resting", reason=verdict.reason, until=verdict.until)
 
 
-async def _hand_over(replicas: ReplicaKeeper) -> None:
+async def _hand_over(replicas: ReplicaKeeper, *, timeout: float | None = None) -> None:
     try:
-        await replicas.hand_over()
+        async with asyncio.timeout(timeout):
+            await replicas.hand_over()
     except (TesseractError, TimeoutError, OSError) as error:
         logger.warning("the experts could not be handed over: %s", describe(error))
 

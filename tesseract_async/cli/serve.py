@@ -10,9 +10,9 @@ from click.core import ParameterSource
 
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
-from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.options import node_options, outside_help, peers
+from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
-from tesseract_async.cli.running import set_up_logging
 from tesseract_async.cli.units import SECONDS
 
 MAX_EXPERTS = 4096
@@ -79,6 +79,13 @@ MAX_EXPERTS = 4096
     show_default=True,
     help="How often state is pulled of experts that another server trains.",
 )
+@click.option(
+    "--leave-within",
+    type=SECONDS,
+    default=30.0,
+    show_default=True,
+    help="How long leaving may take before what is not finished is dropped; saving comes after.",
+)
 @click.option("--checkpoint-period", default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.option("--ttl", default=45.0, show_default=True, help="Seconds until others forget this server if it vanishes.")
 @click.option(
@@ -114,7 +121,8 @@ def command(ctx: click.Context, /, **values: Any) -> None:
     )
 
     async def main() -> int:
-        from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
+        with importing():
+            from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
 
         plan = ServePlan(
             patterns=values["patterns"],
@@ -142,9 +150,11 @@ def command(ctx: click.Context, /, **values: Any) -> None:
                 "initial_peers": peers(values["initial_peers"]),
                 "announce": values["announce"],
                 "public": values["public"],
+                **outside_help(values),
                 "identity": identity,
             },
             leave_with_parent=values["leave_with_parent"],
+            leave_within=values["leave_within"],
         )
         return await Hosting(plan).main()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.manifest import encode_manifest, experts_by_grid, grid_key, join_uid, shard_key
@@ -15,6 +17,9 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+_places: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+"""Of each network, the places that its publishers hold: several servers on one node say what they host side by side."""
 
 
 class PublishingNetwork(Protocol):
@@ -50,7 +55,9 @@ class PublisherSettings:
 
 
 class ExpertPublisher:
-    """Publishes which experts this node's server hosts. One per server; used on the node's loop only."""
+    """Publishes which experts a server hosts. One per server, of which a node may have several (one for each device);
+    used on the node's loop only.
+    """
 
     def __init__(
         self,
@@ -70,6 +77,10 @@ class ExpertPublisher:
         self._addresses = tuple(addresses)
         self._rendezvous = tuple(rendezvous)
         self._clock = clock
+        taken = _places.setdefault(network, set())
+        # the lowest one, so that a server that comes back replaces what it said before
+        self._place = next(place for place in itertools.count() if place not in taken)
+        taken.add(self._place)
         self._uids: dict[str, bool] = {}
         self._sequence = 0
         # (key, subkey) -> value, of everything that was stored last
@@ -136,8 +147,12 @@ class ExpertPublisher:
 
     async def aclose(self) -> None:
         """`withdraw`, for good. Closing twice is harmless."""
-        self._closed = True
-        await self.withdraw()
+        was_open, self._closed = not self._closed, True
+        try:
+            await self.withdraw()
+        finally:
+            if was_open:
+                _places[self._network].discard(self._place)
 
     @property
     def _wanted(self) -> int:
@@ -150,9 +165,10 @@ class ExpertPublisher:
         for prefix, experts in experts_by_grid(uids):
             # each part goes under the grid's key, and under the shard of every uid in it
             for number, (part, members) in enumerate(self._encode(experts)):
-                entries[(grid_key(prefix), str(number))] = part
+                subkey = f"{self._place}.{number}" if self._place else str(number)
+                entries[(grid_key(prefix), subkey)] = part
                 for coords in members:
-                    entries[(shard_key(join_uid(prefix, coords)), str(number))] = part
+                    entries[(shard_key(join_uid(prefix, coords)), subkey)] = part
         return entries
 
     def _encode(self, experts: Mapping[tuple[int, ...], bool]) -> list[tuple[bytes, list[tuple[int, ...]]]]:

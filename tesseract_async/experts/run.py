@@ -80,7 +80,7 @@ class RunManifest:
     training: Mapping[str, Value] = field(default_factory=dict)
     """How steps are taken: ``max_batch_size``, ``clip_norm`` and the like."""
     codecs: Mapping[str, Value] = field(default_factory=dict)
-    """Codec of each direction: ``inputs``, ``outputs``, ``gradients``."""
+    """The one codec that ``inputs``, ``outputs`` or ``gradients`` travel in; what is not named may travel in any."""
     seed: int = 0
     """Of the experts' first weights, together with their uids: two servers that start the same one start equal."""
     args_schema: Sequence[Any] = ()

@@ -27,14 +27,14 @@ class Acceleration:
         self._uses_graphs = cuda_graphs
         self._graphs: dict[int, _Graph] = {}
 
-    def run(self, inputs: Sequence[torch.Tensor], apply: Apply) -> Any:
-        """What ``apply(module, inputs)`` returns."""
+    def run(self, inputs: Sequence[torch.Tensor], apply: Apply, *, records: bool = True) -> Any:
+        """What ``apply(module, inputs)`` returns. `records`: whether a CUDA graph may stand for it."""
         if not self._pads:
             return apply(self._callable, inputs)
         num_rows = inputs[0].shape[0]
         size = next((size for size in self._sizes if size >= num_rows), num_rows)
         padded = [_pad(x, size) for x in inputs]
-        if self._uses_graphs and size in self._sizes and self._may_record(padded):
+        if records and self._uses_graphs and size in self._sizes and self._may_record(padded):
             if size not in self._graphs:
                 self._graphs[size] = _Graph(self._callable, padded, apply)
             outputs = self._graphs[size].replay(padded)
@@ -47,7 +47,7 @@ class Acceleration:
         self._graphs.clear()
 
     def _may_record(self, inputs: Sequence[torch.Tensor]) -> bool:
-        # a graph repeats its random numbers and its mode: only plain evaluation without gradients is recorded
+        # a graph repeats its mode: only plain evaluation without gradients is recorded
         return inputs[0].is_cuda and not torch.is_grad_enabled() and not self._module.training
 
 

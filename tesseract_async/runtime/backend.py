@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from tesseract_async.runtime import modules
+from tesseract_async.runtime import modules, randomness
 from tesseract_async.runtime.acceleration import Acceleration
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
@@ -28,6 +28,9 @@ from tesseract_async.wire.tensors import Schema, TensorSpec
 
 Gradients = Sequence[torch.Tensor | None]
 """One per input, or one per trained parameter; None where nothing flows."""
+
+MakesOptimizer = Callable[[], torch.optim.Optimizer]
+MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +85,10 @@ class ExpertBackend:
         module: takes tensors with rows first, and returns tensors (nested in tuples, lists, dicts as it likes) with as
             many rows. Rows must not influence one another: they meet other people's rows in a batch.
         optimizer: steps the module's parameters after each backward batch; None freezes the expert, which then
-            still passes gradients on to its inputs.
-        scheduler: of the optimizer's learning rate; stepped once per optimizer step.
+            still passes gradients on to its inputs. A function makes it when it is needed first: PyTorch's first
+            optimizer takes a second of imports, which need not pass before the expert can be found.
+        scheduler: of the optimizer's learning rate; stepped once per optimizer step. Where the optimizer is made by a
+            function, this is one, too, which takes the optimizer.
         args_schema: the positional arguments, as nested `TensorSpec`s.
         kwargs_schema: the keyword arguments by name.
         outputs_schema: what the module returns; found by running two rows of zeros if not given.
@@ -98,8 +103,8 @@ class ExpertBackend:
         self,
         module: nn.Module,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
+        optimizer: torch.optim.Optimizer | MakesOptimizer | None = None,
+        scheduler: LRScheduler | MakesScheduler | None = None,
         args_schema: Sequence[Schema],
         kwargs_schema: Mapping[str, Schema] | None = None,
         outputs_schema: Schema = None,
@@ -113,9 +118,21 @@ class ExpertBackend:
                 "a trained expert must not hold BatchNorm: its rows meet other people's rows. Use LayerNorm or "
                 "GroupNorm, or say BackendSettings(allow_batch_statistics=True)"
             )
+        if scheduler is not None and isinstance(optimizer, torch.optim.Optimizer) != isinstance(scheduler, LRScheduler):
+            raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
         self.module = module
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.optimizer: torch.optim.Optimizer | None = None
+        """None for a frozen expert, and where it is yet to be made (`prepare`)."""
+        self.scheduler: LRScheduler | None = None
+        self._make_optimizer: MakesOptimizer | None = None
+        self._make_scheduler: MakesScheduler | None = None
+        self._restored: tuple[Any, Any] = (None, None)  # states of an optimizer and a scheduler that are yet to be made
+        if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
+            self.optimizer = optimizer
+            self.scheduler = scheduler if isinstance(scheduler, LRScheduler) else None
+        else:
+            self._make_optimizer = optimizer
+            self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
         self.settings = settings
         self.args_schema = tuple(args_schema)
         self.kwargs_schema = dict(kwargs_schema or {})
@@ -130,10 +147,8 @@ class ExpertBackend:
         self.applied: OrderedDict[bytes, int] = OrderedDict()
         """The journal: call ids of backwards that were applied, and the version that each led to."""
         self.parameters: list[nn.Parameter] = []
-        """What the optimizer steps: those of its parameters that want gradients."""
-        if optimizer is not None:
-            groups = optimizer.param_groups
-            self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
+        """What the optimizer steps: those of its parameters that want gradients. Empty before it is made."""
+        self._find_parameters()
         self._draws = modules.draws_random_numbers(module)
         self._accumulated: Gradients | None = None
         self._num_accumulated = 0
@@ -156,7 +171,26 @@ class ExpertBackend:
             return training and self._draws
         return self.settings.stochastic
 
+    @property
+    def trains(self) -> bool:
+        """Whether it has an optimizer, or will have one."""
+        return self.optimizer is not None or self._make_optimizer is not None
+
     # -- Computing: on the runtime's thread only -------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Makes the optimizer, if that is yet to be done. Raises what that raises."""
+        if self._make_optimizer is None or self.optimizer is not None:
+            return
+        optimizer = self._make_optimizer()
+        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        of_optimizer, of_scheduler = self._restored
+        if of_optimizer is not None:
+            optimizer.load_state_dict(_copy(of_optimizer))
+        if scheduler is not None and of_scheduler is not None:
+            scheduler.load_state_dict(of_scheduler)
+        self.optimizer, self.scheduler, self._restored = optimizer, scheduler, (None, None)
+        self._find_parameters()
 
     def forward(
         self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
@@ -179,8 +213,9 @@ class ExpertBackend:
     ) -> tuple[Gradients, Gradients]:
         """Recomputes the outputs and backpropagates. Returns the gradients of the inputs and of `parameters`.
 
-        Changes nothing. Raises what the module raises.
+        Changes nothing, but calls `prepare` the first time. Raises what the module raises.
         """
+        self.prepare()
         leaves = [
             x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs
         ]
@@ -200,6 +235,10 @@ class ExpertBackend:
         remaining = iter(found)
         of_inputs = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
         return of_inputs, list(remaining)
+
+    def _find_parameters(self) -> None:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = ()) -> int:
         """Takes these gradients of `parameters`: one optimizer step, or a share of one (`step_every`).
@@ -244,10 +283,11 @@ class ExpertBackend:
     def state(self) -> dict[str, Any]:
         """Copies of everything that a checkpoint holds: nested dicts and lists of CPU tensors and plain values."""
         ids = b"".join(self.applied)
+        of_optimizer, of_scheduler = self._restored
         return {
             "module": _copy(self.module.state_dict()),
-            "optimizer": None if self.optimizer is None else _copy(self.optimizer.state_dict()),
-            "scheduler": None if self.scheduler is None else _copy(self.scheduler.state_dict()),
+            "optimizer": _copy(of_optimizer if self.optimizer is None else self.optimizer.state_dict()),
+            "scheduler": _copy(of_scheduler if self.scheduler is None else self.scheduler.state_dict()),
             "version": self.version,
             "applied": {
                 "ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8)
@@ -262,8 +302,14 @@ class ExpertBackend:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit."""
         self.module.load_state_dict(state["module"])
+        if self._make_optimizer is not None and (self.optimizer is None or state["optimizer"] is None):
+            # made when it is needed; a state without one is that of an expert which has taken no step
+            self.optimizer, self.scheduler = None, None
+            self._restored = state["optimizer"], state["scheduler"]
+            self._find_parameters()
         if self.optimizer is not None and state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            # PyTorch takes the tensors themselves, and steps change them in place
+            self.optimizer.load_state_dict(_copy(state["optimizer"]))
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
@@ -274,7 +320,7 @@ class ExpertBackend:
         )
         accumulated = state["accumulated"]
         self._accumulated = None
-        if accumulated is not None and self.optimizer is not None:
+        if accumulated is not None and self.trains:
             self._accumulated = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
         self._num_accumulated = state["num_accumulated"]
 
@@ -282,17 +328,19 @@ class ExpertBackend:
         if self.module.training != training:
             self.module.train(training)
         draws = seed is not None and self.is_stochastic(training)
+        # a recorded graph would repeat its random numbers
+        records = not self.is_stochastic(training)
         if draws or self.settings.autocast is not None:
             with contextlib.ExitStack() as stack:
                 if seed is not None and draws:
-                    stack.enter_context(modules.seeded(seed, inputs[0].device))
+                    stack.enter_context(randomness.seeded(seed))
                 if self.settings.autocast is not None:
                     # a recorded graph must not remember autocast's copies of weights, which change with each step
                     caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
                     stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
-                outputs = self._acceleration.run(inputs, self._apply)
+                outputs = self._acceleration.run(inputs, self._apply, records=records)
         else:
-            outputs = self._acceleration.run(inputs, self._apply)
+            outputs = self._acceleration.run(inputs, self._apply, records=records)
         leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
         if leaves[0].shape[0] != inputs[0].shape[0]:
             raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {inputs[0].shape[0]}")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
-import torch
 from torch import nn
 
 
@@ -29,15 +25,3 @@ def uses_batch_statistics(module: nn.Module) -> bool:
 
 def _is_batch_norm(part: nn.Module) -> bool:
     return isinstance(part, nn.modules.batchnorm._BatchNorm)
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers inside follow from `seed`; the process's generators are put back afterwards.
-
-    They are the process's own, not the thread's: a program that draws elsewhere meanwhile may see the seeded stream.
-    """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

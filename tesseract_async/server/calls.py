@@ -8,8 +8,8 @@ computed again without a step. What was applied is journalled by the backend, to
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,18 +24,20 @@ from tesseract_async.errors import (
     SchemaMismatch,
     UnknownMethod,
 )
+from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend, Gradients
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Answer, Work
+from tesseract_async.server.expected import ExpectedBackwards
 from tesseract_async.server.memory import Memory
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
-_MAX_EXPECTED = 65536
+_LOOK_PERIOD = 0.1
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
 _CallKey = tuple[str, bytes]  # uid, call id
@@ -50,7 +52,8 @@ class CallSettings:
     max_inputs_bytes: int = 256 << 20
     """Inputs of forwards that a backward will follow, so that it need not send them again."""
     backward_timeout: float = 60.0
-    """Seconds after a forward until its backward is no longer expected; leaving waits for those that are."""
+    """Seconds after a forward until its backward is no longer expected, whoever called; leaving waits for those that
+    are (see `server.expected`)."""
 
 
 @dataclass(slots=True)
@@ -73,12 +76,13 @@ class ExpertCalls:
         """Raised to forwards while the server pauses or leaves."""
         self.expects_backwards: Callable[[str], bool] = lambda uid: True
         """Whether this server applies the backwards of an expert; else they go elsewhere, and nobody waits for them."""
+        self.is_gone: Callable[[PeerID], bool] = lambda peer: False
+        """Whether a caller has no connection to this node any more."""
         self._runtime = runtime
         self._backwards: dict[_CallKey, _Backward] = {}
         self._answers: Memory[_CallKey, Answer] = Memory(settings.max_answers_bytes, _num_bytes_of_answer)
         self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(settings.max_inputs_bytes, _num_bytes)
-        # inputs_cached -> until when its backward may come, and of which expert
-        self._expected: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+        self._expected = ExpectedBackwards(settings.backward_timeout)
         self._num_active = 0
         self._quiet = asyncio.Event()
 
@@ -101,29 +105,31 @@ class ExpertCalls:
             self._num_active -= 1
             self._quiet.set()
 
+    def forget(self) -> int:
+        """Drops what callers can send again and what can be computed again. Returns the bytes."""
+        num_bytes = self._inputs.num_bytes + self._answers.num_bytes
+        self._inputs.clear()
+        self._answers.clear()
+        return num_bytes
+
     async def wait_backwards(self, uid: str) -> None:
         """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
         while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:
             await asyncio.wait(pending)
 
     async def wait_quiet(self) -> None:
-        """Returns when no call is under way, and no backward of an answered forward is expected any more."""
+        """Returns when no call is under way, and no backward of an answered forward is worth waiting for any more."""
         loop = asyncio.get_running_loop()
         while True:
-            while self._expected:
-                until, uid = next(iter(self._expected.values()))
-                if until > loop.time() and self.expects_backwards(uid):
-                    break
-                self._expected.popitem(last=False)
-            if not self._num_active and not self._expected:
+            now = loop.time()
+            due = self._expected.next_change(now, is_gone=self.is_gone, expects=self.expects_backwards)
+            if not self._num_active and due is None:
                 return
             self._quiet.clear()
-            next_at = None if not self._expected else next(iter(self._expected.values()))[0]
-            try:
-                async with asyncio.timeout_at(next_at):
+            with contextlib.suppress(TimeoutError):
+                # looked at now and then, since connections end without telling us
+                async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
                     await self._quiet.wait()
-            except TimeoutError:
-                continue
 
     async def _forward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         request = messages.decode(messages.ForwardRequest, call.body)
@@ -147,7 +153,7 @@ class ExpertCalls:
                 priority=_priority(call),
                 peer=call.peer_id,
             )
-        inputs_cached = self._keep(uid, inputs) if request.keep_inputs else None
+        inputs_cached = self._keep(uid, inputs, call.peer_id) if request.keep_inputs else None
         metas, buffers = await pack(answer.tensors, codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
@@ -166,7 +172,7 @@ class ExpertCalls:
             answer = begun if isinstance(begun, Answer) else await self._share(begun)
         if request.inputs_cached is not None:
             self._inputs.pop(request.inputs_cached)
-            self._expected.pop(request.inputs_cached, None)
+        self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
         self.metrics.observe(
             "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=STALENESS_BUCKETS
         )
@@ -233,16 +239,11 @@ class ExpertCalls:
             version = result.version if backward.version is None else backward.version
             self._answers.put(key, Answer(result.tensors, version))
 
-    def _keep(self, uid: str, inputs: list[torch.Tensor]) -> bytes | None:
+    def _keep(self, uid: str, inputs: list[torch.Tensor], peer: PeerID) -> bytes | None:
         name = os.urandom(16)
-        if not self._inputs.put(name, inputs):
-            return None
-        if not self.expects_backwards(uid):
-            return name
-        self._expected[name] = (asyncio.get_running_loop().time() + self.settings.backward_timeout, uid)
-        if len(self._expected) > _MAX_EXPECTED:
-            self._expected.popitem(last=False)
-        return name
+        if self.expects_backwards(uid):
+            self._expected.expect(name, uid, peer, asyncio.get_running_loop().time())
+        return name if self._inputs.put(name, inputs) else None
 
 
 def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -61,8 +61,8 @@ class VolunteerSettings:
     """The limits that a volunteer sets. None and an empty list mean: no limit."""
 
     max_memory_bytes: int | None = None
-    """Memory of the whole process. Fewer experts are hosted if they would not fit, and while the process has more,
-    no new work is taken."""
+    """Memory of the whole process. Fewer experts are hosted if they would not fit (`server.footprint`), and while the
+    process has more, no new work is taken."""
     max_upload_rate: float | None = None
     """Bytes per second, sent to all peers together."""
     max_download_rate: float | None = None
@@ -188,14 +188,6 @@ class VolunteerContract:
         ends = [end for _, end in closed]
         until = None if None in ends else max(end for end in ends if end is not None)
         return Verdict(False, ", and ".join(reason for reason, _ in closed), until)
-
-
-def experts_that_fit(settings: VolunteerSettings, *, base_bytes: int, expert_bytes: int) -> int | None:
-    """How many experts of `expert_bytes` each (weights, gradients, optimizer state) fit the memory limit beside
-    `base_bytes` of everything else; None without a limit."""
-    if settings.max_memory_bytes is None:
-        return None
-    return max(0, settings.max_memory_bytes - base_bytes) // max(1, expert_bytes)
 
 
 def _hours_at(hours: Sequence[Hours], now: float, timezone: tzinfo | None) -> tuple[bool, float | None]:

@@ -51,7 +51,7 @@ class ReplicaSettings:
     check_every: float = 5.0
     """Roles are looked at so often: a primary that is gone is replaced this long after its manifest is."""
     call_timeout: float = 10.0
-    """For a question to another replica, and for each piece of a state."""
+    """For a question to another replica, for each piece of a state, and for asking the network who hosts what."""
     hand_over_timeout: float = 30.0
     """For one expert, when this server leaves."""
     num_at_once: int = 4
@@ -75,10 +75,12 @@ async def read_replicas(
     if len(by_key) > MAX_SHARDS_READ:
         by_key = defaultdict(list, {grid_key(prefix): some for prefix, some in by_prefix.items()})
     found: dict[str, list[ExpertReplica]] = {}
-    for key, some in by_key.items():
+
+    async def read(key: str, some: list[str]) -> None:
+        entries = await node.network.get_entries(key)
         now = clock()
         claims = []
-        for entry in await node.network.get_entries(key):
+        for entry in entries:
             if entry.owner == node.peer_id or entry.expiration <= now:
                 continue
             try:
@@ -88,6 +90,15 @@ async def read_replicas(
         for uid in some:
             prefix, coords = split_uid(uid)
             found[uid] = rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))
+
+    # at once: where nobody answers, each takes as long as the network waits
+    tasks = [asyncio.create_task(read(key, some)) for key, some in by_key.items()]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return found
 
 
@@ -187,7 +198,7 @@ class ReplicaKeeper:
         async with self._looking:
             if not await self._node.network.wait_joined(self.settings.check_every):
                 return  # alone for the moment: that nobody is seen says nothing
-            replicas = await read_replicas(self._node, self._server.experts, clock=self._clock)
+            replicas = await self._read(self._server.experts)
             gate = asyncio.Semaphore(self.settings.num_at_once)
 
             async def one(uid: str, others: list[ExpertReplica]) -> None:
@@ -239,11 +250,16 @@ class ReplicaKeeper:
         """Before this server leaves: has a follower take over each expert that has one. Returns how many moved.
 
         From the moment that an expert is handed over, its backwards wait, and then go to the new primary: none is lost
-        and none is applied twice. What cannot be handed over stays.
+        and none is applied twice. What cannot be handed over stays. An expert that was on its way when this is
+        cancelled takes no more backwards here: nobody knows whether the follower has taken over.
+
+        Raises: TimeoutError if the network does not tell who follows.
         """
+        if not await self._node.network.wait_joined(0.0):
+            return 0  # there is nobody
         async with self._looking:
             mine = [uid for uid in self._server.experts if self._server.is_primary(uid)]
-            replicas = await read_replicas(self._node, mine, clock=self._clock)
+            replicas = await self._read(mine)
             gate = asyncio.Semaphore(self.settings.num_at_once)
 
             async def move(uid: str) -> bool:
@@ -254,6 +270,10 @@ class ReplicaKeeper:
             if num_moved:
                 await self._server.announce()
             return num_moved
+
+    async def _read(self, uids: Iterable[str]) -> dict[str, list[ExpertReplica]]:
+        async with asyncio.timeout(self.settings.call_timeout):
+            return await read_replicas(self._node, uids, clock=self._clock)
 
     # -- one expert ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
@@ -27,12 +27,15 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
 from tesseract_async.server.checkpoint import CheckpointStore
+from tesseract_async.server.memory import trim_heap
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
+
+_FAREWELL_TIMEOUT: Final = 2.0
 
 Handler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
 """Answers calls of one more method: takes the uid, its backend and the call."""
@@ -95,6 +98,7 @@ class TesseractServer:
         self._handlers: dict[str, Handler] = {}
         self._is_primary = {uid: uid not in followers for uid in experts}
         self._calls.expects_backwards = self._is_primary.__getitem__
+        self._calls.is_gone = lambda peer: not node.is_connected(peer)
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
         )
@@ -102,7 +106,7 @@ class TesseractServer:
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
         self._address_updates: set[asyncio.Task[None]] = set()
-        self._saver: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
         self._is_paused = False
@@ -158,7 +162,19 @@ class TesseractServer:
             await self.runtime.aclose()
             raise
         if self._store is not None:
-            self._saver = asyncio.create_task(self._save_periodically(), name="server: checkpoints")
+            self._background.append(asyncio.create_task(self._save_periodically(), name="server: checkpoints"))
+        self._background.append(asyncio.create_task(self._make_optimizers(), name="server: optimizers"))
+
+    async def _make_optimizers(self) -> None:
+        """Makes those that are yet to be made: after the experts are found, before a backward needs them."""
+        if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
+            return
+        await self.runtime.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
+        for uid, backend in self.experts.items():
+            try:
+                await self.runtime.call(backend.prepare)
+            except Exception:  # an optimizer may raise anything; its backwards will say so, too
+                logger.exception("%s cannot be trained: its optimizer cannot be made", uid)
 
     def _address_changed(self) -> None:
         async def update() -> None:
@@ -184,13 +200,13 @@ class TesseractServer:
         if self._unwatch is not None:
             self._unwatch()
         await asyncio.gather(*self._address_updates, return_exceptions=True)
-        if self._saver is not None:
-            self._saver.cancel()
-            await asyncio.gather(self._saver, return_exceptions=True)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         try:
             await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
             if self._publisher is not None:
-                await self._publisher.aclose()
+                await self._say_farewell(self._publisher)
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
@@ -201,16 +217,26 @@ class TesseractServer:
             finally:
                 await self.runtime.aclose()
 
+    @staticmethod
+    async def _say_farewell(publisher: ExpertPublisher) -> None:
+        """Withdraws what `drain` had no time for."""
+        try:
+            async with asyncio.timeout(_FAREWELL_TIMEOUT):
+                await publisher.aclose()
+        except TimeoutError:
+            logger.warning("the network does not answer: this server's experts will expire there")
+
     async def drain(self, *, timeout: float) -> bool:
         """Takes no new forwards, and tells the network so; waits for the calls under way and for the backwards of
         forwards that were answered, which are still applied. False if they did not all come within `timeout` seconds.
         """
         self._calls.refuse_forwards = Overloaded("this server is leaving; ask another replica", retry_after=60.0)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
                 if self._publisher is not None:
-                    await self._publisher.withdraw()
-                await self._calls.wait_quiet()
+                    # beside, not before: a network that does not answer must not cost the last backwards their time
+                    group.create_task(self._publisher.withdraw())
+                group.create_task(self._calls.wait_quiet())
         except TimeoutError:
             return False
         return True
@@ -233,6 +259,15 @@ class TesseractServer:
         self._calls.refuse_forwards = None
         if self._publisher is not None:
             await self._publisher.declare(self._is_primary)
+
+    def free_memory(self) -> int:
+        """Forgets what was kept for callers, who send their inputs again, and gives free pages back to the system.
+
+        Returns the bytes of what was forgotten.
+        """
+        num_bytes = self._calls.forget()
+        trim_heap()
+        return num_bytes
 
     @property
     def is_paused(self) -> bool:
@@ -352,3 +387,8 @@ class TesseractServer:
                 raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
             return await self.pass_on(uid, call)
         return await self._calls.answer(uid, backend, call)
+
+
+def _load_optimizers() -> None:
+    """PyTorch's first optimizer of a process imports its compiler."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

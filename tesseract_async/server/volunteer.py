@@ -97,6 +97,7 @@ class VolunteerKeeper:
         self._saved = self.contract.usage(clock())
         self._saved_at = clock()
         self._task: asyncio.Task[None] | None = None
+        self._most_told = 0
 
     async def __aenter__(self) -> VolunteerKeeper:
         """Looks once before it returns, so that a server outside of its hours begins with a pause."""
@@ -140,8 +141,29 @@ class VolunteerKeeper:
         num_bytes = self._count()
         self.contract.count_bytes(num_bytes - self._num_bytes, now)
         self._num_bytes = num_bytes
-        self.contract.observe_memory(self._machine.memory())
+        self._observe_memory()
         return now
+
+    def _observe_memory(self) -> None:
+        limit = self.contract.settings.max_memory_bytes
+        held = self._machine.memory()
+        if limit is not None and held > limit:
+            freed = self._server.free_memory()
+            after = self._machine.memory()
+            if held > self._most_told:  # once for each time that it grows by a tenth, not every second
+                self._most_told = held + limit // 10
+                logger.warning(
+                    "the process holds %d MiB, its limit is %d MiB; after forgetting %d MiB of kept inputs and answers "
+                    "it holds %d MiB%s",
+                    *(number >> 20 for number in (held, limit, freed, after)),
+                    ": no new work is taken" if after > limit else "",
+                )
+            self._metrics.count("volunteer_memory_exceeded")
+            held = after
+        elif limit is not None and held <= 0.95 * limit:
+            self._most_told = 0
+        self._metrics.set("volunteer_memory_bytes", held)
+        self.contract.observe_memory(held)
 
     def _count(self) -> int:
         return int(sum(self._metrics.total(name) for name in BYTE_COUNTERS))

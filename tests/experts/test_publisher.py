@@ -55,6 +55,31 @@ async def test_declaring_again_replaces_what_was_declared() -> None:
     await subject.aclose()
 
 
+async def test_several_servers_on_one_node_stand_side_by_side() -> None:
+    swarm = FakeSwarm()
+    network = FakeNetwork(swarm, peer(1))
+    first, second = (
+        ExpertPublisher(network, addresses=["127.0.0.1:4000"], settings=SLOW, clock=swarm.clock) for _ in range(2)
+    )
+    await first.declare({"ffn.1": True})
+    await second.declare({"ffn.2": True})
+
+    def known() -> set[int]:
+        entries = [entry for (key, _, _), entry in swarm.entries.items() if key == grid_key("ffn")]
+        return {coords for entry in entries for coords in decode_manifest(entry.value).coords[:, 0].tolist()}
+
+    assert known() == {1, 2}
+    await first.aclose()
+    await first.aclose()
+    assert known() == {2}
+    third = ExpertPublisher(network, addresses=["127.0.0.1:4000"], settings=SLOW, clock=swarm.clock)
+    await third.declare({"ffn.3": True})
+    assert known() == {2, 3}, "in the place that became free"
+    await second.aclose()
+    await third.aclose()
+    assert not swarm.entries
+
+
 async def test_declare_looks_for_more_holders_until_there_are_enough() -> None:
     swarm = FakeSwarm()
     subject = publisher(swarm, QUICK)

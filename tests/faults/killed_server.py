@@ -64,6 +64,9 @@ class Node:
         self.handler = handler
 
     def unhost_expert(self, uid: str) -> None: ...
+    def is_connected(self, peer_id: PeerID) -> bool:
+        return True
+
     async def wait_reachable(self) -> None: ...
     def watch_address(self, _: Any) -> Callable[[], None]:
         return lambda: None

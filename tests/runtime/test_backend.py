@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -104,6 +105,57 @@ def test_a_state_continues_where_it_was_taken() -> None:
         one.step(one.gradients(values, [torch.ones(4, 3), None, None])[1])
     torch.testing.assert_close(other_module.state_dict(), module.state_dict())
     assert state["version"] == 3, "a state is a copy"
+    taught = copy.deepcopy(other.state())
+    other.load_state(state)
+    other.step(other.gradients(values, [torch.ones(4, 3), None, None])[1])
+    torch.testing.assert_close(other.state(), taught, msg="and stays one when it was loaded")
+
+
+def lazy(seed: int = 0) -> ExpertBackend:
+    torch.manual_seed(seed)
+    module = nn.Linear(4, 3)
+    return ExpertBackend(
+        module,
+        optimizer=lambda: torch.optim.Adam(module.parameters(), lr=0.1),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5),
+        args_schema=(TensorSpec((4,)),),
+    )
+
+
+def take_step(backend: ExpertBackend) -> int:
+    _, of_parameters = backend.gradients([torch.ones(2, 4)], [torch.ones(2, 3)])
+    return backend.step(of_parameters)
+
+
+def test_an_optimizer_that_is_made_when_it_is_needed_equals_one_that_is_given() -> None:
+    late = lazy()
+    assert late.trains and late.optimizer is None and late.parameters == []
+    module = copy.deepcopy(late.module)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    early = ExpertBackend(module, optimizer=optimizer, scheduler=scheduler, args_schema=(TensorSpec((4,)),))
+    for version in (1, 2):
+        assert take_step(late) == take_step(early) == version
+    torch.testing.assert_close(late.state(), early.state())
+    with pytest.raises(ValueError, match="both"):
+        ExpertBackend(module, optimizer=optimizer, scheduler=lambda _: scheduler, args_schema=(TensorSpec((4,)),))
+
+
+def test_a_state_passes_through_an_expert_whose_optimizer_is_yet_to_be_made() -> None:
+    fresh, trained = lazy().state(), lazy()
+    assert fresh["optimizer"] is None
+    take_step(trained)
+    state = trained.state()
+    passing = lazy(seed=1)
+    passing.load_state(state)
+    assert passing.optimizer is None, "restoring needs none"
+    torch.testing.assert_close(passing.state(), state)
+    assert take_step(passing) == take_step(trained) == 2
+    torch.testing.assert_close(passing.state(), trained.state())
+    for backend in (passing, trained):
+        backend.load_state(fresh)  # from before the first step
+    assert take_step(passing) == take_step(trained) == 1
+    torch.testing.assert_close(passing.state(), state)
 
 
 def test_outputs_that_break_the_schema_are_an_error() -> None:

@@ -14,7 +14,6 @@ from tesseract_async.server.contract import (
     Usage,
     VolunteerContract,
     VolunteerSettings,
-    experts_that_fit,
 )
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -209,16 +208,6 @@ def test_memory_over_its_limit_stops_new_work_until_clearly_below() -> None:
     assert not machine.may_serve(0.0).serve
     machine.observe_memory(950)
     assert machine.may_serve(0.0).serve
-
-
-def test_how_many_experts_fit() -> None:
-    limits = VolunteerSettings(max_memory_bytes=1000)
-    assert experts_that_fit(limits, base_bytes=400, expert_bytes=200) == 3
-    assert experts_that_fit(limits, base_bytes=2000, expert_bytes=200) == 0
-    assert experts_that_fit(VolunteerSettings(), base_bytes=0, expert_bytes=1) is None
-
-
-# ---------------------------------------------------------------------------------------------------- together
 
 
 def test_several_reasons_are_all_told_and_the_last_one_decides_when() -> None:

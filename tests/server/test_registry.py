@@ -26,8 +26,10 @@ def test_every_ready_made_expert_computes(name: str) -> None:
 
 
 def test_optimizers_by_name_and_frozen_experts() -> None:
-    assert isinstance(registry.make_backend("ffn", optimizer="sgd", sizes=SMALL["ffn"]).optimizer, torch.optim.SGD)
-    assert registry.make_backend("ffn", optimizer=None, sizes=SMALL["ffn"]).optimizer is None
+    backend = registry.make_backend("ffn", optimizer="sgd", sizes=SMALL["ffn"])
+    backend.prepare()
+    assert isinstance(backend.optimizer, torch.optim.SGD)
+    assert not registry.make_backend("ffn", optimizer=None, sizes=SMALL["ffn"]).trains
     with pytest.raises(ValueError, match="no optimizer named 'adamm'; there are adam"):
         registry.make_backend("ffn", optimizer="adamm", sizes=SMALL["ffn"])
 
@@ -43,3 +45,35 @@ def test_own_experts_by_import_path() -> None:
 def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match="exists already"):
         registry.register("ffn")(registry.nop)
+
+
+@pytest.mark.parametrize("name", ["ffn", "linear"])
+def test_a_seed_decides_the_first_weights_and_nothing_else(name: str) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    one, again, other = (registry.build_module(name, seed=seed, **SMALL[name])[0].state_dict() for seed in (5, 5, 6))
+    assert torch.equal(torch.rand(3), expected), "the caller's random numbers go on as if nothing had been drawn"
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_first_weights_are_distributed_as_those_of_a_linear_layer() -> None:
+    module, _ = registry.build_module("ffn", in_features=256, hidden_features=1024, seed=3)
+    usual = torch.nn.Linear(256, 1024).requires_grad_(False)
+    for name, parameter in usual.named_parameters():
+        drawn = dict(module.named_parameters())[f"layers.0.{name}"].detach()
+        assert drawn.abs().max() <= 1 / 16
+        assert drawn.mean().abs() < 0.005 and drawn.std() == pytest.approx(float(parameter.std()), rel=0.1)
+    numbers = dict(module.named_parameters())["layers.0.weight"].flatten()
+    assert len(numbers.unique()) > 0.95 * len(numbers), "no block is drawn twice"
+
+
+def test_an_optimizer_is_made_when_it_is_first_needed() -> None:
+    backend = registry.make_backend("ffn", sizes=SMALL["ffn"])
+    x = torch.randn(5, 8)
+    outputs = backend.forward([x])
+    assert backend.trains and backend.optimizer is None, "answering needs none"
+    _, of_parameters = backend.gradients([x], [torch.ones_like(output) for output in outputs])
+    assert isinstance(backend.optimizer, torch.optim.Adam)
+    assert backend.step(of_parameters) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -262,6 +263,25 @@ async def test_without_a_follower_it_stays_primary() -> None:
     async with volunteer() as only:
         assert await only.keeper.hand_over() == 0
         assert only.leads and await backward(only.node, only) == 1
+
+
+async def test_a_network_that_does_not_answer_delays_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(BY_HAND, call_timeout=0.05)
+    async with ta.TesseractNode() as other, volunteer([other.address], settings=settings) as first:
+
+        async def hang(key: str) -> Any:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(first.node.network, "get_entries", hang)
+        for asked in (first.keeper.look, first.keeper.hand_over):
+            with pytest.raises(TimeoutError):
+                await asked()
+
+        async def alone(timeout: float | None = None) -> bool:
+            return False
+
+        monkeypatch.setattr(first.node.network, "wait_joined", alone)
+        assert await first.keeper.hand_over() == 0
 
 
 async def test_a_follower_that_cannot_take_over_leaves_the_expert_where_it_is() -> None:

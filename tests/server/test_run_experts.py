@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tesseract_async.errors import SchemaMismatch
 from tesseract_async.experts.run import RunManifest, RunMismatch
 from tesseract_async.server.run_experts import SCHEDULES, build_run_backend, build_run_module, check_allowed, complete
 from tesseract_async.wire.tensors import TensorSpec
@@ -37,6 +38,8 @@ def test_a_completed_manifest_knows_its_schemas_and_builds_its_experts() -> None
     assert run.outputs_schema == ["s", "float32", [8]]
     backend = build_run_backend(run, "ffn.1.0")
     assert backend.max_batch_size == 32
+    assert backend.trains and backend.optimizer is None, "importing an optimizer takes a second: not before it is found"
+    backend.prepare()
     assert isinstance(backend.optimizer, torch.optim.Adam)
     (group,) = backend.optimizer.param_groups
     assert (group["lr"], group["betas"], group["amsgrad"]) == (0.01, (0.0, 0.999), True)
@@ -58,6 +61,7 @@ def test_the_schedule_and_how_steps_are_taken_come_from_the_run() -> None:
         training={"step_every": 2, "clip_gradient_norm": 1.0},
     )
     backend = build_run_backend(complete(run), "ffn.0.0")
+    backend.prepare()
     assert (backend.settings.step_every, backend.settings.clip_gradient_norm) == (2, 1.0)
     assert backend.optimizer is not None and backend.scheduler is not None
     rates = []
@@ -68,6 +72,17 @@ def test_the_schedule_and_how_steps_are_taken_come_from_the_run() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
 
 
+def test_the_codecs_of_each_direction_come_from_the_run() -> None:
+    run = complete(dataclasses.replace(DIGITS, codecs={"inputs": "bf16", "gradients": "uint8_blockwise"}))
+    codecs = build_run_backend(run, "ffn.0.0").settings.codecs
+    codecs.check("inputs", "bf16", expert="ffn.0.0")
+    codecs.check("gradients", "uint8_blockwise", expert="ffn.0.0")
+    codecs.check("outputs", "none", expert="ffn.0.0")
+    for what, codec in (("inputs", "none"), ("inputs", "fp16"), ("gradients", "bf16")):
+        with pytest.raises(SchemaMismatch, match="ffn.0.0"):
+            codecs.check(what, codec, expert="ffn.0.0")
+
+
 def test_a_cosine_falls_to_its_least() -> None:
     factor = SCHEDULES["cosine"](num_steps=100, num_warmup_steps=10, least=0.1)
     assert [factor(9), factor(10), factor(55), factor(100), factor(1000)] == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
@@ -75,7 +90,7 @@ def test_a_cosine_falls_to_its_least() -> None:
 
 def test_frozen_experts_have_no_optimizer() -> None:
     run = complete(dataclasses.replace(DIGITS, optimizer=None, optimizer_options={}))
-    assert build_run_backend(run, "ffn.0.0").optimizer is None
+    assert not build_run_backend(run, "ffn.0.0").trains
 
 
 def test_other_schemas_than_the_runs_are_refused_with_both() -> None:
@@ -102,6 +117,10 @@ def test_other_schemas_than_the_runs_are_refused_with_both() -> None:
         ({"training": {"compile_mode": "default"}}, "compile_mode"),
         ({"training": {"max_batch_size": "all"}}, "max_batch_size"),
         ({"training": {"magic": True}}, "magic"),
+        ({"training": {"codecs": "none"}}, "codecs"),
+        ({"codecs": {"inputs": "zip"}}, "zip"),
+        ({"codecs": {"inputs": 8}}, "travel in some of none, bf16"),
+        ({"codecs": {"weights": "bf16"}}, "inputs, outputs, gradients; not for 'weights'"),
     ],
 )
 def test_what_this_version_cannot_do_is_a_sentence(changes: dict[str, Any], sentence: str) -> None:

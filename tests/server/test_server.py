@@ -30,7 +30,7 @@ from tesseract_async.errors import (
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import checkpoint
+from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.memory import Memory
@@ -69,6 +69,10 @@ class FakeNode:
         self.metrics = Metrics()
         self.network = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
+        self.connected = True
+
+    def is_connected(self, peer_id: Any) -> bool:
+        return self.connected
 
     async def wait_reachable(self) -> bool:
         return True
@@ -412,6 +416,20 @@ async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: Tesser
     assert messages.decode(messages.ForwardReply, reply.body).inputs_cached is None
 
 
+async def test_memory_that_is_needed_is_given_up_and_callers_send_again(
+    node: FakeNode, server: TesseractServer
+) -> None:
+    x, gradient = torch.randn(3, 8), torch.randn(3, 4)
+    name = await keep_inputs(node)
+    first = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
+    assert server.free_memory() == x.nbytes + first[0][0].nbytes and server.free_memory() == 0
+    with pytest.raises(InputsForgotten):
+        await node.backward("ffn.0", [], [gradient], inputs_cached=name)
+    await node.backward("ffn.0", [x], [gradient])
+    _, version = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
+    assert version == server.experts["ffn.1"].version == 1, "computed again, not applied again"
+
+
 async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
     """A forward that a backward will follow."""
     x = torch.randn(3, 8)
@@ -428,7 +446,8 @@ async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
 async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     draining = asyncio.create_task(server.drain(timeout=10))
-    await asyncio.sleep(0)
+    for _ in range(3):  # its tasks begin
+        await asyncio.sleep(0)
     assert not FakePublisher.declared
     with pytest.raises(Overloaded, match="leaving"):
         await node.forward("ffn.0", torch.randn(3, 8))
@@ -438,7 +457,7 @@ async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode,
     assert server.experts["ffn.0"].version == 1
 
 
-async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode) -> None:
+async def test_draining_does_not_wait_for_what_never_comes(node: FakeNode) -> None:
     settings = ServerSettings(calls=CallSettings(backward_timeout=0.05))
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
@@ -447,6 +466,40 @@ async def test_draining_does_not_wait_for_a_client_that_vanished(node: FakeNode)
         await keep_inputs(node)
         assert not await server.drain(timeout=0.05)
         await server.aclose(drain_timeout=0.0)
+
+
+async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_: FakePublisher) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FakePublisher, "withdraw", hang)
+    monkeypatch.setattr(FakePublisher, "aclose", hang)
+    monkeypatch.setattr(server_module, "_FAREWELL_TIMEOUT", 0.05)
+    settings = ServerSettings(drain_timeout=0.2)
+    async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
+        name = await keep_inputs(node)
+        leaving = asyncio.create_task(server.aclose())
+        await asyncio.sleep(0)
+        await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
+        assert not leaving.done()
+        async with asyncio.timeout(5):
+            await leaving
+        assert server.experts["ffn.0"].version == 1, "backwards are applied meanwhile"
+
+
+async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected, "GONE_AFTER", 0.05)
+    async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
+        await keep_inputs(node)
+        draining = asyncio.create_task(server.drain(timeout=30))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        node.connected = False
+        assert await draining
 
 
 async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, server: TesseractServer) -> None:

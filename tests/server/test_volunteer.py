@@ -32,6 +32,13 @@ class FakeServer:
         self.told.append(("resume", 0.0))
         self.changed.set()
 
+    def free_memory(self) -> int:
+        self.free()
+        return 0
+
+    def free(self) -> None:
+        """What forgetting does to the machine."""
+
 
 class FakeMachine:
     def __init__(self) -> None:
@@ -91,13 +98,33 @@ async def test_callers_are_told_when_to_come_back() -> None:
     assert retry_after == 2 * 3600
 
 
-async def test_memory_is_watched() -> None:
+async def test_memory_is_watched(caplog: pytest.LogCaptureFixture) -> None:
     server, machine = FakeServer(), FakeMachine()
-    one = keeper(server, machine, VolunteerSettings(max_memory_bytes=1000))
-    machine.held = 2000
+    one = keeper(server, machine, VolunteerSettings(max_memory_bytes=1000 << 20))
+    machine.held = 2000 << 20
     assert (await one.look()).reason == "its memory limit is reached"
+    assert server.told == [("this volunteer's computer rests: its memory limit is reached", 60.0)]
+    assert "holds 2000 MiB, its limit is 1000 MiB" in caplog.text and "no new work is taken" in caplog.text
+    caplog.clear()
+    await one.look()
+    assert not caplog.text, "once, not every second"
+    machine.held = 2200 << 20
+    await one.look()
+    assert "holds 2200 MiB" in caplog.text
+    machine.held = 960 << 20
+    assert not (await one.look()).serve, "clearly below"
     machine.held = 10
     assert (await one.look()).serve
+    assert server.node.metrics.snapshot()["volunteer_memory_bytes"] == 10
+
+
+async def test_what_is_kept_for_callers_is_forgotten_before_work_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    server, machine = FakeServer(), FakeMachine()
+    one = keeper(server, machine, VolunteerSettings(max_memory_bytes=1000 << 20))
+    machine.held = 1100 << 20
+    server.free = lambda: setattr(machine, "held", 900 << 20)  # type: ignore[method-assign]
+    assert (await one.look()).serve and not server.told
+    assert "it holds 900 MiB" in caplog.text and "no new work" not in caplog.text
 
 
 async def test_bytes_count_towards_the_quota_and_outlive_a_restart(tmp_path: Path) -> None:

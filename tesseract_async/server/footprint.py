@@ -1,0 +1,216 @@
+"""What an expert costs in memory, measured, and what of a volunteer's limit goes where.
+
+`measure` lets one expert take a step, and then run forward and backward with the largest batch on PyTorch's ``meta``
+device, which computes nothing and takes no memory, while every tensor that would be made is counted. `plan_memory`
+divides a limit: the process as it is, what the server may keep for others (waiting calls, inputs, answers, messages
+half received), the largest batch, since one is computed at a time, and experts for the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, Gradients
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_ENTRY_BYTES: Final = 256
+"""A call id and a version as Python holds them: 170 to 250, the most when the journal's table has just grown."""
+COPIED_ENTRY_BYTES: Final = 24
+NUM_PROBE_ROWS: Final = 4
+PROBE_MARGIN: Final = 2.0
+"""Where a module does not run on ``meta``, so many times what `NUM_PROBE_ROWS` more rows took is reckoned per row: with
+few rows, the peak is where the parameters' gradients meet, not where all activations do."""
+
+KERNEL_MARGIN: Final = 1.1
+"""For what kernels take without making a tensor of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one expert."""
+
+    weights: int
+    """Parameters and buffers."""
+    gradients: int
+    """Of the parameters that are trained."""
+    optimizer: int
+    """Its state after the first step."""
+    journal: int
+    """When it is full."""
+    copied_journal: int
+    batch: int
+    """The most that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows included;
+    only one expert of a device computes at a time."""
+    accumulates: bool = False
+    """Whether gradients of several batches are summed before a step."""
+
+    @property
+    def state(self) -> int:
+        """A copy of what a checkpoint holds."""
+        return self.weights + self.optimizer + self.copied_journal + self.gradients * self.accumulates
+
+    @property
+    def resident(self) -> int:
+        """What the expert holds as long as it is hosted: itself, and the state that a failed step goes back to."""
+        return self.weights + self.optimizer + self.journal + self.gradients * self.accumulates + self.state
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a limit is divided. Bytes."""
+
+    num_experts: int
+    """That fit. 0: not even one does."""
+    needed_for_one: int
+    """The least limit with which one expert fits."""
+    queue: int
+    """For `BatcherSettings.max_queue_bytes`."""
+    inputs: int
+    """For `CallSettings.max_inputs_bytes`."""
+    answers: int
+    """For `CallSettings.max_answers_bytes`."""
+    received: int
+    """For messages that are half received."""
+    copies: int
+    """For states that are being sent to followers."""
+
+
+SHARES: Final[Mapping[str, tuple[float, int]]] = {
+    "queue": (1 / 8, 1 << 30),
+    "inputs": (1 / 16, 256 << 20),
+    "answers": (1 / 64, 64 << 20),
+    "received": (1 / 8, 1 << 30),
+    "copies": (1 / 16, 1 << 30),
+}
+"""Of the memory that a limit leaves beside the process itself, and the most that is ever needed."""
+
+
+def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = False) -> MemoryPlan:
+    """Divides `limit` where the process holds `base` before its first expert.
+
+    `on_gpu`: experts live elsewhere, and only copies of their states here.
+    """
+    room = max(0, limit - base)
+    budgets = {name: min(int(share * room), most) for name, (share, most) in SHARES.items()}
+    # a checkpoint is copied while the copy before it is still held, and a state is sent as one piece of memory
+    once = expert.batch + expert.state + expert.state
+    resident = expert.state + expert.journal if on_gpu else expert.resident
+    left = room - sum(budgets.values()) - once
+    share = sum(share for share, _ in SHARES.values())
+    needed = base + math.ceil((once + resident) / (1 - share)) + 1
+    return MemoryPlan(max(0, left) // max(1, resident), needed, **budgets)
+
+
+def measure(backend: ExpertBackend) -> Footprint:
+    """Takes a step: for a backend that is not used afterwards. Raises what its module raises."""
+    settings = backend.settings
+    few = _peak_of(backend, NUM_PROBE_ROWS, backend.device)
+    found = backend.gradients(*_probe(backend, 1, backend.device), training=True)
+    for _ in range(settings.step_every):
+        backend.step(found[1])
+    optimizer = 0
+    if backend.optimizer is not None:
+        optimizer = _num_bytes(tree_leaves(backend.optimizer.state_dict()["state"]))
+    footprint = Footprint(
+        weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
+        gradients=_num_bytes(backend.parameters),
+        optimizer=optimizer,
+        journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
+        copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
+        batch=0,
+        accumulates=settings.step_every > 1,
+    )
+    try:
+        batch = _peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        # it looks at the numbers themselves, or uses what ``meta`` does not have
+        logger.info("%s does not run on meta (%s): its memory is estimated", type(backend.module).__name__, error)
+        more = _peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
+        row = PROBE_MARGIN * max(0, more - few) / NUM_PROBE_ROWS
+        batch = more + int(row * max(0, backend.max_batch_size - 2 * NUM_PROBE_ROWS))
+    return dataclasses.replace(footprint, batch=int(KERNEL_MARGIN * batch))
+
+
+def _on_meta(backend: ExpertBackend) -> ExpertBackend:
+    module = copy.deepcopy(backend.module).to("meta")
+    parameters = [one for one in module.parameters() if one.requires_grad] if backend.parameters else []
+    return ExpertBackend(
+        module,
+        optimizer=(lambda: torch.optim.SGD(parameters, lr=0.0)) if parameters else None,
+        args_schema=backend.args_schema,
+        kwargs_schema=backend.kwargs_schema,
+        outputs_schema=backend.outputs_schema,
+        max_batch_size=backend.max_batch_size,
+        settings=BackendSettings(allow_batch_statistics=True, autocast=backend.settings.autocast),
+    )
+
+
+def _probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple[list[torch.Tensor], Gradients]:
+    inputs, gradients = (
+        [torch.zeros(num_rows, *spec.shape, dtype=spec.dtype, device=device) for spec in specs]
+        for specs in (backend.input_specs, backend.output_specs)
+    )
+    return inputs, [x if x.is_floating_point() or x.is_complex() else None for x in gradients]
+
+
+def _peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
+    """Bytes of all tensors at the worst moment of a forward and a backward, the staged rows and answers among them."""
+    backend.prepare()
+    with _Counting() as counting:
+        inputs, gradients = _probe(backend, num_rows, device)
+        backend.forward(inputs, training=True)
+        # gathering copies the rows of many requests
+        staged = [x.clone() for x in inputs]
+        backend.gradients(staged, gradients, training=True)
+    peak: int = counting.peak
+    return peak
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made in this thread, and are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        num_bytes = storage.nbytes()
+        self._known.add(key)
+        self.num_bytes += num_bytes
+        self.peak = max(self.peak, self.num_bytes)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.num_bytes -= num_bytes
+
+        weakref.finalize(storage, gone)
+
+
+def _num_bytes(values: Iterable[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
