@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -136,12 +136,19 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
+@pytest.fixture(scope="module")
+def stem() -> Iterator[Any]:
+    stem = session.Stem()
+    yield stem
+    stem.close()
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
-async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path) -> None:
+async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Any) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""
     shown = text_of(page)
-    seen = await session.follow(shown)
+    seen = await session.follow(shown, stem)
     assert [session.shape(one) for one in _outputs(seen)] == [session.shape(one) for one in _outputs(shown)]
 
 
