@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from nacl.bindings import crypto_sign, crypto_sign_open
+from nacl.exceptions import CryptoError
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 
@@ -60,11 +61,12 @@ class PeerID(bytes):
 class Identity:
     """An Ed25519 key pair. Create one with `generate`, `load` or `load_or_create`."""
 
-    __slots__ = ("_private_key", "public_key", "peer_id")
+    __slots__ = ("_private_key", "_secret", "public_key", "peer_id")
 
     def __init__(self, private_key: Ed25519PrivateKey) -> None:
         self._private_key = private_key
         self.public_key: bytes = private_key.public_key().public_bytes_raw()
+        self._secret = private_key.private_bytes_raw() + self.public_key
         self.peer_id = PeerID.from_public_key(self.public_key)
 
     @classmethod
@@ -110,7 +112,7 @@ class Identity:
 
     def sign(self, data: bytes) -> bytes:
         """The 64-byte Ed25519 signature (RFC 8032) of `data`."""
-        return self._private_key.sign(data)
+        return crypto_sign(data, self._secret)[:64]
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id.short}…)"
@@ -118,9 +120,12 @@ class Identity:
 
 def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
     """Whether `signature` over `data` was made by the holder of this raw public key. Takes untrusted bytes."""
+    if len(signature) != 64:
+        return False
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
-    except (InvalidSignature, ValueError, TypeError):
+        # libsodium checks a signature in half the time that OpenSSL takes, and nodes do little else
+        crypto_sign_open(signature + data, public_key)
+    except (CryptoError, ValueError, TypeError):
         return False
     return True
 

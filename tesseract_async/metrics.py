@@ -42,7 +42,7 @@ class Metrics:
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Adds to a counter, such as ``count("datagrams_dropped", reason="garbage")``."""
-        key = (name, tuple(sorted(labels.items())))
+        key = (name, tuple(sorted(labels.items())) if labels else ())
         self.counters[key] = self.counters.get(key, 0) + amount
 
     def set(self, name: str, value: float, **labels: str) -> None:

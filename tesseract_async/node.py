@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
+import ipaddress
 import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -45,11 +48,15 @@ class TesseractNode:
     looking for them in the background, and look-ups made meanwhile wait a few seconds for it.
 
     - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback: serving the world is
-      asked for, not stumbled into.
+      asked for, not stumbled into. ``"::"`` is every interface by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
     - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
+    - `upnp`: asks the router to let others in, as most home routers do if they are asked (``pip install
+      'tesseract-async[upnp]'``). Others still have to prove that it does.
+    - `relay`: whether this node, where others can dial it, relays for those who cannot meet otherwise. What it gives is
+      limited (`RelaySettings`), and it can read nothing of it.
     - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
     - `policy`: who may call, train and store here; everybody by default.
     """
@@ -63,6 +70,8 @@ class TesseractNode:
         identity: Identity | str | Path | None = None,
         announce: str | Sequence[str] | None = None,
         public: bool = False,
+        upnp: bool = False,
+        relay: bool = True,
         security: Literal["tls", "plain"] = "tls",
         policy: Policy | None = None,
         refresh_period: float = 10.0,
@@ -76,8 +85,11 @@ class TesseractNode:
         connections together keep to, such as `transport.throttle.Throttle`. `max_receive_bytes`: of large messages that
         are half received or being answered.
 
-        Raises: ValueError for a malformed seed, port or announced address; OSError for an unreadable identity file.
+        Raises: ValueError for a malformed seed, port or announced address, and for `upnp` without its packages; OSError
+        for an unreadable identity file.
         """
+        if upnp and importlib.util.find_spec("async_upnp_client") is None:
+            raise ValueError("upnp=True needs more packages: pip install 'tesseract-async[upnp]'")
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = tuple(_parse_peer(peer) for peer in initial_peers)
@@ -93,18 +105,22 @@ class TesseractNode:
         self._host = host
         self._port = port
         self._public = public
+        self._upnp = upnp
         self._throttle = throttle
         self._max_receive_bytes = max_receive_bytes
         self._security = security
         self._announce = (announce,) if isinstance(announce, str) else tuple(announce or ())
         for address in self._announce:
             PeerAddress.parse(address)
-        self._reach_settings = reach
+        self._reach_settings = reach if reach is not None else ReachSettings()
+        if not relay:
+            self._reach_settings = replace(self._reach_settings, relay=None)
         self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None
         self._bound: tuple[str, int] | None = None
         self._experts: dict[str, Handler] = {}
+        self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -120,7 +136,8 @@ class TesseractNode:
         try:
             self._bound = tcp.getsockname()[:2]
             if not self._announce:
-                self._announce = (_join(_outside_host(self._bound[0], self.initial_peers), self._bound[1]),)
+                hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
+                self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in EXPERT_METHODS:
                 action: Action = "train" if method == BACKWARD else "call"
@@ -137,6 +154,7 @@ class TesseractNode:
 
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
+        self._closed = True
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
@@ -153,6 +171,16 @@ class TesseractNode:
     ) -> None:
         await self.aclose()
 
+    def check_running(self) -> None:
+        """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
+        if self._closed:
+            raise RuntimeError(
+                "this node is closed: its experts and gates, and the losses made with them, can be used inside its "
+                "`async with` only"
+            )
+        if self._endpoint is None:
+            raise RuntimeError("this node is not started: use `async with TesseractNode(...)`, or await node.start()")
+
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
         self._reach = Reach(
             identity=self.identity,
@@ -161,6 +189,7 @@ class TesseractNode:
             metrics=self.metrics,
             announced=self._announce,
             public=self._public,
+            upnp=self._upnp,
             settings=self._reach_settings,
             throttle=self._throttle,
         )
@@ -232,15 +261,24 @@ class TesseractNode:
     async def get_expert(self, uid: str) -> RemoteExpert:
         """The expert `uid`, found through the DHT: a module whose call is awaited.
 
-        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid.
+        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid; RuntimeError
+        if the node is not running.
         """
         from tesseract_async.client.remote_expert import RemoteExpert  # the one arrow that points up (torch, too)
 
         split_uid(uid)
+        self.check_running()
         replicas = await self.directory.find(uid)
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
         return RemoteExpert(self, uid, replicas)
+
+    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
+        take; None where there is none, or nothing was measured. To this node itself it takes no time."""
+        if peer.peer_id == self.peer_id:
+            return 0.0, 0.0
+        return self.endpoint.path(peer)
 
     def host_expert(self, uid: str, handler: Handler) -> None:
         """Routes every ``expert.*`` call for `uid`, from the network or from this node, to `handler`.
@@ -312,6 +350,7 @@ class TesseractNode:
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:
             raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
+        self.metrics.count("expert_calls_answered", method=call.method)
         return await handler(call)
 
 
@@ -326,18 +365,21 @@ def _join(host: str, port: int) -> str:
 async def _bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
     """A listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
     loop = asyncio.get_running_loop()
+    if not host:  # everything that this machine has
+        host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
-        found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise OSError(error.errno, f"cannot listen on {host!r}: it is no address of this machine") from None
     family, _, _, _, address = found[0]
+    both = address[0] == "::" and socket.has_dualstack_ipv6()
     for _ in range(NUM_PORT_TRIES if port == 0 else 1):
         tcp = socket.socket(family, socket.SOCK_STREAM)
         udp = socket.socket(family, socket.SOCK_DGRAM)
         try:
             if family == socket.AF_INET6:
                 for sock in (tcp, udp):
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
             if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free; on Windows the option means theft
                 tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tcp.bind(address)
@@ -369,16 +411,25 @@ def _bind_error(error: OSError, host: str, port: int) -> OSError:
     return error
 
 
-def _outside_host(host: str, peers: Sequence[PeerAddress]) -> str:
-    """The address that others see: `host`, or for a wildcard the interface that leads to the first seed."""
+def _outside_hosts(host: str, family: int, peers: Sequence[PeerAddress]) -> list[str]:
+    """The addresses that others see: `host`, or for a wildcard those of the interfaces that lead to the seeds."""
     if host not in WILDCARDS:
-        return host
-    targets = [address for peer in peers for address in peer.addresses] or ["192.0.2.1:9"]  # RFC 5737: never answers
-    for target in targets:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(split_host_port(target))  # sends nothing: it only asks the routing table
-            except OSError:
-                continue
-            return str(probe.getsockname()[0])
-    raise ValueError(f"listening on {host} does not tell others where to dial: say announce='host:port'")
+        return [host]
+    known = [split_host_port(address) for peer in peers for address in peer.addresses]
+    # documentation's addresses (RFC 5737, RFC 3849): never answer, but lead out
+    somewhere = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
+    found = []
+    for version in (socket.AF_INET, socket.AF_INET6) if family == socket.AF_INET6 else (socket.AF_INET,):
+        for target in [*known, somewhere[version]]:
+            with socket.socket(version, socket.SOCK_DGRAM) as probe:
+                try:
+                    probe.connect(target)  # sends nothing: it only asks the routing table
+                except OSError:
+                    continue
+                own = str(probe.getsockname()[0])
+            if not ipaddress.ip_address(own).is_link_local:
+                found.append(own)
+                break
+    if not found:
+        raise ValueError(f"listening on {host} does not tell others where to dial: say announce='host:port'")
+    return found

@@ -12,25 +12,42 @@ import ipaddress
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tesseract_async.endpoint.endpoint import Endpoint
-from tesseract_async.endpoint.reachability import DialBackServer, Finding, NatKind, Reachability, ReachabilitySettings
+from tesseract_async.endpoint.reachability import (
+    DialBackServer,
+    Finding,
+    NatKind,
+    Reachability,
+    ReachabilitySettings,
+)
 from tesseract_async.endpoint.rendezvous import RendezvousClient, RendezvousServer, RendezvousSettings
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport import preamble, stun_client, tcp
-from tesseract_async.transport.base import PeerAddress, Pipe, Throttle, Transport, join_host_port, split_host_port
+from tesseract_async.transport.base import (
+    PeerAddress,
+    Pipe,
+    Throttle,
+    Transport,
+    ip_version,
+    join_host_port,
+    split_host_port,
+)
 from tesseract_async.transport.doorman import Doorman
 from tesseract_async.transport.interfaces import VIRTUAL_INTERFACES, own_addresses
 from tesseract_async.transport.nat import NatSettings, NatTransport
+from tesseract_async.transport.port_mapping import Gateway, PortMapper, PortMappingSettings
 from tesseract_async.transport.relay import Relay, RelaySettings
 
 logger = logging.getLogger(__name__)
 
 WILDCARDS = ("0.0.0.0", "::", "")
+MAX_RENDEZVOUS_TEXTS = 4
+"""That a record may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +70,7 @@ class ReachSettings:
     """This node knows that it can't be dialled: it does not ask, and uses rendezvous nodes from the start."""
     on_loopback: bool = False
     """Do all this on a loopback address, too: for tests. There, everybody reaches everybody anyway."""
+    port_mapping: PortMappingSettings = field(default_factory=PortMappingSettings)
     nat: NatSettings = field(default_factory=NatSettings)
     rendezvous: RendezvousSettings = field(default_factory=RendezvousSettings)
     reachability: ReachabilitySettings = field(default_factory=ReachabilitySettings)
@@ -70,15 +88,19 @@ class Reach:
         metrics: Metrics,
         announced: tuple[str, ...],
         public: bool,
+        upnp: bool = False,
         settings: ReachSettings | None = None,
         throttle: Throttle | None = None,
     ) -> None:
-        """`sock`: the bound TCP socket. `announced`: what others should dial, if they can. `public`: they can."""
+        """`sock`: the bound TCP socket. `announced`: what others should dial, if they can. `public`: they can. `upnp`:
+        the router is asked to let them."""
         self._settings = settings = settings if settings is not None else ReachSettings()
         self._network = network
         self._metrics = metrics
         self._announced = announced
         self._host, self._port = sock.getsockname()[:2]
+        self._speaks_v6 = sock.family == socket.AF_INET6
+        self._speaks_v4 = not self._speaks_v6 or self._host == "::"
         self._rng = random.Random()
         self._endpoint: Endpoint | None = None
         self._client: RendezvousClient | None = None
@@ -95,8 +117,18 @@ class Reach:
         """Called on the loop when `addresses` or `rendezvous_texts` have changed."""
         loopback = self._host not in WILDCARDS and ipaddress.ip_address(self._host).is_loopback
         self.enabled = settings.on_loopback or not loopback
-        listener = tcp.TcpTransport(sock, throttle=throttle)
+        self._listener = listener = tcp.TcpTransport(sock, throttle=throttle)
         self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
+        self._mapper: PortMapper | None = None
+        if upnp and self.enabled and self._speaks_v4 and not public:
+            self._mapper = PortMapper(
+                _find_router,
+                port=self._port,
+                own_host=self._own_v4,
+                changed=self._role_changed,
+                metrics=metrics,
+                settings=settings.port_mapping,
+            )
         self.nat: NatTransport | None = None
         self.transports: tuple[Transport, ...] = (listener,)
         if self.enabled:
@@ -128,18 +160,30 @@ class Reach:
             own_origin=lambda: split_host_port(self.public_addresses[0])[0] if self.public_addresses else "",
             settings=settings.rendezvous,
         )
-        self._server = RendezvousServer(endpoint, relay=self._relay, settings=settings.rendezvous)
-        self._reachability = Reachability(endpoint, settings=settings.reachability)
-        DialBackServer(endpoint, connect=lambda address: tcp.connect(address), settings=settings.reachability)
-        self.nat.upgrade = endpoint.upgrade
-        self.nat.is_relayed = lambda peer_id: any(
-            info.peer_id == peer_id and info.path.startswith("relay") for info in endpoint.connections()
+        self._server = RendezvousServer(
+            endpoint,
+            relay=self._relay,
+            own_addresses=lambda: self.public_addresses,
+            settings=settings.rendezvous,
         )
+        self._reachability = Reachability(endpoint, settings=settings.reachability)
+        DialBackServer(
+            endpoint,
+            connect=lambda address: tcp.connect(address),
+            own_addresses=lambda: self.public_addresses,
+            settings=settings.reachability,
+        )
+        self.nat.upgrade = endpoint.upgrade
+        self.nat.path_kind = endpoint.path_kind
+        self.nat.direct_paths = lambda peer: self._listener.paths(peer, bulk=False)
+        endpoint.on_peer_known = self.nat.peer_known
         self._network.on_role_change = self._role_changed
         if self._declared_public:
             self._server.start()
             self._known.set()
         else:
+            if self._mapper is not None:
+                self._mapper.start()
             if settings.client:
                 self._apply(self.finding, Finding(tcp=False))
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
@@ -150,6 +194,8 @@ class Reach:
         if watcher is not None:
             watcher.cancel()
             await asyncio.wait([watcher])
+        if self._mapper is not None:
+            await self._mapper.aclose()
         if self._client is not None:
             await self._client.stop()
         if self._server is not None:
@@ -166,25 +212,42 @@ class Reach:
             return False
         return True
 
+    def find_out(self) -> None:
+        """Looks anew whether others can dial this node, instead of waiting for the next time (`ReachSettings.period`):
+        after a change in the router, for one."""
+        if self._mapper is not None:
+            self._mapper.renew()
+        self._again.set()
+
     # ---- what others should know
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node: nowhere, where dial-back found that they can't and a rendezvous helps."""
-        if self.finding.tcp is False and self.rendezvous:
-            return ()
+        """Where others can dial this node: only where dial-back got through, if it did or a rendezvous helps."""
+        if self.finding.tcp is False and (self.rendezvous or self.finding.open_hosts):
+            return self._open_addresses()
         return self._outside_addresses()
 
     @property
     def rendezvous_texts(self) -> tuple[str, ...]:
-        """The nodes through which others can send offers, as records name them: ``host:port/PEER_ID``."""
-        return tuple(str(peer) for peer in self.rendezvous)
+        """The nodes through which others can send offers, as records name them: ``host:port/PEER_ID``, once for each
+        address of a node that has several."""
+        texts: list[str] = []
+        for wanted in (True, False):  # one address of each first, IPv4 where there is a choice
+            for peer in self.rendezvous:
+                ordered = sorted(peer.addresses, key=lambda address: ip_version(address) == 6)
+                texts += [str(replace(peer, addresses=(one,))) for one in (ordered[:1] if wanted else ordered[1:])]
+        return tuple(texts[:MAX_RENDEZVOUS_TEXTS])
 
     def report(self) -> list[str]:
         """What was found about this node's reachability, and what the user can do about it."""
         if not self.enabled:
             return [f"This node listens on {self._host}: it serves this computer only."]
-        lines = self.finding.sentences(self._port)
+        lines = self.finding.sentences(self._outside_port)
+        if self._mapper is not None:
+            lines.append(self._mapper.sentence())
+            if self._mapper.outside_port is not None and self.finding.tcp is False:
+                lines.append("Others do not get through that, though: there may be a second NAT, your provider's.")
         if self.finding.tcp is False:
             names = ", ".join(peer.short for peer in self.rendezvous)
             lines.append(f"Others find it through {names}." if names else "No node carries offers for it yet.")
@@ -195,7 +258,12 @@ class Reach:
     @property
     def public_addresses(self) -> tuple[str, ...]:
         """See `transport.nat.Surroundings`."""
-        return self._outside_addresses() if self.finding.tcp else ()
+        return self._outside_addresses() if self.finding.tcp else self._open_addresses()
+
+    @property
+    def behind_nat(self) -> bool:
+        """See `transport.nat.Surroundings`."""
+        return not self.finding.tcp
 
     @property
     def rendezvous(self) -> tuple[PeerAddress, ...]:
@@ -261,6 +329,8 @@ class Reach:
         settings = self._settings
         loop = asyncio.get_running_loop()
         await self._network.wait_joined()
+        if self._mapper is not None:
+            await self._mapper.tried.wait()
         addresses = self._own_addresses()
         while True:
             await self._check()
@@ -273,6 +343,8 @@ class Reach:
                     pass
                 if self._own_addresses() != addresses:
                     addresses = self._own_addresses()
+                    if self._mapper is not None:
+                        self._mapper.renew()
                     logger.info("this computer's addresses have changed: finding out anew what can be reached")
                     break
             self._again.clear()
@@ -285,17 +357,55 @@ class Reach:
         # those that we have no connection with see us as any stranger would
         contacts.sort(key=lambda peer: peer.peer_id in connected)
         client = self._settings.client  # whoever knows that it can't be reached asks for the NAT's kind only
-        (reached, host), (nat, seen) = await asyncio.gather(
-            _known(False) if client else self._reachability.check(contacts[:6], port=self._port), self._ask_stun()
-        )
+        dialling = _nowhere() if client else self._dialled_back(contacts)
+        if self._speaks_v6:  # those who dialled back have named the IPv4 addresses at which they answer STUN
+            dialled, (nat, seen) = await dialling, await self._ask_stun()
+        else:
+            dialled, (nat, seen) = await asyncio.gather(dialling, self._ask_stun())
+        # IPv4 decides where there is both: everybody has it, and the DHT's contacts name one address
+        reached, host = dialled.get(4) or dialled.get(6) or (False if client else None, None)
+        if self.finding.host is not None and _is_ipv4(self.finding.host) and 4 not in dialled:
+            reached = None  # who could have told is away: IPv6 alone says nothing of it
         host = host or seen
         udp = {"public": True, "client": False}.get(self._network.role)
         if self.finding.tcp is False:
             udp = None  # the network only repeats what it was told
-        found = Finding(tcp=reached, udp=udp, host=host, nat=nat)
+        found = Finding(
+            tcp=reached,
+            udp=udp,
+            host=host,
+            nat=nat,
+            open_hosts=tuple(host for reached, host in dialled.values() if reached),
+            closed_hosts=tuple(host for reached, host in dialled.values() if not reached),
+        )
+        if found.tcp is False and self.finding.tcp and self._mapper is not None:
+            self._mapper.renew()  # the router may have forgotten it
         if found.tcp is None and self.finding.tcp is not None:
             found = replace(self.finding, nat=nat)  # nobody answered: what was known stands
         self._apply(self.finding, found)
+
+    async def _dialled_back(self, contacts: list[PeerAddress]) -> dict[int, tuple[bool, str]]:
+        """For IPv4 and IPv6, where somebody could be asked: whether others reach this node, and under which host."""
+        own = {ip_version(join_host_port(host, 1)) for host in self._own_addresses()}
+        wished = [version for version, speaks in ((4, self._speaks_v4), (6, self._speaks_v6)) if speaks]
+        wished = [version for version in wished if version in own or self._settings.on_loopback]
+        found: dict[int, tuple[bool, str]] = {}
+
+        async def ask(version: int) -> None:
+            assert self._reachability is not None
+            helpers = [peer for peer in contacts if ip_version(peer.addresses[0]) == version]
+            # contacts are known by one address each; those who helped by the other kind of IP have named theirs
+            helpers += self._reachability.also(version)
+            port = self._outside_port if version == 4 else self._port
+            reached, host = await self._reachability.check(helpers[:6], port=port)
+            if reached is not None and host is not None:
+                found[ip_version(join_host_port(host, port)) or version] = (reached, host)
+
+        await asyncio.gather(*map(ask, wished))
+        for version in wished:
+            if version not in found:
+                await ask(version)
+        return dict(sorted(found.items()))
 
     def _apply(self, before: Finding, found: Finding) -> None:
         """Takes the role that was found."""
@@ -311,13 +421,17 @@ class Reach:
         if found.tcp:
             self._server.start()
             self._known.set()
+            if not any(map(_is_ipv4, found.open_hosts)):
+                self._client.start()  # those who have IPv4 only still need somebody in between
         else:
             self._server.stop()
             self._client.start()
             if before.tcp is not False:
                 self._load_aiortc()
-        if found.tcp != before.tcp or found.host != before.host:
+        if replace(found, nat=before.nat, udp=before.udp) != before:
             self._changed()
+            if self.nat is not None:
+                self.nat.surroundings_changed()
 
     def _load_aiortc(self) -> None:
         """A client node will need it: importing takes a while, better now than when somebody waits."""
@@ -328,18 +442,19 @@ class Reach:
 
     async def _ask_stun(self) -> tuple[NatKind, str | None]:
         """Renews the choice of a STUN server; what the answers tell of our NAT, and our host as they see it."""
-        servers = [split_host_port(peer.addresses[0]) for peer in self._network.public_contacts(4)]
+        contacts = self._network.public_contacts(4)
+        if self._reachability is not None:
+            contacts += self._reachability.also(4)[:4]
+        servers = list(dict.fromkeys(split_host_port(peer.addresses[0]) for peer in contacts))
         for text in self._settings.stun_servers:
             servers += await _resolve(*split_host_port(text))
-        servers = [server for server in servers if _is_ipv4(server[0])]
-        local = self._host if _is_ipv4(self._host) else "0.0.0.0"
-        try:
-            answers = await stun_client.ask(servers, local_host=local)
-        except OSError as error:
-            logger.debug("no STUN server can be asked: %s", error)
-            answers = {}
-        if answers:
-            self._stun = (next(iter(answers)), asyncio.get_running_loop().time())
+        answers: dict[tuple[str, int], tuple[str, int]] = {}
+        if self._speaks_v4 or any(_is_ipv4(host) for host in self._own_addresses()):
+            answers = await self._ask_stun_over(servers, v6=False)
+            if answers:  # aioice asks over IPv4 only
+                self._stun = (next(iter(answers)), asyncio.get_running_loop().time())
+        if not answers and self._speaks_v6:
+            answers = await self._ask_stun_over(servers, v6=True)
         seen = set(answers.values())
         if not answers:
             return "unknown", None
@@ -350,12 +465,49 @@ class Reach:
             return "unknown", host
         return ("keeping" if len(seen) == 1 else "symmetric"), host
 
+    async def _ask_stun_over(
+        self, servers: Sequence[tuple[str, int]], *, v6: bool
+    ) -> dict[tuple[str, int], tuple[str, int]]:
+        asked = [server for server in servers if _is_ipv4(server[0]) != v6]
+        local = self._host if _is_ipv4(self._host) != v6 and self._host else ("::" if v6 else "0.0.0.0")
+        try:
+            return await stun_client.ask(asked, local_host=local)
+        except OSError as error:
+            logger.debug("no STUN server can be asked: %s", error)
+            return {}
+
+    @property
+    def _outside_port(self) -> int:
+        """Where others dial this node by IPv4: its own port, or the router's that leads to it."""
+        mapped = self._mapper.outside_port if self._mapper is not None else None
+        return mapped if mapped is not None else self._port
+
+    def _open_addresses(self) -> tuple[str, ...]:
+        """Where dial-back got through."""
+        return tuple(
+            join_host_port(host, self._port if ":" in host else self._outside_port) for host in self.finding.open_hosts
+        )
+
     def _outside_addresses(self) -> tuple[str, ...]:
-        """What was announced; with the host that others see, where this node itself did not know it."""
-        host = self.finding.host
-        if not self.finding.tcp or host is None or host in {split_host_port(text)[0] for text in self._announced}:
+        """What was announced; with what others see, where this node itself did not know it, or knew it wrong."""
+        if not self.finding.tcp:
             return self._announced
-        return (join_host_port(host, self._port), *self._announced)
+        found = self._open_addresses()
+        known = {split_host_port(text)[0] for text in self._announced}
+        opened = [text for text in found if split_host_port(text)[0] not in known]
+        left = [text for text in self._announced if split_host_port(text)[0] not in self.finding.closed_hosts]
+        return tuple(dict.fromkeys((*opened, *left)))
+
+    def _own_v4(self) -> str | None:
+        """This computer's address in the router's network."""
+        if _is_ipv4(self._host) and self._host not in WILDCARDS:
+            return str(self._host)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # RFC 5737: sends nothing, asks the routing table which way leads out
+            except OSError:
+                return next(filter(_is_ipv4, self._own_addresses()), None)
+            return str(probe.getsockname()[0])
 
     def _own_addresses(self) -> list[str]:
         if self._host not in WILDCARDS:
@@ -363,18 +515,25 @@ class Reach:
         return own_addresses(self._settings.skip_interfaces)
 
 
-async def _known(reached: bool) -> tuple[bool | None, str | None]:
-    return reached, None
+async def _nowhere() -> dict[int, tuple[bool, str]]:
+    return {}
+
+
+async def _find_router(own_host: str) -> Gateway | None:
+    from tesseract_async.transport import upnp  # an optional extra
+
+    return await upnp.find(own_host)
 
 
 async def _resolve(host: str, port: int) -> list[tuple[str, int]]:
-    """The IPv4 address of a server that was configured by name; nothing where it has none."""
+    """The addresses of a server that was configured by name, one of each kind of IP; nothing where it has none."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_DGRAM)
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     except OSError as error:
         logger.warning("the STUN server %s is unknown: %s", host, error)
         return []
-    return [(str(found[0][4][0]), port)]
+    first = {family: str(address[0]) for family, *_, address in reversed(found)}
+    return [(host, port) for host in first.values()]
 
 
 def _is_ipv4(host: str) -> bool:

@@ -1,12 +1,25 @@
-"""The documents stay true: links lead somewhere, Python runs, commands and flags exist, generated pages are whole."""
+"""The documents stay true: what they tell to do is done, and what they show is what is seen.
+
+README and tutorial are followed command by command (`docs/session.py`), how-to pages are run where that needs nothing
+but this computer, and else checked by the tools that would read them, and against the real command line.
+"""
 
 from __future__ import annotations
 
 import ast
+import asyncio
+import importlib
 import importlib.util
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -14,72 +27,333 @@ import pytest
 import torch
 
 import tesseract_async as ta
+from tesseract_async.cli.config_file import read_config
 from tesseract_async.cli.main import COMMANDS, main
+from tesseract_async.monitoring.catalogue import METRICS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUN = ["README.md", "docs/tutorial.md"]
+DOCS = ROOT / "docs"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(page for page in sorted(DOCS.rglob("*.md"))),
+]
+GENERATED = ("commands.md", "configuration.md", "metrics.md", "settings.md")
+PAGES = [page for page in PAGES if page.name not in GENERATED]
+FOLLOWED = [ROOT / "README.md", *sorted((DOCS / "tutorial").glob("*.md"))]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+def script(name: str) -> ModuleType:
+    """A Python file of the documents as a module."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name.removeprefix('docs_')}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
-def commands_in(text: str) -> list[list[str]]:
-    """Every call of `tesseract` in a page: in indented and fenced blocks, lines joined at backslashes."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    found = [line.strip().removeprefix("$ ") for line in lines if line.startswith(("    ", "tesseract ", "srun "))]
-    words = [re.sub(r"^srun bash -c '(.*)'$", r"\1", line) for line in found]
-    return [shlex.split(line, comments=True) for line in words if line.startswith("tesseract ")]
+session = script("docs_session")
+generate = script("docs_generate")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str, title: str | None = None) -> list[str]:
+    found = re.findall(rf'^```{language}(?: title="([^"]*)")?\n(.*?)^```', text_of(page), flags=re.S | re.M)
+    return [body for name, body in found if title in (None, name)]
+
+
+def check(words: list[str]) -> None:
+    """Whether the command line takes these words, which begin with ``tesseract``."""
+    if len(words) == 1 or words[1].startswith("-"):
+        return
+    assert words[1] in COMMANDS, words
+    command = main.get_command(click.Context(main), words[1])
+    assert command is not None
+    context = click.Context(command, info_name=words[1])
+    _, left, _ = command.make_parser(context).parse_args(list(words[2:]))
+    assert left == [], f"{shlex.join(words)}: nobody takes {left}"
+
+
+def check_shell(text: str) -> int:
+    """Checks every call of `tesseract` in a shell script; how many there are."""
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    num_found = 0
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        words = shlex.split(line, comments=True)
+        for word in words:
+            if " " in word and "tesseract " in word:
+                num_found += check_shell(word)
+        for at, word in enumerate(words[:-1]):
+            # the command, at whatever path, or the container's image in front of what it is given
+            if word.removeprefix("/opt/tesseract/bin/") in ("tesseract", "tesseract-async") and words[at + 1].isalpha():
+                check(["tesseract", *words[at + 1 :]])
+                num_found += 1
+                break
+    return num_found
+
+
+# -- every page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+    prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
         if "://" not in target:
-            generated = target.endswith(("commands.md", "metrics.md"))
-            assert generated or (page.parent / target).exists(), f"{page.name}: {target}"
+            assert target.endswith(GENERATED) or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_blocks_are_python(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_blocks_are_what_they_say(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for block in blocks(page, "sh") + blocks(page, "bash"):
+        check_shell(block)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_and_their_flags_exist(page: Path) -> None:
-    for words in commands_in(page.read_text()):
-        if words[1].startswith("-"):
-            continue
-        assert words[1] in COMMANDS, words
-        command = main.get_command(click.Context(main), words[1])
-        assert command is not None
-        flags = {flag for parameter in command.params for flag in parameter.opts} | {"--help", "-h"}
-        for word in words[2:]:
-            if word.startswith("-"):
-                assert word in flags, f"tesseract {words[1]} has no {word}"
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    pages = {str(page.relative_to(DOCS)) for page in PAGES if DOCS in page.parents}
+    assert listed == pages | {f"reference/{name}" for name in GENERATED}
 
 
-async def test_python_of_readme_and_tutorial_runs() -> None:
-    module = torch.nn.Linear(1024, 1024)
-    backend = ta.ExpertBackend(module, args_schema=(ta.TensorSpec((1024,)),))
-    async with ta.TesseractNode() as host, ta.TesseractServer(host, {"ffn.3.8": backend}):
-        for page in RUN:
-            for block in blocks(ROOT / page, "python"):
-                code = block.replace("198.51.100.7:31337", host.address)
-                names: dict[str, Any] = {"ta": ta, "torch": torch, "node": host, "x": torch.randn(2, 1024)}
-                names["loss"] = lambda y: y.square().mean()
-                compiled = compile(code, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-                result = eval(compiled, names)
-                if result is not None:
-                    await result
+# -- README and tutorial -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", FOLLOWED, ids=named)
+def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
+    for piece in session.read_pieces(text_of(page)):
+        assert piece.kind in ("sh", "text", "stop", "kill", "run") or piece.title or page.name == "README.md", piece
+    for command in session.NOT_RUN:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("page", FOLLOWED, ids=named)
+async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path) -> None:
+    """Run `python docs/session.py` where an output has changed, and look at what it has written."""
+    shown = text_of(page)
+    seen = await session.follow(shown)
+    assert [session.shape(one) for one in _outputs(seen)] == [session.shape(one) for one in _outputs(shown)]
+
+
+def _outputs(text: str) -> list[str]:
+    return [piece.body for piece in session.read_pieces(text) if piece.kind == "text"]
+
+
+def test_only_figures_may_differ_from_an_output_that_is_shown() -> None:
+    shown = "step 10: loss 1.25\n8 experts at 127.0.0.1:31337/" + 64 * "a1"[:1] + "\n"
+    assert session.shape(shown) == session.shape(shown.replace("1.25", "0.9"))
+    assert session.shape(shown) != session.shape(shown.replace("loss", "error"))
+
+
+async def test_python_of_the_readme_runs() -> None:
+    async with hosting("ffn.3.8", width=1024) as host:
+        for block in blocks(ROOT / "README.md", "python"):
+            names = {"ta": ta, "torch": torch, "x": torch.randn(2, 1024), "loss": lambda y: y.square().mean()}
+            await execute(block.replace("198.51.100.7:31337", host.address), names)
+
+
+async def execute(code: str, names: dict[str, Any]) -> None:
+    result = eval(compile(code, "documents", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+    if result is not None:
+        await result
+
+
+@asynccontextmanager
+async def hosting(uid: str, *, width: int) -> AsyncIterator[ta.TesseractNode]:
+    """A swarm of one node that hosts one expert."""
+    backend = ta.ExpertBackend(torch.nn.Linear(width, width), args_schema=(ta.TensorSpec((width,)),))
+    async with ta.TesseractNode() as host, ta.TesseractServer(host, {uid: backend}):
+        yield host
+
+
+# -- how-to ----------------------------------------------------------------------------------------------------------
+
+
+def app_of(framework: str) -> Any:
+    [block] = [block for block in blocks(DOCS / "how-to/embed.md", "python", "app.py") if framework in block]
+    names: dict[str, Any] = {"__name__": "app"}
+    exec(compile(block.replace("from __future__", "# "), "app.py", "exec"), names)
+    return names["app"]
+
+
+async def test_a_fastapi_application_holds_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi")
+    async with hosting("ffn.3.7", width=4) as host:
+        monkeypatch.setenv("SWARM", host.address)
+        app = app_of("fastapi")
+        async with app.router.lifespan_context(app):
+            status, body = await asgi_post(app, "/apply", [[1, 2, 3, 4]])
+            assert status == 200 and len(body[0]) == 4
+            status, body = await asgi_post(app, "/apply", [[1]])
+            assert status == 400 and "float32[rows, 4]" in body["detail"]
+
+
+async def asgi_post(app: Any, path: str, data: Any) -> tuple[int, Any]:
+    """One request, as a web server hands it to an application."""
+    sent: list[dict[str, Any]] = []
+    asked = iter([{"type": "http.request", "body": json.dumps(data).encode()}])
+
+    async def receive() -> dict[str, Any]:
+        return next(asked)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "asgi": {}}
+    await app(scope, receive, send)
+    body = b"".join(message.get("body", b"") for message in sent)
+    return sent[0]["status"], json.loads(body)
+
+
+async def test_an_aiohttp_application_holds_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aiohttp.test_utils import TestClient, TestServer
+
+    async with hosting("ffn.3.7", width=4) as host:
+        monkeypatch.setenv("SWARM", host.address)
+        async with TestClient(TestServer(app_of("aiohttp"))) as client:
+            answer = await client.post("/apply", json=[[1, 2, 3, 4]])
+            assert len((await answer.json())[0]) == 4
+
+
+async def test_a_program_without_a_loop_uses_an_expert(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [plain] = blocks(DOCS / "how-to/embed.md", "python", "plain.py")
+    async with hosting("ffn.3.7", width=16) as host:
+        monkeypatch.setenv("SWARM", host.address)
+        await asyncio.to_thread(exec, compile(plain, "plain.py", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([4, 16])\n"
+
+
+async def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(DOCS / "how-to/notebook.md", "python"):
+        await execute(block, names)
+    shown = re.search(r"from ([\d.]+) to ([\d.]+)", capsys.readouterr().out)
+    assert shown and float(shown[2]) < float(shown[1])
+
+
+async def test_a_server_for_each_device_in_one_program(capsys: pytest.CaptureFixture[str]) -> None:
+    [block] = blocks(DOCS / "how-to/gpus.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(block.rpartition("asyncio.run")[0], "gpus.py", "exec"), names)
+    await names["main"](["cpu", "cpu"])
+    assert capsys.readouterr().out == "torch.Size([2, 64])\n"
+
+
+def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
+    page = DOCS / "how-to/systemd.md"
+    [unit] = blocks(page, "ini")
+    [config] = blocks(page, "toml")
+    (tmp_path / "tesseract.toml").write_text(config)
+    serve = main.get_command(click.Context(main), "serve")
+    assert serve is not None
+    assert read_config(tmp_path / "tesseract.toml", serve)["port"] == 31337
+    assert check_shell(re.findall(r"^ExecStart=(.*)", unit, flags=re.M)[0]) == 1
+    verify = shutil.which("systemd-analyze")
+    if verify is None:
+        pytest.skip("systemd-analyze is not installed; the command line was checked")
+    file = tmp_path / "tesseract.service"
+    file.write_text(unit.replace("/opt/tesseract/bin/tesseract", "/bin/true"))
+    found = subprocess.run([verify, "verify", "--man=no", str(file)], capture_output=True, text=True)
+    said = [line for line in found.stderr.splitlines() if file.name in line]
+    assert said == [], found.stderr
+
+
+def test_the_container_file_starts_what_there_is() -> None:
+    [text] = blocks(DOCS / "how-to/container.md", "dockerfile")
+    steps = [line.partition(" ") for line in text.splitlines() if line and not line.startswith("#")]
+    known = "FROM RUN COPY USER WORKDIR VOLUME EXPOSE STOPSIGNAL ENTRYPOINT CMD".split()
+    assert all(step in known for step, _, _ in steps) and steps[0][0] == "FROM"
+    given = {step: rest for step, _, rest in steps}
+    check([*json.loads(given["ENTRYPOINT"]), *json.loads(given["CMD"])])
+    for _, _, rest in (step for step in steps if step[0] == "RUN"):
+        subprocess.run(["bash", "-n"], input=rest, text=True, check=True)
+    extras = (ROOT / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in extras for extra in re.findall(r"/src\[(\w+)\]", text))
+    assert (ROOT / "constraints.txt").exists() and "constraints.txt" in text
+
+
+def test_the_kubernetes_manifest_starts_what_there_is() -> None:
+    yaml = pytest.importorskip("yaml")
+    [text] = blocks(DOCS / "how-to/kubernetes.md", "yaml")
+    manifest = yaml.safe_load(text)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("apps/v1", "StatefulSet")
+    spec = manifest["spec"]
+    assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    [container] = spec["template"]["spec"]["containers"]
+    check(["tesseract", *container["args"]])
+    used = {name for word in container["args"] for name in re.findall(r"\$\((\w+)\)", word)}
+    assert used == {variable["name"] for variable in container["env"]}
+    claimed = {claim["metadata"]["name"] for claim in spec["volumeClaimTemplates"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == claimed
+    [dockerfile] = blocks(DOCS / "how-to/container.md", "dockerfile")
+    assert f"VOLUME {container['volumeMounts'][0]['mountPath']}" in dockerfile
+
+
+def test_the_slurm_script_starts_what_there_is() -> None:
+    [text] = blocks(DOCS / "how-to/slurm.md", "bash")
+    assert text.startswith("#!/bin/bash\n#SBATCH ")
+    assert check_shell(text) == 1
+
+
+# -- reference -------------------------------------------------------------------------------------------------------
 
 
 def test_pages_that_follow_from_the_code_are_whole() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    assert all(f"## tesseract {name}\n" in generate.commands() for name in COMMANDS)
-    assert "| `expert_calls` | counter | method | node |" in generate.metrics()
+    commands, configuration = generate.commands(), generate.configuration()
+    assert all(f"## tesseract {name}\n" in commands for name in COMMANDS)
+    assert "`--host`" in configuration and "TESSERACT_SERVE_HOST" in configuration
+    assert "tesseract_expert_calls_total` | counter | calls | `method` |" in generate.metrics()
+    assert "::: tesseract_async.runtime.backend.BackendSettings" in generate.settings()
+
+
+def test_each_metric_has_a_meaning_and_each_meaning_a_metric() -> None:
+    assert generate.counted().keys() == METRICS.keys()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(text_of(page) for page in (DOCS / "reference").glob("*.md")) + generate.settings()
+    listed = re.findall(r"^::: (tesseract_async[\w.]*)$", pages, flags=re.M)
+    for path in listed:
+        module, _, name = path.rpartition(".")
+        found = importlib.import_module(path) if name.islower() and _is_module(path) else _of(module, name)
+        assert found is not None, path
+    for name in ta.__all__:
+        home = getattr(ta, name)
+        path = home.__name__ if isinstance(home, ModuleType) else f"{home.__module__}.{home.__qualname__}"
+        assert path in listed, path
+        assert (home.__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def _is_module(path: str) -> bool:
+    return importlib.util.find_spec(path.rpartition(".")[0]) is not None and _find(path)
+
+
+def _find(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _of(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)], cwd=ROOT, check=True)
+    assert (tmp_path / "reference/python/index.html").exists()

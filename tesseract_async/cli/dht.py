@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
@@ -21,6 +23,7 @@ def command(
     identity: str | None,
     verbose: bool,
     leave_with_parent: bool,
+    **outside: Any,
 ) -> None:
     """Run a bootstrap node: a first address for others to join by.
 
@@ -39,6 +42,7 @@ def command(
             initial_peers=peers(initial_peers),
             announce=announce,
             public=public,
+            **outside_help(outside),
             identity=identity,
         )
         async with node, StatusService(node):

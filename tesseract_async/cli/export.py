@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging
 from tesseract_async.errors import describe
 
@@ -48,6 +48,7 @@ def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values
             initial_peers=peers(values["initial_peers"]),
             announce=values["announce"],
             public=values["public"],
+            **outside_help(values),
             identity=values["identity"],
         )
         async with node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -46,6 +46,24 @@ def node_options(command: Command) -> Command:
         click.option("--announce", metavar="HOST:PORT", help="What others should dial, if not what is listened on."),
         click.option("--public", is_flag=True, help="This is the first node of a swarm and can be reached by all."),
         click.option(
+            "--upnp",
+            is_flag=True,
+            help="Ask the router to let others in (pip install 'tesseract-async[upnp]').",
+        ),
+        click.option("--relay/--no-relay", default=True, show_default=True, help="Relay for others, where reachable."),
+        click.option(
+            "--stun-server",
+            "stun_servers",
+            multiple=True,
+            metavar="HOST:PORT",
+            help="Ask this one, too, how the internet sees this computer; may be given several times.",
+        ),
+        click.option(
+            "--turn-server",
+            metavar="USER:PASSWORD@HOST:PORT",
+            help="A TURN server for data channels that cannot be punched otherwise.",
+        ),
+        click.option(
             "--identity",
             type=click.Path(dir_okay=False),
             help="File with this node's key, made if missing. Without one, the node is a new one at each start.",
@@ -56,6 +74,32 @@ def node_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `TesseractNode` takes of the options about NATs. Raises: click.BadParameter."""
+    from tesseract_async.reach import ReachSettings
+    from tesseract_async.transport.base import split_host_port
+    from tesseract_async.transport.nat import NatSettings
+
+    nat = NatSettings()
+    try:
+        for server in values["stun_servers"]:
+            split_host_port(server)
+        if values["turn_server"] is not None:
+            from tesseract_async.transport.webrtc import WebrtcSettings
+
+            user, at, server = values["turn_server"].rpartition("@")
+            name, colon, password = user.partition(":")
+            split_host_port(server)
+            if not (at and colon and name):
+                raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
+            webrtc = WebrtcSettings(turn_server=f"turn:{server}", turn_username=name, turn_password=password)
+            nat = NatSettings(webrtc=webrtc)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--stun-server, --turn-server") from None
+    reach = ReachSettings(stun_servers=tuple(values["stun_servers"]), nat=nat)
+    return {"upnp": values["upnp"], "relay": values["relay"], "reach": reach}
 
 
 def peers(values: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
-from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
 from tesseract_async.cli.units import SECONDS
@@ -150,6 +150,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
                 "initial_peers": peers(values["initial_peers"]),
                 "announce": values["announce"],
                 "public": values["public"],
+                **outside_help(values),
                 "identity": identity,
             },
             leave_with_parent=values["leave_with_parent"],

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import node_options, peers
+from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 JOIN_TIMEOUT = 10.0
@@ -97,6 +97,7 @@ def command(name: str, **values: Any) -> None:
             initial_peers=peers(values["initial_peers"]),
             announce=values["announce"],
             public=values["public"],
+            **outside_help(values),
             identity=identity,
         )
         async with node:

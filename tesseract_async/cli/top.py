@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 MAX_COLUMNS = 64
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
@@ -32,7 +34,7 @@ def command(
     once: bool,
     as_json: bool,
 ) -> None:
-    """Show the swarm live in the terminal: experts on their grids, their servers, load, steps, what happened.
+    """Show the swarm live in the terminal: experts on their grids, versions, load, servers and paths, what happened.
 
     PATTERNS say which grids to show, such as 'ffn.[0:16].[0:16]'; without any, what the servers nearby host is shown.
     """
@@ -82,7 +84,6 @@ def command(
 def draw(state: dict[str, Any]) -> RenderableType:
     """One frame of what `SwarmObserver.state` says."""
     from rich.console import Group
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -90,56 +91,112 @@ def draw(state: dict[str, Any]) -> RenderableType:
     head = Text.assemble(
         ("tesseract top", "bold"),
         f"   {totals.get('experts', 0):.0f} experts on {totals.get('servers', 0):.0f} servers"
-        f"   {totals.get('rows_per_second', 0):,.0f} rows/s   {totals.get('steps_per_second', 0):,.1f} steps/s",
+        f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
+        f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
         f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
     )
     parts: list[RenderableType] = [head]
     for grid in state["grids"]:
-        parts += [Text(), Text(f"{grid['prefix']}  {'x'.join(map(str, grid['size']))}", style="bold"), _draw_grid(grid)]
+        parts += [Text(), _describe_grid(grid), _draw_grid(grid, state["peers"])]
     if not state["grids"]:
-        parts += [Text(), Text("No server is known yet.", style="dim")]
+        parts += [
+            Text(),
+            Text("No server is known yet. Start one:"),
+            Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
+        ]
+        return Group(*parts)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("peer", "path", "round trip", "experts", "rows/s", "steps/s", "load", "waiting"):
-        table.add_column(column, justify="left" if column in ("peer", "path") else "right", style=None)
-    for number, peer in enumerate(state["peers"]):
+    for column in (
+        "peer",
+        "path",
+        "round trip",
+        "experts",
+        "calls/s",
+        "rows/s",
+        "steps/s",
+        "load",
+        "waiting",
+        "answered",
+    ):
+        left = column in ("peer", "path")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "path", overflow="fold")
+    for peer in state["peers"]:
         waiting = peer["waiting_rows"]
         table.add_row(
-            f"[{COLOURS[number % len(COLOURS)]}]{peer['short']}[/]",
-            escape(peer["error"] or peer["path"] or "-"),
+            Text(peer["short"], style=_colour(peer)),
+            Text(peer["error"] or peer["path"] or "-"),
             "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
             str(peer["num_experts"]),
+            f"{peer['calls_per_second']:,.1f}",
             f"{peer['rows_per_second']:,.0f}",
             f"{peer['steps_per_second']:,.1f}",
             f"{peer['busy']:.0%}",
             "-" if waiting is None else str(waiting),
+            "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
             style="red" if peer["error"] else None,
         )
-    log = Text("\n".join(sentence for _, sentence in state["log"][-8:]), style="dim")
-    return Group(*parts, Text(), table, Text(), log)
+    parts += [Text(), table]
+    trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
+    if trainers:
+        parts += [Text(), Text("\n".join(trainers[:8]))]
+    lines = [f"{_clock(when)}  {sentence}" for when, sentence, _ in state["log"][-8:]]
+    return Group(*parts, Text(), Text("\n".join(lines), style="dim"))
 
 
-def _draw_grid(grid: dict[str, Any]) -> RenderableType:
+def _clock(when: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(when))
+
+
+def _colour(peer: dict[str, Any]) -> str:
+    return COLOURS[peer["number"] % len(COLOURS)]
+
+
+def _describe_grid(grid: dict[str, Any]) -> Text:
+    """``ffn  4x4  16 alive, versions 10 to 12, ...``: what the signs below do not say."""
+    from rich.text import Text
+
+    facts = [f"{len(grid['experts'])} alive"]
+    facts += [f"{len(grid['lost'])} lost"] if grid["lost"] else []
+    versions = [version for _, _, _, version, *_ in grid["experts"] if version is not None]
+    if versions:
+        low, high = min(versions), max(versions)
+        facts.append(f"version {low}" if low == high else f"versions {low} to {high}")
+    replicas = [number for _, _, number, *_ in grid["experts"]]
+    if max(replicas, default=1) > 1:
+        facts.append(f"{sum(replicas)} replicas, the slowest {max(cell[5] for cell in grid['experts'])} steps behind")
+    size = "x".join(map(str, grid["size"]))
+    return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
+
+
+def _draw_grid(grid: dict[str, Any], peers: list[dict[str, Any]]) -> RenderableType:
     from rich.text import Text
 
     size = grid["size"]
     rows, columns = (size[0], 1) if len(size) > 1 else (1, size[0])
     for one in size[1:]:
         columns *= one
-    cells: dict[tuple[int, int], int] = {}
-    for coords, host, *_ in grid["experts"]:
+
+    def place(coords: list[int]) -> tuple[int, int]:
         row, column = (coords[0], 0) if len(size) > 1 else (0, coords[0])
         for dimension, at in list(enumerate(coords))[1:]:
             column = column * size[dimension] + at
-        cells[(row, column)] = host
+        return row, column
+
+    # different signs, not colours alone: terminals and eyes differ
+    signs: dict[tuple[int, int], tuple[str, str]] = {place(coords): ("x", "red") for coords in grid["lost"]}
+    for coords, host, *_ in grid["experts"]:
+        peer = peers[host] if 0 <= host < len(peers) else None
+        silent = peer is not None and peer["error"]
+        signs[place(coords)] = ("○", "red") if silent else ("●", "white" if peer is None else _colour(peer))
     sheet = Text()
     # large grids: as many experts as fit, and a word about the rest
     for row in range(min(rows, MAX_COLUMNS)):
         for column in range(min(columns, MAX_COLUMNS)):
-            host = cells.get((row, column))
-            sheet.append("·" if host is None else "●", style="dim" if host is None else COLOURS[host % len(COLOURS)])
+            sign, style = signs.get((row, column), ("·", "dim"))
+            sheet.append(sign, style=style)
             sheet.append(" " if columns <= MAX_COLUMNS // 2 else "")
         sheet.append("\n")
     if rows > MAX_COLUMNS or columns > MAX_COLUMNS:
-        sheet.append(f"(the first {MAX_COLUMNS} of each direction; {len(cells)} live in all)\n", style="dim")
-    sheet.rstrip()
+        sheet.append(f"(the first {MAX_COLUMNS} of each direction; {len(grid['experts'])} live in all)\n", style="dim")
+    sheet.append("● alive  ○ its server does not answer  x lost  · nobody yet", style="dim")
     return sheet

@@ -6,6 +6,7 @@ is treated like one that is down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,12 @@ class ExpertSchema:
     def inputs(self) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
         """Positional and keyword arguments as one structure."""
         return (self.args, self.kwargs)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's inputs and outputs together, uncompressed."""
+        specs = [*flatten(self.inputs), *flatten(self.outputs)]
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
 
     @classmethod
     def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:

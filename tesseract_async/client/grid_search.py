@@ -22,6 +22,7 @@ from tesseract_async.errors import NotEnoughExperts, TesseractError
 _NUM_WITNESSES = 3
 _MAX_STRIKES = 3
 _SMOOTHING = 0.2
+_SEARCH_AGAIN_SECONDS = 1.0
 
 
 class FoundView:
@@ -48,7 +49,8 @@ class GridSearch(Shared):
         self._experts: dict[tuple[int, ...], RemoteExpert] = {}
         self._in_view: tuple[View, npt.NDArray[np.object_]] | None = None
         self._strikes: Counter[tuple[int, ...]] = Counter()
-        self._seconds: dict[tuple[int, ...], float] = {}
+        self._seconds: dict[tuple[int, ...], float] = {}  # beyond the way there and back
+        self._num_bytes = 0.0  # of one forward to one expert, both ways
 
     # ------------------------------------------------------------------------------------------------ who lives
 
@@ -56,10 +58,12 @@ class GridSearch(Shared):
         """The live experts: all of them, as soon as the directory knows them.
 
         While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
-        `beam` there is only the search, for grids too large to hold.
+        `beam` there is only the search, for grids too large to hold. While nobody lives, somebody is waited for; in the
+        end the view is empty.
 
-        Raises: NotEnoughExperts if the directory could not be read in time, or nobody lives.
+        Raises: NotEnoughExperts if the directory could not be read in time.
         """
+        deadline = asyncio.get_running_loop().time() + self._timeout
         directory = self.node.directory
         if not beam:
             view: View | None = directory.live(self.prefix)
@@ -70,8 +74,17 @@ class GridSearch(Shared):
                 view = await self._first_view(scores_RS)
         else:
             view = await self._search(scores_RS)
-        if len(scores_RS) and not len(view.coords):
-            raise NotEnoughExperts(1, len(scores_RS), {})
+        try:
+            async with asyncio.timeout_at(deadline):
+                while len(scores_RS) and not len(view.coords):
+                    if beam:
+                        await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
+                        view = await self._search(scores_RS)
+                    else:
+                        await directory.wait_alive(self.prefix)
+                        view = directory.live(self.prefix)
+        except TimeoutError:
+            pass
         return view
 
     async def _first_view(self, scores_RS: torch.Tensor) -> View:
@@ -145,8 +158,10 @@ class GridSearch(Shared):
     async def schema(self, scores_RS: torch.Tensor, view: View) -> ExpertSchema:
         """What the experts of this grid take and give: the word of most of the first few that answer.
 
-        Raises: NotEnoughExperts if nobody answers in time.
+        Raises: NotEnoughExperts if nobody answers in time, or nobody lives who could.
         """
+        if self._schema is None and not len(view.coords):
+            raise NotEnoughExperts(1, len(scores_RS), {})
         if self._schema is None:
             self._asking = self._asking or asyncio.Lock()
             async with self._asking:
@@ -198,15 +213,28 @@ class GridSearch(Shared):
         """What to add to the live experts' scores: ``-weight`` for every second that each is expected to take."""
         if not weight:
             return None
-        seconds = [self._seconds.get(tuple(coords), 0.0) for coords in view.coords.tolist()]
+        ways: dict[Any, float] = {}  # many experts share a peer
+
+        def way(replica: Any) -> float:
+            if replica.peer not in ways:
+                ways[replica.peer] = self.path_seconds(replica, self._num_bytes)
+            return ways[replica.peer]
+
+        seconds = [
+            self._seconds.get(coords, 0.0) + min(map(way, view.replicas[coords]))
+            for coords in map(tuple, view.coords.tolist())
+        ]
         return torch.tensor(seconds) * -weight
 
     def learn(self, call: MixtureCall, view: View) -> None:
         """Takes in how a forward went: latencies, and experts that never answer, which are masked in the end."""
-        for expert, seconds in call.seconds.items():
-            coords = tuple(view.coords[expert].tolist())
-            known = self._seconds.get(coords, seconds)
-            self._seconds[coords] = known + _SMOOTHING * (seconds - known)
+        for part in (*call.answered, *call.given_up):
+            coords = tuple(view.coords[part.expert].tolist())
+            way = min(self.path_seconds(replica, part.num_bytes) for replica in part.replicas)
+            beyond = max(0.0, call.seconds[part.expert] - way)
+            known = self._seconds.get(coords, beyond)
+            self._seconds[coords] = known + _SMOOTHING * (beyond - known)
+            self._num_bytes += _SMOOTHING * (part.num_bytes - self._num_bytes)
         for part in call.answered:
             self._strikes.pop(tuple(view.coords[part.expert].tolist()), None)
         for part in call.given_up:

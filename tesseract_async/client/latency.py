@@ -1,4 +1,9 @@
-"""How fast replicas have answered: what choosing among them, hedging and latency-aware gating go by. Pure."""
+"""How fast replicas have answered: what choosing among them, hedging and latency-aware gating go by. Pure.
+
+What a call is expected to take is the way there and back (`path_seconds`: round trip and bytes over bandwidth, of the
+path in use *now*) and what it took beyond that so far: the server's queue and its work. So a replica whose path gets
+better or worse is judged anew before it is called.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +14,64 @@ _WINDOW = 64
 _MIN_FOR_QUANTILE = 8
 _SMOOTHING = 0.2
 _MAX_KEYS = 65_536
+MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
+_PATIENCE_MARGIN = 1.4
+_MIN_FOR_PATIENCE = 32
+_RELEARN_EVERY = 16
+
+
+def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
+    """Seconds for `num_bytes` over a path, as ``Node.path`` tells it: 0.0 where nothing is known of it."""
+    if path is None:
+        return 0.0
+    round_trip, bytes_per_second = path
+    return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
 
 class _Record:
-    __slots__ = ("expected", "recent", "blocked_until")
+    __slots__ = ("beyond_path", "recent", "blocked_until")
 
     def __init__(self) -> None:
-        self.expected: float | None = None
+        self.beyond_path: float | None = None
         self.recent: deque[float] = deque(maxlen=_WINDOW)
         self.blocked_until = 0.0
+
+
+class Lateness:
+    """How far answers scatter around what was expected of them: after what share beyond that one counts as hanging.
+
+    Learnt from the latest answers, those that were given up included, with what they had taken by then: nine in ten
+    would have been within it. So servers that answer evenly are given up soon, and one that computes many experts one
+    after another is left its time.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=4 * _WINDOW)
+        self._num_new = 0
+        self._patience = MAX_PATIENCE
+
+    def observe(self, seconds: float, expected: float) -> None:
+        """An answer took so long, or had taken it when it was given up, where `expected` was usual."""
+        self._recent.append(seconds / max(expected, 1e-9))
+        self._num_new += 1
+        if self._num_new >= _RELEARN_EVERY and len(self._recent) >= _MIN_FOR_PATIENCE:
+            self._num_new = 0
+            ordered = sorted(self._recent)
+            learnt = _PATIENCE_MARGIN * ordered[int(0.9 * (len(ordered) - 1))] - 1
+            self._patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learnt))
+
+    @property
+    def patience(self) -> float:
+        """The share beyond what is expected, between `MIN_PATIENCE` and `MAX_PATIENCE`, which it is at first."""
+        return self._patience
 
 
 class LatencyBook:
     """Seconds that calls took, by replica. They include the server's queue: that is the point."""
 
     def __init__(self) -> None:
+        self.lateness = {"forward": Lateness(), "backward": Lateness()}
+        """Of the calls of all mixtures together."""
         self._records: dict[Hashable, _Record] = {}
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
@@ -34,25 +82,26 @@ class LatencyBook:
             del self._records[next(iter(self._records))]
         return record
 
-    def observe(self, key: Hashable, seconds: float) -> None:
-        """A call to `key` took this long, or had taken it when it was given up."""
+    def observe(self, key: Hashable, seconds: float, *, path: float = 0.0) -> None:
+        """A call to `key` took this long, or had taken it when it was given up; `path` seconds of it on the way."""
         record = self._record(key)
         record.recent.append(seconds)
         self._all.append(seconds)
-        if record.expected is None:
-            record.expected = seconds
+        beyond = max(0.0, seconds - path)
+        if record.beyond_path is None:
+            record.beyond_path = beyond
         else:
-            record.expected += _SMOOTHING * (seconds - record.expected)
+            record.beyond_path += _SMOOTHING * (beyond - record.beyond_path)
 
     def block(self, key: Hashable, until: float) -> None:
         """`key` asked not to be called before `until` (the loop's time)."""
         record = self._record(key)
         record.blocked_until = max(record.blocked_until, until)
 
-    def expected(self, key: Hashable) -> float | None:
-        """Seconds that a call to `key` is expected to take; None if it was never called."""
+    def expected(self, key: Hashable, *, path: float = 0.0) -> float | None:
+        """Seconds that a call to `key` is expected to take, `path` of them on the way; None if it was never called."""
         record = self._records.get(key)
-        return None if record is None else record.expected
+        return None if record is None or record.beyond_path is None else path + record.beyond_path
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
         """Whether `block` still holds."""

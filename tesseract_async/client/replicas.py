@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
-from tesseract_async.client.latency import LatencyBook
+from tesseract_async.client.latency import LatencyBook, path_seconds
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.errors import (
     ConnectionLost,
@@ -48,17 +48,26 @@ class Shared:
         self.latencies = _books.setdefault(self.node, LatencyBook())
 
     def check(self) -> None:
-        """Raises: RuntimeError if no call can be made from here, before a coroutine is made in vain."""
+        """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
         if self._plain is not None:
             self._plain.check()
+        self.node.check_running()
 
     def deliver(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """What a module's call returns: the coroutine, to be awaited, or its result where calls are plain."""
         return coroutine if self._plain is None else self._plain.run(coroutine)
 
-    def expected(self, replicas: Sequence[Any]) -> float | None:
+    def path_seconds(self, replica: Any, num_bytes: float) -> float:
+        """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
+        return path_seconds(self.node.path(replica.peer), num_bytes)
+
+    def expected(self, replicas: Sequence[Any], *, num_bytes: float = 0) -> float | None:
         """Seconds that a forward to the fastest of `replicas` is expected to take; None if none was ever called."""
-        known = [seconds for r in replicas if (seconds := self.latencies.expected(_key(r))) is not None]
+        known = [
+            seconds
+            for r in replicas
+            if (seconds := self.latencies.expected(_key(r), path=self.path_seconds(r, num_bytes))) is not None
+        ]
         return min(known, default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -66,21 +75,27 @@ class Shared:
 
 
 async def ask_best(
-    shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], *, timeout: float, observed: bool = True
+    shared: Shared,
+    replicas: Sequence[Any],
+    attempt: Attempt[T],
+    *,
+    timeout: float,
+    observed: bool = True,
+    num_bytes: float = 0,
 ) -> T:
     """Asks the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
 
     The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
-    directory. How long it took is remembered if `observed`.
+    directory. How long it took is remembered if `observed`. `num_bytes` travel, both ways together.
 
     Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
     TimeoutError.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
-    queue = _by_expectation(shared.latencies, replicas, loop.time())
+    queue = _by_expectation(shared, replicas, loop.time(), num_bytes)
     if len(queue) == 1:
-        return await _ask(shared, queue[0], attempt, timeout, observed=observed)
+        return await _ask(shared, queue[0], attempt, timeout, observed=observed, num_bytes=num_bytes)
     tasks: dict[asyncio.Task[T], Any] = {}
     first_error: BaseException | None = None
     try:
@@ -92,7 +107,7 @@ async def ask_best(
             if queue:
                 # one more under way than before: at the start, after a failure, or because the last one is slow
                 replica = queue.pop(0)
-                asking = _ask(shared, replica, attempt, deadline - now, observed=observed)
+                asking = _ask(shared, replica, attempt, deadline - now, observed=observed, num_bytes=num_bytes)
                 tasks[loop.create_task(asking)] = replica
                 p95 = shared.latencies.p95(_key(replica))
                 if queue and p95 is not None:
@@ -157,7 +172,9 @@ async def ask_primary(
     raise first_error or TimeoutError(f"no answer within {timeout} s")
 
 
-async def _ask(shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool) -> T:
+async def _ask(
+    shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool, num_bytes: float = 0
+) -> T:
     loop = asyncio.get_running_loop()
     start = loop.time()
     try:
@@ -170,11 +187,13 @@ async def _ask(shared: Shared, replica: Any, attempt: Attempt[T], timeout: float
         shared.latencies.block(_key(replica), loop.time() + max(error.retry_after, _BLOCK_SECONDS))
         raise
     except asyncio.CancelledError:
-        if observed and loop.time() - start > (shared.latencies.expected(_key(replica)) or 0.0):
-            shared.latencies.observe(_key(replica), loop.time() - start)  # a loser took at least this long
+        path = shared.path_seconds(replica, num_bytes)
+        if observed and loop.time() - start > (shared.latencies.expected(_key(replica), path=path) or 0.0):
+            shared.latencies.observe(_key(replica), loop.time() - start, path=path)  # a loser took at least this long
         raise
     if observed:
-        shared.latencies.observe(_key(replica), loop.time() - start)
+        path = shared.path_seconds(replica, num_bytes)
+        shared.latencies.observe(_key(replica), loop.time() - start, path=path)
     return result
 
 
@@ -187,11 +206,18 @@ def _may_be_repeated_elsewhere(error: BaseException) -> bool:
     return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
 
 
-def _by_expectation(book: LatencyBook, replicas: Sequence[Any], now: float) -> list[Any]:
-    """Those not blocked first, then the fastest; unknown ones before known ones, so that they get known."""
+def _by_expectation(shared: Shared, replicas: Sequence[Any], now: float, num_bytes: float) -> list[Any]:
+    """Those not blocked first, then the fastest; of unknown ones no queue is assumed, so that they get known."""
     if len(replicas) < 2:
         return list(replicas)
-    return sorted(replicas, key=lambda r: (book.is_blocked(_key(r), now), book.expected(_key(r)) or 0.0))
+    book = shared.latencies
+
+    def order(replica: Any) -> tuple[bool, float]:
+        key, path = _key(replica), shared.path_seconds(replica, num_bytes)
+        expected = book.expected(key, path=path)
+        return book.is_blocked(key, now), path if expected is None else expected
+
+    return sorted(replicas, key=order)
 
 
 async def cancel_all(tasks: Collection[asyncio.Task[Any]]) -> None:

@@ -94,6 +94,8 @@ class Connection:
         self.session = hello.session
         self.dialled = dialled
         """Where this end dialled, or None if the peer did."""
+        self.known = dialled
+        """Where calls say that the peer is, which may have changed since."""
         self.path = path
         self.origin = origin
         self.retired = False

@@ -113,7 +113,7 @@ class Dialler:
         if wait > 0:
             await asyncio.sleep(wait)
         try:
-            connection = await self.connect_through(peer, self._paths(peer, bulk=False))
+            connection = await self.connect_through(peer, self.paths(peer))
         except PeerUnreachable:
             self._pool.dial_failed(key, loop.time())
             raise
@@ -157,11 +157,12 @@ class Dialler:
             )
             return True
 
-        opened, errors = await self._race(peer, self._paths(peer, bulk=True), attempt)
+        opened, errors = await self._race(peer, self.paths(peer, bulk=True), attempt)
         if not opened:
             raise PeerUnreachable(peer.short, errors)
 
-    def _paths(self, peer: PeerAddress, *, bulk: bool) -> list[Path]:
+    def paths(self, peer: PeerAddress, *, bulk: bool = False) -> list[Path]:
+        """All ways to `peer` that the transports know."""
         return [path for transport in self._transports for path in transport.paths(peer, bulk=bulk)]
 
     async def _race(

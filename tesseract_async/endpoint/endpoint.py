@@ -95,6 +95,8 @@ class Endpoint:
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.on_peer_known: Callable[[PeerAddress], None] | None = None
+        """Called when a call names its peer at other addresses than those where the peer was dialled."""
 
     # ---- life
 
@@ -202,6 +204,8 @@ class Endpoint:
             connection = self._pool.find(peer)
             if connection is None:
                 connection = await self._dialler.connect(peer, deadline=deadline, what=method)
+            elif peer is not connection.known and connection.known is not None:
+                self._peer_known(connection, peer)
             left = max(deadline - loop.time(), 0.001)
             head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
             try:
@@ -214,6 +218,11 @@ class Endpoint:
                     raise
                 self.metrics.count("endpoint_calls_repeated")
             await asyncio.sleep(wait)
+
+    def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
+        if peer != connection.known and peer.peer_id is not None and self.on_peer_known is not None:
+            self.on_peer_known(peer)
+        connection.known = peer
 
     # ---- connections
 
@@ -229,13 +238,29 @@ class Endpoint:
         """Whether a connection to this peer is open, whoever dialled it."""
         return self._pool.find(PeerAddress(peer_id, ())) is not None
 
-    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path]) -> None:
-        """Opens another connection to `peer` over one of `paths`. Later calls use it; those under way stay.
+    def path(self, peer: PeerAddress) -> tuple[float, float] | None:
+        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
+        take; None where there is none, or nothing was measured."""
+        connection = self._pool.find(peer)
+        if connection is None or connection.rtt is None:
+            return None
+        return connection.rtt, connection.bytes_per_second
+
+    def path_kind(self, peer_id: PeerID) -> str:
+        """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
+        connection = self._pool.find(PeerAddress(peer_id, ()))
+        if connection is None or connection.dialled is None:
+            return ""
+        return connection.path.partition(" ")[0]
+
+    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path] | None = None) -> None:
+        """Opens another connection to `peer` over one of `paths`, or of all that its addresses allow. Later calls use
+        it; those under way stay, and what this end opened before is closed after them.
 
         Raises: PeerUnreachable.
         """
         old = [c for c in self._pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
-        await self._dialler.connect_through(peer, paths)
+        await self._dialler.connect_through(peer, self._dialler.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
 

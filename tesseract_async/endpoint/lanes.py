@@ -12,7 +12,9 @@ from tesseract_async.wire import frames
 MAIN: Final = 0
 BULK: Final = 1
 CHUNK_BYTES: Final = (256 * 1024, 512 * 1024)
-"""Payload of one chunk on the main and on the bulk lane: on main, small messages wait for it."""
+"""Payload of one chunk on the main and on the bulk lane, at most: on main, small messages wait for it."""
+SMALLEST_CHUNK: Final = 16 * 1024
+"""Payload of one chunk on the slowest way."""
 
 MAX_JOINED: Final = 256 * 1024
 """Bytes of small frames that are sent at once."""
@@ -69,8 +71,12 @@ class Lane:
         self.small: list[bytes] = []
         self.small_bytes = 0
         self.large: deque[Sending] = deque()
-        self.moved = 0.0  # when bytes last came in, or chunks went out
+        self.moved = 0.0  # when bytes last came in here or at the other end
         self.pinged = False
+        self.bytes_received = 0
+        self._chunk_bytes = CHUNK_BYTES[index]
+        self._chunk_at = 0.0
+        self._chunks_follow = False
         self.chunk_finished = chunk_finished
         self._handlers = handlers
         self._chunk_started = chunk_started
@@ -118,18 +124,28 @@ class Lane:
                 out.append(self._take_small(MAX_JOINED))
             room = 0 if self.small else room
         if self.large and room > 0:
-            self.moved = now
+            self._fit_chunks(now)
         while self.large and room > 0:
             sending = self.large[0]
             if len(self.large) > 1:
                 sending = max(self.large, key=lambda item: item.priority)
                 self.large.remove(sending)
                 self.large.append(sending)
-            room -= sending.next_chunk(CHUNK_BYTES[self.index], out)
+            room -= sending.next_chunk(self._chunk_bytes, out)
             if not sending.left:
                 self.large.remove(sending)
                 sent(sending)
+        self._chunks_follow = bool(self.large)
         return out
+
+    def _fit_chunks(self, now: float) -> None:
+        """Chunks of about a second at most: on a slow way, what is urgent stands behind them."""
+        if self._chunks_follow:
+            if now - self._chunk_at > 1.0:
+                self._chunk_bytes = max(SMALLEST_CHUNK, self._chunk_bytes // 2)
+            elif now - self._chunk_at < 0.25:
+                self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
+        self._chunk_at = now
 
     def _take_small(self, limit: int) -> bytes:
         """The oldest small frames, together not much more than `limit` bytes."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import frames
+
+DATA_BYTES: Final = 128
+"""What is more than pings and their answers within the times that are judged here."""
 
 
 class Liveness:
@@ -16,6 +20,8 @@ class Liveness:
     def __init__(self, peer: str, lanes: Sequence[Lane], *, settings: ProtocolSettings, now: float) -> None:
         self.rtt: float | None = None
         """Seconds for a ping and its answer, smoothed; None until the first one came."""
+        self.confirmed = now
+        """All that left on the main lane before this time has arrived: a ping that left then was answered."""
         self.num_on_bulk = 0
         """Calls that use the bulk lane: only then it is judged."""
         self._peer = peer
@@ -25,21 +31,34 @@ class Liveness:
         self._main_heard = now
         self._pinged = False
         self._pinged_at: float | None = None  # when a ping left whose answer is still to come
+        self._told_at = now  # when the peer was last told what came in ...
+        self._untold = 0  # ... and the bytes since then
+        self._bulk_in = 0  # bytes of the bulk lane that came in since it last counted as moving ...
+        self._bulk_out = 0  # ... and of what we sent, those that had come in there by then
 
-    def received(self, now: float, lane: int) -> None:
+    def received(self, count: int, now: float, lane: int) -> None:
         """Bytes came in on this lane; any of them counts as life."""
         self._heard = now
+        self._untold += count
+        self._lanes[lane].bytes_received += count
         if lane == MAIN:
             self._main_heard = now
             self._pinged = False
         else:
-            self._lanes[BULK].moved = now
-            self._lanes[BULK].pinged = False
+            self._bulk_in += count
+            if self._bulk_in >= DATA_BYTES:
+                self.bulk_moved(now)
+
+    def bulk_moved(self, now: float) -> None:
+        """The bulk lane lives: data moved on it, or a ping was answered. Pings alone prove one direction only."""
+        self._bulk_in = 0
+        self._lanes[BULK].moved = now
+        self._lanes[BULK].pinged = False
 
     def bulk_used(self, now: float) -> None:
         """One more call uses the bulk lane."""
         if not self.num_on_bulk:
-            self._lanes[BULK].moved = now
+            self.bulk_moved(now)
         self.num_on_bulk += 1
 
     def send_ping(self, now: float) -> None:
@@ -48,11 +67,22 @@ class Liveness:
             self._pinged_at = now
             self._lanes[MAIN].put(frames.frame(frames.PING))
 
-    def answered(self, now: float) -> None:
-        """A PONG came on the main lane."""
-        if self._pinged_at is not None:
+    def send_pong(self, now: float, *, flags: int = 0) -> None:
+        """Answers, or reports, with how much has come in on the bulk lane."""
+        self._told_at = now
+        self._untold = 0
+        count = self._lanes[BULK].bytes_received
+        self._lanes[MAIN].put(frames.frame(frames.PONG, flags=flags, stream=count))
+
+    def pong_received(self, bulk_bytes: int, now: float, *, answer: bool) -> None:
+        """A PONG came on the main lane: the peer has received so many bytes on the bulk lane."""
+        if bulk_bytes >= self._bulk_out + DATA_BYTES:
+            # on a slow way bytes leave this machine long after they were sent: they count when they arrive
+            self._bulk_out = bulk_bytes
+            self.bulk_moved(now)
+        if answer and self._pinged_at is not None:
             measured = now - self._pinged_at
-            self._pinged_at = None
+            self.confirmed, self._pinged_at = self._pinged_at, None
             self.rtt = measured if self.rtt is None else 0.875 * self.rtt + 0.125 * measured  # RFC 6298, 2.3
 
     def timer_at(self) -> float:
@@ -62,6 +92,8 @@ class Liveness:
             due = min(self._heard + settings.dead_after, self._main_heard + settings.stall_after)
         else:
             due = self._main_heard + settings.ping_after
+        if self._untold >= DATA_BYTES:
+            due = min(due, self._told_at + settings.ping_after)
         if self.num_on_bulk:
             bulk = self._lanes[BULK]
             due = min(due, bulk.moved + settings.stall_after * (1.0 if bulk.pinged else 0.5))
@@ -72,6 +104,9 @@ class Liveness:
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
+        if self._untold >= DATA_BYTES and now - self._told_at >= self._settings.ping_after:
+            # whoever sends a large message over a slow way hears nothing else for long
+            self.send_pong(now, flags=frames.REPORT)
         if self.num_on_bulk:
             self._check_bulk(now, late)
         return self._check_main(now, late)
@@ -87,7 +122,6 @@ class Liveness:
             self._heard = self._main_heard = now - settings.ping_after
         elif main_silent >= settings.ping_after and not self._pinged:
             self._pinged = True
-            self._pinged_at = None
             self.send_ping(now)
             return True
         return False

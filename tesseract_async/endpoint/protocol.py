@@ -28,7 +28,7 @@ from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
-from tesseract_async.endpoint.under_way import Deadlines, Incoming, Outgoing
+from tesseract_async.endpoint.under_way import Arrival, Deadlines, Incoming, Outgoing, find_stalled
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError, RemoteError
 from tesseract_async.wire import calls, frames
@@ -199,6 +199,8 @@ class ConnectionProtocol:
         if call.sent:
             self._num_sent -= 1
         self.lanes[call.lane].drop(call.sending)
+        if call.arrival is not None:
+            call.arrival.give_up()
         for reservation in (call.room, call.reply_held):
             if reservation is not None:
                 reservation.release()
@@ -249,7 +251,7 @@ class ConnectionProtocol:
         """
         if self._pong_due and lane == MAIN:
             self._pong_due = False
-            self.lanes[MAIN].put(frames.frame(frames.PONG))
+            self.life.send_pong(self._now)
         return self.lanes[lane].data_to_send(room, self._now, self._message_sent)
 
     def _message_sent(self, sending: Sending) -> None:
@@ -324,6 +326,8 @@ class ConnectionProtocol:
             self._meter.end()
         self.life.num_on_bulk -= call.on_bulk
         self.lanes[call.lane].drop(call.sending)
+        if call.arrival is not None:
+            call.arrival.give_up()
         if call.held is not None:
             call.held.release()
         if call.standing:
@@ -334,7 +338,7 @@ class ConnectionProtocol:
     def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
         """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
         self._now = now
-        self.life.received(now, lane)
+        self.life.received(count, now, lane)
 
     @property
     def has_events(self) -> bool:
@@ -353,7 +357,7 @@ class ConnectionProtocol:
         if len(self._incoming) >= 2 * self.settings.max_calls:
             raise ProtocolError(f"more than {self.settings.max_calls} calls at once")
         self._last_seen = max(self._last_seen, stream)
-        call = self._incoming[stream] = Incoming(lane, self._now)
+        call = self._incoming[stream] = Incoming(lane)
         self._note_bulk(call, lane)
         return call
 
@@ -416,14 +420,13 @@ class ConnectionProtocol:
         if self._meter is not None and not self._within_quota(stream, call, size):
             return  # chunks that are on their way are skipped
         if flags == frames.ROOM_STANDING:
-            call.assembly = frames.Assembly(head_bytes, sizes)
+            call.arrival = self._arrival(lane, head_bytes, sizes)
         elif flags == frames.ROOM_ASKED:
             self.windows.open()
 
             def granted() -> None:
                 if self._incoming.get(stream) is call:
-                    call.progress = self._now
-                    call.assembly = frames.Assembly(head_bytes, sizes)
+                    call.arrival = self._arrival(lane, head_bytes, sizes, granted=True)
                     self.lanes[MAIN].put(frames.frame(frames.GRANT_REQUEST, stream=stream))
                     self._wake()
 
@@ -448,21 +451,21 @@ class ConnectionProtocol:
             return  # cancelled or expired meanwhile: its chunks are skipped, or never asked for
         self._check_sent(call)
         self._note_bulk(call, lane)
-        if call.assembly is not None or call.reply_held is not None or size > call.head.max_reply:
+        if call.arrival is not None or call.reply_held is not None or size > call.head.max_reply:
             raise ProtocolError("a second or too large reply")
         if flags == frames.ROOM_RESERVED:
             if call.room is None or size > call.room.size:
                 raise ProtocolError("a reply is larger than the room reserved for it")
-            call.assembly = frames.Assembly(head_bytes, sizes)
+            call.arrival = self._arrival(lane, head_bytes, sizes)
         elif flags == frames.ROOM_STANDING:
             call.standing = size
-            call.assembly = frames.Assembly(head_bytes, sizes)
+            call.arrival = self._arrival(lane, head_bytes, sizes)
         elif flags == frames.ROOM_ASKED:
             self.windows.open()
 
             def granted() -> None:
                 if self._outgoing.get(stream) is call:
-                    call.assembly = frames.Assembly(head_bytes, sizes)
+                    call.arrival = self._arrival(lane, head_bytes, sizes, granted=True)
                     self.lanes[MAIN].put(frames.frame(frames.GRANT_REPLY, stream=stream))
                     self._wake()
 
@@ -476,6 +479,9 @@ class ConnectionProtocol:
         else:
             raise ProtocolError("malformed BEGIN")
 
+    def _arrival(self, lane: int, head_bytes: int, sizes: Sequence[int], *, granted: bool = False) -> Arrival:
+        return Arrival(frames.Assembly(head_bytes, sizes), self.lanes[lane], self._now, granted=granted)
+
     def _sizes(self, payload: memoryview) -> tuple[int, tuple[int, ...], int]:
         head_bytes, sizes, read = frames.decode_table(payload)
         size = frames.message_bytes(head_bytes, sizes)
@@ -488,31 +494,33 @@ class ConnectionProtocol:
     def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
         call: Incoming | Outgoing | None
         call = self._incoming.get(stream) if kind == frames.CHUNK_REQUEST else self._outgoing.get(stream)
-        if call is None or call.assembly is None:
+        if call is None or call.arrival is None:
             return None  # cancelled or expired meanwhile
-        if length > call.assembly.left:
+        assembly = call.arrival.assembly
+        if length > assembly.left:
             raise ProtocolError("a message has more bytes than it announced")
-        if length < frames.MIN_CHUNK and length != call.assembly.left:
+        if length < frames.MIN_CHUNK and length != assembly.left:
             raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
-        return call.assembly
+        return assembly
 
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
         if self.windows.measure(length, self._now, self.life.rtt):
             self.life.send_ping(self._now)
         if kind == frames.CHUNK_REQUEST:
             incoming = self._incoming.get(stream)
-            if incoming is None or incoming.assembly is None:
+            if incoming is None or incoming.arrival is None:
                 return
-            incoming.progress = self._now
-            assembly = incoming.assembly
+            incoming.arrival.look(self._now)
+            assembly = incoming.arrival.assembly
             if not assembly.left:
-                incoming.assembly = None
+                incoming.arrival = None
                 self._deliver(stream, incoming, frames.unpack(assembly.head), assembly.buffers)
         else:
             outgoing = self._outgoing.get(stream)
-            if outgoing is None or outgoing.assembly is None:
+            if outgoing is None or outgoing.arrival is None:
                 return
-            assembly = outgoing.assembly
+            outgoing.arrival.look(self._now)
+            assembly = outgoing.arrival.assembly
             if not assembly.left:
                 self._finish(stream, outgoing, frames.unpack(assembly.head), assembly.buffers)
 
@@ -575,7 +583,9 @@ class ConnectionProtocol:
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._count_idle()
         if lane == MAIN:
-            self.life.answered(self._now)
+            self.life.pong_received(stream, self._now, answer=flags != frames.REPORT)
+        else:
+            self.life.bulk_moved(self._now)
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._peer_saw = stream
@@ -617,13 +627,32 @@ class ConnectionProtocol:
                     self._fail_call(stream, call, TimeoutError(sentence))
             elif stream in self._incoming:
                 self._cancel_incoming(stream)
-        for stream, incoming in list(self._incoming.items()):
-            if incoming.assembly is not None and now - incoming.progress > self.settings.stall_after:
-                self.fail(stream, Overloaded("the request stalled on its way", retry_after=1.0))
+        self._give_up_stalled(now)
         if self.life.check(now, late):
             for lane in self.lanes:
                 lane.reader.release_scratch()
             self._arena.release()
+
+    def _give_up_stalled(self, now: float) -> None:
+        """Takes room back from half-received messages that make no progress."""
+        incoming = [(stream, call.arrival) for stream, call in self._incoming.items() if call.arrival is not None]
+        outgoing = [(stream, call.arrival) for stream, call in self._outgoing.items() if call.arrival is not None]
+        if not incoming and not outgoing:
+            return
+        arrivals = [arrival for _, arrival in (*incoming, *outgoing)]
+        stalled, unconfirmed = find_stalled(
+            arrivals, now=now, stall_after=self.settings.stall_after, confirmed=self.life.confirmed
+        )
+        if unconfirmed:
+            self.life.send_ping(now)
+        for stream, arrival in incoming:
+            if arrival in stalled:
+                self.fail(stream, Overloaded("the request stalled on its way", retry_after=1.0))
+        for stream, arrival in outgoing:
+            if arrival in stalled:
+                call = self._outgoing[stream]
+                error = ConnectionLost(self.peer, f"the reply of {call.head.method} stalled on its way")
+                self._fail_call(stream, call, error)
 
     def _fail_call(self, stream: int, call: Outgoing, error: Exception) -> None:
         self._events.append(CallFailed(stream, error))

@@ -2,7 +2,8 @@
 
 ``nat.dial_back`` {"port": number, "token": bytes} -> {"host": str}: the called node dials the host from which the call
 came (no other one: nobody shall be dialled at a stranger's wish) at that port, says the token there (`preamble`), and
-answers which host that was.
+answers which host that was, and at which ``addresses`` it can be reached itself: whoever has IPv4 and IPv6 asks over
+both.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import Final, Literal
 
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, describe
+from tesseract_async.identity import PeerID
 from tesseract_async.transport import preamble
-from tesseract_async.transport.base import PeerAddress, Pipe, join_host_port
+from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
 
 logger = logging.getLogger(__name__)
 
 DIAL_BACK: Final = "nat.dial_back"
+MAX_ADDRESSES: Final = 4
+MAX_LEARNT: Final = 64
+"""Helpers whose addresses are remembered."""
 
 Role = Literal["unknown", "client", "public"]
 NatKind = Literal["unknown", "none", "keeping", "symmetric"]
@@ -56,6 +61,10 @@ class Finding:
     """Its address as others see it."""
     nat: NatKind = "unknown"
     """``keeping``: the NAT keeps ports, holes can be punched; ``symmetric``: they most likely cannot."""
+    open_hosts: tuple[str, ...] = ()
+    """Its addresses at which others have dialled it: at most one of IPv4 and one of IPv6."""
+    closed_hosts: tuple[str, ...] = ()
+    """Its addresses, as others see them, at which they could not."""
 
     @property
     def role(self) -> Role:
@@ -67,13 +76,20 @@ class Finding:
     def sentences(self, port: int) -> list[str]:
         """What was found, and what the user can do about it."""
         where = f"{join_host_port(self.host, port) if self.host else f'port {port}'}"
-        if self.tcp and self.udp is not False:
-            return [f"Others reach this node at {where}: it takes full part in the network."]
+        v6 = [join_host_port(host, port) for host in self.open_hosts if ":" in host and host != self.host]
+        closed_v6 = [host for host in self.closed_hosts if ":" in host and host != self.host]
         if self.tcp:
-            return [
-                f"Others reach this node at {where} by TCP, but not by UDP: it serves experts and holds no keys.",
-                f"To take full part, let UDP port {port} through, too.",
-            ]
+            lines = [f"Others reach this node at {' and '.join([where, *v6])}: it takes full part in the network."]
+            if self.udp is False:
+                lines = [
+                    f"Others reach this node at {where} by TCP, but not by UDP: it serves experts and holds no keys.",
+                    f"To take full part, let UDP port {port} through, too.",
+                ]
+            if closed_v6:
+                lines.append(
+                    f"By IPv6 ({closed_v6[0]}) it is not reached: open the firewall for port {port} there, too."
+                )
+            return lines
         if self.tcp is None:
             return ["No other node has tried yet whether this one can be reached."]
         found = {
@@ -82,8 +98,10 @@ class Finding:
             "symmetric": f"This node is behind a symmetric NAT (seen as {self.host}): most peers need a relay.",
             "unknown": f"Others cannot dial this node (seen as {self.host or 'nothing'}).",
         }[self.nat]
+        open_v6 = f"Those who have IPv6 dial it directly at {v6[0]}." if v6 else ""
         return [
             found,
+            *filter(None, [open_v6]),
             f"To be dialled directly, forward TCP and UDP port {port} in the router to this computer, or open the "
             f"firewall for it, and start the node with that port.",
         ]
@@ -93,9 +111,15 @@ class DialBackServer:
     """Dials others back at their wish, within limits. `connect` dials ``host:port``."""
 
     def __init__(
-        self, endpoint: Endpoint, *, connect: Callable[[str], Awaitable[Pipe]], settings: ReachabilitySettings
+        self,
+        endpoint: Endpoint,
+        *,
+        connect: Callable[[str], Awaitable[Pipe]],
+        own_addresses: Callable[[], Sequence[str]] = lambda: (),
+        settings: ReachabilitySettings,
     ) -> None:
         self._metrics = endpoint.metrics
+        self._own_addresses = own_addresses
         self._connect = connect
         self._settings = settings
         self._dialling: Counter[str] = Counter()
@@ -134,7 +158,7 @@ class DialBackServer:
             self._dialling[call.origin] -= 1
             self._dialling += Counter()  # drops zeros
         self._metrics.count("dial_backs")
-        return Message({"host": call.origin})
+        return Message({"host": call.origin, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
 
 
 class Reachability:
@@ -144,6 +168,16 @@ class Reachability:
         self._endpoint = endpoint
         self._settings = settings
         self._expected: dict[bytes, asyncio.Event] = {}
+        self._learnt: dict[PeerID, tuple[str, ...]] = {}
+
+    def also(self, version: int) -> list[PeerAddress]:
+        """Nodes that have helped, at the addresses of this kind (4 or 6) that they named: by word only."""
+        return [
+            PeerAddress(peer_id, (address,))
+            for peer_id, addresses in self._learnt.items()
+            for address in addresses
+            if ip_version(address) == version
+        ]
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
         """Somebody dialled back."""
@@ -181,11 +215,13 @@ class Reachability:
         self._expected[token] = arrived = asyncio.Event()
         timeout = self._settings.dial_timeout + 3.0
         try:
+            await self._speak_as(helper)
             body = {"port": port, "token": token}
             reply = await self._endpoint.call(helper, DIAL_BACK, body, timeout=timeout, max_reply_bytes=16 * 1024)
             host = reply.body.get("host") if type(reply.body) is dict else None
             if type(host) is not str or len(host) > 64:
                 return None
+            self._learn(helper, reply.body.get("addresses"))
             try:
                 # the answer travels beside the proof, and may be faster
                 async with asyncio.timeout(1.0):
@@ -198,3 +234,24 @@ class Reachability:
             return None
         finally:
             del self._expected[token]
+
+    async def _speak_as(self, helper: PeerAddress) -> None:
+        """Makes sure that the helper hears us by the kind of IP of its address here: it dials back where we call from.
+
+        Raises: PeerUnreachable.
+        """
+        version = ip_version(helper.addresses[0])
+        mine = [info.path for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
+        spoken = [ip_version(path.rpartition(" ")[2]) for path in mine]
+        if version is not None and spoken and version not in spoken:
+            await self._endpoint.upgrade(helper)
+
+    def _learn(self, helper: PeerAddress, addresses: object) -> None:
+        """Untrusted: whoever answers there has to prove its id."""
+        if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
+            return
+        found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
+        self._learnt.pop(helper.peer_id, None)
+        self._learnt[helper.peer_id] = found
+        if len(self._learnt) > MAX_LEARNT:
+            del self._learnt[next(iter(self._learnt))]

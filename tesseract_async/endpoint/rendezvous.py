@@ -1,6 +1,7 @@
 """Public nodes help the others to find together: they carry offers to nodes that keep a connection with them.
 
-- ``nat.register`` {} -> {"relay": bool}: the caller wants offers for it to be brought over this connection
+- ``nat.register`` {} -> {"relay": bool, "addresses": [...]}: the caller wants offers for it to be brought over this
+  connection; where others find this node, who may have another kind of IP than the caller
 - ``nat.offer`` {"to": peer id, "offer": bytes} -> {"answer": bytes}: brings an offer to a registered node
 - ``nat.deliver`` {"offer": bytes, "origin": host} -> {"answer": bytes}: what the rendezvous calls there
 - ``nat.relay`` {} -> {"mine": token, "theirs": token}: room for one relayed connection
@@ -15,7 +16,7 @@ import logging
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
 
@@ -31,7 +32,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import PeerID
-from tesseract_async.transport.base import PeerAddress
+from tesseract_async.transport.base import PeerAddress, ip_version
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ OFFER: Final = "nat.offer"
 DELIVER: Final = "nat.deliver"
 RELAY: Final = "nat.relay"
 
+MAX_ADDRESSES: Final = 4
 MAX_OFFER_BYTES: Final = 4096
 MAX_REPLY_BYTES: Final = 16 * 1024
 
@@ -81,9 +83,17 @@ class RelayRoom(Protocol):
 class RendezvousServer:
     """Carries offers to nodes that registered here. `relay` is None where this node does not relay."""
 
-    def __init__(self, endpoint: Endpoint, *, relay: RelayRoom | None, settings: RendezvousSettings) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        relay: RelayRoom | None,
+        own_addresses: Callable[[], Sequence[str]] = lambda: (),
+        settings: RendezvousSettings,
+    ) -> None:
         self._endpoint = endpoint
         self._relay = relay
+        self._own_addresses = own_addresses
         self._settings = settings
         self._clients: OrderedDict[PeerID, float] = OrderedDict()  # until when, in the order of renewal
         self._senders: Counter[PeerID] = Counter()
@@ -120,7 +130,7 @@ class RendezvousServer:
         self._clients[call.peer_id] = now + self._settings.registration_ttl
         self._clients.move_to_end(call.peer_id)
         self._endpoint.metrics.set("rendezvous_clients", len(self._clients))
-        return Message({"relay": self._relay is not None})
+        return Message({"relay": self._relay is not None, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
 
     async def _carry(self, call: IncomingCall) -> Message:
         settings, sender = self._settings, call.peer_id
@@ -295,7 +305,8 @@ class RendezvousClient:
             gone = isinstance(error, PeerUnreachable | TimeoutError)
             self._failed[peer.peer_id] = loop.time() + (10.0 if gone else 60.0)
         else:
-            self._registered[peer.peer_id] = (peer, loop.time() + settings.renew_period, relays)
+            known = _with_other_kind(peer, reply.body.get("addresses"))
+            self._registered[peer.peer_id] = (known, loop.time() + settings.renew_period, relays)
             self._endpoint.keep(peer.peer_id)
 
     def _forget(self, peer_id: PeerID) -> None:
@@ -311,6 +322,16 @@ async def _deliver(endpoint: Endpoint, recipient: PeerID, body: dict[str, Any], 
     if len(answer) > MAX_OFFER_BYTES:
         raise ProtocolError("an answer is too long")
     return bytes(answer)
+
+
+def _with_other_kind(peer: PeerAddress, told: object) -> PeerAddress:
+    """`peer` with one more address, of the other kind of IP than the known one, which others may lack. Untrusted."""
+    known = ip_version(peer.addresses[0])
+    if type(told) is list and known is not None and len(told) <= MAX_ADDRESSES:
+        for text in told:
+            if type(text) is str and ip_version(text) not in (None, known):
+                return replace(peer, addresses=(peer.addresses[0], text))
+    return peer
 
 
 def _field(body: Any, name: str, kind: type[Any]) -> Any:

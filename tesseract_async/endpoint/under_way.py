@@ -3,19 +3,87 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from typing import Final
 
 from tesseract_async.endpoint.budget import Reservation
-from tesseract_async.endpoint.lanes import MAIN, Sending
+from tesseract_async.endpoint.lanes import MAIN, Lane, Sending
 from tesseract_async.wire import frames
 from tesseract_async.wire.calls import RequestHead
+
+MAX_OVERTAKING: Final = 64 * 2**20
+"""Bytes of other messages that may pass a half-received one."""
+
+
+class Arrival:
+    """A large message on its way in, and when the last of it came. Any byte counts, not only whole chunks."""
+
+    __slots__ = ("assembly", "lane", "progress", "granted_at", "_left", "_passed")
+
+    def __init__(self, assembly: frames.Assembly, lane: Lane, now: float, *, granted: bool) -> None:
+        self.assembly = assembly
+        self.lane = lane
+        self.progress = now
+        self.granted_at = now if granted else None
+        """When its GRANT was sent, until something came or it is known to have arrived."""
+        self._left = assembly.left
+        self._passed = lane.bytes_received
+
+    def look(self, now: float) -> None:
+        """Notes whether something came since the last look."""
+        if self.assembly.left != self._left:
+            self.granted_at = None
+            self._left = self.assembly.left
+            self._passed = self.lane.bytes_received
+            self.progress = now
+
+    @property
+    def overtaken(self) -> int:
+        """Bytes that its lane brought since then."""
+        return self.lane.bytes_received - self._passed
+
+    def give_up(self) -> None:
+        """What still comes is skipped, and its memory is let go at once."""
+        self.lane.reader.forget(self.assembly)
+
+
+def find_stalled(
+    arrivals: Sequence[Arrival], *, now: float, stall_after: float, confirmed: float
+) -> tuple[set[Arrival], bool]:
+    """Those to which nothing came for `stall_after` seconds although it was their turn.
+
+    `confirmed`: what was sent before has arrived. On a slow way a GRANT may be under way for long, and time counts from
+    its arrival only; the second result is true if one may still be: then the peer should be pinged.
+
+    Messages take turns on a lane, so on a slow one a message may rest for long while others move: it has stalled when
+    all on its lane rest, or after `MAX_OVERTAKING` bytes.
+    """
+    moved: dict[int, float] = {}
+    unconfirmed = False
+    for arrival in arrivals:
+        arrival.look(now)
+        if arrival.granted_at is not None:
+            arrival.progress = now
+            if confirmed > arrival.granted_at:
+                arrival.granted_at = None
+            else:
+                unconfirmed = True
+        index = arrival.lane.index
+        moved[index] = max(moved.get(index, arrival.progress), arrival.progress)
+    stalled = {
+        arrival
+        for arrival in arrivals
+        if now - arrival.progress > stall_after
+        and (now - moved[arrival.lane.index] > stall_after or arrival.overtaken > MAX_OVERTAKING)
+    }
+    return stalled, unconfirmed
 
 
 class Outgoing:
     """An own call under way."""
 
     __slots__ = (
-        *("head", "buffers", "sizes", "on_bulk", "deadline", "lane", "small", "room", "sending", "assembly"),
+        *("head", "buffers", "sizes", "on_bulk", "deadline", "lane", "small", "room", "sending", "arrival"),
         *("reply_held", "standing", "sent"),
     )
 
@@ -28,7 +96,7 @@ class Outgoing:
         self.small = 0  # bytes counted against the peer's max_small
         self.room: Reservation | None = None  # reserved before the request went out
         self.sending: Sending | None = None
-        self.assembly: frames.Assembly | None = None
+        self.arrival: Arrival | None = None
         self.reply_held: Reservation | None = None  # reserved when the reply asked
         self.standing = 0  # bytes of the standing window that the reply uses
         self.on_bulk = False  # whether request or reply travel there
@@ -38,16 +106,15 @@ class Outgoing:
 class Incoming:
     """A call that the peer made."""
 
-    __slots__ = ("on_bulk", "lane", "head", "held", "standing", "assembly", "progress", "sending", "small", "metered")
+    __slots__ = ("on_bulk", "lane", "head", "held", "standing", "arrival", "sending", "small", "metered")
 
-    def __init__(self, lane: int, now: float) -> None:
+    def __init__(self, lane: int) -> None:
         self.lane = lane
         self.on_bulk = False
         self.head: RequestHead | None = None
         self.held: Reservation | None = None
         self.standing = 0
-        self.assembly: frames.Assembly | None = None
-        self.progress = now
+        self.arrival: Arrival | None = None
         self.sending: Sending | None = None
         self.small = 0
         self.metered = False  # whether it counts against the peer's quota

@@ -18,8 +18,8 @@ from tesseract_async.monitoring import prometheus
 from tesseract_async.monitoring.observer import SwarmObserver
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"": "index.html", "style.css": "style.css", "page.js": "page.js"}
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+FILES = {"": "index.html", "style.css": "style.css", "page.js": "page.js", "icon.svg": "icon.svg"}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 COOKIE = "tesseract_token"
 
 # nothing from elsewhere, nothing inline: what strangers write into the swarm can at most be shown as text
@@ -96,11 +96,14 @@ class Dashboard:
             given = request.query.get("token") or request.cookies.get(COOKIE) or bearer
             if not hmac.compare_digest(given.encode(), self.token.encode()):
                 raise web.HTTPForbidden(text="a token is needed: open the address that the command printed\n")
+        if self.token is not None and request.path == "/" and "token" in request.query:
+            # from here on by cookie: the token stays out of the address bar, the history and bookmarks
+            seen = web.Response(status=303, headers={"Location": "./", **SECURITY_HEADERS})
+            seen.set_cookie(COOKIE, self.token, httponly=True, samesite="Strict")
+            return seen
         response = await handler(request)
         if not response.prepared:
             response.headers.update(SECURITY_HEADERS)
-            if self.token is not None and "token" in request.query:
-                response.set_cookie(COOKIE, self.token, httponly=True, samesite="Strict")
         return response
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
@@ -121,14 +124,43 @@ class Dashboard:
         task = asyncio.current_task()
         assert task is not None
         self._streams.add(task)
+        observer, told = self._observer, _Told()
         try:
             while True:
-                await response.write(f"data: {json.dumps(self._observer.state())}\n\n".encode())
-                await self._observer.wait_changed()
+                await response.write(f"data: {told.news(observer)}\n\n".encode())
+                if observer.num_looks == told.num_looks:  # a slow visitor may have missed one meanwhile
+                    await observer.wait_changed()
         except (ConnectionError, asyncio.CancelledError):
             return response
         finally:
             self._streams.discard(task)
+
+
+class _Told:
+    """What one visitor knows: the first message is the whole state, the next ones bring what is new.
+
+    A page open for an hour on a large swarm would else be sent the same history 1,800 times.
+    """
+
+    def __init__(self) -> None:
+        self.num_looks: int | None = None
+        """Of the observer, when this visitor was told last."""
+        self._num_lines = 0
+        self._grids: dict[str, str] = {}
+
+    def news(self, observer: SwarmObserver) -> str:
+        """The next message: JSON in one line. Its ``history`` and ``log`` follow on what was sent before, and grids
+        that did not change are left out; ``whole`` says that nothing was sent before."""
+        state, before = observer.state(), self.num_looks
+        lines = observer.num_log_lines - self._num_lines
+        self.num_looks, self._num_lines = observer.num_looks, observer.num_log_lines
+        if before is not None:
+            points = observer.num_looks - before
+            state["history"] = state["history"][-points:] if points else []
+            state["log"] = state["log"][-lines:] if lines else []
+            state["grids"] = [grid for grid in state["grids"] if self._grids.get(grid["prefix"]) != json.dumps(grid)]
+        self._grids |= {grid["prefix"]: json.dumps(grid) for grid in state["grids"]}
+        return json.dumps({"whole": before is None, **state}, separators=(",", ":"))
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -26,6 +27,13 @@ NUM_ASKED_AT_ONCE = 16
 HISTORY_LENGTH = 600
 LOG_LENGTH = 200
 PROGRESS_TTL = 60.0
+MAX_CELLS = 2**16
+"""Of a grid that is shown though nobody asked for it: its size follows from what strangers say that they host."""
+MAX_GRIDS = 16
+"""That are shown though nobody asked for them."""
+MAX_TRAINERS = 64
+MAX_SENTENCE = 240
+"""Characters of a line of the log: strangers' errors stand in it."""
 
 
 @dataclass(slots=True)
@@ -33,12 +41,15 @@ class Peer:
     """A node that hosts experts, or that was met otherwise."""
 
     address: PeerAddress
+    number: int = 0
+    """In the order of meeting, never given twice: its colour."""
     uids: set[str] = field(default_factory=set)
     """What its manifests say that it hosts."""
     status: NodeStatus | None = None
     """What it said last; None while it never answered."""
     seen_at: float = 0.0
     """Loop time of `status`."""
+    calls_per_second: float = 0.0
     rows_per_second: float = 0.0
     steps_per_second: float = 0.0
     busy: float = 0.0
@@ -60,11 +71,17 @@ class SwarmObserver:
         self.node = node
         self.period = period
         self.peers: dict[PeerID, Peer] = {}
-        self.log: deque[tuple[float, str]] = deque(maxlen=LOG_LENGTH)
-        """(wall-clock time, sentence): who joined, left and failed."""
+        self.log: deque[tuple[float, str, str]] = deque(maxlen=LOG_LENGTH)
+        """(wall-clock time, sentence, kind): kinds are joined, left, failed and changed."""
+        self.num_log_lines = 0
+        """That were ever written; `log` holds the last of them."""
         self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_LENGTH)
         self.losses: dict[str, tuple[int, float]] = {}
         """What trainers published, see `publish_progress`: trainer -> (step, loss)."""
+        self.lost: dict[str, set[tuple[int, ...]]] = {}
+        """prefix -> coordinates of the experts that were seen here, and that nobody hosts now."""
+        self._seen: dict[str, set[tuple[int, ...]]] = {}
+        self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
         for pattern in patterns:
             self._watch(pattern.prefix, pattern.grid_size)
@@ -110,10 +127,15 @@ class SwarmObserver:
 
     def state(self) -> dict[str, Any]:
         """The picture as JSON holds it; the dashboard's page and `tesseract top` draw it."""
-        hosts = {peer_id: number for number, peer_id in enumerate(self.peers)}
+        hosts = {peer_id: place for place, peer_id in enumerate(self.peers)}
         return {
             "time": time.time(),
-            "node": {"peer_id": str(self.node.peer_id), "address": self.node.address, "role": self.node.network.role},
+            "node": {
+                "peer_id": str(self.node.peer_id),
+                "address": self.node.address,
+                "role": self.node.network.role,
+                "join": self._seed(),
+            },
             "totals": self.history[-1] if self.history else {},
             "grids": [self._grid_state(prefix, size, hosts) for prefix, size in self._grids.items()],
             "peers": [self._peer_state(peer_id, peer) for peer_id, peer in self.peers.items()],
@@ -152,32 +174,41 @@ class SwarmObserver:
                 prefix, coords = split_uid(uid)
                 known = sizes.get(prefix, (0,) * len(coords))
                 if len(known) == len(coords):
-                    sizes[prefix] = tuple(max(a, b + 1) for a, b in zip(known, coords, strict=True))
+                    size = tuple(max(a, b + 1) for a, b in zip(known, coords, strict=True))
+                    if math.prod(size) <= MAX_CELLS:
+                        sizes[prefix] = size
         for prefix, size in sizes.items():
-            self._watch(prefix, size)
+            if len(self._grids) < MAX_GRIDS:
+                self._watch(prefix, size)
 
     def _note_members(self) -> None:
         hosted: dict[PeerID, tuple[PeerAddress, set[str]]] = {}
         for prefix in self._grids:
             view = self.node.directory.live(prefix)
-            for row in range(0 if view is None else len(view)):
-                assert view is not None
+            if view is None:
+                continue
+            live = set(map(tuple, view.coords.tolist()))
+            seen = self._seen.setdefault(prefix, set())
+            seen |= live
+            self.lost[prefix] = seen - live
+            for row in range(len(view)):
                 for replica in view.replicas_at(row):
                     if replica.peer.peer_id is not None:
                         hosted.setdefault(replica.peer.peer_id, (replica.peer, set()))[1].add(replica.uid)
         for peer_id, (address, uids) in hosted.items():
             peer = self.peers.get(peer_id)
             if peer is None:
-                peer = self.peers[peer_id] = Peer(address)
+                peer = self.peers[peer_id] = Peer(address, number=self._num_met)
+                self._num_met += 1
             if not peer.uids:
-                self._note(f"{peer_id.short} joined with {len(uids)} experts")
+                self._note(f"{peer_id.short} joined with {_experts(uids)}", "joined")
             elif uids != peer.uids:
-                self._note(f"{peer_id.short} hosts {len(uids)} experts now, {len(peer.uids)} before")
+                self._note(f"{peer_id.short} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
             peer.address, peer.uids = address, uids
         for peer_id, peer in list(self.peers.items()):
             if peer_id not in hosted:
-                why = f"; it did not answer: {peer.error}" if peer.error else ""
-                self._note(f"{peer_id.short} left with {len(peer.uids)} experts{why}")
+                why = f": it did not answer any more ({peer.error})" if peer.error else ", and had said so"
+                self._note(f"{peer_id.short} left with {_experts(peer.uids)}{why}", "left")
                 del self.peers[peer_id]
 
     async def _ask(self, peer: Peer, limit: asyncio.Semaphore) -> None:
@@ -188,12 +219,14 @@ class SwarmObserver:
         except (TesseractError, TimeoutError) as error:
             sentence = describe(error)
             if peer.error is None and peer.uids and peer.address.peer_id is not None:
-                self._note(f"{peer.address.peer_id.short} does not answer: {sentence}")
-            peer.error = sentence
+                self._note(f"{peer.address.peer_id.short} does not answer: {sentence}", "failed")
+            peer.error = sentence[:MAX_SENTENCE]
+            peer.calls_per_second = peer.rows_per_second = peer.steps_per_second = peer.busy = 0.0
             return
         now, before = loop.time(), peer.status
         if before is not None and now > peer.seen_at and status.uptime >= before.uptime:
             seconds = now - peer.seen_at
+            peer.calls_per_second = max(0, status.num_calls - before.num_calls) / seconds
             peer.rows_per_second = max(0, status.num_rows - before.num_rows) / seconds
             peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
             steps = (
@@ -203,18 +236,18 @@ class SwarmObserver:
             )
             peer.steps_per_second = max(0, sum(steps)) / seconds
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
-            self._note(f"{peer.address.peer_id.short} answers again")
+            self._note(f"{peer.address.peer_id.short} answers again", "joined")
         peer.status, peer.seen_at, peer.error = status, now, None
 
     async def _read_losses(self) -> None:
         found: dict[str, tuple[int, float]] = {}
         for prefix in self._grids:
             for entry in await self.node.network.get_entries(_progress_key(prefix)):
-                try:
-                    step, loss = entry.value
-                    found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = (int(step), float(loss))
-                except (TypeError, ValueError):
+                progress = _read_progress(entry.value)
+                if progress is None or len(found) >= MAX_TRAINERS:
                     self.node.metrics.count("progress_dropped")
+                else:
+                    found[f"{entry.owner.short} {entry.subkey or ''}".strip()[:64]] = progress
         self.losses = found
 
     def _remember(self) -> None:
@@ -224,39 +257,56 @@ class SwarmObserver:
             "time": time.time(),
             "experts": float(len(set().union(*(peer.uids for peer in peers)))),
             "servers": float(len(peers)),
+            "calls_per_second": sum(peer.calls_per_second for peer in peers),
             "rows_per_second": sum(peer.rows_per_second for peer in peers),
             "steps_per_second": sum(peer.steps_per_second for peer in peers),
         }
         if losses:
             point["loss"] = sum(losses) / len(losses)
-        self.history.append(point)
+        self.history.append({name: round(value, 4) for name, value in point.items()})
 
-    def _note(self, sentence: str) -> None:
-        self.log.append((time.time(), sentence))
+    def _note(self, sentence: str, kind: str) -> None:
+        sentence = sentence if len(sentence) <= MAX_SENTENCE else sentence[: MAX_SENTENCE - 1] + "…"
+        self.log.append((round(time.time(), 3), sentence, kind))
+        self.num_log_lines += 1
         log.info("%s", sentence)
 
     # ------------------------------------------------------------------------------------------------ showing
 
+    def _seed(self) -> str:
+        """Where others join this swarm: as this node did, or by this node if it came first."""
+        return str(self.node.initial_peers[0]) if self.node.initial_peers else str(self.node.peer_address)
+
     def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> dict[str, Any]:
         view = self.node.directory.live(prefix)
-        return {"prefix": prefix, "size": list(size), "experts": [] if view is None else self._cells(view, hosts)}
+        return {
+            "prefix": prefix,
+            "size": list(size),
+            "experts": [] if view is None else self._cells(view, hosts),
+            "lost": sorted(map(list, self.lost.get(prefix, ()))),
+        }
 
     def _cells(self, view: GridView, hosts: dict[PeerID, int]) -> list[list[Any]]:
-        """Per live expert: coordinates, number of its first host in the list of peers, replicas, version, busy."""
+        """Per live expert: coordinates, place of its first host in the list of peers, replicas, version, busy, lag.
+
+        The version is the highest that a replica said, the lag how many steps the last of them is behind it.
+        """
         cells = []
         for row, coords in enumerate(view.coords.tolist()):
             replicas = view.replicas_at(row)
+            met = [self.peers.get(one.peer.peer_id) for one in replicas if one.peer.peer_id is not None]
+            statuses = [peer.status for peer in met if peer is not None and peer.status is not None]
+            uid = replicas[0].uid
+            versions = [status.experts[uid].version for status in statuses if uid in status.experts]
             peer_id = replicas[0].peer.peer_id
-            peer = self.peers.get(peer_id) if peer_id is not None else None
-            status = peer.status if peer is not None else None
-            expert = status.experts.get(replicas[0].uid) if status is not None else None
             cells.append(
                 [
                     coords,
                     hosts.get(peer_id, -1) if peer_id is not None else -1,
                     len(replicas),
-                    expert.version if expert is not None else None,
-                    round(peer.busy, 3) if peer is not None else 0.0,
+                    max(versions, default=None),
+                    round(met[0].busy, 3) if met and met[0] is not None else 0.0,
+                    max(versions, default=0) - min(versions, default=0),
                 ]
             )
         return cells
@@ -267,18 +317,35 @@ class SwarmObserver:
         return {
             "peer_id": str(peer_id),
             "short": peer_id.short,
+            "number": peer.number,
             "addresses": list(peer.address.addresses),
             "path": connections[0].path if connections else None,
-            "rtt": min(rtts) if rtts else None,
+            "rtt": round(min(rtts), 6) if rtts else None,
             "num_experts": len(peer.uids),
+            "calls_per_second": round(peer.calls_per_second, 1),
             "rows_per_second": round(peer.rows_per_second, 1),
             "steps_per_second": round(peer.steps_per_second, 1),
             "busy": round(peer.busy, 3),
             "waiting_rows": peer.status.num_waiting_rows if peer.status is not None else None,
             "uptime": peer.status.uptime if peer.status is not None else None,
+            "answered_ago": round(asyncio.get_running_loop().time() - peer.seen_at, 1) if peer.status else None,
             "software": peer.status.software if peer.status is not None else None,
             "error": peer.error,
         }
+
+
+def _experts(uids: set[str]) -> str:
+    return "1 expert" if len(uids) == 1 else f"{len(uids)} experts"
+
+
+def _read_progress(value: Any) -> tuple[int, float] | None:
+    """(step, loss), or None for what nobody sensible published: it goes into JSON, which knows no infinity."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    step, loss = value
+    if type(step) is not int or not 0 <= step < 2**53 or not isinstance(loss, int | float) or not math.isfinite(loss):
+        return None
+    return step, round(float(loss), 6)
 
 
 def _progress_key(prefix: str) -> str:

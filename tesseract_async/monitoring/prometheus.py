@@ -10,21 +10,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from tesseract_async.metrics import Metrics
+from tesseract_async.monitoring.catalogue import METRICS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tesseract_"
-
-HELP = {
-    "datagrams": "UDP datagrams of the DHT.",
-    "calls": "Calls between nodes.",
-    "expert": "Calls to experts, by method.",
-    "manifests": "Manifests of servers read from the DHT.",
-    "experts": "Experts seen in watched grids.",
-    "endpoint": "Connections and calls between nodes.",
-    "network": "The distributed hash table.",
-    "transport": "Bytes on the wire.",
-    "checkpoints": "Checkpoints of hosted experts.",
-}
 
 
 class _Collector:
@@ -67,4 +56,4 @@ def _by_name(source: dict[Any, Any]) -> dict[str, list[tuple[tuple[tuple[str, st
 
 
 def _help(name: str) -> str:
-    return HELP.get(name.partition("_")[0], "See docs/reference/metrics.md.")
+    return METRICS.get(name, ("", "A metric of the program that embeds this node."))[1]

@@ -47,6 +47,8 @@ class NodeStatus:
     """Nodes in its routing table."""
     num_connections: int
     """Open channels to other nodes."""
+    num_calls: int
+    """Calls that its experts have been sent."""
     num_rows: int
     """Rows that its experts have computed."""
     num_batches: int
@@ -117,6 +119,7 @@ class StatusService:
             uptime=asyncio.get_running_loop().time() - self._started_at,
             num_contacts=self._node.network.num_contacts,
             num_connections=len(self._node.endpoint.connections()),
+            num_calls=int(self._node.metrics.total("expert_calls_answered")),
             num_rows=sum(one.num_rows for one in statistics),
             num_batches=sum(one.num_batches for one in statistics),
             num_waiting_rows=sum(one.num_waiting_rows for one in statistics),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from functools import lru_cache
 
 from tesseract_async.errors import ProtocolError
@@ -134,30 +134,34 @@ class Contact:
         return f"Contact({self.peer_id.hex()[:8]}… at {self.address[0]}:{self.address[1]})"
 
 
-def pack_contacts(contacts: Iterable[Contact], room: int) -> tuple[bytes, bytes]:
+def pack_contacts(contacts: Sequence[Contact], room: int) -> tuple[bytes, bytes]:
     """The contacts that fit into `room` bytes, first ones first: those with IPv4 addresses, those with IPv6."""
+    raws = [contact.raw for contact in contacts]
+    packed = b"".join(raws)
+    if len(packed) == len(raws) * (ID_BYTES + V4_BYTES) <= room:
+        return packed, b""
     v4: list[bytes] = []
     v6: list[bytes] = []
-    for contact in contacts:
-        room -= len(contact.raw)
+    for raw in raws:
+        room -= len(raw)
         if room < 0:
             break
-        (v4 if len(contact.raw) == ID_BYTES + V4_BYTES else v6).append(contact.raw)
+        (v4 if len(raw) == ID_BYTES + V4_BYTES else v6).append(raw)
     return b"".join(v4), b"".join(v6)
 
 
-def split_contacts(v4: object, v6: object, limit: int) -> Iterator[bytes]:
+def split_contacts(v4: object, v6: object, limit: int) -> list[bytes]:
     """The `Contact.raw` of each packed contact. Takes untrusted values.
 
     Raises: ProtocolError for another type, a broken length, or more than `limit` contacts.
     """
     if type(v4) is not bytes or type(v6) is not bytes:
         raise ProtocolError("contacts are packed in bytes")
+    raws: list[bytes] = []
     for packed, size in ((v4, ID_BYTES + V4_BYTES), (v6, ID_BYTES + V6_BYTES)):
         if len(packed) % size:
             raise ProtocolError("packed contacts are cut short")
-        limit -= len(packed) // size
-        if limit < 0:
+        if len(raws) + len(packed) // size > limit:
             raise ProtocolError("more contacts than anybody asked for")
-        for start in range(0, len(packed), size):
-            yield packed[start : start + size]
+        raws += [packed[start : start + size] for start in range(0, len(packed), size)]
+    return raws

@@ -108,6 +108,9 @@ class DialBack:
         candidates = [address for address in candidates if address[0] != asker[0]] or [
             address for address in candidates if address != asker
         ]
+        # who is known by the other kind of IP may have that alone
+        size = len(pack_address(asker))
+        candidates = [address for address in candidates if len(pack_address(address)) == size] or candidates
         if not candidates:
             return False
         third = network.random.choice(candidates)

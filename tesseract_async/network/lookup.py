@@ -9,7 +9,7 @@ datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalle
 from __future__ import annotations
 
 import enum
-from bisect import insort
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 
 from tesseract_async.network.contacts import Contact
@@ -45,10 +45,12 @@ class Candidate:
 class Path:
     """The candidates that one path has heard of, nearest first."""
 
-    __slots__ = ("candidates", "num_asked", "num_asked_ever", "ranges", "seen")
+    __slots__ = ("candidates", "distances", "num_asked", "num_asked_ever", "ranges", "seen")
 
     def __init__(self) -> None:
         self.candidates: list[Candidate] = []
+        self.distances: list[int] = []
+        """Theirs, in the same order."""
         self.seen: set[bytes] = set()
         self.ranges: dict[bytes, int] = {}
         self.num_asked = 0
@@ -72,6 +74,8 @@ class Lookup:
         """The longest chain of answers that was followed."""
         self.num_asked = 0
         self.num_answered = 0
+        self.max_under_way = alpha
+        """Requests under way over all paths; may be changed between two calls of `to_ask`."""
         self._alpha = -(-alpha // num_paths)
         self._max_per_range = max_per_range
         self._candidates: dict[bytes, Candidate] = {}
@@ -83,9 +87,16 @@ class Lookup:
     def to_ask(self) -> list[Contact]:
         """Contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
-        for path in self._paths:
+        room = self.max_under_way - sum(path.num_asked for path in self._paths)
+        paths = self._paths
+        if room < len(paths):
+            # whose turn it is: otherwise the last path would wait for ever
+            paths = sorted(paths, key=_num_asked_ever)
+        for path in paths:
             if path.num_asked >= self._alpha or path.num_asked_ever >= MAX_ASKED_PER_PATH:
                 continue
+            if room <= 0:
+                break
             num_counted = 0
             for candidate in path.candidates:
                 if candidate.state is State.FAILED:
@@ -96,7 +107,8 @@ class Lookup:
                     path.num_asked += 1
                     path.num_asked_ever += 1
                     asked.append(candidate.contact)
-                    if path.num_asked >= self._alpha:
+                    room -= 1
+                    if path.num_asked >= self._alpha or not room:
                         break
                 num_counted += 1
                 if num_counted == self.k:
@@ -168,8 +180,11 @@ class Lookup:
             candidate = Candidate(contact, contact.number ^ self.target, round_number)
             self._candidates[contact.raw] = candidate
         path.seen.add(contact.raw)
-        insort(path.candidates, candidate, key=_distance)
+        position = bisect(path.distances, candidate.distance)
+        path.distances.insert(position, candidate.distance)
+        path.candidates.insert(position, candidate)
         if len(path.candidates) > MAX_PER_PATH:
+            path.distances.pop()
             dropped = path.candidates.pop().contact
             path.seen.discard(dropped.raw)
             if dropped.range is not None:
@@ -182,5 +197,5 @@ class Lookup:
         return candidate.path
 
 
-def _distance(candidate: Candidate) -> int:
-    return candidate.distance
+def _num_asked_ever(path: Path) -> int:
+    return path.num_asked_ever

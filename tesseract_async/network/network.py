@@ -19,7 +19,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.errors import describe
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.metrics import Metrics
-from tesseract_async.network.contacts import Address
+from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address
 from tesseract_async.network.events import (
     ClockSkewed,
     Isolated,
@@ -39,6 +39,10 @@ RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
 
 MAX_REMEMBERED_PEERS = 40
+MAPPED = "::ffff:"
+"""How a socket for both kinds of IP writes IPv4 addresses."""
+FAMILY_BYTES = {socket.AF_INET: V4_BYTES, socket.AF_INET6: V6_BYTES}
+"""Bytes of a packed address."""
 ENTRIES_PER_TURN = 1000
 
 logger = logging.getLogger(__name__)
@@ -175,7 +179,8 @@ class TesseractNetwork:
             public=public or host == "::1" or host.startswith("127."),
         )
         protocol.dialback.forced_client = self._forced_client
-        driver = _Driver(protocol, loop, is_v6=sock.family == socket.AF_INET6, on_role_change=self._role_changed)
+        driver = _Driver(protocol, loop, speaks=_families(sock), on_role_change=self._role_changed)
+        protocol.address_bytes = tuple(FAMILY_BYTES[family] for family in driver.speaks)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
         seeds = [*initial_peers, *self._remembered_peers()]
@@ -388,8 +393,9 @@ class TesseractNetwork:
             for peer in peers:
                 for text in peer.addresses:
                     host, port = split_host_port(text)
+                    family = driver.speaks[0] if len(driver.speaks) == 1 else socket.AF_UNSPEC
                     try:
-                        infos = await driver.loop.getaddrinfo(host, port, family=driver.family, type=socket.SOCK_DGRAM)
+                        infos = await driver.loop.getaddrinfo(host, port, family=family, type=socket.SOCK_DGRAM)
                     except OSError as error:
                         failed = True
                         logger.warning("the seed %s cannot be resolved (%s); trying again", text, describe(error))
@@ -411,16 +417,16 @@ class _Driver(asyncio.DatagramProtocol):
         protocol: NetworkProtocol,
         loop: asyncio.AbstractEventLoop,
         *,
-        is_v6: bool,
+        speaks: tuple[socket.AddressFamily, ...],
         on_role_change: Callable[[], None],
     ) -> None:
         self.protocol = protocol
         self.on_role_change = on_role_change
         self.loop = loop
-        self.family = socket.AF_INET6 if is_v6 else socket.AF_INET
+        self.speaks = speaks
         self.joined = asyncio.Event()
         self.has_seeds = False
-        self._is_v6 = is_v6
+        self._maps_v4 = socket.AF_INET6 in speaks
         self._transport: asyncio.DatagramTransport | None = None
         self._closed: asyncio.Future[None] = loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
@@ -464,8 +470,13 @@ class _Driver(asyncio.DatagramProtocol):
                 waiter = self._waiters.get(event.operation)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(event)
-        for data, address in self.protocol.datagrams_to_send():
-            self._transport.sendto(data, address)
+        for data, (host, port) in self.protocol.datagrams_to_send():
+            if self._maps_v4 and ":" not in host:
+                host = MAPPED + host
+            try:
+                self._transport.sendto(data, (host, port))
+            except ValueError:  # uvloop, where the socket does not speak the address' family
+                self.protocol.metrics.count("network_send_errors")
         self._arm_timer()
 
     async def aclose(self) -> None:
@@ -489,7 +500,7 @@ class _Driver(asyncio.DatagramProtocol):
         now = self.loop.time()
         self.protocol.wall_offset = time.time() - now
         # IPv6 adds flow and scope, and shows IPv4 peers of a dual-stack socket in its own notation
-        host = addr[0].removeprefix("::ffff:") if self._is_v6 else addr[0]
+        host = addr[0].removeprefix(MAPPED)
         if stun.is_stun(data):
             self._answer_stun(data, host, addr)
             return
@@ -529,6 +540,15 @@ class _Driver(asyncio.DatagramProtocol):
             self._timer.cancel()
         self._timer = self.loop.call_at(max(at, self.loop.time()), self._handle_timer)
         self._timer_at = at
+
+
+def _families(sock: socket.socket) -> tuple[socket.AddressFamily, ...]:
+    """The kinds of addresses that this socket can send to."""
+    if sock.family != socket.AF_INET6:
+        return (socket.AF_INET,)
+    if sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) or sock.getsockname()[0] != "::":
+        return (socket.AF_INET6,)
+    return (socket.AF_INET, socket.AF_INET6)
 
 
 def _view(entries: Sequence[Entry]) -> Any:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
 
 
-REFRESH_K = 8
-"""How many of the nearest a lookup for a bucket's refresh asks."""
+REFRESH_K = 6
+"""How many of the nearest a lookup for a bucket's refresh asks, on one path: nothing is believed that it finds before
+it has answered by itself, and over four paths the upkeep of a node would be four times what it is."""
 
 
 class Search:
@@ -33,20 +34,25 @@ class Search:
         network: NetworkProtocol,
         target: bytes,
         start: Sequence[Contact],
+        now: float,
         *,
         on_answer: Callable[[Contact, Reply, float], None] | None = None,
         on_end: Callable[[float], None],
         alpha: int | None = None,
         k: int | None = None,
+        num_paths: int | None = None,
     ) -> None:
         settings = network.settings
         self.network = network
         self.target = target
+        number = int.from_bytes(target, "big")
+        # whatever is looked up, the bucket that it goes through needs no refresh of its own (section 2.3)
+        network.table.touch(number, now)
         self.lookup = Lookup(
-            int.from_bytes(target, "big"),
+            number,
             start,
             k=settings.k if k is None else k,
-            num_paths=settings.num_paths,
+            num_paths=settings.num_paths if num_paths is None else num_paths,
             alpha=settings.alpha if alpha is None else alpha,
             max_per_range=settings.max_range_per_shortlist,
         )
@@ -129,7 +135,7 @@ class Refresh:
         key = target if isinstance(target, bytes) else target.to_bytes(ID_BYTES, "big")
         start = network.table.closest(int.from_bytes(key, "big"), network.settings.k)
         # the bucket wants a few good contacts, not the complete neighbourhood of a random id
-        self.search = Search(network, key, start, on_end=lambda now: None, k=REFRESH_K)
+        self.search = Search(network, key, start, now, on_end=lambda now: None, alpha=3, k=REFRESH_K, num_paths=1)
         self.search.advance(now)
 
 
@@ -141,7 +147,7 @@ class Neighbourhood:
         contacts = {contact.raw: contact for contact in start}
         closest = network.table.closest(network.table.own_number, network.settings.k)
         contacts.update((contact.raw, contact) for contact in closest)
-        self.search = Search(network, network.own_id, list(contacts.values()), on_end=self._end)
+        self.search = Search(network, network.own_id, list(contacts.values()), now, on_end=self._end)
 
     def start(self, now: float) -> None:
         """Sends the first requests."""
@@ -158,7 +164,8 @@ class Neighbourhood:
 
 class Join:
     """Asks seeds for the own neighbourhood. A seed that knows nobody new costs one RPC: asking again and again is how
-    two halves of a network find each other.
+    two halves of a network find each other. Where half of those that it names are news, the own id is looked up anew;
+    a few are somebody who came or went, and a ping each will do.
     """
 
     def __init__(self, network: NetworkProtocol, addresses: Mapping[Address, PeerID | None], now: float) -> None:
@@ -182,8 +189,12 @@ class Join:
         except ProtocolError:
             network.drop_from(call.contact, "malformed")
             return
-        if not network.joined or any(contact.peer_id not in network.table for contact in found):
+        news = [contact for contact in found if network.table.wants(contact.peer_id)]
+        if not network.joined or 2 * len(news) > len(found):
             network.learn_neighbourhood([call.contact, *found], now)
+        else:
+            for contact in news:
+                network.ping(contact, now)
 
     def call_stalled(self, call: Call, now: float) -> None:
         pass

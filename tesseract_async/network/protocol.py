@@ -25,6 +25,9 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import Call, Caller, Calls
 from tesseract_async.network.contacts import (
+    ID_BYTES,
+    V4_BYTES,
+    V6_BYTES,
     Address,
     Contact,
     address_range,
@@ -60,7 +63,9 @@ MAX_OBSERVED = 16
 """Opinions kept on what this node's address is."""
 MAX_VERIFICATIONS = 64
 """Newcomers pinged at a time to see whether they belong into the table."""
-HOUSEKEEPING_PERIOD = 5.0
+MAX_SEED_PERIODS = 5
+"""With others at hand, the wait until seeds are asked again doubles up to so many of `seed_period`."""
+HOUSEKEEPING_PERIOD = 10.0
 
 
 class NetworkProtocol:
@@ -98,6 +103,8 @@ class NetworkProtocol:
         )
         self.storage = Storage(settings)
         self.dialback = DialBack(self, public=public, now=now)
+        self.address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
+        """Lengths of the packed addresses that this node can send to."""
         self.observed: dict[PeerID, Address] = {}
         """The address at which the latest contacts see this node."""
         self.joined = False
@@ -228,17 +235,22 @@ class NetworkProtocol:
     def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
 
-        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out.
+        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out, and so are
+        those with an address of a kind that this node does not speak.
 
         Raises: ProtocolError.
         """
         contacts: list[Contact] = []
+        known, unreachable, own_id = self._known, self._unreachable, self.own_id
         for raw in split_contacts(v4, v6, self.settings.k):
-            if raw[:32] != self.own_id and self._unreachable.get(raw, now) <= now:
-                contact = self._known.get(raw)
+            if len(raw) - ID_BYTES not in self.address_bytes:
+                continue
+            if raw[:32] != own_id and (raw not in unreachable or unreachable[raw] <= now):
+                contact = known.get(raw)
                 if contact is None:
                     contact = self._learn(raw)
-                if raw[32:33] != b"\x7f" or is_loopback(teller.address):
+                    known = self._known
+                if raw[32] != 127 or is_loopback(teller.address):
                     contacts.append(contact)
         return contacts
 
@@ -268,9 +280,9 @@ class NetworkProtocol:
         if not self.joined and len(self.table):
             self.joined = self.ever_joined = True
             self._events.append(Joined(len(self.table)))
-        self._seed_backoff = self.settings.min_seed_backoff
+        self._seed_backoff = self.settings.seed_period
         if self._seeds:
-            self._seeds_at = now + self.settings.seed_period * (0.75 + 0.5 * self.random.random())
+            self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
 
     def drop_from(self, contact: Contact | None, reason: str) -> None:
         """Counts something wrong that a proven contact sent."""
@@ -514,6 +526,7 @@ class NetworkProtocol:
             self.joined = False
             self._events.append(Isolated())
             self._seeds_at = float("-inf")
+            self._seed_backoff = self.settings.min_seed_backoff
 
     # Joining and upkeep
 
@@ -524,11 +537,10 @@ class NetworkProtocol:
             self._seeds_at = float("inf")
             return
         Join(self, addresses, now)
-        if not len(self.table):
-            self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
-            self._seed_backoff = min(2 * self._seed_backoff, self.settings.seed_period)
-        else:
-            self._seeds_at = now + self.settings.seed_period * (0.75 + 0.5 * self.random.random())
+        self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
+        # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
+        longest = self.settings.seed_period * (MAX_SEED_PERIODS if len(self.table) else 1)
+        self._seed_backoff = min(2 * self._seed_backoff, longest)
 
     def _keep_house(self, now: float) -> None:
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * (0.75 + 0.5 * self.random.random())
@@ -557,7 +569,6 @@ class NetworkProtocol:
     def refresh_bucket(self, index: int, now: float) -> None:
         """Looks up a random id of a bucket."""
         target = self.table.number_in_bucket(index, self.random.getrandbits(256))
-        self.table.touch(target, now)
         Refresh(self, target, now)
 
     # Small parts

@@ -54,6 +54,7 @@ class Read:
         self.cancelled = False
         self._holdings: list[Holding] = []
         self._verified: dict[bytes, SignedRecord] = {}
+        self._summaries: dict[frozenset[bytes], tuple[Summary, dict[EntryID, SignedRecord]]] = {}
         self._merged: dict[EntryID, SignedRecord] = {}
         self._unchecked: deque[tuple[_Fetch, int, int, list[bytes]]] = deque()
         self._fetches: deque[_Fetch] = deque()
@@ -73,30 +74,41 @@ class Read:
             assert summary is not None
             self._holdings.append(Holding(None, summary, own))
         start = self.network.table.closest(int.from_bytes(self.key, "big"), self.network.settings.k)
-        # a holder is among the other holders already: a few answers will do
-        alpha = self.network.settings.num_paths if own else None
-        self._search = Search(self.network, self.key, start, on_answer=self._hear, on_end=self._settle, alpha=alpha)
+        self._search = Search(self.network, self.key, start, now, on_answer=self._hear, on_end=self._settle)
+        if own:
+            # a holder is among the other holders already: as many as are needed are asked, and one to spare
+            self._search.lookup.max_under_way = self.network.settings.num_equal_holders
         self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: Reply, now: float) -> None:
         if self.cancelled:
             self._search.stop()
             return
+        settings, lookup = self.network.settings, self._search.lookup
         summary, bodies = wire.read_value(reply.results)
         if summary is None:
+            lookup.max_under_way = settings.alpha
             return
         records: dict[EntryID, SignedRecord] | None = None
         if bodies:
-            records = {}
-            for body in bodies:
-                record = self._verify(body)
-                records[_entry_id(record)] = record
-            summary = summarise(list(records.values()))
+            # holders mostly send the same
+            same = frozenset(bodies)
+            known = self._summaries.get(same)
+            if known is None:
+                records = {}
+                for body in bodies:
+                    record = self._verify(body)
+                    records[_entry_id(record)] = record
+                known = self._summaries[same] = summarise(list(records.values())), records
+            summary, records = known
         self._holdings.append(Holding(contact, summary, records))
         equal = [item for item in self._holdings if item.summary == summary]
-        if len(equal) >= self.network.settings.num_equal_holders:
+        missing = settings.num_equal_holders - len(equal)
+        if missing <= 0:
             self._search.stop()
             self._settle(now, equal)
+        elif self._holdings[0].contact is None:
+            lookup.max_under_way = missing + 1 if equal[0] is self._holdings[0] else settings.alpha
 
     def _verify(self, body: bytes) -> SignedRecord:
         """Raises: InvalidRecord. Copies of the same bytes are checked once."""

@@ -38,7 +38,8 @@ class Replicator:
         self.network = network
         self.period_at = now + network.settings.republish_period * (0.5 + network.random.random())
         self._newcomers: deque[Contact] = deque(maxlen=MAX_NEWCOMERS)
-        self._work: Iterator[None] | None = None
+        self._work: Iterator[float] | None = None
+        """A round under way; each step gives the seconds until the next."""
         self._work_at = float("inf")
 
     def timer_at(self) -> float:
@@ -65,24 +66,18 @@ class Replicator:
         if self.period_at <= now:
             period = self.network.settings.republish_period
             self.period_at = now + period * (0.75 + 0.5 * self.network.random.random())
-            self._ping_silent_neighbours(now - period / 2, now)
-            self.network.schedule(now + PING_TIME, lambda now: self._begin(now, everybody=True))
+            if self.network.storage.num_entries:
+                self._begin(now, everybody=True)
         if self._work is not None and self._work_at <= now:
             self._now = now
-            if next(self._work, self) is self:
+            pause = next(self._work, None)
+            if pause is None:
                 self._work = None
                 self._work_at = float("inf")
                 if self._newcomers:
                     self._begin(now)
             else:
-                self._work_at = now + SLICE_PAUSE
-
-    def _ping_silent_neighbours(self, before: float, now: float) -> None:
-        """The dead must be known as such: else the three who should copy may all be among them."""
-        table = self.network.table
-        for contact in table.closest(table.own_number, 2 * table.k):
-            if contact.last_seen < before:
-                self.network.ping(contact, now)
+                self._work_at = now + pause
 
     def _begin(self, now: float, *, everybody: bool = False) -> None:
         newcomers = None if everybody else list(self._newcomers)
@@ -90,13 +85,29 @@ class Replicator:
         self._work = self._round(newcomers)
         self._work_at = now
 
-    def _round(self, newcomers: list[Contact] | None) -> Iterator[None]:
+    def _ping_silent_neighbours(self) -> Iterator[float]:
+        """The dead must be known as such: else the three who should copy a key may all be among them.
+
+        Who is farther than these three is not asked: not counted as alive, it only makes another one copy too.
+        """
+        network, table = self.network, self.network.table
+        for index, key in enumerate(network.storage.keys()):
+            if index % KEYS_PER_SLICE == KEYS_PER_SLICE - 1:
+                yield SLICE_PAUSE
+            for contact in table.closest(int.from_bytes(key, "big"), NUM_REPLICATORS):
+                if contact.last_seen < self._now - network.settings.republish_period / 2:
+                    network.ping(contact, self._now)
+        yield PING_TIME
+
+    def _round(self, newcomers: list[Contact] | None) -> Iterator[float]:
         """Looks at every key: is this node one of those who copy it, and to whom? Yields between slices."""
         network, table = self.network, self.network.table
         k = table.k
+        if newcomers is None:
+            yield from self._ping_silent_neighbours()
         for index, key in enumerate(network.storage.keys()):
             if index % KEYS_PER_SLICE == KEYS_PER_SLICE - 1:
-                yield
+                yield SLICE_PAUSE
             target = int.from_bytes(key, "big")
             closest = table.closest(target, k)
             own_distance = table.own_number ^ target

@@ -38,11 +38,11 @@ class NetworkSettings:
     """Longest wait for a reply before sending again."""
     token_lifetime: float = 300.0
     """A node changes the secret of its address tokens this often; the secret before stays good as long again."""
-    questionable_after: float = 60.0
+    questionable_after: float = 300.0
     """A contact silent for so long is pinged before it keeps its place against a newcomer."""
     unreachable_for: float = 60.0
     """A contact that failed is not asked again within this time, unless it is heard from."""
-    refresh_period: float = 900.0
+    refresh_period: float = 1800.0
     """A bucket that no lookup touched for so long is refreshed (section 2.3)."""
     seed_period: float = 60.0
     """Seeds are asked again this often, so that two halves of a network find each other."""

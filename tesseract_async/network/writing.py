@@ -119,7 +119,7 @@ class _HolderSearch:
     def __init__(self, write: Write, key: bytes, start: Sequence[Contact], now: float) -> None:
         self.write = write
         self.key = key
-        self.search = Search(write.network, key, start, on_end=self._end)
+        self.search = Search(write.network, key, start, now, on_end=self._end)
         self.search.advance(now)
 
     def _end(self, now: float) -> None:

@@ -53,7 +53,7 @@ class SimulatedIdentity(Identity):
     Within one simulation they are as good: only the identity's own `sign` makes what `SimulatedNetwork.verify` accepts.
     """
 
-    __slots__ = ("_secret",)
+    __slots__ = ()
 
     def __init__(self, seed: bytes) -> None:
         self._secret = hashlib.blake2b(seed, digest_size=32).digest()
@@ -310,8 +310,8 @@ class SimulatedNetwork:
     def transmit(self, data: bytes, source: Address, target: Address) -> None:
         """One datagram leaves; it may be lost, late, or arrive twice."""
         self.num_datagrams += 1
-        self.trace.update(repr((self.clock.now, source, target)).encode() + data)
-        if self._groups.get(source, 0) != self._groups.get(target, 0):
+        self.trace.update(b"%r %b %b %b" % (self.clock.now, source[0].encode(), target[0].encode(), data))
+        if self._groups and self._groups.get(source, 0) != self._groups.get(target, 0):
             return
         receiver = self.nodes.get(target)
         if receiver is None or not receiver.alive:

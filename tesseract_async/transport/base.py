@@ -7,6 +7,7 @@ used again.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +29,16 @@ def split_host_port(text: str) -> tuple[str, int]:
 def join_host_port(host: str, port: int) -> str:
     """The inverse of `split_host_port`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def ip_version(address: str) -> int | None:
+    """4 or 6 for the ``host:port`` of an IP address that a peer may have, None for anything else."""
+    try:
+        host, port = split_host_port(address)
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return None if ip.is_multicast or ip.is_unspecified or "%" in host or not port else ip.version
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LATER_IMPROVED: Final = ("relay", "datachannel")
+"""Kinds of path for which a better one may appear."""
 MAX_REMEMBERED: Final = 4096
 """Peers whose best path is remembered."""
 
@@ -71,7 +73,8 @@ class NatSettings:
     relay_head_start_symmetric: float = 0.25
     """... if this node's own NAT makes punching unlikely."""
     improve_after: tuple[float, ...] = (5.0, 30.0, 300.0)
-    """Seconds after which a relayed connection tries to punch a hole again; the last one repeats."""
+    """Seconds after which a relayed connection looks for a better way; the last one repeats. It does so at once when
+    this node's place in the network or the peer's addresses have changed, and so do data channels."""
     max_negotiations: int = 16
     """Data channels that may be under negotiation at the wish of others."""
     guard: GuardSettings = field(default_factory=GuardSettings)
@@ -85,6 +88,10 @@ class Surroundings(Protocol):
     @property
     def public_addresses(self) -> tuple[str, ...]:
         """Where others can dial this node, if they can."""
+
+    @property
+    def behind_nat(self) -> bool:
+        """Whether there are peers that cannot dial this node: all, or those without IPv6."""
 
     @property
     def rendezvous(self) -> tuple[PeerAddress, ...]:
@@ -103,6 +110,16 @@ class Surroundings(Protocol):
 
     def channel_addresses(self) -> list[str]:
         """This computer's own addresses, for data channels."""
+
+
+class _Improvement:
+    """What is known about a peer to which there may be a better way than the one in use."""
+
+    __slots__ = ("peer", "again")
+
+    def __init__(self, peer: PeerAddress) -> None:
+        self.peer = peer
+        self.again = asyncio.Event()
 
 
 class NatTransport:
@@ -129,12 +146,14 @@ class NatTransport:
         self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
         self._num_negotiations = 0
         self._best: OrderedDict[PeerID, str] = OrderedDict()
-        self._improving: set[PeerID] = set()
+        self._improving: dict[PeerID, _Improvement] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.upgrade: Callable[[PeerAddress, Sequence[Path]], Awaitable[None]] | None = None
         """Set by the node: opens a better connection for later calls."""
-        self.is_relayed: Callable[[PeerID], bool] = lambda peer_id: False
-        """Set by the node: whether a relayed connection to this peer is in use."""
+        self.path_kind: Callable[[PeerID], str] = lambda peer_id: ""
+        """Set by the node: the kind of path that calls to this peer take now, empty where there is none."""
+        self.direct_paths: Callable[[PeerAddress], Sequence[Path]] = lambda peer: ()
+        """Set by the node: the ways that need nobody's help."""
 
     # ---- base.Transport
 
@@ -152,7 +171,7 @@ class NatTransport:
         if here.public_addresses:
             paths.append(Path("reverse", start, lambda: self._open_reverse(peer, peer_id)))
             start += settings.relay_head_start
-        elif here.can_punch and best != "relay":
+        if here.can_punch and best != "relay" and (here.behind_nat or not here.public_addresses):
             paths.append(Path("datachannel", start, lambda: self._open_channel(peer, peer_id)))
             if best != "datachannel" and here.symmetric:
                 start += settings.relay_head_start_symmetric
@@ -171,8 +190,8 @@ class NatTransport:
             self._best.move_to_end(peer_id)
             if len(self._best) > MAX_REMEMBERED:
                 self._best.popitem(last=False)
-            if kind == "relay":
-                self._start_improving(peer)
+            if kind in LATER_IMPROVED:
+                self._start_improving(peer, peer_id)
         elif self._best.get(peer_id) == kind:
             del self._best[peer_id]
 
@@ -248,8 +267,13 @@ class NatTransport:
         raise PeerUnreachable(peer.short, errors)
 
     async def _meet(self, relay: PeerAddress, token: bytes) -> Pipe:
-        [address] = relay.addresses
-        pipe = await tcp.connect(address, throttle=self._throttle)
+        for address in relay.addresses:
+            try:
+                pipe = await tcp.connect(address, throttle=self._throttle)
+                break
+            except OSError:
+                if address == relay.addresses[-1]:
+                    raise
         pipe.write(preamble.encode_preamble(preamble.RELAY, token))
         pipe.description = f"relay {address}"
         return pipe
@@ -375,32 +399,60 @@ class NatTransport:
 
     # ---- better paths
 
-    def _start_improving(self, peer: PeerAddress) -> None:
-        assert peer.peer_id is not None
-        if self.upgrade is not None and peer.peer_id not in self._improving and self._surroundings.can_punch:
-            self._improving.add(peer.peer_id)
-            self.spawn(self._improve(peer, peer.peer_id))
+    def peer_known(self, peer: PeerAddress) -> None:
+        """A call names this peer at other addresses than where it was dialled: maybe there is a better way now."""
+        one = self._improving.get(peer.peer_id) if peer.peer_id is not None else None
+        if one is not None and peer != one.peer:
+            is_news = bool(set(peer.addresses) - set(one.peer.addresses))
+            one.peer = peer
+            if is_news:
+                one.again.set()
 
-    async def _improve(self, peer: PeerAddress, peer_id: PeerID) -> None:
-        """While the connection is a relayed one, tries now and then to punch a hole."""
+    def surroundings_changed(self) -> None:
+        """This node can be dialled now, or no longer: what was no way before may be one."""
+        for one in self._improving.values():
+            one.again.set()
+
+    def _start_improving(self, peer: PeerAddress, peer_id: PeerID) -> None:
+        if self.upgrade is not None and peer_id not in self._improving:
+            one = self._improving[peer_id] = _Improvement(peer)
+            self.spawn(self._improve(one, peer_id))
+
+    async def _improve(self, one: _Improvement, peer_id: PeerID) -> None:
+        """While the connection is not the best one thinkable, looks for a better one: now and then, and when told."""
         waits = self._settings.improve_after
         attempt = 0
         try:
             while True:
-                await asyncio.sleep(waits[min(attempt, len(waits) - 1)])
+                told = await _is_set(one.again, timeout=waits[min(attempt, len(waits) - 1)])
+                one.again.clear()
                 attempt += 1
-                if not self.is_relayed(peer_id) or self.upgrade is None:
+                kind = self.path_kind(peer_id)
+                if kind not in LATER_IMPROVED or self.upgrade is None:
                     return
+                paths = self._better_paths(one.peer, peer_id, kind) if told or kind == "relay" else []
+                if not paths:
+                    continue
                 try:
-                    path = Path("datachannel", 0.0, lambda: self._open_channel(peer, peer_id))
-                    await self.upgrade(peer, [path])
+                    await self.upgrade(one.peer, paths)
                 except PeerUnreachable as error:
                     logger.debug("no better path to %s: %s", peer_id.short, error)
                 else:
-                    logger.info("%s is reached through a punched hole now, no longer through a relay", peer_id.short)
-                    return
+                    now = self.path_kind(peer_id)
+                    logger.info("%s is reached by %s now, no longer by %s", peer_id.short, now, kind)
+                    self._metrics.count("nat_paths_improved", path=now)
         finally:
-            self._improving.discard(peer_id)
+            del self._improving[peer_id]
+
+    def _better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[Path]:
+        """What is better than a path of this kind, and possible."""
+        paths = list(self.direct_paths(peer))
+        if peer.rendezvous and self._surroundings.public_addresses:
+            paths.append(Path("reverse", 0.0, lambda: self._open_reverse(peer, peer_id)))
+        if kind == "relay" and peer.rendezvous and self._surroundings.can_punch:
+            delay = self._settings.relay_head_start if paths else 0.0
+            paths.append(Path("datachannel", delay, lambda: self._open_channel(peer, peer_id)))
+        return paths
 
     # ---- tasks
 
@@ -417,6 +469,16 @@ class NatTransport:
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _is_set(event: asyncio.Event, *, timeout: float) -> bool:
+    """Waits for `event`, `timeout` seconds at most."""
+    try:
+        async with asyncio.timeout(timeout):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _reason(error: BaseException) -> str:

@@ -44,7 +44,8 @@ class _Asker(asyncio.DatagramProtocol):
 async def ask(
     servers: Sequence[Address], *, local_host: str = "0.0.0.0", timeout: float = 1.0
 ) -> dict[Address, Address]:
-    """From one new socket asks each server (IPv4 literals), for `timeout` seconds at most.
+    """From one new socket asks each server, for `timeout` seconds at most. Servers and `local_host` are IP addresses of
+    one kind, IPv4 or IPv6.
 
     Returns what those who answered saw, in the order of their answers: the quickest one first. Raises: OSError.
     """

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Final, cast
 
+from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import (
     Path,
     PeerAddress,
@@ -29,6 +32,8 @@ EARLY_BYTES: Final = 4096
 HEAD_START: Final = 0.25
 """Seconds between the attempts on a peer's addresses (RFC 8305, section 5)."""
 CONNECT_TIMEOUT: Final = 5.0
+MAX_REMEMBERED: Final = 4096
+"""Peers with several addresses for which the one that worked is remembered."""
 
 
 class TcpPipe(asyncio.BufferedProtocol):
@@ -60,7 +65,8 @@ class TcpPipe(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=HIGH_WATER, low=0)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
-            self.origin = str(peer[0])
+            # a socket for both kinds of IP shows IPv4 addresses in its own notation
+            self.origin = str(peer[0]).removeprefix("::ffff:")
             self.description = f"tcp {join_host_port(self.origin, peer[1])}"
         sock = transport.get_extra_info("socket")
         if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -215,6 +221,7 @@ class TcpTransport:
         self._sock = sock
         self._throttle = throttle
         self._server: asyncio.Server | None = None
+        self._worked: OrderedDict[PeerID, str] = OrderedDict()
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         if self._sock is not None:
@@ -223,16 +230,35 @@ class TcpTransport:
             )
 
     def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+        addresses = self._in_order(peer)
         return [
             Path(f"tcp {address}", index * HEAD_START, lambda address=address: self._open(address))  # type: ignore[misc]
-            for index, address in enumerate(peer.addresses)
+            for index, address in enumerate(addresses)
         ]
+
+    def _in_order(self, peer: PeerAddress) -> list[str]:
+        """The address that worked last time; then IPv6 and others by turns, each in the peer's order (RFC 8305)."""
+        last = self._worked.get(peer.peer_id) if peer.peer_id is not None else None
+        first = [last] if last in peer.addresses else []
+        left = [address for address in peer.addresses if address != last]
+        v6 = [address for address in left if address.startswith("[")]
+        others = [address for address in left if not address.startswith("[")]
+        return [*first, *(one for pair in zip_longest(v6, others) for one in pair if one is not None)]
 
     async def _open(self, address: str) -> Pipe:
         return await connect(address, throttle=self._throttle)
 
     def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
-        pass  # the order of addresses is the peer's own
+        kind, _, address = path.name.partition(" ")
+        if kind != "tcp" or peer.peer_id is None:
+            return
+        if error is None and len(peer.addresses) > 1:
+            self._worked[peer.peer_id] = address
+            self._worked.move_to_end(peer.peer_id)
+            if len(self._worked) > MAX_REMEMBERED:
+                self._worked.popitem(last=False)
+        elif error is not None and self._worked.get(peer.peer_id) == address:
+            del self._worked[peer.peer_id]
 
     async def aclose(self) -> None:
         server, self._server = self._server, None

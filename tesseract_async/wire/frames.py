@@ -47,6 +47,9 @@ ROOM_STANDING: Final = 1
 ROOM_RESERVED: Final = 2
 """Flag of BEGIN_REPLY: the reply fits the room that its request reserved."""
 
+REPORT: Final = 1
+"""Flag of a PONG that answers no PING: it only tells what arrives."""
+
 SCRATCH_BYTES: Final = 64 * 1024
 MAX_SMALL: Final = SCRATCH_BYTES - HEADER.size
 """Payload bytes of any frame that is not a chunk: larger messages travel in chunks."""
@@ -298,6 +301,12 @@ class FrameReader:
         if self._start == self._end and not self._direct:
             self._scratch = None
             self._start = self._end = 0
+
+    def forget(self, assembly: Assembly) -> None:
+        """What still comes of this message is skipped; its memory is not held any more."""
+        if self._assembly is assembly:
+            self._assembly = None
+            self._direct = False
 
     def _finish_chunk(self) -> None:
         assembly, self._assembly = self._assembly, None

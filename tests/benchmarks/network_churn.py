@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 from tesseract_async.testing import SimulatedNetwork, SimulatedNode, log_normal_latency
 
@@ -48,10 +49,14 @@ def main() -> None:
         for index in range(NUM_RECORDS):
             asked += 1
             found += network.get(rng.choice(network.alive()), f"key {index}") == index
-        print(
-            json.dumps({"hour": network.clock.now / 3600, "sessions_ended": num_ended, "lost": asked - found}),
-            flush=True,
-        )
+        progress = {
+            "hour": round(network.clock.now / 3600, 2),
+            "sessions_ended": num_ended,
+            "lost": asked - found,
+            "datagrams": network.num_datagrams,
+            "cpu_seconds": round(time.process_time()),
+        }
+        print(json.dumps(progress), flush=True)
     lost = {"name": "network_churn_lost_reads", "value": asked - found, "unit": f"of {asked}", "asked": "<= 0"}
     print(json.dumps({**lost, "nodes": size, "hours": hours, "sessions_ended": num_ended}))
 

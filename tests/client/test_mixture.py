@@ -14,7 +14,7 @@ from tesseract_async.client.gating_function import GatingFunction, SwitchGatingF
 from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode
+from tests.client.fake_node import FakeNode, FakeReplica
 
 UIDS = [f"ffn.{i}" for i in range(4)]
 
@@ -208,6 +208,20 @@ async def test_latency_aware_scores_prefer_the_fast(node: FakeNode) -> None:
     await gate(x)
     gate.settings = make_settings(gate, k_best=3)  # type: ignore[assignment]
     assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
+
+
+async def test_latency_aware_scores_count_the_way_there(node: FakeNode) -> None:
+    """Of experts that answer equally fast, the one behind a slow relay loses; once its path is better, it does not."""
+    gate = make_gate(node, k_best=3, latency_weight=1000.0)
+    for number, uid in enumerate(UIDS):
+        node.directory.replicas[uid] = [FakeReplica(uid, f"peer {number}")]
+    x = torch.randn(8, 2)
+    gate._search._num_bytes = 1e6
+    relayed, direct = (0.05, 1e6), (0.01, 1e7)
+    node.paths = {f"peer {number}": direct for number in range(len(UIDS))} | {"peer 0": relayed}
+    assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
+    node.paths["peer 0"] = (0.0, 1e9)
+    assert all(UIDS[0] in {expert.uid for expert in row} for row in await gate.choose(x))
 
 
 async def test_jitter_changes_scores_in_training_only(node: FakeNode) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.latency import LatencyBook
+from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness, path_seconds
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
@@ -133,6 +133,38 @@ async def test_priority_and_timeout_travel(node: FakeNode) -> None:
         await RemoteExpert(node, "ffn.0").with_options(codec="zip")(torch.zeros(1, 8))
 
 
+async def test_a_relayed_slow_path_loses_against_a_direct_one_of_equal_queue(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("relayed", "direct"))
+    expert = RemoteExpert(node, "ffn.0")
+    node.paths = {"relayed": (0.05, 1e6), "direct": (0.01, 1e8)}
+    for _ in range(3):
+        await expert(torch.zeros(1, 8))
+    assert peers_asked(node) == ["direct"] * 3
+    node.paths["direct"] = (0.2, 1e5)  # the direct connection broke, and a worse one took its place
+    await expert(torch.zeros(1, 8))
+    assert peers_asked(node)[-1] == "relayed"
+
+
+async def test_bandwidth_counts_more_for_large_calls(node: FakeNode) -> None:
+    node.host("ffn.0", nn.Linear(8, 8), peers=("far and wide", "near and narrow"))
+    expert = RemoteExpert(node, "ffn.0")
+    node.paths = {"far and wide": (0.1, 1e8), "near and narrow": (0.01, 1e5)}
+    for rows, peer in ((1, "near and narrow"), (1000, "far and wide")):
+        await expert(torch.zeros(rows, 8))
+        assert peers_asked(node)[-1] == peer
+
+
+def test_what_a_call_is_expected_to_take() -> None:
+    book = LatencyBook()
+    book.observe("a", 1.0, path=0.25)
+    assert book.expected("a", path=0.5) == 0.5 + 0.75
+    book.observe("b", 0.1, path=0.4)  # the path was quicker than it seemed
+    assert book.expected("b", path=0.2) == 0.2 and book.expected("c", path=0.2) is None
+    assert path_seconds(None, 10**6) == 0.0
+    assert path_seconds((0.1, 0.0), 10**6) == 0.1
+    assert path_seconds((0.1, 1e6), 10**6) == 1.1
+
+
 def test_latency_book() -> None:
     book = LatencyBook()
     assert book.expected("a") is None and book.p95("a") is None
@@ -142,3 +174,18 @@ def test_latency_book() -> None:
     assert book.p95("new") == 2.0
     book.block("a", 5.0)
     assert book.is_blocked("a", 4.0) and not book.is_blocked("a", 5.0) and not book.is_blocked("b", 0.0)
+
+
+def test_patience_is_learnt_from_how_far_answers_scatter() -> None:
+    even, scattered, hanging = Lateness(), Lateness(), Lateness()
+    assert even.patience == MAX_PATIENCE
+    for i in range(400):
+        even.observe(0.05, 0.05)
+        scattered.observe(0.1 + 0.01 * (i % 10), 0.1)
+        hanging.observe(0.5 if i % 20 == 0 else 0.05, 0.05)  # one in twenty is given up
+    assert even.patience == hanging.patience == pytest.approx(0.4)
+    assert scattered.patience == pytest.approx(1.4 * 1.8 - 1, abs=0.15)
+    for _ in range(400):
+        even.observe(0.01, 0.05)
+        hanging.observe(0.5, 0.05)
+    assert even.patience == MIN_PATIENCE and hanging.patience == MAX_PATIENCE

@@ -383,7 +383,7 @@ def test_a_main_lane_that_stands_still_is_noticed_while_bulk_lives() -> None:
     machine = Pair().client.machine
     machine.handle_timer(3.0)
     for now in (5.0, 10.0, 14.9):
-        machine.received(100, now, lane=BULK)
+        machine.received(10, now, lane=BULK)
         assert machine.timer_at() == pytest.approx(min(now + 9.0, 15.0))
         machine.handle_timer(now)
     with pytest.raises(ConnectionLost):

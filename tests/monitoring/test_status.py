@@ -18,6 +18,7 @@ STATUS = NodeStatus(
     uptime=12.5,
     num_contacts=3,
     num_connections=2,
+    num_calls=30,
     num_rows=100,
     num_batches=7,
     num_waiting_rows=4,

@@ -68,7 +68,12 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                 assert peer["num_experts"] == 2 and peer["error"] is None and peer["path"]
                 assert state["totals"]["experts"] == 2 and state["totals"]["loss"] == 0.5
                 assert only(list(state["losses"].values())) == [3, 0.5]
-                assert "joined with 2 experts" in only(state["log"])[1]
+                assert "joined with 2 experts" in only(state["log"])[1] and only(state["log"])[2] == "joined"
+                assert (
+                    peer["calls_per_second"] > 0
+                    and peer["answered_ago"] >= 0
+                    and state["totals"]["calls_per_second"] > 0
+                )
                 console = Console(width=120, record=True, quiet=False, file=io.StringIO())
                 console.print(top.draw(state))
                 shown = console.export_text()
@@ -76,7 +81,8 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
             await observer.look()
             state = observer.state()
             assert state["peers"] == [] and only(state["grids"])["experts"] == []
-            assert "left with 2 experts" in state["log"][-1][1]
+            assert "left with 2 experts" in state["log"][-1][1] and state["log"][-1][2] == "left"
+            assert only(state["grids"])["lost"] == [[0, 0], [1, 2]]
 
 
 async def test_without_patterns_the_neighbours_grids_are_found() -> None:
@@ -105,7 +111,7 @@ async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
         for _ in range(3):
             await observer.look()
         assert "UnknownMethod" in only(observer.state()["peers"])["error"]
-        assert [sentence for _, sentence in observer.log if "does not answer" in sentence][1:] == []
+        assert [sentence for _, sentence, _ in observer.log if "does not answer" in sentence][1:] == []
 
 
 async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None:
@@ -114,7 +120,12 @@ async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None
         observer = SwarmObserver(node, period=0.05)
         async with observer, Dashboard(observer) as page, aiohttp.ClientSession() as browser:
             assert page.url.startswith("http://127.0.0.1:") and page.token is None
-            for path, kind in (("", "text/html"), ("style.css", "text/css"), ("page.js", "text/javascript")):
+            for path, kind in (
+                ("", "text/html"),
+                ("style.css", "text/css"),
+                ("page.js", "text/javascript"),
+                ("icon.svg", "image/svg+xml"),
+            ):
                 async with browser.get(page.url + path) as answer:
                     assert answer.status == 200 and answer.content_type == kind
                     assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
@@ -124,9 +135,10 @@ async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None
                 assert 'tesseract_expert_calls_total{method="expert.forward"} 1.0' in await answer.text()
             async with browser.get(page.url + "api/events") as answer:
                 assert answer.content_type == "text/event-stream"
-                for _ in range(3):
-                    line = await answer.content.readline()
-                    assert json.loads(line.removeprefix(b"data: "))["grids"] == []
+                for number in range(3):
+                    message = json.loads((await answer.content.readline()).removeprefix(b"data: "))
+                    assert message["grids"] == [] and message["whole"] is (number == 0)
+                    assert number == 0 or len(message["history"]) == 1, "what was sent is not sent again"
                     await answer.content.readline()
             async with browser.get(page.url, headers={"Host": "evil.example"}) as answer:
                 assert answer.status == 403, "a page elsewhere must not read this one under its own name"
@@ -146,8 +158,8 @@ async def test_beyond_loopback_a_token_is_asked_for() -> None:
                     assert answer.status == 403
             async with browser.get(at + "metrics", headers={"Authorization": f"Bearer {page.token}"}) as answer:
                 assert answer.status == 200
-            async with browser.get(f"{at}?token={page.token}") as answer:
-                assert answer.status == 200
+            async with browser.get(f"{at}?token={page.token}", allow_redirects=False) as answer:
+                assert (answer.status, answer.headers["Location"]) == (303, "./")
                 cookie = answer.cookies["tesseract_token"]
                 assert cookie["httponly"] and cookie["samesite"] == "Strict"
             async with browser.get(at + "api/state", cookies={"tesseract_token": page.token}) as answer:
@@ -161,6 +173,26 @@ async def test_a_port_in_use_is_a_sentence() -> None:
             port = int(page.url.rpartition(":")[2].strip("/"))
             with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port}"):
                 await Dashboard(observer, port=port).__aenter__()
+
+
+async def test_what_strangers_publish_is_bounded() -> None:
+    """A grid too large to draw, losses that JSON does not know, endless sentences."""
+    async with volunteer("wide.99999.99999", "ffn.0") as host:
+        for number, value in enumerate(
+            ([1, float("nan")], [1, float("inf")], [2**60, 1.0], ["x", 1.0], 7, None, [3, 0.5])
+        ):
+            await host.network.store("progress/ffn", value, ttl=60.0, subkey=str(number))
+        async with ta.TesseractNode(initial_peers=[host.address], refresh_period=0.2) as node:
+            await node.network.wait_joined(10)
+            observer = SwarmObserver(node, period=1.0)
+            await observer.look()
+            await node.directory.wait_warm("ffn")
+            await observer.look()
+            state = json.loads(json.dumps(observer.state(), allow_nan=False))
+            assert [grid["prefix"] for grid in state["grids"]] == ["ffn"]
+            assert list(state["losses"].values()) == [[3, 0.5]]
+            observer._note("x" * 10_000, "failed")
+            assert len(observer.log[-1][1]) == 240
 
 
 def test_a_period_is_positive() -> None:

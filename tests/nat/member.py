@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.endpoint.reachability import ReachabilitySettings
 from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
@@ -26,8 +27,11 @@ PORT = 31337
 
 
 class Member:
-    def __init__(self, host: str, seeds: list[str], *, public: bool) -> None:
-        self.node = TesseractNode(host, PORT, initial_peers=seeds, public=public)
+    def __init__(self, host: str, seeds: list[str], options: dict[str, Any]) -> None:
+        # there is no distance here: who does not answer a dial within a second never will
+        quick = ReachabilitySettings(dial_timeout=1.0)
+        reach = ReachSettings(reachability=quick, **options.pop("reach", {}))
+        self.node = TesseractNode(host, PORT, initial_peers=seeds, reach=reach, **options)
         self.servers: list[Any] = []
         self.crowd: list[TesseractNode] = []
 
@@ -45,6 +49,19 @@ class Member:
     async def do_wait_reachable(self) -> Any:
         known = await self.node.wait_reachable(20.0)
         return {"known": known, "role": self.node.reach.finding.role, "report": self.node.reach.report()}
+
+    async def do_report(self) -> list[str]:
+        return self.node.reach.report()
+
+    async def do_find_out(self) -> Any:
+        """Looks anew whether it can be reached: the address that others are told then."""
+        changed = asyncio.Event()
+        stop = self.node.watch_address(changed.set)
+        self.node.reach.find_out()
+        async with asyncio.timeout(20):
+            await changed.wait()
+        stop()
+        return self.node.peer_address.addresses
 
     async def do_serve(self, uid: str, width: int = 16) -> bool:
         import torch
@@ -221,7 +238,7 @@ def main(folder: str, level: str, members: dict[str, dict[str, Any]]) -> None:
         torch.set_num_threads(1)
         logging.basicConfig(level=level, format=f"{name} %(relativeCreated)d %(name)s %(message)s")
         logging.getLogger("aioice").setLevel(logging.WARNING)
-        member = Member(place["host"], place["seeds"], public=place["public"])
+        member = Member(place["host"], place["seeds"], place["options"])
         asyncio.run(obey_all(member, f"{folder}/{name}"))
         os._exit(0)
     for child in children:

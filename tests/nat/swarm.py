@@ -14,27 +14,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.nat.lab import Lab
+from tests.nat.lab import PORT, Host, Lab
 
 ROOT = Path(__file__).parents[2]
 
 
 class Swarm:
-    """Every host of `lab` runs a node; those in `public` say so themselves, the first one is everybody's seed."""
+    """Every host of `lab` runs a node; those in `public` say so themselves, the first one is everybody's seed.
 
-    def __init__(self, lab: Lab, folder: Path, *, public: tuple[str, ...]) -> None:
+    `options`: further arguments of the nodes, by host.
+    """
+
+    def __init__(
+        self, lab: Lab, folder: Path, *, public: tuple[str, ...], options: dict[str, dict[str, Any]] | None = None
+    ) -> None:
         self.lab = lab
         self.peer_ids: dict[str, str] = {}
         self._folder = folder
         self._pids: dict[str, int] = {}
         self._lines: dict[str, Any] = {}
-        seed = f"{lab.hosts[public[0]].address}:31337"
         members = {
             name: {
                 "namespace": lab.namespace(name),
-                "host": host.address if host.kind == "public" else "0.0.0.0",
-                "public": name in public,
-                "seeds": [] if name == public[0] else [seed],
+                "host": "::" if host.v6 else host.address if host.kind == "public" else "0.0.0.0",
+                "seeds": [] if name == public[0] else [self._seed(lab.hosts[public[0]], host)],
+                "options": {**_said(host, name in public), **(options or {}).get(name, {})},
             }
             for name, host in lab.hosts.items()
         }
@@ -45,6 +49,11 @@ class Swarm:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             start_new_session=True,  # so that all of them can be ended together
         )
+
+    def _seed(self, seed: Host, host: Host) -> str:
+        """IPv4 where there is both: what else there is, the nodes shall find out."""
+        only_v6 = self.lab.is_only_v6(host.name)
+        return f"[{seed.v6}]:{PORT}" if only_v6 else f"{seed.address}:{PORT}"
 
     def __enter__(self) -> Self:
         try:
@@ -134,3 +143,10 @@ class Swarm:
         except ProcessLookupError:
             pass
         self._process.wait()
+
+
+def _said(host: Host, public: bool) -> dict[str, Any]:
+    if not public:
+        return {}
+    addresses = [f"{host.address}:{PORT}", *([f"[{host.v6}]:{PORT}"] if host.v6 else [])]
+    return {"public": True, "announce": addresses}

@@ -37,6 +37,7 @@ class Place:
         self.rendezvous: tuple[PeerAddress, ...] = ()
         self.symmetric = False
         self.can_punch = True
+        self.behind_nat = True
         self.accepted: asyncio.Queue[Pipe] = asyncio.Queue()
         self.relay = Relay(settings=RelaySettings(), metrics=self.metrics)
         self.spoil: Callable[[bytes], bytes] = lambda answer: answer
@@ -194,6 +195,10 @@ async def test_which_ways_are_tried_and_when() -> None:
         assert names(nat.paths(peer, bulk=False)) == ["relay"]
         asker.public_addresses = (asker.address,)
         assert names(nat.paths(peer, bulk=False)) == ["reverse", "relay"]
+        asker.can_punch = True  # dialled by those who have IPv6 only: others may need a hole
+        assert names(nat.paths(peer, bulk=False)) == ["reverse", "datachannel", "relay"]
+        asker.behind_nat = False
+        assert names(nat.paths(peer, bulk=False)) == ["reverse", "relay"]
 
 
 async def test_forged_stale_and_repeated_offers_are_refused_and_counted() -> None:
@@ -290,18 +295,68 @@ async def test_a_relayed_connection_looks_for_a_better_way() -> None:
             tried.append(paths[0].name)
             if len(tried) < 3:
                 raise PeerUnreachable("the peer", {})
+            nonlocal kind
+            kind = "tcp"
             improved.set()
 
         asker.nat.upgrade = upgrade
-        asker.nat.is_relayed = lambda peer_id: peer_id == asked.peer_id
+        kind = "relay"
+        asker.nat.path_kind = lambda peer_id: kind if peer_id == asked.peer_id else ""
         won = Path("relay", 0.0, lambda: None)  # type: ignore[arg-type, return-value]
         asker.nat.path_finished(asked.peer, won, None, 0.1)
         asker.nat.path_finished(asked.peer, won, None, 0.1)
         await improved.wait()
         await asyncio.sleep(0)
         assert tried == ["datachannel"] * 3
-        asker.nat.is_relayed = lambda peer_id: False
         asker.nat.path_finished(asked.peer, won, None, 0.1)
         while asker.nat._tasks:
             await asyncio.wait(asker.nat._tasks)
         assert len(tried) == 3
+
+
+@pytest.mark.parametrize("kind", ["relay", "datachannel"])
+async def test_a_peer_that_can_be_dialled_now_is_dialled(kind: str) -> None:
+    """Its records name addresses now, or we can be dialled ourselves: at once, not at the next attempt."""
+    settings = NatSettings(improve_after=(3600.0,))
+    async with town(3, settings=settings) as (asker, asked, _):
+        tried: list[list[str]] = []
+        attempted = asyncio.Event()
+
+        async def upgrade(peer: PeerAddress, paths: Sequence[Path]) -> None:
+            tried.append(names(paths))
+            attempted.set()
+            raise PeerUnreachable("the peer", {})
+
+        def direct(peer: PeerAddress) -> list[Path]:
+            return [Path(f"tcp {address}", 0.0, lambda: None) for address in peer.addresses]  # type: ignore[arg-type, return-value]
+
+        nat = asker.nat
+        nat.upgrade, nat.path_kind, nat.direct_paths = upgrade, lambda peer_id: kind, direct
+        nat.path_finished(asked.peer, Path(kind, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        punch = ["datachannel"] if kind == "relay" else []
+        nat.peer_known(replace(asked.peer, addresses=("127.0.0.1:9",)))
+        nat.peer_known(replace(asked.peer, addresses=("127.0.0.1:9",)))  # no news
+        await attempted.wait()
+        attempted.clear()
+        nat.peer_known(asked.peer)  # it is gone from there: no reason to try
+        asker.public_addresses = (asker.address,)
+        nat.surroundings_changed()
+        await attempted.wait()
+        assert tried == [["tcp 127.0.0.1:9", *punch], ["reverse", *punch]]
+
+
+async def test_who_needs_no_better_way_looks_for_none() -> None:
+    async with town(3) as (asker, asked, _):
+        asker.nat.path_kind = lambda peer_id: ""
+
+        async def upgrade(peer: PeerAddress, paths: Sequence[Path]) -> None:
+            raise AssertionError("there is no connection any more")
+
+        asker.nat.upgrade = upgrade
+        asker.nat.path_finished(asked.peer, Path("datachannel", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        asker.nat.surroundings_changed()
+        while asker.nat._tasks:
+            await asyncio.wait(asker.nat._tasks)
+        assert not asker.nat._improving
+        asker.nat.path_finished(asked.peer, Path("reverse", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        assert not asker.nat._tasks

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
+from tesseract_async.identity import Identity, PeerID
 from tesseract_async.transport.base import PeerAddress, Pipe, join_host_port, split_host_port
-from tesseract_async.transport.tcp import EARLY_BYTES, TcpTransport
+from tesseract_async.transport.tcp import EARLY_BYTES, MAX_REMEMBERED, TcpTransport, connect
 from tests.transport import conformance
 from tests.transport.conformance import *  # noqa: F403
 from tests.transport.conformance import Pipes, Receiver
@@ -77,8 +80,45 @@ async def test_an_impatient_peer_is_not_stored_without_a_bound() -> None:
 async def test_paths_give_each_address_a_head_start() -> None:
     peer = PeerAddress(None, ("10.0.0.1:1", "[::1]:2", "example.org:3"))
     paths = TcpTransport().paths(peer, bulk=True)
-    assert [path.name for path in paths] == ["tcp 10.0.0.1:1", "tcp [::1]:2", "tcp example.org:3"]
+    assert [path.name for path in paths] == ["tcp [::1]:2", "tcp 10.0.0.1:1", "tcp example.org:3"]
     assert [path.delay for path in paths] == [0.0, 0.25, 0.5]
+
+
+async def test_the_address_that_worked_comes_first() -> None:
+    transport = TcpTransport()
+    peer = PeerAddress(Identity.generate().peer_id, ("10.0.0.1:1", "10.0.0.2:1", "[::1]:2", "[::2]:2"))
+
+    def order(peer: PeerAddress = peer) -> list[str]:
+        return [path.name.removeprefix("tcp ") for path in transport.paths(peer, bulk=False)]
+
+    assert order() == ["[::1]:2", "10.0.0.1:1", "[::2]:2", "10.0.0.2:1"]
+    by_name = {path.name: path for path in transport.paths(peer, bulk=False)}
+    transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], None, 0.1)
+    assert order() == ["10.0.0.2:1", "[::1]:2", "10.0.0.1:1", "[::2]:2"]
+    assert order(replace(peer, addresses=("[::1]:2",))) == ["[::1]:2"]
+    transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], OSError(), 0.1)
+    assert order()[0] == "[::1]:2"
+    for _ in range(MAX_REMEMBERED + 1):
+        other = replace(peer, peer_id=PeerID(os.urandom(32)))
+        transport.path_finished(other, by_name["tcp 10.0.0.2:1"], None, 0.1)
+    assert len(transport._worked) == MAX_REMEMBERED
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no sockets for both kinds of IP")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_socket_for_both_kinds_of_ip(host: str) -> None:
+    """IPv4 callers are seen under their IPv4 address: dialling them back and counting them depends on it."""
+    sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    transport = TcpTransport(sock)
+    accepted: asyncio.Queue[Pipe] = asyncio.Queue()
+    await transport.listen(accepted.put_nowait)
+    pipe = await connect(join_host_port(host, sock.getsockname()[1]))
+    theirs = await accepted.get()
+    assert theirs.origin == host
+    assert theirs.description.startswith(f"tcp {join_host_port(host, 1)[:-2]}:")
+    for one in (pipe, theirs):
+        one.abort()
+    await transport.aclose()
 
 
 async def test_a_throttle_slows_both_directions() -> None:

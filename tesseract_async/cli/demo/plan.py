@@ -97,6 +97,23 @@ def assign(num_servers: int) -> list[list[str]]:
     return [all_uids()[number::num_servers] for number in range(num_servers)]
 
 
+def sizes(settings: DemoSettings) -> dict[str, int]:
+    """Of the experts."""
+    return {"in_features": NUM_PIXELS, "hidden_features": settings.hidden_features, "out_features": NUM_CLASSES}
+
+
+def commands_to_join(settings: DemoSettings, address: str, program: str) -> list[str]:
+    """What to type into a second terminal while the demo runs: to look on, and to lend a hand."""
+    pattern = ExpertPattern(PREFIX, tuple(range(size) for size in GRID_SIZE))
+    words = " ".join(f"--size {name}={size}" for name, size in sizes(settings).items())
+    frozen = " --optimizer none" if settings.freeze_experts else f" --learning-rate {settings.expert_learning_rate}"
+    return [
+        f"{program} top -p {address}",
+        f"{program} dashboard -p {address}",
+        f"{program} serve -p {address} --experts '{pattern}' --num-experts 4 {words}{frozen}",
+    ]
+
+
 def server_name(number: int) -> str:
     """How people call a server: ``server 1``."""
     return f"server {number + 1}"

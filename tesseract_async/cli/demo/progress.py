@@ -76,6 +76,8 @@ class Progress:
         self.killed_at: float | None = None
         self.returned_at: float | None = None
         self.num_processes = 0
+        self.address: str | None = None
+        """By which others may join, or look on; known once the bootstrap node is ready."""
 
     def note(self, now: float, sentence: str) -> None:
         """Adds a line to the log that the user sees."""

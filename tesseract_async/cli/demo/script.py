@@ -41,6 +41,7 @@ class Script:
             family.append(bootstrap)
             await bootstrap.start()
             self._address: str = (await bootstrap.ready(timeout=START_TIMEOUT))["address"]
+            self.progress.address = self._address.partition("/")[0]
 
             self._note(f"starting {self.settings.num_servers} servers with {len(plan.all_uids())} experts")
             servers = [self._server(number) for number in range(self.settings.num_servers)]
@@ -110,14 +111,9 @@ class Script:
             "--learning-rate": str(settings.expert_learning_rate),
             "--seed": str(settings.seed),
         }
-        sizes = {
-            "in_features": plan.NUM_PIXELS,
-            "hidden_features": settings.hidden_features,
-            "out_features": plan.NUM_CLASSES,
-        }
         words = ["-m", "tesseract_async.cli", "serve", "--leave-with-parent"]
         words += [word for pair in arguments.items() for word in pair]
-        words += [word for name, size in sizes.items() for word in ("--size", f"{name}={size}")]
+        words += [word for name, size in plan.sizes(settings).items() for word in ("--size", f"{name}={size}")]
         words += [word for uid in plan.assign(settings.num_servers)[number] for word in ("--experts", uid)]
         return self._child(plan.server_name(number), words)
 

@@ -9,6 +9,8 @@ Says what it does in lines of JSON on standard output: ``ready``, one ``step`` a
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +21,13 @@ from torch.nn import functional as F
 import tesseract_async as ta
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
-from tesseract_async.errors import TesseractError
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.monitoring import publish_progress
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_PERIOD = 1.0
+"""Seconds between two publications of the loss."""
 
 Digits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -49,7 +57,8 @@ async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) ->
     """Joins the swarm, trains, and reports until all steps are taken."""
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(task.seed * 1000 + task.number)
-    async with ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=task.refresh_period) as node:
+    node = ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=task.refresh_period)
+    async with node, contextlib.aclosing(Publishing(node, plan.trainer_name(task.number))) as publishing:
         gate = ta.GatingFunction(
             node,
             uid_prefix=plan.PREFIX,
@@ -75,6 +84,7 @@ async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) ->
                 await ta.backward(loss)
                 optimizer.step()
                 facts["loss"] = loss.item()
+                publishing.take(step, facts["loss"])
                 if step % task.validate_every == 0 or step == task.steps:
                     with torch.no_grad():
                         logits = await gate(x_val)
@@ -87,6 +97,38 @@ async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) ->
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
             report("step", **facts)
         report("done")
+
+
+class Publishing:
+    """Lets `tesseract top` and the dashboard show the loss: the mean since the last time, beside the training."""
+
+    def __init__(self, node: ta.TesseractNode, name: str) -> None:
+        self._node = node
+        self._name = name
+        self._losses: list[float] = []
+        self._next_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def take(self, step: int, loss: float) -> None:
+        """One step's loss. Publishes at most once in `PUBLISH_PERIOD`, and one at a time."""
+        self._losses.append(loss)
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_at and (self._task is None or self._task.done()):
+            self._next_at = now + PUBLISH_PERIOD
+            mean = sum(self._losses) / len(self._losses)
+            self._losses.clear()
+            self._task = asyncio.create_task(self._publish(step, mean))
+
+    async def _publish(self, step: int, loss: float) -> None:
+        try:
+            await publish_progress(self._node, plan.PREFIX, step=step, loss=loss, trainer=self._name)
+        except (TesseractError, TimeoutError) as error:
+            logger.info("the loss could not be published: %s", describe(error))
+
+    async def aclose(self) -> None:
+        """Waits for what is being published."""
+        if self._task is not None:
+            await self._task
 
 
 async def wait_for_everybody(node: ta.TesseractNode) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,19 +29,22 @@ async def show(progress: Progress, now: Callable[[], float], console: Console) -
     if not console.is_terminal:
         await _show_plain(progress, now, console)
         return
+    told = False
     with Live(draw(progress, now()), console=console, auto_refresh=False, transient=True) as live:
         try:
             while True:
                 await asyncio.sleep(1 / FRAMES_PER_SECOND)
+                told = told or _tell_how_to_join(progress, console)
                 live.update(draw(progress, now()), refresh=True)
         finally:
             live.update(draw(progress, now()), refresh=True)
 
 
 async def _show_plain(progress: Progress, now: Callable[[], float], console: Console) -> None:
-    shown, last = 0, 0.0
+    shown, last, told = 0, 0.0, False
     try:
         while True:
+            told = told or _tell_how_to_join(progress, console)
             for at, sentence in progress.log[shown:]:
                 console.print(f"{at:6.1f} s  {sentence}", highlight=False)
             shown = len(progress.log)
@@ -48,6 +55,28 @@ async def _show_plain(progress: Progress, now: Callable[[], float], console: Con
     finally:
         for at, sentence in progress.log[shown:]:
             console.print(f"{at:6.1f} s  {sentence}", highlight=False)
+
+
+def _tell_how_to_join(progress: Progress, console: Console) -> bool:
+    """Prints the commands for a second terminal once there is an address; outside the picture, so that they can be
+    copied. Returns whether it did."""
+    if progress.address is None:
+        return False
+    console.print("Meanwhile, in a second terminal: look on, or lend a hand", highlight=False)
+    for line in plan.commands_to_join(progress.settings, progress.address, program_name()):
+        console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
+    return True
+
+
+def program_name() -> str:
+    """How this command is called from the present folder: ``tesseract``, or ``.venv/bin/tesseract`` and the like."""
+    path = Path(sys.argv[0])
+    if not path.name.startswith("tesseract"):
+        return "python -m tesseract_async.cli"
+    found = shutil.which(path.name)
+    if found is not None and Path(found).resolve() == path.resolve():
+        return path.name
+    return os.path.relpath(path)
 
 
 def describe(progress: Progress) -> str:

@@ -1,20 +1,18 @@
 "use strict";
 // Draws what /api/events sends. Everything that comes from the swarm is set as text, never as markup.
 
+const HISTORY_LENGTH = 600, LOG_LENGTH = 200, MAX_DRAWN_CELLS = 65536;
+const PLOT_HEIGHT = 132, PLOT_LEFT = 44, PLOT_BOTTOM = 20, PLOT_TOP = 8;
+const WORDS = { version: "optimizer steps", busy: "load of the server", replicas: "replicas", lag: "steps behind" };
+const COLUMN = { version: 3, busy: 4, replicas: 2, lag: 5 }; // of an expert's row in a grid
+
 const $ = (id) => document.getElementById(id);
 let state = null;
+let dark = false, colours = {};
 const cursors = {}; // prefix -> [row, column]
+const pointed = {}; // series -> x of the pointer over its plot
 
-function colours() {
-  const style = getComputedStyle(document.documentElement);
-  const get = (name) => style.getPropertyValue(name).trim();
-  return { front: get("--front"), soft: get("--soft"), line: get("--line"), empty: get("--empty"), accent: get("--accent") };
-}
-const dark = () => matchMedia("(prefers-color-scheme: dark)").matches;
-// golden-angle hues: neighbours in the list differ, however many there are
-const serverColour = (number) => `hsl(${(number * 137.5) % 360} 55% ${dark() ? 60 : 45}%)`;
-// one hue from faint to full, so that it reads without telling colours apart
-const heat = (share) => `hsl(212 70% ${dark() ? 22 + 48 * share : 90 - 55 * share}%)`;
+// ---------------------------------------------------------------------------------------------- words and colours
 
 function element(name, text, className) {
   const made = document.createElement(name);
@@ -24,44 +22,104 @@ function element(name, text, className) {
 }
 const number = (value, digits = 0) =>
   value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits });
+const short = (value) => Math.abs(value) >= 1000
+  ? value.toLocaleString("en", { notation: "compact", maximumFractionDigits: 1 })
+  : number(value, Math.abs(value) < 1 ? 3 : Math.abs(value) < 10 ? 2 : 0);
+function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 60) return `${Math.round(seconds)} s`;
+  if (seconds < 3600) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 172800) return `${number(seconds / 3600, 1)} h`;
+  return `${Math.round(seconds / 86400)} d`;
+}
+function seconds(value) {
+  if (value === null || value === undefined) return "–";
+  return value < 0.001 ? `${number(1e6 * value)} µs` : `${number(1000 * value, value < 0.1 ? 1 : 0)} ms`;
+}
+
+function readColours() {
+  dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["front", "soft", "line", "empty", "accent", "bad", "lost", "card", "back"]) {
+    colours[name] = style.getPropertyValue(`--${name}`).trim();
+  }
+}
+// golden-angle hues: servers met one after the other differ, however many there are
+const serverColour = (peer) => peer ? `hsl(${(205 + peer.number * 137.5) % 360} 58% ${dark ? 62 : 46}%)` : colours.soft;
+// one hue from faint to full, so that it reads without telling colours apart
+const heat = (share) => `hsl(${212 - 12 * share} ${45 + 35 * share}% ${dark ? 26 + 48 * share : 84 - 52 * share}%)`;
+
+// ---------------------------------------------------------------------------------------------- totals
+
+function drawTotals() {
+  const totals = state.totals;
+  const alive = state.grids.reduce((sum, grid) => sum + grid.experts.length, 0);
+  const all = state.grids.reduce((sum, grid) => sum + grid.size.reduce((a, b) => a * b, 1), 0);
+  const silent = state.peers.filter((peer) => peer.error).length;
+  const cards = [
+    ["live experts", number(alive), all ? ` of ${number(all)}` : "", false],
+    ["servers", number(state.peers.length), silent ? ` ${silent} silent` : "", silent > 0],
+    ["calls per second", number(totals.calls_per_second ?? 0, 0)],
+    ["rows per second", number(totals.rows_per_second ?? 0)],
+    ["steps per second", number(totals.steps_per_second ?? 0, 1)],
+    ["loss", totals.loss === undefined ? "–" : number(totals.loss, 4)],
+  ];
+  $("totals").replaceChildren(...cards.map(([label, value, more, bad]) => {
+    const card = element("div", undefined, bad ? "bad" : ""), strong = element("b", value);
+    if (more) strong.append(element("small", more));
+    card.append(strong, element("span", label));
+    return card;
+  }));
+}
+
+// ---------------------------------------------------------------------------------------------- grids
 
 // a grid of any number of dimensions as a sheet: the first one downwards, the others flattened to the right
 function sheet(grid) {
-  const rows = grid.size.length > 1 ? grid.size[0] : 1;
-  const columns = grid.size.length > 1 ? grid.size.slice(1).reduce((a, b) => a * b, 1) : grid.size[0];
-  return { rows, columns };
+  if (grid.size.length === 1) { // one dimension: wrapped like text
+    const columns = Math.min(grid.size[0], 32);
+    return { rows: Math.ceil(grid.size[0] / columns), columns };
+  }
+  return { rows: grid.size[0], columns: grid.size.slice(1).reduce((a, b) => a * b, 1) };
 }
 function place(grid, coords) {
-  if (grid.size.length === 1) return [0, coords[0]];
+  if (grid.size.length === 1) {
+    const { columns } = sheet(grid);
+    return [Math.floor(coords[0] / columns), coords[0] % columns];
+  }
   let column = 0;
   for (let i = 1; i < coords.length; i++) column = column * grid.size[i] + coords[i];
   return [coords[0], column];
 }
-
-function drawTotals() {
-  const totals = state.totals;
-  const cards = [
-    ["live experts", number(totals.experts)], ["servers", number(totals.servers)],
-    ["rows per second", number(totals.rows_per_second)], ["steps per second", number(totals.steps_per_second, 1)],
-  ];
-  if (totals.loss !== undefined) cards.push(["loss", number(totals.loss, 4)]);
-  $("totals").replaceChildren(...cards.map(([label, value]) => {
-    const card = element("div");
-    card.append(element("b", value), element("span", label));
-    return card;
-  }));
+function coordsAt(grid, [row, column]) {
+  if (grid.size.length === 1) return [row * sheet(grid).columns + column];
+  const coords = [];
+  for (let i = grid.size.length - 1; i > 0; i--) {
+    coords.unshift(column % grid.size[i]);
+    column = Math.floor(column / grid.size[i]);
+  }
+  return [row, ...coords];
 }
 
 function drawGrids() {
   const holder = $("grids");
   if (state.grids.length === 0) {
-    holder.replaceChildren(element("p", "No server is known yet. Start one: tesseract serve --help", "empty"));
+    if (!holder.querySelector(".quiet")) {
+      const lines = [
+        element("p", "No expert is alive yet: this node knows of no server.", "quiet"),
+        element("p", "Start one, on this computer or on another that reaches this node:", "quiet"),
+        element("p"),
+        element("p", "It appears here by itself within seconds.", "quiet"),
+      ];
+      lines[2].append(element("code", `tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers ${state.node.join || state.node.address}`));
+      holder.replaceChildren(...lines);
+    }
     return;
   }
+  holder.querySelectorAll(":scope > p").forEach((line) => line.remove());
   for (const grid of state.grids) {
-    let box = holder.querySelector(`[data-prefix="${CSS.escape(grid.prefix)}"]`);
+    let box = [...holder.children].find((one) => one.dataset.prefix === grid.prefix);
     if (!box) {
-      holder.querySelector(".empty")?.remove();
       box = element("div", undefined, "grid");
       box.dataset.prefix = grid.prefix;
       const canvas = element("canvas");
@@ -69,69 +127,164 @@ function drawGrids() {
       canvas.setAttribute("role", "application");
       canvas.addEventListener("keydown", (event) => moveCursor(event, grid.prefix));
       canvas.addEventListener("pointermove", (event) => pointAt(event, grid.prefix));
+      canvas.addEventListener("pointerdown", (event) => pointAt(event, grid.prefix));
       canvas.addEventListener("focus", () => { cursors[grid.prefix] ??= [0, 0]; show(grid.prefix); });
       box.append(element("p"), canvas);
       holder.append(box);
     }
-    const { rows, columns } = sheet(grid);
     const all = grid.size.reduce((a, b) => a * b, 1);
-    const line = `${grid.prefix}: ${grid.experts.length} of ${all} experts live`;
-    box.querySelector("p").textContent = line;
+    const gone = grid.lost.length ? `, ${number(grid.lost.length)} lost` : "";
+    const line = `${grid.prefix}: ${number(grid.experts.length)} of ${number(all)} experts alive${gone} (${grid.size.join(" × ")})`;
+    box.querySelector("p").textContent = all > MAX_DRAWN_CELLS ? `${line}: too many to draw` : line;
     const canvas = box.querySelector("canvas");
+    canvas.hidden = all > MAX_DRAWN_CELLS;
     canvas.setAttribute("aria-label", `${line}. Arrow keys move from expert to expert.`);
-    drawSheet(canvas, grid, rows, columns);
+    if (!canvas.hidden) drawSheet(canvas, grid);
   }
 }
 
-function drawSheet(canvas, grid, rows, columns) {
-  const scale = devicePixelRatio || 1, width = canvas.clientWidth;
-  const cell = Math.max(2, Math.min(28, Math.floor(width / columns)));
-  canvas.style.height = `${cell * rows}px`;
-  canvas.width = width * scale;
-  canvas.height = cell * rows * scale;
-  const draw = canvas.getContext("2d"), colour = colours(), by = $("colour").value;
+// the largest value that the chosen colours show, over all grids: one legend for all
+function most(by) {
+  let found = by === "busy" ? 1 : 0;
+  for (const grid of state.grids) for (const expert of grid.experts) found = Math.max(found, expert[COLUMN[by]] ?? 0);
+  return found || 1;
+}
+
+function prepare(canvas, width, height) {
+  canvas.style.width = `${width}px`;
+  const scale = devicePixelRatio || 1;
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
+  canvas.style.height = `${height}px`;
+  const draw = canvas.getContext("2d");
   draw.scale(scale, scale);
-  const gap = cell > 5 ? 1 : 0;
-  draw.fillStyle = colour.empty;
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) draw.fillRect(c * cell, r * cell, cell - gap, cell - gap);
-  const column = { version: 3, busy: 4, replicas: 2 }[by];
-  const most = column ? Math.max(by === "busy" ? 1 : 0, ...grid.experts.map((expert) => expert[column] ?? 0)) || 1 : 1;
+  return draw;
+}
+
+function drawSheet(canvas, grid) {
+  const { rows, columns } = sheet(grid), width = canvas.parentElement.clientWidth, by = $("colour").value;
+  const cell = Math.min(48, width / columns, Math.max(3, 640 / rows));
+  const draw = prepare(canvas, Math.floor(cell * columns), Math.ceil(cell * rows));
+  const gap = cell > 14 ? 2 : cell > 5 ? 1 : 0, side = Math.max(1, cell - gap), all = grid.size.reduce((a, b) => a * b, 1);
+  const fill = (coords, colour) => {
+    const [row, column] = place(grid, coords);
+    draw.fillStyle = colour;
+    draw.fillRect(column * cell, row * cell, side, side);
+    return [column * cell, row * cell];
+  };
+  draw.fillStyle = colours.empty;
+  for (let n = 0; n < all; n++) draw.fillRect((n % columns) * cell, Math.floor(n / columns) * cell, side, side);
+  for (const coords of grid.lost) {
+    const [x, y] = fill(coords, colours.lost);
+    draw.strokeStyle = colours.bad;
+    draw.lineWidth = cell > 10 ? 2 : 1;
+    if (cell > 4) draw.strokeRect(x + 1, y + 1, side - 2, side - 2);
+  }
+  const limit = COLUMN[by] ? most(by) : 1;
   for (const expert of grid.experts) {
-    const [r, c] = place(grid, expert[0]);
-    draw.fillStyle = column ? heat((expert[column] ?? 0) / most) : serverColour(expert[1]);
-    draw.fillRect(c * cell, r * cell, cell - gap, cell - gap);
+    const peer = state.peers[expert[1]];
+    const [x, y] = fill(expert[0], COLUMN[by] ? heat((expert[COLUMN[by]] ?? 0) / limit) : serverColour(peer));
+    if (peer && peer.error) { // its server does not answer: striped, since colours alone do not tell everybody
+      draw.save();
+      draw.beginPath();
+      draw.rect(x, y, side, side);
+      draw.clip();
+      draw.fillStyle = colours.empty;
+      draw.globalAlpha = 0.75;
+      draw.fillRect(x, y, side, side);
+      draw.globalAlpha = 1;
+      draw.strokeStyle = colours.bad;
+      draw.lineWidth = Math.max(1, cell / 12);
+      draw.beginPath();
+      for (let offset = -side; offset < side; offset += Math.max(3, cell / 4)) {
+        draw.moveTo(x + offset, y + side);
+        draw.lineTo(x + offset + side, y);
+      }
+      draw.stroke();
+      draw.restore();
+    }
   }
   canvas.dataset.cell = cell;
   const cursor = cursors[grid.prefix];
   if (cursor) {
-    draw.strokeStyle = colour.front;
+    draw.strokeStyle = colours.card;
+    draw.lineWidth = 5;
+    draw.strokeRect(cursor[1] * cell, cursor[0] * cell, side, side);
+    draw.strokeStyle = colours.front;
     draw.lineWidth = 2;
-    draw.strokeRect(cursor[1] * cell + 1, cursor[0] * cell + 1, cell - gap - 2, cell - gap - 2);
+    draw.strokeRect(cursor[1] * cell, cursor[0] * cell, side, side);
   }
+}
+
+function drawLegend() {
+  const legend = $("legend"), by = $("colour").value, items = [];
+  const entry = (mark, text) => {
+    const item = element("li");
+    item.append(mark, element("span", text));
+    items.push(item);
+  };
+  const swatch = (kind) => element("span", undefined, `swatch ${kind}`);
+  if (state.grids.length) {
+    if (COLUMN[by]) {
+      const ramp = element("span", undefined, "ramp"), limit = most(by);
+      ramp.style.background = `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map(heat).join(", ")})`;
+      const say = (value) => by === "busy" ? `${number(100 * value)} %` : number(value);
+      entry(ramp, `${WORDS[by]}: ${say(0)} to ${say(limit)}`);
+    } else {
+      for (const peer of state.peers.slice(0, 8)) {
+        const mark = swatch("");
+        mark.style.background = serverColour(peer);
+        entry(mark, peer.short);
+      }
+      if (state.peers.length > 8) entry(element("span"), `and ${state.peers.length - 8} more`);
+    }
+    entry(swatch("silent"), "server does not answer");
+    entry(swatch("gone"), "lost");
+    entry(swatch("empty"), "nobody yet");
+  }
+  legend.replaceChildren(...items);
 }
 
 function show(prefix) {
   const grid = state.grids.find((one) => one.prefix === prefix), cursor = cursors[prefix];
   if (!grid || !cursor) return;
-  const expert = grid.experts.find((one) => { const [r, c] = place(grid, one[0]); return r === cursor[0] && c === cursor[1]; });
-  if (!expert) {
-    $("detail").textContent = `${prefix}, row ${cursor[0]}, column ${cursor[1]}: nobody hosts this expert.`;
+  describe(grid, cursor);
+  const canvas = [...$("grids").children].find((one) => one.dataset.prefix === prefix)?.querySelector("canvas");
+  if (canvas && !canvas.hidden) drawSheet(canvas, grid);
+}
+
+function describe(grid, cursor) {
+  const coords = coordsAt(grid, cursor), uid = `${grid.prefix}.${coords.join(".")}`;
+  const same = (one) => one.length === coords.length && one.every((at, i) => at === coords[i]);
+  const expert = grid.experts.find((one) => same(one[0]));
+  let text;
+  if (expert) {
+    const peer = state.peers[expert[1]], replicas = expert[2];
+    text = `${uid}: on server ${peer ? peer.short : "unknown"}, ${replicas} replica${replicas === 1 ? "" : "s"}, `
+      + (expert[3] === null ? "version not known yet" : `version ${number(expert[3])}`)
+      + (expert[5] ? ` (its slowest replica is ${number(expert[5])} behind)` : "")
+      + `, server ${number(100 * expert[4])} % busy`
+      + (peer && peer.error ? `. The server does not answer: ${peer.error}` : ".");
+  } else if (grid.lost.some(same)) {
+    text = `${uid}: lost. It was alive, and nobody hosts it now.`;
   } else {
-    const peer = state.peers[expert[1]];
-    $("detail").textContent = `${prefix}.${expert[0].join(".")}: hosted by ${peer ? peer.short : "an unknown server"}`
-      + `, ${expert[2]} replica${expert[2] === 1 ? "" : "s"}, ${number(expert[3])} optimizer steps, `
-      + `its server ${number(100 * expert[4])} % busy.`;
+    text = `${uid}: nobody hosts this expert yet.`;
   }
-  drawGrids();
+  const detail = $("detail");
+  detail.hidden = false;
+  if (detail.textContent !== text) detail.textContent = text;
 }
 
 function moveCursor(event, prefix) {
-  const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-  if (!step) return;
-  event.preventDefault();
-  const { rows, columns } = sheet(state.grids.find((one) => one.prefix === prefix));
+  const grid = state.grids.find((one) => one.prefix === prefix), { rows, columns } = sheet(grid);
   const [r, c] = cursors[prefix] ?? [0, 0];
-  cursors[prefix] = [Math.max(0, Math.min(rows - 1, r + step[0])), Math.max(0, Math.min(columns - 1, c + step[1]))];
+  const to = {
+    ArrowUp: [r - 1, c], ArrowDown: [r + 1, c], ArrowLeft: [r, c - 1], ArrowRight: [r, c + 1],
+    Home: [r, 0], End: [r, columns - 1], PageUp: [0, c], PageDown: [rows - 1, c],
+  }[event.key];
+  if (!to) return;
+  event.preventDefault();
+  cursors[prefix] = [Math.max(0, Math.min(rows - 1, to[0])), Math.max(0, Math.min(columns - 1, to[1]))];
   show(prefix);
 }
 
@@ -139,82 +292,177 @@ function pointAt(event, prefix) {
   const cell = Number(event.target.dataset.cell), box = event.target.getBoundingClientRect();
   const { rows, columns } = sheet(state.grids.find((one) => one.prefix === prefix));
   const at = [Math.floor((event.clientY - box.top) / cell), Math.floor((event.clientX - box.left) / cell)];
-  if (at[0] < 0 || at[1] < 0 || at[0] >= rows || at[1] >= columns) return;
-  if (String(at) === String(cursors[prefix])) return;
+  if (at[0] < 0 || at[1] < 0 || at[0] >= rows || at[1] >= columns || String(at) === String(cursors[prefix])) return;
   cursors[prefix] = at;
   show(prefix);
 }
 
-function drawPlots() {
-  const colour = colours();
-  for (const canvas of document.querySelectorAll("canvas[data-series]")) {
-    const points = state.history.filter((point) => point[canvas.dataset.series] !== undefined);
-    const scale = devicePixelRatio || 1, width = canvas.clientWidth, height = 120;
-    canvas.width = width * scale;
-    canvas.height = height * scale;
-    canvas.style.height = `${height}px`;
-    canvas.setAttribute("role", "img");
-    const draw = canvas.getContext("2d");
-    draw.scale(scale, scale);
-    draw.fillStyle = colour.soft;
-    draw.font = "12px system-ui, sans-serif";
-    if (points.length === 0) {
-      draw.fillText("nothing yet", 8, 18);
-      canvas.setAttribute("aria-label", "nothing yet");
-      continue;
-    }
-    const values = points.map((point) => point[canvas.dataset.series]);
-    const most = Math.max(...values) || 1, from = points[0].time, span = Math.max(1, points.at(-1).time - from);
-    draw.strokeStyle = colour.accent;
-    draw.lineWidth = 1.5;
-    draw.beginPath();
-    points.forEach((point, index) => {
-      const x = 4 + (point.time - from) / span * (width - 8), y = height - 6 - values[index] / most * (height - 30);
-      index ? draw.lineTo(x, y) : draw.moveTo(x, y);
-    });
-    draw.stroke();
-    const text = `now ${number(values.at(-1), 3)}, most ${number(most, 3)}, last ${number(span)} s`;
-    draw.fillText(text, 8, 16);
-    canvas.setAttribute("aria-label", text);
-  }
+// ---------------------------------------------------------------------------------------------- over time
+
+// a round number that is not less, for the top of a scale
+function ceiling(value) {
+  if (!(value > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 1.5, 2, 3, 4, 5, 8, 10].find((factor) => factor * power >= value * 0.999);
 }
 
+function drawPlot(canvas) {
+  const series = canvas.dataset.series, caption = canvas.parentElement.querySelector("figcaption");
+  const points = state.history.filter((point) => point[series] !== undefined);
+  const width = canvas.parentElement.clientWidth, draw = prepare(canvas, width, PLOT_HEIGHT);
+  const right = width - 6, bottom = PLOT_HEIGHT - PLOT_BOTTOM;
+  draw.font = "12px system-ui, 'DejaVu Sans', sans-serif";
+  draw.fillStyle = colours.soft;
+  let now = caption.querySelector("b");
+  if (!now) caption.append(now = element("b"));
+  if (points.length === 0) {
+    const why = series === "loss" ? "no trainer has published any" : "nothing measured yet";
+    draw.fillText(why, PLOT_LEFT, PLOT_HEIGHT / 2);
+    now.textContent = "";
+    canvas.setAttribute("aria-label", `${caption.firstChild.textContent}: ${why}`);
+    return;
+  }
+  const values = points.map((point) => point[series]), top = ceiling(Math.max(...values));
+  const until = state.history.at(-1).time, from = state.history[0].time, span = Math.max(10, until - from);
+  const x = (time) => right - (until - time) / span * (right - PLOT_LEFT);
+  const y = (value) => bottom - Math.max(0, value) / top * (bottom - PLOT_TOP);
+  draw.strokeStyle = colours.line;
+  draw.lineWidth = 1;
+  draw.textAlign = "right";
+  for (const share of [0, 0.5, 1]) {
+    const at = Math.round(y(share * top)) + 0.5;
+    draw.beginPath();
+    draw.moveTo(PLOT_LEFT, at);
+    draw.lineTo(right, at);
+    draw.stroke();
+    draw.fillText(short(share * top), PLOT_LEFT - 6, at + 4);
+  }
+  draw.fillText("now", right, PLOT_HEIGHT - 4);
+  draw.textAlign = "left";
+  draw.fillText(`${duration(span)} ago`, PLOT_LEFT, PLOT_HEIGHT - 4);
+  // when servers were lost: the reason for most dents
+  draw.strokeStyle = colours.bad;
+  draw.setLineDash([3, 3]);
+  for (const [time, , kind] of state.log) {
+    if (time < from || (kind !== "left" && kind !== "failed")) continue;
+    draw.beginPath();
+    draw.moveTo(Math.round(x(time)) + 0.5, PLOT_TOP);
+    draw.lineTo(Math.round(x(time)) + 0.5, bottom);
+    draw.stroke();
+  }
+  draw.setLineDash([]);
+  draw.beginPath();
+  points.forEach((point, index) => draw[index ? "lineTo" : "moveTo"](x(point.time), y(point[series])));
+  draw.strokeStyle = colours.accent;
+  draw.lineWidth = 2;
+  draw.lineJoin = "round";
+  draw.stroke();
+  draw.lineTo(x(points.at(-1).time), bottom);
+  draw.lineTo(x(points[0].time), bottom);
+  draw.globalAlpha = 0.14;
+  draw.fillStyle = colours.accent;
+  draw.fill();
+  draw.globalAlpha = 1;
+  let chosen = points.at(-1), when = "";
+  if (pointed[series] !== undefined) {
+    for (const point of points) if (Math.abs(x(point.time) - pointed[series]) < Math.abs(x(chosen.time) - pointed[series])) chosen = point;
+    draw.fillStyle = colours.accent;
+    draw.beginPath();
+    draw.arc(x(chosen.time), y(chosen[series]), 4, 0, 7);
+    draw.fill();
+    when = `${new Date(1000 * chosen.time).toLocaleTimeString()}: `;
+  }
+  now.textContent = `${when}${number(chosen[series], series === "loss" ? 4 : 1)}`;
+  canvas.setAttribute("aria-label", `${caption.firstChild.textContent}: now ${number(values.at(-1), 4)}, `
+    + `between ${number(Math.min(...values), 4)} and ${number(Math.max(...values), 4)} in the last ${duration(span)}`);
+}
+
+const plots = [...document.querySelectorAll("canvas[data-series]")];
+for (const canvas of plots) {
+  const at = (event) => {
+    pointed[canvas.dataset.series] = event?.clientX === undefined ? undefined : event.clientX - canvas.getBoundingClientRect().left;
+    if (state) drawPlot(canvas);
+  };
+  canvas.addEventListener("pointermove", at);
+  canvas.addEventListener("pointerleave", () => at());
+}
+
+// ---------------------------------------------------------------------------------------------- lists
+
 function drawPeers() {
-  $("peers").replaceChildren(...state.peers.map((peer, index) => {
+  $("no-peers").hidden = state.peers.length > 0;
+  $("peers").closest("table").hidden = state.peers.length === 0;
+  const labels = [...document.querySelectorAll("#servers th")].map((head) => head.textContent);
+  $("peers").replaceChildren(...state.peers.map((peer) => {
     const row = element("tr", undefined, peer.error ? "silent" : "");
-    const chip = element("span", undefined, "chip");
-    chip.style.background = serverColour(index);
-    const first = element("td");
-    first.append(chip);
+    const chip = element("span", undefined, `swatch${peer.error ? " silent" : ""}`);
+    if (!peer.error) chip.style.background = serverColour(peer);
     const cells = [
-      peer.short, peer.error ?? peer.path ?? peer.addresses[0] ?? "–", peer.rtt === null ? "–" : `${number(1000 * peer.rtt, 1)} ms`,
-      number(peer.num_experts), number(peer.rows_per_second), number(peer.steps_per_second, 1),
-      `${number(100 * peer.busy)} %`, number(peer.waiting_rows),
-    ];
-    row.append(first, ...cells.map((text) => element("td", text)));
+      "", peer.error ? `does not answer: ${peer.error}` : peer.path ?? peer.addresses[0] ?? "–", seconds(peer.rtt),
+      number(peer.num_experts), number(peer.calls_per_second, 1), number(peer.rows_per_second), number(peer.steps_per_second, 1),
+      `${number(100 * peer.busy)} %`, number(peer.waiting_rows), duration(peer.uptime),
+      peer.answered_ago === null ? "never" : `${duration(peer.answered_ago)} ago`, peer.software ?? "–",
+    ].map((text, index) => {
+      const cell = element("td", text);
+      cell.dataset.label = labels[index];
+      return cell;
+    });
+    cells[0].append(chip, document.createTextNode(peer.short));
+    row.append(...cells);
     row.title = peer.peer_id;
     return row;
   }));
 }
 
+function drawTrainers() {
+  const trainers = Object.entries(state.losses);
+  $("trainers").hidden = trainers.length === 0;
+  $("losses").replaceChildren(...trainers.map(([name, [step, loss]]) => {
+    const row = element("tr");
+    row.append(element("td", name), element("td", number(step)), element("td", number(loss, 4)));
+    return row;
+  }));
+}
+
 function drawLog() {
-  $("log").replaceChildren(...state.log.slice().reverse().map(([time, sentence]) => {
-    const line = element("li");
+  if (state.log.length === 0) {
+    $("log").replaceChildren(element("li", "Nothing has joined, left or failed since this page's node started."));
+    return;
+  }
+  $("log").replaceChildren(...state.log.slice().reverse().map(([time, sentence, kind]) => {
+    const line = element("li", undefined, kind);
     line.append(element("time", new Date(1000 * time).toLocaleTimeString()), document.createTextNode(sentence));
     return line;
   }));
 }
 
 function draw() {
+  readColours();
   if (!state) return;
-  drawTotals(); drawGrids(); drawPlots(); drawPeers(); drawLog();
+  drawTotals(); drawGrids(); drawLegend(); plots.forEach(drawPlot); drawPeers(); drawTrainers(); drawLog();
+  for (const grid of state.grids) if (cursors[grid.prefix] && !$("detail").hidden) describe(grid, cursors[grid.prefix]);
+}
+
+// ---------------------------------------------------------------------------------------------- news
+
+// the first message holds everything, the next ones what is new: see `news` in dashboard.py
+function take(message) {
+  if (!message.whole && state) {
+    const changed = new Map(message.grids.map((grid) => [grid.prefix, grid]));
+    const grids = state.grids.map((grid) => changed.get(grid.prefix) ?? grid);
+    for (const grid of message.grids) if (!state.grids.some((one) => one.prefix === grid.prefix)) grids.push(grid);
+    message.grids = grids;
+    message.history = [...state.history, ...message.history].slice(-HISTORY_LENGTH);
+    message.log = [...state.log, ...message.log].slice(-LOG_LENGTH);
+  }
+  state = message;
 }
 
 const events = new EventSource("api/events");
 events.onmessage = (event) => {
-  state = JSON.parse(event.data);
+  take(JSON.parse(event.data));
   $("connection").textContent = `live, through node ${state.node.peer_id.slice(0, 8)} (${state.node.role})`;
-  $("connection").className = "";
+  $("connection").className = "live";
   draw();
 };
 events.onerror = () => {
@@ -224,3 +472,4 @@ events.onerror = () => {
 $("colour").addEventListener("change", draw);
 addEventListener("resize", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+readColours();

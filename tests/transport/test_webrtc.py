@@ -1,0 +1,68 @@
+"""What `Negotiation` gathers, and how long it takes. (Pipes of all kinds: `test_pipes`.)"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from tesseract_async.transport.webrtc import Negotiation, WebrtcSettings
+from tests.transport.test_stun_client import serving
+
+QUICK = WebrtcSettings(gathering_timeout=0.1)
+
+
+def negotiation(
+    stun_server: tuple[str, int] | None = None,
+    settings: WebrtcSettings = QUICK,
+    addresses: tuple[str, ...] = ("127.0.0.1",),
+) -> Negotiation:
+    return Negotiation(controlling=True, addresses=list(addresses), stun_server=stun_server, settings=settings)
+
+
+async def test_without_servers_nobody_is_asked() -> None:
+    """The library has a default server of its own: it must be told that there is none."""
+    made = negotiation()
+    assert made._ice.stun_server is None and made._ice.turn_server is None
+    found = await made.gather()
+    assert [(one.kind, one.host) for one in found.candidates] == [("host", "127.0.0.1")]
+    await made.aclose()
+
+
+async def test_the_outside_address_comes_from_the_server_that_was_given() -> None:
+    async with serving(("203.0.113.7", 4000)) as (server, address):
+        made = negotiation(address)
+        found = await made.gather()
+        assert server.num_asked > 0
+        assert ("srflx", "203.0.113.7", 4000) in [(one.kind, one.host, one.port) for one in found.candidates]
+        await made.aclose()
+
+
+@pytest.mark.parametrize("kind", ["stun", "turn"])
+async def test_a_dead_server_holds_up_nobody(kind: str) -> None:
+    """Gathering is capped in time: the library itself would wait for five seconds."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = silent.getsockname()
+        settings = WebrtcSettings(
+            gathering_timeout=0.1,
+            turn_server=f"turn:127.0.0.1:{address[1]}" if kind == "turn" else None,
+            turn_username="name",
+            turn_password="word",
+        )
+        made = negotiation(address if kind == "stun" else None, settings)
+        begun = loop.time()
+        found = await made.gather()
+        assert loop.time() - begun < 1.0
+        assert [one.kind for one in found.candidates] == ["host"]
+        await made.aclose()
+
+
+async def test_few_candidates_are_told() -> None:
+    """An offer has a bound; IPv6 addresses are offered beside the others."""
+    made = negotiation(addresses=("127.0.0.1", "::1"))
+    found = await made.gather()
+    assert {one.host for one in found.candidates} == {"127.0.0.1", "::1"}
+    await made.aclose()
