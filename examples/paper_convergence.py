@@ -22,6 +22,7 @@ import copy
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import random
 import sys
@@ -333,17 +334,21 @@ async def train(args: argparse.Namespace, run: Run, data: Any, address: str | No
         started, losses, staleness = time.perf_counter(), list[float](), 0
         before = run.curve[-1][3] if run.curve else 0.0
         rows = batches(len(train_x), args.batch_size, run.seed, first)
-        wanted = (next(rows) for _ in range(args.updates - first))
         try:
             while run.snapshots:  # Ctrl-C came before them
                 await evaluate()
-            async with contextlib.aclosing(trainer.run(loss_of, wanted)) as reports:
-                async for report in reports:
-                    losses.append(report.loss.item())
-                    staleness = report.staleness
-                    if (first + report.version) % args.evaluate_every == 0:
-                        await evaluate()
-                        note()
+            while (num_left := args.updates - first - trainer.version) > 0:  # more than once if steps failed
+                steps = trainer.run(loss_of, itertools.islice(rows, num_left), max_failures=args.in_flight)
+                async with contextlib.aclosing(steps) as reports:
+                    async for report in reports:
+                        if report.error is not None:
+                            print(f"a step failed: {report.error}", file=sys.stderr)
+                            continue
+                        losses.append(report.loss.item())
+                        staleness = report.staleness
+                        if (first + report.version) % args.evaluate_every == 0:
+                            await evaluate()
+                            note()
         finally:
             note()
 

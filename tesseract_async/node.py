@@ -120,6 +120,7 @@ class TesseractNode:
         self._endpoint: Endpoint | None = None
         self._bound: tuple[str, int] | None = None
         self._experts: dict[str, Handler] = {}
+        self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -153,6 +154,7 @@ class TesseractNode:
 
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
+        self._closed = True
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
@@ -168,6 +170,16 @@ class TesseractNode:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def check_running(self) -> None:
+        """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
+        if self._closed:
+            raise RuntimeError(
+                "this node is closed: its experts and gates, and the losses made with them, can be used inside its "
+                "`async with` only"
+            )
+        if self._endpoint is None:
+            raise RuntimeError("this node is not started: use `async with TesseractNode(...)`, or await node.start()")
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
         self._reach = Reach(
@@ -249,11 +261,13 @@ class TesseractNode:
     async def get_expert(self, uid: str) -> RemoteExpert:
         """The expert `uid`, found through the DHT: a module whose call is awaited.
 
-        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid.
+        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid; RuntimeError
+        if the node is not running.
         """
         from tesseract_async.client.remote_expert import RemoteExpert  # the one arrow that points up (torch, too)
 
         split_uid(uid)
+        self.check_running()
         replicas = await self.directory.find(uid)
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")

@@ -14,8 +14,8 @@ from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall, MixtureSettings
-from tesseract_async.client.remote_expert import RemoteExpert, draw_seed
-from tesseract_async.errors import SchemaMismatch
+from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
+from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.tensors import describe_structure, flatten_like, unflatten
 
 
@@ -67,7 +67,7 @@ class GatingFunction(nn.Module):
         backward_timeout: float = 15.0,
         backward_k_min: int = 0,
         rescale_backward: bool = False,
-        patience: float = 1.5,
+        patience: float | None = None,
         refill: bool = True,
         on_missing: Literal["raise", "zero"] = "raise",
         route: Literal["sample", "token"] = "sample",
@@ -131,7 +131,7 @@ class GatingFunction(nn.Module):
     def choose(self, x: torch.Tensor) -> Any:
         """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
-        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`.
+        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if nobody lives.
         """
         self._search.check()
         with torch.no_grad():
@@ -143,9 +143,13 @@ class GatingFunction(nn.Module):
 
         `x`, ``[rows, in_features]`` or a sequence, is scored and is also the experts' first argument; further arguments
         go to the experts beside it, row by row. Experts that fail or are slow are left out, and weights are
-        renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited.
+        renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
+        autocast, floating-point inputs are cast to the experts' dtypes.
 
-        Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint.
+        Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint,
+        and if the node is not running.
+        While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
+
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema;
         NotEnoughExperts, which lists who failed and why.
         """
@@ -198,6 +202,8 @@ class GatingFunction(nn.Module):
     async def _choose(self, scores_RS: torch.Tensor) -> list[list[RemoteExpert]]:
         scores_RS = _sound(scores_RS)
         view = await self._search.view(scores_RS, beam=self.search == "beam")
+        if len(scores_RS) and not len(view.coords):
+            raise NotEnoughExperts(1, len(scores_RS), {})
         bias_N = self._search.bias(view, self.settings.latency_weight)
         best_RK = self._search.grid(view).top_k(scores_RS, self.settings.k_best, bias_N=bias_N)
         return self._search.experts(view, best_RK.numpy())
@@ -209,7 +215,8 @@ class GatingFunction(nn.Module):
         rows, kwrows, lead = self._rows((x, *args), kwargs)
         scores_RS = self._scores(rows[0])
         seed = draw_seed() if self.training else 0
-        mixed = self._mix(scores_RS, rows, kwrows, lead, torch.is_grad_enabled(), self.training, seed)
+        casts = under_autocast((rows, kwrows))
+        mixed = self._mix(scores_RS, rows, kwrows, lead, torch.is_grad_enabled(), casts, self.training, seed)
         return isolated(mixed, modes=NO_GRAD)
 
     @staticmethod
@@ -223,12 +230,16 @@ class GatingFunction(nn.Module):
         kwargs: dict[str, Any],
         lead: torch.Size | None,
         differentiable: bool,
+        casts: bool,
         training: bool,
         seed: int,
     ) -> Mixed:
         sound_RS = _sound(scores_RS)
         view = await self._search.view(sound_RS, beam=self.search == "beam")
         schema = await self._search.schema(sound_RS, view)
+        if casts:
+            with torch.set_grad_enabled(differentiable):
+                args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"the experts of {self.uid_prefix}")
         grid = self._search.grid(view)
         call = MixtureCall(
@@ -304,7 +315,7 @@ class SwitchGatingFunction(GatingFunction):
         forward_timeout: float = 15.0,
         backward_timeout: float = 15.0,
         backward_k_min: int = 0,
-        patience: float = 1.5,
+        patience: float | None = None,
         refill: bool = True,
         on_missing: Literal["raise", "zero"] = "zero",
         route: Literal["sample", "token"] = "token",

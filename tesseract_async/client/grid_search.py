@@ -22,6 +22,7 @@ from tesseract_async.errors import NotEnoughExperts, TesseractError
 _NUM_WITNESSES = 3
 _MAX_STRIKES = 3
 _SMOOTHING = 0.2
+_SEARCH_AGAIN_SECONDS = 1.0
 
 
 class FoundView:
@@ -57,10 +58,12 @@ class GridSearch(Shared):
         """The live experts: all of them, as soon as the directory knows them.
 
         While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
-        `beam` there is only the search, for grids too large to hold.
+        `beam` there is only the search, for grids too large to hold. While nobody lives, somebody is waited for; in the
+        end the view is empty.
 
-        Raises: NotEnoughExperts if the directory could not be read in time, or nobody lives.
+        Raises: NotEnoughExperts if the directory could not be read in time.
         """
+        deadline = asyncio.get_running_loop().time() + self._timeout
         directory = self.node.directory
         if not beam:
             view: View | None = directory.live(self.prefix)
@@ -71,8 +74,17 @@ class GridSearch(Shared):
                 view = await self._first_view(scores_RS)
         else:
             view = await self._search(scores_RS)
-        if len(scores_RS) and not len(view.coords):
-            raise NotEnoughExperts(1, len(scores_RS), {})
+        try:
+            async with asyncio.timeout_at(deadline):
+                while len(scores_RS) and not len(view.coords):
+                    if beam:
+                        await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
+                        view = await self._search(scores_RS)
+                    else:
+                        await directory.wait_alive(self.prefix)
+                        view = directory.live(self.prefix)
+        except TimeoutError:
+            pass
         return view
 
     async def _first_view(self, scores_RS: torch.Tensor) -> View:
@@ -146,8 +158,10 @@ class GridSearch(Shared):
     async def schema(self, scores_RS: torch.Tensor, view: View) -> ExpertSchema:
         """What the experts of this grid take and give: the word of most of the first few that answer.
 
-        Raises: NotEnoughExperts if nobody answers in time.
+        Raises: NotEnoughExperts if nobody answers in time, or nobody lives who could.
         """
+        if self._schema is None and not len(view.coords):
+            raise NotEnoughExperts(1, len(scores_RS), {})
         if self._schema is None:
             self._asking = self._asking or asyncio.Lock()
             async with self._asking:

@@ -14,6 +14,10 @@ _WINDOW = 64
 _MIN_FOR_QUANTILE = 8
 _SMOOTHING = 0.2
 _MAX_KEYS = 65_536
+MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
+_PATIENCE_MARGIN = 1.4
+_MIN_FOR_PATIENCE = 32
+_RELEARN_EVERY = 16
 
 
 def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
@@ -33,10 +37,41 @@ class _Record:
         self.blocked_until = 0.0
 
 
+class Lateness:
+    """How far answers scatter around what was expected of them: after what share beyond that one counts as hanging.
+
+    Learnt from the latest answers, those that were given up included, with what they had taken by then: nine in ten
+    would have been within it. So servers that answer evenly are given up soon, and one that computes many experts one
+    after another is left its time.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=4 * _WINDOW)
+        self._num_new = 0
+        self._patience = MAX_PATIENCE
+
+    def observe(self, seconds: float, expected: float) -> None:
+        """An answer took so long, or had taken it when it was given up, where `expected` was usual."""
+        self._recent.append(seconds / max(expected, 1e-9))
+        self._num_new += 1
+        if self._num_new >= _RELEARN_EVERY and len(self._recent) >= _MIN_FOR_PATIENCE:
+            self._num_new = 0
+            ordered = sorted(self._recent)
+            learnt = _PATIENCE_MARGIN * ordered[int(0.9 * (len(ordered) - 1))] - 1
+            self._patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learnt))
+
+    @property
+    def patience(self) -> float:
+        """The share beyond what is expected, between `MIN_PATIENCE` and `MAX_PATIENCE`, which it is at first."""
+        return self._patience
+
+
 class LatencyBook:
     """Seconds that calls took, by replica. They include the server's queue: that is the point."""
 
     def __init__(self) -> None:
+        self.lateness = {"forward": Lateness(), "backward": Lateness()}
+        """Of the calls of all mixtures together."""
         self._records: dict[Hashable, _Record] = {}
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 

@@ -49,10 +49,10 @@ class MixtureSettings:
     """For the experts' gradients. An expert that has not answered by then contributes none."""
     backward_k_min: int = 0
     """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
-    patience: float = 1.5
+    patience: float | None = None
     """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
     others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
-    The default leaves room for a server that computes many experts one after another."""
+    None: learnt from how far answers scatter (see `Lateness`), between 0.25 and 1.5."""
     refill: bool = True
     """Whether rows short of answers are sent to their next-best experts."""
     rescale_backward: bool = False
@@ -79,7 +79,7 @@ class MixtureSettings:
             raise ValueError(f"on_missing is 'raise' or 'zero', not {self.on_missing!r}")
         if min(self.forward_timeout, self.backward_timeout) <= 0 or (self.timeout_after_k_min or 0) < 0:
             raise ValueError("time-outs are positive numbers of seconds")
-        if min(self.spare, self.patience, self.latency_weight) < 0:
+        if min(self.spare, self.patience or 0.0, self.latency_weight) < 0:
             raise ValueError("spare, patience and latency_weight are not negative")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
@@ -97,6 +97,8 @@ class Part:
     forward: Forward
     sent: float
     """The loop's time."""
+    expected: float | None
+    """Seconds that its forward usually takes, as far as known when it was sent."""
     outputs: list[torch.Tensor] = field(default_factory=list)
     answer: Answer | None = None
     slow: bool = False
@@ -123,17 +125,20 @@ class Usual:
         return cls(statistics.median(seconds), statistics.median(len(part.rows) for part in parts))
 
 
-def patience_limit(part: Part, settings: MixtureSettings, usual: Usual | None, expected: float | None) -> float:
-    """Seconds after which `part` counts as hanging; infinite if nothing is known. Those with more rows get more time.
+def usual_seconds(part: Part, usual: Usual | None, expected: float | None) -> float | None:
+    """Seconds that `part` may well take; None if nothing is known. Those with more rows get more time.
 
     `expected`: what it usually takes itself, where that is known.
     """
     known = [] if expected is None else [expected]
     if usual is not None:
         known.append(usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows)))
-    if not known:
-        return math.inf
-    return max(known) + max(_MIN_PATIENCE_SECONDS, settings.patience * max(known))
+    return max(known, default=None)
+
+
+def patience_limit(seconds: float | None, patience: float) -> float:
+    """Seconds after which a part that may well take `seconds` counts as hanging; infinite if nothing is known."""
+    return math.inf if seconds is None else seconds + max(_MIN_PATIENCE_SECONDS, patience * seconds)
 
 
 class MixtureCall:
@@ -175,6 +180,8 @@ class MixtureCall:
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
+        self._num_first = 0
+        """Parts sent at first."""
         num_rows, num_live = len(scores), len(view.coords)
         self.num_answers: Indices = np.zeros(num_rows, dtype=np.int64)
         """Answers by row."""
@@ -216,10 +223,10 @@ class MixtureCall:
             num_rows, k = best_RK.shape
             launch(self._assign(np.repeat(np.arange(num_rows), k), best_RK.reshape(-1)))
             launch(self._refill())  # what did not fit into the capacity
-            num_first = len(tasks)
+            self._num_first = len(tasks)
             while tasks:
                 now = loop.time()
-                suspicious_at = self._suspect(tasks.values(), now, num_first)
+                suspicious_at = self._suspect(tasks.values(), now)
                 launch(self._refill())
                 hopeless = self._exhausted & (self._num_pending + self._num_slow == 0) & ~self._satisfied()
                 if hopeless.any() and self._settings.on_missing == "raise" and self._settings.k_min:
@@ -243,6 +250,7 @@ class MixtureCall:
                 self.given_up.append(part)
                 self.seconds[part.expert] = loop.time() - part.sent
                 self.errors.setdefault(part.uid, TimeoutError(f"{part.uid} did not answer in time"))
+            self._learn()
         finally:
             await cancel_all(tasks)
         short = int((self.num_answers < self._settings.k_min).sum())
@@ -281,7 +289,9 @@ class MixtureCall:
             timeout=self._settings.forward_timeout, priority=self._settings.priority, codec=self._settings.codec
         )
         forward = Forward(uid, self._schema, self._training, self._seed, options, self._differentiable)
-        return Part(uid, expert, torch.from_numpy(rows), self._view.replicas[coords], forward, now)
+        replicas = self._view.replicas[coords]
+        expected = self._shared.expected(replicas, num_bytes=len(rows) * self._schema.row_bytes)
+        return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
@@ -311,16 +321,22 @@ class MixtureCall:
         else:
             raise error
 
-    def _suspect(self, under_way: Iterable[Part], now: float, num_first: int) -> float:
+    def _usual(self) -> Usual | None:
+        seconds = [self.seconds[part.expert] for part in self.answered]
+        return Usual.of(self.answered, seconds, self._num_first - self._num_failed)
+
+    def _patience(self, way: Literal["forward", "backward"]) -> float:
+        known = self._settings.patience
+        return self._shared.latencies.lateness[way].patience if known is None else known
+
+    def _suspect(self, under_way: Iterable[Part], now: float) -> float:
         """Marks the parts that take suspiciously long; returns when the next one would (the loop's time)."""
         next_at = math.inf
-        seconds = [self.seconds[part.expert] for part in self.answered]
-        usual = Usual.of(self.answered, seconds, num_first - self._num_failed)
+        usual, patience = self._usual(), self._patience("forward")
         for part in under_way:
             if part.slow:
                 continue
-            expected = self._shared.expected(part.replicas, num_bytes=part.num_bytes)
-            limit_at = part.sent + patience_limit(part, self._settings, usual, expected)
+            limit_at = part.sent + patience_limit(usual_seconds(part, usual, part.expected), patience)
             if now >= limit_at:
                 part.slow = True
                 self._num_pending[part.rows.numpy()] -= 1
@@ -328,6 +344,13 @@ class MixtureCall:
             else:
                 next_at = min(next_at, limit_at)
         return next_at
+
+    def _learn(self) -> None:
+        """Takes in how far this batch's answers scattered."""
+        usual, lateness = self._usual(), self._shared.latencies.lateness["forward"]
+        for part in (*self.answered, *self.given_up):
+            if (seconds := usual_seconds(part, usual, part.expected)) is not None:
+                lateness.observe(self.seconds[part.expert], seconds)
 
     def _refill(self) -> list[Part]:
         """Parts for the rows that have too few answers to come, from their next-best experts."""
@@ -381,6 +404,7 @@ class MixtureCall:
         """
         if all(grad is None for grad in output_grads) or not self.answered:
             return [None] * len(inputs)
+        self._shared.node.check_running()
         inputs = [tensor.cpu() for tensor in inputs]
         output_grads = [None if grad is None else grad.cpu() for grad in output_grads]
         loop = asyncio.get_running_loop()
@@ -421,14 +445,18 @@ class MixtureCall:
         seconds: list[float] = []
         waiting = set(tasks)
         book = self._shared.latencies
+        expected = {part.uid: book.expected((part.uid, "backward")) for part in tasks.values()}
+        patience = self._patience("backward")
+
+        def usual() -> Usual | None:
+            return Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
+
         while waiting:
             give_up_at = deadline
             if (got >= needed).all():
-                usual = Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
-                parts = [tasks[task] for task in waiting]
-                own = [book.expected((part.uid, "backward")) for part in parts]
-                limits = [patience_limit(p, self._settings, usual, e) for p, e in zip(parts, own, strict=True)]
-                give_up_at = min(deadline, started + max(limits))
+                now_usual = usual()
+                may_take = [usual_seconds(p, now_usual, expected[p.uid]) for p in map(tasks.__getitem__, waiting)]
+                give_up_at = min(deadline, started + max(patience_limit(s, patience) for s in may_take))
             left = give_up_at - loop.time()
             done, waiting = await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
             if not done and left <= 0:
@@ -444,10 +472,16 @@ class MixtureCall:
                     errors[part.uid] = error
                 else:
                     raise error
+        taken = [(part, s) for (part, _), s in zip(results, seconds, strict=True)]
+        at_last = usual()
         for task in waiting:
             part = tasks[task]
-            book.observe((part.uid, "backward"), loop.time() - started)
+            taken.append((part, loop.time() - started))
+            book.observe((part.uid, "backward"), taken[-1][1])
             errors[part.uid] = TimeoutError(f"{part.uid} sent no gradient in time")
+        for part, s in taken:
+            if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:
+                book.lateness["backward"].observe(s, may_take_s)
         return results, errors
 
     async def _ask_backward(

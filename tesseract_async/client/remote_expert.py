@@ -32,6 +32,13 @@ T = TypeVar("T")
 DEFAULT_OPTIONS = CallOptions()
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class _Known:
+    """What an expert and its twins with other options have learnt about it."""
+
+    schema: ExpertSchema | None
+
+
 class RemoteExpert(nn.Module):
     """The expert `uid` as a torch module without parameters of its own: call it, and await the result.
 
@@ -61,7 +68,7 @@ class RemoteExpert(nn.Module):
         self.options = options
         self.replicas = tuple(replicas)
         self._shared = Shared(node)
-        self._schema = schema
+        self._known = _Known(schema)
 
     def extra_repr(self) -> str:
         """The uid, for ``repr``."""
@@ -78,7 +85,8 @@ class RemoteExpert(nn.Module):
         """
         given = {"timeout": timeout, "priority": priority, "codec": codec}
         options = dataclasses.replace(self.options, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-        twin = RemoteExpert(self._shared.node, self.uid, self.replicas, schema=self._schema, options=options)
+        twin = RemoteExpert(self._shared.node, self.uid, self.replicas, options=options)
+        twin._shared, twin._known = self._shared, self._known
         twin.train(self.training)
         return twin
 
@@ -90,24 +98,21 @@ class RemoteExpert(nn.Module):
         The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
         schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and
         PeerUnreachable; ProtocolError if the peer answers nonsense. Raises at once: RuntimeError inside
-        ``torch.utils.checkpoint``.
+        ``torch.utils.checkpoint``, and if the node is not running.
         """
         refuse_checkpoint()
         self._shared.check()
         differentiable = torch.is_grad_enabled()
-        casts = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        if casts:  # it counts where the tensors are
-            devices = {leaf.device.type for leaf in flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-            casts = any(torch.is_autocast_enabled(device) for device in devices)
+        casts = under_autocast((args, kwargs))
         seed = draw_seed() if self.training else 0
         call = self._call(args, kwargs, differentiable, casts, self.training, seed)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
     async def info(self) -> ExpertSchema:
         """What the expert takes and gives, asked of its server once. Raises: as a call does."""
-        if self._schema is None:
-            self._schema = await self._fetch_schema()
-        return self._schema
+        if self._known.schema is None:
+            self._known.schema = await self._fetch_schema()
+        return self._known.schema
 
     async def _call(
         self,
@@ -121,7 +126,7 @@ class RemoteExpert(nn.Module):
         schema = await self.info()
         if casts:
             with torch.set_grad_enabled(differentiable):
-                args, kwargs = _cast(schema.args, args), _cast(schema.kwargs, kwargs)
+                args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"expert {self.uid}")
         call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options, differentiable))
         outputs = await remote_call(call, inputs, differentiable=differentiable)
@@ -160,12 +165,20 @@ class RemoteExpert(nn.Module):
         return found
 
 
-def _cast(schema: Any, value: Any) -> Any:
+def under_autocast(structure: Any) -> bool:
+    """Whether autocast is on where the structure's tensors are."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return False
+    devices = {leaf.device.type for leaf in flatten(structure) if isinstance(leaf, torch.Tensor)}
+    return any(torch.is_autocast_enabled(device) for device in devices)
+
+
+def cast_to(schema: Any, value: Any) -> Any:
     """`value` with its floating-point tensors in the schema's dtypes; what does not fit is left for the check."""
     if isinstance(schema, dict) and isinstance(value, dict):
-        return {key: _cast(schema[key], item) if key in schema else item for key, item in value.items()}
+        return {key: cast_to(schema[key], item) if key in schema else item for key, item in value.items()}
     if isinstance(schema, tuple | list) and isinstance(value, tuple | list) and len(schema) == len(value):
-        return type(value)(_cast(part, item) for part, item in zip(schema, value, strict=True))
+        return type(value)(cast_to(part, item) for part, item in zip(schema, value, strict=True))
     both = isinstance(value, torch.Tensor) and not isinstance(schema, tuple | list | dict)
     if both and value.is_floating_point() and schema.dtype.is_floating_point:
         return value.to(schema.dtype)
@@ -209,6 +222,7 @@ class _ExpertCall:
         if all(grad is None for grad in output_grads):
             return [None] * len(inputs)
 
+        self._shared.node.check_running()
         call_id = os.urandom(16)
         assert self._answer is not None
         answer = self._answer

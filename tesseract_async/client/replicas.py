@@ -48,9 +48,10 @@ class Shared:
         self.latencies = _books.setdefault(self.node, LatencyBook())
 
     def check(self) -> None:
-        """Raises: RuntimeError if no call can be made from here, before a coroutine is made in vain."""
+        """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
         if self._plain is not None:
             self._plain.check()
+        self.node.check_running()
 
     def deliver(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """What a module's call returns: the coroutine, to be awaited, or its result where calls are plain."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
+from tesseract_async.errors import SchemaMismatch, TesseractError
 
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
@@ -22,13 +23,15 @@ class StepReport:
     """How one step went."""
 
     loss: torch.Tensor
-    """Detached."""
+    """Detached; not a number if the step failed."""
     staleness: int
     """Steps that others took between this one's look at the parameters and its own optimizer step."""
     version: int
     """Steps taken by the trainer, this one included."""
     seconds: float
     """From the look at the parameters to the optimizer's step, waiting for the staleness bound included."""
+    error: BaseException | None = None
+    """Why the step failed; then nothing changed here, and its batch was not learnt from."""
 
 
 class AsyncTrainer(Generic[M]):
@@ -51,6 +54,9 @@ class AsyncTrainer(Generic[M]):
 
         async for report in trainer.run(loss_of, batches):
             print(report.loss.item(), report.staleness)
+
+    A step that the swarm lets down, say because no expert was alive for too long, ends the run; with
+    ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh on end is raised.
 
     The master, `module`, is never used for computing and always holds the latest parameters. Buffers (such as batch
     statistics) of a copy overwrite the master's when its step ends. Use on one loop only.
@@ -114,12 +120,17 @@ class AsyncTrainer(Generic[M]):
         self,
         loss_of: Callable[[M, B], Awaitable[torch.Tensor]],
         batches: Iterable[B] | AsyncIterable[B],
+        *,
+        max_failures: int = 0,
     ) -> AsyncGenerator[StepReport, None]:
         """A step for each batch, `in_flight` at once; reports come as steps end. Batches are taken as they are needed.
 
-        The first error ends the run: the steps under way are cancelled, and it is raised. So does closing the iterator
+        `max_failures`: so many steps on end may fail with a TesseractError or TimeoutError, the swarm's faults
+        (SchemaMismatch is none); each is reported with its `error`, and its batch is given up. Any other error, and one
+        failure more, ends the run: the steps under way are cancelled, and it is raised. So does closing the iterator
         (`contextlib.aclosing`) or cancelling.
         """
+        num_failures = 0
         under_way: set[asyncio.Task[StepReport]] = set()
         source = _iterate(batches)
         exhausted = False
@@ -131,17 +142,30 @@ class AsyncTrainer(Generic[M]):
                     except StopAsyncIteration:
                         exhausted = True
                         break
-                    under_way.add(asyncio.create_task(self.step(loss_of, batch)))
+                    under_way.add(asyncio.create_task(self._try_step(loss_of, batch)))
                 if under_way:
                     done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                     reports = [task.result() for task in done]
-                    for report in sorted(reports, key=lambda report: report.version):
+                    for report in sorted(reports, key=lambda report: (report.version, report.error is not None)):
+                        num_failures = 0 if report.error is None else num_failures + 1
+                        if report.error is not None and num_failures > max_failures:
+                            raise report.error
                         yield report
         finally:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await source.aclose()
+
+    async def _try_step(self, loss_of: Callable[[M, B], Awaitable[torch.Tensor]], batch: B) -> StepReport:
+        started = asyncio.get_running_loop().time()
+        try:
+            return await self.step(loss_of, batch)
+        except SchemaMismatch:  # the caller's own mistake
+            raise
+        except (TesseractError, TimeoutError) as error:
+            seconds = asyncio.get_running_loop().time() - started
+            return StepReport(torch.tensor(torch.nan), 0, self.version, seconds, error)
 
     # ------------------------------------------------------------------------------------------------ one turn each
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +49,10 @@ class _Grid:
         self.prefix = prefix
         self.grid_size = grid_size
         self.warm = asyncio.Event()
+        self.read = asyncio.Event()
+        """Set at the end of the next read, by which another event takes its place."""
+        self.hurry = asyncio.Event()
+        """Set while somebody waits for experts that nobody is known to host."""
         self.claims: list[Claim] = []
         self.masked: dict[tuple[PeerID, tuple[int, ...]], int] = {}
         self.view: GridView | None = None
@@ -145,6 +150,17 @@ class ExpertDirectory:
             raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
         await self._grids[prefix].warm.wait()
 
+    async def wait_alive(self, prefix: str) -> None:
+        """Returns once the watched grid has a live expert, however long that takes; it is read more often meanwhile.
+
+        Raises: ValueError if the grid is not watched.
+        """
+        await self.wait_warm(prefix)
+        grid = self._grids[prefix]
+        while not self.live(prefix):
+            grid.hurry.set()
+            await grid.read.wait()
+
     async def refresh(self, prefix: str) -> None:
         """Reads the watched grid now, beside the periodic reads. Raises: ValueError if the grid is not watched."""
         if prefix not in self._grids:
@@ -199,7 +215,11 @@ class ExpertDirectory:
             except (TesseractError, TimeoutError, OSError) as error:
                 self.metrics.count("directory_reads_failed")
                 log.warning("could not read the grid %s: %s", grid.prefix, describe(error))
-            await asyncio.sleep(max(0.0, started + period - loop.time()))
+            await _sleep_until(started + min(period, self.settings.retry_period))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(started + period):
+                    await grid.hurry.wait()
+            grid.hurry.clear()
 
     async def _refresh(self, grid: _Grid) -> None:
         grid.claims = self._read(await self._network.get_entries(grid_key(grid.prefix)))
@@ -213,6 +233,8 @@ class ExpertDirectory:
             self.metrics.count("experts_off_grid", view.num_foreign)
         self.metrics.set("experts_live", len(view), prefix=grid.prefix)
         grid.warm.set()
+        grid.read.set()
+        grid.read = asyncio.Event()
 
     def _read(self, entries: Iterable[Any]) -> list[Claim]:
         """What the entries of a key claim, without what is malformed or has expired."""
@@ -234,3 +256,7 @@ class ExpertDirectory:
             self._masked.pop((uid, claim.owner), None)
             return True
         return False
+
+
+async def _sleep_until(at: float) -> None:
+    await asyncio.sleep(max(0.0, at - asyncio.get_running_loop().time()))

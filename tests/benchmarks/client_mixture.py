@@ -47,7 +47,7 @@ async def failures() -> None:
     torch.manual_seed(3)
     async with hosting(uids, kind="nop", width=WIDTH) as node:
         rng = random.Random(3)
-        gate = ta.GatingFunction(node, "ffn", grid_size=grid, in_features=WIDTH, k_best=K_BEST, patience=0.25)
+        gate = ta.GatingFunction(node, "ffn", grid_size=grid, in_features=WIDTH, k_best=K_BEST)
         times: dict[str, float] = {}
         num_lost = 0
 

@@ -76,11 +76,13 @@ class FakeDirectory:
         self.version = 0
         self._views: dict[str, FakeView] = {}
         self.warm = asyncio.Event()
+        self.came = asyncio.Event()
 
     def add(self, uid: str, peer: str = "peer", *, primary: bool = True) -> None:
         self.replicas.setdefault(uid, []).append(FakeReplica(uid, peer, primary))
         self._views.clear()
         self.version += 1
+        self.came.set()
 
     def _alive(self, uid: str) -> list[FakeReplica]:
         return [replica for replica in self.replicas.get(uid, []) if replica not in self.failed]
@@ -95,6 +97,11 @@ class FakeDirectory:
     async def wait_warm(self, prefix: str) -> None:
         if self.cold:
             await self.warm.wait()
+
+    async def wait_alive(self, prefix: str) -> None:
+        while not len(self.live(prefix) or ()):
+            self.came.clear()
+            await self.came.wait()
 
     def live(self, prefix: str) -> FakeView | None:
         if self.cold or prefix not in self.watched:
@@ -119,6 +126,7 @@ class FakeDirectory:
         self.failed.clear()
         self._views.clear()
         self.version += 1
+        self.came.set()
 
 
 @dataclass(eq=False)
@@ -165,6 +173,7 @@ class FakeNode:
         self.num_cancelled = 0
         self.num_open = 0
         self.paths: dict[Any, tuple[float, float]] = {}
+        self.closed = False
 
     def host(
         self,
@@ -183,6 +192,10 @@ class FakeNode:
         for i, peer in enumerate(peers):
             self.directory.add(uid, peer, primary=i == 0)
         return hosted
+
+    def check_running(self) -> None:
+        if self.closed:
+            raise RuntimeError("this node is closed")
 
     def count(self, method: str) -> int:
         return sum(asked.method == method for asked in self.calls)

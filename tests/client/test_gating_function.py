@@ -121,11 +121,43 @@ async def test_nobody_answers(node: FakeNode) -> None:
     await backward(y.sum())
 
 
-async def test_nobody_lives(node: FakeNode) -> None:
+@pytest.mark.parametrize("search", ["exact", "beam"])
+async def test_nobody_lives(node: FakeNode, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tesseract_async.client.grid_search._SEARCH_AGAIN_SECONDS", 0.01)
+    gate = make_gate(node, forward_timeout=0.05, search=search)
+    for call in (gate, gate.choose):
+        with pytest.raises(NotEnoughExperts, match="no expert is alive"):
+            await call(torch.randn(2, 8))
+    zeros = make_gate(node, forward_timeout=0.05, search=search, on_missing="zero")
+    with pytest.raises(NotEnoughExperts):  # nobody ever said what the experts give
+        await zeros(torch.randn(2, 8))
+    make_grid(node)
+    x = torch.randn(2, 8)
+    assert (await zeros(x)).any() and (await gate(x)).any()
+    for replicas in list(node.directory.replicas.values()):
+        node.directory.report_failure(replicas[0])
+    y = await zeros(x)
+    assert y.shape == (2, 8) and not y.any()
     with pytest.raises(NotEnoughExperts, match="no expert is alive"):
-        await make_gate(node)(torch.randn(2, 8))
-    with pytest.raises(NotEnoughExperts):
-        await make_gate(node).choose(torch.randn(2, 8))
+        await gate(x)
+
+
+@pytest.mark.parametrize("search", ["exact", "beam"])
+async def test_while_nobody_lives_somebody_is_waited_for(
+    node: FakeNode, search: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tesseract_async.client.grid_search._SEARCH_AGAIN_SECONDS", 0.01)
+    make_grid(node)
+    gate, x = make_gate(node, search=search), torch.randn(2, 8)
+    await gate(x)
+    for replicas in list(node.directory.replicas.values()):
+        node.directory.report_failure(replicas[0])
+    task = asyncio.create_task(gate(x))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not task.done()
+    node.directory.forgive()
+    torch.testing.assert_close(await task, reference(node, gate, x), rtol=0, atol=1e-6)
 
 
 async def test_silence_ends_with_the_timeout(node: FakeNode) -> None:
@@ -274,3 +306,14 @@ async def test_cancelled_it_leaves_no_call(node: FakeNode) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert node.num_open == 0
+
+
+async def test_under_autocast_inputs_take_the_experts_dtype(node: FakeNode) -> None:
+    make_grid(node)
+    gate, before = make_gate(node), nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = await gate(before(x))
+    assert y.dtype == torch.float32
+    await backward(y.sum())
+    assert before.weight.grad is not None and gate.proj.weight.grad is not None

@@ -229,3 +229,12 @@ async def test_cancelling_a_call_cancels_it_at_the_node(node: FakeNode) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert node.num_open == 0 and node.num_cancelled == 1 and not node.directory.failed
+
+
+async def test_a_twin_with_other_options_asks_no_second_time_what_the_expert_takes(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    for priority in range(3):
+        await expert.with_options(priority=priority)(torch.zeros(1, 8))
+    await expert(torch.zeros(1, 8))
+    assert node.count(INFO) == 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.latency import LatencyBook, path_seconds
+from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness, path_seconds
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
@@ -174,3 +174,18 @@ def test_latency_book() -> None:
     assert book.p95("new") == 2.0
     book.block("a", 5.0)
     assert book.is_blocked("a", 4.0) and not book.is_blocked("a", 5.0) and not book.is_blocked("b", 0.0)
+
+
+def test_patience_is_learnt_from_how_far_answers_scatter() -> None:
+    even, scattered, hanging = Lateness(), Lateness(), Lateness()
+    assert even.patience == MAX_PATIENCE
+    for i in range(400):
+        even.observe(0.05, 0.05)
+        scattered.observe(0.1 + 0.01 * (i % 10), 0.1)
+        hanging.observe(0.5 if i % 20 == 0 else 0.05, 0.05)  # one in twenty is given up
+    assert even.patience == hanging.patience == pytest.approx(0.4)
+    assert scattered.patience == pytest.approx(1.4 * 1.8 - 1, abs=0.15)
+    for _ in range(400):
+        even.observe(0.01, 0.05)
+        hanging.observe(0.5, 0.05)
+    assert even.patience == MIN_PATIENCE and hanging.patience == MAX_PATIENCE

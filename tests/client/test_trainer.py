@@ -10,6 +10,7 @@ from torch import nn
 
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.trainer import AsyncTrainer
+from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tests.client.fake_node import FakeNode
 
 
@@ -112,6 +113,49 @@ async def test_an_error_ends_the_run_and_leaves_the_trainer_usable(node: FakeNod
                 pass
     assert trainer.version == 0
     assert (await trainer.step(loss_of, torch.randn(2, 8))).staleness == 0
+
+
+@pytest.mark.parametrize("max_failures", [0, 1, 2])
+async def test_failed_steps_are_reported_up_to_so_many_on_end(node: FakeNode, model: Model, max_failures: int) -> None:
+    """Two failures on end, one success, one failure."""
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
+    await trainer.step(loss_of, torch.randn(2, 8))
+    fates = iter([True, False, False, True, False])
+
+    async def unlucky(replica: Model, batch: torch.Tensor) -> torch.Tensor:
+        if not next(fates):
+            raise NotEnoughExperts(1, 2, {})
+        return await loss_of(replica, batch)
+
+    before = model.before.weight.detach().clone()
+    reports = []
+    steps = trainer.run(unlucky, (torch.randn(2, 8) for _ in range(5)), max_failures=max_failures)
+    if max_failures == 2:
+        reports = [report async for report in steps]
+        assert [report.error is None for report in reports] == [True, False, False, True, False]
+        assert [bool(report.loss.isnan()) for report in reports] == [False, True, True, False, True]
+    else:
+        with pytest.raises(NotEnoughExperts):
+            async for report in steps:
+                reports.append(report)
+        assert len(reports) == 1 + max_failures
+    assert trainer.version == 1 + sum(report.error is None for report in reports)
+    assert not torch.equal(model.before.weight, before)
+
+
+async def test_a_mistake_ends_the_run_whatever_may_fail(model: Model) -> None:
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
+
+    async def mistaken(replica: Model, batch: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = await replica.expert(batch)
+        return y.sum()
+
+    with pytest.raises(SchemaMismatch):
+        async for _ in trainer.run(mistaken, [torch.randn(2, 7)], max_failures=100):
+            pass
+    with pytest.raises(RuntimeError, match="shapes"):
+        async for _ in trainer.run(loss_of, [torch.randn(2, 7)], max_failures=100):
+            pass
 
 
 async def test_buffers_follow(node: FakeNode) -> None:

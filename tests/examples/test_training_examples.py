@@ -151,3 +151,14 @@ async def test_the_papers_experiment_512_updates(tmp_path: Path) -> None:
     await finish(await start("paper_convergence.py", *blobs(tmp_path), *sizes, *options, "--out", out))
     assert summary(out, "512")["trained"] > 0.8
     assert evaluations(out) == [str(at) for at in range(64, 513, 64)]
+
+
+async def test_accelerates_plain_loop_trains_remote_experts() -> None:
+    """Unchanged, with gradients accumulated, clipped, and computed in bfloat16 where torch chooses to."""
+    pytest.importorskip("accelerate")
+    options = ("--epochs", 12, "--grad-steps", 2, "--mixed-precision", "bf16")
+    text = await finish(await start("accelerate_loop.py", *options))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", text)]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    found = re.search(r"accuracy: ([\d.]+)", text)
+    assert found and float(found[1]) > 0.9  # a line tells 0.87 of them apart

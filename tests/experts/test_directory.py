@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import numpy as np
@@ -264,3 +265,23 @@ async def test_a_large_swarm_is_read_as_it_was_declared() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="refresh_period"):
         DirectorySettings(refresh_period=0)
+
+
+async def test_waiting_for_somebody_alive_reads_the_grid_again_at_once() -> None:
+    """The period is a thousand seconds, but who waits for experts is told of the first that comes."""
+    swarm = FakeSwarm()
+    subject = directory(swarm, DirectorySettings(refresh_period=1000, retry_period=0.01))
+    with pytest.raises(ValueError, match="not watched"):
+        await subject.wait_alive("ffn")
+    subject.watch("ffn", (8, 8))
+    waiting = [asyncio.create_task(subject.wait_alive("ffn")) for _ in range(2)]
+    await subject.wait_warm("ffn")
+    assert not any(task.done() for task in waiting)
+    server = await declare(swarm, 1, "ffn.3.7")
+    async with asyncio.timeout(10):
+        await asyncio.gather(*waiting)
+    view = subject.live("ffn")
+    assert view is not None and len(view) == 1
+    await subject.wait_alive("ffn")
+    await subject.aclose()
+    await server.aclose()

@@ -18,6 +18,7 @@ from tesseract_async import errors
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.server.server import ServerSettings
 from tesseract_async.wire.codecs import CodecPolicy
+from tesseract_async.wire.compression import BLOCK
 
 WIDTH = 16
 # a leaving server waits for the backwards of what it answered: here, some never come
@@ -172,6 +173,45 @@ async def test_many_small_requests_never_exceed_the_batch() -> None:
     assert max(seen) <= 16
 
 
+def loss_of_codec(values: torch.Tensor, codec: str) -> torch.Tensor:
+    """What each element loses at most when `values` travel once; see docs/design/wire.md."""
+    if codec == "bf16":
+        return values.abs() * 2**-8
+    if codec == "fp16":
+        return values.abs() * 2**-11 + 2**-25
+    blocks = values.flatten().split(values.numel() if codec == "uint8" else BLOCK)
+    # half a step, and what float32 rounds away on the way
+    lost = [(b.amax() - b.amin()) / 510 * (1 + 1e-3) + b.abs().amax() * 1e-6 for b in blocks]
+    return torch.cat([loss.expand_as(b) for loss, b in zip(lost, blocks, strict=True)]).view_as(values)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "uint8", "uint8_blockwise"])
+async def test_lossy_codecs_lose_no_more_than_they_say(codec: str) -> None:
+    """Bounds carried through a linear expert by hand: outputs, input gradients, and the step that its weights take."""
+    torch.manual_seed(0)
+    module = nn.Linear(WIDTH, WIDTH)
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    x = torch.randn(300, WIDTH) * torch.logspace(-2, 1, 300)[:, None]  # more than one block, of unlike sizes
+    g = torch.randn(300, WIDTH) * torch.logspace(1, -2, 300)[:, None]
+    async with swarm({"e.0": linear_backend(module)}) as (_, guest):
+        expert = (await guest.get_expert("e.0")).with_options(codec=codec)
+        leaf = x.clone().requires_grad_()
+        y = await expert(leaf)
+        await ta.backward(y, g)
+    with torch.no_grad():
+        exact = x @ weight.T + bias
+        lost_x, lost_g = loss_of_codec(x, codec), loss_of_codec(g, codec)
+        on_arrival = lost_x @ weight.abs().T
+        # what is rounded on the way back is what was computed from inputs that had lost something already
+        outputs = on_arrival + loss_of_codec(y, codec) + 1e-5
+        gradients = lost_g @ weight.abs() + loss_of_codec(leaf.grad, codec) + 1e-5
+        steps = 1e-2 * (lost_g.T @ (x.abs() + lost_x) + g.abs().T @ lost_x) + 1e-4
+        stepped = weight - 1e-2 * g.T @ x
+        assert ((y - exact).abs() <= outputs * 1.01).all() and not torch.equal(y, exact)
+        assert ((leaf.grad - g @ weight).abs() <= gradients * 1.01).all()
+        assert ((module.weight - stepped).abs() <= steps * 1.01).all()
+
+
 class MeetingNode(ta.TesseractNode):
     """Calls to experts wait until `together` of them are under way: calls made one after another would never end."""
 
@@ -323,3 +363,22 @@ async def test_a_server_that_came_back_elsewhere_is_found_by_the_call_that_misse
                 async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
                     expert = await guest.get_expert("e.0")
                     assert (await expert(torch.zeros(1, WIDTH))).shape == (1, WIDTH)
+
+
+async def test_what_a_closed_node_made_says_that_it_is_closed() -> None:
+    fresh = ta.TesseractNode()
+    with pytest.raises(RuntimeError, match="not started.*async with"):
+        await fresh.get_expert("e.0")
+    async with ta.TesseractNode() as host:
+        async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
+            async with ta.TesseractNode(initial_peers=[host.address]) as guest:
+                expert = await guest.get_expert("e.0")
+                gate = ta.GatingFunction(guest, "e", grid_size=(1,), in_features=WIDTH, k_best=1)
+                x = torch.randn(1, WIDTH)
+                losses = [(await expert(x)).sum(), (await gate(x)).sum()]
+            for late in (lambda: expert(x), lambda: gate(x), lambda: gate.choose(x), lambda: guest.get_expert("e.0")):
+                with pytest.raises(RuntimeError, match="this node is closed"):
+                    await late()
+            for loss in losses:
+                with pytest.raises(RuntimeError, match="this node is closed"):
+                    await ta.backward(loss)

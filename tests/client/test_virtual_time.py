@@ -1,0 +1,283 @@
+"""Training through a swarm that misbehaves, in virtual time: what a step costs, and a thousand of them on end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import math
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tesseract_async.client import autograd
+from tesseract_async.client.autograd import backward
+from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.trainer import AsyncTrainer
+from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
+from tesseract_async.wire.messages import BACKWARD, INFO
+from tests.client.fake_node import FakeNode
+from tests.client.virtual_time import run_in_virtual_time
+
+WIDTH = 8
+
+
+def seconds() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# ------------------------------------------------------------------------------------------------ what a step costs
+
+GRID = (4, 4)
+
+
+async def steps(node: FakeNode, gate: GatingFunction, num_steps: int) -> list[float]:
+    """Virtual seconds that each of these steps takes; none may be lost."""
+    taken = []
+    for _ in range(num_steps):
+        began = seconds()
+        await backward((await gate(torch.randn(64, WIDTH))).square().mean())
+        taken.append(seconds() - began)
+        node.directory.forgive()
+    return taken
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def make_swarm(**settings: Any) -> tuple[FakeNode, GatingFunction]:
+    torch.manual_seed(3)
+    node = FakeNode()
+    for i, j in itertools.product(*map(range, GRID)):
+        node.host(f"ffn.{i}.{j}", nn.Identity())
+    return node, GatingFunction(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
+
+
+@pytest.mark.parametrize("latency", ["even", "scattered"])
+def test_failing_and_hanging_experts_cost_less_than_half_a_step(latency: str) -> None:
+    """With the defaults: a tenth of all calls fails, a twentieth hangs, and no step is lost."""
+
+    async def main() -> tuple[float, float]:
+        node, gate = make_swarm()
+        dice = random.Random(3)
+        node.delay = lambda uid: 0.05 * (1.0 if latency == "even" else dice.lognormvariate(0.0, 0.2))
+        await steps(node, gate, 10)
+        clean = mean(await steps(node, gate, 30))
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            draw = dice.random()
+            if method != INFO and draw < 0.1:
+                raise ExpertFailed("script")
+            if method != INFO and draw < 0.15:
+                await asyncio.Event().wait()
+
+        node.fault = fault
+        return clean, mean(await steps(node, gate, 60))
+
+    clean, faulty = run_in_virtual_time(main())
+    assert clean >= 0.0999 and faulty <= 1.5 * clean
+
+
+def test_experts_of_a_server_that_computes_one_after_another_are_given_their_time() -> None:
+    """Sixteen answers, ten milliseconds apart: nobody hangs, and hardly one in a hundred is taken to."""
+
+    async def main() -> float:
+        node, gate = make_swarm()
+        device, dice = asyncio.Lock(), random.Random(3)
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            if method != INFO:
+                await asyncio.sleep(dice.random() / 1000)  # in another order each time
+                async with device:
+                    await asyncio.sleep(0.01)
+
+        node.fault = fault
+        await steps(node, gate, 10)
+        cancelled, called = node.num_cancelled, len(node.calls)
+        await steps(node, gate, 30)
+        return (node.num_cancelled - cancelled) / (len(node.calls) - called)
+
+    assert run_in_virtual_time(main()) < 0.01
+
+
+def test_patience_can_be_fixed() -> None:
+    async def main() -> float:
+        node, gate = make_swarm(patience=4.0, spare=0)
+        node.delay = 0.05
+        await steps(node, gate, 10)
+        x = torch.randn(1, WIDTH)
+        best = (await gate.choose(x))[0][0].uid
+        node.delay = lambda uid: math.inf if uid == best else 0.05
+        began = seconds()
+        with torch.no_grad():
+            await gate(x)
+        return seconds() - began
+
+    assert run_in_virtual_time(main()) == pytest.approx(0.05 * (1 + 4.0))
+
+
+# ------------------------------------------------------------------------------------------------ a thousand steps
+
+
+@dataclass
+class Swarm:
+    """Experts on four servers, and what happens to calls of them."""
+
+    node: FakeNode
+    dice: random.Random
+    failing: float = 0.0
+    overloaded: float = 0.0
+    hanging: float = 0.0
+    garbled: float = 0.0
+    down: set[int] = field(default_factory=set)
+    num_hung: int = 0
+
+    def server_of(self, uid: str) -> int:
+        return int(uid.split(".")[1])
+
+    async def fault(self, method: str, uid: str, number: int) -> None:
+        draw = self.dice.random()
+        if self.server_of(uid) in self.down:
+            raise ConnectionLost("peer", "script: the server is down")
+        if method == INFO:
+            return
+        for share, error in (
+            (self.failing / 2, ConnectionLost("peer", "script")),
+            (self.failing / 2, ExpertFailed("script")),
+            (self.overloaded, Overloaded("script", retry_after=0.5)),
+        ):
+            if draw < share:
+                raise error
+            draw -= share
+        if draw < self.hanging:
+            self.num_hung += 1
+            await asyncio.Event().wait()
+
+    def tamper(self, method: str, body: Any, buffers: list[memoryview]) -> Any:
+        draw = self.dice.random() if "tensors" in body else 1.0
+        if draw < self.garbled / 2:
+            return body, [buffer[:-4] for buffer in buffers]
+        if draw < self.garbled:
+            for buffer in buffers:
+                buffer[:4] = b"\xff\xff\xff\xff"  # not a number
+        return body, buffers
+
+
+Fault = Callable[[Swarm], None]
+
+# Shares of a run, and what happens then.
+SCRIPT: list[tuple[float, Fault]] = [
+    (0.10, lambda s: s.__dict__.update(failing=0.10, hanging=0.02, garbled=0.01, overloaded=0.02)),
+    (0.25, lambda s: s.down.add(1)),
+    (0.40, lambda s: s.down.discard(1)),
+    (0.45, lambda s: s.__dict__.update(hanging=0.10)),
+    (0.60, lambda s: s.down.update({0, 3})),
+    (0.70, lambda s: s.down.clear()),
+    (0.80, lambda s: s.__dict__.update(hanging=0.02)),
+]
+
+
+class Model(nn.Module):
+    def __init__(self, gate: GatingFunction) -> None:
+        super().__init__()
+        self.before, self.gate = nn.Linear(WIDTH, WIDTH), gate
+
+    async def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + await self.gate(self.before(x))
+        return y
+
+
+async def live_through(script: list[tuple[float, Fault]], *, num_steps: int, in_flight: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    swarm = Swarm(node := FakeNode(), random.Random(seed))
+    for i, j in itertools.product(range(4), range(4)):
+        node.host(f"ffn.{i}.{j}", nn.Linear(WIDTH, WIDTH), lr=0.3)
+    node.delay = lambda uid: 0.2 * swarm.dice.lognormvariate(0.0, 0.3)
+    node.fault, node.tamper = swarm.fault, swarm.tamper
+    gate = GatingFunction(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=3)
+    model = Model(gate)
+    trainer = AsyncTrainer(model, torch.optim.Adam(model.parameters(), 1e-2, betas=(0.0, 0.99)), in_flight=in_flight)
+    target = torch.randn(WIDTH, WIDTH) / 3
+    losses: list[float] = []
+    lost: list[BaseException] = []
+    slowest = 0.0
+    begun = itertools.count()
+    due = [(round(share * num_steps), fault) for share, fault in script]
+    objects: list[int] = []
+
+    async def loss_of(copy: Model, x: torch.Tensor) -> torch.Tensor:
+        return (await copy(x) - x @ target).square().mean()
+
+    async def work() -> None:
+        nonlocal slowest
+        while (number := next(begun)) < num_steps:
+            while due and due[0][0] <= number:
+                due.pop(0)[1](swarm)
+            if number % 20 == 0:
+                node.directory.forgive()  # the servers' next manifests
+            if number in (num_steps // 8, num_steps - in_flight):
+                gc.collect()
+                objects.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+            try:
+                report = await trainer.step(loss_of, torch.randn(8, WIDTH))
+            except NotEnoughExperts as error:
+                lost.append(error)
+            else:
+                losses.append(report.loss.item())
+                slowest = max(slowest, report.seconds)
+
+    async def publish() -> None:
+        while True:
+            await asyncio.sleep(3.0)
+            node.directory.forgive()  # the servers' next manifests
+
+    publishing = asyncio.create_task(publish())
+    async with asyncio.TaskGroup() as group:
+        for _ in range(in_flight):
+            group.create_task(work())
+    publishing.cancel()
+    await asyncio.wait([publishing])
+
+    tenth = num_steps // 10
+    assert mean(losses[-tenth:]) < 0.8 * mean(losses[:tenth])
+    assert trainer.version == len(losses) == num_steps - len(lost) and len(lost) <= num_steps // 20
+    assert slowest < 2 * 15 + 1  # its time-outs
+    assert swarm.num_hung >= num_steps // 50
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    # each backward that was answered took one step at its expert; those of lost and hung ones too, if they arrived
+    assert sum(hosted.version for hosted in node.hosted.values()) <= node.count(BACKWARD)
+    assert node.num_open == 0 and not autograd._steps and len(asyncio.all_tasks()) == 1
+    assert objects[1] <= objects[0] * 1.1 + 40, objects
+    node.calls.clear()
+
+
+@pytest.mark.parametrize("num_steps", [120, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+def test_training_lives_through_a_fault_script(num_steps: int) -> None:
+    """Failures, hangs, garbage, full servers, one server down, then half of them: the loss falls, nothing leaks."""
+    before = threading.active_count()
+    run_in_virtual_time(live_through(SCRIPT, num_steps=num_steps, in_flight=8, seed=1))
+    assert threading.active_count() <= before + 8 + 1
+
+
+def test_the_loop_finds_deadlocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.client.virtual_time._STUCK_SECONDS", 0.0)
+    with pytest.raises(AssertionError, match="deadlock"):
+        run_in_virtual_time(asyncio.Event().wait())
+
+
+def test_silence_takes_no_real_time() -> None:
+    async def main() -> float:
+        node, gate = make_swarm(forward_timeout=900.0)
+        node.delay = 600.0
+        with torch.no_grad():
+            await gate(torch.randn(2, WIDTH))
+        return seconds()
+
+    assert run_in_virtual_time(main()) == pytest.approx(600.0)
