@@ -55,6 +55,8 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "nat_offers_accepted": ("offers", "Offers of a path to this node that it accepted, by kind."),
     "nat_offers_refused": ("offers", "Offers of a path to this node that it refused, by reason."),
     "nat_offers_failed": ("offers", "Accepted offers that led to no connection, by reason."),
+    "nat_paths_improved": ("connections", "Relays and data channels that a better path has replaced, by its kind."),
+    "port_mapped": ("0 or 1", "1 while the router maps a port to this node at its wish (UPnP)."),
     "rendezvous_nodes": ("nodes", "Public nodes that carry offers to this node."),
     "rendezvous_clients": ("nodes", "Nodes that this node carries offers to."),
     "rendezvous_offers_carried": ("offers", "Offers passed on."),
