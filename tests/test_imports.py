@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
-    | {"transport", "network", "endpoint", "experts", "node", "runtime", "server", "client", "testing", "monitoring"},
+    | {"transport", "network", "endpoint", "experts", "reach", "node", "runtime", "server", "client", "testing"}
+    | {"monitoring"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}

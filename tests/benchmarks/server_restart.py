@@ -35,6 +35,7 @@ class Trainers:
         self.node = node
         self.num_steps = 0
         self.failures: list[str] = []
+        self._stepped = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Trainers:
@@ -48,8 +49,8 @@ class Trainers:
 
     async def steps(self, num_more: int) -> None:
         goal = self.num_steps + num_more
-        while self.num_steps < goal:  # noqa: ASYNC110 nobody is told of each step
-            await asyncio.sleep(0.05)
+        async with self._stepped:
+            await self._stepped.wait_for(lambda: self.num_steps >= goal)
 
     async def _train(self, index: int) -> None:
         while True:
@@ -62,7 +63,9 @@ class Trainers:
                 self.failures.append(describe(error))
                 await asyncio.sleep(0.1)
             else:
-                self.num_steps += 1
+                async with self._stepped:
+                    self.num_steps += 1
+                    self._stepped.notify_all()
 
 
 async def absence(directory: str, address: str, node: ta.TesseractNode, how: signal.Signals) -> dict[str, float]:

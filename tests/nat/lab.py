@@ -8,7 +8,8 @@ network, whose router masquerades:
 
 Further words of a host's kind: ``"v6"`` gives it (and its router) IPv6 as well, from 2001:db8::/32 (RFC 3849), without
 NAT; ``"open6"`` too, and the router lets IPv6 in at the nodes' port; ``"only6"`` is a public host with IPv6 alone;
-``"upnp"`` has the router map ports for those who ask (Debian's miniupnpd).
+``"upnp"`` has the router map ports for those who ask (Debian's miniupnpd). A ``"machine"`` is a public host without a
+node.
 
 Routers drop new inbound packets, as home routers do. Without that rule an early packet from the other side makes Linux
 itself choose another port, and the keeping NAT would not keep.
@@ -181,9 +182,12 @@ class Lab:
             outside, own = f"203.0.113.{number}", f"10.0.{number}.2"
             has_v6 = bool({"v6", "open6", "only6"} & {kind, *more})
             self._add_namespace(name)
-            if kind in ("public", "only6"):
-                self._join_bridge(name, number, outside if kind == "public" else "", v6=has_v6)
-                self.hosts[name] = Host(name, "public", outside, outside, f"2001:db8::{number:x}" if has_v6 else "")
+            if kind in ("public", "only6", "machine"):
+                self._join_bridge(name, number, outside if kind != "only6" else "", v6=has_v6)
+                v6 = f"2001:db8::{number:x}" if has_v6 else ""
+                if kind == "machine":  # as the internet has it: what is sent to nowhere is no error at the sender
+                    self._in(name, "ip route add default dev wan")
+                self.hosts[name] = Host(name, "machine" if kind == "machine" else "public", outside, outside, v6)
                 continue
             self._add_router(name, number, kind, outside, v6=has_v6)
             self.hosts[name] = Host(name, kind, own, outside, f"2001:db8:{number:x}::2" if has_v6 else "")

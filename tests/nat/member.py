@@ -22,6 +22,8 @@ from tesseract_async.identity import PeerID
 from tesseract_async.node import TesseractNode
 from tesseract_async.reach import ReachSettings
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.transport.nat import NatSettings
+from tesseract_async.transport.webrtc import WebrtcSettings
 
 PORT = 31337
 
@@ -30,7 +32,13 @@ class Member:
     def __init__(self, host: str, seeds: list[str], options: dict[str, Any]) -> None:
         # there is no distance here: who does not answer a dial within a second never will
         quick = ReachabilitySettings(dial_timeout=1.0)
-        reach = ReachSettings(reachability=quick, **options.pop("reach", {}))
+        nat = NatSettings()
+        if turn := options.pop("turn", None):
+            webrtc = WebrtcSettings(turn_server=turn, turn_username="name", turn_password="word")
+            nat = NatSettings(webrtc=webrtc)
+        stun = tuple(options.pop("stun_servers", ()))
+        reach = ReachSettings(reachability=quick, nat=nat, stun_servers=stun)
+        self.own_tasks: set[Any] = set()
         self.node = TesseractNode(host, PORT, initial_peers=seeds, reach=reach, **options)
         self.servers: list[Any] = []
         self.crowd: list[TesseractNode] = []

@@ -41,7 +41,9 @@ class Swarm:
                 "options": {**_said(host, name in public), **(options or {}).get(name, {})},
             }
             for name, host in lab.hosts.items()
+            if host.kind != "machine"
         }
+        self.members = tuple(members)
         level = os.environ.get("TESSERACT_NAT_LOG", "ERROR")
         script = str(Path(__file__).with_name("member.py"))
         self._process = subprocess.Popen(
@@ -57,7 +59,7 @@ class Swarm:
 
     def __enter__(self) -> Self:
         try:
-            for name in self.lab.hosts:
+            for name in self.members:
                 self._connect(name)
         except BaseException:
             self._kill_all()
@@ -68,7 +70,7 @@ class Swarm:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            left = self.do_all([name for name in self.lab.hosts if name in self._lines], "stop")
+            left = self.do_all([name for name in self.members if name in self._lines], "stop")
             assert not any(left.values()), f"tasks left: {left}"
             self._process.wait(10)
         finally:
