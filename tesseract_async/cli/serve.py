@@ -71,6 +71,22 @@ MAX_EXPERTS = 4096
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
 @click.option(
+    "--autocast",
+    type=click.Choice(["bf16", "fp16"]),
+    help="Compute in this type where PyTorch deems it safe; weights and answers keep theirs.",
+)
+@click.option(
+    "--compile", "compile_mode", metavar="MODE", help="torch.compile's mode, such as default; needs a C++ compiler."
+)
+@click.option("--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size, on a GPU.")
+@click.option(
+    "--preferred-size",
+    "preferred_sizes",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Rows at which batches are best cut, and padded with --compile or --cuda-graphs; may be given several times.",
+)
+@click.option(
     "--checkpoint-dir",
     type=click.Path(file_okay=False, path_type=Path),
     help="Where weights and optimizer states are kept; a restart goes on from there.",
@@ -105,7 +121,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
 
     Prints one line of JSON on standard output once the experts can be found. Ctrl-C leaves cleanly: experts that
     another server follows are handed over to it, what is running is finished, the experts are withdrawn from the
-    network, and their weights are saved.
+    network, and their weights are saved. SIGUSR1 saves them at once.
     """
     set_up_logging(verbose=values["verbose"])
     limits = volunteer_settings(values)
@@ -131,7 +147,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
 
     async def main() -> int:
         with sign("loading PyTorch"), importing():
-            from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
+            from tesseract_async.cli.hosting import AUTOCAST, Hosting, ServePlan, manifest_fields
 
         plan = ServePlan(
             patterns=values["patterns"],
@@ -164,6 +180,12 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             },
             leave_with_parent=values["leave_with_parent"],
             leave_within=values["leave_within"],
+            computing={
+                "autocast": AUTOCAST[values["autocast"]],
+                "compile_mode": values["compile_mode"],
+                "cuda_graphs": values["cuda_graphs"],
+                "preferred_sizes": tuple(sorted(values["preferred_sizes"])),
+            },
         )
         return await Hosting(plan).main()
 
