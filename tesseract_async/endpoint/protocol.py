@@ -24,7 +24,7 @@ from tesseract_async.endpoint.events import (
     ReplyReceived,
     RequestUnseen,
 )
-from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Sending
+from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Pace, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
@@ -37,7 +37,7 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 class ConnectionProtocol:
     """See the module. `wake` is called when something is to be sent or told although nobody called in; `meter` counts
-    the peer's calls against its quota.
+    the peer's calls against its quota; `pace` is shared by the connections of a node.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class ConnectionProtocol:
         now: float,
         wake: Callable[[], None],
         meter: Meter | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.peer = peer
         """How errors name the other end."""
@@ -59,6 +60,7 @@ class ConnectionProtocol:
         self._dialled = dialled
         self._budget = budget
         self._wake = wake
+        self.pace = pace if pace is not None else Pace()
         self._meter = meter
         self._now = now
         self._pong_due = False
@@ -180,6 +182,7 @@ class ConnectionProtocol:
         if size <= frames.MAX_SMALL:
             if self._small_out and self._small_out + size > self._theirs.max_small:
                 return False
+            self.pace.small_at = self._now
             call.small = size
             self._small_out += size
             self.lanes[MAIN].put(frames.encode_small(frames.REQUEST, stream, encoded, call.sizes, call.buffers))
@@ -252,7 +255,8 @@ class ConnectionProtocol:
         if self._pong_due and lane == MAIN:
             self._pong_due = False
             self.life.send_pong(self._now)
-        return self.lanes[lane].data_to_send(room, self._now, self._message_sent)
+        portion = self.pace.portion(self._now)
+        return self.lanes[lane].data_to_send(room, self._now, portion=portion, sent=self._message_sent)
 
     def _message_sent(self, sending: Sending) -> None:
         if sending.kind == frames.CHUNK_REPLY:
@@ -364,6 +368,7 @@ class ConnectionProtocol:
     def _request(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         call = self._new_incoming(lane, stream)
         call.small = len(payload)
+        self.pace.small_at = self._now
         self._small_in += call.small
         if self._small_in > 2 * self.settings.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {self.settings.max_small} bytes of small requests at once")

@@ -12,13 +12,14 @@
 
     PING       ()                        -> ()
     FIND       (target)                  -> (v4 contacts, v6 contacts)
-    GET        (key)                     -> (count, digests, records, v4 contacts, v6 contacts)
+    GET        (key)                     -> (count, digests, records, v4 contacts, v6 contacts, copied?)
     PAGE       (key, start, end)         -> (next or nil, records)
     STORE      ([key + record, ...])     -> (outcomes: a byte for each)
     LEAVE      ()                        no reply
     DIAL       (nonce)                   -> (whether it was passed on)
     DIAL_FOR   (address, nonce)          no reply; see `network.dialback`
     DIALED     (nonce)                   no reply
+    COPY       (key + record)            no reply; see `network.caching`
 
 The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
 without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,
@@ -42,7 +43,9 @@ from tesseract_async.network.storage import NUM_RANGES, Outcome, Summary
 MAGIC = 0x54
 VERSION = 1
 
-PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED = range(1, 10)
+PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED, COPY = range(1, 11)
+ONE_WAY = (LEAVE, DIAL_FOR, COPY)
+"""Nobody replies to these, so they are nothing without a token."""
 REPLY = 0x80
 """Added to a request's kind in its reply."""
 
@@ -201,6 +204,11 @@ def read_items(arguments: list[Any]) -> list[tuple[bytes, bytes]]:
     return [(item[:ID_BYTES], item[ID_BYTES:]) for item in items]
 
 
+def read_item(arguments: list[Any]) -> tuple[bytes, bytes]:
+    """The key and record of a COPY. Raises: ProtocolError."""
+    return read_items([arguments[:1]])[0]
+
+
 def read_outcomes(results: list[Any], count: int) -> list[Outcome]:
     """What became of `count` stored records. Raises: ProtocolError."""
     if not results or type(results[0]) is not bytes or len(results[0]) != count:
@@ -236,6 +244,11 @@ def read_value(results: list[Any]) -> tuple[Summary | None, list[bytes]]:
     if len(packed) != _DIGESTS.size:
         raise ProtocolError("range digests of the wrong length")
     return Summary(count, _DIGESTS.unpack(packed)), []
+
+
+def is_copy(results: list[Any]) -> bool:
+    """Whether a GET reply's record is only a copy on the way to the holders."""
+    return len(results) > 5 and results[5] is True
 
 
 def read_page(results: list[Any]) -> tuple[int | None, list[bytes]]:

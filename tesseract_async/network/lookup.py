@@ -150,11 +150,22 @@ class Lookup:
         """Whether every path is: the k nearest that it may still count on have answered."""
         return all(self._path_finished(path) for path in self._paths)
 
-    def closest(self) -> list[Contact]:
-        """The k nearest contacts that answered, nearest first."""
+    def closest(self, *, max_per_range: int | None = None) -> list[Contact]:
+        """The k nearest contacts that answered, nearest first; at most `max_per_range` of one address range."""
         answered = [item for item in self._candidates.values() if item.state is State.ANSWERED]
         answered.sort(key=lambda item: item.distance)
-        return [item.contact for item in answered[: self.k]]
+        closest: list[Contact] = []
+        ranges: dict[bytes, int] = {}
+        for item in answered:
+            range_ = item.contact.range
+            if range_ is not None and max_per_range is not None:
+                if ranges.get(range_, 0) >= max_per_range:
+                    continue
+                ranges[range_] = ranges.get(range_, 0) + 1
+            closest.append(item.contact)
+            if len(closest) == self.k:
+                break
+        return closest
 
     def _path_finished(self, path: Path) -> bool:
         given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH

@@ -86,10 +86,7 @@ class Search:
             return
         assert call.contact is not None
         try:
-            offset = 3 if self._on_answer is not None else 0
-            if len(reply.results) < offset + 2:
-                raise ProtocolError("a reply without contacts")
-            found = self.network.contacts_from(call.contact, reply.results[offset], reply.results[offset + 1], now)
+            found = read_contacts(self.network, call.contact, reply, now, 3 if self._on_answer is not None else 0)
             if self._on_answer is not None:
                 self._on_answer(call.contact, reply, now)
         except ProtocolError:
@@ -155,7 +152,10 @@ class Neighbourhood:
 
     def _end(self, now: float) -> None:
         table = self.network.table
+        is_newcomer = not self.network.joined
         self.network.neighbourhood_known(now)
+        if not is_newcomer:
+            return
         # section 2.3: refresh the buckets farther away than the closest neighbour, as far as they have room
         for index, bucket in enumerate(table.buckets[:-1]):
             if len(bucket.contacts) < table.k:
@@ -163,9 +163,10 @@ class Neighbourhood:
 
 
 class Join:
-    """Asks seeds for the own neighbourhood. A seed that knows nobody new costs one RPC: asking again and again is how
-    two halves of a network find each other. Where half of those that it names are news, the own id is looked up anew;
-    a few are somebody who came or went, and a ping each will do.
+    """Asks seeds for the own neighbourhood, again and again: this is how two halves of a network find each other.
+
+    A seed always names somebody unknown. To look up the own id each time would be most of what a large network sends;
+    a walk that ends at the first step that leads no nearer (`Walk`) tells as much.
     """
 
     def __init__(self, network: NetworkProtocol, addresses: Mapping[Address, PeerID | None], now: float) -> None:
@@ -183,21 +184,70 @@ class Join:
             network.metrics.count("network_seeds_with_another_id")
             return
         try:
-            if len(reply.results) < 2:
-                raise ProtocolError("a reply without contacts")
-            found = network.contacts_from(call.contact, reply.results[0], reply.results[1], now)
+            found = read_contacts(network, call.contact, reply, now)
         except ProtocolError:
             network.drop_from(call.contact, "malformed")
             return
-        news = [contact for contact in found if network.table.wants(contact.peer_id)]
-        if not network.joined or 2 * len(news) > len(found):
+        if not network.joined:
             network.learn_neighbourhood([call.contact, *found], now)
         else:
-            for contact in news:
-                network.ping(contact, now)
+            Walk(network).go_on(found, now)
 
     def call_stalled(self, call: Call, now: float) -> None:
         pass
 
     def call_failed(self, call: Call, now: float) -> None:
         self.network.metrics.count("network_seeds_silent")
+
+
+class Walk:
+    """Asks the unknown contact nearest to the own id for nearer ones, one after the other.
+
+    If it comes to somebody who belongs to the own neighbourhood and was not known there, the own id is looked up anew.
+    """
+
+    def __init__(self, network: NetworkProtocol) -> None:
+        self.network = network
+        self._nearest = 1 << (8 * ID_BYTES)
+        self._is_neighbour = False
+
+    def go_on(self, found: Iterable[Contact], now: float) -> None:
+        """Takes the next step, if there is one."""
+        table = self.network.table
+        own = table.own_number
+        contact = min(
+            (item for item in found if item.peer_id not in table), key=lambda item: item.number ^ own, default=None
+        )
+        if contact is None or contact.number ^ own >= self._nearest:
+            return
+        self._nearest = contact.number ^ own
+        neighbours = table.closest(own, table.k)
+        self._is_neighbour = len(neighbours) < table.k or self._nearest < neighbours[-1].number ^ own
+        self.network.call(self, wire.FIND, (self.network.own_id,), contact, now)
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        assert call.contact is not None
+        try:
+            found = read_contacts(self.network, call.contact, reply, now)
+        except ProtocolError:
+            self.network.drop_from(call.contact, "malformed")
+            return
+        if self._is_neighbour:
+            self.network.learn_neighbourhood([call.contact, *found], now)
+        else:
+            self.go_on(found, now)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        pass
+
+
+def read_contacts(
+    network: NetworkProtocol, teller: Contact, reply: Reply, now: float, offset: int = 0
+) -> list[Contact]:
+    """The contacts that a reply names, from the result number `offset` on. Raises: ProtocolError."""
+    if len(reply.results) < offset + 2:
+        raise ProtocolError("a reply without contacts")
+    return network.contacts_from(teller, reply.results[offset], reply.results[offset + 1], now)

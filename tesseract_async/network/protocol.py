@@ -23,6 +23,7 @@ from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVers
 from tesseract_async.identity import Identity, PeerID, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
+from tesseract_async.network.caching import PathCache, lifetime
 from tesseract_async.network.calls import Call, Caller, Calls
 from tesseract_async.network.contacts import (
     ID_BYTES,
@@ -51,7 +52,7 @@ from tesseract_async.network.settings import (
     MIN_REQUEST_BYTES,
     NetworkSettings,
 )
-from tesseract_async.network.storage import Outcome, Storage
+from tesseract_async.network.storage import Outcome, Source, Storage
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 
@@ -102,6 +103,7 @@ class NetworkProtocol:
             max_range_per_table=settings.max_range_per_table,
         )
         self.storage = Storage(settings)
+        self.copies = PathCache()
         self.dialback = DialBack(self, public=public, now=now)
         self.address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
         """Lengths of the packed addresses that this node can send to."""
@@ -302,7 +304,7 @@ class NetworkProtocol:
             return
         packed_address = pack_address(address)
         if not address_proven and length < MIN_REQUEST_BYTES:
-            if request.token and datagram.kind not in (wire.LEAVE, wire.DIAL_FOR):
+            if request.token and datagram.kind not in wire.ONE_WAY:
                 body = (packed_address, self.tokens.give(packed_address), b"", self.wall(now))
                 flags = self.flags() | wire.FLAG_AGAIN
                 kind = datagram.kind | wire.REPLY
@@ -310,11 +312,13 @@ class NetworkProtocol:
             self._drop("token" if request.token else "unpadded")
             return
         self._heard_from(datagram, address, address_proven, now)
-        if datagram.kind in (wire.LEAVE, wire.DIAL_FOR):
+        if datagram.kind in wire.ONE_WAY:
             if not address_proven:
                 self._drop("token")
             elif datagram.kind == wire.LEAVE:
                 self._farewell(datagram.sender, address)
+            elif datagram.kind == wire.COPY:
+                self._keep_copy(request.arguments, address, now)
             else:
                 self.dialback.dial(request.arguments, now)
             return
@@ -349,6 +353,11 @@ class NetworkProtocol:
         if kind == wire.GET:
             key = wire.read_key(request.arguments)
             count, digests, bodies = 0, b"", self.storage.bodies_if_fit(key, room - 10)
+            copy = self.copies.get(key, self.wall(now)) if bodies == [] else None
+            if copy is not None and len(copy.body) + 13 <= room:
+                room -= len(copy.body) + 3
+                self.metrics.count("network_copies_served")
+                return (1, b"", [copy.body], *self.closest_for(key, datagram.sender, room), True)
             if bodies is None:
                 summary = self.storage.summary(key)
                 assert summary is not None
@@ -365,25 +374,33 @@ class NetworkProtocol:
             return (cursor, bodies)
         if kind == wire.STORE:
             items = wire.read_items(request.arguments)
-            return (bytes(self._store(key, body, address, address_proven, now) for key, body in items),)
+            sender = datagram.sender
+            return (bytes(self._store(key, body, sender, address, address_proven, now) for key, body in items),)
         if kind == wire.DIAL:
             return (address_proven and self.dialback.pass_on(address, request.arguments, now),)
         raise ProtocolError(f"an unknown kind of request: {kind}")
 
-    def _store(self, key: bytes, body: bytes, address: Address, address_proven: bool, now: float) -> Outcome:
+    def _store(
+        self, key: bytes, body: bytes, sender: bytes, address: Address, address_proven: bool, now: float
+    ) -> Outcome:
         """Verifies an untrusted record and keeps it in the own storage."""
         if not address_proven:
             return Outcome.BAD_TOKEN
         if not self.public:
             return Outcome.REFUSED
         wall = self.wall(now)
-        source = address_range(address)
+        range_ = address_range(address)
         try:
             # cheap objections come first: a flood of old records costs no signature checks
             record = SignedRecord.decode_unverified(key, body)
             # the owner counts, not who sent it: holders copy what others own
             if not self.policy.allows(record.owner, "store"):
                 return Outcome.REFUSED
+            source = None
+            if range_ is not None:
+                # who proved its id and is listed may copy others' records; whoever else says so counts as their owner
+                holder = self.table.get(sender) if sender != record.owner else None
+                source = Source(range_, copied=holder is not None and holder.address == address)
             outcome = self.storage.check(record, wall, source)
             if outcome is not None:
                 return outcome
@@ -391,10 +408,29 @@ class NetworkProtocol:
                 return Outcome.FULL
             record.check(verify=self.verify)
             self.storage.put(record, source)
+            self.copies.drop(key)
             return Outcome.STORED
         except InvalidRecord:
             self._drop("invalid_record")
             return Outcome.INVALID
+
+    def _keep_copy(self, arguments: list[Any], address: Address, now: float) -> None:
+        """Keeps an untrusted single value for a while, where this node lies on the way to its holders."""
+        key, body = wire.read_item(arguments)
+        wall = self.wall(now)
+        record = SignedRecord.decode_unverified(key, body)
+        target = int.from_bytes(key, "big")
+        closest = self.table.closest(target, self.settings.k)
+        longest = self.settings.path_cache_lifetime
+        seconds = lifetime(self.table.own_number, target, closest, k=self.settings.k, longest=longest)
+        if not seconds or not self.public or self.storage.summary(key) is not None:
+            return
+        if self.copies.wants(record, wall) and self.policy.allows(record.owner, "store"):
+            if not self._limiter.allows(address, 4.0, now):
+                self._drop("rate")
+                return
+            record.check(verify=self.verify)
+            self.copies.put(record, wall + seconds)
 
     def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
         """The contacts that this node names when asked for a target, packed into `room` bytes."""
@@ -545,6 +581,7 @@ class NetworkProtocol:
     def _keep_house(self, now: float) -> None:
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * (0.75 + 0.5 * self.random.random())
         self.storage.expire(self.wall(now))
+        self.copies.expire(self.wall(now))
         self.tokens.rotate(now)
         for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
             del self._unreachable[raw]

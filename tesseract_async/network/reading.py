@@ -32,10 +32,19 @@ MAX_PARTS = 64
 class Holding:
     """What one holder says that it holds of a dictionary."""
 
-    __slots__ = ("contact", "records", "summary")
+    __slots__ = ("contact", "is_copy", "records", "summary")
 
-    def __init__(self, contact: Contact | None, summary: Summary, records: dict[EntryID, SignedRecord] | None) -> None:
+    def __init__(
+        self,
+        contact: Contact | None,
+        summary: Summary,
+        records: dict[EntryID, SignedRecord] | None,
+        *,
+        is_copy: bool = False,
+    ) -> None:
         self.contact = contact
+        self.is_copy = is_copy
+        """Whether it only keeps a copy for a while, and is no holder."""
         """None for the own storage."""
         self.summary = summary
         self.records = records
@@ -54,6 +63,8 @@ class Read:
         self.cancelled = False
         self._holdings: list[Holding] = []
         self._verified: dict[bytes, SignedRecord] = {}
+        self._without: list[Contact] = []
+        """Those that answered and hold nothing."""
         self._summaries: dict[frozenset[bytes], tuple[Summary, dict[EntryID, SignedRecord]]] = {}
         self._merged: dict[EntryID, SignedRecord] = {}
         self._unchecked: deque[tuple[_Fetch, int, int, list[bytes]]] = deque()
@@ -88,6 +99,7 @@ class Read:
         summary, bodies = wire.read_value(reply.results)
         if summary is None:
             lookup.max_under_way = settings.alpha
+            self._without.append(contact)
             return
         records: dict[EntryID, SignedRecord] | None = None
         if bodies:
@@ -101,13 +113,13 @@ class Read:
                     records[_entry_id(record)] = record
                 known = self._summaries[same] = summarise(list(records.values())), records
             summary, records = known
-        self._holdings.append(Holding(contact, summary, records))
+        self._holdings.append(Holding(contact, summary, records, is_copy=wire.is_copy(reply.results)))
         equal = [item for item in self._holdings if item.summary == summary]
-        missing = settings.num_equal_holders - len(equal)
-        if missing <= 0:
+        missing = settings.num_equal_holders - _num_counted(equal)
+        if missing <= 0 and not all(item.is_copy for item in equal):
             self._search.stop()
             self._settle(now, equal)
-        elif self._holdings[0].contact is None:
+        elif missing > 0 and self._holdings[0].contact is None:
             lookup.max_under_way = missing + 1 if equal[0] is self._holdings[0] else settings.alpha
 
     def _verify(self, body: bytes) -> SignedRecord:
@@ -187,6 +199,7 @@ class Read:
 
     def _finish(self, now: float) -> None:
         self._repair(self._merged, now)
+        self._leave_copy(now)
         lookup = self._search.lookup
         event = ReadFinished(
             self._number,
@@ -201,7 +214,7 @@ class Read:
     def _repair(self, merged: dict[EntryID, SignedRecord], now: float) -> None:
         """Sends holders the entries that they lack, verbatim, as far as what they hold is known."""
         for holding in self._holdings:
-            if holding.records is None:
+            if holding.records is None or holding.is_copy:
                 continue
             missing = [
                 record
@@ -217,6 +230,18 @@ class Read:
                 continue
             for items in wire.store_items(missing):
                 self.network.call(Unwatched(), wire.STORE, (items,), holding.contact, now)
+
+    def _leave_copy(self, now: float) -> None:
+        """Leaves a single value with the nearest contact that had none (see `caching`)."""
+        if len(self._merged) != 1 or not self._without or not self.network.settings.path_cache_lifetime:
+            return
+        (record,) = self._merged.values()
+        if record.subkey is not None or record.tombstone or not self.complete:
+            return
+        target = int.from_bytes(self.key, "big")
+        nearest = min(self._without, key=lambda contact: contact.number ^ target)
+        if nearest.token_until > now:
+            self.network.send_oneway(wire.COPY, (self.key + record.body,), nearest.address, nearest.token)
 
 
 class _Fetch:
@@ -270,6 +295,12 @@ class _Fetch:
     def call_failed(self, call: Call, now: float) -> None:
         self.sources.pop()
         self.ask(now)
+
+
+def _num_counted(holdings: list[Holding]) -> int:
+    """How many of these count as independent: of one address range only one does."""
+    ranges = [item.contact.range for item in holdings if item.contact is not None]
+    return len({item for item in ranges if item is not None}) + ranges.count(None) + (len(holdings) - len(ranges))
 
 
 def _entry_id(record: SignedRecord) -> EntryID:

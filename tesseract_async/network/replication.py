@@ -143,6 +143,8 @@ class Sync:
             return
         try:
             summary, bodies = wire.read_value(reply.results)
+            if wire.is_copy(reply.results):
+                summary, bodies = None, []
         except ProtocolError:
             network.drop_from(call.contact, "malformed")
             return

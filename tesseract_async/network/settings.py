@@ -60,6 +60,9 @@ class NetworkSettings:
     """Entries of one dictionary by the same owner."""
     pages_in_flight: int = 64
     """Pages of one large dictionary asked for at a time."""
+    path_cache_lifetime: float = 30.0
+    """A copy of a single value lives so long on the nodes next to its holders, half as long with each doubling of the
+    nodes that are nearer; 0 keeps none."""
     republish_period: float = 600.0
     """Holders compare what they hold with those closest to the key this often."""
     max_range_per_bucket: int = 2
@@ -67,9 +70,13 @@ class NetworkSettings:
     max_range_per_table: int = 10
     """Contacts of one range in the routing table."""
     max_range_per_shortlist: int = 3
-    """Candidates of one range on one path of a lookup, and holders of one range that count in a read."""
+    """Candidates of one range on one path of a lookup."""
     max_entries_per_range: int = 1024
     """Entries of one dictionary that came from one range."""
+    max_copies_per_range: int = 4096
+    """Entries of one dictionary that holders of one range copied here: these are others', and in good faith many."""
+    max_range_per_holder_set: int = 2
+    """Holders of one range among the k of a record. In a read, those of one range count as one."""
     max_request_rate: float = 4000.0
     """What one range (or address and port) may ask for in a second: 1 a request, 4 a signature made or checked."""
     max_repairs: int = 32

@@ -11,6 +11,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
@@ -37,7 +38,7 @@ class Outcome(enum.IntEnum):
     TOO_LONG = 4
     """It would live longer than the holder allows, or its owner's clock is wrong."""
     FULL = 5
-    """A quota (bytes, entries of the key, entries of the owner) is exhausted."""
+    """A quota (bytes, entries of the key, of the range, of the owner) is exhausted."""
     BAD_TOKEN = 6
     """The sender has not proven its address."""
     INVALID = 7
@@ -48,6 +49,15 @@ class Outcome(enum.IntEnum):
     @property
     def held(self) -> bool:
         return self <= Outcome.ALREADY_HELD
+
+
+class Source(NamedTuple):
+    """Who sent a record, as far as that is proven."""
+
+    range: bytes
+    """An address range (`contacts.address_range`)."""
+    copied: bool
+    """Whether it was a holder that copied another's record: such a one brings those of many owners."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +112,15 @@ class _Dictionary:
     def __init__(self) -> None:
         self.entries: dict[EntryID, SignedRecord] = {}
         self.index: _Index | None = None
-        self.sources: dict[EntryID, bytes] | None = None
-        """The address range that first sent an entry, where ranges are counted."""
+        self.sources: dict[EntryID, Source] | None = None
+        """Where an entry came from first, where ranges are counted."""
 
     def count_of_owner(self, owner: PeerID) -> int:
         if self.index is not None:
             return self.index.owners.get(owner, 0)
         return sum(1 for _, other in self.entries if other == owner)
 
-    def count_of_source(self, source: bytes) -> int:
+    def count_of_source(self, source: Source) -> int:
         return sum(1 for other in self.sources.values() if other == source) if self.sources is not None else 0
 
     def summary(self) -> Summary:
@@ -146,10 +156,10 @@ class Storage:
         """Every key that has entries."""
         return list(self._keys)
 
-    def check(self, record: SignedRecord, wall: float, source: bytes | None = None) -> Outcome | None:
+    def check(self, record: SignedRecord, wall: float, source: Source | None = None) -> Outcome | None:
         """What `add` would answer without changing anything, or None where it would store: spares a verification.
 
-        `source` is the address range that sent the record, None where ranges are not counted.
+        `source` is who sent the record, None where ranges are not counted.
         """
         if record.expiration + CLOCK_SKEW <= wall:
             return Outcome.EXPIRED
@@ -171,11 +181,14 @@ class Storage:
                 return Outcome.FULL
             if dictionary.count_of_owner(record.owner) >= self._settings.max_entries_per_owner:
                 return Outcome.FULL
-            if source is not None and dictionary.count_of_source(source) >= self._settings.max_entries_per_range:
-                return Outcome.FULL
+            if source is not None:
+                settings = self._settings
+                limit = settings.max_copies_per_range if source.copied else settings.max_entries_per_range
+                if dictionary.count_of_source(source) >= limit:
+                    return Outcome.FULL
         return None
 
-    def add(self, record: SignedRecord, wall: float, source: bytes | None = None) -> Outcome:
+    def add(self, record: SignedRecord, wall: float, source: Source | None = None) -> Outcome:
         """Keeps a verified record unless `check` objects."""
         outcome = self.check(record, wall, source)
         if outcome is None:
@@ -183,7 +196,7 @@ class Storage:
             return Outcome.STORED
         return outcome
 
-    def put(self, record: SignedRecord, source: bytes | None = None) -> None:
+    def put(self, record: SignedRecord, source: Source | None = None) -> None:
         """Keeps a verified record to which `check` did not object."""
         identity = (record.subkey, record.owner)
         dictionary = self._keys.get(record.key)

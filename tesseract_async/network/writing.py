@@ -123,7 +123,8 @@ class _HolderSearch:
         self.search.advance(now)
 
     def _end(self, now: float) -> None:
-        self.write._found(self.key, self.search.lookup.closest(), now)
+        limit = self.write.network.settings.max_range_per_holder_set
+        self.write._found(self.key, self.search.lookup.closest(max_per_range=limit), now)
 
 
 class _Store:

@@ -23,7 +23,9 @@ class LyingProtocol(NetworkProtocol):
         named = sorted(self.accomplices, key=lambda contact: contact.number ^ number)[: self.settings.k]
         return pack_contacts(named, room - 10)
 
-    def _store(self, key: bytes, body: bytes, address: Address, address_proven: bool, now: float) -> Outcome:
+    def _store(
+        self, key: bytes, body: bytes, sender: bytes, address: Address, address_proven: bool, now: float
+    ) -> Outcome:
         return Outcome.STORED
 
     def _answer(self, datagram: wire.Datagram, request: wire.Request, *rest: Any) -> Any:

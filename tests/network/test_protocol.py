@@ -11,7 +11,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import Address
+from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
@@ -509,3 +509,67 @@ def test_whoever_is_late_already_is_not_waited_for_again() -> None:
             exchange(dead)
         waits.append(now - begin)
     assert 0.1 < waits[0] < 0.6 and waits[1] == 0.0
+
+
+@pytest.mark.parametrize("hosts, num_asked", [(("8.8.8.{}",) * 9, 9), (("8.8.{0}.{0}",) * 9, 4)])
+def test_holders_of_one_address_range_count_as_one(hosts: tuple[str, ...], num_asked: int) -> None:
+    """Nine holders with equal digests: of nine networks, three answers do; of one network, all are asked."""
+    reader = machine(1, alpha=4, num_paths=4, max_range_per_shortlist=9, max_range_per_table=9, max_range_per_bucket=9)
+    holders = {(host.format(index), 4000): machine(10 + index) for index, host in enumerate(hosts, 1)}
+    for address, holder in holders.items():
+        holder.storage.add(record(reader), WALL)
+        known = Contact(holder.own_id, address)
+        known.proven = True
+        reader.table.add(known, 0.0)
+    reader.read(KEY, 0.0)
+    asked: set[Address] = set()
+    events: list[Any] = []
+    while not events:
+        sent = [(data, to) for data, to in reader.datagrams_to_send() if wire.decode(data).kind == wire.GET]
+        assert sent
+        asked |= {to for _, to in sent}
+        for data, to in sent:
+            holders[to].receive_datagram(data, A, 0.0)
+            for answer, back in holders[to].datagrams_to_send():
+                if back == A and wire.decode(answer).kind & wire.REPLY:
+                    reader.receive_datagram(answer, to, 0.0)
+        events = [event for event in reader.events() if isinstance(event, ReadFinished)]
+    assert len(asked) == num_asked
+
+
+def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
+    node = machine(1)
+    others = [machine(10 + index) for index in range(8)]
+    addresses = {(f"10.0.1.{index}", 4000): other for index, other in enumerate(others)}
+    seed_address, seed = next(iter(addresses.items()))
+    for address, other in list(addresses.items())[1:]:
+        listed = Contact(other.own_id, address)
+        listed.proven = True
+        seed.table.add(listed, 0.0)
+
+    def exchange() -> list[int]:
+        kinds = []
+        while sent := node.datagrams_to_send():
+            for data, to in sent:
+                kinds.append(wire.decode(data).kind)
+                addresses[to].receive_datagram(data, A, 0.0)
+                for answer, back in addresses[to].datagrams_to_send():
+                    if back == A and wire.decode(answer).kind & wire.REPLY:
+                        node.receive_datagram(answer, to, 0.0)
+        return kinds
+
+    node.set_seeds([(seed_address, None)], 0.0)
+    node.handle_timer(0.0)
+    exchange()
+    assert len(node.table) == 8
+    newcomer = machine(99)
+    addresses[("10.0.1.99", 4000)] = newcomer
+    listed = Contact(newcomer.own_id, ("10.0.1.99", 4000))
+    listed.proven = True
+    seed.table.add(listed, 0.0)
+    node._ask_seeds(0.0)
+    # it is new and near (so small a network is all neighbourhood): whom it knows is looked up
+    assert exchange().count(wire.FIND) > 2
+    assert newcomer.own_id in node.table
+    node._ask_seeds(0.0)
+    assert exchange() == [wire.FIND], "nobody new"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.network.settings import NetworkSettings
-from tesseract_async.network.storage import Outcome, Storage, summarise
+from tesseract_async.network.storage import Outcome, Source, Storage, summarise
 
 OWNERS = [Identity.from_seed(bytes([index] * 32)) for index in range(4)]
 KEY = bytes(32)
@@ -143,8 +143,16 @@ def test_replacing_an_entry_again_and_again_fills_no_memory() -> None:
 
 def test_a_range_has_its_share_of_a_dictionary_and_no_more() -> None:
     storage = Storage(NetworkSettings(max_entries_per_range=2))
-    here, there = b"\x08\x08\x08", b"\x08\x08\x09"
+    here, there = Source(b"\x08\x08\x08", copied=False), Source(b"\x08\x08\x09", copied=False)
     outcomes = [storage.add(record(0, name), WALL, here) for name in "abc"]
     assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
     assert storage.add(record(0, "c"), WALL, there) is Outcome.STORED
     assert storage.add(record(0, "d"), WALL, None) is Outcome.STORED
+
+
+def test_what_a_holder_copies_counts_by_itself() -> None:
+    storage = Storage(NetworkSettings(max_entries_per_range=1, max_copies_per_range=2))
+    own, copied = Source(b"\x08\x08\x08", copied=False), Source(b"\x08\x08\x08", copied=True)
+    outcomes = [storage.add(record(owner, "a"), WALL, copied) for owner in range(3)]
+    assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
+    assert [storage.add(record(3, name), WALL, own) for name in "ab"] == [Outcome.STORED, Outcome.FULL]

@@ -1,0 +1,175 @@
+"""Copies of single values on the way to their holders: few, short-lived, never of what may be stale."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tesseract_async.identity import Identity, SignedRecord
+from tesseract_async.metrics import Metrics
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.caching import MAX_COPIES, PathCache, lifetime
+from tesseract_async.network.contacts import Contact
+from tesseract_async.network.events import ReadFinished
+from tesseract_async.network.protocol import NetworkProtocol
+from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.testing import SimulatedNetwork, SimulatedNode
+
+WALL = 1_700_000_000.0
+ASKER = ("10.0.0.9", 4000)
+OWNER = Identity.from_seed(bytes(32))
+KEY = bytes(32)
+
+
+def record(*, sequence: int = 1, ttl: float = 600.0, key: bytes = KEY, **more: Any) -> SignedRecord:
+    return SignedRecord.sign(OWNER, key, sequence=sequence, expiration=WALL + ttl, value=b"\x01", **more)
+
+
+def contact(number: int) -> Contact:
+    return Contact(number.to_bytes(32, "big"), ("10.0.0.1", 4000))
+
+
+def test_a_copy_lives_half_as_long_with_each_doubling_of_the_nodes_between() -> None:
+    closest = [contact(number) for number in range(1, 21)]  # the farthest is 20: five bits
+    lives = [lifetime(own, 0, closest, k=20, longest=32.0) for own in (19, 21, 31, 32, 64, 128, 1 << 9, 1 << 10)]
+    assert lives == [0.0, 32.0, 32.0, 16.0, 8.0, 4.0, 1.0, 0.0]
+    assert lifetime(1 << 9, 0, closest[:19], k=20, longest=32.0) == 0.0, "whoever knows fewer than k is a holder"
+
+
+def test_the_cache_keeps_the_newest_single_values_for_a_while() -> None:
+    cache = PathCache()
+    assert cache.wants(record(), WALL)
+    assert not cache.wants(record(subkey="a"), WALL)
+    assert not cache.wants(record(tombstone=True), WALL)
+    assert not cache.wants(record(ttl=-1.0), WALL)
+    cache.put(record(sequence=2), WALL + 10.0)
+    assert not cache.wants(record(sequence=2), WALL) and not cache.wants(record(sequence=1), WALL)
+    assert cache.wants(record(sequence=3), WALL)
+    assert cache.get(KEY, WALL + 9.0) == record(sequence=2) and cache.get(KEY, WALL + 10.0) is None
+    cache.put(record(ttl=5.0), WALL + 10.0)
+    assert cache.get(KEY, WALL + 6.0) is None, "not beyond its expiration"
+    for index in range(2 * MAX_COPIES):
+        cache.put(record(key=index.to_bytes(32, "big")), WALL + index)
+    assert len(cache) == MAX_COPIES
+    cache.expire(WALL + 1.5 * MAX_COPIES)
+    assert len(cache) == MAX_COPIES // 2 - 1
+
+
+def far_node() -> NetworkProtocol:
+    """A node that knows 20 others nearer to the key than itself."""
+    node = NetworkProtocol(
+        identity=Identity.from_seed(bytes([1] * 32)),
+        settings=NetworkSettings(),
+        random=random.Random(1),
+        metrics=Metrics(),
+        now=0.0,
+        wall_offset=WALL,
+        public=True,
+    )
+    for index in range(20):
+        near = contact((node.table.own_number >> 1) + index)
+        near.proven = True
+        node.table.add(near, 0.0)
+    return node
+
+
+def send(node: NetworkProtocol, kind: int, *arguments: Any, token: bytes = b"") -> list[wire.Datagram]:
+    data = wire.encode_request(
+        kind, wire.FLAG_CLIENT, bytes(8), bytes([7] * 32), token=token, challenge=b"", arguments=arguments
+    )
+    node.receive_datagram(data, ASKER, 0.0)
+    return [wire.decode(data) for data, _ in node.datagrams_to_send()]
+
+
+def test_a_copy_is_served_as_such_and_only_what_may_be_copied_is_kept() -> None:
+    node = far_node()
+    token = wire.read_reply(send(node, wire.PING)[0]).token
+    forged = bytearray(record().body)
+    forged[0] ^= 1
+    for body, what in (
+        (record(subkey="a").body, "an entry of a dictionary"),
+        (record(tombstone=True).body, "a withdrawal"),
+        (bytes(forged), "a forged one"),
+    ):
+        send(node, wire.COPY, KEY + body, token=token)
+        assert len(node.copies) == 0, what
+    send(node, wire.COPY, KEY + record().body)
+    assert len(node.copies) == 0, "without a token"
+    send(node, wire.COPY, KEY + record().body, token=token)
+    assert len(node.copies) == 1 and node.storage.num_entries == 0
+    (answer,) = send(node, wire.GET, KEY, token=token)
+    results = wire.read_reply(answer).results
+    assert wire.read_value(results)[1] == [record().body] and wire.is_copy(results)
+    send(node, wire.STORE, [KEY + record(sequence=2).body], token=token)
+    assert len(node.copies) == 0, "a holder keeps no copy"
+    (answer,) = send(node, wire.GET, KEY, token=token)
+    results = wire.read_reply(answer).results
+    assert wire.read_value(results)[1] == [record(sequence=2).body] and not wire.is_copy(results)
+
+
+@pytest.fixture(scope="module")
+def swarm() -> tuple[SimulatedNetwork, list[SimulatedNode]]:
+    network = SimulatedNetwork(seed=31, latency=0.02)
+    return network, network.add_settled_swarm(400)
+
+
+def read(network: SimulatedNetwork, node: SimulatedNode, key: str) -> ReadFinished:
+    finished: list[ReadFinished] = []
+    node.read(key, finished.append)
+    assert network.clock.run_until(lambda: bool(finished), timeout=60.0)
+    return finished[0]
+
+
+def copies(nodes: list[SimulatedNode]) -> int:
+    return sum(len(node.protocol.copies) for node in nodes)
+
+
+def served(nodes: list[SimulatedNode]) -> float:
+    return sum(node.protocol.metrics.total("network_copies_served") for node in nodes)
+
+
+def test_what_many_read_is_answered_on_the_way_and_a_replaced_value_never(
+    swarm: tuple[SimulatedNetwork, list[SimulatedNode]],
+) -> None:
+    network, nodes = swarm
+    network.store(nodes[3], "hot", 1, ttl=600.0)
+    readers = network.random.sample(nodes, 40)
+    for node in readers:
+        assert network.get(node, "hot") == 1
+    assert copies(nodes) >= 3 and served(nodes) >= 3
+    network.store(nodes[3], "hot", 2, ttl=600.0)
+    for node in readers:
+        assert network.get(node, "hot") == 2, "a copy that was left behind is not believed"
+    network.run(31.0)
+    assert read(network, readers[0], "hot").num_holders >= 3
+    network.run(31.0)
+    assert not any(node.protocol.copies.get(record().key, WALL) for node in nodes)
+
+
+def test_dictionaries_are_never_copied(swarm: tuple[SimulatedNetwork, list[SimulatedNode]]) -> None:
+    network, nodes = swarm
+    network.run(60.0)
+    network.store(nodes[5], "dictionary", 1, ttl=600.0, subkey="a")
+    before = copies(nodes)
+    for node in network.random.sample(nodes, 10):
+        assert network.get(node, "dictionary") == {"a": 1}
+    assert copies(nodes) <= before
+
+
+def test_a_node_with_a_copy_still_gets_the_record_once_it_is_a_holder(
+    swarm: tuple[SimulatedNetwork, list[SimulatedNode]],
+) -> None:
+    network, nodes = swarm
+    network.store(nodes[7], "moving", 1, ttl=3600.0)
+    key = nodes[7].sign("moving", 1, ttl=1.0).key
+    number = int.from_bytes(key, "big")
+    in_order = sorted(nodes, key=lambda node: node.protocol.table.own_number ^ number)
+    # the 21st holds a copy; then a holder vanishes, and it belongs among the k nearest
+    heir = next(node for node in in_order if not node.protocol.storage.records(key))
+    kept = in_order[0].protocol.storage.records(key)[0]
+    heir.protocol.copies.put(kept, heir.protocol.wall(network.clock.now) + 3000.0)
+    network.kill(in_order[5:8])
+    network.run(2 * network.settings.republish_period)
+    assert heir.protocol.storage.records(key) == [kept]
