@@ -112,6 +112,10 @@ class ExpertBackend:
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size is at least 1, not {max_batch_size}")
+        if any(not 1 <= size <= max_batch_size for size in settings.preferred_sizes):
+            raise ValueError(
+                f"a batch has at least 1 row and at most {max_batch_size}; preferred_sizes: {settings.preferred_sizes}"
+            )
         if optimizer is not None and not settings.allow_batch_statistics and modules.uses_batch_statistics(module):
             raise ValueError(
                 "a trained expert must not hold BatchNorm: its rows meet other people's rows. Use LayerNorm or "
