@@ -26,6 +26,10 @@ bench: $(VENV)/.dev
 	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparison with hivemind is missing
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
+# A newcomer's path in a clone and an environment of its own, timed: minutes, most of them pip's.
+newcomer:
+	$(PYTHON) tests/newcomer/path.py
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an open range would fetch gigabytes of CUDA libraries onto machines without a GPU

@@ -195,6 +195,7 @@ def shape(output: str) -> list[str]:
     text = re.sub(r"\b[0-9a-f]{64}\b", "PEER", output)
     text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8}\b|\b[a-f]{8}\b", "PEER", text)
     text = re.sub(r"(?<![\w.])[-+]?\d[\d,.]*", "0", text)
+    text = re.sub(r"\bversions 0 to 0\b|\bversion 0\b", "versions 0", text)
     text = re.sub(r"free at \S+", "free at HERE", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return [line for line in lines if line]
@@ -215,7 +216,7 @@ class Session:
 
     async def _start(self, command: str) -> Running:
         words = shlex.split(command)
-        environment = {"COLUMNS": "100"}
+        environment = {"COLUMNS": "120"}
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
             environment[name] = value

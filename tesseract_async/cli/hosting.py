@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from tesseract_async.cli.running import say, until_told_to_leave
+from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
@@ -277,13 +278,16 @@ class Hosting:
             return {uid: self._build(uid) for uid in uids}
         limit = asyncio.Semaphore(os.cpu_count() or 1)
 
-        async def build(uid: str) -> ExpertBackend:
+        async def build(uid: str, advance: Callable[[float], None]) -> ExpertBackend:
             async with limit:
-                return await asyncio.to_thread(self._build, uid)
+                backend = await asyncio.to_thread(self._build, uid)
+            advance(1)
+            return backend
 
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {uid: group.create_task(build(uid)) for uid in uids}
+            with bar("building experts", total=len(uids)) as advance:
+                async with asyncio.TaskGroup() as group:
+                    tasks = {uid: group.create_task(build(uid, advance)) for uid in uids}
         except* ValueError as errors:
             raise errors.exceptions[0] from None
         return {uid: task.result() for uid, task in tasks.items()}

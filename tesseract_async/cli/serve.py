@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
 from tesseract_async.cli.units import SECONDS
+from tesseract_async.cli.waiting import sign
 
 MAX_EXPERTS = 4096
 """That one server hosts."""
@@ -136,8 +139,14 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         None if values[name] is None else Path(values[name]).expanduser() for name in ("checkpoint_dir", "identity")
     )
 
+    if ":" in values["expert_class"] and "" not in sys.path:
+        # as `python -m` does: one's own expert lies where one stands. A run's manifest never names such code unasked
+        sys.path.insert(0, "")
+    if checkpoint_dir is not None:
+        _check_folder(checkpoint_dir)
+
     async def main() -> int:
-        with importing():
+        with sign("loading PyTorch"), importing():
             from tesseract_async.cli.hosting import AUTOCAST, Hosting, ServePlan, manifest_fields
 
         plan = ServePlan(
@@ -181,6 +190,17 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         return await Hosting(plan).main()
 
     run_main(main)
+
+
+def _check_folder(folder: Path) -> None:
+    """Says now what the first checkpoint would say. Raises: click.BadParameter."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}): choose another folder"
+        raise click.BadParameter(reason, param_hint="--checkpoint-dir") from None
 
 
 def _check_patterns(patterns: tuple[str, ...], num_experts: int | None) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import joining_options, patterns_argument, peers
+from tesseract_async.cli.options import join, joining_options, patterns_argument, peers
 from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
+from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,11 +57,12 @@ def command(
         async with node:
             observer = SwarmObserver(node, patterns=chosen, period=period)
             if once:
-                await node.network.wait_joined(10.0)
+                await join(node)
                 # the first look learns who is there, the second one how they are, the third how fast
-                for pause in (0.2, min(period, 1.0), 0.0):
-                    await observer.look()
-                    await asyncio.sleep(pause)
+                with sign("looking"):
+                    for pause in (0.2, min(period, 1.0), 0.0):
+                        await observer.look()
+                        await asyncio.sleep(pause)
                 if as_json:
                     click.echo(json.dumps(observer.state()))
                 else:

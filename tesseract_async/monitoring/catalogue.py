@@ -39,10 +39,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "endpoint_dials_failed": ("dials", "Attempts to reach a peer that failed, by reason."),
     "endpoint_handshakes_failed": ("handshakes", "Incoming connections that did not prove who they are, by reason."),
     "endpoint_calls_refused": ("calls", "Incoming calls that the policy does not allow, by action."),
-    "endpoint_calls_over_quota": (
-        "calls",
-        "Incoming calls refused because their peer has used up its quota, by reason.",
-    ),
+    "endpoint_calls_over_quota": ("calls", "Incoming calls of peers that have used up their quota, by reason."),
     "endpoint_calls_repeated": ("calls", "Calls sent again after their connection was lost."),
     "transport_bytes_received": ("bytes", "Bytes received over connections, below TLS."),
     "transport_bytes_sent": ("bytes", "Bytes sent over connections, below TLS."),

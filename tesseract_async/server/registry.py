@@ -78,7 +78,8 @@ def _find(name: str) -> Builder:
             builder = getattr(importlib.import_module(path), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"no expert at {name!r}: {error}") from error
-    assert builder is not None
+    if not callable(builder):
+        raise ValueError(f"no expert at {name!r}: that is no function that builds one, but a {type(builder).__name__}")
     return builder
 
 
