@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all lint bench docs docs-refresh clean
+.PHONY: demo test test-all lint bench newcomer docs docs-refresh clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
@@ -38,7 +38,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dashboard]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MAX_COLUMNS = 64
+MAX_LOOKS = 4
+"""That `--once` takes until it has met a server."""
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 
 
@@ -58,9 +60,14 @@ def command(
             observer = SwarmObserver(node, patterns=chosen, period=period)
             if once:
                 await join(node)
-                # the first look learns who is there, the second one how they are, the third how fast
                 with sign("looking"):
-                    for pause in (0.2, min(period, 1.0), 0.0):
+                    for _ in range(MAX_LOOKS):  # who just joined may not know everybody yet
+                        await observer.look()
+                        if observer.peers:
+                            break
+                        await asyncio.sleep(0.2)
+                    # a second look shows how they are, a third one how fast
+                    for pause in (min(period, 1.0), 0.0):
                         await observer.look()
                         await asyncio.sleep(pause)
                 if as_json:

@@ -318,3 +318,13 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
         old._driver.protocol.send(b"x", ("::1", 9))  # should it ever want to
         old._driver.cycle()
     await middle.aclose()
+
+
+async def test_the_receive_buffer_is_raised() -> None:
+    with bound() as fresh:
+        before = fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    sock = bound()
+    network = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+    await network.start(sock)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > before
+    await network.aclose()
