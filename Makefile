@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all lint bench docs docs-refresh clean
+.PHONY: demo test test-all lint bench newcomer docs docs-refresh clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
@@ -26,6 +26,10 @@ bench: $(VENV)/.dev
 	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparison with hivemind is missing
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
+# A newcomer's path in a clone and an environment of its own, timed: minutes, most of them pip's.
+newcomer:
+	$(PYTHON) tests/newcomer/path.py
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an open range would fetch gigabytes of CUDA libraries onto machines without a GPU
@@ -34,7 +38,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dashboard]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -85,6 +85,7 @@ class Connection:
         metrics: Metrics,
         meter: Meter,
         pace: Pace,
+        reply_budget: Budget,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -115,6 +116,7 @@ class Connection:
             wake=self._wake,
             meter=meter,
             pace=pace,
+            reply_budget=reply_budget,
         )
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}

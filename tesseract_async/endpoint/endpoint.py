@@ -80,6 +80,7 @@ class Endpoint:
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._pace = Pace()
+        self._reply_budget = Budget(settings.max_reply_bytes)
         self._rng = random.Random()
         self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
@@ -289,6 +290,7 @@ class Endpoint:
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
             pace=self._pace,
+            reply_budget=self._reply_budget,
         )
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]

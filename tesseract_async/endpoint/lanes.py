@@ -125,13 +125,6 @@ class Lane:
         """Whether `data_to_send` would give anything."""
         return bool(self.small or self.large)
 
-    @property
-    def backlog(self) -> int:
-        """Bytes that wait to be sent."""
-        if not self.large:
-            return self.small_bytes
-        return self.small_bytes + sum(sending.left for sending in self.large)
-
     def data_to_send(
         self, room: int, now: float, *, portion: int, sent: Callable[[Sending], None]
     ) -> list[bytes | memoryview]:

@@ -37,7 +37,8 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 class ConnectionProtocol:
     """See the module. `wake` is called when something is to be sent or told although nobody called in; `meter` counts
-    the peer's calls against its quota; `pace` is shared by the connections of a node.
+    the peer's calls against its quota; `pace` is shared by the connections of a node, as
+    are `budget`, for what comes in, and `reply_budget`, for large replies that wait to be taken.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ConnectionProtocol:
         wake: Callable[[], None],
         meter: Meter | None = None,
         pace: Pace | None = None,
+        reply_budget: Budget | None = None,
     ) -> None:
         self.peer = peer
         """How errors name the other end."""
@@ -62,6 +64,7 @@ class ConnectionProtocol:
         self._wake = wake
         self.pace = pace if pace is not None else Pace()
         self._meter = meter
+        self._reply_budget = reply_budget
         self._now = now
         self._pong_due = False
         self._arena = frames.Arena()
@@ -73,6 +76,7 @@ class ConnectionProtocol:
         self._small_out = 0
         self._incoming: dict[int, Incoming] = {}
         self._small_in = 0
+        self._replies_bytes = 0  # of large replies that wait to be granted or sent
         self._deadlines = Deadlines(self._outgoing, self._incoming)
         self._bulk_wanted = False
         self._bulk_retry_at = 0.0
@@ -283,8 +287,7 @@ class ConnectionProtocol:
     @property
     def backlog(self) -> int:
         """Bytes of small frames and of large replies that wait to be sent."""
-        main, bulk = self.lanes
-        return main.backlog + bulk.backlog
+        return self.unsent_bytes + self._replies_bytes
 
     # ---- calls of the peer
 
@@ -311,11 +314,25 @@ class ConnectionProtocol:
         if size <= frames.MAX_SMALL:
             self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers))
             self._end_incoming(stream)
+        elif not self._hold_reply(call, size):
+            self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
             call.sending = Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
             room = call.head.reply_room
             call.lane = self._begin(frames.BEGIN_REPLY, call.sending, encoded, buffers, room or None)
             self._note_bulk(call, call.lane)
+
+    def _hold_reply(self, call: Incoming, size: int) -> bool:
+        """Whether a large reply may wait here until its caller has taken it, within the bounds on such memory."""
+        if self._replies_bytes and self._replies_bytes + size > self.settings.max_replies:
+            return False
+        if self._reply_budget is not None:
+            call.reply_held = self._reply_budget.try_reserve(size)
+            if call.reply_held is None:
+                return False
+        call.reply_bytes = size
+        self._replies_bytes += size
+        return True
 
     def fail(self, stream: int, error: RemoteError) -> None:
         """Answers a received call with an error."""
@@ -332,8 +349,10 @@ class ConnectionProtocol:
         self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
-        if call.held is not None:
-            call.held.release()
+        self._replies_bytes -= call.reply_bytes
+        for reservation in (call.held, call.reply_held):
+            if reservation is not None:
+                reservation.release()
         if call.standing:
             self.windows.give_back(call.standing)
 

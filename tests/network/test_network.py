@@ -294,3 +294,13 @@ async def test_an_owner_whose_clock_went_back_goes_beyond_what_it_published(monk
             assert await after.store("key", "new", ttl=600.0) >= 3
         monkeypatch.undo()
         assert await nodes[1].get("key") == "new"
+
+
+async def test_the_receive_buffer_is_raised() -> None:
+    with bound() as fresh:
+        before = fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    sock = bound()
+    network = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+    await network.start(sock)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > before
+    await network.aclose()
