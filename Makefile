@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all lint bench newcomer docs docs-refresh clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tesseract demo $(DEMO_ARGS)
@@ -26,6 +26,10 @@ bench: $(VENV)/.dev
 	-$(PYTHON) tests/benchmarks/peers/install.py  # without it only the comparison with hivemind is missing
 	$(BIN)/python -m tests.benchmarks $(BENCH_ARGS)
 
+# A newcomer's path in a clone and an environment of its own, timed: minutes, most of them pip's.
+newcomer:
+	$(PYTHON) tests/newcomer/path.py
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an open range would fetch gigabytes of CUDA libraries onto machines without a GPU
@@ -34,16 +38,22 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dashboard]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
-docs: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+# The site, in site/; a warning is an error.
+docs: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dashboard,docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The outputs that README and tutorial show, by doing what they say; then the figures of bench.json, if there are any.
+docs-refresh: $(VENV)/.dev
+	$(BIN)/python docs/session.py
+	test ! -f bench.json || $(BIN)/python docs/plots.py
 
 clean:
 	rm -rf $(VENV) .venv-hivemind .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,8 +8,10 @@ model with frozen experts, and a dense model of equal active size.
 
 Everything is kept under --out: curves (CSV), settings (JSON), checkpoints, a plot (PNG; needs matplotlib). Ctrl-C
 stops; the same command goes on where it was. `--out FOLDER --summarize DOCS` only writes table, curves and plot of what
-is there. The paper's own curve had no failures, untrained gates and experts of 6.3 million parameters; these have about
-17 thousand each.
+is there: for the documentation, with `--summarize docs/data/paper_convergence --page docs/paper-experiment.md`.
+
+The paper's own curve had no failures, untrained gates and experts of 6.3 million parameters; these have about 17
+thousand each.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -229,7 +232,7 @@ class UnreliableNode(ta.TesseractNode):
         return await super().call_expert(peer, method, *args, **kwargs)
 
 
-NO_SETTINGS = ("images", "labels", "out", "seeds", "variants", "no_plot", "summarize", "serve", "run")
+NO_SETTINGS = ("images", "labels", "out", "seeds", "variants", "no_plot", "summarize", "page", "serve", "run")
 
 
 class Run:
@@ -361,8 +364,8 @@ def write_csv(path: Path, head: list[Any], rows: Iterable[Any]) -> None:
         csv.writer(file, lineterminator="\n").writerows([head, *rows])
 
 
-def summarize(runs: list[Run], folder: Path, *, plot: bool = False) -> None:
-    """Prints the table, and saves it with the curves, the settings and the plot."""
+def summarize(runs: list[Run], folder: Path, *, plot: bool = False, page: Path | None = None) -> None:
+    """Prints the table, and saves it with the curves, the settings and the plot; puts them into `page`, too."""
     runs = [run for run in runs if run.curve]
     if not runs:
         return
@@ -392,6 +395,16 @@ def summarize(runs: list[Run], folder: Path, *, plot: bool = False) -> None:
         print("  ".join(str("-" if cell is None else cell).ljust(9) for cell in row))
     if plot:
         draw(runs, updates, folder / "curve.png")
+    if page is not None:
+        text = [f"| {' | '.join(str('-' if cell is None else cell) for cell in row)} |" for row in [head, *rounded]]
+        text.insert(1, "|---|" + "---:|" * (len(head) - 1))
+        where = Path(os.path.relpath(folder, page.parent)).as_posix()
+        text += ["", f"![Validation accuracy over the number of updates]({where}/curve.png)", ""]
+        text += [f"[{name}]({where}/{name})" for name in ("summary.csv", "curves.csv", "settings.json")]
+        start, end = "<!-- results -->", "<!-- end of results -->"
+        before, _, rest = page.read_text().partition(start)
+        after = rest.partition(end)[2]
+        page.write_text(before + "\n".join([start, *text, end]) + after)
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -457,7 +470,7 @@ async def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # batches are small: a second thread costs more than it gives
     runs = all_runs(args)
     if args.summarize is not None:
-        summarize(runs, Path(args.summarize), plot=not args.no_plot)
+        summarize(runs, Path(args.summarize), plot=not args.no_plot, page=Path(args.page) if args.page else None)
         return
     data = load_data(args)
     try:
@@ -503,6 +516,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr-dense", type=float, default=1e-3)
     add("--no-plot", action="store_true")
     add("--summarize", metavar="FOLDER", help="train nothing: write table, curves and plot of what --out holds here")
+    add("--page", metavar="FILE", help="with --summarize: a Markdown page whose results are replaced")
     add("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     add("--run", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -2,7 +2,8 @@
 
 By default it reads the Python standard library's own sources, byte by byte; --text takes any text file, such as
 Shakespeare. The experts live in this process unless --initial-peers says where they are hosted. --local trains the
-same model without a network, for comparison. Ctrl-C stops it cleanly; the same command goes on where it was.
+same model without a network, --compare one after the other. Ctrl-C stops it cleanly; the same command goes on where it
+was.
 
     python examples/train_lm.py --text input.txt --steps 500
 """
@@ -147,12 +148,15 @@ def backends(experts: dict[str, nn.Module], args: argparse.Namespace) -> dict[st
     }
 
 
-async def train(args: argparse.Namespace, model: nn.Module, optimizers: list[Any], stop: asyncio.Event) -> None:
-    """Trains, saving on the way; `optimizers` step what lives here (remote experts step themselves)."""
+async def train(
+    args: argparse.Namespace, out: Path, model: nn.Module, optimizers: list[Any], stop: asyncio.Event
+) -> float:
+    """Trains, saving on the way, and gives the perplexity; `optimizers` step what lives here (remote experts step
+    themselves)."""
     tokens = read_text(args.text, args.max_bytes)
     split = int(0.9 * len(tokens))
     train_tokens, valid_tokens = tokens[:split], tokens[split:]
-    saved = Path(args.out) / "trainer.pt"
+    saved = out / "trainer.pt"
     step = 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -163,7 +167,7 @@ async def train(args: argparse.Namespace, model: nn.Module, optimizers: list[Any
         print(f"goes on after step {step}")
 
     def save() -> None:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
         torch.save(state, saved.with_suffix(".new"))
         saved.with_suffix(".new").replace(saved)
@@ -186,7 +190,9 @@ async def train(args: argparse.Namespace, model: nn.Module, optimizers: list[Any
             step += 1
             if step % args.report_every == 0:
                 print(f"step {step}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True)
-        print(f"perplexity after {step} steps: {await perplexity():.3f} per byte")
+        reached = await perplexity()
+        print(f"perplexity after {step} steps: {reached:.3f} per byte", flush=True)
+        return reached
     finally:
         save()
 
@@ -196,10 +202,26 @@ async def main(args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt there
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    out = Path(args.out)
+    if not args.compare:
+        await run(args, out, stop, local=args.local)
+        return
+    print("the same model at hand:")
+    local = await run(args, out / "local", stop, local=True)
+    if stop.is_set():
+        return
+    print("with remote experts:")
+    remote = await run(args, out / "remote", stop, local=False)
+    if not stop.is_set():
+        print(f"perplexity: local {local:.3f}, remote {remote:.3f}, remote / local {remote / local:.4f}")
+
+
+async def run(args: argparse.Namespace, out: Path, stop: asyncio.Event, *, local: bool) -> float:
+    """Trains one model, with experts at hand (`local`) or remote ones; its perplexity."""
     experts = make_experts(args)
     async with contextlib.AsyncExitStack() as stack:
         optimizers: list[Any] = []
-        if args.local:
+        if local:
             size = args.grid**2
             by_layer = [list(experts.values())[i * size : (i + 1) * size] for i in range(args.layers)]
             torch.manual_seed(args.seed + 1)
@@ -208,7 +230,7 @@ async def main(args: argparse.Namespace) -> None:
         else:
             node = await stack.enter_async_context(ta.TesseractNode(initial_peers=args.initial_peers))
             if not args.initial_peers:
-                checkpoints = Path(args.out) / "experts"
+                checkpoints = out / "experts"
                 server = ta.TesseractServer(node, backends(experts, args), checkpoint_dir=checkpoints)
                 await stack.enter_async_context(server)
             torch.manual_seed(args.seed + 1)
@@ -226,7 +248,7 @@ async def main(args: argparse.Namespace) -> None:
         model = Transformer(mixtures, args)
         remote = {id(p) for expert in experts.values() for p in expert.parameters()}
         optimizers.append(torch.optim.Adam([p for p in model.parameters() if id(p) not in remote], args.lr))
-        await train(args, model, optimizers, stop)
+        return await train(args, out, model, optimizers, stop)
 
 
 def parse() -> argparse.Namespace:
@@ -236,6 +258,7 @@ def parse() -> argparse.Namespace:
     add("--max-bytes", type=int, default=2_000_000)
     add("--initial-peers", nargs="*", default=[], help="where the experts are hosted; here if not given")
     add("--local", action="store_true", help="the same model without a network")
+    add("--compare", action="store_true", help="first without, then with remote experts")
     add("--out", default="train_lm", help="folder for what is needed to go on")
     add("--steps", type=int, default=500)
     add("--seed", type=int, default=0)

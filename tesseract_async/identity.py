@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nacl.bindings import crypto_sign, crypto_sign_open
@@ -82,7 +83,10 @@ class Identity:
     @classmethod
     def load(cls, path: str | Path) -> Identity:
         """Reads a PEM file written by `save`. Raises: OSError, ValueError if it holds no Ed25519 key."""
-        key = serialization.load_pem_private_key(Path(path).read_bytes(), password=None)
+        try:
+            key = serialization.load_pem_private_key(Path(path).read_bytes(), password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted
+            raise ValueError(f"{path} holds no Ed25519 key; `tesseract keygen FILE` makes one") from None
         if not isinstance(key, Ed25519PrivateKey):
             raise ValueError(f"{path} holds no Ed25519 key")
         return cls(key)

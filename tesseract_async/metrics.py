@@ -42,16 +42,16 @@ class Metrics:
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Adds to a counter, such as ``count("datagrams_dropped", reason="garbage")``."""
-        key = (name, tuple(sorted(labels.items())) if labels else ())
+        key = (name, _sorted(labels))
         self.counters[key] = self.counters.get(key, 0) + amount
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Sets a gauge."""
-        self.gauges[(name, tuple(sorted(labels.items())))] = value
+        self.gauges[(name, _sorted(labels))] = value
 
     def observe(self, name: str, value: float, *, bounds: Sequence[float] = SECONDS_BUCKETS, **labels: str) -> None:
         """Adds an observation to a histogram; `bounds` counts at its first observation only."""
-        key = (name, tuple(sorted(labels.items())))
+        key = (name, _sorted(labels))
         histogram = self.histograms.get(key)
         if histogram is None:
             histogram = self.histograms[key] = Histogram(bounds)
@@ -71,6 +71,10 @@ class Metrics:
             out[_printable(f"{name}_count", labels)] = histogram.count
             out[_printable(f"{name}_sum", labels)] = histogram.sum
         return out
+
+
+def _sorted(labels: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(labels.items() if len(labels) < 2 else sorted(labels.items()))
 
 
 def _printable(name: str, labels: tuple[tuple[str, str], ...]) -> str:

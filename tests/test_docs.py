@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -136,12 +136,19 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.timeout(120)
+@pytest.fixture(scope="module")
+def stem() -> Iterator[Any]:
+    stem = session.Stem()
+    yield stem
+    stem.close()
+
+
+@pytest.mark.timeout(240)  # six seconds each on two quiet cores
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
-async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path) -> None:
+async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Any) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""
     shown = text_of(page)
-    seen = await session.follow(shown)
+    seen = await session.follow(shown, stem)
     assert [session.shape(one) for one in _outputs(seen)] == [session.shape(one) for one in _outputs(shown)]
 
 
@@ -306,6 +313,27 @@ def test_the_slurm_script_starts_what_there_is() -> None:
     [text] = blocks(DOCS / "how-to/slurm.md", "bash")
     assert text.startswith("#!/bin/bash\n#SBATCH ")
     assert check_shell(text) == 1
+
+
+PUBLIC_NAMES_OF_OTHERS = """
+    DecentralizedAverager DHT ModuleBackend RemoteExpert RemoteMixtureOfExperts RemoteSwitchMixtureOfExperts Server
+    register_expert_class GradScaler Optimizer TrainingAverager background_server declare_experts get_experts DHTNode
+    DHTID DHTValue P2P P2PContext P2PDaemonError P2PHandlerError PeerID PeerInfo ServicerBase StubBase get_dht_time
+    TensorDescriptor MSGPackSerializer SizeAdaptiveCompression BLOCKWISE_8BIT hivemind-dht hivemind-server
+    TesseractNetwork TesseractServer TesseractRuntime ExpertBackend GatingFunction TaskPool BatchTensorProto
+    SharedFuture run_and_await_k PickleSerializer map_with_parallel_backward first_k_active
+""".split()
+"""What hivemind 1.1.12 and the original Tesseract 0.7.1 export."""
+
+
+def test_each_name_of_the_others_has_its_like_or_a_word_why_not() -> None:
+    page = text_of(DOCS / "how-to/migrate.md")
+    rows = [line.strip("|").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    theirs, ours = " ".join(row[0] for row in rows), " ".join(row[1] for row in rows if len(row) == 2)
+    assert [name for name in PUBLIC_NAMES_OF_OTHERS if not re.search(rf"\b{name}\b", theirs)] == []
+    package = "".join(text_of(path) for path in sorted((ROOT / "tesseract_async").rglob("*.py")))
+    promised = set(re.findall(r"`(?:ta\.)?([A-Z]\w+)[(`]", ours)) - {"PEER_ID"}
+    assert [name for name in sorted(promised) if f"class {name}" not in package] == []
 
 
 # -- reference -------------------------------------------------------------------------------------------------------

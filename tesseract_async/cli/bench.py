@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import click
 
-from tesseract_async.cli.running import run, set_up_logging
+from tesseract_async.cli.running import importing, run, set_up_logging
+from tesseract_async.cli.waiting import sign
 
 UID = "bench.0"
 
@@ -33,11 +35,12 @@ def command(
     async def main() -> int:
         import asyncio
 
-        import torch
+        with sign("loading PyTorch"), importing():
+            import torch
 
-        import tesseract_async as ta
-        from tesseract_async.server.registry import make_backend
-        from tesseract_async.wire.tensors import flatten
+            import tesseract_async as ta
+            from tesseract_async.server.registry import make_backend
+            from tesseract_async.wire.tensors import flatten
 
         torch.set_num_threads(threads)
         backend = make_backend(expert_class, sizes={"in_features": in_features})
@@ -73,14 +76,15 @@ def command(
             expert = await node.get_expert(UID)
             with torch.no_grad():
                 await expert(x)
-            facts = {
+            facts: dict[str, Any] = {
                 "expert_class": expert_class,
                 "in_features": in_features,
                 "rows_per_call": rows,
                 "device": device,
-                "forward_rows_per_second": round(await measure(False), 1),
-                "training_rows_per_second": round(await measure(True), 1),
             }
+            for name, backward in (("forward", False), ("training", True)):
+                with sign(f"measuring {name}"):
+                    facts[f"{name}_rows_per_second"] = round(await measure(backward), 1)
         if as_json:
             click.echo(json.dumps(facts))
         else:

@@ -7,8 +7,9 @@ import time
 
 import click
 
-from tesseract_async.cli.options import joining_options, peers
-from tesseract_async.cli.running import run, set_up_logging
+from tesseract_async.cli.options import join, joining_options, peers
+from tesseract_async.cli.running import importing, run, set_up_logging
+from tesseract_async.cli.waiting import bar, sign
 
 
 @click.command("call")
@@ -22,13 +23,17 @@ def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, 
     set_up_logging(verbose=verbose)
 
     async def main() -> int:
-        import torch
+        with sign("loading PyTorch"), importing():
+            import torch
 
-        from tesseract_async.client.expert_calls import fetch_schema
-        from tesseract_async.node import TesseractNode
-        from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
+            from tesseract_async.client.expert_calls import fetch_schema
+            from tesseract_async.experts import split_uid
+            from tesseract_async.node import TesseractNode
+            from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
+        split_uid(uid)  # a malformed one is said so at once
         async with TesseractNode(initial_peers=peers(initial_peers)) as node:
+            await join(node)
             expert = await node.get_expert(uid)
             replicas = await node.directory.find(uid)
             schema = await fetch_schema(node, uid, replicas[0].peer, timeout=10.0)
@@ -41,11 +46,13 @@ def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, 
             ]
             args, kwargs = unflatten(inputs, tensors)
             seconds = []
-            for _ in range(repeat):
-                started = time.perf_counter()
-                with torch.no_grad():
-                    outputs = await expert(*args, **kwargs)
-                seconds.append(time.perf_counter() - started)
+            with bar("calling", total=repeat) as advance:
+                for _ in range(repeat):
+                    started = time.perf_counter()
+                    with torch.no_grad():
+                        outputs = await expert(*args, **kwargs)
+                    seconds.append(time.perf_counter() - started)
+                    advance(1)
         seconds.sort()
         facts = {
             "uid": uid,

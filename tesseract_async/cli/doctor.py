@@ -19,6 +19,7 @@ import click
 
 from tesseract_async.cli.options import peers
 from tesseract_async.cli.running import run
+from tesseract_async.cli.waiting import sign
 
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024
@@ -58,8 +59,10 @@ def command(initial_peers: tuple[str, ...], host: str, port: int, checkpoint_dir
         for finding in findings:
             _show(finding, as_json)
         for peer in peers(initial_peers):
-            async for finding in reach(peer, host):
-                findings.append(finding)
+            with sign(f"asking {peer}"):
+                asked = [finding async for finding in reach(peer, host)]
+            findings += asked
+            for finding in asked:
                 _show(finding, as_json)
         worst = sum(finding.verdict == "bad" for finding in findings)
         return 1 if worst else 0

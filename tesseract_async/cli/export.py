@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import node_options, outside_help, peers
+from tesseract_async.cli.options import join, node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging
+from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import describe
 
 if TYPE_CHECKING:
     from tesseract_async.experts import ExpertReplica
     from tesseract_async.experts.run import RunManifest
     from tesseract_async.node import TesseractNode
-
-JOIN_TIMEOUT = 10.0
 
 
 @click.command("export")
@@ -52,13 +50,18 @@ def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values
             identity=values["identity"],
         )
         async with node:
-            if not await node.network.wait_joined(JOIN_TIMEOUT):
-                raise ValueError(f"none of {', '.join(peers(values['initial_peers']))} answers")
+            await join(node)
             signed = await find_run(node.network, run_name)
             replicas = await live_replicas(node, signed.manifest)
-            with _progress(len(replicas)) as advance:
+            with bar("experts", total=len(replicas)) as advance:
                 report = await export_experts(
-                    node, signed, replicas, out, num_at_once=num_at_once, timeout=timeout, progress=advance
+                    node,
+                    signed,
+                    replicas,
+                    out,
+                    num_at_once=num_at_once,
+                    timeout=timeout,
+                    progress=lambda uid: advance(1),
                 )
         for uid, error in sorted(report.failed.items()):
             click.echo(f"{uid}: {describe(error)}", err=True)
@@ -88,22 +91,3 @@ async def live_replicas(node: TesseractNode, manifest: RunManifest) -> dict[str,
     view = node.directory.live(manifest.prefix)
     assert view is not None
     return {view.uid(row): view.replicas_at(row) for row in range(len(view))}
-
-
-class _progress:
-    """A bar on the terminal, and nothing where there is none."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._bar = Progress(console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("experts", total=total)
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._bar.start()
-        return lambda uid: self._bar.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

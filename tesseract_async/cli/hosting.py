@@ -9,9 +9,10 @@ import gc
 import logging
 import os
 import random
+import signal
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,13 +22,15 @@ import psutil
 import torch
 
 from tesseract_async.cli.running import say, until_told_to_leave
-from tesseract_async.errors import TesseractError, describe
+from tesseract_async.cli.waiting import bar
+from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, RunNotFound, find_run
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
+from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.calls import CallSettings
@@ -49,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT: Final = 10.0
 FIND_ATTEMPTS: Final = 5
+AUTOCAST: Final = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``--autocast`` takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,8 @@ class ServePlan:
     node: Mapping[str, Any]
     """Arguments of `TesseractNode`."""
     leave_with_parent: bool
+    computing: Mapping[str, Any] = field(default_factory=dict)
+    """The `BackendSettings` that are this computer's own business, such as ``compile_mode``."""
     leave_within: float = 30.0
     """Seconds that leaving may take: handing over, finishing, withdrawing. Saving comes after."""
 
@@ -106,7 +113,7 @@ class Hosting:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
             await self._find_run()
-            self._measure()
+            await asyncio.to_thread(self._measure)
             uids, claim = await self._choose()
             backends = await self._build_all(uids)
             if self.node.initial_peers and await self.node.network.wait_joined(JOIN_TIMEOUT):
@@ -162,7 +169,8 @@ class Hosting:
         period = self.plan.report_period
         reports = asyncio.create_task(_report(server, period)) if period else None
         try:
-            return await until_told_to_leave(watch_stdin=self.plan.leave_with_parent)
+            with _saving_on_demand(server):
+                return await until_told_to_leave(watch_stdin=self.plan.leave_with_parent)
         finally:
             if reports is not None:
                 reports.cancel()
@@ -270,13 +278,16 @@ class Hosting:
             return {uid: self._build(uid) for uid in uids}
         limit = asyncio.Semaphore(os.cpu_count() or 1)
 
-        async def build(uid: str) -> ExpertBackend:
+        async def build(uid: str, advance: Callable[[float], None]) -> ExpertBackend:
             async with limit:
-                return await asyncio.to_thread(self._build, uid)
+                backend = await asyncio.to_thread(self._build, uid)
+            advance(1)
+            return backend
 
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {uid: group.create_task(build(uid)) for uid in uids}
+            with bar("building experts", total=len(uids)) as advance:
+                async with asyncio.TaskGroup() as group:
+                    tasks = {uid: group.create_task(build(uid, advance)) for uid in uids}
         except* ValueError as errors:
             raise errors.exceptions[0] from None
         return {uid: task.result() for uid, task in tasks.items()}
@@ -284,7 +295,8 @@ class Hosting:
     def _build(self, uid: str) -> ExpertBackend:
         plan = self.plan
         if self.run is not None:
-            return build_run_backend(self.run.manifest, uid, allowed_modules=plan.allowed_modules)
+            manifest, allowed = self.run.manifest, plan.allowed_modules
+            return build_run_backend(manifest, uid, allowed_modules=allowed, computing=plan.computing)
         try:
             return make_backend(
                 plan.expert_class,
@@ -294,6 +306,7 @@ class Hosting:
                 # the same first weights at each start, others for each expert
                 seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
                 sizes=plan.sizes,
+                settings=BackendSettings(**plan.computing),
             )
         except TypeError as error:
             raise ValueError(f"--size does not fit the class {plan.expert_class!r}: {error}") from None
@@ -320,6 +333,37 @@ def _all_of(patterns: Sequence[ExpertPattern], memory: MemoryPlan | None) -> lis
             "so many are chosen"
         )
     return uids
+
+
+@contextlib.contextmanager
+def _saving_on_demand(server: TesseractServer) -> Iterator[None]:
+    """Writes checkpoints at each SIGUSR1, where there are such signals."""
+    saves: set[asyncio.Task[None]] = set()
+
+    async def save() -> None:
+        try:
+            num_saved = await server.save_checkpoints()
+        except CheckpointError as error:
+            click.echo(f"Error: {error}", err=True)
+            say("not saved", reason=str(error))
+        else:
+            say("saved", num_experts=num_saved, versions=_versions(server))
+
+    def begin() -> None:
+        task = asyncio.create_task(save(), name="serve: save on demand")
+        saves.add(task)
+        task.add_done_callback(saves.discard)
+
+    number = getattr(signal, "SIGUSR1", None)
+    if number is not None:
+        asyncio.get_running_loop().add_signal_handler(number, begin)
+    try:
+        yield
+    finally:
+        if number is not None:
+            asyncio.get_running_loop().remove_signal_handler(number)
+        for task in saves:  # leaving saves anyway
+            task.cancel()
 
 
 def _mib(num_bytes: int) -> str:

@@ -26,7 +26,11 @@ def command(file: Path, show: bool) -> None:
     except FileExistsError:
         raise click.ClickException(f"{file} exists: it is not overwritten. --show prints its peer id") from None
     except FileNotFoundError:
-        raise click.ClickException(f"there is no file {file}") from None
-    except (OSError, ValueError) as error:
+        sentence = f"there is no file {file}" if show else f"{file} cannot be written: choose another folder"
+        raise click.ClickException(sentence) from None
+    except OSError as error:
+        verb = "read" if show else "written"
+        raise click.ClickException(f"{file} cannot be {verb} ({error.strerror}): choose another file") from None
+    except ValueError as error:
         raise click.ClickException(str(error)) from None
     click.echo(str(identity.peer_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 import click
@@ -45,7 +46,21 @@ class LazyGroup(click.Group):
             return None
         module, name, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(f"tesseract_async.cli.{module}"), name)
+        for option in command.params:
+            # by the flag that people know: --experts is TESSERACT_SERVE_EXPERTS, whatever the code calls it
+            if isinstance(option, click.Option) and option.envvar is None:
+                flag = max(option.opts, key=len).lstrip("-").replace("-", "_")
+                option.envvar = f"TESSERACT_{cmd_name}_{flag}".upper()
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(COMMANDS))}"
+            ctx.fail(f"No such command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # from the table: asking every command for its own sentence would import them all

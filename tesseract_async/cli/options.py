@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.running import LOG_FORMAT
+from tesseract_async.cli.waiting import sign
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -105,6 +109,17 @@ def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:
 def peers(values: tuple[str, ...]) -> list[str]:
     """What `--initial-peers` gave, with lists taken apart."""
     return [peer.strip() for value in values for peer in value.split(",") if peer.strip()]
+
+
+async def join(node: TesseractNode, *, timeout: float = 10.0) -> None:
+    """Waits until a started node knows another one. Raises: click.ClickException if none of its seeds answers."""
+    with sign("joining the network"):
+        if not await node.network.wait_joined(timeout):
+            names = ", ".join(map(str, node.initial_peers))
+            raise click.ClickException(
+                f"no answer from {names} in {timeout:.0f} s. Does a node run there, and is UDP to its port let through?"
+                " `tesseract doctor -p ADDRESS` looks closer"
+            )
 
 
 def joining_options(command: Command) -> Command:

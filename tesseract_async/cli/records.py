@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tesseract_async.cli.options import joining_options, peers
+from tesseract_async.cli.options import join, joining_options, peers
 from tesseract_async.cli.running import run, set_up_logging
 
 
@@ -27,7 +27,7 @@ def get(key: str, initial_peers: tuple[str, ...], verbose: bool, as_json: bool) 
         from tesseract_async.node import TesseractNode
 
         async with TesseractNode(initial_peers=peers(initial_peers)) as node:
-            await _joined(node)
+            await join(node)
             entries = await node.network.get_entries(key)
         for entry in entries:
             left = entry.expiration - time.time()
@@ -72,19 +72,12 @@ def put(
         except ValueError:
             parsed = value
         async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
-            await _joined(node)
+            await join(node)
             holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
         click.echo(f"held by {holders} nodes for {ttl:.0f} s", err=holders == 0)
         return 0 if holders else 1
 
     run(main)
-
-
-async def _joined(node: Any) -> None:
-    if not await node.network.wait_joined(10.0):
-        raise click.ClickException(
-            "none of the peers answers: is one of --initial-peers running, and reachable by UDP?"
-        )
 
 
 def _readable(key: str, value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
 from tesseract_async.cli.units import SECONDS
+from tesseract_async.cli.waiting import sign
 
 MAX_EXPERTS = 4096
 """That one server hosts."""
@@ -68,6 +71,22 @@ MAX_EXPERTS = 4096
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
 @click.option(
+    "--autocast",
+    type=click.Choice(["bf16", "fp16"]),
+    help="Compute in this type where PyTorch deems it safe; weights and answers keep theirs.",
+)
+@click.option(
+    "--compile", "compile_mode", metavar="MODE", help="torch.compile's mode, such as default; needs a C++ compiler."
+)
+@click.option("--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size, on a GPU.")
+@click.option(
+    "--preferred-size",
+    "preferred_sizes",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Rows at which batches are best cut, and padded with --compile or --cuda-graphs; may be given several times.",
+)
+@click.option(
     "--checkpoint-dir",
     type=click.Path(file_okay=False, path_type=Path),
     help="Where weights and optimizer states are kept; a restart goes on from there.",
@@ -102,7 +121,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
 
     Prints one line of JSON on standard output once the experts can be found. Ctrl-C leaves cleanly: experts that
     another server follows are handed over to it, what is running is finished, the experts are withdrawn from the
-    network, and their weights are saved.
+    network, and their weights are saved. SIGUSR1 saves them at once.
     """
     set_up_logging(verbose=values["verbose"])
     limits = volunteer_settings(values)
@@ -120,9 +139,15 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         None if values[name] is None else Path(values[name]).expanduser() for name in ("checkpoint_dir", "identity")
     )
 
+    if ":" in values["expert_class"] and "" not in sys.path:
+        # as `python -m` does: one's own expert lies where one stands. A run's manifest never names such code unasked
+        sys.path.insert(0, "")
+    if checkpoint_dir is not None:
+        _check_folder(checkpoint_dir)
+
     async def main() -> int:
-        with importing():
-            from tesseract_async.cli.hosting import Hosting, ServePlan, manifest_fields
+        with sign("loading PyTorch"), importing():
+            from tesseract_async.cli.hosting import AUTOCAST, Hosting, ServePlan, manifest_fields
 
         plan = ServePlan(
             patterns=values["patterns"],
@@ -155,10 +180,27 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             },
             leave_with_parent=values["leave_with_parent"],
             leave_within=values["leave_within"],
+            computing={
+                "autocast": AUTOCAST[values["autocast"]],
+                "compile_mode": values["compile_mode"],
+                "cuda_graphs": values["cuda_graphs"],
+                "preferred_sizes": tuple(sorted(values["preferred_sizes"])),
+            },
         )
         return await Hosting(plan).main()
 
     run_main(main)
+
+
+def _check_folder(folder: Path) -> None:
+    """Says now what the first checkpoint would say. Raises: click.BadParameter."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}): choose another folder"
+        raise click.BadParameter(reason, param_hint="--checkpoint-dir") from None
 
 
 def _check_patterns(patterns: tuple[str, ...], num_experts: int | None) -> None:

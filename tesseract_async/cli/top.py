@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import joining_options, patterns_argument, peers
+from tesseract_async.cli.options import join, joining_options, patterns_argument, peers
 from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
+from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
 MAX_COLUMNS = 64
+MAX_LOOKS = 4
+"""That `--once` takes until it has met a server."""
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 
 
@@ -56,11 +59,17 @@ def command(
         async with node:
             observer = SwarmObserver(node, patterns=chosen, period=period)
             if once:
-                await node.network.wait_joined(10.0)
-                # the first look learns who is there, the second one how they are, the third how fast
-                for pause in (0.2, min(period, 1.0), 0.0):
-                    await observer.look()
-                    await asyncio.sleep(pause)
+                await join(node)
+                with sign("looking"):
+                    for _ in range(MAX_LOOKS):  # who just joined may not know everybody yet
+                        await observer.look()
+                        if observer.peers:
+                            break
+                        await asyncio.sleep(0.2)
+                    # a second look shows how they are, a third one how fast
+                    for pause in (min(period, 1.0), 0.0):
+                        await observer.look()
+                        await asyncio.sleep(pause)
                 if as_json:
                     click.echo(json.dumps(observer.state()))
                 else:

@@ -20,6 +20,8 @@ from tesseract_async.admission import Policy
 from tesseract_async.client.ports import PlainCalls
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.network.network import Entry, StoreItem
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 
@@ -168,6 +170,20 @@ class BackgroundNode(PlainCalls):
         return self._inner.peer_id
 
     @property
+    def identity(self) -> Identity:
+        """The node's key."""
+        return self._inner.identity
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the node counts; any thread may take a snapshot."""
+        return self._inner.metrics
+
+    def wait_reachable(self, timeout: float = 10.0) -> bool:
+        """See `TesseractNode.wait_reachable`."""
+        return self.run(self._inner.wait_reachable(timeout))
+
+    @property
     def network(self) -> Network:
         """The DHT, with plain calls."""
         return Network(self)
@@ -211,6 +227,31 @@ class Network:
         """See `TesseractNetwork.store`."""
         return self._node.run(self._node.node.network.store(key, value, ttl=ttl, subkey=subkey))
 
+    def store_many(self, items: Sequence[StoreItem]) -> list[int]:
+        """See `TesseractNetwork.store_many`."""
+        return self._node.run(self._node.node.network.store_many(items))
+
     def get(self, key: str) -> Any:
         """See `TesseractNetwork.get`."""
         return self._node.run(self._node.node.network.get(key))
+
+    def get_many(self, keys: Sequence[str]) -> list[Any]:
+        """See `TesseractNetwork.get_many`."""
+        return self._node.run(self._node.node.network.get_many(keys))
+
+    def get_entries(self, key: str) -> list[Entry]:
+        """See `TesseractNetwork.get_entries`."""
+        return self._node.run(self._node.node.network.get_entries(key))
+
+    def withdraw(self, key: str, *, subkey: str | None = None) -> int:
+        """See `TesseractNetwork.withdraw`."""
+        return self._node.run(self._node.node.network.withdraw(key, subkey=subkey))
+
+    def wait_joined(self, timeout: float | None = None) -> bool:
+        """See `TesseractNetwork.wait_joined`."""
+        return self._node.run(self._node.node.network.wait_joined(timeout))
+
+    @property
+    def num_contacts(self) -> int:
+        """See `TesseractNetwork.num_contacts`."""
+        return self._node.node.network.num_contacts

@@ -35,15 +35,13 @@ class Modes(NamedTuple):
     @classmethod
     def current(cls) -> Modes:
         """The modes of this thread now."""
-        autocast: tuple[tuple[str, torch.dtype], ...] = ()
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            autocast,
-            torch.is_autocast_cache_enabled(),
-        )
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        on_cpu, on_cuda = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        cache = torch.is_autocast_cache_enabled()
+        if cache and not (inference or on_cpu or on_cuda):
+            return DEFAULT if grad else NO_GRAD  # as nearly always: this runs several times in every call
+        autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
+        return cls(grad, inference, autocast, cache)
 
 
 DEFAULT = Modes(grad=True, inference=False, autocast=(), autocast_cache=True)
@@ -58,21 +56,24 @@ class _Switch:
         # Inference mode can only be set by a guard, which restores what it found when it is left.
         self._guard: Any = None
 
-    def to(self, modes: Modes) -> None:
-        if torch.is_inference_mode_enabled() != modes.inference and self._guard is not None:
-            guard, self._guard = self._guard, None
-            guard.__exit__(None, None, None)
-        if torch.is_inference_mode_enabled() != modes.inference:
-            self._guard = torch.inference_mode(modes.inference)
-            self._guard.__enter__()
-        now = Modes.current()
-        if now == modes:
+    def to(self, modes: Modes, *, now: Modes) -> None:
+        """Sets `modes`, where `now` are the thread's."""
+        if now is modes:
             return
+        if now.inference != modes.inference:
+            if self._guard is not None:
+                guard, self._guard = self._guard, None
+                guard.__exit__(None, None, None)
+            if torch.is_inference_mode_enabled() != modes.inference:
+                self._guard = torch.inference_mode(modes.inference)
+                self._guard.__enter__()
+            now = Modes.current()  # the guard sets grad mode, too
         if now.autocast != modes.autocast:
             self._set_autocast(now, modes)
         if now.autocast_cache != modes.autocast_cache:
             torch.set_autocast_cache_enabled(modes.autocast_cache)
-        torch._C._set_grad_enabled(modes.grad)
+        if now.grad != modes.grad:
+            torch._C._set_grad_enabled(modes.grad)
 
     @staticmethod
     def _set_autocast(now: Modes, modes: Modes) -> None:
@@ -113,25 +114,26 @@ async def _isolate(coroutine: Coroutine[Any, Any, T], mine: Modes, own: list[Any
 @types.coroutine
 def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -> Generator[Any, Any, T]:
     switch = _Switch()
-    entered = Modes.current()
+    now = entered = Modes.current()
     outside = entered if is_task else DEFAULT
     value: Any = None
     error: BaseException | None = None
     while True:
-        switch.to(mine)
+        switch.to(mine, now=now)
         try:
             waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
         except BaseException as end:  # StopIteration among them; all are passed on
-            switch.to(outside if is_task else entered)
+            switch.to(outside if is_task else entered, now=Modes.current())
             if isinstance(end, StopIteration):
                 result: T = end.value
                 return result
+            error = None  # what was thrown in here knows this frame: a cycle
             raise
         mine = Modes.current()
-        switch.to(outside)
+        switch.to(outside, now=mine)
         error = None
         try:
             value = yield waiting_for
         except BaseException as thrown:  # it belongs to the coroutine, whatever it is
             error = thrown
-        outside = Modes.current()
+        now = outside = Modes.current()

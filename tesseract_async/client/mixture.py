@@ -19,10 +19,12 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
+from tesseract_async.client.endings import Endings
 from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchema, Forward, call_backward, call_forward
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
+from tesseract_async.runtime.finite import are_finite
 from tesseract_async.wire.codecs import AUTO, Codecs
 from tesseract_async.wire.tensors import flatten
 
@@ -130,10 +132,11 @@ def usual_seconds(part: Part, usual: Usual | None, expected: float | None) -> fl
 
     `expected`: what it usually takes itself, where that is known.
     """
-    known = [] if expected is None else [expected]
+    seconds = expected
     if usual is not None:
-        known.append(usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows)))
-    return max(known, default=None)
+        of_others = usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows))
+        seconds = of_others if expected is None else max(expected, of_others)
+    return seconds
 
 
 def patience_limit(seconds: float | None, patience: float) -> float:
@@ -177,6 +180,7 @@ class MixtureCall:
         self._scores = scores
         self._bias = bias
         self._settings = settings
+        self._options = CallOptions(timeout=settings.forward_timeout, priority=settings.priority, codec=settings.codec)
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
@@ -212,10 +216,13 @@ class MixtureCall:
         started = loop.time()
         deadline = started + self._settings.forward_timeout
         tasks: dict[asyncio.Task[None], Part] = {}
+        endings: Endings[None] = Endings()
 
         def launch(parts: list[Part]) -> None:
             for part in parts:
-                tasks[loop.create_task(self._ask(part, inputs, deadline))] = part
+                task = loop.create_task(self._ask(part, inputs, deadline))
+                tasks[task] = part
+                endings.add(task)
 
         try:
             self.chosen = self._grid.top_k(self._scores, self._settings.k_best, bias_N=self._bias)
@@ -227,7 +234,9 @@ class MixtureCall:
             while tasks:
                 now = loop.time()
                 suspicious_at = self._suspect(tasks.values(), now)
-                launch(self._refill())
+                if refills := self._refill():
+                    launch(refills)
+                    suspicious_at = self._suspect(tasks.values(), now)  # they may hang, too
                 hopeless = self._exhausted & (self._num_pending + self._num_slow == 0) & ~self._satisfied()
                 if hopeless.any() and self._settings.on_missing == "raise" and self._settings.k_min:
                     break
@@ -238,14 +247,10 @@ class MixtureCall:
                         deadline = min(deadline, now + self._settings.timeout_after_k_min)
                 if now >= deadline:
                     break
-                done, _ = await asyncio.wait(
-                    tasks,
-                    timeout=max(0.0, min(deadline, suspicious_at) - now),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                for task in done:
+                for task in await endings.wait(min(deadline, suspicious_at)):
                     self._settle(tasks.pop(task), task.exception(), loop.time())
-                launch(self._refill())
+                if not tasks:
+                    launch(self._refill())
             for part in tasks.values():
                 self.given_up.append(part)
                 self.seconds[part.expert] = loop.time() - part.sent
@@ -285,12 +290,9 @@ class MixtureCall:
     def _part(self, expert: int, rows: Indices, now: float) -> Part:
         coords = tuple(self._view.coords[expert].tolist())
         uid = ".".join((self._prefix, *map(str, coords)))
-        options = CallOptions(
-            timeout=self._settings.forward_timeout, priority=self._settings.priority, codec=self._settings.codec
-        )
-        forward = Forward(uid, self._schema, self._training, self._seed, options, self._differentiable)
+        forward = Forward(uid, self._schema, self._training, self._seed, self._options, self._differentiable)
         replicas = self._view.replicas[coords]
-        expected = self._shared.expected(replicas, num_bytes=len(rows) * self._schema.row_bytes)
+        expected = self._shared.usual(replicas, num_bytes=len(rows) * self._schema.row_bytes)
         return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
@@ -303,7 +305,7 @@ class MixtureCall:
         outputs, part.answer = await ask_best(
             self._shared, part.replicas, attempt, timeout=left, num_bytes=part.num_bytes
         )
-        if not all(torch.isfinite(output).all() for output in outputs):
+        if not are_finite(outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
 
@@ -315,7 +317,7 @@ class MixtureCall:
             self.num_answers[rows] += 1
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
-            self.errors[part.uid] = error
+            self.errors[part.uid] = _without_frames(error)
             self._num_failed += 1
             self._excluded[part.expert] = True
         else:
@@ -443,25 +445,28 @@ class MixtureCall:
         results: list[tuple[Part, list[torch.Tensor | None]]] = []
         errors: dict[str, BaseException] = {}
         seconds: list[float] = []
-        waiting = set(tasks)
         book = self._shared.latencies
-        expected = {part.uid: book.expected((part.uid, "backward")) for part in tasks.values()}
+        expected = {part.uid: book.usual((part.uid, "backward")) for part in tasks.values()}
         patience = self._patience("backward")
 
         def usual() -> Usual | None:
             return Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
 
+        waiting = dict.fromkeys(tasks)
+        endings: Endings[list[torch.Tensor | None]] = Endings()
+        for task in tasks:
+            endings.add(task)
         while waiting:
             give_up_at = deadline
             if (got >= needed).all():
                 now_usual = usual()
                 may_take = [usual_seconds(p, now_usual, expected[p.uid]) for p in map(tasks.__getitem__, waiting)]
                 give_up_at = min(deadline, started + max(patience_limit(s, patience) for s in may_take))
-            left = give_up_at - loop.time()
-            done, waiting = await asyncio.wait(waiting, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
-            if not done and left <= 0:
+            done = await endings.wait(give_up_at)
+            if not done and give_up_at <= loop.time():
                 break
             for task in done:
+                del waiting[task]
                 part, error = tasks[task], task.exception()
                 if error is None:
                     got[part.rows.numpy()] += 1
@@ -469,7 +474,7 @@ class MixtureCall:
                     seconds.append(loop.time() - started)
                     book.observe((part.uid, "backward"), seconds[-1])
                 elif isinstance(error, TesseractError | TimeoutError):
-                    errors[part.uid] = error
+                    errors[part.uid] = _without_frames(error)
                 else:
                     raise error
         taken = [(part, s) for (part, _), s in zip(results, seconds, strict=True)]
@@ -477,7 +482,7 @@ class MixtureCall:
         for task in waiting:
             part = tasks[task]
             taken.append((part, loop.time() - started))
-            book.observe((part.uid, "backward"), taken[-1][1])
+            book.observe((part.uid, "backward"), taken[-1][1], answered=False)
             errors[part.uid] = TimeoutError(f"{part.uid} sent no gradient in time")
         for part, s in taken:
             if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:
@@ -503,7 +508,7 @@ class MixtureCall:
 
         timeout = self._settings.backward_timeout
         result = await ask_primary(self._shared, part.replicas, find, attempt, timeout=timeout)
-        if not all(grad is None or torch.isfinite(grad).all() for grad in result):
+        if not are_finite(result):
             raise ExpertFailed(f"{part.uid} answered gradients that are not finite")
         return result
 
@@ -535,3 +540,13 @@ class MixtureCall:
             None if total is None else total * scale.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))
             for total in sums
         ]
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error without its traceback, whose frames hold the call that keeps the error: such a cycle, with all the
+    tensors of a batch in it, would stay until the collector comes by."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error

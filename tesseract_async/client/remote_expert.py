@@ -158,8 +158,11 @@ class RemoteExpert(nn.Module):
 
     async def find(self) -> Sequence[Any]:
         """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
+        directory = self._shared.node.directory
+        if known := directory.known(self.uid):
+            return known
         async with asyncio.timeout(self.options.timeout):
-            found = await self._shared.node.directory.find(self.uid)
+            found = await directory.find(self.uid)
         if not found:
             raise ExpertNotFound(f"no live server hosts the expert {self.uid}")
         return found
@@ -214,7 +217,8 @@ class _ExpertCall:
 
         num_bytes = len(inputs[0]) * self._forward.schema.row_bytes
         outputs, self._answer = await self._expert.ask(attempt, timeout=self.timeout, num_bytes=num_bytes)
-        return [output.to(inputs[0].device) for output in outputs]
+        device = inputs[0].device
+        return outputs if device.type == "cpu" else [output.to(device) for output in outputs]
 
     async def backward(
         self, inputs: Sequence[torch.Tensor], output_grads: Sequence[torch.Tensor | None]

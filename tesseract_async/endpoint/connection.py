@@ -17,7 +17,7 @@ from tesseract_async.endpoint.events import (
     PeerClosed,
     ReplyReceived,
 )
-from tesseract_async.endpoint.lanes import BULK, MAIN
+from tesseract_async.endpoint.lanes import BULK, MAIN, Pace
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
@@ -33,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 FLUSH_BYTES: Final = 256 * 1024
 """Bytes encrypted and written before the loop may do something else."""
-READ_BYTES: Final = 512 * 1024
-"""Bytes of large messages read before the loop may do something else: uvloop would go on for as long as the socket
-has any, and small calls would wait.
-"""
 STARTS_PER_TURN: Final = 128
 """Handlers started in one turn of the loop."""
 LOAN_TIMEOUT: Final = 2.0
@@ -88,6 +84,8 @@ class Connection:
         settings: ProtocolSettings,
         metrics: Metrics,
         meter: Meter,
+        pace: Pace,
+        reply_budget: Budget,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -117,6 +115,8 @@ class Connection:
             now=loop.time(),
             wake=self._wake,
             meter=meter,
+            pace=pace,
+            reply_budget=reply_budget,
         )
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
@@ -435,7 +435,17 @@ class Connection:
 class _LanePort:
     """One channel's receiver: bytes to the lane's reader, everything else to the connection."""
 
-    __slots__ = ("_connection", "_channel", "_lane", "_reader", "_protocol", "_time", "_turn_bytes", "get_buffer")
+    __slots__ = (
+        "_connection",
+        "_channel",
+        "_lane",
+        "_reader",
+        "_protocol",
+        "_time",
+        "_turn_bytes",
+        "_paused",
+        "get_buffer",
+    )
 
     def __init__(self, connection: Connection, lane: int, channel: Channel, reader: FrameReader) -> None:
         self._connection = connection
@@ -445,26 +455,31 @@ class _LanePort:
         self._protocol = connection._protocol
         self._time = connection._loop.time
         self._turn_bytes = 0
+        self._paused = False
         self.get_buffer = reader.get_buffer
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
         raise AssertionError("the handshake is over")
 
     def buffer_updated(self, count: int) -> None:
-        self._protocol.received(count, self._time(), lane=self._lane)
+        now = self._time()
+        self._protocol.received(count, now, lane=self._lane)
         self._reader.buffer_updated(count)
         self._connection._received(count)
         if self._lane == BULK:
             if not self._turn_bytes:
                 self._connection._loop.call_soon(self._next_turn)
             self._turn_bytes += count + 1
-            if self._turn_bytes > READ_BYTES:
+            if not self._paused and self._turn_bytes > self._protocol.pace.portion(now):
+                # uvloop would go on for as long as the socket has any, and small calls would wait
+                self._paused = True
                 self._channel.pipe.pause_reading()
 
     def _next_turn(self) -> None:
-        if self._turn_bytes > READ_BYTES:
-            self._channel.pipe.resume_reading()
         self._turn_bytes = 0
+        if self._paused:
+            self._paused = False
+            self._channel.pipe.resume_reading()
 
     def channel_drained(self) -> None:
         self._connection._channel_drained()

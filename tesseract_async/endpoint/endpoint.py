@@ -15,6 +15,7 @@ from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
+from tesseract_async.endpoint.lanes import Pace
 from tesseract_async.endpoint.pool import Pool
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import EndpointSettings
@@ -78,6 +79,8 @@ class Endpoint:
         self._handlers: dict[str, tuple[Handler, Action]] = {}
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
+        self._pace = Pace()
+        self._reply_budget = Budget(settings.max_reply_bytes)
         self._rng = random.Random()
         self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
@@ -286,6 +289,8 @@ class Endpoint:
             settings=self._settings.protocol,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
+            pace=self._pace,
+            reply_budget=self._reply_budget,
         )
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]

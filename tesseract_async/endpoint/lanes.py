@@ -11,13 +11,33 @@ from tesseract_async.wire import frames
 
 MAIN: Final = 0
 BULK: Final = 1
-CHUNK_BYTES: Final = (256 * 1024, 512 * 1024)
+CHUNK_BYTES: Final = (256 * 1024, 1024 * 1024)
 """Payload of one chunk on the main and on the bulk lane, at most: on main, small messages wait for it."""
 SMALLEST_CHUNK: Final = 16 * 1024
 """Payload of one chunk on the slowest way."""
 
 MAX_JOINED: Final = 256 * 1024
 """Bytes of small frames that are sent at once."""
+
+
+BESIDE_SMALL: Final = 256 * 1024
+"""Portion of large messages that goes at once while there are small calls, which wait for it."""
+CALM: Final = 0.2
+"""Seconds without a small call after which portions grow."""
+
+
+class Pace:
+    """How much of large messages goes at once, in and out: little while any connection of the node has small calls."""
+
+    __slots__ = ("small_at",)
+
+    def __init__(self) -> None:
+        self.small_at = float("-inf")
+        """When a small request or reply was last seen."""
+
+    def portion(self, now: float) -> int:
+        """Bytes of large messages that one turn of the loop may move on one lane."""
+        return CHUNK_BYTES[BULK] if now - self.small_at > CALM else BESIDE_SMALL
 
 
 class Sending:
@@ -105,15 +125,12 @@ class Lane:
         """Whether `data_to_send` would give anything."""
         return bool(self.small or self.large)
 
-    @property
-    def backlog(self) -> int:
-        """Bytes that wait to be sent."""
-        if not self.large:
-            return self.small_bytes
-        return self.small_bytes + sum(sending.left for sending in self.large)
-
-    def data_to_send(self, room: int, now: float, sent: Callable[[Sending], None]) -> list[bytes | memoryview]:
-        """Small frames first, then chunks of about `room` bytes; `sent` hears of each message that has left whole."""
+    def data_to_send(
+        self, room: int, now: float, *, portion: int, sent: Callable[[Sending], None]
+    ) -> list[bytes | memoryview]:
+        """Small frames first, then chunks of about `room` bytes, each of at most `portion`; `sent` hears of each
+        message that has left whole.
+        """
         out: list[bytes | memoryview] = []
         if self.small:
             if self.small_bytes <= MAX_JOINED:
@@ -131,7 +148,7 @@ class Lane:
                 sending = max(self.large, key=lambda item: item.priority)
                 self.large.remove(sending)
                 self.large.append(sending)
-            room -= sending.next_chunk(self._chunk_bytes, out)
+            room -= sending.next_chunk(min(self._chunk_bytes, portion), out)
             if not sending.left:
                 self.large.remove(sending)
                 sent(sending)

@@ -24,7 +24,7 @@ from tesseract_async.endpoint.events import (
     ReplyReceived,
     RequestUnseen,
 )
-from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Sending
+from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Pace, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
@@ -37,7 +37,8 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 class ConnectionProtocol:
     """See the module. `wake` is called when something is to be sent or told although nobody called in; `meter` counts
-    the peer's calls against its quota.
+    the peer's calls against its quota; `pace` is shared by the connections of a node, as
+    are `budget`, for what comes in, and `reply_budget`, for large replies that wait to be taken.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class ConnectionProtocol:
         now: float,
         wake: Callable[[], None],
         meter: Meter | None = None,
+        pace: Pace | None = None,
+        reply_budget: Budget | None = None,
     ) -> None:
         self.peer = peer
         """How errors name the other end."""
@@ -59,7 +62,9 @@ class ConnectionProtocol:
         self._dialled = dialled
         self._budget = budget
         self._wake = wake
+        self.pace = pace if pace is not None else Pace()
         self._meter = meter
+        self._reply_budget = reply_budget
         self._now = now
         self._pong_due = False
         self._arena = frames.Arena()
@@ -71,6 +76,7 @@ class ConnectionProtocol:
         self._small_out = 0
         self._incoming: dict[int, Incoming] = {}
         self._small_in = 0
+        self._replies_bytes = 0  # of large replies that wait to be granted or sent
         self._deadlines = Deadlines(self._outgoing, self._incoming)
         self._bulk_wanted = False
         self._bulk_retry_at = 0.0
@@ -180,6 +186,7 @@ class ConnectionProtocol:
         if size <= frames.MAX_SMALL:
             if self._small_out and self._small_out + size > self._theirs.max_small:
                 return False
+            self.pace.small_at = self._now
             call.small = size
             self._small_out += size
             self.lanes[MAIN].put(frames.encode_small(frames.REQUEST, stream, encoded, call.sizes, call.buffers))
@@ -252,7 +259,8 @@ class ConnectionProtocol:
         if self._pong_due and lane == MAIN:
             self._pong_due = False
             self.life.send_pong(self._now)
-        return self.lanes[lane].data_to_send(room, self._now, self._message_sent)
+        portion = self.pace.portion(self._now)
+        return self.lanes[lane].data_to_send(room, self._now, portion=portion, sent=self._message_sent)
 
     def _message_sent(self, sending: Sending) -> None:
         if sending.kind == frames.CHUNK_REPLY:
@@ -279,8 +287,7 @@ class ConnectionProtocol:
     @property
     def backlog(self) -> int:
         """Bytes of small frames and of large replies that wait to be sent."""
-        main, bulk = self.lanes
-        return main.backlog + bulk.backlog
+        return self.unsent_bytes + self._replies_bytes
 
     # ---- calls of the peer
 
@@ -307,11 +314,25 @@ class ConnectionProtocol:
         if size <= frames.MAX_SMALL:
             self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers))
             self._end_incoming(stream)
+        elif not self._hold_reply(call, size):
+            self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
             call.sending = Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
             room = call.head.reply_room
             call.lane = self._begin(frames.BEGIN_REPLY, call.sending, encoded, buffers, room or None)
             self._note_bulk(call, call.lane)
+
+    def _hold_reply(self, call: Incoming, size: int) -> bool:
+        """Whether a large reply may wait here until its caller has taken it, within the bounds on such memory."""
+        if self._replies_bytes and self._replies_bytes + size > self.settings.max_replies:
+            return False
+        if self._reply_budget is not None:
+            call.reply_held = self._reply_budget.try_reserve(size)
+            if call.reply_held is None:
+                return False
+        call.reply_bytes = size
+        self._replies_bytes += size
+        return True
 
     def fail(self, stream: int, error: RemoteError) -> None:
         """Answers a received call with an error."""
@@ -328,8 +349,10 @@ class ConnectionProtocol:
         self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
-        if call.held is not None:
-            call.held.release()
+        self._replies_bytes -= call.reply_bytes
+        for reservation in (call.held, call.reply_held):
+            if reservation is not None:
+                reservation.release()
         if call.standing:
             self.windows.give_back(call.standing)
 
@@ -364,6 +387,7 @@ class ConnectionProtocol:
     def _request(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         call = self._new_incoming(lane, stream)
         call.small = len(payload)
+        self.pace.small_at = self._now
         self._small_in += call.small
         if self._small_in > 2 * self.settings.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {self.settings.max_small} bytes of small requests at once")

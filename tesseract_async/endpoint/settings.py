@@ -20,6 +20,8 @@ class ProtocolSettings:
     """Room of the standing window: large messages within it need not ask first."""
     max_backlog: int = 32 * 2**20
     """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
+    max_replies: int = 256 * 2**20
+    """Bytes of large replies that may wait for the peer to take them; what is beyond gets Overloaded (one may)."""
     max_unsent: int = 96 * 2**20
     """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
     max_idle_frames: int = 10_000
@@ -47,6 +49,8 @@ class EndpointSettings:
     """Bounds of each connection."""
     max_receive_bytes: int = 2**30
     """Bytes of large messages that all connections together may have reserved, half received or being answered."""
+    max_reply_bytes: int = 2**30
+    """Bytes of large replies that may wait to be taken, all connections together."""
     handshake_timeout: float = 5.0
     """Seconds for TLS and hello together."""
     max_half_open: int = 512

@@ -106,7 +106,19 @@ class Outgoing:
 class Incoming:
     """A call that the peer made."""
 
-    __slots__ = ("on_bulk", "lane", "head", "held", "standing", "arrival", "sending", "small", "metered")
+    __slots__ = (
+        "on_bulk",
+        "lane",
+        "head",
+        "held",
+        "standing",
+        "arrival",
+        "sending",
+        "small",
+        "metered",
+        "reply_held",
+        "reply_bytes",
+    )
 
     def __init__(self, lane: int) -> None:
         self.lane = lane
@@ -117,6 +129,8 @@ class Incoming:
         self.arrival: Arrival | None = None
         self.sending: Sending | None = None
         self.small = 0
+        self.reply_held: Reservation | None = None
+        self.reply_bytes = 0  # while a large reply waits to be taken
         self.metered = False  # whether it counts against the peer's quota
 
 

@@ -103,14 +103,9 @@ class ExpertDirectory:
         Answers from a warm grid, or from a recent find. That nobody hosts it is never remembered: the next call asks
         the network again. Raises: ValueError for a malformed uid.
         """
+        if known := self.known(uid):
+            return known
         prefix, coords = split_uid(uid)
-        view = self.live(prefix)
-        if view is not None and coords in view.replicas:
-            return view.replicas[coords]
-        now = self._clock()
-        until, known = self._found.get(uid, (0.0, []))
-        if until > now:
-            return list(known)
         claims = self._read(await self._network.get_entries(shard_key(uid)))
         found = rank_replicas(
             claim.replica(prefix, row)
@@ -119,11 +114,20 @@ class ExpertDirectory:
             if self._believed(claim, uid)
         )
         if found:
-            until = min(now + self.refresh_period, *(replica.expiration for replica in found))
+            until = min(self._clock() + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
             while len(self._found) > self.settings.max_cached_uids:
                 self._found.pop(next(iter(self._found)))
         return list(found)
+
+    def known(self, uid: str) -> list[ExpertReplica]:
+        """What `find` would answer from memory; empty if it would ask the network. Raises: ValueError, too."""
+        prefix, coords = split_uid(uid)
+        view = self.live(prefix)
+        if view is not None and (found := view.replicas.get(coords)) is not None:
+            return found
+        until, remembered = self._found.get(uid, (0.0, []))
+        return list(remembered) if until > self._clock() else []
 
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
         """Keeps the grid `prefix` fresh in the background from now on; needs a running loop. Again is harmless.

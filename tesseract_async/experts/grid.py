@@ -132,9 +132,13 @@ class _Replicas(Mapping[tuple[int, ...], list[ExpertReplica]]):
     def __init__(self, view: GridView) -> None:
         self._view = view
         self._row = {tuple(coords): row for row, coords in enumerate(view.coords.tolist())}
+        self._made: dict[tuple[int, ...], list[ExpertReplica]] = {}
 
     def __getitem__(self, coords: tuple[int, ...]) -> list[ExpertReplica]:
-        return self._view.replicas_at(self._row[coords])
+        made = self._made.get(coords)
+        if made is None:
+            made = self._made[coords] = self._view.replicas_at(self._row[coords])
+        return made
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         return iter(self._row)

@@ -30,6 +30,7 @@ weigh more than the coordinates.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ of 4,096 uids reads the manifests of 16."""
 _WIDTHS = {1: ">u1", 2: ">u2", 4: ">u4"}
 
 
+@functools.lru_cache(maxsize=8192)
 def split_uid(uid: str) -> tuple[str, tuple[int, ...]]:
     """``"ffn.3.7"`` -> ``("ffn", (3, 7))``. The prefix may hold dots itself, but no part of it is a number.
 

@@ -7,6 +7,7 @@ from typing import Final
 METRICS: Final[dict[str, tuple[str, str]]] = {
     # experts, seen from whoever calls them
     "expert_calls": ("calls", "Calls to experts that this node made, by method."),
+    "expert_calls_answered": ("calls", "Calls to experts that this node hosts, by method."),
     "experts_live": ("experts", "Live experts of a grid that this node watches, by the grid's prefix."),
     "experts_off_grid": ("experts", "Hosted experts left out because their coordinates do not fit the watched grid."),
     "replicas_masked": ("replicas", "Replicas hidden after a failed call, until their server says something newer."),
@@ -31,6 +32,8 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "experts_taken_over": ("experts", "Experts of which this server became the primary."),
     "experts_given_up": ("experts", "Experts of which this server ceased to be the primary."),
     "volunteer_serving": ("0 or 1", "1 while this computer serves, 0 while its owner's limits make it rest."),
+    "volunteer_memory_bytes": ("bytes", "Memory that this process holds, as its owner's limit counts it."),
+    "volunteer_memory_exceeded": ("times", "How often the process held more memory than its owner allows."),
     "volunteer_period_bytes": ("bytes", "Bytes that count towards the data quota of the present period."),
     # calls between nodes
     "endpoint_connections": ("connections", "Open connections to other nodes."),
@@ -39,6 +42,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "endpoint_dials_failed": ("dials", "Attempts to reach a peer that failed, by reason."),
     "endpoint_handshakes_failed": ("handshakes", "Incoming connections that did not prove who they are, by reason."),
     "endpoint_calls_refused": ("calls", "Incoming calls that the policy does not allow, by action."),
+    "endpoint_calls_over_quota": ("calls", "Incoming calls of peers that have used up their quota, by reason."),
     "endpoint_calls_repeated": ("calls", "Calls sent again after their connection was lost."),
     "transport_bytes_received": ("bytes", "Bytes received over connections, below TLS."),
     "transport_bytes_sent": ("bytes", "Bytes sent over connections, below TLS."),
@@ -52,6 +56,8 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "nat_offers_accepted": ("offers", "Offers of a path to this node that it accepted, by kind."),
     "nat_offers_refused": ("offers", "Offers of a path to this node that it refused, by reason."),
     "nat_offers_failed": ("offers", "Accepted offers that led to no connection, by reason."),
+    "nat_paths_improved": ("connections", "Relays and data channels that a better path has replaced, by its kind."),
+    "port_mapped": ("0 or 1", "1 while the router maps a port to this node at its wish (UPnP)."),
     "rendezvous_nodes": ("nodes", "Public nodes that carry offers to this node."),
     "rendezvous_clients": ("nodes", "Nodes that this node carries offers to."),
     "rendezvous_offers_carried": ("offers", "Offers passed on."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 import ipaddress
 import json
@@ -65,7 +66,8 @@ class Dashboard:
             await web.TCPSite(self._runner, self._host, self._port).start()
         except OSError as error:
             await self._runner.cleanup()
-            sentence = f"the dashboard cannot listen on {self._host} port {self._port}: choose another port"
+            advice = "choose another port" if error.errno == errno.EADDRINUSE else "is it an address of this machine?"
+            sentence = f"the dashboard cannot listen on {self._host} port {self._port}: {advice}"
             raise OSError(error.errno, sentence) from None
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -27,6 +28,8 @@ NUM_ASKED_AT_ONCE = 16
 HISTORY_LENGTH = 600
 LOG_LENGTH = 200
 PROGRESS_TTL = 60.0
+FIRST_READ_TIMEOUT = 2.0
+"""Seconds that a look waits for a grid that was not read yet."""
 MAX_CELLS = 2**16
 """Of a grid that is shown though nobody asked for it: its size follows from what strangers say that they host."""
 MAX_GRIDS = 16
@@ -104,13 +107,16 @@ class SwarmObserver:
         await self._changed.wait()
 
     async def look(self) -> None:
-        """Looks once, beside the periodic looks. Takes at most about a period."""
+        """Looks once, beside the periodic looks. Takes about a period at most, and some seconds for a new grid."""
         if self._discover:
             await self._meet_contacts()
         for prefix, size in self._grids.items():
             # a grid that grew is watched under its first size: `watch` refuses another one
             if self.node.directory.live(prefix) is None:
                 self.node.directory.watch(prefix, size)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(self.period, FIRST_READ_TIMEOUT)):
+                        await self.node.directory.wait_warm(prefix)
             else:
                 await self.node.directory.refresh(prefix)
         self._note_members()

@@ -166,8 +166,7 @@ class Calls:
         attempt = call.attempts
         call.sent_at = now
         network = self._network
-        if not network.dialback.declared:
-            network.dialback.note_sent(call.address, now)
+        network.dialback.note_sent(call.address, now)
         network.send(call.data, call.address)
         due = now + self.timeout(call)
         network.schedule(due, lambda now: self._is_late(transaction, call, attempt, due, now))

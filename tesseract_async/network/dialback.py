@@ -56,7 +56,7 @@ class DialBack:
         return self.role == "public" and not self.forced_client
 
     def note_sent(self, address: Address, now: float) -> None:
-        """Everything that is sent passes here while the role is open."""
+        """Every request that is sent passes here."""
         self._written_to.pop(address, None)
         self._written_to[address] = now
         if len(self._written_to) > MAX_WRITTEN_TO:
@@ -117,17 +117,28 @@ class DialBack:
         network.send_oneway(wire.DIAL_FOR, (pack_address(asker), nonce), third, tokens.get(third, b""))
         return True
 
-    def dial(self, arguments: list[object], now: float) -> None:
-        """Answers DIAL_FOR, which came from a contact: one short datagram to the asker. Raises: ProtocolError."""
+    def dial(self, arguments: list[object], source: Address, now: float) -> None:
+        """Answers DIAL_FOR, which came from a contact at `source`: one short datagram. Raises: ProtocolError.
+
+        With a third argument, true, the dialled node shall tell `source` of it (see `probation`).
+        """
         nonce = _nonce(arguments[1:])
+        report = (pack_address(source),) if arguments[2:3] == [True] else ()
         packed = arguments[0]
         if type(packed) is not bytes:
             raise ProtocolError("a dial-back without an address")
-        self.network.send_oneway(wire.DIALED, (nonce,), unpack_address(packed), b"", padded=False)
+        self.network.send_oneway(wire.DIALED, (nonce, *report), unpack_address(packed), b"", padded=False)
 
     def dialled(self, arguments: list[object], address: Address, now: float) -> None:
         """Handles DIALED. Raises: ProtocolError."""
         nonce = _nonce(arguments)
+        if self.network.probation.confirmed(nonce, address, now):
+            return
+        if len(arguments) > 1 and type(arguments[1]) is bytes:
+            asker = unpack_address(arguments[1])
+            if now - self._written_to.get(asker, float("-inf")) < FILTER_LIFETIME:
+                self.network.send_oneway(wire.DIALED, (nonce,), asker, b"", padded=False)
+            return
         if not self._nonce or nonce != self._nonce:
             raise ProtocolError("a dial-back that was not asked for")
         if now - self._written_to.get(address, float("-inf")) < FILTER_LIFETIME:

@@ -42,6 +42,7 @@ from tesseract_async.network.dialback import DialBack
 from tesseract_async.network.events import ClockSkewed, Event, Isolated, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Join, Neighbourhood, Ping, Refresh
+from tesseract_async.network.probation import Probation
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import RoutingTable
@@ -105,6 +106,7 @@ class NetworkProtocol:
         self.storage = Storage(settings)
         self.copies = PathCache()
         self.dialback = DialBack(self, public=public, now=now)
+        self.probation = Probation(self)
         self.address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
         """Lengths of the packed addresses that this node can send to."""
         self.observed: dict[PeerID, Address] = {}
@@ -320,7 +322,7 @@ class NetworkProtocol:
             elif datagram.kind == wire.COPY:
                 self._keep_copy(request.arguments, address, now)
             else:
-                self.dialback.dial(request.arguments, now)
+                self.dialback.dial(request.arguments, address, now)
             return
         # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
         room = MAX_DATAGRAM_BYTES if address_proven else min(MAX_DATAGRAM_BYTES, AMPLIFICATION * length)
@@ -450,6 +452,7 @@ class NetworkProtocol:
                 contact.last_seen = now
                 self.table.add(contact, now)
             return
+        self.probation.wrote(address, now)
         if contact is None and not self.table.wants(datagram.sender):
             return
         if address_proven:
@@ -516,7 +519,8 @@ class NetworkProtocol:
         self._calls.observe_round_trip(call, now)
         self._unreachable.pop(contact.raw, None)
         if not datagram.flags & wire.FLAG_CLIENT:
-            self._enter(contact, now)
+            if self.table.get(contact.peer_id) is contact or not self.probation.holds(contact, now):
+                self.enter(contact, now)
         self._calls.end(datagram.transaction, call, reply, now)
         if not self.joined and len(self.table):
             self.learn_neighbourhood((), now)
@@ -537,7 +541,8 @@ class NetworkProtocol:
             del self.observed[next(iter(self.observed))]
         self._skews.append(reply.wall - self.wall((call.sent_at + now) / 2))
 
-    def _enter(self, contact: Contact, now: float) -> None:
+    def enter(self, contact: Contact, now: float) -> None:
+        """Lists a contact that has proven its id, or notes that it was seen."""
         known = self.table.get(contact.peer_id)
         doubtful = self.table.add(contact, now)
         if known is not contact and self.table.get(contact.peer_id) is contact:

@@ -13,7 +13,6 @@ loaded, journal included: for everybody it is as if the steps since then had not
 from __future__ import annotations
 
 import logging
-import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import torch
 from tesseract_async.errors import ExpertFailed, describe
 from tesseract_async.runtime.backend import ExpertBackend, Gradients, add_gradients
 from tesseract_async.runtime.batcher import Part
+from tesseract_async.runtime.finite import are_finite
 from tesseract_async.runtime.staging import Columns, Download, HostStaging, Staging, Upload
 from tesseract_async.runtime.work import Answer, Outcome, Work
 
@@ -65,6 +65,7 @@ class Executor:
         self.staging = staging or HostStaging()
         self._good_states: weakref.WeakKeyDictionary[ExpertBackend, _GoodState] = weakref.WeakKeyDictionary()
         self._broken: weakref.WeakKeyDictionary[ExpertBackend, str] = weakref.WeakKeyDictionary()
+        self._copy_again_at = 0.0  # time.monotonic, before which no good state is renewed: the experts share the time
 
     def stage(self, parts: Sequence[Part]) -> Attempt:
         """Gathers the parts' rows and starts copying them to the device."""
@@ -153,9 +154,8 @@ class Executor:
         started = time.monotonic()
         state = backend.state() if state is None else state
         now = time.monotonic()
-        self._good_states[backend] = _GoodState(
-            state, now + max(_MIN_SNAPSHOT_PERIOD, (now - started) / _MAX_SNAPSHOT_SHARE)
-        )
+        self._good_states[backend] = _GoodState(state, now + _MIN_SNAPSHOT_PERIOD)
+        self._copy_again_at = now + (now - started) / _MAX_SNAPSHOT_SHARE
         return state
 
     def _damp(self, attempt: Attempt, gradients: Gradients) -> Gradients:
@@ -229,7 +229,7 @@ class Executor:
         if summed is None or None in call_ids:
             return version
         backend = work.backend
-        if backend.optimizer is not None and (len(good) > 1 or work.summed is not None) and not _are_finite(summed):
+        if backend.optimizer is not None and (len(good) > 1 or work.summed is not None) and not are_finite(summed):
             raise ExpertFailed("the sum of the gradients is not finite; no step was taken")
         self._refresh_good_state(backend)
         try:
@@ -240,8 +240,10 @@ class Executor:
 
     def _refresh_good_state(self, backend: ExpertBackend) -> None:
         """Keeps the copy that a failed step returns to fresh, but spends little time on it."""
-        good = self._good_states.get(backend)
-        if backend.optimizer is not None and (good is None or time.monotonic() > good.renew_at):
+        if backend.optimizer is None:
+            return
+        good, now = self._good_states.get(backend), time.monotonic()
+        if good is None or now > max(good.renew_at, self._copy_again_at):
             self.keep_good_state(backend)
 
     def _reload(self, backend: ExpertBackend, error: BaseException) -> ExpertFailed:
@@ -335,9 +337,9 @@ def _beside(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _check_gradients(incoming: Gradients, summed: Gradients, max_norm: float | None) -> None:
     """Raises: ExpertFailed for gradients that no optimizer may see."""
-    if not _are_finite(incoming):
+    if not are_finite(incoming):
         raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
-    if not _are_finite(summed):
+    if not are_finite(summed):
         raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
     if max_norm is not None:
         present = [x for x in summed if x is not None]
@@ -346,17 +348,6 @@ def _check_gradients(incoming: Gradients, summed: Gradients, max_norm: float | N
             raise ExpertFailed(
                 f"the gradients of the expert's parameters have norm {norm:.4g}; at most {max_norm:.4g} is accepted"
             )
-
-
-def _are_finite(tensors: Gradients) -> bool:
-    """One number from the device decides, unless it overflowed: then each element is looked at."""
-    present = [torch.view_as_real(x) if x is not None and x.is_complex() else x for x in tensors if x is not None]
-    if not present:
-        return True
-    totals = torch.stack([x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) for x in present])
-    if math.isfinite(float(totals.sum())):
-        return True
-    return all(bool(torch.isfinite(x).all()) for x in present)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

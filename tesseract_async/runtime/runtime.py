@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -73,8 +74,11 @@ class TesseractRuntime:
         self._batcher = Batcher(settings.batcher)
         self._pools: dict[Hashable, Pool] = {}
         self._jobs: deque[Callable[[Executor], None]] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
         self._is_idle = False
+        self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the idle thread: half the price of a threading.Condition
+        self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._delivers = False  # whether the loop was woken for what is posted
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,12 +112,12 @@ class TesseractRuntime:
         """Lets the running batch end, refuses what waits with `Overloaded`, and returns when the thread is gone."""
         if self._thread is None or self._stopped is None or self._closing:
             return
-        with self._changed:
+        with self._lock:
             self._closing = True
             left = self._batcher.waiting()
             for request in left:
                 self._batcher.remove(request)
-            self._changed.notify()
+            self._wake_thread()
         for request in left:
             _fail(request.payload, _leaving())
         try:
@@ -223,19 +227,18 @@ class TesseractRuntime:
             exclusive=backend.is_stochastic(training)
             or (is_backward and (num_rows > backend.max_batch_size or not backend.settings.merge_backward)),
         )
-        with self._changed:
+        with self._lock:
             if self._closing or self._thread is None:
                 raise _leaving()
             self._batcher.add(request, now)
-            if self._is_idle:
-                self._changed.notify()
+            self._wake_thread()
         return work
 
     def withdraw(self, work: Work) -> bool:
         """Drops work that nobody waits for. False if it can't be: all of it is being computed, or was."""
         if work.request is None:
             return False
-        with self._changed:
+        with self._lock:
             if not self._batcher.remove(work.request):
                 return False
         work.answer.cancel()
@@ -258,7 +261,7 @@ class TesseractRuntime:
 
     def statistics(self) -> BatcherStatistics:
         """The batcher's figures."""
-        with self._changed:
+        with self._lock:
             return self._batcher.statistics()
 
     @property
@@ -291,12 +294,18 @@ class TesseractRuntime:
             else:
                 self._post(_settle, future, result, None)
 
-        with self._changed:
+        with self._lock:
             if self._closing or self._thread is None:
                 raise RuntimeError("this runtime is closed")
             self._jobs.append(job)
-            self._changed.notify()
+            self._wake_thread()
         return await future
+
+    def _wake_thread(self) -> None:
+        """Under the lock."""
+        if self._is_idle:
+            self._is_idle = False
+            self._bell.put(None)
 
     def _pool(self, backend: ExpertBackend, is_backward: bool, training: bool, steps: bool) -> Pool:
         kind = (backend, is_backward, training, steps)
@@ -362,8 +371,9 @@ class TesseractRuntime:
 
     def _next(self, *, wait: bool) -> tuple[Callable[[Executor], None] | None, Batch | None, Sequence[Request], bool]:
         """A job, a batch, what expired, and whether that was all; nothing at all only if it may not `wait`."""
-        with self._changed:
-            while True:
+        while True:
+            with self._lock:
+                self._is_idle = False
                 if self._jobs:
                     return self._jobs.popleft(), None, (), False
                 now = time.monotonic()
@@ -378,14 +388,14 @@ class TesseractRuntime:
                     return None, None, expired, self._closing and not expired
                 timer_at = self._batcher.timer_at()
                 self._is_idle = True
-                self._changed.wait(None if timer_at is None else max(timer_at - now, 0))
-                self._is_idle = False
+            with contextlib.suppress(Empty):
+                self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
     def _finish(self, executor: Executor, batch: Batch, attempt: Attempt) -> None:
         """Hands out what became of a batch."""
         outcomes = executor.outcomes(attempt)
         now = time.monotonic()
-        with self._changed:
+        with self._lock:
             for outcome in outcomes:
                 if outcome.error is not None and outcome.work.request is not None:
                     self._batcher.remove(outcome.work.request)  # the other parts of a split request
@@ -396,8 +406,23 @@ class TesseractRuntime:
         self._post(self._deliver, batch, outcomes, now - batch.started)
 
     def _post(self, function: Callable[..., None], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed without closing us: nobody waits any more
-            self._running_loop.call_soon_threadsafe(function, *args)
+        """Lets the loop call this. Waking it is a system call: what is posted until it looks shares one."""
+        self._posted.append((function, args))
+        if not self._delivers:
+            self._delivers = True
+            with contextlib.suppress(RuntimeError):  # the loop was closed without closing us: nobody waits any more
+                self._running_loop.call_soon_threadsafe(self._call_posted)
+
+    def _call_posted(self) -> None:
+        """On the loop."""
+        self._delivers = False  # before looking: what is posted from now on wakes the loop again
+        try:
+            while self._posted:
+                function, args = self._posted.popleft()
+                function(*args)
+        finally:
+            if self._posted:  # one failed; it is logged, and the others must not wait for it
+                self._running_loop.call_soon(self._call_posted)
 
 
 # -- On the loop again -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
 Builder = Callable[..., tuple[nn.Module, tuple[Schema, ...]]]
@@ -78,7 +78,8 @@ def _find(name: str) -> Builder:
             builder = getattr(importlib.import_module(path), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"no expert at {name!r}: {error}") from error
-    assert builder is not None
+    if not callable(builder):
+        raise ValueError(f"no expert at {name!r}: that is no function that builds one, but a {type(builder).__name__}")
     return builder
 
 
@@ -90,6 +91,7 @@ def make_backend(
     max_batch_size: int = 4096,
     seed: int | None = None,
     sizes: Mapping[str, Any] | None = None,
+    settings: BackendSettings | None = None,
 ) -> ExpertBackend:
     """A backend of `build_module(name, seed=seed, **sizes)`; ``optimizer=None`` freezes it.
 
@@ -105,7 +107,13 @@ def make_backend(
             raise ValueError(f"a learning rate is 0 or more, not {learning_rate}")
         kind: Any = OPTIMIZERS[optimizer]
         made = partial(kind, parameters, lr=learning_rate, fused=True)  # one kernel for all: a third of the time
-    return ExpertBackend(module, optimizer=made, args_schema=args_schema, max_batch_size=max_batch_size)
+    return ExpertBackend(
+        module,
+        optimizer=made,
+        args_schema=args_schema,
+        max_batch_size=max_batch_size,
+        settings=settings or BackendSettings(),
+    )
 
 
 class _Linear(nn.Linear):

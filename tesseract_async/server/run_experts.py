@@ -62,8 +62,16 @@ def build_run_module(manifest: RunManifest, uid: str, *, allowed_modules: Collec
     return _build(manifest, uid, allowed_modules)[0]
 
 
-def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Collection[str] = ()) -> ExpertBackend:
+def build_run_backend(
+    manifest: RunManifest,
+    uid: str,
+    *,
+    allowed_modules: Collection[str] = (),
+    computing: Mapping[str, Any] | None = None,
+) -> ExpertBackend:
     """The expert, ready to be hosted, checked against the manifest's schemas.
+
+    `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``.
 
     Raises: ValueError if it is not allowed, or asks for what this version does not have; RunMismatch if its schemas
     are others.
@@ -85,7 +93,7 @@ def build_run_backend(manifest: RunManifest, uid: str, *, allowed_modules: Colle
             scheduler=None if optimizer is None else _scheduler(manifest),
             args_schema=args_schema,
             max_batch_size=max_batch_size,  # type: ignore[arg-type]
-            settings=BackendSettings(**training, codecs=codecs),  # type: ignore[arg-type]
+            settings=BackendSettings(**training, codecs=codecs, **(computing or {})),  # type: ignore[arg-type]
         )
     except TypeError as error:
         raise ValueError(f"the run {manifest.name}: max_batch_size or another training option: {error}") from None

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 
 from tesseract_async.errors import ProtocolError
@@ -36,9 +37,15 @@ FP16_MAX: Final = 65504.0
 _TINY: Final = torch.finfo(torch.float32).tiny
 
 # numpy and memoryview both know these; not bfloat16 and the complex ones
-_CASTABLE: Final = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
-)
+_CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
+    torch.float64: np.dtype(np.float64),
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.int64: np.dtype(np.int64),
+    torch.int32: np.dtype(np.int32),
+    torch.uint8: np.dtype(np.uint8),
+    torch.bool: np.dtype(np.bool_),
+}
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, which the wire defines as little-endian"
 
@@ -59,7 +66,8 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
         return memoryview(b"")
     if codec == "none" and tensor.dtype in _CASTABLE and tensor.dim() and tensor.is_contiguous() and tensor.is_cpu:
         # the same memory as below with half the dispatches: this is most of what a small call costs here
-        return memoryview(tensor.detach().numpy()).cast("B")  # type: ignore[arg-type, unused-ignore]
+        array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+        return memoryview(array).cast("B")  # type: ignore[arg-type, unused-ignore]
     flat = tensor.detach().cpu().contiguous().view(-1)
     if codec == "bf16":
         flat = flat.to(torch.bfloat16)
@@ -89,6 +97,9 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
         if buffer.readonly:
             buffer = memoryview(bytearray(buffer))
         if codec == "none":
+            if (known := _CASTABLE.get(dtype)) is not None:
+                # a view of a tensor would let go of the interpreter's lock: beside a busy device's thread, that is slow
+                return torch.from_numpy(np.ndarray(shape, known, buffer))
             return torch.frombuffer(buffer, dtype=dtype).view(shape)
         if codec in ("bf16", "fp16"):
             half = torch.frombuffer(buffer, dtype=torch.bfloat16 if codec == "bf16" else torch.float16)

@@ -140,7 +140,11 @@ def _flatten_fitting(leaves: list[Any], part: Schema, value: Any) -> bool:
     if isinstance(part, _SEQUENCES):
         if not isinstance(value, _SEQUENCES) or len(part) != len(value):
             return False
+        if len(part) == 1:
+            return _flatten_fitting(leaves, part[0], value[0])
         return all([_flatten_fitting(leaves, a, b) for a, b in zip(part, value, strict=True)])
+    if not part and not value and type(value) is dict:  # no keyword arguments: nearly every call
+        return True
     if not isinstance(value, Mapping) or part.keys() != value.keys():
         return False
     return all([_flatten_fitting(leaves, part[key], value[key]) for key in part])
@@ -227,7 +231,7 @@ def pack_tensors(
             continue
         codec = name if tensor.is_floating_point() else "none"
         metas.append([DTYPE_NAMES[tensor.dtype], list(tensor.shape), codec])
-        buffers.append(compression.encode(tensor.detach(), codec))
+        buffers.append(compression.encode(tensor, codec))
     return metas, buffers
 
 
@@ -238,7 +242,7 @@ def unpack_tensors(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tens
     """
     if not isinstance(metas, list) or len(metas) > MAX_TENSORS:
         raise ProtocolError(f"tensor metas are a list of at most {MAX_TENSORS}")
-    if len(buffers) != sum(meta is not None for meta in metas):
+    if len(buffers) != len(metas) - metas.count(None):
         raise ProtocolError(f"{len(buffers)} buffers for {len(metas)} tensor metas")
     remaining = iter(buffers)
     out: list[torch.Tensor | None] = []
@@ -260,10 +264,9 @@ def _dtype(name: Any) -> torch.dtype:
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:
-    if (
-        not isinstance(sizes, list)
-        or len(sizes) >= MAX_DIMS
-        or any(type(size) is not int or not 0 <= size < 2**40 for size in sizes)
-    ):
+    if not isinstance(sizes, list) or len(sizes) >= MAX_DIMS:
         raise ProtocolError("malformed shape")
+    for size in sizes:
+        if type(size) is not int or not 0 <= size < 2**40:
+            raise ProtocolError("malformed shape")
     return tuple(sizes)

@@ -33,6 +33,7 @@ def test_a_port_in_use_is_a_sentence() -> None:
         (("--expert-class", "fnn"), "no expert named 'fnn'; there are"),
         (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
         (("--initial-peers", "nonsense"), "nonsense"),
+        (("--preferred-size", "9999"), "a batch has at least 1 row and at most 4096"),
         (("--device", "nonsense"), "not a device, such as 'cpu' or 'cuda:0': 'nonsense'"),
         (("--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
     ],
@@ -57,6 +58,10 @@ async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -
                 await ta.backward((await expert(x)).sum())
                 with torch.no_grad():
                     before = await expert(x)
+                if hasattr(signal, "SIGUSR1"):
+                    server.send_signal(signal.SIGUSR1)
+                    assert (await event(server, "saved"))["versions"]["ffn.1.3"] == 1
+                    assert (tmp_path / "checkpoints" / "ffn.1.3" / "000000000001.safetensors").exists()
                 server.send_signal(signal.SIGINT)
                 assert (await event(server, "left"))["versions"] == {"ffn.0.3": 0, "ffn.1.3": 1}
                 assert await server.wait() == 0

@@ -41,13 +41,13 @@ hours = "00:00-24:00"
 
 
 async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
-    """The uid's primary, asked of the network until there is one."""
+    """The uid's primary, read from the network as often as it takes."""
+    node.directory.watch("ffn", (2, 2))
+    await node.directory.wait_warm("ffn")
     async with asyncio.timeout(20):
-        while True:
-            found = [one for one in await node.directory.find(uid) if one.primary]
-            if found:
-                return found[0]
-            await asyncio.sleep(0.05)
+        while not (found := [one for one in await node.directory.find(uid) if one.primary]):
+            await node.directory.refresh("ffn")
+    return found[0]
 
 
 def plan(run: str, seed: str, **changes: Any) -> ServePlan:

@@ -91,6 +91,9 @@ class FakeDirectory:
         self.num_finds += 1
         return [] if self.mute else self._alive(uid)
 
+    def known(self, uid: str) -> list[FakeReplica]:
+        return []
+
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
         self.watched[prefix] = grid_size
 

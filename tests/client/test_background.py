@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
+from tesseract_async.network.network import StoreItem
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +51,25 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
         optimizer.step()
     with torch.no_grad():  # a server that leaves waits for the backwards of what it answered
         assert gate.mix(x).num_answers.tolist() == [2, 2, 2]
-    assert node.network.store("key", 1, ttl=60.0) >= 1 and node.network.get("key") == 1
+    network = node.network
+    assert network.store("key", 1, ttl=60.0) >= 1 and network.get("key") == 1
+    assert network.store_many([StoreItem("a", 1, 60.0), StoreItem("b", 2, 60.0)]) == [1, 1]
+    assert network.get_many(["a", "b", "c"]) == [1, 2, None] and network.get_entries("a")[0].owner == node.peer_id
+    assert network.withdraw("a") >= 1 and network.get("a") is None
+    assert network.wait_joined() and network.num_contacts == 0 and node.wait_reachable()
+    assert node.identity.peer_id == node.peer_id and node.metrics.snapshot()
+
+    def step() -> None:
+        gate(expert(torch.randn(3, 8))).sum().backward()
 
     async def in_a_running_loop() -> None:
         y = await asyncio.to_thread(expert, x)
         await asyncio.to_thread(y.sum().backward)
         expert(x).sum().backward()  # as in a notebook's cell, which the kernel's loop runs
+        await ta.backward(expert(x).sum())  # awaited on this loop, carried by the node's
+        loop = asyncio.get_running_loop()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # more steps than threads
+            await asyncio.gather(*(loop.run_in_executor(pool, step) for _ in range(6)))
 
     asyncio.run(in_a_running_loop())
     results = []
@@ -76,6 +91,12 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
     with pytest.raises(RuntimeError, match="own thread"):
         node.run(on_the_nodes_thread())
 
+    async def close_it() -> None:
+        node.close()
+
+    with pytest.raises(RuntimeError, match="own thread"):
+        node.run(close_it())
+
 
 async def test_misuse_says_so() -> None:
     node = ta.BackgroundNode()
@@ -87,7 +108,9 @@ async def test_misuse_says_so() -> None:
     node.start()
     with pytest.raises(RuntimeError, match="started before"):
         node.start()
+    gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(2, 2), in_features=8)
     node.close()
     node.close()
-    with pytest.raises(RuntimeError, match="not running"):
-        node.run(asyncio.sleep(0))
+    for late in (lambda: node.run(asyncio.sleep(0)), lambda: gate(torch.zeros(1, 8)), lambda: node.node):
+        with pytest.raises(RuntimeError, match="not running"):
+            late()

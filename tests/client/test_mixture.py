@@ -15,6 +15,7 @@ from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMisma
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, FakeReplica
+from tests.client.virtual_time import run_in_virtual_time
 
 UIDS = [f"ffn.{i}" for i in range(4)]
 
@@ -54,7 +55,11 @@ PATTERNS = [p for n in range(5) for p in itertools.combinations(range(4), n)]
 
 
 @pytest.mark.parametrize("k_best,k_min,spare", [(1, 1, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (4, 2, 0)])
-async def test_every_failure_pattern_in_forward(node: FakeNode, k_best: int, k_min: int, spare: int) -> None:
+def test_every_failure_pattern_in_forward(k_best: int, k_min: int, spare: int) -> None:
+    run_in_virtual_time(forward_patterns(FakeNode(), k_best, k_min, spare))  # where nobody is late
+
+
+async def forward_patterns(node: FakeNode, k_best: int, k_min: int, spare: int) -> None:
     gate = make_gate(node, k_best=k_best, k_min=k_min, spare=spare, on_missing="zero")
     x = torch.randn(6, 2)
     await gate(x)
@@ -101,7 +106,11 @@ def make_settings(gate: GatingFunction, **changes: object) -> object:
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("backward_k_min", [0, 1, 2])
-async def test_every_failure_pattern_in_backward(node: FakeNode, rescale: bool, backward_k_min: int) -> None:
+def test_every_failure_pattern_in_backward(rescale: bool, backward_k_min: int) -> None:
+    run_in_virtual_time(backward_patterns(FakeNode(), rescale, backward_k_min))
+
+
+async def backward_patterns(node: FakeNode, rescale: bool, backward_k_min: int) -> None:
     gate = make_gate(node, k_best=3, backward_k_min=backward_k_min, rescale_backward=rescale)
     data = torch.randn(5, 2)
     for pattern in PATTERNS:
@@ -232,6 +241,42 @@ async def test_jitter_changes_scores_in_training_only(node: FakeNode) -> None:
     assert torch.equal(gate._scores(x), gate._scores(x))
 
 
+async def test_jitter_stays_within_its_bounds(node: FakeNode) -> None:
+    gate = make_gate(node, jitter=0.1)
+    with torch.no_grad():
+        gate.proj.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]))
+        gate.proj.bias.zero_()
+    x = torch.rand(1000, 2) + 1
+    factors = gate._scores(x)[:, :2] / x
+    assert 0.9 <= factors.min() < 0.91 and 1.09 < factors.max() <= 1.1 + 1e-6
+    assert 0.99 < factors.mean() < 1.01
+
+
+async def test_a_grid_of_three_dimensions(node: FakeNode) -> None:
+    cells = [cell for cell in itertools.product(range(2), range(3), range(2)) if sum(cell) % 3]
+    for n, cell in enumerate(cells):
+        node.host("cube." + ".".join(map(str, cell)), Slope(float(n + 1)), TensorSpec((2,)))
+    gate = GatingFunction(node, "cube", grid_size=(2, 3, 2), in_features=2, k_best=3, k_min=3)
+    x = torch.randn(6, 2)
+    scores = gate.proj(x)
+    joint = torch.stack([scores[:, i] + scores[:, 2 + j] + scores[:, 5 + k] for i, j, k in cells], dim=1)
+    best = joint.topk(3, dim=1)
+    slopes = (best.values.softmax(1) * (best.indices + 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(await gate(x), x * slopes)
+
+
+async def test_a_gates_state_is_its_projection(node: FakeNode) -> None:
+    gate, other = make_gate(node, k_best=2, k_min=2), make_gate(node, k_best=2, k_min=2)
+    nn.init.ones_(other.proj.weight)
+    x = torch.randn(5, 2)
+    y = await gate(x)
+    assert not torch.equal(await other(x), y)
+    state = gate.state_dict()
+    assert set(state) == {"proj.weight", "proj.bias"}
+    other.load_state_dict(state)
+    torch.testing.assert_close(await other(x), y)
+
+
 async def test_load_balancing_loss(node: FakeNode) -> None:
     gate = make_gate(node, k_best=1, load_balancing=True)
     gate.proj.requires_grad_(True)
@@ -296,6 +341,22 @@ async def test_switch_multiplies_by_the_probability(node: FakeNode) -> None:
     torch.testing.assert_close(y, x * (slopes * joint.amax(1))[:, None])
     await backward(y.sum() + 0.01 * gate.load_balancing_loss)  # type: ignore[operator]
     assert gate.proj.weight.grad is not None and gate.proj.weight.grad.any()
+
+
+async def test_switch_drops_what_does_not_fit_as_the_paper_does(node: FakeNode) -> None:
+    for i in range(2):
+        node.host(f"sw.{i}", Slope(1.0), TensorSpec((2,)))
+    gate = SwitchGatingFunction(node, "sw", grid_size=(2,), in_features=2, capacity_factor=1.0, refill=False)
+    assert gate.jitter > 0 and gate.load_balancing and gate.route == "token"
+    with torch.no_grad():
+        gate.proj.weight.zero_()
+        gate.proj.bias.copy_(torch.tensor([1.0, 0.0]))  # all eight want the first, which takes four
+    x = torch.ones(8, 2)
+    y = await gate(x)
+    probability = torch.tensor([1.0, 0.0]).softmax(0)[0]
+    assert (y.any(1).sum() == 4) and torch.allclose(y[y.any(1)], x[:4] * probability)
+    # everything at one expert of two: 2 x (1 x its mean probability)
+    torch.testing.assert_close(gate.load_balancing_loss, 2 * probability)
 
 
 async def test_beam_gate_never_reads_the_grid(node: FakeNode) -> None:

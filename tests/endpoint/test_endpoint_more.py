@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
+from typing import Any
 
 import pytest
 
 from tesseract_async.admission import Policy
+from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.lanes import BULK
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.transport.tcp import TcpTransport
+from tesseract_async.transport.tcp import TcpPipe, TcpTransport
 from tesseract_async.wire import frames
-from tests.faults.serving import echo, serving
+from tests.faults.serving import RawPeer, echo, serving
 
 PLAIN = EndpointSettings(security="plain")
 
@@ -252,24 +256,39 @@ async def test_closing_fails_own_calls_and_cancels_handlers() -> None:
 
 
 @pytest.mark.both_loops
-async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns() -> None:
+async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
     slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(standing_bytes=64 * 2**20))
     async with serving(slow) as (server, address), client_of(slow) as client:
+        has_bulk, on_loan = asyncio.Event(), asyncio.Event()
+        attach, write = Connection.attach, TcpPipe.write
+
+        def attached(connection: Connection, lane: int, *rest: Any) -> None:
+            attach(connection, lane, *rest)
+            if lane == BULK and connection.dialled is not None:
+                has_bulk.set()
+
+        def wrote(pipe: TcpPipe, data: bytes | memoryview) -> None:
+            write(pipe, data)
+            if pipe.unsent and len(data) > 100_000:
+                on_loan.set()
+
+        monkeypatch.setattr(Connection, "attach", attached)
+        monkeypatch.setattr(TcpPipe, "write", wrote)
         await client.call(address, "echo", None, [bytes(100_000)], timeout=5)  # opens the window and the bulk lane
-        async with asyncio.timeout(5):
-            while not client._pool.connections()[0].has_bulk:
-                await client.call(address, "echo", timeout=5)
+        await asyncio.wait_for(has_bulk.wait(), 5)
         payload = bytearray(30 * 2**20)
         theirs = [channel for c in server._pool.connections() for channel in c._channels if channel is not None]
         for channel in theirs:
             channel.pipe.pause_reading()
         task = asyncio.create_task(client.call(address, "echo", None, [payload], timeout=20))
         channels = [channel for c in client._pool.connections() for channel in c._channels if channel is not None]
-        while not any(channel.pipe.unsent for channel in channels):  # noqa: ASYNC110  (nothing tells of it)
-            await asyncio.sleep(0)
+        await asyncio.wait_for(on_loan.wait(), 5)
         task.cancel()
-        await asyncio.sleep(0.02)
+        for _ in range(50):
+            await asyncio.sleep(0)
         assert not task.done(), "bytes are on loan: the call must not return"
         for channel in theirs:
             channel.pipe.resume_reading()
@@ -278,6 +297,28 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns() -> 
         assert all(channel.pipe.unsent == 0 for channel in channels)
         payload[:] = b"x" * len(payload)
         assert (await client.call(address, "echo", 1, timeout=5)).body == 1
+
+
+async def test_security_off_says_so_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with client_of():
+        assert "security is off" not in caplog.text
+    async with client_of(PLAIN):
+        assert "security is off" in caplog.text
+
+
+async def test_half_open_channels_are_limited_in_number() -> None:
+    settings = dataclasses.replace(PLAIN, max_half_open=3, handshake_timeout=0.3)
+    async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
+        peers = [await stack.enter_async_context(RawPeer.connected(address, greet=False)) for _ in range(5)]
+        await asyncio.gather(*(peer.closed() for peer in peers))
+        counted = {
+            dict(labels)["reason"]: value
+            for (name, labels), value in server.metrics.counters.items()
+            if name == "endpoint_handshakes_failed"
+        }
+        assert counted == {"too_many": 2, "timeout": 3}
+        async with client_of(settings) as client:
+            assert (await client.call(address, "echo", 1, timeout=5)).body == 1
 
 
 async def test_a_standing_still_loop_is_told_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,14 +53,12 @@ def perplexity(text: str, steps: int) -> float:
 
 
 async def test_the_language_model_equals_its_local_twin(tmp_path: Path) -> None:
-    small = (*SMALL_LM, "--steps", 12)
-    local, remote = await asyncio.gather(
-        start("train_lm.py", "--local", "--out", tmp_path / "local", *small),
-        start("train_lm.py", "--out", tmp_path / "remote", *small),
-    )
-    wanted = perplexity(await finish(local), 12)
-    assert wanted < 240  # of 256
-    assert perplexity(await finish(remote), 12) == pytest.approx(wanted, rel=0.05)
+    text = await finish(await start("train_lm.py", "--compare", "--out", tmp_path, *SMALL_LM, "--steps", 12))
+    found = re.search(r"perplexity: local ([\d.]+), remote ([\d.]+), remote / local ([\d.]+)", text)
+    assert found, text
+    local, remote, ratio = map(float, found.groups())
+    assert local < 240  # of 256
+    assert remote == pytest.approx(local, rel=0.05) and ratio == pytest.approx(remote / local, rel=1e-2)
 
 
 @pytest.mark.slow

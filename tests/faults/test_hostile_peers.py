@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import tracemalloc
+from collections.abc import Callable
 
 import pytest
 
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Handler, IncomingCall, Message
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.identity import Identity
@@ -113,6 +115,16 @@ async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> 
         computed += 1
         return Message(None, (memoryview(bytes(60_000)),))
 
+    tracemalloc.start()
+    try:
+        await _never_read(settings, swell, lambda: computed)
+        assert tracemalloc.get_traced_memory()[1] < 2**25, "measured, all in all"
+    finally:
+        tracemalloc.stop()
+
+
+async def _never_read(settings: EndpointSettings, swell: Handler, computed: Callable[[], int]) -> None:
+
     async with serving(settings) as (server, address), client_of(settings) as client:
         server.handle("swell", swell)
         async with RawPeer.connected(address) as peer:
@@ -126,8 +138,43 @@ async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> 
                     await client.call(address, "echo", timeout=5)
             # two portions of replies beyond the bound on the backlog; the rest was held back and never computed
             assert 2**20 < peak <= 2**20 + 2 * 128 * 61_000, "replies that nobody reads"
-            assert computed < 500
+            assert computed() < 500
             assert server.metrics.total("endpoint_connections_dropped") == 1
+
+
+async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than_allowed() -> None:
+    bounds = ProtocolSettings(max_replies=8 * 2**20, max_backlog=2**30)
+    settings = dataclasses.replace(PLAIN, protocol=bounds, max_reply_bytes=12 * 2**20)
+    computed = 0
+
+    async def swell(call: IncomingCall) -> Message:
+        nonlocal computed
+        computed += 1
+        return Message(None, (memoryview(bytearray(2**20)),))
+
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        server.handle("swell", swell)
+        tracemalloc.start()
+        try:
+            async with RawPeer.connected(address) as first, RawPeer.connected(address) as second:
+                before = tracemalloc.get_traced_memory()[0]
+                for peer in (first, second):  # neither ever grants a reply
+                    for stream in range(1, 301):
+                        peer.writer.write(peer.request(stream, method="swell"))
+                async with asyncio.timeout(30):
+                    while computed < 600:
+                        assert (await client.call(address, "echo", 1, timeout=5)).body == 1
+                # what waits, the replies of one turn's handlers, and the requests and refusals themselves
+                assert tracemalloc.get_traced_memory()[0] - before < 14 * 2**20
+                assert 8 * 2**20 < server._reply_budget.used <= 12 * 2**20, "of one at most 8, of both at most 12"
+                reply = await client.call(address, "echo", 1, [bytes(300_000)], timeout=5)
+                assert len(reply.buffers[0]) == 300_000, "there is room for small ones of others"
+            async with asyncio.timeout(5):
+                while len(server.connections()) > 1:
+                    await client.call(address, "echo", timeout=5)
+            assert server._reply_budget.used == 0
+        finally:
+            tracemalloc.stop()
 
 
 async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> None:

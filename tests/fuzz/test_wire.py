@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,12 @@ import msgpack
 import pytest
 import torch
 
+from tesseract_async.admission import Quota
 from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import ProtocolSettings
-from tesseract_async.errors import ProtocolError
+from tesseract_async.errors import ConnectionLost, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.tls import TlsMachine
@@ -24,6 +25,8 @@ from tesseract_async.wire.calls import Hello, RequestHead
 SETTINGS = ProtocolSettings(max_message=2**22, max_calls=50)
 HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22)
 REQUEST = calls.encode_request(RequestHead(bytes(16), "expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
+PEER = Identity.from_seed(b"f" * 32).peer_id
+QUOTA = Quota(calls=2, num_bytes=2**20, concurrent=2)
 CONTEXTS = make_contexts(Identity.from_seed(b"f" * 32))
 
 
@@ -64,8 +67,16 @@ def value(pick: random.Random, depth: int = 0) -> Any:
 
 def fuzz_machine(pick: random.Random) -> None:
     """Both roles of a connection take mutated frames of every kind."""
+    quotas = Quotas(lambda _: QUOTA)
     side = ConnectionProtocol(
-        "peer", HELLO, dialled=pick.random() < 0.5, budget=Budget(2**23), settings=SETTINGS, now=0.0, wake=lambda: None
+        "peer",
+        HELLO,
+        dialled=pick.random() < 0.5,
+        budget=Budget(2**23),
+        settings=SETTINGS,
+        now=0.0,
+        wake=lambda: None,
+        meter=quotas.meter(PEER) if pick.random() < 0.3 else None,
     )
     for _ in range(2):
         head = RequestHead(bytes(16), "m", 5.0, 0, 0, 2**20, None)
@@ -91,22 +102,27 @@ def fuzz_machine(pick: random.Random) -> None:
             )
         )
         data += mutate(pick, frames.frame(kind, stream=stream, flags=pick.randrange(4), payload=payload))
-    view = memoryview(bytes(data))
+    view, now = memoryview(bytes(data)), 0.0
+    lane = pick.choice((0, 0, 1))
     try:
         while view:
-            reader = side.lanes[0].reader
+            reader = side.lanes[lane].reader
             buffer = reader.get_buffer()
-            count = min(len(buffer), len(view))
+            count = min(len(buffer), len(view), pick.choice((7, 3000, 2**20)))
             buffer[:count] = view[:count]
             view = view[count:]
-            side.received(count, 0.0)
+            side.received(count, now, lane=lane)
             reader.buffer_updated(count)
-            side.data_to_send(0, 1)
-    except ProtocolError:
+            side.data_to_send(lane, 1)
+            if pick.random() < 0.1:
+                now += pick.choice((0.1, 8.0))
+                side.handle_timer(now)
+    except (ProtocolError, ConnectionLost):
         pass
     side.events()
     side.connection_lost("the end")
     assert side._budget.used == 0 and side.num_calls == 0
+    assert all(use.under_way == 0 for use in quotas._uses.values())
 
 
 def fuzz_frames(pick: random.Random) -> None:
@@ -137,12 +153,16 @@ KINDS: list[Any] = [
     messages.ForwardReply,
     messages.BackwardRequest,
     messages.BackwardReply,
+    messages.LeadRequest,
+    messages.LeadReply,
+    messages.StateRequest,
+    messages.StateReply,
 ]
 
 
 def fuzz_messages(pick: random.Random) -> None:
     kind = pick.choice(KINDS)
-    body = {field.name: value(pick) for field in dataclasses.fields(kind) if pick.random() < 0.9}
+    body = {name: value(pick) for name in kind._fields if pick.random() < 0.9}
     messages.decode(kind, body if pick.random() < 0.9 else value(pick))
 
 

@@ -151,7 +151,7 @@ async def test_a_server_was_killed(browser: Any) -> None:
         grid["lost"] = [expert[0] for expert in lost]
         observer.changed()
         await visit.wait_text("#grids", f"{16 - len(lost)} of 16 experts alive, {len(lost)} lost")
-        await visit.page.hover(".grid canvas", position={"x": 60, "y": 10})
+        await visit.page.hover(".grid canvas", position={"x": 120, "y": 10})
         assert "ffn.0.1: lost." in await visit.text("#detail")
 
 

@@ -382,3 +382,30 @@ async def test_what_a_closed_node_made_says_that_it_is_closed() -> None:
             for loss in losses:
                 with pytest.raises(RuntimeError, match="this node is closed"):
                     await ta.backward(loss)
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("what", ["expert", "gate"])
+async def test_backward_ends_when_its_node_closes(what: str) -> None:
+    async with ta.TesseractNode() as host:
+        async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
+            guest = ta.TesseractNode(initial_peers=[host.address])
+            await guest.start()
+            gate = ta.GatingFunction(guest, "e", grid_size=(1,), in_features=WIDTH, k_best=1, backward_k_min=1)
+            layer = gate if what == "gate" else await guest.get_expert("e.0")
+            x = torch.randn(1, WIDTH, requires_grad=True)
+            y = await layer(x)
+            host.unhost_expert("e.0")
+            asked, silent = asyncio.Event(), asyncio.Event()
+
+            async def never(call: object) -> Any:
+                asked.set()
+                await silent.wait()
+
+            host.host_expert("e.0", never)
+            backward = asyncio.create_task(ta.backward(y.sum()))
+            await asyncio.wait_for(asked.wait(), 10)
+            await guest.aclose()
+            with pytest.raises((errors.TesseractError, RuntimeError)):
+                await asyncio.wait_for(backward, 10)
+            assert x.grad is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 
 import pytest
@@ -50,16 +51,44 @@ def test_padding_brings_no_gradient_and_nothing_that_is_not_finite() -> None:
     torch.testing.assert_close(padded.gradients([x], gradients), plain.gradients([x], gradients))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_equals_plain() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.GELU())
-    settings = BackendSettings(preferred_sizes=(4, 8), compile_mode="default")
+compiles = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
+    ),
+    # PyTorch's compiler warns about its own parts
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture
+def no_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's compiler would leave processes, and threads that watch them, until the program ends."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if importlib.util.find_spec("tqdm") is not None:
+        import tqdm
+
+        monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
+
+
+@pytest.mark.parametrize("dropout", [pytest.param(p, marks=compiles) for p in (0.0, 0.5)])
+def test_compiled_equals_plain(dropout: float, no_helpers: None) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Dropout(dropout))
+    settings = BackendSettings(preferred_sizes=(4,), compile_mode="default")
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     compiled = ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((2,)),), settings=settings)
     plain = ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((2,)),))
-    for num_rows in (1, 3, 7):
+    for num_rows in (1, 3, 4):
         x, gradient = torch.randn(num_rows, 2), [torch.randn(num_rows, 2)]
         torch.testing.assert_close(compiled.forward([x]), plain.forward([x]))
         torch.testing.assert_close(compiled.gradients([x], gradient), plain.gradients([x], gradient))
+        if dropout:  # padded rows draw, too: compared with itself
+            (y,) = compiled.forward([x], training=True, seed=num_rows)
+            (again,), _ = compiled.gradients([x], [torch.ones(num_rows, 2)], training=True, seed=num_rows)
+            assert torch.equal(y, compiled.forward([x], training=True, seed=num_rows)[0])
+            kept = (y != 0).float() * 2
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                (expected,) = torch.autograd.grad((module[:2](leaf) * kept).sum(), leaf)
+            torch.testing.assert_close(again, expected)

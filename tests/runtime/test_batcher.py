@@ -227,6 +227,36 @@ def test_the_queues_forget_what_has_passed() -> None:
     assert sum(len(one.ages) for one in batcher._classes) < 3000
 
 
+def test_sixty_four_experts_under_a_thousand_requests_wait_fairly() -> None:
+    """In made-up time: a batch takes 1 ms and 10 us a row; each client asks some expert again at once."""
+    batcher = Batcher(NO_LIMIT)
+    pools = [batcher.add_pool(number, max_batch_size=256) for number in range(64)]
+    choice = random.Random(1)
+    waits: list[float] = []
+    now = busy = 0.0
+
+    def ask(client: int) -> None:
+        batcher.add(request(choice.choice(pools), 4, peer=client, payload=client, deadline=now + 30), now)
+
+    for client in range(1000):
+        ask(client)
+    while len(waits) < 20_000:
+        oldest = min(one.arrival for one in batcher.waiting())
+        batch = batcher.pop_ready(now)
+        assert batch is not None, "the device idles although work waits"
+        assert min(part.request.arrival for part in batch.parts) == oldest, "another expert holds older work"
+        seconds = 1e-3 + 1e-5 * batch.num_rows
+        now += seconds
+        busy += seconds
+        batcher.finish(batch, now)
+        for part in batch.parts:
+            waits.append(now - part.request.arrival)
+            ask(part.request.payload)
+    steady = sorted(waits[1000:])
+    assert steady[int(0.99 * len(steady))] <= 2.2 * sum(steady) / len(steady)
+    assert busy == pytest.approx(now)
+
+
 @pytest.mark.parametrize("num_rows", [0, -1])
 def test_a_request_without_rows_is_refused(num_rows: int) -> None:
     batcher = Batcher()

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import ExpertFailed
-from tesseract_async.runtime import executor as executor_module
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, Part, Pool, Request
 from tesseract_async.runtime.executor import Executor
+from tesseract_async.runtime.finite import are_finite
 from tesseract_async.runtime.work import Answer, Outcome, Work
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -210,8 +210,8 @@ def test_gradients_that_are_not_finite_are_refused_one_by_one(bad: float) -> Non
 
 def test_large_finite_numbers_are_not_mistaken_for_infinite() -> None:
     tensors = [torch.full((4,), 3e38), torch.full((4,), 6e4, dtype=torch.float16), torch.full((2,), 1 + 1j), None]
-    assert executor_module._are_finite(tensors)
-    assert not executor_module._are_finite([*tensors, torch.tensor([complex(0, torch.inf)])])
+    assert are_finite(tensors)
+    assert not are_finite([*tensors, torch.tensor([complex(0, torch.inf)])])
 
 
 def test_too_large_gradients_are_refused_and_others_are_clipped() -> None:

@@ -33,6 +33,7 @@ from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
+from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.wire import messages
@@ -347,8 +348,29 @@ async def test_the_first_checkpoint_is_written_before_anything_is_answered(node:
         assert (tmp_path / "ffn.0" / "000000000000.safetensors").exists()
 
 
-async def test_a_disk_that_fills_up_stops_nothing(
-    node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def refuse_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint, "open", read_only, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"), [(refuse_fsync, "No space left"), (refuse_open, "Read-only")], ids=["full", "read-only"]
+)
+async def test_a_disk_that_takes_nothing_stops_nothing(
+    node: FakeNode,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[pytest.MonkeyPatch], None],
+    sentence: str,
 ) -> None:
     tried = asyncio.Event()
 
@@ -361,20 +383,38 @@ async def test_a_disk_that_fills_up_stops_nothing(
                 raise
 
     async with Watched(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path, checkpoint_period=0.01) as server:  # type: ignore[arg-type]
-        fsync = os.fsync
-
-        def full(_: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "fsync", full)
-        await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-        async with asyncio.timeout(10):
-            await tried.wait()
-        await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-        assert "No space left" in caplog.text
-        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.MonkeyPatch.context() as patch:
+            spoil(patch)
+            await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+            async with asyncio.timeout(10):
+                await tried.wait()
+            await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+            assert sentence in caplog.text
+            assert [file.name for file in (tmp_path / "ffn.0").iterdir()] == ["000000000000.safetensors"]
         assert server.experts["ffn.0"].version == 2
-    assert (tmp_path / "ffn.0" / "000000000002.safetensors").exists(), "there was room again when it left"
+    assert (tmp_path / "ffn.0" / "000000000002.safetensors").exists(), "it could be written again when it left"
+
+
+async def test_a_slow_disk_holds_up_no_call(node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, writing = threading.Event(), threading.Event()
+
+    def slow(_: int) -> None:
+        writing.set()
+        assert release.wait(timeout=30)
+
+    async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
+        await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        monkeypatch.setattr(os, "fsync", slow)
+        saving = asyncio.create_task(server.save_checkpoints())
+        await asyncio.to_thread(writing.wait, 10)
+        for _ in range(3):
+            await node.forward("ffn.0", torch.randn(3, 8))
+            await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+        assert not saving.done()
+        release.set()
+        assert await saving == 1
+        saved = CheckpointStore(tmp_path).load("ffn.0")
+        assert saved is not None and saved["version"] == 1, "as it was when saving began"
 
 
 async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: FakeNode, tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ async def test_a_socket_for_both_kinds_of_ip(host: str) -> None:
     await transport.aclose()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has it")
+async def test_the_kernel_gives_up_a_dead_peer_as_soon_as_the_heartbeat_does() -> None:
+    async with tcp_pair() as pipes:
+        for pipe in pipes:
+            assert pipe._transport is not None
+            sock = pipe._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
+            pipe.start(Receiver())
+
+
 async def test_a_throttle_slows_both_directions() -> None:
     loop = asyncio.get_running_loop()
     async with tcp_pair(Limit(1_000_000)) as (dialled, accepted):
@@ -138,7 +148,11 @@ async def test_a_throttle_slows_both_directions() -> None:
         await mine.until(lambda: len(mine.data) == 100_000)
         dialled.pause_reading()  # the receiver's wish outlives the throttle's
         accepted.write(b"x")
-        await asyncio.sleep(0.2)
+        throttled = dialled._reading_again
+        assert throttled is not None
+        await asyncio.sleep(throttled.when() - loop.time() + 0.001)  # the throttle would let it in from now on
+        for _ in range(20):
+            await asyncio.sleep(0)
         assert len(mine.data) == 100_000
         dialled.resume_reading()
         await mine.until(lambda: len(mine.data) == 100_001)

@@ -163,7 +163,7 @@ function prepare(canvas, width, height) {
 
 function drawSheet(canvas, grid) {
   const { rows, columns } = sheet(grid), width = canvas.parentElement.clientWidth, by = $("colour").value;
-  const cell = Math.min(48, width / columns, Math.max(3, 640 / rows));
+  const cell = Math.min(80, width / columns, Math.max(3, 640 / rows));
   const draw = prepare(canvas, Math.floor(cell * columns), Math.ceil(cell * rows));
   const gap = cell > 14 ? 2 : cell > 5 ? 1 : 0, side = Math.max(1, cell - gap), all = grid.size.reduce((a, b) => a * b, 1);
   const fill = (coords, colour) => {
