@@ -41,13 +41,7 @@ RECORDED: Final = (
     *(f"docs/tutorial/{path.name}" for path in sorted((ROOT / "docs/tutorial").glob("*.md"))),
 )
 
-GO_ON: Final = (
-    "tesseract serve",
-    "tesseract dht",
-    "tesseract dashboard",
-    "tesseract run ",
-    "python examples/volunteer_server.py",
-)
+GO_ON: Final = ("tesseract serve", "tesseract dht", "tesseract dashboard")
 NOT_RUN: Final = {
     "make demo": "it takes a minute, and tests/cli/demo runs a smaller one",
     "make demo DEMO_ARGS=--freeze-experts": "as `make demo`",
@@ -64,7 +58,6 @@ _PIECES = re.compile(
     r"|^<!-- (?P<verb>stop|kill|run): (?P<whom>[^>]+?) -->$",
     flags=re.S | re.M,
 )
-_READY = re.compile(r'"address": "([^"]+)"|--initial-peers (\S+)|(https?://\S+)')
 
 
 _STEM: Final = """
@@ -254,7 +247,7 @@ class Session:
         real = self.localised(command)
         if real.startswith("tesseract dashboard"):
             real += " --bind-port 0"
-        goes_on = real.removeprefix("PYTHONPATH=. ").startswith(GO_ON)
+        goes_on = real.startswith(GO_ON)
         process = await self._start(real)
         lines: list[str] = []
         try:
@@ -275,19 +268,13 @@ class Session:
         return self._as_read("".join(line for line in lines if not line.startswith("{")))
 
     async def _until_ready(self, process: Running, lines: list[str], command: str) -> None:
-        """Reads on until both are there: the line that names an address, and silence after it."""
-        found: re.Match[str] | None = None
-        while True:
-            try:
-                line = (await asyncio.wait_for(process.output.readline(), None if found is None else 0.3)).decode()
-            except TimeoutError:
-                break
+        """Reads up to the line that says so to programs."""
+        while not lines or '"event": "ready"' not in lines[-1]:
+            line = (await process.output.readline()).decode()
             assert line, f"{command} ended:\n{''.join(lines)}"
             lines.append(line)
-            found = found or _READY.search(line)
-        assert found is not None
         if "--port 31337" in command:
-            self.address = (found[1] or found[2]).partition("/")[0]
+            self.address = json.loads(lines[-1])["address"].partition("/")[0]
         process.rest = asyncio.create_task(process.output.read())
 
     def _as_read(self, output: str) -> str:

@@ -143,7 +143,7 @@ def stem() -> Iterator[Any]:
     stem.close()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)  # six seconds each on two quiet cores
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
 async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Any) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""

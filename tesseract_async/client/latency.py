@@ -13,6 +13,7 @@ from collections.abc import Hashable
 _WINDOW = 64
 _MIN_FOR_QUANTILE = 8
 _SMOOTHING = 0.2
+_MAX_SLOWDOWN = 4.0
 _MAX_KEYS = 65_536
 MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
 _PATIENCE_MARGIN = 1.4
@@ -29,10 +30,12 @@ def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
 
 
 class _Record:
-    __slots__ = ("beyond_path", "recent", "blocked_until")
+    __slots__ = ("answered", "usual", "beyond_path", "recent", "blocked_until")
 
     def __init__(self) -> None:
         self.beyond_path: float | None = None
+        self.answered: float | None = None
+        self.usual: float | None = None
         self.recent: deque[float] = deque(maxlen=_WINDOW)
         self.blocked_until = 0.0
 
@@ -82,16 +85,22 @@ class LatencyBook:
             del self._records[next(iter(self._records))]
         return record
 
-    def observe(self, key: Hashable, seconds: float, *, path: float = 0.0) -> None:
-        """A call to `key` took this long, or had taken it when it was given up; `path` seconds of it on the way."""
+    def observe(self, key: Hashable, seconds: float, *, path: float = 0.0, answered: bool = True) -> None:
+        """A call to `key` took this long, or had taken it when it was given up (not `answered`); `path` seconds of it
+        on the way."""
         record = self._record(key)
         record.recent.append(seconds)
         self._all.append(seconds)
         beyond = max(0.0, seconds - path)
-        if record.beyond_path is None:
-            record.beyond_path = beyond
+        record.beyond_path = _smoothed(record.beyond_path, beyond)
+        if answered:
+            record.answered = _smoothed(record.answered, beyond)
+        elif record.answered is None or record.usual is None:
+            return
         else:
-            record.beyond_path += _SMOOTHING * (beyond - record.beyond_path)
+            # it may have become slower, or hang: one that hung for long is not to be waited for as long again
+            beyond = min(beyond, 2 * record.usual, _MAX_SLOWDOWN * record.answered)
+        record.usual = _smoothed(record.usual, beyond)
 
     def block(self, key: Hashable, until: float) -> None:
         """`key` asked not to be called before `until` (the loop's time)."""
@@ -102,6 +111,11 @@ class LatencyBook:
         """Seconds that a call to `key` is expected to take, `path` of them on the way; None if it was never called."""
         record = self._records.get(key)
         return None if record is None or record.beyond_path is None else path + record.beyond_path
+
+    def usual(self, key: Hashable, *, path: float = 0.0) -> float | None:
+        """Seconds that `key` usually takes to answer; those given up count little. None if it never answered."""
+        record = self._records.get(key)
+        return None if record is None or record.usual is None else path + record.usual
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
         """Whether `block` still holds."""
@@ -116,3 +130,7 @@ class LatencyBook:
             return None
         ordered = sorted(recent)
         return ordered[int(0.95 * (len(ordered) - 1) + 0.5)]
+
+
+def _smoothed(known: float | None, seconds: float) -> float:
+    return seconds if known is None else known + _SMOOTHING * (seconds - known)

@@ -234,7 +234,9 @@ class MixtureCall:
             while tasks:
                 now = loop.time()
                 suspicious_at = self._suspect(tasks.values(), now)
-                launch(self._refill())
+                if refills := self._refill():
+                    launch(refills)
+                    suspicious_at = self._suspect(tasks.values(), now)  # they may hang, too
                 hopeless = self._exhausted & (self._num_pending + self._num_slow == 0) & ~self._satisfied()
                 if hopeless.any() and self._settings.on_missing == "raise" and self._settings.k_min:
                     break
@@ -290,7 +292,7 @@ class MixtureCall:
         uid = ".".join((self._prefix, *map(str, coords)))
         forward = Forward(uid, self._schema, self._training, self._seed, self._options, self._differentiable)
         replicas = self._view.replicas[coords]
-        expected = self._shared.expected(replicas, num_bytes=len(rows) * self._schema.row_bytes)
+        expected = self._shared.usual(replicas, num_bytes=len(rows) * self._schema.row_bytes)
         return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
@@ -444,7 +446,7 @@ class MixtureCall:
         errors: dict[str, BaseException] = {}
         seconds: list[float] = []
         book = self._shared.latencies
-        expected = {part.uid: book.expected((part.uid, "backward")) for part in tasks.values()}
+        expected = {part.uid: book.usual((part.uid, "backward")) for part in tasks.values()}
         patience = self._patience("backward")
 
         def usual() -> Usual | None:
@@ -480,7 +482,7 @@ class MixtureCall:
         for task in waiting:
             part = tasks[task]
             taken.append((part, loop.time() - started))
-            book.observe((part.uid, "backward"), taken[-1][1])
+            book.observe((part.uid, "backward"), taken[-1][1], answered=False)
             errors[part.uid] = TimeoutError(f"{part.uid} sent no gradient in time")
         for part, s in taken:
             if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:

@@ -61,12 +61,12 @@ class Shared:
         """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
         return path_seconds(self.node.path(replica.peer), num_bytes)
 
-    def expected(self, replicas: Sequence[Any], *, num_bytes: float = 0) -> float | None:
-        """Seconds that a forward to the fastest of `replicas` is expected to take; None if none was ever called."""
+    def usual(self, replicas: Sequence[Any], *, num_bytes: float = 0) -> float | None:
+        """Seconds that the fastest of `replicas` usually takes for a forward; None if none ever answered."""
         known = [
             seconds
             for r in replicas
-            if (seconds := self.latencies.expected(_key(r), path=self.path_seconds(r, num_bytes))) is not None
+            if (seconds := self.latencies.usual(_key(r), path=self.path_seconds(r, num_bytes))) is not None
         ]
         return min(known, default=None)
 
@@ -189,7 +189,8 @@ async def _ask(
     except asyncio.CancelledError:
         path = shared.path_seconds(replica, num_bytes)
         if observed and loop.time() - start > (shared.latencies.expected(_key(replica), path=path) or 0.0):
-            shared.latencies.observe(_key(replica), loop.time() - start, path=path)  # a loser took at least this long
+            # a loser took at least this long
+            shared.latencies.observe(_key(replica), loop.time() - start, path=path, answered=False)
         raise
     if observed:
         path = shared.path_seconds(replica, num_bytes)

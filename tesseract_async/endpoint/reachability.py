@@ -103,7 +103,7 @@ class Finding:
             found,
             *filter(None, [open_v6]),
             f"To be dialled directly, forward TCP and UDP port {port} in the router to this computer, or open the "
-            f"firewall for it, and start the node with that port.",
+            f"firewall for it, and start the node with that port. Many routers do so if the node asks (--upnp).",
         ]
 
 

@@ -49,6 +49,8 @@ class _Grid:
         self.prefix = prefix
         self.grid_size = grid_size
         self.warm = asyncio.Event()
+        self.read_at = 0.0
+        """Wall-clock time at which the latest complete read began."""
         self.read = asyncio.Event()
         """Set at the end of the next read, by which another event takes its place."""
         self.hurry = asyncio.Event()
@@ -219,6 +221,8 @@ class ExpertDirectory:
             except (TesseractError, TimeoutError, OSError) as error:
                 self.metrics.count("directory_reads_failed")
                 log.warning("could not read the grid %s: %s", grid.prefix, describe(error))
+            if grid.warm.is_set():
+                self.metrics.set("directory_age_seconds", self._clock() - grid.read_at, prefix=grid.prefix)
             await _sleep_until(started + min(period, self.settings.retry_period))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(started + period):
@@ -226,7 +230,17 @@ class ExpertDirectory:
             grid.hurry.clear()
 
     async def _refresh(self, grid: _Grid) -> None:
-        grid.claims = self._read(await self._network.get_entries(grid_key(grid.prefix)))
+        began = self._clock()
+        entries = await self._network.get_entries(grid_key(grid.prefix))
+        claims = self._read(entries)
+        complete = getattr(entries, "complete", True)
+        self.metrics.set("directory_complete", float(complete), prefix=grid.prefix)
+        if not complete:
+            # whom this read lacks may well live: what was read of them before holds until it expires
+            self.metrics.count("directory_reads_incomplete")
+            read = {claim.owner for claim in claims}
+            claims += [claim for claim in grid.claims if claim.owner not in read]
+        grid.claims = claims
         # a mask ends with the server's next manifest, or with the server
         oldest: dict[PeerID, int] = {}
         for claim in grid.claims:
@@ -236,7 +250,9 @@ class ExpertDirectory:
         if view.num_foreign:
             self.metrics.count("experts_off_grid", view.num_foreign)
         self.metrics.set("experts_live", len(view), prefix=grid.prefix)
-        grid.warm.set()
+        if complete:
+            grid.read_at = began
+            grid.warm.set()
         grid.read.set()
         grid.read = asyncio.Event()
 

@@ -12,6 +12,9 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "experts_off_grid": ("experts", "Hosted experts left out because their coordinates do not fit the watched grid."),
     "replicas_masked": ("replicas", "Replicas hidden after a failed call, until their server says something newer."),
     "directory_reads_failed": ("reads", "Reads of a watched grid that failed; the next one is tried a period later."),
+    "directory_reads_incomplete": ("reads", "Reads of a watched grid that lack what holders reported and nobody sent."),
+    "directory_complete": ("share", "1 where the latest read of a watched grid was complete, else 0."),
+    "directory_age_seconds": ("seconds", "Since the latest complete read of a watched grid began."),
     "manifests_dropped": ("manifests", "Servers' manifests that were malformed, and therefore ignored."),
     "progress_dropped": ("entries", "Trainers' published progress that was malformed, and therefore ignored."),
     # experts, seen from whoever hosts them

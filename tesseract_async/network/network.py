@@ -72,6 +72,13 @@ class Entry:
     value: Any
 
 
+class Entries(list[Entry]):
+    """What `TesseractNetwork.get_entries` returns."""
+
+    complete = True
+    """False where holders reported entries that none of them could be made to send."""
+
+
 def key_digest(key: str) -> bytes:
     """Where in the id space a key lives."""
     return hashlib.sha256(key.encode()).digest()
@@ -259,7 +266,7 @@ class TesseractNetwork:
         """`get` for several keys at once."""
         return list(await asyncio.gather(*(self.get(key) for key in keys)))
 
-    async def get_entries(self, key: str) -> list[Entry]:
+    async def get_entries(self, key: str) -> Entries:
         """All live entries under `key`, those of different owners side by side, by subkey, owner.
 
         Raises: TimeoutError if nobody answered within `NetworkSettings.join_timeout` though this node was joined to
@@ -280,7 +287,8 @@ class TesseractNetwork:
             self.metrics.count("network_reads_incomplete")
             event = await self._read(key)
         wall = time.time()
-        entries = []
+        entries = Entries()
+        entries.complete = event.complete
         for index, record in enumerate(event.records):
             if index % ENTRIES_PER_TURN == ENTRIES_PER_TURN - 1:
                 await asyncio.sleep(0)  # a large dictionary takes a while to unpack

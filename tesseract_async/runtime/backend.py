@@ -81,19 +81,18 @@ class BackendSettings:
 class ExpertBackend:
     """An expert that a `TesseractServer` can host.
 
-    Args:
-        module: takes tensors with rows first, and returns tensors (nested in tuples, lists, dicts as it likes) with as
-            many rows. Rows must not influence one another: they meet other people's rows in a batch.
-        optimizer: steps the module's parameters after each backward batch; None freezes the expert, which then
-            still passes gradients on to its inputs. A function makes it when it is needed first: PyTorch's first
-            optimizer takes a second of imports, which need not pass before the expert can be found.
-        scheduler: of the optimizer's learning rate; stepped once per optimizer step. Where the optimizer is made by a
-            function, this is one, too, which takes the optimizer.
-        args_schema: the positional arguments, as nested `TensorSpec`s.
-        kwargs_schema: the keyword arguments by name.
-        outputs_schema: what the module returns; found by running two rows of zeros if not given.
-        max_batch_size: rows that are computed at once, at most.
-        settings: see `BackendSettings`.
+    - `module`: takes tensors with rows first, and returns tensors (nested in tuples, lists, dicts as it likes) with as
+      many rows. Rows must not influence one another: they meet other people's rows in a batch.
+    - `optimizer`: steps the module's parameters after each backward batch; None freezes the expert, which then still
+      passes gradients on to its inputs. A function makes it when it is needed first: PyTorch's first optimizer takes a
+      second of imports, which need not pass before the expert can be found.
+    - `scheduler`: of the optimizer's learning rate; stepped once per optimizer step. Where the optimizer is made by a
+      function, this is one, too, which takes the optimizer.
+    - `args_schema`: the positional arguments, as nested `TensorSpec`s, which leave the rows out.
+    - `kwargs_schema`: the keyword arguments by name.
+    - `outputs_schema`: what the module returns; found by running two rows of zeros if not given.
+    - `max_batch_size`: rows that are computed at once, at most.
+    - `settings`: see `BackendSettings`.
 
     Raises: ValueError if the module does not return as many rows as it was given, trains with BatchNorm inside
     (unless ``settings.allow_batch_statistics``), or a size does not fit.

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.network_growth [--plot FILE.png] [number of nodes ...]
 
-Upkeep is what refreshing all buckets of one node costs everybody, while nobody stores or reads; each is due four times
-an hour. Memory is measured on one node with a full table and 1,000 records.
+Upkeep is what refreshing all buckets of one node costs everybody, while nobody stores or reads; each is due twice an
+hour then. Memory is measured on one node with a full table and 1,000 records.
 """
 
 from __future__ import annotations
@@ -81,9 +81,11 @@ def memory(num_contacts_seen: int, num_records: int) -> tuple[float, int]:
         public=True,
     )
     for index in range(num_contacts_seen):
-        contact = Contact(rng.randbytes(32), (f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", 4000))
-        contact.proven = True
-        machine.table.add(contact, 0.0)
+        peer_id = rng.randbytes(32)
+        if machine.table.wants(peer_id):
+            contact = Contact(peer_id, (f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", 4000))
+            contact.proven = True
+            machine.table.add(contact, 0.0)
     for index in range(num_records):
         record = SignedRecord.sign(
             owners[index % 20], rng.randbytes(32), sequence=1, expiration=wall + 600, value=bytes(60)
@@ -95,20 +97,22 @@ def memory(num_contacts_seen: int, num_records: int) -> tuple[float, int]:
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Four panels over the number of nodes, extrapolated to a million by a line over its logarithm."""
+    """Six panels over the number of nodes, extrapolated to a million by a line over its logarithm."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6), constrained_layout=True)
     sizes = np.array([row["nodes"] for row in rows])
     panels = (
         ("rounds", "rounds of a lookup", 1.0),
         ("seconds", "seconds of a lookup (median round trip 80 ms)", 1.0),
         ("bytes_per_lookup", "KB sent by everybody for one lookup", 1e-3),
         ("upkeep_bytes_per_second", "upkeep of one node, bytes/s", 1.0),
+        ("contacts", "contacts in the table", 1.0),
+        ("memory_bytes", "memory of a node with 1,000 records, MB", 1e-6),
     )
     for axis, (name, title, scale) in zip(axes.flat, panels, strict=True):
         values = np.array([row[name] for row in rows]) * scale
@@ -136,6 +140,7 @@ def main() -> None:
     rows = []
     for size in map(int, arguments or SIZES):
         rows.append(lookups(size))
+        rows[-1]["memory_bytes"] = memory(size, 1_000)[0]
         row = {key: round(value, 3) for key, value in rows[-1].items()}
         print(
             json.dumps({"name": f"network_growth_{size}", "value": row["rounds"], "unit": "rounds", **row}), flush=True

@@ -15,6 +15,7 @@ from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMisma
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, FakeReplica
+from tests.client.virtual_time import run_in_virtual_time
 
 UIDS = [f"ffn.{i}" for i in range(4)]
 
@@ -54,7 +55,11 @@ PATTERNS = [p for n in range(5) for p in itertools.combinations(range(4), n)]
 
 
 @pytest.mark.parametrize("k_best,k_min,spare", [(1, 1, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (4, 2, 0)])
-async def test_every_failure_pattern_in_forward(node: FakeNode, k_best: int, k_min: int, spare: int) -> None:
+def test_every_failure_pattern_in_forward(k_best: int, k_min: int, spare: int) -> None:
+    run_in_virtual_time(forward_patterns(FakeNode(), k_best, k_min, spare))  # where nobody is late
+
+
+async def forward_patterns(node: FakeNode, k_best: int, k_min: int, spare: int) -> None:
     gate = make_gate(node, k_best=k_best, k_min=k_min, spare=spare, on_missing="zero")
     x = torch.randn(6, 2)
     await gate(x)
@@ -101,7 +106,11 @@ def make_settings(gate: GatingFunction, **changes: object) -> object:
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("backward_k_min", [0, 1, 2])
-async def test_every_failure_pattern_in_backward(node: FakeNode, rescale: bool, backward_k_min: int) -> None:
+def test_every_failure_pattern_in_backward(rescale: bool, backward_k_min: int) -> None:
+    run_in_virtual_time(backward_patterns(FakeNode(), rescale, backward_k_min))
+
+
+async def backward_patterns(node: FakeNode, rescale: bool, backward_k_min: int) -> None:
     gate = make_gate(node, k_best=3, backward_k_min=backward_k_min, rescale_backward=rescale)
     data = torch.randn(5, 2)
     for pattern in PATTERNS:

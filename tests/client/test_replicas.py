@@ -176,6 +176,19 @@ def test_latency_book() -> None:
     assert book.is_blocked("a", 4.0) and not book.is_blocked("a", 5.0) and not book.is_blocked("b", 0.0)
 
 
+def test_one_that_hung_for_long_is_not_waited_for_as_long_again() -> None:
+    book = LatencyBook()
+    book.observe("a", 0.1)
+    for _ in range(20):
+        book.observe("a", 15.0, answered=False)
+    assert 0.2 < (book.usual("a") or 0) <= 0.4 and (book.expected("a") or 0) > 10
+    for _ in range(20):
+        book.observe("a", 0.1)
+    assert book.usual("a") == pytest.approx(0.1, rel=0.05)
+    book.observe("b", 15.0, answered=False)
+    assert book.usual("b") is None
+
+
 def test_patience_is_learnt_from_how_far_answers_scatter() -> None:
     even, scattered, hanging = Lateness(), Lateness(), Lateness()
     assert even.patience == MAX_PATIENCE

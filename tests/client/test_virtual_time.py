@@ -22,6 +22,7 @@ from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
 from tesseract_async.wire.messages import BACKWARD, INFO
+from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode
 from tests.client.virtual_time import run_in_virtual_time
 
@@ -121,6 +122,73 @@ def test_patience_can_be_fixed() -> None:
         return seconds() - began
 
     assert run_in_virtual_time(main()) == pytest.approx(0.05 * (1 + 4.0))
+
+
+# ------------------------------------------------------------------------------------------------ every pattern
+
+
+class Slope(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.slope
+
+
+def expected_of(row: torch.Tensor, scores: torch.Tensor, fates: tuple[str, ...], k_best: int, k_min: int) -> Any:
+    """A row's mixture, worked out expert by expert, and how many answered."""
+    order = scores.argsort(descending=True).tolist()
+    answered = [i for i in order[:k_best] if fates[i] == "answers"]
+    for i in order[k_best:]:  # one after another, as each fails or turns out to hang
+        if len(answered) >= k_min:
+            break
+        answered += [i] if fates[i] == "answers" else []
+    if len(answered) < k_min:
+        return torch.zeros_like(row), len(answered)
+    weights = scores[answered].softmax(0)
+    return sum(w * row * (i + 1) for w, i in zip(weights, answered, strict=True)), len(answered)
+
+
+@pytest.mark.parametrize("k_best,k_min", [(2, 1), (3, 2)])
+def test_every_pattern_of_answers_failures_and_silence(k_best: int, k_min: int) -> None:
+    """Four experts, each of which answers, fails or hangs: 81 patterns, six rows, against a row-by-row reference."""
+
+    async def main() -> None:
+        torch.manual_seed(1)
+        node = FakeNode()
+        for i in range(4):
+            node.host(f"f.{i}", Slope(i + 1.0), TensorSpec((2,)))
+        node.delay = 0.1
+        gate = GatingFunction(
+            node, "f", grid_size=(4,), in_features=2, k_best=k_best, k_min=k_min, spare=0, on_missing="zero"
+        )
+        x = torch.randn(6, 2)
+        with torch.no_grad():
+            nn.init.normal_(gate.proj.weight)
+            scores = gate.proj(x)
+            for _ in range(5):
+                await gate(torch.randn(32, 2))  # how long answers take
+            for fates in itertools.product(("answers", "fails", "hangs"), repeat=4):
+
+                async def fault(method: str, uid: str, number: int, fates: tuple[str, ...] = fates) -> None:
+                    fate = fates[int(uid[-1])]
+                    if fate == "fails":
+                        raise ConnectionLost("peer", "pattern")
+                    if fate == "hangs":
+                        await asyncio.Event().wait()
+
+                node.directory.forgive()
+                node.fault = fault
+                mixed = await gate.mix(x)
+                for r in range(len(x)):
+                    value, count = expected_of(x[r], scores[r], fates, k_best, k_min)
+                    assert mixed.num_answers[r] == count, (fates, r)
+                    torch.testing.assert_close(mixed.output[r], value, rtol=0, atol=1e-5)
+                assert set(mixed.errors) <= {f"f.{i}" for i in range(4) if fates[i] != "answers"}
+        assert node.num_open == 0
+
+    run_in_virtual_time(main())
 
 
 # ------------------------------------------------------------------------------------------------ a thousand steps

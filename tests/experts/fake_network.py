@@ -55,6 +55,12 @@ class FakeSwarm:
             await self._changed.wait()
 
 
+class FakeEntries(list[FakeEntry]):
+    """Entries, and whether they are all."""
+
+    complete = True
+
+
 class FakeNetwork:
     """One node of a `FakeSwarm`."""
 
@@ -66,6 +72,8 @@ class FakeNetwork:
         self.holders = [3]
         """What `store` answers, one after the other; the last one from then on."""
         self.failure: TesseractError | TimeoutError | None = None
+        self.unreadable: set[PeerID] = set()
+        """Whose entries cannot be had from any holder."""
         self.withdrawn: list[tuple[str, str | None]] = []
 
     async def wait_joined(self, timeout: float | None = None) -> bool:
@@ -90,7 +98,10 @@ class FakeNetwork:
         if self.failure is not None:
             raise self.failure
         now = self.swarm.clock.now
-        return [entry for entry in self.swarm.entries.values() if entry.key == key and entry.expiration > now]
+        entries = (entry for entry in self.swarm.entries.values() if entry.key == key and entry.expiration > now)
+        found = FakeEntries(entry for entry in entries if entry.owner not in self.unreadable)
+        found.complete = not self.unreadable
+        return found
 
     async def withdraw(self, key: str, *, subkey: str | None = None) -> int:
         self.withdrawn.append((key, subkey))

@@ -114,6 +114,32 @@ async def test_a_read_that_nobody_answered_empties_no_grid() -> None:
     await subject.aclose()
 
 
+async def test_a_read_that_is_not_complete_forgets_nobody_and_warms_no_grid() -> None:
+    swarm = FakeSwarm()
+    servers = [await declare(swarm, 1, "ffn.1.1"), await declare(swarm, 2, "ffn.2.2")]
+    network = FakeNetwork(swarm, peer(0))
+    network.unreadable = {peer(2)}
+    subject = ExpertDirectory(network, settings=QUICK, clock=swarm.clock)
+    subject.watch("ffn", (8, 8))
+    await swarm.until(lambda: swarm.reads[grid_key("ffn")] > 3)
+    assert subject.live("ffn") is None, "what is known is not all"
+    snapshot = subject.metrics.snapshot
+    assert snapshot()["directory_complete{prefix=ffn}"] == 0.0
+    network.unreadable = set()
+    await subject.wait_warm("ffn")
+    assert snapshot()["directory_complete{prefix=ffn}"] == 1.0
+    swarm.clock.now += 7.0
+    network.unreadable = {peer(2)}
+    before = swarm.reads[grid_key("ffn")]
+    await swarm.until(lambda: swarm.reads[grid_key("ffn")] > before + 2)
+    view = subject.live("ffn")
+    assert view is not None and view.coords.tolist() == [[1, 1], [2, 2]]
+    assert snapshot()["directory_age_seconds{prefix=ffn}"] >= 7.0
+    for server in servers:
+        await server.aclose()
+    await subject.aclose()
+
+
 async def test_a_watched_grid_follows_the_swarm() -> None:
     swarm = FakeSwarm()
     subject = directory(swarm, QUICK)

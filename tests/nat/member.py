@@ -216,6 +216,7 @@ async def obey_all(member: Member, path: str) -> None:
         writer.close()
 
     async with await asyncio.start_unix_server(serve, path):
+        print(os.path.basename(path), flush=True)
         await stopped.wait()
 
 
