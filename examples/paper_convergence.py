@@ -22,6 +22,7 @@ import contextlib
 import contextvars
 import copy
 import csv
+import gc
 import gzip
 import hashlib
 import itertools
@@ -184,6 +185,7 @@ async def serve(args: argparse.Namespace) -> None:
         ta.TesseractNode() as node,
         ta.TesseractServer(node, experts, checkpoint_dir=Path(args.run) / "experts", checkpoint_period=60.0),
     ):
+        spare_the_collector()
         print(node.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
@@ -337,6 +339,7 @@ async def train(args: argparse.Namespace, run: Run, data: Any, address: str | No
         started, losses, staleness = time.perf_counter(), list[float](), 0
         before = run.curve[-1][3] if run.curve else 0.0
         rows = batches(len(train_x), args.batch_size, run.seed, first)
+        spare_the_collector()
         try:
             while run.snapshots:  # Ctrl-C came before them
                 await evaluate()
@@ -488,6 +491,22 @@ async def main(args: argparse.Namespace) -> None:
         summarize(runs, Path(args.out), plot=not args.no_plot)
 
 
+def spare_the_collector() -> None:
+    """Else the garbage collector takes a third of the time: it looks through PyTorch's 350,000 objects again and again.
+    A step leaves no cycles behind, so that it has little to do."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
+def loop_factory() -> Any:
+    """uvloop's where it is installed: it costs less for each call."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -527,5 +546,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(arguments) if arguments.serve else main(arguments))
+    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve(arguments) if arguments.serve else main(arguments))

@@ -21,7 +21,7 @@ import click
 import psutil
 import torch
 
-from tesseract_async.cli.running import say, until_told_to_leave
+from tesseract_async.cli.running import say, spare_the_collector, until_told_to_leave
 from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
@@ -164,6 +164,7 @@ class Hosting:
         facts |= {"followed": followed} if followed else {}
         facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
         click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)
+        spare_the_collector()
         self.ready.set()
         say("ready", address=address, peer_id=str(self.node.peer_id), uids=uids, versions=_versions(server), **facts)
         period = self.plan.report_period

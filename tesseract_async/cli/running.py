@@ -96,6 +96,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
+def spare_the_collector() -> None:
+    """Leaves all that lives now out of later garbage collections, and makes them rarer. For a program that has started.
+
+    PyTorch alone brings 350,000 objects: looking through them stops the loop for 0.2 to 1 s each time. Calls leave no
+    cycles behind, so that the collector has little to do. It is the process's own: no library may do this.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
 async def until_told_to_leave(*, watch_stdin: bool = False) -> str:
     """Waits for SIGINT, SIGTERM, or (with `watch_stdin`) the end of standard input; says which it was.
 

@@ -270,8 +270,9 @@ class Connection:
         if self._held and protocol.backlog <= self._settings.max_backlog:
             self._schedule_flush()
         if self._lost_reason is None and protocol.unsent_bytes > self._settings.max_unsent:
-            self._metrics.count("endpoint_connections_dropped", reason="peer_does_not_read")
-            self.abort("the peer does not read its replies")
+            why = "the peer does not read its replies"
+            self._tell_dropped("peer_does_not_read", why)
+            self.abort(why)
 
     def _channel_drained(self) -> None:
         self._schedule_flush()
@@ -376,12 +377,17 @@ class Connection:
         try:
             self._protocol.handle_timer(now, late=now - self._timer_at)
         except ConnectionLost as error:
-            self._metrics.count("endpoint_connections_dropped", reason="silent")
+            self._tell_dropped("silent", error.reason)
             self.abort(error.reason)
             return
         self._wake()
 
     # ---- the end
+
+    def _tell_dropped(self, reason: str, why: str) -> None:
+        """One line and one count for each peer that is dropped, never without the reason."""
+        self._metrics.count("endpoint_connections_dropped", reason=reason)
+        logger.warning("connection to %s dropped: %s", self._protocol.peer, why)
 
     def abort(self, reason: str, error: Exception | None = None) -> None:
         """Ends the connection now: own calls fail with ConnectionLost, handlers are cancelled. Idempotent."""
@@ -402,8 +408,7 @@ class Connection:
             self._count_bytes(channel)
         self._held.clear()
         if isinstance(error, ProtocolError):
-            self._metrics.count("endpoint_connections_dropped", reason=type(error).__name__)
-            logger.warning("connection to %s dropped: %s", self._protocol.peer, error)
+            self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))
         self._channel_drained()
         if not any(self._channels) and not self.closed.done():

@@ -171,3 +171,41 @@ def test_the_role_follows_from_what_was_found() -> None:
 )
 def test_the_user_is_told_what_to_do(finding: Finding, words: str) -> None:
     assert words in " ".join(finding.sentences(31337))
+
+
+async def test_helpers_name_their_other_addresses() -> None:
+    """Whoever has IPv4 and IPv6 learns from those who helped by one where to ask by the other."""
+    async with nodes(2) as (helper, node):
+        named = ["203.0.113.5:1", "[2001:db8::5]:1", "not an address", "224.0.0.1:5"]
+        helper.endpoint.unhandle(DIAL_BACK)
+        DialBackServer(helper.endpoint, connect=helper.connect, own_addresses=lambda: named, settings=SETTINGS)
+        assert await node.reachability.check([helper.peer], port=node.port) == (True, "127.0.0.1")
+        assert node.reachability.also(6) == [PeerAddress(helper.peer.peer_id, ("[2001:db8::5]:1",))]
+        assert node.reachability.also(4) == [PeerAddress(helper.peer.peer_id, ("203.0.113.5:1",))]
+
+
+@pytest.mark.parametrize("addresses", [None, 5, [1, None], ["1.2.3.4:5"] * 5])
+async def test_helpers_that_name_nonsense(addresses: object) -> None:
+    async with nodes(2, liars=1) as (liar, node):
+        liar.endpoint.unhandle(DIAL_BACK)
+
+        async def answer(call: IncomingCall) -> Message:
+            return Message({"host": call.origin, "addresses": addresses})
+
+        liar.endpoint.handle(DIAL_BACK, answer)
+        await node.reachability.check([liar.peer], port=node.port)
+        assert node.reachability.also(4) == node.reachability.also(6) == []
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no sockets for both kinds of IP")
+async def test_a_helper_hears_us_by_the_kind_of_ip_that_is_asked_about() -> None:
+    """It dials back where the call came from: a connection by the other kind would tell of that one."""
+    async with nodes(2) as (helper, node):
+        assert (await node.reachability.check([helper.peer], port=node.port))[1] == "127.0.0.1"
+        sock = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        listener = tcp.TcpTransport(sock)
+        await listener.listen(helper.endpoint.accept)
+        peer = PeerAddress(helper.peer.peer_id, (f"[::1]:{sock.getsockname()[1]}",))
+        _, host = await node.reachability.check([peer], port=unused_port())
+        assert host == "::1"
+        await listener.aclose()

@@ -267,3 +267,25 @@ async def test_a_rendezvous_that_answers_nonsense() -> None:
             await member.rendezvous.reserve_relay(house.peer, timeout=5)
         await member.rendezvous._register(house.peer)
         assert member.rendezvous.rendezvous == ()
+
+
+async def test_a_rendezvous_names_its_other_kind_of_address() -> None:
+    """Others may lack the kind of IP by which this node knows it."""
+    async with public() as house, client() as member:
+        for told, expected in (
+            (["203.0.113.1:5", "[2001:db8::1]:5"], (house.peer.addresses[0], "[2001:db8::1]:5")),
+            (["203.0.113.1:5"], house.peer.addresses),
+            (["[2001:db8::1]:5", 5, None], (house.peer.addresses[0], "[2001:db8::1]:5")),
+            ([None, "nonsense", "[::]:5"], house.peer.addresses),
+            (["[2001:db8::1]:5"] * 5, house.peer.addresses),
+        ):
+            house.server._own_addresses = lambda told=told: _Told(told)  # type: ignore[misc, assignment, return-value]
+            await member.rendezvous._register(house.peer)
+            assert member.rendezvous.rendezvous[0].addresses == expected
+
+
+class _Told(list[object]):
+    """A list that a server does not shorten."""
+
+    def __getitem__(self, key: object) -> object:  # type: ignore[override]
+        return self

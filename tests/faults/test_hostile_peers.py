@@ -43,7 +43,8 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-async def test_an_attack_costs_the_attacker_its_channel_only(attack: str) -> None:
+async def test_an_attack_costs_the_attacker_its_channel_only(attack: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     async with serving(PLAIN) as (server, address), client_of() as client:
         assert (await client.call(address, "echo", 0, timeout=5)).body == 0
         async with RawPeer.connected(address) as peer:
@@ -55,6 +56,7 @@ async def test_an_attack_costs_the_attacker_its_channel_only(attack: str) -> Non
         async with asyncio.timeout(5):
             while not server.metrics.total("endpoint_connections_dropped"):
                 await client.call(address, "echo", timeout=5)
+        assert caplog.text.count("dropped: ") == 1, "one line for each peer dropped, with the reason"
         assert server._budget.used <= PLAIN.protocol.standing_bytes, "no memory was taken for what never came"
         assert len(server.connections()) == 1 and len(client.connections()) == 1
 

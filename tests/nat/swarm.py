@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +48,8 @@ class Swarm:
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", script, str(folder), level, json.dumps(members)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
             start_new_session=True,  # so that all of them can be ended together
         )
 
@@ -59,7 +60,10 @@ class Swarm:
 
     def __enter__(self) -> Self:
         try:
-            for name in self.members:
+            assert self._process.stdout is not None
+            for _ in self.members:
+                name = self._process.stdout.readline().strip()  # each says so when it listens
+                assert name, "a member did not start"
                 self._connect(name)
         except BaseException:
             self._kill_all()
@@ -109,22 +113,10 @@ class Swarm:
         return self._pids[name]
 
     def _connect(self, name: str) -> None:
-        path = self._folder / name
-        deadline = time.monotonic() + 60  # the first process imports torch
-        while not path.exists():
-            assert self._process.poll() is None and time.monotonic() < deadline, f"{name} did not start"
-            time.sleep(0.02)
-        while True:
-            line = socket.socket(socket.AF_UNIX)
-            try:
-                line.connect(str(path))
-            except ConnectionRefusedError:  # bound, but not listening yet
-                line.close()
-                time.sleep(0.01)
-                continue
-            self._lines[name] = line.makefile("rw")
-            line.close()
-            return
+        line = socket.socket(socket.AF_UNIX)
+        line.connect(str(self._folder / name))
+        self._lines[name] = line.makefile("rw")
+        line.close()
 
     def _say(self, name: str, what: str, arguments: dict[str, Any]) -> None:
         print(json.dumps({"do": what, **arguments}), file=self._lines[name], flush=True)
@@ -145,6 +137,8 @@ class Swarm:
         except ProcessLookupError:
             pass
         self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 def _said(host: Host, public: bool) -> dict[str, Any]:

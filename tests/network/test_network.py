@@ -296,6 +296,30 @@ async def test_an_owner_whose_clock_went_back_goes_beyond_what_it_published(monk
         assert await nodes[1].get("key") == "new"
 
 
+@pytest.mark.both_loops
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no sockets for both kinds of IP")
+async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
+    """One socket serves both; who has one kind only leaves out contacts of the other, and sends nothing there."""
+    both = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    both.bind(("::", 0))
+    both.setblocking(False)
+    port = both.getsockname()[1]
+    middle = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+    await middle.start(both, public=True)
+    async with node(port) as (old, _), node(port, host="::1") as (new, _):
+        assert await old.wait_joined(5) and await new.wait_joined(5)
+        await until(lambda: middle.num_contacts == 2)
+        assert await old.store("key", 1, ttl=60.0) >= 1
+        assert await middle.get("key") == 1
+        await until(lambda: old.num_contacts == new.num_contacts == 1)
+        assert {peer.addresses[0].rpartition(":")[0] for peer in middle.public_contacts(9)} == {"127.0.0.1", "[::1]"}
+        assert old._driver is not None
+        old._driver.protocol.send(b"x", ("::1", 9))  # should it ever want to
+        old._driver.cycle()
+    await middle.aclose()
+
+
 async def test_the_receive_buffer_is_raised() -> None:
     with bound() as fresh:
         before = fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
