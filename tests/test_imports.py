@@ -57,6 +57,7 @@ PURE = [
     "endpoint/liveness.py",
     "endpoint/protocol.py",
     "endpoint/quotas.py",
+    "endpoint/transfers.py",
     "endpoint/under_way.py",
     "endpoint/windows.py",
     "network/calls.py",

@@ -137,7 +137,7 @@ class Connection:
         self._protocol.lanes[lane].reader = reader
         channel.receiver = port
         if lane == BULK:
-            self._protocol.bulk_opened()
+            self._protocol.transfers.bulk_opened()
         self._arm_timer()
 
     @property
@@ -350,7 +350,7 @@ class Connection:
             await self._open_bulk(self)
         except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
-            self._protocol.bulk_failed()
+            self._protocol.transfers.bulk_failed(self._loop.time())
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(coroutine)

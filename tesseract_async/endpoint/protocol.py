@@ -10,12 +10,11 @@ arm a timer for `timer_at`. Untrusted bytes raise only `ProtocolError`, from the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from tesseract_async.endpoint.budget import Budget
 from tesseract_async.endpoint.events import (
-    BulkWanted,
     CallCancelled,
     CallFailed,
     CallReceived,
@@ -28,7 +27,8 @@ from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Pace, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
-from tesseract_async.endpoint.under_way import Arrival, Deadlines, Incoming, Outgoing, find_stalled
+from tesseract_async.endpoint.transfers import Transfers
+from tesseract_async.endpoint.under_way import Deadlines, Incoming, Outgoing, find_stalled
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError, RemoteError
 from tesseract_async.wire import calls, frames
@@ -59,7 +59,6 @@ class ConnectionProtocol:
         """How errors name the other end."""
         self.settings = settings
         self._theirs = hello
-        self._dialled = dialled
         self._budget = budget
         self._wake = wake
         self.pace = pace if pace is not None else Pace()
@@ -78,8 +77,6 @@ class ConnectionProtocol:
         self._small_in = 0
         self._replies_bytes = 0  # of large replies that wait to be granted or sent
         self._deadlines = Deadlines(self._outgoing, self._incoming)
-        self._bulk_wanted = False
-        self._bulk_retry_at = 0.0
         self._last_seen = 0  # the highest number of a call that the peer made
         self._peer_saw: int | None = None  # the same of our calls, once the peer has closed
         self._idle_frames = 0.0
@@ -104,6 +101,14 @@ class ConnectionProtocol:
             for index in (MAIN, BULK)
         )
         self.windows = Windows(budget, settings.standing_bytes, put=self.lanes[MAIN].put, now=now)
+        self.transfers = Transfers(
+            self.lanes,
+            self.windows,
+            dialled=dialled,
+            max_message=settings.max_message,
+            bulk_retry=settings.bulk_retry,
+            tell=lambda event: self._events.append(event),
+        )
         self.life = Liveness(peer, self.lanes, settings=settings, now=now)
         self.life.send_ping(now)
 
@@ -193,7 +198,9 @@ class ConnectionProtocol:
             call.buffers = ()  # copied: no memory of the caller's is in use any more
         else:
             call.sending = Sending(frames.CHUNK_REQUEST, stream, encoded, call.buffers, call.head.priority)
-            call.lane = self._begin(frames.BEGIN_REQUEST, call.sending, encoded, call.buffers, None)
+            call.lane = self.transfers.begin(
+                frames.BEGIN_REQUEST, call.sending, encoded, call.buffers, room=0, now=self._now
+            )
             self._note_bulk(call, call.lane)
         call.sent = True
         self._num_sent += 1
@@ -223,29 +230,6 @@ class ConnectionProtocol:
 
     # ---- large messages, sending
 
-    def _begin(
-        self,
-        kind: int,
-        sending: Sending,
-        head: bytes,
-        buffers: Sequence[memoryview],
-        room: int | None,
-    ) -> int:
-        """Announces a large message; the lane on which all of it travels."""
-        lane = self.lanes[BULK] if self.lanes[BULK].open else self.lanes[MAIN]
-        self._want_bulk()
-        flags = frames.ROOM_ASKED
-        if room is not None and sending.size <= room:
-            flags = frames.ROOM_RESERVED
-        elif self.windows.try_use(sending.size):
-            flags = frames.ROOM_STANDING
-        table = frames.encode_table(len(head), [len(buffer) for buffer in buffers])
-        lane.put(frames.frame(kind, stream=sending.stream, flags=flags, payload=table))
-        if flags != frames.ROOM_ASKED:
-            sending.granted = True
-            lane.large.append(sending)
-        return lane.index
-
     def _note_bulk(self, call: Outgoing | Incoming, lane: int) -> None:
         if lane == BULK and not call.on_bulk:
             call.on_bulk = True
@@ -274,15 +258,6 @@ class ConnectionProtocol:
     def unsent_bytes(self) -> int:
         """Bytes of small frames that wait to be sent."""
         return sum(lane.small_bytes for lane in self.lanes)
-
-    def bulk_opened(self) -> None:
-        """The bulk lane's channel is there; later large messages travel on it."""
-        self.lanes[BULK].open = True
-
-    def bulk_failed(self) -> None:
-        """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""
-        self._bulk_wanted = False
-        self._bulk_retry_at = self._now + self.settings.bulk_retry
 
     @property
     def backlog(self) -> int:
@@ -319,7 +294,9 @@ class ConnectionProtocol:
         else:
             call.sending = Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
             room = call.head.reply_room
-            call.lane = self._begin(frames.BEGIN_REPLY, call.sending, encoded, buffers, room or None)
+            call.lane = self.transfers.begin(
+                frames.BEGIN_REPLY, call.sending, encoded, buffers, room=room, now=self._now
+            )
             self._note_bulk(call, call.lane)
 
     def _hold_reply(self, call: Incoming, size: int) -> bool:
@@ -436,7 +413,7 @@ class ConnectionProtocol:
         self._end_call(stream, call)
 
     def _begin_request(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        head_bytes, sizes, size = self._sizes(payload)
+        head_bytes, sizes, size = self.transfers.read_sizes(payload)
         call = self._new_incoming(lane, stream)
         if flags == frames.ROOM_STANDING:
             self.windows.take(size)
@@ -444,13 +421,13 @@ class ConnectionProtocol:
         if self._meter is not None and not self._within_quota(stream, call, size):
             return  # chunks that are on their way are skipped
         if flags == frames.ROOM_STANDING:
-            call.arrival = self._arrival(lane, head_bytes, sizes)
+            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now)
         elif flags == frames.ROOM_ASKED:
             self.windows.open()
 
             def granted() -> None:
                 if self._incoming.get(stream) is call:
-                    call.arrival = self._arrival(lane, head_bytes, sizes, granted=True)
+                    call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now, granted=True)
                     self.lanes[MAIN].put(frames.frame(frames.GRANT_REQUEST, stream=stream))
                     self._wake()
 
@@ -465,7 +442,7 @@ class ConnectionProtocol:
             raise ProtocolError("malformed BEGIN")
 
     def _begin_reply(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        head_bytes, sizes, size = self._sizes(payload)
+        head_bytes, sizes, size = self.transfers.read_sizes(payload)
         call = self._outgoing.get(stream)
         if flags == frames.ROOM_STANDING:
             self.windows.take(size)
@@ -480,16 +457,16 @@ class ConnectionProtocol:
         if flags == frames.ROOM_RESERVED:
             if call.room is None or size > call.room.size:
                 raise ProtocolError("a reply is larger than the room reserved for it")
-            call.arrival = self._arrival(lane, head_bytes, sizes)
+            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now)
         elif flags == frames.ROOM_STANDING:
             call.standing = size
-            call.arrival = self._arrival(lane, head_bytes, sizes)
+            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now)
         elif flags == frames.ROOM_ASKED:
             self.windows.open()
 
             def granted() -> None:
                 if self._outgoing.get(stream) is call:
-                    call.arrival = self._arrival(lane, head_bytes, sizes, granted=True)
+                    call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now, granted=True)
                     self.lanes[MAIN].put(frames.frame(frames.GRANT_REPLY, stream=stream))
                     self._wake()
 
@@ -502,18 +479,6 @@ class ConnectionProtocol:
                 granted()
         else:
             raise ProtocolError("malformed BEGIN")
-
-    def _arrival(self, lane: int, head_bytes: int, sizes: Sequence[int], *, granted: bool = False) -> Arrival:
-        return Arrival(frames.Assembly(head_bytes, sizes), self.lanes[lane], self._now, granted=granted)
-
-    def _sizes(self, payload: memoryview) -> tuple[int, tuple[int, ...], int]:
-        head_bytes, sizes, read = frames.decode_table(payload)
-        size = frames.message_bytes(head_bytes, sizes)
-        if read != len(payload) or size <= frames.MAX_SMALL:
-            raise ProtocolError("malformed BEGIN")
-        if size > self.settings.max_message:
-            raise MessageTooLarge(size, self.settings.max_message)
-        return head_bytes, sizes, size
 
     def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
         call: Incoming | Outgoing | None
@@ -551,14 +516,14 @@ class ConnectionProtocol:
     def _grant_request(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         call = self._outgoing.get(stream)
         if call is not None:
-            self._granted(call.sending, call.lane)
+            self.transfers.granted(call.sending, call.lane)
         else:
             self._count_idle()
 
     def _grant_reply(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         call = self._incoming.get(stream)
         if call is not None:
-            self._granted(call.sending, call.lane)
+            self.transfers.granted(call.sending, call.lane)
         else:
             self._count_idle()
 
@@ -570,12 +535,6 @@ class ConnectionProtocol:
         self._idle_frames = max(0.0, self._idle_frames - passed * settings.idle_frames_per_second) + 1
         if self._idle_frames > settings.max_idle_frames:
             raise ProtocolError("the peer sends a flood of frames that do nothing")
-
-    def _granted(self, sending: Sending | None, lane: int) -> None:
-        if sending is None or sending.granted:
-            raise ProtocolError("a grant that nobody asked for")
-        sending.granted = True
-        self.lanes[lane].large.append(sending)
 
     def _credit(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._count_idle()
@@ -617,18 +576,7 @@ class ConnectionProtocol:
 
     def _bulk(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._count_idle()
-        if not self._dialled:
-            raise ProtocolError("only the accepting side asks for a bulk lane")
-        self._want_bulk()
-
-    def _want_bulk(self) -> None:
-        if self.lanes[BULK].open or self._bulk_wanted or self._now < self._bulk_retry_at:
-            return
-        self._bulk_wanted = True
-        if self._dialled:
-            self._events.append(BulkWanted())
-        else:
-            self.lanes[MAIN].put(frames.frame(frames.BULK))
+        self.transfers.bulk_asked(self._now)
 
     # ---- time and the end
 

@@ -125,7 +125,7 @@ async def test_a_healthy_swarm(browser: Any) -> None:
         assert "0000000a one" in await visit.text("#losses")
         assert "joined with 16 experts" in await visit.text("#log")
         label = await visit.page.get_attribute("canvas[data-series=loss]", "aria-label")
-        assert label.startswith("Loss, mean of the trainers: now ") and "between" in label
+        assert label.startswith("Loss, mean: now ") and "between" in label
         one, two, three, again = await colours(visit, (0, 0), (0, 1), (0, 2), (0, 3))
         assert len({one, two, three}) == 3 and one == again, "each server has a colour"
         await visit.page.select_option("#colour", "version")
