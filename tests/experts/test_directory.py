@@ -93,6 +93,25 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
     await subject.aclose()
 
 
+async def test_who_has_no_other_choice_is_told_of_a_replica_that_failed() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    server = await declare(swarm, 1, "ffn.3.7")
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    [failed] = await subject.find("ffn.3.7")
+    subject.report_failure(failed)
+    assert await subject.find("ffn.3.7") == []
+    assert await subject.find("ffn.3.7", even_failed=True) == [failed]
+    assert await subject.find("ffn.3.7") == [], "naming it did not forgive it"
+    assert await subject.find("ffn.3.6", even_failed=True) == [], "nobody ever hosted this one"
+    other = await declare(swarm, 2, "ffn.3.7", primary=False)
+    assert [one.peer.peer_id for one in await subject.find("ffn.3.7", even_failed=True)] == [peer(2)]
+    await server.aclose()
+    await other.aclose()
+    await subject.aclose()
+
+
 async def test_a_read_that_nobody_answered_empties_no_grid() -> None:
     swarm = FakeSwarm()
     server = await declare(swarm, 1, "ffn.3.7")
