@@ -106,7 +106,7 @@ class ExpertDirectory:
         if known := self.known(uid):
             return known
         prefix, coords = split_uid(uid)
-        claims = self._read(await self._network.get_entries(shard_key(uid)))
+        claims = self._read(prefix, await self._network.get_entries(shard_key(uid)))
         found = rank_replicas(
             claim.replica(prefix, row)
             for claim in claims
@@ -232,7 +232,7 @@ class ExpertDirectory:
     async def _refresh(self, grid: _Grid) -> None:
         began = self._clock()
         entries = await self._network.get_entries(grid_key(grid.prefix))
-        claims = self._read(entries)
+        claims = self._read(grid.prefix, entries)
         complete = getattr(entries, "complete", True)
         self.metrics.set("directory_complete", float(complete), prefix=grid.prefix)
         if not complete:
@@ -256,15 +256,15 @@ class ExpertDirectory:
         grid.read.set()
         grid.read = asyncio.Event()
 
-    def _read(self, entries: Iterable[Any]) -> list[Claim]:
-        """What the entries of a key claim, without what is malformed or has expired."""
+    def _read(self, prefix: str, entries: Iterable[Any]) -> list[Claim]:
+        """What the entries of a key claim about this grid, without what is malformed or has expired."""
         now = self._clock()
         claims = []
         for entry in entries:
             if entry.expiration <= now:
                 continue
             try:
-                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value)))
+                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
             except ProtocolError as error:
                 self.metrics.count("manifests_dropped")
                 log.debug("dropped a manifest of %s: %s", entry.owner.short, error)
