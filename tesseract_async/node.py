@@ -264,14 +264,14 @@ class TesseractNode:
     async def get_expert(self, uid: str) -> RemoteExpert:
         """The expert `uid`, found through the DHT: a module whose call is awaited.
 
-        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid; RuntimeError
-        if the node is not running.
+        Raises: ExpertNotFound naming the uid if no live server hosts it; TimeoutError if no node of the network
+        answered, which is not the same; ValueError for a malformed uid; RuntimeError if the node is not running.
         """
         from tesseract_async.client.remote_expert import RemoteExpert  # the one arrow that points up (torch, too)
 
         split_uid(uid)
         self.check_running()
-        replicas = await self.directory.find(uid)
+        replicas = await self.directory.find(uid, also_failed=True)
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
         return RemoteExpert(self, uid, replicas)

@@ -50,7 +50,7 @@ class View(Protocol):
 class Directory(Protocol):
     """Where experts are found. It answers from memory where it can."""
 
-    async def find(self, uid: str) -> list[Any]: ...
+    async def find(self, uid: str, *, also_failed: bool = False) -> list[Any]: ...
     def known(self, uid: str) -> list[Any]:
         """What `find` answers from memory; empty where it would ask."""
 

@@ -157,12 +157,15 @@ class RemoteExpert(nn.Module):
             return await ask_best(self._shared, found, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
 
     async def find(self) -> Sequence[Any]:
-        """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
+        """The live replicas, the primary first; where all have failed a moment ago, these.
+
+        Raises: ExpertNotFound if there is none; TimeoutError.
+        """
         directory = self._shared.node.directory
         if known := directory.known(self.uid):
             return known
         async with asyncio.timeout(self.options.timeout):
-            found = await directory.find(self.uid)
+            found = await directory.find(self.uid, also_failed=True)
         if not found:
             raise ExpertNotFound(f"no live server hosts the expert {self.uid}")
         return found

@@ -97,22 +97,23 @@ class ExpertDirectory:
         self._masked: dict[tuple[str, PeerID], tuple[int, float]] = {}
         self._closed = False
 
-    async def find(self, uid: str) -> list[ExpertReplica]:
+    async def find(self, uid: str, *, also_failed: bool = False) -> list[ExpertReplica]:
         """Who hosts `uid` now: the primary first, then the newest manifest; empty if nobody does.
 
         Answers from a warm grid, or from a recent find. That nobody hosts it is never remembered: the next call asks
-        the network again. Raises: ValueError for a malformed uid.
+        the network again. Where every replica has failed a call since its last manifest, nobody is found; with
+        `also_failed` these are, rather than nobody: a line that was down for a moment does not make a server absent.
+
+        Raises: ValueError for a malformed uid; TimeoutError if no node of the network answered.
         """
         if known := self.known(uid):
             return known
         prefix, coords = split_uid(uid)
         claims = self._read(prefix, await self._network.get_entries(shard_key(uid)))
-        found = rank_replicas(
-            claim.replica(prefix, row)
-            for claim in claims
-            for row in claim.rows_of(coords)
-            if self._believed(claim, uid)
-        )
+        believed = [claim for claim in claims if self._believed(claim, uid)]
+        found = _replicas_of(prefix, coords, believed)
+        if not found and also_failed:
+            return _replicas_of(prefix, coords, claims)
         if found:
             until = min(self._clock() + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
@@ -276,6 +277,10 @@ class ExpertDirectory:
             self._masked.pop((uid, claim.owner), None)
             return True
         return False
+
+
+def _replicas_of(prefix: str, coords: tuple[int, ...], claims: Iterable[Claim]) -> list[ExpertReplica]:
+    return rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))
 
 
 async def _sleep_until(at: float) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.errors import ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
+from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, until
@@ -138,6 +138,22 @@ async def test_a_silent_server_fails_within_its_timeout_and_is_masked(node: Fake
         await expert.with_options(timeout=0.1)(torch.zeros(1, 8))
     assert [replica.uid for replica in node.directory.failed] == ["ffn.0.0"]
     assert node.num_open == 0
+
+
+async def test_a_server_that_was_out_of_reach_for_a_moment_is_not_taken_for_absent(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8), peers=("peer",))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        raise ConnectionLost("peer", "a gateway forgot")
+
+    node.fault = fault
+    expert = RemoteExpert(node, "ffn.0.0")
+    for _ in range(2):  # the second call meets what the first one masked
+        with pytest.raises(ConnectionLost):
+            await expert(torch.randn(2, 8))
+    assert node.directory.failed
+    node.fault = None
+    assert (await expert(torch.randn(2, 8))).shape == (2, 8), "back before its next manifest"
 
 
 async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:

@@ -78,6 +78,9 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
         assert await other.find("ffn.3.7") == [second]
         other.report_failure(second)
         assert await other.find("ffn.3.7") == []
+        assert await other.find("ffn.3.7", also_failed=True) == [first, second], "rather than nobody"
+        assert await other.find("ffn.3.7") == [], "which changes nothing for others"
+        assert await other.find("ffn.9.9", also_failed=True) == []
         assert len(await other.find("ffn.3.6")) == 1, "only what failed is hidden"
         if other is subject:
             view = other.live("ffn")
