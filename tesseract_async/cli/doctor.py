@@ -55,12 +55,14 @@ def command(initial_peers: tuple[str, ...], host: str, port: int, checkpoint_dir
 
     async def main() -> int:
         worst = 0
-        findings = [*software(), *room(checkpoint_dir), port_pair(host, port)]
+        listening = port_pair(host, port)
+        findings = [*software(), *room(checkpoint_dir), listening]
         for finding in findings:
             _show(finding, as_json)
         for peer in peers(initial_peers):
             with sign(f"asking {peer}"):
-                asked = [finding async for finding in reach(peer, host)]
+                # a port that is taken (by the very node in question, perhaps) can't be tried; another tells the rest
+                asked = [finding async for finding in reach(peer, host, port if listening.verdict == "good" else 0)]
             findings += asked
             for finding in asked:
                 _show(finding, as_json)
@@ -138,13 +140,13 @@ def port_pair(host: str, port: int) -> Finding:
     return Finding("good", "listening", f"possible at {where}, TCP and UDP")
 
 
-async def reach(peer: str, host: str) -> AsyncIterator[Finding]:
-    """Whether this seed answers by UDP and by TCP, and how far the clocks differ."""
+async def reach(peer: str, host: str, port: int) -> AsyncIterator[Finding]:
+    """Whether this seed answers by UDP and by TCP, how far the clocks differ, and what others see of `port` here."""
     from tesseract_async.errors import NotAllowed, TesseractError, describe
     from tesseract_async.monitoring import ask_status
     from tesseract_async.node import TesseractNode
 
-    async with TesseractNode(host, initial_peers=[peer]) as node:
+    async with TesseractNode(host, port, initial_peers=[peer]) as node:
         if not await node.network.wait_joined(5.0):
             advice = "Does it run? Is UDP to its port let through, here and there?"
             yield Finding("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)
