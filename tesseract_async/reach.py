@@ -75,6 +75,11 @@ class ReachSettings:
     rendezvous: RendezvousSettings = field(default_factory=RendezvousSettings)
     reachability: ReachabilitySettings = field(default_factory=ReachabilitySettings)
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a malformed STUN server."""
+        for text in self.stun_servers:
+            split_host_port(text)
+
 
 class Reach:
     """See the module. Build it, give `transports` to the endpoint, start both, then `start` this."""

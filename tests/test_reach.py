@@ -266,6 +266,11 @@ async def test_outside_stun_servers_are_asked_beside_those_of_the_swarm(monkeypa
         assert reach.finding.nat == "keeping"
 
 
+def test_a_malformed_stun_server_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="stun.example"):
+        ReachSettings(stun_servers=("stun.example",))
+
+
 class Mapper:
     """A port mapping that stands."""
 
