@@ -21,6 +21,7 @@ import click
 import psutil
 import torch
 
+from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.running import say, spare_the_collector, until_told_to_leave
 from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import CheckpointError, TesseractError, describe
@@ -113,6 +114,8 @@ class Hosting:
         torch.set_num_threads(self.plan.threads)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
+            for line in describe_policy(self.node.policy):
+                click.echo(line, err=True)
             await self._find_run()
             await asyncio.to_thread(self._measure)
             uids, claim = await self._choose()
