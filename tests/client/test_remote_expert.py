@@ -172,6 +172,22 @@ async def test_a_dead_only_server_is_not_asked_again_within_the_call(node: FakeN
     assert num_calls == 2
 
 
+async def test_a_server_that_was_out_of_reach_for_a_moment_is_not_taken_for_absent(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8), peers=("peer",))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        raise ConnectionLost("peer", "a gateway forgot")
+
+    node.fault = fault
+    expert = RemoteExpert(node, "ffn.0.0")
+    for _ in range(2):  # the second call meets what the first one masked
+        with pytest.raises(ConnectionLost):
+            await expert(torch.randn(2, 8))
+    assert node.directory.failed
+    node.fault = None
+    assert (await expert(torch.randn(2, 8))).shape == (2, 8), "back before its next manifest"
+
+
 async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8), peers=("dead", "alive"))
     dead = [0]
