@@ -34,6 +34,8 @@ def test_a_port_in_use_is_a_sentence() -> None:
         (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
         (("--initial-peers", "nonsense"), "nonsense"),
         (("--preferred-size", "9999"), "a batch has at least 1 row and at most 4096"),
+        (("--device", "meta"), "the device 'meta' computes nothing"),
+        (("--compile", "nonsense"), "torch.compile: Unrecognized mode=nonsense, should be one of: default"),
         (("--device", "nonsense"), "not a device, such as 'cpu' or 'cuda:0': 'nonsense'"),
         (("--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
         (("--device", "cpu", "--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
