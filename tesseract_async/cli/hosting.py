@@ -73,7 +73,8 @@ class ServePlan:
     learning_rate: float
     max_batch_size: int
     seed: int
-    device: str
+    devices: Sequence[str]
+    """Each computes on a thread of its own; the experts are spread over them in turn."""
     threads: int
     checkpoint_dir: Path | None
     checkpoint_period: float
@@ -126,7 +127,7 @@ class Hosting:
             self.server = server = TesseractServer(
                 self.node,
                 backends,
-                device=self.plan.device,
+                device=self.plan.devices,
                 checkpoint_dir=self.plan.checkpoint_dir,
                 checkpoint_period=self.plan.checkpoint_period,
                 followers=followed,
@@ -246,11 +247,13 @@ class Hosting:
         patterns = [ExpertPattern.parse(text) for text in self.plan.patterns]
         pattern = patterns[0] if patterns or self.run is None else self.run.manifest.pattern
         expert = measure(self._build(next(iter(pattern))))
+        expert = dataclasses.replace(expert, batch=expert.batch * len(self.plan.devices))  # they compute side by side
         gc.collect()
         trim_heap()
         # with everything in it that the first expert made PyTorch import
         base = int(psutil.Process().memory_info().rss)
-        self.memory = plan_memory(limit, base=base, expert=expert, on_gpu=not self.plan.device.startswith("cpu"))
+        on_gpu = not any(device.startswith("cpu") for device in self.plan.devices)
+        self.memory = plan_memory(limit, base=base, expert=expert, on_gpu=on_gpu)
         logger.info("memory: the process has %d bytes; %s; %s", base, expert, self.memory)
         if not self.memory.num_experts:
             raise ValueError(
@@ -265,7 +268,9 @@ class Hosting:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=RuntimeSettings(batcher=BatcherSettings(max_queue_bytes=self.memory.queue)),
+            runtime=RuntimeSettings(
+                batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
+            ),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )
 

@@ -69,7 +69,14 @@ MAX_EXPERTS = 4096
     "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1), help="Rows computed at once."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the experts' first weights, together with their uids.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    help="cpu, cuda, cuda:1, ...; may be given several times: the experts are spread over them in turn.",
+)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
 @click.option(
     "--autocast",
@@ -165,7 +172,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             learning_rate=values["learning_rate"],
             max_batch_size=values["max_batch_size"],
             seed=values["seed"],
-            device=values["device"],
+            devices=values["devices"],
             threads=values["threads"],
             checkpoint_dir=checkpoint_dir,
             checkpoint_period=values["checkpoint_period"],
