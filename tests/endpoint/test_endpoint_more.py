@@ -41,6 +41,19 @@ async def test_the_policy_says_who_may_call_and_who_may_train() -> None:
         assert server.metrics.total("endpoint_calls_refused") == 3
 
 
+async def test_no_memory_is_taken_for_the_large_requests_of_who_may_not_call() -> None:
+    async with serving(PLAIN) as (server, address), client_of(PLAIN) as stranger:
+        server.policy = Policy.only([])
+        for _ in range(3):
+            with pytest.raises(NotAllowed, match=stranger.peer_id.short):
+                await stranger.call(address, "echo", None, [bytes(2**20)], timeout=5)
+        (connection,) = server._pool.connections()
+        assert server._budget.used == 0 and not connection._protocol.windows.in_bytes
+        assert connection._protocol.num_calls == 0 and server.metrics.total("endpoint_calls_refused") == 3
+        server.policy = Policy()
+        assert len((await stranger.call(address, "echo", None, [bytes(2**20)], timeout=5)).buffers[0]) == 2**20
+
+
 def test_an_allow_list_covers_every_action() -> None:
     friend, stranger = Identity.generate().peer_id, Identity.generate().peer_id
     policy = Policy.only([friend])
