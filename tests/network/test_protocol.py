@@ -311,6 +311,21 @@ def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
     pair.exchange()
     assert WriteFinished(number, [1], [0]) in pair.a.events()
     assert pair.a.storage.num_entries == 0
+    # also not where somebody insists
+    item = record(pair.b)
+    stores = request(wire.STORE, [item.key + item.body], token=pair.a.tokens.give(pack_address(STRANGER)))
+    pair.a.receive_datagram(stores, STRANGER, 0.0)
+    assert wire.read_outcomes(reply_of(pair.a).results, 1) == [Outcome.REFUSED]
+    assert pair.a.storage.num_entries == 0
+
+
+def test_a_client_that_others_were_told_of_is_not_listed_either() -> None:
+    pair = Pair()
+    pair.b = machine(2, public=False)
+    pair.b.end_dial_wait()
+    pair.join()  # by the address given as a seed: it answers, and says what it is
+    assert pair.a.metrics.snapshot()["network_datagrams_received"] >= 1
+    assert len(pair.a.table) == 0
 
 
 def test_a_clock_that_is_wrong_is_reported() -> None:
