@@ -245,6 +245,19 @@ async def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str])
     assert shown and float(shown[2]) < float(shown[1])
 
 
+async def test_a_swarm_is_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(DOCS / "how-to/rehearse.md", "python"):
+        await execute(block, names)
+    lines = capsys.readouterr().out.splitlines()
+    print(*lines, sep="\n")
+    first = re.fullmatch(r"16 of 16 servers found in (\d\.\d\d) s", lines[0])
+    assert first and float(first[1]) < 2.0
+    assert lines[1].startswith("16 of 16 servers are still known")
+    assert lines[2:5] == ["20 of 20 have joined", "{'client'}", "true"]
+    assert re.match(r"\d+ bytes per second and node, \d+ datagrams", lines[5])
+
+
 async def test_a_server_for_each_device_in_one_program(capsys: pytest.CaptureFixture[str]) -> None:
     [block] = blocks(DOCS / "how-to/gpus.md", "python")
     names: dict[str, Any] = {}

@@ -144,7 +144,7 @@ def port_pair(host: str, port: int) -> Finding:
 
 async def reach(peer: str, host: str) -> AsyncIterator[Finding]:
     """Whether this seed answers by UDP and by TCP, and how far the clocks differ."""
-    from tesseract_async.errors import TesseractError, describe
+    from tesseract_async.errors import NotAllowed, TesseractError, describe
     from tesseract_async.monitoring import ask_status
     from tesseract_async.node import TesseractNode
 
@@ -158,6 +158,10 @@ async def reach(peer: str, host: str) -> AsyncIterator[Finding]:
         started, before = asyncio.get_running_loop().time(), time.time()
         try:
             status = await ask_status(node, address, timeout=5.0)
+        except NotAllowed as error:
+            advice = "TCP is let through. A node with an identity that its owner listed may still be answered."
+            yield Finding("note", f"seed {peer}", f"answers by TCP, and refuses: {describe(error)}", advice)
+            return
         except (TesseractError, TimeoutError) as error:
             yield Finding(
                 "bad", f"seed {peer}", f"no answer by TCP: {describe(error)}", "Is TCP to its port let through?"

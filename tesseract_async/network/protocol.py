@@ -69,6 +69,9 @@ MAX_SEED_PERIODS = 5
 """With others at hand, the wait until seeds are asked again doubles up to so many of `seed_period`."""
 HOUSEKEEPING_PERIOD = 10.0
 
+RecordCheck = Callable[[SignedRecord], bool]
+"""Whether a holder keeps a record whose signature holds: what a higher room knows about records of its kind."""
+
 
 class NetworkProtocol:
     """One node of the DHT."""
@@ -85,8 +88,10 @@ class NetworkProtocol:
         public: bool,
         verify: Verifier = verify,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
+        checks: Sequence[RecordCheck] = (),
     ) -> None:
         self.identity = identity
+        self.checks = tuple(checks)
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
@@ -408,7 +413,7 @@ class NetworkProtocol:
                 return outcome
             if not self._limiter.allows(address, 4.0, now):
                 return Outcome.FULL
-            record.check(verify=self.verify)
+            self._check(record)
             self.storage.put(record, source)
             self.copies.drop(key)
             return Outcome.STORED
@@ -431,8 +436,14 @@ class NetworkProtocol:
             if not self._limiter.allows(address, 4.0, now):
                 self._drop("rate")
                 return
-            record.check(verify=self.verify)
+            self._check(record)
             self.copies.put(record, wall + seconds)
+
+    def _check(self, record: SignedRecord) -> None:
+        """Looks at everything that a holder can know about a record. Raises: InvalidRecord."""
+        record.check(verify=self.verify)
+        if not all(check(record) for check in self.checks):
+            raise InvalidRecord("a record that does not belong under its key")
 
     def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
         """The contacts that this node names when asked for a target, packed into `room` bytes."""

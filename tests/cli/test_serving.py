@@ -37,6 +37,7 @@ def test_a_port_in_use_is_a_sentence() -> None:
         (("--preferred-size", "9999"), "a batch has at least 1 row and at most 4096"),
         (("--device", "nonsense"), "not a device, such as 'cpu' or 'cuda:0': 'nonsense'"),
         (("--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
+        (("--device", "cpu", "--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
     ],
 )
 def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[str, ...], sentence: str) -> None:

@@ -121,6 +121,15 @@ async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> N
     assert taken.exit_code == 1 and "BAD   listening" in taken.output and "Choose another" in taken.output
 
 
+async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
+    async with ta.TesseractNode(policy=ta.Policy.only([])) as node, StatusService(node):
+        result = await tesseract("doctor", "-p", node.address, "--json")
+    findings = [json.loads(line) for line in result.output.splitlines()]
+    (refusal,) = [finding for finding in findings if "refuses" in finding["found"]]
+    assert refusal["verdict"] == "note" and "does not let" in refusal["found"]
+    assert result.exit_code == 0, findings
+
+
 async def test_bench_says_rows_per_second() -> None:
     result = await tesseract("bench", "--in-features", "8", "--rows", "4", "--seconds", "0.1", "--json")
     assert result.exit_code == 0, result.output

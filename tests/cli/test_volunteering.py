@@ -66,7 +66,7 @@ def plan(run: str, seed: str, **changes: Any) -> ServePlan:
             "learning_rate": 0.1,
             "max_batch_size": 1,
             "seed": 99,
-            "device": "cpu",
+            "devices": ("cpu",),
             "threads": 1,
             "checkpoint_dir": None,
             "checkpoint_period": 60.0,

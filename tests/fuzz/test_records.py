@@ -23,7 +23,10 @@ from tests.monitoring.test_status import STATUS
 from tests.transport.test_offers import DESCRIPTION
 
 PARTS = [
-    part for part, _ in manifest.encode_manifest(["10.0.0.1:1", "[::1]:2"], {(1, 2): True, (3, 4): False}, sequence=1)
+    part
+    for part, _ in manifest.encode_manifest(
+        ["10.0.0.1:1", "[::1]:2"], {(1, 2): True, (3, 4): False}, prefix="ffn", sequence=1
+    )
 ]
 RESERVATION = claiming.encode_reservation([(1, 2), (3, 4)])[0]
 RUN = run.sign_run(ALICE, DIGITS).blob[96:]

@@ -278,7 +278,7 @@ async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, 
 async def test_one_of_two_callers_of_a_backward_may_leave(node: FakeNode, server: TesseractServer) -> None:
     x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
     released = threading.Event()
-    holding = asyncio.create_task(server.runtime.call(lambda: released.wait(10)))
+    holding = asyncio.create_task(server.runtimes[0].call(lambda: released.wait(10)))
     await asyncio.sleep(0)
     calls = [asyncio.create_task(node.backward("ffn.0", [x], [gradient], call_id=call_id)) for _ in range(2)]
     await asyncio.sleep(0)
