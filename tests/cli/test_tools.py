@@ -71,7 +71,7 @@ async def test_top_prints_once() -> None:
     async with swarm() as address:
         result = await tesseract("top", "--once", "-p", address, "--period", "0.2")
         assert result.exit_code == 0, result.output
-        assert "1 experts on 1 servers" in result.output and "ffn" in result.output
+        assert "1 expert on 1 server " in result.output and "ffn" in result.output
         state = json.loads((await tesseract("top", "ffn.[0:2].[0:2]", "--once", "--json", "-p", address)).output)
         assert state["grids"][0]["size"] == [2, 2] and len(state["grids"][0]["experts"]) == 1
     assert (await tesseract("top", "-p", "127.0.0.1:1", "--json")).exit_code == 2
@@ -121,6 +121,8 @@ async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> N
         what = {finding["what"] for finding in findings}
         assert {"Python", "PyTorch", "CUDA", "disk", "listening", "clock", f"seed {address}"} <= what
         assert all(finding["advice"] for finding in findings if finding["verdict"] != "good")
+    alone = (await tesseract("doctor", "--json")).output
+    assert "clock and NAT" in alone and "--initial-peers" in alone, "it says what it has not looked at, and how to"
     taken = await tesseract("doctor", "--host", "192.0.2.7")
     assert taken.exit_code == 1 and "BAD   listening" in taken.output and "Choose another" in taken.output
 
