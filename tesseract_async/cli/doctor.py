@@ -19,6 +19,7 @@ import click
 
 from tesseract_async.cli.options import peers
 from tesseract_async.cli.running import run
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
 
 MIN_FREE_BYTES = 10**9
@@ -59,6 +60,9 @@ def command(initial_peers: tuple[str, ...], host: str, port: int, checkpoint_dir
         findings = [*software(), *room(checkpoint_dir), listening]
         for finding in findings:
             _show(finding, as_json)
+        if not initial_peers:
+            advice = "It takes another node to see them: give the address of one by --initial-peers."
+            _show(Finding("note", "clock and NAT", "not looked at", advice), as_json)
         for peer in peers(initial_peers):
             with sign(f"asking {peer}"):
                 # a port that is taken (by the very node in question, perhaps) can't be tried; another tells the rest
@@ -151,7 +155,7 @@ async def reach(peer: str, host: str, port: int) -> AsyncIterator[Finding]:
             advice = "Does it run? Is UDP to its port let through, here and there?"
             yield Finding("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)
             return
-        yield Finding("good", f"seed {peer}", f"answers by UDP; {node.network.num_contacts} contacts")
+        yield Finding("good", f"seed {peer}", f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
         address = node.initial_peers[0]
         started, before = asyncio.get_running_loop().time(), time.time()
         try:

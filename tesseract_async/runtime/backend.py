@@ -175,6 +175,11 @@ class ExpertBackend:
         return self.settings.stochastic
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """Steps taken, and backwards gathered for the next one (`step_every`)."""
+        return self.version, self._num_accumulated
+
+    @property
     def trains(self) -> bool:
         """Whether it has an optimizer, or will have one."""
         return self.optimizer is not None or self._make_optimizer is not None

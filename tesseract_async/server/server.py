@@ -114,7 +114,7 @@ class TesseractServer:
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
         )
-        self._saved_versions: dict[str, int] = {}
+        self._saved: dict[str, tuple[int, int]] = {}  # uid -> how far its newest checkpoint is
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
         self._address_updates: set[asyncio.Task[None]] = set()
@@ -322,6 +322,7 @@ class TesseractServer:
         Raises: CheckpointError.
         """
         backend = self.experts[uid]
+        self._saved.pop(uid, None)  # it may be another state of the same version
 
         def load() -> None:
             before = backend.state()
@@ -355,7 +356,7 @@ class TesseractServer:
         failed: CheckpointError | None = None
         async with self._saving:
             for uid, backend in self.experts.items():
-                if self._saved_versions.get(uid) == backend.version:
+                if self._saved.get(uid) == backend.progress:
                     continue
                 state = await self._runtime_of[backend].snapshot(backend)
                 version: int = state["version"]
@@ -364,7 +365,7 @@ class TesseractServer:
                 except CheckpointError as error:
                     failed = failed or error
                     continue
-                self._saved_versions[uid] = version
+                self._saved[uid] = version, state["num_accumulated"]
                 num_saved += 1
         if failed is not None:
             raise failed
@@ -385,7 +386,7 @@ class TesseractServer:
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint of {uid} does not fit its module: {describe(error)}") from error
         if state is not None:
-            self._saved_versions[uid] = backend.version
+            self._saved[uid] = backend.progress
             logger.info("%s continues at version %d", uid, backend.version)
 
     async def _save_periodically(self) -> None:

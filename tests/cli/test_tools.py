@@ -71,7 +71,7 @@ async def test_top_prints_once() -> None:
     async with swarm() as address:
         result = await tesseract("top", "--once", "-p", address, "--period", "0.2")
         assert result.exit_code == 0, result.output
-        assert "1 experts on 1 servers" in result.output and "ffn" in result.output
+        assert "1 expert on 1 server " in result.output and "ffn" in result.output
         state = json.loads((await tesseract("top", "ffn.[0:2].[0:2]", "--once", "--json", "-p", address)).output)
         assert state["grids"][0]["size"] == [2, 2] and len(state["grids"][0]["experts"]) == 1
     assert (await tesseract("top", "-p", "127.0.0.1:1", "--json")).exit_code == 2
@@ -121,8 +121,19 @@ async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> N
         what = {finding["what"] for finding in findings}
         assert {"Python", "PyTorch", "CUDA", "disk", "listening", "clock", f"seed {address}"} <= what
         assert all(finding["advice"] for finding in findings if finding["verdict"] != "good")
+    alone = (await tesseract("doctor", "--json")).output
+    assert "clock and NAT" in alone and "--initial-peers" in alone, "it says what it has not looked at, and how to"
     taken = await tesseract("doctor", "--host", "192.0.2.7")
     assert taken.exit_code == 1 and "BAD   listening" in taken.output and "Choose another" in taken.output
+
+
+async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
+    async with ta.TesseractNode(policy=ta.Policy.only([])) as node, StatusService(node):
+        result = await tesseract("doctor", "-p", node.address, "--json")
+    findings = [json.loads(line) for line in result.output.splitlines()]
+    (refusal,) = [finding for finding in findings if "refuses" in finding["found"]]
+    assert refusal["verdict"] == "note" and "does not let" in refusal["found"]
+    assert result.exit_code == 0, findings
 
 
 @pytest.mark.parametrize("reached", [True, False])
@@ -153,15 +164,6 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("0.0.0.0", 0))
         return int(one.getsockname()[1])
-
-
-async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
-    async with ta.TesseractNode(policy=ta.Policy.only([])) as node, StatusService(node):
-        result = await tesseract("doctor", "-p", node.address, "--json")
-    findings = [json.loads(line) for line in result.output.splitlines()]
-    (refusal,) = [finding for finding in findings if "refuses" in finding["found"]]
-    assert refusal["verdict"] == "note" and "does not let" in refusal["found"]
-    assert result.exit_code == 0, findings
 
 
 async def test_bench_says_rows_per_second() -> None:

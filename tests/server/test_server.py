@@ -314,6 +314,28 @@ async def test_a_server_returns_with_its_weights_and_its_journal(node: FakeNode,
         assert await server.save_checkpoints() == 1 and await server.save_checkpoints() == 0
 
 
+async def test_backwards_gathered_for_a_step_are_saved_although_no_step_was_taken(
+    node: FakeNode, tmp_path: Path
+) -> None:
+    x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
+
+    def experts() -> dict[str, ExpertBackend]:
+        module = nn.Linear(8, 4)
+        settings = BackendSettings(step_every=2)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return {"ffn.0": ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((8,)),), settings=settings)}
+
+    async with TesseractServer(node, experts(), checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
+        assert (await node.backward("ffn.0", [x], [gradient], call_id=call_id))[1] == 0
+        weight = server.experts["ffn.0"].module.weight.detach().clone()  # type: ignore[operator, union-attr]
+    async with TesseractServer(node, experts(), checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
+        assert (await node.backward("ffn.0", [x], [gradient]))[1] == 1
+        stepped = server.experts["ffn.0"].module.weight.detach()  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(stepped, weight - 0.1 * 2 * gradient.T @ x)
+        assert (await node.backward("ffn.0", [x], [gradient], call_id=call_id))[1] == 0, "it was applied before"
+        assert server.experts["ffn.0"].progress == (1, 0)
+
+
 async def test_checkpoints_are_written_on_a_timer(node: FakeNode, tmp_path: Path) -> None:
     written = asyncio.Event()
 
