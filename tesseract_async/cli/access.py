@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -49,6 +50,8 @@ TRAINING: Final = click.option(
     help="Only this peer may change weights; may be given several times. Others that may call may still ask forwards.",
 )
 
+LISTS: Final = ("allow", "allow_file", "allow_training")
+
 
 def access_options(command: Command) -> Command:
     """Adds the lists and quotas as flags; `policy_of` makes the policy of their values."""
@@ -66,6 +69,7 @@ def policy_of(values: dict[str, Any]) -> Policy | None:
     """
     from tesseract_async.admission import Policy, Quota
 
+    _refuse_empty_variables()
     found = {name: values.pop(name) for name in (*OPTIONS, "allow_training") if name in values}
     members = _listed("allow", found["allow"])
     if found["allow_file"] is not None:
@@ -100,6 +104,14 @@ def describe_policy(policy: Policy) -> list[str]:
 
 def _peers(count: int) -> str:
     return "one peer" if count == 1 else f"{count} peers"
+
+
+def _refuse_empty_variables() -> None:
+    """To click, an environment variable that is set to nothing is not set: a list that was forgotten would open all."""
+    for option in click.get_current_context().command.params:
+        variable = option.envvar
+        if option.name in LISTS and isinstance(variable, str) and os.environ.get(variable) == "":
+            raise click.UsageError(f"{variable} lists nobody; unset it to let everybody in")
 
 
 def _listed(name: str, texts: tuple[str, ...]) -> frozenset[PeerID] | None:

@@ -23,6 +23,7 @@ import torch
 
 from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.running import say, spare_the_collector, until_told_to_leave
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
@@ -167,7 +168,8 @@ class Hosting:
         facts: dict[str, Any] = {} if self.run is None else {"run": self.run.full_name}
         facts |= {"followed": followed} if followed else {}
         facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
-        click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)
+        hosted = f"{counted(len(uids), 'expert')} {'is' if len(uids) == 1 else 'are'}"
+        click.echo(f"{hosted} being served at {address}; Ctrl-C leaves cleanly", err=True)
         spare_the_collector()
         self.ready.set()
         say("ready", address=address, peer_id=str(self.node.peer_id), uids=uids, versions=_versions(server), **facts)

@@ -28,7 +28,8 @@ from tesseract_async.network.events import (
     RoleChanged,
     WriteFinished,
 )
-from tesseract_async.network.protocol import NetworkProtocol, RecordCheck
+from tesseract_async.network.holding import RecordCheck
+from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.transport import stun
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import tesseract_async as ta
 from tesseract_async.cli.access import TRAINING, access_options, describe_policy, policy_of
 from tesseract_async.cli.config_file import config_option
+from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
 from tests.cli.processes import event, tesseract
 
@@ -111,6 +112,13 @@ def test_mistakes_are_sentences_and_never_let_everybody_in(
     Path("empty.toml").write_text("allow = []\n")
     output, policy = invoke(*flags)
     assert policy is None and sentence in output
+
+
+@pytest.mark.parametrize("flag", ["ALLOW", "ALLOW_FILE", "ALLOW_TRAINING"])
+def test_an_empty_variable_lets_nobody_in_unasked(flag: str) -> None:
+    variable = f"TESSERACT_SERVE_{flag}"
+    result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0", "--device", "nonsense"], env={variable: ""})
+    assert result.exit_code == 2 and f"{variable} lists nobody" in result.output
 
 
 async def test_a_closed_swarm_of_commands_takes_its_members_only(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tesseract_async.endpoint.events import CallReceived
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import ProtocolSettings
-from tesseract_async.errors import ConnectionLost, ProtocolError
+from tesseract_async.errors import ConnectionLost, NotAllowed, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.tls import TlsMachine
@@ -79,6 +79,7 @@ def fuzz_machine(pick: random.Random) -> None:
         now=0.0,
         wake=lambda: None,
         meter=quotas.meter(PEER) if pick.random() < 0.3 else None,
+        refusal=(lambda: NotAllowed("not here")) if pick.random() < 0.1 else None,
         reply_budget=replies if pick.random() < 0.7 else None,
     )
     for _ in range(2):
