@@ -199,6 +199,22 @@ async def test_backward_without_a_call_id_takes_no_step(runtime: TesseractRuntim
     torch.testing.assert_close(module.state_dict(), before)
 
 
+async def test_a_backward_that_is_computed_again_costs_no_other_its_step(any_runtime: TesseractRuntime) -> None:
+    gate, gate_backend = make_gate()
+    module, backend = make_mlp()
+    reference = copy.deepcopy(module)
+    blocker = any_runtime.submit(gate_backend, [torch.ones(1, 1)])
+    await gate.entered.wait()
+    x, gradient = torch.randn(3, 8), torch.randn(3, 4)
+    ids = (None, b"1" * 16, None)  # without one, no step is taken
+    works = [any_runtime.submit(backend, [x], [gradient], call_id=call_id) for call_id in ids]
+    gate.open.set()
+    await asyncio.gather(*(work.answer for work in works), blocker.answer)
+    local_step(reference, x, gradient)
+    torch.testing.assert_close(module.state_dict(), reference.state_dict())
+    assert dict(backend.applied) == {b"1" * 16: 1} and backend.version == 1
+
+
 @pytest.mark.both_loops
 async def test_cancelling_withdraws_what_waits_and_lets_run_what_runs(any_runtime: TesseractRuntime) -> None:
     gate, backend = make_gate()
