@@ -271,7 +271,7 @@ class TesseractNode:
 
         split_uid(uid)
         self.check_running()
-        replicas = await self.directory.find(uid, also_failed=True)
+        replicas = await self.directory.find(uid, even_failed=True)
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
         return RemoteExpert(self, uid, replicas)

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ import tesseract_async as ta
 from tesseract_async.cli.config_file import read_config
 from tesseract_async.cli.main import COMMANDS, main
 from tesseract_async.monitoring.catalogue import METRICS
+from tests.stem import Stem
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -136,16 +137,9 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.fixture(scope="module")
-def stem() -> Iterator[Any]:
-    stem = session.Stem()
-    yield stem
-    stem.close()
-
-
 @pytest.mark.timeout(240)  # six seconds each on two quiet cores
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
-async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Any) -> None:
+async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Stem) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""
     shown = text_of(page)
     seen = await session.follow(shown, stem)

@@ -97,12 +97,12 @@ class ExpertDirectory:
         self._masked: dict[tuple[str, PeerID], tuple[int, float]] = {}
         self._closed = False
 
-    async def find(self, uid: str, *, also_failed: bool = False) -> list[ExpertReplica]:
+    async def find(self, uid: str, *, even_failed: bool = False) -> list[ExpertReplica]:
         """Who hosts `uid` now: the primary first, then the newest manifest; empty if nobody does.
 
         Answers from a warm grid, or from a recent find. That nobody hosts it is never remembered: the next call asks
-        the network again. Where every replica has failed a call since its last manifest, nobody is found; with
-        `also_failed` these are, rather than nobody: a line that was down for a moment does not make a server absent.
+        the network again. With `even_failed`, replicas that `report_failure` hides are named if there are no others:
+        whoever has no other choice had better try them again.
 
         Raises: ValueError for a malformed uid; TimeoutError if no node of the network answered.
         """
@@ -110,10 +110,10 @@ class ExpertDirectory:
             return known
         prefix, coords = split_uid(uid)
         claims = self._read(prefix, await self._network.get_entries(shard_key(uid)))
-        believed = [claim for claim in claims if self._believed(claim, uid)]
-        found = _replicas_of(prefix, coords, believed)
-        if not found and also_failed:
-            return _replicas_of(prefix, coords, claims)
+        hosting = [(claim, claim.replica(prefix, row)) for claim in claims for row in claim.rows_of(coords)]
+        found = rank_replicas(replica for claim, replica in hosting if self._believed(claim, uid))
+        if even_failed and not found:
+            return rank_replicas(replica for _, replica in hosting)
         if found:
             until = min(self._clock() + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
@@ -185,7 +185,8 @@ class ExpertDirectory:
         return grid.view
 
     def report_failure(self, replica: ExpertReplica) -> None:
-        """Hides the replica until its server renews its manifest, so that nobody here calls it meanwhile."""
+        """Hides the replica until its server renews its manifest, so that nobody here calls it meanwhile, unless it is
+        the only one and asked for (`find`)."""
         prefix, coords = split_uid(replica.uid)
         owner = replica.peer.peer_id
         if owner is None:
@@ -277,10 +278,6 @@ class ExpertDirectory:
             self._masked.pop((uid, claim.owner), None)
             return True
         return False
-
-
-def _replicas_of(prefix: str, coords: tuple[int, ...], claims: Iterable[Claim]) -> list[ExpertReplica]:
-    return rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))
 
 
 async def _sleep_until(at: float) -> None:

@@ -408,7 +408,7 @@ class ReplicaKeeper:
             logger.warning("could not look after the replicas: %s", describe(error))
 
     async def _aside(self, work: Callable[[], bytes]) -> bytes:
-        return await self._server.runtime.call_aside(work)
+        return await self._server.call_aside(work)
 
 
 def _owner(replica: ExpertReplica) -> PeerID:

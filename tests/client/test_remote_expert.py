@@ -140,6 +140,38 @@ async def test_a_silent_server_fails_within_its_timeout_and_is_masked(node: Fake
     assert node.num_open == 0
 
 
+async def test_the_only_server_is_asked_again_after_it_stood_still(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    x = torch.ones(1, 8, requires_grad=True)
+    y = await expert(x)
+    node.delay = 60.0
+    with pytest.raises(TimeoutError):
+        await expert.with_options(timeout=0.1)(x)
+    node.delay = 0.0
+    torch.testing.assert_close(await expert(x), y)
+    await backward(y.sum())
+    assert x.grad is not None and node.directory.failed, "its next manifest has not come yet"
+
+
+async def test_a_dead_only_server_is_not_asked_again_within_the_call(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    y = (await expert(torch.ones(1, 8))).sum()
+    num_calls = 0
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        raise ConnectionLost("peer", "test")
+
+    node.fault = fault
+    for call in (expert(torch.ones(1, 8)), backward(y)):
+        with pytest.raises(ConnectionLost):
+            await call
+    assert num_calls == 2
+
+
 async def test_a_server_that_was_out_of_reach_for_a_moment_is_not_taken_for_absent(node: FakeNode) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8), peers=("peer",))
 

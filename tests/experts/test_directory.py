@@ -78,9 +78,9 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
         assert await other.find("ffn.3.7") == [second]
         other.report_failure(second)
         assert await other.find("ffn.3.7") == []
-        assert await other.find("ffn.3.7", also_failed=True) == [first, second], "rather than nobody"
+        assert await other.find("ffn.3.7", even_failed=True) == [first, second], "rather than nobody"
         assert await other.find("ffn.3.7") == [], "which changes nothing for others"
-        assert await other.find("ffn.9.9", also_failed=True) == []
+        assert await other.find("ffn.9.9", even_failed=True) == []
         assert len(await other.find("ffn.3.6")) == 1, "only what failed is hidden"
         if other is subject:
             view = other.live("ffn")
@@ -93,6 +93,25 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
         assert [replica.peer.peer_id for replica in await other.find("ffn.3.7")] == [peer(2)]
     for server in servers:
         await server.aclose()
+    await subject.aclose()
+
+
+async def test_who_has_no_other_choice_is_told_of_a_replica_that_failed() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    server = await declare(swarm, 1, "ffn.3.7")
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    [failed] = await subject.find("ffn.3.7")
+    subject.report_failure(failed)
+    assert await subject.find("ffn.3.7") == []
+    assert await subject.find("ffn.3.7", even_failed=True) == [failed]
+    assert await subject.find("ffn.3.7") == [], "naming it did not forgive it"
+    assert await subject.find("ffn.3.6", even_failed=True) == [], "nobody ever hosted this one"
+    other = await declare(swarm, 2, "ffn.3.7", primary=False)
+    assert [one.peer.peer_id for one in await subject.find("ffn.3.7", even_failed=True)] == [peer(2)]
+    await server.aclose()
+    await other.aclose()
     await subject.aclose()
 
 
