@@ -9,7 +9,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import SignedRecord
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import STALL, Call
-from tesseract_async.network.contacts import Contact
+from tesseract_async.network.contacts import Contact, address_range
 from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import WriteFinished
 from tesseract_async.network.operations import Search
@@ -55,7 +55,7 @@ class Write:
         network, settings = self.network, self.network.settings
         for key in self._indices:
             start = network.table.closest(int.from_bytes(key, "big"), settings.k)
-            if network.joined and len(start) < settings.k and all(item.token_until > now for item in start):
+            if network.joined and len(start) < settings.k and all(_at_hand(item, now) for item in start):
                 # fewer nodes than a record has holders: everybody is one, and nobody needs to be searched
                 self._found(key, start, now)
             else:
@@ -124,6 +124,14 @@ class Write:
             self.network.schedule(now + SHORTEST_WAIT, self._end_if_done)
         else:
             self._end_if_done(now)
+
+
+def _at_hand(contact: Contact, now: float) -> bool:
+    """Whether it takes a record without further ado, and lives where whoever writes is listed at once.
+
+    Elsewhere newcomers wait to be dialled by a third node (`probation`), and a short table may not be everybody.
+    """
+    return contact.token_until > now and address_range(contact.address) is None
 
 
 class _HolderSearch:

@@ -245,21 +245,22 @@ async def test_what_strangers_store_is_dropped_and_counted() -> None:
     swarm = FakeSwarm()
     stranger = FakeNetwork(swarm, peer(9))
     far = encode_manifest(["10.0.0.9:1"], {(9, 9): True, (1, 1): True}, prefix="ffn", sequence=1)[0][0]
+    elsewhere = encode_manifest(["10.0.0.9:1"], {(3, 7): True}, prefix="attention", sequence=1)[0][0]
     other_dims = encode_manifest(["10.0.0.9:1"], {(1,): True}, prefix="ffn", sequence=1)[0][0]
-    values = [None, 3, b"", b"garbage", "text", [1, 2], {"a": 1}, far[:-1], far, other_dims]
+    values = [None, 3, b"", b"garbage", "text", [1, 2], {"a": 1}, far[:-1], elsewhere, far, other_dims]
     for number, value in enumerate(values):
         await stranger.store(grid_key("ffn"), value, ttl=60, subkey=str(number))
         await stranger.store(shard_key("ffn.3.7"), value, ttl=60, subkey=str(number))
     server = await declare(swarm, 1, "ffn.3.7")
     subject = directory(swarm)
     assert [replica.peer.peer_id for replica in await subject.find("ffn.3.7")] == [peer(1)]
-    assert subject.metrics.total("manifests_dropped") == 8
+    assert subject.metrics.total("manifests_dropped") == 9
     subject.watch("ffn", (8, 8))
     await subject.wait_warm("ffn")
     view = subject.live("ffn")
     assert view is not None and view.coords.tolist() == [[1, 1], [3, 7]]
     assert view.num_foreign == 2
-    assert subject.metrics.total("manifests_dropped") == 16
+    assert subject.metrics.total("manifests_dropped") == 18
     assert subject.metrics.total("experts_off_grid") == 2
     await server.aclose()
     await subject.aclose()

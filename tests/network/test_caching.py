@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
+from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.caching import MAX_COPIES, PathCache, lifetime
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
+from tesseract_async.network.holding import Holder
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.network.storage import Outcome
 from tesseract_async.testing import SimulatedNetwork, SimulatedNode
 
 WALL = 1_700_000_000.0
@@ -23,8 +26,10 @@ OWNER = Identity.from_seed(bytes(32))
 KEY = bytes(32)
 
 
-def record(*, sequence: int = 1, ttl: float = 600.0, key: bytes = KEY, **more: Any) -> SignedRecord:
-    return SignedRecord.sign(OWNER, key, sequence=sequence, expiration=WALL + ttl, value=b"\x01", **more)
+def record(
+    *, sequence: int = 1, ttl: float = 600.0, key: bytes = KEY, value: bytes = b"\x01", **more: Any
+) -> SignedRecord:
+    return SignedRecord.sign(OWNER, key, sequence=sequence, expiration=WALL + ttl, value=value, **more)
 
 
 def contact(number: int) -> Contact:
@@ -107,6 +112,18 @@ def test_a_copy_is_served_as_such_and_only_what_may_be_copied_is_kept() -> None:
     (answer,) = send(node, wire.GET, KEY, token=token)
     results = wire.read_reply(answer).results
     assert wire.read_value(results)[1] == [record(sequence=2).body] and not wire.is_copy(results)
+
+
+def test_a_check_that_the_node_was_given_stands_before_copies_and_records_alike() -> None:
+    node = far_node()
+    node.holder = Holder(node, policy=Policy(), checks=[lambda record: record.value != b"odd", lambda record: True])
+    token = wire.read_reply(send(node, wire.PING)[0]).token
+    odd = record(value=b"odd")
+    send(node, wire.COPY, KEY + odd.body, token=token)
+    (answer,) = send(node, wire.STORE, [KEY + odd.body, KEY + record(subkey="a").body], token=token)
+    assert wire.read_outcomes(wire.read_reply(answer).results, 2) == [Outcome.INVALID, Outcome.STORED]
+    assert len(node.copies) == 0 and node.storage.num_entries == 1
+    assert node.metrics.snapshot()["network_datagrams_dropped{reason=invalid_record}"] == 2
 
 
 @pytest.fixture(scope="module")

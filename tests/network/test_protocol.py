@@ -12,7 +12,7 @@ from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import Unwatched
-from tesseract_async.network.contacts import Address, Contact, pack_address
+from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, pack_contacts
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
@@ -326,6 +326,27 @@ def test_a_client_that_others_were_told_of_is_not_listed_either() -> None:
     pair.join()  # by the address given as a seed: it answers, and says what it is
     assert pair.a.metrics.snapshot()["network_datagrams_received"] >= 1
     assert len(pair.a.table) == 0
+
+
+def test_what_has_expired_is_dropped_without_being_asked_for() -> None:
+    holder = machine(1)
+    holder.storage.put(record(machine(3), ttl=20.0))
+    while (at := holder.timer_at()) < 49.0:
+        holder.handle_timer(at)
+    assert holder.storage.num_entries == 1, "clocks differ"
+    while (at := holder.timer_at()) < 80.0:
+        holder.handle_timer(at)
+    assert holder.storage.num_entries == 0
+
+
+def test_contacts_of_a_kind_of_ip_that_a_node_does_not_speak_are_left_out() -> None:
+    subject, teller = machine(1), Contact(bytes([3] * 32), B)
+    told = [Contact(bytes([4] * 32), ("2001:db8::7", 4000)), Contact(bytes([5] * 32), ("198.51.100.7", 4000))]
+    v4, v6 = pack_contacts(told, 1000)
+    for lengths, expected in (((V4_BYTES, V6_BYTES), told), ((V4_BYTES,), told[1:]), ((V6_BYTES,), told[:1])):
+        subject.address_bytes = lengths
+        found = subject.contacts_from(teller, v4, v6, 0.0)
+        assert {contact.raw for contact in found} == {contact.raw for contact in expected}
 
 
 def test_a_clock_that_is_wrong_is_reported() -> None:

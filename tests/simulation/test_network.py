@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tesseract_async.network.contacts import Contact
+from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.events import ClockSkewed
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
@@ -230,6 +230,28 @@ def test_clocks_half_a_minute_apart_do_no_harm() -> None:
     network.run(15.0)
     assert all("network_clock_skew_seconds" in node.protocol.metrics.snapshot() for node in nodes)
     assert not any(isinstance(event, ClockSkewed) for node in nodes for event in node.events), "nobody is bothered"
+
+
+def test_over_ipv6_nothing_is_lost_and_no_datagram_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = SimulatedNetwork(seed=16, latency=0.02)
+    lengths: list[int] = []
+    transmit = network.transmit
+
+    def measured(data: bytes, source: Address, target: Address) -> None:
+        assert ":" in source[0] and ":" in target[0]
+        lengths.append(len(data))
+        transmit(data, source, target)
+
+    monkeypatch.setattr(network, "transmit", measured)
+    # each in a network of its own, as limits count them
+    nodes = [network.add_node(address=("2400:1::1", 4000))]
+    nodes += [network.add_node([nodes[0]], address=(f"2400:{number:x}::1", 4000)) for number in range(2, 28)]
+    network.run(10.0)
+    for number, node in enumerate(nodes):
+        value = bytes(100 + 25 * number)
+        assert network.store(node, "key", value, ttl=600.0, subkey="s" * 100 + str(number)) >= 19
+    assert len(network.get(nodes[5], "key")) == 27
+    assert 1100 < max(lengths) <= 1200, "full, and no longer"
 
 
 def test_liars_do_not_hide_records() -> None:
