@@ -100,6 +100,7 @@ def shape(output: str) -> list[str]:
     text = re.sub(r"\b[0-9a-f]{64}\b", "PEER", output)
     text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8}\b|\b[a-f]{8}\b", "PEER", text)
     text = re.sub(r"(?<![\w.])[-+]?\d[\d,.]*", "0", text)
+    text = re.sub(r"\b0 ([a-z]+?)s\b", r"0 \1", text)  # one contact or two
     text = re.sub(r"\bversions 0 to 0\b|\bversion 0\b", "versions 0", text)
     text = re.sub(r"free at \S+", "free at HERE", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]

@@ -16,6 +16,7 @@ from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
 from tests.cli.processes import event, tesseract
+from tests.stem import Stem
 
 ONE, TWO, THREE = (ta.PeerID(bytes([number]) * 32) for number in (1, 2, 3))
 
@@ -121,7 +122,7 @@ def test_an_empty_variable_lets_nobody_in_unasked(flag: str) -> None:
     assert result.exit_code == 2 and f"{variable} lists nobody" in result.output
 
 
-async def test_a_closed_swarm_of_commands_takes_its_members_only(tmp_path: Path) -> None:
+async def test_a_closed_swarm_of_commands_takes_its_members_only(stem: Stem, tmp_path: Path) -> None:
     member, server_identity = ta.Identity.generate(), tmp_path / "server.pem"
     ta.Identity.generate().save(server_identity)
     members = tmp_path / "members.txt"
@@ -129,10 +130,10 @@ async def test_a_closed_swarm_of_commands_takes_its_members_only(tmp_path: Path)
     flags = ("--experts", "ffn.0", "--size", "in_features=4", "--size", "hidden_features=8")
     closed = ("--allow-file", str(members))
     x = torch.ones(3, 4)
-    async with tesseract("dht", *closed) as bootstrap:
+    async with tesseract(stem, "dht", *closed) as bootstrap:
         address = (await event(bootstrap, "ready"))["address"]
         own = ("--identity", str(server_identity), "--peer-concurrent", "8")
-        async with tesseract("serve", "-p", address, *closed, *own, *flags) as server:
+        async with tesseract(stem, "serve", "-p", address, *closed, *own, *flags) as server:
             await event(server, "ready")
             async with ta.TesseractNode(initial_peers=[address], identity=member, refresh_period=0.2) as node:
                 expert = await node.get_expert("ffn.0")
