@@ -19,14 +19,11 @@ starts and loads PyTorch once: every command is a process forked from that one, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
 import shlex
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -36,6 +33,11 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # run as a script, this one's folder is there instead
+    sys.path.insert(0, str(ROOT))
+
+from tests.stem import Process, Stem  # noqa: E402
+
 RECORDED: Final = (
     "README.md",
     *(f"docs/tutorial/{path.name}" for path in sorted((ROOT / "docs/tutorial").glob("*.md"))),
@@ -58,96 +60,6 @@ _PIECES = re.compile(
     r"|^<!-- (?P<verb>stop|kill|run): (?P<whom>[^>]+?) -->$",
     flags=re.S | re.M,
 )
-
-
-_STEM: Final = """
-import json, os, runpy, signal, socket, sys
-import torch, torch._dynamo, torch.optim
-import tesseract_async.cli.hosting, tesseract_async.client.gating_function, tesseract_async.client.trainer
-
-def wait_for_work():
-    asked = socket.socket(fileno=int(sys.argv[1]))
-    while True:
-        text, files, _, _ = socket.recv_fds(asked, 65536, 1)
-        if not text:
-            os._exit(0)
-        work = json.loads(text)
-        if "wait" in work:
-            status = os.waitstatus_to_exitcode(os.waitpid(work["wait"], 0)[1])
-            asked.send(str(status).encode())
-            continue
-        process = os.fork()
-        if process == 0:
-            asked.close()
-            os.setsid()
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for target in (1, 2):
-                os.dup2(files[0], target)
-            os.close(files[0])
-            return work
-        os.close(files[0])
-        asked.send(str(process).encode())
-
-work = wait_for_work()
-os.chdir(work["folder"])
-os.environ.update(work["environment"])
-sys.argv = work["argv"]
-sys.path[:1] = [os.path.dirname(work["argv"][0]), *work["path"]]
-runpy.run_path(work["argv"][0], run_name="__main__")
-"""
-
-
-class Stem:
-    """A Python that has PyTorch loaded, and forks."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with theirs:  # it ends when this end of the pair is closed, however that comes
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", _STEM, str(theirs.fileno())],
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-
-    def close(self) -> None:
-        """Ends it."""
-        self._socket.close()
-        self._process.wait()
-
-    def fork(self, argv: list[str], *, folder: Path, environment: dict[str, str], path: list[str], output: int) -> int:
-        """Runs the Python file ``argv[0]`` with its output going to a descriptor; returns the process's number."""
-        work = {"argv": argv, "folder": str(folder), "environment": environment, "path": path}
-        socket.send_fds(self._socket, [json.dumps(work).encode()], [output])
-        return int(self._socket.recv(64))
-
-    def wait(self, number: int) -> int:
-        """The exit status of a process that is ending."""
-        self._socket.send(json.dumps({"wait": number}).encode())
-        return int(self._socket.recv(64))
-
-
-class Running:
-    """One command: what it says, and how it ends."""
-
-    def __init__(self, stem: Stem, number: int, output: asyncio.StreamReader, transport: asyncio.ReadTransport) -> None:
-        self.number = number
-        self.output = output
-        self.rest: asyncio.Task[bytes] | None = None
-        """Reads what it says later, which nobody wants: it must not fill the pipe and hold the command up."""
-        self._stem = stem
-        self._transport = transport
-
-    async def wait(self) -> int:
-        """Reads what is left, and returns the exit status."""
-        await (self.output.read() if self.rest is None else self.rest)
-        self._transport.close()
-        return await asyncio.to_thread(self._stem.wait, self.number)
-
-    def send_signal(self, number: int) -> None:
-        """To it alone."""
-        os.kill(self.number, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,32 +113,29 @@ class Session:
         self.folder = folder
         self.address = ADDRESSES[1]
         self._stem = stem
-        self._terminals: dict[str, Running] = {}
+        self._terminals: dict[str, Process] = {}
+        self._rests: dict[str, asyncio.Task[bytes]] = {}
+        """Read what is said later, which nobody wants: it must not fill the pipe and hold the command up."""
         (folder / "examples").symlink_to(ROOT / "examples")
         (folder / "bin").mkdir()
         self._tesseract = folder / "bin" / "tesseract"
         self._tesseract.write_text("from tesseract_async.cli.main import main\n\nmain()\n")
 
-    async def _start(self, command: str) -> Running:
+    async def _start(self, command: str) -> Process:
         words = shlex.split(command)
-        environment = {"COLUMNS": "120"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        path: list[str] = []
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
             environment[name] = value
+            if name == "PYTHONPATH":
+                path = [str(self.folder / one) for one in value.split(":") if one]
         program, *arguments = words
         assert program in ("tesseract", "python"), f"{command}: how is {program} run?"
         argv = [str(self._tesseract), *arguments] if program == "tesseract" else arguments
-        path = [str(self.folder / one) for one in environment.get("PYTHONPATH", "").split(":") if one]
-        read, write = os.pipe()
-        try:
-            number = self._stem.fork(argv, folder=self.folder, environment=environment, path=path, output=write)
-        finally:
-            os.close(write)
-        output = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(output), os.fdopen(read, "rb")
+        return await self._stem.start(
+            *argv, folder=self.folder, environment=environment, path=(*path, str(ROOT)), merge=True
         )
-        return Running(self._stem, number, output, transport)
 
     def localised(self, text: str) -> str:
         """What a page says, with addresses of this computer."""
@@ -248,34 +157,34 @@ class Session:
         if real.startswith("tesseract dashboard"):
             real += " --bind-port 0"
         goes_on = real.startswith(GO_ON)
+        assert not goes_on or terminal not in self._terminals, f"{command}: {terminal or 'the only terminal'} is taken"
         process = await self._start(real)
         lines: list[str] = []
         try:
             async with asyncio.timeout(PATIENCE):
                 if not goes_on:
-                    lines.append((await process.output.read()).decode())
+                    lines.append((await process.stdout.read()).decode())
                     assert await process.wait() == 0, f"{command}\n{''.join(lines)}"
                     return self._as_read("".join(lines))
                 await self._until_ready(process, lines, command)
+                self._rests[terminal] = asyncio.create_task(process.stdout.read())
         except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+            process.kill()
+            await process.communicate()
             if isinstance(error, TimeoutError):
                 raise AssertionError(f"{command} took over {PATIENCE:.0f} s; it said:\n{''.join(lines)}") from None
             raise
-        assert terminal not in self._terminals, f"{command}: {terminal or 'the only terminal'} is taken"
         self._terminals[terminal] = process
         return self._as_read("".join(line for line in lines if not line.startswith("{")))
 
-    async def _until_ready(self, process: Running, lines: list[str], command: str) -> None:
+    async def _until_ready(self, process: Process, lines: list[str], command: str) -> None:
         """Reads up to the line that says so to programs."""
         while not lines or '"event": "ready"' not in lines[-1]:
-            line = (await process.output.readline()).decode()
+            line = (await process.stdout.readline()).decode()
             assert line, f"{command} ended:\n{''.join(lines)}"
             lines.append(line)
         if "--port 31337" in command:
             self.address = json.loads(lines[-1])["address"].partition("/")[0]
-        process.rest = asyncio.create_task(process.output.read())
 
     def _as_read(self, output: str) -> str:
         text = output.replace(self.address, ADDRESSES[1]).replace(str(self.folder), "/home/me/tesseract")
@@ -286,6 +195,7 @@ class Session:
         process = self._terminals.pop(terminal)
         process.send_signal(number)
         async with asyncio.timeout(PATIENCE):
+            await self._rests.pop(terminal)
             status = await process.wait()
         assert number == signal.SIGKILL or status in (0, 130), f"{terminal} ended with {status}"
 

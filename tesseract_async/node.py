@@ -22,6 +22,7 @@ from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
+from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
@@ -100,7 +101,9 @@ class TesseractNode:
         self.identity = identity
         self.metrics = Metrics()
         self.policy = policy if policy is not None else Policy()
-        self.network = TesseractNetwork(identity=identity, policy=self.policy, metrics=self.metrics)
+        self.network = TesseractNetwork(
+            identity=identity, policy=self.policy, metrics=self.metrics, checks=[belongs_under_its_key]
+        )
         self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
         self._host = host
         self._port = port
@@ -261,14 +264,14 @@ class TesseractNode:
     async def get_expert(self, uid: str) -> RemoteExpert:
         """The expert `uid`, found through the DHT: a module whose call is awaited.
 
-        Raises: ExpertNotFound naming the uid if no live server hosts it; ValueError for a malformed uid; RuntimeError
-        if the node is not running.
+        Raises: ExpertNotFound naming the uid if no live server hosts it; TimeoutError if no node of the network
+        answered, which is not the same; ValueError for a malformed uid; RuntimeError if the node is not running.
         """
         from tesseract_async.client.remote_expert import RemoteExpert  # the one arrow that points up (torch, too)
 
         split_uid(uid)
         self.check_running()
-        replicas = await self.directory.find(uid)
+        replicas = await self.directory.find(uid, even_failed=True)
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
         return RemoteExpert(self, uid, replicas)

@@ -75,6 +75,11 @@ class ReachSettings:
     rendezvous: RendezvousSettings = field(default_factory=RendezvousSettings)
     reachability: ReachabilitySettings = field(default_factory=ReachabilitySettings)
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a malformed STUN server."""
+        for text in self.stun_servers:
+            split_host_port(text)
+
 
 class Reach:
     """See the module. Build it, give `transports` to the endpoint, start both, then `start` this."""
@@ -111,6 +116,7 @@ class Reach:
         self._known = asyncio.Event()
         self._stun: tuple[tuple[str, int], float] | None = None
         self._declared_public = public
+        self._doubt = ""
         self._throttle = throttle
         self.finding = Finding(tcp=True) if public else Finding()
         self.on_change: Callable[[], None] | None = None
@@ -181,6 +187,7 @@ class Reach:
         if self._declared_public:
             self._server.start()
             self._known.set()
+            self._watcher = asyncio.get_running_loop().create_task(self._watch_claim())
         else:
             if self._mapper is not None:
                 self._mapper.start()
@@ -243,6 +250,8 @@ class Reach:
         """What was found about this node's reachability, and what the user can do about it."""
         if not self.enabled:
             return [f"This node listens on {self._host}: it serves this computer only."]
+        if self._doubt:
+            return [self._doubt]
         lines = self.finding.sentences(self._outside_port)
         if self._mapper is not None:
             lines.append(self._mapper.sentence())
@@ -351,11 +360,7 @@ class Reach:
 
     async def _check(self) -> None:
         assert self._endpoint is not None and self._reachability is not None
-        contacts = self._network.public_contacts(20)
-        connected = {info.peer_id for info in self._endpoint.connections()}
-        self._rng.shuffle(contacts)
-        # those that we have no connection with see us as any stranger would
-        contacts.sort(key=lambda peer: peer.peer_id in connected)
+        contacts = self._helpers()
         client = self._settings.client  # whoever knows that it can't be reached asks for the NAT's kind only
         dialling = _nowhere() if client else self._dialled_back(contacts)
         if self._speaks_v6:  # those who dialled back have named the IPv4 addresses at which they answer STUN
@@ -383,6 +388,42 @@ class Reach:
         if found.tcp is None and self.finding.tcp is not None:
             found = replace(self.finding, nat=nat)  # nobody answered: what was known stands
         self._apply(self.finding, found)
+
+    def _helpers(self) -> list[PeerAddress]:
+        """Public nodes; those that we have no connection with first: they see us as any stranger would."""
+        assert self._endpoint is not None
+        contacts = self._network.public_contacts(20)
+        connected = {info.peer_id for info in self._endpoint.connections()}
+        self._rng.shuffle(contacts)
+        contacts.sort(key=lambda peer: peer.peer_id in connected)
+        return contacts
+
+    async def _watch_claim(self) -> None:
+        """Has others dial a node whose owner says that they can. It stays public: who says so may know better. But its
+        owner is told."""
+        settings, loop = self._settings, asyncio.get_running_loop()
+        _, port = split_host_port(self._announced[0])
+        await self._network.wait_joined()
+        while True:
+            assert self._reachability is not None
+            version = ip_version(self._announced[0]) or (4 if self._speaks_v4 else 6)
+            helpers = [peer for peer in self._helpers() if ip_version(peer.addresses[0]) == version]
+            reached, host = await self._reachability.check(helpers[:6], port=port)
+            if reached is not None and host is not None:
+                doubt = "" if reached else _claim_doubted(join_host_port(host, port), self._announced[0])
+                if doubt and not self._doubt:
+                    logger.warning("%s", doubt)
+                elif self._doubt and not doubt:
+                    logger.info("others reach this node at %s now", join_host_port(host, port))
+                self._doubt = doubt
+                self._metrics.set("reachable_by_tcp", float(reached))
+            due = loop.time() + (settings.watch_period if reached is None else settings.period)
+            try:
+                async with asyncio.timeout_at(due):
+                    await self._again.wait()
+            except TimeoutError:
+                pass
+            self._again.clear()
 
     async def _dialled_back(self, contacts: list[PeerAddress]) -> dict[int, tuple[bool, str]]:
         """For IPv4 and IPv6, where somebody could be asked: whether others reach this node, and under which host."""
@@ -513,6 +554,14 @@ class Reach:
         if self._host not in WILDCARDS:
             return [str(self._host)]
         return own_addresses(self._settings.skip_interfaces)
+
+
+def _claim_doubted(dialled: str, announced: str) -> str:
+    elsewhere = "" if dialled == announced else f", as which others see it (it announces {announced})"
+    return (
+        f"This node was started as public, but others that dialled {dialled}{elsewhere} did not get through: let TCP "
+        f"and UDP to this port in, or start it without that claim, and it finds the other ways by itself."
+    )
 
 
 async def _nowhere() -> dict[int, tuple[bool, str]]:

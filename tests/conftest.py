@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import pytest
 import pytest_asyncio
+
+from tests.stem import Stem
 
 
 def pytest_asyncio_loop_factories(
@@ -51,3 +54,13 @@ def no_thread_left() -> Iterator[None]:
     for thread in left:
         thread.join(timeout=5)
     assert not any(thread.is_alive() for thread in left), f"threads left: {left}"
+
+
+@pytest.fixture(scope="session")
+def stem() -> Iterator[Stem]:
+    """Starts commands without loading PyTorch for each; one for all tests of this process."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    stem = Stem()
+    yield stem
+    stem.close()

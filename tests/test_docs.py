@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ import tesseract_async as ta
 from tesseract_async.cli.config_file import read_config
 from tesseract_async.cli.main import COMMANDS, main
 from tesseract_async.monitoring.catalogue import METRICS
+from tests.stem import Stem
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -136,16 +137,9 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.fixture(scope="module")
-def stem() -> Iterator[Any]:
-    stem = session.Stem()
-    yield stem
-    stem.close()
-
-
 @pytest.mark.timeout(240)  # six seconds each on two quiet cores
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
-async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Any) -> None:
+async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Stem) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""
     shown = text_of(page)
     seen = await session.follow(shown, stem)
@@ -249,6 +243,19 @@ async def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str])
         await execute(block, names)
     shown = re.search(r"from ([\d.]+) to ([\d.]+)", capsys.readouterr().out)
     assert shown and float(shown[2]) < float(shown[1])
+
+
+async def test_a_swarm_is_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(DOCS / "how-to/rehearse.md", "python"):
+        await execute(block, names)
+    lines = capsys.readouterr().out.splitlines()
+    print(*lines, sep="\n")
+    first = re.fullmatch(r"16 of 16 servers found in (\d\.\d\d) s", lines[0])
+    assert first and float(first[1]) < 2.0
+    assert lines[1].startswith("16 of 16 servers are still known")
+    assert lines[2:5] == ["20 of 20 have joined", "{'client'}", "true"]
+    assert re.match(r"\d+ bytes per second and node, \d+ datagrams", lines[5])
 
 
 async def test_a_server_for_each_device_in_one_program(capsys: pytest.CaptureFixture[str]) -> None:

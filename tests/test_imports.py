@@ -65,6 +65,7 @@ PURE = [
     "network/datagrams.py",
     "network/dialback.py",
     "network/events.py",
+    "network/holding.py",
     "network/limits.py",
     "network/lookup.py",
     "network/operations.py",

@@ -266,6 +266,11 @@ async def test_outside_stun_servers_are_asked_beside_those_of_the_swarm(monkeypa
         assert reach.finding.nat == "keeping"
 
 
+def test_a_malformed_stun_server_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="stun.example"):
+        ReachSettings(stun_servers=("stun.example",))
+
+
 class Mapper:
     """A port mapping that stands."""
 
@@ -345,7 +350,27 @@ async def test_a_client_node_imports_aiortc_in_a_thread(monkeypatch: pytest.Monk
             assert await imported.get() == ("aiortc", False)
 
 
-async def test_who_says_that_it_is_public_is_asked_no_more() -> None:
+async def test_who_says_that_it_is_public_is_believed_at_once() -> None:
     async with TesseractNode("0.0.0.0", public=True, announce="127.0.0.1:1") as declared:
         assert declared.reach.finding == replace(Finding(), tcp=True)
         assert await declared.wait_reachable(0.0)
+
+
+async def test_who_says_so_and_is_not_reached_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """It stays what its owner says: the sentence, the log and the metric tell what others found."""
+    with tcp_socket("127.0.0.1") as bound:  # nobody listens there
+        closed = f"127.0.0.1:{bound.getsockname()[1]}"
+        here = ReachSettings(on_loopback=True, watch_period=0.02)
+        async with (
+            TesseractNode(public=True, reach=here) as seed,
+            TesseractNode(public=True, reach=here, initial_peers=[seed.address], announce=closed) as proud,
+        ):
+            async with asyncio.timeout(10):
+                while "reachable_by_tcp" not in proud.metrics.snapshot():  # noqa: ASYNC110 (asking announces nothing)
+                    await asyncio.sleep(0.01)
+            [sentence] = proud.reach.report()
+            assert closed in sentence and "did not get through" in sentence
+            assert proud.metrics.snapshot()["reachable_by_tcp"] == 0.0
+            assert proud.reach.finding.role == "public" and proud.peer_address.addresses == (closed,)
+            assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [sentence]
+            assert not seed.reach._doubt

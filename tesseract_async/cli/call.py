@@ -9,6 +9,7 @@ import click
 
 from tesseract_async.cli.options import join, joining_options, peers
 from tesseract_async.cli.running import importing, run, set_up_logging
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import bar, sign
 
 
@@ -65,9 +66,11 @@ def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, 
         if as_json:
             click.echo(json.dumps(facts))
             return 0
-        click.echo(f"{uid} at {facts['peer_id']}, {len(replicas)} replica(s)")
+        click.echo(f"{uid} at {facts['peer_id']}, {counted(len(replicas), 'replica')}")
         click.echo(f"takes {facts['takes']}, gave {facts['gave']}")
-        click.echo(f"answered in {1000 * seconds[len(seconds) // 2]:.1f} ms (median of {repeat}, {rows} row(s))")
+        click.echo(
+            f"answered in {1000 * seconds[len(seconds) // 2]:.1f} ms (median of {repeat}, {counted(rows, 'row')})"
+        )
         return 0
 
     run(main)

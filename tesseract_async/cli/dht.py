@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from tesseract_async.cli.access import access_options, describe_policy, policy_of
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
 @click.command("dht")
+@access_options
 @node_options
 @config_option
 def command(
@@ -31,6 +33,7 @@ def command(
     standard output, and ends with Ctrl-C.
     """
     set_up_logging(verbose=verbose)
+    policy = policy_of(outside)
 
     async def main() -> int:
         from tesseract_async.monitoring import StatusService
@@ -44,8 +47,11 @@ def command(
             public=public,
             **outside_help(outside),
             identity=identity,
+            policy=policy,
         )
         async with node, StatusService(node):
+            for line in describe_policy(node.policy):
+                click.echo(line, err=True)
             address = str(node.peer_address)
             click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
             click.echo(f"    tesseract serve --initial-peers {address}\n", err=True)

@@ -19,6 +19,7 @@ import click
 
 from tesseract_async.cli.options import peers
 from tesseract_async.cli.running import run
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
 
 MIN_FREE_BYTES = 10**9
@@ -55,12 +56,17 @@ def command(initial_peers: tuple[str, ...], host: str, port: int, checkpoint_dir
 
     async def main() -> int:
         worst = 0
-        findings = [*software(), *room(checkpoint_dir), port_pair(host, port)]
+        listening = port_pair(host, port)
+        findings = [*software(), *room(checkpoint_dir), listening]
         for finding in findings:
             _show(finding, as_json)
+        if not initial_peers:
+            advice = "It takes another node to see them: give the address of one by --initial-peers."
+            _show(Finding("note", "clock and NAT", "not looked at", advice), as_json)
         for peer in peers(initial_peers):
             with sign(f"asking {peer}"):
-                asked = [finding async for finding in reach(peer, host)]
+                # a port that is taken (by the very node in question, perhaps) can't be tried; another tells the rest
+                asked = [finding async for finding in reach(peer, host, port if listening.verdict == "good" else 0)]
             findings += asked
             for finding in asked:
                 _show(finding, as_json)
@@ -138,22 +144,26 @@ def port_pair(host: str, port: int) -> Finding:
     return Finding("good", "listening", f"possible at {where}, TCP and UDP")
 
 
-async def reach(peer: str, host: str) -> AsyncIterator[Finding]:
-    """Whether this seed answers by UDP and by TCP, and how far the clocks differ."""
-    from tesseract_async.errors import TesseractError, describe
+async def reach(peer: str, host: str, port: int) -> AsyncIterator[Finding]:
+    """Whether this seed answers by UDP and by TCP, how far the clocks differ, and what others see of `port` here."""
+    from tesseract_async.errors import NotAllowed, TesseractError, describe
     from tesseract_async.monitoring import ask_status
     from tesseract_async.node import TesseractNode
 
-    async with TesseractNode(host, initial_peers=[peer]) as node:
+    async with TesseractNode(host, port, initial_peers=[peer]) as node:
         if not await node.network.wait_joined(5.0):
             advice = "Does it run? Is UDP to its port let through, here and there?"
             yield Finding("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)
             return
-        yield Finding("good", f"seed {peer}", f"answers by UDP; {node.network.num_contacts} contacts")
+        yield Finding("good", f"seed {peer}", f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
         address = node.initial_peers[0]
         started, before = asyncio.get_running_loop().time(), time.time()
         try:
             status = await ask_status(node, address, timeout=5.0)
+        except NotAllowed as error:
+            advice = "TCP is let through. A node with an identity that its owner listed may still be answered."
+            yield Finding("note", f"seed {peer}", f"answers by TCP, and refuses: {describe(error)}", advice)
+            return
         except (TesseractError, TimeoutError) as error:
             yield Finding(
                 "bad", f"seed {peer}", f"no answer by TCP: {describe(error)}", "Is TCP to its port let through?"

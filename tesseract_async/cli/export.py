@@ -10,6 +10,7 @@ import click
 
 from tesseract_async.cli.options import join, node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import describe
 
@@ -67,7 +68,8 @@ def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values
             click.echo(f"{uid}: {describe(error)}", err=True)
         size = math.prod(signed.manifest.grid_size)
         click.echo(
-            f"{len(report.taken)} experts written, {len(report.kept)} were up to date, {len(report.failed)} failed; "
+            f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
+            f"{len(report.failed)} failed; "
             f"{len(replicas)} of the run's {size} are alive",
             err=True,
         )

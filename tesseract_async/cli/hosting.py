@@ -21,7 +21,9 @@ import click
 import psutil
 import torch
 
+from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.running import say, spare_the_collector, until_told_to_leave
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import bar
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
@@ -72,7 +74,8 @@ class ServePlan:
     learning_rate: float
     max_batch_size: int
     seed: int
-    device: str
+    devices: Sequence[str]
+    """Each computes on a thread of its own; the experts are spread over them in turn."""
     threads: int
     checkpoint_dir: Path | None
     checkpoint_period: float
@@ -112,6 +115,8 @@ class Hosting:
         torch.set_num_threads(self.plan.threads)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
+            for line in describe_policy(self.node.policy):
+                click.echo(line, err=True)
             await self._find_run()
             await asyncio.to_thread(self._measure)
             uids, claim = await self._choose()
@@ -123,7 +128,7 @@ class Hosting:
             self.server = server = TesseractServer(
                 self.node,
                 backends,
-                device=self.plan.device,
+                device=self.plan.devices,
                 checkpoint_dir=self.plan.checkpoint_dir,
                 checkpoint_period=self.plan.checkpoint_period,
                 followers=followed,
@@ -163,7 +168,8 @@ class Hosting:
         facts: dict[str, Any] = {} if self.run is None else {"run": self.run.full_name}
         facts |= {"followed": followed} if followed else {}
         facts |= {} if volunteer.verdict.serve else {"resting": volunteer.verdict.reason}
-        click.echo(f"{len(uids)} experts are being served at {address}; Ctrl-C leaves cleanly", err=True)
+        hosted = f"{counted(len(uids), 'expert')} {'is' if len(uids) == 1 else 'are'}"
+        click.echo(f"{hosted} being served at {address}; Ctrl-C leaves cleanly", err=True)
         spare_the_collector()
         self.ready.set()
         say("ready", address=address, peer_id=str(self.node.peer_id), uids=uids, versions=_versions(server), **facts)
@@ -243,11 +249,13 @@ class Hosting:
         patterns = [ExpertPattern.parse(text) for text in self.plan.patterns]
         pattern = patterns[0] if patterns or self.run is None else self.run.manifest.pattern
         expert = measure(self._build(next(iter(pattern))))
+        expert = dataclasses.replace(expert, batch=expert.batch * len(self.plan.devices))  # they compute side by side
         gc.collect()
         trim_heap()
         # with everything in it that the first expert made PyTorch import
         base = int(psutil.Process().memory_info().rss)
-        self.memory = plan_memory(limit, base=base, expert=expert, on_gpu=not self.plan.device.startswith("cpu"))
+        on_gpu = not any(device.startswith("cpu") for device in self.plan.devices)
+        self.memory = plan_memory(limit, base=base, expert=expert, on_gpu=on_gpu)
         logger.info("memory: the process has %d bytes; %s; %s", base, expert, self.memory)
         if not self.memory.num_experts:
             raise ValueError(
@@ -262,7 +270,9 @@ class Hosting:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=RuntimeSettings(batcher=BatcherSettings(max_queue_bytes=self.memory.queue)),
+            runtime=RuntimeSettings(
+                batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
+            ),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )
 

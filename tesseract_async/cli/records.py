@@ -10,6 +10,7 @@ import click
 
 from tesseract_async.cli.options import join, joining_options, peers
 from tesseract_async.cli.running import run, set_up_logging
+from tesseract_async.cli.units import counted
 
 
 @click.command("get")
@@ -74,7 +75,7 @@ def put(
         async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
             await join(node)
             holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
-        click.echo(f"held by {holders} nodes for {ttl:.0f} s", err=holders == 0)
+        click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)
         return 0 if holders else 1
 
     run(main)

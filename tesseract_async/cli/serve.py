@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from tesseract_async.cli.access import TRAINING, access_options, policy_of
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
 from tesseract_async.cli.options import node_options, outside_help, peers
@@ -68,7 +69,14 @@ MAX_EXPERTS = 4096
     "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1), help="Rows computed at once."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the experts' first weights, together with their uids.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    help="cpu, cuda, cuda:1, ...; may be given several times: the experts are spread over them in turn.",
+)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
 @click.option(
     "--autocast",
@@ -111,6 +119,8 @@ MAX_EXPERTS = 4096
     "--report-period", type=float, help="Print a line of JSON with the experts' versions every so many seconds."
 )
 @limit_options
+@access_options
+@TRAINING
 @node_options
 @config_option
 @click.pass_context
@@ -125,6 +135,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
     """
     set_up_logging(verbose=values["verbose"])
     limits = volunteer_settings(values)
+    policy = policy_of(values)
     values["sizes"] = _sizes(values["sizes"])
     values["optimizer"] = None if values["optimizer"] == "none" else values["optimizer"]
     if not values["patterns"] and values["run_name"] is None:
@@ -161,7 +172,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             learning_rate=values["learning_rate"],
             max_batch_size=values["max_batch_size"],
             seed=values["seed"],
-            device=values["device"],
+            devices=values["devices"],
             threads=values["threads"],
             checkpoint_dir=checkpoint_dir,
             checkpoint_period=values["checkpoint_period"],
@@ -177,6 +188,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
                 "public": values["public"],
                 **outside_help(values),
                 "identity": identity,
+                "policy": policy,
             },
             leave_with_parent=values["leave_with_parent"],
             leave_within=values["leave_within"],

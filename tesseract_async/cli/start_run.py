@@ -13,6 +13,7 @@ import click
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.cli.units import counted
 
 JOIN_TIMEOUT = 10.0
 
@@ -105,7 +106,7 @@ def command(name: str, **values: Any) -> None:
             await node.network.wait_joined(JOIN_TIMEOUT)
             holders = await publish_run(node.network, signed)
             address = str(node.peer_address)
-            click.echo(f"the run is {signed.full_name}, known to {holders} nodes", err=True)
+            click.echo(f"the run is {signed.full_name}, known to {counted(holders, 'node')}", err=True)
             say("run", run=signed.full_name, address=address, holders=holders, manifest=manifest.fields())
             if values["once"]:
                 return 0 if holders else 1

@@ -11,6 +11,7 @@ import click
 
 from tesseract_async.cli.options import join, joining_options, patterns_argument, peers
 from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
+from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 64
 MAX_LOOKS = 4
 """That `--once` takes until it has met a server."""
+COLUMNS = {
+    **{"peer": 8, "path": 20, "round trip": 10, "experts": 7, "calls/s": 8, "rows/s": 9, "steps/s": 8, "load": 4},
+    **{"waiting": 7, "answered": 9},
+}
+"""Of the table of peers, with the width that each wants."""
+LEFT_OUT = ("waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
+"""Where the terminal is too narrow, one after the other; never whose line it is, nor the path."""
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 
 
@@ -73,33 +81,37 @@ def command(
                 if as_json:
                     click.echo(json.dumps(observer.state()))
                 else:
-                    console.print(draw(observer.state()))
+                    console.print(draw(observer.state(), console.width))
                 return 0
             async with observer:
                 with Live(
-                    draw(observer.state()), console=console, screen=console.is_terminal, auto_refresh=False
+                    draw(observer.state(), console.width),
+                    console=console,
+                    screen=console.is_terminal,
+                    auto_refresh=False,
                 ) as live:
                     leaving = asyncio.create_task(until_told_to_leave())
                     while not leaving.done():
                         changed = asyncio.create_task(observer.wait_changed())
                         await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
                         changed.cancel()
-                        live.update(draw(observer.state()), refresh=True)
+                        live.update(draw(observer.state(), console.width), refresh=True)
         return 0
 
     run(main)
 
 
-def draw(state: dict[str, Any]) -> RenderableType:
-    """One frame of what `SwarmObserver.state` says."""
+def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
+    """One frame of what `SwarmObserver.state` says, on a terminal of so many columns."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     totals = state["totals"]
+    experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
     head = Text.assemble(
         ("tesseract top", "bold"),
-        f"   {totals.get('experts', 0):.0f} experts on {totals.get('servers', 0):.0f} servers"
+        f"   {experts} on {servers}"
         f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
         f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
         f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
@@ -115,35 +127,31 @@ def draw(state: dict[str, Any]) -> RenderableType:
         ]
         return Group(*parts)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in (
-        "peer",
-        "path",
-        "round trip",
-        "experts",
-        "calls/s",
-        "rows/s",
-        "steps/s",
-        "load",
-        "waiting",
-        "answered",
-    ):
+    left_out: set[str] = set()
+    for column in LEFT_OUT:
+        if 2 * (len(COLUMNS) - len(left_out)) + sum(COLUMNS[one] for one in COLUMNS.keys() - left_out) <= width:
+            break
+        left_out.add(column)
+    shown = [column for column in COLUMNS if column not in left_out]
+    for column in shown:
         left = column in ("peer", "path")
-        table.add_column(column, justify="left" if left else "right", no_wrap=column != "path", overflow="fold")
+        fold = column == "path"
+        table.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")
     for peer in state["peers"]:
         waiting = peer["waiting_rows"]
-        table.add_row(
-            Text(peer["short"], style=_colour(peer)),
-            Text(peer["error"] or peer["path"] or "-"),
-            "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
-            str(peer["num_experts"]),
-            f"{peer['calls_per_second']:,.1f}",
-            f"{peer['rows_per_second']:,.0f}",
-            f"{peer['steps_per_second']:,.1f}",
-            f"{peer['busy']:.0%}",
-            "-" if waiting is None else str(waiting),
-            "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
-            style="red" if peer["error"] else None,
-        )
+        cells: dict[str, str | Text] = {
+            "peer": Text(peer["short"], style=_colour(peer)),
+            "path": Text(peer["error"] or peer["path"] or "-"),
+            "round trip": "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
+            "experts": str(peer["num_experts"]),
+            "calls/s": f"{peer['calls_per_second']:,.1f}",
+            "rows/s": f"{peer['rows_per_second']:,.0f}",
+            "steps/s": f"{peer['steps_per_second']:,.1f}",
+            "load": f"{peer['busy']:.0%}",
+            "waiting": "-" if waiting is None else str(waiting),
+            "answered": "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
+        }
+        table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
     parts += [Text(), table]
     trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
     if trainers:

@@ -23,6 +23,11 @@ _SECONDS: Final = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _SHARES: Final = {"": 1.0, "%": 0.01}
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 server``, ``2 servers``, ``4,096 experts``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def parse_size(text: str | int | float) -> int:
     """Bytes: ``4 GiB``, ``500 MB`` or a plain number. Raises: ValueError."""
     return round(_parse(text, _SIZES, "a size, such as 4 GiB or 500 MB"))

@@ -50,7 +50,9 @@ class View(Protocol):
 class Directory(Protocol):
     """Where experts are found. It answers from memory where it can."""
 
-    async def find(self, uid: str) -> list[Any]: ...
+    async def find(self, uid: str, *, even_failed: bool = False) -> list[Any]:
+        """The live replicas; with `even_failed`, those that failed if there are no others."""
+
     def known(self, uid: str) -> list[Any]:
         """What `find` answers from memory; empty where it would ask."""
 

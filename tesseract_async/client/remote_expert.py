@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -156,13 +157,17 @@ class RemoteExpert(nn.Module):
                 raise
             return await ask_best(self._shared, found, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
 
-    async def find(self) -> Sequence[Any]:
-        """The live replicas, the primary first. Raises: ExpertNotFound if there is none; TimeoutError."""
+    async def find(self, *, even_failed: bool = True) -> Sequence[Any]:
+        """The live replicas, the primary first; unless told otherwise those that failed lately if there are no others,
+        for a server that stood still for a moment is there again long before it says so in the network.
+
+        Raises: ExpertNotFound if there is none; TimeoutError.
+        """
         directory = self._shared.node.directory
         if known := directory.known(self.uid):
             return known
         async with asyncio.timeout(self.options.timeout):
-            found = await directory.find(self.uid)
+            found = await directory.find(self.uid, even_failed=even_failed)
         if not found:
             raise ExpertNotFound(f"no live server hosts the expert {self.uid}")
         return found
@@ -243,5 +248,6 @@ class _ExpertCall:
                 timeout=timeout,
             )
 
-        find = self._expert.find
-        return await ask_primary(self._shared, await find(), find, attempt, timeout=self.timeout)
+        replicas = await self._expert.find()
+        find_others = partial(self._expert.find, even_failed=False)
+        return await ask_primary(self._shared, replicas, find_others, attempt, timeout=self.timeout)

@@ -84,6 +84,7 @@ class Connection:
         settings: ProtocolSettings,
         metrics: Metrics,
         meter: Meter,
+        refusal: Callable[[], RemoteError | None],
         pace: Pace,
         reply_budget: Budget,
     ) -> None:
@@ -115,6 +116,7 @@ class Connection:
             now=loop.time(),
             wake=self._wake,
             meter=meter,
+            refusal=refusal,
             pace=pace,
             reply_budget=reply_budget,
         )

@@ -157,10 +157,16 @@ class Endpoint:
         if found is None:
             raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         handler, action = found
-        if not self.policy.allows(call.peer_id, action):
-            self.metrics.count("endpoint_calls_refused", action=action)
-            raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
+        if (refusal := self._refusal(call.peer_id, action)) is not None:
+            raise refusal
         return await handler(call)
+
+    def _refusal(self, peer_id: PeerID, action: Action) -> NotAllowed | None:
+        """Why `peer_id` may not take this action, if so; it counts as refused then."""
+        if self.policy.allows(peer_id, action):
+            return None
+        self.metrics.count("endpoint_calls_refused", action=action)
+        return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
 
     # ---- calling
 
@@ -289,6 +295,7 @@ class Endpoint:
             settings=self._settings.protocol,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
+            refusal=lambda: self._refusal(peer_id, "call"),
             pace=self._pace,
             reply_budget=self._reply_budget,
         )

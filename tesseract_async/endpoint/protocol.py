@@ -37,8 +37,9 @@ from tesseract_async.wire.calls import Hello, RequestHead
 
 class ConnectionProtocol:
     """See the module. `wake` is called when something is to be sent or told although nobody called in; `meter` counts
-    the peer's calls against its quota; `pace` is shared by the connections of a node, as
-    are `budget`, for what comes in, and `reply_budget`, for large replies that wait to be taken.
+    the peer's calls against its quota; `refusal` says why it may call nothing here, if so; `pace` is shared by the
+    connections of a node, as are `budget`, for what comes in, and `reply_budget`, for large replies that wait to be
+    taken.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ConnectionProtocol:
         now: float,
         wake: Callable[[], None],
         meter: Meter | None = None,
+        refusal: Callable[[], RemoteError | None] | None = None,
         pace: Pace | None = None,
         reply_budget: Budget | None = None,
     ) -> None:
@@ -63,6 +65,7 @@ class ConnectionProtocol:
         self._wake = wake
         self.pace = pace if pace is not None else Pace()
         self._meter = meter
+        self._refusal = refusal
         self._reply_budget = reply_budget
         self._now = now
         self._pong_due = False
@@ -418,6 +421,11 @@ class ConnectionProtocol:
         if flags == frames.ROOM_STANDING:
             self.windows.take(size)
             call.standing = size
+        error = self._refusal() if self._refusal is not None else None
+        if error is not None:  # small ones are refused when they are read: they cost nothing
+            self._count_idle()
+            self.fail(stream, error)
+            return
         if self._meter is not None and not self._within_quota(stream, call, size):
             return  # chunks that are on their way are skipped
         if flags == frames.ROOM_STANDING:

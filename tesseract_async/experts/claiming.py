@@ -153,7 +153,7 @@ async def _hosted(network: ClaimingNetwork, pattern: ExpertPattern, clock: Calla
         if entry.owner == network.peer_id or entry.expiration <= clock():
             continue
         try:
-            manifest = decode_manifest(entry.value)
+            manifest = decode_manifest(entry.value, prefix=pattern.prefix)
         except ProtocolError as error:
             logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
             continue

@@ -97,22 +97,23 @@ class ExpertDirectory:
         self._masked: dict[tuple[str, PeerID], tuple[int, float]] = {}
         self._closed = False
 
-    async def find(self, uid: str) -> list[ExpertReplica]:
+    async def find(self, uid: str, *, even_failed: bool = False) -> list[ExpertReplica]:
         """Who hosts `uid` now: the primary first, then the newest manifest; empty if nobody does.
 
         Answers from a warm grid, or from a recent find. That nobody hosts it is never remembered: the next call asks
-        the network again. Raises: ValueError for a malformed uid.
+        the network again. With `even_failed`, replicas that `report_failure` hides are named if there are no others:
+        whoever has no other choice had better try them again.
+
+        Raises: ValueError for a malformed uid; TimeoutError if no node of the network answered.
         """
         if known := self.known(uid):
             return known
         prefix, coords = split_uid(uid)
-        claims = self._read(await self._network.get_entries(shard_key(uid)))
-        found = rank_replicas(
-            claim.replica(prefix, row)
-            for claim in claims
-            for row in claim.rows_of(coords)
-            if self._believed(claim, uid)
-        )
+        claims = self._read(prefix, await self._network.get_entries(shard_key(uid)))
+        hosting = [(claim, claim.replica(prefix, row)) for claim in claims for row in claim.rows_of(coords)]
+        found = rank_replicas(replica for claim, replica in hosting if self._believed(claim, uid))
+        if even_failed and not found:
+            return rank_replicas(replica for _, replica in hosting)
         if found:
             until = min(self._clock() + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
@@ -184,7 +185,8 @@ class ExpertDirectory:
         return grid.view
 
     def report_failure(self, replica: ExpertReplica) -> None:
-        """Hides the replica until its server renews its manifest, so that nobody here calls it meanwhile."""
+        """Hides the replica until its server renews its manifest, so that nobody here calls it meanwhile, unless it is
+        the only one and asked for (`find`)."""
         prefix, coords = split_uid(replica.uid)
         owner = replica.peer.peer_id
         if owner is None:
@@ -232,7 +234,7 @@ class ExpertDirectory:
     async def _refresh(self, grid: _Grid) -> None:
         began = self._clock()
         entries = await self._network.get_entries(grid_key(grid.prefix))
-        claims = self._read(entries)
+        claims = self._read(grid.prefix, entries)
         complete = getattr(entries, "complete", True)
         self.metrics.set("directory_complete", float(complete), prefix=grid.prefix)
         if not complete:
@@ -256,15 +258,15 @@ class ExpertDirectory:
         grid.read.set()
         grid.read = asyncio.Event()
 
-    def _read(self, entries: Iterable[Any]) -> list[Claim]:
-        """What the entries of a key claim, without what is malformed or has expired."""
+    def _read(self, prefix: str, entries: Iterable[Any]) -> list[Claim]:
+        """What the entries of a key claim about this grid, without what is malformed or has expired."""
         now = self._clock()
         claims = []
         for entry in entries:
             if entry.expiration <= now:
                 continue
             try:
-                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value)))
+                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
             except ProtocolError as error:
                 self.metrics.count("manifests_dropped")
                 log.debug("dropped a manifest of %s: %s", entry.owner.short, error)

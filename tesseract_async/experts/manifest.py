@@ -11,7 +11,8 @@ costs its own experts only.
 
 Layout, integers big-endian::
 
-    1 byte   format (1)
+    4 bytes  ``tsm`` and the format (2): by them a holder knows a manifest, whatever the key (`experts.checks`)
+    1 byte   length of the prefix, then as many of UTF-8
     6 bytes  sequence
     1 byte   number of addresses, then each:
                1 byte   kind: 4 (IPv4), 6 (IPv6) or 0 (name)
@@ -47,7 +48,8 @@ from tesseract_async.transport.base import split_host_port
 Coordinates = npt.NDArray[np.int64]
 """``[experts, dimensions]``, every row one expert's place on the grid."""
 
-FORMAT = 1
+MAGIC = b"tsm\2"
+"""What every manifest begins with; the last byte is its format."""
 SEQUENCE_BYTES = 6
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
@@ -55,6 +57,7 @@ MAX_RENDEZVOUS = 4
 MAX_DIMS = 8
 MAX_COORDINATE = 2**32 - 1
 MAX_UID_LENGTH = 256
+MAX_PREFIX_BYTES = 255
 NUM_SHARDS = 256
 """Shards per prefix. A server renews at most so many entries however many experts it hosts, and whoever looks for one
 of 4,096 uids reads the manifests of 16."""
@@ -99,6 +102,10 @@ def grid_key(prefix: str) -> str:
 def shard_key(uid: str) -> str:
     """Where the manifests that hold this uid are stored, among those of a few hundred other uids at most."""
     prefix, _ = split_uid(uid)
+    return _shard_key(prefix, uid)
+
+
+def _shard_key(prefix: str, uid: str) -> str:
     return f"experts/{prefix}/{hashlib.sha256(uid.encode()).digest()[0] % NUM_SHARDS:02x}"
 
 
@@ -106,6 +113,8 @@ def shard_key(uid: str) -> str:
 class Manifest:
     """One part of a manifest, decoded."""
 
+    prefix: str
+    """The grid's."""
     sequence: int
     """Of two manifests of one server, the one with the higher sequence holds."""
     addresses: tuple[str, ...]
@@ -120,20 +129,32 @@ class Manifest:
     def num_dims(self) -> int:
         return int(self.coords.shape[1])
 
+    def keys(self) -> Iterator[str]:
+        """The keys under which it may stand: its grid's, and the shards of the experts in it, each once."""
+        yield grid_key(self.prefix)
+        seen: set[str] = set()
+        for row in self.coords.tolist():
+            key = _shard_key(self.prefix, join_uid(self.prefix, row))
+            if key not in seen:
+                seen.add(key)
+                yield key
+
 
 def encode_manifest(
     addresses: Sequence[str],
     experts: Mapping[tuple[int, ...], bool],
     *,
+    prefix: str,
     sequence: int,
     rendezvous: Sequence[str] = (),
     max_part_bytes: int = MAX_PART_BYTES,
 ) -> list[tuple[bytes, list[tuple[int, ...]]]]:
-    """The parts that say: at these addresses live `experts` (coordinates -> whether it is the primary).
+    """The parts that say: at these addresses live `experts` of a grid (coordinates -> whether it is the primary).
 
     Returns each part's bytes and the coordinates in it.
 
-    Raises: ValueError for too many or no addresses, a malformed one, or experts of differing numbers of dimensions.
+    Raises: ValueError for too many or no addresses, a malformed one, a malformed prefix, or experts of differing
+    numbers of dimensions.
     """
     if len(addresses) > MAX_ADDRESSES or len(rendezvous) > MAX_RENDEZVOUS or not (addresses or rendezvous):
         raise ValueError(
@@ -142,6 +163,9 @@ def encode_manifest(
         )
     if len({len(coords) for coords in experts}) != 1:
         raise ValueError("the experts of one grid have equally many coordinates, and there is at least one expert")
+    name = prefix.encode()
+    if not is_prefix(prefix) or len(name) > MAX_PREFIX_BYTES:
+        raise ValueError(f"not a prefix of at most {MAX_PREFIX_BYTES} bytes, without a number between dots: {prefix!r}")
     ordered = sorted(experts)
     coords = np.array(ordered, dtype=np.int64)
     primary = np.array([experts[key] for key in ordered], dtype=bool)
@@ -149,7 +173,9 @@ def encode_manifest(
     width = next(width for width in _WIDTHS if coords.max() < 256**width)
     head = b"".join(
         (
-            bytes([FORMAT]),
+            MAGIC,
+            bytes([len(name)]),
+            name,
             sequence.to_bytes(SEQUENCE_BYTES, "big"),
             bytes([len(addresses)]),
             *map(_encode_address, addresses),
@@ -171,22 +197,30 @@ def encode_manifest(
     return parts
 
 
-def decode_manifest(value: Any) -> Manifest:
-    """Reads one part. Untrusted. Raises: ProtocolError."""
+def decode_manifest(value: Any, *, prefix: str | None = None) -> Manifest:
+    """Reads one part. Untrusted. Raises: ProtocolError, also where it belongs to another grid than `prefix`."""
     if type(value) is not bytes:
         raise ProtocolError("a manifest consists of bytes")
     if len(value) > MAX_PART_BYTES:
         raise ProtocolError(f"a manifest has at most {MAX_PART_BYTES} bytes")
     try:
-        return _decode(value)
+        manifest = _decode(value)
     except (IndexError, UnicodeDecodeError, ValueError):
         raise ProtocolError("a malformed manifest") from None
+    if prefix is not None and manifest.prefix != prefix:
+        raise ProtocolError("a manifest of another grid")
+    return manifest
 
 
 def _decode(value: bytes) -> Manifest:
-    if value[0] != FORMAT:
+    if not value.startswith(MAGIC):
         raise ProtocolError("a manifest of an unknown format")
-    sequence, offset = int.from_bytes(value[1 : 1 + SEQUENCE_BYTES], "big"), 2 + SEQUENCE_BYTES
+    start = len(MAGIC) + 1
+    end = start + value[start - 1]
+    prefix = value[start:end].decode()
+    if not is_prefix(prefix):
+        raise ProtocolError("a manifest with a malformed prefix")
+    sequence, offset = int.from_bytes(value[end : end + SEQUENCE_BYTES], "big"), end + SEQUENCE_BYTES + 1
     num_addresses = value[offset - 1]
     if num_addresses > MAX_ADDRESSES:
         raise ProtocolError("a manifest with too many addresses")
@@ -212,6 +246,7 @@ def _decode(value: bytes) -> Manifest:
     coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset)
     primary = np.unpackbits(np.frombuffer(value, np.uint8, offset=end), count=num_experts)
     return Manifest(
+        prefix,
         sequence,
         tuple(addresses),
         tuple(rendezvous),

@@ -130,7 +130,8 @@ class ExpertPublisher:
         before = self._addresses, self._rendezvous
         self._addresses, self._rendezvous = tuple(addresses), tuple(rendezvous)
         try:
-            self._encode({(0,): True})
+            longest = max((prefix for prefix, _ in experts_by_grid(self._uids)), key=len, default="any")
+            self._encode(longest, {(0,): True})
         except ValueError:
             self._addresses, self._rendezvous = before
             raise
@@ -164,15 +165,19 @@ class ExpertPublisher:
         entries: dict[tuple[str, str], bytes] = {}
         for prefix, experts in experts_by_grid(uids):
             # each part goes under the grid's key, and under the shard of every uid in it
-            for number, (part, members) in enumerate(self._encode(experts)):
+            for number, (part, members) in enumerate(self._encode(prefix, experts)):
                 subkey = f"{self._place}.{number}" if self._place else str(number)
                 entries[(grid_key(prefix), subkey)] = part
                 for coords in members:
                     entries[(shard_key(join_uid(prefix, coords)), subkey)] = part
         return entries
 
-    def _encode(self, experts: Mapping[tuple[int, ...], bool]) -> list[tuple[bytes, list[tuple[int, ...]]]]:
-        return encode_manifest(self._addresses, experts, sequence=self._sequence, rendezvous=self._rendezvous)
+    def _encode(
+        self, prefix: str, experts: Mapping[tuple[int, ...], bool]
+    ) -> list[tuple[bytes, list[tuple[int, ...]]]]:
+        return encode_manifest(
+            self._addresses, experts, prefix=prefix, sequence=self._sequence, rendezvous=self._rendezvous
+        )
 
     async def _publish(self) -> int:
         """Stores what is declared under a new sequence, withdraws what no longer is; the fewest holders of an entry."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,7 +86,7 @@ class Server(Protocol):
     @property
     def experts(self) -> Mapping[str, _Backend]: ...
     @property
-    def runtime(self) -> _Runtime: ...
+    def runtimes(self) -> Sequence[_Runtime]: ...
     def is_primary(self, uid: str) -> bool: ...
 
 
@@ -112,7 +112,8 @@ class StatusService:
 
     def status(self) -> NodeStatus:
         """This moment's."""
-        statistics = [server.runtime.statistics() for server in self._servers]
+        runtimes = [runtime for server in self._servers for runtime in server.runtimes]
+        statistics = [runtime.statistics() for runtime in runtimes]
         return NodeStatus(
             software=tesseract_async.__version__,
             time=time.time(),
@@ -123,7 +124,7 @@ class StatusService:
             num_rows=sum(one.num_rows for one in statistics),
             num_batches=sum(one.num_batches for one in statistics),
             num_waiting_rows=sum(one.num_waiting_rows for one in statistics),
-            busy_seconds=sum(server.runtime.busy_seconds for server in self._servers),
+            busy_seconds=sum(runtime.busy_seconds for runtime in runtimes),
             experts={
                 uid: ExpertStatus(backend.version, server.is_primary(uid))
                 for server in self._servers

@@ -28,6 +28,7 @@ from tesseract_async.network.events import (
     RoleChanged,
     WriteFinished,
 )
+from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.transport import stun
@@ -101,10 +102,13 @@ class TesseractNetwork:
         metrics: Metrics | None = None,
         peers_file: str | Path | None = None,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
+        checks: Sequence[RecordCheck] = (),
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds.
 
-        `policy` says whose records this node holds (action ``store``).
+        `policy` says whose records this node holds (action ``store``), and every one of `checks` that a record belongs
+        where somebody wants it stored: the signature holds by then, but its value is anybody's, and a check returns
+        False for what it does not like and True for what is not of its kind.
         """
         self.identity = identity
         self.settings = settings
@@ -116,6 +120,7 @@ class TesseractNetwork:
         self._resolving: asyncio.Task[None] | None = None
         self._has_seeds = False
         self._policy = policy
+        self._checks = tuple(checks)
         self._forced_client = False
         self.on_role_change: Callable[[], None] | None = None
         """Called on the loop whenever `role` has changed."""
@@ -183,6 +188,7 @@ class TesseractNetwork:
             now=loop.time(),
             wall_offset=time.time() - loop.time(),
             policy=self._policy,
+            checks=self._checks,
             public=public or host == "::1" or host.startswith("127."),
         )
         protocol.dialback.forced_client = self._forced_client

@@ -90,7 +90,7 @@ class Search:
             if self._on_answer is not None:
                 self._on_answer(call.contact, reply, now)
         except ProtocolError:
-            self.network.drop_from(call.contact, "malformed")
+            self.network.drop("malformed")
             self.lookup.failed(call.contact)
         else:
             self.lookup.answered(call.contact, found)
@@ -180,13 +180,13 @@ class Join:
         network = self.network
         expected = self.ids[call.address]
         if expected is not None and call.contact.peer_id != expected:
-            network.drop_from(call.contact, "wrong_id")
+            network.drop("wrong_id")
             network.metrics.count("network_seeds_with_another_id")
             return
         try:
             found = read_contacts(network, call.contact, reply, now)
         except ProtocolError:
-            network.drop_from(call.contact, "malformed")
+            network.drop("malformed")
             return
         if not network.joined:
             network.learn_neighbourhood([call.contact, *found], now)
@@ -230,7 +230,7 @@ class Walk:
         try:
             found = read_contacts(self.network, call.contact, reply, now)
         except ProtocolError:
-            self.network.drop_from(call.contact, "malformed")
+            self.network.drop("malformed")
             return
         if self._is_neighbour:
             self.network.learn_neighbourhood([call.contact, *found], now)

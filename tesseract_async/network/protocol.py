@@ -23,7 +23,7 @@ from tesseract_async.errors import InvalidRecord, ProtocolError, UnsupportedVers
 from tesseract_async.identity import Identity, PeerID, SignedRecord, Verifier, verify
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.caching import PathCache, lifetime
+from tesseract_async.network.caching import PathCache
 from tesseract_async.network.calls import Call, Caller, Calls
 from tesseract_async.network.contacts import (
     ID_BYTES,
@@ -31,7 +31,6 @@ from tesseract_async.network.contacts import (
     V6_BYTES,
     Address,
     Contact,
-    address_range,
     is_loopback,
     pack_address,
     pack_contacts,
@@ -40,6 +39,7 @@ from tesseract_async.network.contacts import (
 )
 from tesseract_async.network.dialback import DialBack
 from tesseract_async.network.events import ClockSkewed, Event, Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.holding import Holder, RecordCheck
 from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Join, Neighbourhood, Ping, Refresh
 from tesseract_async.network.probation import Probation
@@ -53,7 +53,7 @@ from tesseract_async.network.settings import (
     MIN_REQUEST_BYTES,
     NetworkSettings,
 )
-from tesseract_async.network.storage import Outcome, Source, Storage
+from tesseract_async.network.storage import Outcome, Storage
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 
@@ -85,13 +85,13 @@ class NetworkProtocol:
         public: bool,
         verify: Verifier = verify,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
+        checks: Sequence[RecordCheck] = (),
     ) -> None:
         self.identity = identity
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
         self.metrics = metrics
-        self.policy = policy
         self.verify = verify
         self.wall_offset = wall_offset
         """Wall-clock time minus loop time. The driver keeps it true."""
@@ -105,6 +105,7 @@ class NetworkProtocol:
         )
         self.storage = Storage(settings)
         self.copies = PathCache()
+        self.holder = Holder(self, policy=policy, checks=checks)
         self.dialback = DialBack(self, public=public, now=now)
         self.probation = Probation(self)
         self.address_bytes: tuple[int, ...] = (V4_BYTES, V6_BYTES)
@@ -116,7 +117,7 @@ class NetworkProtocol:
         self._neighbourhood: Neighbourhood | None = None
         self._dial_wait_until: float | None = float("-inf") if public else None
         self._replicator = Replicator(self, now=now)
-        self._limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
+        self.limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
         self._skews: deque[float] = deque(maxlen=15)
         self._skew_reported = False
         self._calls = Calls(self)
@@ -176,17 +177,17 @@ class NetworkProtocol:
         try:
             datagram = wire.decode(data)
             if datagram.sender == self.own_id:
-                self._drop("own_id")
+                self.drop("own_id")
             elif datagram.kind & wire.REPLY:
                 self._receive_reply(datagram, address, now)
             else:
                 self._receive_request(datagram, len(data), address, now)
         except UnsupportedVersion:
-            self._drop("version")
+            self.drop("version")
         except InvalidRecord:
-            self._drop("invalid_record")
+            self.drop("invalid_record")
         except ProtocolError:
-            self._drop("malformed")
+            self.drop("malformed")
         self.metrics.count("network_datagrams_received")
         self.metrics.count("network_bytes_received", len(data))
 
@@ -288,17 +289,13 @@ class NetworkProtocol:
         if self._seeds:
             self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
 
-    def drop_from(self, contact: Contact | None, reason: str) -> None:
-        """Counts something wrong that a proven contact sent."""
-        self._drop(reason)
-
     # Requests
 
     def _receive_request(self, datagram: wire.Datagram, length: int, address: Address, now: float) -> None:
         request = wire.read_request(datagram)
         address_proven = bool(request.token) and self.tokens.holds(request.token, pack_address(address))
-        if not self._limiter.allows(address, 5.0 if request.challenge else 1.0, now):
-            self._drop("rate")
+        if not self.limiter.allows(address, 5.0 if request.challenge else 1.0, now):
+            self.drop("rate")
             return
         if datagram.kind == wire.DIALED:
             # the only short one without a token: nobody replies to it
@@ -311,16 +308,16 @@ class NetworkProtocol:
                 flags = self.flags() | wire.FLAG_AGAIN
                 kind = datagram.kind | wire.REPLY
                 self.send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
-            self._drop("token" if request.token else "unpadded")
+            self.drop("token" if request.token else "unpadded")
             return
         self._heard_from(datagram, address, address_proven, now)
         if datagram.kind in wire.ONE_WAY:
             if not address_proven:
-                self._drop("token")
+                self.drop("token")
             elif datagram.kind == wire.LEAVE:
                 self._farewell(datagram.sender, address)
             elif datagram.kind == wire.COPY:
-                self._keep_copy(request.arguments, address, now)
+                self.holder.keep_copy(request.arguments, address, now)
             else:
                 self.dialback.dial(request.arguments, address, now)
             return
@@ -353,22 +350,7 @@ class NetworkProtocol:
         if kind == wire.FIND:
             return self.closest_for(wire.read_key(request.arguments), datagram.sender, room)
         if kind == wire.GET:
-            key = wire.read_key(request.arguments)
-            count, digests, bodies = 0, b"", self.storage.bodies_if_fit(key, room - 10)
-            copy = self.copies.get(key, self.wall(now)) if bodies == [] else None
-            if copy is not None and len(copy.body) + 13 <= room:
-                room -= len(copy.body) + 3
-                self.metrics.count("network_copies_served")
-                return (1, b"", [copy.body], *self.closest_for(key, datagram.sender, room), True)
-            if bodies is None:
-                summary = self.storage.summary(key)
-                assert summary is not None
-                count, digests = wire.write_summary(summary)
-                room -= len(digests)
-            else:
-                count = len(bodies)
-                room -= sum(len(body) + 3 for body in bodies)
-            return (count, digests, bodies or [], *self.closest_for(key, datagram.sender, room))
+            return self.holder.get(wire.read_key(request.arguments), datagram.sender, room, now)
         if kind == wire.PAGE:
             key = wire.read_key(request.arguments)
             start, last = wire.read_range(request.arguments)
@@ -377,62 +359,12 @@ class NetworkProtocol:
         if kind == wire.STORE:
             items = wire.read_items(request.arguments)
             sender = datagram.sender
-            return (bytes(self._store(key, body, sender, address, address_proven, now) for key, body in items),)
+            if not address_proven:
+                return (bytes([Outcome.BAD_TOKEN] * len(items)),)
+            return (bytes(self.holder.store(key, body, sender, address, now) for key, body in items),)
         if kind == wire.DIAL:
             return (address_proven and self.dialback.pass_on(address, request.arguments, now),)
         raise ProtocolError(f"an unknown kind of request: {kind}")
-
-    def _store(
-        self, key: bytes, body: bytes, sender: bytes, address: Address, address_proven: bool, now: float
-    ) -> Outcome:
-        """Verifies an untrusted record and keeps it in the own storage."""
-        if not address_proven:
-            return Outcome.BAD_TOKEN
-        if not self.public:
-            return Outcome.REFUSED
-        wall = self.wall(now)
-        range_ = address_range(address)
-        try:
-            # cheap objections come first: a flood of old records costs no signature checks
-            record = SignedRecord.decode_unverified(key, body)
-            # the owner counts, not who sent it: holders copy what others own
-            if not self.policy.allows(record.owner, "store"):
-                return Outcome.REFUSED
-            source = None
-            if range_ is not None:
-                # who proved its id and is listed may copy others' records; whoever else says so counts as their owner
-                holder = self.table.get(sender) if sender != record.owner else None
-                source = Source(range_, copied=holder is not None and holder.address == address)
-            outcome = self.storage.check(record, wall, source)
-            if outcome is not None:
-                return outcome
-            if not self._limiter.allows(address, 4.0, now):
-                return Outcome.FULL
-            record.check(verify=self.verify)
-            self.storage.put(record, source)
-            self.copies.drop(key)
-            return Outcome.STORED
-        except InvalidRecord:
-            self._drop("invalid_record")
-            return Outcome.INVALID
-
-    def _keep_copy(self, arguments: list[Any], address: Address, now: float) -> None:
-        """Keeps an untrusted single value for a while, where this node lies on the way to its holders."""
-        key, body = wire.read_item(arguments)
-        wall = self.wall(now)
-        record = SignedRecord.decode_unverified(key, body)
-        target = int.from_bytes(key, "big")
-        closest = self.table.closest(target, self.settings.k)
-        longest = self.settings.path_cache_lifetime
-        seconds = lifetime(self.table.own_number, target, closest, k=self.settings.k, longest=longest)
-        if not seconds or not self.public or self.storage.summary(key) is not None:
-            return
-        if self.copies.wants(record, wall) and self.policy.allows(record.owner, "store"):
-            if not self._limiter.allows(address, 4.0, now):
-                self._drop("rate")
-                return
-            record.check(verify=self.verify)
-            self.copies.put(record, wall + seconds)
 
     def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
         """The contacts that this node names when asked for a target, packed into `room` bytes."""
@@ -485,10 +417,10 @@ class NetworkProtocol:
     def _receive_reply(self, datagram: wire.Datagram, address: Address, now: float) -> None:
         call = self._calls.by_transaction.get(datagram.transaction)
         if call is None:
-            self._drop("unasked")
+            self.drop("unasked")
             return
         if address != call.address or datagram.kind != call.kind | wire.REPLY:
-            self._drop("spoofed")
+            self.drop("spoofed")
             return
         reply = wire.read_reply(datagram)
         contact = call.contact
@@ -503,11 +435,11 @@ class NetworkProtocol:
                 self._calls.repeat(datagram.transaction, call, now)
             return
         elif contact.peer_id != datagram.sender:
-            self._drop("wrong_id")
+            self.drop("wrong_id")
             self._calls.end(datagram.transaction, call, None, now)
             return
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
-            self._drop("proof")
+            self.drop("proof")
             self._calls.end(datagram.transaction, call, None, now)
             return
         contact.proven = True
@@ -675,5 +607,6 @@ class NetworkProtocol:
         self._datagrams.append((data, address))
         self.metrics.count("network_bytes_sent", len(data))
 
-    def _drop(self, reason: str) -> None:
+    def drop(self, reason: str) -> None:
+        """Counts something that was dropped."""
         self.metrics.count("network_datagrams_dropped", reason=reason)

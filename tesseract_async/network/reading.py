@@ -184,7 +184,7 @@ class Read:
                         raise ProtocolError("a record outside the page that was asked for")
             except ProtocolError as error:
                 reason = "invalid_record" if isinstance(error, InvalidRecord) else "malformed"
-                self.network.drop_from(None, reason)
+                self.network.drop(reason)
                 self._fetches.append(fetch.elsewhere(start, last))
             self._unchecked.popleft()
         if self._unchecked and not self.cancelled:
@@ -277,7 +277,7 @@ class _Fetch:
             if self.num_records > network.settings.max_entries_per_key:
                 raise ProtocolError("a dictionary without end")
         except ProtocolError:
-            network.drop_from(call.contact, "malformed")
+            network.drop("malformed")
             self.sources.pop()
             self.ask(now)
             return

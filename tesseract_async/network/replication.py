@@ -146,7 +146,7 @@ class Sync:
             if wire.is_copy(reply.results):
                 summary, bodies = None, []
         except ProtocolError:
-            network.drop_from(call.contact, "malformed")
+            network.drop("malformed")
             return
         own = network.storage.summary(self.key)
         if own is None:

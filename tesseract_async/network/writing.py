@@ -165,7 +165,7 @@ class _Store:
         try:
             outcomes = wire.read_outcomes(reply.results, len(self.indices))
         except ProtocolError:
-            self.write.network.drop_from(call.contact, "malformed")
+            self.write.network.drop("malformed")
             outcomes = []
         if Outcome.BAD_TOKEN in outcomes and not self.repeated:
             # the holder changed its secret since: its reply brought a new token

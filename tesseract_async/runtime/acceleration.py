@@ -20,9 +20,15 @@ class Acceleration:
     """How one module is called. Without any option, `run` just calls it."""
 
     def __init__(self, module: nn.Module, *, sizes: Sequence[int], compile_mode: str | None, cuda_graphs: bool) -> None:
+        """Raises: ValueError for a mode that PyTorch does not know."""
         self._module = module
         self._sizes = tuple(sorted(sizes))
-        self._callable: Any = module if compile_mode is None else torch.compile(module, mode=compile_mode)
+        self._callable: Any = module
+        if compile_mode is not None:
+            try:
+                self._callable = torch.compile(module, mode=compile_mode)
+            except RuntimeError as error:  # its sentence names the modes that there are
+                raise ValueError(f"torch.compile: {error}") from error
         self._pads = bool(sizes) and (compile_mode is not None or cuda_graphs)
         self._uses_graphs = cuda_graphs
         self._graphs: dict[int, _Graph] = {}

@@ -175,6 +175,11 @@ class ExpertBackend:
         return self.settings.stochastic
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """Steps taken, and backwards gathered for the next one (`step_every`)."""
+        return self.version, self._num_accumulated
+
+    @property
     def trains(self) -> bool:
         """Whether it has an optimizer, or will have one."""
         return self.optimizer is not None or self._make_optimizer is not None
@@ -232,9 +237,11 @@ class ExpertBackend:
             ]
         found: Sequence[torch.Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
-            found = torch.autograd.grad(
-                [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
-            )
+            draws = seed is not None and self.is_stochastic(training)
+            with randomness.seeded(seed, backward=True) if seed is not None and draws else contextlib.nullcontext():
+                found = torch.autograd.grad(
+                    [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
+                )
         remaining = iter(found)
         of_inputs = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
         return of_inputs, list(remaining)

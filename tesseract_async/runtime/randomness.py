@@ -6,7 +6,8 @@ such as the fused attention kernels of a GPU, runs with the device's default one
 operation.
 
 ``torch.utils.checkpoint`` inside a module repeats numbers by the process's generator, which is not in use here: random
-layers inside of it would draw others when they are computed again.
+layers inside of it would draw others when they are computed again, and gradients would silently be wrong. So it is
+refused: `seeded` for a backward raises where a random operation is computed again.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ cuda: Any = torch.cuda  # its generators are untyped
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random operations of this thread follow from `seed`, on every device."""
-    with _OwnGenerators(seed):
+def seeded(seed: int, *, backward: bool = False) -> Iterator[None]:
+    """Random operations of this thread follow from `seed`, on every device.
+
+    `backward`: around the backward pass of what was computed so; operations that are computed again in it, instead of
+    kept, then raise RuntimeError if they are random.
+    """
+    with _OwnGenerators(seed, backward=backward):
         yield
 
 
 class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation below autograd, so that what a backward needs of a random one is saved as usual."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, backward: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
+        self._backward = backward
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(
@@ -43,6 +49,11 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
+        if self._backward and torch.is_grad_enabled():  # a backward's own operations record no gradients
+            raise RuntimeError(
+                "torch.utils.checkpoint around a random layer, such as dropout, would draw other numbers when it is "
+                "computed again; leave the checkpoint out, or the random layer outside of it"
+            )
         device = _device_of(args, kwargs)
         if func is aten.native_dropout.default:  # a GPU's, fused
             return self._dropout(device, *args, **kwargs)

@@ -69,6 +69,8 @@ class TesseractRuntime:
             self.device = torch.device(device)
         except RuntimeError as error:  # what PyTorch raises for a name that it does not know
             raise ValueError(f"not a device, such as 'cpu' or 'cuda:0': {device!r}") from error
+        if self.device.type == "meta":
+            raise ValueError("the device 'meta' computes nothing; an expert needs one such as 'cpu' or 'cuda:0'")
         self.settings = settings
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(settings.batcher)

@@ -67,9 +67,11 @@ class _Backward:
 
 
 class ExpertCalls:
-    """Answers forward, backward and info calls through one runtime. Lives on the loop."""
+    """Answers forward, backward and info calls through the experts' runtimes. Lives on the loop."""
 
-    def __init__(self, runtime: TesseractRuntime, *, settings: CallSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, runtime_of: Callable[[ExpertBackend], TesseractRuntime], *, settings: CallSettings, metrics: Metrics
+    ) -> None:
         self.settings = settings
         self.metrics = metrics
         self.refuse_forwards: Overloaded | None = None
@@ -78,7 +80,7 @@ class ExpertCalls:
         """Whether this server applies the backwards of an expert; else they go elsewhere, and nobody waits for them."""
         self.is_gone: Callable[[PeerID], bool] = lambda peer: False
         """Whether a caller has no connection to this node any more."""
-        self._runtime = runtime
+        self._runtime_of = runtime_of
         self._backwards: dict[_CallKey, _Backward] = {}
         self._answers: Memory[_CallKey, Answer] = Memory(settings.max_answers_bytes, _num_bytes_of_answer)
         self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(settings.max_inputs_bytes, _num_bytes)
@@ -144,7 +146,7 @@ class ExpertCalls:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
         else:
-            answer = await self._runtime.forward(
+            answer = await self._runtime_of(backend).forward(
                 backend,
                 inputs,
                 training=request.training,
@@ -202,7 +204,7 @@ class ExpertCalls:
         if inputs[0].shape[0] == 0:
             return Answer([_zero_gradient(x) for x in inputs], backend.version)
         version = backend.applied.get(request.call_id)
-        work = self._runtime.submit(
+        work = self._runtime_of(backend).submit(
             backend,
             inputs,
             gradients,
@@ -228,7 +230,7 @@ class ExpertCalls:
             backward.num_waiting -= 1
             if not backward.num_waiting and not backward.work.answer.done():
                 # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
-                self._runtime.withdraw(backward.work)
+                self._runtime_of(backward.work.backend).withdraw(backward.work)
         return answer if backward.version is None else Answer(answer.tensors, backward.version)
 
     def _end_backward(self, key: _CallKey) -> None:

@@ -60,6 +60,9 @@ class CheckpointStore:
     def save(self, uid: str, state: Mapping[str, Any], *, version: int) -> Path:
         """Writes `state` (nested dicts and lists of CPU tensors and plain values) and drops files beyond `keep`.
 
+        It is the newest from now on: files of later versions, from before this server took over another one's state,
+        are set aside as ``.superseded``, at most `keep` of them.
+
         The file appears whole or not at all, even when the machine loses power. Raises: CheckpointError.
         """
         folder = self._folder(uid)
@@ -73,8 +76,7 @@ class CheckpointStore:
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
             _sync_folder(folder)
-            for old in self.files(uid)[self.keep :]:
-                old.unlink(missing_ok=True)
+            self._drop(uid, path)
         except (OSError, TypeError) as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
@@ -98,6 +100,14 @@ class CheckpointStore:
         if files:
             raise CheckpointError(f"none of the {len(files)} checkpoints in {self._folder(uid)} can be read")
         return None
+
+    def _drop(self, uid: str, newest: Path) -> None:
+        files = self.files(uid)
+        for late in (path for path in files if path > newest):
+            os.replace(late, late.with_suffix(".superseded"))
+        superseded = sorted(self._folder(uid).glob("*.superseded"), reverse=True)
+        for old in [path for path in files if path <= newest][self.keep :] + superseded[self.keep :]:
+            old.unlink(missing_ok=True)
 
     def files(self, uid: str) -> list[Path]:
         """The checkpoints of an expert, newest first."""

@@ -80,11 +80,12 @@ async def read_replicas(
         entries = await node.network.get_entries(key)
         now = clock()
         claims = []
+        prefix, _ = split_uid(some[0])  # a key is of one grid
         for entry in entries:
             if entry.owner == node.peer_id or entry.expiration <= now:
                 continue
             try:
-                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value)))
+                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
             except ProtocolError as error:
                 logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
         for uid in some:
@@ -407,7 +408,7 @@ class ReplicaKeeper:
             logger.warning("could not look after the replicas: %s", describe(error))
 
     async def _aside(self, work: Callable[[], bytes]) -> bytes:
-        return await self._server.runtime.call_aside(work)
+        return await self._server.call_aside(work)
 
 
 def _owner(replica: ExpertReplica) -> PeerID:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import torch
 
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _FAREWELL_TIMEOUT: Final = 2.0
 
+Result = TypeVar("Result")
+
 Handler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
 """Answers calls of one more method: takes the uid, its backend and the call."""
 
@@ -54,10 +56,10 @@ class ServerSettings:
 
 
 class TesseractServer:
-    """Hosts `experts`, uid -> backend, on one device. Use it as an async context manager.
+    """Hosts `experts`, uid -> backend, on one device or several. Use it as an async context manager.
 
     Entering restores each expert's newest checkpoint from `checkpoint_dir`, if given, and returns once the experts can
-    be found in the network. Leaving drains, withdraws them, saves, and stops the device's thread. The backends belong
+    be found in the network. Leaving drains, withdraws them, saves, and stops the devices' threads. The backends belong
     to the server meanwhile: nobody else may touch their modules.
 
     Of several servers that host one uid, one is its primary: it trains. `followers` names the uids of which this server
@@ -69,17 +71,18 @@ class TesseractServer:
         node: TesseractNode,
         experts: Mapping[str, ExpertBackend],
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | Sequence[str | torch.device] = "cpu",
         checkpoint_dir: str | Path | None = None,
         checkpoint_period: float = 60.0,
         followers: Collection[str] = (),
         publisher_settings: PublisherSettings | None = None,
         settings: ServerSettings = ServerSettings(),
     ) -> None:
-        """`checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
+        """`device`: one, or several, each with a runtime of its own, over which the experts are spread in turn.
+        `checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
 
-        Raises: ValueError if `followers` names an expert that is not among `experts`; TypeError for an expert that is
-        no ExpertBackend.
+        Raises: ValueError if `followers` names an expert that is not among `experts`, or for no device; TypeError for
+        an expert that is no ExpertBackend.
         """
         for uid, backend in experts.items():
             if not isinstance(backend, ExpertBackend):
@@ -91,10 +94,19 @@ class TesseractServer:
         self.experts = dict(experts)
         self.settings = settings
         self.checkpoint_period = checkpoint_period
-        self.runtime = TesseractRuntime(device=device, settings=settings.runtime, metrics=node.metrics)
+        devices = [device] if isinstance(device, str | torch.device) else list(device)
+        if not devices:
+            raise ValueError("a server computes on at least one device")
+        self.runtimes = tuple(
+            TesseractRuntime(device=one, settings=settings.runtime, metrics=node.metrics) for one in devices
+        )
+        """One for each device."""
+        self._runtime_of = {
+            backend: self.runtimes[number % len(devices)] for number, backend in enumerate(self.experts.values())
+        }
         self.pass_on: Callable[[str, IncomingCall], Awaitable[Message]] | None = None
         """Answers the backwards of experts that this server only follows."""
-        self._calls = ExpertCalls(self.runtime, settings=settings.calls, metrics=node.metrics)
+        self._calls = ExpertCalls(self._runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
         self._handlers: dict[str, Handler] = {}
         self._is_primary = {uid: uid not in followers for uid in experts}
         self._calls.expects_backwards = self._is_primary.__getitem__
@@ -102,7 +114,7 @@ class TesseractServer:
         self._store = (
             None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
         )
-        self._saved_versions: dict[str, int] = {}
+        self._saved: dict[str, tuple[int, int]] = {}  # uid -> how far its newest checkpoint is
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
         self._address_updates: set[asyncio.Task[None]] = set()
@@ -131,7 +143,8 @@ class TesseractServer:
         """
         hosted: list[str] = []
         try:
-            await self.runtime.start()
+            for runtime in self.runtimes:
+                await runtime.start()
             for uid, backend in self.experts.items():
                 await self._restore(uid, backend)
             # first of all, so that a server that is killed early returns with the weights that it answered with
@@ -159,20 +172,23 @@ class TesseractServer:
                 self.node.unhost_expert(uid)
             if self._publisher is not None:
                 await self._publisher.aclose()
-            await self.runtime.aclose()
+            await self._stop_runtimes()
             raise
         if self._store is not None:
             self._background.append(asyncio.create_task(self._save_periodically(), name="server: checkpoints"))
         self._background.append(asyncio.create_task(self._make_optimizers(), name="server: optimizers"))
 
+    async def _stop_runtimes(self) -> None:
+        await asyncio.gather(*(runtime.aclose() for runtime in self.runtimes))
+
     async def _make_optimizers(self) -> None:
         """Makes those that are yet to be made: after the experts are found, before a backward needs them."""
         if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
             return
-        await self.runtime.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
+        await self.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
         for uid, backend in self.experts.items():
             try:
-                await self.runtime.call(backend.prepare)
+                await self._runtime_of[backend].call(backend.prepare)
             except Exception:  # an optimizer may raise anything; its backwards will say so, too
                 logger.exception("%s cannot be trained: its optimizer cannot be made", uid)
 
@@ -215,7 +231,7 @@ class TesseractServer:
             except CheckpointError as error:
                 logger.error("the last steps are lost: %s", error)
             finally:
-                await self.runtime.aclose()
+                await self._stop_runtimes()
 
     @staticmethod
     async def _say_farewell(publisher: ExpertPublisher) -> None:
@@ -293,7 +309,12 @@ class TesseractServer:
 
     async def snapshot(self, uid: str) -> dict[str, Any]:
         """A copy of the expert's state, taken between two batches; `server.checkpoint.encode` makes a file of it."""
-        return await self.runtime.snapshot(self.experts[uid])
+        backend = self.experts[uid]
+        return await self._runtime_of[backend].snapshot(backend)
+
+    async def call_aside(self, function: Callable[[], Result]) -> Result:
+        """Runs `function`, which touches files and no module, on a helper thread: one at a time, in order."""
+        return await self.runtimes[0].call_aside(function)
 
     async def install(self, uid: str, state: Mapping[str, Any]) -> None:
         """Lets the expert continue from `state`, between two batches; if it does not fit, from where it was.
@@ -301,6 +322,7 @@ class TesseractServer:
         Raises: CheckpointError.
         """
         backend = self.experts[uid]
+        self._saved.pop(uid, None)  # it may be another state of the same version
 
         def load() -> None:
             before = backend.state()
@@ -311,8 +333,8 @@ class TesseractServer:
                 raise
 
         try:
-            await self.runtime.call(load)
-            await self.runtime.snapshot(backend)
+            await self._runtime_of[backend].call(load)
+            await self._runtime_of[backend].snapshot(backend)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the state does not fit {uid}: {describe(error)}") from error
 
@@ -334,35 +356,37 @@ class TesseractServer:
         failed: CheckpointError | None = None
         async with self._saving:
             for uid, backend in self.experts.items():
-                if self._saved_versions.get(uid) == backend.version:
+                if self._saved.get(uid) == backend.progress:
                     continue
-                state = await self.runtime.snapshot(backend)
+                state = await self._runtime_of[backend].snapshot(backend)
                 version: int = state["version"]
                 try:
-                    await self.runtime.call_aside(partial(store.save, uid, state, version=version))
+                    await self.call_aside(partial(store.save, uid, state, version=version))
                 except CheckpointError as error:
                     failed = failed or error
                     continue
-                self._saved_versions[uid] = version
+                self._saved[uid] = version, state["num_accumulated"]
                 num_saved += 1
         if failed is not None:
             raise failed
         return num_saved
 
     async def _restore(self, uid: str, backend: ExpertBackend) -> None:
-        state = None if self._store is None else await self.runtime.call_aside(partial(self._store.load, uid))
+        state = None if self._store is None else await self.call_aside(partial(self._store.load, uid))
+
+        runtime = self._runtime_of[backend]
 
         def install() -> None:
             if state is not None:
                 backend.load_state(state)
-            backend.to(self.runtime.device)
+            backend.to(runtime.device)
 
         try:
-            await self.runtime.call(install)
+            await runtime.call(install)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint of {uid} does not fit its module: {describe(error)}") from error
         if state is not None:
-            self._saved_versions[uid] = backend.version
+            self._saved[uid] = backend.progress
             logger.info("%s continues at version %d", uid, backend.version)
 
     async def _save_periodically(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import Address, Contact, pack_contacts
+from tesseract_async.network.contacts import Contact, pack_contacts
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.storage import Outcome
 
@@ -23,12 +23,9 @@ class LyingProtocol(NetworkProtocol):
         named = sorted(self.accomplices, key=lambda contact: contact.number ^ number)[: self.settings.k]
         return pack_contacts(named, room - 10)
 
-    def _store(
-        self, key: bytes, body: bytes, sender: bytes, address: Address, address_proven: bool, now: float
-    ) -> Outcome:
-        return Outcome.STORED
-
     def _answer(self, datagram: wire.Datagram, request: wire.Request, *rest: Any) -> Any:
         if datagram.kind == wire.PAGE:
             return (None, [])
+        if datagram.kind == wire.STORE:
+            return (bytes([Outcome.STORED] * len(wire.read_items(request.arguments))),)
         return super()._answer(datagram, request, *rest)

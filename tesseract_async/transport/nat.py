@@ -335,6 +335,9 @@ class NatTransport:
         self._metrics.count("nat_offers_accepted", kind=offer.kind)
         try:
             body = await self._accept_offer(offer, origin)
+        except ProtocolError:
+            self._metrics.count("nat_offers_refused", reason="malformed")
+            raise
         except NotAllowed as error:
             self._metrics.count("nat_offers_refused", reason="declined")
             return offers.encode_answer(self._identity, offer, body=None, reason=str(error), now=time.time())

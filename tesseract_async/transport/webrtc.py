@@ -32,6 +32,9 @@ BUFFERED_HIGH: Final = 256 * 1024
 """Bytes in aiortc's own queue beyond which nothing is added ..."""
 BUFFERED_LOW: Final = 128 * 1024
 """... until it has fallen to this."""
+MAX_GAPS: Final = 256
+MAX_DUPLICATES: Final = 32
+"""What one acknowledgement may tell, so that it fits into a packet."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds that `close` gives to what was written."""
 
@@ -179,6 +182,7 @@ class Negotiation:
         if dtls.state != "connected":
             raise ConnectionLost("the peer", "the DTLS handshake failed")
         self._sctp = sctp = aiortc.RTCSctpTransport(dtls, SCTP_PORT)
+        _keep_acknowledgements_small(sctp)
         channel = aiortc.RTCDataChannel(sctp, RTCDataChannelParameters(label="tesseract", negotiated=True, id=0))
         opened = asyncio.Event()
         channel.once("open", opened.set)
@@ -207,6 +211,20 @@ class Negotiation:
             if pump is not None:
                 await asyncio.wait([pump])
         await self._ice.close()
+
+
+def _keep_acknowledgements_small(sctp: Any) -> None:
+    """aiortc names every gap, and its DTLS cuts off what exceeds 1500 bytes: once a full queue on the way had dropped
+    packets in 360 places, no acknowledgement got through any more, for good. RFC 9260 (3.3.4) lets it name what fits.
+    """
+    send = sctp._send_chunk
+
+    async def send_chunk(chunk: Any) -> None:
+        if (gaps := getattr(chunk, "gaps", None)) is not None:
+            chunk.gaps, chunk.duplicates = gaps[:MAX_GAPS], chunk.duplicates[:MAX_DUPLICATES]
+        await send(chunk)
+
+    sctp._send_chunk = send_chunk
 
 
 _own_certificate: RTCCertificate | None = None

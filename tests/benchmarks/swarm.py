@@ -84,9 +84,9 @@ def serve(pipe: Connection, load: Load, uids: list[str], security: Security, loo
             begin, cpu = time.monotonic(), time.process_time()
             await stop_asked(pipe)
             seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
-            statistics = server.runtime.statistics()
+            statistics = server.runtimes[0].statistics()
             rows = statistics.num_rows / max(1, statistics.num_batches)
-            pipe.send(("value", Served(rows, server.runtime.busy_seconds / seconds, cpu, asdict(statistics))))
+            pipe.send(("value", Served(rows, server.runtimes[0].busy_seconds / seconds, cpu, asdict(statistics))))
 
     run_on(loop, main())
 

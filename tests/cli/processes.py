@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,20 +11,17 @@ from typing import Any
 
 import psutil
 
+from tests.stem import Process, Stem
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
 @asynccontextmanager
-async def tesseract(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A running command; killed at the end if it still runs."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tesseract_async.cli", *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=ENVIRONMENT,
-        cwd=ROOT,
+async def tesseract(stem: Stem, *arguments: str, fresh: bool = False) -> AsyncIterator[Process]:
+    """A running command; killed at the end if it still runs. `fresh`: by a Python that has to load all it wants."""
+    process = await stem.start(
+        "tesseract_async.cli", *arguments, folder=ROOT, environment=ENVIRONMENT, module=True, fresh=fresh
     )
     try:
         yield process
@@ -36,9 +31,9 @@ async def tesseract(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process
         await process.communicate()
 
 
-async def event(process: asyncio.subprocess.Process, name: str) -> dict[str, Any]:
+async def event(process: Process, name: str) -> dict[str, Any]:
     """The next line of JSON with this event."""
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stderr is not None
     async for line in process.stdout:
         facts: dict[str, Any] = json.loads(line)
         if facts["event"] == name:
@@ -46,9 +41,9 @@ async def event(process: asyncio.subprocess.Process, name: str) -> dict[str, Any
     raise AssertionError((await process.stderr.read()).decode())
 
 
-async def finish(*arguments: str) -> tuple[int | None, str, str]:
+async def finish(stem: Stem, *arguments: str, fresh: bool = False) -> tuple[int | None, str, str]:
     """Runs a command to its end: status, standard output, standard error."""
-    async with tesseract(*arguments) as process:
+    async with tesseract(stem, *arguments, fresh=fresh) as process:
         out, err = await process.communicate()
         return process.returncode, out.decode(), err.decode()
 

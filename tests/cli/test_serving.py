@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import tesseract_async as ta
 from tesseract_async.cli.main import main
 from tests.cli.processes import event, tesseract
+from tests.stem import Stem
 
 SMALL = ("--experts", "ffn.[0:2].3", "--size", "in_features=4", "--size", "hidden_features=8")
 
@@ -34,8 +35,11 @@ def test_a_port_in_use_is_a_sentence() -> None:
         (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
         (("--initial-peers", "nonsense"), "nonsense"),
         (("--preferred-size", "9999"), "a batch has at least 1 row and at most 4096"),
+        (("--device", "meta"), "the device 'meta' computes nothing"),
+        (("--compile", "nonsense"), "torch.compile: Unrecognized mode=nonsense, should be one of: default"),
         (("--device", "nonsense"), "not a device, such as 'cpu' or 'cuda:0': 'nonsense'"),
         (("--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
+        (("--device", "cpu", "--device", "cuda:99"), "no device cuda:99 here: PyTorch sees "),
     ],
 )
 def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[str, ...], sentence: str) -> None:
@@ -44,14 +48,14 @@ def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[st
     assert result.output.startswith("Error: ") and sentence in result.output
 
 
-async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -> None:
+async def test_a_swarm_of_commands_serves_trains_and_remembers(stem: Stem, tmp_path: Path) -> None:
     identity, checkpoints = str(tmp_path / "identity.pem"), str(tmp_path / "checkpoints")
     kept = (*SMALL, "--identity", identity, "--checkpoint-dir", checkpoints)
-    async with tesseract("dht") as bootstrap:
+    async with tesseract(stem, "dht") as bootstrap:
         address = (await event(bootstrap, "ready"))["address"]
         async with ta.TesseractNode(initial_peers=[address], refresh_period=0.2) as node:
             x = torch.ones(3, 4)
-            async with tesseract("serve", "-p", address, *kept) as server:
+            async with tesseract(stem, "serve", "-p", address, *kept) as server:
                 first = await event(server, "ready")
                 assert first["uids"] == ["ffn.0.3", "ffn.1.3"]
                 expert = await node.get_expert("ffn.1.3")
@@ -66,7 +70,7 @@ async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -
                 assert (await event(server, "left"))["versions"] == {"ffn.0.3": 0, "ffn.1.3": 1}
                 assert await server.wait() == 0
 
-            async with tesseract("serve", "-p", address, *kept) as server:
+            async with tesseract(stem, "serve", "-p", address, *kept) as server:
                 again = await event(server, "ready")
                 assert again["peer_id"] == first["peer_id"]
                 assert again["versions"] == {"ffn.0.3": 0, "ffn.1.3": 1}
@@ -80,8 +84,8 @@ async def test_a_swarm_of_commands_serves_trains_and_remembers(tmp_path: Path) -
         assert await bootstrap.wait() == 0
 
 
-async def test_a_child_leaves_with_its_parent() -> None:
-    async with tesseract("dht", "--leave-with-parent") as node:
+async def test_a_child_leaves_with_its_parent(stem: Stem) -> None:
+    async with tesseract(stem, "dht", "--leave-with-parent") as node:
         await event(node, "ready")
         assert node.stdin is not None
         node.stdin.close()

@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner, Result
 
 import tesseract_async as ta
+from tesseract_async import reach
 from tesseract_async.cli.main import main
 from tesseract_async.cli.running import JsonLines
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.endpoint.reachability import DIAL_BACK
 from tesseract_async.monitoring import StatusService
+from tesseract_async.reach import ReachSettings
 
 
 async def tesseract(*arguments: str) -> Result:
@@ -65,7 +71,7 @@ async def test_top_prints_once() -> None:
     async with swarm() as address:
         result = await tesseract("top", "--once", "-p", address, "--period", "0.2")
         assert result.exit_code == 0, result.output
-        assert "1 experts on 1 servers" in result.output and "ffn" in result.output
+        assert "1 expert on 1 server " in result.output and "ffn" in result.output
         state = json.loads((await tesseract("top", "ffn.[0:2].[0:2]", "--once", "--json", "-p", address)).output)
         assert state["grids"][0]["size"] == [2, 2] and len(state["grids"][0]["experts"]) == 1
     assert (await tesseract("top", "-p", "127.0.0.1:1", "--json")).exit_code == 2
@@ -115,8 +121,49 @@ async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> N
         what = {finding["what"] for finding in findings}
         assert {"Python", "PyTorch", "CUDA", "disk", "listening", "clock", f"seed {address}"} <= what
         assert all(finding["advice"] for finding in findings if finding["verdict"] != "good")
+    alone = (await tesseract("doctor", "--json")).output
+    assert "clock and NAT" in alone and "--initial-peers" in alone, "it says what it has not looked at, and how to"
     taken = await tesseract("doctor", "--host", "192.0.2.7")
     assert taken.exit_code == 1 and "BAD   listening" in taken.output and "Choose another" in taken.output
+
+
+async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
+    async with ta.TesseractNode(policy=ta.Policy.only([])) as node, StatusService(node):
+        result = await tesseract("doctor", "-p", node.address, "--json")
+    findings = [json.loads(line) for line in result.output.splitlines()]
+    (refusal,) = [finding for finding in findings if "refuses" in finding["found"]]
+    assert refusal["verdict"] == "note" and "does not let" in refusal["found"]
+    assert result.exit_code == 0, findings
+
+
+@pytest.mark.parametrize("reached", [True, False])
+async def test_the_doctor_tells_what_others_see_of_the_port(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
+    """Off loopback: a node on that very port asks to be dialled back."""
+    monkeypatch.setattr(reach, "own_addresses", lambda skip: ["127.0.0.1"])
+    port = free_port()
+    async with ta.TesseractNode(public=True, reach=ReachSettings(on_loopback=True)) as seed, StatusService(seed):
+        if not reached:
+
+            async def unable(call: IncomingCall) -> Message:
+                return Message({"host": call.origin, "addresses": []})
+
+            seed.endpoint.unhandle(DIAL_BACK)
+            seed.endpoint.handle(DIAL_BACK, unable)
+        result = await tesseract("doctor", "-p", seed.address, "--host", "0.0.0.0", "--port", str(port), "--json")
+        assert result.exit_code == 0, result.output
+        seen = json.loads(result.output.splitlines()[-1])
+        assert seen["what"] == "seen from outside"
+        if reached:
+            assert seen["verdict"] == "good" and f"127.0.0.1:{port}" in seen["found"]
+        else:
+            assert seen["verdict"] == "note" and f"forward TCP and UDP port {port}" in seen["advice"]
+            assert seed.peer_id.short in seen["advice"]  # the way that is left
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("0.0.0.0", 0))
+        return int(one.getsockname()[1])
 
 
 async def test_bench_says_rows_per_second() -> None:

@@ -22,6 +22,7 @@ from tesseract_async.experts.run import RunMismatch
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.export import load_export
 from tests.cli.processes import event, finish, tesseract
+from tests.stem import Stem
 
 SIZES = ("--size", "in_features=4", "--size", "hidden_features=8")
 
@@ -65,7 +66,7 @@ def plan(run: str, seed: str, **changes: Any) -> ServePlan:
             "learning_rate": 0.1,
             "max_batch_size": 1,
             "seed": 99,
-            "device": "cpu",
+            "devices": ("cpu",),
             "threads": 1,
             "checkpoint_dir": None,
             "checkpoint_period": 60.0,
@@ -98,18 +99,20 @@ async def volunteer(plan: ServePlan) -> AsyncIterator[Hosting]:
 
 
 @pytest.mark.timeout(150)
-async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
+async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path) -> None:
     config = tmp_path / "volunteer.toml"
     author = ("--identity", str(tmp_path / "author.pem"))
     x = torch.ones(3, 4)
-    async with tesseract("run", "digits", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author) as organiser:
+    async with tesseract(
+        stem, "run", "digits", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author
+    ) as organiser:
         started = await event(organiser, "run")
         seed, full_name = started["address"], started["run"]
         assert full_name == f"digits@{ta.Identity.load(tmp_path / 'author.pem').peer_id}"
         config.write_text(VOLUNTEER.format(seed=seed, folder=tmp_path))
         async with (
             ta.TesseractNode(initial_peers=[seed], refresh_period=0.2) as node,
-            tesseract("serve", "--config", str(config)) as first,
+            tesseract(stem, "serve", "--config", str(config)) as first,
         ):
             ready = await event(first, "ready")
             assert ready["run"] == full_name and len(ready["uids"]) == 3 and "followed" not in ready
@@ -141,7 +144,7 @@ async def test_a_run_from_its_signature_to_its_export(tmp_path: Path) -> None:
                 await ta.backward((await expert(x)).sum())
 
                 out = tmp_path / "weights"
-                status, _, told = await finish("export", "--run", "digits", "-p", seed, "--out", str(out))
+                status, _, told = await finish(stem, "export", "--run", "digits", "-p", seed, "--out", str(out))
                 assert status == 0 and "4 experts written" in told
                 experts = load_export(out)
                 assert experts.index[taught].version == 3

@@ -87,9 +87,11 @@ class FakeDirectory:
     def _alive(self, uid: str) -> list[FakeReplica]:
         return [replica for replica in self.replicas.get(uid, []) if replica not in self.failed]
 
-    async def find(self, uid: str) -> list[FakeReplica]:
+    async def find(self, uid: str, *, even_failed: bool = False) -> list[FakeReplica]:
         self.num_finds += 1
-        return [] if self.mute else self._alive(uid)
+        if self.mute:
+            return []
+        return self._alive(uid) or (self.replicas.get(uid, []) if even_failed else [])
 
     def known(self, uid: str) -> list[FakeReplica]:
         return []

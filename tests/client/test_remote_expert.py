@@ -10,7 +10,7 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.errors import ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
+from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, until
@@ -138,6 +138,54 @@ async def test_a_silent_server_fails_within_its_timeout_and_is_masked(node: Fake
         await expert.with_options(timeout=0.1)(torch.zeros(1, 8))
     assert [replica.uid for replica in node.directory.failed] == ["ffn.0.0"]
     assert node.num_open == 0
+
+
+async def test_the_only_server_is_asked_again_after_it_stood_still(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    x = torch.ones(1, 8, requires_grad=True)
+    y = await expert(x)
+    node.delay = 60.0
+    with pytest.raises(TimeoutError):
+        await expert.with_options(timeout=0.1)(x)
+    node.delay = 0.0
+    torch.testing.assert_close(await expert(x), y)
+    await backward(y.sum())
+    assert x.grad is not None and node.directory.failed, "its next manifest has not come yet"
+
+
+async def test_a_dead_only_server_is_not_asked_again_within_the_call(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    y = (await expert(torch.ones(1, 8))).sum()
+    num_calls = 0
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        raise ConnectionLost("peer", "test")
+
+    node.fault = fault
+    for call in (expert(torch.ones(1, 8)), backward(y)):
+        with pytest.raises(ConnectionLost):
+            await call
+    assert num_calls == 2
+
+
+async def test_a_server_that_was_out_of_reach_for_a_moment_is_not_taken_for_absent(node: FakeNode) -> None:
+    node.host("ffn.0.0", nn.Linear(8, 8), peers=("peer",))
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        raise ConnectionLost("peer", "a gateway forgot")
+
+    node.fault = fault
+    expert = RemoteExpert(node, "ffn.0.0")
+    for _ in range(2):  # the second call meets what the first one masked
+        with pytest.raises(ConnectionLost):
+            await expert(torch.randn(2, 8))
+    assert node.directory.failed
+    node.fault = None
+    assert (await expert(torch.randn(2, 8))).shape == (2, 8), "back before its next manifest"
 
 
 async def test_another_replica_answers_for_a_dead_one(node: FakeNode) -> None:

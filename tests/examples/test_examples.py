@@ -7,7 +7,6 @@ import importlib.util
 import re
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,20 +14,20 @@ from types import ModuleType
 
 import pytest
 
+from tests.stem import Process, Stem
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-async def start(name: str, *arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(EXAMPLES / name), *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=EXAMPLES.parent,
-        env={"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+async def start(stem: Stem, name: str, *arguments: str) -> Process:
+    """An example as a user starts it, but that a warning is an error."""
+    environment = {"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return await stem.start(
+        str(EXAMPLES / name), *arguments, folder=EXAMPLES.parent, environment=environment, strict=True
     )
 
 
-async def finish(process: asyncio.subprocess.Process) -> str:
+async def finish(process: Process) -> str:
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
     assert b"Traceback" not in err, err.decode()
@@ -48,9 +47,9 @@ def load(name: str) -> ModuleType:
 
 
 @asynccontextmanager
-async def serving(*arguments: str) -> AsyncIterator[str]:
+async def serving(stem: Stem, *arguments: str) -> AsyncIterator[str]:
     """The address of a running `volunteer_server.py`, which is told to leave by Ctrl-C at the end."""
-    server = await start("volunteer_server.py", *arguments)
+    server = await start(stem, "volunteer_server.py", *arguments)
     try:
         assert server.stdout is not None
         line = (await server.stdout.readline()).decode()
@@ -65,36 +64,36 @@ async def serving(*arguments: str) -> AsyncIterator[str]:
             await server.wait()
 
 
-async def test_quickstart() -> None:
+async def test_quickstart(stem: Stem) -> None:
     text = (EXAMPLES / "quickstart.py").read_text()
     assert len([line for line in text.splitlines() if line.strip()]) <= 20
-    shown = await finish(await start("quickstart.py"))
+    shown = await finish(await start(stem, "quickstart.py"))
     found = re.search(r"loss after 100 steps: ([\d.]+); gradient of the input: \(4, 8\)", shown)
     assert found and float(found[1]) < 0.9
 
 
 @pytest.mark.parametrize("name", ["volunteer_server.py", "embed_in_web_app.py"])
-async def test_a_port_in_use_is_a_sentence(name: str) -> None:
+async def test_a_port_in_use_is_a_sentence(stem: Stem, name: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        process = await start(name, "--port", str(taken.getsockname()[1]))
+        process = await start(stem, name, "--port", str(taken.getsockname()[1]))
         _, err = await process.communicate()
     assert process.returncode == 1
     assert err.decode().startswith(f"{name}: ") and "in use" in err.decode()
     assert b"Traceback" not in err
 
 
-async def test_a_peer_that_is_no_address_is_a_sentence() -> None:
-    process = await start("volunteer_trainer.py", "--initial-peers", "nonsense")
+async def test_a_peer_that_is_no_address_is_a_sentence(stem: Stem) -> None:
+    process = await start(stem, "volunteer_trainer.py", "--initial-peers", "nonsense")
     _, err = await process.communicate()
     assert process.returncode == 1
     assert err.decode() == "volunteer_trainer.py: not an address (host:port, or [v6]:port): 'nonsense'\n"
 
 
-async def test_a_trainer_trains_what_a_volunteer_hosts(tmp_path: Path) -> None:
-    async with serving("--checkpoint-dir", str(tmp_path)) as first:
-        shown = await finish(await start("volunteer_trainer.py", "--initial-peers", first, "--steps", "60"))
+async def test_a_trainer_trains_what_a_volunteer_hosts(stem: Stem, tmp_path: Path) -> None:
+    async with serving(stem, "--checkpoint-dir", str(tmp_path)) as first:
+        shown = await finish(await start(stem, "volunteer_trainer.py", "--initial-peers", first, "--steps", "60"))
         losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
         assert len(losses) == 6
         assert losses[-1] < 0.97 * losses[0]

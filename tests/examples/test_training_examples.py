@@ -9,23 +9,27 @@ import importlib.util
 import re
 import signal
 import struct
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from tests.stem import Process, Stem
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-async def start(name: str, *arguments: object) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=EXAMPLES.parent,
-        env={"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+async def start(stem: Stem, name: str, *arguments: object, fresh: bool = False) -> Process:
+    """An example as a user starts it, but that a warning is an error."""
+    environment = {"PYTHONPATH": str(EXAMPLES.parent), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return await stem.start(
+        str(EXAMPLES / name),
+        *map(str, arguments),
+        folder=EXAMPLES.parent,
+        environment=environment,
+        strict=True,
+        fresh=fresh,
     )
 
 
@@ -37,7 +41,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-async def finish(process: asyncio.subprocess.Process) -> str:
+async def finish(process: Process) -> str:
     out, err = await process.communicate()
     assert process.returncode == 0 and b"Traceback" not in err, err.decode()
     return out.decode()
@@ -52,8 +56,8 @@ def perplexity(text: str, steps: int) -> float:
     return float(found[1])
 
 
-async def test_the_language_model_equals_its_local_twin(tmp_path: Path) -> None:
-    text = await finish(await start("train_lm.py", "--compare", "--out", tmp_path, *SMALL_LM, "--steps", 12))
+async def test_the_language_model_equals_its_local_twin(stem: Stem, tmp_path: Path) -> None:
+    text = await finish(await start(stem, "train_lm.py", "--compare", "--out", tmp_path, *SMALL_LM, "--steps", 12))
     found = re.search(r"perplexity: local ([\d.]+), remote ([\d.]+), remote / local ([\d.]+)", text)
     assert found, text
     local, remote, ratio = map(float, found.groups())
@@ -63,11 +67,11 @@ async def test_the_language_model_equals_its_local_twin(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-async def test_the_language_model_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+async def test_the_language_model_goes_on_after_ctrl_c(stem: Stem, tmp_path: Path) -> None:
     small = (*SMALL_LM, "--steps", 60, "--report-every", 1)
     local, cut = await asyncio.gather(
-        start("train_lm.py", "--local", "--out", tmp_path / "local", *small),
-        start("train_lm.py", "--out", tmp_path / "cut", *small),
+        start(stem, "train_lm.py", "--local", "--out", tmp_path / "local", *small),
+        start(stem, "train_lm.py", "--out", tmp_path / "cut", *small),
     )
     assert cut.stdout is not None
     while b"step 5:" not in (line := await cut.stdout.readline()):
@@ -76,7 +80,7 @@ async def test_the_language_model_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     first = await finish(cut)
     assert "perplexity after" in first and "perplexity after 60 steps" not in first
     wanted = perplexity(await finish(local), 60)
-    second = await finish(await start("train_lm.py", "--out", tmp_path / "cut", *small))
+    second = await finish(await start(stem, "train_lm.py", "--out", tmp_path / "cut", *small))
     assert "goes on after step" in second
     assert perplexity(second, 60) == pytest.approx(wanted, rel=0.05)
 
@@ -112,10 +116,12 @@ def evaluations(out: Path) -> list[str]:
         return [row["updates"] for row in csv.DictReader(file)]
 
 
-async def test_the_papers_experiment_small(tmp_path: Path) -> None:
+async def test_the_papers_experiment_small(stem: Stem, tmp_path: Path) -> None:
     """With eight steps in flight that end close together, none of the points where it is evaluated is missed."""
     small = small_experiment(tmp_path)
-    text = await finish(await start("paper_convergence.py", *small, "--updates", 32, "--variants", "trained"))
+    text = await finish(
+        await start(stem, "paper_convergence.py", *small, "--updates", 32, "--variants", "trained", fresh=True)
+    )
     assert evaluations(tmp_path / "out") == ["4", "8", "12", "16", "20", "24", "28", "32"]
     docs, example = tmp_path / "docs", load("paper_convergence")
     example.summarize(example.all_runs(example.parse(["--out", str(tmp_path / "out"), "--summarize", str(docs)])), docs)
@@ -129,11 +135,24 @@ async def test_the_papers_experiment_small(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-async def test_the_papers_experiment_goes_on_where_it_was(tmp_path: Path) -> None:
+async def test_the_papers_experiment_goes_on_where_it_was(stem: Stem, tmp_path: Path) -> None:
     small = small_experiment(tmp_path)
-    await finish(await start("paper_convergence.py", *small, "--updates", 32, "--variants", "trained"))
+    await finish(
+        await start(stem, "paper_convergence.py", *small, "--updates", 32, "--variants", "trained", fresh=True)
+    )
     text = await finish(
-        await start("paper_convergence.py", *small, "--updates", 48, "--variants", "trained", "frozen", "dense")
+        await start(
+            stem,
+            "paper_convergence.py",
+            *small,
+            "--updates",
+            48,
+            "--variants",
+            "trained",
+            "frozen",
+            "dense",
+            fresh=True,
+        )
     )
     assert "trained seed 0: 48 updates" in text and "trained seed 0: 32 updates" not in text
     accuracy = summary(tmp_path / "out", "48")
@@ -142,20 +161,22 @@ async def test_the_papers_experiment_goes_on_where_it_was(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_the_papers_experiment_512_updates(tmp_path: Path) -> None:
+async def test_the_papers_experiment_512_updates(stem: Stem, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--updates", 512, "--evaluate-every", 64, "--seeds", 0, "--variants", "trained", "--time-scale", 0.1)
     sizes = ("--num-train", 500, "--num-valid", 100)
-    await finish(await start("paper_convergence.py", *blobs(tmp_path), *sizes, *options, "--out", out))
+    await finish(
+        await start(stem, "paper_convergence.py", *blobs(tmp_path), *sizes, *options, "--out", out, fresh=True)
+    )
     assert summary(out, "512")["trained"] > 0.8
     assert evaluations(out) == [str(at) for at in range(64, 513, 64)]
 
 
-async def test_accelerates_plain_loop_trains_remote_experts() -> None:
+async def test_accelerates_plain_loop_trains_remote_experts(stem: Stem) -> None:
     """Unchanged, with gradients accumulated, clipped, and computed in bfloat16 where torch chooses to."""
     pytest.importorskip("accelerate")
     options = ("--epochs", 12, "--grad-steps", 2, "--mixed-precision", "bf16")
-    text = await finish(await start("accelerate_loop.py", *options))
+    text = await finish(await start(stem, "accelerate_loop.py", *options))
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", text)]
     assert len(losses) == 12 and losses[-1] < losses[0]
     found = re.search(r"accuracy: ([\d.]+)", text)

@@ -26,7 +26,7 @@ AT_ONCE = ClaimSettings(settle=0.0)
 
 async def host(swarm: FakeSwarm, number: int, experts: dict[tuple[int, ...], bool]) -> None:
     network = FakeNetwork(swarm, peer(number))
-    for index, (part, _) in enumerate(encode_manifest(["10.0.0.1:4000"], experts, sequence=1)):
+    for index, (part, _) in enumerate(encode_manifest(["10.0.0.1:4000"], experts, prefix="ffn", sequence=1)):
         await network.store(grid_key("ffn"), part, ttl=30.0, subkey=str(index))
 
 

@@ -78,6 +78,9 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
         assert await other.find("ffn.3.7") == [second]
         other.report_failure(second)
         assert await other.find("ffn.3.7") == []
+        assert await other.find("ffn.3.7", even_failed=True) == [first, second], "rather than nobody"
+        assert await other.find("ffn.3.7") == [], "which changes nothing for others"
+        assert await other.find("ffn.9.9", even_failed=True) == []
         assert len(await other.find("ffn.3.6")) == 1, "only what failed is hidden"
         if other is subject:
             view = other.live("ffn")
@@ -90,6 +93,25 @@ async def test_a_failed_replica_is_hidden_until_its_next_manifest() -> None:
         assert [replica.peer.peer_id for replica in await other.find("ffn.3.7")] == [peer(2)]
     for server in servers:
         await server.aclose()
+    await subject.aclose()
+
+
+async def test_who_has_no_other_choice_is_told_of_a_replica_that_failed() -> None:
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    server = await declare(swarm, 1, "ffn.3.7")
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    [failed] = await subject.find("ffn.3.7")
+    subject.report_failure(failed)
+    assert await subject.find("ffn.3.7") == []
+    assert await subject.find("ffn.3.7", even_failed=True) == [failed]
+    assert await subject.find("ffn.3.7") == [], "naming it did not forgive it"
+    assert await subject.find("ffn.3.6", even_failed=True) == [], "nobody ever hosted this one"
+    other = await declare(swarm, 2, "ffn.3.7", primary=False)
+    assert [one.peer.peer_id for one in await subject.find("ffn.3.7", even_failed=True)] == [peer(2)]
+    await server.aclose()
+    await other.aclose()
     await subject.aclose()
 
 
@@ -222,8 +244,8 @@ async def test_a_grid_is_not_warm_before_the_network_is_joined() -> None:
 async def test_what_strangers_store_is_dropped_and_counted() -> None:
     swarm = FakeSwarm()
     stranger = FakeNetwork(swarm, peer(9))
-    far = encode_manifest(["10.0.0.9:1"], {(9, 9): True, (1, 1): True}, sequence=1)[0][0]
-    other_dims = encode_manifest(["10.0.0.9:1"], {(1,): True}, sequence=1)[0][0]
+    far = encode_manifest(["10.0.0.9:1"], {(9, 9): True, (1, 1): True}, prefix="ffn", sequence=1)[0][0]
+    other_dims = encode_manifest(["10.0.0.9:1"], {(1,): True}, prefix="ffn", sequence=1)[0][0]
     values = [None, 3, b"", b"garbage", "text", [1, 2], {"a": 1}, far[:-1], far, other_dims]
     for number, value in enumerate(values):
         await stranger.store(grid_key("ffn"), value, ttl=60, subkey=str(number))
@@ -247,7 +269,7 @@ async def test_a_stale_part_does_not_beat_a_newer_one() -> None:
     swarm = FakeSwarm()
     network = FakeNetwork(swarm, peer(1))
     for subkey, sequence, address, primary in (("0", 5, "10.0.0.1:5", False), ("1", 4, "10.0.0.1:4", True)):
-        part = encode_manifest([address], {(1,): primary}, sequence=sequence)[0][0]
+        part = encode_manifest([address], {(1,): primary}, prefix="ffn", sequence=sequence)[0][0]
         await network.store(grid_key("ffn"), part, ttl=60, subkey=subkey)
     subject = directory(swarm)
     subject.watch("ffn", (8,))

@@ -91,11 +91,11 @@ def test_parts_say_together_what_was_encoded(
 ) -> None:
     together: dict[tuple[int, ...], bool] = {}
     for part, inside in encode_manifest(
-        addresses, experts, sequence=sequence, rendezvous=rendezvous, max_part_bytes=size
+        addresses, experts, prefix="ffn", sequence=sequence, rendezvous=rendezvous, max_part_bytes=size
     ):
         assert len(part) <= size
         manifest = decode_manifest(part)
-        assert (manifest.addresses, manifest.sequence) == (tuple(addresses), sequence)
+        assert (manifest.prefix, manifest.addresses, manifest.sequence) == ("ffn", tuple(addresses), sequence)
         assert manifest.rendezvous == tuple(rendezvous)
         assert sorted(members(manifest)) == inside
         assert not members(manifest).keys() & together.keys()
@@ -105,19 +105,19 @@ def test_parts_say_together_what_was_encoded(
 
 @pytest.mark.parametrize("coordinate", [0, 255, 256, 65535, 65536, 2**32 - 1])
 def test_coordinates_at_the_borders_of_their_widths_survive(coordinate: int) -> None:
-    [(part, _)] = encode_manifest(ADDRESSES, {(0, coordinate): True}, sequence=1)
+    [(part, _)] = encode_manifest(ADDRESSES, {(0, coordinate): True}, prefix="ffn", sequence=1)
     assert members(decode_manifest(part)) == {(0, coordinate): True}
 
 
 def test_eight_experts_take_a_few_dozen_bytes() -> None:
     # 87 KB for 512 servers are 170 bytes per server, of which a signed entry takes about 110 for itself
     experts = {(random.Random(i).randrange(64), i): True for i in range(8)}
-    [(part, _)] = encode_manifest(ADDRESSES, experts, sequence=2**47)
+    [(part, _)] = encode_manifest(ADDRESSES, experts, prefix="ffn", sequence=2**47)
     assert len(part) <= 60
 
 
 def test_a_thousand_experts_fit_a_few_parts() -> None:
-    parts = encode_manifest(ADDRESSES, {(x, y): False for x in range(32) for y in range(32)}, sequence=1)
+    parts = encode_manifest(ADDRESSES, {(x, y): False for x in range(32) for y in range(32)}, prefix="ffn", sequence=1)
     assert len(parts) == 3
     assert all(len(part) <= MAX_PART_BYTES for part, _ in parts)
 
@@ -136,7 +136,7 @@ def test_a_thousand_experts_fit_a_few_parts() -> None:
 )
 def test_a_senders_own_mistake_is_a_value_error(addresses: list[str], experts: dict[tuple[int, ...], bool]) -> None:
     with pytest.raises(ValueError):
-        encode_manifest(addresses, experts, sequence=1)
+        encode_manifest(addresses, experts, prefix="ffn", sequence=1)
 
 
 @given(st.one_of(st.binary(max_size=100), st.none(), st.integers(), st.lists(st.binary()), st.text()))
@@ -153,7 +153,7 @@ def test_garbage_is_a_protocol_error(value: object) -> None:
 def test_damaged_manifests_are_protocol_errors_or_other_manifests(
     experts: dict[tuple[int, ...], bool], data: st.DataObject
 ) -> None:
-    part = bytearray(encode_manifest(["127.0.0.1:1", "example.org:80"], experts, sequence=7)[0][0])
+    part = bytearray(encode_manifest(["127.0.0.1:1", "example.org:80"], experts, prefix="ffn", sequence=7)[0][0])
     for _ in range(data.draw(st.integers(1, 3))):
         part[data.draw(st.integers(0, min(40, len(part) - 1)))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(part)))
@@ -164,7 +164,11 @@ def test_damaged_manifests_are_protocol_errors_or_other_manifests(
             continue
         # whatever came through can be said again
         again = encode_manifest(
-            manifest.addresses, members(manifest), sequence=manifest.sequence, rendezvous=manifest.rendezvous
+            manifest.addresses,
+            members(manifest),
+            prefix=manifest.prefix,
+            sequence=manifest.sequence,
+            rendezvous=manifest.rendezvous,
         )
         assert members(decode_manifest(again[0][0])) == members(manifest)
 
@@ -176,9 +180,9 @@ def test_uids_are_grouped_by_their_grid() -> None:
 
 def test_a_server_behind_a_rendezvous_needs_no_address_of_its_own() -> None:
     node = f"198.51.100.9:31337/{peer(9)}"
-    [(part, _)] = encode_manifest([], {(1,): True}, sequence=1, rendezvous=[node])
+    [(part, _)] = encode_manifest([], {(1,): True}, prefix="ffn", sequence=1, rendezvous=[node])
     manifest = decode_manifest(part)
     assert (manifest.addresses, manifest.rendezvous) == ((), (node,))
     for wrong in ([node] * 5, ["198.51.100.9:31337"], ["198.51.100.9:31337/abc"]):
         with pytest.raises(ValueError):
-            encode_manifest(ADDRESSES, {(1,): True}, sequence=1, rendezvous=wrong)
+            encode_manifest(ADDRESSES, {(1,): True}, prefix="ffn", sequence=1, rendezvous=wrong)

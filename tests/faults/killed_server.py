@@ -119,7 +119,7 @@ async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> Non
         async def save_checkpoints(self) -> int:
             num_saved = await super().save_checkpoints()
             if num_saved:
-                say("saved", self._saved_versions["x.0"])
+                say("saved", self._saved["x.0"][0])
             return num_saved
 
     node, backend = Node(), make_backend()

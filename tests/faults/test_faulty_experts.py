@@ -120,5 +120,5 @@ async def test_an_expert_that_hangs_is_said_to_and_holds_up_nobody_who_has_a_cho
             with pytest.raises(Overloaded, match="hangs; ask another replica"):
                 await other.with_options(timeout=0.5)(torch.ones(1, 4))
             release.set()
-            await server.runtime.call(lambda: None)
+            await server.runtimes[0].call(lambda: None)
             assert (await other(torch.ones(1, 4))).shape == (1, 4)

@@ -12,6 +12,8 @@ import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError
 from tesseract_async.experts import claiming, manifest, run
+from tesseract_async.experts.checks import belongs_under_its_key
+from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status
 from tesseract_async.server import checkpoint
 from tesseract_async.transport import offers, preamble, stun
@@ -23,7 +25,10 @@ from tests.monitoring.test_status import STATUS
 from tests.transport.test_offers import DESCRIPTION
 
 PARTS = [
-    part for part, _ in manifest.encode_manifest(["10.0.0.1:1", "[::1]:2"], {(1, 2): True, (3, 4): False}, sequence=1)
+    part
+    for part, _ in manifest.encode_manifest(
+        ["10.0.0.1:1", "[::1]:2"], {(1, 2): True, (3, 4): False}, prefix="ffn", sequence=1
+    )
 ]
 RESERVATION = claiming.encode_reservation([(1, 2), (3, 4)])[0]
 RUN = run.sign_run(ALICE, DIGITS).blob[96:]
@@ -41,6 +46,12 @@ def signed(body: bytes, domain: bytes) -> bytes:
 
 def fuzz_manifest(pick: random.Random) -> None:
     manifest.decode_manifest(mutate(pick, pick.choice(PARTS)) if pick.random() < 0.95 else value(pick))
+
+
+def fuzz_manifest_at_a_holder(pick: random.Random) -> None:
+    packed = msgpack.packb(pick.choice(PARTS))
+    record = SignedRecord(bytes(32), None, ALICE.peer_id, 1, 1.0, mutate(pick, packed), False, b"")
+    assert belongs_under_its_key(record) in (True, False)
 
 
 def fuzz_reservation(pick: random.Random) -> None:
@@ -129,6 +140,7 @@ def fuzz_checkpoint(pick: random.Random) -> None:
 TARGETS: dict[str, tuple[Callable[[random.Random], None], int, int]] = {
     # target: inputs in the quick and in the slow run
     "manifest": (fuzz_manifest, 2000, 100_000),
+    "manifest at a holder": (fuzz_manifest_at_a_holder, 2000, 100_000),
     "reservation": (fuzz_reservation, 2000, 50_000),
     "run": (fuzz_run, 300, 20_000),
     "status": (fuzz_status, 1000, 50_000),

@@ -12,17 +12,18 @@ import torch
 
 from tesseract_async.admission import Quota
 from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.events import CallReceived
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import ProtocolSettings
-from tesseract_async.errors import ConnectionLost, ProtocolError
+from tesseract_async.errors import ConnectionLost, NotAllowed, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire import calls, compression, frames, messages, tensors
 from tesseract_async.wire.calls import Hello, RequestHead
 
-SETTINGS = ProtocolSettings(max_message=2**22, max_calls=50)
+SETTINGS = ProtocolSettings(max_message=2**22, max_calls=50, max_replies=2**18)
 HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22)
 REQUEST = calls.encode_request(RequestHead(bytes(16), "expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
 PEER = Identity.from_seed(b"f" * 32).peer_id
@@ -68,6 +69,7 @@ def value(pick: random.Random, depth: int = 0) -> Any:
 def fuzz_machine(pick: random.Random) -> None:
     """Both roles of a connection take mutated frames of every kind."""
     quotas = Quotas(lambda _: QUOTA)
+    replies = Budget(2**18)
     side = ConnectionProtocol(
         "peer",
         HELLO,
@@ -77,6 +79,8 @@ def fuzz_machine(pick: random.Random) -> None:
         now=0.0,
         wake=lambda: None,
         meter=quotas.meter(PEER) if pick.random() < 0.3 else None,
+        refusal=(lambda: NotAllowed("not here")) if pick.random() < 0.1 else None,
+        reply_budget=replies if pick.random() < 0.7 else None,
     )
     for _ in range(2):
         head = RequestHead(bytes(16), "m", 5.0, 0, 0, 2**20, None)
@@ -84,6 +88,14 @@ def fuzz_machine(pick: random.Random) -> None:
             head, (memoryview(bytes(pick.choice((5, 70_000)))),), deadline=5.0, reserve_reply=False, now=0.0
         )
     data = bytearray()
+    if pick.random() < 0.3:  # whole calls, so that replies wait: what follows may grant, cancel, or end them
+        if pick.random() < 0.5:
+            data += frames.frame(frames.WINDOW, stream=2**18)
+        for stream in range(1, pick.randrange(2, 8)):
+            payload = frames.encode_table(len(REQUEST), []) + REQUEST
+            data += frames.frame(frames.REQUEST, stream=stream, payload=payload)
+            if pick.random() < 0.3:
+                data += frames.frame(pick.choice((frames.GRANT_REPLY, frames.CANCEL)), stream=stream)
     for _ in range(pick.randrange(1, 8)):
         stream = pick.choice((1, 2, 3, 2**63))
         kind = pick.randrange(18)
@@ -108,11 +120,14 @@ def fuzz_machine(pick: random.Random) -> None:
         while view:
             reader = side.lanes[lane].reader
             buffer = reader.get_buffer()
-            count = min(len(buffer), len(view), pick.choice((7, 3000, 2**20)))
+            count = min(len(buffer), len(view), pick.choice((7, 60, 60, 3000, 2**20)))
             buffer[:count] = view[:count]
             view = view[count:]
             side.received(count, now, lane=lane)
             reader.buffer_updated(count)
+            for event in side.events():
+                if isinstance(event, CallReceived) and pick.random() < 0.8:
+                    side.reply(event.stream, None, (memoryview(bytes(pick.choice((5, 70_000, 200_000)))),), now=now)
             side.data_to_send(lane, 1)
             if pick.random() < 0.1:
                 now += pick.choice((0.1, 8.0))
@@ -121,7 +136,7 @@ def fuzz_machine(pick: random.Random) -> None:
         pass
     side.events()
     side.connection_lost("the end")
-    assert side._budget.used == 0 and side.num_calls == 0
+    assert side._budget.used == 0 and side.num_calls == 0 and replies.used == 0 and not side.backlog
     assert all(use.under_way == 0 for use in quotas._uses.values())
 
 

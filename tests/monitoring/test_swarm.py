@@ -74,15 +74,24 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                     and peer["answered_ago"] >= 0
                     and state["totals"]["calls_per_second"] > 0
                 )
-                console = Console(width=120, record=True, quiet=False, file=io.StringIO())
-                console.print(top.draw(state))
-                shown = console.export_text()
-                assert host.peer_id.short in shown and "2 experts on 1 servers" in shown and "●" in shown
+                shown = print_top(state, 120)
+                assert all(column in shown for column in top.COLUMNS)
+                for width in (80, 40):  # whose line it is, and the path: whole on every terminal
+                    assert f"{host.peer_id.short}  {peer['path']}  " in print_top(state, width)
+                [head] = [one for one in print_top(state, 80).splitlines() if one.startswith("peer ")]
+                assert head.split() == ["peer", "path", "round", "trip", "experts", "calls/s", "load", "answered"]
+                assert host.peer_id.short in shown and "2 experts on 1 server " in shown and "●" in shown
             await observer.look()
             state = observer.state()
             assert state["peers"] == [] and only(state["grids"])["experts"] == []
             assert "left with 2 experts" in state["log"][-1][1] and state["log"][-1][2] == "left"
             assert only(state["grids"])["lost"] == [[0, 0], [1, 2]]
+
+
+def print_top(state: dict[str, Any], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(top.draw(state, width))
+    return console.export_text()
 
 
 async def test_without_patterns_the_neighbours_grids_are_found() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity
-from tesseract_async.network.network import StoreItem, TesseractNetwork
+from tesseract_async.network.network import StoreItem, TesseractNetwork, key_digest
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 
@@ -130,6 +130,29 @@ async def test_a_restarted_owner_withdraws_what_it_published_before() -> None:
             assert await after.wait_joined(5)
             assert await after.withdraw("key") >= 3
         assert await nodes[1].get("key") is None
+
+
+async def test_a_tombstone_outlives_everything_that_it_hides() -> None:
+    identity = Identity.generate()
+    async with swarm(2) as nodes:
+        port = port_of(nodes[0])
+
+        def kept_until() -> float:
+            assert nodes[1]._protocol is not None
+            record = nodes[1]._protocol.storage.get(key_digest("key"), None, identity.peer_id)
+            assert record is not None and record.tombstone
+            return record.expiration - time.time()
+
+        async with node(port, identity=identity) as (owner, _):
+            await owner.store("key", 1, ttl=1000.0)
+            await owner.store("key", 2, ttl=10.0)  # a holder that missed it shows the first one for long
+            await owner.withdraw("key")
+            assert 1020.0 < kept_until() <= 1030.0
+            await owner.store("key", 3, ttl=2000.0)
+        async with node(port, identity=identity) as (restarted, _):
+            assert await restarted.wait_joined(5)
+            await restarted.withdraw("key")
+            assert 2020.0 < kept_until() <= 2030.0
 
 
 async def test_expired_entries_are_not_seen() -> None:

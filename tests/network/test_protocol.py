@@ -12,7 +12,7 @@ from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import Unwatched
-from tesseract_async.network.contacts import Address, Contact
+from tesseract_async.network.contacts import Address, Contact, pack_address
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
@@ -166,6 +166,11 @@ def test_a_farewell_needs_a_token() -> None:
         forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.own_id, token=token, challenge=b"", arguments=())
         pair.a.receive_datagram(forged, B, 0.0)
     assert len(pair.a.table) == 1 and dropped(pair.a, "token") == 2
+    # a token proves an address, not an id: nobody says farewell in another's name
+    token = pair.a.tokens.give(pack_address(STRANGER))
+    forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.own_id, token=token, challenge=b"", arguments=())
+    pair.a.receive_datagram(forged, STRANGER, 0.0)
+    assert len(pair.a.table) == 1
     pair.b.leave(0.0)
     pair.exchange()
     assert len(pair.a.table) == 0
@@ -287,7 +292,7 @@ def test_any_number_of_ids_of_one_range_take_no_place_and_no_memory(count: int) 
 
 def test_a_policy_decides_whose_records_are_held() -> None:
     holder, friend, other = machine(1), machine(3), machine(4)
-    holder.policy = Policy(storers=[friend.identity.peer_id])
+    holder.holder.policy = Policy(storers=[friend.identity.peer_id])
     holder.receive_datagram(request(wire.PING), STRANGER, 0.0)
     token = reply_of(holder).token
     for owner, outcome in ((friend, Outcome.STORED), (other, Outcome.REFUSED)):
@@ -306,6 +311,21 @@ def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
     pair.exchange()
     assert WriteFinished(number, [1], [0]) in pair.a.events()
     assert pair.a.storage.num_entries == 0
+    # also not where somebody insists
+    item = record(pair.b)
+    stores = request(wire.STORE, [item.key + item.body], token=pair.a.tokens.give(pack_address(STRANGER)))
+    pair.a.receive_datagram(stores, STRANGER, 0.0)
+    assert wire.read_outcomes(reply_of(pair.a).results, 1) == [Outcome.REFUSED]
+    assert pair.a.storage.num_entries == 0
+
+
+def test_a_client_that_others_were_told_of_is_not_listed_either() -> None:
+    pair = Pair()
+    pair.b = machine(2, public=False)
+    pair.b.end_dial_wait()
+    pair.join()  # by the address given as a seed: it answers, and says what it is
+    assert pair.a.metrics.snapshot()["network_datagrams_received"] >= 1
+    assert len(pair.a.table) == 0
 
 
 def test_a_clock_that_is_wrong_is_reported() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.randomness import seeded
@@ -127,3 +129,60 @@ async def test_the_loops_own_random_numbers_and_an_experts_do_not_meet(backward:
         assert torch.equal(torch.cat(drawn).view(30, 3), expected)
     finally:
         await runtime.aclose()
+
+
+class Checkpointed(nn.Module):
+    """Computes its inside again in the backward pass, to save memory."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(self.inside, x, use_reentrant=False)
+        return y
+
+
+class NoisyGradient(torch.autograd.Function):
+    """Draws in its backward pass, as stochastic rounding does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient + torch.rand_like(gradient)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = NoisyGradient.apply(x)
+        return y
+
+
+def test_a_checkpoint_around_a_random_layer_is_refused_and_other_checkpoints_are_not() -> None:
+    spec, x = TensorSpec((8,)), torch.randn(3, 8)
+    gradient = [torch.ones(3, 8)]
+    random, plain = (
+        ExpertBackend(Checkpointed(p), args_schema=(spec,), settings=BackendSettings(stochastic=True)) for p in (0.5, 0)
+    )
+    with pytest.raises(RuntimeError, match="torch.utils.checkpoint around a random layer"):
+        random.gradients([x], gradient, training=True, seed=3)
+    # in evaluation nothing is drawn
+    for backend, training in ((random, False), (plain, False)):
+        (found,), _ = backend.gradients([x], gradient, training=training, seed=3)
+        assert found is not None
+        torch.testing.assert_close(found, torch.ones(3, 8) @ backend.module.inside[0].weight)  # type: ignore[union-attr, index]
+
+
+def test_what_a_backward_draws_itself_follows_from_the_seed() -> None:
+    spec, x = TensorSpec((8,)), torch.randn(3, 8)
+    backend = ExpertBackend(Noisy(), args_schema=(spec,), settings=BackendSettings(stochastic=True))
+    before = torch.random.get_rng_state()
+    first, again, other = (
+        backend.gradients([x], [torch.ones(3, 8)], training=True, seed=seed)[0][0] for seed in (3, 3, 4)
+    )
+    assert first is not None and again is not None and other is not None
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -102,6 +102,20 @@ def test_no_flipped_byte_goes_unnoticed(position: int, flip: int) -> None:
     assert same(loaded, state()), "a change that the header's JSON does not mean, such as of white space"
 
 
+def test_an_earlier_version_taken_over_from_another_server_is_the_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for version in (98, 99, 100, 97, 98):
+        store.save("ffn.0", state(version), version=version)
+        loaded = store.load("ffn.0")
+        assert loaded is not None and loaded["version"] == version
+    assert sorted(path.name for path in (tmp_path / "ffn.0").iterdir()) == [
+        "000000000097.safetensors",
+        "000000000098.safetensors",
+        "000000000099.superseded",
+        "000000000100.superseded",
+    ]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path)
     store.save("ffn.0", state(1), version=1)

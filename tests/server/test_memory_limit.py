@@ -10,6 +10,7 @@ import torch
 
 import tesseract_async as ta
 from tests.cli.processes import event, tesseract
+from tests.stem import Stem
 
 LIMIT = 1100 << 20
 WIDTH, ROWS = 256, 2048
@@ -17,10 +18,10 @@ WIDTH, ROWS = 256, 2048
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-async def test_a_server_keeps_to_its_memory_limit() -> None:
+async def test_a_server_keeps_to_its_memory_limit(stem: Stem) -> None:
     arguments = ("--experts", "ffn.[0:500]", "--num-experts", "500", "--max-memory", f"{LIMIT}")
     sizes = ("--size", f"in_features={WIDTH}", "--max-batch-size", str(ROWS))
-    async with tesseract("serve", *arguments, *sizes) as server:
+    async with tesseract(stem, "serve", *arguments, *sizes, fresh=True) as server:
         ready = await event(server, "ready")
         uids = ready["uids"]
         assert 0 < len(uids) < 500

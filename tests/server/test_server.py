@@ -278,7 +278,7 @@ async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, 
 async def test_one_of_two_callers_of_a_backward_may_leave(node: FakeNode, server: TesseractServer) -> None:
     x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
     released = threading.Event()
-    holding = asyncio.create_task(server.runtime.call(lambda: released.wait(10)))
+    holding = asyncio.create_task(server.runtimes[0].call(lambda: released.wait(10)))
     await asyncio.sleep(0)
     calls = [asyncio.create_task(node.backward("ffn.0", [x], [gradient], call_id=call_id)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -312,6 +312,28 @@ async def test_a_server_returns_with_its_weights_and_its_journal(node: FakeNode,
         assert {int(entry["step"]) for entry in backend.optimizer.state.values()} == {2}
         await node.backward("ffn.0", [x], [gradient])
         assert await server.save_checkpoints() == 1 and await server.save_checkpoints() == 0
+
+
+async def test_backwards_gathered_for_a_step_are_saved_although_no_step_was_taken(
+    node: FakeNode, tmp_path: Path
+) -> None:
+    x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
+
+    def experts() -> dict[str, ExpertBackend]:
+        module = nn.Linear(8, 4)
+        settings = BackendSettings(step_every=2)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return {"ffn.0": ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((8,)),), settings=settings)}
+
+    async with TesseractServer(node, experts(), checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
+        assert (await node.backward("ffn.0", [x], [gradient], call_id=call_id))[1] == 0
+        weight = server.experts["ffn.0"].module.weight.detach().clone()  # type: ignore[operator, union-attr]
+    async with TesseractServer(node, experts(), checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
+        assert (await node.backward("ffn.0", [x], [gradient]))[1] == 1
+        stepped = server.experts["ffn.0"].module.weight.detach()  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(stepped, weight - 0.1 * 2 * gradient.T @ x)
+        assert (await node.backward("ffn.0", [x], [gradient], call_id=call_id))[1] == 0, "it was applied before"
+        assert server.experts["ffn.0"].progress == (1, 0)
 
 
 async def test_checkpoints_are_written_on_a_timer(node: FakeNode, tmp_path: Path) -> None:

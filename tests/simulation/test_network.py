@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tesseract_async.network.contacts import Contact
+from tesseract_async.network.events import ClockSkewed
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.testing import (
@@ -226,6 +227,9 @@ def test_clocks_half_a_minute_apart_do_no_harm() -> None:
         assert network.store(node, f"key {index}", index, ttl=40.0) == 10
     for index in range(10):
         assert network.get(nodes[9 - index], f"key {index}") == index
+    network.run(15.0)
+    assert all("network_clock_skew_seconds" in node.protocol.metrics.snapshot() for node in nodes)
+    assert not any(isinstance(event, ClockSkewed) for node in nodes for event in node.events), "nobody is bothered"
 
 
 def test_liars_do_not_hide_records() -> None:

@@ -211,7 +211,10 @@ async def test_forged_stale_and_repeated_offers_are_refused_and_counted() -> Non
                 await answer(data, origin="127.0.0.1")
         with pytest.raises(InvalidRecord):
             await answer(eve.offer(other.peer_id, offers.REVERSE, body), origin="127.0.0.1")
-        assert asked.refused("malformed") == 5
+        for kind in (offers.REVERSE, offers.RELAY, offers.CHANNEL):  # signed as it should be, and empty
+            with pytest.raises(ProtocolError):
+                await answer(eve.offer(asked.peer_id, kind, {}), origin="127.0.0.1")
+        assert asked.refused("malformed") == 8
         with pytest.raises(NotAllowed):
             await answer(eve.offer(asked.peer_id, offers.REVERSE, body, age=3600), origin="127.0.0.1")
         assert asked.refused("stale") == 1

@@ -51,6 +51,18 @@ def test_both_ends_know_each_other() -> None:
     assert client.peer_id == BOB.peer_id and server.peer_id == ALICE.peer_id
 
 
+def test_no_session_can_be_resumed_without_showing_the_certificate() -> None:
+    client, server = machines()
+    client.handshake()
+    server.receive_data(memoryview(client.data_to_send()))
+    server.handshake()
+    client.receive_data(memoryview(server.data_to_send()))
+    assert client.handshake()
+    server.receive_data(memoryview(client.data_to_send()))
+    assert server.handshake()
+    assert not server.data_to_send(), "tickets are all that an acceptor could say now"
+
+
 def test_bytes_arrive_whole_in_pieces_of_any_size() -> None:
     client, server = machines()
     shake(client, server)

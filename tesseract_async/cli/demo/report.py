@@ -8,6 +8,7 @@ from rich.table import Table
 
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.progress import Progress
+from tesseract_async.cli.units import counted
 
 
 def summary(progress: Progress) -> Table:
@@ -68,7 +69,7 @@ def plot(progress: Progress, path: Path) -> None:
             axes.annotate(text, (at, 0.03), xytext=(4, 0), textcoords="offset points", fontsize=9)
     kind = "frozen experts" if progress.settings.freeze_experts else "experts on three servers"
     if progress.settings.num_servers != 3 and not progress.settings.freeze_experts:
-        kind = f"experts on {progress.settings.num_servers} servers"
+        kind = f"experts on {counted(progress.settings.num_servers, 'server')}"
     axes.set(
         xlabel="seconds of training",
         ylabel="validation accuracy",

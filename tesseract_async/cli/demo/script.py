@@ -9,6 +9,7 @@ from pathlib import Path
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.children import Child, ChildFailed, children
 from tesseract_async.cli.demo.progress import Progress
+from tesseract_async.cli.units import counted
 
 START_TIMEOUT = 60.0
 VICTIM = 1
@@ -43,7 +44,7 @@ class Script:
             self._address: str = (await bootstrap.ready(timeout=START_TIMEOUT))["address"]
             self.progress.address = self._address.partition("/")[0]
 
-            self._note(f"starting {self.settings.num_servers} servers with {len(plan.all_uids())} experts")
+            self._note(f"starting {counted(self.settings.num_servers, 'server')} with {len(plan.all_uids())} experts")
             servers = [self._server(number) for number in range(self.settings.num_servers)]
             family.extend(servers)
             await asyncio.gather(*(self._bring_up(server) for server in servers))

@@ -58,7 +58,7 @@ function drawTotals() {
   const silent = state.peers.filter((peer) => peer.error).length;
   const cards = [
     ["live experts", number(alive), all ? ` of ${number(all)}` : "", false],
-    ["servers", number(state.peers.length), silent ? ` ${silent} silent` : "", silent > 0],
+    [state.peers.length === 1 ? "server" : "servers", number(state.peers.length), silent ? ` ${silent} silent` : "", silent > 0],
     ["calls per second", number(totals.calls_per_second ?? 0, 0)],
     ["rows per second", number(totals.rows_per_second ?? 0)],
     ["steps per second", number(totals.steps_per_second ?? 0, 1)],

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.cli.processes import family_of, finish, tesseract
+from tests.stem import Stem
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -20,10 +21,12 @@ def accuracies(shown: str) -> list[float]:
     return [float(found) for found in re.findall(r"validation accuracy\W+([\d.]+)", shown)]
 
 
-async def test_a_server_is_killed_and_returns_while_training_goes_on(tmp_path: Path) -> None:
+async def test_a_server_is_killed_and_returns_while_training_goes_on(stem: Stem, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
-    status, shown, err = await finish("demo", "--steps", "40", "--servers", "2", "--plot", str(picture))
-    assert status == 1, "40 steps are too few for the accuracy: the status says so"
+    status, shown, err = await finish(
+        stem, "demo", "--steps", "20", "--servers", "2", "--plot", str(picture), fresh=True
+    )
+    assert status == 1, "20 steps are too few for the accuracy: the status says so"
     assert err == "" and len(accuracies(shown)) == 2, shown + err
     assert re.search(r"steps that trainers lost\W+0\b", shown), shown
     assert re.search(r"killed at [\d.]+ s, back at", shown), shown
@@ -34,8 +37,8 @@ async def test_a_server_is_killed_and_returns_while_training_goes_on(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1"])
-async def test_the_whole_demo_keeps_its_promise(seed: str, tmp_path: Path) -> None:
-    status, shown, err = await finish("demo", "--plot", str(tmp_path / "demo.png"), "--seed", seed)
+async def test_the_whole_demo_keeps_its_promise(stem: Stem, seed: str, tmp_path: Path) -> None:
+    status, shown, err = await finish(stem, "demo", "--plot", str(tmp_path / "demo.png"), "--seed", seed, fresh=True)
     assert status == 0 and err == "", shown + err
     assert min(accuracies(shown)) >= 0.97
     kept, since = map(int, next(re.finditer(r"(\d+) kept, (\d+) since its return", shown)).groups())
@@ -43,8 +46,8 @@ async def test_the_whole_demo_keeps_its_promise(seed: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-async def test_the_whole_control_shows_that_experts_carry_the_learning() -> None:
-    status, shown, err = await finish("demo", "--freeze-experts", "--no-plot")
+async def test_the_whole_control_shows_that_experts_carry_the_learning(stem: Stem) -> None:
+    status, shown, err = await finish(stem, "demo", "--freeze-experts", "--no-plot", fresh=True)
     assert status == 1 and err == "", shown + err
     assert max(accuracies(shown)) < 0.6
     assert "frozen" in shown
@@ -52,11 +55,11 @@ async def test_the_whole_control_shows_that_experts_carry_the_learning() -> None
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
-async def test_nobody_is_left_behind(how: signal.Signals, tmp_path: Path) -> None:
-    async with tesseract("demo", "--no-plot", "--servers", "1", "--logs", str(tmp_path)) as demo:
+async def test_nobody_is_left_behind(stem: Stem, how: signal.Signals, tmp_path: Path) -> None:
+    async with tesseract(stem, "demo", "--no-plot", "--servers", "1", "--logs", str(tmp_path), fresh=True) as demo:
         assert demo.stdout is not None
         async for line in demo.stdout:
-            if "starting 1 servers" in line.decode():
+            if "starting 1 server " in line.decode():
                 break
         family = family_of(demo.pid)
         assert family

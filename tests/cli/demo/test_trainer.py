@@ -13,6 +13,8 @@ from tesseract_async.cli.demo.trainer import train
 from tesseract_async.server.registry import make_backend
 
 SETTINGS = plan.DemoSettings()
+LEARNING_RATE = 5e-3
+"""Of the experts. With this and larger batches a sixth of the demo's steps is enough."""
 SIZES = {
     "in_features": plan.NUM_PIXELS,
     "hidden_features": SETTINGS.hidden_features,
@@ -23,7 +25,7 @@ SIZES = {
 async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
     torch.manual_seed(0)
     experts = {
-        uid: make_backend("ffn", optimizer=optimizer, learning_rate=SETTINGS.expert_learning_rate, sizes=SIZES)
+        uid: make_backend("ffn", optimizer=optimizer, learning_rate=LEARNING_RATE, sizes=SIZES)
         for uid in plan.all_uids()
     }
     reports: list[dict[str, Any]] = []
@@ -51,9 +53,9 @@ async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
 
 @pytest.mark.timeout(120)
 async def test_experts_that_learn_carry_the_accuracy() -> None:
-    assert await accuracy_after_training("adam", 150) >= 0.97
+    assert await accuracy_after_training("adam", 70) >= 0.97
 
 
 @pytest.mark.timeout(120)
 async def test_with_frozen_experts_the_gate_alone_learns_little() -> None:
-    assert await accuracy_after_training(None, 60) < 0.6
+    assert await accuracy_after_training(None, 40) < 0.6
