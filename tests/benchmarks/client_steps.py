@@ -8,7 +8,10 @@ import ctypes
 import gc
 import itertools
 import math
+import resource
+import sys
 import time
+from dataclasses import asdict, dataclass
 
 import psutil
 import torch
@@ -36,34 +39,56 @@ class Model(torch.nn.Module):
         return self.last(await self.expert(torch.relu(self.first(x)))).square().mean()
 
 
-async def steps_per_second(node: FaultyNode, model: Model, delay: float, in_flight: int) -> float:
-    """Of an AsyncTrainer with so many steps in flight, once it is up to speed."""
+@dataclass(frozen=True)
+class Pace:
+    """How an AsyncTrainer went once it was up to speed; the costs are the whole process's, experts included."""
+
+    steps_per_second: float
+    cpu_us_per_step: float
+    system_us_per_step: float
+    """The system's share of it: page faults, switches between threads."""
+    page_faults_per_step: float
+    switches_per_step: float
+
+
+async def pace(node: FaultyNode, model: Model, delay: float, in_flight: int) -> Pace:
+    """Of so many steps in flight over experts that are `delay` away."""
     node.fate = lambda method, uid: delay
     trainer = ta.AsyncTrainer(model, torch.optim.SGD(model.parameters(), lr=1e-4), in_flight=in_flight)
     batch = torch.randn(ROWS, WIDTH)
     num_warm = 2 * in_flight
     count, begin = 0, math.inf
+    before = resource.getrusage(resource.RUSAGE_SELF)
     reports = trainer.run(lambda copy, x: copy.loss(x), itertools.repeat(batch))
     async for _ in reports:
         count += 1
         if count == num_warm:
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         if time.perf_counter() - begin > SECONDS:
             break
-    seconds = time.perf_counter() - begin
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
     await reports.aclose()
-    return (count - num_warm) / seconds
+    num_steps = count - num_warm
+    system = after.ru_stime - before.ru_stime
+    return Pace(
+        num_steps / seconds,
+        (after.ru_utime - before.ru_utime + system) / num_steps * 1e6,
+        system / num_steps * 1e6,
+        (after.ru_minflt - before.ru_minflt) / num_steps,
+        (after.ru_nvcsw + after.ru_nivcsw - before.ru_nvcsw - before.ru_nivcsw) / num_steps,
+    )
 
 
 async def delays(node: FaultyNode, model: Model) -> None:
     """As many steps in flight as the rate without delays, times the delay, asks for."""
-    base = await steps_per_second(node, model, 0.0, BASE_IN_FLIGHT)
-    emit("steps/s without delay", base, "steps/s", in_flight=BASE_IN_FLIGHT)
+    without = await pace(node, model, 0.0, BASE_IN_FLIGHT)
+    base = without.steps_per_second
+    emit("steps/s without delay", base, "steps/s", in_flight=BASE_IN_FLIGHT, **asdict(without))
     for delay, share in ((0.1, 0.95), (0.2, 0.9)):
         in_flight = BASE_IN_FLIGHT + math.ceil(base * CALLS_PER_STEP * delay)
-        rate = await steps_per_second(node, model, delay, in_flight)
+        delayed = await pace(node, model, delay, in_flight)
         name = f"steps/s with {delay * 1e3:.0f} ms per call / without ({in_flight} in flight)"
-        emit(name, rate / base, "", f">= {share:g}", steps_per_second=rate, in_flight=in_flight)
+        emit(name, delayed.steps_per_second / base, "", f">= {share:g}", in_flight=in_flight, **asdict(delayed))
 
 
 async def memory(node: FaultyNode, model: Model) -> None:
@@ -99,7 +124,8 @@ async def measure() -> None:
     async with hosting(["ffn.0"], kind="ffn", width=WIDTH, train=True) as node:
         model = Model(await node.get_expert("ffn.0"))
         await delays(node, model)
-        await memory(node, model)
+        if "delays" not in sys.argv:
+            await memory(node, model)
 
 
 def main() -> None:

@@ -1,0 +1,52 @@
+"""The garbage collector is the program's: commands spare it, the package leaves it alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests.cli.processes import ENVIRONMENT, ROOT
+
+LOOK = "import gc, json; print(json.dumps([gc.get_freeze_count(), gc.get_threshold(), gc.isenabled()]))"
+
+
+def collector_after(code: str) -> list[object]:
+    """Frozen objects, thresholds, and whether it is on, in a fresh process that has run `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{LOOK}"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    result: list[object] = json.loads(done.stdout)
+    return result
+
+
+def test_importing_the_package_leaves_the_collector_as_it_was() -> None:
+    everything = (
+        "import tesseract_async as ta\nfor name in ta.__all__: getattr(ta, name)\nimport tesseract_async.cli.hosting"
+    )
+    assert collector_after(everything) == collector_after("")
+
+
+def test_a_program_may_spare_it() -> None:
+    frozen, thresholds, is_enabled = collector_after(
+        "from tesseract_async.cli.running import spare_the_collector\nspare_the_collector()"
+    )
+    assert isinstance(frozen, int) and frozen > 1000 and thresholds == [10_000, 10, 10] and is_enabled is True
+
+
+def test_a_server_spares_it_before_it_says_that_it_is_ready() -> None:
+    serve = (
+        "import gc, tesseract_async.cli.hosting as hosting\n"
+        "say = hosting.say\n"
+        "def look(event, **facts):\n"
+        "    if event == 'ready': print(gc.get_freeze_count() > 100_000, gc.get_threshold())\n"
+        "async def leave(**_): return 'seen'\n"
+        "hosting.say, hosting.until_told_to_leave = look, leave\n"
+        "from tesseract_async.cli.main import main\n"
+        "main(['serve', '--experts', 'ffn.0', '--size', 'in_features=8'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", serve], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split("\n")[0] == "True (10000, 10, 10)", done.stderr
+    assert done.returncode == 0
