@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
+from weakref import WeakKeyDictionary
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
@@ -17,8 +18,17 @@ FAREWELL_TIMEOUT: Final = 1.0
 SMALL_PIECE: Final = 8 * 1024
 """Neighbouring pieces up to this size are joined: a system call costs more than their copy."""
 
-# One block serves all channels of a process and thread: ciphertext is consumed within the call that tells of it.
-_ciphertext: memoryview | None = None
+# One block serves all channels of an event loop: ciphertext is consumed within the call that tells of it. The loops of
+# other threads (a BackgroundNode beside a node of one's own) receive at the same time, and need blocks of their own.
+_blocks: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
+
+
+def _block_of_this_loop() -> memoryview:
+    loop = asyncio.get_running_loop()
+    block = _blocks.get(loop)
+    if block is None:
+        block = _blocks[loop] = memoryview(bytearray(CIPHERTEXT_BYTES))
+    return block
 
 
 class ChannelReceiver(Protocol):
@@ -49,6 +59,7 @@ class Channel:
         self.bytes_counted = (0, 0)
         """Raw bytes received and sent that the metrics know of."""
         self._tls = tls
+        self._ciphertext: memoryview | None = None
         self._open = False
         self._closed = False
         self._lost = False
@@ -133,10 +144,9 @@ class Channel:
     def get_buffer(self) -> memoryview:
         if self._tls is None:
             return self.receiver.get_buffer()
-        global _ciphertext
-        if _ciphertext is None:
-            _ciphertext = memoryview(bytearray(CIPHERTEXT_BYTES))
-        return _ciphertext
+        if self._ciphertext is None:
+            self._ciphertext = _block_of_this_loop()
+        return self._ciphertext
 
     def buffer_updated(self, count: int) -> None:
         if self._closed:
@@ -145,8 +155,8 @@ class Channel:
             if self._tls is None:
                 self.receiver.buffer_updated(count)
             else:
-                assert _ciphertext is not None
-                self._tls.receive_data(_ciphertext[:count])
+                assert self._ciphertext is not None
+                self._tls.receive_data(self._ciphertext[:count])
                 if not self._open:
                     self._handshake()
                 if self._open:

@@ -128,6 +128,8 @@ class Relay:
     def __init__(self, *, settings: RelaySettings, metrics: Metrics) -> None:
         self.ledger = RelayLedger(settings)
         self.metrics = metrics
+        # received bytes are copied within the call that tells of them, so one block serves all halves
+        self.scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._halves: dict[Splice, list[_Half]] = {}
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
@@ -193,10 +195,6 @@ class Relay:
             half.end()
 
 
-# Received bytes are copied within the call that tells of them, so one block serves all halves.
-_scratch: memoryview | None = None
-
-
 class _Half:
     """One end of a splice: what it receives, the other end sends. While that is slow, it is not read."""
 
@@ -209,21 +207,18 @@ class _Half:
         self._resume: asyncio.TimerHandle | None = None
 
     def get_buffer(self) -> memoryview:
-        global _scratch
-        if _scratch is None:
-            _scratch = memoryview(bytearray(SCRATCH_BYTES))
-        return _scratch
+        return self._relay.scratch
 
     def buffer_updated(self, count: int) -> None:
         other = self.other
-        assert other is not None and _scratch is not None
+        assert other is not None
         relay = self._relay
         wait = relay.ledger.account(self._splice, count, now=self._time())
         if wait is None:
             relay._part(self._splice, "max_bytes")
             return
         relay.metrics.count("relay_bytes", count)
-        other.pipe.write(bytes(_scratch[:count]))
+        other.pipe.write(bytes(relay.scratch[:count]))
         if other.pipe.paused:
             self.pipe.pause_reading()
         if wait > 0.01:

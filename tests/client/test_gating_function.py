@@ -146,14 +146,14 @@ async def test_nobody_lives(node: FakeNode, search: str, monkeypatch: pytest.Mon
 async def test_while_nobody_lives_somebody_is_waited_for(
     node: FakeNode, search: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tesseract_async.client.grid_search._SEARCH_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("tesseract_async.client.grid_search._SEARCH_AGAIN_SECONDS", 0.2)
     make_grid(node)
     gate, x = make_gate(node, search=search, k_min=3), torch.randn(2, 8)  # a busy machine leaves nobody out
     await gate(x)
     for replicas in list(node.directory.replicas.values()):
         node.directory.report_failure(replicas[0])
     task = asyncio.create_task(gate(x))
-    for _ in range(10):
+    for _ in range(50):  # the first search has ended by then, and found nobody: none sees half of them come back
         await asyncio.sleep(0)
     assert not task.done()
     node.directory.forgive()

@@ -1,0 +1,25 @@
+"""What channels share, and what they must not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.tls import TlsMachine
+
+
+def buffer_of_a_channel() -> memoryview:
+    return Channel(cast(Any, None), cast(TlsMachine, object()), cast(Any, None)).get_buffer()
+
+
+async def test_channels_of_one_loop_share_their_block_and_those_of_two_loops_do_not() -> None:
+    """Two nodes in two threads, such as a BackgroundNode beside one's own, receive at the same time."""
+
+    async def elsewhere() -> memoryview:
+        return buffer_of_a_channel()
+
+    mine, mine_too = buffer_of_a_channel(), buffer_of_a_channel()
+    other = await asyncio.to_thread(asyncio.run, elsewhere())
+    assert mine.obj is mine_too.obj
+    assert other.obj is not mine.obj
