@@ -24,7 +24,7 @@ import torch
 from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.running import say, spare_the_collector, until_told_to_leave
 from tesseract_async.cli.units import counted
-from tesseract_async.cli.waiting import bar
+from tesseract_async.cli.waiting import bar, sign
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
@@ -121,7 +121,7 @@ class Hosting:
             await asyncio.to_thread(self._measure)
             uids, claim = await self._choose()
             backends = await self._build_all(uids)
-            if self.node.initial_peers and await self.node.network.wait_joined(JOIN_TIMEOUT):
+            if self.node.initial_peers and await self._joined():
                 followed = await adopt_states(self.node, backends)
             else:
                 followed = set()
@@ -135,7 +135,8 @@ class Hosting:
                 publisher_settings=_publisher_settings(self.plan.ttl),
                 settings=self._server_settings(),
             )
-            await stack.enter_async_context(server)
+            with sign("making the experts known"):
+                await stack.enter_async_context(server)
             await stack.enter_async_context(StatusService(self.node, server))
             if claim is not None:
                 await claim.release()
@@ -189,10 +190,14 @@ class Hosting:
 
     # -- what to host ----------------------------------------------------------------------------------------------
 
+    async def _joined(self) -> bool:
+        with sign("joining the network"):
+            return await self.node.network.wait_joined(JOIN_TIMEOUT)
+
     async def _find_run(self) -> None:
         if self.plan.run is None:
             return
-        await self.node.network.wait_joined(JOIN_TIMEOUT)
+        await self._joined()
         for attempt in range(FIND_ATTEMPTS):
             try:
                 self.run = await find_run(self.node.network, self.plan.run)
@@ -228,7 +233,7 @@ class Hosting:
         mine = _checkpointed(self.plan.checkpoint_dir, pattern)[:num_experts]
         if len(mine) == num_experts:
             return mine, None
-        await self.node.network.wait_joined(JOIN_TIMEOUT)
+        await self._joined()
         claim = await claim_experts(
             self.node.network, pattern, num_experts, random=random.Random(), log=lambda text: click.echo(text, err=True)
         )

@@ -14,6 +14,7 @@ from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import counted
+from tesseract_async.cli.waiting import sign
 
 JOIN_TIMEOUT = 10.0
 
@@ -103,8 +104,9 @@ def command(name: str, **values: Any) -> None:
         )
         async with node:
             signed = sign_run(node.identity, manifest)
-            await node.network.wait_joined(JOIN_TIMEOUT)
-            holders = await publish_run(node.network, signed)
+            with sign("joining the network"):
+                await node.network.wait_joined(JOIN_TIMEOUT)
+                holders = await publish_run(node.network, signed)
             address = str(node.peer_address)
             click.echo(f"the run is {signed.full_name}, known to {counted(holders, 'node')}", err=True)
             say("run", run=signed.full_name, address=address, holders=holders, manifest=manifest.fields())
