@@ -127,7 +127,7 @@ def test_patience_can_be_fixed() -> None:
 
 @pytest.mark.parametrize("spare", [0, 1])
 def test_with_a_spare_one_under_way_nobody_waits_for_one_that_hangs(spare: int) -> None:
-    """Of a row's two experts one fails and one hangs: a third is asked at the failure, or once the other is suspicious."""
+    """One of a row's two fails, one hangs: a third is asked at the failure, or once the other is suspicious."""
 
     async def main() -> tuple[float, int]:
         node, gate = make_swarm(patience=4.0, spare=spare, timeout_after_k_min=0.0)
