@@ -84,6 +84,8 @@ PURE = [
     "runtime/batcher.py",
     "server/contract.py",
     "client/beam_search.py",
+    "client/latency.py",
+    "client/parts.py",
     "cli/units.py",
 ]
 IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
