@@ -37,8 +37,8 @@ class Candidate:
         self.contact = contact
         self.distance = distance
         self.state = State.NEW
-        self.path: Path | None = None
-        """The path that asked it."""
+        self.path = -1
+        """Number of the path that asked it."""
         self.round = round_number
         """How many answers led here, itself included: 1 for a contact known at the start."""
 
@@ -46,9 +46,10 @@ class Candidate:
 class Path:
     """The candidates that one path has heard of, nearest first."""
 
-    __slots__ = ("candidates", "distances", "num_asked", "num_asked_ever", "ranges", "seen", "starts")
+    __slots__ = ("candidates", "distances", "number", "num_asked", "num_asked_ever", "ranges", "seen", "starts")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.candidates: list[Candidate] = []
         self.distances: list[int] = []
         """Theirs, in the same order."""
@@ -81,7 +82,7 @@ class Lookup:
         """Requests under way over all paths; may be changed between two calls of `to_ask`."""
         self._max_per_range = max_per_range
         self._candidates: dict[bytes, Candidate] = {}
-        self._paths = [Path() for _ in range(num_paths)]
+        self._paths = [Path(number) for number in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
         for position, contact in enumerate(nearest_first):
             self._hear(self._paths[position % num_paths], contact, 1)
@@ -104,7 +105,7 @@ class Lookup:
                 continue
             for candidate in self._next(path, min(room, alpha - path.num_asked)):
                 candidate.state = State.ASKED
-                candidate.path = path
+                candidate.path = path.number
                 path.num_asked += 1
                 path.num_asked_ever += 1
                 asked.append(candidate.contact)
@@ -215,10 +216,11 @@ class Lookup:
                 path.ranges[dropped.range] -= 1
 
     def _leave(self, candidate: Candidate) -> Path:
-        assert candidate.path is not None
+        assert candidate.path >= 0
+        path = self._paths[candidate.path]
         if candidate.state is State.ASKED:
-            candidate.path.num_asked -= 1
-        return candidate.path
+            path.num_asked -= 1
+        return path
 
 
 def _num_asked_ever(path: Path) -> int:

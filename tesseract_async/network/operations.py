@@ -72,13 +72,16 @@ class Search:
                     # with something else already: others are asked beside it at once
                     self.lookup.stalled(contact)
         if self.lookup.finished:
+            on_end = self._on_end
             self.stop()
-            self._on_end(now)
+            on_end(now)
 
     def stop(self) -> None:
         """Takes no further answers."""
         if not self.ended:
             self.ended = True
+            # these lead back here: let go, all of it is freed now and not some day by the garbage collector
+            self._on_answer, self._on_end = None, _nothing
             self.network.metrics.observe("network_lookup_rounds", self.lookup.num_rounds, bounds=range(1, 10))
 
     def call_answered(self, call: Call, reply: Reply, now: float) -> None:
@@ -107,6 +110,10 @@ class Search:
             self.advance(now)
 
 
+def _nothing(now: float) -> None:
+    """What is left to do at the end of a lookup that was for its side effects."""
+
+
 class Ping:
     """Asks a contact whether it is there and itself: a newcomer, or the oldest of a full bucket."""
 
@@ -132,7 +139,7 @@ class Refresh:
         key = target if isinstance(target, bytes) else target.to_bytes(ID_BYTES, "big")
         start = network.table.closest(int.from_bytes(key, "big"), network.settings.k)
         # the bucket wants a few good contacts, not the complete neighbourhood of a random id
-        self.search = Search(network, key, start, now, on_end=lambda now: None, alpha=3, k=REFRESH_K, num_paths=1)
+        self.search = Search(network, key, start, now, on_end=_nothing, alpha=3, k=REFRESH_K, num_paths=1)
         self.search.advance(now)
 
 

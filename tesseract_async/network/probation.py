@@ -87,7 +87,7 @@ class Probation:
         self._pending[contact.raw] = (contact, attempt)
         self._nonces[nonce] = contact.raw
         network.send_oneway(wire.DIAL_FOR, (pack_address(contact.address), nonce, True), third.address, third.token)
-        network.schedule(now + PATIENCE, lambda now: self._waited(nonce, now))
+        network.timers.start(now + PATIENCE, lambda now: self._waited(nonce, now))
         return True
 
     def _waited(self, nonce: bytes, now: float) -> None:

@@ -12,10 +12,9 @@ Whatever comes from the network is untrusted. A datagram that breaks a rule is d
 from __future__ import annotations
 
 import hashlib
-import heapq
 import random as random_module
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tesseract_async.admission import Policy
@@ -54,6 +53,7 @@ from tesseract_async.network.settings import (
     NetworkSettings,
 )
 from tesseract_async.network.storage import Outcome, Storage
+from tesseract_async.network.timers import Timers
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 
@@ -132,8 +132,7 @@ class NetworkProtocol:
         self._seeds_at = float("inf")
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * random.random()
         self.tokens = Tokens(random, lifetime=settings.token_lifetime, now=now)
-        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
-        self._num_timers = 0
+        self.timers = Timers()
         self._datagrams: deque[tuple[bytes, Address]] = deque()
         self._events: deque[Event] = deque()
 
@@ -193,8 +192,7 @@ class NetworkProtocol:
 
     def handle_timer(self, now: float) -> None:
         """Does what is due. Calling it early or late is harmless."""
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2](now)
+        self.timers.run(now)
         if self._seeds_at <= now:
             self._ask_seeds(now)
         if self.dialback.ask_at <= now:
@@ -220,8 +218,8 @@ class NetworkProtocol:
 
     def timer_at(self) -> float:
         """The loop time at which `handle_timer` has something to do. It may change with every input."""
-        at = min(self._seeds_at, self._housekeeping_at, self.dialback.ask_at, self._replicator.timer_at())
-        return min(at, self._timers[0][0]) if self._timers else at
+        own = (self._seeds_at, self._housekeeping_at, self.dialback.ask_at, self._replicator.timer_at())
+        return min(*own, self.timers.next_at())
 
     # For operations: the house's own callers
 
@@ -270,7 +268,7 @@ class NetworkProtocol:
             # the first contact is asked to have this node dialled before it writes to anybody else (see `dialback`)
             self._dial_wait_until = now + self.settings.first_timeout
             self.dialback.handle_timer(now)
-            self.schedule(self._dial_wait_until, lambda now: self.learn_neighbourhood((), now))
+            self.timers.start(self._dial_wait_until, lambda now: self.learn_neighbourhood((), now))
         elif self._neighbourhood is None and now >= self._dial_wait_until:
             self._neighbourhood = Neighbourhood(self, start, now)
             self._neighbourhood.start(now)
@@ -368,8 +366,8 @@ class NetworkProtocol:
 
     def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
         """The contacts that this node names when asked for a target, packed into `room` bytes."""
-        closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k + 1)
-        return pack_contacts([item for item in closest if item.peer_id != asker][: self.settings.k], room - 10)
+        closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k, without=asker)
+        return pack_contacts(closest, room - 10)
 
     def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
         """A request came from an id that claims to live at an address."""
@@ -432,15 +430,15 @@ class NetworkProtocol:
             if not call.repeated and contact.peer_id == datagram.sender:
                 call.repeated = True
                 contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
-                self._calls.repeat(datagram.transaction, call, now)
+                self._calls.repeat(call, now)
             return
         elif contact.peer_id != datagram.sender:
             self.drop("wrong_id")
-            self._calls.end(datagram.transaction, call, None, now)
+            self._calls.end(call, None, now)
             return
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
             self.drop("proof")
-            self._calls.end(datagram.transaction, call, None, now)
+            self._calls.end(call, None, now)
             return
         contact.proven = True
         contact.late = False
@@ -453,7 +451,7 @@ class NetworkProtocol:
         if not datagram.flags & wire.FLAG_CLIENT:
             if self.table.get(contact.peer_id) is contact or not self.probation.holds(contact, now):
                 self.enter(contact, now)
-        self._calls.end(datagram.transaction, call, reply, now)
+        self._calls.end(call, reply, now)
         if not self.joined and len(self.table):
             self.learn_neighbourhood((), now)
 
@@ -563,11 +561,6 @@ class NetworkProtocol:
             self._known = {item.raw: item for item in kept if item.proven or item.raw in in_table}
             self._known[raw] = contact
         return contact
-
-    def schedule(self, at: float, action: Callable[[float], None]) -> None:
-        """Calls ``action(now)`` once `handle_timer` is called at `at` or later."""
-        self._num_timers += 1
-        heapq.heappush(self._timers, (at, self._num_timers, action))
 
     def new_transaction(self) -> bytes:
         """64 random bits, which only who received the request can repeat."""

@@ -14,6 +14,7 @@ from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.operations import Search
 from tesseract_async.network.storage import NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarise
+from tesseract_async.network.timers import Timer
 
 if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
@@ -77,6 +78,7 @@ class Read:
         """False once some part that holders reported could be had from none of them."""
         self._number = 0
         self._narrow = True
+        self._hurries: Timer | None = None
 
     def start(self, number: int, now: float) -> None:
         self._number = number
@@ -91,9 +93,9 @@ class Read:
         self._search = Search(self.network, self.key, start, now, on_answer=self._hear, on_end=self._settle)
         # whoever holds the key is among the other holders already
         self._expect(self.network.settings.num_equal_holders - bool(own))
-        self._search.advance(now)
         if not own:
-            self.network.schedule(now + self.network.settings.narrow_for, self._hurry)
+            self._hurries = self.network.timers.start(now + self.network.settings.narrow_for, self._hurry)
+        self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: Reply, now: float) -> None:
         if self.cancelled:
@@ -141,7 +143,9 @@ class Read:
         self._search.lookup.max_under_way = self.network.settings.alpha
 
     def _hurry(self, now: float) -> None:
-        if not self._settled and not self.cancelled:
+        if self.cancelled:
+            self._search.stop()
+        else:
             self._widen()
             self._search.advance(now)
 
@@ -165,6 +169,8 @@ class Read:
         if self._settled or self.cancelled:
             return
         self._settled = True
+        if self._hurries is not None:
+            self.network.timers.cancel(self._hurries)
         for index in range(NUM_RANGES):
             groups: dict[int, list[Holding]] = {}
             for holding in considered if considered is not None else self._holdings:
@@ -194,7 +200,7 @@ class Read:
         """A page of slots from `start` to `last` came. Its signatures are checked in slices that yield the loop."""
         self._unchecked.append((fetch, start, last, bodies))
         if len(self._unchecked) == 1:
-            self.network.schedule(now + SLICE_PAUSE, self._check_slice)
+            self.network.timers.start(now + SLICE_PAUSE, self._check_slice)
 
     def _check_slice(self, now: float) -> None:
         num_checked = 0
@@ -211,7 +217,7 @@ class Read:
                 self._fetches.append(fetch.elsewhere(start, last))
             self._unchecked.popleft()
         if self._unchecked and not self.cancelled:
-            self.network.schedule(now + SLICE_PAUSE, self._check_slice)
+            self.network.timers.start(now + SLICE_PAUSE, self._check_slice)
         else:
             self._go_on(now)
 
