@@ -270,7 +270,7 @@ class Read:
         target = int.from_bytes(self.key, "big")
         nearest = min(self._without, key=lambda contact: contact.number ^ target)
         if nearest.token_until > now:
-            self.network.send_oneway(wire.COPY, (self.key + record.body,), nearest.address, nearest.token)
+            self.network.send_oneway(wire.COPY, (self.key + record.body,), nearest.address, nearest.token, now)
 
 
 class _Fetch:
