@@ -1,7 +1,8 @@
 """Ways to run a module faster: ``torch.compile``, CUDA graphs of its forward pass, and optimizers in one kernel.
 
 The first two like few, fixed numbers of rows; so a batch is padded up to the next preferred size with copies of its
-last row (never with zeros, which a module may divide by), and the padding's outputs are cut off. Copies get no gradient.
+last row (never with zeros, which a module may divide by), and the padding's outputs are cut off. Copies get no
+gradient.
 """
 
 from __future__ import annotations
