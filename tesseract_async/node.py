@@ -40,6 +40,8 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
 EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
+# a primary that hands its expert over acts as a server: it need not be among those who train
+_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
 
 
 class TesseractNode:
@@ -143,8 +145,7 @@ class TesseractNode:
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in EXPERT_METHODS:
-                action: Action = "train" if method == BACKWARD else "call"
-                endpoint.handle(method, self._answer_expert, action=action)
+                endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
@@ -346,7 +347,7 @@ class TesseractNode:
                 raise RemoteError(describe(error)) from error
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
-    async def _answer_expert(self, call: IncomingCall) -> Message:
+    def _answer_expert(self, call: IncomingCall) -> Awaitable[Message]:
         if call.method not in EXPERT_METHODS:
             raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
@@ -354,7 +355,7 @@ class TesseractNode:
         if handler is None:
             raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
         self.metrics.count("expert_calls_answered", method=call.method)
-        return await handler(call)
+        return handler(call)
 
 
 def _parse_peer(peer: str | PeerAddress) -> PeerAddress:

@@ -82,6 +82,7 @@ PURE = [
     "experts/choice.py",
     "experts/run.py",
     "runtime/batcher.py",
+    "runtime/costs.py",
     "server/contract.py",
     "client/beam_search.py",
     "client/latency.py",
