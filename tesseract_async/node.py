@@ -346,7 +346,7 @@ class TesseractNode:
                 raise RemoteError(describe(error)) from error
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
-    async def _answer_expert(self, call: IncomingCall) -> Message:
+    def _answer_expert(self, call: IncomingCall) -> Awaitable[Message]:
         if call.method not in EXPERT_METHODS:
             raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         uid = call.body.get("uid") if isinstance(call.body, dict) else None
@@ -354,7 +354,7 @@ class TesseractNode:
         if handler is None:
             raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
         self.metrics.count("expert_calls_answered", method=call.method)
-        return await handler(call)
+        return handler(call)
 
 
 def _parse_peer(peer: str | PeerAddress) -> PeerAddress:

@@ -70,9 +70,9 @@ async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differe
     It is differentiable even where no input requires grad: backward trains the expert.
     Raises: what `remote.forward` raises; RuntimeError if an input was changed in place while the call was under way.
     """
-    detached = [tensor.detach() for tensor in inputs]
     if not differentiable:
-        return await remote.forward(detached)
+        return await remote.forward(inputs)
+    detached = [tensor.detach() for tensor in inputs]
     call = _Call(remote)
     with torch.inference_mode(False), torch.enable_grad():
         token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]

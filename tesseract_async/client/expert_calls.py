@@ -31,17 +31,19 @@ class ExpertSchema:
     outputs: Schema
     max_batch_size: int
     codecs: CodecPolicy
+    inputs: tuple[tuple[Schema, ...], dict[str, Schema]] = field(init=False)
+    """Positional and keyword arguments as one structure."""
+    output_specs: tuple[TensorSpec, ...] = field(init=False)
+    """The outputs, one after the other."""
+    row_bytes: int = field(init=False)
+    """Bytes of one row's inputs and outputs together, uncompressed."""
 
-    @property
-    def inputs(self) -> tuple[tuple[Schema, ...], dict[str, Schema]]:
-        """Positional and keyword arguments as one structure."""
-        return (self.args, self.kwargs)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row's inputs and outputs together, uncompressed."""
-        specs = [*flatten(self.inputs), *flatten(self.outputs)]
-        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    def __post_init__(self) -> None:
+        # asked for in every call
+        object.__setattr__(self, "inputs", (self.args, self.kwargs))
+        object.__setattr__(self, "output_specs", tuple(flatten(self.outputs)))
+        specs = (*flatten(self.inputs), *self.output_specs)
+        object.__setattr__(self, "row_bytes", sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs))
 
     @classmethod
     def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:
@@ -132,7 +134,7 @@ async def call_forward(
     )
     decoded = messages.decode(messages.ForwardReply, reply.body)
     outputs = await unpack(decoded.tensors, reply.buffers)
-    specs = flatten(forward.schema.outputs)
+    specs = forward.schema.output_specs
     if len(outputs) != len(specs):
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
     num_rows = inputs[0].shape[0]
@@ -141,7 +143,7 @@ async def call_forward(
 
 
 def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:
-    if output is None or output.dtype != spec.dtype or tuple(output.shape) != (num_rows, *spec.shape):
+    if output is None or output.dtype != spec.dtype or output.shape != (num_rows, *spec.shape):
         got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
         raise ProtocolError(f"{uid} answered {got} where its schema says {spec} with {num_rows} rows")
     return output

@@ -35,13 +35,12 @@ class Modes(NamedTuple):
     @classmethod
     def current(cls) -> Modes:
         """The modes of this thread now."""
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        on_cpu, on_cuda = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        cache = torch.is_autocast_cache_enabled()
-        if cache and not (inference or on_cpu or on_cuda):
-            return DEFAULT if grad else NO_GRAD  # as nearly always: this runs several times in every call
+        inference, cache = torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled()
+        if cache and not (inference or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            # as nearly always: this runs several times in every call
+            return DEFAULT if torch.is_grad_enabled() else NO_GRAD
         autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
-        return cls(grad, inference, autocast, cache)
+        return cls(torch.is_grad_enabled(), inference, autocast, cache)
 
 
 DEFAULT = Modes(grad=True, inference=False, autocast=(), autocast_cache=True)
@@ -52,14 +51,11 @@ NO_GRAD = DEFAULT._replace(grad=False)
 class _Switch:
     """Sets this thread's modes, for one coroutine that is swapped in and out."""
 
-    def __init__(self) -> None:
-        # Inference mode can only be set by a guard, which restores what it found when it is left.
-        self._guard: Any = None
+    # Inference mode can only be set by a guard, which restores what it found when it is left.
+    _guard: Any = None
 
     def to(self, modes: Modes, *, now: Modes) -> None:
         """Sets `modes`, where `now` are the thread's."""
-        if now is modes:
-            return
         if now.inference != modes.inference:
             if self._guard is not None:
                 guard, self._guard = self._guard, None
@@ -119,7 +115,8 @@ def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -
     value: Any = None
     error: BaseException | None = None
     while True:
-        switch.to(mine, now=now)
+        if now is not mine:
+            switch.to(mine, now=now)
         try:
             waiting_for = coroutine.send(value) if error is None else coroutine.throw(error)
         except BaseException as end:  # StopIteration among them; all are passed on
@@ -130,7 +127,8 @@ def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -
             error = None  # what was thrown in here knows this frame: a cycle
             raise
         mine = Modes.current()
-        switch.to(outside, now=mine)
+        if mine is not outside:
+            switch.to(outside, now=mine)
         error = None
         try:
             value = yield waiting_for

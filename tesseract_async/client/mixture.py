@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
 from tesseract_async.runtime.finite import are_finite
 from tesseract_async.wire.codecs import AUTO, Codecs
+from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import flatten
 
 _MIN_PATIENCE_SECONDS = 0.02
@@ -494,7 +494,7 @@ class MixtureCall:
     ) -> list[torch.Tensor | None]:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
-        call_id = os.urandom(16)
+        call_id = new_name()
         assert part.answer is not None
         answer = part.answer
 

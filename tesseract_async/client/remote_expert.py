@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from tesseract_async.client.expert_calls import (
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.replicas import Attempt, Shared, ask_best, ask_primary
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable
+from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import flatten, flatten_like, unflatten
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class RemoteExpert(nn.Module):
         training: bool,
         seed: int,
     ) -> Any:
-        schema = await self.info()
+        schema = self._known.schema or await self.info()
         if casts:
             with torch.set_grad_enabled(differentiable):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
@@ -232,7 +232,7 @@ class _ExpertCall:
             return [None] * len(inputs)
 
         self._shared.node.check_running()
-        call_id = os.urandom(16)
+        call_id = new_name()
         assert self._answer is not None
         answer = self._answer
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
 from tesseract_async.client.latency import LatencyBook, path_seconds
+from tesseract_async.client.limits import Limits
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.errors import (
     ConnectionLost,
@@ -34,8 +35,15 @@ _BLOCK_SECONDS = 0.1
 _MAX_HANDOVERS = 5
 
 
-_books: weakref.WeakKeyDictionary[Node, LatencyBook] = weakref.WeakKeyDictionary()
-"""What each node's calls have taught about replicas: all modules of a node share it."""
+class _OfNode:
+    """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
+
+    def __init__(self) -> None:
+        self.latencies = LatencyBook()
+        self.limits = Limits()
+
+
+_of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
 
 
 class Shared:
@@ -45,7 +53,10 @@ class Shared:
         """`node`: a `Node`, or one that gives plain calls."""
         self._plain = node if isinstance(node, PlainCalls) else None
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
-        self.latencies = _books.setdefault(self.node, LatencyBook())
+        if (ours := _of_nodes.get(self.node)) is None:
+            ours = _of_nodes[self.node] = _OfNode()
+        self.latencies = ours.latencies
+        self.limits = ours.limits
 
     def check(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
@@ -74,7 +85,7 @@ class Shared:
         return self
 
 
-async def ask_best(
+def ask_best(
     shared: Shared,
     replicas: Sequence[Any],
     attempt: Attempt[T],
@@ -82,7 +93,7 @@ async def ask_best(
     timeout: float,
     observed: bool = True,
     num_bytes: float = 0,
-) -> T:
+) -> Coroutine[Any, Any, T]:
     """Asks the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
 
     The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
@@ -91,11 +102,23 @@ async def ask_best(
     Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
     TimeoutError.
     """
+    if len(replicas) == 1:
+        return _ask(shared, replicas[0], attempt, timeout, observed=observed, num_bytes=num_bytes)
+    return _ask_several(shared, replicas, attempt, timeout, observed=observed, num_bytes=num_bytes)
+
+
+async def _ask_several(
+    shared: Shared,
+    replicas: Sequence[Any],
+    attempt: Attempt[T],
+    timeout: float,
+    *,
+    observed: bool,
+    num_bytes: float,
+) -> T:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     queue = _by_expectation(shared, replicas, loop.time(), num_bytes)
-    if len(queue) == 1:
-        return await _ask(shared, queue[0], attempt, timeout, observed=observed, num_bytes=num_bytes)
     tasks: dict[asyncio.Task[T], Any] = {}
     first_error: BaseException | None = None
     try:
@@ -175,26 +198,26 @@ async def ask_primary(
 async def _ask(
     shared: Shared, replica: Any, attempt: Attempt[T], timeout: float, *, observed: bool, num_bytes: float = 0
 ) -> T:
-    loop = asyncio.get_running_loop()
-    start = loop.time()
+    now = asyncio.get_running_loop().time
+    start = now()
     try:
-        async with asyncio.timeout(timeout + GRACE_SECONDS):  # should the call itself not keep its time
+        with shared.limits.limit(start + timeout + GRACE_SECONDS):  # should the call itself not keep its time
             result = await attempt(replica.peer, timeout)
     except REPLICA_FAULTS:
         shared.node.directory.report_failure(replica)
         raise
     except Overloaded as error:
-        shared.latencies.block(_key(replica), loop.time() + max(error.retry_after, _BLOCK_SECONDS))
+        shared.latencies.block(_key(replica), now() + max(error.retry_after, _BLOCK_SECONDS))
         raise
     except asyncio.CancelledError:
         path = shared.path_seconds(replica, num_bytes)
-        if observed and loop.time() - start > (shared.latencies.expected(_key(replica), path=path) or 0.0):
+        if observed and now() - start > (shared.latencies.expected(_key(replica), path=path) or 0.0):
             # a loser took at least this long
-            shared.latencies.observe(_key(replica), loop.time() - start, path=path, answered=False)
+            shared.latencies.observe(_key(replica), now() - start, path=path, answered=False)
         raise
     if observed:
         path = shared.path_seconds(replica, num_bytes)
-        shared.latencies.observe(_key(replica), loop.time() - start, path=path)
+        shared.latencies.observe(_key(replica), now() - start, path=path)
     return result
 
 

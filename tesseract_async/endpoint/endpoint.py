@@ -152,14 +152,14 @@ class Endpoint:
     def _over_quota(self, reason: str) -> None:
         self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
-    async def _answer(self, call: IncomingCall) -> Message:
+    def _answer(self, call: IncomingCall) -> Awaitable[Message]:
         found = self._handlers.get(call.method)
         if found is None:
             raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
         handler, action = found
         if (refusal := self._refusal(call.peer_id, action)) is not None:
             raise refusal
-        return await handler(call)
+        return handler(call)
 
     def _refusal(self, peer_id: PeerID, action: Action) -> NotAllowed | None:
         """Why `peer_id` may not take this action, if so; it counts as refused then."""

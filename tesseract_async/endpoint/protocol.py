@@ -134,7 +134,7 @@ class ConnectionProtocol:
         encoded = calls.encode_request(head)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
-        sizes = [len(buffer) for buffer in buffers]
+        sizes = [*map(len, buffers)]
         size = frames.message_bytes(len(encoded), sizes)
         if size > self._theirs.max_message:
             raise MessageTooLarge(size, self._theirs.max_message)
@@ -212,15 +212,18 @@ class ConnectionProtocol:
     def _end_call(self, stream: int, call: Outgoing) -> None:
         del self._outgoing[stream]
         self._small_out -= call.small
-        self.life.num_on_bulk -= call.on_bulk
         if call.sent:
             self._num_sent -= 1
-        self.lanes[call.lane].drop(call.sending)
+        if call.on_bulk:
+            self.life.num_on_bulk -= 1
+        if call.sending is not None:
+            self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
-        for reservation in (call.room, call.reply_held):
-            if reservation is not None:
-                reservation.release()
+        if call.room is not None:
+            call.room.release()
+        if call.reply_held is not None:
+            call.reply_held.release()
         if call.standing:
             self.windows.give_back(call.standing)
         if self._waiting:
@@ -260,7 +263,8 @@ class ConnectionProtocol:
     @property
     def unsent_bytes(self) -> int:
         """Bytes of small frames that wait to be sent."""
-        return sum(lane.small_bytes for lane in self.lanes)
+        main, bulk = self.lanes
+        return main.small_bytes + bulk.small_bytes
 
     @property
     def backlog(self) -> int:
@@ -281,7 +285,7 @@ class ConnectionProtocol:
         encoded = calls.encode_result(body)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
-        sizes = [len(buffer) for buffer in buffers]
+        sizes = [*map(len, buffers)]
         size = frames.message_bytes(len(encoded), sizes)
         limit = min(call.head.max_reply, self._theirs.max_message)
         if size > limit:
@@ -325,14 +329,17 @@ class ConnectionProtocol:
         self._small_in -= call.small
         if call.metered and self._meter is not None:
             self._meter.end()
-        self.life.num_on_bulk -= call.on_bulk
-        self.lanes[call.lane].drop(call.sending)
+        if call.on_bulk:
+            self.life.num_on_bulk -= 1
+        if call.sending is not None:
+            self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
         self._replies_bytes -= call.reply_bytes
-        for reservation in (call.held, call.reply_held):
-            if reservation is not None:
-                reservation.release()
+        if call.held is not None:
+            call.held.release()
+        if call.reply_held is not None:
+            call.reply_held.release()
         if call.standing:
             self.windows.give_back(call.standing)
 
@@ -359,9 +366,11 @@ class ConnectionProtocol:
         # twice: the peer counts a call as ended when it cancels, and its cancel may travel on the other lane
         if len(self._incoming) >= 2 * self.settings.max_calls:
             raise ProtocolError(f"more than {self.settings.max_calls} calls at once")
-        self._last_seen = max(self._last_seen, stream)
+        if stream > self._last_seen:
+            self._last_seen = stream
         call = self._incoming[stream] = Incoming(lane)
-        self._note_bulk(call, lane)
+        if lane == BULK:
+            self._note_bulk(call, lane)
         return call
 
     def _request(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -396,13 +405,10 @@ class ConnectionProtocol:
         call = self._outgoing.get(stream)
         if call is None:
             return  # cancelled or expired meanwhile
-        self._check_sent(call)
-        head, buffers = frames.decode_small(payload, self._arena)
-        self._finish(stream, call, head, buffers)
-
-    def _check_sent(self, call: Outgoing) -> None:
         if not call.sent:
             raise ProtocolError("a reply to a request that was never sent")
+        head, buffers = frames.decode_small(payload, self._arena)
+        self._finish(stream, call, head, buffers)
 
     def _finish(self, stream: int, call: Outgoing, value: Any, buffers: tuple[memoryview, ...]) -> None:
         body, error = calls.decode_reply(value)
@@ -458,7 +464,8 @@ class ConnectionProtocol:
                 self.windows.give_back(size)
         if call is None:
             return  # cancelled or expired meanwhile: its chunks are skipped, or never asked for
-        self._check_sent(call)
+        if not call.sent:
+            raise ProtocolError("a reply to a request that was never sent")
         self._note_bulk(call, lane)
         if call.arrival is not None or call.reply_held is not None or size > call.head.max_reply:
             raise ProtocolError("a second or too large reply")

@@ -82,56 +82,48 @@ def find_stalled(
 class Outgoing:
     """An own call under way."""
 
-    __slots__ = (
-        *("head", "buffers", "sizes", "on_bulk", "deadline", "lane", "small", "room", "sending", "arrival"),
-        *("reply_held", "standing", "sent"),
-    )
+    # defaults of the class: a small call sets few of them
+    lane = MAIN
+    small = 0
+    """Bytes counted against the peer's max_small."""
+    room: Reservation | None = None
+    """Reserved before the request went out."""
+    sending: Sending | None = None
+    arrival: Arrival | None = None
+    reply_held: Reservation | None = None
+    """Reserved when the reply asked."""
+    standing = 0
+    """Bytes of the standing window that the reply uses."""
+    on_bulk = False
+    """Whether request or reply travel there."""
+    sent = False
 
     def __init__(self, head: RequestHead, buffers: tuple[memoryview, ...], sizes: list[int], deadline: float) -> None:
         self.head = head
         self.buffers = buffers
         self.sizes = sizes
         self.deadline = deadline
-        self.lane = MAIN
-        self.small = 0  # bytes counted against the peer's max_small
-        self.room: Reservation | None = None  # reserved before the request went out
-        self.sending: Sending | None = None
-        self.arrival: Arrival | None = None
-        self.reply_held: Reservation | None = None  # reserved when the reply asked
-        self.standing = 0  # bytes of the standing window that the reply uses
-        self.on_bulk = False  # whether request or reply travel there
-        self.sent = False
 
 
 class Incoming:
     """A call that the peer made."""
 
-    __slots__ = (
-        "on_bulk",
-        "lane",
-        "head",
-        "held",
-        "standing",
-        "arrival",
-        "sending",
-        "small",
-        "metered",
-        "reply_held",
-        "reply_bytes",
-    )
+    # defaults of the class, as above
+    on_bulk = False
+    head: RequestHead | None = None
+    held: Reservation | None = None
+    standing = 0
+    arrival: Arrival | None = None
+    sending: Sending | None = None
+    small = 0
+    reply_held: Reservation | None = None
+    reply_bytes = 0
+    """While a large reply waits to be taken."""
+    metered = False
+    """Whether it counts against the peer's quota."""
 
     def __init__(self, lane: int) -> None:
         self.lane = lane
-        self.on_bulk = False
-        self.head: RequestHead | None = None
-        self.held: Reservation | None = None
-        self.standing = 0
-        self.arrival: Arrival | None = None
-        self.sending: Sending | None = None
-        self.small = 0
-        self.reply_held: Reservation | None = None
-        self.reply_bytes = 0  # while a large reply waits to be taken
-        self.metered = False  # whether it counts against the peer's quota
 
 
 class Deadlines:

@@ -22,9 +22,8 @@ async def pack(
     tensors: Sequence[torch.Tensor | None], codecs: str | Sequence[str]
 ) -> tuple[list[Meta], list[memoryview]]:
     """`wire.tensors.pack_tensors`; the tensors must not change before it ends, also if this call is cancelled."""
-    num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.is_floating_point())
     lossless = codecs == "none" or not isinstance(codecs, str) and all(codec == "none" for codec in codecs)
-    if lossless or num_bytes <= AT_ONCE_BYTES:
+    if lossless or sum(x.nbytes for x in tensors if x is not None and x.is_floating_point()) <= AT_ONCE_BYTES:
         return pack_tensors(tensors, codecs)
     return await asyncio.to_thread(pack_tensors, tensors, codecs)
 

@@ -147,9 +147,10 @@ class TesseractRuntime:
 
         Cancelling withdraws what has not been computed. Raises: ExpertFailed, Overloaded, TimeoutError.
         """
-        return await self._wait(
-            self.submit(backend, inputs, training=training, seed=seed, deadline=deadline, priority=priority, peer=peer)
+        work = self.submit(
+            backend, inputs, training=training, seed=seed, deadline=deadline, priority=priority, peer=peer
         )
+        return await self._wait(work)
 
     async def backward(
         self,

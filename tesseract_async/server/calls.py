@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,9 +34,13 @@ from tesseract_async.server.memory import Memory
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
+from tesseract_async.wire.names import new_name
 
 _LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
 _LOOK_PERIOD = 0.1
+_ENTRY_BYTES = 1024
+_TENSOR_BYTES = 512
+"""The objects around what is remembered: measured at 550 bytes for an entry and 450 for a tensor, 1,300 in a server."""
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
 _CallKey = tuple[str, bytes]  # uid, call id
@@ -242,7 +245,7 @@ class ExpertCalls:
             self._answers.put(key, Answer(result.tensors, version))
 
     def _keep(self, uid: str, inputs: list[torch.Tensor], peer: PeerID) -> bytes | None:
-        name = os.urandom(16)
+        name = new_name()
         if self.expects_backwards(uid):
             self._expected.expect(name, uid, peer, asyncio.get_running_loop().time())
         return name if self._inputs.put(name, inputs) else None
@@ -251,17 +254,14 @@ class ExpertCalls:
 def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """The inputs of an untrusted call. Raises: SchemaMismatch (both schemas in the sentence)."""
     specs = backend.input_specs
-    present = [tensor for tensor in tensors if tensor is not None]
-    # shapes are compared with tuples of the same length only, so a 0-d tensor, which has no rows, fits none
-    if (
-        len(tensors) == len(present) == len(specs)
-        and all(
-            x.dtype == spec.dtype and x.dim() and x.shape[1:] == spec.shape
-            for x, spec in zip(present, specs, strict=True)
-        )
-        and all(x.shape[0] == present[0].shape[0] for x in present)
-    ):
-        return present
+    fitting: list[torch.Tensor] = []
+    for x, spec in zip(tensors, specs, strict=False):
+        # a 0-d tensor has no rows, and fits none
+        if x is not None and x.dtype == spec.dtype and x.dim() and x.shape[1:] == spec.shape:
+            fitting.append(x)
+    if len(tensors) == len(fitting) == len(specs):
+        if len(fitting) == 1 or len({len(x) for x in fitting}) == 1:
+            return fitting
     raise _mismatch(uid, backend.inputs_schema, tensors)
 
 
@@ -270,10 +270,10 @@ def check_gradients(
 ) -> Gradients:
     """The output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
     num_rows = inputs[0].shape[0]
-    fits = len(tensors) == len(backend.output_specs) and all(
-        tensor is None or (tensor.dtype == spec.dtype and tuple(tensor.shape) == (num_rows, *spec.shape))
-        for tensor, spec in zip(tensors, backend.output_specs, strict=True)
-    )
+    fits = len(tensors) == len(backend.output_specs)
+    for tensor, spec in zip(tensors, backend.output_specs, strict=False):
+        if tensor is not None and (tensor.dtype != spec.dtype or tensor.shape != (num_rows, *spec.shape)):
+            fits = False
     if not fits:
         raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)
     return tensors
@@ -320,7 +320,8 @@ def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    """What remembering them costs: small tensors are mostly objects, and those of strangers may be empty."""
+    return _ENTRY_BYTES + sum(_TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _num_bytes_of_answer(answer: Answer) -> int:

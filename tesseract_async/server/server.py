@@ -400,17 +400,17 @@ class TesseractServer:
 
     # -- Calls -----------------------------------------------------------------------------------------------------
 
-    async def _answer(self, uid: str, call: IncomingCall) -> Message:
+    def _answer(self, uid: str, call: IncomingCall) -> Awaitable[Message]:
         backend = self.experts.get(uid)
         if backend is None:
             raise ExpertNotFound(f"this server does not host {uid!r}")
         if call.method in self._handlers:
-            return await self._handlers[call.method](uid, backend, call)
+            return self._handlers[call.method](uid, backend, call)
         if call.method == messages.BACKWARD and not self._is_primary[uid]:
             if self.pass_on is None:
                 raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
-            return await self.pass_on(uid, call)
-        return await self._calls.answer(uid, backend, call)
+            return self.pass_on(uid, call)
+        return self._calls.answer(uid, backend, call)
 
 
 def _load_optimizers() -> None:

@@ -65,6 +65,8 @@ DIRECT_BYTES: Final = 8 * 1024
 
 _TABLE = struct.Struct(">II")
 _SIZES = tuple(struct.Struct(f">{count}Q") for count in range(MAX_BUFFERS + 1))
+_SMALL = tuple(struct.Struct(f"{HEADER.format}II{count}Q") for count in range(MAX_BUFFERS + 1))
+"""A whole small message before its head: header and table."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -102,8 +104,9 @@ def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
 
 def encode_small(kind: int, stream: int, head: bytes, sizes: Sequence[int], buffers: Sequence[memoryview]) -> bytes:
     """A whole message as one frame; the caller has checked that it fits (`message_bytes` <= `MAX_SMALL`)."""
-    length = message_bytes(len(head), sizes)
-    return b"".join((HEADER.pack(kind, 0, 0, length, stream), encode_table(len(head), sizes), head, *buffers))
+    head_bytes, count = len(head), len(sizes)
+    length = _TABLE.size + 8 * count + head_bytes + sum(sizes)
+    return b"".join((_SMALL[count].pack(kind, 0, 0, length, stream, head_bytes, count, *sizes), head, *buffers))
 
 
 def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
@@ -113,14 +116,15 @@ def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
 
 def decode_small(payload: memoryview, arena: Arena) -> tuple[Any, tuple[memoryview, ...]]:
     """The head's value and the buffers, copied into memory of `arena`. Untrusted. Raises: ProtocolError."""
-    head_bytes, sizes, position = decode_table(payload)
-    if position + head_bytes + sum(sizes) != len(payload):
+    head_bytes, sizes, begin = decode_table(payload)
+    position = begin + head_bytes
+    num_bytes = sum(sizes)
+    if position + num_bytes != len(payload):
         raise ProtocolError("a message's table does not fit its frame")
-    head = unpack(payload[position : position + head_bytes])
+    head = unpack(payload[begin:position])
     if not sizes:
         return head, ()
-    position += head_bytes
-    buffers = arena.allocate(sizes)
+    buffers = arena.allocate(sizes, num_bytes)
     for buffer, size in zip(buffers, sizes, strict=True):
         buffer[:] = payload[position : position + size]
         position += size
@@ -157,9 +161,9 @@ class Arena:
         self._block: memoryview | None = None
         self._used = 0
 
-    def allocate(self, sizes: Sequence[int]) -> tuple[memoryview, ...]:
-        """As `allocate`."""
-        if sum(sizes) + ALIGNMENT * len(sizes) > self.LARGEST:
+    def allocate(self, sizes: Sequence[int], num_bytes: int) -> tuple[memoryview, ...]:
+        """As `allocate`; `num_bytes` is the sum of the sizes."""
+        if num_bytes + ALIGNMENT * len(sizes) > self.LARGEST:
             return allocate(sizes)
         block, used = self._block, self._used
         if block is None or used + self.LARGEST > self.BLOCK_BYTES:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -116,12 +117,11 @@ def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Ten
     not a tensor.
     """
     leaves: list[Any] = []
-    fits = _flatten_fitting(leaves, schema, structure)
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            got = f"a {type(leaf).__name__} where a tensor belongs"
-            raise TypeError(f"{what} takes {describe_schema(schema)}; got {got}")
-    if not fits:
+    if not _flatten_fitting(leaves, schema, structure):
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                got = f"a {type(leaf).__name__} where a tensor belongs"
+                raise TypeError(f"{what} takes {describe_schema(schema)}; got {got}")
         raise SchemaMismatch(f"{what} takes {describe_schema(schema)}; got {describe_structure(structure)}")
     if len(leaves) > 1 and len({tensor.shape[0] for tensor in leaves}) > 1:
         raise SchemaMismatch(f"{what} takes equally many rows of every tensor; got {describe_structure(structure)}")
@@ -130,10 +130,10 @@ def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Ten
 
 def _flatten_fitting(leaves: list[Any], part: Schema, value: Any) -> bool:
     """Appends the leaves until one does not fit; then False, and the last leaf may be no tensor."""
-    if isinstance(part, TensorSpec):
+    if type(part) is TensorSpec:
         if isinstance(value, torch.Tensor):
             leaves.append(value)
-            return value.dim() > 0 and value.shape[1:] == part.shape and value.dtype == part.dtype
+            return value.dtype == part.dtype and value.dim() > 0 and value.shape[1:] == part.shape
         if not isinstance(value, _SEQUENCES) and not isinstance(value, Mapping):
             leaves.append(value)
         return False
@@ -142,7 +142,10 @@ def _flatten_fitting(leaves: list[Any], part: Schema, value: Any) -> bool:
             return False
         if len(part) == 1:
             return _flatten_fitting(leaves, part[0], value[0])
-        return all([_flatten_fitting(leaves, a, b) for a, b in zip(part, value, strict=True)])
+        for a, b in zip(part, value, strict=True):
+            if not _flatten_fitting(leaves, a, b):
+                return False
+        return True
     if not part and not value and type(value) is dict:  # no keyword arguments: nearly every call
         return True
     if not isinstance(value, Mapping) or part.keys() != value.keys():
@@ -222,15 +225,16 @@ def pack_tensors(
     whatever it says. With codec ``none`` the buffers *share memory* with contiguous CPU tensors: don't change them
     before the message is sent. Tensors on other devices are copied to the CPU.
     """
-    names = [codecs] * len(tensors) if isinstance(codecs, str) else list(codecs)
+    names = repeat(codecs, len(tensors)) if type(codecs) is str else codecs
     metas: list[Meta] = []
     buffers: list[memoryview] = []
     for tensor, name in zip(tensors, names, strict=True):
         if tensor is None:
             metas.append(None)
             continue
-        codec = name if tensor.is_floating_point() else "none"
-        metas.append([DTYPE_NAMES[tensor.dtype], list(tensor.shape), codec])
+        dtype = tensor.dtype
+        codec = name if dtype.is_floating_point else "none"
+        metas.append([DTYPE_NAMES[dtype], list(tensor.shape), codec])
         buffers.append(compression.encode(tensor, codec))
     return metas, buffers
 
@@ -250,9 +254,12 @@ def unpack_tensors(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tens
         if meta is None:
             out.append(None)
             continue
-        if not isinstance(meta, list) or len(meta) != 3 or not isinstance(meta[2], str):
+        if type(meta) is not list or len(meta) != 3:
             raise ProtocolError("malformed tensor meta")
-        out.append(compression.decode(next(remaining), _dtype(meta[0]), _shape(meta[1]), meta[2]))
+        name, sizes, codec = meta
+        if type(codec) is not str:
+            raise ProtocolError("malformed tensor meta")
+        out.append(compression.decode(next(remaining), _dtype(name), _shape(sizes), codec))
     return out
 
 
@@ -264,7 +271,7 @@ def _dtype(name: Any) -> torch.dtype:
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:
-    if not isinstance(sizes, list) or len(sizes) >= MAX_DIMS:
+    if type(sizes) is not list or len(sizes) >= MAX_DIMS:
         raise ProtocolError("malformed shape")
     for size in sizes:
         if type(size) is not int or not 0 <= size < 2**40:

@@ -261,6 +261,15 @@ async def test_a_repeated_backward_is_applied_once(node: FakeNode, server: Tesse
     assert not all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
 
 
+async def test_small_tensors_are_not_remembered_without_end(node: FakeNode) -> None:
+    settings = ServerSettings(calls=CallSettings(max_answers_bytes=20_000, max_inputs_bytes=20_000), drain_timeout=0.0)
+    async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
+        for _ in range(100):
+            await node.forward("ffn.0", torch.zeros(0, 8), keep_inputs=True)
+            await node.backward("ffn.0", [torch.zeros(1, 8)], [torch.zeros(1, 4)], call_id=os.urandom(16))
+        assert 0 < len(server._calls._answers) < 20 and 0 < len(server._calls._inputs) < 20
+
+
 async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, server: TesseractServer) -> None:
     x, gradient = torch.randn(3, 8), torch.randn(3, 4)
     for index in range(20):
@@ -484,7 +493,7 @@ async def test_memory_that_is_needed_is_given_up_and_callers_send_again(
     x, gradient = torch.randn(3, 8), torch.randn(3, 4)
     name = await keep_inputs(node)
     first = await node.backward("ffn.1", [x], [gradient], call_id=b"1" * 16)
-    assert server.free_memory() == x.nbytes + first[0][0].nbytes and server.free_memory() == 0
+    assert server.free_memory() >= x.nbytes + first[0][0].nbytes and server.free_memory() == 0
     with pytest.raises(InputsForgotten):
         await node.backward("ffn.0", [], [gradient], inputs_cached=name)
     await node.backward("ffn.0", [x], [gradient])

@@ -157,7 +157,7 @@ def test_bombs_of_nested_msgpack_are_refused() -> None:
 
 def test_memory_of_small_messages_does_not_overlap() -> None:
     arena = Arena()
-    views = [view for size in [1, 64, 100, 4096, 0, 7000, 9000] * 20 for view in arena.allocate((size, 3))]
+    views = [view for size in [1, 64, 100, 4096, 0, 7000, 9000] * 20 for view in arena.allocate((size, 3), size + 3)]
     for index, view in enumerate(views):
         view[:] = bytes([index % 251]) * len(view)
     assert all(bytes(view) == bytes([index % 251]) * len(view) for index, view in enumerate(views))
