@@ -83,8 +83,11 @@ PURE = [
     "experts/choice.py",
     "experts/run.py",
     "runtime/batcher.py",
+    "runtime/costs.py",
     "server/contract.py",
     "client/beam_search.py",
+    "client/latency.py",
+    "client/parts.py",
     "cli/units.py",
 ]
 IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}

@@ -102,6 +102,8 @@ def refuse_checkpoint() -> None:
 
 # ------------------------------------------------------------------------------------------------ the two nodes
 
+_AccumulateGrad = type(torch.empty(0, requires_grad=True).view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
 # A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward.
 _always_needed = torch.empty(0, requires_grad=True)
 
@@ -371,8 +373,8 @@ def graph_leaves(loss: torch.Tensor) -> list[torch.Tensor]:
     stack: list[Any] = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        if isinstance(node, _AccumulateGrad):
+            leaves.append(node.variable)  # type: ignore[union-attr]
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

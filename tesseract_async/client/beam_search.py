@@ -131,16 +131,24 @@ class LiveGrid:
         return expert_PM[prefixes_RK.gather(1, best_RK // width), best_RK % width]
 
     def next_best(
-        self, scores_RS: torch.Tensor, *, tried_RT: Indices, excluded_N: npt.NDArray[np.bool_], wanted_R: Indices
+        self,
+        scores_RS: torch.Tensor,
+        *,
+        tried_RT: Indices,
+        excluded_N: npt.NDArray[np.bool_],
+        wanted_R: Indices,
+        bias_N: torch.Tensor | None = None,
     ) -> tuple[Indices, Indices]:
-        """Each row's `wanted_R` best experts that it has not tried (`tried_RT`; -1 pads) and that are not excluded.
+        """Each row's `wanted_R` best experts that it has not tried (`tried_RT`; -1 pads) and that are not excluded;
+        `bias_N` as for `top_k`.
 
         Returns pairs: rows and experts. A row with no expert left is in no pair.
         """
         usable = np.flatnonzero(~excluded_N)
         width = int(wanted_R.max(initial=0)) + tried_RT.shape[1]
         grid = LiveGrid(self.coords_ND[usable], self.grid_size)
-        experts_RK = usable[grid.top_k(scores_RS, width).numpy()]
+        bias_N = None if bias_N is None else bias_N[torch.from_numpy(usable)]
+        experts_RK = usable[grid.top_k(scores_RS, width, bias_N=bias_N).numpy()]
         fresh_RK = ~(experts_RK[:, :, None] == tried_RT[:, None, :]).any(2)
         chosen_RK = fresh_RK & (fresh_RK.cumsum(1) <= wanted_R[:, None])
         rows, at = np.nonzero(chosen_RK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -124,6 +125,10 @@ class GatingFunction(nn.Module):
         """Of the latest pass that ended, if `load_balancing` is on. With several passes under way, use `mix`."""
         self._search = GridSearch(node, uid_prefix, self.grid_size, k_best=k_best, timeout=forward_timeout)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies no tensor that has a graph
+        return self.__dict__ | {"load_balancing_loss": None}
+
     def extra_repr(self) -> str:
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.settings.k_best}"
@@ -149,6 +154,7 @@ class GatingFunction(nn.Module):
         Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint,
         and if the node is not running.
         While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
+        Rows whose experts all failed wait for others in the same way (see `MixtureSettings.forward_timeout`).
 
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema;
         NotEnoughExperts, which lists who failed and why.
@@ -241,15 +247,15 @@ class GatingFunction(nn.Module):
             with torch.set_grad_enabled(differentiable):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"the experts of {self.uid_prefix}")
-        grid = self._search.grid(view)
         call = MixtureCall(
             self._search,
             view,
-            grid,
+            self._search.grid(view),
             prefix=self.uid_prefix,
             schema=schema,
             scores=sound_RS,
-            bias=self._search.bias(view, self.settings.latency_weight),
+            bias=partial(self._search.bias, weight=self.settings.latency_weight),
+            newcomers=partial(self._search.newcomers, beam=self.search == "beam"),
             settings=self.settings,
             training=training,
             seed=seed,
@@ -258,12 +264,13 @@ class GatingFunction(nn.Module):
         try:
             answers = await remote_call(call, inputs, differentiable=differentiable)
         finally:
-            self._search.learn(call, view)
+            self._search.learn(call)
         device, num_rows = scores_RS.device, len(scores_RS)
         rows_L, experts_L = (index.to(device) for index in call.lines())
         num_answers_R = torch.from_numpy(call.num_answers).to(device)
         with torch.set_grad_enabled(differentiable):
-            scores_L = expert_scores(scores_RS, rows_L, experts_L, grid.columns_ND.to(device))
+            columns_ND = call.grid.columns_ND.to(device)
+            scores_L = expert_scores(scores_RS, rows_L, experts_L, columns_ND)
             weights_L = self._weights(scores_L, scores_RS, rows_L)
             weights_L = weights_L * (num_answers_R >= self.settings.k_min)[rows_L]
             call.weights = weights_L.detach().cpu()
@@ -272,7 +279,7 @@ class GatingFunction(nn.Module):
                 outputs = [output.reshape(*lead, *output.shape[1:]) for output in outputs]
             loss = None
             if self.load_balancing:
-                loss = self._load_balancing_loss(scores_RS, grid.columns_ND.to(device)[call.chosen.to(device)])
+                loss = self._load_balancing_loss(scores_RS, columns_ND[call.chosen.to(device)])
         self.load_balancing_loss = loss
         return Mixed(unflatten(schema.outputs, outputs), num_answers_R, call.errors, loss)
 

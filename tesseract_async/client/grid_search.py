@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,8 +60,8 @@ class GridSearch(Shared):
         """The live experts: all of them, as soon as the directory knows them.
 
         While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
-        `beam` there is only the search, for grids too large to hold. While nobody lives, somebody is waited for; in the
-        end the view is empty.
+        `beam` there is only the search, for grids too large to hold; what it found in time counts. While nobody lives,
+        somebody is waited for; in the end the view is empty.
 
         Raises: NotEnoughExperts if the directory could not be read in time.
         """
@@ -73,15 +75,15 @@ class GridSearch(Shared):
             if view is None:
                 view = await self._first_view(scores_RS)
         else:
-            view = await self._search(scores_RS)
+            view = await self._search(scores_RS, deadline)
         try:
             async with asyncio.timeout_at(deadline):
                 while len(scores_RS) and not len(view.coords):
                     if beam:
                         await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
-                        view = await self._search(scores_RS)
+                        view = await self._search(scores_RS, deadline)
                     else:
-                        await directory.wait_alive(self.prefix)
+                        await directory.wait_read(self.prefix)
                         view = directory.live(self.prefix)
         except TimeoutError:
             pass
@@ -91,7 +93,7 @@ class GridSearch(Shared):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
         warm = loop.create_task(self.node.directory.wait_warm(self.prefix))
-        search = loop.create_task(self._search(scores_RS))
+        search = loop.create_task(self._search(scores_RS, deadline))
         try:
             await asyncio.wait([warm, search], timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
             if not warm.done() and search.done():
@@ -111,20 +113,54 @@ class GridSearch(Shared):
         cold = TimeoutError("the grid's directory could not be read in time")
         raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
 
-    async def _search(self, scores_RS: torch.Tensor) -> FoundView:
-        machine = BeamSearch(scores_RS, self.grid_size, k=self._k_best)
+    async def newcomers(
+        self, view: View, scores_RS: torch.Tensor, *, num_tried: int, wait: bool, beam: bool
+    ) -> dict[tuple[int, ...], list[Any]]:
+        """The experts that `view` lacks, or whose servers have said something since, with their replicas.
+
+        `scores_RS` are of the rows that need them, each of which has tried up to `num_tried`: so many more a beam
+        search looks for. Returns as soon as there are any; without `wait`, also when there are none.
+        """
+        directory = self.node.directory
+        while True:
+            live: View | None
+            if beam:
+                live = await self._search(scores_RS, math.inf, k=self._k_best + num_tried)
+            else:
+                live = directory.live(self.prefix)
+            if live is not None:
+                came = {
+                    coords: replicas
+                    for coords, replicas in live.replicas.items()
+                    if any(replica not in view.replicas.get(coords, ()) for replica in replicas)
+                }
+                if came or not wait:
+                    return came
+            if beam:
+                await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
+            else:
+                await directory.wait_read(self.prefix)
+
+    async def _search(self, scores_RS: torch.Tensor, deadline: float, *, k: int | None = None) -> FoundView:
+        """The `k` (`k_best`) best of each row, or what was found of them by then. A cell that the network says nothing
+        about counts as empty."""
+        machine = BeamSearch(scores_RS, self.grid_size, k=k or self._k_best)
         found: dict[tuple[int, ...], list[Any]] = {}
 
         async def ask(cell: tuple[int, ...]) -> None:
-            replicas = await self.node.directory.find(self.uid(cell))
+            replicas: list[Any] = []
+            with contextlib.suppress(TesseractError, TimeoutError):
+                replicas = await self.node.directory.find(self.uid(cell))
             machine.learn(cell, bool(replicas))
             if replicas:
                 found[cell] = list(replicas)
 
-        while cells := machine.wanted():
-            async with asyncio.TaskGroup() as group:
-                for cell in cells:
-                    group.create_task(ask(cell))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(None if deadline == math.inf else deadline):
+                while cells := machine.wanted():
+                    async with asyncio.TaskGroup() as group:
+                        for cell in cells:
+                            group.create_task(ask(cell))
         return FoundView(found, len(self.grid_size))
 
     def grid(self, view: View) -> LiveGrid:
@@ -226,18 +262,23 @@ class GridSearch(Shared):
         ]
         return torch.tensor(seconds) * -weight
 
-    def learn(self, call: MixtureCall, view: View) -> None:
+    def learn(self, call: MixtureCall) -> None:
         """Takes in how a forward went: latencies, and experts that never answer, which are masked in the end."""
+        view = call.view
         for part in (*call.answered, *call.given_up):
             coords = tuple(view.coords[part.expert].tolist())
             way = min(self.path_seconds(replica, part.num_bytes) for replica in part.replicas)
             beyond = max(0.0, call.seconds[part.expert] - way)
             known = self._seconds.get(coords, beyond)
+            if part.answer is None:
+                beyond = max(beyond, known)  # it takes longer than that
             self._seconds[coords] = known + _SMOOTHING * (beyond - known)
             self._num_bytes += _SMOOTHING * (part.num_bytes - self._num_bytes)
         for part in call.answered:
             self._strikes.pop(tuple(view.coords[part.expert].tolist()), None)
         for part in call.given_up:
+            if not part.slow:
+                continue  # not waited for, but not late either
             coords = tuple(view.coords[part.expert].tolist())
             self._strikes[coords] += 1
             if self._strikes[coords] >= _MAX_STRIKES:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,16 +19,22 @@ import torch
 from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
 from tesseract_async.client.endings import Endings
 from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchema, Forward, call_backward, call_forward
+from tesseract_async.client.parts import Part, Usual, patience_limit, usual_seconds
 from tesseract_async.client.ports import View
-from tesseract_async.client.replicas import GRACE_SECONDS, Shared, ask_best, ask_primary, cancel_all
-from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
+from tesseract_async.client.replicas import (
+    BLOCK_SECONDS,
+    GRACE_SECONDS,
+    Shared,
+    ask_best,
+    ask_primary,
+    cancel_all,
+    may_pass,
+)
+from tesseract_async.errors import ExpertFailed, NotEnoughExperts, Overloaded, TesseractError
 from tesseract_async.runtime.finite import are_finite
 from tesseract_async.wire.codecs import AUTO, Codecs
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import flatten
-
-_MIN_PATIENCE_SECONDS = 0.02
-_MAX_SHARE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,9 @@ class MixtureSettings:
     """A row is refilled as soon as fewer than ``k_min + spare`` of its experts have answered or still may: a spare one
     under way keeps a row from waiting for one that hangs."""
     forward_timeout: float = 15.0
-    """For a row to get its `k_min` answers, refills included."""
+    """For a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until then
+    for those that come, come back, or were overloaded; not where all that failed said no themselves (`ExpertFailed` and
+    the like), and not with a `capacity_factor`."""
     timeout_after_k_min: float | None = None
     """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`."""
     backward_timeout: float = 15.0
@@ -87,61 +94,13 @@ class MixtureSettings:
             raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
 
 
-@dataclass(slots=True, eq=False)
-class Part:
-    """The rows that go to one expert."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Extended:
+    """A view with the experts that came later behind those that it had, whose numbers stay."""
 
-    uid: str
-    expert: int
-    """Index into the live experts."""
-    rows: torch.Tensor
-    replicas: Sequence[Any]
-    forward: Forward
-    sent: float
-    """The loop's time."""
-    expected: float | None
-    """Seconds that its forward usually takes, as far as known when it was sent."""
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    answer: Answer | None = None
-    slow: bool = False
-    """Whether it takes suspiciously long."""
-
-    @property
-    def num_bytes(self) -> int:
-        """What travels there and back, uncompressed."""
-        return len(self.rows) * self.forward.schema.row_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Usual:
-    """What the answers of a batch so far say about how long an answer may take."""
-
-    seconds: float
-    num_rows: float
-
-    @classmethod
-    def of(cls, parts: Sequence[Part], seconds: Sequence[float], num_asked: int) -> Usual | None:
-        """The medians; None unless half of those asked (and not failed) have answered."""
-        if not parts or 2 * len(parts) < num_asked:
-            return None
-        return cls(statistics.median(seconds), statistics.median(len(part.rows) for part in parts))
-
-
-def usual_seconds(part: Part, usual: Usual | None, expected: float | None) -> float | None:
-    """Seconds that `part` may well take; None if nothing is known. Those with more rows get more time.
-
-    `expected`: what it usually takes itself, where that is known.
-    """
-    seconds = expected
-    if usual is not None:
-        of_others = usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows))
-        seconds = of_others if expected is None else max(expected, of_others)
-    return seconds
-
-
-def patience_limit(seconds: float | None, patience: float) -> float:
-    """Seconds after which a part that may well take `seconds` counts as hanging; infinite if nothing is known."""
-    return math.inf if seconds is None else seconds + max(_MIN_PATIENCE_SECONDS, patience * seconds)
+    coords: npt.NDArray[np.int64]
+    replicas: Mapping[tuple[int, ...], list[Any]]
+    version: int = -1
 
 
 class MixtureCall:
@@ -156,13 +115,15 @@ class MixtureCall:
         prefix: str,
         schema: ExpertSchema,
         scores: torch.Tensor,
-        bias: torch.Tensor | None,
+        bias: Callable[[View], torch.Tensor | None],
+        newcomers: Callable[..., Awaitable[Mapping[tuple[int, ...], list[Any]]]],
         settings: MixtureSettings,
         training: bool,
         seed: int,
         differentiable: bool,
     ) -> None:
-        """`scores`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN; `bias`: by expert."""
+        """`scores`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN; `bias`: of a view's
+        experts; `newcomers`: see `GridSearch.newcomers`."""
         self.timeout = settings.backward_timeout
         self.answered: list[Part] = []
         self.chosen = torch.empty(0, 0, dtype=torch.int64)
@@ -172,13 +133,18 @@ class MixtureCall:
         """By expert, how long it took, or had taken when nobody waited any more."""
         self.weights: torch.Tensor | None = None
         """The weight of every line of the outputs, for `rescale_backward`."""
+        self.view = view
+        """The experts that this call knows; those that come while it runs are added."""
+        self.grid = grid
         self._shared = shared
-        self._view = view
-        self._grid = grid
         self._prefix = prefix
         self._schema = schema
         self._scores = scores
-        self._bias = bias
+        self._bias_of = bias
+        self._bias = bias(view)
+        self._newcomers = newcomers
+        self._nobody_comes = not (settings.refill and settings.k_min) or settings.capacity_factor is not None
+        """Whether rows that have tried everybody are given up."""
         self._settings = settings
         self._options = CallOptions(timeout=settings.forward_timeout, priority=settings.priority, codec=settings.codec)
         self._training = training
@@ -190,7 +156,9 @@ class MixtureCall:
         self.num_answers: Indices = np.zeros(num_rows, dtype=np.int64)
         """Answers by row."""
         self.given_up: list[Part] = []
-        """Those that nobody waited for any more."""
+        """Those that nobody waited for any more, `slow` or not."""
+        self._full: list[tuple[float, Part]] = []
+        """When those that were overloaded may be asked again."""
         self._num_pending: Indices = np.zeros(num_rows, dtype=np.int64)
         self._num_failed = 0
         self._num_slow: Indices = np.zeros(num_rows, dtype=np.int64)
@@ -216,7 +184,8 @@ class MixtureCall:
         started = loop.time()
         deadline = started + self._settings.forward_timeout
         tasks: dict[asyncio.Task[None], Part] = {}
-        endings: Endings[None] = Endings()
+        coming: asyncio.Task[Mapping[tuple[int, ...], list[Any]]] | None = None
+        endings: Endings[Any] = Endings()
 
         def launch(parts: list[Part]) -> None:
             for part in parts:
@@ -225,39 +194,57 @@ class MixtureCall:
                 endings.add(task)
 
         try:
-            self.chosen = self._grid.top_k(self._scores, self._settings.k_best, bias_N=self._bias)
+            self.chosen = self.grid.top_k(self._scores, self._settings.k_best, bias_N=self._bias)
             best_RK = self.chosen.numpy()
             num_rows, k = best_RK.shape
             launch(self._assign(np.repeat(np.arange(num_rows), k), best_RK.reshape(-1)))
             launch(self._refill())  # what did not fit into the capacity
             self._num_first = len(tasks)
-            while tasks:
+            lost = False
+            while True:
                 now = loop.time()
                 suspicious_at = self._suspect(tasks.values(), now)
                 if refills := self._refill():
                     launch(refills)
                     suspicious_at = self._suspect(tasks.values(), now)  # they may hang, too
-                hopeless = self._exhausted & (self._num_pending + self._num_slow == 0) & ~self._satisfied()
-                if hopeless.any() and self._settings.on_missing == "raise" and self._settings.k_min:
+                again_at = math.inf
+                stuck = self._exhausted & (self._num_pending + self._num_slow == 0) & ~self._satisfied()
+                if not self._nobody_comes and stuck.any():
+                    if free := self._free_again(now):
+                        self._welcome(free, tasks.values())
+                        continue
+                    again_at = min((at for at, _ in self._full), default=math.inf)
+                    if coming is None:
+                        coming = loop.create_task(self._more_experts(stuck))
+                        endings.add(coming)
+                elif stuck.any() and self._settings.on_missing == "raise" and self._settings.k_min:
+                    lost = True
                     break
-                if (self._satisfied() | hopeless).all():
+                if (self._satisfied() | (stuck & self._nobody_comes)).all():
                     if all(part.slow for part in tasks.values()):
                         break
                     if self._settings.timeout_after_k_min is not None:
                         deadline = min(deadline, now + self._settings.timeout_after_k_min)
                 if now >= deadline:
                     break
-                for task in await endings.wait(min(deadline, suspicious_at)):
-                    self._settle(tasks.pop(task), task.exception(), loop.time())
-                if not tasks:
-                    launch(self._refill())
+                for task in await endings.wait(min(deadline, suspicious_at, again_at)):
+                    if task is coming:
+                        coming, came = None, task.result()
+                        self._nobody_comes = not came
+                        self._welcome(came, tasks.values())
+                    else:
+                        self._settle(tasks.pop(task), task.exception(), loop.time())
+            at_last = loop.time() >= started + self._settings.forward_timeout
             for part in tasks.values():
+                part.slow |= at_last
+                if lost and not part.slow:
+                    continue  # there was nothing to wait for any more
                 self.given_up.append(part)
                 self.seconds[part.expert] = loop.time() - part.sent
                 self.errors.setdefault(part.uid, TimeoutError(f"{part.uid} did not answer in time"))
             self._learn()
         finally:
-            await cancel_all(tasks)
+            await cancel_all([*tasks, *([] if coming is None else [coming])])
         short = int((self.num_answers < self._settings.k_min).sum())
         if short and self._settings.on_missing == "raise":
             raise NotEnoughExperts(self._settings.k_min, short, self.errors)
@@ -278,7 +265,7 @@ class MixtureCall:
         tried[rows, at] = experts
         self._tried_RT = np.concatenate([self._tried_RT, tried], axis=1)
         if self._settings.capacity_factor is not None:
-            scores = self._scores.numpy()[rows[:, None], self._grid.columns_ND.numpy()[experts]].sum(1)
+            scores = self._scores.numpy()[rows[:, None], self.grid.columns_ND.numpy()[experts]].sum(1)
             kept = within_capacity(rows, experts, scores, self._room)
             rows, experts = rows[kept], experts[kept]
             self._room -= np.bincount(experts, minlength=len(self._room))
@@ -288,10 +275,10 @@ class MixtureCall:
         return [self._part(expert, members, now) for expert, members in group(rows, experts)]
 
     def _part(self, expert: int, rows: Indices, now: float) -> Part:
-        coords = tuple(self._view.coords[expert].tolist())
+        coords = self._coords(expert)
         uid = ".".join((self._prefix, *map(str, coords)))
         forward = Forward(uid, self._schema, self._training, self._seed, self._options, self._differentiable)
-        replicas = self._view.replicas[coords]
+        replicas = self.view.replicas[coords]
         expected = self._shared.usual(replicas, num_bytes=len(rows) * self._schema.row_bytes)
         return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
 
@@ -313,6 +300,7 @@ class MixtureCall:
         rows = part.rows.numpy()
         (self._num_slow if part.slow else self._num_pending)[rows] -= 1
         if error is None:
+            self.errors.pop(part.uid, None)  # it came back
             self.seconds[part.expert] = now - part.sent
             self.num_answers[rows] += 1
             self.answered.append(part)
@@ -320,6 +308,8 @@ class MixtureCall:
             self.errors[part.uid] = _without_frames(error)
             self._num_failed += 1
             self._excluded[part.expert] = True
+            if isinstance(error, Overloaded):
+                self._full.append((now + max(error.retry_after, BLOCK_SECONDS), part))
         else:
             raise error
 
@@ -350,7 +340,7 @@ class MixtureCall:
     def _learn(self) -> None:
         """Takes in how far this batch's answers scattered."""
         usual, lateness = self._usual(), self._shared.latencies.lateness["forward"]
-        for part in (*self.answered, *self.given_up):
+        for part in (*self.answered, *(part for part in self.given_up if part.slow)):
             if (seconds := usual_seconds(part, usual, part.expected)) is not None:
                 lateness.observe(self.seconds[part.expert], seconds)
 
@@ -367,16 +357,55 @@ class MixtureCall:
             rows = np.flatnonzero(missing > 0)
             if not len(rows):
                 return parts
-            at, experts = self._grid.next_best(
+            at, experts = self.grid.next_best(
                 self._scores[torch.from_numpy(rows)],
                 tried_RT=self._tried_RT[rows],
                 excluded_N=self._excluded,
                 wanted_R=missing[rows],
+                bias_N=self._bias,
             )
             self._exhausted[np.delete(rows, at)] = True
             parts += self._assign(rows[at], experts)
             if self._settings.capacity_factor is None:
                 return parts
+
+    async def _more_experts(self, stuck_R: npt.NDArray[np.bool_]) -> Mapping[tuple[int, ...], list[Any]]:
+        """Experts for these rows, which have tried all; only those there now if all that failed said no themselves."""
+        return await self._newcomers(
+            self.view,
+            self._scores[torch.from_numpy(stuck_R)],
+            num_tried=self._tried_RT.shape[1],
+            wait=not self.errors or any(map(may_pass, self.errors.values())),
+        )
+
+    def _free_again(self, now: float) -> dict[tuple[int, ...], list[Any]]:
+        """The experts that were overloaded, and may be asked again."""
+        free = [part for at, part in self._full if at <= now]
+        self._full = [(at, part) for at, part in self._full if at > now]
+        return {self._coords(part.expert): list(part.replicas) for part in free}
+
+    def _welcome(self, came: Mapping[tuple[int, ...], list[Any]], under_way: Iterable[Part]) -> None:
+        """Adds experts that came, or came back: under new numbers, behind those known."""
+        if not came:
+            return
+        number = {coords: at for at, coords in enumerate(came, len(self.view.coords))}
+        for old, coords in enumerate(map(tuple, self.view.coords.tolist())):
+            if coords in number:
+                self._excluded[old] = True
+        for part in (*self.answered, *under_way):  # nobody answers a row twice
+            if (new := number.get(self._coords(part.expert))) is not None:
+                self._tried_RT = np.pad(self._tried_RT, ((0, 0), (0, 1)), constant_values=-1)
+                self._tried_RT[part.rows.numpy(), -1] = new
+        coords_ND = np.concatenate([self.view.coords, np.array(list(came), dtype=np.int64)])
+        self.view = _Extended(coords_ND, {**self.view.replicas, **came})
+        self.grid = LiveGrid(coords_ND, self.grid.grid_size)
+        self._bias = self._bias_of(self.view)
+        self._excluded = np.pad(self._excluded, (0, len(came)))
+        self._room = np.pad(self._room, (0, len(came)), constant_values=len(self._scores))
+        self._exhausted[:] = False
+
+    def _coords(self, expert: int) -> tuple[int, ...]:
+        return tuple(self.view.coords[expert].tolist())
 
     def _stacked_outputs(self) -> list[torch.Tensor]:
         stacked = []

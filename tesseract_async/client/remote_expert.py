@@ -109,8 +109,12 @@ class RemoteExpert(nn.Module):
         call = self._call(args, kwargs, differentiable, casts, self.training, seed)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
-    async def info(self) -> ExpertSchema:
-        """What the expert takes and gives, asked of its server once. Raises: as a call does."""
+    def info(self) -> Any:
+        """What the expert takes and gives (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
+        self._shared.check()
+        return self._shared.deliver(self._info())
+
+    async def _info(self) -> ExpertSchema:
         if self._known.schema is None:
             self._known.schema = await self._fetch_schema()
         return self._known.schema
@@ -124,7 +128,7 @@ class RemoteExpert(nn.Module):
         training: bool,
         seed: int,
     ) -> Any:
-        schema = self._known.schema or await self.info()
+        schema = self._known.schema or await self._info()
         if casts:
             with torch.set_grad_enabled(differentiable):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)

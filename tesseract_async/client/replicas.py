@@ -31,7 +31,7 @@ REPLICA_FAULTS = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound
 
 GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
-_BLOCK_SECONDS = 0.1
+BLOCK_SECONDS = 0.1
 _MAX_HANDOVERS = 5
 
 
@@ -145,7 +145,7 @@ async def _ask_several(
                     error = task.exception()
                     if error is None:
                         return task.result()
-                    if not _may_be_repeated_elsewhere(error):
+                    if not may_pass(error):
                         raise error
                     first_error = first_error or error
                 if queue and (done or loop.time() >= hedge_at):
@@ -183,7 +183,7 @@ async def ask_primary(
             first_error = first_error or error
         except Overloaded as error:
             first_error = first_error or error
-            pause = max(error.retry_after, _BLOCK_SECONDS)
+            pause = max(error.retry_after, BLOCK_SECONDS)
             if loop.time() + pause >= deadline:
                 break
             await asyncio.sleep(pause)
@@ -207,7 +207,7 @@ async def _ask(
         shared.node.directory.report_failure(replica)
         raise
     except Overloaded as error:
-        shared.latencies.block(_key(replica), now() + max(error.retry_after, _BLOCK_SECONDS))
+        shared.latencies.block(_key(replica), now() + max(error.retry_after, BLOCK_SECONDS))
         raise
     except asyncio.CancelledError:
         path = shared.path_seconds(replica, num_bytes)
@@ -226,7 +226,8 @@ def _key(replica: Any) -> tuple[str, Any]:
     return (replica.uid, replica.peer if peer_id is None else peer_id)
 
 
-def _may_be_repeated_elsewhere(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
     return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
+from tesseract_async.client.endings import Endings
 from tesseract_async.errors import SchemaMismatch, TesseractError
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,8 +60,10 @@ class AsyncTrainer(Generic[M]):
     A step that the swarm lets down, say because no expert was alive for too long, ends the run; with
     ``trainer.run(..., max_failures=10)`` it is reported with its `error`, and only the eleventh on end is raised.
 
-    The master, `module`, is never used for computing and always holds the latest parameters. Buffers (such as batch
-    statistics) of a copy overwrite the master's when its step ends. Use on one loop only.
+    The master, `module`, is never used for computing and always holds the latest parameters. Each step sees which of
+    them want gradients and which submodules train, as set in the master when it starts; parameters and submodules must
+    not be added, exchanged or taken away once there are steps. Buffers (such as batch statistics) of a copy overwrite
+    the master's when its step ends. Use on one loop only.
     """
 
     def __init__(
@@ -73,7 +77,8 @@ class AsyncTrainer(Generic[M]):
             raise ValueError(f"in_flight is at least 1, not {in_flight}")
         if max_staleness is not None and max_staleness < 0:
             raise ValueError(f"max_staleness is not negative: {max_staleness}")
-        own = {id(parameter) for parameter in module.parameters()}
+        self._parameters = list(module.parameters())
+        own = {id(parameter) for parameter in self._parameters}
         if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError("the optimizer holds parameters that are not the module's")
         self.module = module
@@ -83,7 +88,7 @@ class AsyncTrainer(Generic[M]):
         self.version = 0
         """Optimizer steps taken."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
-        self._idle: list[M] = []
+        self._idle: list[_Copy[M]] = []
         self._begun_at: dict[int, int] = {}
         """Steps under way, in the order in which they began: the version that each has seen."""
         self._num_begun = 0
@@ -98,20 +103,20 @@ class AsyncTrainer(Generic[M]):
         loop = asyncio.get_running_loop()
         async with self._slots:
             started = loop.time()
-            replica = self._idle.pop() if self._idle else copy.deepcopy(self.module)
+            replica = self._idle.pop() if self._idle else _Copy(self.module)
             number = self._num_begun
             self._num_begun += 1
             self._begun_at[number] = self.version
             try:
-                self._refresh(replica)
-                loss = await loss_of(replica, batch)
+                replica.refresh()
+                loss = await loss_of(replica.module, batch)
                 await backward(loss)
                 await self._wait_for_turn(number)
                 staleness = self.version - self._begun_at[number]
                 self._commit(replica)
             finally:
                 del self._begun_at[number]
-                replica.zero_grad(set_to_none=True)
+                replica.forget_gradients()
                 self._idle.append(replica)
                 self._wake()
             return StepReport(loss.detach(), staleness, self.version, loop.time() - started)
@@ -132,6 +137,7 @@ class AsyncTrainer(Generic[M]):
         """
         num_failures = 0
         under_way: set[asyncio.Task[StepReport]] = set()
+        endings: Endings[StepReport] = Endings()
         source = _iterate(batches)
         exhausted = False
         try:
@@ -142,9 +148,12 @@ class AsyncTrainer(Generic[M]):
                     except StopAsyncIteration:
                         exhausted = True
                         break
-                    under_way.add(asyncio.create_task(self._try_step(loss_of, batch)))
+                    task = asyncio.create_task(self._try_step(loss_of, batch))
+                    under_way.add(task)
+                    endings.add(task)
                 if under_way:
-                    done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                    done = await endings.wait(math.inf)
+                    under_way.difference_update(done)
                     reports = [task.result() for task in done]
                     for report in sorted(reports, key=lambda report: (report.version, report.error is not None)):
                         num_failures = 0 if report.error is None else num_failures + 1
@@ -169,22 +178,14 @@ class AsyncTrainer(Generic[M]):
 
     # ------------------------------------------------------------------------------------------------ one turn each
 
-    @torch.no_grad()
-    def _refresh(self, replica: M) -> None:
-        for theirs, ours in zip(_state(replica), _state(self.module), strict=True):
-            theirs.copy_(ours)
-        replica.train(self.module.training)
-
-    @torch.no_grad()
-    def _commit(self, replica: M) -> None:
+    def _commit(self, replica: _Copy[M]) -> None:
         """Moves the gradients to the master and takes the step."""
-        for theirs, ours in zip(replica.parameters(), self.module.parameters(), strict=True):
-            ours.grad, theirs.grad = theirs.grad, None
+        replica.give_gradients()
         with torch.enable_grad():
             self.optimizer.step()
-        self.module.zero_grad(set_to_none=True)
-        for copied, own in zip(replica.buffers(), self.module.buffers(), strict=True):
-            own.copy_(copied)
+        for parameter in self._parameters:
+            parameter.grad = None
+        replica.give_buffers()
         self.version += 1
 
     async def _wait_for_turn(self, number: int) -> None:
@@ -203,8 +204,53 @@ class AsyncTrainer(Generic[M]):
         self._changed.set()
 
 
-def _state(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+class _Copy(Generic[M]):
+    """A copy of the master and who is whose in it, found once: looking for parameters costs more than copying them."""
+
+    def __init__(self, master: M) -> None:
+        self.module = copy.deepcopy(master)
+        self._parameters = list(zip(self.module.parameters(), master.parameters(), strict=True))
+        self._mine: list[torch.Tensor] = [mine for mine, _ in self._parameters]
+        self._masters: list[torch.Tensor] = [own for _, own in self._parameters]
+        self._modules = list(zip(self.module.modules(), master.modules(), strict=True))
+        # A module may put a new tensor where a buffer was: these are looked up by name each time.
+        self._buffers: list[tuple[nn.Module, nn.Module, str]] = []
+        seen: set[int] = set()
+        for module, own_module in self._modules:
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    self._buffers.append((module, own_module, name))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Becomes what the master is now."""
+        if self._mine:
+            torch._foreach_copy_(self._mine, self._masters)
+        for mine, own in self._parameters:
+            if mine.requires_grad != own.requires_grad:
+                mine.requires_grad_(own.requires_grad)
+        for module, master, name in self._buffers:
+            getattr(module, name).copy_(getattr(master, name))
+        for module, master in self._modules:
+            if module.training != master.training:
+                module.training = master.training
+
+    def give_gradients(self) -> None:
+        """They are the master's from now on, in place of its own."""
+        for mine, own in self._parameters:
+            own.grad, mine.grad = mine.grad, None
+
+    def forget_gradients(self) -> None:
+        """Those of the copy."""
+        for mine in self._mine:
+            mine.grad = None
+
+    @torch.no_grad()
+    def give_buffers(self) -> None:
+        """The master's become the copy's."""
+        for module, master, name in self._buffers:
+            getattr(master, name).copy_(getattr(module, name))
 
 
 async def _iterate(batches: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:

@@ -54,7 +54,7 @@ class _Grid:
         self.read = asyncio.Event()
         """Set at the end of the next read, by which another event takes its place."""
         self.hurry = asyncio.Event()
-        """Set while somebody waits for experts that nobody is known to host."""
+        """Set while somebody waits for experts that are not there yet."""
         self.claims: list[Claim] = []
         self.masked: dict[tuple[PeerID, tuple[int, ...]], int] = {}
         self.view: GridView | None = None
@@ -157,16 +157,16 @@ class ExpertDirectory:
             raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
         await self._grids[prefix].warm.wait()
 
-    async def wait_alive(self, prefix: str) -> None:
-        """Returns once the watched grid has a live expert, however long that takes; it is read more often meanwhile.
+    async def wait_read(self, prefix: str) -> None:
+        """Returns once the watched grid was read anew, or for the first time; it is read more often meanwhile.
 
-        Raises: ValueError if the grid is not watched.
+        For whoever lacks an expert: ask `live` what came. Raises: ValueError if the grid is not watched.
         """
-        await self.wait_warm(prefix)
+        if prefix not in self._grids:
+            raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
         grid = self._grids[prefix]
-        while not self.live(prefix):
-            grid.hurry.set()
-            await grid.read.wait()
+        grid.hurry.set()
+        await (grid.read if grid.warm.is_set() else grid.warm).wait()
 
     async def refresh(self, prefix: str) -> None:
         """Reads the watched grid now, beside the periodic reads. Raises: ValueError if the grid is not watched."""

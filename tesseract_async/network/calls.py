@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.timers import Timer
 
 if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
@@ -47,11 +49,12 @@ class Call:
         "challenge",
         "contact",
         "data",
-        "done",
         "kind",
         "num_graces",
         "repeated",
         "sent_at",
+        "timer",
+        "transaction",
     )
 
     def __init__(
@@ -63,11 +66,13 @@ class Call:
         self.contact = contact
         """Who must answer; None while only the address is known (a seed)."""
         self.address = address
+        self.transaction = b""
         self.challenge = b""
         self.data = b""
         self.attempts = 0
         self.sent_at = 0.0
-        self.done = False
+        self.timer: Timer | None = None
+        """When this attempt is late."""
         self.num_graces = 0
         """How often its time-out was put off because the own loop had stalled."""
         self.repeated = False
@@ -107,30 +112,31 @@ class Calls:
         if self.full:
             self.waiting.append(call)
             return
-        transaction = self._network.new_transaction()
+        call.transaction = self._network.new_transaction()
         if call.contact is None or not call.contact.proven:
             call.challenge = self._network.random.randbytes(wire.CHALLENGE_BYTES)
-        self.by_transaction[transaction] = call
-        self.repeat(transaction, call, now)
+        self.by_transaction[call.transaction] = call
+        self.repeat(call, now)
 
-    def repeat(self, transaction: bytes, call: Call, now: float) -> None:
+    def repeat(self, call: Call, now: float) -> None:
         """Writes the request with the contact's present token and sends it."""
         contact = call.contact
         call.data = wire.encode_request(
             call.kind,
             self._network.flags(),
-            transaction,
+            call.transaction,
             self._network.own_id,
             token=contact.token if contact is not None and contact.token_until > now else b"",
             challenge=call.challenge,
             arguments=call.arguments,
         )
-        self._attempt(transaction, call, now)
+        self._attempt(call, now)
 
-    def end(self, transaction: bytes, call: Call, reply: Reply | None, now: float) -> None:
+    def end(self, call: Call, reply: Reply | None, now: float) -> None:
         """A call was answered, or failed (None). Its caller hears of it; the next one's turn comes."""
-        call.done = True
-        del self.by_transaction[transaction]
+        if call.timer is not None:
+            self._network.timers.cancel(call.timer)
+        del self.by_transaction[call.transaction]
         while self.waiting and not self.full:
             self.start(self.waiting.popleft(), now)
         if reply is None:
@@ -161,32 +167,33 @@ class Calls:
         if call.contact is not None:
             call.contact.observe_round_trip(seconds)
 
-    def _attempt(self, transaction: bytes, call: Call, now: float) -> None:
+    def _attempt(self, call: Call, now: float) -> None:
         call.attempts += 1
-        attempt = call.attempts
         call.sent_at = now
         network = self._network
         network.dialback.note_sent(call.address, now)
         network.send(call.data, call.address)
-        due = now + self.timeout(call)
-        network.schedule(due, lambda now: self._is_late(transaction, call, attempt, due, now))
+        self._wait(call, now + self.timeout(call))
 
-    def _is_late(self, transaction: bytes, call: Call, attempt: int, due: float, now: float) -> None:
-        if call.done or call.attempts != attempt:
-            return
+    def _wait(self, call: Call, due: float) -> None:
+        timers = self._network.timers
+        if call.timer is not None:
+            timers.cancel(call.timer)
+        call.timer = timers.start(due, partial(self._is_late, call, due))
+
+    def _is_late(self, call: Call, due: float, now: float) -> None:
         if now - due > STALL and call.num_graces < MAX_GRACES:
             # this loop stood still meanwhile: the reply may lie in the socket, which is read first
             call.num_graces += 1
-            later = now + self._settings.min_timeout
-            self._network.schedule(later, lambda now: self._is_late(transaction, call, attempt, later, now))
+            self._wait(call, now + self._settings.min_timeout)
             return
         if call.attempts > self._settings.num_retransmissions:
             if call.contact is not None:
                 self._network.lost(call.contact, now)
-            self.end(transaction, call, None, now)
+            self.end(call, None, now)
             return
         self._network.metrics.count("network_retransmissions")
         if call.contact is not None:
             call.contact.late = True
-        self._attempt(transaction, call, now)
+        self._attempt(call, now)
         call.caller.call_stalled(call, now)

@@ -32,6 +32,8 @@ CONFIRM_PERIOD = 1800.0
 """A node that was found public asks again after so long."""
 MAX_HELPERS = 64
 MAX_WRITTEN_TO = 8192
+MAX_ERRANDS = 32
+"""Third nodes that are being pinged for their token."""
 
 
 class DialBack:
@@ -46,6 +48,7 @@ class DialBack:
         self.ask_at = float("inf") if public else now
         self.helpers: dict[Address, None] = {}
         """Clients heard from with a proven address: they too can dial."""
+        self.num_errands = 0
         self._backoff = MIN_BACKOFF
         self._nonce = b""
         self._written_to: dict[Address, float] = {}
@@ -56,11 +59,16 @@ class DialBack:
         return self.role == "public" and not self.forced_client
 
     def note_sent(self, address: Address, now: float) -> None:
-        """Every request that is sent passes here."""
+        """Every request that is sent passes here; of a node that is not public, also what nobody replies to."""
         self._written_to.pop(address, None)
         self._written_to[address] = now
         if len(self._written_to) > MAX_WRITTEN_TO:
             del self._written_to[next(iter(self._written_to))]
+
+    def note_reply(self, address: Address, now: float) -> None:
+        """A reply keeps a gateway open where it is; whoever was never written to had found it open."""
+        if address in self._written_to:
+            self.note_sent(address, now)
 
     def note_client(self, address: Address) -> None:
         """A client with a proven address asked something: a helper for others."""
@@ -102,9 +110,8 @@ class DialBack:
         """Answers DIAL: asks a third node to dial `asker`. Returns whether there was one. Raises: ProtocolError."""
         nonce = _nonce(arguments)
         network = self.network
-        candidates = [item.address for item in network.table.contacts() if item.token_until > now]
-        tokens = {item.address: item.token for item in network.table.contacts()}
-        candidates += [address for address in self.helpers if address not in tokens]
+        contacts = {item.address: item for item in network.table.contacts()}
+        candidates = [*contacts, *(address for address in self.helpers if address not in contacts)]
         candidates = [address for address in candidates if address[0] != asker[0]] or [
             address for address in candidates if address != asker
         ]
@@ -114,7 +121,22 @@ class DialBack:
         if not candidates:
             return False
         third = network.random.choice(candidates)
-        network.send_oneway(wire.DIAL_FOR, (pack_address(asker), nonce), third, tokens.get(third, b""))
+        contact = contacts.get(third)
+        token = contact.token if contact is not None and contact.token_until > now else b""
+        return self.send_third((pack_address(asker), nonce), third, token, now)
+
+    def send_third(self, arguments: tuple[object, ...], third: Address, token: bytes, now: float) -> bool:
+        """Has a third node dial somebody. Who gave no token, or none lately (a helper never did), is pinged for one.
+
+        False where too many were pinged for that already.
+        """
+        if token:
+            self.network.send_oneway(wire.DIAL_FOR, arguments, third, token, now)
+        elif self.num_errands < MAX_ERRANDS:
+            self.num_errands += 1
+            self.network.call_address(_Errand(self, arguments), wire.PING, (), third, now)
+        else:
+            return False
         return True
 
     def dial(self, arguments: list[object], source: Address, now: float) -> None:
@@ -127,7 +149,7 @@ class DialBack:
         packed = arguments[0]
         if type(packed) is not bytes:
             raise ProtocolError("a dial-back without an address")
-        self.network.send_oneway(wire.DIALED, (nonce, *report), unpack_address(packed), b"", padded=False)
+        self.network.send_oneway(wire.DIALED, (nonce, *report), unpack_address(packed), b"", now, padded=False)
 
     def dialled(self, arguments: list[object], address: Address, now: float) -> None:
         """Handles DIALED. Raises: ProtocolError."""
@@ -137,7 +159,7 @@ class DialBack:
         if len(arguments) > 1 and type(arguments[1]) is bytes:
             asker = unpack_address(arguments[1])
             if now - self._written_to.get(asker, float("-inf")) < FILTER_LIFETIME:
-                self.network.send_oneway(wire.DIALED, (nonce,), asker, b"", padded=False)
+                self.network.send_oneway(wire.DIALED, (nonce,), asker, b"", now, padded=False)
             return
         if not self._nonce or nonce != self._nonce:
             raise ProtocolError("a dial-back that was not asked for")
@@ -154,9 +176,27 @@ class DialBack:
         self.role = role
         self.network.emit(RoleChanged(role))
         if role == "public":
-            self.network.end_dial_wait()
+            self.network.membership.end_dial_wait()
             # those nearest hear from this node without the client flag, and list it
-            self.network.learn_neighbourhood((), now)
+            self.network.membership.learn_neighbourhood((), now)
+
+
+class _Errand:
+    """Asks a third node to dial somebody as soon as it has given its token."""
+
+    def __init__(self, dialback: DialBack, arguments: tuple[object, ...]) -> None:
+        self.dialback = dialback
+        self.arguments = arguments
+
+    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+        self.dialback.num_errands -= 1
+        self.dialback.network.send_oneway(wire.DIAL_FOR, self.arguments, call.address, reply.token, now)
+
+    def call_stalled(self, call: Call, now: float) -> None:
+        pass
+
+    def call_failed(self, call: Call, now: float) -> None:
+        self.dialback.num_errands -= 1
 
 
 def _nonce(arguments: list[object]) -> bytes:

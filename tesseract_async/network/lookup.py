@@ -2,7 +2,8 @@
 
 The contacts known at the start are dealt to the paths in turn. Each contact is asked once, by one path, and what it
 answers is believed by that path alone: a liar leads astray one path of several. A path is finished when the k contacts
-nearest to the target that it has heard of have all answered; failed ones do not count. The lookup knows nothing of
+nearest to the target that it has heard of have all answered, and the first few of its start too (else whoever is asked
+first could end it by naming k friends); failed ones do not count. The lookup knows nothing of
 datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalled` or `failed`.
 """
 
@@ -36,8 +37,8 @@ class Candidate:
         self.contact = contact
         self.distance = distance
         self.state = State.NEW
-        self.path: Path | None = None
-        """The path that asked it."""
+        self.path = -1
+        """Number of the path that asked it."""
         self.round = round_number
         """How many answers led here, itself included: 1 for a contact known at the start."""
 
@@ -45,12 +46,15 @@ class Candidate:
 class Path:
     """The candidates that one path has heard of, nearest first."""
 
-    __slots__ = ("candidates", "distances", "num_asked", "num_asked_ever", "ranges", "seen")
+    __slots__ = ("candidates", "distances", "number", "num_asked", "num_asked_ever", "ranges", "seen", "starts")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.candidates: list[Candidate] = []
         self.distances: list[int] = []
         """Theirs, in the same order."""
+        self.starts: list[Candidate] = []
+        """Those known at the start that are asked in any case."""
         self.seen: set[bytes] = set()
         self.ranges: dict[bytes, int] = {}
         self.num_asked = 0
@@ -76,43 +80,36 @@ class Lookup:
         self.num_answered = 0
         self.max_under_way = alpha
         """Requests under way over all paths; may be changed between two calls of `to_ask`."""
-        self._alpha = -(-alpha // num_paths)
         self._max_per_range = max_per_range
         self._candidates: dict[bytes, Candidate] = {}
-        self._paths = [Path() for _ in range(num_paths)]
+        self._paths = [Path(number) for number in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
         for position, contact in enumerate(nearest_first):
             self._hear(self._paths[position % num_paths], contact, 1)
+        for path in self._paths:
+            path.starts = path.candidates[: -(-alpha // num_paths)]
 
     def to_ask(self) -> list[Contact]:
         """Contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
+        alpha = -(-self.max_under_way // len(self._paths))
         room = self.max_under_way - sum(path.num_asked for path in self._paths)
         paths = self._paths
         if room < len(paths):
             # whose turn it is: otherwise the last path would wait for ever
             paths = sorted(paths, key=_num_asked_ever)
         for path in paths:
-            if path.num_asked >= self._alpha or path.num_asked_ever >= MAX_ASKED_PER_PATH:
-                continue
             if room <= 0:
                 break
-            num_counted = 0
-            for candidate in path.candidates:
-                if candidate.state is State.FAILED:
-                    continue
-                if candidate.state is State.NEW:
-                    candidate.state = State.ASKED
-                    candidate.path = path
-                    path.num_asked += 1
-                    path.num_asked_ever += 1
-                    asked.append(candidate.contact)
-                    room -= 1
-                    if path.num_asked >= self._alpha or not room:
-                        break
-                num_counted += 1
-                if num_counted == self.k:
-                    break
+            if path.num_asked >= alpha or path.num_asked_ever >= MAX_ASKED_PER_PATH:
+                continue
+            for candidate in self._next(path, min(room, alpha - path.num_asked)):
+                candidate.state = State.ASKED
+                candidate.path = path.number
+                path.num_asked += 1
+                path.num_asked_ever += 1
+                asked.append(candidate.contact)
+                room -= 1
         self.num_asked += len(asked)
         return asked
 
@@ -167,8 +164,25 @@ class Lookup:
                 break
         return closest
 
+    def _next(self, path: Path, count: int) -> list[Candidate]:
+        """Up to `count` candidates that a path would ask."""
+        found: list[Candidate] = []
+        num_counted = 0
+        for candidate in path.candidates:
+            if candidate.state is not State.FAILED:
+                if candidate.state is State.NEW:
+                    found.append(candidate)
+                    if len(found) == count:
+                        return found
+                num_counted += 1
+                if num_counted == self.k:
+                    break
+        return found or [candidate for candidate in path.starts if candidate.state is State.NEW][:count]
+
     def _path_finished(self, path: Path) -> bool:
         given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH
+        if not given_up and any(item.state is State.NEW or item.state is State.ASKED for item in path.starts):
+            return False
         num_counted = 0
         for candidate in path.candidates:
             if candidate.state is State.ANSWERED:
@@ -202,10 +216,11 @@ class Lookup:
                 path.ranges[dropped.range] -= 1
 
     def _leave(self, candidate: Candidate) -> Path:
-        assert candidate.path is not None
+        assert candidate.path >= 0
+        path = self._paths[candidate.path]
         if candidate.state is State.ASKED:
-            candidate.path.num_asked -= 1
-        return candidate.path
+            path.num_asked -= 1
+        return path
 
 
 def _num_asked_ever(path: Path) -> int:

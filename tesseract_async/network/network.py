@@ -281,7 +281,9 @@ class TesseractNetwork:
         give_up_at = self._running().now() + self.settings.join_timeout
         driver = await self._ready()
         event = await self._read(key)
-        while not event.num_answers and not event.records and self._has_seeds and driver.protocol.ever_joined:
+        while (
+            not event.num_answers and not event.records and self._has_seeds and driver.protocol.membership.ever_joined
+        ):
             # every contact failed at once (a line that was down, a gateway that forgot): joining anew comes first
             self.metrics.count("network_reads_unanswered")
             left = give_up_at - driver.now()

@@ -68,7 +68,9 @@ class Probation:
         if raw is None or self._pending[raw][0].address != address:
             return False
         contact, _ = self._end(raw, dialled=True, now=now)
-        self.network.enter(contact, now)
+        if contact.proven:
+            self.network.enter(contact, now)
+        # else it fell silent meanwhile: it is listed when it proves itself again
         return True
 
     def _ask(self, contact: Contact, attempt: int, now: float) -> bool:
@@ -78,7 +80,7 @@ class Probation:
         thirds = [
             one
             for one in network.table.contacts()
-            if one.token_until > now and one.range != contact.range and len(pack_address(one.address)) == size
+            if one.range != contact.range and len(pack_address(one.address)) == size
         ]
         if not thirds:
             return False
@@ -86,8 +88,9 @@ class Probation:
         nonce = network.random.randbytes(wire.TRANSACTION_BYTES)
         self._pending[contact.raw] = (contact, attempt)
         self._nonces[nonce] = contact.raw
-        network.send_oneway(wire.DIAL_FOR, (pack_address(contact.address), nonce, True), third.address, third.token)
-        network.schedule(now + PATIENCE, lambda now: self._waited(nonce, now))
+        token = third.token if third.token_until > now else b""
+        network.dialback.send_third((pack_address(contact.address), nonce, True), third.address, token, now)
+        network.timers.start(now + PATIENCE, lambda now: self._waited(nonce, now))
         return True
 
     def _waited(self, nonce: bytes, now: float) -> None:

@@ -12,10 +12,9 @@ Whatever comes from the network is untrusted. A datagram that breaks a rule is d
 from __future__ import annotations
 
 import hashlib
-import heapq
 import random as random_module
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tesseract_async.admission import Policy
@@ -38,10 +37,11 @@ from tesseract_async.network.contacts import (
     unpack_address,
 )
 from tesseract_async.network.dialback import DialBack
-from tesseract_async.network.events import ClockSkewed, Event, Isolated, Joined, ReadFinished, WriteFinished
+from tesseract_async.network.events import ClockSkewed, Event, ReadFinished, WriteFinished
 from tesseract_async.network.holding import Holder, RecordCheck
+from tesseract_async.network.joining import Membership
 from tesseract_async.network.limits import RateLimiter
-from tesseract_async.network.operations import Join, Neighbourhood, Ping, Refresh
+from tesseract_async.network.operations import Ping, Refresh
 from tesseract_async.network.probation import Probation
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
@@ -54,19 +54,16 @@ from tesseract_async.network.settings import (
     NetworkSettings,
 )
 from tesseract_async.network.storage import Outcome, Storage
+from tesseract_async.network.timers import Timers
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups under way, and their proofs and tokens."""
-MAX_REMEMBERED = 64
-"""Addresses of lost contacts that are asked again once nobody else is left."""
 MAX_OBSERVED = 16
 """Opinions kept on what this node's address is."""
 MAX_VERIFICATIONS = 64
 """Newcomers pinged at a time to see whether they belong into the table."""
-MAX_SEED_PERIODS = 5
-"""With others at hand, the wait until seeds are asked again doubles up to so many of `seed_period`."""
 HOUSEKEEPING_PERIOD = 10.0
 
 
@@ -112,10 +109,7 @@ class NetworkProtocol:
         """Lengths of the packed addresses that this node can send to."""
         self.observed: dict[PeerID, Address] = {}
         """The address at which the latest contacts see this node."""
-        self.joined = False
-        self.ever_joined = False
-        self._neighbourhood: Neighbourhood | None = None
-        self._dial_wait_until: float | None = float("-inf") if public else None
+        self.membership = Membership(self, public=public)
         self._replicator = Replicator(self, now=now)
         self.limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
         self._skews: deque[float] = deque(maxlen=15)
@@ -123,17 +117,12 @@ class NetworkProtocol:
         self._calls = Calls(self)
         self._known: dict[bytes, Contact] = {}
         self._unreachable: dict[bytes, float] = {}
-        self._remembered: dict[Address, None] = {}
         self._verifying: set[bytes] = set()
         self._operations: dict[int, Read | Write] = {}
         self._num_operations = 0
-        self._seeds: list[tuple[Address, PeerID | None]] = []
-        self._seed_backoff = settings.min_seed_backoff
-        self._seeds_at = float("inf")
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * random.random()
         self.tokens = Tokens(random, lifetime=settings.token_lifetime, now=now)
-        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
-        self._num_timers = 0
+        self.timers = Timers()
         self._datagrams: deque[tuple[bytes, Address]] = deque()
         self._events: deque[Event] = deque()
 
@@ -142,13 +131,16 @@ class NetworkProtocol:
         """Whether others may list this node in their routing tables, and store records here."""
         return self.dialback.is_public
 
+    @property
+    def joined(self) -> bool:
+        """Whether this node knows others and has looked up its own neighbourhood."""
+        return self.membership.joined
+
     # What the driver asks for
 
     def set_seeds(self, seeds: Iterable[tuple[Address, PeerID | None]], now: float) -> None:
         """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust."""
-        self._seeds = list(seeds)
-        self._seed_backoff = self.settings.min_seed_backoff
-        self._seeds_at = now
+        self.membership.set_seeds(seeds, now)
 
     def read(self, key: bytes, now: float) -> int:
         """Looks up `key`; `ReadFinished` will carry the number returned."""
@@ -193,10 +185,9 @@ class NetworkProtocol:
 
     def handle_timer(self, now: float) -> None:
         """Does what is due. Calling it early or late is harmless."""
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2](now)
-        if self._seeds_at <= now:
-            self._ask_seeds(now)
+        self.timers.run(now)
+        if self.membership.timer_at <= now:
+            self.membership.handle_timer(now)
         if self.dialback.ask_at <= now:
             self.dialback.handle_timer(now)
         if self._replicator.timer_at() <= now:
@@ -220,8 +211,8 @@ class NetworkProtocol:
 
     def timer_at(self) -> float:
         """The loop time at which `handle_timer` has something to do. It may change with every input."""
-        at = min(self._seeds_at, self._housekeeping_at, self.dialback.ask_at, self._replicator.timer_at())
-        return min(at, self._timers[0][0]) if self._timers else at
+        own = (self.membership.timer_at, self._housekeeping_at, self.dialback.ask_at, self._replicator.timer_at())
+        return min(*own, self.timers.next_at())
 
     # For operations: the house's own callers
 
@@ -263,31 +254,6 @@ class NetworkProtocol:
         """An operation ended: its number is free, its event goes out."""
         if self._operations.pop(event.operation, None) is not None:
             self._events.append(event)
-
-    def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:
-        """Looks up the own id, unless that is under way."""
-        if self._dial_wait_until is None:
-            # the first contact is asked to have this node dialled before it writes to anybody else (see `dialback`)
-            self._dial_wait_until = now + self.settings.first_timeout
-            self.dialback.handle_timer(now)
-            self.schedule(self._dial_wait_until, lambda now: self.learn_neighbourhood((), now))
-        elif self._neighbourhood is None and now >= self._dial_wait_until:
-            self._neighbourhood = Neighbourhood(self, start, now)
-            self._neighbourhood.start(now)
-
-    def end_dial_wait(self) -> None:
-        """The first dial-back came: there is nothing to wait for any longer."""
-        self._dial_wait_until = float("-inf")
-
-    def neighbourhood_known(self, now: float) -> None:
-        """A lookup of the own id ended."""
-        self._neighbourhood = None
-        if not self.joined and len(self.table):
-            self.joined = self.ever_joined = True
-            self._events.append(Joined(len(self.table)))
-        self._seed_backoff = self.settings.seed_period
-        if self._seeds:
-            self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
 
     # Requests
 
@@ -331,6 +297,8 @@ class NetworkProtocol:
                 request.challenge, datagram.sender, self.own_id, unpack_address(packed_address)
             )
             proof = self.identity.public_key + self.identity.sign(statement)
+        if not self.public:
+            self.dialback.note_reply(address, now)
         body = (packed_address, self.tokens.give(packed_address), proof, self.wall(now), *results)
         kind = datagram.kind | wire.REPLY
         self.send(wire.encode(kind, self.flags(), datagram.transaction, self.own_id, body), address)
@@ -368,8 +336,8 @@ class NetworkProtocol:
 
     def closest_for(self, target: bytes, asker: bytes, room: int) -> tuple[bytes, bytes]:
         """The contacts that this node names when asked for a target, packed into `room` bytes."""
-        closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k + 1)
-        return pack_contacts([item for item in closest if item.peer_id != asker][: self.settings.k], room - 10)
+        closest = self.table.closest(int.from_bytes(target, "big"), self.settings.k, without=asker)
+        return pack_contacts(closest, room - 10)
 
     def _heard_from(self, datagram: wire.Datagram, address: Address, address_proven: bool, now: float) -> None:
         """A request came from an id that claims to live at an address."""
@@ -410,7 +378,7 @@ class NetworkProtocol:
             self.table.remove(contact)
             contact.proven = False
             self.metrics.count("network_contacts_dropped", reason="farewell")
-            self._check_isolation()
+            self.membership.contact_left()
 
     # Replies
 
@@ -432,15 +400,15 @@ class NetworkProtocol:
             if not call.repeated and contact.peer_id == datagram.sender:
                 call.repeated = True
                 contact.token, contact.token_until = reply.token, now + self.settings.token_lifetime
-                self._calls.repeat(datagram.transaction, call, now)
+                self._calls.repeat(call, now)
             return
         elif contact.peer_id != datagram.sender:
             self.drop("wrong_id")
-            self._calls.end(datagram.transaction, call, None, now)
+            self._calls.end(call, None, now)
             return
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
             self.drop("proof")
-            self._calls.end(datagram.transaction, call, None, now)
+            self._calls.end(call, None, now)
             return
         contact.proven = True
         contact.late = False
@@ -453,9 +421,9 @@ class NetworkProtocol:
         if not datagram.flags & wire.FLAG_CLIENT:
             if self.table.get(contact.peer_id) is contact or not self.probation.holds(contact, now):
                 self.enter(contact, now)
-        self._calls.end(datagram.transaction, call, reply, now)
+        self._calls.end(call, reply, now)
         if not self.joined and len(self.table):
-            self.learn_neighbourhood((), now)
+            self.membership.learn_neighbourhood((), now)
 
     def _proof_holds(self, call: Call, sender: bytes, reply: wire.Reply) -> bool:
         public_key, signature = reply.proof[:32], reply.proof[32:]
@@ -487,33 +455,12 @@ class NetworkProtocol:
         self._unreachable[contact.raw] = now + self.settings.unreachable_for
         contact.proven = False
         if self.table.get(contact.peer_id) is contact:
-            self._remembered[contact.address] = None
-            if len(self._remembered) > MAX_REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
+            self.membership.remember(contact)
             self.metrics.count("network_contacts_dropped", reason="no_reply")
         self.table.remove(contact)
-        self._check_isolation()
+        self.membership.contact_left()
 
-    def _check_isolation(self) -> None:
-        if self.joined and not len(self.table):
-            self.joined = False
-            self._events.append(Isolated())
-            self._seeds_at = float("-inf")
-            self._seed_backoff = self.settings.min_seed_backoff
-
-    # Joining and upkeep
-
-    def _ask_seeds(self, now: float) -> None:
-        addresses: dict[Address, PeerID | None] = dict.fromkeys(self._remembered) if not len(self.table) else {}
-        addresses.update(self._seeds)
-        if not addresses:
-            self._seeds_at = float("inf")
-            return
-        Join(self, addresses, now)
-        self._seeds_at = now + self._seed_backoff * (0.75 + 0.5 * self.random.random())
-        # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
-        longest = self.settings.seed_period * (MAX_SEED_PERIODS if len(self.table) else 1)
-        self._seed_backoff = min(2 * self._seed_backoff, longest)
+    # Upkeep
 
     def _keep_house(self, now: float) -> None:
         self._housekeeping_at = now + HOUSEKEEPING_PERIOD * (0.75 + 0.5 * self.random.random())
@@ -564,11 +511,6 @@ class NetworkProtocol:
             self._known[raw] = contact
         return contact
 
-    def schedule(self, at: float, action: Callable[[float], None]) -> None:
-        """Calls ``action(now)`` once `handle_timer` is called at `at` or later."""
-        self._num_timers += 1
-        heapq.heappush(self._timers, (at, self._num_timers, action))
-
     def new_transaction(self) -> bytes:
         """64 random bits, which only who received the request can repeat."""
         return self.random.randbytes(wire.TRANSACTION_BYTES)
@@ -588,9 +530,12 @@ class NetworkProtocol:
         )
 
     def send_oneway(
-        self, kind: int, arguments: Sequence[Any], address: Address, token: bytes, *, padded: bool = True
+        self, kind: int, arguments: Sequence[Any], address: Address, token: bytes, now: float, *, padded: bool = True
     ) -> None:
         """Sends what nobody replies to."""
+        if not self.public:
+            # it opens this node's gateway, if there is one
+            self.dialback.note_sent(address, now)
         if padded:
             self._send_request(kind, self.new_transaction(), token, b"", arguments, address)
         else:

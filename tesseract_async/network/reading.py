@@ -14,6 +14,7 @@ from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.operations import Search
 from tesseract_async.network.storage import NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarise
+from tesseract_async.network.timers import Timer
 
 if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
@@ -43,9 +44,9 @@ class Holding:
         is_copy: bool = False,
     ) -> None:
         self.contact = contact
+        """None for the own storage."""
         self.is_copy = is_copy
         """Whether it only keeps a copy for a while, and is no holder."""
-        """None for the own storage."""
         self.summary = summary
         self.records = records
         """What is known to be there; None while no record has been fetched."""
@@ -54,7 +55,9 @@ class Holding:
 class Read:
     """Reads a dictionary: finds holders, compares their digests, fetches what differs once, merges, repairs.
 
-    It ends when `num_equal_holders` report equal digests, else when the k nodes closest to the key have answered.
+    It ends when `num_equal_holders` report equal digests, else when the k nodes closest to the key have answered. At
+    first it asks as many at a time as it still needs, and one to spare: nearly every question meets a holder once one
+    is found. A read that takes longer than `narrow_for` asks more.
     """
 
     def __init__(self, network: NetworkProtocol, key: bytes) -> None:
@@ -74,6 +77,8 @@ class Read:
         self.complete = True
         """False once some part that holders reported could be had from none of them."""
         self._number = 0
+        self._narrow = True
+        self._hurries: Timer | None = None
 
     def start(self, number: int, now: float) -> None:
         self._number = number
@@ -86,19 +91,20 @@ class Read:
             self._holdings.append(Holding(None, summary, own))
         start = self.network.table.closest(int.from_bytes(self.key, "big"), self.network.settings.k)
         self._search = Search(self.network, self.key, start, now, on_answer=self._hear, on_end=self._settle)
-        if own:
-            # a holder is among the other holders already: as many as are needed are asked, and one to spare
-            self._search.lookup.max_under_way = self.network.settings.num_equal_holders
+        # whoever holds the key is among the other holders already
+        self._expect(self.network.settings.num_equal_holders - bool(own))
+        if not own:
+            self._hurries = self.network.timers.start(now + self.network.settings.narrow_for, self._hurry)
         self._search.advance(now)
 
     def _hear(self, contact: Contact, reply: Reply, now: float) -> None:
         if self.cancelled:
             self._search.stop()
             return
-        settings, lookup = self.network.settings, self._search.lookup
         summary, bodies = wire.read_value(reply.results)
         if summary is None:
-            lookup.max_under_way = settings.alpha
+            if self._is_holder:
+                self._widen()
             self._without.append(contact)
             return
         records: dict[EntryID, SignedRecord] | None = None
@@ -115,12 +121,33 @@ class Read:
             summary, records = known
         self._holdings.append(Holding(contact, summary, records, is_copy=wire.is_copy(reply.results)))
         equal = [item for item in self._holdings if item.summary == summary]
-        missing = settings.num_equal_holders - _num_counted(equal)
+        missing = self.network.settings.num_equal_holders - _num_counted(equal)
         if missing <= 0 and not all(item.is_copy for item in equal):
             self._search.stop()
             self._settle(now, equal)
-        elif missing > 0 and self._holdings[0].contact is None:
-            lookup.max_under_way = missing + 1 if equal[0] is self._holdings[0] else settings.alpha
+        elif self._is_holder and equal[0] is not self._holdings[0]:
+            self._widen()
+        elif missing > 0:
+            self._expect(missing)
+
+    @property
+    def _is_holder(self) -> bool:
+        return bool(self._holdings) and self._holdings[0].contact is None
+
+    def _expect(self, num_answers: int) -> None:
+        if self._narrow:
+            self._search.lookup.max_under_way = min(num_answers + 1, self.network.settings.alpha)
+
+    def _widen(self) -> None:
+        self._narrow = False
+        self._search.lookup.max_under_way = self.network.settings.alpha
+
+    def _hurry(self, now: float) -> None:
+        if self.cancelled:
+            self._search.stop()
+        else:
+            self._widen()
+            self._search.advance(now)
 
     def _verify(self, body: bytes) -> SignedRecord:
         """Raises: InvalidRecord. Copies of the same bytes are checked once."""
@@ -142,6 +169,8 @@ class Read:
         if self._settled or self.cancelled:
             return
         self._settled = True
+        if self._hurries is not None:
+            self.network.timers.cancel(self._hurries)
         for index in range(NUM_RANGES):
             groups: dict[int, list[Holding]] = {}
             for holding in considered if considered is not None else self._holdings:
@@ -171,7 +200,7 @@ class Read:
         """A page of slots from `start` to `last` came. Its signatures are checked in slices that yield the loop."""
         self._unchecked.append((fetch, start, last, bodies))
         if len(self._unchecked) == 1:
-            self.network.schedule(now + SLICE_PAUSE, self._check_slice)
+            self.network.timers.start(now + SLICE_PAUSE, self._check_slice)
 
     def _check_slice(self, now: float) -> None:
         num_checked = 0
@@ -188,7 +217,7 @@ class Read:
                 self._fetches.append(fetch.elsewhere(start, last))
             self._unchecked.popleft()
         if self._unchecked and not self.cancelled:
-            self.network.schedule(now + SLICE_PAUSE, self._check_slice)
+            self.network.timers.start(now + SLICE_PAUSE, self._check_slice)
         else:
             self._go_on(now)
 
@@ -241,7 +270,7 @@ class Read:
         target = int.from_bytes(self.key, "big")
         nearest = min(self._without, key=lambda contact: contact.number ^ target)
         if nearest.token_until > now:
-            self.network.send_oneway(wire.COPY, (self.key + record.body,), nearest.address, nearest.token)
+            self.network.send_oneway(wire.COPY, (self.key + record.body,), nearest.address, nearest.token, now)
 
 
 class _Fetch:

@@ -140,19 +140,19 @@ class RoutingTable:
                 return successor
         return None
 
-    def closest(self, target: int, count: int) -> list[Contact]:
-        """The `count` contacts nearest to `target` by XOR, nearest first."""
+    def closest(self, target: int, count: int, *, without: bytes = b"") -> list[Contact]:
+        """The `count` contacts nearest to `target` by XOR, nearest first, but for the one with the id `without`."""
         first = min(common_prefix(target, self.own_number), len(self.buckets) - 1)
         # contacts of bucket `first` share the most bits with the target; all deeper buckets share exactly `first` bits
         # with it, and each shallower one fewer: whole groups follow one another, so only groups need sorting
-        found = _nearest(self.buckets[first].contacts.values(), target, count)
+        found = _nearest(self.buckets[first].contacts.values(), target, count, without)
         if len(found) < count:
             deeper = [contact for bucket in self.buckets[first + 1 :] for contact in bucket.contacts.values()]
-            found += _nearest(deeper, target, count - len(found))
+            found += _nearest(deeper, target, count - len(found), without)
         for index in range(first - 1, -1, -1):
             if len(found) >= count:
                 break
-            found += _nearest(self.buckets[index].contacts.values(), target, count - len(found))
+            found += _nearest(self.buckets[index].contacts.values(), target, count - len(found), without)
         return found
 
     def touch(self, target: int, now: float) -> None:
@@ -204,7 +204,11 @@ class RoutingTable:
                 into[peer_id] = group.pop(peer_id)
 
 
-def _nearest(contacts: Iterable[Contact], target: int, count: int) -> list[Contact]:
+def _nearest(contacts: Iterable[Contact], target: int, count: int, without: bytes) -> list[Contact]:
     # the table's ids are distinct; every request comes through here, and calling a key function costs more than this
     by_distance = {contact.number ^ target: contact for contact in contacts}
-    return [by_distance[distance] for distance in sorted(by_distance)[:count]]
+    found = [by_distance[distance] for distance in sorted(by_distance)[: count + bool(without)]]
+    if without:
+        found = [contact for contact in found if contact.peer_id != without]
+        del found[count:]
+    return found

@@ -113,7 +113,7 @@ class Write:
             if self._num_waiting > self._num_late:
                 give_up_at = max(give_up_at, self._sent_at + SHORTEST_WAIT)
             if now < give_up_at:
-                self.network.schedule(give_up_at, lambda now: self._give_up(give_up_at, now))
+                self.network.timers.start(give_up_at, lambda now: self._give_up(give_up_at, now))
                 return
         self.cancelled = True
         self.network.finish(self, self._event)
@@ -121,7 +121,7 @@ class Write:
     def _give_up(self, due: float, now: float) -> None:
         if now - due > STALL:
             # this loop stood still meanwhile: the replies may lie in the socket, which is read first
-            self.network.schedule(now + SHORTEST_WAIT, self._end_if_done)
+            self.network.timers.start(now + SHORTEST_WAIT, self._end_if_done)
         else:
             self._end_if_done(now)
 

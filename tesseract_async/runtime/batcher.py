@@ -10,9 +10,17 @@ of `max_batch_size` rows, in order, and its last chunk may share a batch with ot
 
 Order
     1. Work whose deadline is closer than `urgent_seconds`, the earliest deadline first.
-    2. The pool that holds the oldest request of the highest priority, so that no expert starves.
+    2. The pool that holds the oldest request of the highest priority, so that no expert starves. A pool may have a head
+       start, by which its requests count as older than they are.
     3. Inside a pool: priority, then fairness. Each peer's rows are charged to that peer, and the peer that was served
        least goes first (start-time fair queueing, Goyal, Vin & Cheng 1996), so that a flood delays its sender only.
+
+Convoys
+    Requests that are computed together are answered together, travel together, and come back together; nothing on
+    their way spreads them again, so the device idles between two crowds. Two things work against that. A batch is no
+    larger than pays: while the device keeps up, it takes no more requests once the cost that all batches have, whatever
+    their rows, is a small share of it. And work of short batches that leads to work of long ones (forwards, to
+    backwards) has the head start, so that crowds meet where they are taken apart most slowly.
 
 Queues are heaps whose entries are abandoned, not searched for, when a request leaves early; they are swept when half
 of them are stale. Adding and dispatching a request costs some microseconds, whatever the number of experts.
@@ -24,11 +32,12 @@ import dataclasses
 import heapq
 import math
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tesseract_async.errors import Overloaded
+from tesseract_async.runtime.costs import BatchCost
 
 _SWEEP_ABOVE = 1024
 _PEERS_REMEMBERED = 1024
@@ -47,6 +56,11 @@ class BatcherSettings:
     """Seconds that an incomplete batch is held back, although the device is idle, for others to join it."""
     large_request_bytes: int = 1 << 20
     """A request of so many bytes shares no batch: copying it beside others would cost more than merging saves."""
+    fixed_share: float = 0.25
+    """While the device keeps up, a batch takes no more requests once what it costs whatever its rows is less than this
+    share of its cost (as learnt, see `costs`); 0: it takes all that it may. See *Convoys*."""
+    keeping_up_seconds: float = 0.5
+    """A device that had nothing to do within these last seconds keeps up."""
     urgent_seconds: float = 0.2
     """A request whose deadline is closer than this overtakes all others."""
     default_retry_after: float = 0.5
@@ -56,12 +70,26 @@ class BatcherSettings:
 class Pool:
     """What may be computed together. Made by `Batcher.add_pool`; a request names the pool that it belongs to."""
 
-    __slots__ = ("name", "max_batch_size", "preferred_sizes", "num_waiting_rows", "ready", "served", "virtual_time")
+    __slots__ = (
+        "name",
+        "max_batch_size",
+        "preferred_sizes",
+        "head_start",
+        "cost",
+        "num_waiting_rows",
+        "ready",
+        "served",
+        "virtual_time",
+    )
 
-    def __init__(self, name: Hashable, max_batch_size: int, preferred_sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self, name: Hashable, max_batch_size: int, preferred_sizes: tuple[int, ...], head_start: float
+    ) -> None:
         self.name = name
         self.max_batch_size = max_batch_size
         self.preferred_sizes = preferred_sizes
+        self.head_start = head_start
+        self.cost = BatchCost()
         self.num_waiting_rows = 0
         self.ready: list[tuple[int, float, int, Request]] = []
         self.served: dict[Hashable, float] = {}
@@ -148,9 +176,10 @@ class BatcherStatistics:
 
 @dataclass(slots=True)
 class _Class:
-    """All requests of one priority, oldest first."""
+    """All requests of one priority and one head start, oldest first."""
 
     priority: int
+    head_start: float
     ages: deque[Request] = field(default_factory=deque)
 
 
@@ -166,16 +195,28 @@ class Batcher:
         self._max_peer_bytes = int(settings.max_queue_bytes * settings.max_peer_share)
         self._sequence = 0
         self._num_stale = 0
+        self._num_running = 0
+        self._is_idle = True
+        self._busy_since = 0.0
+        self._finished_at = -math.inf
         self._statistics = BatcherStatistics()
 
-    def add_pool(self, name: Hashable, *, max_batch_size: int, preferred_sizes: tuple[int, ...] = ()) -> Pool:
-        """A new pool. `preferred_sizes`: rows at which a batch is best cut off, if that many wait.
+    def add_pool(
+        self,
+        name: Hashable,
+        *,
+        max_batch_size: int,
+        preferred_sizes: tuple[int, ...] = (),
+        head_start: float = 0.0,
+    ) -> Pool:
+        """A new pool. `preferred_sizes`: rows at which a batch is best cut off, if that many wait. `head_start`: the
+        seconds by which its requests count as older than they are, beside those of other pools.
 
         Raises: ValueError for sizes below 1 or above `max_batch_size`.
         """
         if max_batch_size < 1 or any(not 1 <= size <= max_batch_size for size in preferred_sizes):
             raise ValueError(f"a batch has at least 1 row and at most {max_batch_size}: {preferred_sizes}")
-        return Pool(name, max_batch_size, tuple(sorted(preferred_sizes)))
+        return Pool(name, max_batch_size, tuple(sorted(preferred_sizes)), head_start)
 
     def add(self, request: Request, now: float) -> None:
         """Queues a request. Raises: Overloaded when the byte budget is full; ValueError for a request of no rows."""
@@ -201,7 +242,7 @@ class Batcher:
         pool.num_waiting_rows += request.num_rows
         if self.settings.max_wait and pool.num_waiting_rows >= self._full_size(pool):
             self._full_pools[pool] = None
-        self._class_of(request.priority).ages.append(request)
+        self._class_of(request).ages.append(request)
         if request.deadline < math.inf:
             heapq.heappush(self._deadlines, (request.deadline, self._sequence, request))
         statistics.num_added += 1
@@ -237,7 +278,10 @@ class Batcher:
         urgent = self._most_urgent(now)
         pool = urgent.pool if urgent is not None else self._next_pool(now)
         if pool is None:
+            self._is_idle = self._is_idle or not self._num_running
             return None
+        if self._is_idle:
+            self._is_idle, self._busy_since = False, now
         parts: list[Part] = []
         limit = self._batch_limit(pool)
         num_rows = 0
@@ -245,8 +289,10 @@ class Batcher:
             if urgent.exclusive or urgent.num_rows - urgent.next_row > limit:
                 limit = pool.max_batch_size
             num_rows = self._take(urgent, parts, limit, now)
-        if urgent is None or (not urgent.exclusive and num_rows < limit):
-            num_rows = self._fill(pool, parts, num_rows, limit, now)
+        enough = self._enough_rows(pool, now)
+        if urgent is None or (not urgent.exclusive and num_rows < min(limit, enough)):
+            num_rows = self._fill(pool, parts, num_rows, limit, enough, now)
+        self._num_running += 1
         self._statistics.num_batches += 1
         self._statistics.num_rows += num_rows
         pool.num_waiting_rows -= num_rows
@@ -257,6 +303,10 @@ class Batcher:
 
     def finish(self, batch: Batch, now: float) -> None:
         """A batch that `pop_ready` gave has run, well or badly. Its bytes are free once whole requests are through."""
+        self._num_running -= 1
+        # beside another batch its own time begins where that one's ended
+        batch.pool.cost.add(batch.num_rows, now - max(batch.started, self._finished_at))
+        self._finished_at = now
         num_bytes = 0
         for request, start, stop in batch.parts:
             request.num_running -= 1
@@ -296,23 +346,27 @@ class Batcher:
         """The figures of this moment."""
         return dataclasses.replace(self._statistics)
 
-    def _class_of(self, priority: int) -> _Class:
+    def _class_of(self, request: Request) -> _Class:
+        priority, head_start = request.priority, request.pool.head_start
         index = 0
         for one in self._classes:
-            if one.priority == priority:
+            if one.priority == priority and one.head_start == head_start:
                 return one
             index += one.priority > priority
-        self._classes.insert(index, _Class(priority))
+        self._classes.insert(index, _Class(priority, head_start))
         return self._classes[index]
 
-    def _oldest(self) -> Iterator[Request]:
-        """The oldest waiting request of each priority, the highest first."""
+    def _oldest(self) -> list[Request]:
+        """The oldest waiting request of each priority and head start: the highest priority first, then by turn."""
+        found: list[Request] = []
         for one in self._classes:
             ages = one.ages
             while ages and not ages[0].waits:
                 ages.popleft()
             if ages:
-                yield ages[0]
+                found.append(ages[0])
+        found.sort(key=lambda request: (-request.priority, request.arrival - request.pool.head_start))
+        return found
 
     def _most_urgent(self, now: float) -> Request | None:
         deadlines = self._deadlines
@@ -350,8 +404,19 @@ class Batcher:
             (size for size in pool.preferred_sizes if size <= pool.num_waiting_rows), default=pool.max_batch_size
         )
 
-    def _fill(self, pool: Pool, parts: list[Part], num_rows: int, limit: int, now: float) -> int:
-        """Takes the pool's requests in order until one does not fit any more. Returns the rows now in the batch."""
+    def _enough_rows(self, pool: Pool, now: float) -> float:
+        """Rows at which a batch takes no more requests; infinity where the device is behind, or told how to cut."""
+        if pool.preferred_sizes or self.settings.max_wait:
+            return math.inf
+        if now - self._busy_since > self.settings.keeping_up_seconds:
+            return math.inf
+        return pool.cost.rows_until(self.settings.fixed_share)
+
+    def _fill(self, pool: Pool, parts: list[Part], num_rows: int, limit: int, enough: float, now: float) -> int:
+        """Takes the pool's requests in order until there are `enough` rows, or one does not fit any more.
+
+        Returns the rows now in the batch.
+        """
         ready, large = pool.ready, self.settings.large_request_bytes
         if parts and parts[0].request.num_bytes >= large:
             return num_rows
@@ -372,7 +437,7 @@ class Batcher:
             num_rows += self._take(request, parts, limit - num_rows, now)
             if request.next_row == request.num_rows:
                 heapq.heappop(ready)
-            if request.exclusive or request.num_bytes >= large or num_rows >= limit:
+            if request.exclusive or request.num_bytes >= large or num_rows >= min(limit, enough):
                 break
         if not ready:
             pool.served.clear()

@@ -44,6 +44,8 @@ class RuntimeSettings:
     batcher: BatcherSettings = BatcherSettings()
     num_threads: int | None = None
     """Intra-op threads of the device's thread; None leaves PyTorch's own choice."""
+    forward_head_start: float = 0.2
+    """Seconds by which a forward counts as older than it is, beside backwards of its priority."""
     overlap: bool | None = None
     """Whether the next batch is staged while one computes; None: where the device has copy engines."""
     stall_timeout: float = 60.0
@@ -315,7 +317,10 @@ class TesseractRuntime:
         pool = self._pools.get(kind)
         if pool is None:
             pool = self._pools[kind] = self._batcher.add_pool(
-                kind, max_batch_size=backend.max_batch_size, preferred_sizes=backend.settings.preferred_sizes
+                kind,
+                max_batch_size=backend.max_batch_size,
+                preferred_sizes=backend.settings.preferred_sizes,
+                head_start=0.0 if is_backward else self.settings.forward_head_start,
             )
         return pool
 

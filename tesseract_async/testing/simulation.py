@@ -278,7 +278,7 @@ class SimulatedNetwork:
                     contact.proven = True
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
-            node.protocol.joined = True
+            node.protocol.membership.joined = True
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:

@@ -103,10 +103,11 @@ class FakeDirectory:
         if self.cold:
             await self.warm.wait()
 
-    async def wait_alive(self, prefix: str) -> None:
-        while not len(self.live(prefix) or ()):
-            self.came.clear()
-            await self.came.wait()
+    async def wait_read(self, prefix: str) -> None:
+        if self.cold:
+            return await self.warm.wait()
+        self.came.clear()
+        await self.came.wait()
 
     def live(self, prefix: str) -> FakeView | None:
         if self.cold or prefix not in self.watched:

@@ -327,3 +327,22 @@ async def test_engine_threads_are_used_again_and_end(node: FakeNode) -> None:
     await backward(losses[3])
     assert threading.active_count() <= before + 3
     await until(lambda: threading.active_count() == before)
+
+
+class Remembers(torch.autograd.Function):
+    """A node that looks like a leaf's to who only asks whether it has a `variable`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.variable = x.detach()
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * 2
+
+
+async def test_what_a_node_of_ones_own_remembers_is_no_leaf() -> None:
+    x = torch.ones(2, requires_grad=True)
+    await backward(Remembers.apply(x).sum())  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(x.grad, torch.full((2,), 2.0))

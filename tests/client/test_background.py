@@ -40,6 +40,7 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
     torch.testing.assert_close(x.grad, expected)
     with torch.no_grad():
         assert not expert(x).requires_grad
+    assert expert.info().args[0].shape == (8,)
     with pytest.raises(ExpertNotFound, match="ffn.1.9"):
         node.get_expert("ffn.1.9")
     gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(2, 2), in_features=8, k_best=2)

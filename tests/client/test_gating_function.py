@@ -114,9 +114,9 @@ async def test_nobody_answers(node: FakeNode) -> None:
     make_grid(node, [(0, 0), (1, 1)])
     await kill(node, "ffn.0.0", "ffn.1.1")
     with pytest.raises(NotEnoughExperts, match=r"2 rows.*ffn\.0\.0: ConnectionLost"):
-        await make_gate(node)(torch.randn(2, 8))
+        await make_gate(node, forward_timeout=0.05)(torch.randn(2, 8))
     node.directory.forgive()
-    y = await make_gate(node, on_missing="zero")(torch.randn(2, 8))
+    y = await make_gate(node, forward_timeout=0.05, on_missing="zero")(torch.randn(2, 8))
     assert not y.any()
     await backward(y.sum())
 

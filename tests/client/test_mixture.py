@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 
 import pytest
@@ -288,6 +289,8 @@ async def test_load_balancing_loss(node: FakeNode) -> None:
     assert gate.load_balancing_loss is mixed.load_balancing_loss
     await backward(mixed.load_balancing_loss)
     assert gate.proj.weight.grad is not None
+    twin = copy.deepcopy(gate)  # as `AsyncTrainer` makes them: torch copies no tensor that has a graph
+    assert twin.load_balancing_loss is None and gate.load_balancing_loss is not None
 
 
 async def test_sequences_by_sample_and_by_token(node: FakeNode) -> None:

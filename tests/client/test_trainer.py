@@ -170,6 +170,62 @@ async def test_buffers_follow(node: FakeNode) -> None:
     assert module.num_batches_tracked == 1
 
 
+async def test_copies_follow_what_trains_and_what_is_frozen(model: Model) -> None:
+    """A submodule in eval mode, and a parameter frozen or set free, also after the first copies were made."""
+    seen: list[tuple[bool, bool, bool, bool]] = []
+
+    async def looked_at(copied: Model, batch: torch.Tensor) -> torch.Tensor:
+        parts = copied.before, copied.after
+        seen.append((*(part.training for part in parts), *(part.weight.requires_grad for part in parts)))
+        return await loss_of(copied, batch)
+
+    trainer, batch = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 1e-2)), torch.ones(4, 8)
+    model.before.eval()
+    model.after.weight.requires_grad_(False)
+    frozen = model.after.weight.detach().clone()
+    await trainer.step(looked_at, batch)
+    torch.testing.assert_close(model.after.weight, frozen, rtol=0, atol=0)
+    model.before.train()
+    model.after.eval()
+    model.before.weight.requires_grad_(False)
+    model.after.weight.requires_grad_(True)
+    await trainer.step(looked_at, batch)
+    assert seen == [(False, True, True, False), (True, False, False, True)]
+    assert not torch.equal(model.after.weight, frozen)
+
+
+async def test_an_error_leaves_the_masters_gradients(model: Model) -> None:
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 1e-2))
+    model.before.weight.grad = torch.ones_like(model.before.weight)
+
+    async def fails(copied: Model, batch: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        await trainer.step(fails, torch.ones(4, 8))
+    torch.testing.assert_close(model.before.weight.grad, torch.ones_like(model.before.weight))
+
+
+async def test_a_module_may_exchange_its_buffers(node: FakeNode) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 1)
+            self.register_buffer("num_calls", torch.zeros(()))
+            self.register_buffer("nothing", None)
+
+    async def counted(copied: Counts, batch: torch.Tensor) -> torch.Tensor:
+        copied.num_calls = copied.num_calls + 1  # a new tensor
+        loss: torch.Tensor = copied.layer(batch).mean()
+        return loss
+
+    module = Counts()
+    trainer = AsyncTrainer(module, torch.optim.SGD(module.parameters(), 1e-2))
+    for _ in range(3):
+        await trainer.step(counted, torch.ones(4, 8))
+    assert module.num_calls.item() == 3
+
+
 async def test_mistakes(model: Model) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError):

@@ -321,9 +321,14 @@ async def test_waiting_for_somebody_alive_reads_the_grid_again_at_once() -> None
     swarm = FakeSwarm()
     subject = directory(swarm, DirectorySettings(refresh_period=1000, retry_period=0.01))
     with pytest.raises(ValueError, match="not watched"):
-        await subject.wait_alive("ffn")
+        await subject.wait_read("ffn")
     subject.watch("ffn", (8, 8))
-    waiting = [asyncio.create_task(subject.wait_alive("ffn")) for _ in range(2)]
+
+    async def until_somebody_lives() -> None:
+        while not subject.live("ffn"):
+            await subject.wait_read("ffn")
+
+    waiting = [asyncio.create_task(until_somebody_lives()) for _ in range(2)]
     await subject.wait_warm("ffn")
     assert not any(task.done() for task in waiting)
     server = await declare(swarm, 1, "ffn.3.7")
@@ -331,6 +336,5 @@ async def test_waiting_for_somebody_alive_reads_the_grid_again_at_once() -> None
         await asyncio.gather(*waiting)
     view = subject.live("ffn")
     assert view is not None and len(view) == 1
-    await subject.wait_alive("ffn")
     await subject.aclose()
     await server.aclose()

@@ -86,6 +86,36 @@ def test_a_liar_leads_one_path_astray_and_the_others_arrive() -> None:
     assert {item.raw for item in nearest(everybody, target, 8)} <= asked
 
 
+def test_a_path_that_asks_one_at_a_time_hears_a_second_opinion_before_it_ends() -> None:
+    rng = random.Random(5)
+    everybody, liars = contacts(rng, 300), contacts(rng, 40)
+    target = rng.getrandbits(256)
+    answer = {item.raw: nearest(everybody, target, 8) for item in everybody}
+    answer.update((item.raw, nearest(liars, target, 8)) for item in liars)
+    # the four nearest of the start, and so the first question of each path, are liars
+    far = nearest(everybody, ~target % 2**256, 16)
+    lookup = Lookup(target, [*nearest(liars, target, 4), *far], k=8, num_paths=4, alpha=8)
+    lookup.max_under_way = 4
+    asked: set[bytes] = set()
+    while not lookup.finished:
+        for item in lookup.to_ask():
+            asked.add(item.raw)
+            lookup.answered(item, answer[item.raw])
+    assert {item.raw for item in nearest(everybody, target, 4)} <= asked
+
+
+def test_a_narrow_lookup_spreads_its_questions_over_the_paths() -> None:
+    rng = random.Random(6)
+    lookup = Lookup(rng.getrandbits(256), contacts(rng, 20), k=8, num_paths=4, alpha=8)
+    lookup.max_under_way = 4
+    first = lookup.to_ask()
+    assert len(first) == 4 and lookup.to_ask() == []
+    paths = [lookup._candidates[item.raw].path for item in first]
+    assert sorted(paths) == [0, 1, 2, 3]
+    lookup.max_under_way = 8
+    assert len(lookup.to_ask()) == 4, "as many again when the read is late"
+
+
 def test_a_late_contact_frees_its_place_and_may_still_answer() -> None:
     rng = random.Random(3)
     start = contacts(rng, 4)

@@ -108,6 +108,18 @@ def test_only_the_dialled_one_can_say_so() -> None:
     assert not town.listed
 
 
+def test_who_fell_silent_before_it_was_dialled_is_not_listed_by_that() -> None:
+    town = Town(gateway=True)
+    town.run(0.1)
+    a = town.machines[A]
+    (nonce,) = a.probation._nonces
+    contact, _ = a.probation._pending[a.probation._nonces[nonce]]
+    a.lost(contact, town.now)
+    a.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), contact.peer_id, (b"", b"", nonce)), X, town.now)
+    assert not town.listed
+    assert not a.probation.holds(contact, town.now), "it is listed as soon as it proves its id again"
+
+
 def test_nobody_is_made_to_write_to_third_parties() -> None:
     town = Town(gateway=False)
     x = town.machines[X]

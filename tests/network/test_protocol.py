@@ -13,6 +13,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.calls import Unwatched
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, pack_contacts
+from tesseract_async.network.dialback import MAX_ERRANDS
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
@@ -304,7 +305,7 @@ def test_a_policy_decides_whose_records_are_held() -> None:
 def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
     pair = Pair()
     pair.a = machine(1, public=False)
-    pair.a.end_dial_wait()
+    pair.a.membership.end_dial_wait()
     pair.join()
     assert len(pair.a.table) == 1 and len(pair.b.table) == 0
     number = pair.a.write([record(pair.a)], 0.0)
@@ -322,7 +323,7 @@ def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
 def test_a_client_that_others_were_told_of_is_not_listed_either() -> None:
     pair = Pair()
     pair.b = machine(2, public=False)
-    pair.b.end_dial_wait()
+    pair.b.membership.end_dial_wait()
     pair.join()  # by the address given as a seed: it answers, and says what it is
     assert pair.a.metrics.snapshot()["network_datagrams_received"] >= 1
     assert len(pair.a.table) == 0
@@ -416,12 +417,47 @@ def test_a_node_behind_a_gateway_becomes_a_client_and_is_listed_by_nobody() -> N
     assert all(trio.machines[A].own_id not in trio.machines[other].table for other in (B, STRANGER))
 
 
+def test_a_client_is_asked_for_its_token_before_it_dials_and_a_flood_of_that_is_bounded() -> None:
+    b = machine(2)
+    b.dialback.note_client(STRANGER)
+    token = b.tokens.give(pack_address(A))
+    for number in range(MAX_ERRANDS + 50):
+        b.receive_datagram(request(wire.DIAL, number.to_bytes(8, "big"), token=token), A, 0.0)
+    pings = [data for data, to in b.datagrams_to_send() if to == STRANGER]
+    assert len(pings) == MAX_ERRANDS
+    ping = wire.decode(pings[0])
+    helper = machine(3, public=False)
+    helper.receive_datagram(pings[0], B, 0.0)
+    assert ping.kind == wire.PING
+    for data, to in helper.datagrams_to_send():
+        assert to == B
+        b.receive_datagram(data, STRANGER, 0.0)
+    sent = [wire.decode(data) for data, to in b.datagrams_to_send() if to == STRANGER]
+    (order,) = [item for item in sent if item.kind == wire.DIAL_FOR]
+    assert b.dialback.num_errands == MAX_ERRANDS - 1
+    assert helper.tokens.holds(wire.read_request(order).token, pack_address(B))
+
+
 def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
     trio = Trio()
     node = trio.machines[A]
     node.dialback.note_sent(STRANGER, 0.0)
     trio.run(10.0)
     assert node.dialback.role != "public"
+
+
+@pytest.mark.parametrize("role", ["client", "public"])
+def test_who_dialled_for_others_is_not_proven_by_the_one_it_dialled(role: str) -> None:
+    """A client that dials opens its own gateway. For who is public that means nothing, and others could make it so."""
+    node = machine(1, public=False)
+    node.dialback.role = role
+    order = request(wire.DIAL_FOR, pack_address(STRANGER), bytes(8), token=node.tokens.give(pack_address(B)))
+    node.receive_datagram(order, B, 0.0)
+    assert STRANGER in [to for _, to in node.datagrams_to_send()]
+    node.dialback._nonce = b"12345678"
+    node.dialback._num_unanswered = 1
+    node.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), bytes(32), (b"", b"", b"12345678")), STRANGER, 1.0)
+    assert (node.dialback._num_unanswered == 0) == (role == "public")
 
 
 def test_newly_closer_nodes_get_copies_and_only_of_what_they_lack() -> None:
@@ -453,7 +489,7 @@ def test_a_reader_repairs_a_holder_that_lags() -> None:
 def test_a_client_whose_gateway_gives_it_another_port_is_served_as_before() -> None:
     pair = Pair()
     pair.a = machine(1, public=False)
-    pair.a.end_dial_wait()
+    pair.a.membership.end_dial_wait()
     pair.join()
     for index in range(4):
         pair.b.storage.add(record(pair.b, subkey=str(index), size=100), WALL)
@@ -643,11 +679,11 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
     listed = Contact(newcomer.own_id, ("10.0.1.99", 4000))
     listed.proven = True
     seed.table.add(listed, 0.0)
-    node._ask_seeds(0.0)
+    node.membership.handle_timer(0.0)
     # it is new and near (so small a network is all neighbourhood): whom it knows is looked up
     assert exchange().count(wire.FIND) > 2
     assert newcomer.own_id in node.table
-    node._ask_seeds(0.0)
+    node.membership.handle_timer(0.0)
     assert exchange() == [wire.FIND], "nobody new"
 
 

@@ -39,6 +39,10 @@ def test_closest_is_brute_force_over_what_the_table_holds(numbers: list[int], ta
     held = [item.number for item in routes.contacts()]
     expected = sorted(held, key=lambda number: number ^ target)[:count]
     assert [item.number for item in routes.closest(target, count)] == expected
+    for number in [*held[:3], *expected[:2], *expected[-1:]]:
+        others = sorted((item for item in held if item != number), key=lambda item: item ^ target)[:count]
+        found = routes.closest(target, count, without=number.to_bytes(32, "big"))
+        assert [item.number for item in found] == others
     assert len(routes) == len(held) == len(set(held))
     assert OWN not in held
 

@@ -96,6 +96,67 @@ def test_priority_goes_before_age_and_an_urgent_deadline_before_both() -> None:
     assert [requests_of(batch)[0] for batch in drain(batcher, now=1.0)] == [urgent, high, old, patient]
 
 
+def test_a_head_start_goes_before_older_work_but_not_for_ever_nor_before_priority() -> None:
+    batcher = Batcher(NO_LIMIT)
+    slow, fast = batcher.add_pool("slow", max_batch_size=1), batcher.add_pool("fast", max_batch_size=1, head_start=0.5)
+    older, old, high, young, late = (
+        request(slow),
+        request(slow),
+        request(slow, priority=1),
+        request(fast),
+        request(fast),
+    )
+    for one, when in ((older, 0.0), (old, 1.0), (high, 1.2), (young, 1.3), (late, 1.6)):
+        batcher.add(one, now=when)
+    assert [requests_of(batch)[0] for batch in drain(batcher, now=1.6)] == [high, older, young, old, late]
+
+
+def learnt(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4, **options: object) -> tuple[Pool, float]:
+    """A pool of which the batcher has seen batches that cost so much, and the time when it was idle last."""
+    pool, now = batcher.add_pool("a", max_batch_size=1000, **options), 0.0  # type: ignore[arg-type]
+    for num_rows in (10, 20, 40) * 5:
+        batcher.add(request(pool, num_rows), now)
+        batch = batcher.pop_ready(now)
+        assert batch is not None and batcher.pop_ready(now) is None
+        now += each + per_row * num_rows
+        batcher.finish(batch, now)
+    assert batcher.pop_ready(now) is None
+    return pool, now
+
+
+def test_a_batch_is_no_larger_than_pays_while_the_device_keeps_up() -> None:
+    batcher = Batcher(BatcherSettings(fixed_share=0.25, keeping_up_seconds=0.5))
+    pool, now = learnt(batcher)  # 4 ms a batch are a quarter of it at 120 rows
+    sizes = []
+    for _ in range(160):
+        batcher.add(request(pool, 50), now)
+    while (batch := batcher.pop_ready(now)) is not None:
+        sizes.append((now, batch.num_rows))
+        now += 4e-3 + 1e-4 * batch.num_rows
+        batcher.finish(batch, now)
+    begun = sizes[0][0]
+    early = [num_rows for when, num_rows in sizes if when <= begun + 0.5]
+    late = [num_rows for when, num_rows in sizes if when > begun + 0.5]
+    assert set(early) == {150}, "the third request brings enough"
+    assert late[:-1] == [1000] * (len(late) - 1) and len(late) > 3, "half a second without a rest: now the rows count"
+
+
+@pytest.mark.parametrize("options", [{}, {"fixed_share": 0.0}, {"max_wait": 0.01}])
+def test_a_batch_takes_all_that_it_may_where_it_was_not_told_otherwise(options: dict[str, float]) -> None:
+    batcher = Batcher(BatcherSettings(**options))  # type: ignore[arg-type]
+    if "max_wait" in options or not options:
+        pool = batcher.add_pool("a", max_batch_size=1000, preferred_sizes=() if options else (600, 1000))
+        for num_rows in (10, 20, 40) * 5:
+            pool.cost.add(num_rows, 4e-3 + 1e-4 * num_rows)
+        now = 0.0
+    else:
+        pool, now = learnt(batcher)
+    for _ in range(12):
+        batcher.add(request(pool, 50), now)
+    batch = batcher.pop_ready(now + 0.01)
+    assert batch is not None and batch.num_rows == 600
+
+
 def test_a_flood_delays_its_sender_only() -> None:
     batcher = Batcher(NO_LIMIT)
     pool = batcher.add_pool("a", max_batch_size=4)
@@ -281,8 +342,8 @@ class BatcherModel(RuleBasedStateMachine):
         self.batcher = Batcher(BatcherSettings(max_queue_bytes=budget, max_wait=max_wait, urgent_seconds=0.5))
         self.peer_budget = budget // 2
         self.pools = [
-            self.batcher.add_pool(name, max_batch_size=size, preferred_sizes=preferred)
-            for name, size, preferred in (("a", 8, ()), ("b", 5, ()), ("c", 16, (4, 8)))
+            self.batcher.add_pool(name, max_batch_size=size, preferred_sizes=preferred, head_start=head_start)
+            for name, size, preferred, head_start in (("a", 8, (), 0.0), ("b", 5, (), 0.7), ("c", 16, (4, 8), 0.0))
         ]
         self.now = 0.0
         self.waiting: dict[Request, int] = {}  # rows dispatched so far
@@ -366,8 +427,9 @@ class BatcherModel(RuleBasedStateMachine):
             assert batch.parts[0].request.deadline == min(one.deadline for one in urgent)
         elif not self.max_wait:
             top = max(one.priority for one in self.waiting)
-            oldest = next(one for one in self.waiting if one.priority == top)
-            assert oldest.pool is batch.pool, "another expert holds older work of this class"
+            arrivals = {one: one.arrival - one.pool.head_start for one in self.waiting if one.priority == top}
+            oldest = {one.pool for one, arrival in arrivals.items() if arrival == min(arrivals.values())}
+            assert batch.pool in oldest, "another expert holds older work of this class"
         for part in batch.parts:
             self.waiting[part.request] = part.stop
             if part.is_last:

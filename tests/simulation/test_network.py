@@ -218,6 +218,50 @@ def test_clients_behind_gateways_are_served_and_listed_by_nobody() -> None:
     assert not any(node.protocol.storage.num_entries for node in clients)
 
 
+@pytest.mark.parametrize("public_addresses", [False, True])
+def test_behind_one_declared_node_all_others_find_out_what_they_are(public_addresses: bool) -> None:
+    """The first node of a swarm is the only one that says so itself: clients dial for it until there are others."""
+    network = SimulatedNetwork(seed=21, latency=0.02, public_addresses=public_addresses)
+    first = network.add_node()
+    dialable = [network.add_node([first], public=False) for _ in range(5)]
+    hidden = [network.add_node([first], public=False, gateway=True) for _ in range(3)]
+    network.run(60.0)
+    assert {node.protocol.dialback.role for node in dialable} == {"public"}
+    assert {node.protocol.dialback.role for node in hidden} == {"client"}
+    assert network.store(hidden[0], "key", 1, ttl=600.0) == 6
+
+
+@pytest.mark.parametrize("public_addresses, seed", [(False, 1), (True, 1), (True, 2)])
+def test_those_who_start_together_know_each_other_after_seconds(public_addresses: bool, seed: int) -> None:
+    latency = log_normal_latency(median_rtt=0.08, sigma=0.5)
+    network = SimulatedNetwork(seed=seed, latency=latency, public_addresses=public_addresses)
+    first = network.add_node()
+    nodes = [network.add_node([first]) for _ in range(15)]
+    network.run(5.0)
+    assert min(len(node.protocol.table) for node in nodes) == 15
+    network.run(55.0)
+    before = network.num_datagrams
+    network.run(600.0)
+    # in the long run seeds alone are asked, at most every 5 minutes, and everybody's copies compared
+    assert network.num_datagrams - before <= 15 * 12
+
+
+def test_a_read_on_a_quick_network_asks_hardly_more_than_it_needs() -> None:
+    counts = {}
+    for latency in (0.0005, 0.04):
+        network = SimulatedNetwork(seed=5, latency=latency, settings=NetworkSettings(path_cache_lifetime=0.0))
+        nodes = network.add_settled_swarm(300)
+        for index in range(20):
+            network.store(nodes[index], f"key {index}", index, ttl=600.0)
+        network.run(5.0)
+        before = network.num_datagrams
+        for index in range(20):
+            assert network.get(nodes[-index - 1], f"key {index}") == index
+        counts[latency] = (network.num_datagrams - before) / 2 / 20
+    # a hop or two on each of some paths, and three holders; who waits for distant answers asks twice as many at a time
+    assert counts[0.0005] < 8 < counts[0.04] < 16
+
+
 def test_clocks_half_a_minute_apart_do_no_harm() -> None:
     network = SimulatedNetwork(seed=11, latency=0.02)
     nodes = [network.add_node(clock_skew=-14.0)]

@@ -1,0 +1,65 @@
+"""What batches cost, learnt from made-up ones."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from tesseract_async.runtime.costs import BatchCost
+
+
+def fed(sizes: list[int], *, each: float, per_row: float, noise: float = 0.0) -> BatchCost:
+    cost, chance = BatchCost(), random.Random(1)
+    for size in sizes:
+        cost.add(size, (each + per_row * size) * chance.uniform(1 - noise, 1 + noise))
+    return cost
+
+
+MIXED = [1, 2, 3, 4, 8, 16, 32] * 10
+
+
+def test_the_line_is_found() -> None:
+    cost = fed(MIXED, each=3.0, per_row=0.5)
+    assert cost.rows_until(0.5) == pytest.approx(6.0), "where 3 is half of 3 + 0.5 rows"
+    assert cost.rows_until(0.25) == pytest.approx(18.0)
+    assert cost.rows_until(0.0) == math.inf
+
+
+def test_noise_does_not_mislead_it() -> None:
+    assert 3.0 < fed(MIXED, each=3.0, per_row=0.5, noise=0.3).rows_until(0.5) < 12.0
+
+
+def test_rows_that_cost_all_and_rows_that_cost_nothing() -> None:
+    assert fed(MIXED, each=0.0, per_row=0.5).rows_until(0.25) == pytest.approx(0.0, abs=1e-9)
+    assert fed(MIXED, each=3.0, per_row=0.0).rows_until(0.25) > 1e6
+    assert fed(MIXED, each=0.0, per_row=0.0).rows_until(0.25) == math.inf
+
+
+def test_nothing_is_claimed_of_few_batches_or_of_equal_ones() -> None:
+    assert fed([1, 2, 3], each=3.0, per_row=0.5).rows_until(0.5) == math.inf
+    assert fed([16] * 100, each=3.0, per_row=0.5).rows_until(0.5) == math.inf
+
+
+def test_equal_batches_leave_what_was_known() -> None:
+    cost = fed(MIXED, each=3.0, per_row=0.5)
+    for _ in range(500):
+        cost.add(16, 11.0)
+    assert cost.rows_until(0.5) == pytest.approx(6.0, rel=0.3)
+
+
+def test_one_stall_changes_little() -> None:
+    cost = fed(MIXED, each=3.0, per_row=0.5)
+    cost.add(4, 500.0)
+    assert cost.rows_until(0.5) < 12.0
+
+
+def test_a_lasting_change_is_learnt() -> None:
+    cost = fed(MIXED, each=3.0, per_row=0.5)
+    for size in MIXED * 5:
+        cost.add(size, 300.0 + 50.0 * size)
+    assert cost.rows_until(0.5) == pytest.approx(6.0, rel=0.1)
+    for size in MIXED * 5:
+        cost.add(size, 30.0 + 0.5 * size)
+    assert cost.rows_until(0.5) == pytest.approx(60.0, rel=0.1)
