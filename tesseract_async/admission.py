@@ -10,7 +10,9 @@ from typing import Literal
 from tesseract_async.identity import PeerID
 
 Action = Literal["call", "train", "store"]
-"""``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``store``: put records."""
+"""``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``store``: put records, which
+is what servers do, and hand an expert over that one leads.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
 EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
+# a primary that hands its expert over acts as a server: it need not be among those who train
+_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
 
 
 class TesseractNode:
@@ -143,8 +145,7 @@ class TesseractNode:
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             for method in EXPERT_METHODS:
-                action: Action = "train" if method == BACKWARD else "call"
-                endpoint.handle(method, self._answer_expert, action=action)
+                endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)

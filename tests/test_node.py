@@ -9,8 +9,9 @@ import pytest
 
 import tesseract_async as ta
 from tesseract_async import errors
+from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.wire.messages import FORWARD, INFO
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD
 
 pytestmark = pytest.mark.both_loops
 
@@ -134,6 +135,27 @@ async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -
             with pytest.raises(asyncio.CancelledError):
                 await task
             await asyncio.wait_for(cancelled.wait(), 5)
+
+
+async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
+    server, trainer = ta.Identity.generate(), ta.Identity.generate()
+    both = frozenset({server.peer_id, trainer.peer_id})
+    policy = Policy(callers=both, trainers=frozenset({trainer.peer_id}), storers=frozenset({server.peer_id}))
+    async with (
+        ta.TesseractNode(policy=policy) as host,
+        ta.TesseractNode(identity=server) as serving,
+        ta.TesseractNode(identity=trainer) as training,
+    ):
+        host.host_expert("ffn.0", echo)
+
+        async def ask(node: ta.TesseractNode, method: str) -> Message:
+            return await node.call_expert(host.peer_address, method, {"uid": "ffn.0"}, timeout=5.0)
+
+        for node, allowed, refused, action in ((serving, LEAD, BACKWARD, "train"), (training, BACKWARD, LEAD, "store")):
+            await ask(node, allowed)
+            await ask(node, FORWARD)
+            with pytest.raises(errors.NotAllowed, match=f"does not let .* {action}"):
+                await ask(node, refused)
 
 
 async def test_an_unknown_uid_is_named() -> None:

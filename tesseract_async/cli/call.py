@@ -19,7 +19,15 @@ from tesseract_async.cli.waiting import bar, sign
 @click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows of random numbers to send.")
 @click.option("--repeat", default=1, show_default=True, type=click.IntRange(1), help="Calls, one after the other.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
-def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, repeat: int, as_json: bool) -> None:
+def command(
+    uid: str,
+    initial_peers: tuple[str, ...],
+    identity: str | None,
+    verbose: bool,
+    rows: int,
+    repeat: int,
+    as_json: bool,
+) -> None:
     """Find the expert UID, call it forward with random rows (nothing is trained), and say what came and how fast."""
     set_up_logging(verbose=verbose)
 
@@ -33,7 +41,7 @@ def command(uid: str, initial_peers: tuple[str, ...], verbose: bool, rows: int, 
             from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
         split_uid(uid)  # a malformed one is said so at once
-        async with TesseractNode(initial_peers=peers(initial_peers)) as node:
+        async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
             await join(node)
             expert = await node.get_expert(uid)
             replicas = await node.directory.find(uid)

@@ -19,6 +19,7 @@ from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_
 def command(
     patterns: tuple[str, ...],
     initial_peers: tuple[str, ...],
+    identity: str | None,
     verbose: bool,
     bind: str,
     bind_port: int,
@@ -44,7 +45,7 @@ def command(
         from tesseract_async.monitoring import SwarmObserver
         from tesseract_async.node import TesseractNode
 
-        node = TesseractNode(initial_peers=peers(initial_peers), refresh_period=period)
+        node = TesseractNode(initial_peers=peers(initial_peers), identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         async with (
             node,

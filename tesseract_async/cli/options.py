@@ -133,6 +133,11 @@ def joining_options(command: Command) -> Command:
             metavar="HOST:PORT[/PEER_ID]",
             help="A node of the swarm to join; may be given several times, or as one list with commas.",
         ),
+        click.option(
+            "--identity",
+            type=click.Path(dir_okay=False),
+            help="File with the key of a member, made if missing: closed swarms know theirs. Else it is nobody's.",
+        ),
         *LOG_OPTIONS,
     ]
     for option in reversed(options):

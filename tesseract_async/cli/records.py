@@ -17,7 +17,7 @@ from tesseract_async.cli.units import counted
 @click.argument("key")
 @joining_options
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per entry.")
-def get(key: str, initial_peers: tuple[str, ...], verbose: bool, as_json: bool) -> None:
+def get(key: str, initial_peers: tuple[str, ...], identity: str | None, verbose: bool, as_json: bool) -> None:
     """Show every entry that the network holds under KEY: whose it is, until when it holds, and what it says.
 
     The servers of a grid are under experts/PREFIX. The exit status is 1 where nothing is held.
@@ -27,7 +27,7 @@ def get(key: str, initial_peers: tuple[str, ...], verbose: bool, as_json: bool) 
     async def main() -> int:
         from tesseract_async.node import TesseractNode
 
-        async with TesseractNode(initial_peers=peers(initial_peers)) as node:
+        async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
             await join(node)
             entries = await node.network.get_entries(key)
         for entry in entries:
@@ -52,17 +52,19 @@ def get(key: str, initial_peers: tuple[str, ...], verbose: bool, as_json: bool) 
 @joining_options
 @click.option("--subkey", help="One owner may hold several entries under a key, told apart by this.")
 @click.option("--ttl", default=300.0, show_default=True, type=click.FloatRange(1.0), help="Seconds for which it holds.")
-@click.option("--identity", type=click.Path(dir_okay=False), help="File with the key of the entry's owner.")
 def put(
     key: str,
     value: str,
     initial_peers: tuple[str, ...],
+    identity: str | None,
     verbose: bool,
     subkey: str | None,
     ttl: float,
-    identity: str | None,
 ) -> None:
-    """Store VALUE under KEY: JSON where it is JSON, else as text. It stays for `--ttl` seconds, unless renewed."""
+    """Store VALUE under KEY: JSON where it is JSON, else as text. It stays for `--ttl` seconds, unless renewed.
+
+    The entry belongs to `--identity`: without one, nobody can change it later.
+    """
     set_up_logging(verbose=verbose)
 
     async def main() -> int:

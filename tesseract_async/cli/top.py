@@ -40,6 +40,7 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 def command(
     patterns: tuple[str, ...],
     initial_peers: tuple[str, ...],
+    identity: str | None,
     verbose: bool,
     period: float,
     once: bool,
@@ -61,7 +62,7 @@ def command(
         from tesseract_async.monitoring import SwarmObserver
         from tesseract_async.node import TesseractNode
 
-        node = TesseractNode(initial_peers=peers(initial_peers), refresh_period=period)
+        node = TesseractNode(initial_peers=peers(initial_peers), identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         console = Console()
         async with node:

@@ -88,14 +88,16 @@ class Membership:
         """A lookup of the own id ended."""
         network = self._network
         self._neighbourhood = None
-        if not self.joined and len(network.table):
+        if not len(network.table):
+            return  # nobody is left to know: the seeds are asked as before
+        if not self.joined:
             self.joined = self.ever_joined = True
             self._num_second_looks = 0
             network.emit(Joined(len(network.table)))
         self._backoff = network.settings.seed_period
         if self._seeds:
             self.timer_at = now + self._backoff * self._jitter()
-            if self.joined and len(network.table) < network.settings.k and self._num_second_looks < len(SECOND_LOOKS):
+            if len(network.table) < network.settings.k and self._num_second_looks < len(SECOND_LOOKS):
                 network.timers.start(now + SECOND_LOOKS[self._num_second_looks] * self._jitter(), self._look_again)
                 self._num_second_looks += 1
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.runtime import modules, randomness
-from tesseract_async.runtime.acceleration import Acceleration
+from tesseract_async.runtime.acceleration import Acceleration, fuse
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
@@ -247,6 +247,8 @@ class ExpertBackend:
         return of_inputs, list(remaining)
 
     def _find_parameters(self) -> None:
+        if self.optimizer is not None:
+            fuse(self.optimizer)
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
 
@@ -320,6 +322,7 @@ class ExpertBackend:
         if self.optimizer is not None and state["optimizer"] is not None:
             # PyTorch takes the tensors themselves, and steps change them in place
             self.optimizer.load_state_dict(_copy(state["optimizer"]))
+            fuse(self.optimizer)
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]

@@ -15,7 +15,7 @@ from tesseract_async.cli.access import TRAINING, access_options, describe_policy
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
-from tests.cli.processes import event, tesseract
+from tests.cli.processes import event, finish, tesseract
 from tests.stem import Stem
 
 ONE, TWO, THREE = (ta.PeerID(bytes([number]) * 32) for number in (1, 2, 3))
@@ -143,6 +143,12 @@ async def test_a_closed_swarm_of_commands_takes_its_members_only(stem: Stem, tmp
                 expert = await stranger.get_expert("ffn.0")
                 with pytest.raises(NotAllowed, match="does not let"), torch.no_grad():
                     await expert(x)
+            member.save(tmp_path / "member.pem")
+            question = ("call", "ffn.0", "-p", address, "--rows", "2")
+            status, out, err = await finish(stem, *question, "--identity", str(tmp_path / "member.pem"))
+            assert status == 0 and "gave float32[2, 4]" in out, err
+            status, _, err = await finish(stem, *question)
+            assert status == 1 and "does not let" in err
             server.terminate()
             assert (await event(server, "left"))["versions"] == {"ffn.0": 1}
             assert await server.wait() == 0

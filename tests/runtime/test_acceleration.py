@@ -92,3 +92,34 @@ def test_compiled_equals_plain(dropout: float, no_helpers: None) -> None:
                 leaf = x.clone().requires_grad_()
                 (expected,) = torch.autograd.grad((module[:2](leaf) * kept).sum(), leaf)
             torch.testing.assert_close(again, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_steps_in_one_kernel_unless_its_owner_says_otherwise(kind: type[torch.optim.Adam]) -> None:
+    def make(**options: bool) -> ExpertBackend:
+        torch.manual_seed(1)
+        module = nn.Linear(3, 3)
+        optimizer = kind(module.parameters(), lr=0.1, **options)  # type: ignore[arg-type]
+        return ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((3,)),))
+
+    usual, plain, many = make(), make(fused=False), make(foreach=True)
+    assert usual.optimizer is not None and usual.optimizer.param_groups[0]["fused"]
+    assert plain.optimizer is not None and plain.optimizer.param_groups[0]["fused"] is False
+    assert many.optimizer is not None and not many.optimizer.param_groups[0]["fused"]
+    x, gradient = torch.randn(4, 3), torch.randn(4, 3)
+
+    def train(backend: ExpertBackend) -> torch.Tensor:
+        for _ in range(3):
+            backend.step(backend.gradients([x], [gradient])[1])
+        return backend.forward([x])[0]
+
+    expected = train(plain)
+    torch.testing.assert_close(train(usual), expected)
+    # a state that was saved by an optimizer that went one by one
+    usual.load_state(plain.state())
+    assert usual.optimizer.param_groups[0]["fused"] is False, "whose owner had said so"
+    left = plain.state()
+    left["optimizer"]["param_groups"][0]["fused"] = None
+    usual.load_state(left)
+    assert usual.optimizer.param_groups[0]["fused"]
+    torch.testing.assert_close(train(usual), train(plain))

@@ -246,6 +246,19 @@ def test_those_who_start_together_know_each_other_after_seconds(public_addresses
     assert network.num_datagrams - before <= 15 * 12
 
 
+def test_who_is_cut_off_while_it_would_look_again_comes_back_as_soon_as_ever() -> None:
+    network = SimulatedNetwork(seed=4, latency=0.02)
+    first = network.add_node()
+    node = network.add_node([first])
+    assert network.clock.run_until(lambda: node.protocol.joined, timeout=5.0)
+    network.partition([node])
+    node.protocol.lost(node.protocol.table.contacts()[0], network.clock.now)
+    network.run(20.0)
+    assert not node.protocol.joined
+    network.heal()
+    assert network.clock.run_until(lambda: node.protocol.joined, timeout=40.0)
+
+
 def test_a_read_on_a_quick_network_asks_hardly_more_than_it_needs() -> None:
     counts = {}
     for latency in (0.0005, 0.04):
