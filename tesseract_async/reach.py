@@ -338,6 +338,8 @@ class Reach:
         settings = self._settings
         loop = asyncio.get_running_loop()
         await self._network.wait_joined()
+        if settings.client and self._client is not None:
+            self._client.look()  # it was started before anybody was known
         if self._mapper is not None:
             await self._mapper.tried.wait()
         addresses = self._own_addresses()

@@ -346,11 +346,11 @@ async def test_a_client_node_imports_aiortc_in_a_thread(monkeypatch: pytest.Monk
         on_loop = threading.current_thread() is threading.main_thread()
         loop.call_soon_threadsafe(imported.put_nowait, (name, on_loop))
 
-    monkeypatch.delitem(sys.modules, "aiortc", raising=False)
+    monkeypatch.delitem(sys.modules, "tesseract_async.transport.association", raising=False)
     monkeypatch.setattr(webrtc.importlib, "import_module", note)
     async with node(Network(R1, R2), monkeypatch, dialled={4: (False, "198.51.100.7")}):
         async with asyncio.timeout(10):
-            assert await imported.get() == ("aiortc", False)
+            assert await imported.get() == ("tesseract_async.transport.association", False)
 
 
 async def test_who_says_that_it_is_public_is_believed_at_once() -> None:

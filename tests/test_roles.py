@@ -85,3 +85,11 @@ async def test_nodes_that_others_can_dial_find_it_out() -> None:
             for node in nodes[1:]:
                 assert await node.wait_reachable(10.0)
                 assert node.reach.finding.role == "public" and node.reach.finding.tcp
+
+
+async def test_who_knows_that_it_cannot_be_dialled_has_a_rendezvous_as_soon_as_it_knows_anybody() -> None:
+    """It starts before it knows anybody: it may not wait for the next look."""
+    settings = ReachSettings(on_loopback=True, client=True, rendezvous=RendezvousSettings(check_period=3600.0))
+    async with public_nodes(1) as (seed,), ta.TesseractNode(initial_peers=[seed.address], reach=settings) as node:
+        assert await node.wait_reachable(10.0)
+        assert node.reach.rendezvous

@@ -45,10 +45,17 @@ class Finding:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that a node would listen on.")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port that a node would listen on.")
 @click.option(
+    "--upnp",
+    is_flag=True,
+    help="Ask the router to let others in, as a node with --upnp would, and see whether that helps.",
+)
+@click.option(
     "--checkpoint-dir", default=".", type=click.Path(file_okay=False, path_type=Path), help="Look for room there."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per finding.")
-def command(initial_peers: tuple[str, ...], host: str, port: int, checkpoint_dir: Path, as_json: bool) -> None:
+def command(
+    initial_peers: tuple[str, ...], host: str, port: int, upnp: bool, checkpoint_dir: Path, as_json: bool
+) -> None:
     """Look for what would keep this machine from taking part, and say what to do about it.
 
     The exit status is 1 if something is bad; notes do not count.
@@ -66,7 +73,8 @@ def command(initial_peers: tuple[str, ...], host: str, port: int, checkpoint_dir
         for peer in peers(initial_peers):
             with sign(f"asking {peer}"):
                 # a port that is taken (by the very node in question, perhaps) can't be tried; another tells the rest
-                asked = [finding async for finding in reach(peer, host, port if listening.verdict == "good" else 0)]
+                free = port if listening.verdict == "good" else 0
+                asked = [finding async for finding in reach(peer, host, free, upnp=upnp)]
             findings += asked
             for finding in asked:
                 _show(finding, as_json)
@@ -144,13 +152,13 @@ def port_pair(host: str, port: int) -> Finding:
     return Finding("good", "listening", f"possible at {where}, TCP and UDP")
 
 
-async def reach(peer: str, host: str, port: int) -> AsyncIterator[Finding]:
+async def reach(peer: str, host: str, port: int, *, upnp: bool) -> AsyncIterator[Finding]:
     """Whether this seed answers by UDP and by TCP, how far the clocks differ, and what others see of `port` here."""
     from tesseract_async.errors import NotAllowed, TesseractError, describe
     from tesseract_async.monitoring import ask_status
     from tesseract_async.node import TesseractNode
 
-    async with TesseractNode(host, port, initial_peers=[peer]) as node:
+    async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         if not await node.network.wait_joined(5.0):
             advice = "Does it run? Is UDP to its port let through, here and there?"
             yield Finding("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)

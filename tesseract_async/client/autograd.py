@@ -118,6 +118,7 @@ class _Request:
     def __init__(self, call: _Call) -> None:
         self.call = call
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
+        self._is_cancelled = False
         self._done = threading.Event()
         self._result: list[torch.Tensor | None] | None = None
         self._error: BaseException | None = None
@@ -160,7 +161,8 @@ class _Request:
             pass
 
     def _cancel_task(self) -> None:
-        if self.task is not None:
+        if self.task is not None and not self._is_cancelled:
+            self._is_cancelled = True  # once: a second time would break off how it ends its own calls
             self.task.cancel()
 
     def wait(self) -> list[torch.Tensor | None]:
@@ -272,8 +274,6 @@ class _Step:
         """Waits until the tasks of cancelled requests have ended, those on the running loop."""
         loop = asyncio.get_running_loop()
         tasks = [r.task for r in self._requests if r.task is not None and r.call.loop is loop and not r.task.done()]
-        for task in tasks:
-            task.cancel()
         while tasks := [task for task in tasks if not task.done()]:
             await asyncio.wait(tasks)
 

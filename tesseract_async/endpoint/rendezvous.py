@@ -205,6 +205,7 @@ class RendezvousClient:
         self._failed: dict[PeerID, float] = {}
         self._turns: WeakValueDictionary[PeerAddress, asyncio.Semaphore] = WeakValueDictionary()
         self._keeper: asyncio.Task[None] | None = None
+        self._look_now = asyncio.Event()
         self._rng = random.Random()
         endpoint.handle(DELIVER, self._delivered)
 
@@ -253,6 +254,10 @@ class RendezvousClient:
         if self._keeper is None:
             self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
+    def look(self) -> None:
+        """There may be new contacts: what is missing is looked for now, not after `check_period`."""
+        self._look_now.set()
+
     async def stop(self) -> None:
         """Ends `start`; registrations end by themselves."""
         keeper, self._keeper = self._keeper, None
@@ -265,13 +270,18 @@ class RendezvousClient:
     async def _keep(self) -> None:
         while True:
             before = self.rendezvous
+            self._look_now.clear()
             await self._renew()
             if self.rendezvous != before:
                 names = ", ".join(peer.short for peer in self.rendezvous) or "no node"
                 logger.info("offers for this node travel through %s", names)
                 self._endpoint.metrics.set("rendezvous_nodes", len(self._registered))
                 self._changed()
-            await asyncio.sleep(self._settings.check_period)
+            try:
+                async with asyncio.timeout(self._settings.check_period):
+                    await self._look_now.wait()
+            except TimeoutError:
+                pass
 
     async def _renew(self) -> None:
         """One round: renews what is due or has lost its connection, and fills up from the contacts."""

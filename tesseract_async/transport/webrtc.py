@@ -32,9 +32,6 @@ BUFFERED_HIGH: Final = 256 * 1024
 """Bytes in aiortc's own queue beyond which nothing is added ..."""
 BUFFERED_LOW: Final = 128 * 1024
 """... until it has fallen to this."""
-MAX_GAPS: Final = 256
-MAX_DUPLICATES: Final = 32
-"""What one acknowledgement may tell, so that it fits into a packet."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds that `close` gives to what was written."""
 
@@ -56,8 +53,9 @@ class WebrtcSettings:
 
 async def load() -> None:
     """Imports aiortc without holding up the loop. The first connection does it, too."""
-    if "aiortc" not in sys.modules:
-        await asyncio.to_thread(importlib.import_module, "aiortc")
+    name = "tesseract_async.transport.association"
+    if name not in sys.modules:
+        await asyncio.to_thread(importlib.import_module, name)
 
 
 class _Ice(aioice.Connection):
@@ -155,6 +153,8 @@ class Negotiation:
         from aiortc.rtcdatachannel import RTCDataChannelParameters
         from aiortc.rtcsctptransport import LOCAL_MAX_MESSAGE_SIZE
 
+        from tesseract_async.transport.association import CHANNEL, Association
+
         ice = self._ice
         ice.remote_username, ice.remote_password = remote.username, remote.password
         for one in remote.candidates:
@@ -181,9 +181,9 @@ class Negotiation:
         await dtls.start(aiortc.RTCDtlsParameters(fingerprints=[fingerprint]))
         if dtls.state != "connected":
             raise ConnectionLost("the peer", "the DTLS handshake failed")
-        self._sctp = sctp = aiortc.RTCSctpTransport(dtls, SCTP_PORT)
-        _keep_acknowledgements_small(sctp)
-        channel = aiortc.RTCDataChannel(sctp, RTCDataChannelParameters(label="tesseract", negotiated=True, id=0))
+        self._sctp = sctp = Association(dtls, SCTP_PORT, lambda error: pipe.fail(error))
+        parameters = RTCDataChannelParameters(label="tesseract", negotiated=True, id=CHANNEL)
+        channel = aiortc.RTCDataChannel(sctp, parameters)
         opened = asyncio.Event()
         channel.once("open", opened.set)
         channel.once("close", opened.set)
@@ -211,20 +211,6 @@ class Negotiation:
             if pump is not None:
                 await asyncio.wait([pump])
         await self._ice.close()
-
-
-def _keep_acknowledgements_small(sctp: Any) -> None:
-    """aiortc names every gap, and its DTLS cuts off what exceeds 1500 bytes: once a full queue on the way had dropped
-    packets in 360 places, no acknowledgement got through any more, for good. RFC 9260 (3.3.4) lets it name what fits.
-    """
-    send = sctp._send_chunk
-
-    async def send_chunk(chunk: Any) -> None:
-        if (gaps := getattr(chunk, "gaps", None)) is not None:
-            chunk.gaps, chunk.duplicates = gaps[:MAX_GAPS], chunk.duplicates[:MAX_DUPLICATES]
-        await send(chunk)
-
-    sctp._send_chunk = send_chunk
 
 
 _own_certificate: RTCCertificate | None = None
@@ -389,6 +375,11 @@ class DataChannelPipe:
         if self._closing is not None:
             self._gone.set()  # `close` may be waiting
         self._end(None, flush=False)
+
+    def fail(self, error: ProtocolError) -> None:
+        """The peer broke the rules below the stream's."""
+        self._end(error, flush=False)
+        self._gone.set()
 
     def _channel_closed(self) -> None:
         if self._dtls.state != "connected" or self._channel.readyState in ("closing", "closed"):

@@ -1,9 +1,11 @@
-"""What do several associations carry over a given link that one does not? In virtual time: the processor has no say.
+"""What do associations carry over a given link, by which rule, one or several? In virtual time: the processor is fast.
 
 Two ends in one process, with aiortc's own DTLS and SCTP between them and a link in memory instead of ICE: a rate, a
 delay, a queue of 100 ms that drops what does not fit, and losses at random (seeded). The associations share the link.
-The same seed gives the same figures up to the sizes of DTLS' random numbers, on a busy machine, too. What a processor
-carries is `nat_associations`' matter. One line of JSON per figure.
+The rules: aiortc's own congestion control (TCP Reno's), and this package's (`transport/congestion.py`). At last one of
+each shares a link, to see what is left for the other. The same seed gives the same figures up to the sizes of DTLS'
+random numbers, on a busy machine, too. What a processor carries is `nat_associations`' matter. One line of JSON per
+figure.
 """
 
 from __future__ import annotations
@@ -20,14 +22,31 @@ from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from aiortc import rtcsctptransport
+from aiortc import RTCSctpTransport, rtcsctptransport
 
 from tesseract_async.testing import VirtualClock
+from tesseract_async.transport import association
+from tesseract_async.transport.association import MAX_GAPS, Association
 from tesseract_async.transport.webrtc import DataChannelPipe, Negotiation, WebrtcSettings
 
 T = TypeVar("T")
 
 COUNTS = (1, 2, 4)
+
+
+class Reno(RTCSctpTransport):
+    """aiortc's association as it is, but for the acknowledgements, which else stop it for good (`association`)."""
+
+    def __init__(self, dtls: Any, port: int, on_garbage: object) -> None:
+        super().__init__(dtls, port)
+
+    async def _send_chunk(self, chunk: Any) -> None:
+        if isinstance(chunk, rtcsctptransport.SackChunk):
+            chunk.gaps, chunk.duplicates = chunk.gaps[:MAX_GAPS], chunk.duplicates[:32]
+        await super()._send_chunk(chunk)
+
+
+RULES: dict[str, Any] = {"aiortc's rule": Reno, "own rule": Association}
 MEGABIT = 1e6 / 8
 MESSAGE = 2**20
 """Bytes of a call whose time from a cold start is told."""
@@ -107,16 +126,17 @@ class Ice:
 class End:
     """Counts what arrives, and says when everything has left."""
 
-    def __init__(self, total: Total) -> None:
+    def __init__(self, *totals: Total) -> None:
         self.drained = asyncio.Event()
-        self._total = total
+        self._totals = totals
         self._buffer = memoryview(bytearray(2**18))
 
     def get_buffer(self) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
-        self._total.add(count)
+        for total in self._totals:
+            total.add(count)
 
     def pipe_drained(self) -> None:
         self.drained.set()
@@ -138,7 +158,15 @@ class Total:
             self.complete_at = asyncio.get_running_loop().time()
 
 
-async def open_pipe(out: Link, back: Link) -> tuple[DataChannelPipe, DataChannelPipe]:
+async def open_pipe(out: Link, back: Link, rule: str = "own rule") -> tuple[DataChannelPipe, DataChannelPipe]:
+    association.Association = RULES[rule]  # type: ignore[misc]
+    try:
+        return await _open_pipe(out, back)
+    finally:
+        association.Association = Association  # type: ignore[misc]
+
+
+async def _open_pipe(out: Link, back: Link) -> tuple[DataChannelPipe, DataChannelPipe]:
     mine, theirs = Ice(out, "a"), Ice(back, "b")
     mine.other, theirs.other = theirs, mine
     made = []
@@ -152,13 +180,17 @@ async def open_pipe(out: Link, back: Link) -> tuple[DataChannelPipe, DataChannel
     return here, there
 
 
-async def measure(count: int, *, rate: float, round_trip: float, loss: float, seed: int) -> dict[str, float]:
+async def measure(
+    rules: list[str], *, rate: float, round_trip: float, loss: float, seed: int, until: float = STEADY[1]
+) -> dict[str, Any]:
+    """One association for each of `rules`; their steady rates, and what they did together."""
     loop = asyncio.get_running_loop()
     out = Link(rate=rate, delay=round_trip / 2, loss=0.0, seed=seed)
     back = Link(rate=None, delay=round_trip / 2, loss=0.0, seed=seed + 1)
-    pipes = await asyncio.gather(*(open_pipe(out, back) for _ in range(count)))
+    pipes = [await open_pipe(out, back, rule) for rule in rules]
     out._loss = loss
-    total, unused = Total(), Total()
+    together, unused = Total(), Total()
+    totals = [Total() for _ in rules]
     data = bytes(2**16)
 
     async def pump(pipe: DataChannelPipe) -> None:
@@ -170,15 +202,15 @@ async def measure(count: int, *, rate: float, round_trip: float, loss: float, se
                 end.drained.clear()
                 await end.drained.wait()
 
-    for _, there in pipes:
-        there.start(End(total))
+    for (_, there), total in zip(pipes, totals, strict=True):
+        there.start(End(total, together))
     begun = loop.time()
     dropped = out.num_dropped
     pumps = [loop.create_task(pump(here)) for here, _ in pipes]
     await asyncio.sleep(STEADY[0])
-    before = total.count
-    await asyncio.sleep(STEADY[1] - STEADY[0])
-    speed = (total.count - before) / (STEADY[1] - STEADY[0])
+    before = [total.count for total in totals]
+    await asyncio.sleep(until - STEADY[0])
+    speeds = [(total.count - old) / (until - STEADY[0]) for total, old in zip(totals, before, strict=True)]
     for task in pumps:
         task.cancel()
     await asyncio.wait(pumps)
@@ -186,13 +218,13 @@ async def measure(count: int, *, rate: float, round_trip: float, loss: float, se
         for pipe in pair:
             pipe.abort()
     await asyncio.sleep(5.0)
-    cold = (total.complete_at if total.complete_at is not None else float("inf")) - begun
-    return {"speed": speed, "cold": cold, "dropped": out.num_dropped - dropped}
+    cold = (together.complete_at if together.complete_at is not None else float("inf")) - begun
+    return {"speed": sum(speeds), "speeds": speeds, "cold": cold, "dropped": out.num_dropped - dropped}
 
 
-def run(count: int, **link: Any) -> dict[str, float]:
+def run(rules: list[str], **link: Any) -> dict[str, Any]:
     """See `measure`."""
-    return in_virtual_time(measure(count, **link))
+    return in_virtual_time(measure(rules, **link))
 
 
 def in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
@@ -211,32 +243,61 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[10.0, 40.0], help="Mbit/s")
     parser.add_argument("--round-trips", type=float, nargs="+", default=[20.0, 80.0], help="ms")
     parser.add_argument("--losses", type=float, nargs="+", default=[0.0, 0.5], help="%%, beside the full queue's")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument(
+        "--beside", type=float, default=30.0, help="seconds of the comparison on a shared link; 0: none"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     logging.getLogger("aiortc").setLevel(logging.ERROR)
     for rate in arguments.rates:
         for round_trip in arguments.round_trips:
             for loss in arguments.losses:
-                one: dict[str, float] = {}
-                for count in COUNTS:
-                    results = [
-                        run(count, rate=rate * MEGABIT, round_trip=round_trip / 1000, loss=loss / 100, seed=seed)
-                        for seed in range(arguments.seeds)
-                    ]
-                    found = {name: statistics.median(result[name] for result in results) for name in results[0]}
-                    one = one or found
-                    facts = {
-                        "name": f"{count} association(s), {rate:g} Mbit/s, {round_trip:g} ms, {loss:g} % lost",
-                        "value": round(found["speed"] / 1e6, 3),
-                        "unit": "MB/s",
-                        "share of the link": round(found["speed"] / rate / MEGABIT, 2),
-                        "against one": round(found["speed"] / max(one["speed"], 1.0), 2),
-                        "all": [round(result["speed"] / 1e6, 3) for result in results],
-                        "seconds for the first MiB": round(found["cold"], 3),
-                        "against one, first MiB": round(one["cold"] / found["cold"], 2),
-                        "packets dropped": found["dropped"],
-                    }
-                    print(json.dumps(facts), flush=True)
+                link = {"rate": rate * MEGABIT, "round_trip": round_trip / 1000, "loss": loss / 100}
+                where = f"{rate:g} Mbit/s, {round_trip:g} ms, {loss:g} % lost"
+                compare(link, where, arguments.counts, arguments.seeds)
+            if arguments.beside:
+                link = {"rate": rate * MEGABIT, "round_trip": round_trip / 1000, "loss": 0.0}
+                beside(link, f"{rate:g} Mbit/s, {round_trip:g} ms", arguments.beside)
+
+
+def compare(link: dict[str, float], where: str, counts: list[int], seeds: int) -> None:
+    """Both rules, with every number of associations."""
+    first: dict[str, float] = {}
+    for rule in RULES:
+        one: dict[str, float] = {}
+        for count in counts:
+            results = [run([rule] * count, **link, seed=seed) for seed in range(seeds)]
+            found = {
+                name: statistics.median(result[name] for result in results) for name in ("speed", "cold", "dropped")
+            }
+            one, first = one or found, first or found
+            facts = {
+                "name": f"{rule}, {count} association(s), {where}",
+                "value": round(found["speed"] / 1e6, 3),
+                "unit": "MB/s",
+                "share of the link": round(found["speed"] / link["rate"], 2),
+                "against one": round(found["speed"] / max(one["speed"], 1.0), 2),
+                "against one by aiortc's rule": round(found["speed"] / max(first["speed"], 1.0), 2),
+                "all": [round(result["speed"] / 1e6, 3) for result in results],
+                "seconds for the first MiB": round(found["cold"], 3),
+                "against one, first MiB": round(one["cold"] / found["cold"], 2),
+                "packets dropped": found["dropped"],
+            }
+            print(json.dumps(facts), flush=True)
+
+
+def beside(link: dict[str, float], where: str, seconds: float) -> None:
+    """What an association by aiortc's rule is left beside another one, and beside four of its own kind."""
+    for name, others in (("aiortc's rule", 1), ("own rule", 1), ("aiortc's rule", 4)):
+        speeds = run(["aiortc's rule"] + [name] * others, **link, seed=0, until=seconds)["speeds"]
+        facts = {
+            "name": f"one by aiortc's rule beside {others} by {name}, {where}",
+            "value": round(speeds[0] / sum(speeds), 2),
+            "unit": "of what they carry",
+            "all, MB/s": [round(speed / 1e6, 3) for speed in speeds],
+        }
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.endpoint.reachability import DIAL_BACK
 from tesseract_async.monitoring import StatusService
 from tesseract_async.reach import ReachSettings
+from tests.transport.test_port_mapping import Router
 
 
 async def tesseract(*arguments: str) -> Result:
@@ -158,6 +159,22 @@ async def test_the_doctor_tells_what_others_see_of_the_port(monkeypatch: pytest.
         else:
             assert seen["verdict"] == "note" and f"forward TCP and UDP port {port}" in seen["advice"]
             assert seed.peer_id.short in seen["advice"]  # the way that is left
+
+
+async def test_the_doctor_asks_the_router_and_gives_back_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Router()
+    monkeypatch.setattr(reach, "own_addresses", lambda skip: ["127.0.0.1"])
+    monkeypatch.setattr(reach, "_find_router", router.find)
+    port = free_port()
+    asked = ["doctor", "--host", "0.0.0.0", "--port", str(port), "--json"]
+    async with ta.TesseractNode(public=True, reach=ReachSettings(on_loopback=True)) as seed, StatusService(seed):
+        for options, num_searches in ((["--upnp"], 1), ([], 1)):
+            result = await tesseract(*asked, "-p", seed.address, *options)
+            assert result.exit_code == 0, result.output
+            seen = json.loads(result.output.splitlines()[-1])
+            assert (f"maps its port {port} to" in seen["advice"]) == bool(options)
+            assert router.num_searches == num_searches and not router.mappings
+    assert router.num_adds == 2  # TCP and UDP
 
 
 def free_port() -> int:

@@ -189,3 +189,27 @@ async def test_cancelled_at_every_await(node: FakeNode, caplog: pytest.LogCaptur
     assert not caplog.records
     node.directory.forgive()
     await step(node, linear, gate, expert)
+
+
+@pytest.mark.both_loops
+async def test_what_a_cancelled_backward_had_under_way_has_ended_with_it(node: FakeNode) -> None:
+    """A connection tells the other end, and so on: a call takes some turns of the loop to end."""
+    linear, gate, expert = await make(node)
+    losses = [(await layer(linear(torch.ones(2, 8)))).sum() for layer in (gate, expert)]
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await until(lambda: not autograd._steps)  # the engine's thread has left
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    node.fault = fault
+    for loss in losses:
+        task = asyncio.create_task(backward(loss))
+        await until(lambda: node.num_open > 0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert node.num_open == 0 and linear.weight.grad is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import itertools
 import math
@@ -126,6 +127,34 @@ def test_patience_can_be_fixed() -> None:
         return seconds() - began
 
     assert run_in_virtual_time(main()) == pytest.approx(0.05 * (1 + 4.0))
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_with_a_spare_one_under_way_nobody_waits_for_one_that_hangs(spare: int) -> None:
+    """One of a row's two fails, one hangs: a third is asked at the failure, or once the other is suspicious."""
+
+    async def main() -> tuple[float, int]:
+        node, gate = make_swarm(patience=4.0, spare=spare, timeout_after_k_min=0.0)
+        node.delay = 0.05
+        await steps(node, gate, 10)
+        gate.settings = dataclasses.replace(gate.settings, k_best=2)
+        x = torch.randn(1, WIDTH)
+        first, second = [expert.uid for expert in (await gate.choose(x))[0]]
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            if uid == first:
+                raise ConnectionLost("peer", "script")
+            if uid == second:
+                await asyncio.Event().wait()
+
+        node.fault = fault
+        began = seconds()
+        with torch.no_grad():
+            mixed = await gate.mix(x)
+        return seconds() - began, int(mixed.num_answers)
+
+    taken, num_answers = run_in_virtual_time(main())
+    assert num_answers == 1 and taken == pytest.approx(0.05 * (5 + 1 if spare == 0 else 1), rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ every pattern
@@ -326,7 +355,7 @@ async def live_through(script: list[tuple[float, Fault]], *, num_steps: int, in_
     # each backward that was answered took one step at its expert; those of lost and hung ones too, if they arrived
     assert sum(hosted.version for hosted in node.hosted.values()) <= node.count(BACKWARD)
     assert node.num_open == 0 and not autograd._steps and len(asyncio.all_tasks()) == 1
-    assert objects[1] <= objects[0] * 1.1 + 40, objects
+    assert objects[1] <= objects[0] + 40, objects  # one more for each step would be beyond that
     node.calls.clear()
 
 

@@ -112,6 +112,18 @@ class Lab:
         """The router of `host` forgets all its connections, as after a restart."""
         _run(*self.command(f"{host}-nat", "conntrack", "-F"))
 
+    def lose(self, host: str, percent: int) -> None:
+        """The way between `host` and its router drops so many of a hundred UDP packets each way from now on."""
+        rules = f"""
+            table ip bad {{
+                chain passing {{
+                    type filter hook forward priority -2; policy accept;
+                    meta l4proto udp numgen random mod 100 < {percent} drop
+                }}
+            }}
+        """
+        _run(*self.command(f"{host}-nat", "nft", "-f", "-"), text=rules)
+
     def block_udp(self, host: str, *, blocked: bool, but: int) -> None:
         """The router of `host` lets no UDP pass except to port `but`, as some firewalls; or it does so again."""
         if not blocked:

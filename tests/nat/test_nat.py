@@ -102,6 +102,22 @@ def test_a_nat_that_forgets_is_survived(swarm: Swarm, server: str, trainer: str,
     print(f"{server} <- {trainer}, the NAT of {victim} forgot: {result['seconds']:.1f} s, {noticed}")
 
 
+@pytest.mark.slow
+def test_a_punched_way_that_loses_packets_gives_the_right_bytes(tmp_path: Path) -> None:
+    """One of fifty packets is lost, from the first one on: the hole is punched, and megabytes come back right."""
+    hosts = {"r1": "public", "sk": "keeping", "tk": "keeping"}
+    with Lab(hosts) as lab, Swarm(lab, tmp_path, public=("r1",)) as swarm:
+        swarm.start(("r1",))
+        swarm.start(("sk",))
+        swarm.do("sk", "serve", uid="e.0", width=1024)
+        swarm.start(("tk",))
+        lab.lose("tk", 2)
+        result = swarm.do("tk", "train", uid="e.0", rows=512, width=1024)
+        assert result["error"] == "" and result["equal"]
+        assert {text.partition(" ")[0] for text in result["paths"][swarm.peer_ids["sk"]]} == {"datachannel"}
+        print(f"2 % lost: 2 MiB forward and back, and the gradients, in {result['seconds']:.1f} s")
+
+
 def test_a_killed_relay_is_replaced(swarm: Swarm) -> None:
     """The relay in use gets SIGKILL, which was also a rendezvous node: another one takes over within 15 s."""
     before = swarm.do("ts", "train", uid="ss.0")

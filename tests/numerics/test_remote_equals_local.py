@@ -267,7 +267,9 @@ async def test_the_gate_reaches_every_expert_and_trains() -> None:
     before = copy.deepcopy(modules)
     async with swarm({uid: linear_backend(module) for uid, module in modules.items()}) as (_, guest):
         # k_min: on a busy machine a slow expert would be left out, as it should
-        gate = ta.GatingFunction(guest, uid_prefix="ffn", grid_size=(2, 2), in_features=WIDTH, k_best=4, k_min=4)
+        gate = ta.GatingFunction(
+            guest, uid_prefix="ffn", grid_size=(2, 2), in_features=WIDTH, k_best=4, k_min=4, backward_k_min=4
+        )
         x = torch.randn(5, WIDTH, requires_grad=True)
         chosen = await gate.choose(x)
         assert len(chosen) == 5
@@ -277,12 +279,39 @@ async def test_the_gate_reaches_every_expert_and_trains() -> None:
         weights = grid.flatten(1).softmax(1)
         expected = sum(weights[:, i, None] * before[uid](x) for i, uid in enumerate(before))
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
-        gradients = torch.autograd.grad(expected.square().sum(), [x, *gate.proj.parameters()])
-        await ta.backward(y.square().sum())
+        gradients = torch.autograd.grad(expected.square().mean(), [x, *gate.proj.parameters()])
+        await ta.backward(y.square().mean())
         for ours, theirs in zip([x, *gate.proj.parameters()], gradients, strict=True):
-            torch.testing.assert_close(ours.grad, theirs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours.grad, theirs, rtol=0, atol=1e-6)
     for uid, module in modules.items():
         assert not torch.equal(module.weight, before[uid].weight)
+
+
+async def test_gradcheck_in_float64() -> None:
+    """Numerically, over real connections: of an expert's inputs, and of a gate's input and parameters."""
+    torch.manual_seed(0)
+    spec = ta.TensorSpec((3,), torch.float64)
+    experts = {
+        f"g.{i}": ta.ExpertBackend(
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), args_schema=(spec,)
+        )
+        for i in range(2)
+    }
+    async with swarm(experts) as (_, guest):
+        expert = await guest.get_expert("g.0")
+        # on a busy machine a slow expert would be left out, as it should
+        gate = ta.GatingFunction(guest, "g", grid_size=(2,), in_features=3, k_best=2, k_min=2, backward_k_min=2)
+        gate.double()
+        loop = asyncio.get_running_loop()
+        x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+        for layer in (expert, gate):
+
+            def function(*_: torch.Tensor, layer: Any = layer) -> torch.Tensor:
+                return asyncio.run_coroutine_threadsafe(layer(x), loop).result()
+
+            # gradcheck changes them in place
+            varied = (x, *layer.parameters())
+            assert await asyncio.to_thread(torch.autograd.gradcheck, function, varied, nondet_tol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -7,8 +7,7 @@ import socket
 
 import pytest
 
-from tesseract_async.transport.webrtc import MAX_GAPS, Negotiation, WebrtcSettings
-from tests.benchmarks import nat_links
+from tesseract_async.transport.webrtc import Negotiation, WebrtcSettings
 from tests.transport.test_stun_client import serving
 
 QUICK = WebrtcSettings(gathering_timeout=0.1)
@@ -67,38 +66,3 @@ async def test_few_candidates_are_told() -> None:
     found = await made.gather()
     assert {one.host for one in found.candidates} == {"127.0.0.1", "::1"}
     await made.aclose()
-
-
-def test_many_gaps_do_not_stop_a_channel() -> None:
-    """A full window of which every other packet is dropped: more gaps than one acknowledgement can name."""
-
-    class Spoilt(nat_links.Link):
-        num_to_spoil = 0
-
-        def send(self, data: bytes, queue: asyncio.Queue[bytes]) -> None:
-            if self.num_to_spoil and len(data) > 1000:
-                self.num_to_spoil -= 1
-                if self.num_to_spoil % 2:
-                    self.num_dropped += 1
-                    return
-            super().send(data, queue)
-
-    async def main() -> None:
-        out, back = (kind(rate=None, delay=0.1, loss=0.0, seed=0) for kind in (Spoilt, nat_links.Link))
-        here, there = await nat_links.open_pipe(out, back)
-        total, unused = nat_links.Total(), nat_links.Total()
-        here.start(nat_links.End(unused))
-        there.start(nat_links.End(total))
-        here.write(bytes(5 * 2**20))
-        async with asyncio.timeout(20):
-            while here._sctp._flight_size < 800 * 1160:  # noqa: ASYNC110 (in virtual time)
-                await asyncio.sleep(0.01)
-            out.num_to_spoil = 900
-            while total.count < 5 * 2**20:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        assert out.num_dropped > MAX_GAPS
-        for pipe in (here, there):
-            pipe.abort()
-        await asyncio.sleep(3)
-
-    nat_links.in_virtual_time(main())

@@ -1,0 +1,309 @@
+"""The association below a data channel: how fast it is on bad ways, and what it makes of packets that no peer sends.
+
+In virtual time, over links in memory (`benchmarks/nat_links`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiortc.rtcsctptransport import (
+    WEBRTC_BINARY,
+    WEBRTC_DCEP,
+    WEBRTC_STRING,
+    Chunk,
+    DataChunk,
+    ReconfigChunk,
+    SackChunk,
+    serialize_packet,
+)
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.transport.association import MAX_FRAGMENTS, MAX_GAPS, MAX_HELD
+from tesseract_async.transport.webrtc import DataChannelPipe
+from tests.benchmarks import nat_links
+from tests.benchmarks.nat_links import MEGABIT, End, Link, Total
+from tests.transport.pipes import Receiver
+
+
+class Spoilt(Link):
+    """Drops the full packets for which `spoil` says so."""
+
+    spoil: Callable[[], bool] | None = None
+
+    def send(self, data: bytes, queue: asyncio.Queue[bytes]) -> None:
+        if len(data) > 1000 and self.spoil is not None and self.spoil():
+            self.num_dropped += 1
+            return
+        super().send(data, queue)
+
+
+def over_links(
+    work: Callable[[DataChannelPipe, DataChannelPipe, Spoilt], Awaitable[None]],
+    *,
+    rate: float | None = None,
+    delay: float = 0.05,
+) -> None:
+    """Runs `work(here, there, the link from here to there)` in virtual time."""
+
+    async def main() -> None:
+        out, back = (kind(rate=rate, delay=delay, loss=0.0, seed=0) for kind in (Spoilt, Link))
+        here, there = await nat_links.open_pipe(out, back)
+        async with asyncio.timeout(300):
+            await work(here, there, out)
+        for pipe in (here, there):
+            pipe.abort()
+        await asyncio.sleep(5)
+
+    nat_links.in_virtual_time(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 (in virtual time)
+        await asyncio.sleep(0.01)
+
+
+# ---- good peers on bad ways
+
+
+def test_one_carries_on_a_lossy_link_what_several_by_the_librarys_rule_do() -> None:
+    link = {"rate": 5 * MEGABIT, "round_trip": 0.16, "loss": 0.005, "seed": 0, "until": 6.0}
+    one, theirs, several = (
+        nat_links.run([rule] * count, **link)
+        for rule, count in (("own rule", 1), ("aiortc's rule", 1), ("aiortc's rule", 4))
+    )
+    assert one["speed"] > 0.75 * 5 * MEGABIT
+    assert one["speed"] > 3 * theirs["speed"]
+    assert one["speed"] > several["speed"]
+    assert one["cold"] < theirs["cold"] / 2
+
+
+def test_only_what_was_lost_is_sent_again() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        here.start(End(unused))
+        there.start(End(total))
+        out._loss = 0.01
+        numbers: list[int] = []
+        send = here._sctp._send_chunk
+
+        async def counted(chunk: Any) -> None:
+            if isinstance(chunk, DataChunk):
+                numbers.append(chunk.tsn)
+            await send(chunk)
+
+        here._sctp._send_chunk = counted
+        size = 2**20
+        here.write(bytes(size))
+        await until(lambda: total.count == size)
+        again = len(numbers) - len(set(numbers))
+        assert out.num_dropped > 5
+        assert again <= 1.2 * out.num_dropped + 3
+
+    over_links(work)
+
+
+def lose_first(here: DataChannelPipe, out: Spoilt, times: int) -> list[int]:
+    """The next packet of data is lost on the way so many times. What is sent, by TSN."""
+    sctp, sent = here._sctp, []
+    send, first = sctp._send_chunk, sctp._local_tsn
+    dropping = False
+    out.spoil = lambda: dropping
+
+    async def spoilt(chunk: Any) -> None:
+        nonlocal dropping
+        if isinstance(chunk, DataChunk):
+            sent.append(chunk.tsn)
+            dropping = chunk.tsn == first and sent.count(first) <= times
+        await send(chunk)
+        dropping = False
+
+    sctp._send_chunk = spoilt
+    return sent
+
+
+def test_what_is_lost_a_second_time_is_not_waited_for_in_silence() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        here.start(End(unused))
+        there.start(End(total))
+        sctp, expired, silences = here._sctp, here._sctp._t3_expired, 0
+
+        def silence() -> None:
+            nonlocal silences
+            silences += 1
+            expired()
+
+        sctp._t3_expired = silence
+        here.write(bytes(2**19))
+        await until(lambda: total.count == 2**19)
+        sent = lose_first(here, out, times=2)
+        here.write(bytes(2**20))
+        await until(lambda: total.count == 2**19 + 2**20)
+        assert sent.count(sent[0]) == 3 and silences == 0
+        assert len(sent) - len(set(sent)) <= out.num_dropped + 2
+
+    over_links(work, rate=10 * MEGABIT, delay=0.02)
+
+
+def test_after_a_silence_nothing_is_sent_again_that_has_arrived() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        here.start(End(unused))
+        there.start(End(total))
+        await asyncio.sleep(1)  # what the stream says first is small
+        lose_first(here, out, times=100)
+        sctp = here._sctp
+        here.write(bytes(2**17))
+        await until(lambda: sum(chunk._acked for chunk in sctp._sent_queue) > 10)
+        sctp._t3_cancel()
+        sctp._t3_expired()
+        assert any(chunk._retransmit for chunk in sctp._sent_queue)
+        assert not any(chunk._retransmit and chunk._acked for chunk in sctp._sent_queue)
+        assert sctp._window.starting and sctp._window.size < 2000
+
+    over_links(work)
+
+
+def test_many_gaps_do_not_stop_a_channel() -> None:
+    """A window of which every other packet is dropped: more gaps than one acknowledgement can name."""
+
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        here.start(End(unused))
+        there.start(End(total))
+        here.write(bytes(5 * 2**20))
+        await until(lambda: here._sctp._flight_size > 800 * 1160)
+        seen = 0
+
+        def spoil() -> bool:
+            nonlocal seen
+            seen += 1
+            return seen <= 900 and seen % 2 == 0
+
+        out.spoil = spoil
+        await until(lambda: total.count == 5 * 2**20)
+        assert out.num_dropped > MAX_GAPS
+
+    over_links(work, delay=0.1)
+
+
+# ---- what no peer sends
+
+
+class ShortData(Chunk):
+    """As `DataChunk`, but any bytes."""
+
+    type = DataChunk.type
+
+
+def packet(pipe: DataChannelPipe, chunk: Chunk) -> bytes:
+    return serialize_packet(5000, 5000, pipe._sctp._local_verification_tag, chunk)
+
+
+def data_chunk(
+    tsn: int, *, stream: int = 0, protocol: int = WEBRTC_BINARY, flags: int = 3, data: bytes = b"x"
+) -> DataChunk:
+    chunk = DataChunk(flags=flags)
+    chunk.tsn, chunk.stream_id, chunk.stream_seq, chunk.protocol, chunk.user_data = (
+        tsn % 2**32,
+        stream,
+        0,
+        protocol,
+        data,
+    )
+    return chunk
+
+
+def next_tsn(pipe: DataChannelPipe) -> int:
+    return int(pipe._sctp._last_received_tsn) + 1
+
+
+def garbage(kind: str, pipe: DataChannelPipe) -> Chunk:
+    tsn = next_tsn(pipe)
+    if kind == "another channel":
+        return data_chunk(tsn, stream=7)
+    if kind == "a channel is opened":
+        return data_chunk(tsn, protocol=WEBRTC_DCEP, data=b"\x03" + bytes(11))
+    if kind == "no text":
+        return data_chunk(tsn, protocol=WEBRTC_STRING, data=b"\xff\xfe")
+    if kind == "a short chunk":
+        return ShortData(flags=3, body=b"abc")
+    reconfig = ReconfigChunk()
+    reconfig.params = [(13, b"\0")]
+    return reconfig
+
+
+@pytest.mark.parametrize(
+    "kind", ["another channel", "a channel is opened", "no text", "a short chunk", "a short reset"]
+)
+def test_garbage_ends_the_channel_with_the_documented_error(kind: str) -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        receiver = Receiver()
+        there.start(receiver)
+        here.start(Receiver())
+        await asyncio.sleep(1)
+        await there._sctp._handle_data(packet(there, garbage(kind, there)))
+        await receiver.until_lost()
+        assert isinstance(receiver.lost[0], ProtocolError) and len(receiver.lost) == 1
+        assert not receiver.received
+
+    over_links(work)
+
+
+def test_a_message_without_an_end_takes_bounded_memory() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        receiver = Receiver()
+        there.start(receiver)
+        await asyncio.sleep(1)
+        sctp = there._sctp
+        for flags in [2] + [0] * (2 * MAX_FRAGMENTS):
+            await sctp._handle_data(packet(there, data_chunk(next_tsn(there), flags=flags)))
+            assert len(sctp._get_inbound_stream(0).reassembly) <= MAX_FRAGMENTS + 1
+        await receiver.until_lost()
+        assert isinstance(receiver.lost[0], ProtocolError)
+
+    over_links(work)
+
+
+def test_packets_far_ahead_are_not_kept() -> None:
+    """Nor is their sender punished: those that come again, later, are taken."""
+
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        there.start(Receiver())
+        await asyncio.sleep(1)
+        sctp = there._sctp
+        first = next_tsn(there)
+        for ahead in (MAX_HELD, 2 * MAX_HELD, 2**30, 2**31 - 2):
+            await sctp._handle_data(packet(there, data_chunk(first + ahead, flags=2)))
+        assert not sctp._get_inbound_stream(0).reassembly and not sctp._sack_misordered
+        await sctp._handle_data(packet(there, data_chunk(first + MAX_HELD - 1, flags=2)))
+        assert len(sctp._get_inbound_stream(0).reassembly) == 1
+        await sctp._handle_data(packet(there, data_chunk(first - 2**31 + 5)))  # long ago: a repetition
+        assert len(sctp._get_inbound_stream(0).reassembly) == 1 and not sctp._broken
+
+    over_links(work)
+
+
+@pytest.mark.parametrize("gaps", [[(5, 4)], [(0, 0)], [(2, 65535)] * 290, [(60000, 65535)]])
+def test_acknowledgements_of_what_was_never_sent_cost_nothing(gaps: list[tuple[int, int]]) -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        there.start(End(total))
+        here.start(End(unused))
+        await asyncio.sleep(1)
+        here.write(bytes(2**20))
+        await asyncio.sleep(0)
+        sctp = here._sctp
+        before = sctp._flight_size
+        sack = SackChunk()
+        sack.cumulative_tsn, sack.advertised_rwnd, sack.gaps = sctp._last_sacked_tsn, 2**20, gaps
+        await sctp._receive_sack_chunk(sack)
+        assert sum(last - first + 1 for first, last in sack.gaps) <= MAX_GAPS * len(sctp._sent_queue)
+        assert 0 < before and not sctp._broken
+        await until(lambda: total.count == 2**20)
+
+    over_links(work)
