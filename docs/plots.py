@@ -79,7 +79,8 @@ def results(run: dict[str, Any]) -> str:
     asked = [figure for figure in figures if figure.met is not None]
     met = sum(bool(figure.met) for figure in asked)
     parts += [
-        f"Everything that was measured; of the {len(asked)} figures of which something was asked, {met} reach it:\n",
+        f"Everything that was measured; of the {len(asked)} figures below of which something was asked, {met} "
+        "reach it:\n",
         "![Figures as shares of what was asked of them](images/benchmarks-asked.svg)\n",
         table(figures),
     ]
