@@ -31,6 +31,7 @@ from tests.benchmarks.swarm import run_on
 WIDTH, ROWS = 256, 64
 SECONDS = 3.0
 ROUNDS = 3
+ROUNDS_TO_SPREAD = 4
 CALLS_PER_STEP = 2  # one forward and one backward, one after the other
 BASE_IN_FLIGHT = 4
 
@@ -64,7 +65,7 @@ async def pace(node: FaultyNode, model: Model, delay: float, in_flight: int) -> 
     node.fate = lambda method, uid: delay
     trainer = ta.AsyncTrainer(model, torch.optim.SGD(model.parameters(), lr=1e-4), in_flight=in_flight)
     batch = torch.randn(ROWS, WIDTH)
-    num_warm = 2 * in_flight
+    num_warm = ROUNDS_TO_SPREAD * in_flight  # all steps begin at once: it takes rounds to spread them
     count, begin = 0, math.inf
     before = resource.getrusage(resource.RUSAGE_SELF)
     reports = trainer.run(lambda copy, x: copy.loss(x), itertools.repeat(batch))
