@@ -21,14 +21,19 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
     """Lets PyTorch's Adam step all parameters in one kernel, where they are on the CPU and its owner left the choice.
 
     PyTorch would go parameter by parameter there: for 526,080 weights 3.6 ms instead of 0.7. The numbers are the same
-    but for rounding.
+    but for rounding. The kernel goes through memory whatever the strides: parameters laid out otherwise are left to
+    PyTorch, and gradients need their parameter's layout.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
         free = group["fused"] is None and group["foreach"] is None
         if free and not group["differentiable"] and not isinstance(group["lr"], torch.Tensor):
-            group["fused"] = all(one.is_cpu and one.is_floating_point() for one in group["params"]) or None
+            group["fused"] = all(map(_is_plain, group["params"])) or None
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    return parameter.is_cpu and parameter.is_floating_point() and parameter.is_contiguous()
 
 
 class Acceleration:

@@ -62,11 +62,12 @@ def make_swarm(**settings: Any) -> tuple[FakeNode, GatingFunction]:
     return node, GatingFunction(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
 
 
-@pytest.mark.parametrize("latency", ["even", "scattered"])
-def test_failing_and_hanging_experts_cost_about_half_a_step(latency: str) -> None:
+@pytest.mark.parametrize(("latency", "limit"), [("even", 1.55), ("scattered", 1.5)])
+def test_failing_and_hanging_experts_cost_about_half_a_step(latency: str, limit: float) -> None:
     """With the defaults: a tenth of all calls fails, a twentieth hangs, and no step is lost.
 
-    Single sequences of faults cost 0.46 to 0.61 of a step, so several are looked at together.
+    Single sequences of faults cost 0.44 to 0.58 of a step where all answers take equally long, so that a clean step has
+    nothing to wait for, and 0.25 to 0.39 where they scatter; so several are looked at together.
     """
 
     async def main(seed: int) -> tuple[float, float]:
@@ -86,9 +87,9 @@ def test_failing_and_hanging_experts_cost_about_half_a_step(latency: str) -> Non
         node.fault = fault
         return clean, mean(await steps(node, gate, 40))
 
-    seen = [run_in_virtual_time(main(seed)) for seed in (3, 4)]
+    seen = [run_in_virtual_time(main(seed)) for seed in (4, 5)]
     assert min(clean for clean, _ in seen) >= 0.0999
-    assert mean([faulty / clean for clean, faulty in seen]) <= 1.6
+    assert mean([faulty / clean for clean, faulty in seen]) <= limit
 
 
 def test_experts_of_a_server_that_computes_one_after_another_are_given_their_time() -> None:

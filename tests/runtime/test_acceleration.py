@@ -123,3 +123,41 @@ def test_adam_steps_in_one_kernel_unless_its_owner_says_otherwise(kind: type[tor
     usual.load_state(left)
     assert usual.optimizer.param_groups[0]["fused"]
     torch.testing.assert_close(train(usual), train(plain))
+
+
+class Odd(nn.Module):
+    """Gradients that are expanded scalars, transposed, or one and the same tensor; parameters laid out otherwise."""
+
+    def __init__(self, *, transposed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.summed, self.turned = nn.Parameter(torch.randn(40_000)), nn.Parameter(torch.randn(3, 4))
+        self.left, self.right = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 3))
+        self.columns = nn.Parameter(torch.randn(5, 3).t() if transposed else torch.randn(3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = (self.turned.t() * torch.arange(12.0).reshape(4, 3)).sum() + (x @ self.columns).square().mean()
+        return x @ (self.left + self.right) + self.summed.sum() + turned
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_step_does_not_depend_on_how_gradients_lie_in_memory(transposed: bool, clip: float | None) -> None:
+    settings = BackendSettings(clip_gradient_norm=clip)
+    ours, theirs = Odd(transposed=transposed), Odd(transposed=transposed)
+    backend = ExpertBackend(
+        ours, optimizer=torch.optim.Adam(ours.parameters(), 0.1), args_schema=(TensorSpec((3,)),), settings=settings
+    )
+    optimizer = torch.optim.Adam(theirs.parameters(), 0.1, fused=False)
+    assert backend.optimizer is not None and bool(backend.optimizer.param_groups[0]["fused"]) is not transposed
+    for _ in range(3):
+        x, gradient = torch.randn(4, 3), torch.randn(4, 3)
+        backend.step(backend.gradients([x], [gradient])[1])
+        backend.load_state(backend.state())
+        theirs(x).backward(gradient)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -99,10 +99,11 @@ def test_priority_goes_before_age_and_an_urgent_deadline_before_both() -> None:
 def test_a_head_start_goes_before_older_work_but_not_for_ever_nor_before_priority() -> None:
     batcher = Batcher(NO_LIMIT)
     slow, fast = batcher.add_pool("slow", max_batch_size=1), batcher.add_pool("fast", max_batch_size=1, head_start=0.5)
+    other = batcher.add_pool("other", max_batch_size=1)
     older, old, high, young, late = (
         request(slow),
         request(slow),
-        request(slow, priority=1),
+        request(other, priority=1),
         request(fast),
         request(fast),
     )

@@ -223,6 +223,14 @@ async def test_inputs_that_do_not_fit_are_refused_with_both_schemas(
         await node.forward("ffn.0", *inputs)
 
 
+async def test_inputs_of_different_numbers_of_rows_are_refused(node: FakeNode) -> None:
+    backend = ExpertBackend(nn.Bilinear(8, 3, 4), args_schema=(TensorSpec((8,)), TensorSpec((3,))))
+    async with TesseractServer(node, {"two.0": backend}):  # type: ignore[arg-type]
+        assert (await node.forward("two.0", torch.zeros(2, 8), torch.zeros(2, 3)))[0][0].shape == (2, 4)
+        with pytest.raises(SchemaMismatch, match="two.0 takes .* got"):
+            await node.forward("two.0", torch.zeros(2, 8), torch.zeros(1, 3))
+
+
 async def test_gradients_that_do_not_fit_are_refused(node: FakeNode, server: TesseractServer) -> None:
     for gradients in ([], [torch.zeros(3, 4)], [torch.zeros(2, 5)], [torch.zeros(2, 4, dtype=torch.float64)]):
         with pytest.raises(SchemaMismatch, match=r"backward of ffn.0, for 2 rows, takes float32\[rows, 4\]; got"):

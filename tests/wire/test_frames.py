@@ -128,6 +128,9 @@ def test_a_small_message_comes_back(head: bytes, parts: list[bytes]) -> None:
     value, received = frames.decode_small(memoryview(data)[16:], Arena())
     assert value == [head] and [bytes(buffer) for buffer in received] == parts
     assert all(address(buffer) % 64 == 0 and not buffer.readonly for buffer in received)
+    for other in (data[16:] + b"x", data[16:-1]):  # longer or shorter than its table says
+        with pytest.raises(ProtocolError):
+            frames.decode_small(memoryview(other), Arena())
 
 
 @given(st.binary(max_size=100))
