@@ -1,8 +1,8 @@
 """aiortc's SCTP association with another congestion control, acknowledgements that fit into packets, and bounds.
 
 Imports aiortc: only `webrtc` imports this, when a data channel is made. aiortc has no seam for it: what is overridden
-here are methods between its own, in the version that pyproject.toml names, and `tests/transport/test_association.py`
-says what they must do.
+here are methods between its own, as they are in `AIORTC`. Another version's could be called at other times, or never,
+so with any other this module raises ImportError; `tests/transport/test_association.py` says what they must do.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+import aiortc
 from aiortc import RTCSctpTransport
 from aiortc.rtcsctptransport import SCTP_TSN_MODULO, USERDATA_MAX_LENGTH, WEBRTC_DCEP, DataChunk, SackChunk
 
 from tesseract_async.errors import ProtocolError, describe
 from tesseract_async.transport.congestion import CongestionWindow
+
+AIORTC: Final = "1.16"
+"""The version whose inner methods are known; pyproject.toml allows no other."""
+if aiortc.__version__.split(".")[:2] != AIORTC.split("."):
+    raise ImportError(f"aiortc {aiortc.__version__} is installed, data channels need {AIORTC}")
 
 CHANNEL: Final = 0
 """The one data channel of an association."""
@@ -32,7 +38,8 @@ LONGEST_TIMEOUT: Final = 3.0
 """Seconds: the channel's own heartbeat ends it after 7."""
 MAX_HELD: Final = 4096
 """Packets received and not yet handed on because one before them is missing: twice what the channel's credit allows to
-be under way in full packets. aiortc has no bound."""
+be under way in full packets. aiortc has no bound. Nor are more sent that the peer has not acknowledged as a whole: it
+could name all of them as received but the first, and have them kept for ever."""
 MAX_FRAGMENTS: Final = 256
 """Packets of one message; `message_stream`'s take fifteen."""
 NEVER: Final = -(2**30)
@@ -81,10 +88,19 @@ class Association(RTCSctpTransport):
         if last is None or MAX_HELD < (chunk.tsn - last) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2:
             return  # too far ahead: as if it had been lost
         await super()._receive_data_chunk(chunk)
-        if len(self._get_inbound_stream(CHANNEL).reassembly) - len(self._sack_misordered) > MAX_FRAGMENTS:
+        held = len(self._get_inbound_stream(CHANNEL).reassembly)
+        # each new INIT moves what counts as far ahead
+        if held - len(self._sack_misordered) > MAX_FRAGMENTS or held > MAX_HELD + MAX_FRAGMENTS:
             raise ProtocolError("a message without an end")
 
+    async def _receive_forward_tsn_chunk(self, chunk: Any) -> None:
+        raise ProtocolError("the peer skips what it was to deliver")
+
     # ---- what is under way
+
+    async def _data_channel_flush(self) -> None:
+        if len(self._sent_queue) < MAX_HELD:  # else with the next acknowledgement
+            await super()._data_channel_flush()
 
     async def _transmit(self) -> None:
         self._cwnd = self._window.size
@@ -107,15 +123,21 @@ class Association(RTCSctpTransport):
     # ---- what is lost
 
     async def _receive_sack_chunk(self, chunk: Any) -> None:
+        if (chunk.cumulative_tsn - self._local_tsn) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2:
+            raise ProtocolError("the peer acknowledges what was never sent")
         self._full = self._flight_size + USERDATA_MAX_LENGTH >= self._cwnd
         # aiortc counts acknowledgements that were under way already against what it has just sent again, and sends it
         # once more for every three of them: that may begin a round trip later
         patience = 1.25 * (self._srtt or FIRST_TIMEOUT)
         while self._sent_again and self._sent_again[0][0] + patience < self._time():
             self._sent_again.popleft()[1]._misses = 0
-        # a gap of a few bytes may name 65,536 packets, which aiortc lists one by one
-        last = len(self._sent_queue)
-        chunk.gaps = [(first, min(end, last)) for first, end in chunk.gaps[:MAX_GAPS] if 0 < first <= min(end, last)]
+        # a gap of a few bytes may name 65,536 packets, which aiortc lists one by one; and so may the next
+        last, reached, gaps = len(self._sent_queue), 0, []
+        for first, end in chunk.gaps[:MAX_GAPS]:
+            if reached < first <= min(end, last):
+                reached = min(end, last)
+                gaps.append((first, reached))
+        chunk.gaps = gaps
         await super()._receive_sack_chunk(chunk)
 
     def _update_rto(self, R: float) -> None:
