@@ -28,7 +28,14 @@ from aiortc.rtcsctptransport import (
 
 from tesseract_async.errors import ConnectionLost, ProtocolError
 from tesseract_async.transport import association, webrtc
-from tesseract_async.transport.association import MAX_FRAGMENTS, MAX_GAPS, MAX_HELD, Association
+from tesseract_async.transport.association import (
+    LEAST_MARGIN,
+    LONGEST_TIMEOUT,
+    MAX_FRAGMENTS,
+    MAX_GAPS,
+    MAX_HELD,
+    Association,
+)
 from tesseract_async.transport.webrtc import DataChannelPipe
 from tests.benchmarks import nat_links
 from tests.benchmarks.nat_links import MEGABIT, End, Link, Total
@@ -170,6 +177,48 @@ def test_after_a_silence_nothing_is_sent_again_that_has_arrived() -> None:
         assert any(chunk._retransmit for chunk in sctp._sent_queue)
         assert not any(chunk._retransmit and chunk._acked for chunk in sctp._sent_queue)
         assert sctp._window.starting and sctp._window.size < 2000
+
+    over_links(work)
+
+
+def test_losses_that_are_more_than_chance_cost_half_of_the_window() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        here.start(End(unused))
+        there.start(End(total))
+        here.write(bytes(2**20))
+        await until(lambda: total.count > 2**18)
+        window, sizes, seen = here._sctp._window, [0], 0
+
+        def spoil() -> bool:
+            nonlocal seen
+            seen += 1
+            return seen <= 200 and seen % 5 == 0
+
+        out.spoil = spoil
+
+        def halved() -> bool:
+            sizes.append(window.size)
+            return sizes[-1] <= 0.6 * max(sizes)
+
+        await until(lambda: halved() or total.count == 2**20)
+        assert out.num_dropped > 3 and max(sizes) > 2**17
+        assert halved() and window.size > 2000 and not window.starting, "no silence either"
+
+    over_links(work)
+
+
+def test_a_silence_is_noticed_after_seconds_whatever_the_clock_was_set_to() -> None:
+    """aiortc measures round trips by the wall clock."""
+
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        sctp = here._sctp
+        for jump in (0.0, 3600.0, -3600.0, -1e9, 1e9):
+            sctp._update_rto(jump)
+            for _ in range(300):
+                assert LEAST_MARGIN <= sctp._rto <= LONGEST_TIMEOUT
+                sctp._update_rto(0.05)
+            assert sctp._rto < 0.3
 
     over_links(work)
 
