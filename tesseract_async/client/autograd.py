@@ -15,6 +15,7 @@ are noticed), and what is under way is keyed by graph task, so that one graph ca
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import queue
 import sys
@@ -408,11 +409,19 @@ class _EngineThreads:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._num_busy = 0
+        self._all_idle = threading.Condition(self._lock)
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Returns when no job runs, or after `timeout` seconds; whether none does."""
+        with self._all_idle:
+            return self._all_idle.wait_for(lambda: not self._num_busy, timeout)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Runs `job`, which must not raise, in a thread at once."""
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
+            self._num_busy += 1
         if inbox is not None:
             inbox.put(job)
         else:
@@ -425,6 +434,8 @@ class _EngineThreads:
             job = None  # an idle thread must not keep a graph alive
             with self._lock:
                 self._idle.append(inbox)
+                self._num_busy -= 1
+                self._all_idle.notify_all()
             try:
                 job = inbox.get(timeout=IDLE_SECONDS)
             except queue.Empty:
@@ -436,6 +447,9 @@ class _EngineThreads:
 
 
 _threads = _EngineThreads()
+# A thread that comes back from PyTorch into an interpreter that is being taken down ends the process with SIGABRT.
+# Those that wait for a network whose loop has stopped never come back: they are not worth more than a moment.
+atexit.register(_threads.wait_idle, 1.0)
 
 
 def run_in_engine_thread(work: Callable[[], Any], outcome: asyncio.Future[Any]) -> None:

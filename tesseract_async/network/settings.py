@@ -26,7 +26,7 @@ class NetworkSettings:
     """Requests that one lookup has under way, over all its paths."""
     num_equal_holders: int = 3
     """A read ends when so many holders report the same digests."""
-    narrow_for: float = 0.05
+    narrow_for: float = 0.02
     """For so long a read has only as many requests under way as it needs equal answers, and one to spare; then `alpha`.
     Where round trips are short, a question costs more than the wait for its answer."""
     max_calls: int = 512

@@ -8,6 +8,7 @@ so with any other this module raises ImportError; `tests/transport/test_associat
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 import aiortc
 from aiortc import RTCSctpTransport
 from aiortc.rtcsctptransport import SCTP_TSN_MODULO, USERDATA_MAX_LENGTH, WEBRTC_DCEP, DataChunk, SackChunk
+from aiortc.utils import uint32_gte
 
 from tesseract_async.errors import ProtocolError, describe
 from tesseract_async.transport.congestion import CongestionWindow
@@ -60,6 +62,10 @@ class Association(RTCSctpTransport):
         self._window = CongestionWindow(USERDATA_MAX_LENGTH)
         self._full = False
         """Whether the window was used up when the present acknowledgement came."""
+        self._missing: list[Any] = []
+        """What has not arrived although something behind it has, in order."""
+        self._looked_at = 0
+        """Packets at the head of the queue that have arrived or are among the missing."""
         self._sent_again: deque[tuple[float, Any]] = deque()
         self._rto = FIRST_TIMEOUT
 
@@ -89,12 +95,28 @@ class Association(RTCSctpTransport):
             return  # too far ahead: as if it had been lost
         await super()._receive_data_chunk(chunk)
         held = len(self._get_inbound_stream(CHANNEL).reassembly)
-        # each new INIT moves what counts as far ahead
-        if held - len(self._sack_misordered) > MAX_FRAGMENTS or held > MAX_HELD + MAX_FRAGMENTS:
+        if held - len(self._sack_misordered) > MAX_FRAGMENTS:
             raise ProtocolError("a message without an end")
+        if max(held - MAX_FRAGMENTS, len(self._sack_misordered)) > MAX_HELD:
+            raise ProtocolError("the peer begins anew again and again")  # which moves what is too far ahead
 
     async def _receive_forward_tsn_chunk(self, chunk: Any) -> None:
         raise ProtocolError("the peer skips what it was to deliver")
+
+    def _mark_received(self, tsn: int) -> bool:
+        """Whether it came before. aiortc sorts all that waits for each packet."""
+        last, waiting = self._last_received_tsn, self._sack_misordered
+        assert last is not None
+        if (last - tsn) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2 or tsn in waiting:
+            if len(self._sack_duplicates) < MAX_DUPLICATES:
+                self._sack_duplicates.append(tsn)
+            return True
+        waiting.add(tsn)
+        while (following := (last + 1) % SCTP_TSN_MODULO) in waiting:
+            waiting.remove(following)
+            last = following
+        self._last_received_tsn = last
+        return False
 
     # ---- what is under way
 
@@ -123,22 +145,87 @@ class Association(RTCSctpTransport):
     # ---- what is lost
 
     async def _receive_sack_chunk(self, chunk: Any) -> None:
-        if (chunk.cumulative_tsn - self._local_tsn) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2:
-            raise ProtocolError("the peer acknowledges what was never sent")
+        """aiortc goes through the whole window for each acknowledgement, three times. Here each packet is looked at
+        once when something behind it has arrived, and then until it has. An acknowledgement taken back does not count.
+        """
+        last = chunk.cumulative_tsn
+        ahead = (last - self._last_sacked_tsn) % SCTP_TSN_MODULO
+        if ahead > len(self._sent_queue):
+            return  # an old one, or of what was never sent
         self._full = self._flight_size + USERDATA_MAX_LENGTH >= self._cwnd
-        # aiortc counts acknowledgements that were under way already against what it has just sent again, and sends it
-        # once more for every three of them: that may begin a round trip later
+        self._let_be_judged_again()
+        self._last_sacked_tsn = last
+        for number in range(ahead):
+            one: Any = self._sent_queue.popleft()
+            if number == 0 and one._sent_count == 1:
+                self._update_rto(self._time() - one.sent_at)
+            one._acked, one._retransmit = True, False
+            self._flight_size_decrease(one)
+        self._looked_at = max(self._looked_at - ahead, 0)
+        self._missing = [one for one in self._missing if not one._acked]
+        if self._strike(self._take_gaps(chunk.gaps)) and self._fast_recovery_exit is None:
+            self._fast_recovery_exit, self._fast_recovery_transmit = self._sent_queue[-1].tsn, True
+        elif self._fast_recovery_exit is not None and uint32_gte(last, self._fast_recovery_exit):
+            self._fast_recovery_exit = None
+        if not self._sent_queue:
+            self._t3_cancel()
+        elif ahead:
+            self._t3_restart()
+        self._update_advanced_peer_ack_point()
+        await self._data_channel_flush()
+        await self._transmit()
+
+    def _take_gaps(self, gaps: list[tuple[int, int]]) -> int:
+        """Takes what arrived behind something missing. The place in the queue behind the last packet that is news."""
+        queue, news = self._sent_queue, 0
+        spans = sorted(
+            (first, min(end, len(queue))) for first, end in gaps[:MAX_GAPS] if 0 < first <= min(end, len(queue))
+        )
+        missing, self._missing = self._missing, []
+        begins = [first for first, _ in spans]
+        first_tsn = self._last_sacked_tsn
+        for one in missing:
+            place = (one.tsn - first_tsn) % SCTP_TSN_MODULO
+            at = bisect_right(begins, place) - 1
+            if at >= 0 and place <= spans[at][1]:
+                news = max(news, place)
+                self._arrived(one)
+            else:
+                self._missing.append(one)
+        for first, end in spans:
+            for place in range(self._looked_at + 1, end + 1):
+                one = queue[place - 1]
+                if place < first:
+                    self._missing.append(one)
+                else:
+                    news = place
+                    self._arrived(one)
+            self._looked_at = max(self._looked_at, end)
+        return news
+
+    def _arrived(self, chunk: Any) -> None:
+        chunk._acked, chunk._retransmit = True, False
+        self._flight_size_decrease(chunk)
+
+    def _strike(self, news: int) -> bool:
+        """What was sent before something that has just arrived misses once more: whether any of it counts as lost."""
+        any_lost = False
+        for one in self._missing:
+            if (one.tsn - self._last_sacked_tsn) % SCTP_TSN_MODULO < news:
+                one._misses += 1
+                if one._misses == 3:
+                    one._misses, one._retransmit = 0, True
+                    self._flight_size_decrease(one)
+                    any_lost = True
+        return any_lost
+
+    def _let_be_judged_again(self) -> None:
+        """aiortc counts acknowledgements that were under way already against what it has just sent again, and sends it
+        once more for every three of them: here that begins a round trip later.
+        """
         patience = 1.25 * (self._srtt or FIRST_TIMEOUT)
         while self._sent_again and self._sent_again[0][0] + patience < self._time():
             self._sent_again.popleft()[1]._misses = 0
-        # a gap of a few bytes may name 65,536 packets, which aiortc lists one by one; and so may the next
-        last, reached, gaps = len(self._sent_queue), 0, []
-        for first, end in chunk.gaps[:MAX_GAPS]:
-            if reached < first <= min(end, last):
-                reached = min(end, last)
-                gaps.append((first, reached))
-        chunk.gaps = gaps
-        await super()._receive_sack_chunk(chunk)
 
     def _update_rto(self, R: float) -> None:
         super()._update_rto(R)

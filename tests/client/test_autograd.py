@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
+import subprocess
+import sys
 import threading
 import time as clock
 from typing import Any
@@ -346,3 +348,31 @@ async def test_what_a_node_of_ones_own_remembers_is_no_leaf() -> None:
     x = torch.ones(2, requires_grad=True)
     await backward(Remembers.apply(x).sum())  # type: ignore[no-untyped-call]
     torch.testing.assert_close(x.grad, torch.full((2,), 2.0))
+
+
+LEAVES_IN_THE_MIDST = """
+import asyncio, threading, time, torch
+from tesseract_async.client.autograd import run_in_engine_thread
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        begun.set()
+        time.sleep(0.3)
+        return gradient
+
+begun = threading.Event()
+x = torch.ones(3, requires_grad=True)
+y = Slow.apply(x).sum()
+run_in_engine_thread(lambda: torch.autograd.grad(y, x), asyncio.new_event_loop().create_future())
+begun.wait()
+"""
+
+
+def test_a_program_that_ends_during_a_backward_ends_well() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVES_IN_THE_MIDST], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and not ended.stderr
