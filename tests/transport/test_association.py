@@ -532,8 +532,10 @@ def test_acknowledgements_of_what_was_never_sent_cost_nothing(gaps: list[tuple[i
         sctp = here._sctp
         before = sctp._flight_size
         sack = SackChunk()
-        sack.cumulative_tsn, sack.advertised_rwnd, sack.gaps = sctp._last_sacked_tsn, 2**20, gaps
-        await sctp._receive_sack_chunk(sack)
+        for ahead in (0, 1000, -1):
+            sack.cumulative_tsn = (sctp._last_sacked_tsn + ahead) % 2**32
+            sack.advertised_rwnd, sack.gaps = 2**20, gaps
+            await sctp._receive_sack_chunk(sack)
         assert sctp._looked_at <= len(sctp._sent_queue) and len(sctp._missing) <= sctp._looked_at
         assert 0 < before <= sctp._flight_size and not sctp._broken
         await until(lambda: total.count == 2**20)
