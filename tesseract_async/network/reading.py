@@ -57,7 +57,8 @@ class Read:
 
     It ends when `num_equal_holders` report equal digests, else when the k nodes closest to the key have answered. At
     first it asks as many at a time as it still needs, and one to spare: nearly every question meets a holder once one
-    is found. A read that takes longer than `narrow_for` asks more.
+    is found. A read that takes longer than `narrow_for` asks more; a holder does where
+    an answer differs from its own.
     """
 
     def __init__(self, network: NetworkProtocol, key: bytes) -> None:

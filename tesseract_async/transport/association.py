@@ -1,8 +1,8 @@
 """aiortc's SCTP association with another congestion control, acknowledgements that fit into packets, and bounds.
 
 Imports aiortc: only `webrtc` imports this, when a data channel is made. aiortc has no seam for it: what is overridden
-here are methods between its own, in the version that pyproject.toml names, and `tests/transport/test_association.py`
-says what they must do.
+here are methods between its own, as they are in `AIORTC`. Another version's could be called at other times, or never,
+so with any other this module raises ImportError; `tests/transport/test_association.py` says what they must do.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
+import aiortc
 from aiortc import RTCSctpTransport
 from aiortc.rtcsctptransport import SCTP_TSN_MODULO, USERDATA_MAX_LENGTH, WEBRTC_DCEP, DataChunk, SackChunk
 from aiortc.utils import uint32_gte
 
 from tesseract_async.errors import ProtocolError, describe
 from tesseract_async.transport.congestion import CongestionWindow
+
+AIORTC: Final = "1.16"
+"""The version whose inner methods are known; pyproject.toml allows no other."""
+if aiortc.__version__.split(".")[:2] != AIORTC.split("."):
+    raise ImportError(f"aiortc {aiortc.__version__} is installed, data channels need {AIORTC}")
 
 CHANNEL: Final = 0
 """The one data channel of an association."""
@@ -34,7 +40,8 @@ LONGEST_TIMEOUT: Final = 3.0
 """Seconds: the channel's own heartbeat ends it after 7."""
 MAX_HELD: Final = 4096
 """Packets received and not yet handed on because one before them is missing: twice what the channel's credit allows to
-be under way in full packets. aiortc has no bound."""
+be under way in full packets. aiortc has no bound. Nor are more sent that the peer has not acknowledged as a whole: it
+could name all of them as received but the first, and have them kept for ever."""
 MAX_FRAGMENTS: Final = 256
 """Packets of one message; `message_stream`'s take fifteen."""
 NEVER: Final = -(2**30)
@@ -87,8 +94,14 @@ class Association(RTCSctpTransport):
         if last is None or MAX_HELD < (chunk.tsn - last) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2:
             return  # too far ahead: as if it had been lost
         await super()._receive_data_chunk(chunk)
-        if len(self._get_inbound_stream(CHANNEL).reassembly) - len(self._sack_misordered) > MAX_FRAGMENTS:
+        held = len(self._get_inbound_stream(CHANNEL).reassembly)
+        if held - len(self._sack_misordered) > MAX_FRAGMENTS:
             raise ProtocolError("a message without an end")
+        if max(held - MAX_FRAGMENTS, len(self._sack_misordered)) > MAX_HELD:
+            raise ProtocolError("the peer begins anew again and again")  # which moves what is too far ahead
+
+    async def _receive_forward_tsn_chunk(self, chunk: Any) -> None:
+        raise ProtocolError("the peer skips what it was to deliver")
 
     def _mark_received(self, tsn: int) -> bool:
         """Whether it came before. aiortc sorts all that waits for each packet."""
@@ -106,6 +119,10 @@ class Association(RTCSctpTransport):
         return False
 
     # ---- what is under way
+
+    async def _data_channel_flush(self) -> None:
+        if len(self._sent_queue) < MAX_HELD:  # else with the next acknowledgement
+            await super()._data_channel_flush()
 
     async def _transmit(self) -> None:
         self._cwnd = self._window.size
@@ -161,7 +178,9 @@ class Association(RTCSctpTransport):
     def _take_gaps(self, gaps: list[tuple[int, int]]) -> int:
         """Takes what arrived behind something missing. The place in the queue behind the last packet that is news."""
         queue, news = self._sent_queue, 0
-        spans = sorted((first, min(end, len(queue))) for first, end in gaps[:MAX_GAPS] if 0 < first <= end)
+        spans = sorted(
+            (first, min(end, len(queue))) for first, end in gaps[:MAX_GAPS] if 0 < first <= min(end, len(queue))
+        )
         missing, self._missing = self._missing, []
         begins = [first for first, _ in spans]
         first_tsn = self._last_sacked_tsn

@@ -52,10 +52,17 @@ class WebrtcSettings:
 
 
 async def load() -> None:
-    """Imports aiortc without holding up the loop. The first connection does it, too."""
+    """Imports aiortc without holding up the loop. The first connection does it, too.
+
+    Raises: ConnectionLost where it can't be imported, or in another version: relays and direct paths remain.
+    """
     name = "tesseract_async.transport.association"
     if name not in sys.modules:
-        await asyncio.to_thread(importlib.import_module, name)
+        try:
+            await asyncio.to_thread(importlib.import_module, name)
+        except ImportError as error:
+            logger.warning("no data channels here, only direct connections and relays: %s", error)
+            raise ConnectionLost("the peer", f"no data channels: {error}") from None
 
 
 class _Ice(aioice.Connection):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import aiortc
 import pytest
 from aiortc import RTCSctpTransport
 from aiortc.rtcsctptransport import (
@@ -19,6 +21,8 @@ from aiortc.rtcsctptransport import (
     WEBRTC_STRING,
     Chunk,
     DataChunk,
+    ForwardTsnChunk,
+    InitChunk,
     ReconfigChunk,
     SackChunk,
     serialize_packet,
@@ -26,8 +30,16 @@ from aiortc.rtcsctptransport import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseract_async.errors import ProtocolError
-from tesseract_async.transport.association import MAX_FRAGMENTS, MAX_GAPS, MAX_HELD, Association
+from tesseract_async.errors import ConnectionLost, ProtocolError
+from tesseract_async.transport import association, webrtc
+from tesseract_async.transport.association import (
+    LEAST_MARGIN,
+    LONGEST_TIMEOUT,
+    MAX_FRAGMENTS,
+    MAX_GAPS,
+    MAX_HELD,
+    Association,
+)
 from tesseract_async.transport.webrtc import DataChannelPipe
 from tests.benchmarks import nat_links
 from tests.benchmarks.nat_links import MEGABIT, End, Link, Total
@@ -169,6 +181,46 @@ def test_after_a_silence_nothing_is_sent_again_that_has_arrived() -> None:
         assert any(chunk._retransmit for chunk in sctp._sent_queue)
         assert not any(chunk._retransmit and chunk._acked for chunk in sctp._sent_queue)
         assert sctp._window.starting and sctp._window.size < 2000
+
+    over_links(work)
+
+
+def test_losses_that_are_more_than_chance_cost_half_of_the_window() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        total, unused = Total(), Total()
+        here.start(End(unused))
+        there.start(End(total))
+        here.write(bytes(2**20))
+        await until(lambda: total.count > 2**18)
+        window, sizes, seen = here._sctp._window, [0], 0
+
+        def spoil() -> bool:
+            nonlocal seen
+            seen += 1
+            return seen <= 200 and seen % 5 == 0
+
+        out.spoil = spoil
+
+        def halved() -> bool:
+            sizes.append(window.size)
+            return sizes[-1] <= 0.6 * max(sizes)
+
+        await until(lambda: halved() or total.count == 2**20)
+        assert out.num_dropped > 3 and max(sizes) > 2**17
+        assert halved() and window.size > 2000 and not window.starting, "no silence either"
+
+    over_links(work)
+
+
+def test_a_silence_is_noticed_after_seconds_whatever_was_measured_before() -> None:
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        sctp = here._sctp
+        for measured in (0.0, 3600.0, -3600.0, 1e9):
+            sctp._update_rto(measured)
+            for _ in range(300):
+                assert LEAST_MARGIN <= sctp._rto <= LONGEST_TIMEOUT
+                sctp._update_rto(0.05)
+            assert sctp._rto < 0.3
 
     over_links(work)
 
@@ -333,13 +385,25 @@ def garbage(kind: str, pipe: DataChannelPipe) -> Chunk:
         return data_chunk(tsn, protocol=WEBRTC_STRING, data=b"\xff\xfe")
     if kind == "a short chunk":
         return ShortData(flags=3, body=b"abc")
+    if kind == "what was to come is skipped":
+        skip = ForwardTsnChunk()
+        skip.cumulative_tsn, skip.streams = tsn, [(stream, 0) for stream in range(300)]
+        return skip
     reconfig = ReconfigChunk()
     reconfig.params = [(13, b"\0")]
     return reconfig
 
 
 @pytest.mark.parametrize(
-    "kind", ["another channel", "a channel is opened", "no text", "a short chunk", "a short reset"]
+    "kind",
+    [
+        "another channel",
+        "a channel is opened",
+        "no text",
+        "a short chunk",
+        "a short reset",
+        "what was to come is skipped",
+    ],
 )
 def test_garbage_ends_the_channel_with_the_documented_error(kind: str) -> None:
     async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
@@ -351,6 +415,7 @@ def test_garbage_ends_the_channel_with_the_documented_error(kind: str) -> None:
         await receiver.until_lost()
         assert isinstance(receiver.lost[0], ProtocolError) and len(receiver.lost) == 1
         assert not receiver.received
+        assert len(there._sctp._inbound_streams) <= 1
 
     over_links(work)
 
@@ -368,6 +433,72 @@ def test_a_message_without_an_end_takes_bounded_memory() -> None:
         assert isinstance(receiver.lost[0], ProtocolError)
 
     over_links(work)
+
+
+@pytest.mark.parametrize("flags", [2, 7])
+def test_a_peer_that_begins_anew_again_and_again_is_held_to_the_same_bound(
+    flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With beginnings of messages, and with whole ones that need not wait for their turn."""
+    monkeypatch.setattr(association, "MAX_HELD", 100)
+
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        receiver = Receiver()
+        there.start(receiver)
+        await asyncio.sleep(1)
+        sctp, begin = there._sctp, next_tsn(there)
+        for number in range(10):
+            init = InitChunk()
+            init.initial_tsn = (begin - 200 * number) % 2**32
+            init.initiate_tag, init.advertised_rwnd = sctp._remote_verification_tag, 2**20
+            init.outbound_streams = init.inbound_streams = 1
+            await sctp._handle_data(serialize_packet(5000, 5000, 0, init))
+            for ahead in range(1, 100):
+                await sctp._handle_data(packet(there, data_chunk(begin - 200 * number + ahead, flags=flags)))
+                assert len(sctp._get_inbound_stream(0).reassembly) <= 100 + MAX_FRAGMENTS + 1
+                assert len(sctp._sack_misordered) <= 101
+        await receiver.until_lost()
+        assert isinstance(receiver.lost[0], ProtocolError)
+
+    over_links(work)
+
+
+def test_a_peer_that_never_acknowledges_the_first_has_little_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that all arrived but one, and so has the window opened again and again."""
+    monkeypatch.setattr(association, "MAX_HELD", 400)
+
+    async def work(here: DataChannelPipe, there: DataChannelPipe, out: Spoilt) -> None:
+        here.start(Receiver())
+        await asyncio.sleep(1)
+        sctp, theirs = here._sctp, there._sctp
+        lose, first = theirs._mark_received, sctp._local_tsn
+        theirs._mark_received = lambda tsn: tsn == first or lose(tsn)
+        here.write(bytes(2**21))
+        for _ in range(300):
+            await asyncio.sleep(0.01)
+            assert len(sctp._sent_queue) < 2 * 400
+        assert len(sctp._sent_queue) >= 400
+        theirs._mark_received = lose
+        await until(lambda: not sctp._sent_queue)
+
+    over_links(work)
+
+
+def test_beside_another_version_of_the_library_there_are_no_channels_and_no_surprises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aiortc, "__version__", "1.17.0")
+    monkeypatch.delitem(sys.modules, "tesseract_async.transport.association")
+    with pytest.raises(ConnectionLost, match=r"aiortc 1\.17\.0 is installed"):
+        asyncio.run(webrtc.load())
+    assert "only direct connections and relays" in caplog.text
+
+
+def test_what_is_overridden_is_there() -> None:
+    own = {"_break", "_take_gaps", "_arrived", "_strike", "_let_be_judged_again"}
+    for name, value in vars(Association).items():
+        if callable(value) and not name.startswith("__") and name not in own:
+            assert callable(getattr(RTCSctpTransport, name))
 
 
 def test_packets_far_ahead_are_not_kept() -> None:
@@ -401,8 +532,10 @@ def test_acknowledgements_of_what_was_never_sent_cost_nothing(gaps: list[tuple[i
         sctp = here._sctp
         before = sctp._flight_size
         sack = SackChunk()
-        sack.cumulative_tsn, sack.advertised_rwnd, sack.gaps = sctp._last_sacked_tsn, 2**20, gaps
-        await sctp._receive_sack_chunk(sack)
+        for ahead in (0, 1000, -1):
+            sack.cumulative_tsn = (sctp._last_sacked_tsn + ahead) % 2**32
+            sack.advertised_rwnd, sack.gaps = 2**20, gaps
+            await sctp._receive_sack_chunk(sack)
         assert sctp._looked_at <= len(sctp._sent_queue) and len(sctp._missing) <= sctp._looked_at
         assert 0 < before <= sctp._flight_size and not sctp._broken
         await until(lambda: total.count == 2**20)
