@@ -53,8 +53,7 @@ def command(
             Dashboard(observer, host=bind, port=bind_port, token=token) as page,
         ):
             click.echo(f"The dashboard is at {page.url}", err=True)
-            say("ready", url=page.url)
-            await until_told_to_leave(watch_stdin=leave_with_parent)
+            await until_told_to_leave(watch_stdin=leave_with_parent, tell_ready=lambda: say("ready", url=page.url))
         return 0
 
     run(main)

@@ -172,13 +172,17 @@ class Hosting:
         hosted = f"{counted(len(uids), 'expert')} {'is' if len(uids) == 1 else 'are'}"
         click.echo(f"{hosted} being served at {address}; Ctrl-C leaves cleanly", err=True)
         spare_the_collector()
-        self.ready.set()
-        say("ready", address=address, peer_id=str(self.node.peer_id), uids=uids, versions=_versions(server), **facts)
+
+        def tell_ready() -> None:
+            self.ready.set()
+            peer_id = str(self.node.peer_id)
+            say("ready", address=address, peer_id=peer_id, uids=uids, versions=_versions(server), **facts)
+
         period = self.plan.report_period
         reports = asyncio.create_task(_report(server, period)) if period else None
         try:
             with _saving_on_demand(server):
-                return await until_told_to_leave(watch_stdin=self.plan.leave_with_parent)
+                return await until_told_to_leave(watch_stdin=self.plan.leave_with_parent, tell_ready=tell_ready)
         finally:
             if reports is not None:
                 reports.cancel()

@@ -106,9 +106,10 @@ def spare_the_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def until_told_to_leave(*, watch_stdin: bool = False) -> str:
+async def until_told_to_leave(*, watch_stdin: bool = False, tell_ready: Callable[[], None] | None = None) -> str:
     """Waits for SIGINT, SIGTERM, or (with `watch_stdin`) the end of standard input; says which it was.
 
+    `tell_ready` is called as soon as it listens: whoever is told may send a signal in the same moment.
     The end of standard input is how a process notices that the one that started it is gone, however it died.
     A second signal ends the process at once, without farewell.
     """
@@ -132,6 +133,8 @@ async def until_told_to_leave(*, watch_stdin: bool = False) -> str:
     if watch_stdin and not _stdin_is_watched.get():
         restore.append(await _at_end_of_stdin(told))
     try:
+        if tell_ready is not None:
+            tell_ready()
         return await told
     finally:
         # from here on a second signal kills: leaving must not be a way to be stuck

@@ -346,6 +346,8 @@ class Connection:
             self._handlers.pop(stream, None)
             if not self._flush_scheduled:
                 self._schedule_flush()
+            if self._protocol.life.num_on_bulk:  # the other channel is looked after from here
+                self._arm_timer()
 
     async def _run_open_bulk(self) -> None:
         try:

@@ -339,7 +339,7 @@ class Batcher:
         return self._statistics.num_waiting
 
     def waiting(self) -> list[Request]:
-        """Every request of which some rows have not been dispatched, oldest first within a priority."""
+        """Every request of which some rows have not been dispatched, by priority, then oldest first within a pool."""
         return [request for one in self._classes for request in one.ages if request.waits]
 
     def statistics(self) -> BatcherStatistics:

@@ -40,7 +40,7 @@ def test_a_server_spares_it_before_it_says_that_it_is_ready() -> None:
         "say = hosting.say\n"
         "def look(event, **facts):\n"
         "    if event == 'ready': print(gc.get_freeze_count() > 100_000, gc.get_threshold())\n"
-        "async def leave(**_): return 'seen'\n"
+        "async def leave(tell_ready, **_):\n    tell_ready()\n    return 'seen'\n"
         "hosting.say, hosting.until_told_to_leave = look, leave\n"
         "from tesseract_async.cli.main import main\n"
         "main(['serve', '--experts', 'ffn.0', '--size', 'in_features=8'])"

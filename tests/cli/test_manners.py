@@ -126,8 +126,7 @@ import asyncio
 from tesseract_async.cli.running import run, say, until_told_to_leave
 
 async def main():
-    asyncio.get_running_loop().call_soon(say, "ready")  # once it listens for signals
-    reason = await until_told_to_leave()
+    reason = await until_told_to_leave(tell_ready=lambda: say("ready"))
     say("leaving", reason=reason)
     await asyncio.sleep(0.0 if PATIENT else 60.0)
     say("left")

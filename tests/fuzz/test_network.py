@@ -63,7 +63,7 @@ def value(rng: random.Random, depth: int = 0) -> object:
 def inputs(rng: random.Random, corpus: list[bytes], count: int) -> Iterator[bytes]:
     for _ in range(count):
         data = bytearray(rng.choice(corpus))
-        how = rng.randrange(7)
+        how = rng.randrange(8)
         if how == 0:
             yield rng.randbytes(rng.randrange(1400))
         elif how == 1:
@@ -80,6 +80,9 @@ def inputs(rng: random.Random, corpus: list[bytes], count: int) -> Iterator[byte
         elif how == 5:
             other = rng.choice(corpus)
             yield bytes(data[:HEAD]) + other[HEAD:]
+        elif how == 6:
+            # a request without a token, and without the padding that pays for a reply
+            yield bytes(data[:HEAD]) + msgpack.packb([b"", b"", *(value(rng) for _ in range(rng.randrange(4)))])[:300]
         else:
             # announces far more than there is
             yield bytes(data[:HEAD]) + rng.choice([b"\xdd\xff\xff\xff\xff", b"\xdf\x7f\xff\xff\xff", b"\x91" * 600])
