@@ -179,6 +179,11 @@ class Reachability:
             if ip_version(address) == version
         ]
 
+    async def learn(self, helpers: Sequence[PeerAddress], *, port: int) -> None:
+        """Has those of `helpers` that were not asked yet, four at most, name their addresses."""
+        unheard = [helper for helper in helpers if helper.peer_id not in self._learnt]
+        await asyncio.gather(*(self._ask(helper, port) for helper in unheard[:4]))
+
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
         """Somebody dialled back."""
         arrived = self._expected.get(token)
