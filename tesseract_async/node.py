@@ -137,7 +137,7 @@ class TesseractNode:
         """
         if self._endpoint is not None:
             raise RuntimeError("this node was started before; make a new one")
-        tcp, udp = await _bind_pair(self._host, self._port)
+        tcp, udp = await bind_pair(self._host, self._port)
         try:
             self._bound = tcp.getsockname()[:2]
             if not self._announce:
@@ -366,7 +366,7 @@ def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
+async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
     """A listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
     loop = asyncio.get_running_loop()
     if not host:  # everything that this machine has

@@ -367,7 +367,7 @@ class Reach:
         dialling = _nowhere() if client else self._dialled_back(contacts)
         if self._speaks_v6:  # those who dialled back have named the IPv4 addresses at which they answer STUN
             dialled, (nat, seen) = await dialling, await self._ask_stun()
-            if nat == "unknown" and not client:
+            if nat == "unknown" and not client and self._own_v4() is not None:
                 # those who were asked may all have IPv6 alone
                 await self._reachability.learn(contacts, port=self._port)
                 nat, seen = await self._ask_stun()

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -63,7 +62,7 @@ def command(
 
     async def main() -> int:
         worst = 0
-        listening = port_pair(host, port)
+        listening = await port_pair(host, port)
         findings = [*software(), *room(checkpoint_dir), listening]
         for finding in findings:
             _show(finding, as_json)
@@ -138,14 +137,14 @@ def room(folder: Path) -> Iterator[Finding]:
     yield Finding("good" if enough else "note", "open files", f"at most {limit}", advice)
 
 
-def port_pair(host: str, port: int) -> Finding:
+async def port_pair(host: str, port: int) -> Finding:
     """Whether a node could listen: TCP and UDP on one port."""
-    where = f"{host} port {port or '(any)'}"
+    from tesseract_async.node import bind_pair
+
+    where = f"{host or 'every address'} port {port or '(any)'}"
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
-            tcp.bind(address)
-            udp.bind((address[0], tcp.getsockname()[1], *address[2:]))
+        for sock in await bind_pair(host, port):
+            sock.close()
     except OSError as error:
         advice = "Choose another --port (0 takes a free one), or a --host that is an address of this machine."
         return Finding("bad", "listening", f"not possible at {where}: {error.strerror or error}", advice)

@@ -274,13 +274,14 @@ class ExpertBackend:
         gradients, self._accumulated, self._num_accumulated = self._accumulated, None, 0
         clips, taken = self.settings.clip_gradient_norm is not None, set[int]()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is not None and (
-                gradient.stride() != parameter.stride() or (clips and gradient.data_ptr() in taken)
-            ):
+            if gradient is None or gradient.layout is not torch.strided:  # a sparse one is the optimizer's business
+                parameter.grad = gradient
+                continue
+            if gradient.stride() != parameter.stride() or (clips and gradient.data_ptr() in taken):
                 # kernels read an expanded one as if it were laid out like the parameter; two may be the same memory,
                 # which clipping would scale twice
                 gradient = torch.empty_like(parameter).copy_(gradient)
-            if clips and gradient is not None:
+            if clips:
                 taken.add(gradient.data_ptr())
             parameter.grad = gradient
         try:

@@ -15,21 +15,10 @@ from tesseract_async.client.gating_function import GatingFunction, SwitchGatingF
 from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, FakeReplica
+from tests.client.fake_node import FakeNode, FakeReplica, Slope
 from tests.client.virtual_time import run_in_virtual_time
 
 UIDS = [f"ffn.{i}" for i in range(4)]
-
-
-class Slope(nn.Module):
-    """Multiplies by a number: what each answer and gradient should be is plain to see."""
-
-    def __init__(self, slope: float) -> None:
-        super().__init__()
-        self.slope = slope
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.slope
 
 
 def make_gate(node: FakeNode, **settings: object) -> GatingFunction:

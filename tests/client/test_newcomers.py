@@ -8,24 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
 from tesseract_async.wire.messages import FORWARD
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, FakeReplica, Hosted
+from tests.client.fake_node import FakeNode, FakeReplica, Hosted, Slope
 from tests.client.virtual_time import run_in_virtual_time
-
-
-class Slope(nn.Module):
-    def __init__(self, slope: float) -> None:
-        super().__init__()
-        self.slope = slope
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.slope
 
 
 def host(node: FakeNode, *numbers: int) -> list[Hosted]:

@@ -24,7 +24,7 @@ from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
 from tesseract_async.wire.messages import BACKWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode
+from tests.client.fake_node import FakeNode, Slope
 from tests.client.virtual_time import run_in_virtual_time
 
 WIDTH = 8
@@ -159,15 +159,6 @@ def test_with_a_spare_one_under_way_nobody_waits_for_one_that_hangs(spare: int) 
 
 
 # ------------------------------------------------------------------------------------------------ every pattern
-
-
-class Slope(nn.Module):
-    def __init__(self, slope: float) -> None:
-        super().__init__()
-        self.slope = slope
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.slope
 
 
 def expected_of(row: torch.Tensor, scores: torch.Tensor, fates: tuple[str, ...], k_best: int, k_min: int) -> Any:

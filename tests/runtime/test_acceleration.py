@@ -161,3 +161,27 @@ def test_a_step_does_not_depend_on_how_gradients_lie_in_memory(transposed: bool,
         optimizer.zero_grad()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4, sparse=True)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.embedding(words).sum(1)
+
+
+def test_sparse_gradients_are_left_to_the_optimizer() -> None:
+    module, alone = Words(), Words()
+    alone.load_state_dict(module.state_dict())
+    backend = ExpertBackend(
+        module, optimizer=torch.optim.SGD(module.parameters(), 0.1), args_schema=(TensorSpec((3,), torch.int64),)
+    )
+    words = torch.tensor([[1, 2, 3], [3, 4, 4]])
+    _, gradients = backend.gradients([words], [torch.ones(2, 4)], training=True, seed=1)
+    assert gradients[0] is not None and gradients[0].is_sparse
+    backend.step(gradients)
+    alone(words).sum().backward()
+    torch.optim.SGD(alone.parameters(), 0.1).step()
+    torch.testing.assert_close(module.embedding.weight, alone.embedding.weight)
