@@ -124,7 +124,9 @@ def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
     if not state["grids"]:
         parts += [
             Text(),
-            Text("No server is known yet. Start one:"),
+            Text("No public node nearby hosts experts. Servers behind routers are found by the name of their grid:"),
+            Text(f"tesseract top 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
+            Text("Nobody serves yet? Start a server (on another computer with --host 0.0.0.0):"),
             Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
         ]
         return Group(*parts)
