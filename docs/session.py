@@ -52,7 +52,7 @@ NOT_RUN: Final = {
 }
 """Commands of the pages that are not run, each with its reason. A test sees to it that make has these targets."""
 ADDRESSES: Final = ("198.51.100.7:31337", "127.0.0.1:31337")
-PATIENCE: Final = 60.0
+PATIENCE: Final = 120.0
 """Seconds for a command to end, or to say that it is ready."""
 
 _PIECES = re.compile(

@@ -11,8 +11,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from tests.stem import Stem
+
+# an example takes as long as the machine is busy: 200 ms, hypothesis' own limit, are a matter of chance
+settings.register_profile("any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_asyncio_loop_factories(

@@ -137,7 +137,6 @@ def test_every_block_of_readme_and_tutorial_is_seen(page: Path) -> None:
             assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.timeout(240)  # six seconds each on two quiet cores
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
 async def test_what_readme_and_tutorial_show_is_what_is_seen(page: Path, stem: Stem) -> None:
     """Run `python docs/session.py` where an output has changed, and look at what it has written."""

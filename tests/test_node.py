@@ -81,19 +81,19 @@ async def test_calls_reach_the_expert_of_their_uid_here_and_from_afar() -> None:
             host.host_expert("e.1", echo)
         for caller in (host, guest):
             data = bytearray(b"payload")
-            reply = await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, [data], timeout=5)
+            reply = await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, [data], timeout=30)
             assert reply.body == {"uid": "e.1", "from": bytes(caller.peer_id)}
             data[:] = b"changed"
             assert bytes(reply.buffers[0]) == b"payload"
             with pytest.raises(errors.ExpertNotFound, match=r"e\.2"):
-                await caller.call_expert(host.peer_address, INFO, {"uid": "e.2"}, timeout=5)
+                await caller.call_expert(host.peer_address, INFO, {"uid": "e.2"}, timeout=30)
             with pytest.raises(errors.ExpertNotFound):
-                await caller.call_expert(host.peer_address, INFO, ["no", "map"], timeout=5)
+                await caller.call_expert(host.peer_address, INFO, ["no", "map"], timeout=30)
             with pytest.raises(errors.UnknownMethod, match="expert.nothing"):
-                await caller.call_expert(host.peer_address, "expert.nothing", {"uid": "e.1"}, timeout=5)
+                await caller.call_expert(host.peer_address, "expert.nothing", {"uid": "e.1"}, timeout=30)
         host.unhost_expert("e.1")
         with pytest.raises(errors.ExpertNotFound):
-            await guest.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, timeout=5)
+            await guest.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, timeout=30)
 
 
 async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -> None:
@@ -116,7 +116,7 @@ async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -
         host.host_expert("e.1", handler)
         for caller in (host, guest):
 
-            async def call(how: str, timeout: float = 5, caller: ta.TesseractNode = caller) -> Message:
+            async def call(how: str, timeout: float = 30, caller: ta.TesseractNode = caller) -> Message:
                 return await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1", "how": how}, timeout=timeout)
 
             with pytest.raises(errors.RemoteError, match="lost"):
@@ -126,15 +126,15 @@ async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -
             assert caught.value.retry_after == 1.5
             with pytest.raises(TimeoutError):
                 await call("hang", timeout=0.05)
-            await asyncio.wait_for(cancelled.wait(), 5)
+            await asyncio.wait_for(cancelled.wait(), 30)
             started.clear()
             cancelled.clear()
             task = asyncio.create_task(call("hang"))
-            await asyncio.wait_for(started.wait(), 5)
+            await asyncio.wait_for(started.wait(), 30)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await asyncio.wait_for(cancelled.wait(), 5)
+            await asyncio.wait_for(cancelled.wait(), 30)
 
 
 async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
@@ -149,7 +149,7 @@ async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
         host.host_expert("ffn.0", echo)
 
         async def ask(node: ta.TesseractNode, method: str) -> Message:
-            return await node.call_expert(host.peer_address, method, {"uid": "ffn.0"}, timeout=5.0)
+            return await node.call_expert(host.peer_address, method, {"uid": "ffn.0"}, timeout=30.0)
 
         for node, allowed, refused, action in ((serving, LEAD, BACKWARD, "train"), (training, BACKWARD, LEAD, "store")):
             await ask(node, allowed)

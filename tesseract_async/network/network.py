@@ -183,7 +183,8 @@ class TesseractNetwork:
         """
         assert self._driver is None, "a network is started once"
         loop = asyncio.get_running_loop()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < RECEIVE_BUFFER_BYTES:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         host = sock.getsockname()[0]
         protocol = NetworkProtocol(
             identity=self.identity,

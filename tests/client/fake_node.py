@@ -20,8 +20,8 @@ from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pac
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Returns in the first turn of the loop that finds `condition` true; after ten seconds it gives up."""
-    async with asyncio.timeout(10):
+    """Returns in the first turn of the loop that finds `condition` true; after a minute it gives up."""
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 (any condition, not one that has an event)
             await asyncio.sleep(0)
 

@@ -43,7 +43,7 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
     assert expert.info().args[0].shape == (8,)
     with pytest.raises(ExpertNotFound, match="ffn.1.9"):
         node.get_expert("ffn.1.9")
-    gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(2, 2), in_features=8, k_best=2)
+    gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(2, 2), in_features=8, k_best=2, k_min=2)
     optimizer = torch.optim.Adam(gate.parameters(), 1e-2)
     assert gate.choose(x)[0][0].uid in ("ffn.0.0", "ffn.1.1")
     for _ in range(3):

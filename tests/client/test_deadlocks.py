@@ -137,7 +137,7 @@ class Slow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        Slow.go.wait(10)
+        Slow.go.wait(60)
         return grads[0]
 
 

@@ -12,6 +12,7 @@ from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD
 from tests.client.fake_node import FakeNode, until
+from tests.client.virtual_time import in_made_up_time
 
 GRID = (4, 4)
 
@@ -110,6 +111,7 @@ def make_gate_like(gate: GatingFunction, k_best: int) -> GatingFunction:
     return other
 
 
+@in_made_up_time
 async def test_nobody_answers(node: FakeNode) -> None:
     make_grid(node, [(0, 0), (1, 1)])
     await kill(node, "ffn.0.0", "ffn.1.1")
@@ -122,6 +124,7 @@ async def test_nobody_answers(node: FakeNode) -> None:
 
 
 @pytest.mark.parametrize("search", ["exact", "beam"])
+@in_made_up_time
 async def test_nobody_lives(node: FakeNode, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tesseract_async.client.grid_search._SEARCH_AGAIN_SECONDS", 0.01)
     gate = make_gate(node, forward_timeout=0.05, search=search)
@@ -143,6 +146,7 @@ async def test_nobody_lives(node: FakeNode, search: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("search", ["exact", "beam"])
+@in_made_up_time
 async def test_while_nobody_lives_somebody_is_waited_for(
     node: FakeNode, search: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +164,7 @@ async def test_while_nobody_lives_somebody_is_waited_for(
     torch.testing.assert_close(await task, reference(node, gate, x), rtol=0, atol=1e-6)
 
 
+@in_made_up_time
 async def test_silence_ends_with_the_timeout(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node, forward_timeout=0.2)
@@ -170,6 +175,7 @@ async def test_silence_ends_with_the_timeout(node: FakeNode) -> None:
     assert node.num_open == 0
 
 
+@in_made_up_time
 async def test_a_slow_expert_is_not_waited_for(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node, timeout_after_k_min=0.05)
@@ -181,6 +187,7 @@ async def test_a_slow_expert_is_not_waited_for(node: FakeNode) -> None:
     torch.testing.assert_close(y, reference(node, gate, x, (slow,)), rtol=0, atol=1e-6)
 
 
+@in_made_up_time
 async def test_backward_goes_on_without_those_that_died(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node, backward_timeout=0.2)
@@ -247,6 +254,7 @@ async def test_no_rows(node: FakeNode) -> None:
     assert (await make_gate(node)(torch.zeros(0, 8))).shape == (0, 8)
 
 
+@in_made_up_time
 async def test_a_cold_directory_is_waited_for(node: FakeNode) -> None:
     make_grid(node)
     node.directory.cold = node.directory.mute = True

@@ -16,7 +16,7 @@ from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMisma
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, FakeReplica, Slope
-from tests.client.virtual_time import run_in_virtual_time
+from tests.client.virtual_time import in_made_up_time, run_in_virtual_time
 
 UIDS = [f"ffn.{i}" for i in range(4)]
 
@@ -131,6 +131,7 @@ async def backward_patterns(node: FakeNode, rescale: bool, backward_k_min: int) 
         torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-5)
 
 
+@in_made_up_time
 async def test_a_row_whose_experts_all_hang_is_refilled(node: FakeNode) -> None:
     gate = make_gate(node, k_best=1)
     x = torch.randn(16, 2)
@@ -144,6 +145,7 @@ async def test_a_row_whose_experts_all_hang_is_refilled(node: FakeNode) -> None:
 
 
 @pytest.mark.parametrize("method", [FORWARD, BACKWARD])
+@in_made_up_time
 async def test_most_experts_hang_and_the_others_fail(node: FakeNode, method: str) -> None:
     """Nothing of this batch says how long an answer takes; what was seen before does."""
     gate = make_gate(node, k_best=2, spare=0)
@@ -163,6 +165,7 @@ async def test_most_experts_hang_and_the_others_fail(node: FakeNode, method: str
     assert node.num_open == 0
 
 
+@in_made_up_time
 async def test_an_expert_that_never_answers_is_masked_in_the_end(node: FakeNode) -> None:
     gate = make_gate(node, k_best=2)
     x = torch.randn(16, 2)
@@ -175,6 +178,7 @@ async def test_an_expert_that_never_answers_is_masked_in_the_end(node: FakeNode)
     assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
 
 
+@in_made_up_time
 async def test_backward_goes_on_without_one_that_hangs(node: FakeNode) -> None:
     gate = make_gate(node, k_best=4)
     x = torch.randn(8, 2, requires_grad=True)
@@ -200,6 +204,7 @@ async def test_capacity_bounds_rows_and_sends_the_others_on(node: FakeNode) -> N
     assert (await gate.mix(torch.randn(8, 2))).num_answers.sum() == 2
 
 
+@in_made_up_time
 async def test_latency_aware_scores_prefer_the_fast(node: FakeNode) -> None:
     gate = make_gate(node, k_best=4, latency_weight=1000.0)
     x = torch.randn(8, 2)

@@ -14,6 +14,7 @@ from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound,
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, until
+from tests.client.virtual_time import in_made_up_time
 
 
 async def test_remote_equals_local(node: FakeNode) -> None:
@@ -129,6 +130,7 @@ async def test_a_failing_module(node: FakeNode) -> None:
         await RemoteExpert(node, "bad.0")(torch.zeros(1, 8))
 
 
+@in_made_up_time
 async def test_a_silent_server_fails_within_its_timeout_and_is_masked(node: FakeNode) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8))
     expert = RemoteExpert(node, "ffn.0.0")
@@ -140,6 +142,7 @@ async def test_a_silent_server_fails_within_its_timeout_and_is_masked(node: Fake
     assert node.num_open == 0
 
 
+@in_made_up_time
 async def test_the_only_server_is_asked_again_after_it_stood_still(node: FakeNode) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8))
     expert = RemoteExpert(node, "ffn.0.0")

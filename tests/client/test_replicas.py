@@ -13,6 +13,7 @@ from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
 from tests.client.fake_node import FakeNode
+from tests.client.virtual_time import in_made_up_time
 
 
 def peers_asked(node: FakeNode, method: str = FORWARD) -> list[Any]:
@@ -27,6 +28,7 @@ def by_peer(node: FakeNode, seconds: dict[str, float]) -> None:
     node.fault = fault
 
 
+@in_made_up_time
 async def test_the_fastest_replica_is_asked_once_all_are_known(node: FakeNode) -> None:
     node.host("ffn.0", nn.Linear(8, 8), peers=("primary", "fast"))
     expert = RemoteExpert(node, "ffn.0")
@@ -38,6 +40,7 @@ async def test_the_fastest_replica_is_asked_once_all_are_known(node: FakeNode) -
     assert peers_asked(node, BACKWARD) == ["primary"]
 
 
+@in_made_up_time
 async def test_a_call_slower_than_p95_is_hedged_and_the_loser_cancelled(node: FakeNode) -> None:
     node.host("ffn.0", nn.Linear(8, 8), peers=("a", "b"))
     expert = RemoteExpert(node, "ffn.0")
@@ -123,6 +126,7 @@ async def test_what_the_expert_itself_raises_is_not_asked_for_twice(node: FakeNo
     assert len(peers_asked(node)) == 1
 
 
+@in_made_up_time
 async def test_priority_and_timeout_travel(node: FakeNode) -> None:
     node.host("ffn.0", nn.Linear(8, 8))
     await RemoteExpert(node, "ffn.0").with_options(timeout=3.0, priority=7)(torch.zeros(1, 8))
@@ -133,6 +137,7 @@ async def test_priority_and_timeout_travel(node: FakeNode) -> None:
         await RemoteExpert(node, "ffn.0").with_options(codec="zip")(torch.zeros(1, 8))
 
 
+@in_made_up_time
 async def test_a_relayed_slow_path_loses_against_a_direct_one_of_equal_queue(node: FakeNode) -> None:
     node.host("ffn.0", nn.Linear(8, 8), peers=("relayed", "direct"))
     expert = RemoteExpert(node, "ffn.0")
@@ -145,6 +150,7 @@ async def test_a_relayed_slow_path_loses_against_a_direct_one_of_equal_queue(nod
     assert peers_asked(node)[-1] == "relayed"
 
 
+@in_made_up_time
 async def test_bandwidth_counts_more_for_large_calls(node: FakeNode) -> None:
     node.host("ffn.0", nn.Linear(8, 8), peers=("far and wide", "near and narrow"))
     expert = RemoteExpert(node, "ffn.0")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import selectors
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -114,3 +115,13 @@ def run_in_virtual_time(coroutine: Coroutine[Any, Any, T]) -> T:
 
     with virtual_time() as runner:
         return runner.run(main())
+
+
+def in_made_up_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that runs in virtual time: what it holds of time-outs and latencies holds on a busy machine, too."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        run_in_virtual_time(test(*args, **kwargs))
+
+    return run

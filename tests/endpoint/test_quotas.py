@@ -175,18 +175,18 @@ async def test_a_peer_hears_when_to_come_back_and_others_are_not_concerned() -> 
         async with greedy, modest:
             server.policy = Policy(quota=Quota(calls=3, period=1000.0), quotas={modest.peer_id: Quota(concurrent=1)})
             for index in range(3):
-                assert (await greedy.call(address, "echo", index, timeout=5)).body == index
+                assert (await greedy.call(address, "echo", index, timeout=30)).body == index
             with pytest.raises(Overloaded, match="quota") as caught:
-                await greedy.call(address, "echo", timeout=5)
+                await greedy.call(address, "echo", timeout=30)
             assert 300 < caught.value.retry_after < 340
             server.handle("wait", wait)
-            waiting = asyncio.create_task(modest.call(address, "wait", timeout=5))
+            waiting = asyncio.create_task(modest.call(address, "wait", timeout=30))
             await started.wait()
             with pytest.raises(Overloaded):
-                await modest.call(address, "echo", timeout=5)
+                await modest.call(address, "echo", timeout=30)
             release.set()
             await waiting
-            assert (await modest.call(address, "echo", 1, timeout=5)).body == 1
+            assert (await modest.call(address, "echo", 1, timeout=30)).body == 1
             counted = {
                 dict(labels)["reason"]: value
                 for (name, labels), value in server.metrics.counters.items()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,8 +22,9 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.doorman import Doorman
+from tests.loopback import needs_ipv6_loopback
 
-SETTINGS = ReachabilitySettings(dial_timeout=1.0)
+SETTINGS = ReachabilitySettings(dial_timeout=30.0)
 
 
 class Node:
@@ -64,10 +65,12 @@ async def nodes(count: int, *, liars: int = 0, settings: ReachabilitySettings = 
         await node.endpoint.aclose()
 
 
-def unused_port() -> int:
+@contextlib.contextmanager
+def deaf_port() -> Iterator[int]:
+    """Nobody listens there, and nobody else is given it meanwhile."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+        yield int(sock.getsockname()[1])
 
 
 @pytest.mark.both_loops
@@ -81,8 +84,9 @@ async def test_two_helpers_find_it_reachable() -> None:
 @pytest.mark.both_loops
 async def test_nobody_gets_through() -> None:
     async with nodes(3) as (*helpers, node):
-        port = unused_port()
-        assert await node.reachability.check([one.peer for one in helpers], port=port) == (False, "127.0.0.1")
+        with deaf_port() as port:
+            found = await node.reachability.check([one.peer for one in helpers], port=port)
+        assert found == (False, "127.0.0.1")
 
 
 async def test_a_third_decides_where_two_disagree() -> None:
@@ -99,9 +103,10 @@ async def test_what_helpers_merely_say_proves_nothing() -> None:
 
 async def test_dead_helpers_have_no_vote() -> None:
     async with nodes(2) as (helper, node):
-        dead = PeerAddress(Identity.generate().peer_id, (f"127.0.0.1:{unused_port()}",))
-        assert await node.reachability.check([dead], port=node.port) == (None, None)
-        assert await node.reachability.check([dead, helper.peer], port=node.port) == (True, "127.0.0.1")
+        with deaf_port() as port:
+            dead = PeerAddress(Identity.generate().peer_id, (f"127.0.0.1:{port}",))
+            assert await node.reachability.check([dead], port=node.port) == (None, None)
+            assert await node.reachability.check([dead, helper.peer], port=node.port) == (True, "127.0.0.1")
         assert await node.reachability.check([], port=node.port) == (None, None)
 
 
@@ -111,7 +116,7 @@ async def test_dead_helpers_have_no_vote() -> None:
 async def test_malformed_wishes_are_refused(body: object) -> None:
     async with nodes(2) as (helper, node):
         with pytest.raises(NotAllowed):
-            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=5)
+            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=30)
         assert helper.num_dials == 0
 
 
@@ -119,9 +124,9 @@ async def test_a_helper_dials_seldom() -> None:
     async with nodes(2, settings=replace(SETTINGS, max_dials_per_minute=3)) as (helper, node):
         body = {"port": node.port, "token": bytes(16)}
         for _ in range(3):
-            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=5)
+            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=30)
         with pytest.raises(Overloaded):
-            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=5)
+            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=30)
         assert helper.endpoint.metrics.snapshot()["dial_backs_refused{reason=too_many}"] == 1
 
 
@@ -141,10 +146,10 @@ async def test_a_helper_dials_few_at_once() -> None:
         DialBackServer(helper.endpoint, connect=slow, settings=SETTINGS)
         body = {"port": node.port, "token": bytes(16)}
         loop = asyncio.get_running_loop()
-        calls = [loop.create_task(node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=5)) for _ in range(2)]
+        calls = [loop.create_task(node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=30)) for _ in range(2)]
         await waiting.wait()
         with pytest.raises(Overloaded):
-            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=5)
+            await node.endpoint.call(helper.peer, DIAL_BACK, body, timeout=30)
         go_on.set()
         await asyncio.gather(*calls)
 
@@ -197,7 +202,7 @@ async def test_helpers_that_name_nonsense(addresses: object) -> None:
         assert node.reachability.also(4) == node.reachability.also(6) == []
 
 
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no sockets for both kinds of IP")
+@needs_ipv6_loopback
 async def test_a_helper_hears_us_by_the_kind_of_ip_that_is_asked_about() -> None:
     """It dials back where the call came from: a connection by the other kind would tell of that one."""
     async with nodes(2) as (helper, node):
@@ -206,6 +211,7 @@ async def test_a_helper_hears_us_by_the_kind_of_ip_that_is_asked_about() -> None
         listener = tcp.TcpTransport(sock)
         await listener.listen(helper.endpoint.accept)
         peer = PeerAddress(helper.peer.peer_id, (f"[::1]:{sock.getsockname()[1]}",))
-        _, host = await node.reachability.check([peer], port=unused_port())
+        with deaf_port() as port:
+            _, host = await node.reachability.check([peer], port=port)
         assert host == "::1"
         await listener.aclose()

@@ -92,7 +92,7 @@ class Client:
         return await self.answer(offer)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -111,7 +111,7 @@ async def client(*contacts: PeerAddress, settings: RendezvousSettings = SETTINGS
 
 async def test_an_offer_and_its_answer_are_carried() -> None:
     async with public() as house, client(house.peer) as asked, client() as asker:
-        answer = await asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=5)
+        answer = await asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30)
         assert answer == b"answer to offer"
         assert asked.heard == [(b"offer", "127.0.0.1")]
         # the rendezvous node itself may want the client
@@ -123,25 +123,25 @@ async def test_an_offer_and_its_answer_are_carried() -> None:
             own_origin=lambda: "203.0.113.1",
             settings=SETTINGS,
         )
-        assert await own.send_offer(house.peer, asked.peer_id, b"mine", timeout=5) == b"answer to mine"
+        assert await own.send_offer(house.peer, asked.peer_id, b"mine", timeout=30) == b"answer to mine"
         assert asked.heard[-1] == (b"mine", "203.0.113.1")
 
 
 async def test_only_those_who_registered_are_disturbed() -> None:
     async with public() as house, client() as stranger, client() as asker:
-        await stranger.endpoint.call(house.peer, REGISTER, {}, timeout=5)
+        await stranger.endpoint.call(house.peer, REGISTER, {}, timeout=30)
         del house.server._clients[stranger.peer_id]
         with pytest.raises(NotAllowed, match="not registered"):
-            await asker.rendezvous.send_offer(house.peer, stranger.peer_id, b"offer", timeout=5)
+            await asker.rendezvous.send_offer(house.peer, stranger.peer_id, b"offer", timeout=30)
         assert house.refused("unknown_client") == 1
 
 
 async def test_a_client_listens_to_its_own_rendezvous_only() -> None:
     async with public() as house, public() as other, client(house.peer) as asked:
-        await asked.endpoint.call(other.peer, REGISTER, {}, timeout=5)  # connected, but not chosen
+        await asked.endpoint.call(other.peer, REGISTER, {}, timeout=30)  # connected, but not chosen
         with pytest.raises(NotAllowed, match="did not register"):
             body = {"offer": b"x", "origin": "127.0.0.1"}
-            await other.endpoint.call(PeerAddress(asked.peer_id, ()), DELIVER, body, timeout=5)
+            await other.endpoint.call(PeerAddress(asked.peer_id, ()), DELIVER, body, timeout=30)
         assert asked.heard == []
 
 
@@ -155,7 +155,7 @@ async def test_a_silent_client_is_a_typed_error() -> None:
         asked.answer = never
         async with client() as asker:
             with pytest.raises(RemoteError, match="did not answer"):
-                await asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=5)
+                await asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30)
             assert house.endpoint.metrics.total("rendezvous_offers_lost") == 1
             assert not house.server._senders and not house.server._recipients
 
@@ -166,7 +166,7 @@ async def test_a_silent_client_is_a_typed_error() -> None:
 async def test_malformed_wishes(body: object) -> None:
     async with public() as house, client() as asker:
         with pytest.raises(NotAllowed):
-            await asker.endpoint.call(house.peer, OFFER, body, timeout=5)
+            await asker.endpoint.call(house.peer, OFFER, body, timeout=30)
         assert house.refused("malformed") == 1
 
 
@@ -186,7 +186,7 @@ async def test_offers_under_way_are_few(monkeypatch: pytest.MonkeyPatch) -> None
         async with client(settings=settings) as asker:
 
             def send() -> asyncio.Task[bytes]:
-                coroutine = asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=5)
+                coroutine = asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30)
                 return asyncio.get_running_loop().create_task(coroutine)
 
             tasks = [send() for _ in range(3)]
@@ -196,7 +196,7 @@ async def test_offers_under_way_are_few(monkeypatch: pytest.MonkeyPatch) -> None
             assert house.refused("too_many") == 1
             with pytest.raises(NotAllowed):
                 body = {"to": bytes(asked.peer_id), "offer": bytes(5000)}
-                await asker.endpoint.call(house.peer, OFFER, body, timeout=5)
+                await asker.endpoint.call(house.peer, OFFER, body, timeout=30)
             assert house.refused("too_large") == 1
             go_on.set()
             assert await asyncio.gather(*tasks) == [b"offer"] * 3
@@ -206,7 +206,7 @@ async def test_a_sender_waits_for_its_turn() -> None:
     """With more offers than it may have under way, it queues them itself instead of being refused."""
     settings = replace(SETTINGS, max_offers_per_sender=2, max_own_offers=2)
     async with public(settings=settings) as house, client(house.peer) as asked, client(settings=settings) as asker:
-        sends = (asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=5) for _ in range(10))
+        sends = (asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30) for _ in range(10))
         assert len(await asyncio.gather(*sends)) == 10
 
 
@@ -214,13 +214,13 @@ async def test_registrations_are_bounded_and_end() -> None:
     settings = replace(SETTINGS, max_clients=2, registration_ttl=1000.0)
     async with public(settings=settings) as house, client() as one, client() as two, client() as three:
         for member in (one, two, one):
-            await member.endpoint.call(house.peer, REGISTER, {}, timeout=5)
+            await member.endpoint.call(house.peer, REGISTER, {}, timeout=30)
         with pytest.raises(Overloaded):
-            await three.endpoint.call(house.peer, REGISTER, {}, timeout=5)
+            await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
         assert house.server.num_clients == 2
         for peer_id in house.server._clients:
             house.server._clients[peer_id] = 0.0
-        await three.endpoint.call(house.peer, REGISTER, {}, timeout=5)
+        await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
         assert house.server.num_clients == 1
 
 
@@ -243,12 +243,12 @@ async def test_those_that_relay_come_first() -> None:
 async def test_relays_are_reserved_or_refused() -> None:
     room = Room()
     async with public(relay=room) as relaying, public() as plain, client() as member:
-        assert await member.rendezvous.reserve_relay(relaying.peer, timeout=5) == (b"m" * 16, b"t" * 16)
+        assert await member.rendezvous.reserve_relay(relaying.peer, timeout=30) == (b"m" * 16, b"t" * 16)
         assert room.owners == [member.peer_id]
         with pytest.raises(Overloaded):
-            await member.rendezvous.reserve_relay(relaying.peer, timeout=5)
+            await member.rendezvous.reserve_relay(relaying.peer, timeout=30)
         with pytest.raises(NotAllowed, match="does not relay"):
-            await member.rendezvous.reserve_relay(plain.peer, timeout=5)
+            await member.rendezvous.reserve_relay(plain.peer, timeout=30)
 
 
 async def test_a_rendezvous_that_answers_nonsense() -> None:
@@ -262,9 +262,9 @@ async def test_a_rendezvous_that_answers_nonsense() -> None:
         for method in (OFFER, RELAY, REGISTER):
             house.endpoint.handle(method, nonsense)
         with pytest.raises(ProtocolError):
-            await member.rendezvous.send_offer(house.peer, member.peer_id, b"offer", timeout=5)
+            await member.rendezvous.send_offer(house.peer, member.peer_id, b"offer", timeout=30)
         with pytest.raises(ProtocolError):
-            await member.rendezvous.reserve_relay(house.peer, timeout=5)
+            await member.rendezvous.reserve_relay(house.peer, timeout=30)
         await member.rendezvous._register(house.peer)
         assert member.rendezvous.rendezvous == ()
 

@@ -66,7 +66,6 @@ async def test_the_language_model_equals_its_local_twin(stem: Stem, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 async def test_the_language_model_goes_on_after_ctrl_c(stem: Stem, tmp_path: Path) -> None:
     small = (*SMALL_LM, "--steps", 60, "--report-every", 1)
     local, cut = await asyncio.gather(
@@ -134,7 +133,6 @@ async def test_the_papers_experiment_small(stem: Stem, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 async def test_the_papers_experiment_goes_on_where_it_was(stem: Stem, tmp_path: Path) -> None:
     small = small_experiment(tmp_path)
     await finish(

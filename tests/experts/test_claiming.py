@@ -19,6 +19,7 @@ from tesseract_async.experts.claiming import (
     encode_reservation,
 )
 from tesseract_async.experts.manifest import encode_manifest, grid_key
+from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 
 AT_ONCE = ClaimSettings(settle=0.0)
@@ -78,6 +79,7 @@ class SlowNetwork(FakeNetwork):
         return entries
 
 
+@in_made_up_time
 async def test_newcomers_of_one_moment_share_the_free_ones_out() -> None:
     """Eight at once take 4 each of 64. By chance alone 6.6 experts would be taken twice; here none is."""
     swarm = FakeSwarm()

@@ -332,7 +332,7 @@ async def test_waiting_for_somebody_alive_reads_the_grid_again_at_once() -> None
     await subject.wait_warm("ffn")
     assert not any(task.done() for task in waiting)
     server = await declare(swarm, 1, "ffn.3.7")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await asyncio.gather(*waiting)
     view = subject.live("ffn")
     assert view is not None and len(view) == 1

@@ -9,6 +9,7 @@ import pytest
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.experts import ExpertPublisher, PublisherSettings, grid_key, shard_key
 from tesseract_async.experts.manifest import decode_manifest
+from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 
 QUICK = PublisherSettings(ttl=0.2, refresh_period=0.02, retry_period=0.01, declare_timeout=0.3)
@@ -80,6 +81,7 @@ async def test_several_servers_on_one_node_stand_side_by_side() -> None:
     assert not swarm.entries
 
 
+@in_made_up_time
 async def test_declare_looks_for_more_holders_until_there_are_enough() -> None:
     swarm = FakeSwarm()
     subject = publisher(swarm, QUICK)
@@ -97,6 +99,7 @@ async def test_a_lonely_node_is_satisfied_with_itself() -> None:
     await subject.aclose()
 
 
+@in_made_up_time
 async def test_declare_ends_with_what_was_achieved_and_goes_on_in_the_background() -> None:
     swarm = FakeSwarm()
     subject = publisher(swarm, QUICK)
@@ -109,6 +112,7 @@ async def test_declare_ends_with_what_was_achieved_and_goes_on_in_the_background
     assert not swarm.entries
 
 
+@in_made_up_time
 async def test_manifests_are_renewed_before_they_expire() -> None:
     swarm = FakeSwarm()
     subject = publisher(swarm, QUICK)
@@ -135,6 +139,7 @@ async def test_a_server_that_lost_its_memory_goes_on_upwards() -> None:
     await first.aclose()
 
 
+@in_made_up_time
 async def test_cancelling_declare_leaves_nothing_after_closing() -> None:
     swarm = FakeSwarm()
     subject = publisher(swarm, QUICK)

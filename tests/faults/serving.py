@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.identity import Identity
@@ -31,6 +31,20 @@ async def serving(settings: EndpointSettings | None = None) -> AsyncIterator[tup
     await endpoint.start()
     async with endpoint:
         yield endpoint, PeerAddress(endpoint.peer_id, (address,))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Turns the loop until something holds that nobody announces."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+def let_pass(seconds: float) -> None:
+    """The running loop's clock jumps: what was due by then is due now. (Not uvloop's.)"""
+    loop = asyncio.get_running_loop()
+    real = loop.time
+    loop.time = lambda: real() + seconds  # type: ignore[method-assign]
 
 
 class RawPeer:
@@ -64,7 +78,7 @@ class RawPeer:
 
     async def closed(self) -> bytes:
         """What the other end still sends until it closes. Raises: TimeoutError if it does not."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             out = bytearray()
             with contextlib.suppress(ConnectionError):
                 while data := await self.reader.read(65536):

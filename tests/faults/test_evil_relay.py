@@ -93,7 +93,7 @@ class OnePath:
 
 
 @contextlib.asynccontextmanager
-async def relayed(spoiler: Spoiler) -> AsyncIterator[tuple[Endpoint, PeerAddress]]:
+async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncIterator[tuple[Endpoint, PeerAddress]]:
     """An endpoint, and the address of another one that it reaches through the evil relay only."""
     relay = Relay(settings=RelaySettings(max_rate=None), metrics=Metrics())
     sock = bound_socket()
@@ -104,7 +104,7 @@ async def relayed(spoiler: Spoiler) -> AsyncIterator[tuple[Endpoint, PeerAddress
         metrics=Metrics(),
     )
     await doorman.listen(lambda pipe: pipe.abort())
-    settings = EndpointSettings(handshake_timeout=1.0)
+    settings = EndpointSettings(handshake_timeout=handshake_timeout)
     server = Endpoint(identity=Identity.generate(), settings=settings)
 
     async def echo(call: IncomingCall) -> Message:
@@ -138,7 +138,7 @@ async def test_an_evil_relay_cannot_change_what_arrives(how: str, size: int) -> 
     data = random.Random(size).randbytes(size)
     spoiler = Spoiler(how)
     async with relayed(spoiler) as (client, peer):
-        reply = await client.call(peer, "echo", "good", [data], timeout=10)
+        reply = await client.call(peer, "echo", "good", [data], timeout=30)
         assert bytes(reply.buffers[0]) == data
         spoiler.active = True
         try:
@@ -153,7 +153,7 @@ async def test_an_evil_relay_cannot_change_what_arrives(how: str, size: int) -> 
         spoiler.active = False
         for _ in range(3):
             try:
-                reply = await client.call(peer, "echo", "good again", [data], timeout=10)
+                reply = await client.call(peer, "echo", "good again", [data], timeout=30)
                 break
             except ConnectionLost:  # the old connection's end was noticed only now
                 continue
@@ -164,7 +164,7 @@ async def test_an_evil_relay_cannot_change_what_arrives(how: str, size: int) -> 
 async def test_an_evil_relay_cannot_spoil_the_handshake_unnoticed(how: str) -> None:
     spoiler = Spoiler(how)
     spoiler.active = True
-    async with relayed(spoiler) as (client, peer):
+    async with relayed(spoiler, handshake_timeout=1.0) as (client, peer):
         with pytest.raises(ERRORS):
             await client.call(peer, "echo", "evil", [SECRET], timeout=4)
 
@@ -173,7 +173,7 @@ async def test_a_relay_that_records_has_nothing_to_read() -> None:
     spoiler = Spoiler("record")
     async with relayed(spoiler) as (client, peer):
         for _ in range(3):
-            reply = await client.call(peer, "echo", "private words", [SECRET], timeout=10)
+            reply = await client.call(peer, "echo", "private words", [SECRET], timeout=30)
             assert bytes(reply.buffers[0]) == SECRET
     assert len(spoiler.recorded) > 6 * len(SECRET)
     assert SECRET[:16] not in spoiler.recorded and b"private words" not in spoiler.recorded

@@ -35,7 +35,7 @@ async def test_garbage_on_either_port_is_dropped_counted_and_disturbs_nobody() -
             try:
                 writer.write(data)
                 await writer.drain()
-                await asyncio.wait_for(reader.read(), 10)  # until the host hangs up
+                await asyncio.wait_for(reader.read(), 30)  # until the host hangs up
             except ConnectionError:
                 pass
             finally:
@@ -49,7 +49,7 @@ async def test_garbage_on_either_port_is_dropped_counted_and_disturbs_nobody() -
         )
         assert all(torch.equal(answer, answers[0]) for answer in answers)
         # the kernel may drop datagrams, and hand over the others and the hang-ups a little later: a few are enough
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(40):
             while (
                 host.metrics.total("network_datagrams_dropped") < 10
                 or host.metrics.total("endpoint_handshakes_failed") < 10

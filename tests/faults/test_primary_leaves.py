@@ -52,7 +52,7 @@ async def test_no_call_fails_and_no_step_is_lost_when_the_primary_leaves_under_l
                             both_ran.set()
 
                 trainers = [asyncio.create_task(train(index)) for index in range(2)]
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(50):
                     await both_ran.wait()
                     # what `tesseract serve` does at SIGTERM
                     assert await keeper.hand_over() == 2

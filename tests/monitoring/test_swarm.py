@@ -48,7 +48,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
     async with ta.TesseractNode() as seed, StatusService(seed):
         seeds = (seed.address,)
         async with ta.TesseractNode(initial_peers=seeds, refresh_period=0.2) as node:
-            observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:2].[0:3]")], period=1.0)
+            observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:2].[0:3]")], period=30.0)
             async with volunteer("ffn.0.0", "ffn.1.2", seeds=seeds) as host:
                 await node.directory.wait_warm("ffn")
                 await node.directory.refresh("ffn")
@@ -99,8 +99,8 @@ async def test_without_patterns_the_neighbours_grids_are_found() -> None:
         volunteer("ffn.0.3", "attention.1") as host,
         ta.TesseractNode(initial_peers=[host.address], refresh_period=0.2) as node,
     ):
-        await node.network.wait_joined(10)
-        observer = SwarmObserver(node, period=1.0)
+        await node.network.wait_joined(30)
+        observer = SwarmObserver(node, period=30.0)
         await observer.look()
         for prefix in ("ffn", "attention"):
             await node.directory.wait_warm(prefix)
@@ -115,7 +115,7 @@ async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
         ta.TesseractServer(host, {"ffn.0": backend()}),  # without a StatusService
         ta.TesseractNode(initial_peers=[host.address]) as node,
     ):
-        observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.0")], period=1.0)
+        observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.0")], period=30.0)
         await node.directory.wait_warm("ffn")
         for _ in range(3):
             await observer.look()
@@ -192,8 +192,8 @@ async def test_what_strangers_publish_is_bounded() -> None:
         ):
             await host.network.store("progress/ffn", value, ttl=60.0, subkey=str(number))
         async with ta.TesseractNode(initial_peers=[host.address], refresh_period=0.2) as node:
-            await node.network.wait_joined(10)
-            observer = SwarmObserver(node, period=1.0)
+            await node.network.wait_joined(30)
+            observer = SwarmObserver(node, period=30.0)
             await observer.look()
             await node.directory.wait_warm("ffn")
             await observer.look()

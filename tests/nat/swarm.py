@@ -76,7 +76,7 @@ class Swarm:
         try:
             left = self.do_all([name for name in self.members if name in self._lines], "stop")
             assert not any(left.values()), f"tasks left: {left}"
-            self._process.wait(10)
+            self._process.wait(60)
         finally:
             self._kill_all()
 

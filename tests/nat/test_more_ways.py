@@ -14,9 +14,8 @@ from tests.nat.lab import Lab, why_not
 from tests.nat.swarm import Swarm
 
 reason = why_not("miniupnpd", "turnserver")
-pytestmark = [pytest.mark.timeout(120)]
 if reason is not None and not os.environ.get("TESSERACT_REQUIRE_NAT"):
-    pytestmark.append(pytest.mark.skip(reason=reason))
+    pytestmark = pytest.mark.skip(reason=reason)
 
 SEEDS = ("r1", "r2")
 HOSTS = {

@@ -34,9 +34,8 @@ EXPECTED = {
 }
 
 reason = why_not()
-pytestmark = [pytest.mark.timeout(120)]
 if reason is not None and not os.environ.get("TESSERACT_REQUIRE_NAT"):
-    pytestmark.append(pytest.mark.skip(reason=reason))
+    pytestmark = pytest.mark.skip(reason=reason)
 
 
 @pytest.fixture(scope="module")

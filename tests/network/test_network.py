@@ -13,32 +13,33 @@ import pytest
 
 from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity
-from tesseract_async.network.network import StoreItem, TesseractNetwork, key_digest
+from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, StoreItem, TesseractNetwork, key_digest
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
+from tests.loopback import needs_both_kinds_of_ip, needs_ipv6_loopback
 
 QUICK = NetworkSettings(first_timeout=0.2, min_seed_backoff=0.05, join_timeout=2.0)
 
 
-def bound(port: int = 0, host: str = "127.0.0.1") -> socket.socket:
+def bound(host: str = "127.0.0.1") -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     sock.setblocking(False)
-    sock.bind((host, port))
+    sock.bind((host, 0))
     return sock
 
 
 async def until(condition: Callable[[], bool]) -> None:
     """Turns the loop until a condition of another node's holds."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 (nothing announces what other nodes think)
             await asyncio.sleep(0)
 
 
 @asynccontextmanager
 async def node(
-    *seeds: int, port: int = 0, host: str = "127.0.0.1", identity: Identity | None = None
+    *seeds: int, sock: socket.socket | None = None, host: str = "127.0.0.1", identity: Identity | None = None
 ) -> AsyncIterator[tuple[TesseractNetwork, int]]:
-    sock = bound(port, host)
+    sock = bound(host) if sock is None else sock
     port = sock.getsockname()[1]
     network = TesseractNetwork(identity=identity or Identity.generate(), settings=QUICK)
     text = f"[{host}]" if ":" in host else host
@@ -61,14 +62,14 @@ async def swarm(count: int, host: str = "127.0.0.1") -> AsyncIterator[list[Tesse
     async with AsyncExitStack() as stack:
         first, seed = await stack.enter_async_context(node(host=host))
         others = [(await stack.enter_async_context(node(seed, host=host)))[0] for _ in range(count - 1)]
-        assert all([await network.wait_joined(10) for network in others])
+        assert all([await network.wait_joined(30) for network in others])
         nodes = [first, *others]
         await until(lambda: all(network.num_contacts == count - 1 for network in nodes))
         yield nodes
 
 
 @pytest.mark.both_loops
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6_loopback)])
 async def test_values_and_dictionaries_are_seen_by_all(host: str) -> None:
     async with swarm(5, host) as nodes:
         assert await nodes[1].store("value", {"x": [1, b"2", None]}, ttl=60.0) == 5
@@ -127,7 +128,7 @@ async def test_a_restarted_owner_withdraws_what_it_published_before() -> None:
         async with node(port, identity=identity) as (before, _):
             await before.store("key", 1, ttl=60.0)
         async with node(port, identity=identity) as (after, _):
-            assert await after.wait_joined(5)
+            assert await after.wait_joined(30)
             assert await after.withdraw("key") >= 3
         assert await nodes[1].get("key") is None
 
@@ -150,7 +151,7 @@ async def test_a_tombstone_outlives_everything_that_it_hides() -> None:
             assert 1020.0 < kept_until() <= 1030.0
             await owner.store("key", 3, ttl=2000.0)
         async with node(port, identity=identity) as (restarted, _):
-            assert await restarted.wait_joined(5)
+            assert await restarted.wait_joined(30)
             await restarted.withdraw("key")
             assert 2020.0 < kept_until() <= 2030.0
 
@@ -158,7 +159,7 @@ async def test_a_tombstone_outlives_everything_that_it_hides() -> None:
 async def test_expired_entries_are_not_seen() -> None:
     async with swarm(3) as nodes:
         await nodes[1].store("short", 1, ttl=0.05)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while await nodes[2].get("short") is not None:
                 pass
 
@@ -173,13 +174,12 @@ async def test_a_lonely_node_is_a_network_of_one() -> None:
 
 
 async def test_starting_never_waits_for_seeds_and_finds_them_when_they_come() -> None:
-    with bound() as reserved:
-        port = reserved.getsockname()[1]
-    async with asyncio.timeout(10):
-        async with node(port) as (early, _):
+    reserved = bound()  # nobody reads there yet, and nobody else is given the port
+    async with asyncio.timeout(50):
+        async with node(reserved.getsockname()[1]) as (early, _):
             assert not await early.wait_joined(0.01)
-            async with node(port=port) as (seed, _):
-                assert await early.wait_joined(10)
+            async with node(sock=reserved) as (seed, _):
+                assert await early.wait_joined(30)
                 await early.store("key", 1, ttl=60.0)
                 assert await seed.get("key") == 1
 
@@ -200,9 +200,9 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         reader, holder = nodes[1], nodes[0]
         reader.set_client(True)  # it holds nothing itself
         await holder.store("key", 1, ttl=60.0)
-        port = port_of(holder)
         assert holder._driver is not None and holder._driver._transport is not None
         storage = holder._driver.protocol.storage
+        held = holder._driver._transport.get_extra_info("socket").dup()  # the port stays its own
         holder._driver._transport.abort()  # no farewell
         with pytest.raises(TimeoutError, match="no node of the network answered"):
             await reader.get("key")
@@ -210,7 +210,7 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         # it comes back in the midst of another read
         reading = asyncio.create_task(reader.get("key"))
         await asyncio.sleep(0)
-        async with node(port=port, identity=holder.identity) as (back, _):
+        async with node(sock=held, identity=holder.identity) as (back, _):
             assert back._driver is not None
             back._driver.protocol.storage = storage
             assert await reading == 1
@@ -262,7 +262,7 @@ async def test_peers_are_remembered_on_disk_and_asked_beside_the_seeds(tmp_path:
         for seeds in ([PeerAddress.parse(f"127.0.0.1:{port_of(nodes[0])}")], []):
             network = TesseractNetwork(identity=Identity.generate(), settings=QUICK, peers_file=path)
             await network.start(bound(), initial_peers=seeds)
-            assert await network.wait_joined(10) and network.num_contacts >= 1
+            assert await network.wait_joined(30) and network.num_contacts >= 1
             await network.aclose()
         remembered = {PeerAddress.parse(line).peer_id for line in path.read_text().split()}
         assert {network.peer_id for network in nodes} <= remembered
@@ -320,7 +320,8 @@ async def test_an_owner_whose_clock_went_back_goes_beyond_what_it_published(monk
 
 
 @pytest.mark.both_loops
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no sockets for both kinds of IP")
+@needs_both_kinds_of_ip
+@needs_ipv6_loopback
 async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
     """One socket serves both; who has one kind only leaves out contacts of the other, and sends nothing there."""
     both = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -331,7 +332,7 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
     middle = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
     await middle.start(both, public=True)
     async with node(port) as (old, _), node(port, host="::1") as (new, _):
-        assert await old.wait_joined(5) and await new.wait_joined(5)
+        assert await old.wait_joined(30) and await new.wait_joined(30)
         await until(lambda: middle.num_contacts == 2)
         assert await old.store("key", 1, ttl=60.0) >= 1
         assert await middle.get("key") == 1
@@ -349,5 +350,6 @@ async def test_the_receive_buffer_is_raised() -> None:
     sock = bound()
     network = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
     await network.start(sock)
-    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > before
+    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    assert size > before or size == before >= RECEIVE_BUFFER_BYTES, "what a machine gives by itself is not lowered"
     await network.aclose()

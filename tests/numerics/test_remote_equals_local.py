@@ -234,7 +234,7 @@ async def test_calls_that_went_out_together_come_back_together_in_backward() -> 
         h = torch.randn(4, WIDTH, requires_grad=True)
         for layer in (remote[:8], remote[8:]):
             h = torch.stack(await asyncio.gather(*(expert(h) for expert in layer))).mean(0)
-        await asyncio.wait_for(ta.backward(h.square().sum()), 10)
+        await asyncio.wait_for(ta.backward(h.square().sum()), 60)
 
 
 async def test_evaluating_under_no_grad_beside_training_changes_neither() -> None:
@@ -381,7 +381,7 @@ async def test_a_peer_that_stops_answering_costs_a_timeout_and_one_that_dies_an_
         began = time.perf_counter()
         with pytest.raises((TimeoutError, errors.TesseractError)):
             await expert.with_options(timeout=1.0)(torch.zeros(1, WIDTH))
-        assert time.perf_counter() - began < 3
+        assert time.perf_counter() - began < 10, "not what calls have by themselves"
 
 
 async def test_a_server_that_came_back_elsewhere_is_found_by_the_call_that_misses_it() -> None:
@@ -433,8 +433,8 @@ async def test_backward_ends_when_its_node_closes(what: str) -> None:
 
             host.host_expert("e.0", never)
             backward = asyncio.create_task(ta.backward(y.sum()))
-            await asyncio.wait_for(asked.wait(), 10)
+            await asyncio.wait_for(asked.wait(), 60)
             await guest.aclose()
             with pytest.raises((errors.TesseractError, RuntimeError)):
-                await asyncio.wait_for(backward, 10)
+                await asyncio.wait_for(backward, 60)
             assert x.grad is None

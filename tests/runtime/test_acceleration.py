@@ -53,7 +53,6 @@ def test_padding_brings_no_gradient_and_nothing_that_is_not_finite() -> None:
 
 compiles = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(
         shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
     ),

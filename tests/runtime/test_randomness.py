@@ -90,7 +90,7 @@ class Halting(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.dropout(x, 0.5, self.training)
         self.loop.call_soon_threadsafe(self.drawn.set)
-        assert self.go_on.wait(timeout=10)
+        assert self.go_on.wait(timeout=60)
         self.go_on.clear()
         return functional.dropout(y, 0.5, self.training)
 

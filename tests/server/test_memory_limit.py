@@ -17,7 +17,6 @@ WIDTH, ROWS = 256, 2048
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 async def test_a_server_keeps_to_its_memory_limit(stem: Stem) -> None:
     arguments = ("--experts", "ffn.[0:500]", "--num-experts", "500", "--max-memory", f"{LIMIT}")
     sizes = ("--size", f"in_features={WIDTH}", "--max-batch-size", str(ROWS))

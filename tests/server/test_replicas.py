@@ -23,8 +23,10 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 UID = "ffn.0"
-BY_HAND = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=5.0, transfer=TransferSettings(reuse=0.0))
-LAZY = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=5.0)
+BY_HAND = ReplicaSettings(
+    check_every=1000.0, sync_every=1000.0, call_timeout=30.0, transfer=TransferSettings(reuse=0.0)
+)
+LAZY = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=30.0)
 PUBLISHER = PublisherSettings(declare_timeout=2.0)
 X = torch.ones(2, 4)
 
@@ -63,7 +65,7 @@ async def volunteer(
     module: nn.Module | None = None,
 ) -> AsyncIterator[Volunteer]:
     async with ta.TesseractNode(initial_peers=peers, identity=identity) as node:
-        await node.network.wait_joined(5.0)
+        await node.network.wait_joined(30.0)
         backends = {UID: make_backend(seed, module)}
         server = ta.TesseractServer(node, backends, followers=[UID] if follow else [], publisher_settings=PUBLISHER)
         async with server, ReplicaKeeper(server, settings=settings) as keeper:
@@ -76,7 +78,7 @@ async def forward(node: ta.TesseractNode, at: Volunteer) -> torch.Tensor:
         uid=UID, tensors=metas, training=False, seed=0, reply_codec="none", keep_inputs=False
     )
     reply = await node.call_expert(
-        at.node.peer_address, messages.FORWARD, messages.encode(request), buffers, timeout=5.0
+        at.node.peer_address, messages.FORWARD, messages.encode(request), buffers, timeout=30.0
     )
     (y,) = wire.unpack_tensors(reply.body["tensors"], reply.buffers)
     assert y is not None
@@ -96,7 +98,7 @@ async def backward(node: ta.TesseractNode, at: Volunteer, call_id: bytes | None 
         reply_codec="none",
     )
     body = messages.encode(request) | more
-    reply = await node.call_expert(at.node.peer_address, messages.BACKWARD, body, buffers, timeout=5.0)
+    reply = await node.call_expert(at.node.peer_address, messages.BACKWARD, body, buffers, timeout=30.0)
     return int(reply.body["version"])
 
 
@@ -163,7 +165,7 @@ async def test_of_two_primaries_one_gives_way_and_takes_the_others_state() -> No
 async def test_it_looks_by_itself() -> None:
     quick = ReplicaSettings(check_every=0.05, sync_every=0.05)
     async with volunteer() as first, volunteer([first.node.address], follow=True, settings=quick) as second:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not second.node.metrics.total("states_pulled"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await backward(first.node, first)
@@ -317,7 +319,7 @@ async def test_only_the_primary_may_hand_over() -> None:
             body = messages.encode(messages.LeadRequest(UID))
             for victim in (first, second):
                 with pytest.raises(NotAllowed, match="is not the primary"):
-                    await stranger.call_expert(victim.node.peer_address, messages.LEAD, body, timeout=5.0)
+                    await stranger.call_expert(victim.node.peer_address, messages.LEAD, body, timeout=30.0)
         assert first.leads and not second.leads
 
 
@@ -325,7 +327,7 @@ async def test_a_newcomer_adopts_what_others_trained() -> None:
     async with volunteer(seed=5) as first:
         await backward(first.node, first)
         async with ta.TesseractNode(initial_peers=[first.node.address]) as node:
-            await node.network.wait_joined(5.0)
+            await node.network.wait_joined(30.0)
             backends = {UID: make_backend(1), "ffn.1": make_backend(2)}
             assert await adopt_states(node, backends, settings=BY_HAND) == {UID}
             theirs = first.server.experts[UID].module.state_dict()

@@ -25,6 +25,7 @@ from tesseract_async.server.state_transfer import (
 )
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
+from tests.client.virtual_time import in_made_up_time
 
 NOBODY = PeerAddress(None, ("127.0.0.1:9",))
 SMALL = TransferSettings(piece_bytes=500)
@@ -183,12 +184,11 @@ async def test_many_who_come_together_share_one_copy(node: FakeNode) -> None:
     assert node.num_snapshots == 1
 
 
+@in_made_up_time
 async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
     node = FakeNode(TransferSettings(piece_bytes=500, keep=0.02))
     await node.fetch()
-    dropped = asyncio.get_running_loop().create_future()
-    asyncio.get_running_loop().call_later(0.08, dropped.set_result, None)
-    await dropped
+    await asyncio.sleep(0.08)
     assert not node.source._copies and node.source._sweep is None
     full = FakeNode(TransferSettings(piece_bytes=500, max_cached_bytes=1))
     await full.fetch()
@@ -289,7 +289,7 @@ async def test_between_two_nodes() -> None:
             return await fake.source.answer("ffn.0", fake.backend, call)
 
         host.host_expert("ffn.0", answer)
-        state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=10.0)
+        state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)
         assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
         fake.source.close()
     assert NO_DIGEST == bytes(16)

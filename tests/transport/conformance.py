@@ -47,7 +47,7 @@ class Receiver:
         self._changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(40):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()

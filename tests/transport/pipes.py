@@ -54,7 +54,7 @@ class Receiver:
         self.lost.append(error)
         self.changed.set()
 
-    async def until(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout: float = 40.0) -> None:
         async with asyncio.timeout(timeout):
             while not condition():
                 self.changed.clear()

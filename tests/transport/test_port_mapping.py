@@ -63,7 +63,7 @@ class Home:
         self.changed.set()
 
     async def next_change(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await self.changed.wait()
         self.changed.clear()
 
@@ -72,7 +72,7 @@ class Home:
 async def home(router: Router, settings: PortMappingSettings = PortMappingSettings()) -> AsyncIterator[Home]:  # noqa: B008 (frozen)
     made = Home(router, settings)
     made.mapper.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await made.mapper.tried.wait()
     yield made
     await made.mapper.aclose()
@@ -90,7 +90,7 @@ async def test_a_mapping_is_made_and_taken_back() -> None:
 async def test_it_is_renewed_before_the_lease_ends() -> None:
     router = Router()
     async with home(router, PortMappingSettings(lease=0.02)):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while router.num_adds < 6:  # noqa: ASYNC110 (the router announces nothing)
                 await asyncio.sleep(0)
     assert router.num_searches == 1, "a router that answers is not searched for again"

@@ -46,18 +46,18 @@ async def serving(seen: tuple[str, int], *, num_lost: int = 0) -> AsyncIterator[
 
 async def test_each_server_tells_what_it_saw() -> None:
     async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2)) as (_, other):
-        answers = await stun_client.ask([one, other], local_host="127.0.0.1")
+        answers = await stun_client.ask([one, other], local_host="127.0.0.1", timeout=30.0)
         assert answers == {one: ("203.0.113.1", 1), other: ("203.0.113.1", 2)}
 
 
 async def test_a_lost_question_is_repeated() -> None:
     async with serving(("203.0.113.1", 1), num_lost=1) as (server, address):
-        assert await stun_client.ask([address], local_host="127.0.0.1") == {address: ("203.0.113.1", 1)}
-        assert server.num_asked == 2
+        assert await stun_client.ask([address], local_host="127.0.0.1", timeout=30.0) == {address: ("203.0.113.1", 1)}
+        assert server.num_asked >= 2
 
 
 async def test_the_silent_are_left_out() -> None:
     async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2), num_lost=99) as (_, silent):
-        answers = await stun_client.ask([silent, one], local_host="127.0.0.1", timeout=0.3)
+        answers = await stun_client.ask([silent, one], local_host="127.0.0.1", timeout=1.5)
         assert list(answers) == [one]
     assert await stun_client.ask([]) == {}

@@ -14,6 +14,7 @@ import pytest
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.transport.base import PeerAddress, Pipe, join_host_port, split_host_port
 from tesseract_async.transport.tcp import EARLY_BYTES, MAX_REMEMBERED, TcpTransport, connect
+from tests.loopback import needs_both_kinds_of_ip, needs_ipv6_loopback
 from tests.transport import conformance
 from tests.transport.conformance import *  # noqa: F403
 from tests.transport.conformance import Pipes, Receiver
@@ -104,8 +105,8 @@ async def test_the_address_that_worked_comes_first() -> None:
     assert len(transport._worked) == MAX_REMEMBERED
 
 
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no sockets for both kinds of IP")
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@needs_both_kinds_of_ip
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6_loopback)])
 async def test_a_socket_for_both_kinds_of_ip(host: str) -> None:
     """IPv4 callers are seen under their IPv4 address: dialling them back and counting them depends on it."""
     sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -142,7 +143,7 @@ async def test_a_throttle_slows_both_directions() -> None:
             dialled.write(bytes(50_000))
             assert dialled.paused
             await mine.until(lambda: not dialled.paused)
-        assert 0.09 < loop.time() - begun < 1.0
+        assert 0.09 < loop.time() - begun < 10.0
         begun = loop.time()
         accepted.write(bytes(100_000))
         await mine.until(lambda: len(mine.data) == 100_000)

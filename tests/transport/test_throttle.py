@@ -114,7 +114,7 @@ async def test_real_pipes_keep_to_the_rate_together(direction: str) -> None:
         (2 * size - rate / 4 - 2 * 65536) / rate if direction == "download" else (2 * size - rate / 4 - 20_000) / rate
     )
     assert seconds >= max(0.0, least)
-    assert seconds < 5
+    assert seconds < 10
     assert throttle.num_bytes_sent + throttle.num_bytes_received == 2 * size
     for pipe in (*pipes, *accepted):
         pipe.abort()

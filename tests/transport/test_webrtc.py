@@ -8,9 +8,12 @@ import socket
 import pytest
 
 from tesseract_async.transport.webrtc import Negotiation, WebrtcSettings
+from tests.loopback import needs_ipv6_loopback
 from tests.transport.test_stun_client import serving
 
 QUICK = WebrtcSettings(gathering_timeout=0.1)
+PATIENT = WebrtcSettings(gathering_timeout=30.0)
+"""For what is answered."""
 
 
 def negotiation(
@@ -32,7 +35,7 @@ async def test_without_servers_nobody_is_asked() -> None:
 
 async def test_the_outside_address_comes_from_the_server_that_was_given() -> None:
     async with serving(("203.0.113.7", 4000)) as (server, address):
-        made = negotiation(address)
+        made = negotiation(address, PATIENT)
         found = await made.gather()
         assert server.num_asked > 0
         assert ("srflx", "203.0.113.7", 4000) in [(one.kind, one.host, one.port) for one in found.candidates]
@@ -55,14 +58,15 @@ async def test_a_dead_server_holds_up_nobody(kind: str) -> None:
         made = negotiation(address if kind == "stun" else None, settings)
         begun = loop.time()
         found = await made.gather()
-        assert loop.time() - begun < 1.0
+        assert loop.time() - begun < 4.0
         assert [one.kind for one in found.candidates] == ["host"]
         await made.aclose()
 
 
+@needs_ipv6_loopback
 async def test_few_candidates_are_told() -> None:
     """An offer has a bound; IPv6 addresses are offered beside the others."""
-    made = negotiation(addresses=("127.0.0.1", "::1"))
+    made = negotiation(None, PATIENT, ("127.0.0.1", "::1"))
     found = await made.gather()
     assert {one.host for one in found.candidates} == {"127.0.0.1", "::1"}
     await made.aclose()

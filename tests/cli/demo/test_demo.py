@@ -14,8 +14,6 @@ import pytest
 from tests.cli.processes import family_of, finish, tesseract
 from tests.stem import Stem
 
-pytestmark = pytest.mark.timeout(150)
-
 
 def accuracies(shown: str) -> list[float]:
     return [float(found) for found in re.findall(r"validation accuracy\W+([\d.]+)", shown)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 import tesseract_async as ta
@@ -51,11 +50,9 @@ async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
     return accuracy
 
 
-@pytest.mark.timeout(120)
 async def test_experts_that_learn_carry_the_accuracy() -> None:
     assert await accuracy_after_training("adam", 70) >= 0.97
 
 
-@pytest.mark.timeout(120)
 async def test_with_frozen_experts_the_gate_alone_learns_little() -> None:
     assert await accuracy_after_training(None, 40) < 0.6
