@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tesseract_async.client.autograd import refuse_checkpoint, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call
 from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
@@ -151,8 +151,8 @@ class GatingFunction(nn.Module):
         renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
         autocast, floating-point inputs are cast to the experts' dtypes.
 
-        Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint,
-        and if the node is not running.
+        Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint
+        and the transforms of torch.func, and if the node is not running.
         While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
         Rows whose experts all failed wait for others in the same way (see `MixtureSettings.forward_timeout`).
 
@@ -216,7 +216,7 @@ class GatingFunction(nn.Module):
 
     def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
-        refuse_checkpoint()
+        refuse_wrappers()
         self._search.check()
         rows, kwrows, lead = self._rows((x, *args), kwargs)
         scores_RS = self._scores(rows[0])
