@@ -84,12 +84,13 @@ def main() -> None:
     parser.add_argument(
         "--initial-peers", nargs="*", default=[], help="where the experts are hosted; here if not given"
     )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 if the peers are on other computers")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--grad-steps", type=int, default=1, help="batches whose gradients make one local step")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
     args = parser.parse_args()
     torch.manual_seed(0)
-    with ta.BackgroundNode(initial_peers=args.initial_peers) as node:
+    with ta.BackgroundNode(args.host, initial_peers=args.initial_peers) as node:
         if args.initial_peers:
             accuracy = train(node, args)
         else:

@@ -42,7 +42,7 @@ async def health(request: web.Request) -> web.Response:
 def make_app(args: argparse.Namespace) -> web.Application:
     async def host_node(app: web.Application) -> AsyncIterator[None]:
         # runs at the application's start, waits at the yield while it serves, goes on when it leaves
-        async with ta.TesseractNode(initial_peers=args.initial_peers) as node:
+        async with ta.TesseractNode(args.node_host, initial_peers=args.initial_peers) as node:
             app[NODE] = node
             if args.initial_peers:
                 app[EXPERT] = await node.get_expert(args.uid)
@@ -63,6 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--initial-peers", nargs="*", default=[], metavar="HOST:PORT")
+    parser.add_argument("--node-host", default="127.0.0.1", help="0.0.0.0 if the peers are on other computers")
     parser.add_argument("--uid", default="ffn.0.0")
     return parser.parse_args(arguments)
 

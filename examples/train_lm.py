@@ -228,7 +228,7 @@ async def run(args: argparse.Namespace, out: Path, stop: asyncio.Event, *, local
             mixtures: list[nn.Module] = [LocalMixture(e, args.width, args.grid, args.k_best) for e in by_layer]
             optimizers += [torch.optim.Adam(expert.parameters(), args.lr) for expert in experts.values()]
         else:
-            node = await stack.enter_async_context(ta.TesseractNode(initial_peers=args.initial_peers))
+            node = await stack.enter_async_context(ta.TesseractNode(args.host, initial_peers=args.initial_peers))
             if not args.initial_peers:
                 checkpoints = out / "experts"
                 server = ta.TesseractServer(node, backends(experts, args), checkpoint_dir=checkpoints)
@@ -257,6 +257,7 @@ def parse() -> argparse.Namespace:
     add("--text", help="a text file; the standard library's sources if not given")
     add("--max-bytes", type=int, default=2_000_000)
     add("--initial-peers", nargs="*", default=[], help="where the experts are hosted; here if not given")
+    add("--host", default="127.0.0.1", help="0.0.0.0 if the peers are on other computers")
     add("--local", action="store_true", help="the same model without a network")
     add("--compare", action="store_true", help="first without, then with remote experts")
     add("--out", default="train_lm", help="folder for what is needed to go on")

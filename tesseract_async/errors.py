@@ -13,7 +13,7 @@
       RemoteError              the peer said no
         ExpertNotFound         nobody (or not this peer) hosts that uid
         SchemaMismatch         the tensors do not fit the expert's schema
-        Overloaded             the byte budget is full; `retry_after` says when to come back
+        Overloaded             no room, a quota used up, or the server rests; `retry_after` says when to come back
         ExpertFailed           the expert's module raised
         InputsForgotten        the server dropped the forward's inputs; send them again
         NotAllowed             the peer's policy refuses this caller
@@ -145,7 +145,8 @@ class SchemaMismatch(RemoteError):
 
 
 class Overloaded(RemoteError):
-    """The server's byte budget is full. Come back after `retry_after` seconds, or ask another replica."""
+    """The server has no room, this node has used up its quota there, or the server rests or leaves; the sentence says
+    which. Come back after `retry_after` seconds, or ask another replica."""
 
     code = "overloaded"
     retryable = True

@@ -27,7 +27,7 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.reach import Reach, ReachSettings
-from tesseract_async.transport.base import PeerAddress, Throttle, split_host_port
+from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class TesseractNode:
     UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps
     looking for them in the background, and look-ups made meanwhile wait a few seconds for it.
 
-    - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback: serving the world is
-      asked for, not stumbled into. ``"::"`` is every interface by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
+    - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, from where only this
+      computer can be reached: joining others elsewhere is asked for, not stumbled into. ``"::"`` is every interface
+      by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
     - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
@@ -84,9 +85,9 @@ class TesseractNode:
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
-        `refresh_period`: seconds after which the directory of a grid in use is read again. `throttle`: what all
-        connections together keep to, such as `transport.throttle.Throttle`. `max_receive_bytes`: of large messages that
-        are half received or being answered.
+        `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
+        NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
+        `max_receive_bytes`: of large messages that are half received or being answered.
 
         Raises: ValueError for a malformed seed, port or announced address, and for `upnp` without its packages; OSError
         for an unreadable identity file.
@@ -142,6 +143,7 @@ class TesseractNode:
         tcp, udp = await bind_pair(self._host, self._port)
         try:
             self._bound = tcp.getsockname()[:2]
+            self._warn_of_seeds_elsewhere()
             if not self._announce:
                 hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
@@ -214,6 +216,23 @@ class TesseractNode:
             policy=self.policy,
             metrics=self.metrics,
         )
+
+    def _warn_of_seeds_elsewhere(self) -> None:
+        """A socket on loopback reaches nobody beyond this computer: seeds elsewhere would just seem to be silent."""
+        assert self._bound is not None
+        if not ipaddress.ip_address(self._bound[0]).is_loopback:
+            return
+        hosts = [(address, split_host_port(address)[0]) for peer in self.initial_peers for address in peer.addresses]
+        beyond = [
+            address for address, host in hosts if ip_version(address) and not ipaddress.ip_address(host).is_loopback
+        ]
+        if beyond:
+            logger.warning(
+                "this node listens on %s and reaches nobody beyond this computer: to join by %s it needs "
+                "host='0.0.0.0' (--host 0.0.0.0)",
+                self._bound[0],
+                ", ".join(beyond),
+            )
 
     def _addresses_changed(self) -> None:
         for watcher in list(self._address_watchers):

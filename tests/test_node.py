@@ -171,3 +171,13 @@ async def test_listening_everywhere_announces_an_address_that_others_can_dial() 
         assert node.peer_address.addresses[0].startswith("127.0.0.1:")
     async with ta.TesseractNode("0.0.0.0", announce="203.0.113.5:4000") as node:
         assert node.peer_address.addresses == ("203.0.113.5:4000",)
+
+
+async def test_a_node_on_loopback_says_that_seeds_elsewhere_are_out_of_its_reach(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with ta.TesseractNode() as seed, ta.TesseractNode(initial_peers=[seed.address, "localhost:9"]):
+        assert not caplog.records
+    async with ta.TesseractNode(initial_peers=[seed.address, "198.51.100.7:31337"]):
+        (said,) = [record.getMessage() for record in caplog.records if "beyond this computer" in record.getMessage()]
+        assert "198.51.100.7:31337" in said and seed.address not in said and "--host 0.0.0.0" in said

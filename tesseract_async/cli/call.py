@@ -7,7 +7,7 @@ import time
 
 import click
 
-from tesseract_async.cli.options import join, joining_options, peers
+from tesseract_async.cli.options import host_towards, join, joining_options, peers
 from tesseract_async.cli.running import importing, run, set_up_logging
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import bar, sign
@@ -41,7 +41,8 @@ def command(
             from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
         split_uid(uid)  # a malformed one is said so at once
-        async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
+        seeds = peers(initial_peers)
+        async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
             await join(node)
             expert = await node.get_expert(uid)
             replicas = await node.directory.find(uid)

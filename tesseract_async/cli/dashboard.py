@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tesseract_async.cli.options import joining_options, patterns_argument, peers
+from tesseract_async.cli.options import host_towards, joining_options, patterns_argument, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
@@ -45,7 +45,8 @@ def command(
         from tesseract_async.monitoring import SwarmObserver
         from tesseract_async.node import TesseractNode
 
-        node = TesseractNode(initial_peers=peers(initial_peers), identity=identity, refresh_period=period)
+        seeds = peers(initial_peers)
+        node = TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         async with (
             node,

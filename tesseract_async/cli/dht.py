@@ -54,7 +54,7 @@ def command(
                 click.echo(line, err=True)
             address = str(node.peer_address)
             click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
-            click.echo(f"    tesseract serve --initial-peers {address}\n", err=True)
+            click.echo(f"    --initial-peers {address}\n", err=True)
             reason = await until_told_to_leave(
                 watch_stdin=leave_with_parent,
                 tell_ready=lambda: say("ready", address=address, peer_id=str(node.peer_id)),

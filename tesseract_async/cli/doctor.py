@@ -16,7 +16,7 @@ from typing import Literal
 
 import click
 
-from tesseract_async.cli.options import peers
+from tesseract_async.cli.options import host_towards, peers
 from tesseract_async.cli.running import run
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
@@ -41,7 +41,10 @@ class Finding:
 
 @click.command("doctor")
 @click.option("--initial-peers", "-p", multiple=True, metavar="HOST:PORT[/PEER_ID]", help="Try to reach these, too.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address that a node would listen on.")
+@click.option(
+    "--host",
+    help="Address that a node would listen on; by default loopback, or 0.0.0.0 (::) where a seed is elsewhere.",
+)
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="Port that a node would listen on.")
 @click.option(
     "--upnp",
@@ -53,7 +56,7 @@ class Finding:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per finding.")
 def command(
-    initial_peers: tuple[str, ...], host: str, port: int, upnp: bool, checkpoint_dir: Path, as_json: bool
+    initial_peers: tuple[str, ...], host: str | None, port: int, upnp: bool, checkpoint_dir: Path, as_json: bool
 ) -> None:
     """Look for what would keep this machine from taking part, and say what to do about it.
 
@@ -61,19 +64,20 @@ def command(
     """
 
     async def main() -> int:
-        worst = 0
-        listening = await port_pair(host, port)
+        seeds = peers(initial_peers)
+        here = host_towards(seeds) if host is None else host
+        listening = await port_pair(here, port)
         findings = [*software(), *room(checkpoint_dir), listening]
         for finding in findings:
             _show(finding, as_json)
         if not initial_peers:
             advice = "It takes another node to see them: give the address of one by --initial-peers."
             _show(Finding("note", "clock and NAT", "not looked at", advice), as_json)
-        for peer in peers(initial_peers):
+        for peer in seeds:
             with sign(f"asking {peer}"):
                 # a port that is taken (by the very node in question, perhaps) can't be tried; another tells the rest
                 free = port if listening.verdict == "good" else 0
-                asked = [finding async for finding in reach(peer, host, free, upnp=upnp)]
+                asked = [finding async for finding in reach(peer, here, free, upnp=upnp)]
             findings += asked
             for finding in asked:
                 _show(finding, as_json)

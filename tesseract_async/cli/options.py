@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -109,6 +110,27 @@ def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:
 def peers(values: tuple[str, ...]) -> list[str]:
     """What `--initial-peers` gave, with lists taken apart."""
     return [peer.strip() for value in values for peer in value.split(",") if peer.strip()]
+
+
+def host_towards(seeds: Sequence[str]) -> str:
+    """What to listen on where nobody said so: loopback if all seeds live there, else every interface.
+
+    From a socket on loopback nothing leaves this computer. Raises: ValueError for a malformed seed.
+    """
+    from tesseract_async.transport.base import PeerAddress, split_host_port
+
+    hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
+    local, speaks_v6 = True, False
+    for host in hosts:
+        try:
+            ip = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            local = local and host == "localhost"
+        else:
+            local, speaks_v6 = local and ip.is_loopback, speaks_v6 or ip.version == 6
+    if local:
+        return "::1" if speaks_v6 else "127.0.0.1"
+    return "::" if speaks_v6 else "0.0.0.0"
 
 
 async def join(node: TesseractNode, *, timeout: float = 10.0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tesseract_async.cli.options import join, joining_options, peers
+from tesseract_async.cli.options import host_towards, join, joining_options, peers
 from tesseract_async.cli.running import run, set_up_logging
 from tesseract_async.cli.units import counted
 
@@ -27,7 +27,8 @@ def get(key: str, initial_peers: tuple[str, ...], identity: str | None, verbose:
     async def main() -> int:
         from tesseract_async.node import TesseractNode
 
-        async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
+        seeds = peers(initial_peers)
+        async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
             await join(node)
             entries = await node.network.get_entries(key)
         for entry in entries:
@@ -74,7 +75,8 @@ def put(
             parsed = json.loads(value)
         except ValueError:
             parsed = value
-        async with TesseractNode(initial_peers=peers(initial_peers), identity=identity) as node:
+        seeds = peers(initial_peers)
+        async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
             await join(node)
             holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
         click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)

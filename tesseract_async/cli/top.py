@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import join, joining_options, patterns_argument, peers
+from tesseract_async.cli.options import host_towards, join, joining_options, patterns_argument, peers
 from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
@@ -62,7 +62,8 @@ def command(
         from tesseract_async.monitoring import SwarmObserver
         from tesseract_async.node import TesseractNode
 
-        node = TesseractNode(initial_peers=peers(initial_peers), identity=identity, refresh_period=period)
+        seeds = peers(initial_peers)
+        node = TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         console = Console()
         async with node:
@@ -123,7 +124,9 @@ def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
     if not state["grids"]:
         parts += [
             Text(),
-            Text("No server is known yet. Start one:"),
+            Text("No public node nearby hosts experts. Servers behind routers are found by the name of their grid:"),
+            Text(f"tesseract top 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
+            Text("Nobody serves yet? Start a server (on another computer with --host 0.0.0.0):"),
             Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
         ]
         return Group(*parts)

@@ -330,7 +330,8 @@ def backward(
     once the thread has left, which waits for a local operation in progress but for nothing remote. Hooks that fire
     after accumulation (`register_post_accumulate_grad_hook`) do not fire.
 
-    `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``.
+    `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``; with `retain_graph` the graph can be
+    gone through again, and its experts then take another step.
 
     Raises: TypeError or RuntimeError for a loss without a graph; what a remote expert's backward raises.
     """

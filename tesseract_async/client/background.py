@@ -33,7 +33,7 @@ class BackgroundNode(PlainCalls):
 
     ::
 
-        with ta.BackgroundNode(initial_peers=["198.51.100.7:31337"]) as node:
+        with ta.BackgroundNode(host="0.0.0.0", initial_peers=["198.51.100.7:31337"]) as node:
             expert = node.get_expert("ffn.3.7")
             gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(16, 16), in_features=1024)
             loss = gate(expert(x)).sum()
@@ -57,7 +57,7 @@ class BackgroundNode(PlainCalls):
         policy: Policy | None = None,
         refresh_period: float = 10.0,
     ) -> None:
-        """As `TesseractNode`. Raises: as there."""
+        """As `TesseractNode`; what that takes and this does not has its default. Raises: as there."""
         self._inner = TesseractNode(
             host,
             port,
@@ -90,7 +90,10 @@ class BackgroundNode(PlainCalls):
         return self
 
     def close(self) -> None:
-        """Says farewell and stops the loop and its thread; calls under way in other threads fail. Twice is fine."""
+        """Says farewell and stops the loop and its thread; calls under way in other threads fail. Twice is fine.
+
+        Raises: RuntimeError on the node's own thread.
+        """
         if self._loop is None or self._thread is None:
             return
         if threading.current_thread() is self._thread:

@@ -39,7 +39,8 @@ class GatingFunction(nn.Module):
 
     The experts are those that live under ``uid_prefix`` in a grid of `grid_size`; `proj`, the only local parameters,
     scores all grid dimensions at once, and an expert's score is the sum over its coordinates. With a warm directory
-    the chosen experts are exactly the best that live. All experts of a grid have one schema.
+    the chosen experts are exactly the best that live. All experts of a grid have one schema. (Product-key gating:
+    Lample et al. 2019, as in section 3.1 of Ryabinin & Gusev 2020.)
 
     ::
 
@@ -82,6 +83,9 @@ class GatingFunction(nn.Module):
     ) -> None:
         """Does no I/O. Arguments not named here: see `MixtureSettings`.
 
+        - `node`: a `TesseractNode`, or a `BackgroundNode`: then calls are plain, without ``await``.
+        - `uid_prefix`, `grid_size`: the experts are ``uid_prefix.i.j...``, with ``0 <= i < grid_size[0]`` and so on.
+        - `in_features`: the size of the last dimension of what is scored.
         - `route`: whether a sequence goes to its experts as one row (``"sample"``) or each token as its own.
         - `search`: ``"exact"`` reads the whole grid and keeps it fresh; ``"beam"`` asks the network about the best
           cells of each batch, for grids too large to hold.
@@ -149,7 +153,7 @@ class GatingFunction(nn.Module):
         `x`, ``[rows, in_features]`` or a sequence, is scored and is also the experts' first argument; further arguments
         go to the experts beside it, row by row. Experts that fail or are slow are left out, and weights are
         renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
-        autocast, floating-point inputs are cast to the experts' dtypes.
+        autocast, floating-point inputs are cast to the experts' dtypes. Cancelling cancels all calls under way.
 
         Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint
         and the transforms of torch.func, and if the node is not running.

@@ -94,7 +94,8 @@ class RemoteExpert(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
-        Under autocast, floating-point inputs are cast to the schema's dtypes.
+        Under autocast, floating-point inputs are cast to the schema's dtypes. Cancelling the awaiting task cancels the
+        work at the server.
 
         The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
         schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and

@@ -86,12 +86,17 @@ def key_digest(key: str) -> bytes:
 
 
 class TesseractNetwork:
-    """The distributed hash table, seen from one node.
+    """The distributed hash table, seen from one node: `TesseractNode.network`.
 
     A *key* holds a single value, or a dictionary from subkeys to values. Entries are signed by the node that stores
     them, expire, and are told apart by (key, subkey, owner): nobody overwrites another's. A node without seeds is a
     network of one until others come. With seeds, reads and writes wait for the first of them to answer, at most
     `NetworkSettings.join_timeout`; then they do with what there is.
+
+    Cancelling a read or a write ends it here; what holders have taken by then stays with them. Both raise RuntimeError
+    while the network is not running, and ConnectionAbortedError if it is closed meanwhile.
+
+    Kademlia (Maymounkov & Mazieres 2002), with disjoint paths (Baumgart & Mies 2007).
     """
 
     def __init__(
@@ -264,7 +269,7 @@ class TesseractNetwork:
 
         Where several owners stored the same (key, subkey), the entry with the highest (sequence, owner) is shown;
         `get_entries` shows all, with owner and expiration. Entries with subkeys hide those without. Expired and
-        withdrawn entries are not seen.
+        withdrawn entries are not seen. Raises: as `get_entries`.
         """
         return _view(await self.get_entries(key))
 
@@ -314,7 +319,7 @@ class TesseractNetwork:
     async def withdraw(self, key: str, *, subkey: str | None = None) -> int:
         """Withdraws this node's entry, by a signed tombstone that its holders keep until the entry has expired.
 
-        Returns how many nodes hold the tombstone.
+        Returns how many nodes hold the tombstone. An entry of before a restart is looked up first.
         """
         await self._ready()
         if (key, subkey) not in self._published:

@@ -35,7 +35,7 @@ NO_BENCHMARKS = {"__main__", "comparisons", "faulty", "figures", "loads", "modul
 FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "throughput_mixture")
 LONG = {"network_churn", "network_growth", "network_simulated"}  # minutes to hours: when named, or with --long
 TIMEOUT = 300.0
-LONG_TIMEOUT = 3600.0
+LONG_TIMEOUT = 4 * 3600.0
 
 
 @dataclass(frozen=True)

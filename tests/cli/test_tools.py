@@ -12,14 +12,17 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 import tesseract_async as ta
+import tesseract_async.node
 from tesseract_async import reach
 from tesseract_async.cli.main import main
+from tesseract_async.cli.options import host_towards
 from tesseract_async.cli.running import JsonLines
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.endpoint.reachability import DIAL_BACK
@@ -115,6 +118,40 @@ def test_log_lines_can_be_json() -> None:
     record = logging.LogRecord("tesseract_async.x", logging.WARNING, "f", 1, "dropped %s", ("a peer",), None)
     line = json.loads(JsonLines().format(record))
     assert (line["level"], line["logger"], line["message"]) == ("warning", "tesseract_async.x", "dropped a peer")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "host"),
+    [
+        ([], "127.0.0.1"),
+        (["127.0.0.1:4000", "localhost:4000"], "127.0.0.1"),
+        (["[::1]:4000"], "::1"),
+        (["127.0.0.1:4000", "198.51.100.7:31337/" + 64 * "a"], "0.0.0.0"),
+        (["seed.example.org:31337"], "0.0.0.0"),
+        (["198.51.100.7:31337", "[2001:db8::7]:31337"], "::"),
+    ],
+)
+def test_who_looks_in_listens_where_its_seeds_can_answer(seeds: list[str], host: str) -> None:
+    assert host_towards(seeds) == host
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["get", "x"], ["put", "x", "1"], ["call", "ffn.0.1"], ["top", "--once"], ["dashboard"], ["doctor", "--json"]],
+    ids=lambda words: words[0],
+)
+async def test_a_swarm_on_another_computer_can_be_looked_at(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """From a socket on loopback nothing would get there."""
+    hosts: list[Any] = []
+
+    class Node:
+        def __init__(self, host: str = "127.0.0.1", *rest: Any, **others: Any) -> None:
+            hosts.append(host)
+            raise OSError("far enough")
+
+    monkeypatch.setattr(tesseract_async.node, "TesseractNode", Node)
+    result = await tesseract(*words, "-p", "198.51.100.7:31337")
+    assert hosts == ["0.0.0.0"] and result.exit_code == 1, result.output
 
 
 async def test_the_doctor_looks_at_the_machine_and_at_seeds(tmp_path: Path) -> None:
