@@ -124,6 +124,7 @@ class TesseractNode:
         self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._bound: tuple[str, int] | None = None
         self._experts: dict[str, Handler] = {}
         self._closed = False
@@ -138,6 +139,7 @@ class TesseractNode:
         """
         if self._endpoint is not None:
             raise RuntimeError("this node was started before; make a new one")
+        self._loop = asyncio.get_running_loop()
         tcp, udp = await bind_pair(self._host, self._port)
         try:
             self._bound = tcp.getsockname()[:2]
@@ -186,6 +188,13 @@ class TesseractNode:
             )
         if self._endpoint is None:
             raise RuntimeError("this node is not started: use `async with TesseractNode(...)`, or await node.start()")
+
+    def _check_loop(self) -> None:
+        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "this node runs on another event loop than this call: await it there (for instance by "
+                "asyncio.run_coroutine_threadsafe), or give each loop a node of its own"
+            )
 
     def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
         self._reach = Reach(
@@ -291,6 +300,7 @@ class TesseractNode:
 
         split_uid(uid)
         self.check_running()
+        self._check_loop()
         replicas = await self.directory.find(uid, even_failed=True)
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
@@ -332,7 +342,9 @@ class TesseractNode:
         """`Endpoint.call`, except that a call to this node itself goes straight to its handler, off the network.
 
         Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
+        Raises: RuntimeError on another event loop than the node's.
         """
+        self._check_loop()
         self.metrics.count("expert_calls", method=method)
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(

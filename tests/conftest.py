@@ -54,8 +54,9 @@ def no_thread_left() -> Iterator[None]:
     yield
     gc.collect()  # an unclosed socket warns when collected, and warnings are errors
     left = {thread for thread in threading.enumerate() if thread.is_alive()} - before
-    # the loop's default executor and torch's own autograd threads belong to their libraries
-    left = {t for t in left if not t.name.startswith(("asyncio_", "uvloop_", "Dummy", "pt_autograd"))}
+    # the loop's default executor and torch's own autograd threads belong to their libraries, the codecs' to the process
+    lasting = ("asyncio_", "uvloop_", "Dummy", "pt_autograd", "tesseract-codec")
+    left = {t for t in left if not t.name.startswith(lasting)}
     for thread in left:
         thread.join(timeout=5)
     assert not any(thread.is_alive() for thread in left), f"threads left: {left}"

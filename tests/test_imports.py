@@ -92,6 +92,8 @@ PURE = [
 ]
 IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
+# The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.
+THREADS_ALLOWED |= {"runtime/encoding.py"}
 WITHOUT_TORCH = ("network", "endpoint", "transport", "identity")
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import os
 import queue
 import sys
 import threading
@@ -45,7 +46,14 @@ _CHECKPOINTED = (
     "a remote expert can't be called inside torch.utils.checkpoint: its server recomputes the forward anyway, so there "
     "is nothing to save; leave it outside of the checkpointed function"
 )
-_LOOP_GONE = "the event loop that carried this remote call no longer runs: backward needs it to be running"
+_TRANSFORMED = (
+    "a remote expert can't be called inside a transform of torch.func (grad, vmap, jacrev, ...), which does not see "
+    "what happens on other computers: use .backward(), torch.autograd.grad or `await tesseract_async.backward(loss)`"
+)
+_LOOP_GONE = (
+    "the event loop that carried this remote call no longer runs: backward needs it, so call it before `asyncio.run` "
+    "returns or the BackgroundNode is closed, and in the process that made the call"
+)
 
 _CANCELLED_OUTSIDE = "a gradient request was cancelled, and not by its backward: is the program ending?"
 
@@ -73,6 +81,8 @@ async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differe
     """
     if not differentiable:
         return await remote.forward(inputs)
+    # Graphs keep no inference tensors. Nobody can change them in place any more, nor ask for their gradient.
+    inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in inputs]
     detached = [tensor.detach() for tensor in inputs]
     call = _Call(remote)
     with torch.inference_mode(False), torch.enable_grad():
@@ -92,8 +102,13 @@ async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differe
     return list(results)
 
 
-def refuse_checkpoint() -> None:
-    """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint``."""
+def refuse_wrappers() -> None:
+    """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint`` or a transform of torch.func.
+
+    The latter are their thread's: beside a BackgroundNode the graph is built in another one, and they would give zeros.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_TRANSFORMED)
     frame: Any = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
@@ -126,7 +141,7 @@ class _Request:
 
     def start(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
         """In an engine's thread. Raises: RuntimeError if the loop is not running."""
-        if not self.call.loop.is_running():
+        if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
         self.call.loop.call_soon_threadsafe(self._begin, inputs, grads, context=self.call.context)
 
@@ -169,7 +184,7 @@ class _Request:
     def wait(self) -> list[torch.Tensor | None]:
         """Blocks an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
         while not self._done.wait(_POLL_SECONDS):
-            if not self.call.loop.is_running():
+            if not self.call.is_loop_running():
                 raise RuntimeError(_LOOP_GONE)
         if self._error is not None:
             raise self._error
@@ -184,13 +199,18 @@ class _Call:
         self.remote = remote
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
+        self._process = os.getpid()
         self.context = contextvars.copy_context()
         self.outputs: list[torch.Tensor] | None = None
         self.requests: dict[int, _Request] = {}
         """By graph task: the same graph may be gone through several times, at once even."""
 
+    def is_loop_running(self) -> bool:
+        """Whether the loop runs in this process: its copy in a fork's child says so, too."""
+        return self.loop.is_running() and os.getpid() == self._process
+
     def refuse_loop_thread(self) -> None:
-        if threading.get_ident() == self.loop_thread and self.loop.is_running():
+        if threading.get_ident() == self.loop_thread and self.is_loop_running():
             raise RuntimeError(_ON_THE_LOOP)
 
 
@@ -200,7 +220,7 @@ class _Await(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.devices = [tensor.device for tensor in inputs]
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")  # whatever torch.set_default_device says
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -241,7 +261,7 @@ class _Issue(torch.autograd.Function):
             step.add(request)
         request.start(inputs, grads)
         call.requests[graph_task] = request
-        return (None, torch.zeros(()), *(None for _ in inputs))
+        return (None, torch.zeros((), device="cpu"), *(None for _ in inputs))
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -375,7 +395,7 @@ def graph_leaves(loss: torch.Tensor) -> list[torch.Tensor]:
     stack: list[Any] = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if isinstance(node, _AccumulateGrad):
+        if isinstance(node, _AccumulateGrad) and node.variable.requires_grad:  # type: ignore[union-attr]
             leaves.append(node.variable)  # type: ignore[union-attr]
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -392,7 +412,7 @@ def _commit(leaves: list[torch.Tensor], grads: list[torch.Tensor | None]) -> Non
         if leaf.grad is None:
             leaf.grad = grad
         elif leaf.grad.requires_grad or leaf.grad.layout != grad.layout:
-            leaf.grad = leaf.grad + grad
+            leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad  # torch adds sparse to dense only
         else:
             leaf.grad.add_(grad)
 
@@ -408,6 +428,10 @@ class _EngineThreads:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """There are no threads (any more): in a fork's child there are none."""
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
         self._num_busy = 0
@@ -451,6 +475,8 @@ _threads = _EngineThreads()
 # A thread that comes back from PyTorch into an interpreter that is being taken down ends the process with SIGABRT.
 # Those that wait for a network whose loop has stopped never come back: they are not worth more than a moment.
 atexit.register(_threads.wait_idle, 1.0)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.forget)
 
 
 def run_in_engine_thread(work: Callable[[], Any], outcome: asyncio.Future[Any]) -> None:

@@ -99,6 +99,8 @@ class BackgroundNode(PlainCalls):
         if threading.current_thread() is self._thread:
             raise RuntimeError("a BackgroundNode can't be closed on its own thread")
         loop, self._loop = self._loop, None
+        if not self._thread.is_alive():  # in a fork's child: the node is its parent's
+            return
         try:
             asyncio.run_coroutine_threadsafe(self._inner.aclose(), loop).result()
         finally:
@@ -129,11 +131,15 @@ class BackgroundNode(PlainCalls):
     # ------------------------------------------------------------------------------------------------ calls
 
     def check(self) -> asyncio.AbstractEventLoop:
-        """The node's loop. Raises: RuntimeError if the node is not running, or on the node's own thread."""
+        """The node's loop. Raises: RuntimeError if the node is not running (in this process), or on its own thread."""
         if self._loop is None:
             raise RuntimeError("this BackgroundNode is not running: use it inside `with`, or call start()")
         if threading.current_thread() is self._thread:
             raise RuntimeError("on the node's own thread there is a loop: await the call on `node.node` instead")
+        if self._thread is None or not self._thread.is_alive():
+            raise RuntimeError(
+                "this BackgroundNode runs in another process, which this one was forked from: start one here, too"
+            )
         return self._loop
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -57,8 +57,10 @@ class LiveGrid:
         # has fixed costs.
         if num_live < 512 + cells // 10:
             return
-        expert_PM = torch.full((len(prefixes), len(lasts)), -1, dtype=torch.int64)
-        expert_PM[torch.from_numpy(prefix_of.reshape(-1)), torch.from_numpy(last_of)] = torch.arange(num_live)
+        expert_PM = torch.full((len(prefixes), len(lasts)), -1, dtype=torch.int64, device="cpu")
+        expert_PM[torch.from_numpy(prefix_of.reshape(-1)), torch.from_numpy(last_of)] = torch.arange(
+            num_live, device="cpu"
+        )
         offset = sum(self.grid_size[:-1])
         self._by_prefix = (columns(prefixes, grid_size[:-1]), torch.from_numpy(lasts) + offset, expert_PM)
 
@@ -69,7 +71,7 @@ class LiveGrid:
         """
         num_rows, num_live = scores_RS.shape[0], len(self.coords_ND)
         k = min(k, num_live)
-        best_RK = torch.empty(num_rows, k, dtype=torch.int64)
+        best_RK = torch.empty(num_rows, k, dtype=torch.int64, device="cpu")
         if k == 0:
             return best_RK
         prepared = None if self._by_prefix is None else self._table(bias_N, scores_RS.dtype)
@@ -102,7 +104,10 @@ class LiveGrid:
             return self._tables[dtype]
         assert self._by_prefix is not None
         expert_PM = self._by_prefix[2]
-        bias_PM = torch.zeros(expert_PM.shape, dtype=dtype) if bias_N is None else bias_N.to(dtype)[expert_PM]
+        if bias_N is None:
+            bias_PM = torch.zeros(expert_PM.shape, dtype=dtype, device="cpu")
+        else:
+            bias_PM = bias_N.to(dtype)[expert_PM]
         bias_PM = bias_PM.masked_fill(expert_PM < 0, -torch.inf)
         table = (bias_PM, *torch.unique(bias_PM, dim=0, return_inverse=True))
         if bias_N is None:
@@ -162,8 +167,8 @@ def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> tor
     """
     parts = torch.split(scores_RS, list(grid_size), dim=1)
     num_rows = len(scores_RS)
-    total_RK = torch.zeros(num_rows, 1, dtype=scores_RS.dtype)
-    cells_RKD = torch.empty(num_rows, 1, 0, dtype=torch.int64)
+    total_RK = scores_RS.new_zeros(num_rows, 1)
+    cells_RKD = torch.empty(num_rows, 1, 0, dtype=torch.int64, device="cpu")
     for part_RG in parts:
         size = part_RG.shape[1]
         extended = (total_RK[:, :, None] + part_RG[:, None, :]).flatten(1)

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tesseract_async.client.autograd import refuse_checkpoint, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call
 from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall, MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
-from tesseract_async.wire.tensors import describe_structure, flatten_like, unflatten
+from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,13 +155,13 @@ class GatingFunction(nn.Module):
         renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
         autocast, floating-point inputs are cast to the experts' dtypes. Cancelling cancels all calls under way.
 
-        Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint,
-        and if the node is not running.
+        Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint
+        and the transforms of torch.func, and if the node is not running.
         While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
         Rows whose experts all failed wait for others in the same way (see `MixtureSettings.forward_timeout`).
 
-        The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema;
-        NotEnoughExperts, which lists who failed and why.
+        The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema or
+        their answers are not floating-point; NotEnoughExperts, which lists who failed and why.
         """
         return self._search.deliver(isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
@@ -220,7 +220,7 @@ class GatingFunction(nn.Module):
 
     def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
-        refuse_checkpoint()
+        refuse_wrappers()
         self._search.check()
         rows, kwrows, lead = self._rows((x, *args), kwargs)
         scores_RS = self._scores(rows[0])
@@ -247,6 +247,11 @@ class GatingFunction(nn.Module):
         sound_RS = _sound(scores_RS)
         view = await self._search.view(sound_RS, beam=self.search == "beam")
         schema = await self._search.schema(sound_RS, view)
+        if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
+            raise SchemaMismatch(
+                f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: a mixture averages, "
+                "which whole numbers can't bear; call the experts that `choose` gives"
+            )
         if casts:
             with torch.set_grad_enabled(differentiable):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)

@@ -260,7 +260,7 @@ class GridSearch(Shared):
             self._seconds.get(coords, 0.0) + min(map(way, view.replicas[coords]))
             for coords in map(tuple, view.coords.tolist())
         ]
-        return torch.tensor(seconds) * -weight
+        return torch.tensor(seconds, device="cpu") * -weight
 
     def learn(self, call: MixtureCall) -> None:
         """Takes in how a forward went: latencies, and experts that never answer, which are masked in the end."""

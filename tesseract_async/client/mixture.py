@@ -126,7 +126,7 @@ class MixtureCall:
         experts; `newcomers`: see `GridSearch.newcomers`."""
         self.timeout = settings.backward_timeout
         self.answered: list[Part] = []
-        self.chosen = torch.empty(0, 0, dtype=torch.int64)
+        self.chosen = torch.empty(0, 0, dtype=torch.int64, device="cpu")
         """``[rows, k]``: the experts that were asked first."""
         self.errors: dict[str, BaseException] = {}
         self.seconds: dict[int, float] = {}
@@ -411,17 +411,19 @@ class MixtureCall:
         stacked = []
         for i, spec in enumerate(flatten(self._schema.outputs)):
             answers = [part.outputs[i] for part in self.answered]
-            stacked.append(torch.cat(answers) if answers else torch.empty(0, *spec.shape, dtype=spec.dtype))
+            none = torch.empty(0, *spec.shape, dtype=spec.dtype, device="cpu")
+            stacked.append(torch.cat(answers) if answers else none)
         for part in self.answered:
             part.outputs = []  # the copies live in the stack now
         return stacked
 
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and expert of every line of the outputs."""
-        empty = torch.empty(0, dtype=torch.int64)
+        # on the CPU whatever torch.set_default_device says, as everything here
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
         rows = torch.cat([empty, *(part.rows for part in self.answered)])
-        sizes = torch.tensor([len(part.rows) for part in self.answered], dtype=torch.int64)
-        experts = torch.tensor([part.expert for part in self.answered], dtype=torch.int64)
+        sizes = torch.tensor([len(part.rows) for part in self.answered], dtype=torch.int64, device="cpu")
+        experts = torch.tensor([part.expert for part in self.answered], dtype=torch.int64, device="cpu")
         return rows, experts.repeat_interleave(sizes)
 
     # ---------------------------------------------------------------------------------------------- backward
@@ -559,10 +561,10 @@ class MixtureCall:
         if not self._settings.rescale_backward or self.weights is None:
             return sums
         rows, _ = self.lines()
-        arrived = torch.zeros(len(rows), dtype=self.weights.dtype)
+        arrived = self.weights.new_zeros(len(rows))
         for lines in survivors:
             arrived[lines] = self.weights[lines]
-        share = torch.zeros(len(self.num_answers), dtype=arrived.dtype).index_add_(0, rows, arrived)
+        share = arrived.new_zeros(len(self.num_answers)).index_add_(0, rows, arrived)
         # a row that lost nearly all of its weight is not blown up to noise
         scale = 1 / share.clamp(min=0.05)
         return [

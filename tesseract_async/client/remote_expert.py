@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tesseract_async.client.autograd import refuse_checkpoint, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call
 from tesseract_async.client.expert_calls import (
     Answer,
     CallOptions,
@@ -100,9 +100,9 @@ class RemoteExpert(nn.Module):
         The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
         schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and
         PeerUnreachable; ProtocolError if the peer answers nonsense. Raises at once: RuntimeError inside
-        ``torch.utils.checkpoint``, and if the node is not running.
+        ``torch.utils.checkpoint`` and the transforms of torch.func, and if the node is not running.
         """
-        refuse_checkpoint()
+        refuse_wrappers()
         self._shared.check()
         differentiable = torch.is_grad_enabled()
         casts = under_autocast((args, kwargs))

@@ -84,6 +84,12 @@ class Shared:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a remote expert or a gate is not pickled, for its node has sockets and a private key: save the module's "
+            "state_dict(), and load it into one made with the node of the other program"
+        )
+
 
 def ask_best(
     shared: Shared,

@@ -1,18 +1,22 @@
 """Packing and unpacking tensors without holding up the loop: a lossy codec takes about 1 ms per megabyte.
 
-Codec ``none`` copies nothing and small tensors take microseconds: these are done at once. Large ones go to the loop's
-default executor. Only tensors cross, and nobody else changes them meanwhile: no module, no device, no state.
+Codec ``none`` copies nothing and small tensors take microseconds: these are done at once. Large ones go to threads of
+their own. Only tensors cross, and nobody else changes them meanwhile: no module, no device, no state.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Final
+import concurrent.futures
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 
 from tesseract_async.wire.tensors import Meta, pack_tensors, unpack_tensors
+
+T = TypeVar("T")
 
 AT_ONCE_BYTES: Final = 256 * 1024
 """Up to so many bytes of tensors (of buffers, when decoding) the loop does it itself."""
@@ -25,15 +29,34 @@ async def pack(
     lossless = codecs == "none" or not isinstance(codecs, str) and all(codec == "none" for codec in codecs)
     if lossless or sum(x.nbytes for x in tensors if x is not None and x.is_floating_point()) <= AT_ONCE_BYTES:
         return pack_tensors(tensors, codecs)
-    return await asyncio.to_thread(pack_tensors, tensors, codecs)
+    return await _in_thread(lambda: pack_tensors(tensors, codecs))
 
 
 async def unpack(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:
     """`wire.tensors.unpack_tensors`. Untrusted. Raises: ProtocolError."""
     if sum(map(len, buffers)) <= AT_ONCE_BYTES // 4 or not _has_lossy(metas):
         return unpack_tensors(metas, buffers)
-    return await asyncio.to_thread(unpack_tensors, metas, buffers)
+    return await _in_thread(lambda: unpack_tensors(metas, buffers))
 
 
 def _has_lossy(metas: Any) -> bool:
     return isinstance(metas, list) and any(isinstance(meta, list) and meta[-1:] != ["none"] for meta in metas)
+
+
+# Not the loop's default executor: a program may fill it with backwards (`asyncio.to_thread(loss.backward)`), which wait
+# for gradients that would be packed there.
+_threads: concurrent.futures.ThreadPoolExecutor
+
+
+def _renew_threads() -> None:
+    global _threads
+    _threads = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="tesseract-codec")
+
+
+_renew_threads()
+if hasattr(os, "register_at_fork"):  # in a fork's child the old ones do not run
+    os.register_at_fork(after_in_child=_renew_threads)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)

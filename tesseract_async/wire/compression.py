@@ -93,7 +93,7 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
         raise ProtocolError(f"a tensor of shape {shape} and {dtype} does not fit {len(buffer)} bytes of codec {codec}")
     try:
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         if buffer.readonly:
             buffer = memoryview(bytearray(buffer))
         if codec == "none":
@@ -127,7 +127,7 @@ def _quantize(flat_n: torch.Tensor, k: int) -> torch.Tensor:
     n = flat_n.numel()
     b = n // k
     header = 8 * -(-n // k)
-    out = torch.empty(header + n, dtype=torch.uint8)
+    out = torch.empty(header + n, dtype=torch.uint8, device="cpu")
     scales = out[:header].view(torch.float32).view(2, -1)
     codes_n = out[header:]
     with torch.no_grad():
@@ -141,7 +141,7 @@ def _quantize_blocks(flat_bk: torch.Tensor, scales_2b: torch.Tensor, codes_bk: t
     b, k = flat_bk.shape
     rows = max(1, TILE * BLOCK // k)
     columns = min(k, TILE * BLOCK)
-    scratch = torch.empty(min(b, rows), columns)
+    scratch = torch.empty(min(b, rows), columns, dtype=torch.float32, device="cpu")
     for row in range(0, b, rows):
         tile = flat_bk[row : row + rows]
         least, step = scales_2b[0, row : row + rows], scales_2b[1, row : row + rows]
@@ -169,7 +169,7 @@ def _dequantize(encoded: torch.Tensor, n: int, k: int) -> torch.Tensor:
     header = 8 * -(-n // k)
     scales = encoded[:header].view(torch.float32).view(2, -1)
     codes_n = encoded[header:]
-    out = torch.empty(n)
+    out = torch.empty(n, dtype=torch.float32, device="cpu")
     _dequantize_blocks(codes_n[: b * k].view(b, k), scales[:, :b], out[: b * k].view(b, k))
     if b * k < n:
         _dequantize_blocks(codes_n[b * k :].view(1, -1), scales[:, b:], out[b * k :].view(1, -1))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
 from tesseract_async.network.network import StoreItem
+from tests.client.forked import told_by_a_child
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,24 @@ def test_plain_calls_and_a_plain_backward(node: ta.BackgroundNode, module: nn.Mo
 
     with pytest.raises(RuntimeError, match="own thread"):
         node.run(close_it())
+
+
+def test_a_forked_process_is_told_that_the_node_is_not_there(node: ta.BackgroundNode) -> None:
+    """As in a DataLoader's workers: its thread is not copied, and waiting for it would have no end."""
+    expert = node.get_expert("ffn.0.0")
+    y = expert(torch.randn(2, 8))
+
+    def child(say: Callable[[str], None]) -> None:
+        for use in (lambda: expert(y), lambda: node.network.get("key"), y.sum().backward):
+            with pytest.raises(RuntimeError, match="process") as told:
+                use()
+            say(f"{told.value}; ")
+        node.close()
+        say("closed")
+
+    said = told_by_a_child(child)
+    assert said.count("forked") == 2 and said.endswith("; closed")
+    y.sum().backward()  # all is well here
 
 
 async def test_misuse_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -49,3 +50,18 @@ async def test_the_loop_goes_on_exactly_where_encoding_takes_time(
 async def test_nonsense_is_a_protocol_error(metas: object) -> None:
     with pytest.raises(ProtocolError):
         await unpack(metas, [memoryview(bytearray(1 << 20))])
+
+
+async def test_it_needs_no_thread_of_the_programs_own() -> None:
+    """As when all of the loop's default executor runs `loss.backward`, which waits for what is packed here."""
+    tensors = [torch.randn(1024, 1024)]
+    go = threading.Event()
+    waiting = [asyncio.create_task(asyncio.to_thread(go.wait, 30)) for _ in range(64)]
+    try:
+        async with asyncio.timeout(20):
+            metas, buffers = await pack(tensors, "bf16")
+            (decoded,) = await unpack(metas, [memoryview(bytearray(b)) for b in buffers])
+    finally:
+        go.set()
+        await asyncio.gather(*waiting)
+    assert decoded is not None and decoded.shape == (1024, 1024)
