@@ -13,12 +13,22 @@ import pytest
 
 from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity
+from tesseract_async.network import writing
 from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, StoreItem, TesseractNetwork, key_digest
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 from tests.loopback import needs_both_kinds_of_ip, needs_ipv6_loopback
 
+PATIENT = NetworkSettings(first_timeout=5.0, min_timeout=5.0, max_timeout=5.0, min_seed_backoff=0.05, join_timeout=10.0)
+"""Nobody is taken for dead because the machine is busy."""
 QUICK = NetworkSettings(first_timeout=0.2, min_seed_backoff=0.05, join_timeout=2.0)
+"""Where somebody is dead."""
+
+
+@pytest.fixture(autouse=True)
+def writers_wait_for_every_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the last of them is late, and a writer would go on without it (see `test_protocol`)."""
+    monkeypatch.setattr(writing, "PATIENCE", 1e6)
 
 
 def bound(host: str = "127.0.0.1") -> socket.socket:
@@ -37,11 +47,15 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def node(
-    *seeds: int, sock: socket.socket | None = None, host: str = "127.0.0.1", identity: Identity | None = None
+    *seeds: int,
+    sock: socket.socket | None = None,
+    host: str = "127.0.0.1",
+    identity: Identity | None = None,
+    settings: NetworkSettings = PATIENT,  # noqa: B008 (frozen)
 ) -> AsyncIterator[tuple[TesseractNetwork, int]]:
     sock = bound(host) if sock is None else sock
     port = sock.getsockname()[1]
-    network = TesseractNetwork(identity=identity or Identity.generate(), settings=QUICK)
+    network = TesseractNetwork(identity=identity or Identity.generate(), settings=settings)
     text = f"[{host}]" if ":" in host else host
     await network.start(sock, initial_peers=[PeerAddress.parse(f"{text}:{seed}") for seed in seeds])
     try:
@@ -58,10 +72,14 @@ def port_of(network: TesseractNetwork) -> int:
 
 
 @asynccontextmanager
-async def swarm(count: int, host: str = "127.0.0.1") -> AsyncIterator[list[TesseractNetwork]]:
+async def swarm(
+    count: int, host: str = "127.0.0.1", settings: NetworkSettings = PATIENT
+) -> AsyncIterator[list[TesseractNetwork]]:
     async with AsyncExitStack() as stack:
-        first, seed = await stack.enter_async_context(node(host=host))
-        others = [(await stack.enter_async_context(node(seed, host=host)))[0] for _ in range(count - 1)]
+        first, seed = await stack.enter_async_context(node(host=host, settings=settings))
+        others = [
+            (await stack.enter_async_context(node(seed, host=host, settings=settings)))[0] for _ in range(count - 1)
+        ]
         assert all([await network.wait_joined(30) for network in others])
         nodes = [first, *others]
         await until(lambda: all(network.num_contacts == count - 1 for network in nodes))
@@ -185,7 +203,7 @@ async def test_starting_never_waits_for_seeds_and_finds_them_when_they_come() ->
 
 
 async def test_a_killed_node_does_not_stop_the_others() -> None:
-    async with swarm(6) as nodes:
+    async with swarm(6, settings=QUICK) as nodes:
         await nodes[1].store("key", 1, ttl=60.0)
         victim = nodes[5]._driver
         assert victim is not None and victim._transport is not None
@@ -196,7 +214,7 @@ async def test_a_killed_node_does_not_stop_the_others() -> None:
 
 
 async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does() -> None:
-    async with swarm(2) as nodes:
+    async with swarm(2, settings=QUICK) as nodes:
         reader, holder = nodes[1], nodes[0]
         reader.set_client(True)  # it holds nothing itself
         await holder.store("key", 1, ttl=60.0)
@@ -210,7 +228,7 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         # it comes back in the midst of another read
         reading = asyncio.create_task(reader.get("key"))
         await asyncio.sleep(0)
-        async with node(sock=held, identity=holder.identity) as (back, _):
+        async with node(sock=held, identity=holder.identity, settings=QUICK) as (back, _):
             assert back._driver is not None
             back._driver.protocol.storage = storage
             assert await reading == 1
@@ -260,7 +278,7 @@ async def test_peers_are_remembered_on_disk_and_asked_beside_the_seeds(tmp_path:
     path = tmp_path / "state" / "peers"
     async with swarm(3) as nodes:
         for seeds in ([PeerAddress.parse(f"127.0.0.1:{port_of(nodes[0])}")], []):
-            network = TesseractNetwork(identity=Identity.generate(), settings=QUICK, peers_file=path)
+            network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, peers_file=path)
             await network.start(bound(), initial_peers=seeds)
             assert await network.wait_joined(30) and network.num_contacts >= 1
             await network.aclose()
@@ -271,7 +289,7 @@ async def test_peers_are_remembered_on_disk_and_asked_beside_the_seeds(tmp_path:
 async def test_damaged_remembered_peers_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "peers"
     path.write_text("nonsense")
-    network = TesseractNetwork(identity=Identity.generate(), settings=QUICK, peers_file=path)
+    network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, peers_file=path)
     await network.start(bound())
     assert "cannot be read" in caplog.text
     await network.aclose()
@@ -297,7 +315,7 @@ async def test_roles_addresses_and_contacts_can_be_asked_for() -> None:
 async def test_a_policy_says_whose_records_a_node_holds() -> None:
     friend = Identity.generate()
     policy = Policy(storers=[friend.peer_id])
-    closed = TesseractNetwork(identity=Identity.generate(), settings=QUICK, policy=policy)
+    closed = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, policy=policy)
     await closed.start(bound())
     async with node(port_of(closed), identity=friend) as (known, _), node(port_of(closed)) as (stranger, _):
         await until(lambda: closed.num_contacts == known.num_contacts == stranger.num_contacts == 2)
@@ -329,7 +347,7 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
     both.bind(("::", 0))
     both.setblocking(False)
     port = both.getsockname()[1]
-    middle = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+    middle = TesseractNetwork(identity=Identity.generate(), settings=PATIENT)
     await middle.start(both, public=True)
     async with node(port) as (old, _), node(port, host="::1") as (new, _):
         assert await old.wait_joined(30) and await new.wait_joined(30)
@@ -348,7 +366,7 @@ async def test_the_receive_buffer_is_raised() -> None:
     with bound() as fresh:
         before = fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
     sock = bound()
-    network = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+    network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT)
     await network.start(sock)
     size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
     assert size > before or size == before >= RECEIVE_BUFFER_BYTES, "what a machine gives by itself is not lowered"
