@@ -11,7 +11,7 @@ from tesseract_async.cli.demo.children import Child, ChildFailed, children
 from tesseract_async.cli.demo.progress import Progress
 from tesseract_async.cli.units import counted
 
-START_TIMEOUT = 60.0
+START_TIMEOUT = 180.0
 VICTIM = 1
 """Number of the server that is killed, where there is more than one."""
 
