@@ -12,7 +12,7 @@ from typing import TypeVar
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.greeting import Greeting
 from tesseract_async.endpoint.lanes import BULK, MAIN
-from tesseract_async.endpoint.pool import Key, Pool
+from tesseract_async.endpoint.pool import Pool
 from tesseract_async.endpoint.racing import race
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import (
@@ -64,7 +64,7 @@ class Dialler:
         self._pool = pool
         self._metrics = metrics
         self._make_connection = make_connection
-        self._dials: dict[Key, asyncio.Task[Connection]] = {}
+        self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Greeting] = set()
         self._closed = False
 
@@ -83,18 +83,17 @@ class Dialler:
     # ---- dialling
 
     async def connect(self, peer: PeerAddress, *, deadline: float, what: str) -> Connection:
-        """A new connection; one dial is shared by all who want the same peer.
+        """A new connection; one dial is shared by all who look for the same peer at the same place.
 
         Raises: PeerUnreachable, ConnectionLost if this end closes, TimeoutError naming `what` at the deadline.
         """
         loop = asyncio.get_running_loop()
         if self._closed:
             raise ConnectionLost(peer.short, "this endpoint is closed")
-        key = self._pool.key(peer)
-        dial = self._dials.get(key)
+        dial = self._dials.get(peer)
         if dial is None:
-            dial = self._dials[key] = loop.create_task(self._dial(peer, key))
-            dial.add_done_callback(lambda task: self._dialled(key, task))
+            dial = self._dials[peer] = loop.create_task(self._dial(peer))
+            dial.add_done_callback(lambda task: self._dialled(peer, task))
         done, _ = await asyncio.wait([dial], timeout=max(0.0, deadline - loop.time()))
         if not done:
             raise TimeoutError(f"{what}: {peer.short} was not reached in time")
@@ -102,22 +101,24 @@ class Dialler:
             raise ConnectionLost(peer.short, "this endpoint is closed")
         return dial.result()
 
-    def _dialled(self, key: Key, task: asyncio.Task[Connection]) -> None:
-        self._dials.pop(key, None)
+    def _dialled(self, peer: PeerAddress, task: asyncio.Task[Connection]) -> None:
+        self._dials.pop(peer, None)
         if not task.cancelled():
             task.exception()  # retrieved: maybe nobody waits any more
 
-    async def _dial(self, peer: PeerAddress, key: Key) -> Connection:
+    async def _dial(self, peer: PeerAddress) -> Connection:
         loop = asyncio.get_running_loop()
-        wait = self._pool.retry_at(key) - loop.time()
+        wait = self._pool.retry_at(peer) - loop.time()
         if wait > 0:
             await asyncio.sleep(wait)
+            if (back := self._pool.find(peer)) is not None:  # it came by itself meanwhile, or was found elsewhere
+                return back
         try:
             connection = await self.connect_through(peer, self.paths(peer))
         except PeerUnreachable:
-            self._pool.dial_failed(key, loop.time())
+            self._pool.dial_failed(peer, loop.time())
             raise
-        self._pool.dial_succeeded(key)
+        self._pool.dial_succeeded(peer)
         return connection
 
     async def connect_through(self, peer: PeerAddress, paths: Sequence[Path]) -> Connection:

@@ -9,9 +9,6 @@ from tesseract_async.endpoint.connection import Connection
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import PeerAddress
 
-Key = PeerID | tuple[str, ...]
-"""What a dial is known by: the peer, or its addresses where the peer is whoever answers."""
-
 
 @dataclass(slots=True)
 class Backoff:
@@ -22,7 +19,10 @@ class Backoff:
 
 
 class Pool:
-    """Open connections by peer, and the back-off of peers that could not be dialled."""
+    """Open connections by peer, and the back-off of peers that could not be dialled.
+
+    Back-off counts for a peer where it was said to be: one that came back elsewhere is dialled at once.
+    """
 
     MAX_BACKOFFS = 4096
 
@@ -32,12 +32,7 @@ class Pool:
         self._rng = rng
         self._by_peer: dict[PeerID, list[Connection]] = {}
         self._by_address: dict[str, PeerID] = {}
-        self._backoffs: dict[Key, Backoff] = {}
-
-    @staticmethod
-    def key(peer: PeerAddress) -> Key:
-        """Under which a dial to `peer` is shared by all who wait for it."""
-        return peer.peer_id if peer.peer_id is not None else peer.addresses
+        self._backoffs: dict[PeerAddress, Backoff] = {}
 
     def find(self, peer: PeerAddress) -> Connection | None:
         """An open connection to `peer`, whoever dialled it: the newest, those dialled here first."""
@@ -92,21 +87,21 @@ class Pool:
         """How many this peer opened."""
         return sum(connection.dialled is None for connection in self._by_peer.get(peer_id, ()))
 
-    def retry_at(self, key: Key) -> float:
-        """The time before which this peer should not be dialled again; 0.0 if there is none."""
-        backoff = self._backoffs.get(key)
+    def retry_at(self, peer: PeerAddress) -> float:
+        """The time before which this peer should not be dialled there again; 0.0 if there is none."""
+        backoff = self._backoffs.get(peer)
         return backoff.retry_at if backoff is not None else 0.0
 
-    def dial_failed(self, key: Key, now: float) -> None:
+    def dial_failed(self, peer: PeerAddress, now: float) -> None:
         """Doubles the wait before the next dial, with jitter, so that a crowd does not come back at once."""
-        backoff = self._backoffs.pop(key, None) or Backoff()
-        self._backoffs[key] = backoff
+        backoff = self._backoffs.pop(peer, None) or Backoff()
+        self._backoffs[peer] = backoff
         if len(self._backoffs) > self.MAX_BACKOFFS:
             del self._backoffs[next(iter(self._backoffs))]
         wait = min(self._max, self._base * 2**backoff.failures)
         backoff.failures = min(backoff.failures + 1, 32)
         backoff.retry_at = now + wait * self._rng.uniform(0.5, 1.0)
 
-    def dial_succeeded(self, key: Key) -> None:
+    def dial_succeeded(self, peer: PeerAddress) -> None:
         """Forgets the failures."""
-        self._backoffs.pop(key, None)
+        self._backoffs.pop(peer, None)

@@ -33,7 +33,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NO_BENCHMARKS = {"__main__", "comparisons", "faulty", "figures", "loads", "modules", "processes", "swarm"}
 FIRST = ("ceilings", "throughput", "throughput_presets", "throughput_dht", "throughput_mixture")
-LONG = {"network_churn", "network_growth", "network_simulated"}  # minutes to hours: when named, or with --long
+LONG = {
+    "nat_links",
+    "network_churn",
+    "network_growth",
+    "network_simulated",
+}  # minutes to hours: when named, or with --long
 TIMEOUT = 300.0
 LONG_TIMEOUT = 4 * 3600.0
 

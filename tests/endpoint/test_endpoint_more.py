@@ -227,6 +227,26 @@ async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() ->
             assert (await client.call(address, "echo", 1, timeout=30)).body == 1
 
 
+async def test_a_peer_that_came_back_elsewhere_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed server's next process has another port: how often the old one failed says nothing of it."""
+    settings = dataclasses.replace(PLAIN, backoff_base=600.0, backoff_max=600.0)
+    with socket.socket() as old:
+        old.bind(("127.0.0.1", 0))  # nobody listens there
+        async with serving(PLAIN) as (_, address), client_of(settings) as client:
+            before = PeerAddress(address.peer_id, (f"127.0.0.1:{old.getsockname()[1]}",))
+            with pytest.raises(PeerUnreachable):
+                await client.call(before, "echo", timeout=30)
+            waited, sleep = asyncio.Event(), asyncio.sleep
+            monkeypatch.setattr(asyncio, "sleep", lambda seconds: waited.wait() if seconds > 60 else sleep(seconds))
+            waiting = asyncio.create_task(client.call(before, "echo", 1, timeout=30))
+            await sleep(0)
+            assert (await client.call(address, "echo", 2, timeout=30)).body == 2
+            assert not waiting.done()
+            waited.set()
+            # the old place is not tried again: the peer is there
+            assert (await waiting).body == 1 and client.metrics.total("endpoint_dials_failed") == 1
+
+
 async def test_a_peer_that_never_answers_the_dial_ends_in_a_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = PeerAddress.parse(f"127.0.0.1:{silent.getsockname()[1]}")

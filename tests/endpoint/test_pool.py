@@ -65,15 +65,14 @@ def test_a_bulk_channel_joins_the_connection_of_its_peer_only() -> None:
 
 def test_waits_double_with_jitter_up_to_a_bound_and_end_with_success() -> None:
     state = pool()
-    key = state.key(AT_ALICE)
-    assert state.retry_at(key) == 0.0
+    assert state.retry_at(AT_ALICE) == 0.0
     for attempt in range(12):
-        state.dial_failed(key, 100.0)
-        wait = state.retry_at(key) - 100.0
+        state.dial_failed(AT_ALICE, 100.0)
+        wait = state.retry_at(AT_ALICE) - 100.0
         full = min(5.0, 0.1 * 2**attempt)
         assert full / 2 <= wait <= full
-    state.dial_succeeded(key)
-    assert state.retry_at(key) == 0.0
+    state.dial_succeeded(AT_ALICE)
+    assert state.retry_at(AT_ALICE) == 0.0
     for number in range(Pool.MAX_BACKOFFS + 10):
-        state.dial_failed((f"h:{number}",), 0.0)
+        state.dial_failed(PeerAddress(None, (f"h:{number}",)), 0.0)
     assert len(state._backoffs) == Pool.MAX_BACKOFFS
