@@ -83,7 +83,9 @@ class Dialler:
     # ---- dialling
 
     async def connect(self, peer: PeerAddress, *, deadline: float, what: str) -> Connection:
-        """A new connection; one dial is shared by all who look for the same peer at the same place.
+        """A new connection, or one that came while this waited for its turn after failures.
+
+        One dial is shared by all who look for the same peer at the same place.
 
         Raises: PeerUnreachable, ConnectionLost if this end closes, TimeoutError naming `what` at the deadline.
         """

@@ -188,7 +188,7 @@ async def test_many_who_come_together_share_one_copy(node: FakeNode) -> None:
 async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
     node = FakeNode(TransferSettings(piece_bytes=500, keep=0.02))
     await node.fetch()
-    await asyncio.sleep(0.08)
+    await asyncio.sleep(0.08)  # made-up time
     assert not node.source._copies and node.source._sweep is None
     full = FakeNode(TransferSettings(piece_bytes=500, max_cached_bytes=1))
     await full.fetch()
