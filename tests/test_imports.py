@@ -40,6 +40,7 @@ EXCEPTIONS = {("node.py", "client")}
 
 PURE = [
     "wire/frames.py",
+    "wire/packed.py",
     "wire/calls.py",
     "endpoint/budget.py",
     "endpoint/pool.py",

@@ -25,6 +25,7 @@ from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, is_prefix
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import Identity, PeerID, verify
+from tesseract_async.wire import packed
 
 Value = str | int | float | bool | None
 """What an option may be."""
@@ -160,10 +161,7 @@ def decode_run(blob: Any) -> SignedRun:
     public_key, signature, body = blob[:32], blob[32:_HEAD], blob[_HEAD:]
     if not verify(public_key, signature, DOMAIN + body):
         raise InvalidRecord("the signature of a run manifest does not hold")
-    try:
-        data = msgpack.unpackb(body, strict_map_key=True, max_str_len=MAX_RUN_BYTES, max_bin_len=0, max_ext_len=0)
-    except Exception as error:  # msgpack's own classes, and ValueError of several kinds
-        raise ProtocolError(f"a run manifest that is no msgpack ({type(error).__name__})") from None
+    data = packed.unpack(body, max_bytes=MAX_RUN_BYTES, any_keys=False)
     if type(data) is not dict:
         raise ProtocolError("a run manifest is a map")
     values = {}
