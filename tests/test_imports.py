@@ -59,6 +59,8 @@ PURE = [
     "endpoint/liveness.py",
     "endpoint/protocol.py",
     "endpoint/quotas.py",
+    "endpoint/replies.py",
+    "endpoint/small_calls.py",
     "endpoint/transfers.py",
     "endpoint/under_way.py",
     "endpoint/windows.py",

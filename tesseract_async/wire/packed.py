@@ -18,7 +18,7 @@ MAX_DEPTH: Final = 32
 UNCOUNTED_BYTES: Final = 1024
 """Up to so many bytes nothing is counted: they cannot hold much. The heads of nearly all calls are shorter."""
 BYTES_PER_ITEM: Final = 64
-"""Memory of an item, at most about so much; what a piece of msgpack holds costs less than this for each of its bytes."""
+"""Memory of an item, at most about so much; hence of each byte of a piece of msgpack, too."""
 
 _SCALAR, _ARRAY, _MAP, _TEXT, _LONG = range(5)
 
@@ -73,7 +73,8 @@ def count_items(data: bytes | bytearray | memoryview) -> int:
     Raises: ProtocolError beyond `MAX_ITEMS` or `MAX_DEPTH`, for what is cut short, and for extension types.
     """
     position, count, size = 0, 0, len(data)
-    left, outer = 1, []  # values to come in this container, and in those around it
+    left = 1  # values to come in this container ...
+    outer: list[int] = []  # ... and in those around it
     while True:
         while not left:
             if not outer:
