@@ -81,6 +81,8 @@ PURE = [
     "transport/token_bucket.py",
     "transport/throttle.py",
     "experts/choice.py",
+    "experts/authority.py",
+    "experts/grants.py",
     "experts/run.py",
     "experts/signed.py",
     "runtime/batcher.py",

@@ -51,6 +51,7 @@ Coordinates = npt.NDArray[np.int64]
 MAGIC = b"tsm\2"
 """What every manifest begins with; the last byte is its format."""
 SEQUENCE_BYTES = 6
+RUN_ID_BYTES = 16
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
 MAX_RENDEZVOUS = 4
@@ -92,6 +93,21 @@ def join_uid(prefix: str, coords: Sequence[int]) -> str:
 def is_prefix(text: str) -> bool:
     """Whether `text` can stand before coordinates: printable, without spaces, dots only between parts, no number."""
     return all(part and part.isprintable() and " " not in part and not part.isdigit() for part in text.split("."))
+
+
+@dataclass(frozen=True, slots=True)
+class RunTag:
+    """Which run a server's experts belong to: all that a holder needs to tell whose word counts there."""
+
+    owner: PeerID
+    name: str
+    mode: str
+    """``granted``, or ``open`` to everybody."""
+
+    def run_id(self, prefix: str) -> bytes:
+        """16 bytes that nobody else's run has: a hash of owner, mode, name and the prefix of its uids."""
+        text = b"\0".join((self.mode.encode(), self.name.encode(), prefix.encode()))
+        return hashlib.sha256(b"tesseract run id 1\0" + self.owner + text).digest()[:RUN_ID_BYTES]
 
 
 def grid_key(prefix: str) -> str:
