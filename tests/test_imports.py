@@ -81,6 +81,8 @@ PURE = [
     "transport/token_bucket.py",
     "transport/throttle.py",
     "experts/choice.py",
+    "experts/grid.py",
+    "experts/masks.py",
     "experts/run.py",
     "runtime/batcher.py",
     "runtime/costs.py",

@@ -22,7 +22,7 @@ Layout, integers big-endian::
     1 byte   number of dimensions of the grid
     1 byte   width: bytes per coordinate (1, 2 or 4)
     2 bytes  number of experts, n
-    n x dimensions x width bytes   coordinates, expert by expert, ascending
+    n x dimensions x width bytes   coordinates, expert by expert, strictly ascending: none stands there twice
     ceil(n / 8) bytes              one bit per expert, highest first: whether this server is its primary
 
 One record per uid would cost more than eight times as much at 8 experts per server: the record's key and signature
@@ -243,16 +243,26 @@ def _decode(value: bytes) -> Manifest:
     end = offset + num_experts * num_dims * width
     if len(value) != end + (num_experts + 7) // 8:
         raise ProtocolError("a manifest of the wrong length")
-    coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset)
+    coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset).astype(np.int64)
+    coords = coords.reshape(num_experts, num_dims)
+    if not _ascends(coords):
+        raise ProtocolError("a manifest whose coordinates do not ascend strictly")
     primary = np.unpackbits(np.frombuffer(value, np.uint8, offset=end), count=num_experts)
     return Manifest(
         prefix,
         sequence,
         tuple(addresses),
         tuple(rendezvous),
-        coords.astype(np.int64).reshape(num_experts, num_dims),
+        coords,
         primary.astype(bool),
     )
+
+
+def _ascends(coords: Coordinates) -> bool:
+    """Whether each row is greater than the one before it."""
+    change = np.diff(coords, axis=0)
+    first = (change != 0).argmax(axis=1)  # the dimension that decides; 0 for equal rows, where the change is 0
+    return bool((change[np.arange(len(change)), first] > 0).all())
 
 
 def _encode_address(address: str) -> bytes:

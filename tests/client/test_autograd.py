@@ -196,7 +196,7 @@ async def test_a_failed_gradient_request_leaves_grad_untouched(node: FakeNode) -
     expert = await expert_at(node)
     linear = nn.Linear(8, 8)
     loss = (await expert(linear(torch.ones(1, 8)))).sum() + linear.bias.sum()
-    node.directory.report_failure = lambda replica: None  # type: ignore[method-assign]
+    node.directory.report_failure = lambda replica, **_: None  # type: ignore[method-assign]
 
     async def fault(method: str, uid: str, number: int) -> None:
         raise ConnectionLost("peer", "test")

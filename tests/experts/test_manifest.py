@@ -186,3 +186,13 @@ def test_a_server_behind_a_rendezvous_needs_no_address_of_its_own() -> None:
     for wrong in ([node] * 5, ["198.51.100.9:31337"], ["198.51.100.9:31337/abc"]):
         with pytest.raises(ValueError):
             encode_manifest(ADDRESSES, {(1,): True}, prefix="ffn", sequence=1, rendezvous=wrong)
+
+
+@pytest.mark.parametrize("coords", [[(3, 4), (3, 4)], [(3, 5), (3, 4)], [(4, 0), (3, 9)]], ids=str)
+def test_coordinates_ascend_strictly(coords: list[tuple[int, int]]) -> None:
+    """None is said twice: a megabyte of repetitions is not a million replicas."""
+    [(part, _)] = encode_manifest(["10.0.0.1:1"], {(1, 1): True, (2, 2): True}, prefix="ffn", sequence=1)
+    at = part.index(bytes([1, 1, 2, 2]))
+    told = bytes(number for row in coords for number in row)
+    with pytest.raises(ProtocolError, match="ascend"):
+        decode_manifest(part[:at] + told + part[at + 4 :])
