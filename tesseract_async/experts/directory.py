@@ -163,9 +163,11 @@ class ExpertDirectory:
         prefix, coords = split_uid(uid)
         claims = await self._read(prefix, await self._network.get_entries(shard_key(uid)))
         now = self._clock()
-        rows = [
-            (claim, row) for claim in in_order_of_trust(claims, self._owners(prefix)) for row in claim.rows_of(coords)
-        ]
+        rows = []
+        for number, claim in enumerate(in_order_of_trust(claims, self._owners(prefix)), 1):
+            rows += [(claim, row) for row in claim.rows_of(coords)]
+            if number % 256 == 0:
+                await asyncio.sleep(0)
         rows.sort(key=lambda at: not at[0].manifest.primary[at[1]])  # stable
         hosting = [claim.replica(prefix, row, masks=self._masks) for claim, row in rows[:MAX_REPLICAS]]
         found = rank_replicas(replica for replica in hosting if not self._hides(replica, now))

@@ -120,7 +120,7 @@ class FakeDirectory:
             for uid in self.replicas:
                 head, *coords = uid.split(".")
                 alive, at = self._alive(uid), tuple(map(int, coords))
-                if head == prefix and alive and len(at) == len(size) and all(a < b for a, b in zip(at, size)):
+                if head == prefix and alive and len(at) == len(size) and np.less(at, size).all():
                     found[at] = alive
             self._views[(prefix, size)] = FakeView(found, len(size), self.version)
         return self._views[(prefix, size)]
