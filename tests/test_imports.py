@@ -47,6 +47,7 @@ PURE = [
     "wire/messages.py",
     "wire/tensors.py",
     "wire/compression.py",
+    "transport/address_scope.py",
     "transport/congestion.py",
     "transport/message_stream.py",
     "transport/offers.py",
