@@ -25,7 +25,6 @@ from nacl.exceptions import CryptoError
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -95,14 +94,16 @@ class Identity:
         """
         path = Path(path).expanduser()
         data = path.read_bytes()
-        _close_to_others(path)
         try:
             key = serialization.load_pem_private_key(data, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted
             key = None
         if not isinstance(key, Ed25519PrivateKey):
             state = "is empty" if not data.strip() else "holds no Ed25519 key"
-            raise ValueError(f"{path} {state}: move it away, and a new key is made there (`tesseract keygen {path}`)")
+            raise ValueError(
+                f"{path} {state}: move it away, and a new key is made there (`tesseract keygen FILE` does it, too)"
+            )
+        _close_to_others(path)
         return cls(key)
 
     @classmethod

@@ -84,6 +84,15 @@ def test_a_file_without_a_key_is_named_with_the_remedy(tmp_path: Path, content: 
 
 
 @POSIX
+def test_what_is_no_key_keeps_its_mode(tmp_path: Path) -> None:
+    (path := tmp_path / "README.md").write_text("# Not a key")
+    path.chmod(0o644)
+    with pytest.raises(ValueError, match="holds no"):
+        ta.Identity.load(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@POSIX
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o602])
 def test_a_key_that_others_could_read_is_closed_to_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
