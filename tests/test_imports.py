@@ -83,6 +83,7 @@ PURE = [
     "transport/throttle.py",
     "experts/choice.py",
     "experts/run.py",
+    "experts/signed.py",
     "runtime/batcher.py",
     "runtime/costs.py",
     "server/contract.py",
