@@ -17,6 +17,7 @@ LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "metrics": set(),
+    "leaving": set(),
     "identity": BASE,
     "admission": BASE | {"identity"},
     "wire": BASE,
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "experts", "reach", "node", "runtime", "server", "client", "testing"}
-    | {"monitoring"},
+    | {"monitoring", "leaving"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}
@@ -47,6 +48,7 @@ PURE = [
     "wire/messages.py",
     "wire/tensors.py",
     "wire/compression.py",
+    "transport/address_scope.py",
     "transport/congestion.py",
     "transport/message_stream.py",
     "transport/offers.py",
@@ -84,6 +86,7 @@ PURE = [
     "experts/grid.py",
     "experts/masks.py",
     "experts/run.py",
+    "experts/signed.py",
     "runtime/batcher.py",
     "runtime/costs.py",
     "server/contract.py",

@@ -24,6 +24,7 @@ from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, grid_key
 from tesseract_async.experts.masks import Masks
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.transport.address_scope import AddressScope
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,17 @@ class DirectorySettings:
 
 
 async def read_claims(
-    entries: Iterable[Any], *, prefix: str, now: float, dropped: Callable[[Any, ProtocolError], None]
+    entries: Iterable[Any],
+    *,
+    prefix: str,
+    now: float,
+    dropped: Callable[[Any, ProtocolError], None],
+    scope: AddressScope | None = None,
 ) -> list[Claim]:
     """What the entries of a key claim about this grid, without what is malformed or has expired at `now`.
 
     Strangers wrote them: of each owner the 64 that expire last are looked at, and the loop is let run in between.
-    `dropped` is told of those that do not decode.
+    `dropped` is told of those that do not decode, or that name no address within `scope`, where one is given.
     """
     num_parts: dict[PeerID, int] = {}
     claims: list[Claim] = []
@@ -72,7 +78,10 @@ async def read_claims(
         if entry.expiration <= now or num_parts[entry.owner] > _MAX_PARTS_OF_OWNER:
             continue
         try:
-            claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
+            manifest = decode_manifest(entry.value, prefix=prefix)
+            if scope is not None:
+                manifest = manifest.within(scope)
+            claims.append(Claim(entry.owner, entry.expiration, manifest))
         except ProtocolError as error:
             dropped(entry, error)
     return claims
@@ -134,13 +143,16 @@ class ExpertDirectory:
         refresh_period: float | None = None,
         settings: DirectorySettings = DirectorySettings(),
         metrics: Metrics | None = None,
+        scope: AddressScope | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time."""
+        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time; of
+        what servers say that they live at, only what is in `scope` is believed, where that is given."""
         self.settings = settings
         self.refresh_period = settings.refresh_period if refresh_period is None else refresh_period
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
+        self._scope = scope
         self._clock = clock
         self._grids: dict[str, _Grid] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -343,7 +355,7 @@ class ExpertDirectory:
             self.metrics.count("manifests_dropped")
             log.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
-        return await read_claims(entries, prefix=prefix, now=self._clock(), dropped=dropped)
+        return await read_claims(entries, prefix=prefix, now=self._clock(), dropped=dropped, scope=self._scope)
 
 
 async def _sleep_until(at: float) -> None:

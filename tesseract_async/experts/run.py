@@ -19,18 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgpack
-
-from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, is_prefix
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.identity import Identity, PeerID, verify
+from tesseract_async.experts.signed import MAX_SIGNED_BYTES, read_signed, sign_body
+from tesseract_async.identity import Identity, PeerID
 
 Value = str | int | float | bool | None
 """What an option may be."""
 
 DOMAIN: Final = b"tesseract run 1\0"
-MAX_RUN_BYTES: Final = 16 * 1024
+MAX_RUN_BYTES: Final = MAX_SIGNED_BYTES
 MAX_PART_BYTES: Final = 850
 MAX_OPTIONS: Final = 64
 MAX_TEXT: Final = 256
@@ -38,7 +37,6 @@ MAX_SCHEMA_DEPTH: Final = 10
 """Of schemas as data: two levels more than `wire.tensors` builds."""
 MAX_SCHEMA_ITEMS: Final = 2048
 
-_HEAD: Final = 96
 _DIGEST: Final = 8
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -146,24 +144,13 @@ class SignedRun:
 
 def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
     """Signs. Raises: ValueError if the manifest is too large."""
-    body = msgpack.packb(_plain(dataclasses.asdict(manifest)))
-    blob = identity.public_key + identity.sign(DOMAIN + body) + body
-    if len(blob) > MAX_RUN_BYTES:
-        raise ValueError(f"a run manifest has at most {MAX_RUN_BYTES} bytes; this one has {len(blob)}")
-    return SignedRun(manifest, identity.peer_id, blob)
+    signed = sign_body(identity, DOMAIN, _plain(dataclasses.asdict(manifest)), max_bytes=MAX_RUN_BYTES)
+    return SignedRun(manifest, identity.peer_id, signed.blob)
 
 
 def decode_run(blob: Any) -> SignedRun:
     """Reads and verifies. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
-    if type(blob) is not bytes or not _HEAD < len(blob) <= MAX_RUN_BYTES:
-        raise ProtocolError("a run manifest consists of bytes, not too many of them")
-    public_key, signature, body = blob[:32], blob[32:_HEAD], blob[_HEAD:]
-    if not verify(public_key, signature, DOMAIN + body):
-        raise InvalidRecord("the signature of a run manifest does not hold")
-    try:
-        data = msgpack.unpackb(body, strict_map_key=True, max_str_len=MAX_RUN_BYTES, max_bin_len=0, max_ext_len=0)
-    except Exception as error:  # msgpack's own classes, and ValueError of several kinds
-        raise ProtocolError(f"a run manifest that is no msgpack ({type(error).__name__})") from None
+    signer, data, blob, _ = read_signed(blob, DOMAIN, max_bytes=MAX_RUN_BYTES)
     if type(data) is not dict:
         raise ProtocolError("a run manifest is a map")
     values = {}
@@ -177,7 +164,7 @@ def decode_run(blob: Any) -> SignedRun:
         manifest = RunManifest(**values)
     except ValueError as error:
         raise ProtocolError(str(error)) from None
-    return SignedRun(manifest, PeerID.from_public_key(public_key), blob)
+    return SignedRun(manifest, signer, blob)
 
 
 def split_run(blob: bytes) -> list[bytes]:
