@@ -28,6 +28,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
 _ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
 
 
-class TesseractNode:
+class TesseractNode(Uncopied):
     """One member of the swarm, embedded in the running event loop. Use it as an async context manager.
 
     UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps
