@@ -17,6 +17,7 @@ LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "metrics": set(),
+    "leaving": set(),
     "uncopied": set(),
     "identity": BASE,
     "admission": BASE | {"identity"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
     | {"transport", "network", "endpoint", "experts", "reach", "node", "runtime", "server", "client", "testing"}
-    | {"monitoring"},
+    | {"monitoring", "leaving"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}
@@ -48,6 +49,7 @@ PURE = [
     "wire/messages.py",
     "wire/tensors.py",
     "wire/compression.py",
+    "transport/address_scope.py",
     "transport/congestion.py",
     "transport/message_stream.py",
     "transport/offers.py",

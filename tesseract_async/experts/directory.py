@@ -15,6 +15,7 @@ from tesseract_async.experts.grid import Claim, ExpertReplica, GridView, rank_re
 from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, grid_key, is_prefix, shard_key, split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.transport.address_scope import AddressScope
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +82,16 @@ class ExpertDirectory:
         refresh_period: float | None = None,
         settings: DirectorySettings = DirectorySettings(),
         metrics: Metrics | None = None,
+        scope: AddressScope | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time."""
+        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time; of
+        what servers say that they live at, only what is in `scope` is believed, where that is given."""
         self.settings = settings
         self.refresh_period = settings.refresh_period if refresh_period is None else refresh_period
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
+        self._scope = scope
         self._clock = clock
         self._grids: dict[str, _Grid] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -266,7 +270,10 @@ class ExpertDirectory:
             if entry.expiration <= now:
                 continue
             try:
-                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
+                manifest = decode_manifest(entry.value, prefix=prefix)
+                if self._scope is not None:
+                    manifest = manifest.within(self._scope)
+                claims.append(Claim(entry.owner, entry.expiration, manifest))
             except ProtocolError as error:
                 self.metrics.count("manifests_dropped")
                 log.debug("dropped a manifest of %s: %s", entry.owner.short, error)

@@ -34,8 +34,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import ipaddress
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ import numpy.typing as npt
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
+from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import split_host_port
 
 Coordinates = npt.NDArray[np.int64]
@@ -53,6 +55,8 @@ MAGIC = b"tsm\2"
 SEQUENCE_BYTES = 6
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
+MAX_PUBLIC_HOSTS = 2
+"""Public hosts (or names) of one version of IP that a reader dials for one server."""
 MAX_RENDEZVOUS = 4
 MAX_DIMS = 8
 MAX_COORDINATE = 2**32 - 1
@@ -128,6 +132,28 @@ class Manifest:
     @property
     def num_dims(self) -> int:
         return int(self.coords.shape[1])
+
+    def within(self, scope: AddressScope) -> Manifest:
+        """The same with those addresses only that `scope` allows, one for each host, and no more of them than one
+        computer has: whoever writes a manifest has its readers dial what it names.
+
+        Raises: ProtocolError where nothing is left.
+        """
+        addresses: dict[str, str] = {}
+        num_public: Counter[bool] = Counter()
+        for address in scope.allowed(self.addresses):
+            host = split_host_port(address)[0]
+            if host in addresses:
+                continue
+            if (kind := kind_of(host)) is None or kind == PUBLIC:
+                num_public[":" in host] += 1
+                if num_public[":" in host] > MAX_PUBLIC_HOSTS:
+                    continue
+            addresses[host] = address
+        rendezvous = tuple(text for text in self.rendezvous if scope.allowed([text.partition("/")[0]]))
+        if not addresses and not rendezvous:
+            raise ProtocolError("a manifest whose addresses cannot be dialled from here")
+        return replace(self, addresses=tuple(addresses.values()), rendezvous=rendezvous)
 
     def keys(self) -> Iterator[str]:
         """The keys under which it may stand: its grid's, and the shards of the experts in it, each once."""
