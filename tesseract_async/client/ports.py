@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tesseract_async.uncopied import Uncopied
+
 T = TypeVar("T")
 
 
@@ -91,7 +93,7 @@ class Node(Protocol):
     ) -> Any: ...
 
 
-class PlainCalls:
+class PlainCalls(Uncopied):
     """A node for code without a loop: modules that are given one deliver results instead of awaitables."""
 
     @property
