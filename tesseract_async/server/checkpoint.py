@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.identity import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
-            _sync_folder(folder)
+            sync_folder(folder)
             self._drop(uid, path)
         except (OSError, TypeError) as error:
             with contextlib.suppress(OSError):
@@ -216,13 +217,3 @@ def _put_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if kind == "d":
         return {key: _put_tensors(item, tensors) for key, item in content}
     return [_put_tensors(item, tensors) for item in content]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where folders can be synced (not on Windows)."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
