@@ -50,9 +50,9 @@ class EndpointSettings:
     max_receive_bytes: int = 3 * 2**29
     """Bytes of large messages, half received or being answered, all connections together; one peer may announce an
     eighth, or one message."""
-    max_reply_bytes: int = 2**30
+    max_reply_bytes: int = 3 * 2**28
     """Bytes of replies that may wait to be taken, all connections together; of one peer a quarter, or one."""
-    max_call_bytes: int = 2**29
+    max_call_bytes: int = 3 * 2**27
     """Bytes that small calls under way may cost, all connections together; of one peer at most a third."""
     handshake_timeout: float = 5.0
     """Seconds for TLS and hello together."""

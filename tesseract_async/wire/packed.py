@@ -62,9 +62,13 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int, any_keys: bo
     if len(data) > UNCOUNTED_BYTES:
         count_items(data)
     try:
-        return msgpack.unpackb(data, strict_map_key=not any_keys, max_ext_len=0)
+        return msgpack.unpackb(data, strict_map_key=not any_keys, max_ext_len=0, ext_hook=_refuse)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"malformed msgpack: {type(error).__name__}") from None
+
+
+def _refuse(code: int, data: bytes) -> Any:
+    raise ValueError("no extensions")
 
 
 def count_items(data: bytes | bytearray | memoryview) -> int:

@@ -60,6 +60,8 @@ BOMBS = {
     "a map said to be long": b"\xdf\xff\xff\xff\xff" + bytes(2000),
     "a text said to be long": b"\xdb\xff\xff\xff\xff" + bytes(2000),
     "an extension": b"\xd4\x05\x00",
+    "an empty extension": b"\xc7\x00\x05",
+    "a time": b"\xd6\xff" + bytes(4),
     "a long extension": b"\xc9\x00\x00\x10\x00\x05" + bytes(4096),
     "cut short": b"\x92" + b"\xda\x10\x00" + bytes(4096),
     "the byte that means nothing": b"\xc1" * 2000,
