@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -96,14 +96,14 @@ class TesseractNode(Uncopied):
         NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
         `max_receive_bytes`: of large messages that are half received or being answered.
 
-        Raises: ValueError for a malformed seed, port or announced address, and for `upnp` without its packages; OSError
-        for an unreadable identity file.
+        Raises: ValueError for seeds that are malformed or no list, for a malformed port or announced address, and for
+        `upnp` without its packages; OSError for an identity file that cannot be read.
         """
         if upnp and importlib.util.find_spec("async_upnp_client") is None:
             raise ValueError("upnp=True needs more packages: pip install 'tesseract-async[upnp]'")
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
-        self.initial_peers = tuple(_parse_peer(peer) for peer in initial_peers)
+        self.initial_peers = _parse_peers(initial_peers)
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -436,8 +436,16 @@ class TesseractNode(Uncopied):
         return handler(call)
 
 
-def _parse_peer(peer: str | PeerAddress) -> PeerAddress:
-    return peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer)
+def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
+    """Raises: ValueError for what is no list of addresses."""
+    if isinstance(peers, str | bytes | PeerAddress) or not isinstance(peers, Iterable):
+        raise ValueError(f"initial_peers is a list of addresses, such as ['192.0.2.1:31337']; got {peers!r}")
+    found = []
+    for peer in peers:
+        if not isinstance(peer, str | PeerAddress):
+            raise ValueError(f"each of initial_peers is a string, such as '192.0.2.1:31337'; got {peer!r}")
+        found.append(peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer))
+    return tuple(found)
 
 
 def _join(host: str, port: int) -> str:
