@@ -91,6 +91,7 @@ class Endpoint:
             pool=self._pool,
             metrics=self.metrics,
             make_connection=self._make_connection,
+            grants=lambda: self.grants(),
         )
         self._call_prefix = os.urandom(8)  # half of every call id; a counter is the other
         self._next_call = 0
@@ -99,6 +100,10 @@ class Endpoint:
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.grants: Callable[[], Sequence[bytes]] = tuple
+        """What this node shows to whom it meets (`Hello.grants`)."""
+        self.on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None
+        """Called with what a peer shows, before any of its calls."""
         self.on_peer_known: Callable[[PeerAddress], None] | None = None
         """Called when a call names its peer at other addresses than those where the peer was dialled."""
 
@@ -274,6 +279,11 @@ class Endpoint:
         for connection in old:
             connection.retired = True
 
+    def say_anew(self) -> None:
+        """Opens new connections for later calls, by which peers learn of `grants` that have changed since."""
+        for connection in self._pool.connections():
+            connection.retired = True
+
     def keep(self, peer_id: PeerID) -> None:
         """Spares this peer's connections when idle ones are closed."""
         self._kept.add(peer_id)
@@ -302,6 +312,8 @@ class Endpoint:
             small_budget=self._small_budget,
             owner=Owner(range_of(pipe.origin) or peer_id, peer_id),
         )
+        if hello.grants:
+            self.on_grants(peer_id, hello.grants)
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(
