@@ -55,7 +55,8 @@ class TesseractNode:
     - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, from where only this
       computer can be reached: joining others elsewhere is asked for, not stumbled into. ``"::"`` is every interface
       by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
-    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
+    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: nobody
+      else is spoken to there), or several with commas between, as ``str(node.peer_address)`` gives them.
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
@@ -98,7 +99,7 @@ class TesseractNode:
             raise ValueError("upnp=True needs more packages: pip install 'tesseract-async[upnp]'")
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
-        self.initial_peers = tuple(_parse_peer(peer) for peer in initial_peers)
+        self.initial_peers = tuple(one for peer in initial_peers for one in _parse_peers(peer))
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -417,8 +418,9 @@ class TesseractNode:
         return handler(call)
 
 
-def _parse_peer(peer: str | PeerAddress) -> PeerAddress:
-    return peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer)
+def _parse_peers(peer: str | PeerAddress) -> list[PeerAddress]:
+    """One for each address, of a list with commas."""
+    return [peer] if isinstance(peer, PeerAddress) else [PeerAddress.parse(one) for one in peer.split(",")]
 
 
 def _join(host: str, port: int) -> str:
