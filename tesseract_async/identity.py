@@ -24,6 +24,7 @@ from nacl.bindings import crypto_sign, crypto_sign_open
 from nacl.exceptions import CryptoError
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class PeerID(bytes):
         return f"PeerID({self.short}…)"
 
 
-class Identity:
+class Identity(Uncopied):
     """An Ed25519 key pair. Create one with `generate`, `load` or `load_or_create`."""
 
     __slots__ = ("_private_key", "_secret", "public_key", "peer_id")

@@ -30,6 +30,7 @@ from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
 from tesseract_async.transport.interfaces import own_addresses
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
 _ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
 
 
-class TesseractNode:
+class TesseractNode(Uncopied):
     """One member of the swarm, embedded in the running event loop. Use it as an async context manager.
 
     UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps

@@ -36,6 +36,7 @@ from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.transport import stun
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
+from tesseract_async.uncopied import Uncopied
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""
@@ -88,7 +89,7 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-class TesseractNetwork:
+class TesseractNetwork(Uncopied):
     """The distributed hash table, seen from one node: `TesseractNode.network`.
 
     A *key* holds a single value, or a dictionary from subkeys to values. Entries are signed by the node that stores

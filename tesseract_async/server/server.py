@@ -28,6 +28,7 @@ from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
 from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.memory import trim_heap
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ServerSettings:
     """Seconds that leaving waits for running calls and for backwards of forwards that were answered."""
 
 
-class TesseractServer:
+class TesseractServer(Uncopied):
     """Hosts `experts`, uid -> backend, on one device or several. Use it as an async context manager.
 
     Entering restores each expert's newest checkpoint from `checkpoint_dir`, if given, and returns once the experts can

@@ -191,6 +191,16 @@ def test_a_server_behind_a_rendezvous_needs_no_address_of_its_own() -> None:
             encode_manifest(ADDRESSES, {(1,): True}, prefix="ffn", sequence=1, rendezvous=wrong)
 
 
+@pytest.mark.parametrize("coords", [[(3, 4), (3, 4)], [(3, 5), (3, 4)], [(4, 0), (3, 9)]], ids=str)
+def test_coordinates_ascend_strictly(coords: list[tuple[int, int]]) -> None:
+    """None is said twice: a megabyte of repetitions is not a million replicas."""
+    [(part, _)] = encode_manifest(["10.0.0.1:1"], {(1, 1): True, (2, 2): True}, prefix="ffn", sequence=1)
+    at = part.index(bytes([1, 1, 2, 2]))
+    told = bytes(number for row in coords for number in row)
+    with pytest.raises(ProtocolError, match="ascend"):
+        decode_manifest(part[:at] + told + part[at + 4 :])
+
+
 def manifest_at(*addresses: str, rendezvous: Sequence[str] = ()) -> Manifest:
     return Manifest("ffn", 1, addresses, tuple(rendezvous), np.zeros((1, 1), np.int64), np.ones(1, np.bool_))
 
