@@ -143,9 +143,12 @@ class Calls:
     def repeat(self, call: Call, now: float) -> None:
         """Writes the request with the contact's present token and sends it."""
         contact = call.contact
+        flags = self._network.flags()
+        if call.expected is not None:
+            flags |= wire.FLAG_CLIENT  # whoever is there instead shall not list this node, and tell others of it
         call.data = wire.encode_request(
             call.kind,
-            self._network.flags(),
+            flags,
             call.transaction,
             self._network.own_id,
             token=contact.token if contact is not None and contact.token_until > now else b"",

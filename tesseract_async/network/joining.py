@@ -84,8 +84,8 @@ class Membership:
         self._backoff = min(2 * self._backoff, longest)
 
     def admits(self, peer_id: bytes, address: Address) -> bool:
-        """Whether somebody with that id may be spoken to at that address: at a seed's, only who was named."""
-        ids = self._seeds.get(address)
+        """Whether somebody with that id may be a contact at that address: at a seed's, only who was named."""
+        ids = self._seeds.get(address) or self._asked_too.get(address)
         return ids is None or peer_id in ids
 
     def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:

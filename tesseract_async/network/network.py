@@ -43,6 +43,8 @@ RECEIVE_BUFFER_BYTES = 4 * 2**20
 RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
 
+WARN_ALONE_AFTER = 11.0
+"""Seconds without an answer of any seed, after which a node that is asked for nothing says so."""
 MAX_REMEMBERED_PEERS = 40
 MAPPED = "::ffff:"
 """How a socket for both kinds of IP writes IPv4 addresses."""
@@ -131,6 +133,7 @@ class TesseractNetwork(Uncopied):
         self._background: list[asyncio.Task[None]] = []
         self._seeds: tuple[PeerAddress, ...] = ()
         self._has_seeds = False
+        self._has_told = False
         self._policy = policy
         self._checks = tuple(checks)
         self._scope = scope
@@ -248,22 +251,25 @@ class TesseractNetwork(Uncopied):
         return True
 
     @property
+    def wrong_seeds(self) -> list[str]:
+        """A clause for each seed that was given with a peer id, and proves to be another. Nothing is said to it."""
+        driver = self._driver
+        found = driver.wrong_peers.items() if driver is not None else ()
+        return [
+            f"{join_host_port(*where)} proves to be {who.short}, not {asked.short}" for where, (who, asked) in found
+        ]
+
+    @property
     def trouble(self) -> str | None:
         """A sentence on why this node knows nobody, where it was given seeds and none of them answers (yet)."""
-        driver = self._driver
-        if driver is None or not self._has_seeds or driver.joined.is_set():
+        if self._driver is None or not self._has_seeds or self._driver.joined.is_set():
             return None
-        wrong = [
-            f"{join_host_port(*address)} proves to be {found.short}, and not {peer.peer_id.short}"
-            for address, found in driver.wrong_peers.items()
-            if (peer := driver.seed_at.get(address)) is not None and peer.peer_id is not None
-        ]
-        if wrong:
-            return f"the node at {'; '.join(wrong[:3])}: it is left alone. Ask who runs it for the right address and id"
-        names = ", ".join(map(str, self._seeds[:3])) or "the nodes remembered from the last run"
+        if wrong := self.wrong_seeds:
+            return f"no answer from whom was asked for: {'; '.join(wrong[:3])}. Is the address right, and the peer id?"
+        names = ", ".join(peer.short for peer in self._seeds[:3]) or "those remembered from the last run"
         return (
-            f"no answer from {names}. Does a node run there, and is UDP to its port let through? "
-            "`tesseract doctor -p ADDRESS` looks closer"
+            f"no answer from {names}. Does a node run there, and is UDP to its port let through?"
+            " `tesseract doctor -p ADDRESS` looks closer"
         )
 
     async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int:
@@ -280,6 +286,7 @@ class TesseractNetwork(Uncopied):
     async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
         """`store` for several entries at once. Those that share a key share its lookup, and all share datagrams."""
         await self._ready()
+        self._tell_trouble()
         if not items:
             return []
         # everything is signed, and so checked, before anything is sent
@@ -439,10 +446,16 @@ class TesseractNetwork(Uncopied):
         """Says so once each time that nobody answers for a while."""
         driver = self._running()
         while True:
-            if not await self.wait_joined(self.settings.join_timeout) and (trouble := self.trouble) is not None:
-                logger.warning("%s", trouble)
+            if not await self.wait_joined(WARN_ALONE_AFTER):
+                self._tell_trouble()
                 await driver.joined.wait()
+            self._has_told = False
             await driver.isolated.wait()
+
+    def _tell_trouble(self) -> None:
+        if not self._has_told and (trouble := self.trouble) is not None:
+            self._has_told = True
+            logger.warning("%s", trouble)
 
     async def _resolve(self, initial: Sequence[PeerAddress], remembered: Sequence[PeerAddress]) -> None:
         """Looks up the seeds' host names, again and again until all are known, and hands over what it has."""
@@ -466,7 +479,8 @@ class TesseractNetwork(Uncopied):
                     seeds += [(address, peer.peer_id) for address in found]
                     if number < len(initial):
                         num_initial = len(seeds)
-                        driver.seed_at |= dict.fromkeys(found, peer)
+                        named = driver.seed_at if peer.peer_id is None else {}
+                        driver.seed_at |= {address: peer for address in found if address not in named}
             driver.protocol.set_seeds(seeds[:num_initial], driver.now(), remembered=seeds[num_initial:])
             driver.cycle()
             if not failed:
@@ -493,8 +507,8 @@ class _Driver(asyncio.DatagramProtocol):
         self.joined = asyncio.Event()
         self.isolated = asyncio.Event()
         self.isolated.set()
-        self.wrong_peers: dict[Address, PeerID] = {}
-        """Who lives at seeds' addresses instead of those that were named."""
+        self.wrong_peers: dict[Address, tuple[PeerID, PeerID]] = {}
+        """Who lives at seeds' addresses, and who was named."""
         self.seed_at: dict[Address, PeerAddress] = {}
         """Which of the seeds that the user gave lives where."""
         self.has_seeds = False
@@ -540,9 +554,10 @@ class _Driver(asyncio.DatagramProtocol):
                 self.on_role_change()
             elif isinstance(event, WrongPeer):
                 seed = self.seed_at.get(event.address)
-                if seed is not None and self.wrong_peers.get(event.address) != event.found:
-                    self.wrong_peers[event.address] = event.found
-                    logger.warning("the seed %s proves to be %s: nothing is said to it", seed, event.found)
+                if seed is not None and seed.peer_id is not None:
+                    if self.wrong_peers.get(event.address) != (event.found, seed.peer_id):
+                        logger.warning("the seed %s proves to be %s: nothing is said to it", seed, event.found)
+                    self.wrong_peers[event.address] = (event.found, seed.peer_id)
             elif isinstance(event, ClockSkewed):
                 logger.warning("the clock of this computer differs from the others' by %.0f s: set it", event.seconds)
             else:

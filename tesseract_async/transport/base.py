@@ -58,7 +58,7 @@ class PeerAddress:
 
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
-        """Reads ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas between, as ``str()`` writes.
+        """Reads ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas, as ``str()`` writes.
 
         Raises: ValueError; also where some name a peer id and others another one, or none.
         """
