@@ -93,6 +93,7 @@ PURE = [
     "runtime/batcher.py",
     "runtime/costs.py",
     "server/contract.py",
+    "client/arguments.py",
     "client/beam_search.py",
     "client/latency.py",
     "client/parts.py",

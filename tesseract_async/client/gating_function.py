@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tesseract_async.client.arguments import Versions, arguments_now
 from tesseract_async.client.autograd import refuse_wrappers, remote_call
 from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
@@ -223,11 +224,12 @@ class GatingFunction(nn.Module):
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
         self._search.check()
-        rows, kwrows, lead = self._rows((x, *args), kwargs)
+        (args, kwargs), versions = arguments_now(((x, *args), kwargs))
+        rows, kwrows, lead = self._rows(args, kwargs)
         scores_RS = self._scores(rows[0])
         seed = draw_seed() if self.training else 0
         casts = under_autocast((rows, kwrows))
-        mixed = self._mix(scores_RS, rows, kwrows, lead, torch.is_grad_enabled(), casts, self.training, seed)
+        mixed = self._mix(scores_RS, rows, kwrows, versions, lead, torch.is_grad_enabled(), casts, self.training, seed)
         return isolated(mixed, modes=NO_GRAD)
 
     @staticmethod
@@ -239,6 +241,7 @@ class GatingFunction(nn.Module):
         scores_RS: torch.Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        versions: Versions,
         lead: torch.Size | None,
         differentiable: bool,
         casts: bool,
@@ -272,7 +275,7 @@ class GatingFunction(nn.Module):
             differentiable=differentiable,
         )
         try:
-            answers = await remote_call(call, inputs, differentiable=differentiable)
+            answers = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
         finally:
             self._search.learn(call)
         device, num_rows = scores_RS.device, len(scores_RS)

@@ -90,6 +90,7 @@ class Endpoint:
             pool=self._pool,
             metrics=self.metrics,
             make_connection=self._make_connection,
+            grants=lambda: self.grants(),
         )
         self._call_prefix = os.urandom(8)  # half of every call id; a counter is the other
         self._next_call = 0
@@ -98,6 +99,10 @@ class Endpoint:
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.grants: Callable[[], Sequence[bytes]] = tuple
+        """What this node shows to whom it meets (`Hello.grants`)."""
+        self.on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None
+        """Called with what a peer shows, before any of its calls."""
         self.on_peer_known: Callable[[PeerAddress], None] | None = None
         """Called when a call names its peer at other addresses than those where the peer was dialled."""
 
@@ -273,6 +278,11 @@ class Endpoint:
         for connection in old:
             connection.retired = True
 
+    def say_anew(self) -> None:
+        """Opens new connections for later calls, by which peers learn of `grants` that have changed since."""
+        for connection in self._pool.connections():
+            connection.retired = True
+
     def keep(self, peer_id: PeerID) -> None:
         """Spares this peer's connections when idle ones are closed."""
         self._kept.add(peer_id)
@@ -299,6 +309,8 @@ class Endpoint:
             pace=self._pace,
             reply_budget=self._reply_budget,
         )
+        if hello.grants:
+            self.on_grants(peer_id, hello.grants)
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(

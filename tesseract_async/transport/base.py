@@ -62,6 +62,9 @@ class PeerAddress:
 
         Raises: ValueError; also where some name a peer id and others another one, or none.
         """
+        if text.startswith("/") or "://" in text:
+            kind = "multiaddr" if text.startswith("/") else "URL"
+            raise ValueError(f"an address is host:port or host:port/PEER_ID, not a {kind}: {text!r}")
         parts = [part.strip().partition("/") for part in text.split(",")]
         ids = {PeerID.parse(peer_id) if separator else None for _, separator, peer_id in parts}
         if len(ids) > 1:
