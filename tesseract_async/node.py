@@ -89,13 +89,14 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 2**30,
+        max_receive_bytes: int = 3 * 2**29,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
         NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
-        `max_receive_bytes`: of large messages that are half received or being answered.
+        `max_receive_bytes`: of large messages that are half received or being answered. Replies that wait to be taken
+        may hold half as many bytes, small calls under way a quarter.
 
         Raises: ValueError for seeds that are malformed or no list, for a malformed port or announced address, and for
         `upnp` without its packages; OSError for an identity file that cannot be read.
@@ -234,7 +235,12 @@ class TesseractNode(Uncopied):
         return Endpoint(
             identity=self.identity,
             transports=self._reach.transports,
-            settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
+            settings=EndpointSettings(
+                security=self._security,
+                max_receive_bytes=self._max_receive_bytes,
+                max_reply_bytes=self._max_receive_bytes // 2,
+                max_call_bytes=self._max_receive_bytes // 4,
+            ),
             policy=self.policy,
             metrics=self.metrics,
         )

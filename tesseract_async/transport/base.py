@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from tesseract_async.identity import PeerID
@@ -39,6 +40,25 @@ def ip_version(address: str) -> int | None:
     except ValueError:
         return None
     return None if ip.is_multicast or ip.is_unspecified or "%" in host or not port else ip.version
+
+
+@lru_cache(maxsize=4096)
+def range_of(host: str) -> str | None:
+    """The neighbours with whom a host shares its limits: the /24 of a public IPv4 address, the /64 of an IPv6 one.
+
+    In a private network, the host itself. None where the address tells nothing: on loopback, and for what is none.
+    """
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if ip.version == 6 and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if ip.is_loopback:
+        return None
+    if ip.is_private:
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 64), strict=False))
 
 
 @dataclass(frozen=True, slots=True)
