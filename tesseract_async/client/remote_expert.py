@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -12,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.expert_calls import (
     Answer,
     CallOptions,
@@ -80,9 +80,9 @@ class RemoteExpert(nn.Module):
     ) -> RemoteExpert:
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
-        `timeout`: seconds for one call, forward or backward. `priority`: higher goes first at the server. `codec`: how
-        floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see `CallOptions`).
-        Raises: ValueError.
+        `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.
+        `codec`: how floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see
+        `CallOptions`). Raises: ValueError.
         """
         given = {"timeout": timeout, "priority": priority, "codec": codec}
         options = dataclasses.replace(self.options, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
@@ -91,23 +91,26 @@ class RemoteExpert(nn.Module):
         twin.train(self.training)
         return twin
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
-        Under autocast, floating-point inputs are cast to the schema's dtypes. Cancelling the awaiting task cancels the
-        work at the server.
+        Under autocast, floating-point inputs are cast to the schema's dtypes. Arguments must not be changed in place
+        before the result is there. Cancelling the awaiting task cancels the work at the server.
 
         The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
         schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and
-        PeerUnreachable; ProtocolError if the peer answers nonsense. Raises at once: RuntimeError inside
+        PeerUnreachable; ProtocolError if the peer answers nonsense; RuntimeError if an argument was changed in place
+        meanwhile. Raises at once: RuntimeError inside
         ``torch.utils.checkpoint`` and the transforms of torch.func, and if the node is not running.
         """
         refuse_wrappers()
         self._shared.check()
         differentiable = torch.is_grad_enabled()
+        (args, kwargs), versions = arguments_now((args, kwargs))
         casts = under_autocast((args, kwargs))
         seed = draw_seed() if self.training else 0
-        call = self._call(args, kwargs, differentiable, casts, self.training, seed)
+        call = self._call(args, kwargs, versions, differentiable, casts, self.training, seed)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
     def info(self) -> Any:
@@ -124,6 +127,7 @@ class RemoteExpert(nn.Module):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        versions: Versions,
         differentiable: bool,
         casts: bool,
         training: bool,
@@ -135,7 +139,7 @@ class RemoteExpert(nn.Module):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"expert {self.uid}")
         call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options, differentiable))
-        outputs = await remote_call(call, inputs, differentiable=differentiable)
+        outputs = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
         return unflatten(schema.outputs, outputs)
 
     async def _fetch_schema(self) -> ExpertSchema:
@@ -198,17 +202,10 @@ def cast_to(schema: Any, value: Any) -> Any:
     return value
 
 
-_seeds = random.Random()
-_seeded_by: int | None = None
-
-
 def draw_seed() -> int:
-    """A seed for one call's random numbers; the sequence follows from ``torch.manual_seed``."""
-    global _seeded_by
-    if torch.initial_seed() != _seeded_by:
-        _seeded_by = torch.initial_seed()
-        _seeds.seed(_seeded_by)
-    return _seeds.getrandbits(62)
+    """A seed for one call's random numbers, drawn from torch's generator of the CPU: `torch.manual_seed`,
+    `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to local one."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
 
 class _ExpertCall:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tesseract_async.identity import PeerID
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.timers import Timer
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ STALL = 0.05
 """A timer this late means that the own loop stood still, and says nothing about others."""
 MAX_GRACES = 3
 """How often one call is spared for that."""
+
+
+STRANGERS_PER_RANGE = 1.0
+"""In a second: who has not proven to live in an address range, and is asked for the first time."""
 
 
 class Caller(Protocol):
@@ -49,6 +55,7 @@ class Call:
         "challenge",
         "contact",
         "data",
+        "expected",
         "kind",
         "num_graces",
         "repeated",
@@ -58,7 +65,14 @@ class Call:
     )
 
     def __init__(
-        self, caller: Caller, kind: int, arguments: Sequence[Any], *, contact: Contact | None, address: Address
+        self,
+        caller: Caller,
+        kind: int,
+        arguments: Sequence[Any],
+        *,
+        contact: Contact | None,
+        address: Address,
+        expected: frozenset[PeerID] | None = None,
     ) -> None:
         self.caller = caller
         self.kind = kind
@@ -66,6 +80,8 @@ class Call:
         self.contact = contact
         """Who must answer; None while only the address is known (a seed)."""
         self.address = address
+        self.expected = expected
+        """Those who may answer where only the address is known; None: whoever lives there."""
         self.transaction = b""
         self.challenge = b""
         self.data = b""
@@ -101,6 +117,7 @@ class Calls:
         self.by_transaction: dict[bytes, Call] = {}
         self.waiting: deque[Call] = deque()
         self._rtt: float | None = None
+        self._strangers = RateLimiter(rate=STRANGERS_PER_RANGE, burst=12 * STRANGERS_PER_RANGE)
 
     @property
     def full(self) -> bool:
@@ -112,6 +129,11 @@ class Calls:
         if self.full:
             self.waiting.append(call)
             return
+        if call.contact is not None and not call.contact.proven and not self._strangers.allows(call.address, 1.0, now):
+            # somebody only said that they live there: a third party must not be flooded for that
+            self._network.drop("hearsay")
+            self._network.timers.start(now, partial(call.caller.call_failed, call))
+            return
         call.transaction = self._network.new_transaction()
         if call.contact is None or not call.contact.proven:
             call.challenge = self._network.random.randbytes(wire.CHALLENGE_BYTES)
@@ -121,9 +143,12 @@ class Calls:
     def repeat(self, call: Call, now: float) -> None:
         """Writes the request with the contact's present token and sends it."""
         contact = call.contact
+        flags = self._network.flags()
+        if call.expected is not None:
+            flags |= wire.FLAG_CLIENT  # whoever is there instead shall not list this node, and tell others of it
         call.data = wire.encode_request(
             call.kind,
-            self._network.flags(),
+            flags,
             call.transaction,
             self._network.own_id,
             token=contact.token if contact is not None and contact.token_until > now else b"",

@@ -30,16 +30,15 @@ from tesseract_async.network.contacts import (
     V6_BYTES,
     Address,
     Contact,
-    is_loopback,
     pack_address,
     pack_contacts,
     split_contacts,
     unpack_address,
 )
 from tesseract_async.network.dialback import DialBack
-from tesseract_async.network.events import ClockSkewed, Event, ReadFinished, WriteFinished
+from tesseract_async.network.events import ClockSkewed, Event, ReadFinished, WriteFinished, WrongPeer
 from tesseract_async.network.holding import Holder, RecordCheck
-from tesseract_async.network.joining import Membership
+from tesseract_async.network.joining import Membership, Seed
 from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Ping, Refresh
 from tesseract_async.network.probation import Probation
@@ -57,6 +56,7 @@ from tesseract_async.network.storage import Outcome, Storage
 from tesseract_async.network.timers import Timers
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
+from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups under way, and their proofs and tokens."""
@@ -83,13 +83,16 @@ class NetworkProtocol:
         verify: Verifier = verify,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         checks: Sequence[RecordCheck] = (),
+        scope: AddressScope | None = None,
     ) -> None:
+        """`scope`: where this node may send on a stranger's word; to public addresses only by default."""
         self.identity = identity
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
         self.metrics = metrics
         self.verify = verify
+        self.scope = scope if scope is not None else AddressScope()
         self.wall_offset = wall_offset
         """Wall-clock time minus loop time. The driver keeps it true."""
         self.table = RoutingTable(
@@ -138,9 +141,9 @@ class NetworkProtocol:
 
     # What the driver asks for
 
-    def set_seeds(self, seeds: Iterable[tuple[Address, PeerID | None]], now: float) -> None:
-        """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust."""
-        self.membership.set_seeds(seeds, now)
+    def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
+        """See `Membership.set_seeds`."""
+        self.membership.set_seeds(seeds, now, remembered=remembered)
 
     def read(self, key: bytes, now: float) -> int:
         """Looks up `key`; `ReadFinished` will carry the number returned."""
@@ -224,20 +227,30 @@ class NetworkProtocol:
         """Sends a request to a contact; `caller` hears how it ends, never before this returns."""
         self._calls.start(Call(caller, kind, arguments, contact=contact, address=contact.address), now)
 
-    def call_address(self, caller: Caller, kind: int, arguments: Sequence[Any], address: Address, now: float) -> None:
-        """The same to whoever lives at an address."""
-        self._calls.start(Call(caller, kind, arguments, contact=None, address=address), now)
+    def call_address(
+        self,
+        caller: Caller,
+        kind: int,
+        arguments: Sequence[Any],
+        address: Address,
+        now: float,
+        *,
+        expected: frozenset[PeerID] | None = None,
+    ) -> None:
+        """The same to whoever lives at an address, or to one of those `expected` there."""
+        self._calls.start(Call(caller, kind, arguments, contact=None, address=address, expected=expected), now)
 
     def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
 
-        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out, and so are
-        those with an address of a kind that this node does not speak.
+        Left out are also addresses that this node must not send to on a stranger's word, or of a kind that it does not
+        speak; and those of private networks and loopback, unless the teller wrote from the same: it knows no others.
 
         Raises: ProtocolError.
         """
         contacts: list[Contact] = []
         known, unreachable, own_id = self._known, self._unreachable, self.own_id
+        tellers_kind = kind_of(teller.address[0])
         for raw in split_contacts(v4, v6, self.settings.k):
             if len(raw) - ID_BYTES not in self.address_bytes:
                 continue
@@ -246,8 +259,10 @@ class NetworkProtocol:
                 if contact is None:
                     contact = self._learn(raw)
                     known = self._known
-                if raw[32] != 127 or is_loopback(teller.address):
-                    contacts.append(contact)
+                kind = kind_of(contact.address[0])
+                if kind == PUBLIC or (kind == tellers_kind and self.scope.allows(contact.address[0])):
+                    if self.membership.admits(contact.peer_id, contact.address):
+                        contacts.append(contact)
         return contacts
 
     def finish(self, operation: Read | Write, event: ReadFinished | WriteFinished) -> None:
@@ -285,7 +300,7 @@ class NetworkProtocol:
             elif datagram.kind == wire.COPY:
                 self.holder.keep_copy(request.arguments, address, now)
             else:
-                self.dialback.dial(request.arguments, address, now)
+                self.dialback.dial(request.arguments, datagram.sender, address, now)
             return
         # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
         room = MAX_DATAGRAM_BYTES if address_proven else min(MAX_DATAGRAM_BYTES, AMPLIFICATION * length)
@@ -352,6 +367,8 @@ class NetworkProtocol:
                 contact.last_seen = now
                 self.table.add(contact, now)
             return
+        if not self.scope.answers(address[0]) or not self.membership.admits(datagram.sender, address):
+            return
         self.probation.wrote(address, now)
         if contact is None and not self.table.wants(datagram.sender):
             return
@@ -404,10 +421,18 @@ class NetworkProtocol:
             return
         elif contact.peer_id != datagram.sender:
             self.drop("wrong_id")
+            self.lost(contact, now)
             self._calls.end(call, None, now)
             return
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
             self.drop("proof")
+            self._calls.end(call, None, now)
+            return
+        expected_here = call.expected is None or datagram.sender in call.expected
+        if not expected_here or not self.membership.admits(datagram.sender, address):
+            self.drop("wrong_id")
+            self.metrics.count("network_seeds_with_another_id")
+            self._events.append(WrongPeer(address, PeerID(datagram.sender)))
             self._calls.end(call, None, now)
             return
         contact.proven = True

@@ -30,6 +30,7 @@ from tesseract_async.runtime.executor import Attempt, Executor
 from tesseract_async.runtime.merging import Gradients
 from tesseract_async.runtime.staging import staging_for
 from tesseract_async.runtime.work import Answer, Outcome, Work
+from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class RuntimeSettings:
     """Seconds that closing waits for the running batch; a thread that hangs for longer is abandoned, loudly."""
 
 
-class TesseractRuntime:
+class TesseractRuntime(Uncopied):
     """Runs experts on one device, on a thread of its own.
 
     `start` and `aclose` it on the loop that calls it. All methods belong to that loop.
