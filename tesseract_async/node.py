@@ -60,7 +60,8 @@ class TesseractNode(Uncopied):
     - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, from where only this
       computer can be reached: joining others elsewhere is asked for, not stumbled into. ``"::"`` is every interface
       by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
-    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
+    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: nobody
+      else is spoken to there), or several with commas between, as ``str(node.peer_address)`` gives them.
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
@@ -443,14 +444,14 @@ class TesseractNode(Uncopied):
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
-    """Raises: ValueError for what is no list of addresses."""
+    """One seed for each address of a list with commas. Raises: ValueError for what is no list of addresses."""
     if isinstance(peers, str | bytes | PeerAddress) or not isinstance(peers, Iterable):
         raise ValueError(f"initial_peers is a list of addresses, such as ['192.0.2.1:31337']; got {peers!r}")
-    found = []
+    found: list[PeerAddress] = []
     for peer in peers:
         if not isinstance(peer, str | PeerAddress):
             raise ValueError(f"each of initial_peers is a string, such as '192.0.2.1:31337'; got {peer!r}")
-        found.append(peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer))
+        found += [peer] if isinstance(peer, PeerAddress) else map(PeerAddress.parse, peer.split(","))
     return tuple(found)
 
 

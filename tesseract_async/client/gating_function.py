@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.arguments import Versions, arguments_now
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
@@ -139,6 +139,7 @@ class GatingFunction(nn.Module):
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.settings.k_best}"
 
+    @uncompiled
     def choose(self, x: torch.Tensor) -> Any:
         """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
@@ -149,6 +150,7 @@ class GatingFunction(nn.Module):
             scores_RS = self._scores(self._rows((x,))[0][0])
         return self._search.deliver(isolated(self._choose(scores_RS), modes=NO_GRAD))
 
+    @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
@@ -167,6 +169,7 @@ class GatingFunction(nn.Module):
         """
         return self._search.deliver(isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
+    @uncompiled
     def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
         return self._search.deliver(self._start(x, args, kwargs))

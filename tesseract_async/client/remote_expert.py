@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.arguments import Versions, arguments_now
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.expert_calls import (
     Answer,
     CallOptions,
@@ -91,6 +91,7 @@ class RemoteExpert(nn.Module):
         twin.train(self.training)
         return twin
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 

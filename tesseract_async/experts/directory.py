@@ -238,6 +238,12 @@ class ExpertDirectory:
             raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
         await self._grids[prefix].warm.wait()
 
+    @property
+    def trouble(self) -> str | None:
+        """A sentence on why nothing can be read, where no node of the network answers."""
+        trouble: str | None = getattr(self._network, "trouble", None)
+        return trouble
+
     async def wait_read(self, prefix: str) -> None:
         """Returns once the watched grid was read anew, or for the first time; it is read more often meanwhile.
 

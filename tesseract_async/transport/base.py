@@ -78,16 +78,22 @@ class PeerAddress:
 
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
-        """Reads ``host:port`` or ``host:port/PEER_ID``. Raises: ValueError."""
+        """Reads ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas, as ``str()`` writes.
+
+        Raises: ValueError; also where some name a peer id and others another one, or none.
+        """
         if text.startswith("/") or "://" in text:
             kind = "multiaddr" if text.startswith("/") else "URL"
             raise ValueError(f"an address is host:port or host:port/PEER_ID, not a {kind}: {text!r}")
-        address, separator, peer_id = text.partition("/")
-        return cls(PeerID.parse(peer_id) if separator else None, (address,))
+        parts = [part.strip().partition("/") for part in text.split(",")]
+        ids = {PeerID.parse(peer_id) if separator else None for _, separator, peer_id in parts}
+        if len(ids) > 1:
+            raise ValueError(f"these are addresses of different peers; give each by itself: {text!r}")
+        return cls(ids.pop(), tuple(address for address, _, _ in parts))
 
     def __str__(self) -> str:
-        where = ",".join(self.addresses)
-        return f"{where}/{self.peer_id}" if self.peer_id is not None else where
+        name = f"/{self.peer_id}" if self.peer_id is not None else ""
+        return ",".join(address + name for address in self.addresses)
 
     @property
     def short(self) -> str:
