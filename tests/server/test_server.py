@@ -70,6 +70,7 @@ class FakeNode:
         self.handlers: dict[str, Callable[[IncomingCall], Awaitable[Message]]] = {}
         self.metrics = Metrics()
         self.network = None
+        self.trust = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
         self.is_closed = False
