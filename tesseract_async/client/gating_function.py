@@ -256,7 +256,7 @@ class GatingFunction(nn.Module):
         if casts:
             with torch.set_grad_enabled(differentiable):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
-        inputs = flatten_like(schema.inputs, (args, kwargs), what=f"the experts of {self.uid_prefix}")
+        inputs = flatten_like(schema.inputs, (args, kwargs), what=f"the grid {self.uid_prefix}")
         call = MixtureCall(
             self._search,
             view,

@@ -256,7 +256,7 @@ class MixtureCall:
             await cancel_all([*tasks, *([] if coming is None else [coming])])
         short = int((self.num_answers < self._settings.k_min).sum())
         if short and self._settings.on_missing == "raise":
-            raise NotEnoughExperts(self._settings.k_min, short, self.errors)
+            raise NotEnoughExperts(self._settings.k_min, short, self.errors, num_live=len(self.view.coords))
         return [output.to(device) for output in self._stacked_outputs()]
 
     def _satisfied(self) -> npt.NDArray[np.bool_]:
@@ -469,7 +469,7 @@ class MixtureCall:
             got[part.rows.numpy()] += 1
         short = int((got < np.minimum(asked, self._settings.backward_k_min)).sum())
         if short:
-            raise NotEnoughExperts(self._settings.backward_k_min, short, errors)
+            raise NotEnoughExperts(self._settings.backward_k_min, short, errors, what="gradients")
         sums = self._sum(inputs, results)
         return self._rescaled(sums, [slices[part.expert] for part, _ in results])
 

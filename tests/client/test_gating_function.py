@@ -115,7 +115,9 @@ def make_gate_like(gate: GatingFunction, k_best: int) -> GatingFunction:
 async def test_nobody_answers(node: FakeNode) -> None:
     make_grid(node, [(0, 0), (1, 1)])
     await kill(node, "ffn.0.0", "ffn.1.1")
-    with pytest.raises(NotEnoughExperts, match=r"2 rows.*ffn\.0\.0: ConnectionLost"):
+    with pytest.raises(
+        NotEnoughExperts, match=r"2 rows have fewer than k_min=1 answers: ffn\.0\.0, ffn\.1\.1: ConnectionLost"
+    ):
         await make_gate(node, forward_timeout=0.05)(torch.randn(2, 8))
     node.directory.forgive()
     y = await make_gate(node, forward_timeout=0.05, on_missing="zero")(torch.randn(2, 8))
