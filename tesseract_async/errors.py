@@ -18,6 +18,7 @@
         InputsForgotten        the server dropped the forward's inputs; send them again
         NotAllowed             the peer's policy refuses this caller
         UnknownMethod          the peer does not answer such calls
+      TooStale                 a follower's answer is older than `max_staleness` allows
       NotEnoughExperts         fewer than k_min experts answered; holds each one's error
       CheckpointError          a checkpoint could not be written or read
 
@@ -183,6 +184,12 @@ class UnknownMethod(RemoteError):
     """The peer does not answer this kind of call."""
 
     code = "unknown_method"
+
+
+class TooStale(TesseractError):
+    """A follower's answer lacks more of its primary's steps than `max_staleness` allows, or nobody knows how many."""
+
+    retryable = True
 
 
 class NotEnoughExperts(TesseractError):

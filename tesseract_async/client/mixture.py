@@ -25,6 +25,7 @@ from tesseract_async.client.expert_calls import (
     Forward,
     call_backward,
     call_forward,
+    check_max_staleness,
     check_priority,
 )
 from tesseract_async.client.parts import Part, Usual, patience_limit, usual_seconds
@@ -38,6 +39,7 @@ from tesseract_async.client.replicas import (
     cancel_all,
     may_pass,
 )
+from tesseract_async.client.staleness import fresh_enough
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, Overloaded, TesseractError
 from tesseract_async.runtime.finite import are_finite
 from tesseract_async.wire.codecs import AUTO, Codecs
@@ -84,10 +86,13 @@ class MixtureSettings:
     """-1, 0 or 1; higher goes first at the servers."""
     codec: str | Mapping[str, str] = AUTO
     """How floating-point tensors travel, see `CallOptions`."""
+    max_staleness: int | None = None
+    """Optimizer steps that an answer may lack, see `CallOptions`; 0: only primaries answer."""
 
     def __post_init__(self) -> None:
         Codecs.of(self.codec)
         check_priority(self.priority)
+        check_max_staleness(self.max_staleness)
         if self.k_best < 1:
             raise ValueError(f"k_best is at least 1, not {self.k_best}")
         for name in ("k_min", "backward_k_min"):
@@ -101,6 +106,17 @@ class MixtureSettings:
             raise ValueError("spare, patience and latency_weight are not negative")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
+
+    @property
+    def call_options(self) -> CallOptions:
+        """The same for a single expert's calls."""
+        return CallOptions(
+            timeout=self.forward_timeout,
+            backward_timeout=self.backward_timeout,
+            max_staleness=self.max_staleness,
+            priority=self.priority,
+            codec=self.codec,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,7 +171,7 @@ class MixtureCall:
         self._nobody_comes = not (settings.refill and settings.k_min) or settings.capacity_factor is not None
         """Whether rows that have tried everybody are given up."""
         self._settings = settings
-        self._options = CallOptions(timeout=settings.forward_timeout, priority=settings.priority, codec=settings.codec)
+        self._options = settings.call_options
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
@@ -298,9 +314,8 @@ class MixtureCall:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.answer = await ask_best(
-            self._shared, part.replicas, attempt, timeout=left, num_bytes=part.num_bytes
-        )
+        replicas, ask = fresh_enough(self._shared, part.uid, part.replicas, attempt, self._settings.max_staleness)
+        outputs, part.answer = await ask_best(self._shared, replicas, ask, timeout=left, num_bytes=part.num_bytes)
         if not are_finite(outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
@@ -425,6 +440,10 @@ class MixtureCall:
         for part in self.answered:
             part.outputs = []  # the copies live in the stack now
         return stacked
+
+    def versions(self) -> dict[str, int]:
+        """By uid, the optimizer steps that the experts had taken that answered."""
+        return {part.uid: part.answer.version for part in self.answered if part.answer is not None}
 
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and expert of every line of the outputs."""
