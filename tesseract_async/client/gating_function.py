@@ -15,7 +15,8 @@ from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.expert_calls import ExpertSchema, check_max_staleness
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
-from tesseract_async.client.mixture import MixtureCall, MixtureSettings
+from tesseract_async.client.mixture import MixtureCall
+from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.codecs import settle
