@@ -3,7 +3,7 @@
 `measure` lets one expert take a step, and then run forward and backward with the largest batch on PyTorch's ``meta``
 device, which computes nothing and takes no memory, while every tensor that would be made is counted. `plan_memory`
 divides a limit: the process as it is, what the server may keep for others (waiting calls, inputs, answers, messages
-half received), the largest batch, since one is computed at a time, and experts for the rest.
+half received, replies not taken yet), the largest batch, since one is computed at a time, and experts for the rest.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class MemoryPlan:
     answers: int
     """For `CallSettings.max_answers_bytes`."""
     received: int
-    """For messages that are half received."""
+    """For messages that are half received or being answered: `EndpointSettings.max_receive_bytes`."""
+    replies: int
+    """For replies that wait to be taken."""
+    calls: int
+    """For small calls under way."""
     copies: int
     """For states that are being sent to followers."""
 
@@ -91,7 +95,9 @@ SHARES: Final[Mapping[str, tuple[float, int]]] = {
     "queue": (1 / 8, 1 << 30),
     "inputs": (1 / 16, 256 << 20),
     "answers": (1 / 64, 64 << 20),
-    "received": (1 / 8, 1 << 30),
+    "received": (1 / 10, 3 << 29),
+    "replies": (1 / 20, 3 << 28),
+    "calls": (1 / 40, 3 << 27),
     "copies": (1 / 16, 1 << 30),
 }
 """Of the memory that a limit leaves beside the process itself, and the most that is ever needed."""
