@@ -21,7 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, Gradients
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.merging import Gradients
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +54,18 @@ class Footprint:
     batch: int
     """The most that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows included;
     only one expert of a device computes at a time."""
-    accumulates: bool = False
-    """Whether gradients of several batches are summed before a step."""
+    num_sums: int = 0
+    """Sums of gradients that wait for a step, at most: one over all batches, or one for each peer."""
 
     @property
     def state(self) -> int:
         """A copy of what a checkpoint holds."""
-        return self.weights + self.optimizer + self.copied_journal + self.gradients * self.accumulates
+        return self.weights + self.optimizer + self.copied_journal + self.gradients * min(self.num_sums, 1)
 
     @property
     def resident(self) -> int:
         """What the expert holds as long as it is hosted: itself, and the state that a failed step goes back to."""
-        return self.weights + self.optimizer + self.journal + self.gradients * self.accumulates + self.state
+        return self.weights + self.optimizer + self.journal + self.gradients * self.num_sums + self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def measure(backend: ExpertBackend) -> Footprint:
         journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
         copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
         batch=0,
-        accumulates=settings.step_every > 1,
+        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
     try:
         batch = _peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
