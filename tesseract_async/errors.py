@@ -30,8 +30,8 @@ attribute) says whether the same call may succeed later or elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
 
 
 class TesseractError(Exception):
@@ -205,6 +205,22 @@ class CheckpointError(TesseractError):
     """A checkpoint could not be written, or no readable one exists; the sentence names the file."""
 
 
+MAX_DESCRIBED_LENGTH: Final = 600
+
+
 def describe(error: BaseException) -> str:
-    """One line for an error inside another one's sentence; never empty, unlike ``str(TimeoutError())``."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """One line for an error inside another one's sentence: its class and its message, cut where that is very long.
+
+    Never empty, unlike ``str(TimeoutError())``, and never raises, whatever somebody else's error does when it is read.
+    """
+    name, message = text_of(lambda: type(error).__name__), " ".join(text_of(lambda: str(error)).split())
+    line = f"{name}: {message}" if message else name
+    return line if len(line) <= MAX_DESCRIBED_LENGTH else line[: MAX_DESCRIBED_LENGTH - 4] + " ..."
+
+
+def text_of(read: Callable[[], str]) -> str:
+    """What `read` returns, as text that UTF-8 can hold (it has no lone surrogates). Never raises."""
+    try:
+        return read().encode(errors="backslashreplace").decode()
+    except BaseException as error:  # a module's own error may do anything
+        return f"(unreadable: {type(error).__name__})".encode(errors="backslashreplace").decode()

@@ -7,11 +7,13 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from tesseract_async.wire import tensors as wire
 
 Apply = Callable[[Any, Sequence[torch.Tensor]], Any]
 """Calls a module with flat inputs."""
@@ -112,8 +114,4 @@ def _cut(structure: Any, num_rows: int) -> Any:
 
 
 def _map(structure: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(structure, torch.Tensor):
-        return function(structure)
-    if isinstance(structure, Mapping):
-        return {key: _map(item, function) for key, item in structure.items()}
-    return type(structure)(_map(item, function) for item in structure)
+    return wire.unflatten(structure, map(function, wire.flatten(structure)))

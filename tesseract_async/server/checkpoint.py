@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.wire.compression import flat_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
         }
         offset += tensor.nbytes
         if tensor.nbytes:
-            pieces.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            pieces.append(flat_of(tensor).view(torch.uint8).numpy().data)
     metadata = {"format": "pt", "tesseract_format": str(FORMAT_VERSION), "tesseract_state": json.dumps(rest)}
     header["__metadata__"] = metadata
     metadata["tesseract_sha256"] = _digest(header, pieces)

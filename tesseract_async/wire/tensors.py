@@ -95,6 +95,15 @@ def _flatten_into(leaves: list[Any], structure: Any) -> None:
         leaves.append(structure)
 
 
+def sequence_like(part: Sequence[Any], items: Iterable[Any]) -> Any:
+    """A list, tuple or named tuple of `items`, as `part` is one; of other kinds of tuples and lists, a plain one."""
+    if type(part) is tuple or type(part) is list:
+        return type(part)(items)
+    if isinstance(part, tuple):
+        return type(part)._make(items) if hasattr(part, "_make") else tuple(items)
+    return list(items)
+
+
 def unflatten(schema: Schema, leaves: Iterable[Any]) -> Any:
     """The structure of `schema` with its specs replaced, in order, by `leaves`; the inverse of `flatten`."""
     return _unflatten_from(iter(leaves), schema)
@@ -102,7 +111,7 @@ def unflatten(schema: Schema, leaves: Iterable[Any]) -> Any:
 
 def _unflatten_from(leaves: Iterator[Any], part: Schema) -> Any:
     if isinstance(part, _SEQUENCES):
-        return type(part)([_unflatten_from(leaves, item) for item in part])
+        return sequence_like(part, [_unflatten_from(leaves, item) for item in part])
     if not isinstance(part, _LEAVES) and isinstance(part, Mapping):
         return {key: _unflatten_from(leaves, item) for key, item in part.items()}
     return next(leaves)
