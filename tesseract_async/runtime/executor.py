@@ -23,7 +23,7 @@ import torch
 from tesseract_async.errors import ExpertFailed, describe
 from tesseract_async.runtime.backend import ExpertBackend, Gradients, add_gradients
 from tesseract_async.runtime.batcher import Part
-from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.finite import are_finite, norm
 from tesseract_async.runtime.staging import Columns, Download, HostStaging, Staging, Upload
 from tesseract_async.runtime.work import Answer, Outcome, Work
 
@@ -90,11 +90,14 @@ class Executor:
             num_inputs = len(backend.input_specs)
             inputs: list[Any] = staged[:num_inputs]
             seed = _chunk_seed(attempt.parts[0])
+            _check_alone(attempt)
             if work.output_gradients is None:
                 attempt.results = backend.forward(inputs, training=work.training, seed=seed)
+                _check_alone(attempt)
                 return
             gradients = self._damp(attempt, staged[num_inputs:])
             attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
+            _check_alone(attempt)
             _check_gradients(gradients, attempt.summed, backend.settings.max_gradient_norm)
         except BaseException as error:  # a module may raise anything: it fails its own batch
             attempt.error = error
@@ -296,6 +299,16 @@ def _columns(parts: Sequence[Part]) -> Columns:
     return columns
 
 
+class _DrawsAlone(Exception):
+    """A batch of several requests turned out to draw random numbers, which are each request's own."""
+
+
+def _check_alone(attempt: Attempt) -> None:
+    """Raises: _DrawsAlone, upon which the batch is computed again, request by request."""
+    if len(attempt.parts) > 1 and attempt.work.backend.is_stochastic(attempt.work.training):
+        raise _DrawsAlone
+
+
 def _works(attempts: Sequence[Attempt]) -> list[Work]:
     """The requests of these attempts, each once."""
     return list(dict.fromkeys(part.request.payload for one in attempts for part in one.parts))
@@ -342,11 +355,10 @@ def _check_gradients(incoming: Gradients, summed: Gradients, max_norm: float | N
     if not are_finite(summed):
         raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
     if max_norm is not None:
-        present = [x for x in summed if x is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x).float() for x in present])))
-        if present and norm > max_norm:
+        found = float(norm(summed))
+        if found > max_norm:
             raise ExpertFailed(
-                f"the gradients of the expert's parameters have norm {norm:.4g}; at most {max_norm:.4g} is accepted"
+                f"the gradients of the expert's parameters have norm {found:.4g}; at most {max_norm:.4g} is accepted"
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers only, cheaply: ``torch.isfinite`` makes three temporaries of each."""
+"""Whether tensors hold numbers only, and how large they are, cheaply: ``torch.isfinite`` makes three temporaries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ def are_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether no tensor holds a NaN or an infinity. One sum per device decides, unless it overflowed: then each element
     is looked at.
     """
-    present = [torch.view_as_real(x) if x.is_complex() else x for x in tensors if x is not None]
+    present = [_numbers(x) for x in tensors if x is not None]
     if not present:
         return True
     totals = [x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) for x in present]
     if math.isfinite(float(totals[0] if len(totals) == 1 else torch.stack(totals).sum())):
         return True
     return all(bool(torch.isfinite(x).all()) for x in present)
+
+
+def norm(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The Euclidean norm of them all together; 0 if there are none. Sparse ones count as what they stand for."""
+    present = [_numbers(x.coalesce() if x.layout is torch.sparse_coo else x) for x in tensors if x is not None]
+    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in present]
+    return torch.linalg.vector_norm(torch.stack([x.float() for x in norms])) if norms else torch.zeros(())
+
+
+def _numbers(x: torch.Tensor) -> torch.Tensor:
+    """The real numbers that it consists of; of a sparse tensor, those that it stores."""
+    if x.layout is not torch.strided:
+        x = x._values() if x.layout is torch.sparse_coo else x.values()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
