@@ -100,4 +100,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # everything was closed on the way here
+        raise SystemExit(130) from None
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # nobody answers, say: a sentence is enough
+        raise SystemExit(f"accelerate_loop.py: {error}") from None

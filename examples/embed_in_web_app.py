@@ -8,6 +8,7 @@ itself. Nothing special is needed for either: the node lives in the loop that ai
 """
 
 import argparse
+import asyncio
 from collections.abc import AsyncIterator
 
 import torch
@@ -68,9 +69,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-if __name__ == "__main__":
-    args = parse()
+async def main(args: argparse.Namespace) -> None:
+    runner = web.AppRunner(make_app(args))
+    await runner.setup()
     try:
-        web.run_app(make_app(args), host="127.0.0.1", port=args.port)
-    except (OSError, ta.errors.TesseractError) as error:  # a port in use, no expert: a sentence is enough
+        await web.TCPSite(runner, "127.0.0.1", args.port).start()
+        print(f"http://127.0.0.1:{args.port} answers; Ctrl-C leaves", flush=True)
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+if __name__ == "__main__":
+    try:
+        ta.run(main(parse()))
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # a port in use, no expert: a sentence is enough
         raise SystemExit(f"embed_in_web_app.py: {error}") from None

@@ -187,7 +187,9 @@ async def serve(args: argparse.Namespace) -> None:
     ):
         spare_the_collector()
         print(node.address, flush=True)
-        await asyncio.to_thread(sys.stdin.read)
+        stdin = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+        await stdin.read()
 
 
 @contextlib.asynccontextmanager
@@ -546,5 +548,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     arguments = parse()
-    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve(arguments) if arguments.serve else main(arguments))
+    try:
+        ta.run(serve(arguments) if arguments.serve else main(arguments), loop_factory=loop_factory())
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # no such file, say: a sentence is enough
+        raise SystemExit(f"paper_convergence.py: {error}") from None

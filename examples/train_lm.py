@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import math
-import signal
 import sysconfig
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.leaving import told_to_leave
 
 # ------------------------------------------------------------------------------------------------ data
 
@@ -200,8 +200,11 @@ async def train(
 async def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     stop = asyncio.Event()
-    with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt there
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    with told_to_leave(asyncio.get_running_loop(), lambda _: stop.set()):
+        await run_all(args, stop)
+
+
+async def run_all(args: argparse.Namespace, stop: asyncio.Event) -> None:
     out = Path(args.out)
     if not args.compare:
         await run(args, out, stop, local=args.local)

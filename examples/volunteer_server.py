@@ -32,7 +32,7 @@ async def main(args: argparse.Namespace) -> None:
         ta.TesseractServer(node, experts, device=args.device, checkpoint_dir=args.checkpoint_dir),
     ):
         print(f"{len(experts)} experts are ready; others join with --initial-peers {node.peer_address}", flush=True)
-        await asyncio.Event().wait()  # until Ctrl-C: leaving the block withdraws the experts and saves them
+        await asyncio.Event().wait()  # until Ctrl-C or SIGTERM: leaving the block withdraws the experts and saves them
 
 
 if __name__ == "__main__":
@@ -48,8 +48,6 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-dir", default=None, help="where weights are kept, to go on from after a restart")
     try:
-        asyncio.run(main(parser.parse_args()))
-    except KeyboardInterrupt:
-        pass  # everything was closed on the way here
+        ta.run(main(parser.parse_args()))  # asyncio.run that is told to leave by SIGTERM and SIGHUP, too
     except (OSError, ValueError, ta.errors.TesseractError) as error:  # a port in use, say: a sentence is enough
         raise SystemExit(f"{parser.prog}: {error}") from None

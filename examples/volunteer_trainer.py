@@ -6,7 +6,6 @@ The model learns to reverse its input vectors: the mixture is all that learns, b
 """
 
 import argparse
-import asyncio
 
 import torch
 from torch.nn import functional as F
@@ -45,8 +44,6 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     try:
-        asyncio.run(main(parser.parse_args()))
-    except KeyboardInterrupt:
-        pass  # everything was closed on the way here
+        ta.run(main(parser.parse_args()))
     except (OSError, ValueError, ta.errors.TesseractError) as error:  # nobody answers, say: a sentence is enough
         raise SystemExit(f"{parser.prog}: {error}") from None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tesseract_async.client.trainer import AsyncTrainer as AsyncTrainer
     from tesseract_async.identity import Identity as Identity
     from tesseract_async.identity import PeerID as PeerID
+    from tesseract_async.leaving import run as run
     from tesseract_async.network.network import TesseractNetwork as TesseractNetwork
     from tesseract_async.node import TesseractNode as TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
@@ -40,6 +41,7 @@ _HOMES = {
     "RemoteExpert": "client.remote_expert",
     "Identity": "identity",
     "PeerID": "identity",
+    "run": "leaving",
     "Policy": "admission",
     "Quota": "admission",
     "TesseractNetwork": "network.network",

@@ -7,8 +7,11 @@ its owner says in the DHT: holders and readers check the signature, so nobody ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+import secrets
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,9 @@ from nacl.bindings import crypto_sign, crypto_sign_open
 from nacl.exceptions import CryptoError
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.uncopied import Uncopied
+
+logger = logging.getLogger(__name__)
 
 
 class PeerID(bytes):
@@ -59,7 +65,7 @@ class PeerID(bytes):
         return f"PeerID({self.short}…)"
 
 
-class Identity:
+class Identity(Uncopied):
     """An Ed25519 key pair. Create one with `generate`, `load` or `load_or_create`."""
 
     __slots__ = ("_private_key", "_secret", "public_key", "peer_id")
@@ -82,31 +88,59 @@ class Identity:
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Reads a PEM file written by `save`. Raises: OSError, ValueError if it holds no Ed25519 key."""
+        """Reads a PEM file written by `save`; ``~`` is the home folder.
+
+        A file that others on this computer may read is made its owner's alone, with a warning. Raises: OSError,
+        ValueError if it holds no Ed25519 key.
+        """
+        path = Path(path).expanduser()
+        data = path.read_bytes()
         try:
-            key = serialization.load_pem_private_key(Path(path).read_bytes(), password=None)
+            key = serialization.load_pem_private_key(data, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted
-            raise ValueError(f"{path} holds no Ed25519 key; `tesseract keygen FILE` makes one") from None
+            key = None
         if not isinstance(key, Ed25519PrivateKey):
-            raise ValueError(f"{path} holds no Ed25519 key")
+            state = "is empty" if not data.strip() else "holds no Ed25519 key"
+            raise ValueError(
+                f"{path} {state}: move it away, and a new key is made there (`tesseract keygen FILE` does it, too)"
+            )
+        _close_to_others(path)
         return cls(key)
 
     @classmethod
     def load_or_create(cls, path: str | Path) -> Identity:
-        """`load`, or `generate` and `save` where no file exists yet."""
-        if not Path(path).exists():
+        """`load`, or `generate` and `save` where no file exists yet. Programs that start at once agree on one key."""
+        try:
+            return cls.load(path)
+        except FileNotFoundError:
             identity = cls.generate()
+        try:
             identity.save(path)
-            return identity
-        return cls.load(path)
+        except FileExistsError:  # another one was faster
+            return cls.load(path)
+        return identity
 
     def save(self, path: str | Path) -> None:
-        """Writes the key as PKCS 8 PEM, readable by its owner only (0600). Never overwrites. Raises: OSError."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(self.private_pem())
+        """Writes the key as PKCS 8 PEM, readable by its owner only (0600). Never overwrites.
+
+        The file appears whole or not at all, even when the machine loses power. Raises: OSError.
+        """
+        path = Path(os.path.realpath(Path(path).expanduser()))  # where a link points, if it is one
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(self.private_pem())
+                file.flush()
+                os.fsync(file.fileno())
+            _rename_new(unfinished, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            error.filename, error.filename2 = str(path), None  # not the other name, which nobody knows
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     def private_pem(self) -> bytes:
         """The secret as unencrypted PKCS 8 PEM: what OpenSSL reads. Keep it off disks that others read."""
@@ -120,6 +154,43 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id.short}…)"
+
+
+def _rename_new(old: Path, new: Path) -> None:
+    """Renames a file, never over another one. Raises: OSError."""
+    if os.name == "nt":
+        os.rename(old, new)
+        return
+    try:
+        os.link(old, new)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, such as FAT's: the name is taken first, then filled
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(old, new)
+
+
+def _close_to_others(path: Path) -> None:
+    """Takes a key file's permissions from everybody but its owner, and says so."""
+    with contextlib.suppress(OSError):
+        if os.name == "nt" or not path.stat().st_mode & 0o077:
+            return
+        try:
+            path.chmod(0o600)
+            now = "it is its owner's alone now"
+        except OSError:
+            now = "and that cannot be changed here: chmod 600 it"
+        logger.warning("other users of this computer could read the key in %s; %s", path, now)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable, where folders can be synced (not on Windows)."""
+    with contextlib.suppress(OSError, AttributeError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:

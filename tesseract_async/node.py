@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,10 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.reach import Reach, ReachSettings
+from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
+from tesseract_async.transport.interfaces import own_addresses
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
 _ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
 
 
-class TesseractNode:
+class TesseractNode(Uncopied):
     """One member of the swarm, embedded in the running event loop. Use it as an async context manager.
 
     UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps
@@ -89,14 +92,14 @@ class TesseractNode:
         NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
         `max_receive_bytes`: of large messages that are half received or being answered.
 
-        Raises: ValueError for a malformed seed, port or announced address, and for `upnp` without its packages; OSError
-        for an unreadable identity file.
+        Raises: ValueError for seeds that are malformed or no list, for a malformed port or announced address, and for
+        `upnp` without its packages; OSError for an identity file that cannot be read.
         """
         if upnp and importlib.util.find_spec("async_upnp_client") is None:
             raise ValueError("upnp=True needs more packages: pip install 'tesseract-async[upnp]'")
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
-        self.initial_peers = tuple(_parse_peer(peer) for peer in initial_peers)
+        self.initial_peers = _parse_peers(initial_peers)
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -104,10 +107,18 @@ class TesseractNode:
         self.identity = identity
         self.metrics = Metrics()
         self.policy = policy if policy is not None else Policy()
+        self.scope = AddressScope()
+        """Where this node may send on a stranger's word; known once it is started."""
         self.network = TesseractNetwork(
-            identity=identity, policy=self.policy, metrics=self.metrics, checks=[belongs_under_its_key]
+            identity=identity,
+            policy=self.policy,
+            metrics=self.metrics,
+            checks=[belongs_under_its_key],
+            scope=self.scope,
         )
-        self.directory = ExpertDirectory(self.network, refresh_period=refresh_period, metrics=self.metrics)
+        self.directory = ExpertDirectory(
+            self.network, refresh_period=refresh_period, metrics=self.metrics, scope=self.scope
+        )
         self._host = host
         self._port = port
         self._public = public
@@ -126,6 +137,7 @@ class TesseractNode:
         self._endpoint: Endpoint | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bound: tuple[str, int] | None = None
+        self._says_where = False
         self._experts: dict[str, Handler] = {}
         self._closed = False
 
@@ -144,6 +156,8 @@ class TesseractNode:
         try:
             self._bound = tcp.getsockname()[:2]
             self._warn_of_seeds_elsewhere()
+            self._says_where = bool(self._announce)
+            self._set_scope()
             if not self._announce:
                 hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
@@ -234,7 +248,22 @@ class TesseractNode:
                 ", ".join(beyond),
             )
 
+    def _set_scope(self) -> None:
+        """Says where this node lives: what its user announces, else what it listens on. On loopback, this computer's
+        other private addresses count too: they lead back to it."""
+        assert self._bound is not None
+        hosts = [self._bound[0]]
+        if kind_of(hosts[0]) == LOOPBACK:
+            hosts += [host for host in own_addresses() if kind_of(host) != PUBLIC]
+        elif self._says_where:
+            hosts = [split_host_port(address)[0] for address in self._announce]
+        elif hosts[0] in WILDCARDS:
+            hosts = own_addresses()
+        seeds = [split_host_port(address)[0] for peer in self.initial_peers for address in peer.addresses]
+        self.scope.set_own(hosts, seeds=seeds)
+
     def _addresses_changed(self) -> None:
+        self._set_scope()
         for watcher in list(self._address_watchers):
             watcher()
 
@@ -389,8 +418,16 @@ class TesseractNode:
         return handler(call)
 
 
-def _parse_peer(peer: str | PeerAddress) -> PeerAddress:
-    return peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer)
+def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
+    """Raises: ValueError for what is no list of addresses."""
+    if isinstance(peers, str | bytes | PeerAddress) or not isinstance(peers, Iterable):
+        raise ValueError(f"initial_peers is a list of addresses, such as ['192.0.2.1:31337']; got {peers!r}")
+    found = []
+    for peer in peers:
+        if not isinstance(peer, str | PeerAddress):
+            raise ValueError(f"each of initial_peers is a string, such as '192.0.2.1:31337'; got {peer!r}")
+        found.append(peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer))
+    return tuple(found)
 
 
 def _join(host: str, port: int) -> str:

@@ -357,6 +357,7 @@ class Reach:
                     if self._mapper is not None:
                         self._mapper.renew()
                     logger.info("this computer's addresses have changed: finding out anew what can be reached")
+                    self._changed()
                     break
             self._again.clear()
 

@@ -55,7 +55,10 @@ def forked():
         number = os.fork()
         if number == 0:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for one in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(one, signal.SIG_DFL)
+            # ignored from birth where a script started the tests in the background, or `nohup` did
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             asked.close()
             os.setsid()
             for target, source in enumerate(files[:3]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,24 @@ async def test_a_foreign_host_is_a_sentence() -> None:
 def test_a_malformed_seed_is_refused_at_once(seed: str) -> None:
     with pytest.raises(ValueError):
         ta.TesseractNode(initial_peers=[seed])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sentence"),
+    [
+        ("192.0.2.1:1", "initial_peers is a list of addresses"),
+        (b"192.0.2.1:1", "initial_peers is a list of addresses"),
+        (None, "initial_peers is a list of addresses"),
+        (("192.0.2.1", 1), "not an address"),
+        ([("192.0.2.1", 1)], "each of initial_peers is a string"),
+        ([None], "each of initial_peers is a string"),
+        (["/ip4/192.0.2.1/tcp/1/p2p/Qm"], "host:port/PEER_ID, not a multiaddr"),
+        (["tcp://192.0.2.1:1"], "not a URL"),
+    ],
+)
+def test_what_is_no_list_of_seeds_is_told_what_one_is(seeds: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ta.TesseractNode(initial_peers=seeds)
 
 
 async def test_before_start_there_is_no_address() -> None:

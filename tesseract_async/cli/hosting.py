@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 import click
 import psutil
@@ -37,6 +38,7 @@ from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
+from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory
 from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.registry import draws_its_own, make_backend
@@ -113,6 +115,10 @@ class Hosting:
     async def main(self) -> int:
         """Until told to leave. Returns the exit status; raises what `cli.running.run` makes sentences of."""
         torch.set_num_threads(self.plan.threads)
+        if self.plan.checkpoint_dir is not None:  # says now what the server would say once all is built
+            lock = FolderLock(self.plan.checkpoint_dir)
+            lock.acquire()
+            lock.release()
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.node)
             for line in describe_policy(self.node.policy):
@@ -393,7 +399,7 @@ def _mib(num_bytes: int) -> str:
 def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:
     if directory is None or not directory.is_dir():
         return []
-    return sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name in pattern)
+    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir() and unquote(path.name) in pattern)
 
 
 def _publisher_settings(ttl: float) -> PublisherSettings:

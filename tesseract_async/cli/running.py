@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from tesseract_async.errors import TesseractError
+from tesseract_async.leaving import told_to_leave
 
 LOG_FORMAT = "tesseract_async.log_format"
 """Where the commands' context keeps what `--log-format` said."""
@@ -23,35 +24,70 @@ LOG_FORMAT = "tesseract_async.log_format"
 _stdin_is_watched: ContextVar[bool] = ContextVar("stdin_is_watched", default=False)
 
 FAILED = 1
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit statuses after Ctrl-C and SIGTERM: 128 + the signal's number, as shells say it."""
+"""The exit status of a mistake. After a signal it is 128 + the signal's number, as shells say it."""
 
 
 def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     """Runs `main()` in an event loop (uvloop where there is one) and exits with what it returns.
 
     A user's mistake (OSError, ValueError, TesseractError) ends in a sentence and status 1, never in a traceback.
+    Ctrl-C, SIGTERM and SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; then
+    nothing but a second Ctrl-C cuts it short.
     """
     context = click.get_current_context(silent=True)
     with_parent = context is not None and bool(context.params.get("leave_with_parent"))
+    told: list[int] = []
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            status = runner.run(_with_parent(main) if with_parent else main())
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-    except asyncio.CancelledError:
-        status = TERMINATED
+            listener = _Listener()
+
+            def leave(number: signal.Signals) -> None:
+                told.append(number)
+                listener.leave(number.name)
+
+            with told_to_leave(runner.get_loop(), leave):
+                status = runner.run(listener.run(_with_parent(main) if with_parent else main()))
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        status = 128 + (told or [signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM])[0]
     except click.ClickException as error:
         error.show()
         status = error.exit_code
     except OSError as error:
-        # strerror is the sentence alone, without "[Errno 98]" before it
-        click.echo(f"Error: {error.strerror or error}", err=True)
+        click.echo(f"Error: {sentence_of(error)}", err=True)
         status = FAILED
     except (ValueError, TesseractError) as error:
         click.echo(f"Error: {error}", err=True)
         status = FAILED
     sys.exit(status)
+
+
+def sentence_of(error: OSError) -> str:
+    """What happened to which file, without "[Errno 98]" before it."""
+    sentence = error.strerror or str(error) or type(error).__name__
+    return sentence if error.filename is None else f"{error.filename}: {sentence}"
+
+
+class _Listener:
+    """Whom a signal is meant for: `until_told_to_leave` once it waits, the main task before."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Future[str] | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    async def run(self, main: Coroutine[Any, Any, int]) -> int:
+        self._task = asyncio.current_task()
+        _listener.set(self)
+        return await main
+
+    def leave(self, reason: str) -> None:
+        if self.waiting is None:
+            if self._task is not None:
+                self._task.cancel()
+        elif not self.waiting.done():
+            self.waiting.set_result(reason)
+
+
+_listener: ContextVar[_Listener] = ContextVar("listener")
 
 
 async def _with_parent(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
@@ -107,39 +143,22 @@ def spare_the_collector() -> None:
 
 
 async def until_told_to_leave(*, watch_stdin: bool = False, tell_ready: Callable[[], None] | None = None) -> str:
-    """Waits for SIGINT, SIGTERM, or (with `watch_stdin`) the end of standard input; says which it was.
+    """Waits for SIGINT, SIGTERM, SIGHUP, or (with `watch_stdin`) the end of standard input; says which it was.
 
     `tell_ready` is called as soon as it listens: whoever is told may send a signal in the same moment.
     The end of standard input is how a process notices that the one that started it is gone, however it died.
-    A second signal ends the process at once, without farewell.
+    For a `main` that `run` runs; later signals are handled as said there.
     """
-    loop = asyncio.get_running_loop()
-    told: asyncio.Future[str] = loop.create_future()
-
-    def tell(reason: str) -> None:
-        if told.done():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        else:
-            told.set_result(reason)
-
-    restore: list[Callable[[], Any]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, tell, number.name)
-            restore.append(lambda number=number: loop.remove_signal_handler(number))  # type: ignore[misc]
-        except NotImplementedError:  # Windows: there, Ctrl-C cancels the main task
-            pass
-    if watch_stdin and not _stdin_is_watched.get():
-        restore.append(await _at_end_of_stdin(told))
+    told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    _listener.get().waiting = told
+    stop_watching = await _at_end_of_stdin(told) if watch_stdin and not _stdin_is_watched.get() else None
     try:
         if tell_ready is not None:
             tell_ready()
         return await told
     finally:
-        # from here on a second signal kills: leaving must not be a way to be stuck
-        for undo in restore:
-            undo()
+        if stop_watching is not None:
+            stop_watching()
 
 
 async def _at_end_of_stdin(told: asyncio.Future[str]) -> Callable[[], None]:

@@ -118,10 +118,10 @@ def refuse_wrappers() -> None:
 
 # ------------------------------------------------------------------------------------------------ the two nodes
 
-_AccumulateGrad = type(torch.empty(0, requires_grad=True).view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
-
-# A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward.
-_always_needed = torch.empty(0, requires_grad=True)
+with torch.inference_mode(False), torch.enable_grad():  # this module may be imported in the midst of anything
+    # A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward.
+    _always_needed = torch.empty(0, requires_grad=True, device="cpu")
+    _AccumulateGrad = type(_always_needed.view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
 class _Cancelled(Exception):

@@ -24,6 +24,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import Entry, StoreItem
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
 
@@ -226,7 +227,7 @@ class BackgroundNode(PlainCalls):
             self.run(leave(None, None, None))
 
 
-class Network:
+class Network(Uncopied):
     """`TesseractNetwork` with plain calls."""
 
     def __init__(self, node: BackgroundNode) -> None:

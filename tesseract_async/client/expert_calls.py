@@ -18,7 +18,7 @@ from tesseract_async.errors import InputsForgotten, ProtocolError
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import AUTO, CodecPolicy, Codecs, settle
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tesseract_async.wire.messages import BACKWARD, FORWARD, HIGHEST_PRIORITY, INFO, LOWEST_PRIORITY
 from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten
 
 
@@ -64,7 +64,7 @@ class CallOptions:
     timeout: float = 30.0
     """Seconds for one call, forward or backward, all attempts together."""
     priority: int = 0
-    """Higher goes first at the server."""
+    """-1, 0 or 1; higher goes first at the server."""
     codec: str | Mapping[str, str] = AUTO
     """How floating-point tensors travel: a codec's name, or names by ``inputs``, ``outputs``, ``gradients``. What the
     expert does not accept gives way to what loses no more, see `wire.codecs`."""
@@ -73,8 +73,15 @@ class CallOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codecs", Codecs.of(self.codec))
+        check_priority(self.priority)
         if not self.timeout > 0:
             raise ValueError(f"a timeout is a positive number of seconds, not {self.timeout}")
+
+
+def check_priority(priority: int) -> None:
+    """Raises: ValueError unless servers tell this priority from others."""
+    if type(priority) is not int or not LOWEST_PRIORITY <= priority <= HIGHEST_PRIORITY:
+        raise ValueError(f"a priority is {LOWEST_PRIORITY}, 0 or {HIGHEST_PRIORITY} (goes first), not {priority!r}")
 
 
 class Forward(NamedTuple):  # one is made for every call: a frozen dataclass takes 2 us

@@ -124,7 +124,8 @@ class GatingFunction(nn.Module):
         self.search = search
         self.load_balancing = load_balancing
         self.jitter = jitter
-        self.proj = nn.Linear(in_features, sum(self.grid_size))
+        with torch.inference_mode(False):  # a gate made inside such a block can be trained outside of it
+            self.proj = nn.Linear(in_features, sum(self.grid_size))
         self.load_balancing_loss: torch.Tensor | None = None
         """Of the latest pass that ended, if `load_balancing` is on. With several passes under way, use `mix`."""
         self._search = GridSearch(node, uid_prefix, self.grid_size, k_best=k_best, timeout=forward_timeout)

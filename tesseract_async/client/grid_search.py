@@ -68,10 +68,10 @@ class GridSearch(Shared):
         deadline = asyncio.get_running_loop().time() + self._timeout
         directory = self.node.directory
         if not beam:
-            view: View | None = directory.live(self.prefix)
+            view: View | None = directory.live(self.prefix, self.grid_size)
             if view is None:
                 directory.watch(self.prefix, self.grid_size)
-                view = directory.live(self.prefix)
+                view = directory.live(self.prefix, self.grid_size)
             if view is None:
                 view = await self._first_view(scores_RS)
         else:
@@ -84,7 +84,7 @@ class GridSearch(Shared):
                         view = await self._search(scores_RS, deadline)
                     else:
                         await directory.wait_read(self.prefix)
-                        view = directory.live(self.prefix)
+                        view = directory.live(self.prefix, self.grid_size)
         except TimeoutError:
             pass
         return view
@@ -103,7 +103,7 @@ class GridSearch(Shared):
                 await asyncio.wait([warm], timeout=max(0.0, deadline - loop.time()))
             if warm.done():
                 warm.result()
-                view: View | None = self.node.directory.live(self.prefix)
+                view: View | None = self.node.directory.live(self.prefix, self.grid_size)
                 if view is not None:
                     return view
             if search.done() and len(search.result().coords):
@@ -127,7 +127,7 @@ class GridSearch(Shared):
             if beam:
                 live = await self._search(scores_RS, math.inf, k=self._k_best + num_tried)
             else:
-                live = directory.live(self.prefix)
+                live = directory.live(self.prefix, self.grid_size)
             if live is not None:
                 came = {
                     coords: replicas

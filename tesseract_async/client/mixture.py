@@ -18,7 +18,15 @@ import torch
 
 from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_capacity
 from tesseract_async.client.endings import Endings
-from tesseract_async.client.expert_calls import Answer, CallOptions, ExpertSchema, Forward, call_backward, call_forward
+from tesseract_async.client.expert_calls import (
+    Answer,
+    CallOptions,
+    ExpertSchema,
+    Forward,
+    call_backward,
+    call_forward,
+    check_priority,
+)
 from tesseract_async.client.parts import Part, Usual, patience_limit, usual_seconds
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import (
@@ -73,12 +81,13 @@ class MixtureSettings:
     latency_weight: float = 0.0
     """Score that an expert loses, in choosing only, for each second that it is expected to take."""
     priority: int = 0
-    """Higher goes first at the servers."""
+    """-1, 0 or 1; higher goes first at the servers."""
     codec: str | Mapping[str, str] = AUTO
     """How floating-point tensors travel, see `CallOptions`."""
 
     def __post_init__(self) -> None:
         Codecs.of(self.codec)
+        check_priority(self.priority)
         if self.k_best < 1:
             raise ValueError(f"k_best is at least 1, not {self.k_best}")
         for name in ("k_min", "backward_k_min"):

@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tesseract_async.uncopied import Uncopied
+
 T = TypeVar("T")
 
 
@@ -59,8 +61,11 @@ class Directory(Protocol):
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None: ...
     async def wait_warm(self, prefix: str) -> None: ...
     async def wait_read(self, prefix: str) -> None: ...
-    def live(self, prefix: str) -> Any: ...
-    def report_failure(self, replica: Any) -> None: ...
+    def live(self, prefix: str, grid_size: tuple[int, ...]) -> Any:
+        """The view of one watched size; None while nothing was read."""
+
+    def report_failure(self, replica: Any, *, reason: str = "silent") -> None: ...
+    def report_answer(self, replica: Any) -> None: ...
 
 
 class Node(Protocol):
@@ -88,7 +93,7 @@ class Node(Protocol):
     ) -> Any: ...
 
 
-class PlainCalls:
+class PlainCalls(Uncopied):
     """A node for code without a loop: modules that are given one deliver results instead of awaitables."""
 
     @property

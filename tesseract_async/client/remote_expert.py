@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -80,9 +79,9 @@ class RemoteExpert(nn.Module):
     ) -> RemoteExpert:
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
-        `timeout`: seconds for one call, forward or backward. `priority`: higher goes first at the server. `codec`: how
-        floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see `CallOptions`).
-        Raises: ValueError.
+        `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.
+        `codec`: how floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see
+        `CallOptions`). Raises: ValueError.
         """
         given = {"timeout": timeout, "priority": priority, "codec": codec}
         options = dataclasses.replace(self.options, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
@@ -198,17 +197,10 @@ def cast_to(schema: Any, value: Any) -> Any:
     return value
 
 
-_seeds = random.Random()
-_seeded_by: int | None = None
-
-
 def draw_seed() -> int:
-    """A seed for one call's random numbers; the sequence follows from ``torch.manual_seed``."""
-    global _seeded_by
-    if torch.initial_seed() != _seeded_by:
-        _seeded_by = torch.initial_seed()
-        _seeds.seed(_seeded_by)
-    return _seeds.getrandbits(62)
+    """A seed for one call's random numbers, drawn from torch's generator of the CPU: `torch.manual_seed`,
+    `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to local one."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
 
 class _ExpertCall:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from tesseract_async.client.latency import LatencyBook, path_seconds
 from tesseract_async.client.limits import Limits
@@ -20,6 +20,7 @@ from tesseract_async.errors import (
     RemoteError,
     TesseractError,
 )
+from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class _OfNode:
 _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
 
 
-class Shared:
+class Shared(Uncopied):
     """What copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
 
     def __init__(self, node: Any) -> None:
@@ -80,15 +81,6 @@ class Shared:
             if (seconds := self.latencies.usual(_key(r), path=self.path_seconds(r, num_bytes))) is not None
         ]
         return min(known, default=None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a remote expert or a gate is not pickled, for its node has sockets and a private key: save the module's "
-            "state_dict(), and load it into one made with the node of the other program"
-        )
 
 
 def ask_best(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,6 +34,8 @@ class StepReport:
     """From the look at the parameters to the optimizer's step, waiting for the staleness bound included."""
     error: BaseException | None = None
     """Why the step failed; then nothing changed here, and its batch was not learnt from."""
+    batch: int | None = None
+    """Which batch of its `AsyncTrainer.run` it was, counted from 0; None outside of one."""
 
 
 class AsyncTrainer(Generic[M]):
@@ -132,11 +134,12 @@ class AsyncTrainer(Generic[M]):
 
         `max_failures`: so many steps on end may fail with a TesseractError or TimeoutError, the swarm's faults
         (SchemaMismatch is none); each is reported with its `error`, and its batch is given up. Any other error, and one
-        failure more, ends the run: the steps under way are cancelled, and it is raised. So does closing the iterator
-        (`contextlib.aclosing`) or cancelling.
+        failure more, ends the run: the steps under way are cancelled, and it is raised with a note that names the
+        batch. So does closing the iterator (`contextlib.aclosing`) or cancelling.
         """
         num_failures = 0
-        under_way: set[asyncio.Task[StepReport]] = set()
+        num_taken = 0
+        under_way: dict[asyncio.Task[StepReport], int] = {}
         endings: Endings[StepReport] = Endings()
         source = _iterate(batches)
         exhausted = False
@@ -149,16 +152,27 @@ class AsyncTrainer(Generic[M]):
                         exhausted = True
                         break
                     task = asyncio.create_task(self._try_step(loss_of, batch))
-                    under_way.add(task)
+                    under_way[task] = num_taken
+                    num_taken += 1
                     endings.add(task)
                 if under_way:
                     done = await endings.wait(math.inf)
-                    under_way.difference_update(done)
-                    reports = [task.result() for task in done]
+                    outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
+                    reports: list[StepReport] = []
+                    broken: dict[int, BaseException] = {}
+                    for task, outcome in zip(done, outcomes, strict=True):
+                        batch_number = under_way.pop(task)
+                        if isinstance(outcome, BaseException):
+                            broken[batch_number] = outcome
+                        else:
+                            reports.append(replace(outcome, batch=batch_number))
+                    if broken:
+                        first = min(broken)
+                        raise _noted(broken.pop(first), first, broken)
                     for report in sorted(reports, key=lambda report: (report.version, report.error is not None)):
                         num_failures = 0 if report.error is None else num_failures + 1
                         if report.error is not None and num_failures > max_failures:
-                            raise report.error
+                            raise _noted(report.error, report.batch, {})
                         yield report
         finally:
             for task in under_way:
@@ -208,7 +222,7 @@ class _Copy(Generic[M]):
     """A copy of the master and who is whose in it, found once: looking for parameters costs more than copying them."""
 
     def __init__(self, master: M) -> None:
-        self.module = copy.deepcopy(master)
+        self.module = _copied(master)
         self._parameters = list(zip(self.module.parameters(), master.parameters(), strict=True))
         self._mine: list[torch.Tensor] = [mine for mine, _ in self._parameters]
         self._masters: list[torch.Tensor] = [own for _, own in self._parameters]
@@ -251,6 +265,36 @@ class _Copy(Generic[M]):
         """The master's become the copy's."""
         for module, master, name in self._buffers:
             getattr(master, name).copy_(getattr(module, name))
+
+
+def _copied(master: M) -> M:
+    try:
+        return copy.deepcopy(master)
+    except Exception as error:
+        raise TypeError(
+            f"AsyncTrainer copies the module for each step in flight, but {_uncopiable(master)} can't be copied: keep "
+            f"it outside of the module, or give its class a __deepcopy__ that returns itself ({error})"
+        ) from error
+
+
+def _uncopiable(master: nn.Module) -> str:
+    """The path of the first thing in it that can't be copied, and its type."""
+    for path, module in master.named_modules():
+        for name, value in vars(module).items():
+            if name != "_modules":
+                for key, item in value.items() if isinstance(value, dict) else [(name, value)]:
+                    try:
+                        copy.deepcopy(item)
+                    except Exception:  # any: it is the caller's object
+                        return f"its {'.'.join(filter(None, (path, str(key))))} (a {type(item).__name__})"
+    return f"a {type(master).__name__}"
+
+
+def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseException]) -> BaseException:
+    """The error, which now says whose it is."""
+    also = "".join(f"; batch {number}: {type(other).__name__}" for number, other in sorted(others.items()))
+    error.add_note(f"in AsyncTrainer.run, batch {batch} (counted from 0){also}")
+    return error
 
 
 async def _iterate(batches: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:

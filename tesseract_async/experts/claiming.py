@@ -23,7 +23,9 @@ import numpy as np
 
 from tesseract_async.errors import ProtocolError, TesseractError, describe
 from tesseract_async.experts.choice import Coords, choose, losers
-from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, grid_key, join_uid
+from tesseract_async.experts.directory import read_claims
+from tesseract_async.experts.grid import in_order_of_trust
+from tesseract_async.experts.manifest import MAX_DIMS, grid_key, join_uid
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
 
@@ -148,17 +150,18 @@ def decode_reservation(value: Any) -> list[Coords]:
 
 async def _hosted(network: ClaimingNetwork, pattern: ExpertPattern, clock: Callable[[], float]) -> Counter[Coords]:
     """How many other servers host each expert of the grid."""
+    entries = await network.get_entries(grid_key(pattern.prefix))
+    others = [entry for entry in entries if entry.owner != network.peer_id]
+    claims = await read_claims(others, prefix=pattern.prefix, now=clock(), dropped=_dropped)
     servers: set[tuple[PeerID, Coords]] = set()
-    for entry in await network.get_entries(grid_key(pattern.prefix)):
-        if entry.owner == network.peer_id or entry.expiration <= clock():
-            continue
-        try:
-            manifest = decode_manifest(entry.value, prefix=pattern.prefix)
-        except ProtocolError as error:
-            logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
-            continue
-        servers |= {(entry.owner, tuple(row)) for row in manifest.coords.tolist()}
+    for claim in in_order_of_trust(claims):
+        servers |= {(claim.owner, tuple(row)) for row in claim.manifest.coords.tolist()}
+        await asyncio.sleep(0)
     return Counter(coords for _, coords in servers)
+
+
+def _dropped(entry: Any, error: ProtocolError) -> None:
+    logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
 
 async def _reserved(
@@ -171,6 +174,7 @@ async def _reserved(
             continue
         try:
             found.setdefault(entry.owner, set()).update(decode_reservation(entry.value))
+            await asyncio.sleep(0)  # strangers may have written many
         except ProtocolError as error:
             logger.debug("dropped a reservation of %s: %s", entry.owner.short, error)
     return found

@@ -11,12 +11,26 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tesseract_async.errors import ProtocolError, TesseractError, describe
-from tesseract_async.experts.grid import Claim, ExpertReplica, GridView, rank_replicas
+from tesseract_async.experts.grid import (
+    MAX_REPLICAS,
+    Claim,
+    ExpertReplica,
+    GridTable,
+    GridView,
+    in_order_of_trust,
+    rank_replicas,
+)
 from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, grid_key, is_prefix, shard_key, split_uid
+from tesseract_async.experts.masks import Masks
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.transport.address_scope import AddressScope
 
 log = logging.getLogger(__name__)
+
+_MAX_PARTS_OF_OWNER = 64
+_DECODED_AT_ONCE = 16
+_IGNORED_SECONDS = 300.0
 
 
 class ReadingNetwork(Protocol):
@@ -42,12 +56,43 @@ class DirectorySettings:
             raise ValueError("refresh_period and retry_period are positive")
 
 
-class _Grid:
-    """A watched grid: what was read last, and the view made of it."""
+async def read_claims(
+    entries: Iterable[Any],
+    *,
+    prefix: str,
+    now: float,
+    dropped: Callable[[Any, ProtocolError], None],
+    scope: AddressScope | None = None,
+) -> list[Claim]:
+    """What the entries of a key claim about this grid, without what is malformed or has expired at `now`.
 
-    def __init__(self, prefix: str, grid_size: tuple[int, ...]) -> None:
+    Strangers wrote them: of each owner the 64 that expire last are looked at, and the loop is let run in between.
+    `dropped` is told of those that do not decode, or that name no address within `scope`, where one is given.
+    """
+    num_parts: dict[PeerID, int] = {}
+    claims: list[Claim] = []
+    for number, entry in enumerate(sorted(entries, key=lambda entry: -entry.expiration)):
+        if number % _DECODED_AT_ONCE == _DECODED_AT_ONCE - 1:
+            await asyncio.sleep(0)
+        num_parts[entry.owner] = num_parts.get(entry.owner, 0) + 1
+        if entry.expiration <= now or num_parts[entry.owner] > _MAX_PARTS_OF_OWNER:
+            continue
+        try:
+            manifest = decode_manifest(entry.value, prefix=prefix)
+            if scope is not None:
+                manifest = manifest.within(scope)
+            claims.append(Claim(entry.owner, entry.expiration, manifest))
+        except ProtocolError as error:
+            dropped(entry, error)
+    return claims
+
+
+class _Grid:
+    """A watched grid: what was read last, and the views made of it, one for each size that is watched."""
+
+    def __init__(self, prefix: str, masks: Masks) -> None:
         self.prefix = prefix
-        self.grid_size = grid_size
+        self.sizes: list[tuple[int, ...]] = []
         self.warm = asyncio.Event()
         self.read_at = 0.0
         """Wall-clock time at which the latest complete read began."""
@@ -56,15 +101,32 @@ class _Grid:
         self.hurry = asyncio.Event()
         """Set while somebody waits for experts that are not there yet."""
         self.claims: list[Claim] = []
-        self.masked: dict[tuple[PeerID, tuple[int, ...]], int] = {}
-        self.view: GridView | None = None
-        self.version = 0
+        self.views: dict[tuple[int, ...], GridView] = {}
+        self._masks = masks
+        self._tables: dict[tuple[int, ...], GridTable] = {}
+        self._version = 0
 
-    def make_view(self, now: float) -> GridView:
-        self.claims = [claim for claim in self.claims if claim.expiration > now]
-        self.version += 1
-        self.view = GridView(self.prefix, self.grid_size, self.claims, masked=self.masked, version=self.version)
-        return self.view
+    def take(self, claims: list[Claim], tables: dict[tuple[int, ...], GridTable]) -> None:
+        """What was read now, sorted for each size."""
+        self.claims, self._tables = claims, tables
+        self.views.clear()
+
+    def view(self, size: tuple[int, ...], now: float) -> GridView:
+        """What lives, without what expired or is hidden; the same object as long as that is the same."""
+        view = self.views.get(size)
+        if view is None or view.expiration <= now:
+            self._version += 1
+            view = GridView(self.table(size), masks=self._masks, now=now, version=self._version)
+            self.views[size] = view
+        return view
+
+    def table(self, size: tuple[int, ...]) -> GridTable:
+        table = self._tables.get(size)
+        if table is None:
+            table = self._tables[size] = GridTable(self.prefix, size)
+            for _ in table.fill(self.claims):
+                pass
+        return table
 
 
 class ExpertDirectory:
@@ -81,20 +143,22 @@ class ExpertDirectory:
         refresh_period: float | None = None,
         settings: DirectorySettings = DirectorySettings(),
         metrics: Metrics | None = None,
+        scope: AddressScope | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time."""
+        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time; of
+        what servers say that they live at, only what is in `scope` is believed, where that is given."""
         self.settings = settings
         self.refresh_period = settings.refresh_period if refresh_period is None else refresh_period
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
+        self._scope = scope
         self._clock = clock
         self._grids: dict[str, _Grid] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # uid -> what was found, and until when that is believed without asking again
         self._found: dict[str, tuple[float, list[ExpertReplica]]] = {}
-        # (uid, owner) -> the last sequence that failed, for uids outside of watched grids
-        self._masked: dict[tuple[str, PeerID], tuple[int, float]] = {}
+        self._masks = Masks()
         self._closed = False
 
     async def find(self, uid: str, *, even_failed: bool = False) -> list[ExpertReplica]:
@@ -109,13 +173,20 @@ class ExpertDirectory:
         if known := self.known(uid):
             return known
         prefix, coords = split_uid(uid)
-        claims = self._read(prefix, await self._network.get_entries(shard_key(uid)))
-        hosting = [(claim, claim.replica(prefix, row)) for claim in claims for row in claim.rows_of(coords)]
-        found = rank_replicas(replica for claim, replica in hosting if self._believed(claim, uid))
+        claims = await self._read(prefix, await self._network.get_entries(shard_key(uid)))
+        now = self._clock()
+        rows = []
+        for number, claim in enumerate(in_order_of_trust(claims, self._owners(prefix)), 1):
+            rows += [(claim, row) for row in claim.rows_of(coords)]
+            if number % 256 == 0:
+                await asyncio.sleep(0)
+        rows.sort(key=lambda at: not at[0].manifest.primary[at[1]])  # stable
+        hosting = [claim.replica(prefix, row, masks=self._masks) for claim, row in rows[:MAX_REPLICAS]]
+        found = rank_replicas(replica for replica in hosting if not self._hides(replica, now))
         if even_failed and not found:
-            return rank_replicas(replica for _, replica in hosting)
+            return rank_replicas(hosting)
         if found:
-            until = min(self._clock() + self.refresh_period, *(replica.expiration for replica in found))
+            until = min(now + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
             while len(self._found) > self.settings.max_cached_uids:
                 self._found.pop(next(iter(self._found)))
@@ -124,29 +195,31 @@ class ExpertDirectory:
     def known(self, uid: str) -> list[ExpertReplica]:
         """What `find` would answer from memory; empty if it would ask the network. Raises: ValueError, too."""
         prefix, coords = split_uid(uid)
-        view = self.live(prefix)
-        if view is not None and (found := view.replicas.get(coords)) is not None:
-            return found
+        grid = self._grids.get(prefix)
+        for size in () if grid is None else grid.sizes:
+            view = self.live(prefix, size)
+            if view is not None and (found := view.replicas.get(coords)) is not None:
+                return found
         until, remembered = self._found.get(uid, (0.0, []))
         return list(remembered) if until > self._clock() else []
 
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
         """Keeps the grid `prefix` fresh in the background from now on; needs a running loop. Again is harmless.
 
-        Raises: ValueError for a malformed prefix or size, or if it is watched with another size.
+        Watched with several sizes, a prefix is read once for all of them, and each size has views of its own (`live`).
+        Raises: ValueError for a malformed prefix or size.
         """
         grid_size = tuple(grid_size)
         if not is_prefix(prefix) or not 0 < len(grid_size) <= MAX_DIMS or min(grid_size) < 1:
             raise ValueError(f"not a grid: prefix {prefix!r}, size {grid_size}")
         if self._closed:
             raise RuntimeError("this directory is closed")
-        known = self._grids.get(prefix)
-        if known is not None:
-            if known.grid_size != grid_size:
-                raise ValueError(f"the grid {prefix!r} is watched with size {known.grid_size}, not {grid_size}")
-            return
-        grid = self._grids[prefix] = _Grid(prefix, grid_size)
-        self._tasks[prefix] = asyncio.create_task(self._keep_fresh(grid), name=f"experts: watch {prefix}")
+        grid = self._grids.get(prefix)
+        if grid is None:
+            grid = self._grids[prefix] = _Grid(prefix, self._masks)
+            self._tasks[prefix] = asyncio.create_task(self._keep_fresh(grid), name=f"experts: watch {prefix}")
+        if grid_size not in grid.sizes:
+            grid.sizes.append(grid_size)
 
     async def wait_warm(self, prefix: str) -> None:
         """Returns once the watched grid was read completely; waits for the network to be joined, however long.
@@ -174,32 +247,49 @@ class ExpertDirectory:
             raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
         await self._refresh(self._grids[prefix])
 
-    def live(self, prefix: str) -> GridView | None:
-        """The live experts of a watched grid, without what expired or failed since; None while nothing was read."""
-        grid = self._grids.get(prefix)
-        if grid is None or not grid.warm.is_set():
-            return None
-        now = self._clock()
-        if grid.view is None or grid.view.expiration <= now:
-            return grid.make_view(now)
-        return grid.view
+    def live(self, prefix: str, grid_size: tuple[int, ...] | None = None) -> GridView | None:
+        """The live experts of a watched grid, without what expired or failed since; None while nothing was read.
 
-    def report_failure(self, replica: ExpertReplica) -> None:
-        """Hides the replica until its server renews its manifest, so that nobody here calls it meanwhile, unless it is
-        the only one and asked for (`find`)."""
-        prefix, coords = split_uid(replica.uid)
+        `grid_size`: of which watched size; None: the one watched first.
+        """
+        grid = self._grids.get(prefix)
+        if grid is None or not grid.warm.is_set() or (grid_size is not None and grid_size not in grid.sizes):
+            return None
+        return grid.view(grid.sizes[0] if grid_size is None else grid_size, self._clock())
+
+    def report_failure(self, replica: ExpertReplica, *, reason: str = "silent") -> None:
+        """Hides the replica until its server renews its manifest, and after more failures for longer (see `Masks`), so
+        that nobody here calls it meanwhile, unless it is the only one and asked for (`find`).
+
+        `reason`: one word for the counter; ``schema`` (it is another expert under the same uid) hides it for 5 minutes.
+        """
         owner = replica.peer.peer_id
         if owner is None:
             return
-        self.metrics.count("replicas_masked")
-        self._found.pop(replica.uid, None)
-        now = self._clock()
-        self._masked = {at: mask for at, mask in self._masked.items() if mask[1] > now}
-        self._masked[(replica.uid, owner)] = (replica.sequence, replica.expiration)
-        grid = self._grids.get(prefix)
+        self.metrics.count("replicas_masked", reason=reason)
+        hold = _IGNORED_SECONDS if reason == "schema" else 0.0
+        self._masks.failed(owner, replica.uid, replica.sequence, self._clock(), hold_seconds=hold)
+        self._forget(replica.uid)
+
+    def report_answer(self, replica: ExpertReplica) -> None:
+        """The replica answered a call: earlier failures are forgotten."""
+        owner = replica.peer.peer_id
+        if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
+            self._forget(replica.uid)
+
+    def _forget(self, uid: str) -> None:
+        self._found.pop(uid, None)
+        grid = self._grids.get(split_uid(uid)[0])
         if grid is not None:
-            grid.masked[(owner, coords)] = replica.sequence
-            grid.view = None
+            grid.views.clear()
+
+    def _hides(self, replica: ExpertReplica, now: float) -> bool:
+        owner = replica.peer.peer_id
+        return owner is not None and self._masks.hides(owner, replica.uid, replica.sequence, now)
+
+    def _owners(self, prefix: str) -> set[PeerID]:
+        grid = self._grids.get(prefix)
+        return set() if grid is None else {claim.owner for claim in grid.claims}
 
     async def aclose(self) -> None:
         """Stops watching. Closing twice is harmless."""
@@ -234,7 +324,7 @@ class ExpertDirectory:
     async def _refresh(self, grid: _Grid) -> None:
         began = self._clock()
         entries = await self._network.get_entries(grid_key(grid.prefix))
-        claims = self._read(grid.prefix, entries)
+        claims = await self._read(grid.prefix, entries)
         complete = getattr(entries, "complete", True)
         self.metrics.set("directory_complete", float(complete), prefix=grid.prefix)
         if not complete:
@@ -242,42 +332,30 @@ class ExpertDirectory:
             self.metrics.count("directory_reads_incomplete")
             read = {claim.owner for claim in claims}
             claims += [claim for claim in grid.claims if claim.owner not in read]
-        grid.claims = claims
-        # a mask ends with the server's next manifest, or with the server
-        oldest: dict[PeerID, int] = {}
-        for claim in grid.claims:
-            oldest[claim.owner] = min(claim.manifest.sequence, oldest.get(claim.owner, claim.manifest.sequence))
-        grid.masked = {at: last for at, last in grid.masked.items() if oldest.get(at[0], last + 1) <= last}
-        view = grid.make_view(self._clock())
-        if view.num_foreign:
-            self.metrics.count("experts_off_grid", view.num_foreign)
-        self.metrics.set("experts_live", len(view), prefix=grid.prefix)
+        claims = in_order_of_trust(claims, self._owners(grid.prefix))
+        tables = {size: GridTable(grid.prefix, size) for size in grid.sizes}
+        for table in tables.values():
+            for _ in table.fill(claims):
+                await asyncio.sleep(0)
+            if table.num_foreign:
+                self.metrics.count("experts_off_grid", table.num_foreign)
+            if table.num_crowded_out:
+                self.metrics.count("experts_crowded_out", table.num_crowded_out)
+        await asyncio.sleep(0)
+        grid.take(claims, tables)
+        self.metrics.set("experts_live", len(grid.view(grid.sizes[0], self._clock())), prefix=grid.prefix)
         if complete:
             grid.read_at = began
             grid.warm.set()
         grid.read.set()
         grid.read = asyncio.Event()
 
-    def _read(self, prefix: str, entries: Iterable[Any]) -> list[Claim]:
-        """What the entries of a key claim about this grid, without what is malformed or has expired."""
-        now = self._clock()
-        claims = []
-        for entry in entries:
-            if entry.expiration <= now:
-                continue
-            try:
-                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
-            except ProtocolError as error:
-                self.metrics.count("manifests_dropped")
-                log.debug("dropped a manifest of %s: %s", entry.owner.short, error)
-        return claims
+    async def _read(self, prefix: str, entries: Iterable[Any]) -> list[Claim]:
+        def dropped(entry: Any, error: ProtocolError) -> None:
+            self.metrics.count("manifests_dropped")
+            log.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
-    def _believed(self, claim: Claim, uid: str) -> bool:
-        last, expiration = self._masked.get((uid, claim.owner), (-1, 0.0))
-        if claim.manifest.sequence > last or expiration <= self._clock():
-            self._masked.pop((uid, claim.owner), None)
-            return True
-        return False
+        return await read_claims(entries, prefix=prefix, now=self._clock(), dropped=dropped, scope=self._scope)
 
 
 async def _sleep_until(at: float) -> None:

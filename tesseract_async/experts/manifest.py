@@ -22,7 +22,7 @@ Layout, integers big-endian::
     1 byte   number of dimensions of the grid
     1 byte   width: bytes per coordinate (1, 2 or 4)
     2 bytes  number of experts, n
-    n x dimensions x width bytes   coordinates, expert by expert, ascending
+    n x dimensions x width bytes   coordinates, expert by expert, strictly ascending: none stands there twice
     ceil(n / 8) bytes              one bit per expert, highest first: whether this server is its primary
 
 One record per uid would cost more than eight times as much at 8 experts per server: the record's key and signature
@@ -34,8 +34,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import ipaddress
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ import numpy.typing as npt
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
+from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import split_host_port
 
 Coordinates = npt.NDArray[np.int64]
@@ -51,8 +53,11 @@ Coordinates = npt.NDArray[np.int64]
 MAGIC = b"tsm\2"
 """What every manifest begins with; the last byte is its format."""
 SEQUENCE_BYTES = 6
+RUN_ID_BYTES = 16
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
+MAX_PUBLIC_HOSTS = 2
+"""Public hosts (or names) of one version of IP that a reader dials for one server."""
 MAX_RENDEZVOUS = 4
 MAX_DIMS = 8
 MAX_COORDINATE = 2**32 - 1
@@ -94,6 +99,21 @@ def is_prefix(text: str) -> bool:
     return all(part and part.isprintable() and " " not in part and not part.isdigit() for part in text.split("."))
 
 
+@dataclass(frozen=True, slots=True)
+class RunTag:
+    """Which run a server's experts belong to: all that a holder needs to tell whose word counts there."""
+
+    owner: PeerID
+    name: str
+    mode: str
+    """``granted``, or ``open`` to everybody."""
+
+    def run_id(self, prefix: str) -> bytes:
+        """16 bytes that nobody else's run has: a hash of owner, mode, name and the prefix of its uids."""
+        text = b"\0".join((self.mode.encode(), self.name.encode(), prefix.encode()))
+        return hashlib.sha256(b"tesseract run id 1\0" + self.owner + text).digest()[:RUN_ID_BYTES]
+
+
 def grid_key(prefix: str) -> str:
     """Where the manifests of all servers with experts of this grid are stored."""
     return f"experts/{prefix}"
@@ -128,6 +148,28 @@ class Manifest:
     @property
     def num_dims(self) -> int:
         return int(self.coords.shape[1])
+
+    def within(self, scope: AddressScope) -> Manifest:
+        """The same with those addresses only that `scope` allows, one for each host, and no more of them than one
+        computer has: whoever writes a manifest has its readers dial what it names.
+
+        Raises: ProtocolError where nothing is left.
+        """
+        addresses: dict[str, str] = {}
+        num_public: Counter[bool] = Counter()
+        for address in scope.allowed(self.addresses):
+            host = split_host_port(address)[0]
+            if host in addresses:
+                continue
+            if (kind := kind_of(host)) is None or kind == PUBLIC:
+                num_public[":" in host] += 1
+                if num_public[":" in host] > MAX_PUBLIC_HOSTS:
+                    continue
+            addresses[host] = address
+        rendezvous = tuple(text for text in self.rendezvous if scope.allowed([text.partition("/")[0]]))
+        if not addresses and not rendezvous:
+            raise ProtocolError("a manifest whose addresses cannot be dialled from here")
+        return replace(self, addresses=tuple(addresses.values()), rendezvous=rendezvous)
 
     def keys(self) -> Iterator[str]:
         """The keys under which it may stand: its grid's, and the shards of the experts in it, each once."""
@@ -243,16 +285,26 @@ def _decode(value: bytes) -> Manifest:
     end = offset + num_experts * num_dims * width
     if len(value) != end + (num_experts + 7) // 8:
         raise ProtocolError("a manifest of the wrong length")
-    coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset)
+    coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset).astype(np.int64)
+    coords = coords.reshape(num_experts, num_dims)
+    if not _ascends(coords):
+        raise ProtocolError("a manifest whose coordinates do not ascend strictly")
     primary = np.unpackbits(np.frombuffer(value, np.uint8, offset=end), count=num_experts)
     return Manifest(
         prefix,
         sequence,
         tuple(addresses),
         tuple(rendezvous),
-        coords.astype(np.int64).reshape(num_experts, num_dims),
+        coords,
         primary.astype(bool),
     )
+
+
+def _ascends(coords: Coordinates) -> bool:
+    """Whether each row is greater than the one before it."""
+    change = np.diff(coords, axis=0)
+    first = (change != 0).argmax(axis=1)  # the dimension that decides; 0 for equal rows, where the change is 0
+    return bool((change[np.arange(len(change)), first] > 0).all())
 
 
 def _encode_address(address: str) -> bytes:

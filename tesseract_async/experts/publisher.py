@@ -105,7 +105,7 @@ class ExpertPublisher:
         """
         if self._closed:
             raise RuntimeError("this publisher is closed")
-        self._plan(uids)  # raises before anything is sent
+        await self._plan(uids)  # raises before anything is sent
         deadline = asyncio.get_running_loop().time() + self.settings.declare_timeout
         self._uids = dict(uids)
         while True:
@@ -159,7 +159,7 @@ class ExpertPublisher:
     def _wanted(self) -> int:
         return max(1, min(self.settings.num_holders, self._network.num_contacts))
 
-    def _plan(self, uids: Mapping[str, bool]) -> dict[tuple[str, str], bytes]:
+    async def _plan(self, uids: Mapping[str, bool]) -> dict[tuple[str, str], bytes]:
         # milliseconds, so that a server that lost its memory still goes on upwards
         self._sequence = max(self._sequence + 1, int(self._clock() * 1000))
         entries: dict[tuple[str, str], bytes] = {}
@@ -170,6 +170,7 @@ class ExpertPublisher:
                 entries[(grid_key(prefix), subkey)] = part
                 for coords in members:
                     entries[(shard_key(join_uid(prefix, coords)), subkey)] = part
+                await asyncio.sleep(0)  # for thousands of experts, the hashes take milliseconds
         return entries
 
     def _encode(
@@ -182,7 +183,7 @@ class ExpertPublisher:
     async def _publish(self) -> int:
         """Stores what is declared under a new sequence, withdraws what no longer is; the fewest holders of an entry."""
         async with self._publishing:
-            entries = self._plan(self._uids)
+            entries = await self._plan(self._uids)
             gone = self._entries.keys() - entries.keys()
             # what is being stored must be withdrawn some day, even if this is cancelled
             self._entries = {**dict.fromkeys(gone, b""), **entries}

@@ -2,11 +2,11 @@
 
 A volunteer who joins by the run's name takes everything from it (expert class and sizes, optimizer, schedule, schemas,
 codecs, grid), so nobody can start with wrong flags. The manifest carries its own signature: any node may store a copy,
-and so the run outlives the computer that started it. A run's full name is ``NAME@PEER_ID`` of its signer; the bare
-name will do as long as only one signer uses it.
+and so the run outlives the computer that started it. A run's full name is ``NAME@PEER_ID`` of its signer, its *owner*;
+the bare name will do as long as only one signer uses it. Who may take part says `mode`, and `experts.authority` asks.
 
-On the wire: the signer's public key (32 bytes), the signature (64) over a domain tag and the rest, and the rest, a
-msgpack map. In the network it lies in numbered parts, each with the first bytes of the whole one's hash.
+On the wire it is a signed record (`experts.signed`) whose body is a map. In the network it lies in numbered parts, each
+with the first bytes of the whole one's hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, is_prefix
+from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, RunTag, is_prefix
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import MAX_SIGNED_BYTES, read_signed, sign_body
 from tesseract_async.identity import Identity, PeerID
@@ -33,11 +33,14 @@ MAX_RUN_BYTES: Final = MAX_SIGNED_BYTES
 MAX_PART_BYTES: Final = 850
 MAX_OPTIONS: Final = 64
 MAX_TEXT: Final = 256
+MAX_DELEGATES: Final = 4
+MODES: Final = ("granted", "open", "bare")
 MAX_SCHEMA_DEPTH: Final = 10
 """Of schemas as data: two levels more than `wire.tensors` builds."""
 MAX_SCHEMA_ITEMS: Final = 2048
 
 _DIGEST: Final = 8
+_GENESIS: Final = re.compile(r"seed|(founder|file):[0-9a-f]{64}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -86,9 +89,26 @@ class RunManifest:
     outputs_schema: Any = ()
     created: int = 0
     """Milliseconds since 1970. Of two manifests of one signer under one name, the later one holds."""
+    mode: str = "granted"
+    """``granted``: who hosts or trains has a grant of the owner's. ``open``: everybody may who is not revoked.
+    ``bare``: a run of version 0.1, which says nothing of this; its experts are found by their bare names."""
+    delegates: Sequence[bytes] = ()
+    """Grants with the role ``admit`` of those who may grant, revoke and appoint beside the owner."""
+    genesis: str = "seed"
+    """Where an expert's first state comes from: ``seed``; ``founder:`` and the id of the peer that has it; ``file:``
+    and the root of the checkpoint that it is."""
+    num_replicas: int = 3
+    """Servers that should hold each expert's state."""
+    lease: float = 30.0
+    """Seconds of silence after which another server may lead an expert."""
+    sync_every: float = 30.0
+    """Seconds between two states that an expert's other servers fetch."""
+    may_restart: bool = True
+    """Whether an expert whose every copy is lost may begin again as `genesis` says."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid_size", tuple(self.grid_size))
+        object.__setattr__(self, "delegates", tuple(self.delegates))
         try:
             _check(self)
         except ProtocolError as error:
@@ -141,6 +161,11 @@ class SignedRun:
         """``NAME@PEER_ID``: what nobody else can sign."""
         return f"{self.manifest.name}@{self.signer}"
 
+    @property
+    def tag(self) -> RunTag | None:
+        """What names the run in its servers' manifests; None for a run of bare names."""
+        return None if self.manifest.mode == "bare" else RunTag(self.signer, self.manifest.name, self.manifest.mode)
+
 
 def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
     """Signs. Raises: ValueError if the manifest is too large."""
@@ -153,13 +178,15 @@ def decode_run(blob: Any) -> SignedRun:
     signer, data, blob, _ = read_signed(blob, DOMAIN, max_bytes=MAX_RUN_BYTES)
     if type(data) is not dict:
         raise ProtocolError("a run manifest is a map")
-    values = {}
-    for item in dataclasses.fields(RunManifest):
-        if item.name not in data:
-            raise ProtocolError(f"a run manifest without {item.name}")
-        values[item.name] = data[item.name]
-    if type(values["grid_size"]) is not list:
-        raise ProtocolError("a run's grid_size is a list")
+    names = [item.name for item in dataclasses.fields(RunManifest)]
+    if "mode" not in data:  # of version 0.1, which had no more than these
+        names = names[: names.index("mode")]
+        data["mode"] = "bare"
+    if missing := [name for name in names if name not in data]:
+        raise ProtocolError(f"a run manifest without {missing[0]}")
+    values = {name: data[name] for name in (*names, "mode")}
+    if type(values["grid_size"]) is not list or type(values.get("delegates", [])) is not list:
+        raise ProtocolError("a run's grid_size and delegates are lists")
     try:
         manifest = RunManifest(**values)
     except ValueError as error:
@@ -249,6 +276,19 @@ def _check(manifest: RunManifest) -> None:
     for name in ("seed", "created"):
         if type(getattr(manifest, name)) is not int or not 0 <= getattr(manifest, name) < 2**63:
             raise ProtocolError(f"a run's {name} is a number, 0 or more")
+    if manifest.mode not in MODES:
+        raise ProtocolError(f"a run's mode is one of {', '.join(MODES)}")
+    if len(manifest.delegates) > MAX_DELEGATES or any(type(grant) is not bytes for grant in manifest.delegates):
+        raise ProtocolError(f"a run has at most {MAX_DELEGATES} delegates, each a signed grant")
+    if type(manifest.genesis) is not str or not _GENESIS.fullmatch(manifest.genesis):
+        raise ProtocolError("a run's genesis is seed, founder:PEER_ID or file:ROOT")
+    if type(manifest.num_replicas) is not int or not 0 < manifest.num_replicas <= 16:
+        raise ProtocolError("a run's num_replicas is 1 to 16")
+    for name in ("lease", "sync_every"):
+        if type(getattr(manifest, name)) not in (int, float) or not 0.1 <= getattr(manifest, name) <= 86400:
+            raise ProtocolError(f"a run's {name} is 0.1 to 86,400 seconds")
+    if type(manifest.may_restart) is not bool:
+        raise ProtocolError("a run's may_restart is true or false")
     if not isinstance(manifest.args_schema, list | tuple) or not isinstance(manifest.kwargs_schema, Mapping):
         raise ProtocolError("a run's args_schema is a list and its kwargs_schema a map")
     budget = [MAX_SCHEMA_ITEMS]

@@ -10,7 +10,15 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "expert_calls_answered": ("calls", "Calls to experts that this node hosts, by method."),
     "experts_live": ("experts", "Live experts of a grid that this node watches, by the grid's prefix."),
     "experts_off_grid": ("experts", "Hosted experts left out because their coordinates do not fit the watched grid."),
-    "replicas_masked": ("replicas", "Replicas hidden after a failed call, until their server says something newer."),
+    "experts_crowded_out": (
+        "experts",
+        "Rows of servers' manifests left out because too many servers claim an expert, or one claims too many.",
+    ),
+    "replicas_masked": (
+        "replicas",
+        "Replicas hidden after a failed call, until their server says something newer; by the failure, such as "
+        "`schema` for one that hosts another expert under the same uid.",
+    ),
     "directory_reads_failed": ("reads", "Reads of a watched grid that failed; the next one is tried a period later."),
     "directory_reads_incomplete": ("reads", "Reads of a watched grid that lack what holders reported and nobody sent."),
     "directory_complete": ("share", "1 where the latest read of a watched grid was complete, else 0."),

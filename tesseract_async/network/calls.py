@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.timers import Timer
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ STALL = 0.05
 """A timer this late means that the own loop stood still, and says nothing about others."""
 MAX_GRACES = 3
 """How often one call is spared for that."""
+
+
+STRANGERS_PER_RANGE = 1.0
+"""In a second: who has not proven to live in an address range, and is asked for the first time."""
 
 
 class Caller(Protocol):
@@ -101,6 +106,7 @@ class Calls:
         self.by_transaction: dict[bytes, Call] = {}
         self.waiting: deque[Call] = deque()
         self._rtt: float | None = None
+        self._strangers = RateLimiter(rate=STRANGERS_PER_RANGE, burst=12 * STRANGERS_PER_RANGE)
 
     @property
     def full(self) -> bool:
@@ -111,6 +117,11 @@ class Calls:
         """Sends a call, now or as soon as there is room."""
         if self.full:
             self.waiting.append(call)
+            return
+        if call.contact is not None and not call.contact.proven and not self._strangers.allows(call.address, 1.0, now):
+            # somebody only said that they live there: a third party must not be flooded for that
+            self._network.drop("hearsay")
+            self._network.timers.start(now, partial(call.caller.call_failed, call))
             return
         call.transaction = self._network.new_transaction()
         if call.contact is None or not call.contact.proven:

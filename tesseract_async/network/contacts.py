@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from tesseract_async.errors import ProtocolError
+from tesseract_async.transport.address_scope import PUBLIC, kind_of
 
 Address = tuple[str, int]
 """A numeric IPv4 or IPv6 host, and a UDP port."""
@@ -54,17 +55,10 @@ def address_range(address: Address) -> bytes | None:
 
     None for loopback and private addresses, where one range says nothing about who is who.
     """
-    packed = pack_address(address)
-    ip = ipaddress.ip_address(packed[:-2])
-    if ip.is_loopback or ip.is_private or ip.is_link_local:
+    if kind_of(address[0].partition("%")[0]) != PUBLIC:
         return None
-    return packed[:3] if ip.version == 4 else packed[:6]
-
-
-@lru_cache(maxsize=4096)
-def is_loopback(address: Address) -> bool:
-    """Whether only this machine can reach the address."""
-    return ipaddress.ip_address(pack_address(address)[:-2]).is_loopback
+    packed = pack_address(address)
+    return packed[:3] if len(packed) == V4_BYTES else packed[:6]
 
 
 class Contact:

@@ -20,6 +20,7 @@ from tesseract_async.network.calls import Call
 from tesseract_async.network.contacts import Address, Contact, pack_address, unpack_address
 from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import RoleChanged
+from tesseract_async.network.limits import RateLimiter
 
 if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
@@ -32,6 +33,10 @@ CONFIRM_PERIOD = 1800.0
 """A node that was found public asks again after so long."""
 MAX_HELPERS = 64
 MAX_WRITTEN_TO = 8192
+DIALS_PER_ASKER = 4.0
+"""In a second, for contacts of one address range."""
+DIALS_PER_HOST = 1.0
+"""In a second, to one address range or private host."""
 MAX_ERRANDS = 32
 """Third nodes that are being pinged for their token."""
 
@@ -53,6 +58,8 @@ class DialBack:
         self._nonce = b""
         self._written_to: dict[Address, float] = {}
         self._num_unanswered = 0
+        self._asked = RateLimiter(rate=DIALS_PER_ASKER, burst=16 * DIALS_PER_ASKER)
+        self._dialled = RateLimiter(rate=DIALS_PER_HOST, burst=16 * DIALS_PER_HOST)
 
     @property
     def is_public(self) -> bool:
@@ -110,7 +117,9 @@ class DialBack:
         """Answers DIAL: asks a third node to dial `asker`. Returns whether there was one. Raises: ProtocolError."""
         nonce = _nonce(arguments)
         network = self.network
-        contacts = {item.address: item for item in network.table.contacts()}
+        # neighbours list one another: who is not listed is not dialled for
+        table = network.table
+        contacts = {item.address: item for item in table.closest(table.own_number, table.k)}
         candidates = [*contacts, *(address for address in self.helpers if address not in contacts)]
         candidates = [address for address in candidates if address[0] != asker[0]] or [
             address for address in candidates if address != asker
@@ -139,17 +148,27 @@ class DialBack:
             return False
         return True
 
-    def dial(self, arguments: list[object], source: Address, now: float) -> None:
-        """Answers DIAL_FOR, which came from a contact at `source`: one short datagram. Raises: ProtocolError.
+    def dial(self, arguments: list[object], sender: bytes, source: Address, now: float) -> None:
+        """Answers DIAL_FOR of a listed contact: one short datagram, so many a second for each who asks, to each host.
 
-        With a third argument, true, the dialled node shall tell `source` of it (see `probation`).
+        With a third argument, true, the dialled node shall tell `source` of it (`probation`). Raises: ProtocolError.
         """
         nonce = _nonce(arguments[1:])
         report = (pack_address(source),) if arguments[2:3] == [True] else ()
         packed = arguments[0]
         if type(packed) is not bytes:
             raise ProtocolError("a dial-back without an address")
-        self.network.send_oneway(wire.DIALED, (nonce, *report), unpack_address(packed), b"", now, padded=False)
+        target = unpack_address(packed)
+        asker = self.network.table.get(sender)
+        listed = asker is not None and asker.address == source
+        # those who start together list one another within seconds
+        listed = listed or self.network.probation.is_dialling(sender + pack_address(source))
+        if not listed or not self.network.scope.allows(target[0]):
+            self.network.drop("dial")
+        elif self._asked.allows(source, 1.0, now) and self._dialled.allows((target[0], 1), 1.0, now):
+            self.network.send_oneway(wire.DIALED, (nonce, *report), target, b"", now, padded=False)
+        else:
+            self.network.drop("rate")
 
     def dialled(self, arguments: list[object], address: Address, now: float) -> None:
         """Handles DIALED. Raises: ProtocolError."""

@@ -32,7 +32,9 @@ from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.transport import stun
+from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
+from tesseract_async.uncopied import Uncopied
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""
@@ -85,7 +87,7 @@ def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-class TesseractNetwork:
+class TesseractNetwork(Uncopied):
     """The distributed hash table, seen from one node: `TesseractNode.network`.
 
     A *key* holds a single value, or a dictionary from subkeys to values. Entries are signed by the node that stores
@@ -108,12 +110,14 @@ class TesseractNetwork:
         peers_file: str | Path | None = None,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         checks: Sequence[RecordCheck] = (),
+        scope: AddressScope | None = None,
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds.
 
         `policy` says whose records this node holds (action ``store``), and every one of `checks` that a record belongs
         where somebody wants it stored: the signature holds by then, but its value is anybody's, and a check returns
-        False for what it does not like and True for what is not of its kind.
+        False for what it does not like and True for what is not of its kind. `scope`: where this node may send on a
+        stranger's word; by default what suits the address that its socket is bound to.
         """
         self.identity = identity
         self.settings = settings
@@ -126,6 +130,7 @@ class TesseractNetwork:
         self._has_seeds = False
         self._policy = policy
         self._checks = tuple(checks)
+        self._scope = scope
         self._forced_client = False
         self.on_role_change: Callable[[], None] | None = None
         """Called on the loop whenever `role` has changed."""
@@ -195,6 +200,7 @@ class TesseractNetwork:
             wall_offset=time.time() - loop.time(),
             policy=self._policy,
             checks=self._checks,
+            scope=self._scope if self._scope is not None else AddressScope([host]),
             public=public or host == "::1" or host.startswith("127."),
         )
         protocol.dialback.forced_client = self._forced_client

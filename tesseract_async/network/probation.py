@@ -62,6 +62,10 @@ class Probation:
             return not dialled
         return contact.raw in self._pending or len(self._pending) >= MAX_PENDING or self._ask(contact, 1, now)
 
+    def is_dialling(self, raw: bytes) -> bool:
+        """Whether a proven contact is being dialled just now, and listed if that gets through."""
+        return raw in self._pending
+
     def confirmed(self, nonce: bytes, address: Address, now: float) -> bool:
         """Handles DIALED; whether it was the answer to a question asked here."""
         raw = self._nonces.get(nonce)
@@ -77,9 +81,10 @@ class Probation:
         """Has a third node dial it; whether there is one."""
         network = self.network
         size = len(pack_address(contact.address))
+        table = network.table
         thirds = [
             one
-            for one in network.table.contacts()
+            for one in table.closest(table.own_number, table.k)
             if one.range != contact.range and len(pack_address(one.address)) == size
         ]
         if not thirds:

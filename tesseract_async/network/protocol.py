@@ -30,7 +30,6 @@ from tesseract_async.network.contacts import (
     V6_BYTES,
     Address,
     Contact,
-    is_loopback,
     pack_address,
     pack_contacts,
     split_contacts,
@@ -57,6 +56,7 @@ from tesseract_async.network.storage import Outcome, Storage
 from tesseract_async.network.timers import Timers
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
+from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 
 MAX_KNOWN = 2048
 """Contacts remembered outside the routing table: those of lookups under way, and their proofs and tokens."""
@@ -83,13 +83,16 @@ class NetworkProtocol:
         verify: Verifier = verify,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         checks: Sequence[RecordCheck] = (),
+        scope: AddressScope | None = None,
     ) -> None:
+        """`scope`: where this node may send on a stranger's word; to public addresses only by default."""
         self.identity = identity
         self.own_id = bytes(identity.peer_id)
         self.settings = settings
         self.random = random
         self.metrics = metrics
         self.verify = verify
+        self.scope = scope if scope is not None else AddressScope()
         self.wall_offset = wall_offset
         """Wall-clock time minus loop time. The driver keeps it true."""
         self.table = RoutingTable(
@@ -231,13 +234,14 @@ class NetworkProtocol:
     def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
 
-        A teller on another machine cannot know who lives on this one's loopback: such contacts are left out, and so are
-        those with an address of a kind that this node does not speak.
+        Left out are also addresses that this node must not send to on a stranger's word, or of a kind that it does not
+        speak; and those of private networks and loopback, unless the teller wrote from the same: it knows no others.
 
         Raises: ProtocolError.
         """
         contacts: list[Contact] = []
         known, unreachable, own_id = self._known, self._unreachable, self.own_id
+        tellers_kind = kind_of(teller.address[0])
         for raw in split_contacts(v4, v6, self.settings.k):
             if len(raw) - ID_BYTES not in self.address_bytes:
                 continue
@@ -246,7 +250,8 @@ class NetworkProtocol:
                 if contact is None:
                     contact = self._learn(raw)
                     known = self._known
-                if raw[32] != 127 or is_loopback(teller.address):
+                kind = kind_of(contact.address[0])
+                if kind == PUBLIC or (kind == tellers_kind and self.scope.allows(contact.address[0])):
                     contacts.append(contact)
         return contacts
 
@@ -285,7 +290,7 @@ class NetworkProtocol:
             elif datagram.kind == wire.COPY:
                 self.holder.keep_copy(request.arguments, address, now)
             else:
-                self.dialback.dial(request.arguments, address, now)
+                self.dialback.dial(request.arguments, datagram.sender, address, now)
             return
         # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
         room = MAX_DATAGRAM_BYTES if address_proven else min(MAX_DATAGRAM_BYTES, AMPLIFICATION * length)
@@ -351,6 +356,8 @@ class NetworkProtocol:
             if address_proven:
                 contact.last_seen = now
                 self.table.add(contact, now)
+            return
+        if not self.scope.answers(address[0]):
             return
         self.probation.wrote(address, now)
         if contact is None and not self.table.wants(datagram.sender):

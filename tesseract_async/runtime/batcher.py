@@ -9,11 +9,14 @@ never more than the pool's `max_batch_size` rows. A request that fits is never s
 of `max_batch_size` rows, in order, and its last chunk may share a batch with other requests, unless it has many bytes.
 
 Order
-    1. Work whose deadline is closer than `urgent_seconds`, the earliest deadline first.
-    2. The pool that holds the oldest request of the highest priority, so that no expert starves. A pool may have a head
-       start, by which its requests count as older than they are.
-    3. Inside a pool: priority, then fairness. Each peer's rows are charged to that peer, and the peer that was served
-       least goes first (start-time fair queueing, Goyal, Vin & Cheng 1996), so that a flood delays its sender only.
+    1. Device time is shared over *accounts* (a peer, or an address range of peers that nobody knows): each batch's
+       seconds are charged to the accounts whose rows it held, and the account that used least goes first, across all
+       pools (start-time fair queueing, Goyal, Vin & Cheng 1996, in seconds). Accounts whose use differs by less than
+       `_TURN_SECONDS` are equal; of them, the one with the oldest request goes first. One that was away starts level.
+    2. Within an account: work whose deadline is closer than `urgent_seconds`, the earliest first; then the highest
+       priority, the oldest first. So neither deadlines nor priorities take anything from other accounts. A pool may
+       have a head start, by which its requests count as older than they are.
+    3. The chosen request's pool fills the batch, by the same two rules. A flood delays its sender only.
 
 Convoys
     Requests that are computed together are answered together, travel together, and come back together; nothing on
@@ -32,15 +35,18 @@ import dataclasses
 import heapq
 import math
 from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.runtime.costs import BatchCost
 
 _SWEEP_ABOVE = 1024
-_PEERS_REMEMBERED = 1024
+_ACCOUNTS_REMEMBERED = 1024
+_TURN_SECONDS = 0.05
+"""Of device time; a good deal more than most batches take, and less than anybody waits for in vain."""
 _SPEED_WEIGHT = 0.2
 
 
@@ -51,9 +57,7 @@ class BatcherSettings:
     max_queue_bytes: int = 1 << 30
     """Bytes of all requests that wait or run; beyond it `Batcher.add` refuses. One request is always taken."""
     max_peer_share: float = 0.5
-    """Share of those bytes that one peer may hold, so that a flood leaves room for others."""
-    max_wait: float = 0.0
-    """Seconds that an incomplete batch is held back, although the device is idle, for others to join it."""
+    """Share of those bytes that one account may hold, so that a flood leaves room for others."""
     large_request_bytes: int = 1 << 20
     """A request of so many bytes shares no batch: copying it beside others would cost more than merging saves."""
     fixed_share: float = 0.25
@@ -62,7 +66,7 @@ class BatcherSettings:
     keeping_up_seconds: float = 0.5
     """A device that had nothing to do within these last seconds keeps up."""
     urgent_seconds: float = 0.2
-    """A request whose deadline is closer than this overtakes all others."""
+    """A request whose deadline is closer than this overtakes all others of its account."""
     default_retry_after: float = 0.5
     """Seconds named in a refusal before anything was computed that an estimate could rest on."""
 
@@ -78,8 +82,6 @@ class Pool:
         "cost",
         "num_waiting_rows",
         "ready",
-        "served",
-        "virtual_time",
     )
 
     def __init__(
@@ -91,9 +93,7 @@ class Pool:
         self.head_start = head_start
         self.cost = BatchCost()
         self.num_waiting_rows = 0
-        self.ready: list[tuple[int, float, int, Request]] = []
-        self.served: dict[Hashable, float] = {}
-        self.virtual_time = 0.0
+        self.ready: dict[Account, list[tuple[int, int, Request]]] = {}
 
     def __repr__(self) -> str:
         return f"Pool({self.name!r}, waiting={self.num_waiting_rows})"
@@ -109,7 +109,7 @@ class Request:
     num_bytes: int
     """What the request holds in memory, for the byte budget."""
     peer: Hashable = None
-    """Whom the rows are charged to."""
+    """The account that the rows are charged to."""
     payload: Any = None
     """The caller's own; the batcher never looks inside."""
     deadline: float = math.inf
@@ -117,6 +117,7 @@ class Request:
     """Higher goes first."""
     exclusive: bool = False
     """Never shares a batch with another request (one whose random numbers or optimizer step are its own)."""
+    account: Account | None = None
     arrival: float = 0.0
     next_row: int = 0
     """Rows before this one have been dispatched."""
@@ -152,6 +153,8 @@ class Batch:
     parts: list[Part]
     num_rows: int
     started: float
+    seconds_per_row: float
+    """As expected, and charged in advance."""
 
 
 @dataclass(slots=True)
@@ -174,13 +177,81 @@ class BatcherStatistics:
     """How fast the device got through its work lately; 0 before the first batch."""
 
 
-@dataclass(slots=True)
-class _Class:
-    """All requests of one priority and one head start, oldest first."""
+class Account:
+    """Whose work waits, and the device time that it used. Made by the batcher."""
 
-    priority: int
-    head_start: float
-    ages: deque[Request] = field(default_factory=deque)
+    __slots__ = ("used", "num_bytes", "num_waiting", "classes", "deadlines", "_age")
+
+    def __init__(self) -> None:
+        self.used = 0.0
+        """Seconds, counted from where the account that used least stood when this one came."""
+        self.num_bytes = 0
+        self.num_waiting = 0
+        self.classes: dict[tuple[int, float], deque[Request]] = {}
+        """Requests of one priority and one head start, oldest first; some have left."""
+        self.deadlines: list[tuple[float, int, Request]] = []
+        self._age: float | None = None
+
+    def add(self, request: Request, sequence: int) -> None:
+        """A request waits."""
+        self.num_waiting += 1
+        self.num_bytes += request.num_bytes
+        kind = (request.priority, request.pool.head_start)
+        ages = self.classes.get(kind)
+        if ages is None:
+            ages = self.classes[kind] = deque()
+        ages.append(request)
+        if self._age is not None:
+            self._age = min(self._age, _age(request))
+        if request.deadline < math.inf:
+            heapq.heappush(self.deadlines, (request.deadline, sequence, request))
+
+    def end_wait(self) -> None:
+        """One of the requests waits no more."""
+        self.num_waiting -= 1
+        self._age = None
+        if not self.num_waiting:
+            self.classes.clear()
+            self.deadlines.clear()
+
+    @property
+    def age(self) -> float:
+        """Since when its oldest request counts as waiting."""
+        if self._age is None:
+            self._age = min(map(_age, self.heads()))
+        return self._age
+
+    def heads(self) -> Iterator[Request]:
+        """The oldest waiting request of each priority and head start."""
+        for kind, ages in list(self.classes.items()):
+            while ages and not ages[0].waits:
+                ages.popleft()
+            if ages:
+                yield ages[0]
+            else:
+                del self.classes[kind]
+
+    def most_urgent(self) -> Request | None:
+        """The waiting request with the earliest deadline."""
+        deadlines = self.deadlines
+        while deadlines and not deadlines[0][2].waits:
+            heapq.heappop(deadlines)
+        return deadlines[0][2] if deadlines else None
+
+    def sweep(self) -> None:
+        """Drops entries of requests that have left."""
+        self.deadlines = [entry for entry in self.deadlines if entry[2].waits]
+        heapq.heapify(self.deadlines)
+        self.classes = {kind: deque(one for one in ages if one.waits) for kind, ages in self.classes.items()}
+
+
+def _age(request: Request) -> float:
+    """Since when a request counts as waiting."""
+    return request.arrival - request.pool.head_start
+
+
+_USED: Final = attrgetter("used")
+_ACCOUNT_AGE: Final = attrgetter("age")
 
 
 class Batcher:
@@ -188,11 +259,10 @@ class Batcher:
 
     def __init__(self, settings: BatcherSettings = BatcherSettings()) -> None:
         self.settings = settings
-        self._classes: list[_Class] = []  # highest priority first
-        self._deadlines: list[tuple[float, int, Request]] = []
-        self._full_pools: dict[Pool, None] = {}  # those that need not wait for others to join; used with max_wait only
-        self._peer_bytes: dict[Hashable, int] = {}
-        self._max_peer_bytes = int(settings.max_queue_bytes * settings.max_peer_share)
+        self._accounts: dict[Hashable, Account] = {}
+        self._active: dict[Account, None] = {}  # those with waiting requests
+        self._least_used = 0.0  # of the active accounts when there were any; never falls
+        self._max_account_bytes = int(settings.max_queue_bytes * settings.max_peer_share)
         self._sequence = 0
         self._num_stale = 0
         self._num_running = 0
@@ -223,28 +293,30 @@ class Batcher:
         if request.num_rows < 1:
             raise ValueError("a request has at least one row")
         statistics = self._statistics
-        held = self._peer_bytes.get(request.peer, 0)
+        account = self._accounts.get(request.peer)
+        held = 0 if account is None else account.num_bytes
         if statistics.num_bytes + request.num_bytes > self.settings.max_queue_bytes and statistics.num_bytes:
             raise self._refusal("", statistics.num_bytes + request.num_bytes - self.settings.max_queue_bytes)
-        if held + request.num_bytes > self._max_peer_bytes and held:
-            raise self._refusal(" of yours", held + request.num_bytes - self._max_peer_bytes)
-        self._peer_bytes[request.peer] = held + request.num_bytes
+        if held + request.num_bytes > self._max_account_bytes and held:
+            raise self._refusal(" of yours", held + request.num_bytes - self._max_account_bytes)
+        if account is None:
+            if len(self._accounts) >= _ACCOUNTS_REMEMBERED:
+                self._forget_accounts()
+            account = self._accounts[request.peer] = Account()
+        if not account.num_waiting:
+            account.used = max(account.used, self._least_used)
+            self._active[account] = None
+        request.account = account
         self._sequence += 1
         request.arrival = now
         request.alive = True
         pool = request.pool
-        # start-time fair queueing: a peer's next rows start where its last ones ended, but never in the past
-        start = max(pool.virtual_time, pool.served.get(request.peer, 0.0))
-        pool.served[request.peer] = start + request.num_rows
-        if len(pool.served) > _PEERS_REMEMBERED:
-            pool.served = {peer: end for peer, end in pool.served.items() if end > pool.virtual_time}
-        heapq.heappush(pool.ready, (-request.priority, start, self._sequence, request))
+        ready = pool.ready.get(account)
+        if ready is None:
+            ready = pool.ready[account] = []
+        heapq.heappush(ready, (-request.priority, self._sequence, request))
         pool.num_waiting_rows += request.num_rows
-        if self.settings.max_wait and pool.num_waiting_rows >= self._full_size(pool):
-            self._full_pools[pool] = None
-        self._class_of(request).ages.append(request)
-        if request.deadline < math.inf:
-            heapq.heappush(self._deadlines, (request.deadline, self._sequence, request))
+        account.add(request, self._sequence)
         statistics.num_added += 1
         statistics.num_waiting += 1
         statistics.num_waiting_rows += request.num_rows
@@ -264,10 +336,8 @@ class Batcher:
     def pop_expired(self, now: float) -> list[Request]:
         """Requests whose deadline passed before all of their rows were dispatched. They have left."""
         expired: list[Request] = []
-        deadlines = self._deadlines
-        while deadlines and (deadlines[0][0] <= now or not deadlines[0][2].waits):
-            request = heapq.heappop(deadlines)[2]
-            if request.waits:
+        for account in list(self._active):
+            while (request := account.most_urgent()) is not None and request.deadline <= now:
                 self._statistics.num_expired += 1
                 self._leave(request)
                 expired.append(request)
@@ -275,41 +345,48 @@ class Batcher:
 
     def pop_ready(self, now: float) -> Batch | None:
         """The next batch for a device that has room, or None. Call `pop_expired` first."""
-        urgent = self._most_urgent(now)
-        pool = urgent.pool if urgent is not None else self._next_pool(now)
-        if pool is None:
+        if not self._active:
             self._is_idle = self._is_idle or not self._num_running
             return None
         if self._is_idle:
             self._is_idle, self._busy_since = False, now
+        least = min(map(_USED, self._active))
+        self._least_used = max(self._least_used, least)
+        turn = least + _TURN_SECONDS
+        first = self._next_request(now, turn)
+        pool = first.pool
         parts: list[Part] = []
         limit = self._batch_limit(pool)
-        num_rows = 0
-        if urgent is not None:
-            if urgent.exclusive or urgent.num_rows - urgent.next_row > limit:
-                limit = pool.max_batch_size
-            num_rows = self._take(urgent, parts, limit, now)
-        enough = self._enough_rows(pool, now)
-        if urgent is None or (not urgent.exclusive and num_rows < min(limit, enough)):
-            num_rows = self._fill(pool, parts, num_rows, limit, enough, now)
+        if first.exclusive or first.num_rows - first.next_row > limit:
+            limit = pool.max_batch_size  # a preferred size must not split what fits in a batch
+        per_row = pool.cost.seconds_per_row
+        num_rows = self._take(first, parts, limit, per_row, now)
+        if not first.exclusive and first.num_bytes < self.settings.large_request_bytes:
+            num_rows = self._fill(pool, parts, num_rows, limit, turn, per_row, now)
         self._num_running += 1
         self._statistics.num_batches += 1
         self._statistics.num_rows += num_rows
         pool.num_waiting_rows -= num_rows
+        if not pool.num_waiting_rows:
+            pool.ready.clear()
         self._statistics.num_waiting_rows -= num_rows
         if self._num_stale > _SWEEP_ABOVE and self._num_stale > self._statistics.num_waiting:
             self._sweep()
-        return Batch(pool, parts, num_rows, now)
+        return Batch(pool, parts, num_rows, now, per_row)
 
     def finish(self, batch: Batch, now: float) -> None:
         """A batch that `pop_ready` gave has run, well or badly. Its bytes are free once whole requests are through."""
         self._num_running -= 1
         # beside another batch its own time begins where that one's ended
-        batch.pool.cost.add(batch.num_rows, now - max(batch.started, self._finished_at))
+        took = now - max(batch.started, self._finished_at)
+        batch.pool.cost.add(batch.num_rows, took)
         self._finished_at = now
+        owed = took / batch.num_rows - batch.seconds_per_row
         num_bytes = 0
         for request, start, stop in batch.parts:
             request.num_running -= 1
+            assert request.account is not None
+            request.account.used += owed * (stop - start)
             num_bytes += request.num_bytes * (stop - start) // request.num_rows
             if request.alive and request.next_row == request.num_rows and request.num_running == 0:
                 request.alive = False
@@ -320,18 +397,9 @@ class Batcher:
         self._statistics.bytes_per_second = speed + (num_bytes / seconds - speed) * (_SPEED_WEIGHT if speed else 1.0)
 
     def timer_at(self) -> float | None:
-        """When time alone changes something: a deadline passes, or a batch held back for `max_wait` is due."""
-        times = []
-        while self._deadlines and not self._deadlines[0][2].waits:
-            heapq.heappop(self._deadlines)
-        if self._deadlines:
-            times.append(self._deadlines[0][0])
-            if self.settings.max_wait:
-                times.append(self._deadlines[0][0] - self.settings.urgent_seconds)
-        oldest = min((request.arrival for request in self._oldest()), default=None)
-        if oldest is not None:
-            times.append(oldest + self.settings.max_wait)
-        return min(times, default=None)
+        """When the next deadline passes."""
+        urgent = [account.most_urgent() for account in self._active]
+        return min((request.deadline for request in urgent if request is not None), default=None)
 
     @property
     def num_waiting(self) -> int:
@@ -339,61 +407,22 @@ class Batcher:
         return self._statistics.num_waiting
 
     def waiting(self) -> list[Request]:
-        """Every request of which some rows have not been dispatched, by priority, then oldest first within a pool."""
-        return [request for one in self._classes for request in one.ages if request.waits]
+        """Every request of which some rows have not been dispatched."""
+        return [one for account in self._active for ages in account.classes.values() for one in ages if one.waits]
 
     def statistics(self) -> BatcherStatistics:
         """The figures of this moment."""
         return dataclasses.replace(self._statistics)
 
-    def _class_of(self, request: Request) -> _Class:
-        priority, head_start = request.priority, request.pool.head_start
-        index = 0
-        for one in self._classes:
-            if one.priority == priority and one.head_start == head_start:
-                return one
-            index += one.priority > priority
-        self._classes.insert(index, _Class(priority, head_start))
-        return self._classes[index]
-
-    def _oldest(self) -> list[Request]:
-        """The oldest waiting request of each priority and head start: the highest priority first, then by turn."""
-        found: list[Request] = []
-        for one in self._classes:
-            ages = one.ages
-            while ages and not ages[0].waits:
-                ages.popleft()
-            if ages:
-                found.append(ages[0])
-        found.sort(key=lambda request: (-request.priority, request.arrival - request.pool.head_start))
-        return found
-
-    def _most_urgent(self, now: float) -> Request | None:
-        deadlines = self._deadlines
-        horizon = now + self.settings.urgent_seconds
-        while deadlines and deadlines[0][0] <= horizon:
-            request = deadlines[0][2]
-            if request.waits:
-                return request
-            heapq.heappop(deadlines)
-        return None
-
-    def _next_pool(self, now: float) -> Pool | None:
-        if not self.settings.max_wait:
-            return next((request.pool for request in self._oldest()), None)
-        # held back: an old enough request releases its pool, and so do enough rows for a whole batch
-        for request in self._oldest():
-            if request.arrival + self.settings.max_wait <= now:
-                return request.pool
-        for pool in list(self._full_pools):
-            if pool.num_waiting_rows >= self._full_size(pool):
-                return pool
-            del self._full_pools[pool]
-        return None
-
-    @staticmethod
-    def _full_size(pool: Pool) -> int:
-        return pool.preferred_sizes[-1] if pool.preferred_sizes else pool.max_batch_size
+    def _next_request(self, now: float, turn: float) -> Request:
+        """The one that the next batch is made for. An account's place is that of its oldest request, whichever of them
+        it wants done first.
+        """
+        account = min((one for one in self._active if one.used <= turn), key=_ACCOUNT_AGE)
+        urgent = account.most_urgent()
+        if urgent is not None and urgent.deadline <= now + self.settings.urgent_seconds:
+            return urgent
+        return min(account.heads(), key=lambda one: (-one.priority, _age(one)))
 
     @staticmethod
     def _batch_limit(pool: Pool) -> int:
@@ -406,89 +435,104 @@ class Batcher:
 
     def _enough_rows(self, pool: Pool, now: float) -> float:
         """Rows at which a batch takes no more requests; infinity where the device is behind, or told how to cut."""
-        if pool.preferred_sizes or self.settings.max_wait:
+        if pool.preferred_sizes:
             return math.inf
         if now - self._busy_since > self.settings.keeping_up_seconds:
             return math.inf
         return pool.cost.rows_until(self.settings.fixed_share)
 
-    def _fill(self, pool: Pool, parts: list[Part], num_rows: int, limit: int, enough: float, now: float) -> int:
-        """Takes the pool's requests in order until there are `enough` rows, or one does not fit any more.
+    def _fill(
+        self, pool: Pool, parts: list[Part], num_rows: int, limit: int, turn: float, per_row: float, now: float
+    ) -> int:
+        """Takes the pool's requests in order until there are enough rows, or one does not fit any more.
 
+        Accounts whose `turn` it is not don't ride along either: they would make the others' batches as slow as theirs.
         Returns the rows now in the batch.
         """
-        ready, large = pool.ready, self.settings.large_request_bytes
-        if parts and parts[0].request.num_bytes >= large:
-            return num_rows
-        while ready:
-            _, start, _, request = ready[0]
-            if not request.waits:
+        enough, large = self._enough_rows(pool, now), self.settings.large_request_bytes
+        turns = [(account.used, some[0][1], account) for account, some in pool.ready.items() if account.used <= turn]
+        heapq.heapify(turns)
+        while turns and num_rows < min(limit, enough):
+            account = heapq.heappop(turns)[2]
+            ready = pool.ready[account]
+            while ready and not ready[0][2].waits:
                 heapq.heappop(ready)
+            if not ready:
+                del pool.ready[account]
                 continue
-            if parts and (
+            request = ready[0][2]
+            if (
                 request.exclusive
                 or request.num_bytes >= large
                 or request.num_rows - request.next_row > limit - num_rows
             ):
                 break
-            if not parts and (request.exclusive or request.num_rows - request.next_row > limit):
-                limit = pool.max_batch_size  # a preferred size must not split what fits in a batch
-            pool.virtual_time = max(pool.virtual_time, start)
-            num_rows += self._take(request, parts, limit - num_rows, now)
-            if request.next_row == request.num_rows:
-                heapq.heappop(ready)
-            if request.exclusive or request.num_bytes >= large or num_rows >= min(limit, enough):
-                break
-        if not ready:
-            pool.served.clear()
-            pool.virtual_time = 0.0
+            num_rows += self._take(request, parts, limit - num_rows, per_row, now)
+            heapq.heappush(turns, (account.used, ready[0][1], account))
         return num_rows
 
-    def _take(self, request: Request, parts: list[Part], room: int, now: float) -> int:
+    def _take(self, request: Request, parts: list[Part], room: int, per_row: float, now: float) -> int:
         """Dispatches as many of the request's rows as there is room for. Returns how many."""
         start = request.next_row
         stop = min(request.num_rows, start + room)
         parts.append(Part(request, start, stop))
         request.next_row = stop
         request.num_running += 1
+        assert request.account is not None
+        request.account.used += per_row * (stop - start)
         if start == 0:
             self._statistics.wait_seconds += now - request.arrival
         if stop == request.num_rows:
-            self._statistics.num_waiting -= 1
-            self._num_stale += 1
+            self._end_wait(request.account)
         return stop - start
 
-    def _leave(self, request: Request) -> None:
-        """Takes a waiting request out of all counts; its entries in the queues go stale."""
-        num_left = request.num_rows - request.next_row
-        request.pool.num_waiting_rows -= num_left
-        request.alive = False
-        statistics = self._statistics
-        statistics.num_waiting -= 1
-        statistics.num_waiting_rows -= num_left
-        self._release(request)
+    def _end_wait(self, account: Account) -> None:
+        """One of the account's requests waits no more; its entries in the queues go stale."""
+        self._statistics.num_waiting -= 1
         self._num_stale += 1
+        account.end_wait()
+        if not account.num_waiting:
+            del self._active[account]
+
+    def _leave(self, request: Request) -> None:
+        """Takes a waiting request out of all counts."""
+        num_left = request.num_rows - request.next_row
+        pool = request.pool
+        pool.num_waiting_rows -= num_left
+        if not pool.num_waiting_rows:
+            pool.ready.clear()
+        request.alive = False
+        self._statistics.num_waiting_rows -= num_left
+        assert request.account is not None
+        self._end_wait(request.account)
+        self._release(request)
 
     def _release(self, request: Request) -> None:
+        assert request.account is not None
         self._statistics.num_bytes -= request.num_bytes
-        held = self._peer_bytes[request.peer] - request.num_bytes
-        if held:
-            self._peer_bytes[request.peer] = held
-        else:
-            del self._peer_bytes[request.peer]
+        request.account.num_bytes -= request.num_bytes
+
+    def _forget_accounts(self) -> None:
+        """Drops those that stand where a new one would start."""
+        self._accounts = {
+            name: one
+            for name, one in self._accounts.items()
+            if one.num_waiting or one.num_bytes or one.used > self._least_used
+        }
 
     def _sweep(self) -> None:
         """Drops stale entries, so that memory follows what waits and not what has passed."""
-        pools: set[Pool] = set()
-        self._deadlines = [entry for entry in self._deadlines if entry[2].waits]
-        heapq.heapify(self._deadlines)
-        for one in self._classes:
-            pools.update(request.pool for request in one.ages)
-            one.ages = deque(request for request in one.ages if request.waits)
-        self._classes = [one for one in self._classes if one.ages]
+        pools = {one.pool for account in self._active for ages in account.classes.values() for one in ages}
+        for account in self._accounts.values():
+            account.sweep()
         for pool in pools:
-            pool.ready = [entry for entry in pool.ready if entry[3].waits]
-            heapq.heapify(pool.ready)
+            pool.ready = {
+                account: left
+                for account, some in pool.ready.items()
+                if (left := [entry for entry in some if entry[2].waits])
+            }
+            for left in pool.ready.values():
+                heapq.heapify(left)
         self._num_stale = 0
 
     def _refusal(self, whose: str, num_excess_bytes: int) -> Overloaded:

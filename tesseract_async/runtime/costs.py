@@ -46,6 +46,11 @@ class BatchCost:
         self._per_row = mean_y - self._each * mean_x
         self._is_known = True
 
+    @property
+    def seconds_per_row(self) -> float:
+        """What a row took lately, on average over batches; next to nothing before the first batch."""
+        return self._y / self._count if self._count else 1e-9
+
     def rows_until(self, share: float) -> float:
         """Rows at which what a batch costs whatever its rows is no more than this share of it; infinity if unknown."""
         if not self._is_known or share <= 0.0 or self._per_row <= 0.0:

@@ -85,7 +85,7 @@ def restore(
         said.append(f"its checkpoint was trained with {theirs}; {mine} begins without its moments")
     goes_on = _restore_scheduler(scheduler, state["scheduler"], their_schedule, own, said)
     begins = scheduler is not None and not goes_on
-    for group, options, before in zip(optimizer.param_groups, given, saved["param_groups"], strict=True):
+    for group, options, before in zip(optimizer.param_groups, given, saved["param_groups"], strict=same):
         for name, value in options.items():
             if name not in group:
                 group[name] = value

@@ -29,6 +29,7 @@ from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, Bat
 from tesseract_async.runtime.executor import Attempt, Executor
 from tesseract_async.runtime.staging import staging_for
 from tesseract_async.runtime.work import Answer, Outcome, Work
+from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,12 @@ class RuntimeSettings:
     overlap: bool | None = None
     """Whether the next batch is staged while one computes; None: where the device has copy engines."""
     stall_timeout: float = 60.0
-    """A batch that has run for longer is taken as hung: new work is refused until it ends."""
+    """Seconds after which a batch is taken as hung: new work is refused until it ends. More than the slowest takes."""
     close_timeout: float = 30.0
     """Seconds that closing waits for the running batch; a thread that hangs for longer is abandoned, loudly."""
 
 
-class TesseractRuntime:
+class TesseractRuntime(Uncopied):
     """Runs experts on one device, on a thread of its own.
 
     `start` and `aclose` it on the loop that calls it. All methods belong to that loop.
@@ -205,7 +206,11 @@ class TesseractRuntime:
         loop = self._running_loop
         now = time.monotonic()
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
-            raise Overloaded("this server's device hangs; ask another replica", retry_after=self.settings.stall_timeout)
+            raise Overloaded(
+                f"{self.device} has computed one batch for {now - self._busy_since:.0f} s, and takes no work until it "
+                f"ends (stall_timeout is {self.settings.stall_timeout:g} s); ask another replica",
+                retry_after=self.settings.stall_timeout,
+            )
         is_backward = output_gradients is not None
         work = Work(
             backend,

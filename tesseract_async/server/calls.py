@@ -36,7 +36,6 @@ from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
 from tesseract_async.wire.names import new_name
 
-_LOWEST_PRIORITY, _HIGHEST_PRIORITY = -1, 1
 _LOOK_PERIOD = 0.1
 _ENTRY_BYTES = 1024
 _TENSOR_BYTES = 512
@@ -303,7 +302,7 @@ def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | N
 
 def _priority(call: IncomingCall) -> int:
     """The call's priority within the few classes that a stranger may make the batcher keep."""
-    return max(_LOWEST_PRIORITY, min(call.priority, _HIGHEST_PRIORITY))
+    return max(messages.LOWEST_PRIORITY, min(call.priority, messages.HIGHEST_PRIORITY))
 
 
 def _check_codecs(

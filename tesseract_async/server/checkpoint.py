@@ -9,6 +9,7 @@ SHA-256 over everything else: nothing is ever unpickled, and a damaged file is n
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -18,10 +19,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
 from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.identity import sync_folder
 from tesseract_async.runtime.states import SAFETENSORS
 from tesseract_async.wire.compression import flat_of
 
@@ -35,7 +38,8 @@ _MAX_HEADER_BYTES = 16 << 20
 
 
 class CheckpointStore:
-    """The checkpoints of one server's experts: ``directory/UID/VERSION.safetensors``, the newest `keep` of each.
+    """The checkpoints of one server's experts: ``directory/UID/VERSION.safetensors``, the newest `keep`
+    of each. The folders' names are `folder_name`'s.
 
     Blocking file work: call it where that is welcome.
     """
@@ -52,19 +56,27 @@ class CheckpointStore:
         It is the newest from now on: files of later versions, from before this server took over another one's state,
         are set aside as ``.superseded``, at most `keep` of them.
 
-        The file appears whole or not at all, even when the machine loses power. Raises: CheckpointError.
+        The file appears whole or not at all, even when the machine loses power. Where the disk is full, the expert's
+        oldest files give way, but for its newest. Raises: CheckpointError.
         """
         folder = self._folder(uid)
         path = folder / f"{version:012d}{SUFFIX}"
         unfinished = path.with_suffix(".unfinished")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(unfinished, "wb") as file:
-                file.writelines(encode(state))
-                file.flush()
-                os.fsync(file.fileno())
+            pieces = encode(state)
+            while True:
+                try:
+                    with open(unfinished, "wb") as file:
+                        file.writelines(pieces)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(uid, path, unfinished):
+                        raise
             os.replace(unfinished, path)
-            _sync_folder(folder)
+            sync_folder(folder)
             self._drop(uid, path)
         except (OSError, TypeError) as error:
             with contextlib.suppress(OSError):
@@ -98,14 +110,30 @@ class CheckpointStore:
         for old in [path for path in files if path <= newest][self.keep :] + superseded[self.keep :]:
             old.unlink(missing_ok=True)
 
+    def _make_room(self, uid: str, newest: Path, unfinished: Path) -> bool:
+        """Drops the oldest of an expert's checkpoints, but for the last one before `newest`. False if there is none."""
+        unfinished.unlink(missing_ok=True)
+        before = [path for path in self.files(uid) if path < newest]
+        if len(before) < 2:
+            return False
+        logger.warning("the disk is full: %s gives way to a newer checkpoint", before[-1])
+        before[-1].unlink(missing_ok=True)
+        return True
+
     def files(self, uid: str) -> list[Path]:
         """The checkpoints of an expert, newest first."""
         return sorted(self._folder(uid).glob(f"*{SUFFIX}"), reverse=True)
 
     def _folder(self, uid: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", uid):
+        name = folder_name(uid)
+        if not re.fullmatch(r"[A-Za-z0-9_~%-]+(\.[A-Za-z0-9_~%-]+)*", name):
             raise CheckpointError(f"{uid!r} cannot name a folder")
-        return self.directory / uid
+        return self.directory / name
+
+
+def folder_name(uid: str) -> str:
+    """What an expert's folder is called: its uid, with what is not plain ASCII as in a URL. ``unquote`` inverts it."""
+    return quote(uid, safe="")
 
 
 def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
@@ -205,13 +233,3 @@ def _put_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if kind == "d":
         return {key: _put_tensors(item, tensors) for key, item in content}
     return [_put_tensors(item, tensors) for item in content]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where folders can be synced (not on Windows)."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

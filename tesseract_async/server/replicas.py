@@ -85,7 +85,8 @@ async def read_replicas(
             if entry.owner == node.peer_id or entry.expiration <= now:
                 continue
             try:
-                claims.append(Claim(entry.owner, entry.expiration, decode_manifest(entry.value, prefix=prefix)))
+                manifest = decode_manifest(entry.value, prefix=prefix).within(node.scope)
+                claims.append(Claim(entry.owner, entry.expiration, manifest))
             except ProtocolError as error:
                 logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
         for uid in some:

@@ -27,7 +27,9 @@ from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
 from tesseract_async.server.checkpoint import CheckpointStore
+from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.memory import trim_heap
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class ServerSettings:
     """Seconds that leaving waits for running calls and for backwards of forwards that were answered."""
 
 
-class TesseractServer:
+class TesseractServer(Uncopied):
     """Hosts `experts`, uid -> backend, on one device or several. Use it as an async context manager.
 
     Entering restores each expert's newest checkpoint from `checkpoint_dir`, if given, and returns once the experts can
@@ -81,13 +83,23 @@ class TesseractServer:
         """`device`: one, or several, each with a runtime of its own, over which the experts are spread in turn.
         `checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
 
-        Raises: ValueError if `followers` names an expert that is not among `experts`, or for no device; TypeError for
-        an expert that is no ExpertBackend.
+        Raises: ValueError if `followers` names an expert that is not among `experts`, for a backend that stands for two
+        experts or is hosted elsewhere, for no device, or a period that is not above 0; TypeError for an expert that is no ExpertBackend, or a node that is no TesseractNode.
         """
+        if not hasattr(node, "host_expert"):
+            raise TypeError(
+                f"a server stands on a TesseractNode, not on a {type(node).__name__}; with a BackgroundNode it is "
+                "entered by node.entered(TesseractServer(node.node, experts))"
+            )
+        if not isinstance(experts, Mapping) or not all(isinstance(uid, str) for uid in experts):
+            raise TypeError("experts maps uids to ExpertBackends, such as {'ffn.3.7': backend}")
+        if not checkpoint_period > 0:
+            raise ValueError(f"checkpoint_period is a number of seconds above 0, not {checkpoint_period}")
         for uid, backend in experts.items():
             if not isinstance(backend, ExpertBackend):
                 kind = type(backend).__name__
                 raise TypeError(f"{uid} takes an ExpertBackend, which holds its module and schemas; got {kind}")
+        _check_separate(experts)
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
         self.node = node
@@ -112,8 +124,11 @@ class TesseractServer:
         self._calls.expects_backwards = self._is_primary.__getitem__
         self._calls.is_gone = lambda peer: not node.is_connected(peer)
         self._store = (
-            None if checkpoint_dir is None else CheckpointStore(checkpoint_dir, keep=settings.keep_checkpoints)
+            None
+            if checkpoint_dir is None
+            else CheckpointStore(Path(checkpoint_dir).expanduser(), keep=settings.keep_checkpoints)
         )
+        self._lock = None if checkpoint_dir is None else FolderLock(Path(checkpoint_dir).expanduser())
         self._saved: dict[str, tuple[int, int]] = {}  # uid -> how far its newest checkpoint is
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
@@ -122,6 +137,7 @@ class TesseractServer:
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
         self._is_paused = False
+        self._is_started = False
         self._closed = False
 
     # -- Life ------------------------------------------------------------------------------------------------------
@@ -138,13 +154,23 @@ class TesseractServer:
     async def start(self) -> None:
         """What entering does.
 
-        Raises: CheckpointError if an expert has checkpoints and none of them fits it, or none can be written;
-        ValueError if the node hosts one of the uids already.
+        Raises: CheckpointError if an expert has checkpoints and none of them fits it, none can be written, or another
+        server keeps its own in the same folder; ValueError if the node hosts one of the uids already; RuntimeError if
+        the server was started before, or its node is not running.
         """
+        if self._is_started:
+            raise RuntimeError("this server was started before; make a new one")
+        self.node.check_running()
+        _check_separate(self.experts)
+        self._is_started = True
+        for uid, backend in self.experts.items():
+            backend.host, backend.name = self, uid
         hosted: list[str] = []
         try:
             for runtime in self.runtimes:
                 await runtime.start()
+            if self._lock is not None:
+                await self.call_aside(self._lock.acquire)
             for uid, backend in self.experts.items():
                 await self._restore(uid, backend)
             # first of all, so that a server that is killed early returns with the weights that it answered with
@@ -179,7 +205,13 @@ class TesseractServer:
         self._background.append(asyncio.create_task(self._make_optimizers(), name="server: optimizers"))
 
     async def _stop_runtimes(self) -> None:
-        await asyncio.gather(*(runtime.aclose() for runtime in self.runtimes))
+        try:
+            await asyncio.gather(*(runtime.aclose() for runtime in self.runtimes))
+        finally:
+            for backend in self.experts.values():
+                backend.host = None
+            if self._lock is not None:
+                self._lock.release()
 
     async def _make_optimizers(self) -> None:
         """Makes those that are yet to be made: after the experts are found, before a backward needs them."""
@@ -208,7 +240,8 @@ class TesseractServer:
     async def aclose(self, *, drain_timeout: float | None = None) -> None:
         """Leaves: `drain`, withdraw, save, stop. Closing twice is harmless.
 
-        `drain_timeout` overrides the settings'. A save that fails is logged, not raised: there is nobody left to act.
+        `drain_timeout` overrides the settings'. Raises: CheckpointError, once all else is done, if what was learned
+        since the last checkpoint could not be saved.
         """
         if self._closed:
             return
@@ -220,18 +253,28 @@ class TesseractServer:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
-            await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
-            if self._publisher is not None:
-                await self._say_farewell(self._publisher)
+            if self._node_runs():
+                await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
+                if self._publisher is not None:
+                    await self._say_farewell(self._publisher)
+            else:
+                logger.warning("the node was closed before its server: others learn late that its experts are gone")
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:
-                logger.error("the last steps are lost: %s", error)
+                raise CheckpointError(f"the last steps are not saved: {error}") from error
             finally:
                 await self._stop_runtimes()
+
+    def _node_runs(self) -> bool:
+        try:
+            self.node.check_running()
+        except RuntimeError:
+            return False
+        return True
 
     @staticmethod
     async def _say_farewell(publisher: ExpertPublisher) -> None:
@@ -384,7 +427,11 @@ class TesseractServer:
         try:
             await runtime.call(install)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint of {uid} does not fit its module: {describe(error)}") from error
+            assert self._store is not None
+            raise CheckpointError(
+                f"the checkpoint of {uid} in {self._store.directory} does not fit: {describe(error)}. Serve the expert "
+                "that it was made of, in the same size, or choose another folder"
+            ) from error
         if state is not None:
             self._saved[uid] = backend.progress
             logger.info("%s continues at version %d", uid, backend.version)
@@ -411,6 +458,23 @@ class TesseractServer:
                 raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
             return self.pass_on(uid, call)
         return self._calls.answer(uid, backend, call)
+
+
+def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
+    """Raises: ValueError for a backend that another server hosts, and for two that train the same weights."""
+    owner: dict[int, str] = {}
+    for trains in (True, False):
+        for uid, backend in experts.items():
+            if backend.host is not None:
+                raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
+            if backend.trains != trains:
+                continue
+            for one in (backend, *backend.module.parameters()):
+                other = owner.setdefault(id(one), uid) if trains or one is backend else owner.get(id(one), uid)
+                if other != uid:
+                    raise ValueError(
+                        f"{other} and {uid} train the same weights; make an ExpertBackend for each, of its own module"
+                    )
 
 
 def _load_optimizers() -> None:

@@ -24,6 +24,7 @@ from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing import ID_BITS
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.testing.clock import VirtualClock
+from tesseract_async.transport.address_scope import AddressScope
 
 Latency = Callable[[Address, Address, random.Random], float]
 """One-way delay in seconds of one datagram from one address to another."""
@@ -225,6 +226,7 @@ class SimulatedNetwork:
             wall_offset=WALL_AT_START + clock_skew,
             public=public,
             verify=self.verify,
+            scope=AddressScope([address[0]]),
         )
         node = SimulatedNode(self, machine, address, gateway=gateway)
         self.nodes[address] = node

@@ -59,6 +59,9 @@ class PeerAddress:
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
         """Reads ``host:port`` or ``host:port/PEER_ID``. Raises: ValueError."""
+        if text.startswith("/") or "://" in text:
+            kind = "multiaddr" if text.startswith("/") else "URL"
+            raise ValueError(f"an address is host:port or host:port/PEER_ID, not a {kind}: {text!r}")
         address, separator, peer_id = text.partition("/")
         return cls(PeerID.parse(peer_id) if separator else None, (address,))
 

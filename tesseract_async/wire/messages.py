@@ -24,6 +24,9 @@ BACKWARD = "expert.backward"
 STATE = "expert.state"
 LEAD = "expert.lead"
 
+LOWEST_PRIORITY, HIGHEST_PRIORITY = -1, 1
+"""Servers take no notice of what lies beyond."""
+
 MAX_UID_LENGTH = 256
 
 

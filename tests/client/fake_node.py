@@ -74,7 +74,9 @@ class FakeDirectory:
         self.num_finds = 0
         self.watched: dict[str, tuple[int, ...]] = {}
         self.version = 0
-        self._views: dict[str, FakeView] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], FakeView] = {}
+        self.masked: list[tuple[str, FakeReplica]] = []
+        """Every report of a failure: its reason, and whose."""
         self.warm = asyncio.Event()
         self.came = asyncio.Event()
 
@@ -109,20 +111,25 @@ class FakeDirectory:
         self.came.clear()
         await self.came.wait()
 
-    def live(self, prefix: str) -> FakeView | None:
+    def live(self, prefix: str, grid_size: tuple[int, ...] | None = None) -> FakeView | None:
         if self.cold or prefix not in self.watched:
             return None
-        if prefix not in self._views:
+        size = grid_size or self.watched[prefix]
+        if (prefix, size) not in self._views:
             found = {}
             for uid in self.replicas:
                 head, *coords = uid.split(".")
-                alive = self._alive(uid)
-                if head == prefix and alive:
-                    found[tuple(map(int, coords))] = alive
-            self._views[prefix] = FakeView(found, len(self.watched[prefix]), self.version)
-        return self._views[prefix]
+                alive, at = self._alive(uid), tuple(map(int, coords))
+                if head == prefix and alive and len(at) == len(size) and np.less(at, size).all():
+                    found[at] = alive
+            self._views[(prefix, size)] = FakeView(found, len(size), self.version)
+        return self._views[(prefix, size)]
 
-    def report_failure(self, replica: FakeReplica) -> None:
+    def report_answer(self, replica: FakeReplica) -> None:
+        pass
+
+    def report_failure(self, replica: FakeReplica, *, reason: str = "silent") -> None:
+        self.masked.append((reason, replica))
         self.failed.append(replica)
         self._views.clear()
         self.version += 1

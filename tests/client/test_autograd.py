@@ -196,7 +196,7 @@ async def test_a_failed_gradient_request_leaves_grad_untouched(node: FakeNode) -
     expert = await expert_at(node)
     linear = nn.Linear(8, 8)
     loss = (await expert(linear(torch.ones(1, 8)))).sum() + linear.bias.sum()
-    node.directory.report_failure = lambda replica: None  # type: ignore[method-assign]
+    node.directory.report_failure = lambda replica, **_: None  # type: ignore[method-assign]
 
     async def fault(method: str, uid: str, number: int) -> None:
         raise ConnectionLost("peer", "test")
@@ -380,3 +380,35 @@ begun.wait()
 def test_a_program_that_ends_during_a_backward_ends_well() -> None:
     ended = subprocess.run([sys.executable, "-c", LEAVES_IN_THE_MIDST], capture_output=True, text=True)
     assert ended.returncode == 0 and not ended.stderr
+
+
+FIRST_USE = """
+import sys, torch
+
+class Off:
+    def __enter__(self):
+        torch.set_grad_enabled(False)
+    def __exit__(self, *error):
+        torch.set_grad_enabled(True)
+
+for block in (torch.no_grad, torch.inference_mode, Off, lambda: torch.device("meta"), lambda: torch.autocast("cpu")):
+    for name in [name for name in sys.modules if name.startswith("tesseract_async")]:
+        del sys.modules[name]
+    with block():
+        import tesseract_async as ta
+        for name in ta.__all__:
+            getattr(ta, name)
+        from tests.client.fake_node import FakeNode
+        gate = ta.GatingFunction(FakeNode(), "ffn", grid_size=(2,), in_features=4)
+    autograd = sys.modules["tesseract_async.client.autograd"]
+    needed = autograd._always_needed
+    assert needed.requires_grad and not needed.is_inference() and needed.device.type == "cpu", block
+    assert autograd._AccumulateGrad.__name__ == "AccumulateGrad"
+    assert not gate.proj.weight.is_inference() and gate.proj.weight.requires_grad
+"""
+
+
+def test_the_first_use_may_come_in_any_mode() -> None:
+    """The package loads on first use, wherever that is."""
+    ended = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
+from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, until
+from tests.client.fake_node import FakeNode, seeded, until
 from tests.client.virtual_time import in_made_up_time
 
 
@@ -122,6 +123,36 @@ async def test_training_and_seed_make_backward_draw_the_same(node: FakeNode) -> 
     await backward(y.sum())
     torch.testing.assert_close(x.grad, y.detach())
     torch.testing.assert_close(await expert.eval()(x), x)
+
+
+async def test_remote_dropout_follows_torchs_generator(node: FakeNode) -> None:
+    """Whatever repeats or sets apart local dropout does so for remote one, of an expert and through a gate."""
+    node.host("drop.0", nn.Dropout(0.5))
+    expert, x = RemoteExpert(node, "drop.0"), torch.ones(8, 8)
+    gate = GatingFunction(node, "drop", grid_size=(1,), in_features=8, k_best=1)
+
+    async def draw() -> torch.Tensor:
+        tasks = [asyncio.create_task(layer(x)) for layer in (expert, expert, gate)]
+        return torch.stack([await task for task in tasks]).detach()
+
+    with seeded(1):
+        first = await draw()
+        state = torch.get_rng_state()
+        second = await draw()
+        torch.set_rng_state(state)
+        assert torch.equal(await draw(), second) and not torch.equal(first, second)
+        torch.set_rng_state(state)
+        with torch.random.fork_rng(devices=[]):
+            assert torch.equal(await draw(), second)
+        assert torch.equal(await draw(), second)
+        assert not torch.equal(second[0], second[1])
+    with seeded(1), torch.inference_mode(), torch.device("meta"):
+        assert torch.equal(await draw(), first)
+    with seeded(1):
+        state = torch.get_rng_state()
+        expert.eval(), gate.eval()
+        await draw()
+        assert torch.equal(torch.get_rng_state(), state)  # nothing random happens: nothing is drawn
 
 
 async def test_a_failing_module(node: FakeNode) -> None:
@@ -285,7 +316,7 @@ async def test_cancelling_a_call_cancels_it_at_the_node(node: FakeNode) -> None:
 async def test_a_twin_with_other_options_asks_no_second_time_what_the_expert_takes(node: FakeNode) -> None:
     node.host("ffn.0.0", nn.Linear(8, 8))
     expert = RemoteExpert(node, "ffn.0.0")
-    for priority in range(3):
+    for priority in (-1, 0, 1):
         await expert.with_options(priority=priority)(torch.zeros(1, 8))
     await expert(torch.zeros(1, 8))
     assert node.count(INFO) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
+from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
 from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness, path_seconds
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, Overloaded
@@ -129,10 +131,16 @@ async def test_what_the_expert_itself_raises_is_not_asked_for_twice(node: FakeNo
 @in_made_up_time
 async def test_priority_and_timeout_travel(node: FakeNode) -> None:
     node.host("ffn.0", nn.Linear(8, 8))
-    await RemoteExpert(node, "ffn.0").with_options(timeout=3.0, priority=7)(torch.zeros(1, 8))
-    assert node.calls[-1].priority == 7 and 2.9 < node.calls[-1].timeout <= 3.0
+    await RemoteExpert(node, "ffn.0").with_options(timeout=3.0, priority=1)(torch.zeros(1, 8))
+    assert node.calls[-1].priority == 1 and 2.9 < node.calls[-1].timeout <= 3.0
     with pytest.raises(ValueError):
         RemoteExpert(node, "ffn.0").with_options(timeout=0.0)
+    for priority in (2, -2, 1000, 0.5, True, "1"):
+        with pytest.raises(ValueError, match="priority"):
+            RemoteExpert(node, "ffn.0").with_options(priority=priority)  # type: ignore[arg-type]
+        for gate in (partial(GatingFunction, k_best=1), SwitchGatingFunction):
+            with pytest.raises(ValueError, match="priority"):
+                gate(node, "ffn", grid_size=(2,), in_features=8, priority=priority)  # type: ignore[operator]
     with pytest.raises(ValueError, match="codec"):
         await RemoteExpert(node, "ffn.0").with_options(codec="zip")(torch.zeros(1, 8))
 

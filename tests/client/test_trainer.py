@@ -3,6 +3,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -234,3 +237,58 @@ async def test_mistakes(model: Model) -> None:
         AsyncTrainer(model, optimizer, max_staleness=-1)
     with pytest.raises(ValueError, match="not the module's"):
         AsyncTrainer(model.before, optimizer)
+
+
+async def test_a_bug_in_several_steps_is_raised_once_and_says_where(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps that fail in one turn of the loop: none is left for asyncio to complain of."""
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1), in_flight=4)
+
+    async def buggy(replica: Model, batch: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as told:
+        async for _ in trainer.run(buggy, [torch.ones(1, 8)] * 9):
+            pass
+    (note,) = told.value.__notes__
+    assert "batch 0 " in note and all(f"batch {i}: ZeroDivisionError" in note for i in (1, 2, 3))
+    del told
+    gc.collect()
+    assert not caplog.records
+
+
+async def test_reports_name_their_batch(node: FakeNode, model: Model) -> None:
+    """They come as steps end; the first one is the last to."""
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1), in_flight=3)
+    others_ended = asyncio.Event()
+
+    async def first_last(replica: Model, batch: torch.Tensor) -> torch.Tensor:
+        if batch[0, 0] == 0:
+            await others_ended.wait()
+        elif batch[0, 0] == 1:
+            raise NotEnoughExperts(1, 1, {})
+        return await loss_of(replica, batch)
+
+    batches = []
+    async for report in trainer.run(first_last, [torch.full((1, 8), float(i)) for i in range(3)], max_failures=1):
+        batches.append((report.batch, report.error is None))
+        if len(batches) == 2:
+            others_ended.set()
+    assert sorted(batches[:2]) == [(1, False), (2, True)] and batches[2] == (0, True)
+    assert (await trainer.step(loss_of, torch.ones(1, 8))).batch is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("entropy", random.SystemRandom()), ("graph", torch.ones(1, requires_grad=True) * 2), ("stream", open)],
+    ids=["entropy", "graph", "copiable"],
+)
+async def test_what_cannot_be_copied_is_named(model: Model, name: str, value: Any) -> None:
+    setattr(model.before, name, value)
+    trainer = AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
+    if name == "stream":
+        await trainer.step(loss_of, torch.ones(1, 8))
+    else:
+        with pytest.raises(TypeError, match=rf"before\.{name} .*{type(value).__name__}.*__deepcopy__"):
+            await trainer.step(loss_of, torch.ones(1, 8))

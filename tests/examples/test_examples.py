@@ -27,9 +27,9 @@ async def start(stem: Stem, name: str, *arguments: str) -> Process:
     )
 
 
-async def finish(process: Process) -> str:
+async def finish(process: Process, *, status: int = 0) -> str:
     out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
+    assert process.returncode == status, err.decode()
     assert b"Traceback" not in err, err.decode()
     return out.decode()
 
@@ -47,8 +47,8 @@ def load(name: str) -> ModuleType:
 
 
 @asynccontextmanager
-async def serving(stem: Stem, *arguments: str) -> AsyncIterator[str]:
-    """The address of a running `volunteer_server.py`, which is told to leave by Ctrl-C at the end."""
+async def serving(stem: Stem, *arguments: str, how: signal.Signals) -> AsyncIterator[str]:
+    """The address of a running `volunteer_server.py`, which is told to leave at the end."""
     server = await start(stem, "volunteer_server.py", *arguments)
     try:
         assert server.stdout is not None
@@ -56,8 +56,8 @@ async def serving(stem: Stem, *arguments: str) -> AsyncIterator[str]:
         found = re.search(r"--initial-peers (\S+)", line)
         assert found, (line, await finish(server))
         yield found[1]
-        server.send_signal(signal.SIGINT)
-        await finish(server)
+        server.send_signal(how)
+        await finish(server, status=128 + how)
     finally:
         if server.returncode is None:
             server.kill()
@@ -92,12 +92,20 @@ async def test_a_peer_that_is_no_address_is_a_sentence(stem: Stem) -> None:
 
 
 async def test_a_trainer_trains_what_a_volunteer_hosts(stem: Stem, tmp_path: Path) -> None:
-    async with serving(stem, "--checkpoint-dir", str(tmp_path)) as first:
+    async with serving(stem, "--checkpoint-dir", str(tmp_path), how=signal.SIGHUP) as first:
         shown = await finish(await start(stem, "volunteer_trainer.py", "--initial-peers", first, "--steps", "60"))
         losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
         assert len(losses) == 6
         assert losses[-1] < 0.97 * losses[0]
-    assert len(list_files(tmp_path)) >= 8, "leaving saves the experts"
+    assert len(list_files(tmp_path)) >= 16, "leaving saves the experts"
+
+
+async def test_a_web_application_leaves_by_every_signal(stem: Stem) -> None:
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process = await start(stem, "embed_in_web_app.py", "--port", "0")
+        assert b"Ctrl-C leaves" in await process.stdout.readline()
+        process.send_signal(how)
+        await finish(process, status=128 + how)
 
 
 @pytest.mark.both_loops

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import numpy as np
 import pytest
 
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.experts import DirectorySettings, ExpertDirectory, ExpertPublisher, grid_key, shard_key
+from tesseract_async.experts.grid import MAX_REPLICAS
 from tesseract_async.experts.manifest import encode_manifest, join_uid, split_uid
-from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
+from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 
 QUICK = DirectorySettings(refresh_period=0.01, retry_period=0.01)
 SLOW = DirectorySettings(refresh_period=1000)
@@ -170,8 +172,8 @@ async def test_a_watched_grid_follows_the_swarm() -> None:
     assert subject.live("ffn") is None
     subject.watch("ffn", (8, 8))
     subject.watch("ffn", (8, 8))
-    with pytest.raises(ValueError, match="size"):
-        subject.watch("ffn", (9, 9))
+    with pytest.raises(ValueError, match="not a grid"):
+        subject.watch("ffn", (0, 9))
     assert subject.live("ffn") is None, "cold"
     await subject.wait_warm("ffn")
     view = subject.live("ffn")
@@ -338,3 +340,128 @@ async def test_waiting_for_somebody_alive_reads_the_grid_again_at_once() -> None
     assert view is not None and len(view) == 1
     await subject.aclose()
     await server.aclose()
+
+
+async def test_each_size_of_one_prefix_has_views_of_its_own() -> None:
+    """A notebook's cell, run again with another grid: nobody is shown the other's experts, or misses one."""
+    swarm = FakeSwarm()
+    servers = [await declare(swarm, 1, "ffn.0.1", "ffn.3.7"), await declare(swarm, 2, "ffn.2", "ffn.5")]
+    subject = directory(swarm)
+    subject.watch("ffn", (2, 2))
+    await subject.wait_warm("ffn")
+    for size in ((8, 8), (6,), (4, 4, 4)):
+        assert subject.live("ffn", size) is None, "not watched yet"
+        subject.watch("ffn", size)
+    views = {size: subject.live("ffn", size) for size in ((2, 2), (8, 8), (6,), (4, 4, 4))}
+    assert {size: view.coords.tolist() for size, view in views.items() if view is not None} == {
+        (2, 2): [[0, 1]],
+        (8, 8): [[0, 1], [3, 7]],
+        (6,): [[2], [5]],
+        (4, 4, 4): [],
+    }
+    assert subject.live("ffn", (8, 8)) is views[(8, 8)] and subject.live("ffn") is views[(2, 2)]
+    [replica] = await subject.find("ffn.3.7")
+    subject.report_failure(replica)
+    view = subject.live("ffn", (8, 8))
+    assert view is not None and view.coords.tolist() == [[0, 1]] and view.version > views[(8, 8)].version  # type: ignore[union-attr]
+    for server in servers:
+        await server.aclose()
+    await subject.aclose()
+
+
+def bomb(owner: int, num_parts: int, coords: list[tuple[int, int]], *, sequence: int = 2**47) -> list[FakeEntry]:
+    """Manifests of one identity, each of which claims these coordinates as primary."""
+    parts = [
+        encode_manifest(["10.0.0.9:1"], dict.fromkeys(coords, True), prefix="ffn", sequence=sequence + n)[0][0]
+        for n in range(num_parts)
+    ]
+    expiration = time.time() + 600
+    return [FakeEntry(grid_key("ffn"), f"x{n}", peer(owner), n, expiration, part) for n, part in enumerate(parts)]
+
+
+async def test_a_grid_bomb_takes_no_room_from_others_and_no_time_from_the_loop() -> None:
+    """Megabytes of claims, by one identity or by a hundred, on few cells or on all: honest experts stay, in order."""
+    swarm = FakeSwarm()
+    server = await declare(swarm, 1, "ffn.0.0", "ffn.0.1")
+    subject = directory(swarm)
+    block = [(i // 32, i % 32) for i in range(380)]
+    entries = bomb(9, 1_000, block) + [entry for n in range(200) for entry in bomb(1_000 + n, 1, block)]
+    for entry in entries:
+        swarm.entries[(entry.key, entry.subkey, entry.owner)] = entry
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count_turns())
+    subject.watch("ffn", (32, 32))
+    await subject.wait_warm("ffn")
+    counting.cancel()
+    await asyncio.wait([counting])
+    assert turns > 50, "others had their turns meanwhile"
+    view = subject.live("ffn", (32, 32))
+    assert view is not None and len(view) == 380
+    for row in range(len(view)):
+        owners = [replica.peer.peer_id for replica in view.replicas_at(row)]
+        assert len(owners) <= MAX_REPLICAS and (peer(1) in owners) == (row < 2)
+    assert subject.metrics.total("experts_crowded_out") > 0
+    await server.aclose()
+    await subject.aclose()
+
+
+async def test_who_was_there_before_is_not_crowded_out() -> None:
+    """A server with many experts, known from earlier reads, against newcomers that claim one of its experts each."""
+    swarm = FakeSwarm()
+    server = await declare(swarm, 1, *(f"ffn.{i // 16}.{i % 16}" for i in range(256)))
+    subject = directory(swarm)
+    subject.watch("ffn", (16, 16))
+    await subject.wait_warm("ffn")
+    for n in range(100):
+        [entry] = bomb(1_000 + n, 1, [(3, 3)])
+        swarm.entries[(entry.key, entry.subkey, entry.owner)] = entry
+    await subject.refresh("ffn")
+    owners = [replica.peer.peer_id for replica in await subject.find("ffn.3.3")]
+    assert len(owners) == MAX_REPLICAS and peer(1) in owners
+    await server.aclose()
+    await subject.aclose()
+
+
+async def test_failures_are_remembered_of_the_replica_whatever_it_publishes_then() -> None:
+    """A claimer that never answers, and says something new every second: it is believed once more, then for longer and
+    longer not; where it is named, it comes last. An answer forgives all."""
+    swarm = FakeSwarm()
+    subject = directory(swarm)
+    honest, ghost = await declare(swarm, 1, "ffn.3.7"), await declare(swarm, 2, "ffn.3.7")
+    subject.watch("ffn", (8, 8))
+    await subject.wait_warm("ffn")
+    asked = []
+    for second in range(120):
+        swarm.clock.now += 1
+        await ghost.declare(ghost.uids)
+        if second % 15 == 0:
+            await honest.declare(honest.uids)
+        await subject.refresh("ffn")
+        named = await subject.find("ffn.3.7")
+        assert named[0].peer.peer_id == peer(1) or not asked, "never before the one that answers"
+        if named[-1].peer.peer_id == peer(2):
+            asked.append(second)
+            subject.report_failure(named[-1])
+        subject.report_answer(next(replica for replica in named if replica.peer.peer_id == peer(1)))
+    assert asked == [0, 1, 16, 46, 106]
+    view = subject.live("ffn")
+    assert view is not None
+    [replica] = view.replicas_at(0)
+    swarm.clock.now += 1000
+    for server in (ghost, honest):
+        await server.declare(server.uids)
+    await subject.refresh("ffn")
+    doubted = (await subject.find("ffn.3.7"))[1]
+    assert doubted.peer.peer_id == peer(2) and doubted.doubt == 5
+    subject.report_answer(doubted)
+    assert (await subject.find("ffn.3.7"))[1].doubt == 0
+    for server in (ghost, honest):
+        await server.aclose()
+    await subject.aclose()

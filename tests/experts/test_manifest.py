@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from tesseract_async.experts.manifest import (
     shard_key,
     split_uid,
 )
+from tesseract_async.transport.address_scope import AddressScope
 from tests.experts.fake_network import peer
 
 ADDRESSES = ["198.51.100.7:31337"]
@@ -186,3 +189,36 @@ def test_a_server_behind_a_rendezvous_needs_no_address_of_its_own() -> None:
     for wrong in ([node] * 5, ["198.51.100.9:31337"], ["198.51.100.9:31337/abc"]):
         with pytest.raises(ValueError):
             encode_manifest(ADDRESSES, {(1,): True}, prefix="ffn", sequence=1, rendezvous=wrong)
+
+
+@pytest.mark.parametrize("coords", [[(3, 4), (3, 4)], [(3, 5), (3, 4)], [(4, 0), (3, 9)]], ids=str)
+def test_coordinates_ascend_strictly(coords: list[tuple[int, int]]) -> None:
+    """None is said twice: a megabyte of repetitions is not a million replicas."""
+    [(part, _)] = encode_manifest(["10.0.0.1:1"], {(1, 1): True, (2, 2): True}, prefix="ffn", sequence=1)
+    at = part.index(bytes([1, 1, 2, 2]))
+    told = bytes(number for row in coords for number in row)
+    with pytest.raises(ProtocolError, match="ascend"):
+        decode_manifest(part[:at] + told + part[at + 4 :])
+
+
+def manifest_at(*addresses: str, rendezvous: Sequence[str] = ()) -> Manifest:
+    return Manifest("ffn", 1, addresses, tuple(rendezvous), np.zeros((1, 1), np.int64), np.ones(1, np.bool_))
+
+
+def test_a_manifest_names_third_parties_in_vain() -> None:
+    public, node = AddressScope(["8.8.4.4"]), "/" + 64 * "1"
+    many = manifest_at(*(f"9.9.9.9:{port}" for port in range(1, 9))).within(public)
+    assert many.addresses == ("9.9.9.9:1",), "one computer, one port"
+    hosts = manifest_at(*(f"9.9.{index}.9:1" for index in range(6)), "[2606:4700::1]:1", "example.org:1").within(public)
+    assert hosts.addresses == ("9.9.0.9:1", "9.9.1.9:1", "[2606:4700::1]:1"), "two hosts of a kind"
+    mixed = manifest_at("10.0.0.1:1", "9.9.9.9:1", rendezvous=[f"10.0.0.1:1{node}", f"9.9.9.8:1{node}"]).within(public)
+    assert mixed.addresses == ("9.9.9.9:1",) and mixed.rendezvous == (f"9.9.9.8:1{node}",)
+    for address in ("10.0.0.1:1", "127.0.0.1:1", "169.254.169.254:80", "[::ffff:10.0.0.1]:1", "[64:ff9b::a00:1]:1"):
+        with pytest.raises(ProtocolError, match="cannot be dialled from here"):
+            manifest_at(address).within(public)
+    home = AddressScope(["192.168.1.7"])
+    assert manifest_at("192.168.1.9:1", "192.168.7.9:1", "9.9.9.9:1").within(home).addresses == (
+        "192.168.1.9:1",
+        "192.168.7.9:1",
+        "9.9.9.9:1",
+    )

@@ -67,6 +67,7 @@ class Node:
     def is_connected(self, peer_id: PeerID) -> bool:
         return True
 
+    def check_running(self) -> None: ...
     async def wait_reachable(self) -> None: ...
     def watch_address(self, _: Any) -> Callable[[], None]:
         return lambda: None

@@ -20,6 +20,7 @@ from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import Outcome
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import SHORTEST_WAIT
+from tesseract_async.transport.address_scope import AddressScope
 
 A, B, STRANGER = ("10.0.0.1", 4000), ("10.0.0.2", 4000), ("10.0.0.9", 4000)
 WALL = 1_700_000_000.0
@@ -35,6 +36,7 @@ def machine(seed: int, *, public: bool = True, skew: float = 0.0, **settings: An
         now=0.0,
         wall_offset=WALL + skew,
         public=public,
+        scope=AddressScope(["10.0.0.7"]),
     )
 
 
@@ -342,8 +344,9 @@ def test_what_has_expired_is_dropped_without_being_asked_for() -> None:
 
 def test_contacts_of_a_kind_of_ip_that_a_node_does_not_speak_are_left_out() -> None:
     subject, teller = machine(1), Contact(bytes([3] * 32), B)
-    told = [Contact(bytes([4] * 32), ("2001:db8::7", 4000)), Contact(bytes([5] * 32), ("198.51.100.7", 4000))]
+    told = [Contact(bytes([4] * 32), ("2606:4700::7", 4000)), Contact(bytes([5] * 32), ("8.8.8.7", 4000))]
     v4, v6 = pack_contacts(told, 1000)
+    subject.scope = AddressScope()
     for lengths, expected in (((V4_BYTES, V6_BYTES), told), ((V4_BYTES,), told[1:]), ((V6_BYTES,), told[:1])):
         subject.address_bytes = lengths
         found = subject.contacts_from(teller, v4, v6, 0.0)
@@ -451,6 +454,9 @@ def test_who_dialled_for_others_is_not_proven_by_the_one_it_dialled(role: str) -
     """A client that dials opens its own gateway. For who is public that means nothing, and others could make it so."""
     node = machine(1, public=False)
     node.dialback.role = role
+    listed = Contact(bytes([7] * 32), B)
+    listed.proven = True
+    node.table.add(listed, 0.0)
     order = request(wire.DIAL_FOR, pack_address(STRANGER), bytes(8), token=node.tokens.give(pack_address(B)))
     node.receive_datagram(order, B, 0.0)
     assert STRANGER in [to for _, to in node.datagrams_to_send()]
@@ -756,3 +762,94 @@ def test_pages_are_asked_for_several_at_a_time_and_no_more_than_that() -> None:
             events = [event for event in pair.a.events() if isinstance(event, ReadFinished)]
         assert len(events[0].records) == 200 and events[0].complete
         assert most == min(in_flight, most) and most >= min(in_flight, 16)
+
+
+def table_of(node: NetworkProtocol, *addresses: Address) -> list[Contact]:
+    """Lists proven contacts at these addresses."""
+    contacts = [Contact(bytes([0x70 + index] * 32), address) for index, address in enumerate(addresses)]
+    for contact in contacts:
+        contact.proven = True
+        node.table.add(contact, 0.0)
+    return contacts
+
+
+PRIVATE_TARGETS = [("10.0.0.1", 80), ("127.0.0.1", 22), ("169.254.169.254", 80), ("192.168.1.255", 9), ("fd00::1", 9)]
+PRIVATE_TARGETS += [("::1", 22), ("fe80::1", 9), ("64:ff9b::a00:1", 80), ("2002:7f00:1::1", 80), ("100.64.0.1", 80)]
+
+
+@pytest.mark.parametrize("target", PRIVATE_TARGETS)
+def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -> None:
+    """Not by asking it to dial, not by naming a contact there, and not by writing from there."""
+    node = machine(1)
+    node.scope = AddressScope(["8.8.4.4"])
+    node.address_bytes = (V4_BYTES, V6_BYTES)
+    friend = ("9.9.9.9", 4000)
+    (liar,) = table_of(node, friend)
+    token = node.tokens.give(pack_address(friend))
+    dial_for = (pack_address(target), bytes(8))
+    node.receive_datagram(
+        wire.encode_request(wire.DIAL_FOR, 0, bytes(8), liar.peer_id, token=token, challenge=b"", arguments=dial_for),
+        friend,
+        0.0,
+    )
+    node.read(KEY, 0.0)
+    asked = [wire.decode(data) for data, _ in node.datagrams_to_send()]
+    named = pack_contacts([Contact(bytes([9] * 31 + [index]), target) for index in range(20)], 1000)
+    for request_ in asked:
+        body = (pack_address(("8.8.4.4", 1)), bytes(8), b"", WALL, 0, b"", [], *named)
+        node.receive_datagram(
+            wire.encode(request_.kind | wire.REPLY, 0, request_.transaction, liar.peer_id, body), friend, 0.01
+        )
+    node.handle_timer(1.0)
+    assert target not in [to for _, to in node.datagrams_to_send()]
+    if target[0] not in ("127.0.0.1", "::1"):  # from loopback only this machine can write
+        node.receive_datagram(request(wire.PING), target, 1.0)
+        sent = [wire.decode(data).kind for data, to in node.datagrams_to_send() if to == target]
+        assert all(kind & wire.REPLY for kind in sent), "answered at most, and not pinged"
+
+
+def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
+    node = machine(1)
+    friend, victim = ("9.9.9.9", 4000), ("8.8.8.8", 53)
+    (liar,) = table_of(node, friend)
+
+    def ask(sender: bytes, source: Address, target: Address, now: float) -> int:
+        order = wire.encode_request(
+            wire.DIAL_FOR,
+            0,
+            bytes(8),
+            sender,
+            token=node.tokens.give(pack_address(source)),
+            challenge=b"",
+            arguments=(pack_address(target), bytes(8)),
+        )
+        node.receive_datagram(order, source, now)
+        return sum(to == target for _, to in node.datagrams_to_send())
+
+    assert ask(bytes([7] * 32), ("7.7.7.7", 1), victim, 0.0) == 0, "a stranger"
+    assert ask(liar.peer_id, ("7.7.7.7", 1), victim, 0.0) == 0, "another in a contact's name"
+    assert ask(liar.peer_id, friend, victim, 0.0) == 1
+    to_one = sum(ask(liar.peer_id, friend, (victim[0], port), 0.0) for port in range(1, 1000))
+    assert 0 < to_one <= 16, "whatever the port"
+    to_many = sum(ask(liar.peer_id, friend, (f"8.8.{index}.1", 53), 0.0) for index in range(200))
+    assert to_many <= 64
+
+
+def test_one_place_that_many_contacts_are_said_to_live_at_is_asked_a_few_times() -> None:
+    node = machine(1)
+    victims = [Contact(index.to_bytes(32, "big"), ("8.8.8.8", index)) for index in range(1, 500)]
+    failed: list[object] = []
+
+    class Asker:
+        def call_answered(self, *_: object) -> None: ...
+
+        def call_stalled(self, *_: object) -> None: ...
+
+        def call_failed(self, call: object, now: float) -> None:
+            failed.append(call)
+
+    for victim in victims:
+        node.call(Asker(), wire.FIND, (KEY,), victim, 0.0)
+    assert not failed, "never before the call returns"
+    node.handle_timer(0.0)
+    assert len(node.datagrams_to_send()) == 12 and len(failed) == len(victims) - 12

@@ -57,7 +57,15 @@ def terminal(*words: str, folder: Path, log: Path) -> Iterator[subprocess.Popen[
     """A command that runs beside; told to leave at the end."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            words,
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+            # it is ignored from birth in the background of a script, but ends what runs here
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             yield process

@@ -72,9 +72,14 @@ class FakeNode:
         self.network = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
+        self.is_closed = False
 
     def is_connected(self, peer_id: Any) -> bool:
         return self.connected
+
+    def check_running(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("this node is closed")
 
     async def wait_reachable(self) -> bool:
         return True
@@ -463,10 +468,68 @@ async def test_a_slow_disk_holds_up_no_call(node: FakeNode, tmp_path: Path, monk
 
 async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: FakeNode, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="could not be written"):
+    with pytest.raises(CheckpointError, match="file cannot be written"):
         async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path / "file"):  # type: ignore[arg-type]
             pass
     assert not node.handlers
+
+
+async def test_what_could_not_be_saved_is_an_error_when_it_leaves(
+    node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path)  # type: ignore[arg-type]
+    await server.start()
+    await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+    with monkeypatch.context() as patch:
+        refuse_fsync(patch)
+        with pytest.raises(CheckpointError, match="the last steps are not saved: .*No space left"):
+            await server.aclose()
+    assert not node.handlers
+    async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path) as other:  # type: ignore[arg-type]
+        assert other.experts["ffn.0"].version == 0, "all was closed, the folder's lock too"
+
+
+async def test_one_folder_is_one_servers(node: FakeNode, tmp_path: Path) -> None:
+    async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="is used by another server of this process"):
+            async with TesseractServer(node, {"ffn.1": make_backend()}, checkpoint_dir=f"{tmp_path}/."):  # type: ignore[arg-type]
+                pass
+    async with TesseractServer(node, {"ffn.1": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
+        assert list(node.handlers) == ["ffn.1"], "what was refused left nothing behind"
+
+
+async def test_a_server_is_started_once_and_on_a_running_node(
+    node: FakeNode, server: TesseractServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RuntimeError, match="started before; make a new one"):
+        await server.start()
+    other = TesseractServer(node, {"ffn.5": make_backend()})  # type: ignore[arg-type]
+    await other.start()
+    node.is_closed = True
+    await other.aclose()
+    assert "the node was closed before its server" in caplog.text
+    with pytest.raises(RuntimeError, match="this node is closed"):
+        await TesseractServer(node, {"ffn.6": make_backend()}).start()  # type: ignore[arg-type]
+    node.is_closed = False
+    with pytest.raises(TypeError, match="stands on a TesseractNode, not on a object; with a BackgroundNode"):
+        TesseractServer(object(), {})  # type: ignore[arg-type]
+    for experts, period, error in (
+        ([make_backend()], 60.0, "experts maps uids to ExpertBackends"),
+        ({5: make_backend()}, 60.0, "experts maps uids to ExpertBackends"),
+        ({"ffn.7": make_backend()}, float("nan"), "checkpoint_period is a number of seconds above 0, not nan"),
+        ({"ffn.7": make_backend()}, -1.0, "above 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            TesseractServer(node, experts, checkpoint_period=period)  # type: ignore[arg-type]
+
+
+async def test_any_uid_has_a_folder(node: FakeNode, tmp_path: Path) -> None:
+    uid = "größe/a+b.0"
+    async with TesseractServer(node, {uid: make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
+        await node.backward(uid, [torch.randn(3, 8)], [torch.randn(3, 4)])
+    async with TesseractServer(node, {uid: make_backend()}, checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
+        assert server.experts[uid].version == 1
+    assert sorted(os.listdir(tmp_path)) == [".lock", "gr%C3%B6%C3%9Fe%2Fa%2Bb.0"]
 
 
 async def test_a_uid_that_is_hosted_already_is_an_error_at_start(node: FakeNode, server: TesseractServer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -83,11 +82,6 @@ def command(
         return script
 
     async def main() -> int:
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        with contextlib.suppress(NotImplementedError):  # Windows has no SIGTERM to handle
-            loop.add_signal_handler(signal.SIGTERM, task.cancel)
         with contextlib.ExitStack() as stack:
             if logs is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tesseract-demo-")))

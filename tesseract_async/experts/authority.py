@@ -1,0 +1,278 @@
+"""The view that a node holds of one run: who may do what in it. No I/O.
+
+All that it learns may come from anybody, in any order, as often as they like: what is older than what is known, or of
+another run, or signed by somebody whose word does not count there, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.experts.grants import (
+    ROLES,
+    Appointment,
+    Grant,
+    Revocations,
+    Role,
+    decode_appointment,
+    decode_grant,
+    decode_revocations,
+    is_within,
+)
+from tesseract_async.experts.run import SignedRun, decode_run
+from tesseract_async.experts.signed import read_signer
+from tesseract_async.identity import PeerID
+
+MAX_GRANTS: Final = 16384
+"""Grants that are remembered. Those that an invite's key signed are forgotten first: it may have leaked."""
+MAX_RECORDS: Final = 1024
+"""Revocations, and appointments, of one signer that are kept and spread."""
+EPOCH_ZERO: Final = 1_735_689_600
+"""The start of 2025: epochs are seconds since then. A moment of the run's own would move when its owner signs anew."""
+
+_GRANT, _REVOCATIONS, _APPOINTMENT, _MANIFEST = b"g", b"r", b"a", b"m"
+"""The first byte of each kind of record where kinds lie side by side: in the network, on disk."""
+
+
+class Authority:
+    """What a node knows of one run: its manifest, who may do what in it, who was revoked and appointed."""
+
+    def __init__(self, run: SignedRun) -> None:
+        """Raises: ValueError for a run of bare names, which nobody has authority over."""
+        if run.tag is None:
+            raise ValueError(f"the run {run.manifest.name} is one of version 0.1: its experts have bare names")
+        self.run = run
+        """The newest manifest that is known."""
+        self.tag = run.tag
+        self.owner = run.signer
+        self.prefix = run.manifest.prefix
+        self.run_id = run.tag.run_id(self.prefix)
+        """16 bytes; see `RunTag.run_id`."""
+        self.is_open = run.tag.mode == "open"
+        self.delegates: dict[PeerID, Grant] = {}
+        """Who may grant, revoke and appoint beside the owner, and by which grant."""
+        self._grants: dict[PeerID, Grant] = {}
+        self._since: dict[PeerID, int] = {}
+        self._invites: set[PeerID] = set()
+        self._revocations: dict[bytes, Revocations] = {}
+        self._appointments: dict[tuple[PeerID, str], Appointment] = {}
+        self._weigh()
+
+    @property
+    def mode(self) -> str:
+        """``granted`` or ``open``."""
+        return self.tag.mode
+
+    @property
+    def lease(self) -> float:
+        """Seconds of silence after which another server may lead an expert."""
+        return self.run.manifest.lease
+
+    @property
+    def sync_every(self) -> float:
+        """Seconds between two states that an expert's other servers fetch."""
+        return self.run.manifest.sync_every
+
+    # ------------------------------------------------------------------------------------------------ who may
+
+    def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
+        """Whether `peer_id` may act as `role`, for `uid` or (None) at all.
+
+        `now` (seconds since 1970) asks for something new: a claim, a Term, a call. With None, what goes on already is
+        asked about, for which a grant that has expired meanwhile is good enough: an absent owner stops nobody.
+        """
+        grant = self._grants.get(peer_id)
+        if grant is None or self.is_open:
+            return peer_id == self.owner or (self.is_open and role != "admit" and not self.is_revoked(peer_id))
+        if not grant.roles & ROLES[role] or (now is not None and now >= grant.not_after):
+            return False
+        return uid is None or grant.pattern is None or uid in grant.pattern
+
+    def is_member(self, peer_id: PeerID, *, now: float | None) -> bool:
+        """Whether it has any role but ``admit``: enough to ask experts forward."""
+        return any(self.may(peer_id, role, now=now) for role in ("host", "train", "share"))
+
+    def grant_of(self, peer_id: PeerID) -> Grant | None:
+        """The grant that holds for this peer."""
+        return self._grants.get(peer_id)
+
+    def grants(self) -> list[Grant]:
+        """Every grant that is known and holds."""
+        return list(self._grants.values())
+
+    def is_revoked(self, peer_id: PeerID) -> bool:
+        """Whether it was revoked and has no newer grant."""
+        return peer_id in self._since and peer_id not in self._grants
+
+    def appointment(self, uid: str) -> Appointment | None:
+        """The appointment that holds for this uid."""
+        some = (one for one in self._appointments.values() if uid in one.pattern and self._counts(one))
+        return max(some, key=lambda one: (one.serial, one.digest), default=None)
+
+    def epoch(self, now: float) -> int:
+        """The lowest epoch of a Term that begins now (seconds since 1970)."""
+        return max(0, int(now) - EPOCH_ZERO)
+
+    # ------------------------------------------------------------------------------------------------ learning
+
+    def learn_grant(self, blob: Any, peer_id: PeerID | None = None) -> bool:
+        """Takes in a grant, which must be `peer_id`'s if that is given; whether it holds (now, or a newer one does).
+
+        Untrusted; False for anything that is wrong with it. One that is known costs a look-up.
+        """
+        known = None if peer_id is None else self._grants.get(peer_id)
+        if known is not None and known.blob == blob:
+            return True
+        try:
+            grant = decode_grant(blob) if type(blob) is bytes else None
+        except ProtocolError:
+            return False
+        if grant is None or (peer_id is not None and grant.peer != peer_id) or not self._holds(grant):
+            return False
+        known = self._grants.get(grant.peer)
+        if known is None or _rank(grant) > _rank(known):
+            self._grants.pop(grant.peer, None)
+            self._grants[grant.peer] = grant
+            self._forget_some()
+        return True
+
+    def learn(self, record: Any) -> bool:
+        """Takes in what `records` gave somewhere else; whether it told anything new (of a grant, whether it holds).
+
+        Untrusted. What this run's owner and delegates have not signed is dropped before its signature is checked.
+        Raises: ProtocolError for what is malformed or does not belong here.
+        """
+        if type(record) is not bytes or not record:
+            raise ProtocolError("a record of a run consists of bytes")
+        kind, blob = record[:1], record[1:]
+        if kind == _GRANT:
+            return self.learn_grant(blob)
+        if not self._rules(read_signer(blob)):
+            raise InvalidRecord("a record of somebody without authority over this run")
+        if kind == _REVOCATIONS:
+            return self._learn_revocations(decode_revocations(blob))
+        if kind == _APPOINTMENT:
+            return self._learn_appointment(decode_appointment(blob))
+        if kind == _MANIFEST:
+            return self.learn_run(decode_run(blob))
+        raise ProtocolError("a record of a run of an unknown kind")
+
+    def learn_run(self, run: SignedRun) -> bool:
+        """Goes on with a newer manifest of the same run. (What experts are made of does not change under way.)"""
+        same = run.signer == self.owner and run.tag == self.tag and run.manifest.prefix == self.prefix
+        if not same or (run.manifest.created, run.blob) <= (self.run.manifest.created, self.run.blob):
+            return False
+        self.run = run
+        self._weigh()
+        return True
+
+    def records(self) -> Iterator[bytes]:
+        """What every member spreads and keeps: revocations and appointments."""
+        yield from (_REVOCATIONS + one.blob for one in self._revocations.values() if self._rules(one.signer))
+        yield from (_APPOINTMENT + one.blob for one in self._appointments.values() if self._counts(one))
+
+    def kept(self, peer_id: PeerID) -> list[bytes]:
+        """What a node keeps on disk of the run: the manifest first (`from_kept`), `records`, and its own grant."""
+        grant = self._grants.get(peer_id)
+        own = [] if grant is None else [_GRANT + grant.blob]
+        return [_MANIFEST + self.run.blob, *self.records(), *own]
+
+    @classmethod
+    def from_kept(cls, records: Iterable[Any]) -> Authority:
+        """The inverse of `kept`; what does not hold is left out. Raises: ProtocolError without a manifest first."""
+        rest = iter(records)
+        first = next(rest, None)
+        if type(first) is not bytes or first[:1] != _MANIFEST:
+            raise ProtocolError("these are not the records of a run")
+        authority = cls(decode_run(first[1:]))
+        for record in rest:
+            try:
+                authority.learn(record)
+            except ProtocolError:
+                continue
+        return authority
+
+    def next_number(self, signer: PeerID) -> int:
+        """The number of the signer's next revocations."""
+        return max((one.number + 1 for one in self._revocations.values() if one.signer == signer), default=0)
+
+    def next_serial(self, peer_id: PeerID, now: float) -> int:
+        """The serial of a new grant for this peer, later than the one that it has and than its revocation."""
+        known = self._grants.get(peer_id)
+        return max(int(now), self._since.get(peer_id, 0), 0 if known is None else known.serial + 1)
+
+    def _learn_revocations(self, new: Revocations) -> bool:
+        if new.run_id != self.run_id:
+            raise InvalidRecord("revocations of another run")
+        of_signer = sum(one.signer == new.signer for one in self._revocations.values())
+        if new.blob in self._revocations or of_signer >= MAX_RECORDS:
+            return False
+        self._revocations[new.blob] = new
+        self._weigh()
+        return True
+
+    def _learn_appointment(self, new: Appointment) -> bool:
+        if new.run_id != self.run_id:
+            raise InvalidRecord("an appointment of another run")
+        at = (new.signer, str(new.pattern))
+        known = self._appointments.get(at)
+        if known is not None and (new.serial, new.digest) <= (known.serial, known.digest):
+            return False
+        if known is None and sum(signer == new.signer for signer, _ in self._appointments) >= MAX_RECORDS:
+            return False
+        self._appointments[at] = new
+        return True
+
+    def _weigh(self) -> None:
+        """Settles who is revoked and who is a delegate, from all that is known: in whichever order it came, and however
+        often, the same follows."""
+        self._since, self._invites, self.delegates = {}, set(), {}
+        self._count(by_owner=True)
+        for blob in self.run.manifest.delegates:
+            try:
+                grant = decode_grant(blob)
+            except ProtocolError:
+                continue
+            if grant.via is None and grant.roles & ROLES["admit"] and self._holds(grant):
+                self.delegates[grant.peer] = grant
+        self._count(by_owner=False)
+        self._grants = {peer: grant for peer, grant in self._grants.items() if self._holds(grant)}
+        for grant in self.delegates.values():
+            self.learn_grant(grant.blob)
+
+    def _count(self, *, by_owner: bool) -> None:
+        """Adds up the owner's revocations, or the delegates', who revoke neither the owner nor each other."""
+        for one in self._revocations.values():
+            if one.signer == self.owner if by_owner else one.signer in self.delegates:
+                safe = () if by_owner else self.delegates
+                for peer in one.peers:
+                    if peer not in safe:
+                        self._since[peer] = max(one.since, self._since.get(peer, 0))
+                self._invites.update(peer for peer in one.invites if peer not in safe)
+
+    def _rules(self, signer: PeerID) -> bool:
+        return signer == self.owner or signer in self.delegates
+
+    def _counts(self, one: Appointment) -> bool:
+        delegate = self.delegates.get(one.signer)
+        return one.signer == self.owner or (delegate is not None and is_within(one.pattern, delegate.pattern))
+
+    def _holds(self, grant: Grant) -> bool:
+        """Whether a verified grant is of this run, and neither it nor the one behind it was revoked."""
+        if grant.run_id != self.run_id or grant.root != self.owner or grant.peer == self.owner:
+            return False
+        if grant.peer in self._invites or grant.serial < self._since.get(grant.peer, 0):
+            return False
+        return grant.via is None or self._holds(grant.via)
+
+    def _forget_some(self) -> None:
+        if len(self._grants) > MAX_GRANTS:
+            invited = (peer for peer, grant in self._grants.items() if grant.via is not None)
+            del self._grants[next(invited, next(iter(self._grants)))]
+
+
+def _rank(grant: Grant) -> tuple[bool, int, bytes]:
+    """Which of a peer's grants counts: the owner's own before others', then the latest."""
+    return grant.via is None, grant.serial, grant.digest

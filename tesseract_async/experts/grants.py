@@ -1,0 +1,255 @@
+"""What the owner of a run says of others, as signed records: grants, revocations and appointments. No I/O.
+
+The run's owner signs, or one of the delegates that its manifest names; a grant may also be signed by an *invite's* key,
+which has a grant with the role ``admit`` itself and shows it along (`Grant.via`). Whose word counts in which run is for
+`experts.authority` to say: here is only checked that a record is whole, and that no signer of a grant gives more than
+it has.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.experts.manifest import RUN_ID_BYTES
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.signed import Signed, read_signed, sign_body
+from tesseract_async.identity import Identity, PeerID
+
+Role = Literal["host", "train", "share", "admit"]
+"""``host``: lead and follow experts; ``train``: send gradients; ``share``: take part in the parameters that trainers
+share; ``admit``: sign others' grants."""
+
+ROLES: Final[dict[Role, int]] = {"host": 1, "train": 2, "share": 4, "admit": 8}
+"""The bits that stand for them."""
+GRANT_DOMAIN: Final = b"tesseract grant 1\0"
+REVOCATIONS_DOMAIN: Final = b"tesseract revocations 1\0"
+APPOINTMENT_DOMAIN: Final = b"tesseract appointment 1\0"
+GRANT_SECONDS: Final = 90 * 86400
+"""That a grant is good for, unless its signer says otherwise."""
+RENEW_SECONDS: Final = 60 * 86400
+"""A grant with less than this ahead is renewed, so that the owner may be away for as long."""
+MAX_GRANT_BYTES: Final = 480
+MAX_PATTERN_BYTES: Final = 64
+MAX_RECORD_BYTES: Final = 850
+"""Of revocations and appointments: what fits one entry of the network."""
+PEERS_PER_PART: Final = 20
+MAX_SERIAL: Final = 2**40
+"""Of grants and revocations: whoever else may sign must not put a peer beyond the owner's reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What `peer` may do in a run, by the word of `signer`."""
+
+    run_id: bytes
+    peer: PeerID
+    roles: int
+    """Bits of `ROLES`."""
+    pattern: ExpertPattern | None
+    """The uids for which it holds; None: all of the run."""
+    serial: int
+    """Seconds since 1970 at which it was signed: of two grants of a peer the later one holds."""
+    not_after: int
+    """Seconds since 1970. From then on it is good for no new claim; what goes on by it goes on."""
+    signer: PeerID
+    via: Grant | None
+    """The signer's own grant, where the signer is not the run's owner."""
+    blob: bytes
+    digest: bytes
+
+    @property
+    def root(self) -> PeerID:
+        """Whose word it is in the end: whoever checks it compares this with the run's owner."""
+        return self.signer if self.via is None else self.via.signer
+
+    @property
+    def role_names(self) -> list[Role]:
+        """The roles in words."""
+        return [role for role, bit in ROLES.items() if self.roles & bit]
+
+
+def sign_grant(
+    identity: Identity,
+    run_id: bytes,
+    peer: PeerID,
+    roles: Collection[Role],
+    *,
+    serial: int,
+    not_after: int,
+    pattern: ExpertPattern | None = None,
+    via: Grant | None = None,
+) -> Grant:
+    """A grant; `via` is the signer's own, with the role ``admit``, unless the run is the signer's.
+
+    Raises: ValueError for one that nobody would believe.
+    """
+    body = [
+        *(run_id, peer, sum(ROLES[role] for role in set(roles)), "" if pattern is None else str(pattern)),
+        *(serial, not_after, b"" if via is None else via.blob),
+    ]
+    signed = sign_body(identity, GRANT_DOMAIN, body, max_bytes=MAX_GRANT_BYTES)
+    try:
+        return decode_grant(signed.blob)
+    except ProtocolError as error:
+        raise ValueError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_grant(blob: bytes) -> Grant:
+    """Reads and verifies a grant and the one that its signer shows along. Untrusted: whose run it is remains to be seen
+    (`Grant.root`). The latest ones are remembered, so that each costs its signature checks once.
+
+    Raises: ProtocolError (InvalidRecord where a signature does not hold, or the signer goes beyond what it has).
+    """
+    signed = read_signed(blob, GRANT_DOMAIN, max_bytes=MAX_GRANT_BYTES)
+    run_id, peer, roles, pattern, serial, not_after, via = _fields(signed, 7)
+    if type(run_id) is not bytes or len(run_id) != RUN_ID_BYTES or type(via) is not bytes:
+        raise ProtocolError("a malformed grant")
+    if type(roles) is not int or not 0 < roles < 16:
+        raise ProtocolError("a grant of roles that nobody knows")
+    _check_numbers(serial, not_after, below=MAX_SERIAL)
+    parent = decode_grant(via) if via else None
+    who, where = PeerID(peer), _pattern(pattern)
+    grant = Grant(run_id, who, roles, where, serial, not_after, signed.signer, parent, blob, signed.digest)
+    if parent is not None:
+        if parent.via is not None or parent.peer != grant.signer or not parent.roles & ROLES["admit"]:
+            raise InvalidRecord("a grant by somebody who may not grant")
+        within = parent.run_id == run_id and not_after <= parent.not_after and not roles & ~parent.roles
+        if not within or roles & ROLES["admit"] or not is_within(grant.pattern, parent.pattern):
+            raise InvalidRecord("a grant of more than its signer may give")
+    return grant
+
+
+@dataclass(frozen=True, slots=True)
+class Revocations:
+    """Peers whose grants of before `since` are void, and invites whose grants all are."""
+
+    run_id: bytes
+    number: int
+    """Which one of its signer's it is."""
+    since: int
+    """Seconds since 1970: a grant with this serial or a later one lets the peer in again."""
+    peers: tuple[PeerID, ...]
+    invites: tuple[PeerID, ...]
+    signer: PeerID
+    blob: bytes
+
+
+def sign_revocations(
+    identity: Identity,
+    run_id: bytes,
+    *,
+    number: int,
+    since: int,
+    peers: Collection[PeerID] = (),
+    invites: Collection[PeerID] = (),
+) -> list[Revocations]:
+    """The revocation of these, in as many parts as it takes, with numbers from `number` on."""
+    named = [(0, peer) for peer in sorted(peers)] + [(1, peer) for peer in sorted(invites)]
+    parts: list[Revocations] = []
+    for start in range(0, len(named), PEERS_PER_PART):
+        some = named[start : start + PEERS_PER_PART]
+        lists = [[peer for kind, peer in some if kind == wanted] for wanted in (0, 1)]
+        body = [run_id, number + len(parts), since, *lists]
+        signed = sign_body(identity, REVOCATIONS_DOMAIN, body, max_bytes=MAX_RECORD_BYTES)
+        parts.append(decode_revocations(signed.blob))
+    return parts
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_revocations(blob: bytes) -> Revocations:
+    """Reads and verifies one part. Untrusted. Raises: ProtocolError."""
+    signed = read_signed(blob, REVOCATIONS_DOMAIN, max_bytes=MAX_RECORD_BYTES)
+    run_id, number, since, peers, invites = _fields(signed, 5)
+    if type(run_id) is not bytes or type(peers) is not list or type(invites) is not list:
+        raise ProtocolError("malformed revocations")
+    _check_numbers(number)
+    _check_numbers(since, below=MAX_SERIAL)
+    lists = tuple(PeerID(peer) for peer in peers), tuple(PeerID(peer) for peer in invites)
+    return Revocations(run_id, number, since, *lists, signed.signer, blob)
+
+
+@dataclass(frozen=True, slots=True)
+class Appointment:
+    """Who leads some experts from now on, by the owner's word: for when lineage alone does not settle it."""
+
+    run_id: bytes
+    pattern: ExpertPattern
+    serial: int
+    """Of two appointments for a uid the one with the higher serial holds."""
+    peer: PeerID | None
+    """None: whom the others agree on, as if nobody had been appointed."""
+    seal: bytes | None
+    """The digest of the Seal to go on from; None: whichever is the latest."""
+    signer: PeerID
+    blob: bytes
+    digest: bytes
+
+
+def sign_appointment(
+    identity: Identity,
+    run_id: bytes,
+    pattern: ExpertPattern,
+    *,
+    serial: int,
+    peer: PeerID | None,
+    seal: bytes | None = None,
+) -> Appointment:
+    """An appointment. Raises: ValueError for too long a pattern."""
+    body = [run_id, str(pattern), serial, peer, seal]
+    try:
+        return decode_appointment(sign_body(identity, APPOINTMENT_DOMAIN, body, max_bytes=MAX_RECORD_BYTES).blob)
+    except ProtocolError as error:
+        raise ValueError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_appointment(blob: bytes) -> Appointment:
+    """Reads and verifies. Untrusted. Raises: ProtocolError."""
+    signed = read_signed(blob, APPOINTMENT_DOMAIN, max_bytes=MAX_RECORD_BYTES)
+    run_id, text, serial, peer, seal = _fields(signed, 5)
+    pattern = _pattern(text)
+    if type(run_id) is not bytes or pattern is None or not (seal is None or (type(seal) is bytes and len(seal) == 32)):
+        raise ProtocolError("a malformed appointment")
+    _check_numbers(serial)
+    who = None if peer is None else PeerID(peer)
+    return Appointment(run_id, pattern, serial, who, seal, signed.signer, blob, signed.digest)
+
+
+def _fields(signed: Signed, count: int) -> list[Any]:
+    if type(signed.body) is not list or len(signed.body) != count:
+        raise ProtocolError(f"not a list of {count} fields")
+    return signed.body
+
+
+def _check_numbers(*values: Any, below: int = 2**63) -> None:
+    if any(type(value) is not int or not 0 <= value < below for value in values):
+        raise ProtocolError("a record of a run with a number out of range")
+
+
+def _pattern(text: Any) -> ExpertPattern | None:
+    """The pattern of uids, None for an empty text. Raises: ProtocolError, also where it could be written otherwise."""
+    if type(text) is not str or len(text.encode()) > MAX_PATTERN_BYTES:
+        raise ProtocolError(f"a pattern of uids has at most {MAX_PATTERN_BYTES} bytes")
+    if not text:
+        return None
+    try:
+        pattern = ExpertPattern.parse(text)
+    except ValueError:
+        raise ProtocolError("a malformed pattern of uids") from None
+    if str(pattern) != text:
+        raise ProtocolError("a pattern of uids that is not written as usual")
+    return pattern
+
+
+def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
+    """Whether every uid of `inner` is one of `outer` (None: all)."""
+    if outer is None or inner is None:
+        return outer is None
+    pairs = list(zip(inner.ranges, outer.ranges, strict=False))
+    same = inner.prefix == outer.prefix and len(inner.ranges) == len(outer.ranges)
+    return same and all(one.start >= all_.start and one.stop <= all_.stop for one, all_ in pairs)

@@ -1,0 +1,76 @@
+"""Which replicas have failed here lately: hidden for a while, and asked last until they answer again. Pure.
+
+Kept for each server and replica, not for each manifest: whoever renews its claim every second is not believed anew each
+time. The first failure is forgiven with the server's next manifest, for a server that restarts says so by one. Every
+further one before an answer hides the replica for twice as long, whatever it publishes meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tesseract_async.identity import PeerID
+
+_FIRST_HOLD_SECONDS = 15.0
+_MAX_HOLD_SECONDS = 600.0
+_MAX_MASKS = 512
+
+
+@dataclass(slots=True)
+class _Mask:
+    sequence: int
+    """Of the manifest by which it was known when it failed last."""
+    until: float
+    """Hidden until then (wall clock), even by a newer manifest."""
+    num_failures: int
+
+
+class Masks:
+    """The failures of other servers' replicas, as this node saw them."""
+
+    def __init__(self) -> None:
+        self._masks: dict[tuple[PeerID, str], _Mask] = {}
+        self._silent: dict[PeerID, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def failed(self, owner: PeerID, uid: str, sequence: int, now: float, *, hold_seconds: float = 0.0) -> None:
+        """The replica failed, known by a manifest of this sequence. Failures while it is hidden anyway (of calls that
+        ran at once, or had nobody else to ask) count as one. `hold_seconds`: hide it for so long at least."""
+        mask = self._masks.pop((owner, uid), None)
+        if mask is None:
+            mask = _Mask(sequence, now, 1)
+        elif not self._hides(mask, sequence, now):
+            hold = min(_MAX_HOLD_SECONDS, _FIRST_HOLD_SECONDS * 2 ** min(mask.num_failures - 1, 10))
+            mask = _Mask(sequence, now + hold, mask.num_failures + 1)
+        mask.until = max(mask.until, now + hold_seconds)
+        self._masks[(owner, uid)] = mask  # to the end: the one that failed longest ago goes first
+        self._silent[owner] = None
+        for kept in (self._masks, self._silent):
+            if len(kept) > _MAX_MASKS:
+                del kept[next(iter(kept))]  # type: ignore[arg-type]
+
+    def answered(self, owner: PeerID, uid: str) -> bool:
+        """The replica answered a call: nothing is held against it any more. Returns whether anything was."""
+        self._silent.pop(owner, None)
+        return self._masks.pop((owner, uid), None) is not None
+
+    def hides(self, owner: PeerID, uid: str, sequence: int, now: float) -> bool:
+        """Whether this replica, as a manifest of this sequence names it, is not to be asked now."""
+        mask = self._masks.get((owner, uid))
+        return mask is not None and self._hides(mask, sequence, now)
+
+    def doubt(self, owner: PeerID, uid: str) -> int:
+        """Failures of the replica since its last answer; 1 for another replica of a server that failed since its own
+        last answer. The doubtful are asked last."""
+        mask = self._masks.get((owner, uid))
+        return mask.num_failures if mask is not None else int(owner in self._silent)
+
+    def hidden(self) -> list[tuple[PeerID, str, int, float]]:
+        """Owner, uid, sequence and time of each mask, for building views."""
+        return [(owner, uid, mask.sequence, mask.until) for (owner, uid), mask in self._masks.items()]
+
+    @staticmethod
+    def _hides(mask: _Mask, sequence: int, now: float) -> bool:
+        return sequence <= mask.sequence or now < mask.until

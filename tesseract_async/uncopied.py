@@ -1,0 +1,25 @@
+"""Objects that exist once in a process: a copy of a module that names one shares it."""
+
+from __future__ import annotations
+
+from typing import Any, Self, SupportsIndex
+
+
+class Uncopied:
+    """Base of what holds sockets, threads or a private key: ``copy.deepcopy`` gives the object itself, and pickling
+    is refused."""
+
+    __slots__ = ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Raises: TypeError."""
+        raise TypeError(
+            f"a {type(self).__name__} is not pickled, for it holds sockets, threads or a private key: save the "
+            "module's state_dict(), and load it into one made with the node of the other program"
+        )

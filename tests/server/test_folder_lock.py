@@ -1,0 +1,104 @@
+"""A checkpoint folder belongs to one server, however many start, and is free however that one ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tesseract_async.errors import CheckpointError
+from tesseract_async.server import folder_lock
+from tesseract_async.server.folder_lock import FolderLock
+from tests.cli.processes import ENVIRONMENT, ROOT
+
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from tesseract_async.server.folder_lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+lock.acquire()
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+print(child, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that holds ``tmp_path/"x"``, and its forked child's number."""
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "x")]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            yield process, child
+        finally:
+            process.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+def test_the_second_is_told_who_the_first_is(tmp_path: Path, other: tuple[subprocess.Popen[str], int]) -> None:
+    """Until that one is gone, also by SIGKILL, and also where a child of it lives on."""
+    process, _ = other
+    lock = FolderLock(tmp_path / "x")
+    with pytest.raises(CheckpointError) as refused:
+        lock.acquire()
+    assert f"process {process.pid} on {socket.gethostname()}, since 20" in str(refused.value)
+    assert str(tmp_path / "x") in str(refused.value) and "another folder" in str(refused.value)
+    process.kill()
+    process.wait()
+    lock.acquire()
+    lock.release()
+
+
+def test_two_of_one_process(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    first.acquire()
+    for again in (first, second, FolderLock(tmp_path / "link")):
+        with pytest.raises(CheckpointError, match="another server of this process"):
+            again.acquire()
+        again is first or again.release()
+    first.release()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, None])
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int | None
+) -> None:
+    """Some network file systems, and Windows. Two servers of this process are kept apart there, too."""
+
+    def refuse(handle: int, how: int) -> None:
+        assert number is not None
+        raise OSError(number, os.strerror(number))
+
+    if number is None:
+        monkeypatch.setattr(folder_lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert "cannot be locked" in caplog.text and "no second server" in caplog.text
+    with pytest.raises(CheckpointError, match="another server"):
+        FolderLock(tmp_path).acquire()
+    lock.release()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file cannot be written"):
+        FolderLock(tmp_path / "file").acquire()
