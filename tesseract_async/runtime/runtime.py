@@ -207,8 +207,8 @@ class TesseractRuntime(Uncopied):
         now = time.monotonic()
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
             raise Overloaded(
-                f"{self.device} has computed one batch for {now - self._busy_since:.0f} s, and takes no work until it "
-                f"ends (stall_timeout is {self.settings.stall_timeout:g} s); ask another replica",
+                f"a batch has computed here for {now - self._busy_since:.0f} s, longer than stall_timeout "
+                f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
                 retry_after=self.settings.stall_timeout,
             )
         is_backward = output_gradients is not None

@@ -84,7 +84,8 @@ class TesseractServer(Uncopied):
         `checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
 
         Raises: ValueError if `followers` names an expert that is not among `experts`, for a backend that stands for two
-        experts or is hosted elsewhere, for no device, or a period that is not above 0; TypeError for an expert that is no ExpertBackend, or a node that is no TesseractNode.
+        experts or that another server hosts, for no device, or a period that is not above 0; TypeError for an expert
+        that is no ExpertBackend, or a node that is no TesseractNode.
         """
         if not hasattr(node, "host_expert"):
             raise TypeError(
