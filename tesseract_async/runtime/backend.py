@@ -147,7 +147,8 @@ class ExpertBackend:
         self._make_optimizer: MakesOptimizer | None = None
         self._make_scheduler: MakesScheduler | None = None
         self._restored: dict[str, Any] = {}  # states of an optimizer and a scheduler that are yet to be made
-        self._said: set[str] = set()
+        self._said: Sequence[str] = []
+        self._schedule_ended = False
         if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
             self._take_optimizer(optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
         else:
@@ -233,10 +234,10 @@ class ExpertBackend:
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def _say(self, sentences: Sequence[str]) -> None:
-        """Logs them, each once: a follower loads states again and again."""
-        for sentence in sentences:
-            if sentence not in self._said:
-                self._said.add(sentence)
+        """Logs them, unless they were said last: a follower loads states again and again."""
+        if self._said != sentences:
+            self._said = sentences
+            for sentence in sentences:
                 logger.warning("%s: %s", self.name, sentence)
 
     def forward(
@@ -321,8 +322,12 @@ class ExpertBackend:
             try:
                 self.scheduler.step()
             except Exception as error:  # one that has come to its end, such as OneCycleLR; the step stands
-                kind = type(self.scheduler).__name__
-                self._say([f"the learning rate stays as it is, since {kind} raised {describe(error)}"])
+                if not self._schedule_ended:
+                    self._schedule_ended = True
+                    kind = type(self.scheduler).__name__
+                    logger.warning(
+                        "%s: the rate stays as it is from now on: %s raised %s", self.name, kind, describe(error)
+                    )
 
     def to(self, device: torch.device) -> None:
         """Moves the module and the optimizer's state."""

@@ -70,8 +70,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.writes = self.writes or not all(map(_same_bytes, given, inputs))
         if not all(map(_equal, self._others_before, _other_states())):
             logger.warning(
-                "%s seems to draw from Python's or NumPy's random numbers, which no seed of ours reaches: backward may "
-                "compute another function than forward; let it draw from PyTorch",
+                "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward "
+                "pass: gradients may be of another function; let it draw from PyTorch",
                 who,
             )
         habits.known, habits.draws, habits.writes = True, self.draws, self.writes

@@ -430,8 +430,8 @@ class TesseractServer(Uncopied):
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             assert self._store is not None
             raise CheckpointError(
-                f"the checkpoint of {uid} in {self._store.directory} does not fit: {describe(error)}. Serve the expert "
-                "that it was made of, in the same size, or choose another folder"
+                f"the checkpoint of {uid} does not fit its module ({describe(error)}): serve the expert that "
+                f"{self._store.directory} was written for, in the same size, or choose another folder"
             ) from error
         if state is not None:
             self._saved[uid] = backend.progress
