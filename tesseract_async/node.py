@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod, describe
+from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.checks import belongs_under_its_key
+from tesseract_async.experts.grants import Role
+from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
@@ -45,6 +47,8 @@ NUM_PORT_TRIES = 32
 EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
 # a primary that hands its expert over acts as a server: it need not be among those who train
 _ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
+# what each takes in a run; to be a member is enough for the others
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host"}
 
 
 class TesseractNode(Uncopied):
@@ -56,7 +60,8 @@ class TesseractNode(Uncopied):
     - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, from where only this
       computer can be reached: joining others elsewhere is asked for, not stumbled into. ``"::"`` is every interface
       by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
-    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
+    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: nobody
+      else is spoken to there), or several with commas between, as ``str(node.peer_address)`` gives them.
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
@@ -84,13 +89,14 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 2**30,
+        max_receive_bytes: int = 3 * 2**29,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
         NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
-        `max_receive_bytes`: of large messages that are half received or being answered.
+        `max_receive_bytes`: of large messages that are half received or being answered. Replies that wait to be taken
+        may hold half as many bytes, small calls under way a quarter.
 
         Raises: ValueError for seeds that are malformed or no list, for a malformed port or announced address, and for
         `upnp` without its packages; OSError for an identity file that cannot be read.
@@ -109,6 +115,8 @@ class TesseractNode(Uncopied):
         self.policy = policy if policy is not None else Policy()
         self.scope = AddressScope()
         """Where this node may send on a stranger's word; known once it is started."""
+        self.trust = Trust(identity.peer_id, self.policy)
+        """Whom this node believes about experts, and in which runs it takes part (`join_run`)."""
         self.network = TesseractNetwork(
             identity=identity,
             policy=self.policy,
@@ -117,7 +125,7 @@ class TesseractNode(Uncopied):
             scope=self.scope,
         )
         self.directory = ExpertDirectory(
-            self.network, refresh_period=refresh_period, metrics=self.metrics, scope=self.scope
+            self.network, refresh_period=refresh_period, metrics=self.metrics, trust=self.trust, scope=self.scope
         )
         self._host = host
         self._port = port
@@ -162,6 +170,7 @@ class TesseractNode(Uncopied):
                 hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
+            endpoint.grants, endpoint.on_grants = self.trust.shown, self.trust.introduced
             for method in EXPERT_METHODS:
                 endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
@@ -226,7 +235,12 @@ class TesseractNode(Uncopied):
         return Endpoint(
             identity=self.identity,
             transports=self._reach.transports,
-            settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
+            settings=EndpointSettings(
+                security=self._security,
+                max_receive_bytes=self._max_receive_bytes,
+                max_reply_bytes=self._max_receive_bytes // 2,
+                max_call_bytes=self._max_receive_bytes // 4,
+            ),
             policy=self.policy,
             metrics=self.metrics,
         )
@@ -371,10 +385,16 @@ class TesseractNode(Uncopied):
         """`Endpoint.call`, except that a call to this node itself goes straight to its handler, off the network.
 
         Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
+        Nothing is sent to a peer that may not host the expert that `body` names, by this node's policy and the run that
+        it takes part in: that raises PeerUnreachable.
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
         self.metrics.count("expert_calls", method=method)
+        uid = body.get("uid") if isinstance(body, dict) else None
+        if isinstance(uid, str) and not self.trust.may_host(peer.peer_id, uid):
+            self.metrics.count("expert_calls_held_back", method=method)
+            raise PeerUnreachable(peer.short, {"policy": NotAllowed(f"it may not host {uid}: nothing is sent there")})
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
                 peer,
@@ -414,19 +434,24 @@ class TesseractNode(Uncopied):
         handler = self._experts.get(uid) if isinstance(uid, str) else None
         if handler is None:
             raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
+        role = None if call.method == STATE and call.body.get("weights_only") is True else _ROLES.get(call.method)
+        if not self.trust.may_ask(call.peer_id, role, str(uid)):
+            self.metrics.count("endpoint_calls_refused", action=role or "call")
+            needed = "is no member of" if role is None else f"may not {role} in"
+            raise NotAllowed(f"{call.peer_id.short} {needed} the run of {uid}: its owner has to grant that")
         self.metrics.count("expert_calls_answered", method=call.method)
         return handler(call)
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
-    """Raises: ValueError for what is no list of addresses."""
+    """One seed for each address of a list with commas. Raises: ValueError for what is no list of addresses."""
     if isinstance(peers, str | bytes | PeerAddress) or not isinstance(peers, Iterable):
         raise ValueError(f"initial_peers is a list of addresses, such as ['192.0.2.1:31337']; got {peers!r}")
-    found = []
+    found: list[PeerAddress] = []
     for peer in peers:
         if not isinstance(peer, str | PeerAddress):
             raise ValueError(f"each of initial_peers is a string, such as '192.0.2.1:31337'; got {peer!r}")
-        found.append(peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer))
+        found += [peer] if isinstance(peer, PeerAddress) else map(PeerAddress.parse, peer.split(","))
     return tuple(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tesseract_async.cli.options import host_towards, joining_options, patterns_argument, peers
+from tesseract_async.cli.options import host_towards, join, joining_options, patterns_argument, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
@@ -53,6 +53,7 @@ def command(
             SwarmObserver(node, patterns=chosen, period=period) as observer,
             Dashboard(observer, host=bind, port=bind_port, token=token) as page,
         ):
+            await join(node)
             click.echo(f"The dashboard is at {page.url}", err=True)
             await until_told_to_leave(watch_stdin=leave_with_parent, tell_ready=lambda: say("ready", url=page.url))
         return 0

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import node_options, outside_help, peers
+from tesseract_async.cli.options import join, node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
@@ -104,6 +104,8 @@ def command(name: str, **values: Any) -> None:
         )
         async with node:
             signed = sign_run(node.identity, manifest)
+            if values["once"]:
+                await join(node)  # nobody else would keep the manifest
             with sign("joining the network"):
                 await node.network.wait_joined(JOIN_TIMEOUT)
                 holders = await publish_run(node.network, signed)

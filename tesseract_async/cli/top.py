@@ -67,9 +67,9 @@ def command(
         chosen = [ExpertPattern.parse(text) for text in patterns]
         console = Console()
         async with node:
+            await join(node)
             observer = SwarmObserver(node, patterns=chosen, period=period)
             if once:
-                await join(node)
                 with sign("looking"):
                     for _ in range(MAX_LOOKS):  # who just joined may not know everybody yet
                         await observer.look()

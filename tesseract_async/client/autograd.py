@@ -17,17 +17,22 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import functools
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
 
+from tesseract_async.client.arguments import Versions
 from tesseract_async.client.isolated import DEFAULT, isolated
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 IDLE_SECONDS = 1.0
 """An engine thread without work ends after this long."""
@@ -73,25 +78,24 @@ class Remote(Protocol):
         """One gradient per input, each of its input's shape and dtype, or None."""
 
 
-async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differentiable: bool) -> list[torch.Tensor]:
+async def remote_call(
+    remote: Remote, inputs: Sequence[torch.Tensor], *, versions: Versions, differentiable: bool
+) -> list[torch.Tensor]:
     """Runs `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
 
-    It is differentiable even where no input requires grad: backward trains the expert.
-    Raises: what `remote.forward` raises; RuntimeError if an input was changed in place while the call was under way.
+    It is differentiable even where no input requires grad: backward trains the expert. `inputs` are as `arguments_now`
+    gives them. Raises: what `remote.forward` raises; RuntimeError if an input was changed in place since `versions`.
     """
     if not differentiable:
-        return await remote.forward(inputs)
-    # Graphs keep no inference tensors. Nobody can change them in place any more, nor ask for their gradient.
-    inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in inputs]
+        outputs = await remote.forward(inputs)
+        versions.check()
+        return outputs
     detached = [tensor.detach() for tensor in inputs]
     call = _Call(remote)
     with torch.inference_mode(False), torch.enable_grad():
         token = _Await.apply(call, _always_needed, *inputs)  # type: ignore[no-untyped-call]
-    versions = [tensor._version for tensor in inputs]
-    outputs = await remote.forward(detached)
-    if [tensor._version for tensor in inputs] != versions:
-        raise RuntimeError("an input of a remote call was changed in place while the call was under way")
-    call.outputs = outputs
+    call.outputs = await remote.forward(detached)
+    versions.check()
     with torch.inference_mode(False), torch.enable_grad():
         results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)  # type: ignore[no-untyped-call]
     for result in results:
@@ -100,6 +104,18 @@ async def remote_call(remote: Remote, inputs: Sequence[torch.Tensor], *, differe
                 result.grad_fn._set_sequence_nr(_ISSUE_FIRST)
             break
     return list(results)
+
+
+def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
+    """The same method; ``torch.compile`` of a model around it compiles what comes before and after."""
+    guarded: Callable[P, R] = torch._disable_dynamo(method)  # type: ignore[attr-defined]
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # the guard imports the compiler, which takes a second: where nobody has, nothing is being compiled
+        return guarded(*args, **kwargs) if "torch._dynamo" in sys.modules else method(*args, **kwargs)
+
+    return call
 
 
 def refuse_wrappers() -> None:
@@ -134,6 +150,7 @@ class _Request:
     def __init__(self, call: _Call) -> None:
         self.call = call
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
+        self._versions = Versions()
         self._is_cancelled = False
         self._done = threading.Event()
         self._result: list[torch.Tensor | None] | None = None
@@ -143,6 +160,7 @@ class _Request:
         """In an engine's thread. Raises: RuntimeError if the loop is not running."""
         if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
+        self._versions = Versions(tensor for tensor in (*inputs, *grads) if tensor is not None)
         self.call.loop.call_soon_threadsafe(self._begin, inputs, grads, context=self.call.context)
 
     def _begin(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
@@ -189,6 +207,7 @@ class _Request:
         if self._error is not None:
             raise self._error
         assert self._result is not None
+        self._versions.check()
         return self._result
 
 
@@ -335,6 +354,9 @@ def backward(
 
     Raises: TypeError or RuntimeError for a loss without a graph; what a remote expert's backward raises.
     """
+    if isinstance(gradient, torch.Tensor):
+        with torch.inference_mode(False):
+            gradient = gradient.detach().clone()  # its buffer may be filled anew before the engine has read it
     return isolated(_backward(loss, gradient, retain_graph), modes=DEFAULT)
 
 

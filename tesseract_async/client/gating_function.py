@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
@@ -138,6 +139,7 @@ class GatingFunction(nn.Module):
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.settings.k_best}"
 
+    @uncompiled
     def choose(self, x: torch.Tensor) -> Any:
         """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
@@ -148,6 +150,7 @@ class GatingFunction(nn.Module):
             scores_RS = self._scores(self._rows((x,))[0][0])
         return self._search.deliver(isolated(self._choose(scores_RS), modes=NO_GRAD))
 
+    @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
@@ -166,6 +169,7 @@ class GatingFunction(nn.Module):
         """
         return self._search.deliver(isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
+    @uncompiled
     def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
         return self._search.deliver(self._start(x, args, kwargs))
@@ -223,11 +227,12 @@ class GatingFunction(nn.Module):
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
         self._search.check()
-        rows, kwrows, lead = self._rows((x, *args), kwargs)
+        (args, kwargs), versions = arguments_now(((x, *args), kwargs))
+        rows, kwrows, lead = self._rows(args, kwargs)
         scores_RS = self._scores(rows[0])
         seed = draw_seed() if self.training else 0
         casts = under_autocast((rows, kwrows))
-        mixed = self._mix(scores_RS, rows, kwrows, lead, torch.is_grad_enabled(), casts, self.training, seed)
+        mixed = self._mix(scores_RS, rows, kwrows, versions, lead, torch.is_grad_enabled(), casts, self.training, seed)
         return isolated(mixed, modes=NO_GRAD)
 
     @staticmethod
@@ -239,6 +244,7 @@ class GatingFunction(nn.Module):
         scores_RS: torch.Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        versions: Versions,
         lead: torch.Size | None,
         differentiable: bool,
         casts: bool,
@@ -272,7 +278,7 @@ class GatingFunction(nn.Module):
             differentiable=differentiable,
         )
         try:
-            answers = await remote_call(call, inputs, differentiable=differentiable)
+            answers = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
         finally:
             self._search.learn(call)
         device, num_rows = scores_RS.device, len(scores_RS)

@@ -110,7 +110,7 @@ class GridSearch(Shared):
                 return search.result()
         finally:
             await cancel_all([warm, search])
-        cold = TimeoutError("the grid's directory could not be read in time")
+        cold = TimeoutError(self.node.directory.trouble or "the grid's directory could not be read in time")
         raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
 
     async def newcomers(

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.expert_calls import (
     Answer,
     CallOptions,
@@ -90,23 +91,26 @@ class RemoteExpert(nn.Module):
         twin.train(self.training)
         return twin
 
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
-        Under autocast, floating-point inputs are cast to the schema's dtypes. Cancelling the awaiting task cancels the
-        work at the server.
+        Under autocast, floating-point inputs are cast to the schema's dtypes. Arguments must not be changed in place
+        before the result is there. Cancelling the awaiting task cancels the work at the server.
 
         The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
         schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and
-        PeerUnreachable; ProtocolError if the peer answers nonsense. Raises at once: RuntimeError inside
+        PeerUnreachable; ProtocolError if the peer answers nonsense; RuntimeError if an argument was changed in place
+        meanwhile. Raises at once: RuntimeError inside
         ``torch.utils.checkpoint`` and the transforms of torch.func, and if the node is not running.
         """
         refuse_wrappers()
         self._shared.check()
         differentiable = torch.is_grad_enabled()
+        (args, kwargs), versions = arguments_now((args, kwargs))
         casts = under_autocast((args, kwargs))
         seed = draw_seed() if self.training else 0
-        call = self._call(args, kwargs, differentiable, casts, self.training, seed)
+        call = self._call(args, kwargs, versions, differentiable, casts, self.training, seed)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
     def info(self) -> Any:
@@ -123,6 +127,7 @@ class RemoteExpert(nn.Module):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        versions: Versions,
         differentiable: bool,
         casts: bool,
         training: bool,
@@ -134,7 +139,7 @@ class RemoteExpert(nn.Module):
                 args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
         inputs = flatten_like(schema.inputs, (args, kwargs), what=f"expert {self.uid}")
         call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options, differentiable))
-        outputs = await remote_call(call, inputs, differentiable=differentiable)
+        outputs = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
         return unflatten(schema.outputs, outputs)
 
     async def _fetch_schema(self) -> ExpertSchema:

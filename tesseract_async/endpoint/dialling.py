@@ -50,6 +50,7 @@ class Dialler:
         pool: Pool,
         metrics: Metrics,
         make_connection: Callable[[PeerID, Hello, PeerAddress | None, Pipe], Connection],
+        grants: Callable[[], Sequence[bytes]],
     ) -> None:
         self._peer_id = identity.peer_id
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
@@ -64,6 +65,7 @@ class Dialler:
         self._pool = pool
         self._metrics = metrics
         self._make_connection = make_connection
+        self._grants = grants
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Greeting] = set()
         self._closed = False
@@ -219,7 +221,8 @@ class Dialler:
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
         bounds = self._settings.protocol
-        return Hello(session, bulk, self._peer_id, bounds.max_calls, bounds.max_small, bounds.max_message)
+        grants = () if bulk else tuple(self._grants())
+        return Hello(session, bulk, self._peer_id, bounds.max_calls, bounds.max_small, bounds.max_message, grants)
 
     def _greeting(
         self, pipe: Pipe, *, own: Hello | None, expected: PeerID | None, established: Established

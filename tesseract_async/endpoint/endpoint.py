@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.budget import Budget, FairCount, Owner
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
@@ -22,7 +22,7 @@ from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import Buffer
@@ -80,7 +80,8 @@ class Endpoint:
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._pace = Pace()
-        self._reply_budget = Budget(settings.max_reply_bytes)
+        self._reply_budget = Budget(settings.max_reply_bytes, share=1 / 4)
+        self._small_budget = FairCount(settings.max_call_bytes)
         self._rng = random.Random()
         self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
@@ -90,6 +91,7 @@ class Endpoint:
             pool=self._pool,
             metrics=self.metrics,
             make_connection=self._make_connection,
+            grants=lambda: self.grants(),
         )
         self._call_prefix = os.urandom(8)  # half of every call id; a counter is the other
         self._next_call = 0
@@ -98,6 +100,10 @@ class Endpoint:
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.grants: Callable[[], Sequence[bytes]] = tuple
+        """What this node shows to whom it meets (`Hello.grants`)."""
+        self.on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None
+        """Called with what a peer shows, before any of its calls."""
         self.on_peer_known: Callable[[PeerAddress], None] | None = None
         """Called when a call names its peer at other addresses than those where the peer was dialled."""
 
@@ -186,7 +192,7 @@ class Endpoint:
         """Calls `method` at `peer` and gives its answer; connects first where necessary.
 
         `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
-        reply that is accepted: naming it reserves that much memory, so that a large reply comes without asking.
+        reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
         `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes; a fresh
         one by default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied
         where they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
@@ -273,6 +279,11 @@ class Endpoint:
         for connection in old:
             connection.retired = True
 
+    def say_anew(self) -> None:
+        """Opens new connections for later calls, by which peers learn of `grants` that have changed since."""
+        for connection in self._pool.connections():
+            connection.retired = True
+
     def keep(self, peer_id: PeerID) -> None:
         """Spares this peer's connections when idle ones are closed."""
         self._kept.add(peer_id)
@@ -298,7 +309,11 @@ class Endpoint:
             refusal=lambda: self._refusal(peer_id, "call"),
             pace=self._pace,
             reply_budget=self._reply_budget,
+            small_budget=self._small_budget,
+            owner=Owner(range_of(pipe.origin) or peer_id, peer_id),
         )
+        if hello.grants:
+            self.on_grants(peer_id, hello.grants)
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(

@@ -35,11 +35,11 @@ class Pool:
         self._backoffs: dict[PeerAddress, Backoff] = {}
 
     def find(self, peer: PeerAddress) -> Connection | None:
-        """An open connection to `peer`, whoever dialled it: the newest, those dialled here first."""
+        """An open connection to `peer`, not a retired one, whoever dialled it: the newest, those dialled here first."""
         peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
         for peer_id in peer_ids:
             for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
-                if connection.is_open:
+                if connection.is_open and not connection.retired:
                     return connection
         return None
 

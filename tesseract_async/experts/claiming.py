@@ -25,13 +25,16 @@ from tesseract_async.errors import ProtocolError, TesseractError, describe
 from tesseract_async.experts.choice import Coords, choose, losers
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import in_order_of_trust
-from tesseract_async.experts.manifest import MAX_DIMS, grid_key, join_uid
+from tesseract_async.experts.manifest import MAX_DIMS, RunTag, grid_key, join_uid
 from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 
 logger = logging.getLogger(__name__)
 
 MAX_PART_BYTES = 800
+GRANT_SUBKEY = "grant"
+"""Under which a newcomer to a run shows that it may host there: its manifest does not say so yet."""
 
 
 class ClaimingNetwork(Protocol):
@@ -59,9 +62,11 @@ class ClaimSettings:
 class ExpertClaim:
     """Experts that this node reserved. `release` it once they are declared, or are not going to be."""
 
-    def __init__(self, network: ClaimingNetwork, prefix: str) -> None:
+    def __init__(self, network: ClaimingNetwork, prefix: str, trust: Trust | None = None) -> None:
         self._network = network
+        self._trust = Trust() if trust is None else trust
         self._prefix = prefix
+        self._key = claims_key(prefix, self._trust.tag(prefix))
         self._num_parts = 0
         self.uids: dict[str, bool] = {}
         """uid -> whether nobody hosted it when it was chosen, so that this node will train it."""
@@ -69,18 +74,21 @@ class ExpertClaim:
     async def reserve(self, coords: Sequence[Coords], *, ttl: float) -> None:
         """Says in the network that these are taken, in place of what was said before."""
         parts = encode_reservation(coords)
+        if grant := self._trust.own_grant(self._prefix):
+            await self._network.store(self._key, grant, ttl=ttl, subkey=GRANT_SUBKEY)
         for number, part in enumerate(parts):
-            await self._network.store(claims_key(self._prefix), part, ttl=ttl, subkey=str(number))
+            await self._network.store(self._key, part, ttl=ttl, subkey=str(number))
         gone = range(len(parts), self._num_parts)
         self._num_parts = len(parts)
         for number in gone:
-            await self._network.withdraw(claims_key(self._prefix), subkey=str(number))
+            await self._network.withdraw(self._key, subkey=str(number))
 
     async def release(self) -> None:
         """Withdraws the reservation; if that fails, it expires."""
-        for number in range(self._num_parts):
+        shown = [GRANT_SUBKEY] if self._trust.own_grant(self._prefix) else []
+        for subkey in [*map(str, range(self._num_parts)), *shown]:
             try:
-                await self._network.withdraw(claims_key(self._prefix), subkey=str(number))
+                await self._network.withdraw(self._key, subkey=subkey)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.info("a reservation could not be withdrawn, it will expire: %s", describe(error))
         self._num_parts = 0
@@ -92,19 +100,22 @@ async def claim_experts(
     num_experts: int,
     *,
     random: Random,
+    trust: Trust | None = None,
     settings: ClaimSettings = ClaimSettings(),
     clock: Callable[[], float] = time.time,
     log: Callable[[str], None] = logger.info,
 ) -> ExpertClaim:
     """Reserves `num_experts` of `pattern`: free ones, else those with the fewest replicas.
 
-    Fewer only if the pattern names fewer. `clock` gives wall-clock time. Cancelled, it leaves a reservation that
+    Fewer only if the pattern names fewer. Those whom `trust` does not believe are passed over. `clock` gives wall-clock
+    time. Cancelled, it leaves a reservation that
     expires. Raises: what the network raises.
     """
-    claim = ExpertClaim(network, pattern.prefix)
-    hosted = await _hosted(network, pattern, clock)
+    trust = Trust() if trust is None else trust
+    claim = ExpertClaim(network, pattern.prefix, trust)
+    hosted = await _hosted(network, pattern, trust, clock)
     mine: list[Coords] = []
-    others = await _reserved(network, pattern, clock)
+    others = await _reserved(network, pattern, trust, clock)
     for attempt in range(settings.max_rounds):
         counts = hosted + Counter(coords for theirs in others.values() for coords in theirs)
         mine += choose(pattern, num_experts - len(mine), counts, random, without=mine)
@@ -112,7 +123,7 @@ async def claim_experts(
             break
         await claim.reserve(mine, ttl=settings.ttl)
         await asyncio.sleep(settings.settle)
-        others = await _reserved(network, pattern, clock)
+        others = await _reserved(network, pattern, trust, clock)
         lost = losers(mine, others, network.peer_id)
         if not lost or attempt == settings.max_rounds - 1:
             break
@@ -122,9 +133,9 @@ async def claim_experts(
     return claim
 
 
-def claims_key(prefix: str) -> str:
+def claims_key(prefix: str, tag: RunTag | None = None) -> str:
     """Where newcomers to this grid reserve experts."""
-    return f"claims/{prefix}"
+    return f"claims/{grid_key(prefix, tag)}"
 
 
 def encode_reservation(coords: Sequence[Coords]) -> list[bytes]:
@@ -148,11 +159,13 @@ def decode_reservation(value: Any) -> list[Coords]:
     return [tuple(row) for row in rows]
 
 
-async def _hosted(network: ClaimingNetwork, pattern: ExpertPattern, clock: Callable[[], float]) -> Counter[Coords]:
+async def _hosted(
+    network: ClaimingNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
+) -> Counter[Coords]:
     """How many other servers host each expert of the grid."""
-    entries = await network.get_entries(grid_key(pattern.prefix))
+    entries = await network.get_entries(trust.grid_key(pattern.prefix))
     others = [entry for entry in entries if entry.owner != network.peer_id]
-    claims = await read_claims(others, prefix=pattern.prefix, now=clock(), dropped=_dropped)
+    claims = await read_claims(others, prefix=pattern.prefix, now=clock(), dropped=_dropped, trust=trust)
     servers: set[tuple[PeerID, Coords]] = set()
     for claim in in_order_of_trust(claims):
         servers |= {(claim.owner, tuple(row)) for row in claim.manifest.coords.tolist()}
@@ -165,12 +178,18 @@ def _dropped(entry: Any, error: ProtocolError) -> None:
 
 
 async def _reserved(
-    network: ClaimingNetwork, pattern: ExpertPattern, clock: Callable[[], float]
+    network: ClaimingNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> dict[PeerID, set[Coords]]:
     """What others reserved."""
     found: dict[PeerID, set[Coords]] = {}
-    for entry in await network.get_entries(claims_key(pattern.prefix)):
-        if entry.owner == network.peer_id or entry.expiration <= clock():
+    entries = await network.get_entries(claims_key(pattern.prefix, trust.tag(pattern.prefix)))
+    for entry in entries:
+        if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
+            trust.introduced(entry.owner, [entry.value])
+    for entry in entries:
+        if entry.owner == network.peer_id or entry.expiration <= clock() or entry.subkey == GRANT_SUBKEY:
+            continue
+        if not trust.may_reserve(entry.owner, pattern.prefix):
             continue
         try:
             found.setdefault(entry.owner, set()).update(decode_reservation(entry.value))

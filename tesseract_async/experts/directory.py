@@ -20,8 +20,9 @@ from tesseract_async.experts.grid import (
     in_order_of_trust,
     rank_replicas,
 )
-from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, grid_key, is_prefix, shard_key, split_uid
+from tesseract_async.experts.manifest import MAX_DIMS, decode_manifest, is_prefix, split_uid
 from tesseract_async.experts.masks import Masks
+from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.address_scope import AddressScope
@@ -62,12 +63,14 @@ async def read_claims(
     prefix: str,
     now: float,
     dropped: Callable[[Any, ProtocolError], None],
+    trust: Trust,
     scope: AddressScope | None = None,
 ) -> list[Claim]:
     """What the entries of a key claim about this grid, without what is malformed or has expired at `now`.
 
     Strangers wrote them: of each owner the 64 that expire last are looked at, and the loop is let run in between.
-    `dropped` is told of those that do not decode, or that name no address within `scope`, where one is given.
+    `dropped` is told of those that do not decode, that `trust` does not believe, or that name no address within
+    `scope`, where one is given. Owners whom the policy does not list are passed over unread.
     """
     num_parts: dict[PeerID, int] = {}
     claims: list[Claim] = []
@@ -77,8 +80,10 @@ async def read_claims(
         num_parts[entry.owner] = num_parts.get(entry.owner, 0) + 1
         if entry.expiration <= now or num_parts[entry.owner] > _MAX_PARTS_OF_OWNER:
             continue
+        if not trust.may_be_read(entry.owner):
+            continue
         try:
-            manifest = decode_manifest(entry.value, prefix=prefix)
+            manifest = trust.believed(entry.owner, decode_manifest(entry.value, prefix=prefix))
             if scope is not None:
                 manifest = manifest.within(scope)
             claims.append(Claim(entry.owner, entry.expiration, manifest))
@@ -143,15 +148,18 @@ class ExpertDirectory:
         refresh_period: float | None = None,
         settings: DirectorySettings = DirectorySettings(),
         metrics: Metrics | None = None,
+        trust: Trust | None = None,
         scope: AddressScope | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time; of
-        what servers say that they live at, only what is in `scope` is believed, where that is given."""
+        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time; `trust` says
+        who is believed (everybody by default), and of what servers say that they live at, only what is in `scope` is,
+        where that is given."""
         self.settings = settings
         self.refresh_period = settings.refresh_period if refresh_period is None else refresh_period
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
+        self._trust = Trust() if trust is None else trust
         self._scope = scope
         self._clock = clock
         self._grids: dict[str, _Grid] = {}
@@ -173,7 +181,7 @@ class ExpertDirectory:
         if known := self.known(uid):
             return known
         prefix, coords = split_uid(uid)
-        claims = await self._read(prefix, await self._network.get_entries(shard_key(uid)))
+        claims = await self._read(prefix, await self._network.get_entries(self._trust.shard_key(uid)))
         now = self._clock()
         rows = []
         for number, claim in enumerate(in_order_of_trust(claims, self._owners(prefix)), 1):
@@ -229,6 +237,12 @@ class ExpertDirectory:
         if prefix not in self._grids:
             raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
         await self._grids[prefix].warm.wait()
+
+    @property
+    def trouble(self) -> str | None:
+        """A sentence on why nothing can be read, where no node of the network answers."""
+        trouble: str | None = getattr(self._network, "trouble", None)
+        return trouble
 
     async def wait_read(self, prefix: str) -> None:
         """Returns once the watched grid was read anew, or for the first time; it is read more often meanwhile.
@@ -291,6 +305,14 @@ class ExpertDirectory:
         grid = self._grids.get(prefix)
         return set() if grid is None else {claim.owner for claim in grid.claims}
 
+    def forget(self, prefix: str) -> None:
+        """Forgets all that was read of this grid: it is another's now, or who may say something about it changed."""
+        self._found = {uid: found for uid, found in self._found.items() if split_uid(uid)[0] != prefix}
+        if (grid := self._grids.get(prefix)) is not None:
+            grid.take([], {})
+            grid.warm.clear()
+            grid.hurry.set()
+
     async def aclose(self) -> None:
         """Stops watching. Closing twice is harmless."""
         self._closed = True
@@ -323,7 +345,7 @@ class ExpertDirectory:
 
     async def _refresh(self, grid: _Grid) -> None:
         began = self._clock()
-        entries = await self._network.get_entries(grid_key(grid.prefix))
+        entries = await self._network.get_entries(self._trust.grid_key(grid.prefix))
         claims = await self._read(grid.prefix, entries)
         complete = getattr(entries, "complete", True)
         self.metrics.set("directory_complete", float(complete), prefix=grid.prefix)
@@ -355,7 +377,8 @@ class ExpertDirectory:
             self.metrics.count("manifests_dropped")
             log.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
-        return await read_claims(entries, prefix=prefix, now=self._clock(), dropped=dropped, scope=self._scope)
+        now = self._clock()
+        return await read_claims(entries, prefix=prefix, now=now, dropped=dropped, trust=self._trust, scope=self._scope)
 
 
 async def _sleep_until(at: float) -> None:

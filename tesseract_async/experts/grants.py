@@ -18,6 +18,7 @@ from tesseract_async.experts.manifest import RUN_ID_BYTES
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import Signed, read_signed, sign_body
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
 Role = Literal["host", "train", "share", "admit"]
 """``host``: lead and follow experts; ``train``: send gradients; ``share``: take part in the parameters that trainers
@@ -32,7 +33,6 @@ GRANT_SECONDS: Final = 90 * 86400
 """That a grant is good for, unless its signer says otherwise."""
 RENEW_SECONDS: Final = 60 * 86400
 """A grant with less than this ahead is renewed, so that the owner may be away for as long."""
-MAX_GRANT_BYTES: Final = 480
 MAX_PATTERN_BYTES: Final = 64
 MAX_RECORD_BYTES: Final = 850
 """Of revocations and appointments: what fits one entry of the network."""

@@ -35,6 +35,8 @@ class ExpertReplica:
     """Whether this server trains the expert; others answer from pulled state."""
     doubt: int = field(default=0, compare=False)
     """Failures of this replica here since its last answer: the doubtful are asked last."""
+    epoch: int = 0
+    """Of the expert's lineage, as its server says; of two that call themselves primary the higher one is believed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,18 +58,23 @@ class Claim:
         uid = join_uid(prefix, self.manifest.coords[row].tolist())
         peer = PeerAddress(self.owner, self.manifest.addresses, self.manifest.rendezvous)
         doubt = masks.doubt(self.owner, uid) if masks else 0
+        epoch = 0 if self.manifest.epochs is None else int(self.manifest.epochs[row])
         return ExpertReplica(
-            uid, peer, self.manifest.sequence, self.expiration, bool(self.manifest.primary[row]), doubt
+            uid, peer, self.manifest.sequence, self.expiration, bool(self.manifest.primary[row]), doubt, epoch
         )
 
 
 def rank_replicas(replicas: Iterable[ExpertReplica]) -> list[ExpertReplica]:
-    """The replicas of one uid: each server once (by its newest manifest), the primary first, then those that failed
-    least, then the newest."""
+    """The replicas of one uid: each server once (by its newest manifest), the primary of the highest epoch first, then
+    those that failed least, then the newest."""
     newest: dict[PeerID | None, ExpertReplica] = {}
     for replica in sorted(replicas, key=lambda replica: replica.sequence):
         newest[replica.peer.peer_id] = replica
-    return sorted(newest.values(), key=lambda replica: (not replica.primary, replica.doubt, -replica.sequence))
+    return sorted(newest.values(), key=_rank)
+
+
+def _rank(replica: ExpertReplica) -> tuple[bool, int, int, int]:
+    return not replica.primary, -replica.epoch * replica.primary, replica.doubt, -replica.sequence
 
 
 def in_order_of_trust(claims: Iterable[Claim], known: Collection[PeerID] = ()) -> list[Claim]:

@@ -11,9 +11,13 @@ costs its own experts only.
 
 Layout, integers big-endian::
 
-    4 bytes  ``tsm`` and the format (2): by them a holder knows a manifest, whatever the key (`experts.checks`)
+    4 bytes  ``tsm`` and the format (3): by them a holder knows a manifest, whatever the key (`experts.checks`)
     1 byte   length of the prefix, then as many of UTF-8
     6 bytes  sequence
+    1 byte   0: bare uids; 1: of a granted run, 2: of an open one, and then:
+               32 bytes  peer id of the run's owner
+               1 byte    length of the run's name, then as many of UTF-8
+               2 bytes   length of the server's grant, then the grant (`experts.grants`); 0 where none is needed
     1 byte   number of addresses, then each:
                1 byte   kind: 4 (IPv4), 6 (IPv6) or 0 (name)
                4 or 16 bytes, or 1 byte length and as many of UTF-8
@@ -24,6 +28,7 @@ Layout, integers big-endian::
     2 bytes  number of experts, n
     n x dimensions x width bytes   coordinates, expert by expert, strictly ascending: none stands there twice
     ceil(n / 8) bytes              one bit per expert, highest first: whether this server is its primary
+    n x 4 bytes                    in a run: the epoch of each expert's lineage that this server knows
 
 One record per uid would cost more than eight times as much at 8 experts per server: the record's key and signature
 weigh more than the coordinates.
@@ -46,14 +51,17 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import split_host_port
+from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
 Coordinates = npt.NDArray[np.int64]
 """``[experts, dimensions]``, every row one expert's place on the grid."""
 
-MAGIC = b"tsm\2"
+MAGIC = b"tsm\3"
 """What every manifest begins with; the last byte is its format."""
 SEQUENCE_BYTES = 6
 RUN_ID_BYTES = 16
+MODES = ("bare", "granted", "open")
+"""Who may host: whoever claims to; who has a grant of the run's owner's; all but who was revoked."""
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
 MAX_PUBLIC_HOSTS = 2
@@ -114,19 +122,19 @@ class RunTag:
         return hashlib.sha256(b"tesseract run id 1\0" + self.owner + text).digest()[:RUN_ID_BYTES]
 
 
-def grid_key(prefix: str) -> str:
-    """Where the manifests of all servers with experts of this grid are stored."""
-    return f"experts/{prefix}"
+def grid_key(prefix: str, tag: RunTag | None = None) -> str:
+    """Where the manifests of all servers with experts of this grid are stored: of bare uids, or of a run's."""
+    return f"experts/{prefix}" if tag is None else f"run-experts/{tag.run_id(prefix).hex()}"
 
 
-def shard_key(uid: str) -> str:
+def shard_key(uid: str, tag: RunTag | None = None) -> str:
     """Where the manifests that hold this uid are stored, among those of a few hundred other uids at most."""
     prefix, _ = split_uid(uid)
-    return _shard_key(prefix, uid)
+    return _shard_key(grid_key(prefix, tag), uid)
 
 
-def _shard_key(prefix: str, uid: str) -> str:
-    return f"experts/{prefix}/{hashlib.sha256(uid.encode()).digest()[0] % NUM_SHARDS:02x}"
+def _shard_key(grid: str, uid: str) -> str:
+    return f"{grid}/{hashlib.sha256(uid.encode()).digest()[0] % NUM_SHARDS:02x}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,6 +152,12 @@ class Manifest:
     coords: Coordinates
     primary: npt.NDArray[np.bool_]
     """``[experts]``: whether this server is the one that trains it."""
+    tag: RunTag | None = None
+    """The run that they belong to; None: bare uids."""
+    grant: bytes = b""
+    """The server's, unread."""
+    epochs: npt.NDArray[np.int64] | None = None
+    """``[experts]``, in a run: of each expert's lineage, as far as this server knows it."""
 
     @property
     def num_dims(self) -> int:
@@ -171,12 +185,20 @@ class Manifest:
             raise ProtocolError("a manifest whose addresses cannot be dialled from here")
         return replace(self, addresses=tuple(addresses.values()), rendezvous=rendezvous)
 
+    def only(self, rows: npt.NDArray[np.bool_]) -> Manifest:
+        """The same with these experts only. Raises: ProtocolError where nothing is left."""
+        if not rows.any():
+            raise ProtocolError("a manifest of experts that its server may not host")
+        epochs = None if self.epochs is None else self.epochs[rows]
+        return replace(self, coords=self.coords[rows], primary=self.primary[rows], epochs=epochs)
+
     def keys(self) -> Iterator[str]:
         """The keys under which it may stand: its grid's, and the shards of the experts in it, each once."""
-        yield grid_key(self.prefix)
+        grid = grid_key(self.prefix, self.tag)
+        yield grid
         seen: set[str] = set()
         for row in self.coords.tolist():
-            key = _shard_key(self.prefix, join_uid(self.prefix, row))
+            key = _shard_key(grid, join_uid(self.prefix, row))
             if key not in seen:
                 seen.add(key)
                 yield key
@@ -189,11 +211,15 @@ def encode_manifest(
     prefix: str,
     sequence: int,
     rendezvous: Sequence[str] = (),
+    tag: RunTag | None = None,
+    grant: bytes = b"",
+    epochs: Mapping[tuple[int, ...], int] | None = None,
     max_part_bytes: int = MAX_PART_BYTES,
 ) -> list[tuple[bytes, list[tuple[int, ...]]]]:
     """The parts that say: at these addresses live `experts` of a grid (coordinates -> whether it is the primary).
 
-    Returns each part's bytes and the coordinates in it.
+    In a run, `tag` names it, `grant` says that this server may host, and `epochs` says how far each expert's lineage is
+    known (0 where it is not named). Returns each part's bytes and the coordinates in it.
 
     Raises: ValueError for too many or no addresses, a malformed one, a malformed prefix, or experts of differing
     numbers of dimensions.
@@ -219,6 +245,7 @@ def encode_manifest(
             bytes([len(name)]),
             name,
             sequence.to_bytes(SEQUENCE_BYTES, "big"),
+            _encode_tag(tag, grant),
             bytes([len(addresses)]),
             *map(_encode_address, addresses),
             bytes([len(rendezvous)]),
@@ -226,8 +253,9 @@ def encode_manifest(
             bytes([num_dims, width]),
         )
     )
-    # 2 bytes for the count; n experts take n * (dims * width) bytes and n bits, rounded up
-    num_per_part = (max_part_bytes - len(head) - 2) * 8 // (8 * num_dims * width + 1)
+    known = np.array([(epochs or {}).get(key, 0) for key in ordered] if tag is not None else [], dtype=">u4")
+    # 2 bytes for the count; n experts take n * (dims * width) bytes and n bits, rounded up, and their epochs
+    num_per_part = (max_part_bytes - len(head) - 2) * 8 // (8 * (num_dims * width + 4 * (tag is not None)) + 1)
     if num_per_part < 1:
         raise ValueError("the addresses leave no room for experts")
     parts = []
@@ -235,6 +263,7 @@ def encode_manifest(
         some = coords[start : start + num_per_part]
         bits = np.packbits(primary[start : start + num_per_part]).tobytes()
         part = head + len(some).to_bytes(2, "big") + some.astype(_WIDTHS[width]).tobytes() + bits
+        part += known[start : start + num_per_part].tobytes()
         parts.append((part, ordered[start : start + num_per_part]))
     return parts
 
@@ -262,8 +291,9 @@ def _decode(value: bytes) -> Manifest:
     prefix = value[start:end].decode()
     if not is_prefix(prefix):
         raise ProtocolError("a manifest with a malformed prefix")
-    sequence, offset = int.from_bytes(value[end : end + SEQUENCE_BYTES], "big"), end + SEQUENCE_BYTES + 1
-    num_addresses = value[offset - 1]
+    sequence = int.from_bytes(value[end : end + SEQUENCE_BYTES], "big")
+    tag, grant, offset = _decode_tag(value, end + SEQUENCE_BYTES)
+    num_addresses, offset = value[offset], offset + 1
     if num_addresses > MAX_ADDRESSES:
         raise ProtocolError("a manifest with too many addresses")
     addresses, rendezvous = [], []
@@ -283,13 +313,15 @@ def _decode(value: bytes) -> Manifest:
     if not 0 < num_dims <= MAX_DIMS or width not in _WIDTHS or num_experts == 0:
         raise ProtocolError("a manifest without experts or dimensions")
     end = offset + num_experts * num_dims * width
-    if len(value) != end + (num_experts + 7) // 8:
+    after = end + (num_experts + 7) // 8
+    if len(value) != after + (0 if tag is None else 4 * num_experts):
         raise ProtocolError("a manifest of the wrong length")
     coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset).astype(np.int64)
     coords = coords.reshape(num_experts, num_dims)
     if not _ascends(coords):
         raise ProtocolError("a manifest whose coordinates do not ascend strictly")
-    primary = np.unpackbits(np.frombuffer(value, np.uint8, offset=end), count=num_experts)
+    primary = np.unpackbits(np.frombuffer(value[end:after], np.uint8), count=num_experts)
+    epochs = None if tag is None else np.frombuffer(value, ">u4", offset=after).astype(np.int64)
     return Manifest(
         prefix,
         sequence,
@@ -297,7 +329,34 @@ def _decode(value: bytes) -> Manifest:
         tuple(rendezvous),
         coords,
         primary.astype(bool),
+        tag,
+        grant,
+        epochs,
     )
+
+
+def _encode_tag(tag: RunTag | None, grant: bytes) -> bytes:
+    if tag is None:
+        return b"\0"
+    if len(grant) > MAX_GRANT_BYTES:
+        raise ValueError(f"a grant has at most {MAX_GRANT_BYTES} bytes")
+    name = tag.name.encode()
+    kind = bytes([MODES.index(tag.mode)])
+    return kind + tag.owner + bytes([len(name)]) + name + len(grant).to_bytes(2, "big") + grant
+
+
+def _decode_tag(value: bytes, offset: int) -> tuple[RunTag | None, bytes, int]:
+    """The run, the grant, and where they end. Raises: as `_decode`."""
+    mode, start = MODES[value[offset]], offset + 34
+    if mode == "bare":
+        return None, b"", offset + 1
+    end = start + value[start - 1]
+    tag = RunTag(PeerID(value[offset + 1 : start - 1]), value[start:end].decode(), mode)
+    num_bytes, start = int.from_bytes(value[end : end + 2], "big"), end + 2
+    end = start + num_bytes
+    if num_bytes > MAX_GRANT_BYTES or end > len(value):
+        raise ProtocolError("a manifest whose grant is too long, or cut short")
+    return tag, value[start:end], end
 
 
 def _ascends(coords: Coordinates) -> bool:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from tesseract_async.errors import TesseractError, describe
-from tesseract_async.experts.manifest import encode_manifest, experts_by_grid, grid_key, join_uid, shard_key
+from tesseract_async.experts.manifest import encode_manifest, experts_by_grid, join_uid, split_uid
+from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 
@@ -67,6 +68,7 @@ class ExpertPublisher:
         rendezvous: Sequence[str] = (),
         settings: PublisherSettings = PublisherSettings(),
         metrics: Metrics | None = None,
+        trust: Trust | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`addresses` are what others dial, ``host:port``, the preferred one first; `rendezvous` are nodes that pass on
@@ -74,6 +76,7 @@ class ExpertPublisher:
         self.settings = settings
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
+        self._trust = Trust() if trust is None else trust
         self._addresses = tuple(addresses)
         self._rendezvous = tuple(rendezvous)
         self._clock = clock
@@ -82,6 +85,7 @@ class ExpertPublisher:
         self._place = next(place for place in itertools.count() if place not in taken)
         taken.add(self._place)
         self._uids: dict[str, bool] = {}
+        self._epochs: dict[str, int] = {}
         self._sequence = 0
         # (key, subkey) -> value, of everything that was stored last
         self._entries: dict[tuple[str, str], bytes] = {}
@@ -94,8 +98,9 @@ class ExpertPublisher:
         """What is declared: uid -> whether this server is its primary."""
         return dict(self._uids)
 
-    async def declare(self, uids: Mapping[str, bool]) -> int:
-        """Publishes `uids` (-> primary), in place of what was declared before, and keeps them published.
+    async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
+        """Publishes `uids` (-> primary), in place of what was declared before, and keeps them published. `epochs` are
+        those of their lineages in a run; None: as before.
 
         Returns the number of holders of the entry that has the fewest, once that is min(`num_holders`, what can be
         reached) and the manifests were read back; or what was achieved after `declare_timeout`, in which case the
@@ -108,6 +113,8 @@ class ExpertPublisher:
         await self._plan(uids)  # raises before anything is sent
         deadline = asyncio.get_running_loop().time() + self.settings.declare_timeout
         self._uids = dict(uids)
+        if epochs is not None:
+            self._epochs = dict(epochs)
         while True:
             holders = await self._publish()
             if not self._uids:
@@ -167,9 +174,9 @@ class ExpertPublisher:
             # each part goes under the grid's key, and under the shard of every uid in it
             for number, (part, members) in enumerate(self._encode(prefix, experts)):
                 subkey = f"{self._place}.{number}" if self._place else str(number)
-                entries[(grid_key(prefix), subkey)] = part
+                entries[(self._trust.grid_key(prefix), subkey)] = part
                 for coords in members:
-                    entries[(shard_key(join_uid(prefix, coords)), subkey)] = part
+                    entries[(self._trust.shard_key(join_uid(prefix, coords)), subkey)] = part
                 await asyncio.sleep(0)  # for thousands of experts, the hashes take milliseconds
         return entries
 
@@ -177,7 +184,14 @@ class ExpertPublisher:
         self, prefix: str, experts: Mapping[tuple[int, ...], bool]
     ) -> list[tuple[bytes, list[tuple[int, ...]]]]:
         return encode_manifest(
-            self._addresses, experts, prefix=prefix, sequence=self._sequence, rendezvous=self._rendezvous
+            self._addresses,
+            experts,
+            prefix=prefix,
+            sequence=self._sequence,
+            rendezvous=self._rendezvous,
+            tag=self._trust.tag(prefix),
+            grant=self._trust.own_grant(prefix),
+            epochs={split_uid(uid)[1]: epoch for uid, epoch in self._epochs.items() if split_uid(uid)[0] == prefix},
         )
 
     async def _publish(self) -> int:
@@ -206,7 +220,7 @@ class ExpertPublisher:
         """Whether the network gives back every part under its grid's key."""
         wanted: dict[str, set[bytes]] = {}
         for prefix, _ in experts_by_grid(self._uids):
-            key = grid_key(prefix)
+            key = self._trust.grid_key(prefix)
             wanted[key] = {value for (at, _), value in self._entries.items() if at == key}
         for key, parts in wanted.items():
             try:

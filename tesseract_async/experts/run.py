@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, RunTag, is_prefix
+from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, MODES, RunTag, is_prefix
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import MAX_SIGNED_BYTES, read_signed, sign_body
 from tesseract_async.identity import Identity, PeerID
@@ -34,7 +34,6 @@ MAX_PART_BYTES: Final = 850
 MAX_OPTIONS: Final = 64
 MAX_TEXT: Final = 256
 MAX_DELEGATES: Final = 4
-MODES: Final = ("granted", "open", "bare")
 MAX_SCHEMA_DEPTH: Final = 10
 """Of schemas as data: two levels more than `wire.tensors` builds."""
 MAX_SCHEMA_ITEMS: Final = 2048

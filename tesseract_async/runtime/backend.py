@@ -11,12 +11,20 @@ split over batches equals one that is not.
 from __future__ import annotations
 
 import contextlib
+<<<<<<< HEAD
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
+=======
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+>>>>>>> main
 
 import torch
 from torch import nn
@@ -25,17 +33,26 @@ from torch.optim.lr_scheduler import LRScheduler
 from tesseract_async.errors import describe
 from tesseract_async.runtime import modules, optimizers, randomness, states
 from tesseract_async.runtime.acceleration import Acceleration, fuse
+<<<<<<< HEAD
 from tesseract_async.runtime.finite import norm
 from tesseract_async.runtime.watching import Habits, Undone, Watch, generator_states, have_moved
+=======
+from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.merging import Gradients, trimmed_mean
+from tesseract_async.runtime.norms import UsualNorms
+>>>>>>> main
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
+<<<<<<< HEAD
 logger = logging.getLogger(__name__)
 
 Gradients = Sequence[torch.Tensor | None]
 """One per input, or one per parameter that the optimizer steps; None where nothing flows."""
 
+=======
+>>>>>>> main
 MakesOptimizer = Callable[[], torch.optim.Optimizer]
 MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -46,10 +63,16 @@ class BackendSettings:
 
     clip_gradient_norm: float | None = None
     """Gradients of a step are scaled down to this norm (over all parameters)."""
-    max_gradient_norm: float | None = None
-    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer."""
+    max_gradient_norm: float | Literal["adaptive"] | None = "adaptive"
+    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer. "adaptive"
+    learns what is usual for this expert: gradients above 8 times that are scaled down to it, those above 1,024
+    times refused (see `runtime.norms`). None: any finite gradient is taken."""
     step_every: int = 1
     """Backward batches whose gradients are summed for one optimizer step."""
+    trim_peers: float = 0.0
+    """Share of the peers whose gradients are left out at each end, coordinate by coordinate, where one step gathers
+    gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one liar in four from deciding anything. A
+    peer then counts once in a step, however many batches it sent. Each backward is then a batch of its own."""
     merge_backward: bool = True
     """Whether requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
     then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
@@ -84,8 +107,12 @@ class BackendSettings:
             raise ValueError(f"step_every is at least 1, not {self.step_every}")
         for name in ("clip_gradient_norm", "max_gradient_norm"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is positive, not {value}")
+            if value is None or (name == "max_gradient_norm" and value == "adaptive"):
+                continue
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} is a positive number, not {value!r}")
+        if not 0 <= self.trim_peers < 0.5:
+            raise ValueError(f"trim_peers is 0 or more and less than 0.5, not {self.trim_peers}")
 
 
 class ExpertBackend:
@@ -169,9 +196,22 @@ class ExpertBackend:
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
         """The journal: call ids of backwards that were applied, and the version that each led to."""
+<<<<<<< HEAD
         self._habits = {training: Habits() for training in (False, True)}
         self._accumulated: Gradients | None = None
+=======
+        self.parameters: list[nn.Parameter] = []
+        """What the optimizer steps: those of its parameters that want gradients. Empty before it is made."""
+        self._find_parameters()
+        self._draws = modules.draws_random_numbers(module)
+        self.norms = UsualNorms()
+        """Of the gradients that it got."""
+        self._gathered: dict[
+            Hashable, tuple[Gradients, int]
+        ] = {}  # per peer with `trim_peers`, else for all: sum, count
+>>>>>>> main
         self._num_accumulated = 0
+        self._lately: deque[frozenset[Hashable]] = deque(maxlen=2)  # peers of the last steps
         self._acceleration = Acceleration(
             module, sizes=settings.preferred_sizes, compile_mode=settings.compile_mode, cuda_graphs=settings.cuda_graphs
         )
@@ -202,6 +242,11 @@ class ExpertBackend:
         if self.settings.stochastic is None:
             return self._habits[training].draws
         return self.settings.stochastic
+
+    @property
+    def merges_backward(self) -> bool:
+        """Whether backwards may be computed together."""
+        return self.settings.merge_backward and not self.settings.trim_peers
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -286,16 +331,20 @@ class ExpertBackend:
         gradients = [next(remaining) if one.requires_grad else None for one in sources]
         return gradients[: len(leaves)], gradients[len(leaves) :]
 
-    def step(self, gradients: Gradients, call_ids: Sequence[bytes] = ()) -> int:
-        """Takes these gradients of `parameters`: one optimizer step, or a share of one (`step_every`).
+    def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
+        """Takes these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
 
         Journals `call_ids`, also for a frozen expert, which takes no steps. Returns the version that they led to.
         Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
-            self._accumulated = add_gradients(self._accumulated, gradients)
+            peer = peer if self.settings.trim_peers else None
+            summed, count = self._gathered.get(peer, (None, 0))
+            total = gradients if summed is None else add_gradients(summed, gradients)
+            assert total is not None
+            self._gathered[peer] = total, count + 1
             self._num_accumulated += 1
-            if self._num_accumulated >= self.settings.step_every:
+            if self._has_enough():
                 self._take_step()
         for call_id in call_ids:
             self.applied[call_id] = self.version
@@ -303,7 +352,35 @@ class ExpertBackend:
             self.applied.popitem(last=False)
         return self.version
 
+    def is_sound(self) -> bool:
+        """Whether everything that the optimizer steps or remembers is finite."""
+        states = () if self.optimizer is None else self.optimizer.state.values()
+        remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+        return are_finite(
+            [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
+        )
+
+    def _has_enough(self) -> bool:
+        """Whether it is time for a step: with `trim_peers` not before everybody who took part lately has, so that one
+        who sends faster than the others is not the only one; but they are not waited for much longer than usual.
+        """
+        if self._num_accumulated < self.settings.step_every:
+            return False
+        absent = frozenset().union(*self._lately) - self._gathered.keys()
+        return not self.settings.trim_peers or not absent or self._num_accumulated >= 4 * self.settings.step_every
+
+    def _merged(self) -> Gradients | None:
+        """The sum of what was gathered; with `trim_peers` as many times the trimmed mean of the peers."""
+        if not self._gathered:
+            return None
+        if len(self._gathered) == 1:
+            return next(iter(self._gathered.values()))[0]
+        means = [[None if x is None else x / count for x in summed] for summed, count in self._gathered.values()]
+        merged = trimmed_mean(means, self.settings.trim_peers)
+        return [None if x is None else x * self._num_accumulated for x in merged]
+
     def _take_step(self) -> None:
+<<<<<<< HEAD
         assert self.optimizer is not None and self._accumulated is not None
         gradients, self._accumulated, self._num_accumulated = self._accumulated, None, 0
         gradients = [*gradients, *[None] * (len(self.parameters) - len(gradients))]  # of groups that were added since
@@ -311,6 +388,13 @@ class ExpertBackend:
         if self.settings.clip_gradient_norm is not None:
             scale = (self.settings.clip_gradient_norm / (norm(gradients) + 1e-6)).clamp(max=1.0)
             gradients = [None if x is None else x * scale for x in gradients]  # not in place: two may be one tensor
+=======
+        gradients = self._merged()
+        assert self.optimizer is not None and gradients is not None
+        self._lately.append(frozenset(self._gathered) - {None})
+        self._gathered, self._num_accumulated = {}, 0
+        clips, taken = self.settings.clip_gradient_norm is not None, set[int]()
+>>>>>>> main
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         try:
@@ -357,8 +441,13 @@ class ExpertBackend:
                 else torch.empty(0, dtype=torch.uint8),
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
             },
+<<<<<<< HEAD
             "accumulated": states.pack_gradients(self._accumulated),
+=======
+            "accumulated": None if (gathered := self._merged()) is None else _copy(list(gathered)),
+>>>>>>> main
             "num_accumulated": self._num_accumulated,
+            "gradient_norms": self.norms.values(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -380,11 +469,18 @@ class ExpertBackend:
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )
-        accumulated = state["accumulated"]
-        self._accumulated = None
+        accumulated, self._num_accumulated = state["accumulated"], state["num_accumulated"]
+        self._gathered = {}
         if accumulated is not None and self.trains:
+<<<<<<< HEAD
             self._accumulated = states.unpack_gradients(accumulated, self.device)
         self._num_accumulated = state["num_accumulated"]
+=======
+            summed = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
+            self._gathered[None] = summed, self._num_accumulated
+        norms = state.get("gradient_norms", ())
+        self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
+>>>>>>> main
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:

@@ -3,7 +3,7 @@
 `measure` lets one expert take a step, and then run forward and backward with the largest batch on PyTorch's ``meta``
 device, which computes nothing and takes no memory, while every tensor that would be made is counted. `plan_memory`
 divides a limit: the process as it is, what the server may keep for others (waiting calls, inputs, answers, messages
-half received), the largest batch, since one is computed at a time, and experts for the rest.
+half received, replies not taken yet), the largest batch, since one is computed at a time, and experts for the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, Gradients
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.merging import Gradients
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +54,18 @@ class Footprint:
     batch: int
     """The most that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows included;
     only one expert of a device computes at a time."""
-    accumulates: bool = False
-    """Whether gradients of several batches are summed before a step."""
+    num_sums: int = 0
+    """Sums of gradients that wait for a step, at most: one over all batches, or one for each peer."""
 
     @property
     def state(self) -> int:
         """A copy of what a checkpoint holds."""
-        return self.weights + self.optimizer + self.copied_journal + self.gradients * self.accumulates
+        return self.weights + self.optimizer + self.copied_journal + self.gradients * min(self.num_sums, 1)
 
     @property
     def resident(self) -> int:
         """What the expert holds as long as it is hosted: itself, and the state that a failed step goes back to."""
-        return self.weights + self.optimizer + self.journal + self.gradients * self.accumulates + self.state
+        return self.weights + self.optimizer + self.journal + self.gradients * self.num_sums + self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,11 @@ class MemoryPlan:
     answers: int
     """For `CallSettings.max_answers_bytes`."""
     received: int
-    """For messages that are half received."""
+    """For messages that are half received or being answered: `EndpointSettings.max_receive_bytes`."""
+    replies: int
+    """For replies that wait to be taken."""
+    calls: int
+    """For small calls under way."""
     copies: int
     """For states that are being sent to followers."""
 
@@ -91,7 +96,9 @@ SHARES: Final[Mapping[str, tuple[float, int]]] = {
     "queue": (1 / 8, 1 << 30),
     "inputs": (1 / 16, 256 << 20),
     "answers": (1 / 64, 64 << 20),
-    "received": (1 / 8, 1 << 30),
+    "received": (1 / 10, 3 << 29),
+    "replies": (1 / 20, 3 << 28),
+    "calls": (1 / 40, 3 << 27),
     "copies": (1 / 16, 1 << 30),
 }
 """Of the memory that a limit leaves beside the process itself, and the most that is ever needed."""
@@ -130,7 +137,7 @@ def measure(backend: ExpertBackend) -> Footprint:
         journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
         copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
         batch=0,
-        accumulates=settings.step_every > 1,
+        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
     try:
         batch = _peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -22,8 +22,9 @@ from tesseract_async.errors import (
     TesseractError,
     describe,
 )
-from tesseract_async.experts.grid import Claim, ExpertReplica, rank_replicas
-from tesseract_async.experts.manifest import decode_manifest, grid_key, shard_key, split_uid
+from tesseract_async.experts.directory import read_claims
+from tesseract_async.experts.grid import ExpertReplica, rank_replicas
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.server.roles import Role, Standing, decide
 from tesseract_async.server.state_transfer import StateSource, TransferSettings, fetch_state
@@ -70,25 +71,18 @@ async def read_replicas(
     by_key: defaultdict[str, list[str]] = defaultdict(list)
     by_prefix: defaultdict[str, list[str]] = defaultdict(list)
     for uid in uids:
-        by_key[shard_key(uid)].append(uid)
+        by_key[node.trust.shard_key(uid)].append(uid)
         by_prefix[split_uid(uid)[0]].append(uid)
     if len(by_key) > MAX_SHARDS_READ:
-        by_key = defaultdict(list, {grid_key(prefix): some for prefix, some in by_prefix.items()})
+        by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
     found: dict[str, list[ExpertReplica]] = {}
 
     async def read(key: str, some: list[str]) -> None:
-        entries = await node.network.get_entries(key)
-        now = clock()
-        claims = []
+        entries = [entry for entry in await node.network.get_entries(key) if entry.owner != node.peer_id]
         prefix, _ = split_uid(some[0])  # a key is of one grid
-        for entry in entries:
-            if entry.owner == node.peer_id or entry.expiration <= now:
-                continue
-            try:
-                manifest = decode_manifest(entry.value, prefix=prefix).within(node.scope)
-                claims.append(Claim(entry.owner, entry.expiration, manifest))
-            except ProtocolError as error:
-                logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
+        claims = await read_claims(
+            entries, prefix=prefix, now=clock(), dropped=_dropped, trust=node.trust, scope=node.scope
+        )
         for uid in some:
             prefix, coords = split_uid(uid)
             found[uid] = rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))
@@ -102,6 +96,10 @@ async def read_replicas(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return found
+
+
+def _dropped(entry: Any, error: ProtocolError) -> None:
+    logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
 
 async def adopt_states(

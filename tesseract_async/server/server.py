@@ -188,6 +188,7 @@ class TesseractServer(Uncopied):
                 rendezvous=peer.rendezvous,
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
+                trust=self.node.trust,
             )
             await self._publisher.declare(self._is_primary)
         except BaseException:  # cancelled, too: nothing half started stays

@@ -26,6 +26,9 @@ from tesseract_async.wire import frames
 
 MAX_METHOD_LENGTH: Final = 128
 MAX_SENTENCE_LENGTH: Final = 2000
+MAX_GRANTS: Final = 4
+"""That a hello shows."""
+MAX_GRANT_BYTES: Final = 480
 MAX_TIMEOUT: Final = 7 * 24 * 3600.0
 """Seconds that a call may take at most: what the header can carry is bounded so that a deadline is always a time."""
 
@@ -146,11 +149,13 @@ class Hello:
     """Bytes of small requests that it may have under way at once."""
     max_message: int
     """Bytes of the largest message that it may send."""
+    grants: tuple[bytes, ...] = ()
+    """What the speaker may do in runs, by their owners' word: signed records, at most `MAX_GRANTS`."""
 
 
 def encode_hello(hello: Hello) -> bytes:
     """The payload of a HELLO frame: magic and wire version, readable for ever, then a map."""
-    values = {
+    values: dict[str, Any] = {
         "session": hello.session,
         "bulk": hello.bulk,
         "peer_id": hello.peer_id,
@@ -158,6 +163,8 @@ def encode_hello(hello: Hello) -> bytes:
         "max_small": hello.max_small,
         "max_message": hello.max_message,
     }
+    if hello.grants:
+        values["grants"] = hello.grants
     return _HELLO.pack(_MAGIC, frames.VERSION) + frames.pack(values)
 
 
@@ -181,4 +188,9 @@ def decode_hello(payload: memoryview) -> Hello:
         raise ProtocolError("malformed hello")
     if any(type(limit) is not int or not 0 < limit < 2**63 for limit in limits):
         raise ProtocolError("malformed hello")
-    return Hello(session, bulk, peer_id, *limits)
+    grants = values.get("grants", [])
+    if type(grants) is not list or len(grants) > MAX_GRANTS:
+        raise ProtocolError("malformed hello")
+    if any(type(grant) is not bytes or len(grant) > MAX_GRANT_BYTES for grant in grants):
+        raise ProtocolError("malformed hello")
+    return Hello(session, bulk, peer_id, limits[0], limits[1], limits[2], tuple(grants))

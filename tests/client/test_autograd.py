@@ -275,6 +275,7 @@ async def test_changing_an_input_in_place_is_noticed(node: FakeNode) -> None:
     with pytest.raises(RuntimeError, match="inplace"):
         await backward(y.sum())
     node.delay = 0.05
+    x = torch.ones(1, 8)
     task = asyncio.create_task(expert(x))
     await until(lambda: node.num_open == 1)
     x.add_(1)

@@ -16,7 +16,6 @@ from tesseract_async.experts.authority import EPOCH_ZERO, MAX_GRANTS, Authority
 from tesseract_async.experts.grants import (
     GRANT_DOMAIN,
     GRANT_SECONDS,
-    MAX_GRANT_BYTES,
     MAX_RECORD_BYTES,
     MAX_SERIAL,
     Grant,
@@ -32,6 +31,7 @@ from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import DOMAIN, RunManifest, SignedRun, decode_run, sign_run
 from tesseract_async.experts.signed import sign_body
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
 NOW = 1_800_000_000
 OWNER, DELEGATE, OTHER, INVITE, STRANGER, MEMBER, PEER = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 8))

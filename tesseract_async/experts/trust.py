@@ -1,0 +1,133 @@
+"""Whom a node believes about experts, and what it lets others do with them: the one that every reader asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tesseract_async.admission import Policy
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grants import Role
+from tesseract_async.experts.manifest import Manifest, RunTag, grid_key, shard_key, split_uid
+from tesseract_async.identity import PeerID
+from tesseract_async.wire.calls import MAX_GRANTS
+
+
+class Trust:
+    """A node's policy, and the runs that it takes part in: by them uids of a run's prefix are that run's.
+
+    Outside of runs the policy's lists decide: who may not store may not host either. In a run its authority decides as
+    well. Used on the node's loop only.
+    """
+
+    def __init__(
+        self, peer_id: PeerID | None = None, policy: Policy | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`peer_id` is the node's own, whose word it takes; `clock` gives wall-clock seconds."""
+        self.policy = Policy() if policy is None else policy
+        self.clock = clock
+        self._peer_id = peer_id
+        self._runs: dict[str, Authority] = {}
+
+    # ------------------------------------------------------------------------------------------------ runs
+
+    def add(self, authority: Authority) -> None:
+        """The node takes part in this run from now on. Raises: ValueError if another run has the prefix already."""
+        known = self._runs.setdefault(authority.prefix, authority)
+        if known.run_id != authority.run_id:
+            raise ValueError(f"uids of {authority.prefix!r} are those of the run {known.run.full_name} at this node")
+        self._runs[authority.prefix] = authority
+
+    def authority(self, prefix: str) -> Authority | None:
+        """The run whose uids begin with this prefix; None where they are bare."""
+        return self._runs.get(prefix)
+
+    def tag(self, prefix: str) -> RunTag | None:
+        """The same as it stands in manifests."""
+        authority = self._runs.get(prefix)
+        return None if authority is None else authority.tag
+
+    def grid_key(self, prefix: str) -> str:
+        """Where manifests of this grid are stored."""
+        return grid_key(prefix, self.tag(prefix))
+
+    def shard_key(self, uid: str) -> str:
+        """Where manifests that hold this uid are stored."""
+        return shard_key(uid, self.tag(split_uid(uid)[0]))
+
+    def own_grant(self, prefix: str) -> bytes:
+        """The node's own grant in the run of this prefix; empty where there is none."""
+        authority = self._runs.get(prefix)
+        grant = None if authority is None or self._peer_id is None else authority.grant_of(self._peer_id)
+        return b"" if grant is None else grant.blob
+
+    def shown(self) -> list[bytes]:
+        """The grants that the node shows to whom it meets."""
+        return [blob for blob in map(self.own_grant, self._runs) if blob][:MAX_GRANTS]
+
+    def introduced(self, peer_id: PeerID, grants: Sequence[bytes]) -> None:
+        """`peer_id`, who has proved to be that, shows its grants."""
+        for blob in grants[:MAX_GRANTS]:
+            for authority in self._runs.values():
+                authority.learn_grant(blob, peer_id)
+
+    # ------------------------------------------------------------------------------------------------ others' words
+
+    def may_be_read(self, owner: PeerID) -> bool:
+        """Whether the policy lets this peer say anything at all; a look before its words are decoded."""
+        return owner == self._peer_id or self.policy.allows(owner, "store")
+
+    def believed(self, owner: PeerID, manifest: Manifest) -> Manifest:
+        """What `owner` says about experts, as far as it may host them; learns the grant that it shows.
+
+        Raises: ProtocolError where nothing is left.
+        """
+        authority = self._runs.get(manifest.prefix)
+        if not self.may_be_read(owner) or manifest.tag != self.tag(manifest.prefix):
+            raise ProtocolError("a manifest of somebody who may not host here, or of another run")
+        if authority is None:
+            return manifest
+        if manifest.grant:
+            authority.learn_grant(manifest.grant, owner)
+        if not authority.may(owner, "host", now=None):
+            raise ProtocolError("a manifest of somebody who may not host in this run")
+        grant = authority.grant_of(owner)
+        if grant is None or grant.pattern is None or authority.is_open:
+            return manifest
+        if len(grant.pattern.ranges) != manifest.num_dims:
+            raise ProtocolError("a manifest of experts that its server may not host")
+        low, high = np.array([(one.start, one.stop) for one in grant.pattern.ranges]).T
+        inside = (manifest.coords >= low) & (manifest.coords < high)
+        return manifest.only(inside.all(axis=1))
+
+    def may_host(self, peer_id: PeerID | None, uid: str) -> bool:
+        """Whether calls for `uid` may go to this peer: a member sends nothing to somebody who may not host it."""
+        if peer_id is not None and peer_id == self._peer_id:
+            return True
+        authority = self._runs.get(split_uid(uid)[0])
+        if peer_id is None:  # whoever answers there
+            return authority is None and self.policy.storers is None
+        if not self.policy.allows(peer_id, "store"):
+            return False
+        return authority is None or authority.may(peer_id, "host", uid, now=None)
+
+    def may_reserve(self, owner: PeerID, prefix: str) -> bool:
+        """Whether it counts that this peer says that it is about to host experts of this prefix."""
+        authority = self._runs.get(prefix)
+        return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", now=self.clock()))
+
+    def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
+        """Whether this peer may ask for what takes `role` in the run of `uid`; None: to be a member is enough.
+
+        Where uids are bare, the policy has decided already.
+        """
+        authority = self._runs.get(split_uid(uid)[0])
+        if authority is None or peer_id == self._peer_id:
+            return True
+        now = self.clock()
+        if role is None:
+            return authority.is_member(peer_id, now=now)
+        return authority.may(peer_id, role, uid, now=None if role == "host" else now)
