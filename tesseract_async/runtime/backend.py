@@ -11,20 +11,13 @@ split over batches equals one that is not.
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any
-=======
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
->>>>>>> main
 
 import torch
 from torch import nn
@@ -33,26 +26,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from tesseract_async.errors import describe
 from tesseract_async.runtime import modules, optimizers, randomness, states
 from tesseract_async.runtime.acceleration import Acceleration, fuse
-<<<<<<< HEAD
-from tesseract_async.runtime.finite import norm
-from tesseract_async.runtime.watching import Habits, Undone, Watch, generator_states, have_moved
-=======
-from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.finite import are_finite, norm_of
 from tesseract_async.runtime.merging import Gradients, trimmed_mean
 from tesseract_async.runtime.norms import UsualNorms
->>>>>>> main
+from tesseract_async.runtime.watching import Habits, Undone, Watch, generator_states, have_moved
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
-<<<<<<< HEAD
 logger = logging.getLogger(__name__)
 
-Gradients = Sequence[torch.Tensor | None]
-"""One per input, or one per parameter that the optimizer steps; None where nothing flows."""
-
-=======
->>>>>>> main
 MakesOptimizer = Callable[[], torch.optim.Optimizer]
 MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -196,20 +179,12 @@ class ExpertBackend:
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
         """The journal: call ids of backwards that were applied, and the version that each led to."""
-<<<<<<< HEAD
         self._habits = {training: Habits() for training in (False, True)}
-        self._accumulated: Gradients | None = None
-=======
-        self.parameters: list[nn.Parameter] = []
-        """What the optimizer steps: those of its parameters that want gradients. Empty before it is made."""
-        self._find_parameters()
-        self._draws = modules.draws_random_numbers(module)
         self.norms = UsualNorms()
         """Of the gradients that it got."""
         self._gathered: dict[
             Hashable, tuple[Gradients, int]
         ] = {}  # per peer with `trim_peers`, else for all: sum, count
->>>>>>> main
         self._num_accumulated = 0
         self._lately: deque[frozenset[Hashable]] = deque(maxlen=2)  # peers of the last steps
         self._acceleration = Acceleration(
@@ -380,21 +355,15 @@ class ExpertBackend:
         return [None if x is None else x * self._num_accumulated for x in merged]
 
     def _take_step(self) -> None:
-<<<<<<< HEAD
-        assert self.optimizer is not None and self._accumulated is not None
-        gradients, self._accumulated, self._num_accumulated = self._accumulated, None, 0
-        gradients = [*gradients, *[None] * (len(self.parameters) - len(gradients))]  # of groups that were added since
-        gradients = [_laid_out(x, like) for x, like in zip(gradients, self.parameters, strict=True)]
-        if self.settings.clip_gradient_norm is not None:
-            scale = (self.settings.clip_gradient_norm / (norm(gradients) + 1e-6)).clamp(max=1.0)
-            gradients = [None if x is None else x * scale for x in gradients]  # not in place: two may be one tensor
-=======
         gradients = self._merged()
         assert self.optimizer is not None and gradients is not None
         self._lately.append(frozenset(self._gathered) - {None})
         self._gathered, self._num_accumulated = {}, 0
-        clips, taken = self.settings.clip_gradient_norm is not None, set[int]()
->>>>>>> main
+        gradients = [*gradients, *[None] * (len(self.parameters) - len(gradients))]  # of groups that were added since
+        gradients = [_laid_out(x, like) for x, like in zip(gradients, self.parameters, strict=True)]
+        most = self.settings.clip_gradient_norm
+        if most is not None and (norm := norm_of(gradients)) > most:
+            gradients = [None if x is None else x * (most / norm) for x in gradients]  # not in place: two may be one
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         try:
@@ -441,11 +410,7 @@ class ExpertBackend:
                 else torch.empty(0, dtype=torch.uint8),
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
             },
-<<<<<<< HEAD
-            "accumulated": states.pack_gradients(self._accumulated),
-=======
-            "accumulated": None if (gathered := self._merged()) is None else _copy(list(gathered)),
->>>>>>> main
+            "accumulated": states.pack_gradients(self._merged()),
             "num_accumulated": self._num_accumulated,
             "gradient_norms": self.norms.values(),
         }
@@ -472,15 +437,9 @@ class ExpertBackend:
         accumulated, self._num_accumulated = state["accumulated"], state["num_accumulated"]
         self._gathered = {}
         if accumulated is not None and self.trains:
-<<<<<<< HEAD
-            self._accumulated = states.unpack_gradients(accumulated, self.device)
-        self._num_accumulated = state["num_accumulated"]
-=======
-            summed = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
-            self._gathered[None] = summed, self._num_accumulated
+            self._gathered[None] = states.unpack_gradients(accumulated, self.device), self._num_accumulated
         norms = state.get("gradient_norms", ())
         self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
->>>>>>> main
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:

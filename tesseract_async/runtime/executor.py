@@ -25,13 +25,9 @@ import torch
 from tesseract_async.errors import ExpertFailed, describe
 from tesseract_async.runtime.backend import ExpertBackend, add_gradients
 from tesseract_async.runtime.batcher import Part
-<<<<<<< HEAD
-from tesseract_async.runtime.finite import are_finite, norm
-=======
 from tesseract_async.runtime.finite import are_finite, norm_of
 from tesseract_async.runtime.merging import Gradients
 from tesseract_async.runtime.norms import CHECKED_ABOVE, GROWTH, REFUSED_ABOVE, SCALED_ABOVE, UNDONE_ABOVE
->>>>>>> main
 from tesseract_async.runtime.staging import Columns, Download, HostStaging, Staging, Upload
 from tesseract_async.runtime.work import Answer, Outcome, Work
 
@@ -118,15 +114,11 @@ class Executor:
                 return
             gradients = self._damp(attempt, staged[num_inputs:])
             attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
-<<<<<<< HEAD
             _check_alone(attempt)
-            _check_gradients(gradients, attempt.summed, backend.settings.max_gradient_norm)
-=======
             if not are_finite(gradients):
                 raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
             if work.call_id is not None and attempt.summed:
                 self._limit_norm(attempt)
->>>>>>> main
         except BaseException as error:  # a module may raise anything: it fails its own batch
             attempt.error = error
         finally:
@@ -422,25 +414,10 @@ def _beside(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return scales.to(x.device, real).view(-1, *(1 for _ in x.shape[1:]))
 
 
-<<<<<<< HEAD
-def _check_gradients(incoming: Gradients, summed: Gradients, max_norm: float | None) -> None:
-    """Raises: ExpertFailed for gradients that no optimizer may see."""
-    if not are_finite(incoming):
-        raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
-    if not are_finite(summed):
-        raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
-    if max_norm is not None:
-        found = float(norm(summed))
-        if found > max_norm:
-            raise ExpertFailed(
-                f"the gradients of the expert's parameters have norm {found:.4g}; at most {max_norm:.4g} is accepted"
-            )
-=======
 def _account(attempt: Attempt) -> Hashable:
     """Whom the gradients of an attempt count for: of several peers, the first."""
     request = attempt.work.request
     return None if request is None else request.peer
->>>>>>> main
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -12,8 +12,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 def norm_of(tensors: Sequence[torch.Tensor | None]) -> float:
     """The Euclidean norm over all elements. Not finite if any is not, or if its square is too large for its type."""
-    plain = [x if x.layout is torch.strided else x.coalesce().values() for x in tensors if x is not None]
-    plain = [torch.view_as_real(x) if x.is_complex() else x for x in plain]
+    plain = [_numbers(x.coalesce() if x.layout is torch.sparse_coo else x) for x in tensors if x is not None]
     if not plain:
         return 0.0
     norms = list(torch._foreach_norm([x.float() if x.dtype in _HALVES else x for x in plain]))
@@ -33,13 +32,6 @@ def are_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
     if math.isfinite(float(totals[0] if len(totals) == 1 else torch.stack(totals).sum())):
         return True
     return all(bool(torch.isfinite(x).all()) for x in present)
-
-
-def norm(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """The Euclidean norm of them all together; 0 if there are none. Sparse ones count as what they stand for."""
-    present = [_numbers(x.coalesce() if x.layout is torch.sparse_coo else x) for x in tensors if x is not None]
-    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in present]
-    return torch.linalg.vector_norm(torch.stack([x.float() for x in norms])) if norms else torch.zeros(())
 
 
 def _numbers(x: torch.Tensor) -> torch.Tensor:
