@@ -201,7 +201,7 @@ class ExpertBackend:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer steps, those that are frozen for now among them. Empty before it is made."""
+        """The tensors that the optimizer steps, those that are frozen for now among them. Empty before it is made."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [one for group in groups for one in group["params"]]
 
@@ -451,7 +451,7 @@ class ExpertBackend:
         return leaves
 
     def _compute(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
-        """What the module returns for these inputs, which it does not change."""
+        """Calls the module with these inputs, which stay as they are."""
         habits, decides = self._habits[training], self.settings.stochastic is None
         watches, draws = not habits.known, seed is not None and self.is_stochastic(training)
         given = _copies(inputs) if watches or habits.writes else inputs

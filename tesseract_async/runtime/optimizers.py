@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import torch
@@ -110,7 +110,7 @@ def restore(
 def _restore_scheduler(
     scheduler: LRScheduler | None, saved: Any, theirs: str | None, own: Collection[str], said: list[str]
 ) -> bool:
-    """Whether the schedule of the checkpoint goes on."""
+    """Returns whether the schedule of the checkpoint goes on."""
     mine = _kind(scheduler)
     if scheduler is None:
         if saved is not None:
@@ -154,8 +154,3 @@ def _same(x: Any, y: Any) -> bool:
     if isinstance(x, list | tuple) and isinstance(y, list | tuple):
         return len(x) == len(y) and all(map(_same, x, y))
     return bool(x == y)
-
-
-def trained(optimizer: torch.optim.Optimizer | None) -> Iterable[nn.Parameter]:
-    """What it steps, in order."""
-    return [] if optimizer is None else [one for group in optimizer.param_groups for one in group["params"]]

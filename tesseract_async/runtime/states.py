@@ -1,4 +1,4 @@
-"""What of an expert can be written down: the dtypes and values of a checkpoint, copies of them, and what fits what."""
+"""States of experts: the dtypes and values that a checkpoint can hold, copies of them, and which fits a module."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pack_gradients(gradients: Sequence[torch.Tensor | None] | None) -> list[Any]
 
 
 def unpack_gradients(packed: Sequence[Any], device: torch.device) -> list[torch.Tensor | None]:
-    """What `pack_gradients` was given, copied to `device`."""
+    """The gradients that `pack_gradients` was given, copied to `device`."""
     found: list[torch.Tensor | None] = []
     for x in packed:
         if isinstance(x, Mapping):

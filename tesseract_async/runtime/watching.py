@@ -1,4 +1,4 @@
-"""What a module does besides computing its outputs, found by looking: it draws random numbers, it writes its inputs.
+"""Finds by looking what a module does besides computing its outputs: it draws random numbers, it writes its inputs.
 
 A *watched* call runs on copies of its inputs and sees each operation of this thread: it is sure, and slow. The first
 call in each mode is watched. The later ones are only glanced at: where a default generator has moved, which another
@@ -32,7 +32,7 @@ class Habits:
     """What is known of a module in one mode, training or evaluation."""
 
     known: bool = False
-    """Whether it was watched."""
+    """Set once it was watched."""
     draws: bool = False
     writes: bool = False
 
@@ -86,7 +86,7 @@ def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
 
 
 def have_moved(before: Sequence[tuple[torch.Generator, torch.Tensor]]) -> bool:
-    """Whether one of them has drawn since `generator_states` looked."""
+    """Tells whether one of them has drawn since `generator_states` looked."""
     return not all(torch.equal(state, generator.get_state()) for generator, state in before)
 
 
