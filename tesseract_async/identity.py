@@ -142,6 +142,11 @@ class Identity(Uncopied):
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 
+    @property
+    def seed(self) -> bytes:
+        """The secret in 32 bytes: what `from_seed` takes."""
+        return self._secret[:32]
+
     def private_pem(self) -> bytes:
         """The secret as unencrypted PKCS 8 PEM: what OpenSSL reads. Keep it off disks that others read."""
         return self._private_key.private_bytes(

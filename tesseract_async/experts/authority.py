@@ -132,7 +132,7 @@ class Authority:
         if grant is None or (peer_id is not None and grant.peer != peer_id) or not self._holds(grant):
             return False
         known = self._grants.get(grant.peer)
-        if known is None or _rank(grant) > _rank(known):
+        if known is None or self._rank(grant) > self._rank(known):
             self._grants.pop(grant.peer, None)
             self._grants[grant.peer] = grant
             self._forget_some()
@@ -149,7 +149,7 @@ class Authority:
         kind, blob = record[:1], record[1:]
         if kind == _GRANT:
             return self.learn_grant(blob)
-        if not self._rules(read_signer(blob)):
+        if not self.rules(read_signer(blob)):
             raise InvalidRecord("a record of somebody without authority over this run")
         if kind == _REVOCATIONS:
             return self._learn_revocations(decode_revocations(blob))
@@ -170,14 +170,14 @@ class Authority:
 
     def records(self) -> Iterator[bytes]:
         """What every member spreads and keeps: revocations and appointments."""
-        yield from (_REVOCATIONS + one.blob for one in self._revocations.values() if self._rules(one.signer))
+        yield from (_REVOCATIONS + one.blob for one in self._revocations.values() if self.rules(one.signer))
         yield from (_APPOINTMENT + one.blob for one in self._appointments.values() if self._counts(one))
 
     def kept(self, peer_id: PeerID) -> list[bytes]:
-        """What a node keeps on disk of the run: the manifest first (`from_kept`), `records`, and its own grant."""
-        grant = self._grants.get(peer_id)
-        own = [] if grant is None else [_GRANT + grant.blob]
-        return [_MANIFEST + self.run.blob, *self.records(), *own]
+        """What a node keeps on disk of the run: the manifest first (`from_kept`), `records`, and its own grant; those
+        who may grant keep every one."""
+        grants = self.grants() if self.rules(peer_id) else [one for one in self.grants() if one.peer == peer_id]
+        return [_MANIFEST + self.run.blob, *self.records(), *(_GRANT + one.blob for one in grants)]
 
     @classmethod
     def from_kept(cls, records: Iterable[Any]) -> Authority:
@@ -252,7 +252,8 @@ class Authority:
                         self._since[peer] = max(one.since, self._since.get(peer, 0))
                 self._invites.update(peer for peer in one.invites if peer not in safe)
 
-    def _rules(self, signer: PeerID) -> bool:
+    def rules(self, signer: PeerID) -> bool:
+        """Whether it may grant, revoke and appoint."""
         return signer == self.owner or signer in self.delegates
 
     def _counts(self, one: Appointment) -> bool:
@@ -272,7 +273,6 @@ class Authority:
             invited = (peer for peer, grant in self._grants.items() if grant.via is not None)
             del self._grants[next(invited, next(iter(self._grants)))]
 
-
-def _rank(grant: Grant) -> tuple[bool, int, bytes]:
-    """Which of a peer's grants counts: the owner's own before others', then the latest."""
-    return grant.via is None, grant.serial, grant.digest
+    def _rank(self, grant: Grant) -> tuple[bool, int, bytes]:
+        """Which of a peer's grants counts: the owner's and delegates' before those of invites, then the latest."""
+        return self.rules(grant.signer), grant.serial, grant.digest
