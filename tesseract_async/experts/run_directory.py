@@ -7,6 +7,7 @@ of its peer's for a day (`grant_key`), or its signer hands it on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ import msgpack
 
 from tesseract_async.errors import ProtocolError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grants import GRANT_SECONDS, RENEW_SECONDS, Grant, read_grant_text, sign_grant
 from tesseract_async.experts.run import SignedRun, join_run, newest_by_signer, run_key, split_run, split_run_name
 from tesseract_async.experts.trust import Trust
@@ -41,6 +43,14 @@ class RunNetwork(Protocol):
 
 class RunNotFound(TesseractError):
     """No manifest of that run is in the network, or the bare name is not enough to tell which one is meant."""
+
+
+class BareRun(ValueError):
+    """A run of version 0.1: nobody has authority over it, and its experts have bare names."""
+
+    def __init__(self, signed: SignedRun) -> None:
+        super().__init__(f"{signed.full_name} is a run of version 0.1: use its experts by their bare names")
+        self.signed = signed
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,14 @@ async def publish_grant(network: RunNetwork, grant: Grant, *, ttl: float = RunSe
     return await network.store(grant_key(grant.run_id, grant.peer), grant.blob, ttl=ttl)
 
 
+async def publish_record(
+    network: RunNetwork, authority: Authority, record: bytes, *, ttl: float = RunSettings().ttl
+) -> int:
+    """Stores a copy of one of `Authority.records` under this node's name; returns the number of holders."""
+    subkey = hashlib.sha256(record).hexdigest()[:16]
+    return await network.store(records_key(authority.run_id), record, ttl=ttl, subkey=subkey)
+
+
 def kept_file(identity: Path, text: str) -> Path:
     """Where what is known of the run ``NAME[@PEER_ID]`` is kept: beside the node's key. Raises: ValueError."""
     identity = identity.expanduser()
@@ -175,8 +193,8 @@ async def enter_run(
     `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is
     learnt is kept beside `identity_file`, and used where the network does not know the run.
 
-    Raises: RunNotFound; ValueError for a malformed name, a grant that is not this node's or of another run, or if the
-    node is in another run with the same prefix; what the network raises.
+    Raises: RunNotFound; BareRun; ValueError for a malformed name, a grant that is not this node's or of another run, or
+    if the node is in another run with the same prefix; what the network raises.
     """
     name = run if isinstance(run, str) else run.full_name
     keep_file = None if identity_file is None else kept_file(identity_file, name)
@@ -187,6 +205,8 @@ async def enter_run(
         if kept is None:
             raise
         signed = kept.run
+    if signed.tag is None:
+        raise BareRun(signed)
     authority = Authority(signed)
     if kept is not None and kept.run_id == authority.run_id:
         kept.learn_run(signed)
@@ -240,6 +260,7 @@ class RunKeeper:
         self.on_own_grant: Callable[[], None] = lambda: None
         """Called when the node has another grant than before."""
         self._network = network
+        self._me = network.peer_id if identity is None else identity.peer_id
         self._trust = Trust() if trust is None else trust
         self._identity = identity
         self._keep_file = keep_file
@@ -285,7 +306,7 @@ class RunKeeper:
             return False
         key = records_key(authority.run_id)
         holders: dict[bytes, set[PeerID]] = {}
-        before = authority.kept(self._network.peer_id)
+        before = authority.kept(self._me)
         for number, entry in enumerate(await self._network.get_entries(key), 1):
             if number % 64 == 0:
                 await asyncio.sleep(0)
@@ -296,18 +317,17 @@ class RunKeeper:
                 authority.learn(entry.value)
             except ProtocolError as error:
                 logger.debug("dropped a record of %s: %s", entry.owner.short, error)
-        own = authority.grant_of(self._network.peer_id)
-        for entry in await self._network.get_entries(grant_key(authority.run_id, self._network.peer_id)):
-            authority.learn_grant(entry.value, self._network.peer_id)
-        if authority.grant_of(self._network.peer_id) != own:
+        own = authority.grant_of(self._me)
+        for entry in await self._network.get_entries(grant_key(authority.run_id, self._me)):
+            authority.learn_grant(entry.value, self._me)
+        if authority.grant_of(self._me) != own:
             self.on_own_grant()
         for record in authority.records():
             others = holders.get(record, set()) - {self._network.peer_id}
             if len(others) < self.settings.num_copies:
-                subkey = hashlib.sha256(record).hexdigest()[:16]
-                await self._network.store(key, record, ttl=self.settings.ttl, subkey=subkey)
+                await publish_record(self._network, authority, record, ttl=self.settings.ttl)
         self.save()
-        return authority.kept(self._network.peer_id) != before
+        return authority.kept(self._me) != before
 
     async def renew_grants(self) -> list[Grant]:
         """Signs anew the grants that end within `grants.RENEW_SECONDS`, for who may grant; those of expired, revoked or
@@ -317,6 +337,9 @@ class RunKeeper:
             return []
         via = authority.delegates.get(identity.peer_id)
         renewed = []
+        prefix = authority.prefix
+        entries = await self._network.get_entries(self._trust.grid_key(prefix))  # servers show what they have
+        await read_claims(entries, prefix=prefix, now=now, dropped=lambda entry, error: None, trust=self._trust)
         for old in authority.grants():
             last = int(now) + GRANT_SECONDS if via is None else min(int(now) + GRANT_SECONDS, via.not_after)
             due = now < old.not_after <= min(now + RENEW_SECONDS, last - 1)
@@ -339,10 +362,14 @@ class RunKeeper:
         return renewed
 
     def save(self) -> None:
-        """Writes what is known to `keep_file`, if it changed. An error is logged."""
+        """Writes what is known to `keep_file`, with what another program wrote there meanwhile. An error is logged."""
         if self._keep_file is None or self.authority is None:
             return
-        kept = self.authority.kept(self._network.peer_id)
+        if (others := load_kept(self._keep_file, self.authority.run.full_name)) is not None:
+            for record in others.kept(self._me):
+                with contextlib.suppress(ProtocolError):
+                    self.authority.learn(record)
+        kept = self.authority.kept(self._me)
         if kept == self._kept:
             return
         try:
