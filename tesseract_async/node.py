@@ -63,7 +63,8 @@ class TesseractNode(Uncopied):
     - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, from where only this
       computer can be reached: joining others elsewhere is asked for, not stumbled into. ``"::"`` is every interface
       by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
-    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked).
+    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: nobody
+      else is spoken to there), or several with commas between, as ``str(node.peer_address)`` gives them.
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
@@ -91,13 +92,14 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 2**30,
+        max_receive_bytes: int = 3 * 2**29,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
         NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
-        `max_receive_bytes`: of large messages that are half received or being answered.
+        `max_receive_bytes`: of large messages that are half received or being answered. Replies that wait to be taken
+        may hold half as many bytes, small calls under way a quarter.
 
         Raises: ValueError for seeds that are malformed or no list, for a malformed port or announced address, and for
         `upnp` without its packages; OSError for an identity file that cannot be read.
@@ -239,7 +241,12 @@ class TesseractNode(Uncopied):
         return Endpoint(
             identity=self.identity,
             transports=self._reach.transports,
-            settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
+            settings=EndpointSettings(
+                security=self._security,
+                max_receive_bytes=self._max_receive_bytes,
+                max_reply_bytes=self._max_receive_bytes // 2,
+                max_call_bytes=self._max_receive_bytes // 4,
+            ),
             policy=self.policy,
             metrics=self.metrics,
         )
@@ -467,14 +474,14 @@ class TesseractNode(Uncopied):
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
-    """Raises: ValueError for what is no list of addresses."""
+    """One seed for each address of a list with commas. Raises: ValueError for what is no list of addresses."""
     if isinstance(peers, str | bytes | PeerAddress) or not isinstance(peers, Iterable):
         raise ValueError(f"initial_peers is a list of addresses, such as ['192.0.2.1:31337']; got {peers!r}")
-    found = []
+    found: list[PeerAddress] = []
     for peer in peers:
         if not isinstance(peer, str | PeerAddress):
             raise ValueError(f"each of initial_peers is a string, such as '192.0.2.1:31337'; got {peer!r}")
-        found.append(peer if isinstance(peer, PeerAddress) else PeerAddress.parse(peer))
+        found += [peer] if isinstance(peer, PeerAddress) else map(PeerAddress.parse, peer.split(","))
     return tuple(found)
 
 

@@ -42,6 +42,7 @@ EXCEPTIONS = {("node.py", "client")}
 
 PURE = [
     "wire/frames.py",
+    "wire/packed.py",
     "wire/calls.py",
     "endpoint/budget.py",
     "endpoint/pool.py",
@@ -61,6 +62,8 @@ PURE = [
     "endpoint/liveness.py",
     "endpoint/protocol.py",
     "endpoint/quotas.py",
+    "endpoint/replies.py",
+    "endpoint/small_calls.py",
     "endpoint/transfers.py",
     "endpoint/under_way.py",
     "endpoint/windows.py",

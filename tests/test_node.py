@@ -12,6 +12,8 @@ import tesseract_async as ta
 from tesseract_async import errors
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.identity import PeerID
+from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD
 
 pytestmark = pytest.mark.both_loops
@@ -43,7 +45,18 @@ async def test_a_foreign_host_is_a_sentence() -> None:
         await ta.TesseractNode(host="192.0.2.7").start()
 
 
-@pytest.mark.parametrize("seed", ["nonsense", "1.2.3.4", "1.2.3.4:99999", "1.2.3.4:5/short"])
+def test_an_address_as_it_is_written_is_a_seed() -> None:
+    peer = PeerAddress(PeerID(bytes([1]) * 32), ("1.2.3.4:5", "[2606:4700::1]:5"))
+    assert str(peer) == f"1.2.3.4:5/{peer.peer_id},[2606:4700::1]:5/{peer.peer_id}", "each pinned to the id"
+    assert PeerAddress.parse(str(peer)) == peer
+    seeds = ta.TesseractNode(initial_peers=[str(peer), f"1.2.3.5:5, 1.2.3.6:5/{peer.peer_id}"]).initial_peers
+    assert [seed.addresses for seed in seeds] == [("1.2.3.4:5",), ("[2606:4700::1]:5",), ("1.2.3.5:5",), ("1.2.3.6:5",)]
+    assert [seed.peer_id for seed in seeds] == [peer.peer_id, peer.peer_id, None, peer.peer_id]
+    with pytest.raises(ValueError, match="different peers"):
+        PeerAddress.parse(f"1.2.3.5:5,1.2.3.6:5/{peer.peer_id}")
+
+
+@pytest.mark.parametrize("seed", ["nonsense", "1.2.3.4", "1.2.3.4:99999", "1.2.3.4:5/short", "1.2.3.4:5,", ""])
 def test_a_malformed_seed_is_refused_at_once(seed: str) -> None:
     with pytest.raises(ValueError):
         ta.TesseractNode(initial_peers=[seed])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tesseract_async.cli.options import enter, host_towards, joining_options, patterns_argument, peers, run_option
+from tesseract_async.cli.options import enter, host_towards, join, joining_options, patterns_argument, peers, run_option
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
@@ -51,6 +51,7 @@ def command(
         node = TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         async with node:
+            await join(node)
             grid = await enter(node, run_name)
             async with (
                 SwarmObserver(node, patterns=chosen or grid, period=period) as observer,

@@ -10,6 +10,9 @@ from tesseract_async.cli.access import access_options, describe_policy, policy_o
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.cli.waiting import sign
+
+JOIN_TIMEOUT = 12.0
 
 
 @click.command("dht")
@@ -52,6 +55,8 @@ def command(
         async with node, StatusService(node):
             for line in describe_policy(node.policy):
                 click.echo(line, err=True)
+            with sign("joining the network"):
+                await node.network.wait_joined(JOIN_TIMEOUT)  # the node warns where nobody answers, and goes on asking
             address = str(node.peer_address)
             click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
             click.echo(f"    --initial-peers {address}\n", err=True)

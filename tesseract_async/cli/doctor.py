@@ -164,7 +164,10 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool) -> AsyncIterator
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         if not await node.network.wait_joined(5.0):
             advice = "Does it run? Is UDP to its port let through, here and there?"
-            yield Finding("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)
+            if node.network.wrong_seeds:
+                yield Finding("bad", f"seed {peer}", node.network.trouble or "", "Ask who runs it for its peer id.")
+            else:
+                yield Finding("bad", f"seed {peer}", "no answer by UDP in 5 s", advice)
             return
         yield Finding("good", f"seed {peer}", f"answers by UDP; {counted(node.network.num_contacts, 'contact')}")
         address = node.initial_peers[0]

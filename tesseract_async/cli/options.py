@@ -149,11 +149,7 @@ async def join(node: TesseractNode, *, timeout: float = 10.0) -> None:
     """Waits until a started node knows another one. Raises: click.ClickException if none of its seeds answers."""
     with sign("joining the network"):
         if not await node.network.wait_joined(timeout):
-            names = ", ".join(map(str, node.initial_peers))
-            raise click.ClickException(
-                f"no answer from {names} in {timeout:.0f} s. Does a node run there, and is UDP to its port let through?"
-                " `tesseract doctor -p ADDRESS` looks closer"
-            )
+            raise click.ClickException(node.network.trouble or f"no answer in {timeout:.0f} s")
 
 
 def joining_options(command: Command) -> Command:

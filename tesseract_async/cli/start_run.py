@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import node_options, outside_help, peers
+from tesseract_async.cli.options import join, node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
@@ -131,6 +131,8 @@ def create(name: str, **values: Any) -> None:
         )
         async with node:
             signed = sign_run(node.identity, _with_delegates(manifest, node.identity, values["delegates"]))
+            if values["once"]:
+                await join(node)  # nobody else would keep the manifest
             with sign("joining the network"):
                 await node.network.wait_joined(JOIN_TIMEOUT)
                 hosting = await _bare_replicas(node, manifest) if values["adopt"] else {}

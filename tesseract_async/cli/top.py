@@ -69,8 +69,7 @@ def command(
         chosen = [ExpertPattern.parse(text) for text in patterns]
         console = Console()
         async with node:
-            if once:
-                await join(node)
+            await join(node)
             grid = await enter(node, run_name)
             observer = SwarmObserver(node, patterns=chosen or grid, period=period)
             if once:

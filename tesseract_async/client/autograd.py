@@ -17,18 +17,22 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import functools
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
 
 from tesseract_async.client.arguments import Versions
 from tesseract_async.client.isolated import DEFAULT, isolated
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 IDLE_SECONDS = 1.0
 """An engine thread without work ends after this long."""
@@ -100,6 +104,18 @@ async def remote_call(
                 result.grad_fn._set_sequence_nr(_ISSUE_FIRST)
             break
     return list(results)
+
+
+def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
+    """The same method; ``torch.compile`` of a model around it compiles what comes before and after."""
+    guarded: Callable[P, R] = torch._disable_dynamo(method)  # type: ignore[attr-defined]
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # the guard imports the compiler, which takes a second: where nobody has, nothing is being compiled
+        return guarded(*args, **kwargs) if "torch._dynamo" in sys.modules else method(*args, **kwargs)
+
+    return call
 
 
 def refuse_wrappers() -> None:

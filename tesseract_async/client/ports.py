@@ -60,6 +60,10 @@ class Directory(Protocol):
 
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None: ...
     async def wait_warm(self, prefix: str) -> None: ...
+    @property
+    def trouble(self) -> str | None:
+        """A sentence on why nothing can be read, where no node of the network answers."""
+
     async def wait_read(self, prefix: str) -> None: ...
     def live(self, prefix: str, grid_size: tuple[int, ...]) -> Any:
         """The view of one watched size; None while nothing was read."""

@@ -1,77 +1,250 @@
-"""A bound on bytes that several connections share, and the line of those who wait for room in it."""
+"""Bounds on bytes that all connections of a node share, so that no peer's use becomes another one's want. No I/O.
+
+What counts is memory that is really in use: a large message counts as it arrives, however much it announced, since
+untouched memory costs nothing. So nobody waits for what a stranger announced and never sends. Where the bound is
+reached, a message of whoever holds most makes room: first of an address range, then of a peer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Final, NamedTuple
+
+FLOOR: Final = 2 * 2**20
+"""Bytes that a message counts from its begin on, if it has so many: pages of memory may be as large as this."""
+SHARE: Final = 1 / 8
+"""Of a budget that one peer may announce, or leave waiting, at once. One message may always be larger."""
+
+
+class Owner(NamedTuple):
+    """Whose bytes they are."""
+
+    group: Hashable
+    """The peer's address range, or the peer itself where the range tells nothing (loopback)."""
+    peer: Hashable
 
 
 class Reservation:
-    """Room for `size` bytes of a `Budget`: held once `held` is true, until `release`."""
+    """Room for one message of `size` bytes, until `release`. It may be filled once `granted`."""
 
-    __slots__ = ("size", "held", "_budget", "_granted")
+    __slots__ = ("size", "num_bytes", "granted", "give_up", "_owner", "_budget", "_told")
 
-    def __init__(self, budget: Budget, size: int, granted: Callable[[], None]) -> None:
+    def __init__(self, budget: Budget, owner: Owner, size: int, told: Callable[[], None] | None) -> None:
         self.size = size
-        self.held = False
+        self.num_bytes = 0
+        """What of it counts."""
+        self.granted = told is None
+        self.give_up: Callable[[], None] | None = None
+        """Called when others need the room; it must lead to `release`. None: the message stays whatever happens."""
+        self._owner = owner
         self._budget: Budget | None = budget
-        self._granted = granted
+        self._told = told
+
+    @property
+    def released(self) -> bool:
+        """Whether `release` was called."""
+        return self._budget is None
+
+    def fill(self, num_bytes: int) -> bool:
+        """So many bytes of the message are here, or about to come. False: there is no room, and it must be given up."""
+        more = min(self.size, max(num_bytes, FLOOR)) - self.num_bytes
+        if more <= 0 or self._budget is None:
+            return True
+        self.num_bytes += more
+        return self._budget._add(self, more)
 
     def release(self) -> None:
         """Gives the room back, or leaves the line. Repeating it does nothing."""
         budget, self._budget = self._budget, None
         if budget is not None:
+            self.give_up = None
             budget._leave(self)
 
 
+class _Use:
+    """What one peer holds."""
+
+    __slots__ = ("num_bytes", "announced", "windows", "line", "held")
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.announced = 0  # by reservations that were granted to `ask`
+        self.windows = 0
+        self.line: deque[Reservation] = deque()
+        self.held: dict[Reservation, None] = {}
+
+
 class Budget:
-    """At most `total` bytes are held at once. First come, first served: a large wish is never overtaken for ever."""
+    """At most `total` bytes, beside what came in one piece."""
+
+    def __init__(self, total: int, *, share: float = SHARE) -> None:
+        self.total = total
+        self.share = int(total * share)
+        self.used = 0
+        self.windows = 0
+        """Bytes of standing windows: promises, which count in `used` as they are used."""
+        self.num_given_up = 0
+        self._groups: dict[Hashable, dict[Hashable, _Use]] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Reservations in the lines."""
+        return sum(len(use.line) for peers in self._groups.values() for use in peers.values())
+
+    def used_by(self, owner: Owner) -> int:
+        """Bytes that this peer holds."""
+        peers = self._groups.get(owner.group, {})
+        return peers[owner.peer].num_bytes if owner.peer in peers else 0
+
+    def ask(self, owner: Owner, size: int, told: Callable[[], None]) -> Reservation:
+        """Room for a message that was announced: granted at once, or as soon as the same peer's earlier ones leave its
+        share, when `told` is called.
+
+        Raises: ValueError for more than the whole budget.
+        """
+        self._check(size)
+        reservation = Reservation(self, owner, size, told)
+        use = self._use(owner)
+        use.held[reservation] = None
+        use.line.append(reservation)
+        self._grant(use, quiet=reservation)
+        return reservation
+
+    def begin(self, owner: Owner, size: int) -> Reservation:
+        """Room for a message that comes unasked, within a window or as an expected reply. Raises: ValueError."""
+        self._check(size)
+        reservation = Reservation(self, owner, size, None)
+        self._use(owner).held[reservation] = None
+        return reservation
+
+    def keep(self, owner: Owner, size: int, give_up: Callable[[], None]) -> Reservation | None:
+        """Counts a message that is here already; None if it is beyond the peer's share, or there is no room."""
+        held = self.used_by(owner)
+        if size > self.total or (held and held + size > self.share):
+            return None
+        reservation = self.begin(owner, size)
+        reservation.give_up = give_up
+        if not reservation.fill(size):
+            reservation.release()
+            return None
+        return reservation
+
+    def open_window(self, owner: Owner, size: int) -> bool:
+        """Promises a standing window, or more of one, unless too many were promised, to all or to this range.
+
+        `close_window` takes it back.
+        """
+        use = self._use(owner)
+        others = sum(one.windows for one in self._groups[owner.group].values())
+        if self.windows + size > self.total or (others and others + size > 2 * self.share):
+            self._forget(owner, use)
+            return False
+        use.windows += size
+        self.windows += size
+        return True
+
+    def close_window(self, owner: Owner, size: int) -> None:
+        """Takes back what `open_window` promised."""
+        if size:
+            use = self._use(owner)
+            use.windows -= size
+            self.windows -= size
+            self._forget(owner, use)
+
+    def _check(self, size: int) -> None:
+        if size > self.total:
+            raise ValueError(f"{size} bytes never fit a budget of {self.total}")
+
+    def _use(self, owner: Owner) -> _Use:
+        peers = self._groups.setdefault(owner.group, {})
+        use = peers.get(owner.peer)
+        if use is None:
+            use = peers[owner.peer] = _Use()
+        return use
+
+    def _forget(self, owner: Owner, use: _Use) -> None:
+        peers = self._groups.get(owner.group, {})
+        if not use.held and not use.windows and peers.get(owner.peer) is use:
+            del peers[owner.peer]
+            if not peers:
+                del self._groups[owner.group]
+
+    def _add(self, reservation: Reservation, more: int) -> bool:
+        self.used += more
+        self._use(reservation._owner).num_bytes += more
+        while self.used > self.total:
+            victim = self._victim()
+            if victim is None or victim is reservation or victim.give_up is None:
+                return False
+            self.num_given_up += 1
+            victim.give_up()
+            victim.release()
+        return True
+
+    def _victim(self) -> Reservation | None:
+        """The newest message that may be given up, of the peer that holds most in the range that holds most."""
+        groups = sorted(self._groups.values(), key=lambda peers: -sum(use.num_bytes for use in peers.values()))
+        for peers in groups:
+            for use in sorted(peers.values(), key=lambda use: -use.num_bytes):
+                for reservation in reversed(use.held):
+                    if reservation.num_bytes and reservation.give_up is not None:
+                        return reservation
+        return None
+
+    def _grant(self, use: _Use, quiet: Reservation | None = None) -> None:
+        while use.line:
+            first = use.line[0]
+            if use.announced and use.announced + first.size > self.share:
+                return
+            use.line.popleft()
+            use.announced += first.size
+            first.granted = True
+            if first is not quiet and first._told is not None:
+                first._told()
+
+    def _leave(self, reservation: Reservation) -> None:
+        owner = reservation._owner
+        use = self._use(owner)
+        del use.held[reservation]
+        use.num_bytes -= reservation.num_bytes
+        self.used -= reservation.num_bytes
+        if not reservation.granted:
+            use.line.remove(reservation)
+        elif reservation._told is not None:
+            use.announced -= reservation.size
+            self._grant(use)
+        self._forget(owner, use)
+
+
+class FairCount:
+    """Bytes that cannot be taken back before their time, such as those of calls under way.
+
+    A range may hold as much as is free beside it, a peer half as much: so something is always left for the next one,
+    however many came before.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.used = 0
-        self._line: dict[Reservation, None] = {}
+        self._groups: dict[Hashable, int] = {}
+        self._peers: dict[Hashable, int] = {}
 
-    @property
-    def num_waiting(self) -> int:
-        """Reservations in the line."""
-        return len(self._line)
+    def take(self, owner: Owner, num_bytes: int) -> bool:
+        """Counts so many bytes more, unless they are too many."""
+        free = self.total - self.used - num_bytes
+        group = self._groups.get(owner.group, 0) + num_bytes
+        peer = self._peers.get(owner.peer, 0) + num_bytes
+        if group > free or 2 * peer > free:
+            return False
+        self._groups[owner.group], self._peers[owner.peer] = group, peer
+        self.used += num_bytes
+        return True
 
-    def reserve(self, size: int, granted: Callable[[], None]) -> Reservation:
-        """Reserves `size` bytes at once (`held` is true) or as soon as there is room, when `granted` is called.
-
-        Raises: ValueError if it could never be granted.
-        """
-        if size > self.total:
-            raise ValueError(f"{size} bytes never fit a budget of {self.total}")
-        reservation = Reservation(self, size, granted)
-        if not self._line and self.used + size <= self.total:
-            self.used += size
-            reservation.held = True
-        else:
-            self._line[reservation] = None
-        return reservation
-
-    def try_reserve(self, size: int) -> Reservation | None:
-        """Reserves at once or not at all."""
-        if self._line or self.used + size > self.total:
-            return None
-        return self.reserve(size, _nothing)
-
-    def _leave(self, reservation: Reservation) -> None:
-        if reservation.held:
-            reservation.held = False
-            self.used -= reservation.size
-        else:
-            self._line.pop(reservation, None)
-        while self._line:
-            first = next(iter(self._line))
-            if self.used + first.size > self.total:
-                return
-            del self._line[first]
-            self.used += first.size
-            first.held = True
-            first._granted()
-
-
-def _nothing() -> None:
-    pass
+    def give_back(self, owner: Owner, num_bytes: int) -> None:
+        """What `take` counted is over."""
+        self.used -= num_bytes
+        for counts, key in ((self._groups, owner.group), (self._peers, owner.peer)):
+            counts[key] = counts.get(key, 0) - num_bytes
+            if counts[key] <= 0:
+                del counts[key]

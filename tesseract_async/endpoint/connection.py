@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -35,6 +35,10 @@ FLUSH_BYTES: Final = 256 * 1024
 """Bytes encrypted and written before the loop may do something else."""
 STARTS_PER_TURN: Final = 128
 """Handlers started in one turn of the loop."""
+UNCOUNTED_UNSENT: Final = 1024 * 1024
+"""Bytes of small frames that may wait for a peer to read without counting among the node's replies."""
+UNREAD_TIMEOUT: Final = 20.0
+"""Seconds for which bytes may wait on a channel from which none leave."""
 LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
@@ -86,6 +90,8 @@ class Connection:
         refusal: Callable[[], RemoteError | None],
         pace: Pace,
         reply_budget: Budget,
+        small_budget: FairCount,
+        owner: Owner,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -118,7 +124,14 @@ class Connection:
             refusal=refusal,
             pace=pace,
             reply_budget=reply_budget,
+            small_budget=small_budget,
+            owner=owner,
         )
+        self._reply_budget = reply_budget
+        self._owner = owner
+        self._unsent: Reservation | None = None  # what small frames count that a peer does not read
+        self._drained = [0, 0]  # bytes that had left each channel when it last moved ...
+        self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._handlers: dict[int, asyncio.Task[None]] = {}
@@ -270,10 +283,34 @@ class Connection:
             self._start_handler(self._held.pop(next(iter(self._held))))
         if self._held and protocol.backlog <= self._settings.max_backlog:
             self._schedule_flush()
-        if self._lost_reason is None and protocol.unsent_bytes > self._settings.max_unsent:
-            why = "the peer does not read its replies"
-            self._tell_dropped("peer_does_not_read", why)
-            self.abort(why)
+        if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
+            self._count_unsent(protocol.unsent_bytes)
+
+    def _count_unsent(self, num_bytes: int) -> None:
+        """Small frames that a peer does not read count like large replies that it does not take."""
+        if self._unsent is not None:
+            self._unsent.release()
+            self._unsent = None
+        if num_bytes > UNCOUNTED_UNSENT:
+            self._unsent = self._reply_budget.keep(self._owner, num_bytes, self._drop_unread)
+            if self._unsent is None or num_bytes > self._settings.max_unsent:
+                self._drop_unread()
+
+    def _drop_unread(self) -> None:
+        why = "the peer does not read its replies"
+        self._tell_dropped("peer_does_not_read", why)
+        self.abort(why)
+
+    def _look_at_channels(self, now: float) -> None:
+        """A channel on which bytes wait and none leave has a peer that does not read."""
+        for lane, channel in enumerate(self._channels):
+            if channel is None:
+                continue
+            drained = channel.pipe.bytes_sent - channel.pipe.unsent
+            if drained != self._drained[lane] or not channel.paused:
+                self._drained[lane], self._drained_at[lane] = drained, now
+            elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
+                self._drop_unread()
 
     def _channel_drained(self) -> None:
         self._schedule_flush()
@@ -314,12 +351,7 @@ class Connection:
     def _start_handler(self, event: CallReceived) -> None:
         self._started += 1
         self.last_used = self._loop.time()
-        self._handlers[event.stream] = self._spawn(self._run_handler(event))
-        if self._timer is None or event.deadline < self._timer_at:
-            self._arm_timer()
-
-    async def _run_handler(self, event: CallReceived) -> None:
-        head, stream = event.head, event.stream
+        head = event.head
         call = IncomingCall(
             peer_id=self.peer_id,
             method=head.method,
@@ -330,6 +362,12 @@ class Connection:
             priority=head.priority,
             origin=self.origin,
         )
+        self._handlers[event.stream] = self._spawn(self._run_handler(event.stream, call))
+        if self._timer is None or event.deadline < self._timer_at:
+            self._arm_timer()
+
+    async def _run_handler(self, stream: int, call: IncomingCall) -> None:
+        # nothing here holds on to the body: a handler that has read it may drop it
         try:
             message = await self._answer(call)
             self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
@@ -337,11 +375,11 @@ class Connection:
             self._protocol.fail(stream, error)
         except asyncio.CancelledError:
             if stream in self._handlers:  # not by us: the handler cancelled itself, or the program stops
-                self._protocol.fail(stream, RemoteError(f"{head.method} was cancelled"))
+                self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
             raise
         except Exception as error:  # what a handler raises is not ours to know
-            logger.exception("%s, called by %s, failed", head.method, self.peer_id.short)
-            self._protocol.fail(stream, RemoteError(f"{head.method} failed: {describe(error)}"))
+            logger.exception("%s, called by %s, failed", call.method, self.peer_id.short)
+            self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
         finally:
             self._handlers.pop(stream, None)
             if not self._flush_scheduled:
@@ -384,6 +422,7 @@ class Connection:
             self._tell_dropped("silent", error.reason)
             self.abort(error.reason)
             return
+        self._look_at_channels(now)
         self._wake()
 
     # ---- the end
@@ -401,6 +440,8 @@ class Connection:
         if self._timer is not None:
             self._timer.cancel()
         self._protocol.connection_lost(reason)
+        if self._unsent is not None:
+            self._unsent.release()
         self._handle_events()
         for channel in self._channels:
             if channel is not None:
@@ -428,6 +469,8 @@ class Connection:
             if self._timer is not None:
                 self._timer.cancel()
             self._protocol.connection_lost(reason)
+            if self._unsent is not None:
+                self._unsent.release()
             self._handle_events()
             for channel in self._channels:
                 if channel is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.budget import Budget, FairCount, Owner
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
@@ -22,7 +22,7 @@ from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import Buffer
@@ -80,7 +80,8 @@ class Endpoint:
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._pace = Pace()
-        self._reply_budget = Budget(settings.max_reply_bytes)
+        self._reply_budget = Budget(settings.max_reply_bytes, share=1 / 4)
+        self._small_budget = FairCount(settings.max_call_bytes)
         self._rng = random.Random()
         self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
@@ -191,7 +192,7 @@ class Endpoint:
         """Calls `method` at `peer` and gives its answer; connects first where necessary.
 
         `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
-        reply that is accepted: naming it reserves that much memory, so that a large reply comes without asking.
+        reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
         `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes; a fresh
         one by default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied
         where they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
@@ -308,6 +309,8 @@ class Endpoint:
             refusal=lambda: self._refusal(peer_id, "call"),
             pace=self._pace,
             reply_budget=self._reply_budget,
+            small_budget=self._small_budget,
+            owner=Owner(range_of(pipe.origin) or peer_id, peer_id),
         )
         if hello.grants:
             self.on_grants(peer_id, hello.grants)

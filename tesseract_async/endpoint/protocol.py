@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
 from tesseract_async.endpoint.events import (
     CallCancelled,
     CallFailed,
@@ -26,7 +26,9 @@ from tesseract_async.endpoint.events import (
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Pace, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.replies import Replies
 from tesseract_async.endpoint.settings import ProtocolSettings
+from tesseract_async.endpoint.small_calls import SmallCalls
 from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.endpoint.under_way import Deadlines, Incoming, Outgoing, find_stalled
 from tesseract_async.endpoint.windows import Windows
@@ -38,8 +40,8 @@ from tesseract_async.wire.calls import Hello, RequestHead
 class ConnectionProtocol:
     """See the module. `wake` is called when something is to be sent or told although nobody called in; `meter` counts
     the peer's calls against its quota; `refusal` says why it may call nothing here, if so; `pace` is shared by the
-    connections of a node, as are `budget`, for what comes in, and `reply_budget`, for large replies that wait to be
-    taken.
+    connections of a node, as are `budget`, for large messages that come in, `reply_budget`, for large replies that wait
+    to be taken, and `small_budget`, for small calls under way: in all of them, the connection's part is `owner`'s.
     """
 
     def __init__(
@@ -56,17 +58,21 @@ class ConnectionProtocol:
         refusal: Callable[[], RemoteError | None] | None = None,
         pace: Pace | None = None,
         reply_budget: Budget | None = None,
+        small_budget: FairCount | None = None,
+        owner: Owner | None = None,
     ) -> None:
         self.peer = peer
         """How errors name the other end."""
         self.settings = settings
         self._theirs = hello
         self._budget = budget
+        self._owner = owner = owner if owner is not None else Owner(self, self)
         self._wake = wake
         self.pace = pace if pace is not None else Pace()
         self._meter = meter
         self._refusal = refusal
-        self._reply_budget = reply_budget
+        self._replies = Replies(reply_budget, owner, max_bytes=settings.max_replies)
+        self._small_calls = SmallCalls(small_budget, owner)
         self._now = now
         self._pong_due = False
         self._arena = frames.Arena()
@@ -78,7 +84,6 @@ class ConnectionProtocol:
         self._small_out = 0
         self._incoming: dict[int, Incoming] = {}
         self._small_in = 0
-        self._replies_bytes = 0  # of large replies that wait to be granted or sent
         self._deadlines = Deadlines(self._outgoing, self._incoming)
         self._last_seen = 0  # the highest number of a call that the peer made
         self._peer_saw: int | None = None  # the same of our calls, once the peer has closed
@@ -103,7 +108,7 @@ class ConnectionProtocol:
             Lane(index, handlers=handlers, chunk_started=self._chunk_started, chunk_finished=self._chunk_finished)
             for index in (MAIN, BULK)
         )
-        self.windows = Windows(budget, settings.standing_bytes, put=self.lanes[MAIN].put, now=now)
+        self.windows = Windows(budget, owner, settings.standing_bytes, put=self.lanes[MAIN].put, now=now)
         self.transfers = Transfers(
             self.lanes,
             self.windows,
@@ -145,7 +150,7 @@ class ConnectionProtocol:
         call = self._outgoing[stream] = Outgoing(head, buffers, sizes, deadline)
         self._deadlines.push(deadline, stream, own=True, num_calls=self.num_calls)
         if reserve_reply and head.max_reply > frames.MAX_SMALL:
-            call.room = self._budget.reserve(head.max_reply, self._room_granted)
+            call.room = head.max_reply
             encoded = b""
         if self._waiting or not self._send_request(stream, call, encoded):
             self._waiting.append(stream)
@@ -159,10 +164,6 @@ class ConnectionProtocol:
                 self.lanes[call.lane].put(frames.frame(frames.CANCEL, stream=stream))
             self._end_call(stream, call)
 
-    def _room_granted(self) -> None:
-        self._send_waiting()
-        self._wake()
-
     def _send_waiting(self) -> None:
         while self._waiting:
             stream = self._waiting[0]
@@ -173,8 +174,6 @@ class ConnectionProtocol:
 
     def _send_request(self, stream: int, call: Outgoing, encoded: bytes) -> bool:
         """Sends the request unless the peer's limits forbid it now."""
-        if call.room is not None and not call.room.held:
-            return False
         if not encoded:
             head = call.head
             encoded = calls.encode_request(
@@ -183,7 +182,7 @@ class ConnectionProtocol:
                     head.method,
                     max(0.0, call.deadline - self._now),
                     head.priority,
-                    call.room.size if call.room else 0,
+                    call.room,
                     head.max_reply,
                     head.body,
                 )
@@ -220,10 +219,8 @@ class ConnectionProtocol:
             self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
-        if call.room is not None:
-            call.room.release()
-        if call.reply_held is not None:
-            call.reply_held.release()
+        if call.held is not None:
+            call.held.release()
         if call.standing:
             self.windows.give_back(call.standing)
         if self._waiting:
@@ -269,7 +266,7 @@ class ConnectionProtocol:
     @property
     def backlog(self) -> int:
         """Bytes of small frames and of large replies that wait to be sent."""
-        return self.unsent_bytes + self._replies_bytes
+        return self.unsent_bytes + self._replies.num_bytes
 
     # ---- calls of the peer
 
@@ -296,7 +293,7 @@ class ConnectionProtocol:
         if size <= frames.MAX_SMALL:
             self.lanes[MAIN].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers))
             self._end_incoming(stream)
-        elif not self._hold_reply(call, size):
+        elif not self._replies.hold(call, size, now=now, give_up=lambda: self._not_taken(stream)):
             self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
             call.sending = Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
@@ -306,17 +303,10 @@ class ConnectionProtocol:
             )
             self._note_bulk(call, call.lane)
 
-    def _hold_reply(self, call: Incoming, size: int) -> bool:
-        """Whether a large reply may wait here until its caller has taken it, within the bounds on such memory."""
-        if self._replies_bytes and self._replies_bytes + size > self.settings.max_replies:
-            return False
-        if self._reply_budget is not None:
-            call.reply_held = self._reply_budget.try_reserve(size)
-            if call.reply_held is None:
-                return False
-        call.reply_bytes = size
-        self._replies_bytes += size
-        return True
+    def _not_taken(self, stream: int) -> None:
+        """The memory of a large reply is wanted back."""
+        self.fail(stream, Overloaded("the reply was not taken in time", retry_after=1.0))
+        self._wake()
 
     def fail(self, stream: int, error: RemoteError) -> None:
         """Answers a received call with an error."""
@@ -335,11 +325,10 @@ class ConnectionProtocol:
             self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
-        self._replies_bytes -= call.reply_bytes
+        self._replies.drop(call)
+        self._small_calls.ended(call)
         if call.held is not None:
             call.held.release()
-        if call.reply_held is not None:
-            call.reply_held.release()
         if call.standing:
             self.windows.give_back(call.standing)
 
@@ -381,7 +370,10 @@ class ConnectionProtocol:
         if self._small_in > 2 * self.settings.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {self.settings.max_small} bytes of small requests at once")
         head, buffers = frames.decode_small(payload, self._arena)
-        if self._meter is None or self._within_quota(stream, call, len(payload)):
+        if not self._small_calls.began(call, len(payload), buffers):
+            self._count_idle()
+            self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
+        elif self._meter is None or self._within_quota(stream, call, len(payload)):
             self._deliver(stream, call, head, buffers)
 
     def _within_quota(self, stream: int, call: Incoming, size: int) -> bool:
@@ -396,7 +388,8 @@ class ConnectionProtocol:
         return False
 
     def _deliver(self, stream: int, call: Incoming, value: Any, buffers: tuple[memoryview, ...]) -> None:
-        head = call.head = calls.decode_request(value)
+        head = calls.decode_request(value)
+        call.head = RequestHead(head.call_id, "", 0.0, head.priority, head.reply_room, head.max_reply, None)
         deadline = self._now + head.time_left
         self._deadlines.push(deadline, stream, own=False, num_calls=self.num_calls)
         self._events.append(CallReceived(stream, head, buffers, deadline))
@@ -434,26 +427,43 @@ class ConnectionProtocol:
             return
         if self._meter is not None and not self._within_quota(stream, call, size):
             return  # chunks that are on their way are skipped
-        if flags == frames.ROOM_STANDING:
-            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now)
-        elif flags == frames.ROOM_ASKED:
-            self.windows.open()
-
-            def granted() -> None:
-                if self._incoming.get(stream) is call:
-                    call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now, granted=True)
-                    self.lanes[MAIN].put(frames.frame(frames.GRANT_REQUEST, stream=stream))
-                    self._wake()
-
-            try:
-                call.held = self._budget.reserve(size, granted)
-            except ValueError:
-                self.fail(stream, Overloaded(f"{size} bytes never fit this node's memory bound", retry_after=60.0))
-                return
-            if call.held.held:
-                granted()
-        else:
+        if flags not in (frames.ROOM_STANDING, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
+
+        def receive() -> None:
+            if self._incoming.get(stream) is not call:
+                return
+            room = call.held
+            assert room is not None
+            room.give_up = lambda: self._no_room(stream)
+            call.arrival = self.transfers.arrival(
+                lane, head_bytes, sizes, room=room, now=self._now, granted=flags == frames.ROOM_ASKED
+            )
+            if call.arrival is None:
+                self._no_room(stream)
+            elif flags == frames.ROOM_ASKED:
+                self.lanes[MAIN].put(frames.frame(frames.GRANT_REQUEST, stream=stream))
+                self._wake()
+
+        try:
+            call.held = self._room_for(flags, size, receive)
+        except ValueError:
+            self.fail(stream, Overloaded(f"{size} bytes never fit this node's memory bound", retry_after=60.0))
+            return
+        if call.held.granted:
+            receive()
+
+    def _room_for(self, flags: int, size: int, receive: Callable[[], None]) -> Reservation:
+        """Room for a message that was announced. Raises: ValueError if it can never be."""
+        if flags != frames.ROOM_ASKED:
+            return self._budget.begin(self._owner, size)
+        self.windows.open()
+        return self._budget.ask(self._owner, size, receive)
+
+    def _no_room(self, stream: int) -> None:
+        """The memory of a half-received request is wanted for others, or there is none."""
+        self.fail(stream, Overloaded("there was no room for all of the request", retry_after=1.0))
+        self._wake()
 
     def _begin_reply(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         head_bytes, sizes, size = self.transfers.read_sizes(payload)
@@ -467,33 +477,44 @@ class ConnectionProtocol:
         if not call.sent:
             raise ProtocolError("a reply to a request that was never sent")
         self._note_bulk(call, lane)
-        if call.arrival is not None or call.reply_held is not None or size > call.head.max_reply:
+        if call.held is not None or size > call.head.max_reply:
             raise ProtocolError("a second or too large reply")
-        if flags == frames.ROOM_RESERVED:
-            if call.room is None or size > call.room.size:
-                raise ProtocolError("a reply is larger than the room reserved for it")
-            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now)
-        elif flags == frames.ROOM_STANDING:
-            call.standing = size
-            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now)
-        elif flags == frames.ROOM_ASKED:
-            self.windows.open()
-
-            def granted() -> None:
-                if self._outgoing.get(stream) is call:
-                    call.arrival = self.transfers.arrival(lane, head_bytes, sizes, now=self._now, granted=True)
-                    self.lanes[MAIN].put(frames.frame(frames.GRANT_REPLY, stream=stream))
-                    self._wake()
-
-            try:
-                call.reply_held = self._budget.reserve(size, granted)
-            except ValueError:
-                self._fail_call(stream, call, MessageTooLarge(size, self._budget.total))
-                return
-            if call.reply_held.held:
-                granted()
-        else:
+        if flags == frames.ROOM_RESERVED and size > call.room:
+            raise ProtocolError("a reply is larger than the room reserved for it")
+        if flags not in (frames.ROOM_RESERVED, frames.ROOM_STANDING, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
+        if flags == frames.ROOM_STANDING:
+            call.standing = size
+
+        def receive() -> None:
+            if self._outgoing.get(stream) is not call:
+                return
+            room = call.held
+            assert room is not None
+            room.give_up = lambda: self._no_reply_room(stream)
+            call.arrival = self.transfers.arrival(
+                lane, head_bytes, sizes, room=room, now=self._now, granted=flags == frames.ROOM_ASKED
+            )
+            if call.arrival is None:
+                self._no_reply_room(stream)
+            elif flags == frames.ROOM_ASKED:
+                self.lanes[MAIN].put(frames.frame(frames.GRANT_REPLY, stream=stream))
+                self._wake()
+
+        try:
+            call.held = self._room_for(flags, size, receive)
+        except ValueError:
+            self._fail_call(stream, call, MessageTooLarge(size, self._budget.total))
+            return
+        if call.held.granted:
+            receive()
+
+    def _no_reply_room(self, stream: int) -> None:
+        call = self._outgoing.get(stream)
+        if call is not None:
+            sentence = f"the memory for messages is in use: there was no room for the reply of {call.head.method}"
+            self._fail_call(stream, call, Overloaded(sentence, retry_after=1.0))
+            self._wake()
 
     def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
         call: Incoming | Outgoing | None
@@ -505,7 +526,9 @@ class ConnectionProtocol:
             raise ProtocolError("a message has more bytes than it announced")
         if length < frames.MIN_CHUNK and length != assembly.left:
             raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
-        return assembly
+        if not call.arrival.fill(length):
+            self._no_room(stream) if kind == frames.CHUNK_REQUEST else self._no_reply_room(stream)
+        return assembly if call.arrival is not None and not call.arrival.room.released else None
 
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
         if self.windows.measure(length, self._now, self.life.rtt):
@@ -517,6 +540,7 @@ class ConnectionProtocol:
             incoming.arrival.look(self._now)
             assembly = incoming.arrival.assembly
             if not assembly.left:
+                incoming.arrival.room.give_up = None
                 incoming.arrival = None
                 self._deliver(stream, incoming, frames.unpack(assembly.head), assembly.buffers)
         else:
@@ -615,6 +639,9 @@ class ConnectionProtocol:
             elif stream in self._incoming:
                 self._cancel_incoming(stream)
         self._give_up_stalled(now)
+        for stream in self._replies.overdue(self._incoming, now):
+            self._not_taken(stream)
+        self._small_calls.settle()
         if self.life.check(now, late):
             for lane in self.lanes:
                 lane.reader.release_scratch()
@@ -666,3 +693,4 @@ class ConnectionProtocol:
         for lane in self.lanes:
             lane.drop_all()
         self.windows.release()
+        self._small_calls.settle()

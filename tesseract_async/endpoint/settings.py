@@ -35,8 +35,8 @@ class ProtocolSettings:
     dead_after: float = 9.0
     """Seconds without a received byte after which it counts as dead."""
     stall_after: float = 15.0
-    """Seconds without progress after which the room of a half-received message is taken back, and after which a bulk
-    lane that is in use and does not answer a ping counts as dead, and its connection with it."""
+    """Seconds without progress (4 KiB) after which a half-received message is given up, and after which a bulk lane
+    that is in use and does not answer a ping counts as dead, and its connection with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,13 @@ class EndpointSettings:
     """``plain`` proves and encrypts nothing: for a trusted local network only. Both ends must agree."""
     protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
     """Bounds of each connection."""
-    max_receive_bytes: int = 2**30
-    """Bytes of large messages that all connections together may have reserved, half received or being answered."""
-    max_reply_bytes: int = 2**30
-    """Bytes of large replies that may wait to be taken, all connections together."""
+    max_receive_bytes: int = 3 * 2**29
+    """Bytes of large messages, half received or being answered, all connections together; one peer may announce an
+    eighth, or one message."""
+    max_reply_bytes: int = 3 * 2**28
+    """Bytes of replies that may wait to be taken, all connections together; of one peer a quarter, or one."""
+    max_call_bytes: int = 3 * 2**27
+    """Bytes that small calls under way may cost, all connections together; of one peer at most a third."""
     handshake_timeout: float = 5.0
     """Seconds for TLS and hello together."""
     max_half_open: int = 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tesseract_async.endpoint.budget import Reservation
 from tesseract_async.endpoint.events import BulkWanted, Event
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane, Sending
 from tesseract_async.endpoint.under_way import Arrival
@@ -74,10 +75,16 @@ class Transfers:
         return head_bytes, sizes, size
 
     def arrival(
-        self, lane: int, head_bytes: int, sizes: Sequence[int], *, now: float, granted: bool = False
-    ) -> Arrival:
-        """Memory for a message for which there is room."""
-        return Arrival(frames.Assembly(head_bytes, sizes), self._lanes[lane], now, granted=granted)
+        self, lane: int, head_bytes: int, sizes: Sequence[int], *, room: Reservation, now: float, granted: bool
+    ) -> Arrival | None:
+        """Memory for a message that may come now; None if the system has no more, or the budget."""
+        if not room.fill(0):
+            return None
+        try:
+            assembly = frames.Assembly(head_bytes, sizes)
+        except MemoryError:
+            return None
+        return Arrival(assembly, room, self._lanes[lane], now, granted=granted)
 
     # ---- the bulk lane
 

@@ -13,26 +13,36 @@ from tesseract_async.wire.calls import RequestHead
 
 MAX_OVERTAKING: Final = 64 * 2**20
 """Bytes of other messages that may pass a half-received one."""
+PROGRESS_BYTES: Final = 4096
+"""What must come of a half-received message until it counts as moving: a byte now and then holds nothing open."""
+GRACE: Final = 60.0
+LEAST_RATE: Final = 4096
+"""A message may take `GRACE` seconds, and one more for each `LEAST_RATE` of its bytes."""
 
 
 class Arrival:
-    """A large message on its way in, and when the last of it came. Any byte counts, not only whole chunks."""
+    """A large message on its way in, and when the last of it came. Parts of chunks count, too."""
 
-    __slots__ = ("assembly", "lane", "progress", "granted_at", "_left", "_passed")
+    __slots__ = ("assembly", "size", "room", "lane", "progress", "begun", "granted_at", "_left", "_passed")
 
-    def __init__(self, assembly: frames.Assembly, lane: Lane, now: float, *, granted: bool) -> None:
+    def __init__(self, assembly: frames.Assembly, room: Reservation, lane: Lane, now: float, *, granted: bool) -> None:
         self.assembly = assembly
+        self.size = assembly.left
+        self.room = room
         self.lane = lane
         self.progress = now
+        self.begun = now
         self.granted_at = now if granted else None
         """When its GRANT was sent, until something came or it is known to have arrived."""
         self._left = assembly.left
         self._passed = lane.bytes_received
 
     def look(self, now: float) -> None:
-        """Notes whether something came since the last look."""
-        if self.assembly.left != self._left:
+        """Notes whether enough came since the last look."""
+        came = self._left - self.assembly.left
+        if came:
             self.granted_at = None
+        if came >= PROGRESS_BYTES:
             self._left = self.assembly.left
             self._passed = self.lane.bytes_received
             self.progress = now
@@ -42,6 +52,10 @@ class Arrival:
         """Bytes that its lane brought since then."""
         return self.lane.bytes_received - self._passed
 
+    def fill(self, length: int) -> bool:
+        """`length` more bytes are about to come. False if there is no room for them."""
+        return self.room.fill(self.size - self.assembly.left + length)
+
     def give_up(self) -> None:
         """What still comes is skipped, and its memory is let go at once."""
         self.lane.reader.forget(self.assembly)
@@ -50,7 +64,7 @@ class Arrival:
 def find_stalled(
     arrivals: Sequence[Arrival], *, now: float, stall_after: float, confirmed: float
 ) -> tuple[set[Arrival], bool]:
-    """Those to which nothing came for `stall_after` seconds although it was their turn.
+    """Those to which nothing came for `stall_after` seconds although it was their turn, or which take far too long.
 
     `confirmed`: what was sent before has arrived. On a slow way a GRANT may be under way for long, and time counts from
     its arrival only; the second result is true if one may still be: then the peer should be pinged.
@@ -63,7 +77,7 @@ def find_stalled(
     for arrival in arrivals:
         arrival.look(now)
         if arrival.granted_at is not None:
-            arrival.progress = now
+            arrival.progress = arrival.begun = now
             if confirmed > arrival.granted_at:
                 arrival.granted_at = None
             else:
@@ -73,8 +87,11 @@ def find_stalled(
     stalled = {
         arrival
         for arrival in arrivals
-        if now - arrival.progress > stall_after
-        and (now - moved[arrival.lane.index] > stall_after or arrival.overtaken > MAX_OVERTAKING)
+        if now - arrival.begun > GRACE + arrival.size / LEAST_RATE
+        or (
+            now - arrival.progress > stall_after
+            and (now - moved[arrival.lane.index] > stall_after or arrival.overtaken > MAX_OVERTAKING)
+        )
     }
     return stalled, unconfirmed
 
@@ -86,12 +103,12 @@ class Outgoing:
     lane = MAIN
     small = 0
     """Bytes counted against the peer's max_small."""
-    room: Reservation | None = None
-    """Reserved before the request went out."""
+    room = 0
+    """Bytes that the reply may have without asking."""
     sending: Sending | None = None
     arrival: Arrival | None = None
-    reply_held: Reservation | None = None
-    """Reserved when the reply asked."""
+    held: Reservation | None = None
+    """What a large reply counts, from its BEGIN on."""
     standing = 0
     """Bytes of the standing window that the reply uses."""
     on_bulk = False
@@ -111,14 +128,20 @@ class Incoming:
     # defaults of the class, as above
     on_bulk = False
     head: RequestHead | None = None
+    """Without its body, which is the handler's alone."""
     held: Reservation | None = None
+    """What a large request counts, from its BEGIN to its answer."""
     standing = 0
     arrival: Arrival | None = None
     sending: Sending | None = None
     small = 0
+    cost = 0
+    """Bytes counted for a small request: see `small_calls`."""
     reply_held: Reservation | None = None
-    reply_bytes = 0
-    """While a large reply waits to be taken."""
+    """While a large reply waits to be taken ..."""
+    reply_size = 0
+    reply_since = 0.0
+    """... of so many bytes, since then."""
     metered = False
     """Whether it counts against the peer's quota."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tesseract_async.endpoint.budget import Budget, Reservation
+from tesseract_async.endpoint.budget import Budget, Owner
 from tesseract_async.errors import ProtocolError
 from tesseract_async.wire import frames
 
@@ -12,11 +12,13 @@ from tesseract_async.wire import frames
 class Windows:
     """The window that this end keeps for its peer, and the one that the peer keeps for it.
 
-    The own one is reserved from `budget` as a whole, opened by the first message that asks, and widened to what rate
-    times delay need. `put` takes frames for the peer.
+    The own one is promised out of `budget`, opened by the first message that asks, and widened to what rate times delay
+    need. `put` takes frames for the peer.
     """
 
-    def __init__(self, budget: Budget, standing_bytes: int, *, put: Callable[[bytes], None], now: float) -> None:
+    def __init__(
+        self, budget: Budget, owner: Owner, standing_bytes: int, *, put: Callable[[bytes], None], now: float
+    ) -> None:
         self.bytes_per_second = 0.0
         """Rate at which large messages last arrived, smoothed."""
         self.out_bytes = 0
@@ -25,10 +27,12 @@ class Windows:
         """... and what of it our messages use."""
         self.in_used = 0
         """What the peer's messages use of ours."""
+        self.in_bytes = 0
+        """The size of our window."""
         self._budget = budget
+        self._owner = owner
         self._standing_bytes = standing_bytes
         self._put = put
-        self._held: list[Reservation] = []
         self._burst_begin = now  # of chunks without a pause, for the rate
         self._burst_last = now
         self._burst_bytes = 0
@@ -56,14 +60,9 @@ class Windows:
 
     # ---- ours, for the peer
 
-    @property
-    def in_bytes(self) -> int:
-        """The size of our window."""
-        return sum(reservation.size for reservation in self._held)
-
     def open(self) -> None:
         """Opens our window, if it is not open and the budget can spare it."""
-        if not self._held:
+        if not self.in_bytes:
             self._widen(self._standing_bytes)
 
     def take(self, size: int) -> None:
@@ -92,7 +91,7 @@ class Windows:
         rate = self._burst_bytes / (now - self._burst_begin)
         self._burst_begin, self._burst_bytes = now, 0
         self.bytes_per_second = rate if not self.bytes_per_second else 0.5 * (self.bytes_per_second + rate)
-        if self._held and rtt is not None:
+        if self.in_bytes and rtt is not None:
             # twice: a message's room comes back a round trip after its last byte
             more = int(2 * self.bytes_per_second * rtt) - self.in_bytes
             if more > self.in_bytes // 4:
@@ -100,13 +99,11 @@ class Windows:
         return True
 
     def _widen(self, more: int) -> None:
-        reservation = self._budget.try_reserve(more)
-        if reservation is not None:
-            self._held.append(reservation)
+        if self._budget.open_window(self._owner, more):
+            self.in_bytes += more
             self._put(frames.frame(frames.WINDOW, stream=self.in_bytes))
 
     def release(self) -> None:
-        """Gives our window's room back: the connection is gone."""
-        for reservation in self._held:
-            reservation.release()
-        self._held = []
+        """Takes our window's promise back: the connection is gone."""
+        self._budget.close_window(self._owner, self.in_bytes)
+        self.in_bytes = 0

@@ -343,7 +343,8 @@ class RunKeeper:
         for old in authority.grants():
             last = int(now) + GRANT_SECONDS if via is None else min(int(now) + GRANT_SECONDS, via.not_after)
             due = now < old.not_after <= min(now + RENEW_SECONDS, last - 1)
-            if not due or "admit" in old.role_names:
+            # those of an invite end with it: it may have leaked
+            if not due or "admit" in old.role_names or not authority.rules(old.signer):
                 continue
             serial = authority.next_serial(old.peer, now)
             try:

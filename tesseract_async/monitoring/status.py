@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import tesseract_async
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
-MAX_EXPERTS = 2**14
+MAX_EXPERTS = 2000
+"""Experts that one status tells of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,9 @@ class StatusService:
 def encode_status(status: NodeStatus) -> dict[str, Any]:
     """As msgpack holds it."""
     body = {field.name: getattr(status, field.name) for field in dataclasses.fields(status)}
-    body["experts"] = {uid: [expert.version, expert.primary] for uid, expert in status.experts.items()}
+    body["experts"] = {
+        uid: [expert.version, expert.primary] for uid, expert in islice(status.experts.items(), MAX_EXPERTS)
+    }
     return body
 
 

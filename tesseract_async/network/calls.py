@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tesseract_async.identity import PeerID
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.datagrams import Reply
@@ -54,6 +55,7 @@ class Call:
         "challenge",
         "contact",
         "data",
+        "expected",
         "kind",
         "num_graces",
         "repeated",
@@ -63,7 +65,14 @@ class Call:
     )
 
     def __init__(
-        self, caller: Caller, kind: int, arguments: Sequence[Any], *, contact: Contact | None, address: Address
+        self,
+        caller: Caller,
+        kind: int,
+        arguments: Sequence[Any],
+        *,
+        contact: Contact | None,
+        address: Address,
+        expected: frozenset[PeerID] | None = None,
     ) -> None:
         self.caller = caller
         self.kind = kind
@@ -71,6 +80,8 @@ class Call:
         self.contact = contact
         """Who must answer; None while only the address is known (a seed)."""
         self.address = address
+        self.expected = expected
+        """Those who may answer where only the address is known; None: whoever lives there."""
         self.transaction = b""
         self.challenge = b""
         self.data = b""
@@ -132,9 +143,12 @@ class Calls:
     def repeat(self, call: Call, now: float) -> None:
         """Writes the request with the contact's present token and sends it."""
         contact = call.contact
+        flags = self._network.flags()
+        if call.expected is not None:
+            flags |= wire.FLAG_CLIENT  # whoever is there instead shall not list this node, and tell others of it
         call.data = wire.encode_request(
             call.kind,
-            self._network.flags(),
+            flags,
             call.transaction,
             self._network.own_id,
             token=contact.token if contact is not None and contact.token_until > now else b"",

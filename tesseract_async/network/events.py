@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tesseract_async.identity import SignedRecord
+from tesseract_async.identity import PeerID, SignedRecord
+from tesseract_async.network.contacts import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +59,12 @@ class ClockSkewed:
     seconds: float
 
 
-Event = ReadFinished | WriteFinished | Joined | Isolated | RoleChanged | ClockSkewed
+@dataclass(frozen=True, slots=True)
+class WrongPeer:
+    """Who lives at a seed's address has proven to be `found`, and not who was named. Nothing else is said there."""
+
+    address: Address
+    found: PeerID
+
+
+Event = ReadFinished | WriteFinished | Joined | Isolated | RoleChanged | ClockSkewed | WrongPeer

@@ -30,6 +30,11 @@ SECOND_LOOKS = (1.0, 2.0, 4.0, 8.0)
 find little but the seed: it has not yet made sure of anybody when they ask."""
 
 
+Seed = tuple[Address, PeerID | None]
+Ids = frozenset[PeerID] | None
+"""Who may answer at an address; None: whoever does."""
+
+
 class Membership:
     """Whether and how one node belongs to the network."""
 
@@ -40,16 +45,26 @@ class Membership:
         self.ever_joined = False
         self.timer_at = float("inf")
         """When `handle_timer` asks the seeds."""
-        self._seeds: list[tuple[Address, PeerID | None]] = []
+        self._seeds: dict[Address, Ids] = {}
+        self._asked_too: dict[Address, Ids] = {}
         self._backoff = network.settings.min_seed_backoff
         self._remembered: dict[Address, None] = {}
         self._neighbourhood: Neighbourhood | None = None
         self._num_second_looks = 0
         self._dial_wait_until: float | None = float("-inf") if public else None
 
-    def set_seeds(self, seeds: Iterable[tuple[Address, PeerID | None]], now: float) -> None:
-        """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust."""
-        self._seeds = list(seeds)
+    def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
+        """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust.
+
+        Where a seed has an id, nobody else is spoken to at its address. `remembered` are asked too, but may have gone.
+        """
+        self._seeds = _by_address(seeds)
+        self._asked_too = {
+            address: ids for address, ids in _by_address(remembered).items() if address not in self._seeds
+        }
+        for contact in self._network.table.contacts():
+            if not self.admits(contact.peer_id, contact.address):
+                self._network.lost(contact, now)
         self._backoff = self._network.settings.min_seed_backoff
         self.timer_at = now
 
@@ -57,8 +72,8 @@ class Membership:
         """Asks the seeds, and those that were lost if nobody else is left."""
         network = self._network
         num_contacts = len(network.table)
-        addresses: dict[Address, PeerID | None] = dict.fromkeys(self._remembered) if not num_contacts else {}
-        addresses.update(self._seeds)
+        addresses: dict[Address, Ids] = dict.fromkeys(self._remembered) if not num_contacts else {}
+        addresses |= self._asked_too | self._seeds
         if not addresses:
             self.timer_at = float("inf")
             return
@@ -67,6 +82,11 @@ class Membership:
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
         longest = network.settings.seed_period * (MAX_SEED_PERIODS if num_contacts else 1)
         self._backoff = min(2 * self._backoff, longest)
+
+    def admits(self, peer_id: bytes, address: Address) -> bool:
+        """Whether somebody with that id may be a contact at that address: at a seed's, only who was named."""
+        ids = self._seeds.get(address) or self._asked_too.get(address)
+        return ids is None or peer_id in ids
 
     def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:
         """Looks up the own id, unless that is under way."""
@@ -95,7 +115,7 @@ class Membership:
             self._num_second_looks = 0
             network.emit(Joined(len(network.table)))
         self._backoff = network.settings.seed_period
-        if self._seeds:
+        if self._seeds or self._asked_too:
             self.timer_at = now + self._backoff * self._jitter()
             if len(network.table) < network.settings.k and self._num_second_looks < len(SECOND_LOOKS):
                 network.timers.start(now + SECOND_LOOKS[self._num_second_looks] * self._jitter(), self._look_again)
@@ -155,20 +175,14 @@ class Join:
     a walk that ends at the first step that leads no nearer (`Walk`) tells as much.
     """
 
-    def __init__(self, network: NetworkProtocol, addresses: Mapping[Address, PeerID | None], now: float) -> None:
+    def __init__(self, network: NetworkProtocol, addresses: Mapping[Address, Ids], now: float) -> None:
         self.network = network
-        self.ids = addresses
-        for address in addresses:
-            network.call_address(self, wire.FIND, (network.own_id,), address, now)
+        for address, ids in addresses.items():
+            network.call_address(self, wire.FIND, (network.own_id,), address, now, expected=ids)
 
     def call_answered(self, call: Call, reply: Reply, now: float) -> None:
         assert call.contact is not None
         network = self.network
-        expected = self.ids[call.address]
-        if expected is not None and call.contact.peer_id != expected:
-            network.drop("wrong_id")
-            network.metrics.count("network_seeds_with_another_id")
-            return
         try:
             found = read_contacts(network, call.contact, reply, now)
         except ProtocolError:
@@ -228,3 +242,12 @@ class Walk:
 
     def call_failed(self, call: Call, now: float) -> None:
         pass
+
+
+def _by_address(seeds: Iterable[Seed]) -> dict[Address, Ids]:
+    """Those that were named at each address. A name counts, also where the address was given without one too."""
+    found: dict[Address, Ids] = {}
+    for address, peer_id in seeds:
+        known = found.get(address)
+        found[address] = known if peer_id is None else (known or frozenset()) | {peer_id}
+    return found

@@ -27,8 +27,10 @@ from tesseract_async.network.events import (
     ReadFinished,
     RoleChanged,
     WriteFinished,
+    WrongPeer,
 )
 from tesseract_async.network.holding import RecordCheck
+from tesseract_async.network.joining import Seed
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.transport import stun
@@ -41,6 +43,8 @@ RECEIVE_BUFFER_BYTES = 4 * 2**20
 RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
 
+WARN_ALONE_AFTER = 11.0
+"""Seconds without an answer of any seed, after which a node that is asked for nothing says so."""
 MAX_REMEMBERED_PEERS = 40
 MAPPED = "::ffff:"
 """How a socket for both kinds of IP writes IPv4 addresses."""
@@ -126,8 +130,10 @@ class TesseractNetwork(Uncopied):
         self._driver: _Driver | None = None
         self._published: dict[tuple[str, str | None], tuple[int, float]] = {}
         self._peers_file = None if peers_file is None else Path(peers_file)
-        self._resolving: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
+        self._seeds: tuple[PeerAddress, ...] = ()
         self._has_seeds = False
+        self._has_told = False
         self._policy = policy
         self._checks = tuple(checks)
         self._scope = scope
@@ -208,18 +214,22 @@ class TesseractNetwork(Uncopied):
         protocol.address_bytes = tuple(FAMILY_BYTES[family] for family in driver.speaks)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
-        seeds = [*initial_peers, *self._remembered_peers()]
-        self._has_seeds = driver.has_seeds = bool(seeds)
-        if seeds:
-            self._resolving = loop.create_task(self._resolve(seeds), name="network-seeds")
+        self._seeds = tuple(initial_peers)
+        remembered = self._remembered_peers()
+        self._has_seeds = driver.has_seeds = bool(self._seeds or remembered)
+        if self._has_seeds:
+            self._background = [
+                loop.create_task(self._resolve(self._seeds, remembered), name="network-seeds"),
+                loop.create_task(self._warn_if_alone(), name="network-alone"),
+            ]
         driver.cycle()
 
     async def aclose(self) -> None:
         """Says farewell and closes the socket. Pending reads and writes raise `ConnectionAbortedError`."""
-        if self._resolving is not None:
-            self._resolving.cancel()
-            await asyncio.gather(self._resolving, return_exceptions=True)
-            self._resolving = None
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._background = []
         if self._driver is not None:
             driver, self._driver = self._driver, None
             self._remember_peers()
@@ -240,6 +250,28 @@ class TesseractNetwork(Uncopied):
             return False
         return True
 
+    @property
+    def wrong_seeds(self) -> list[str]:
+        """A clause for each seed that was given with a peer id, and proves to be another. Nothing is said to it."""
+        driver = self._driver
+        found = driver.wrong_peers.items() if driver is not None else ()
+        return [
+            f"{join_host_port(*where)} proves to be {who.short}, not {asked.short}" for where, (who, asked) in found
+        ]
+
+    @property
+    def trouble(self) -> str | None:
+        """A sentence on why this node knows nobody, where it was given seeds and none of them answers (yet)."""
+        if self._driver is None or not self._has_seeds or self._driver.joined.is_set():
+            return None
+        if wrong := self.wrong_seeds:
+            return f"no answer from whom was asked for: {'; '.join(wrong[:3])}. Is the address right, and the peer id?"
+        names = ", ".join(peer.short for peer in self._seeds[:3]) or "those remembered from the last run"
+        return (
+            f"no answer from {names}. Does a node run there, and is UDP to its port let through?"
+            " `tesseract doctor -p ADDRESS` looks closer"
+        )
+
     async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int:
         """Stores an entry for `ttl` seconds on the k nodes closest to the key; storing it again renews or replaces it.
 
@@ -254,6 +286,7 @@ class TesseractNetwork(Uncopied):
     async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
         """`store` for several entries at once. Those that share a key share its lookup, and all share datagrams."""
         await self._ready()
+        self._tell_trouble()
         if not items:
             return []
         # everything is signed, and so checked, before anything is sent
@@ -287,20 +320,18 @@ class TesseractNetwork(Uncopied):
     async def get_entries(self, key: str) -> Entries:
         """All live entries under `key`, those of different owners side by side, by subkey, owner.
 
-        Raises: TimeoutError if nobody answered within `NetworkSettings.join_timeout` though this node was joined to
-        others before: that is not the same as nothing being there.
+        Raises: TimeoutError if nobody answered within `NetworkSettings.join_timeout` though this node has seeds: that
+        is not the same as nothing being there.
         """
         give_up_at = self._running().now() + self.settings.join_timeout
         driver = await self._ready()
         event = await self._read(key)
-        while (
-            not event.num_answers and not event.records and self._has_seeds and driver.protocol.membership.ever_joined
-        ):
-            # every contact failed at once (a line that was down, a gateway that forgot): joining anew comes first
+        while not event.num_answers and not event.records and self._has_seeds:
+            # nobody has answered yet, or every contact failed at once (a line that was down): joining comes first
             self.metrics.count("network_reads_unanswered")
             left = give_up_at - driver.now()
             if left <= 0 or not await self.wait_joined(left):
-                raise TimeoutError(f"no node of the network answered within {self.settings.join_timeout} s")
+                raise TimeoutError(self.trouble or f"no node answered within {self.settings.join_timeout:.0f} s")
             event = await self._read(key)
         if not event.complete:
             # holders vanished in the middle of it; others have the same
@@ -411,14 +442,30 @@ class TesseractNetwork(Uncopied):
         driver = self._running()
         return cast(WriteFinished, await driver.wait(driver.protocol.write(records, driver.now())))
 
-    async def _resolve(self, peers: Sequence[PeerAddress]) -> None:
+    async def _warn_if_alone(self) -> None:
+        """Says so once each time that nobody answers for a while."""
+        driver = self._running()
+        while True:
+            if not await self.wait_joined(WARN_ALONE_AFTER):
+                self._tell_trouble()
+                await driver.joined.wait()
+            self._has_told = False
+            await driver.isolated.wait()
+
+    def _tell_trouble(self) -> None:
+        if not self._has_told and (trouble := self.trouble) is not None:
+            self._has_told = True
+            logger.warning("%s", trouble)
+
+    async def _resolve(self, initial: Sequence[PeerAddress], remembered: Sequence[PeerAddress]) -> None:
         """Looks up the seeds' host names, again and again until all are known, and hands over what it has."""
         driver = self._running()
         backoff = 0.5
         while True:
-            seeds: list[tuple[Address, PeerID | None]] = []
+            seeds: list[Seed] = []
             failed = False
-            for peer in peers:
+            num_initial = 0
+            for number, peer in enumerate([*initial, *remembered]):
                 for text in peer.addresses:
                     host, port = split_host_port(text)
                     family = driver.speaks[0] if len(driver.speaks) == 1 else socket.AF_UNSPEC
@@ -428,8 +475,13 @@ class TesseractNetwork(Uncopied):
                         failed = True
                         logger.warning("the seed %s cannot be resolved (%s); trying again", text, describe(error))
                         continue
-                    seeds += [((str(info[4][0]), port), peer.peer_id) for info in infos]
-            driver.protocol.set_seeds(seeds, driver.now())
+                    found = [(str(info[4][0]).removeprefix(MAPPED), port) for info in infos]
+                    seeds += [(address, peer.peer_id) for address in found]
+                    if number < len(initial):
+                        num_initial = len(seeds)
+                        named = driver.seed_at if peer.peer_id is None else {}
+                        driver.seed_at |= {address: peer for address in found if address not in named}
+            driver.protocol.set_seeds(seeds[:num_initial], driver.now(), remembered=seeds[num_initial:])
             driver.cycle()
             if not failed:
                 return
@@ -453,6 +505,12 @@ class _Driver(asyncio.DatagramProtocol):
         self.loop = loop
         self.speaks = speaks
         self.joined = asyncio.Event()
+        self.isolated = asyncio.Event()
+        self.isolated.set()
+        self.wrong_peers: dict[Address, tuple[PeerID, PeerID]] = {}
+        """Who lives at seeds' addresses, and who was named."""
+        self.seed_at: dict[Address, PeerAddress] = {}
+        """Which of the seeds that the user gave lives where."""
         self.has_seeds = False
         self._maps_v4 = socket.AF_INET6 in speaks
         self._transport: asyncio.DatagramTransport | None = None
@@ -482,9 +540,11 @@ class _Driver(asyncio.DatagramProtocol):
         for event in self.protocol.events():
             if isinstance(event, Joined):
                 self.joined.set()
+                self.isolated.clear()
                 logger.info("joined the network: %d contacts", event.num_contacts)
             elif isinstance(event, Isolated):
                 self.joined.clear()
+                self.isolated.set()
                 if self.has_seeds:
                     logger.warning("every contact is gone; looking for the network again")
                 else:
@@ -492,6 +552,12 @@ class _Driver(asyncio.DatagramProtocol):
             elif isinstance(event, RoleChanged):
                 logger.info("this node is found to be %s", event.role)
                 self.on_role_change()
+            elif isinstance(event, WrongPeer):
+                seed = self.seed_at.get(event.address)
+                if seed is not None and seed.peer_id is not None:
+                    if self.wrong_peers.get(event.address) != (event.found, seed.peer_id):
+                        logger.warning("the seed %s proves to be %s: nothing is said to it", seed, event.found)
+                    self.wrong_peers[event.address] = (event.found, seed.peer_id)
             elif isinstance(event, ClockSkewed):
                 logger.warning("the clock of this computer differs from the others' by %.0f s: set it", event.seconds)
             else:

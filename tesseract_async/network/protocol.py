@@ -36,9 +36,9 @@ from tesseract_async.network.contacts import (
     unpack_address,
 )
 from tesseract_async.network.dialback import DialBack
-from tesseract_async.network.events import ClockSkewed, Event, ReadFinished, WriteFinished
+from tesseract_async.network.events import ClockSkewed, Event, ReadFinished, WriteFinished, WrongPeer
 from tesseract_async.network.holding import Holder, RecordCheck
-from tesseract_async.network.joining import Membership
+from tesseract_async.network.joining import Membership, Seed
 from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Ping, Refresh
 from tesseract_async.network.probation import Probation
@@ -141,9 +141,9 @@ class NetworkProtocol:
 
     # What the driver asks for
 
-    def set_seeds(self, seeds: Iterable[tuple[Address, PeerID | None]], now: float) -> None:
-        """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust."""
-        self.membership.set_seeds(seeds, now)
+    def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
+        """See `Membership.set_seeds`."""
+        self.membership.set_seeds(seeds, now, remembered=remembered)
 
     def read(self, key: bytes, now: float) -> int:
         """Looks up `key`; `ReadFinished` will carry the number returned."""
@@ -227,9 +227,18 @@ class NetworkProtocol:
         """Sends a request to a contact; `caller` hears how it ends, never before this returns."""
         self._calls.start(Call(caller, kind, arguments, contact=contact, address=contact.address), now)
 
-    def call_address(self, caller: Caller, kind: int, arguments: Sequence[Any], address: Address, now: float) -> None:
-        """The same to whoever lives at an address."""
-        self._calls.start(Call(caller, kind, arguments, contact=None, address=address), now)
+    def call_address(
+        self,
+        caller: Caller,
+        kind: int,
+        arguments: Sequence[Any],
+        address: Address,
+        now: float,
+        *,
+        expected: frozenset[PeerID] | None = None,
+    ) -> None:
+        """The same to whoever lives at an address, or to one of those `expected` there."""
+        self._calls.start(Call(caller, kind, arguments, contact=None, address=address, expected=expected), now)
 
     def contacts_from(self, teller: Contact, v4: object, v6: object, now: float) -> list[Contact]:
         """The contacts that a reply names, without this node and those that were unreachable a moment ago.
@@ -252,7 +261,8 @@ class NetworkProtocol:
                     known = self._known
                 kind = kind_of(contact.address[0])
                 if kind == PUBLIC or (kind == tellers_kind and self.scope.allows(contact.address[0])):
-                    contacts.append(contact)
+                    if self.membership.admits(contact.peer_id, contact.address):
+                        contacts.append(contact)
         return contacts
 
     def finish(self, operation: Read | Write, event: ReadFinished | WriteFinished) -> None:
@@ -357,7 +367,7 @@ class NetworkProtocol:
                 contact.last_seen = now
                 self.table.add(contact, now)
             return
-        if not self.scope.answers(address[0]):
+        if not self.scope.answers(address[0]) or not self.membership.admits(datagram.sender, address):
             return
         self.probation.wrote(address, now)
         if contact is None and not self.table.wants(datagram.sender):
@@ -411,10 +421,18 @@ class NetworkProtocol:
             return
         elif contact.peer_id != datagram.sender:
             self.drop("wrong_id")
+            self.lost(contact, now)
             self._calls.end(call, None, now)
             return
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
             self.drop("proof")
+            self._calls.end(call, None, now)
+            return
+        expected_here = call.expected is None or datagram.sender in call.expected
+        if not expected_here or not self.membership.admits(datagram.sender, address):
+            self.drop("wrong_id")
+            self.metrics.count("network_seeds_with_another_id")
+            self._events.append(WrongPeer(address, PeerID(datagram.sender)))
             self._calls.end(call, None, now)
             return
         contact.proven = True

@@ -11,10 +11,11 @@ split over batches equals one that is not.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,12 +23,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.runtime import modules, randomness
 from tesseract_async.runtime.acceleration import Acceleration, fuse
+from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.merging import Gradients, trimmed_mean
+from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
-
-Gradients = Sequence[torch.Tensor | None]
-"""One per input, or one per trained parameter; None where nothing flows."""
 
 MakesOptimizer = Callable[[], torch.optim.Optimizer]
 MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -39,10 +40,16 @@ class BackendSettings:
 
     clip_gradient_norm: float | None = None
     """Gradients of a step are scaled down to this norm (over all parameters)."""
-    max_gradient_norm: float | None = None
-    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer."""
+    max_gradient_norm: float | Literal["adaptive"] | None = "adaptive"
+    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer. "adaptive"
+    learns what is usual for this expert: gradients above 8 times that are scaled down to it, those above 1,024
+    times refused (see `runtime.norms`). None: any finite gradient is taken."""
     step_every: int = 1
     """Backward batches whose gradients are summed for one optimizer step."""
+    trim_peers: float = 0.0
+    """Share of the peers whose gradients are left out at each end, coordinate by coordinate, where one step gathers
+    gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one liar in four from deciding anything. A
+    peer then counts once in a step, however many batches it sent. Each backward is then a batch of its own."""
     merge_backward: bool = True
     """Whether requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
     then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
@@ -74,8 +81,12 @@ class BackendSettings:
             raise ValueError(f"step_every is at least 1, not {self.step_every}")
         for name in ("clip_gradient_norm", "max_gradient_norm"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is positive, not {value}")
+            if value is None or (name == "max_gradient_norm" and value == "adaptive"):
+                continue
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} is a positive number, not {value!r}")
+        if not 0 <= self.trim_peers < 0.5:
+            raise ValueError(f"trim_peers is 0 or more and less than 0.5, not {self.trim_peers}")
 
 
 class ExpertBackend:
@@ -153,8 +164,13 @@ class ExpertBackend:
         """What the optimizer steps: those of its parameters that want gradients. Empty before it is made."""
         self._find_parameters()
         self._draws = modules.draws_random_numbers(module)
-        self._accumulated: Gradients | None = None
+        self.norms = UsualNorms()
+        """Of the gradients that it got."""
+        self._gathered: dict[
+            Hashable, tuple[Gradients, int]
+        ] = {}  # per peer with `trim_peers`, else for all: sum, count
         self._num_accumulated = 0
+        self._lately: deque[frozenset[Hashable]] = deque(maxlen=2)  # peers of the last steps
         self._acceleration = Acceleration(
             module, sizes=settings.preferred_sizes, compile_mode=settings.compile_mode, cuda_graphs=settings.cuda_graphs
         )
@@ -173,6 +189,11 @@ class ExpertBackend:
         if self.settings.stochastic is None:
             return training and self._draws
         return self.settings.stochastic
+
+    @property
+    def merges_backward(self) -> bool:
+        """Whether backwards may be computed together."""
+        return self.settings.merge_backward and not self.settings.trim_peers
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -252,16 +273,20 @@ class ExpertBackend:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
 
-    def step(self, gradients: Gradients, call_ids: Sequence[bytes] = ()) -> int:
-        """Takes these gradients of `parameters`: one optimizer step, or a share of one (`step_every`).
+    def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
+        """Takes these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
 
         Journals `call_ids`, also for a frozen expert, which takes no steps. Returns the version that they led to.
         Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
-            self._accumulated = add_gradients(self._accumulated, gradients)
+            peer = peer if self.settings.trim_peers else None
+            summed, count = self._gathered.get(peer, (None, 0))
+            total = gradients if summed is None else add_gradients(summed, gradients)
+            assert total is not None
+            self._gathered[peer] = total, count + 1
             self._num_accumulated += 1
-            if self._num_accumulated >= self.settings.step_every:
+            if self._has_enough():
                 self._take_step()
         for call_id in call_ids:
             self.applied[call_id] = self.version
@@ -269,9 +294,38 @@ class ExpertBackend:
             self.applied.popitem(last=False)
         return self.version
 
+    def is_sound(self) -> bool:
+        """Whether everything that the optimizer steps or remembers is finite."""
+        states = () if self.optimizer is None else self.optimizer.state.values()
+        remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+        return are_finite(
+            [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
+        )
+
+    def _has_enough(self) -> bool:
+        """Whether it is time for a step: with `trim_peers` not before everybody who took part lately has, so that one
+        who sends faster than the others is not the only one; but they are not waited for much longer than usual.
+        """
+        if self._num_accumulated < self.settings.step_every:
+            return False
+        absent = frozenset().union(*self._lately) - self._gathered.keys()
+        return not self.settings.trim_peers or not absent or self._num_accumulated >= 4 * self.settings.step_every
+
+    def _merged(self) -> Gradients | None:
+        """The sum of what was gathered; with `trim_peers` as many times the trimmed mean of the peers."""
+        if not self._gathered:
+            return None
+        if len(self._gathered) == 1:
+            return next(iter(self._gathered.values()))[0]
+        means = [[None if x is None else x / count for x in summed] for summed, count in self._gathered.values()]
+        merged = trimmed_mean(means, self.settings.trim_peers)
+        return [None if x is None else x * self._num_accumulated for x in merged]
+
     def _take_step(self) -> None:
-        assert self.optimizer is not None and self._accumulated is not None
-        gradients, self._accumulated, self._num_accumulated = self._accumulated, None, 0
+        gradients = self._merged()
+        assert self.optimizer is not None and gradients is not None
+        self._lately.append(frozenset(self._gathered) - {None})
+        self._gathered, self._num_accumulated = {}, 0
         clips, taken = self.settings.clip_gradient_norm is not None, set[int]()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is None or gradient.layout is not torch.strided:  # a sparse one is the optimizer's business
@@ -317,8 +371,9 @@ class ExpertBackend:
                 else torch.empty(0, dtype=torch.uint8),
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
             },
-            "accumulated": None if self._accumulated is None else _copy(list(self._accumulated)),
+            "accumulated": None if (gathered := self._merged()) is None else _copy(list(gathered)),
             "num_accumulated": self._num_accumulated,
+            "gradient_norms": self.norms.values(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -341,11 +396,13 @@ class ExpertBackend:
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )
-        accumulated = state["accumulated"]
-        self._accumulated = None
+        accumulated, self._num_accumulated = state["accumulated"], state["num_accumulated"]
+        self._gathered = {}
         if accumulated is not None and self.trains:
-            self._accumulated = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
-        self._num_accumulated = state["num_accumulated"]
+            summed = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
+            self._gathered[None] = summed, self._num_accumulated
+        norms = state.get("gradient_norms", ())
+        self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:

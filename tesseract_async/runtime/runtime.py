@@ -24,9 +24,10 @@ import torch
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, BatcherStatistics, Pool, Request
 from tesseract_async.runtime.executor import Attempt, Executor
+from tesseract_async.runtime.merging import Gradients
 from tesseract_async.runtime.staging import staging_for
 from tesseract_async.runtime.work import Answer, Outcome, Work
 from tesseract_async.uncopied import Uncopied
@@ -231,7 +232,7 @@ class TesseractRuntime(Uncopied):
             priority=priority,
             # requests that step alone, and split ones, whose chunks are summed for one step
             exclusive=backend.is_stochastic(training)
-            or (is_backward and (num_rows > backend.max_batch_size or not backend.settings.merge_backward)),
+            or (is_backward and (num_rows > backend.max_batch_size or not backend.merges_backward)),
         )
         with self._lock:
             if self._closing or self._thread is None:

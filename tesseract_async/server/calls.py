@@ -25,8 +25,9 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.merging import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Answer, Work
 from tesseract_async.server.expected import ExpectedBackwards

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from tesseract_async.identity import PeerID
@@ -41,6 +42,25 @@ def ip_version(address: str) -> int | None:
     return None if ip.is_multicast or ip.is_unspecified or "%" in host or not port else ip.version
 
 
+@lru_cache(maxsize=4096)
+def range_of(host: str) -> str | None:
+    """The neighbours with whom a host shares its limits: the /24 of a public IPv4 address, the /64 of an IPv6 one.
+
+    In a private network, the host itself. None where the address tells nothing: on loopback, and for what is none.
+    """
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if ip.version == 6 and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if ip.is_loopback:
+        return None
+    if ip.is_private:
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 64), strict=False))
+
+
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
     """Where a peer can be dialled, best address first, and who must answer there (None: whoever does)."""
@@ -58,16 +78,22 @@ class PeerAddress:
 
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
-        """Reads ``host:port`` or ``host:port/PEER_ID``. Raises: ValueError."""
+        """Reads ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas, as ``str()`` writes.
+
+        Raises: ValueError; also where some name a peer id and others another one, or none.
+        """
         if text.startswith("/") or "://" in text:
             kind = "multiaddr" if text.startswith("/") else "URL"
             raise ValueError(f"an address is host:port or host:port/PEER_ID, not a {kind}: {text!r}")
-        address, separator, peer_id = text.partition("/")
-        return cls(PeerID.parse(peer_id) if separator else None, (address,))
+        parts = [part.strip().partition("/") for part in text.split(",")]
+        ids = {PeerID.parse(peer_id) if separator else None for _, separator, peer_id in parts}
+        if len(ids) > 1:
+            raise ValueError(f"these are addresses of different peers; give each by itself: {text!r}")
+        return cls(ids.pop(), tuple(address for address, _, _ in parts))
 
     def __str__(self) -> str:
-        where = ",".join(self.addresses)
-        return f"{where}/{self.peer_id}" if self.peer_id is not None else where
+        name = f"/{self.peer_id}" if self.peer_id is not None else ""
+        return ",".join(address + name for address in self.addresses)
 
     @property
     def short(self) -> str:

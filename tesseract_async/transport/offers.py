@@ -22,6 +22,7 @@ import msgpack
 from tesseract_async.errors import InvalidRecord, MessageTooLarge, ProtocolError
 from tesseract_async.identity import Identity, PeerID, verify
 from tesseract_async.transport.base import join_host_port, split_host_port
+from tesseract_async.wire import packed
 
 REVERSE: Final = "reverse"
 """Body: `ReverseBody`. Please dial me, I am reachable; the pipe is mine to open TLS on."""
@@ -263,10 +264,7 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, list[Any]]
         raise ProtocolError(f"a malformed {what}")
     if len(data) > MAX_BYTES:
         raise MessageTooLarge(len(data), MAX_BYTES)
-    try:
-        values = msgpack.unpackb(data[96:], strict_map_key=True)
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException):
-        raise ProtocolError(f"a malformed {what}") from None
+    values = packed.unpack(data[96:], max_bytes=MAX_BYTES, any_keys=False)
     if type(values) is not list or len(values) != 6 or values[0] != what:
         raise ProtocolError(f"a malformed {what}")
     if type(values[3]) is not int or not 0 <= values[3] < 2**50 or type(values[4]) is not str:

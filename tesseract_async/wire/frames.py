@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 
 from tesseract_async.errors import MessageTooLarge, ProtocolError
+from tesseract_async.wire import packed
 
 VERSION: Final = 1
 
@@ -148,12 +149,12 @@ def allocate(sizes: Sequence[int]) -> tuple[memoryview, ...]:
 
 class Arena:
     """Memory for the buffers of small messages, cut from shared blocks: an aligned block of their own costs more than
-    such a message's copy. What is kept of a message keeps its block of 64 KiB alive.
+    such a message's copy. What is kept of a message keeps its block alive, so blocks are small.
     """
 
     __slots__ = ("_block", "_used")
 
-    BLOCK_BYTES: Final = 64 * 1024
+    BLOCK_BYTES: Final = 16 * 1024
     LARGEST: Final = 8 * 1024
     """Bytes beyond which a message gets a block of its own."""
 
@@ -184,20 +185,22 @@ class Arena:
 def pack(value: Any) -> bytes:
     """Packs a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
     try:
-        packed: bytes = msgpack.packb(value)
+        data: bytes = msgpack.packb(value)
     except OverflowError as error:
         raise ValueError(f"an integer is too large for msgpack: {error}") from None
-    if len(packed) > MAX_HEAD:
-        raise ValueError(f"a body of {len(packed)} bytes is too large (at most {MAX_HEAD}): send data as buffers")
-    return packed
+    if len(data) > MAX_HEAD:
+        raise ValueError(f"a body of {len(data)} bytes is too large (at most {MAX_HEAD}): send data as buffers")
+    if len(data) > packed.MAX_ITEMS:
+        try:
+            packed.count_items(data)
+        except ProtocolError as error:
+            raise ValueError(f"the receiver would refuse this body ({error}): send data as buffers") from None
+    return data
 
 
 def unpack(data: Buffer) -> Any:
     """Reads a head. Untrusted. Raises: ProtocolError."""
-    try:
-        return msgpack.unpackb(data, strict_map_key=False)
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"malformed msgpack: {type(error).__name__}") from None
+    return packed.unpack(data, max_bytes=MAX_HEAD)
 
 
 class Assembly:
@@ -206,11 +209,11 @@ class Assembly:
     __slots__ = ("head", "buffers", "left", "_parts", "_view")
 
     def __init__(self, head_bytes: int, sizes: Sequence[int]) -> None:
-        self.head, *rest = allocate((head_bytes, *sizes))
-        self.buffers: tuple[memoryview, ...] = tuple(rest)
+        self.head = memoryview(bytearray(head_bytes))  # apart: it is dropped long before the buffers
+        self.buffers: tuple[memoryview, ...] = allocate(sizes)
         self.left = head_bytes + sum(sizes)
         """Bytes still to come."""
-        self._parts = [part for part in reversed((self.head, *rest)) if len(part)]
+        self._parts = [part for part in reversed((self.head, *self.buffers)) if len(part)]
         self._view = self._parts.pop() if self._parts else memoryview(b"")
 
     def room(self, limit: int) -> memoryview:

@@ -31,7 +31,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (("call", "ffn.0", "-p", NOBODY), 1, "no answer from 127.0.0.1:1 in 0 s. Does a node run there"),
+        (("call", "ffn.0", "-p", NOBODY), 1, "no answer from 127.0.0.1:1. Does a node run there"),
         (("get", "x", "-p", NOBODY), 1, "`tesseract doctor -p ADDRESS` looks closer"),
         (("put", "x", "1", "-p", NOBODY), 1, "no answer from 127.0.0.1:1"),
         (("top", "--once", "-p", NOBODY), 1, "no answer from 127.0.0.1:1"),

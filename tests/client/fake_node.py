@@ -101,6 +101,8 @@ class FakeDirectory:
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
         self.watched[prefix] = grid_size
 
+    trouble: str | None = None
+
     async def wait_warm(self, prefix: str) -> None:
         if self.cold:
             await self.warm.wait()

@@ -1,41 +1,187 @@
-"""The shared bound on bytes: never exceeded, first come first served, nothing leaks."""
+"""The bounds on bytes that connections share: never exceeded, no peer waits for another one, nothing leaks."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.endpoint.budget import Budget, Reservation
+from tesseract_async.endpoint.budget import FLOOR, Budget, FairCount, Owner, Reservation
+
+MIB = 2**20
 
 
-def test_room_is_granted_in_line() -> None:
-    budget = Budget(10)
-    granted: list[str] = []
-    first = budget.reserve(8, lambda: granted.append("first"))
-    large = budget.reserve(9, lambda: granted.append("large"))
-    small = budget.reserve(1, lambda: granted.append("small"))
-    assert first.held and not large.held and not small.held, "a small wish does not overtake a large one"
-    assert budget.try_reserve(1) is None
-    first.release()
-    assert granted == ["large", "small"] and budget.used == 10 and budget.num_waiting == 0
-    with pytest.raises(ValueError, match="never fit"):
-        budget.reserve(11, lambda: None)
+def owner(peer: int, group: int | None = None) -> Owner:
+    return Owner(f"range {peer if group is None else group}", peer)
 
 
-@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=40))
-def test_the_bound_holds_and_everybody_is_served(wishes: list[tuple[int, bool]]) -> None:
-    budget = Budget(12)
-    line: list[Reservation] = []
-    granted: list[int] = []
-    for number, (size, leave) in enumerate(wishes):
-        reservation = budget.reserve(size, lambda number=number: granted.append(number))
-        line.append(reservation)
-        if leave:
-            line[size % len(line)].release()
-            line[size % len(line)].release()
-        assert budget.used == sum(one.size for one in line if one.held) <= 12
-    for reservation in line:
+def arriving(budget: Budget, who: Owner, size: int, num_bytes: int, given_up: list[Owner]) -> Reservation:
+    """A message of which `num_bytes` have come; it notes when it is given up."""
+    reservation = budget.begin(who, size)
+
+    def give_up() -> None:
+        given_up.append(who)
         reservation.release()
-    assert budget.used == 0 and budget.num_waiting == 0
-    assert granted == sorted(granted)
+
+    reservation.give_up = give_up
+    assert reservation.fill(num_bytes)
+    return reservation
+
+
+def test_what_is_announced_and_does_not_come_takes_nothing_from_others() -> None:
+    budget = Budget(1024 * MIB)
+    for peer in range(200):
+        reservation = budget.ask(owner(peer), 1000 * MIB, lambda: None)
+        assert reservation.granted
+    assert budget.used == 0
+    honest = budget.ask(owner(1000), 1000 * MIB, lambda: None)
+    assert honest.granted and honest.fill(1000 * MIB) and budget.used == 1000 * MIB
+
+
+def test_a_peers_wishes_beyond_its_share_wait_for_its_own_ones_only() -> None:
+    budget = Budget(80 * MIB)
+    told: list[str] = []
+    large = budget.ask(owner(1), 70 * MIB, lambda: told.append("large"))
+    second = budget.ask(owner(1), 6 * MIB, lambda: told.append("second"))
+    third = budget.ask(owner(1), 5 * MIB, lambda: told.append("third"))
+    fourth = budget.ask(owner(1), 4 * MIB, lambda: told.append("fourth"))
+    assert large.granted and not second.granted and budget.num_waiting == 3
+    assert budget.ask(owner(2), 70 * MIB, lambda: told.append("another peer")).granted
+    third.release()
+    large.release()
+    assert told == ["second", "fourth"] and fourth.granted and budget.num_waiting == 0
+    with pytest.raises(ValueError, match="never fit"):
+        budget.ask(owner(3), 81 * MIB, lambda: None)
+
+
+def test_who_holds_most_makes_room() -> None:
+    budget = Budget(100 * MIB)
+    given_up: list[Owner] = []
+    greedy, modest = owner(1), owner(2)
+    for _ in range(4):
+        arriving(budget, greedy, 30 * MIB, 15 * MIB, given_up)
+    arriving(budget, modest, 30 * MIB, 30 * MIB, given_up)
+    assert not given_up
+    assert arriving(budget, modest, 10 * MIB, 10 * MIB, given_up).num_bytes == 10 * MIB
+    assert given_up == [] and budget.used == 100 * MIB
+    arriving(budget, owner(3), 10 * MIB, 5 * MIB, given_up)
+    assert given_up == [greedy] and budget.used == 90 * MIB
+
+
+def test_identities_of_one_range_count_together() -> None:
+    budget = Budget(100 * MIB)
+    given_up: list[Owner] = []
+    for peer in range(10):
+        arriving(budget, owner(peer, group=1), 6 * MIB, 6 * MIB, given_up)
+    arriving(budget, owner(20), 40 * MIB, 40 * MIB, given_up)
+    arriving(budget, owner(21), 6 * MIB, 6 * MIB, given_up)
+    assert [one.group for one in given_up] == ["range 1"]
+
+
+def test_who_holds_most_is_refused_rather_than_others() -> None:
+    budget = Budget(100 * MIB)
+    given_up: list[Owner] = []
+    arriving(budget, owner(1), 40 * MIB, 40 * MIB, given_up)
+    greedy = budget.begin(owner(2), 90 * MIB)
+    greedy.give_up = lambda: given_up.append(owner(2))
+    assert greedy.fill(60 * MIB) and not greedy.fill(61 * MIB) and not given_up
+    greedy.release()
+    assert budget.used == 40 * MIB
+
+
+def test_what_has_arrived_whole_is_never_taken_back() -> None:
+    budget = Budget(10 * MIB)
+    given_up: list[Owner] = []
+    whole = arriving(budget, owner(1), 8 * MIB, 8 * MIB, given_up)
+    whole.give_up = None
+    late = budget.begin(owner(2), 4 * MIB)
+    late.give_up = lambda: None
+    assert not late.fill(4 * MIB) and not given_up
+    late.release()
+    assert budget.used == 8 * MIB
+
+
+def test_a_message_counts_a_page_from_its_first_byte_on() -> None:
+    budget = Budget(1000 * MIB)
+    large, small = budget.begin(owner(1), 900 * MIB), budget.begin(owner(1), 100_000)
+    assert large.fill(0) and small.fill(0)
+    assert large.num_bytes == FLOOR and small.num_bytes == 100_000
+
+
+def test_windows_are_promises_and_no_range_gets_all_of_them() -> None:
+    budget = Budget(160 * MIB)
+    opened = [budget.open_window(owner(peer, group=1), 16 * MIB) for peer in range(10)]
+    assert opened.count(True) == 2
+    assert budget.open_window(owner(20), 16 * MIB) and budget.windows == 48 * MIB and budget.used == 0
+    for peer in (0, 1):
+        budget.close_window(owner(peer, group=1), 16 * MIB)
+    budget.close_window(owner(20), 16 * MIB)
+    assert budget.windows == 0 and not budget._groups
+
+
+def test_replies_beyond_a_peers_share_are_refused_and_one_always_waits() -> None:
+    budget = Budget(80 * MIB)
+    assert budget.keep(owner(1), 60 * MIB, lambda: None) is not None
+    assert budget.keep(owner(1), MIB, lambda: None) is None
+    assert budget.keep(owner(2), 10 * MIB, lambda: None) is not None
+    assert budget.keep(owner(2), MIB, lambda: None) is None
+    assert budget.keep(owner(3), 81 * MIB, lambda: None) is None
+    assert budget.used == 70 * MIB
+
+
+@given(st.integers(0, 2**32))
+def test_the_bound_holds_and_nothing_leaks(seed: int) -> None:
+    pick = random.Random(seed)
+    budget = Budget(40 * MIB)
+    alive: list[Reservation] = []
+
+    def start(who: Owner) -> None:
+        reservation = budget.ask(who, pick.randrange(1, 40 * MIB), lambda: None)
+
+        def give_up() -> None:
+            alive.remove(reservation)
+            reservation.release()
+
+        reservation.give_up = give_up
+        alive.append(reservation)
+
+    for _ in range(60):
+        what = pick.random()
+        if what < 0.4 or not alive:
+            peer = pick.randrange(6)
+            start(owner(peer, group=peer // 2))
+        elif what < 0.8:
+            one = pick.choice(alive)
+            if one.granted and not one.fill(pick.randrange(one.size + 1)):
+                one.give_up and one.give_up()
+        else:
+            pick.choice(alive).release() if pick.random() < 0.5 else alive.pop().release()
+            alive[:] = [one for one in alive if not one.released]
+        assert 0 <= budget.used <= 40 * MIB
+        assert budget.used == sum(one.num_bytes for one in alive)
+    for one in list(alive):
+        one.release()
+    assert budget.used == 0 and budget.num_waiting == 0 and not budget._groups
+
+
+def test_something_is_always_left_of_what_cannot_be_taken_back() -> None:
+    count = FairCount(1000)
+    taken = dict.fromkeys(range(40), 0)
+    for peer in taken:
+        while count.take(owner(peer), 1):
+            taken[peer] += 1
+    assert taken[0] == 333 and count.used <= 1000
+    assert min(taken.values()) >= 0 and taken[3] > 80
+    crowd = FairCount(1000)
+    total = 0
+    for peer in range(100):
+        while crowd.take(owner(peer, group=1), 1):
+            total += 1
+    assert total == 500, "one range leaves half, whatever it calls itself"
+    assert crowd.take(owner(200), 100)
+    for peer in range(100):
+        crowd.give_back(owner(peer, group=1), crowd._peers.get(peer, 0))
+    crowd.give_back(owner(200), 100)
+    assert crowd.used == 0 and not crowd._groups and not crowd._peers

@@ -171,7 +171,7 @@ async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than
                         assert (await client.call(address, "echo", 1, timeout=30)).body == 1
                 # what waits, the replies of one turn's handlers, and the requests and refusals themselves
                 assert tracemalloc.get_traced_memory()[0] - before < 14 * 2**20
-                assert 8 * 2**20 < server._reply_budget.used <= 12 * 2**20, "of one at most 8, of both at most 12"
+                assert 4 * 2**20 < server._reply_budget.used <= 6 * 2**20, "of each at most a quarter of 12"
                 reply = await client.call(address, "echo", 1, [bytes(300_000)], timeout=30)
                 assert len(reply.buffers[0]) == 300_000, "there is room for small ones of others"
             async with asyncio.timeout(30):

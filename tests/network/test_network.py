@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tesseract_async.admission import Policy
-from tesseract_async.identity import Identity
+from tesseract_async.identity import Identity, PeerID
 from tesseract_async.network import writing
 from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, StoreItem, TesseractNetwork, key_digest
 from tesseract_async.network.settings import NetworkSettings
@@ -222,7 +222,7 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         storage = holder._driver.protocol.storage
         held = holder._driver._transport.get_extra_info("socket").dup()  # the port stays its own
         holder._driver._transport.abort()  # no farewell
-        with pytest.raises(TimeoutError, match="no node of the network answered"):
+        with pytest.raises(TimeoutError, match="no answer from 127.0.0.1"):
             await reader.get("key")
         assert reader.num_contacts == 0
         # it comes back in the midst of another read
@@ -233,6 +233,100 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
             back._driver.protocol.storage = storage
             assert await reading == 1
             assert await reader.get("absent") is None
+
+
+async def test_nobody_is_asked_is_no_absence(caplog: pytest.LogCaptureFixture) -> None:
+    reserved = bound()  # nobody reads there
+    settings = NetworkSettings(join_timeout=0.05)
+    async with node(reserved.getsockname()[1], settings=settings) as (network, port):
+        with pytest.raises(TimeoutError, match="no answer from 127.0.0.1:.*Does a node run there"):
+            await network.get("key")
+        assert not caplog.records, "whoever asked was told"
+        assert await network.store("key", 1, ttl=60.0) == 1
+        assert [record.message for record in caplog.records] == [network.trouble]
+        await network.store("key", 2, ttl=60.0)
+        assert len(caplog.records) == 1, "once"
+        assert await network.get("key") == 2, "what it holds itself"
+    reserved.close()
+
+
+def seed(address: int, peer_id: PeerID | None) -> PeerAddress:
+    return PeerAddress(peer_id, (f"127.0.0.1:{address}",))
+
+
+async def test_nothing_is_said_to_a_seed_that_proves_to_be_another(caplog: pytest.LogCaptureFixture) -> None:
+    other = PeerID(bytes([0x11]) * 32)
+    async with swarm(3) as nodes:
+        first, port = nodes[0], port_of(nodes[0])
+        network = TesseractNetwork(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05))
+        await network.start(bound(), initial_peers=[seed(port, other)])
+        try:
+            await until(lambda: bool(network.wrong_seeds))
+            assert await network.store("key", 1, ttl=60.0) == 1, "it alone"
+            with pytest.raises(TimeoutError, match=f"{port} proves to be {first.peer_id.short}, not 11111111"):
+                await network.get("other")
+            assert await nodes[1].get("key") is None and await nodes[0].store("theirs", 1, ttl=60.0) == 3
+            assert network.num_contacts == 0 and network._protocol is not None
+            assert all(network.peer_id not in (n._protocol.table if n._protocol else ()) for n in nodes)
+            assert not network._protocol.storage.num_entries - 1, "nor does anything come from there"
+            assert f"the seed 127.0.0.1:{port}/{other} proves to be {first.peer_id}" in caplog.text
+        finally:
+            await network.aclose()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_of_two_seeds_the_wrong_one_is_left_alone(order: int) -> None:
+    """Also where the right one names it as a contact, and where its address was given without an id, too."""
+    other = PeerID(bytes([0x11]) * 32)
+    async with swarm(3) as nodes:
+        wrong, right = nodes[0], nodes[1]
+        seeds = [seed(port_of(wrong), other), seed(port_of(right), right.peer_id), seed(port_of(wrong), None)]
+        network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT)
+        await network.start(bound(), initial_peers=seeds[::order])
+        try:
+            assert await network.wait_joined(30) and network.trouble is None
+            await until(lambda: network.num_contacts == 2 and bool(network.wrong_seeds))
+            assert await network.store("key", 1, ttl=60.0) == 3
+            assert wrong.peer_id not in {contact.peer_id for contact in network.public_contacts(9)}
+            assert network._protocol is not None and network._protocol.dialback.is_public
+        finally:
+            await network.aclose()
+
+
+async def test_a_seed_that_comes_back_as_another_is_left_alone() -> None:
+    async with swarm(1, settings=QUICK) as nodes:
+        port = port_of(nodes[0])
+        network = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+        await network.start(bound(), initial_peers=[seed(port, nodes[0].peer_id)])
+        try:
+            assert await network.wait_joined(30)
+            driver = nodes[0]._driver
+            assert driver is not None and driver._transport is not None
+            held = driver._transport.get_extra_info("socket").dup()
+            driver._transport.abort()
+            async with node(sock=held, settings=QUICK) as (impostor, _):
+                with pytest.raises(TimeoutError, match=f"proves to be {impostor.peer_id.short}"):
+                    await network.get("key")
+                assert network.num_contacts == 0
+        finally:
+            await network.aclose()
+
+
+async def test_a_remembered_peer_whose_address_is_another_s_now_is_no_contact(tmp_path: Path) -> None:
+    async with swarm(2) as nodes:
+        path = tmp_path / "peers"
+        path.write_text(f"127.0.0.1:{port_of(nodes[0])}/{bytes([0x11] * 32).hex()}\n")
+        network = TesseractNetwork(
+            identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05), peers_file=path
+        )
+        await network.start(bound())
+        try:
+            await until(lambda: bool(network.metrics.total("network_seeds_with_another_id")))
+            assert network.num_contacts == 0 and not network.wrong_seeds
+            with pytest.raises(TimeoutError, match="remembered from the last run"):
+                await network.get("key")
+        finally:
+            await network.aclose()
 
 
 async def test_a_farewell_removes_a_node_from_tables_at_once() -> None:
