@@ -257,6 +257,7 @@ class TesseractServer(Uncopied):
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
+            self._calls.close()
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:
