@@ -145,7 +145,6 @@ class ExpertBackend:
             )
         if scheduler is not None and isinstance(optimizer, torch.optim.Optimizer) != isinstance(scheduler, LRScheduler):
             raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
-        modules.check_module(module)
         self.module = module
         self.name = type(module).__name__
         """In the log: a server puts the uid here."""
@@ -165,6 +164,8 @@ class ExpertBackend:
             self._make_optimizer = optimizer
             self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
         self.settings = settings
+        if isinstance(args_schema, TensorSpec):
+            raise TypeError("args_schema has one schema per positional argument: for a single one, (spec,)")
         self.args_schema = tuple(args_schema)
         self.kwargs_schema = dict(kwargs_schema or {})
         self.inputs_schema: Schema = (self.args_schema, self.kwargs_schema)
@@ -192,6 +193,7 @@ class ExpertBackend:
         )
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
+        modules.check_module(module)  # not before: the dry run makes the weights of lazy layers
         wire.check_schema(self.outputs_schema, what="the module's output")
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(

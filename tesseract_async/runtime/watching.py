@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -112,7 +113,7 @@ class Undone:
             (part, name, buffer, buffer.clone())
             for part in module.modules()
             for name, buffer in part._buffers.items()
-            if buffer is not None
+            if buffer is not None and not is_lazy(buffer)
         ]
         self._generators = generator_states()
 
