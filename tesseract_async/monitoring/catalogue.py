@@ -28,7 +28,11 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "directory_reads_incomplete": ("reads", "Reads of a watched grid that lack what holders reported and nobody sent."),
     "directory_complete": ("share", "1 where the latest read of a watched grid was complete, else 0."),
     "directory_age_seconds": ("seconds", "Since the latest complete read of a watched grid began."),
-    "manifests_dropped": ("manifests", "Servers' manifests that were malformed, and therefore ignored."),
+    "expert_calls_held_back": ("calls", "Calls not made, because the peer may not host the expert, by method."),
+    "manifests_dropped": (
+        "manifests",
+        "Manifests that were malformed, or of servers that may not host there: ignored.",
+    ),
     "progress_dropped": ("entries", "Trainers' published progress that was malformed, and therefore ignored."),
     # experts, seen from whoever hosts them
     "runtime_batches": ("batches", "Batches that a device computed, forward and backward."),
