@@ -157,6 +157,8 @@ async def test_a_strangers_claims_change_no_role_file_mask_or_route_of_members(k
         for node in (swarm.trainer, swarm.node):
             assert [one.peer.peer_id for one in await node.directory.find(UID)] == [SERVER.peer_id]
             assert await node.directory.find(FREE, even_failed=True) == []
+            if kind == "list":  # nor does anything else that reads the network hear it
+                assert {one.owner for one in await node.network.get_entries(grid_key("ffn"))} == {SERVER.peer_id}
         swarm.trainer.directory.watch("ffn", SIZE)
         await swarm.trainer.directory.wait_warm("ffn")
         view = swarm.trainer.directory.live("ffn")
