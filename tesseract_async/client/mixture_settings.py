@@ -36,7 +36,8 @@ class MixtureSettings:
     patience: float | None = None
     """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
     others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
-    A number is kept to; time in which the loop stood still never counts. None: learnt from how far answers scatter (see `Lateness`), between 0.25 and 1.5."""
+    A number is kept to; time in which the loop stood still never counts. None: learnt from how far answers scatter (see
+    `Lateness`), between 0.25 and 1.5."""
     refill: bool = True
     """Whether rows short of answers are sent to their next-best experts."""
     rescale_backward: bool = False
