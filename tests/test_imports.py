@@ -16,7 +16,7 @@ BASE = {"errors", "metrics", "uncopied"}
 LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "metrics": set(),
+    "metrics": {"uncopied"},
     "leaving": set(),
     "uncopied": set(),
     "identity": BASE,
@@ -89,6 +89,12 @@ PURE = [
     "transport/throttle.py",
     "experts/choice.py",
     "experts/authority.py",
+    "experts/lineage.py",
+    "experts/members.py",
+    "experts/merkle.py",
+    "experts/tenure.py",
+    "experts/tenure_base.py",
+    "experts/tenure_words.py",
     "experts/grants.py",
     "experts/grid.py",
     "experts/masks.py",
