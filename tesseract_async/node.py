@@ -236,6 +236,7 @@ class TesseractNode(Uncopied):
             upnp=self._upnp,
             settings=self._reach_settings,
             throttle=self._throttle,
+            scope=self.scope,
         )
         self._reach.on_change = self._addresses_changed
         return Endpoint(
