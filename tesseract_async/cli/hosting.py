@@ -39,7 +39,7 @@ from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
-from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory
+from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
 from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.registry import draws_its_own, make_backend
 from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
@@ -108,6 +108,8 @@ class Hosting:
         share, most = SHARES["received"]
         self.memory: MemoryPlan | None = None
         """How the volunteer's memory is divided, once an expert was measured; None without a limit."""
+        # beside the process as it is; what is measured later is exact, but this is known before anything is built
+        self._max_bytes = None if limit is None else max(0, limit - int(psutil.Process().memory_info().rss))
         self.node = TesseractNode(
             **plan.node, throttle=throttle, max_receive_bytes=most if limit is None else min(most, int(share * limit))
         )
@@ -261,6 +263,9 @@ class Hosting:
         limit = self.plan.limits.max_memory_bytes
         if limit is None:
             return
+        if not self._max_bytes:
+            size = size_text(int(psutil.Process().memory_info().rss))
+            raise ValueError(f"not even one expert fits --max-memory: the process itself has {size}")
         patterns = [ExpertPattern.parse(text) for text in self.plan.patterns]
         pattern = patterns[0] if patterns or self.run is None else self.run.manifest.pattern
         expert = measure(self._build(next(iter(pattern))))
@@ -274,9 +279,9 @@ class Hosting:
         logger.info("memory: the process has %d bytes; %s; %s", base, expert, self.memory)
         if not self.memory.num_experts:
             raise ValueError(
-                f"not even one expert fits --max-memory: the process itself has {_mib(base)}, an expert takes "
-                f"{_mib(expert.resident)}, its largest batch {_mib(expert.batch)} while it "
-                f"is computed; with what must be kept for callers, one needs {_mib(self.memory.needed_for_one)}"
+                f"not even one expert fits --max-memory: the process itself has {size_text(base)}, an expert takes "
+                f"{size_text(expert.resident)}, its largest batch {size_text(expert.batch)} while it "
+                f"is computed; with what must be kept for callers, one needs {size_text(self.memory.needed_for_one)}"
             )
 
     def _server_settings(self) -> ServerSettings:
@@ -322,20 +327,20 @@ class Hosting:
         plan = self.plan
         if self.run is not None:
             manifest, allowed = self.run.manifest, plan.allowed_modules
-            return build_run_backend(manifest, uid, allowed_modules=allowed, computing=plan.computing)
-        try:
-            return make_backend(
-                plan.expert_class,
-                optimizer=plan.optimizer,
-                learning_rate=plan.learning_rate,
-                max_batch_size=plan.max_batch_size,
-                # the same first weights at each start, others for each expert
-                seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
-                sizes=plan.sizes,
-                settings=BackendSettings(**plan.computing),
+            return build_run_backend(
+                manifest, uid, allowed_modules=allowed, computing=plan.computing, max_bytes=self._max_bytes
             )
-        except TypeError as error:
-            raise ValueError(f"--size does not fit the class {plan.expert_class!r}: {error}") from None
+        return make_backend(
+            plan.expert_class,
+            optimizer=plan.optimizer,
+            learning_rate=plan.learning_rate,
+            max_batch_size=plan.max_batch_size,
+            # the same first weights at each start, others for each expert
+            seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
+            sizes=plan.sizes,
+            settings=BackendSettings(**plan.computing),
+            max_bytes=self._max_bytes,
+        )
 
 
 def manifest_fields(plan_values: Mapping[str, Any], is_given: Callable[[str], bool]) -> dict[str, Any]:
@@ -390,10 +395,6 @@ def _saving_on_demand(server: TesseractServer) -> Iterator[None]:
             asyncio.get_running_loop().remove_signal_handler(number)
         for task in saves:  # leaving saves anyway
             task.cancel()
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:

@@ -147,10 +147,11 @@ async def until_told_to_leave(*, watch_stdin: bool = False, tell_ready: Callable
 
     `tell_ready` is called as soon as it listens: whoever is told may send a signal in the same moment.
     The end of standard input is how a process notices that the one that started it is gone, however it died.
-    For a `main` that `run` runs; later signals are handled as said there.
+    Signals reach it in a `main` that `run` runs; later ones are handled as said there.
     """
     told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    _listener.get().waiting = told
+    if (listener := _listener.get(None)) is not None:
+        listener.waiting = told
     stop_watching = await _at_end_of_stdin(told) if watch_stdin and not _stdin_is_watched.get() else None
     try:
         if tell_ready is not None:

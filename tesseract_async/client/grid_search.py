@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,18 @@ import numpy.typing as npt
 import torch
 
 from tesseract_async.client.beam_search import BeamSearch, LiveGrid
-from tesseract_async.client.expert_calls import ExpertSchema, fetch_schema
+from tesseract_async.client.expert_calls import CallOptions, ExpertSchema, fetch_schema
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import View
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.replicas import REPLICA_FAULTS, Shared, cancel_all
-from tesseract_async.errors import NotEnoughExperts, TesseractError
+from tesseract_async.errors import NotEnoughExperts, SchemaMismatch, TesseractError
+from tesseract_async.experts.manifest import split_uid
+
+logger = logging.getLogger(__name__)
 
 _NUM_WITNESSES = 3
+_MOMENT_SECONDS = 1.0
 _MAX_STRIKES = 3
 _SMOOTHING = 0.2
 _SEARCH_AGAIN_SECONDS = 1.0
@@ -48,8 +53,7 @@ class GridSearch(Shared):
         self._schema: ExpertSchema | None = None
         self._asking: asyncio.Lock | None = None
         self._prepared: tuple[View, LiveGrid] | None = None
-        self._experts: dict[tuple[int, ...], RemoteExpert] = {}
-        self._in_view: tuple[View, npt.NDArray[np.object_]] | None = None
+        self._experts: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
         self._strikes: Counter[tuple[int, ...]] = Counter()
         self._seconds: dict[tuple[int, ...], float] = {}  # beyond the way there and back
         self._num_bytes = 0.0  # of one forward to one expert, both ways
@@ -175,65 +179,109 @@ class GridSearch(Shared):
         """The uid at these coordinates."""
         return ".".join((self.prefix, *map(str, coords)))
 
-    def experts(self, view: View, chosen_RK: npt.NDArray[np.int64]) -> list[list[RemoteExpert]]:
-        """The experts at these rows of the view's coordinates. A uid is always the same object."""
-        if self._in_view is None or self._in_view[0] is not view:
-            self._in_view = (view, np.empty(len(view.coords), dtype=object))
-        experts = self._in_view[1]
-        for index in [index for index in np.unique(chosen_RK).tolist() if experts[index] is None]:
+    def experts(
+        self, view: View, chosen_RK: npt.NDArray[np.int64], *, options: CallOptions, training: bool
+    ) -> list[list[RemoteExpert]]:
+        """The experts at these rows of the view's coordinates, in the gate's mode and with its options.
+
+        In one mode, a uid is always the same object, as long as nobody gives that another mode or options.
+        """
+        chosen, at = np.unique(chosen_RK, return_inverse=True)
+        experts = np.empty(len(chosen), dtype=object)
+        for i, index in enumerate(chosen.tolist()):
             coords = tuple(view.coords[index].tolist())
-            known = self._experts.get(coords)
-            if known is None:
-                known = self._experts[coords] = RemoteExpert(
-                    self._plain or self.node, self.uid(coords), schema=self._schema
-                )
-            experts[index] = known
-        result: list[list[RemoteExpert]] = experts[chosen_RK].tolist()
+            known = self._experts.get((coords, training))
+            if known is None or known.training is not training or known.options != options:
+                known = RemoteExpert(
+                    self._plain or self.node, self.uid(coords), schema=self._schema, options=options
+                ).train(training)
+                self._experts[(coords, training)] = known
+            experts[i] = known
+        result: list[list[RemoteExpert]] = experts[at.reshape(chosen_RK.shape)].tolist()
         return result
 
-    async def schema(self, scores_RS: torch.Tensor, view: View) -> ExpertSchema:
-        """What the experts of this grid take and give: the word of most of the first few that answer.
+    async def schema(self, scores_RS: torch.Tensor, view: View, fitting: Callable[[ExpertSchema], Any]) -> ExpertSchema:
+        """What the experts of this grid take and give: the word of most of the first few that answer, among schemas
+        that the inputs fit (`fitting` raises SchemaMismatch for others). If they fit none, the word of most, this once.
 
         Raises: NotEnoughExperts if nobody answers in time, or nobody lives who could.
         """
-        if self._schema is None and not len(view.coords):
+        if self._schema is not None:
+            return self._schema
+        if not len(view.coords):
             raise NotEnoughExperts(1, len(scores_RS), {})
-        if self._schema is None:
-            self._asking = self._asking or asyncio.Lock()
-            async with self._asking:
-                if self._schema is None:
-                    best = self.grid(view).top_k(scores_RS[:1], len(view.coords)).reshape(-1).tolist()
-                    self._schema = await self._ask_for_schema(view, best or list(range(len(view.coords))))
+        self._asking = self._asking or asyncio.Lock()
+        async with self._asking:
+            if self._schema is None:
+                best = self.grid(view).top_k(scores_RS[:1], len(view.coords)).reshape(-1).tolist()
+                schema, fits = await self._ask_for_schema(view, best or list(range(len(view.coords))), fitting)
+                if not fits:
+                    return schema
+                self._schema = schema
         return self._schema
 
-    async def _ask_for_schema(self, view: View, experts: list[int]) -> ExpertSchema:
+    async def _ask_for_schema(
+        self, view: View, experts: list[int], fitting: Callable[[ExpertSchema], Any]
+    ) -> tuple[ExpertSchema, bool]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
         errors: dict[str, BaseException] = {}
+        unfit: list[ExpertSchema] = []
         for start in range(0, len(experts), _NUM_WITNESSES):
             left = deadline - loop.time()
             if left <= 0:
                 break
             asked = [tuple(view.coords[i].tolist()) for i in experts[start : start + _NUM_WITNESSES]]
             # half of the time is kept for the next ones, should these be silent
-            told = await asyncio.gather(
-                *(self._ask_one(coords, view.replicas[coords][0], left / 2) for coords in asked),
-                return_exceptions=True,
-            )
-            schemas: dict[str, ExpertSchema] = {}
-            votes: Counter[str] = Counter()
-            for coords, answer in zip(asked, told, strict=True):
-                if isinstance(answer, ExpertSchema):
-                    text = repr((answer.inputs, answer.outputs))
-                    schemas.setdefault(text, answer)
-                    votes[text] += 1
-                elif isinstance(answer, TesseractError | TimeoutError):
-                    errors[self.uid(coords)] = answer
+            told = await self._witnesses(asked, view, left / 2, errors)
+            fit = []
+            for schema in told:
+                try:
+                    fitting(schema)
+                except SchemaMismatch:
+                    unfit.append(schema)
                 else:
-                    raise answer
-            if votes:
-                return schemas[votes.most_common(1)[0][0]]
-        raise NotEnoughExperts(1, 0, errors)
+                    fit.append(schema)
+            if fit:
+                return _most(fit), True
+            if unfit and start:
+                break  # two rounds that agree that it does not fit
+        if unfit:
+            return _most(unfit), False
+        raise NotEnoughExperts(1, 0, errors, num_live=len(experts))
+
+    async def _witnesses(
+        self, asked: Sequence[tuple[int, ...]], view: View, timeout: float, errors: dict[str, BaseException]
+    ) -> list[ExpertSchema]:
+        """What the primaries of these experts say (others where there is none), one after the other; once somebody has
+        answered, the silent ones are waited for a moment only."""
+        loop = asyncio.get_running_loop()
+        tasks: dict[asyncio.Task[ExpertSchema], str] = {}
+        told: list[ExpertSchema] = []
+        until = loop.time() + timeout
+        try:
+            for coords in asked:
+                replicas = view.replicas[coords]
+                primaries = [replica for replica in replicas if replica.primary] or replicas
+                for replica in primaries[:_NUM_WITNESSES]:
+                    tasks[loop.create_task(self._ask_one(coords, replica, timeout))] = self.uid(coords)
+            waiting = set(tasks)
+            while waiting and loop.time() < until:
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=until - loop.time(), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in [task for task in tasks if task in done]:
+                    error = task.exception()
+                    if error is None:
+                        told.append(task.result())
+                        until = min(until, loop.time() + _MOMENT_SECONDS)
+                    elif isinstance(error, TesseractError | TimeoutError):
+                        errors[tasks[task]] = error
+                    else:
+                        raise error
+        finally:
+            await cancel_all(tasks)
+        return told
 
     async def _ask_one(self, coords: tuple[int, ...], replica: Any, timeout: float) -> ExpertSchema:
         try:
@@ -274,6 +322,14 @@ class GridSearch(Shared):
                 beyond = max(beyond, known)  # it takes longer than that
             self._seconds[coords] = known + _SMOOTHING * (beyond - known)
             self._num_bytes += _SMOOTHING * (part.num_bytes - self._num_bytes)
+        mismatches = [uid for uid, error in call.errors.items() if isinstance(error, SchemaMismatch)]
+        for uid in mismatches if call.answered else ():
+            coords = split_uid(uid)[1]
+            logger.warning("ignoring %s, which takes something else than its grid: %s", uid, call.errors[uid])
+            for replica in view.replicas[coords]:
+                self.node.directory.report_failure(replica, reason="schema")
+        if mismatches and not call.answered:
+            self._schema = None  # nobody takes what the schema says: they are other experts now
         for part in call.answered:
             self._strikes.pop(tuple(view.coords[part.expert].tolist()), None)
         for part in call.given_up:
@@ -285,3 +341,9 @@ class GridSearch(Shared):
                 del self._strikes[coords]
                 for replica in part.replicas:
                     self.node.directory.report_failure(replica)
+
+
+def _most(schemas: Sequence[ExpertSchema]) -> ExpertSchema:
+    """The one that is there most often; of equals the first."""
+    votes = Counter(repr((schema.inputs, schema.outputs)) for schema in schemas)
+    return max(schemas, key=lambda schema: votes[repr((schema.inputs, schema.outputs))])

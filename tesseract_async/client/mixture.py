@@ -20,13 +20,12 @@ from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_
 from tesseract_async.client.endings import Endings
 from tesseract_async.client.expert_calls import (
     Answer,
-    CallOptions,
     ExpertSchema,
     Forward,
     call_backward,
     call_forward,
-    check_priority,
 )
+from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.parts import Part, Usual, patience_limit, usual_seconds
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import (
@@ -38,69 +37,11 @@ from tesseract_async.client.replicas import (
     cancel_all,
     may_pass,
 )
+from tesseract_async.client.staleness import fresh_enough
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, Overloaded, TesseractError
 from tesseract_async.runtime.finite import are_finite
-from tesseract_async.wire.codecs import AUTO, Codecs
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import flatten
-
-
-@dataclass(frozen=True, slots=True)
-class MixtureSettings:
-    """How a mixture deals with experts that may vanish. Times in seconds."""
-
-    k_best: int = 4
-    """Experts asked for each row."""
-    k_min: int = 1
-    """Answers that a row needs."""
-    spare: int = 1
-    """A row is refilled as soon as fewer than ``k_min + spare`` of its experts have answered or still may: a spare one
-    under way keeps a row from waiting for one that hangs."""
-    forward_timeout: float = 15.0
-    """For a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until then
-    for those that come, come back, or were overloaded; not where all that failed said no themselves (`ExpertFailed` and
-    the like), and not with a `capacity_factor`."""
-    timeout_after_k_min: float | None = None
-    """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`."""
-    backward_timeout: float = 15.0
-    """For the experts' gradients. An expert that has not answered by then contributes none."""
-    backward_k_min: int = 0
-    """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
-    patience: float | None = None
-    """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
-    others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
-    None: learnt from how far answers scatter (see `Lateness`), between 0.25 and 1.5."""
-    refill: bool = True
-    """Whether rows short of answers are sent to their next-best experts."""
-    rescale_backward: bool = False
-    """Whether the survivors' input gradients are divided by their share of the row's weight."""
-    on_missing: Literal["raise", "zero"] = "raise"
-    """What becomes of a row short of `k_min` answers in the end: NotEnoughExperts, or an output of zeros."""
-    capacity_factor: float | None = None
-    """An expert takes at most this many times its fair share of the rows, the best-scored first; None: no limit."""
-    latency_weight: float = 0.0
-    """Score that an expert loses, in choosing only, for each second that it is expected to take."""
-    priority: int = 0
-    """-1, 0 or 1; higher goes first at the servers."""
-    codec: str | Mapping[str, str] = AUTO
-    """How floating-point tensors travel, see `CallOptions`."""
-
-    def __post_init__(self) -> None:
-        Codecs.of(self.codec)
-        check_priority(self.priority)
-        if self.k_best < 1:
-            raise ValueError(f"k_best is at least 1, not {self.k_best}")
-        for name in ("k_min", "backward_k_min"):
-            if not 0 <= getattr(self, name) <= self.k_best:
-                raise ValueError(f"{name} lies between 0 and k_best={self.k_best}, not at {getattr(self, name)}")
-        if self.on_missing not in ("raise", "zero"):
-            raise ValueError(f"on_missing is 'raise' or 'zero', not {self.on_missing!r}")
-        if min(self.forward_timeout, self.backward_timeout) <= 0 or (self.timeout_after_k_min or 0) < 0:
-            raise ValueError("time-outs are positive numbers of seconds")
-        if min(self.spare, self.patience or 0.0, self.latency_weight) < 0:
-            raise ValueError("spare, patience and latency_weight are not negative")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,7 +96,7 @@ class MixtureCall:
         self._nobody_comes = not (settings.refill and settings.k_min) or settings.capacity_factor is not None
         """Whether rows that have tried everybody are given up."""
         self._settings = settings
-        self._options = CallOptions(timeout=settings.forward_timeout, priority=settings.priority, codec=settings.codec)
+        self._options = settings.call_options
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
@@ -256,7 +197,7 @@ class MixtureCall:
             await cancel_all([*tasks, *([] if coming is None else [coming])])
         short = int((self.num_answers < self._settings.k_min).sum())
         if short and self._settings.on_missing == "raise":
-            raise NotEnoughExperts(self._settings.k_min, short, self.errors)
+            raise NotEnoughExperts(self._settings.k_min, short, self.errors, num_live=len(self.view.coords))
         return [output.to(device) for output in self._stacked_outputs()]
 
     def _satisfied(self) -> npt.NDArray[np.bool_]:
@@ -298,9 +239,8 @@ class MixtureCall:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.answer = await ask_best(
-            self._shared, part.replicas, attempt, timeout=left, num_bytes=part.num_bytes
-        )
+        replicas, ask = fresh_enough(self._shared, part.uid, part.replicas, attempt, self._settings.max_staleness)
+        outputs, part.answer = await ask_best(self._shared, replicas, ask, timeout=left, num_bytes=part.num_bytes)
         if not are_finite(outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
@@ -426,6 +366,10 @@ class MixtureCall:
             part.outputs = []  # the copies live in the stack now
         return stacked
 
+    def versions(self) -> dict[str, int]:
+        """By uid, the optimizer steps that the experts had taken that answered."""
+        return {part.uid: part.answer.version for part in self.answered if part.answer is not None}
+
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and expert of every line of the outputs."""
         # on the CPU whatever torch.set_default_device says, as everything here
@@ -469,7 +413,7 @@ class MixtureCall:
             got[part.rows.numpy()] += 1
         short = int((got < np.minimum(asked, self._settings.backward_k_min)).sum())
         if short:
-            raise NotEnoughExperts(self._settings.backward_k_min, short, errors)
+            raise NotEnoughExperts(self._settings.backward_k_min, short, errors, what="gradients")
         sums = self._sum(inputs, results)
         return self._rescaled(sums, [slices[part.expert] for part, _ in results])
 

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _MAX_PARTS_OF_OWNER = 64
 _DECODED_AT_ONCE = 16
-_IGNORED_SECONDS = 300.0
 
 
 class ReadingNetwork(Protocol):
@@ -275,14 +274,13 @@ class ExpertDirectory:
         """Hides the replica until its server renews its manifest, and after more failures for longer (see `Masks`), so
         that nobody here calls it meanwhile, unless it is the only one and asked for (`find`).
 
-        `reason`: one word for the counter; ``schema`` (it is another expert under the same uid) hides it for 5 minutes.
+        `reason`: one word for the counter; ``schema``: it hosts something else under the same uid.
         """
         owner = replica.peer.peer_id
         if owner is None:
             return
         self.metrics.count("replicas_masked", reason=reason)
-        hold = _IGNORED_SECONDS if reason == "schema" else 0.0
-        self._masks.failed(owner, replica.uid, replica.sequence, self._clock(), hold_seconds=hold)
+        self._masks.failed(owner, replica.uid, replica.sequence, self._clock())
         self._forget(replica.uid)
 
     def report_answer(self, replica: ExpertReplica) -> None:

@@ -35,16 +35,15 @@ class Masks:
     def __len__(self) -> int:
         return len(self._masks)
 
-    def failed(self, owner: PeerID, uid: str, sequence: int, now: float, *, hold_seconds: float = 0.0) -> None:
+    def failed(self, owner: PeerID, uid: str, sequence: int, now: float) -> None:
         """The replica failed, known by a manifest of this sequence. Failures while it is hidden anyway (of calls that
-        ran at once, or had nobody else to ask) count as one. `hold_seconds`: hide it for so long at least."""
+        ran at once, or had nobody else to ask) count as one."""
         mask = self._masks.pop((owner, uid), None)
         if mask is None:
             mask = _Mask(sequence, now, 1)
         elif not self._hides(mask, sequence, now):
             hold = min(_MAX_HOLD_SECONDS, _FIRST_HOLD_SECONDS * 2 ** min(mask.num_failures - 1, 10))
             mask = _Mask(sequence, now + hold, mask.num_failures + 1)
-        mask.until = max(mask.until, now + hold_seconds)
         self._masks[(owner, uid)] = mask  # to the end: the one that failed longest ago goes first
         self._silent[owner] = None
         for kept in (self._masks, self._silent):

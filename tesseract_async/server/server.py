@@ -216,8 +216,8 @@ class TesseractServer(Uncopied):
         for uid, backend in self.experts.items():
             try:
                 await self._runtime_of[backend].call(backend.prepare)
-            except Exception:  # an optimizer may raise anything; its backwards will say so, too
-                logger.exception("%s cannot be trained: its optimizer cannot be made", uid)
+            except Exception as error:  # an optimizer may raise anything; its backwards will say so, too
+                logger.error("%s cannot be trained: its optimizer cannot be made: %s", uid, describe(error))
 
     def _address_changed(self) -> None:
         async def update() -> None:
@@ -257,6 +257,7 @@ class TesseractServer(Uncopied):
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
+            self._calls.close()
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:

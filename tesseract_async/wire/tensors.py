@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tesseract_async.errors import ProtocolError, SchemaMismatch
+from tesseract_async.errors import ProtocolError, SchemaMismatch, shortened
 from tesseract_async.wire import compression
 
 DTYPES: dict[str, torch.dtype] = {
@@ -121,10 +121,14 @@ def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Ten
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 got = f"a {type(leaf).__name__} where a tensor belongs"
-                raise TypeError(f"{what} takes {describe_schema(schema)}; got {got}")
-        raise SchemaMismatch(f"{what} takes {describe_schema(schema)}; got {describe_structure(structure)}")
+                raise TypeError(f"{what} takes {shortened(describe_schema(schema))}; got {got}")
+        raise SchemaMismatch(
+            f"{what} takes {shortened(describe_schema(schema))}; got {shortened(describe_structure(structure))}"
+        )
     if len(leaves) > 1 and len({tensor.shape[0] for tensor in leaves}) > 1:
-        raise SchemaMismatch(f"{what} takes equally many rows of every tensor; got {describe_structure(structure)}")
+        raise SchemaMismatch(
+            f"{what} takes equally many rows of every tensor; got {shortened(describe_structure(structure))}"
+        )
     return leaves
 
 

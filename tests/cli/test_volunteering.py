@@ -170,7 +170,10 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
         (("run", "digits", "--grid", "2", "--identity", "x", "--once"), "--once needs --initial-peers"),
         (("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide"), "is not like name=value"),
         (("run", "di gits", "--grid", "2", "--identity", "x"), "a run's name has"),
-        (("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide=3"), "does not take its sizes"),
+        (
+            ("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide=3"),
+            "it takes in_features",
+        ),
         (("run", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"), "unknown training options"),
         (("export", "--run", "digits", "--out", "x"), "whose swarm"),
     ],
