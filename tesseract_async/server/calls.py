@@ -167,7 +167,7 @@ class ExpertCalls:
                 seed=request.seed,
                 deadline=call.deadline,
                 priority=_priority(call),
-                peer=call.peer_id,
+                peer=_owner(call),
             )
         inputs_cached = self._keep(uid, inputs, call) if request.keep_inputs else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
@@ -229,7 +229,7 @@ class ExpertCalls:
             forward_version=request.version if version is None else None,
             deadline=call.deadline,
             priority=_priority(call),
-            peer=call.peer_id,
+            peer=_owner(call),
         )
         backward = self._backwards[key] = _Backward(work, version, _owner(call))
         work.answer.add_done_callback(lambda _: self._end_backward(key))
@@ -352,7 +352,7 @@ def _check_codecs(
 
 
 def _owner(call: IncomingCall) -> Hashable:
-    """Who shares what is remembered: an address range, or a peer where addresses tell nothing."""
+    """Whose share of memory and device time this takes: an address range's, or a peer's where addresses tell nothing."""
     return range_of(call.origin) or call.peer_id
 
 
