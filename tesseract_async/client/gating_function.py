@@ -21,7 +21,7 @@ from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, unflatten
+from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, sequence_like, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,7 +218,7 @@ class GatingFunction(nn.Module):
                     )
                 return value.flatten(0, len(lead) - 1)
             if isinstance(value, tuple | list):
-                return type(value)(flat(item) for item in value)
+                return sequence_like(value, map(flat, value))
             if isinstance(value, Mapping):
                 return {key: flat(item) for key, item in value.items()}
             return value

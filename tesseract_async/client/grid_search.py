@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _NUM_WITNESSES = 3
 _MOMENT_SECONDS = 1.0
 _MAX_STRIKES = 3
+_STRIKE_SECONDS = 1.0
 _SMOOTHING = 0.2
 _SEARCH_AGAIN_SECONDS = 1.0
 
@@ -54,7 +55,8 @@ class GridSearch(Shared):
         self._asking: asyncio.Lock | None = None
         self._prepared: tuple[View, LiveGrid] | None = None
         self._experts: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
-        self._strikes: Counter[tuple[int, ...]] = Counter()
+        self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
+        """How often, and for how long together, experts were waited for in vain since their last answer."""
         self._seconds: dict[tuple[int, ...], float] = {}  # beyond the way there and back
         self._num_bytes = 0.0  # of one forward to one expert, both ways
 
@@ -336,8 +338,9 @@ class GridSearch(Shared):
             if not part.slow:
                 continue  # not waited for, but not late either
             coords = tuple(view.coords[part.expert].tolist())
-            self._strikes[coords] += 1
-            if self._strikes[coords] >= _MAX_STRIKES:
+            num, seconds = self._strikes.get(coords, (0, 0.0))
+            num, seconds = self._strikes[coords] = num + 1, seconds + call.seconds[part.expert]
+            if num >= _MAX_STRIKES and seconds >= _STRIKE_SECONDS:
                 del self._strikes[coords]
                 for replica in part.replicas:
                     self.node.directory.report_failure(replica)

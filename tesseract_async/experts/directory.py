@@ -283,6 +283,12 @@ class ExpertDirectory:
         self._masks.failed(owner, replica.uid, replica.sequence, self._clock())
         self._forget(replica.uid)
 
+    def report_late(self, replica: ExpertReplica) -> None:
+        """The replica was given up before it had answered: of several it is asked last until it answers again."""
+        if (owner := replica.peer.peer_id) is not None:
+            self._masks.late(owner, replica.uid)
+            self._forget(replica.uid)
+
     def report_answer(self, replica: ExpertReplica) -> None:
         """The replica answered a call: earlier failures are forgotten."""
         owner = replica.peer.peer_id

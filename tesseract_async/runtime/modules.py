@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from tesseract_async.runtime.states import check_stored
 
-def draws_random_numbers(module: nn.Module) -> bool:
-    """Whether a module of PyTorch's own inside draws random numbers in train mode (dropout and the like)."""
-    for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            return True
-        if isinstance(part, nn.RReLU) or (isinstance(part, nn.MultiheadAttention | nn.RNNBase) and part.dropout > 0):
-            return True
-    return False
+
+def check_module(module: nn.Module) -> None:
+    """Raises: ValueError for tensors that cannot be trained or written to a checkpoint."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), so that nothing can be learned: make the "
+                "module outside of it"
+            )
+    try:
+        check_stored(module.state_dict(), "its state")
+    except TypeError as error:
+        raise ValueError(f"{error}: a buffer of it takes persistent=False, an extra state another form") from None
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:

@@ -156,6 +156,7 @@ class ExpertCalls:
         tensors = await unpack(request.tensors, call.buffers)
         _check_codecs(uid, backend, "inputs", request.tensors, tensors)
         inputs = check_inputs(uid, backend, tensors)
+        versions = [x._version for x in inputs]
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
@@ -169,7 +170,9 @@ class ExpertCalls:
                 priority=_priority(call),
                 peer=_owner(call),
             )
-        inputs_cached = self._keep(uid, inputs, call) if request.keep_inputs else None
+        # where a module wrote them, the backward brings them again
+        keeps = request.keep_inputs and versions == [x._version for x in inputs]
+        inputs_cached = self._keep(uid, inputs, call) if keeps else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
