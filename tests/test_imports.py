@@ -16,7 +16,7 @@ BASE = {"errors", "metrics", "uncopied"}
 LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "metrics": set(),
+    "metrics": {"uncopied"},
     "leaving": set(),
     "uncopied": set(),
     "identity": BASE,
