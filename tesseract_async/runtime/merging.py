@@ -15,7 +15,7 @@ _CHUNK: Final = 1 << 15
 
 
 def trimmed_mean(gradients: Sequence[Gradients], share: float, *, scale: float = 1.0) -> Gradients:
-    """Coordinate by coordinate, `scale` times the mean without the ``share`` largest and as many smallest of the peers' values.
+    """Coordinate by coordinate, `scale` times the mean of the peers' values, but for a `share` of largest and smallest.
 
     The rule of Yin et al., "Byzantine-Robust Distributed Learning" (2018). Of so few peers that the share is less than
     one of them, the plain mean. An absent gradient is zero where another peer has one. Sparse ones become dense.

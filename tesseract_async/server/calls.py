@@ -355,7 +355,7 @@ def _check_codecs(
 
 
 def _owner(call: IncomingCall) -> Hashable:
-    """Whose share of memory and device time this takes: an address range's, or a peer's where addresses tell nothing."""
+    """Whose share of memory and device time this takes: an address range, or a peer where addresses tell nothing."""
     return range_of(call.origin) or call.peer_id
 
 

@@ -24,9 +24,12 @@ class Slow(nn.Module):
         super().__init__()
         self.batches: list[set[float]] = []
         self.pause = threading.Event()
+        self.saw_greed = threading.Event()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.pause.wait(0.005)
+        if x[0, 0] == 2.0:
+            self.saw_greed.set()
         self.batches.append(set(x[:, 0].tolist()))
         return x * 1.0
 
@@ -54,8 +57,7 @@ async def test_an_honest_trainer_gets_its_share(greed: dict[str, float]) -> None
                             await theirs(much)
 
                 asking = [asyncio.create_task(ask()) for _ in range(24)]
-                while not module.batches or 2.0 not in module.batches[-1]:
-                    await asyncio.sleep(0)
+                await asyncio.to_thread(module.saw_greed.wait)
                 start = len(module.batches)
                 own = torch.full((ROWS, 4), 1.0)
                 async with asyncio.TaskGroup() as group:
