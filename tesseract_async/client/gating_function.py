@@ -95,7 +95,7 @@ class GatingFunction(nn.Module):
         - `in_features`: the size of the last dimension of what is scored.
         - `route`: whether a sequence goes to its experts as one row (``"sample"``) or each token as its own.
         - `search`: ``"exact"`` reads the whole grid and keeps it fresh; ``"beam"`` asks the network about the best
-          cells of each batch, for grids too large to hold.
+          cells of each batch, for grids too large to hold, and does as ``"exact"`` where few of these cells are hosted.
         - `load_balancing`: whether each pass computes a load-balancing loss (see `load_balancing_loss`).
         - `jitter`: in training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``.
 

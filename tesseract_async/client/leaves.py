@@ -101,11 +101,10 @@ def _has_hooks(node: Any) -> bool:
     """Whether hooks were registered in Python on the node that accumulates a leaf's gradient."""
     for register in (node.register_hook, node.register_prehook):
         handle = register(_nothing)
-        try:
-            if any(hook is not _nothing for hook in list(handle.hooks_dict_ref().values())):  # all that were registered
-                return True
-        finally:
-            handle.remove()
+        hooks = handle.hooks_dict_ref()  # all that were registered
+        del hooks[handle.id]
+        if hooks and any(hook is not _nothing for hook in list(hooks.values())):
+            return True
     return False
 
 
