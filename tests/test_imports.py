@@ -55,6 +55,7 @@ PURE = [
     "transport/message_stream.py",
     "transport/offers.py",
     "transport/preamble.py",
+    "transport/waiting_room.py",
     "transport/stun.py",
     "transport/tls.py",
     "endpoint/events.py",
