@@ -83,6 +83,7 @@ class ServePlan:
     checkpoint_period: float
     ttl: float
     sync_every: float
+    stall_timeout: float = 60.0
     report_period: float | None
     limits: VolunteerSettings
     node: Mapping[str, Any]
@@ -285,13 +286,14 @@ class Hosting:
             )
 
     def _server_settings(self) -> ServerSettings:
-        settings = ServerSettings(drain_timeout=self._drain_timeout)
+        runtime = RuntimeSettings(stall_timeout=self.plan.stall_timeout)
+        settings = ServerSettings(drain_timeout=self._drain_timeout, runtime=runtime)
         if self.memory is None:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=RuntimeSettings(
-                batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
+            runtime=dataclasses.replace(
+                runtime, batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
             ),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )

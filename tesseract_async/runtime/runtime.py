@@ -207,7 +207,12 @@ class TesseractRuntime(Uncopied):
         loop = self._running_loop
         now = time.monotonic()
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
-            raise Overloaded("this server's device hangs; ask another replica", retry_after=self.settings.stall_timeout)
+            seconds = self.settings.stall_timeout
+            raise Overloaded(
+                f"this server's device has computed one batch for more than {seconds:g} s and counts as hung; ask "
+                "another replica. Where batches take so long, its owner raises --stall-timeout (RuntimeSettings.stall_timeout)",
+                retry_after=seconds,
+            )
         is_backward = output_gradients is not None
         work = Work(
             backend,
