@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from tesseract_async.cli.access import TRAINING, access_options, policy_of
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
-from tesseract_async.cli.options import check_folder, find_code_here, node_options, outside_help, peers
+from tesseract_async.cli.options import check_folder, find_code_here, node_options, outside_help, peers, text_or_file
 from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
 from tesseract_async.cli.units import LEARNING_RATE, MANY, MAX_THREADS, PERIOD, SECONDS, SECONDS_ABOVE_ZERO
@@ -39,6 +39,11 @@ MAX_EXPERTS = 4096
     "run_name",
     metavar="NAME[@PEER_ID]",
     help="Take part in this run: everything about its experts comes from the manifest that its author signed.",
+)
+@click.option(
+    "--grant",
+    metavar="TEXT|FILE",
+    help="What the run's owner handed on, a grant or an invite: needed once; not in open runs.",
 )
 @click.option(
     "--allow-module",
@@ -158,6 +163,8 @@ def command(ctx: click.Context, /, **values: Any) -> None:
     if not values["patterns"] and values["run_name"] is None:
         raise click.UsageError("say what to host: --experts PATTERN, or --run NAME")
     _check_patterns(values["patterns"], values["num_experts"])
+    if values["grant"] is not None and (values["run_name"] is None or values["identity"] is None):
+        raise click.UsageError("--grant goes with --run NAME and with --identity FILE, whose grant it is")
 
     def is_given(name: str) -> bool:
         return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
@@ -180,6 +187,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             patterns=values["patterns"],
             num_experts=values["num_experts"],
             run=values["run_name"],
+            grant=text_or_file(values["grant"]),
             allowed_modules=values["allowed_modules"],
             given=manifest_fields(values, is_given),
             expert_class=values["expert_class"],
@@ -213,6 +221,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
                 "autocast": AUTOCAST[values["autocast"]],
                 "compile_mode": values["compile_mode"],
                 "cuda_graphs": values["cuda_graphs"],
+                "own_options": ("lr",) if is_given("learning_rate") else (),
                 "preferred_sizes": tuple(sorted(values["preferred_sizes"])),
             },
         )

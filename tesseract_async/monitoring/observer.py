@@ -170,7 +170,8 @@ class SwarmObserver:
     async def _meet_contacts(self) -> None:
         """Learns of grids from the servers among this node's contacts."""
         limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
-        strangers = [Peer(address) for address in self.node.network.public_contacts(NUM_CONTACTS_ASKED)]
+        contacts = self.node.network.public_contacts(NUM_CONTACTS_ASKED)
+        strangers = [Peer(one) for one in contacts if one.peer_id and self.node.trust.may_be_read(one.peer_id)]
         async with asyncio.TaskGroup() as group:
             for stranger in strangers:
                 group.create_task(self._ask(stranger, limit))
@@ -249,7 +250,7 @@ class SwarmObserver:
         found: dict[str, tuple[int, float]] = {}
         for prefix in self._grids:
             for entry in await self.node.network.get_entries(_progress_key(prefix)):
-                progress = _read_progress(entry.value)
+                progress = _read_progress(entry.value) if self.node.policy.allows(entry.owner, "train") else None
                 if progress is None or len(found) >= MAX_TRAINERS:
                     self.node.metrics.count("progress_dropped")
                 else:

@@ -24,7 +24,7 @@ NOBODY = "127.0.0.1:1"
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody answers after 0.3 s as well as after 10."""
     patient = options.join
-    for module in ("call", "export", "records", "top"):
+    for module in ("call", "dashboard", "export", "records", "top"):
         monkeypatch.setattr(f"tesseract_async.cli.{module}.join", lambda node: patient(node, timeout=0.3))
 
 
@@ -52,7 +52,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
             1,
             "holds no Ed25519 key: move it away",
         ),
-        (("dashboard", "-p", NOBODY, "--bind", "192.0.2.1"), 1, "is it an address of this machine?"),
+        (("dashboard", "-p", NOBODY), 1, "no answer from 127.0.0.1:1"),
         (("keygen", "/proc/x"), 1, "choose another folder"),
         (("serve", "--experts", "ffn.0", "--size", "in_features=0"), 1, "a whole number of 1 or more, not 0"),
         (("serve", "--experts", "ffn.0", "--size", "in_features=-4"), 1, "a whole number of 1 or more, not -4"),
@@ -72,9 +72,21 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("serve", "--experts", "ffn.0", "--threads", "99999999"), 2, "not in the range"),
         (("serve", "--experts", "ffn.0", "--max-memory", "9" * 400), 2, "not a size, such as 4 GiB"),
         (("serve", "--experts", "ffn.0", "--identity", "/proc/x/node.pem"), 1, "/proc/x/node.pem: "),
-        (("run", "x", "--grid", "2", "--identity", "x.pem", "--size", "in_features=0"), 1, "1 or more, not 0"),
-        (("run", "x", "--grid", "2", "--identity", "x.pem", "--learning-rate", "inf"), 2, "inf is no finite number"),
-        (("run", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "os:system"), 1, "@ta.expert_builder"),
+        (
+            ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--size", "in_features=0"),
+            1,
+            "1 or more, not 0",
+        ),
+        (
+            ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--learning-rate", "inf"),
+            2,
+            "inf is no finite number",
+        ),
+        (
+            ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "os:system"),
+            1,
+            "@ta.expert_builder",
+        ),
         (("demo", "--plot", "/nosuch/a.png"), 2, "/nosuch cannot be written (No such file or directory)"),
         (("demo", "--plot", "a.txt"), 2, "a.txt does not end with one of .png"),
         (("demo", "--logs", "/proc/x", "--no-plot"), 2, "/proc/x cannot be written"),
@@ -94,13 +106,18 @@ def test_a_mistake_is_a_sentence_that_says_what_to_do(
     assert "Traceback" not in result.output and not result.output.startswith("Usage: main")
 
 
-def test_the_dashboards_port_may_be_taken() -> None:
+def test_where_the_dashboard_cannot_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def joined(node: object) -> None: ...
+
+    monkeypatch.setattr("tesseract_async.cli.dashboard.join", joined)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         result = CliRunner().invoke(main, ["dashboard", "-p", NOBODY, "--bind-port", port])
     assert result.exit_code == 1 and f"port {port}: choose another port" in result.output
+    result = CliRunner().invoke(main, ["dashboard", "-p", NOBODY, "--bind", "192.0.2.1"])
+    assert result.exit_code == 1 and "is it an address of this machine?" in result.output
 
 
 def test_flags_go_before_the_environment_which_goes_before_the_file(tmp_path: Path) -> None:
@@ -153,7 +170,7 @@ def test_bars_are_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     "arguments",
     [
         ("serve", "--experts", "ffn.0", "--expert-class", "my_own_expert:build"),
-        ("run", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "my_own_expert:build"),
+        ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "my_own_expert:build"),
         ("bench", "--expert-class", "my_own_expert:build"),
     ],
     ids=lambda arguments: arguments[0],
