@@ -407,6 +407,8 @@ async def _backward(
 ) -> None:
     if not isinstance(loss, torch.Tensor):
         raise TypeError(f"backward takes a tensor, not a {type(loss).__name__}")
+    if scaler is not None and not (hasattr(scaler, "get_scale") and hasattr(scaler, "is_enabled")):
+        raise TypeError(f"`scaler` is a torch.amp.GradScaler or one like it, not a {type(scaler).__name__}")
     if not loss.requires_grad:
         raise RuntimeError("this loss needs no gradient: it was made under no_grad, or of nothing that requires grad")
     if gradient is None and loss.numel() != 1:

@@ -72,6 +72,8 @@ _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary(
 class Shared(Uncopied):
     """What copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
 
+    _called = "a remote expert or a gate"
+
     def are_new(self, replicas: Sequence[Any]) -> bool:
         """Whether none of `replicas` was ever called."""
         return all(self.latencies.is_new(_key(replica)) for replica in replicas)

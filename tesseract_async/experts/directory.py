@@ -26,6 +26,7 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class _Grid:
         return table
 
 
-class ExpertDirectory:
+class ExpertDirectory(Uncopied):
     """What a node knows about others' experts. One per node; used on the node's loop only.
 
     Everything that it reads was written by strangers: what does not decode is dropped and counted

@@ -145,7 +145,6 @@ class ExpertBackend:
             )
         if scheduler is not None and isinstance(optimizer, torch.optim.Optimizer) != isinstance(scheduler, LRScheduler):
             raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
-        modules.check_module(module)
         self.module = module
         self.name = type(module).__name__
         """In the log: a server puts the uid here."""
@@ -165,6 +164,8 @@ class ExpertBackend:
             self._make_optimizer = optimizer
             self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
         self.settings = settings
+        if isinstance(args_schema, TensorSpec):
+            raise TypeError("args_schema has one schema per positional argument: for a single one, (spec,)")
         self.args_schema = tuple(args_schema)
         self.kwargs_schema = dict(kwargs_schema or {})
         self.inputs_schema: Schema = (self.args_schema, self.kwargs_schema)
@@ -192,6 +193,7 @@ class ExpertBackend:
         )
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
+        modules.check_module(module)  # not before: the dry run makes the weights of lazy layers
         wire.check_schema(self.outputs_schema, what="the module's output")
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
@@ -350,9 +352,11 @@ class ExpertBackend:
             return None
         if len(self._gathered) == 1:
             return next(iter(self._gathered.values()))[0]
-        means = [[None if x is None else x / count for x in summed] for summed, count in self._gathered.values()]
-        merged = trimmed_mean(means, self.settings.trim_peers)
-        return [None if x is None else x * self._num_accumulated for x in merged]
+        means = [
+            summed if count == 1 else [None if x is None else x / count for x in summed]
+            for summed, count in self._gathered.values()
+        ]
+        return trimmed_mean(means, self.settings.trim_peers, scale=self._num_accumulated)
 
     def _take_step(self) -> None:
         gradients = self._merged()
@@ -452,32 +456,40 @@ class ExpertBackend:
 
     def _compute(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
         """Calls the module with these inputs, which stay as they are."""
-        habits, decides = self._habits[training], self.settings.stochastic is None
-        watches, draws = not habits.known, seed is not None and self.is_stochastic(training)
-        given = _copies(inputs) if watches or habits.writes else inputs
-        before = generator_states() if decides and not watches and not habits.draws else None
-        versions = [x._version for x in given]
+        habits = self._habits[training]
+        if not habits.known:
+            return self._watch(inputs, training, seed)
+        given = _copies(inputs) if habits.writes else inputs
+        # in evaluation only the first call is looked at: all others would pay for it
+        glances = training and self.settings.stochastic is None and not habits.draws
+        before, versions = generator_states() if glances else (), [x._version for x in given]
+        outputs = self._call(given, training, seed, records=not self.is_stochastic(training))
+        habits.writes = habits.writes or versions != [x._version for x in given]
+        # perhaps another thread has drawn: a watched call tells
+        return self._watch(inputs, training, seed) if have_moved(before) else outputs
+
+    def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
+        """The same, and finds out what the module does beside."""
+        habits, given = self._habits[training], _copies(inputs)
+        with Watch(given) as watch:
+            outputs = self._call(given, training, seed, records=False)
+        watch.learn(habits, given, inputs, self.name)
+        if not habits.draws or seed is None or self.settings.stochastic is not None:
+            return outputs
+        return self._call(_copies(inputs), training, seed, records=False)  # what was drawn so can't be drawn again
+
+    def _call(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None, *, records: bool) -> Any:
+        draws = seed is not None and self.is_stochastic(training)
+        if not draws and self.settings.autocast is None:
+            return self._acceleration.run(inputs, self._apply, records=records)
         with contextlib.ExitStack() as stack:
             if seed is not None and draws:
                 stack.enter_context(randomness.seeded(seed))
-            watch = stack.enter_context(Watch(given)) if watches else None
             if self.settings.autocast is not None:
                 # a recorded graph must not remember autocast's copies of weights, which change with each step
                 caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
                 stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
-            # a recorded graph would repeat its random numbers
-            records = watch is None and not self.is_stochastic(training)
-            outputs = self._acceleration.run(given, self._apply, records=records)
-        if watch is not None:
-            watch.learn(habits, given, inputs, self.name)
-            # what it has drawn so cannot be drawn again
-            again = decides and habits.draws and seed is not None
-        else:
-            habits.writes = habits.writes or versions != [x._version for x in given]
-            # perhaps another thread has drawn: a watched call tells
-            again = before is not None and have_moved(before)
-            habits.known = not again
-        return self._compute(inputs, training, seed) if again else outputs
+            return self._acceleration.run(inputs, self._apply, records=records)
 
     def _apply(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
         if self._takes_flat_inputs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from tesseract_async.errors import describe
+from tesseract_async.runtime import modules
 from tesseract_async.runtime.acceleration import fuse
 from tesseract_async.runtime.states import copied
 
@@ -36,6 +40,27 @@ def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None
             f"{kind} calls the module again in each step (a closure), but an expert only gets gradients: use another "
             "optimizer, such as torch.optim.AdamW"
         )
+
+    error = _refusal(optimizer, modules.sparse_parameters(module))
+    if error is not None:
+        raise ValueError(f"{kind} cannot step this module: {describe(error)}")
+
+
+def _refusal(optimizer: torch.optim.Optimizer, sparse: Collection[int]) -> Exception | None:
+    """An error about dense or sparse gradients, or about a closure, that a copy of it raises on small weights."""
+    owned = [one for group in optimizer.param_groups for one in group["params"]]
+    small = {id(one): nn.Parameter(torch.zeros(2, 2, dtype=one.dtype), one.requires_grad) for one in owned}
+    for one in (one for one in small.values() if one.requires_grad):
+        one.grad = torch.zeros_like(one)
+    for name in sparse & small.keys():
+        small[name].grad = torch.zeros(2, 2, dtype=small[name].dtype).to_sparse(1)
+    try:
+        # not by the copy's own name of it, which a schedule has bound to the original
+        type(optimizer).step(copy.deepcopy(optimizer, {**small, id(optimizer.state): defaultdict(dict)}))
+    except Exception as error:  # its objections to the small weights themselves say nothing
+        if any(word in str(error) for word in ("sparse", "dense", "closure")):
+            return error
+    return None
 
 
 def check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:

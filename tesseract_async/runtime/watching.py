@@ -1,8 +1,8 @@
 """Finds by looking what a module does besides computing its outputs: it draws random numbers, it writes its inputs.
 
 A *watched* call runs on copies of its inputs and sees each operation of this thread: it is sure, and slow. The first
-call in each mode is watched. The later ones are only glanced at: where a default generator has moved, which another
-thread may have done, the call is repeated, watched; where an input's version has risen, later ones get copies.
+call in each mode is watched. The later ones are only glanced at: where a default generator has moved in training, which
+another thread may have done, the call is repeated, watched; where an input's version has risen, later ones get copies.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +46,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.draws = False
         self.writes = False
         self._storages = {x.untyped_storage()._cdata for x in inputs}
+        self._own_generator = False
+        self._before = generator_states()
         self._others_before = _other_states()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        # a module that seeds and puts back the generators by itself is no random one
+        self.draws = self._own_generator or (self.draws and have_moved(self._before))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -61,7 +69,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # an operation of this kind may also draw nothing: attention without dropout
         before = generator_states()
         result = func(*args, **kwargs)
-        self.draws = self.draws or kwargs.get("generator") is not None or have_moved(before)
+        self._own_generator = self._own_generator or kwargs.get("generator") is not None
+        self.draws = self.draws or have_moved(before)
         return result
 
     def learn(self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str) -> None:
@@ -72,6 +81,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             logger.warning(
                 "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward "
                 "pass: gradients may be of another function; let it draw from PyTorch",
+                who,
+            )
+        if self._own_generator:
+            logger.warning(
+                "%s draws from a generator of its own: unless it seeds that in each call, its backward pass draws "
+                "others than its forward pass; let it draw from PyTorch's default generators",
                 who,
             )
         habits.known, habits.draws, habits.writes = True, self.draws, self.writes
@@ -98,7 +113,7 @@ class Undone:
             (part, name, buffer, buffer.clone())
             for part in module.modules()
             for name, buffer in part._buffers.items()
-            if buffer is not None
+            if buffer is not None and not is_lazy(buffer)
         ]
         self._generators = generator_states()
 

@@ -194,6 +194,12 @@ async def test_a_scaler_not_given_is_warned_of_and_heeded() -> None:
     torch.testing.assert_close(await trained(scaled(scaler, untold)), await trained(unscaled), rtol=1e-5, atol=1e-6)
 
 
+async def test_what_is_no_scaler_is_refused() -> None:
+    loss = await Model(swarm())(torch.ones(2, 8))
+    with pytest.raises(TypeError, match="GradScaler.*float"):
+        await backward(loss, scaler=65536.0)  # type: ignore[arg-type]
+
+
 async def test_a_scaler_given_for_a_loss_that_it_did_not_scale_is_warned_of() -> None:
     loss = await Model(swarm())(torch.ones(2, 8))
     with pytest.warns(RuntimeWarning, match=r"scaler\.scale\(loss\)"):

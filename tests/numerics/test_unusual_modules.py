@@ -254,3 +254,24 @@ async def test_columns_of_one_row_and_conjugates_travel(dtype: torch.dtype) -> N
             mine.backward()
             for found, expected in zip(gradients, (x.grad, z.grad), strict=True):
                 torch.testing.assert_close(found, expected)
+
+
+async def test_named_tuples_pass_a_gate_that_routes_by_token() -> None:
+    spec = ta.TensorSpec((3,))
+    experts = {f"g.{index}": ta.ExpertBackend(Weighing(), args_schema=(spec, Pair(spec, spec))) for index in range(2)}
+    async with (
+        ta.TesseractNode() as host,
+        ta.TesseractServer(host, experts, settings=ServerSettings(drain_timeout=0.1)),
+        ta.TesseractNode(initial_peers=[host.address]) as guest,
+    ):
+        await guest.get_expert("g.1")
+        gate = ta.GatingFunction(guest, "g", grid_size=(2,), in_features=3, k_best=1, route="token")
+        x = torch.randn(2, 5, 3)
+        y = await gate(x, Pair(x * 2, x * 3))
+        torch.testing.assert_close(y, x * 6)
+
+
+class Weighing(nn.Module):
+    def forward(self, x: torch.Tensor, pair: Pair) -> torch.Tensor:
+        y: torch.Tensor = x + pair.left + pair.right
+        return y

@@ -277,3 +277,14 @@ def test_odd_but_sound_modules_are_taken() -> None:
 def test_a_state_of_another_size_is_told_in_a_line() -> None:
     with pytest.raises(ValueError, match=r"its weight has the shape \(3, 4\), this module's \(3, 5\)"):
         ExpertBackend(nn.Linear(5, 3), args_schema=(TensorSpec((5,)),)).load_state(lazy().state())
+
+
+def test_lazy_layers_are_made_by_the_dry_run() -> None:
+    module = nn.Sequential(nn.LazyLinear(3), nn.LayerNorm(3))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    backend = ExpertBackend(module, optimizer=optimizer, args_schema=(SPEC,))
+    assert backend.step(backend.gradients([torch.ones(1, 2)], [torch.ones(1, 3)])[1]) == 1
+    with pytest.raises(ValueError, match="has no shape yet"):
+        ExpertBackend(nn.LazyLinear(3), args_schema=(SPEC,), outputs_schema=TensorSpec((3,)))
+    with pytest.raises(TypeError, match=r"for a single one, \(spec,\)"):
+        ExpertBackend(module, args_schema=SPEC)  # type: ignore[arg-type]

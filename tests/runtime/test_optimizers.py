@@ -167,6 +167,15 @@ def test_an_exhausted_schedule_costs_no_step(caplog: pytest.LogCaptureFixture) -
 OTHER = nn.Linear(4, 3)
 
 
+class Sharp(torch.optim.SGD):
+    """Wants its closure only when it steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:
+            raise RuntimeError("Sharp requires a closure")
+        return super().step(closure)
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     ("optimizer", "schedule", "sentence"),
@@ -174,6 +183,8 @@ OTHER = nn.Linear(4, 3)
         (lambda _: torch.optim.SGD(OTHER.parameters(), lr=0.1), None, "not parameters of the expert's module"),
         (lambda own: torch.optim.SGD([*own, *OTHER.parameters()], lr=0.1), None, "2 tensor"),
         (lambda own: torch.optim.LBFGS(own), None, "LBFGS calls the module again"),
+        (lambda own: Sharp(own, lr=0.1), SCHEDULES["steps"], "Sharp cannot step this module.*closure"),
+        (lambda own: torch.optim.SparseAdam(own), None, "SparseAdam cannot step this module.*dense"),
         (sgd(0.1), lambda one: lr_scheduler.ReduceLROnPlateau(one), "ReduceLROnPlateau needs a figure"),
         (sgd(0.1), lambda _: lr_scheduler.StepLR(torch.optim.SGD(OTHER.parameters()), 1), "of another optimizer"),
     ],
@@ -259,3 +270,14 @@ def test_a_frozen_expert_has_no_norm_to_exceed() -> None:
     )
     (outcome,) = compute(Executor(), [whole(work_of(backend, X, G[0]))])
     assert outcome.answer is not None, outcome.error
+
+
+def test_a_module_with_sparse_gradients_takes_optimizers_that_take_them() -> None:
+    module = Words()
+    with pytest.raises(ValueError, match="Adam cannot step this module.*sparse"):
+        ExpertBackend(
+            module, optimizer=torch.optim.Adam(module.parameters()), args_schema=(TensorSpec((3,), torch.int64),)
+        )
+    optimizer = torch.optim.SparseAdam(module.sparse.parameters())
+    ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((3,), torch.int64),))
+    assert not optimizer.state, "the try was made by a copy"

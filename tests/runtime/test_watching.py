@@ -102,3 +102,27 @@ def test_numbers_that_are_not_pytorchs_are_warned_of(draw: Any, caplog: pytest.L
 def test_attention_without_dropout_draws_nothing() -> None:
     backend = backend_of(lambda x: functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0])
     assert not backend.is_stochastic(True)
+
+
+def test_a_module_that_seeds_and_puts_back_by_itself_is_no_random_one() -> None:
+    def fixed(x: torch.Tensor) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return x + torch.rand(4)
+
+    backend = backend_of(fixed)
+    assert not backend.is_stochastic(True)
+    torch.testing.assert_close(backend.forward([torch.ones(2, 4)], training=True, seed=9)[0], fixed(torch.ones(2, 4)))
+
+
+def test_a_generator_of_the_modules_own_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    mine = torch.Generator().manual_seed(1)
+    assert backend_of(lambda x: x * torch.rand(4, generator=mine)).is_stochastic(True)
+    assert "draws from a generator of its own" in caplog.text
+
+
+def test_batch_statistics_survive_a_try() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    ExpertBackend(module, args_schema=(TensorSpec((4,)),))
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
