@@ -352,9 +352,11 @@ class ExpertBackend:
             return None
         if len(self._gathered) == 1:
             return next(iter(self._gathered.values()))[0]
-        means = [[None if x is None else x / count for x in summed] for summed, count in self._gathered.values()]
-        merged = trimmed_mean(means, self.settings.trim_peers)
-        return [None if x is None else x * self._num_accumulated for x in merged]
+        means = [
+            summed if count == 1 else [None if x is None else x / count for x in summed]
+            for summed, count in self._gathered.values()
+        ]
+        return trimmed_mean(means, self.settings.trim_peers, scale=self._num_accumulated)
 
     def _take_step(self) -> None:
         gradients = self._merged()

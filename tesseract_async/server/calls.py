@@ -168,7 +168,7 @@ class ExpertCalls:
                 seed=request.seed,
                 deadline=call.deadline,
                 priority=_priority(call),
-                peer=call.peer_id,
+                peer=_owner(call),
             )
         # where a module wrote them, the backward brings them again
         keeps = request.keep_inputs and versions == [x._version for x in inputs]
@@ -232,7 +232,7 @@ class ExpertCalls:
             forward_version=request.version if version is None else None,
             deadline=call.deadline,
             priority=_priority(call),
-            peer=call.peer_id,
+            peer=_owner(call),
         )
         backward = self._backwards[key] = _Backward(work, version, _owner(call))
         work.answer.add_done_callback(lambda _: self._end_backward(key))
@@ -355,7 +355,7 @@ def _check_codecs(
 
 
 def _owner(call: IncomingCall) -> Hashable:
-    """Who shares what is remembered: an address range, or a peer where addresses tell nothing."""
+    """Whose share of memory and device time this takes: an address range, or a peer where addresses tell nothing."""
     return range_of(call.origin) or call.peer_id
 
 
