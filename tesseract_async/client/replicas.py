@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tesseract_async.client.expert_calls import fetch_version
 from tesseract_async.client.latency import LatencyBook, path_seconds
+from tesseract_async.client.left_out import LeftOut
 from tesseract_async.client.limits import Limits
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.client.stalls import Stalls
@@ -25,6 +26,7 @@ from tesseract_async.errors import (
     TesseractError,
     TooStale,
 )
+from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
@@ -57,10 +59,11 @@ _REASONS = {
 class _OfNode:
     """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.latencies = LatencyBook()
         self.limits = Limits()
         self.stalls = Stalls()
+        self.left_out = LeftOut(metrics)
 
 
 _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
@@ -80,10 +83,11 @@ class Shared(Uncopied):
         self._plain = node if isinstance(node, PlainCalls) else None
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         if (ours := _of_nodes.get(self.node)) is None:
-            ours = _of_nodes[self.node] = _OfNode()
+            ours = _of_nodes[self.node] = _OfNode(self.node.metrics)
         self.latencies = ours.latencies
         self.limits = ours.limits
         self.stalls = ours.stalls
+        self.left_out = ours.left_out
 
     def check(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
