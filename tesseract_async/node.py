@@ -361,7 +361,7 @@ class TesseractNode(Uncopied):
         Then nothing is believed of peers that may not host there, and nothing is sent to them. To train in a run that
         is not open, the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an
         invite); one that waits in the network is found without. Where the identity came from a file, what is learnt of
-        the run is kept beside it. Returns what is known of the run: who may do what.
+        the run is kept beside it. Again is harmless. Returns what is known of the run: who may do what.
 
         Raises: RunNotFound if the network does not know the run; ValueError for a malformed name, a grant that is not
         this node's, or a second run with the same prefix.
@@ -375,8 +375,9 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        self._keepers.append(keeper)
-        keeper.start()
+        if not any(one.authority is keeper.authority for one in self._keepers):
+            self._keepers.append(keeper)
+            keeper.start()
         return keeper.authority
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
