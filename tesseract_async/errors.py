@@ -32,7 +32,7 @@ attribute) says whether the same call may succeed later or elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 
@@ -260,8 +260,20 @@ def shortened(text: str, limit: int = 200) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """One line for an error inside another one's sentence; never empty, unlike ``str(TimeoutError())``."""
-    return f"{type(error).__name__}: {shortened(str(error))}" if str(error) else type(error).__name__
+    """One line for an error inside another one's sentence: its class, and its message if there is one, `shortened`.
+
+    Never raises, whatever somebody else's error does when it is read.
+    """
+    name, message = text_of(lambda: type(error).__name__), shortened(text_of(lambda: str(error)))
+    return f"{name}: {message}" if message else name
+
+
+def text_of(read: Callable[[], str]) -> str:
+    """The text that `read` returns, with lone surrogates, which UTF-8 cannot hold, escaped. Never raises."""
+    try:
+        return read().encode(errors="backslashreplace").decode()
+    except BaseException as error:  # a module's own error may do anything
+        return f"(unreadable: {type(error).__name__})".encode(errors="backslashreplace").decode()
 
 
 _TELLING = (RemoteError, ProtocolError, TesseractError, Exception)

@@ -16,7 +16,7 @@ BASE = {"errors", "metrics", "uncopied"}
 LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "metrics": set(),
+    "metrics": {"uncopied"},
     "leaving": set(),
     "uncopied": set(),
     "identity": BASE,
@@ -55,6 +55,7 @@ PURE = [
     "transport/message_stream.py",
     "transport/offers.py",
     "transport/preamble.py",
+    "transport/waiting_room.py",
     "transport/stun.py",
     "transport/tls.py",
     "endpoint/events.py",

@@ -95,6 +95,8 @@ class ServePlan:
     leave_with_parent: bool
     computing: Mapping[str, Any] = field(default_factory=dict)
     """The `BackendSettings` that are this computer's own business, such as ``compile_mode``."""
+    stall_timeout: float = 60.0
+    """Seconds that a batch may compute before the device is taken to hang."""
     leave_within: float = 30.0
     """Seconds that leaving may take: handing over, finishing, withdrawing. Saving comes after."""
 
@@ -328,13 +330,14 @@ class Hosting:
             )
 
     def _server_settings(self) -> ServerSettings:
-        settings = ServerSettings(drain_timeout=self._drain_timeout)
+        runtime = RuntimeSettings(stall_timeout=self.plan.stall_timeout)
+        settings = ServerSettings(drain_timeout=self._drain_timeout, runtime=runtime)
         if self.memory is None:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=RuntimeSettings(
-                batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
+            runtime=dataclasses.replace(
+                runtime, batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
             ),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )

@@ -69,10 +69,12 @@ def _owner_options(wrapped: Command) -> Command:
 @contextlib.asynccontextmanager
 async def _opened(values: dict[str, Any]) -> AsyncIterator[tuple[TesseractNode, Identity, RunKeeper, Authority]]:
     """A node in the swarm, the signer, and the run as the network and this computer know it."""
+    from tesseract_async.experts.run import split_run_name
     from tesseract_async.experts.run_directory import enter_run
     from tesseract_async.identity import Identity
     from tesseract_async.node import TesseractNode
 
+    split_run_name(values["name"])  # a malformed one is said so at once
     identity = Identity.load(values["identity"])
     seeds = peers(values["initial_peers"])
     # not as the owner, whose own node may be running

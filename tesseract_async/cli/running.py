@@ -17,6 +17,7 @@ import click
 
 from tesseract_async.errors import TesseractError
 from tesseract_async.leaving import told_to_leave
+from tesseract_async.transport.descriptors import raise_descriptor_limit
 
 LOG_FORMAT = "tesseract_async.log_format"
 """Where the commands' context keeps what `--log-format` said."""
@@ -34,6 +35,7 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     Ctrl-C, SIGTERM and SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; then
     nothing but a second Ctrl-C cuts it short.
     """
+    raise_descriptor_limit()
     context = click.get_current_context(silent=True)
     with_parent = context is not None and bool(context.params.get("leave_with_parent"))
     told: list[int] = []

@@ -118,6 +118,13 @@ MAX_EXPERTS = 4096
     show_default=True,
     help="How long leaving may take before what is not finished is dropped; saving comes after.",
 )
+@click.option(
+    "--stall-timeout",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="How long one batch may compute before the device is taken to hang, and new calls are sent elsewhere.",
+)
 @click.option("--checkpoint-period", default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.option("--ttl", default=45.0, show_default=True, help="Seconds until others forget this server if it vanishes.")
 @click.option(
@@ -200,10 +207,12 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             },
             leave_with_parent=values["leave_with_parent"],
             leave_within=values["leave_within"],
+            stall_timeout=values["stall_timeout"],
             computing={
                 "autocast": AUTOCAST[values["autocast"]],
                 "compile_mode": values["compile_mode"],
                 "cuda_graphs": values["cuda_graphs"],
+                "own_options": ("lr",) if is_given("learning_rate") else (),
                 "preferred_sizes": tuple(sorted(values["preferred_sizes"])),
             },
         )

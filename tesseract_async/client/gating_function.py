@@ -21,7 +21,7 @@ from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, unflatten
+from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, sequence_like, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +95,7 @@ class GatingFunction(nn.Module):
         - `in_features`: the size of the last dimension of what is scored.
         - `route`: whether a sequence goes to its experts as one row (``"sample"``) or each token as its own.
         - `search`: ``"exact"`` reads the whole grid and keeps it fresh; ``"beam"`` asks the network about the best
-          cells of each batch, for grids too large to hold.
+          cells of each batch, for grids too large to hold, and does as ``"exact"`` where few of these cells are hosted.
         - `load_balancing`: whether each pass computes a load-balancing loss (see `load_balancing_loss`).
         - `jitter`: in training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``.
 
@@ -218,7 +218,7 @@ class GatingFunction(nn.Module):
                     )
                 return value.flatten(0, len(lead) - 1)
             if isinstance(value, tuple | list):
-                return type(value)(flat(item) for item in value)
+                return sequence_like(value, map(flat, value))
             if isinstance(value, Mapping):
                 return {key: flat(item) for key, item in value.items()}
             return value

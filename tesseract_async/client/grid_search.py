@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _NUM_WITNESSES = 3
 _MOMENT_SECONDS = 1.0
 _MAX_STRIKES = 3
+_STRIKE_SECONDS = 1.0
 _SMOOTHING = 0.2
 _SEARCH_AGAIN_SECONDS = 1.0
 
@@ -35,7 +36,18 @@ _SEARCH_AGAIN_SECONDS = 1.0
 class FoundView:
     """What a beam search found: a `View` of those live experts that matter to the rows it was made for."""
 
-    def __init__(self, replicas: Mapping[tuple[int, ...], list[Any]], num_dims: int) -> None:
+    def __init__(
+        self,
+        replicas: Mapping[tuple[int, ...], list[Any]],
+        num_dims: int,
+        *,
+        is_exact: bool,
+        trouble: dict[str, BaseException],
+    ) -> None:
+        self.is_exact = is_exact
+        """Whether these are the best that live of every row: the search came to its end."""
+        self.trouble = trouble
+        """What the network did not tell, by uid, and why."""
         self.replicas = dict(sorted(replicas.items()))
         self.coords = np.array(list(self.replicas), dtype=np.int64).reshape(len(self.replicas), num_dims)
         self.version = -1
@@ -50,11 +62,13 @@ class GridSearch(Shared):
         self.grid_size = grid_size
         self._k_best = k_best
         self._timeout = timeout
+        self._is_sparse = False
         self._schema: ExpertSchema | None = None
         self._asking: asyncio.Lock | None = None
         self._prepared: tuple[View, LiveGrid] | None = None
         self._experts: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
-        self._strikes: Counter[tuple[int, ...]] = Counter()
+        self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
+        """How often, and for how long together, experts were waited for in vain since their last answer."""
         self._seconds: dict[tuple[int, ...], float] = {}  # beyond the way there and back
         self._num_bytes = 0.0  # of one forward to one expert, both ways
 
@@ -64,45 +78,56 @@ class GridSearch(Shared):
         """The live experts: all of them, as soon as the directory knows them.
 
         While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
-        `beam` there is only the search, for grids too large to hold; what it found in time counts. While nobody lives,
-        somebody is waited for; in the end the view is empty.
+        `beam` there is only the search, for grids too large to hold, until it meets one so sparse that reading it is
+        less work; what it found in time counts. While nobody lives, somebody is waited for; in the end the view is
+        empty.
 
         Raises: NotEnoughExperts if the directory could not be read in time.
         """
-        deadline = asyncio.get_running_loop().time() + self._timeout
-        directory = self.node.directory
-        if not beam:
-            view: View | None = directory.live(self.prefix, self.grid_size)
-            if view is None:
-                directory.watch(self.prefix, self.grid_size)
-                view = directory.live(self.prefix, self.grid_size)
-            if view is None:
-                view = await self._first_view(scores_RS)
-        else:
-            view = await self._search(scores_RS, deadline)
-        try:
-            async with asyncio.timeout_at(deadline):
-                while len(scores_RS) and not len(view.coords):
-                    if beam:
-                        await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
-                        view = await self._search(scores_RS, deadline)
-                    else:
-                        await directory.wait_read(self.prefix)
-                        view = directory.live(self.prefix, self.grid_size)
-        except TimeoutError:
-            pass
-        return view
-
-    async def _first_view(self, scores_RS: torch.Tensor) -> View:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
+        directory = self.node.directory
+        while self._searches(beam):
+            found = await self._search(scores_RS, deadline)
+            if self._searches(beam):
+                if len(found.coords) or not len(scores_RS):
+                    return found
+                if loop.time() + _SEARCH_AGAIN_SECONDS >= deadline:
+                    if found.trouble:
+                        raise NotEnoughExperts(1, len(scores_RS), found.trouble)
+                    return found
+                await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
+        view: View | None = directory.live(self.prefix, self.grid_size)
+        if view is None:
+            directory.watch(self.prefix, self.grid_size)
+            view = directory.live(self.prefix, self.grid_size)
+        if view is None:
+            view = await self._first_view(scores_RS, deadline, search=not beam)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while len(scores_RS) and not len(view.coords):
+                    await directory.wait_read(self.prefix)
+                    view = directory.live(self.prefix, self.grid_size)
+        return view
+
+    def _searches(self, beam: bool) -> bool:
+        """Whether experts are searched for cell by cell: with `beam`, unless the grid turned out too sparse for it."""
+        return beam and not self._is_sparse
+
+    async def _first_view(self, scores_RS: torch.Tensor, deadline: float, *, search: bool) -> View:
+        """The first view of a watched grid, or what a search finds sooner.
+
+        Raises: NotEnoughExperts if there is neither in time.
+        """
+        loop = asyncio.get_running_loop()
         warm = loop.create_task(self.node.directory.wait_warm(self.prefix))
-        search = loop.create_task(self._search(scores_RS, deadline))
+        searching = loop.create_task(self._search(scores_RS, deadline)) if search else None
         try:
-            await asyncio.wait([warm, search], timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
-            if not warm.done() and search.done():
-                found = search.result()
-                if len(found.coords) >= self._k_best:
+            tasks = [warm] if searching is None else [warm, searching]
+            await asyncio.wait(tasks, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+            found = searching.result() if searching is not None and searching.done() else None
+            if not warm.done() and found is not None:
+                if found.is_exact and len(found.coords) >= self._k_best:
                     return found
                 await asyncio.wait([warm], timeout=max(0.0, deadline - loop.time()))
             if warm.done():
@@ -110,10 +135,10 @@ class GridSearch(Shared):
                 view: View | None = self.node.directory.live(self.prefix, self.grid_size)
                 if view is not None:
                     return view
-            if search.done() and len(search.result().coords):
-                return search.result()
+            if found is not None and len(found.coords):
+                return found
         finally:
-            await cancel_all([warm, search])
+            await cancel_all([warm, *filter(None, [searching])])
         cold = TimeoutError(self.node.directory.trouble or "the grid's directory could not be read in time")
         raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
 
@@ -128,19 +153,21 @@ class GridSearch(Shared):
         directory = self.node.directory
         while True:
             live: View | None
-            if beam:
+            if self._searches(beam):
                 live = await self._search(scores_RS, math.inf, k=self._k_best + num_tried)
             else:
+                directory.watch(self.prefix, self.grid_size)
                 live = directory.live(self.prefix, self.grid_size)
             if live is not None:
-                came = {
-                    coords: replicas
-                    for coords, replicas in live.replicas.items()
-                    if any(replica not in view.replicas.get(coords, ()) for replica in replicas)
-                }
+                came = {}
+                for number, (coords, replicas) in enumerate(() if live is view else live.replicas.items()):
+                    if number % 256 == 255:
+                        await asyncio.sleep(0)
+                    if any(replica not in view.replicas.get(coords, ()) for replica in replicas):
+                        came[coords] = replicas
                 if came or not wait:
                     return came
-            if beam:
+            if self._searches(beam):
                 await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
             else:
                 await directory.wait_read(self.prefix)
@@ -150,22 +177,28 @@ class GridSearch(Shared):
         about counts as empty."""
         machine = BeamSearch(scores_RS, self.grid_size, k=k or self._k_best)
         found: dict[tuple[int, ...], list[Any]] = {}
+        trouble: dict[str, BaseException] = {}
 
         async def ask(cell: tuple[int, ...]) -> None:
             replicas: list[Any] = []
-            with contextlib.suppress(TesseractError, TimeoutError):
+            try:
                 replicas = await self.node.directory.find(self.uid(cell))
+            except (TesseractError, TimeoutError) as error:
+                trouble[self.uid(cell)] = error
             machine.learn(cell, bool(replicas))
             if replicas:
                 found[cell] = list(replicas)
 
+        is_exact = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(None if deadline == math.inf else deadline):
                 while cells := machine.wanted():
                     async with asyncio.TaskGroup() as group:
                         for cell in cells:
                             group.create_task(ask(cell))
-        return FoundView(found, len(self.grid_size))
+                is_exact = machine.is_exact
+                self._is_sparse |= not is_exact and not trouble
+        return FoundView(found, len(self.grid_size), is_exact=is_exact, trouble=trouble)
 
     def grid(self, view: View) -> LiveGrid:
         """The view prepared for choosing; the same object as long as the view is."""
@@ -336,8 +369,9 @@ class GridSearch(Shared):
             if not part.slow:
                 continue  # not waited for, but not late either
             coords = tuple(view.coords[part.expert].tolist())
-            self._strikes[coords] += 1
-            if self._strikes[coords] >= _MAX_STRIKES:
+            num, seconds = self._strikes.get(coords, (0, 0.0))
+            num, seconds = self._strikes[coords] = num + 1, seconds + call.seconds[part.expert]
+            if num >= _MAX_STRIKES and seconds >= _STRIKE_SECONDS:
                 del self._strikes[coords]
                 for replica in part.replicas:
                     self.node.directory.report_failure(replica)

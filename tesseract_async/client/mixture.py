@@ -25,6 +25,7 @@ from tesseract_async.client.expert_calls import (
     call_backward,
     call_forward,
 )
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS
 from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.parts import Part, Usual, patience_limit, usual_seconds
 from tesseract_async.client.ports import View
@@ -100,6 +101,7 @@ class MixtureCall:
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
+        self._stalled = shared.stalls.seconds
         self._num_first = 0
         """Parts sent at first."""
         num_rows, num_live = len(scores), len(view.coords)
@@ -110,7 +112,8 @@ class MixtureCall:
         self._full: list[tuple[float, Part]] = []
         """When those that were overloaded may be asked again."""
         self._num_pending: Indices = np.zeros(num_rows, dtype=np.int64)
-        self._num_failed = 0
+        self._failed: dict[str, BaseException] = {}
+        """Of this pass, by uid; those that came back are still in it."""
         self._num_slow: Indices = np.zeros(num_rows, dtype=np.int64)
         self._exhausted: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
         """Rows for which no further expert is left."""
@@ -128,6 +131,10 @@ class MixtureCall:
 
         Raises: NotEnoughExperts if `on_missing` says so.
         """
+        with self._shared.stalls.watching():
+            return await self._forward(inputs)
+
+    async def _forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         device = inputs[0].device
         inputs = [tensor.cpu() for tensor in inputs]
         loop = asyncio.get_running_loop()
@@ -170,14 +177,16 @@ class MixtureCall:
                 elif stuck.any() and self._settings.on_missing == "raise" and self._settings.k_min:
                     lost = True
                     break
+                give_up_at = deadline
                 if (self._satisfied() | (stuck & self._nobody_comes)).all():
-                    if all(part.slow for part in tasks.values()):
+                    give_up_at = max((part.late_at + part.grace for part in tasks.values()), default=-math.inf)
+                    if now >= give_up_at:
                         break
                     if self._settings.timeout_after_k_min is not None:
                         deadline = min(deadline, now + self._settings.timeout_after_k_min)
                 if now >= deadline:
                     break
-                for task in await endings.wait(min(deadline, suspicious_at, again_at)):
+                for task in await endings.wait(min(deadline, give_up_at, suspicious_at, again_at)):
                     if task is coming:
                         coming, came = None, task.result()
                         self._nobody_comes = not came
@@ -192,7 +201,7 @@ class MixtureCall:
                 self.given_up.append(part)
                 self.seconds[part.expert] = loop.time() - part.sent
                 self.errors.setdefault(part.uid, TimeoutError(f"{part.uid} did not answer in time"))
-            self._learn()
+            self._learn(loop.time() - started)
         finally:
             await cancel_all([*tasks, *([] if coming is None else [coming])])
         short = int((self.num_answers < self._settings.k_min).sum())
@@ -230,7 +239,9 @@ class MixtureCall:
         forward = Forward(uid, self._schema, self._training, self._seed, self._options, self._differentiable)
         replicas = self.view.replicas[coords]
         expected = self._shared.usual(replicas, num_bytes=len(rows) * self._schema.row_bytes)
-        return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
+        part = Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
+        part.grace = self._grace("forward", self._shared.are_new(replicas), self._settings.forward_timeout)
+        return part
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
@@ -255,7 +266,7 @@ class MixtureCall:
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
             self.errors[part.uid] = _without_frames(error)
-            self._num_failed += 1
+            self._failed[part.uid] = self.errors[part.uid]
             self._excluded[part.expert] = True
             if isinstance(error, Overloaded):
                 self._full.append((now + max(error.retry_after, BLOCK_SECONDS), part))
@@ -264,34 +275,48 @@ class MixtureCall:
 
     def _usual(self) -> Usual | None:
         seconds = [self.seconds[part.expert] for part in self.answered]
-        return Usual.of(self.answered, seconds, self._num_first - self._num_failed)
+        return Usual.of(self.answered, seconds, self._num_first - len(self._failed))
 
     def _patience(self, way: Literal["forward", "backward"]) -> float:
         known = self._settings.patience
         return self._shared.latencies.lateness[way].patience if known is None else known
 
+    def _grace(self, way: Literal["forward", "backward"], is_new: bool, timeout: float) -> float:
+        """For how long one that is slow is waited for, where all rows have enough; not at all with a given patience."""
+        if self._settings.patience is not None:
+            return 0.0
+        return min(FIRST_GRACE_SECONDS if is_new else self._shared.latencies.grace[way].seconds, timeout / 3)
+
     def _suspect(self, under_way: Iterable[Part], now: float) -> float:
         """Marks the parts that take suspiciously long; returns when the next one would (the loop's time)."""
         next_at = math.inf
         usual, patience = self._usual(), self._patience("forward")
+        stalled = self._shared.stalls.seconds - self._stalled
         for part in under_way:
+            limit = patience_limit(usual_seconds(part, usual, part.expected), patience)
+            part.late_at = part.sent + limit + stalled
             if part.slow:
                 continue
-            limit_at = part.sent + patience_limit(usual_seconds(part, usual, part.expected), patience)
-            if now >= limit_at:
+            if now >= part.late_at:
                 part.slow = True
                 self._num_pending[part.rows.numpy()] -= 1
                 self._num_slow[part.rows.numpy()] += 1
             else:
-                next_at = min(next_at, limit_at)
+                next_at = min(next_at, part.late_at)
         return next_at
 
-    def _learn(self) -> None:
-        """Takes in how far this batch's answers scattered."""
-        usual, lateness = self._usual(), self._shared.latencies.lateness["forward"]
-        for part in (*self.answered, *(part for part in self.given_up if part.slow)):
-            if (seconds := usual_seconds(part, usual, part.expected)) is not None:
-                lateness.observe(self.seconds[part.expert], seconds)
+    def _learn(self, seconds: float) -> None:
+        """Takes in how far this batch's answers scattered, how long was waited in vain, and who was left out."""
+        usual, book = self._usual(), self._shared.latencies
+        late = [part for part in self.given_up if part.slow]
+        for part in (*self.answered, *late):
+            if (may_take := usual_seconds(part, usual, part.expected)) is not None:
+                book.lateness["forward"].observe(self.seconds[part.expert], may_take)
+        if late:
+            book.grace["forward"].spend()
+        elif not self.given_up:
+            book.grace["forward"].earn(seconds)
+        self._shared.left_out.note("forward", {part.uid: self.errors[part.uid] for part in late} | self._failed)
 
     def _refill(self) -> list[Part]:
         """Parts for the rows that have too few answers to come, from their next-best experts."""
@@ -405,7 +430,8 @@ class MixtureCall:
             tasks[loop.create_task(self._ask_backward(part, inputs, grads))] = part
             asked[part.rows.numpy()] += 1
         try:
-            results, errors = await self._collect(tasks, asked)
+            with self._shared.stalls.watching():
+                results, errors = await self._collect(tasks, asked)
         finally:
             await cancel_all(tasks)
         got = np.zeros_like(asked)
@@ -432,6 +458,13 @@ class MixtureCall:
         book = self._shared.latencies
         expected = {part.uid: book.usual((part.uid, "backward")) for part in tasks.values()}
         patience = self._patience("backward")
+        stalled = self._shared.stalls.seconds
+        timeout = self._settings.backward_timeout
+        grace = {
+            # of several that claim to be the primary, those that are silent are found out within that time
+            part.uid: self._grace("backward", book.is_new((part.uid, "backward")) or len(part.replicas) > 1, timeout)
+            for part in tasks.values()
+        }
 
         def usual() -> Usual | None:
             return Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
@@ -440,14 +473,20 @@ class MixtureCall:
         endings: Endings[list[torch.Tensor | None]] = Endings()
         for task in tasks:
             endings.add(task)
+
+        def give_up_at() -> float:
+            if (got < needed).any():
+                return deadline
+            now_usual = usual()
+            late_at = (
+                patience_limit(usual_seconds(part, now_usual, expected[part.uid]), patience) + grace[part.uid]
+                for part in map(tasks.__getitem__, waiting)
+            )
+            return min(deadline, started + self._shared.stalls.seconds - stalled + max(late_at))
+
         while waiting:
-            give_up_at = deadline
-            if (got >= needed).all():
-                now_usual = usual()
-                may_take = [usual_seconds(p, now_usual, expected[p.uid]) for p in map(tasks.__getitem__, waiting)]
-                give_up_at = min(deadline, started + max(patience_limit(s, patience) for s in may_take))
-            done = await endings.wait(give_up_at)
-            if not done and give_up_at <= loop.time():
+            done = await endings.wait(give_up_at())
+            if not done and give_up_at() <= loop.time():
                 break
             for task in done:
                 del waiting[task]
@@ -461,6 +500,10 @@ class MixtureCall:
                     errors[part.uid] = _without_frames(error)
                 else:
                     raise error
+        if waiting:
+            book.grace["backward"].spend()
+        else:
+            book.grace["backward"].earn(loop.time() - started)
         taken = [(part, s) for (part, _), s in zip(results, seconds, strict=True)]
         at_last = usual()
         for task in waiting:
@@ -471,6 +514,7 @@ class MixtureCall:
         for part, s in taken:
             if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:
                 book.lateness["backward"].observe(s, may_take_s)
+        self._shared.left_out.note("backward", errors)
         return results, errors
 
     async def _ask_backward(

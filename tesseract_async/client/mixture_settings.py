@@ -26,15 +26,18 @@ class MixtureSettings:
     for those that come, come back, or were overloaded; not where all that failed said no themselves (`ExpertFailed` and
     the like), and not with a `capacity_factor`."""
     timeout_after_k_min: float | None = None
-    """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`."""
+    """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`, and
+    beyond it for a second, or three in an expert's first pass, as long as that was not in vain lately."""
     backward_timeout: float = 15.0
     """For the experts' gradients. An expert that has not answered by then contributes none."""
     backward_k_min: int = 0
-    """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
+    """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts. All
+    are waited for in any case, as in forward; what is left out is counted (``answers_left_out``)."""
     patience: float | None = None
     """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
     others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
-    None: learnt from how far answers scatter (see `Lateness`), between 0.25 and 1.5."""
+    A number is kept to; time in which the loop stood still never counts. None: learnt from how far answers scatter (see
+    `Lateness`), between 0.25 and 1.5."""
     refill: bool = True
     """Whether rows short of answers are sent to their next-best experts."""
     rescale_backward: bool = False

@@ -36,7 +36,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import flatten, flatten_like, unflatten
+from tesseract_async.wire.tensors import flatten, flatten_like, sequence_like, unflatten
 
 T = TypeVar("T")
 
@@ -284,7 +284,7 @@ def cast_to(schema: Any, value: Any) -> Any:
     if isinstance(schema, dict) and isinstance(value, dict):
         return {key: cast_to(schema[key], item) if key in schema else item for key, item in value.items()}
     if isinstance(schema, tuple | list) and isinstance(value, tuple | list) and len(schema) == len(value):
-        return type(value)(cast_to(part, item) for part, item in zip(schema, value, strict=True))
+        return sequence_like(value, [cast_to(part, item) for part, item in zip(schema, value, strict=True)])
     both = isinstance(value, torch.Tensor) and not isinstance(schema, tuple | list | dict)
     if both and value.is_floating_point() and schema.dtype.is_floating_point:
         return value.to(schema.dtype)

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 from tesseract_async.client.expert_calls import fetch_version
 from tesseract_async.client.latency import LatencyBook, path_seconds
+from tesseract_async.client.left_out import LeftOut
 from tesseract_async.client.limits import Limits
 from tesseract_async.client.ports import Node, PlainCalls
+from tesseract_async.client.stalls import Stalls
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
@@ -25,6 +27,7 @@ from tesseract_async.errors import (
     TesseractError,
     TooStale,
 )
+from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
@@ -41,7 +44,7 @@ GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
 BLOCK_SECONDS = 0.1
 _MAX_HANDOVERS = 5
-_HEDGE_SECONDS = 1.0
+_HEDGE_SECONDS = 0.75
 """Where it is not known how long a replica may take, the next one is asked after so long."""
 _PROBE_SECONDS = 2.0
 """A server that has not even answered a question by then, where another has, counts as silent."""
@@ -57,9 +60,11 @@ _REASONS = {
 class _OfNode:
     """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.latencies = LatencyBook()
         self.limits = Limits()
+        self.stalls = Stalls()
+        self.left_out = LeftOut(metrics)
 
 
 _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
@@ -68,14 +73,22 @@ _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary(
 class Shared(Uncopied):
     """What copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
 
+    _called = "a remote expert or a gate"
+
+    def are_new(self, replicas: Sequence[Any]) -> bool:
+        """Whether none of `replicas` was ever called."""
+        return all(self.latencies.is_new(_key(replica)) for replica in replicas)
+
     def __init__(self, node: Any) -> None:
         """`node`: a `Node`, or one that gives plain calls."""
         self._plain = node if isinstance(node, PlainCalls) else None
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         if (ours := _of_nodes.get(self.node)) is None:
-            ours = _of_nodes[self.node] = _OfNode()
+            ours = _of_nodes[self.node] = _OfNode(self.node.metrics)
         self.latencies = ours.latencies
         self.limits = ours.limits
+        self.stalls = ours.stalls
+        self.left_out = ours.left_out
 
     def check(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
@@ -259,6 +272,9 @@ async def _ask_watched(shared: Shared, replicas: Sequence[Any], attempt: Attempt
                 if any(speak) and not speak[0]:
                     raise TimeoutError(f"{replicas[0].uid} is silent at the server that claims to be its primary")
         return await call
+    except asyncio.CancelledError:
+        shared.node.directory.report_late(replicas[0])
+        raise
     finally:
         await cancel_all([call, *probes])
 

@@ -26,6 +26,7 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class _Grid:
         return table
 
 
-class ExpertDirectory:
+class ExpertDirectory(Uncopied):
     """What a node knows about others' experts. One per node; used on the node's loop only.
 
     Everything that it reads was written by strangers: what does not decode is dropped and counted
@@ -282,6 +283,12 @@ class ExpertDirectory:
         self.metrics.count("replicas_masked", reason=reason)
         self._masks.failed(owner, replica.uid, replica.sequence, self._clock())
         self._forget(replica.uid)
+
+    def report_late(self, replica: ExpertReplica) -> None:
+        """The replica was given up before it had answered: of several it is asked last until it answers again."""
+        if (owner := replica.peer.peer_id) is not None:
+            self._masks.late(owner, replica.uid)
+            self._forget(replica.uid)
 
     def report_answer(self, replica: ExpertReplica) -> None:
         """The replica answered a call: earlier failures are forgotten."""

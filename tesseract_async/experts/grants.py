@@ -138,7 +138,8 @@ def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
     """
     sentence = "this is neither a grant nor an invite, as `tesseract run grant` prints them"
     try:
-        packed = base64.b64decode("".join(text.split()) + "==", altchars=b"-_", validate=True)
+        letters = "".join(text.split())
+        packed = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
         grant = decode_grant(packed[33:] if packed[:1] == b"i" else packed[1:])
     except (ValueError, ProtocolError):
         raise ValueError(sentence) from None

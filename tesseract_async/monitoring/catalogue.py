@@ -8,6 +8,11 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     # experts, seen from whoever calls them
     "expert_calls": ("calls", "Calls to experts that this node made, by method."),
     "expert_calls_answered": ("calls", "Calls to experts that this node hosts, by method."),
+    "answers_left_out": (
+        "answers",
+        "Answers that a gate went on without: by way (`forward`, `backward`: an expert's gradient) and reason (`late`, "
+        "or the error's name).",
+    ),
     "experts_live": ("experts", "Live experts of a grid that this node watches, by the grid's prefix."),
     "experts_off_grid": ("experts", "Hosted experts left out because their coordinates do not fit the watched grid."),
     "experts_crowded_out": (

@@ -107,11 +107,14 @@ class Executor:
             num_inputs = len(backend.input_specs)
             inputs: list[Any] = staged[:num_inputs]
             seed = _chunk_seed(attempt.parts[0])
+            _check_alone(attempt)
             if work.output_gradients is None:
                 attempt.results = backend.forward(inputs, training=work.training, seed=seed)
+                _check_alone(attempt)
                 return
             gradients = self._damp(attempt, staged[num_inputs:])
             attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
+            _check_alone(attempt)
             if not are_finite(gradients):
                 raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
             if work.call_id is not None and attempt.summed:
@@ -360,6 +363,16 @@ def _columns(parts: Sequence[Part]) -> Columns:
                 rows.append(gradient[part.start : part.stop])
         columns.append(rows if present else None)
     return columns
+
+
+class _DrawsAlone(Exception):
+    """A batch of several requests turned out to draw random numbers, which are each request's own."""
+
+
+def _check_alone(attempt: Attempt) -> None:
+    """Raises: _DrawsAlone, upon which the batch is computed again, request by request."""
+    if len(attempt.parts) > 1 and attempt.work.backend.is_stochastic(attempt.work.training):
+        raise _DrawsAlone
 
 
 def _works(attempts: Sequence[Attempt]) -> list[Work]:

@@ -157,6 +157,7 @@ class ExpertCalls:
         tensors = await unpack(request.tensors, call.buffers)
         _check_codecs(uid, backend, "inputs", request.tensors, tensors)
         inputs = check_inputs(uid, backend, tensors)
+        versions = [x._version for x in inputs]
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
@@ -168,9 +169,11 @@ class ExpertCalls:
                 seed=request.seed,
                 deadline=call.deadline,
                 priority=_priority(call),
-                peer=call.peer_id,
+                peer=_owner(call),
             )
-        inputs_cached = self._keep(uid, inputs, call) if request.keep_inputs else None
+        # where a module wrote them, the backward brings them again
+        keeps = request.keep_inputs and versions == [x._version for x in inputs]
+        inputs_cached = self._keep(uid, inputs, call) if keeps else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
@@ -230,7 +233,7 @@ class ExpertCalls:
             forward_version=request.version if version is None else None,
             deadline=call.deadline,
             priority=_priority(call),
-            peer=call.peer_id,
+            peer=_owner(call),
         )
         backward = self._backwards[key] = _Backward(work, version, _owner(call))
         work.answer.add_done_callback(lambda _: self._end_backward(key))
@@ -358,7 +361,7 @@ def _check_codecs(
 
 
 def _owner(call: IncomingCall) -> Hashable:
-    """Who shares what is remembered: an address range, or a peer where addresses tell nothing."""
+    """Whose share of memory and device time this takes: an address range, or a peer where addresses tell nothing."""
     return range_of(call.origin) or call.peer_id
 
 

@@ -168,6 +168,7 @@ async def adopt_states(
                         if replica.primary:
                             raise ReplicaMismatch(f"{wrong}: {_SAME} as its primary {replica.peer.peer_id}")
                         continue
+                    backends[uid].name = uid
                     backends[uid].load_state(state)
                     followed.add(uid)
                     return

@@ -811,3 +811,22 @@ async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: Fak
         with pytest.raises(SchemaMismatch, match="inputs"):
             await node.backward("ffn.0", [x], [gradient])
         assert backend.version == 0
+
+
+async def test_a_backend_stands_for_one_expert_of_one_server(node: FakeNode) -> None:
+    backend, other = make_backend(), make_backend()
+    with pytest.raises(ValueError, match=r"ffn\.0 and ffn\.1 train the same weights"):
+        TesseractServer(node, {"ffn.0": backend, "ffn.1": backend})  # type: ignore[arg-type]
+    shared = ExpertBackend(backend.module, args_schema=backend.args_schema)
+    with pytest.raises(ValueError, match="train the same weights"):
+        TesseractServer(node, {"ffn.0": shared, "ffn.1": backend})  # type: ignore[arg-type]
+    again = ExpertBackend(backend.module, args_schema=backend.args_schema)
+    TesseractServer(node, {"ffn.0": shared, "ffn.1": again})  # type: ignore[arg-type]  # nobody trains them
+    early = TesseractServer(node, {"ffn.2": backend})  # type: ignore[arg-type]
+    async with TesseractServer(node, {"ffn.0": backend, "ffn.1": other}):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"ffn\.2: another server hosts this ExpertBackend"):
+            TesseractServer(node, {"ffn.2": backend})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="another server hosts this ExpertBackend"):
+            await early.start()
+    async with TesseractServer(node, {"ffn.2": backend}):  # type: ignore[arg-type]
+        pass
