@@ -83,6 +83,7 @@ PURE = [
     "network/settings.py",
     "network/storage.py",
     "network/tokens.py",
+    "network/values.py",
     "network/writing.py",
     "transport/token_bucket.py",
     "transport/throttle.py",
