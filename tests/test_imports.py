@@ -78,6 +78,7 @@ PURE = [
     "network/operations.py",
     "network/protocol.py",
     "network/reading.py",
+    "network/region.py",
     "network/replication.py",
     "network/routing.py",
     "network/settings.py",
