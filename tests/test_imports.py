@@ -82,6 +82,7 @@ PURE = [
     "network/replication.py",
     "network/routing.py",
     "network/settings.py",
+    "network/shares.py",
     "network/storage.py",
     "network/tokens.py",
     "network/values.py",

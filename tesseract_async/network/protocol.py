@@ -104,7 +104,7 @@ class NetworkProtocol:
             max_range_per_bucket=settings.max_range_per_bucket,
             max_range_per_table=settings.max_range_per_table,
         )
-        self.storage = Storage(settings)
+        self.storage = Storage(settings, own_number=int.from_bytes(self.own_id, "big"))
         self.copies = PathCache()
         self.holder = Holder(self, policy=policy, checks=checks)
         self.dialback = DialBack(self, public=public, now=now)
