@@ -33,7 +33,10 @@ def all_commands() -> list[tuple[str, click.Command, click.Context]]:
     for name in sorted(COMMANDS):
         command = main.get_command(top, name)
         assert command is not None
-        found.append((name, command, click.Context(command, info_name=name, parent=top, terminal_width=96)))
+        context = click.Context(command, info_name=name, parent=top, terminal_width=96)
+        found.append((name, command, context))
+        for part, inner in command.commands.items() if isinstance(command, click.Group) else ():
+            found.append((f"{name} {part}", inner, click.Context(inner, info_name=part, parent=context)))
     return found
 
 

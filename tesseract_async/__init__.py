@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode as TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
+    from tesseract_async.server.builders import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
@@ -41,6 +42,7 @@ _HOMES = {
     "RemoteExpert": "client.remote_expert",
     "Identity": "identity",
     "PeerID": "identity",
+    "expert_builder": "server.builders",
     "run": "leaving",
     "Policy": "admission",
     "Quota": "admission",

@@ -18,6 +18,7 @@
         InputsForgotten        the server dropped the forward's inputs; send them again
         NotAllowed             the peer's policy refuses this caller
         UnknownMethod          the peer does not answer such calls
+      TooStale                 a follower's answer is older than `max_staleness` allows
       NotEnoughExperts         fewer than k_min experts answered; holds each one's error
       CheckpointError          a checkpoint could not be written or read
 
@@ -30,7 +31,7 @@ attribute) says whether the same call may succeed later or elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 
@@ -97,8 +98,8 @@ class PeerUnreachable(TesseractError):
         self.attempts = dict(attempts)
 
     def __str__(self) -> str:
-        tried = "; ".join(f"{path}: {describe(error)}" for path, error in self.attempts.items())
-        return f"peer {self.peer} cannot be reached ({tried or 'it has no known address'})"
+        tried = summarize(self.attempts) or "it has no known address"
+        return f"peer {self.peer} cannot be reached ({tried})"
 
 
 class ConnectionLost(TesseractError):
@@ -185,26 +186,96 @@ class UnknownMethod(RemoteError):
     code = "unknown_method"
 
 
-class NotEnoughExperts(TesseractError):
-    """Fewer than `k_min` experts answered for some row. `errors` maps each uid that failed to its error."""
+class TooStale(TesseractError):
+    """A follower's answer lacks more of its primary's steps than `max_staleness` allows, or nobody knows how many."""
 
     retryable = True
 
-    def __init__(self, k_min: int, num_rows: int, errors: Mapping[str, BaseException]) -> None:
+
+class NotEnoughExperts(TesseractError):
+    """Fewer than `k_min` experts answered for some row, or none told what the grid's experts take (`num_rows` is 0
+    then). `errors` maps each uid that failed to its error; `num_live` experts were known; `what` was missing:
+    ``answers`` in forward, ``gradients`` in backward."""
+
+    retryable = True
+
+    def __init__(
+        self,
+        k_min: int,
+        num_rows: int,
+        errors: Mapping[str, BaseException],
+        *,
+        num_live: int = 0,
+        what: str = "answers",
+    ) -> None:
         super().__init__(k_min, num_rows, errors)
         self.k_min = k_min
         self.num_rows = num_rows
         self.errors = dict(errors)
+        self.num_live = num_live
+        self.what = what
 
     def __str__(self) -> str:
-        failed = "; ".join(f"{uid}: {describe(error)}" for uid, error in self.errors.items())
-        return f"{self.num_rows} rows have fewer than k_min={self.k_min} answers ({failed or 'no expert is alive'})"
+        if not self.errors and not self.num_live:
+            return "no expert is alive: start a server that hosts some, or check the gate's prefix and grid"
+        if not self.num_rows:
+            return f"no expert could be asked what it takes: {summarize(self.errors)}"
+        rows = "1 row has" if self.num_rows == 1 else f"{self.num_rows} rows have"
+        least = "k_min" if self.what == "answers" else "backward_k_min"
+        alive = "1 is alive" if self.num_live == 1 else f"{self.num_live} are alive"
+        nobody = f"no expert failed, but {alive}, and no other has room"
+        return f"{rows} fewer than {least}={self.k_min} {self.what}: {summarize(self.errors) or nobody}"
 
 
 class CheckpointError(TesseractError):
     """A checkpoint could not be written, or no readable one exists; the sentence names the file."""
 
 
+def shortened(text: str, limit: int = 200) -> str:
+    """The text on one line, cut where it is longer than `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3].rstrip() + "..."
+
+
 def describe(error: BaseException) -> str:
-    """One line for an error inside another one's sentence; never empty, unlike ``str(TimeoutError())``."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """One line for an error inside another one's sentence: its class, and its message if there is one, `shortened`.
+
+    Never raises, whatever somebody else's error does when it is read.
+    """
+    name, message = text_of(lambda: type(error).__name__), shortened(text_of(lambda: str(error)))
+    return f"{name}: {message}" if message else name
+
+
+def text_of(read: Callable[[], str]) -> str:
+    """The text that `read` returns, with lone surrogates, which UTF-8 cannot hold, escaped. Never raises."""
+    try:
+        return read().encode(errors="backslashreplace").decode()
+    except BaseException as error:  # a module's own error may do anything
+        return f"(unreadable: {type(error).__name__})".encode(errors="backslashreplace").decode()
+
+
+_TELLING = (RemoteError, ProtocolError, TesseractError, Exception)
+_SILENCE = (Overloaded, ExpertNotFound, ConnectionLost, PeerUnreachable, TimeoutError)
+
+
+def summarize(errors: Mapping[str, BaseException]) -> str:
+    """Many errors in at most about 300 characters: one example of each type, those that tell most about a cause first,
+    with the names of two and the number of the others that have it. Empty if there are none."""
+    groups: dict[type[BaseException], list[str]] = {}
+    for name, error in errors.items():
+        groups.setdefault(type(error), []).append(name)
+
+    def telling(kind: type[BaseException]) -> tuple[int, int]:
+        silent = next((len(_TELLING) + at for at, one in enumerate(_SILENCE) if issubclass(kind, one)), None)
+        rank = next((at for at, one in enumerate(_TELLING) if issubclass(kind, one)), len(_TELLING))
+        return silent or rank, -len(groups[kind])
+
+    said = []
+    for kind in sorted(groups, key=telling)[:3]:
+        names = groups[kind]
+        others = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        example = shortened(describe(errors[names[0]]), 90 if len(groups) > 1 else 180)
+        said.append(f"{', '.join(shortened(name, 40) for name in names[:2])}{others}: {example}")
+    if len(groups) > 3:
+        said.append(f"and {len(groups) - 3} other kinds of errors")
+    return "; ".join(said)

@@ -120,8 +120,17 @@ class Identity(Uncopied):
             return cls.load(path)
         return identity
 
-    def save(self, path: str | Path) -> None:
-        """Writes the key as PKCS 8 PEM, readable by its owner only (0600). Never overwrites.
+    @classmethod
+    def from_pem(cls, data: bytes, *, passphrase: bytes | None = None) -> Identity:
+        """Reads what `save` wrote. Raises: ValueError or TypeError if that passphrase opens no Ed25519 key there."""
+        key = serialization.load_pem_private_key(data, password=passphrase)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ValueError("no Ed25519 key")
+        return cls(key)
+
+    def save(self, path: str | Path, *, passphrase: bytes | None = None) -> None:
+        """Writes the key as PKCS 8 PEM, readable by its owner only (0600), and encrypted if there is a `passphrase`.
+        Never overwrites.
 
         The file appears whole or not at all, even when the machine loses power. Raises: OSError.
         """
@@ -130,7 +139,7 @@ class Identity(Uncopied):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(self.private_pem())
+                file.write(self.private_pem(passphrase))
                 file.flush()
                 os.fsync(file.fileno())
             _rename_new(unfinished, path)
@@ -142,11 +151,15 @@ class Identity(Uncopied):
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 
-    def private_pem(self) -> bytes:
-        """The secret as unencrypted PKCS 8 PEM: what OpenSSL reads. Keep it off disks that others read."""
-        return self._private_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+    @property
+    def seed(self) -> bytes:
+        """The secret in 32 bytes: what `from_seed` takes."""
+        return self._secret[:32]
+
+    def private_pem(self, passphrase: bytes | None = None) -> bytes:
+        """The secret as PKCS 8 PEM, which OpenSSL reads. Without a passphrase, keep it off disks that others read."""
+        how = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+        return self._private_key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how)
 
     def sign(self, data: bytes) -> bytes:
         """The 64-byte Ed25519 signature (RFC 8032) of `data`."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
+from tesseract_async.uncopied import Uncopied
+
 Key = tuple[str, tuple[tuple[str, str], ...]]
 
 SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -32,7 +34,7 @@ class Histogram:
         self.sum += value
 
 
-class Metrics:
+class Metrics(Uncopied):
     """All figures of one node. Not thread-safe: used on the node's loop only."""
 
     def __init__(self) -> None:

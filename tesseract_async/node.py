@@ -22,8 +22,11 @@ from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
+from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role
+from tesseract_async.experts.run import SignedRun
+from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
@@ -106,6 +109,7 @@ class TesseractNode(Uncopied):
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
+        self._identity_file = Path(identity) if isinstance(identity, str | Path) else None
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -147,6 +151,7 @@ class TesseractNode(Uncopied):
         self._bound: tuple[str, int] | None = None
         self._says_where = False
         self._experts: dict[str, Handler] = {}
+        self._keepers: list[RunKeeper] = []
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
@@ -186,6 +191,7 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
         self._closed = True
+        await asyncio.gather(*(keeper.aclose() for keeper in self._keepers))
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
@@ -348,6 +354,30 @@ class TesseractNode(Uncopied):
         if not replicas:
             raise ExpertNotFound(f"no live server hosts the expert {uid}")
         return RemoteExpert(self, uid, replicas)
+
+    async def join_run(self, run: str | SignedRun, *, grant: str | None = None) -> Authority:
+        """Takes part in the run ``NAME@OWNER``: uids of its prefix are that run's from now on, at this node.
+
+        Then nothing is believed of peers that may not host there, and nothing is sent to them. To train in a run that
+        is not open, the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an
+        invite); one that waits in the network is found without. Where the identity came from a file, what is learnt of
+        the run is kept beside it. Returns what is known of the run: who may do what.
+
+        Raises: RunNotFound if the network does not know the run; ValueError for a malformed name, a grant that is not
+        this node's, or a second run with the same prefix.
+        """
+        self.check_running()
+        self._check_loop()
+        keeper = await enter_run(
+            self.network, self.trust, run, identity=self.identity, grant=grant, identity_file=self._identity_file
+        )
+        assert keeper.authority is not None
+        keeper.on_own_grant = self.endpoint.say_anew
+        self.endpoint.say_anew()
+        self.directory.forget(keeper.authority.prefix)
+        self._keepers.append(keeper)
+        keeper.start()
+        return keeper.authority
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would

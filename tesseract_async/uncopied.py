@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, SupportsIndex
+from typing import Any, ClassVar, Self, SupportsIndex
 
 
 class Uncopied:
@@ -10,6 +10,8 @@ class Uncopied:
     is refused."""
 
     __slots__ = ()
+    _called: ClassVar[str | None] = None
+    """By which name users know it, where that is not its class's."""
 
     def __copy__(self) -> Self:
         return self
@@ -20,6 +22,6 @@ class Uncopied:
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Raises: TypeError."""
         raise TypeError(
-            f"a {type(self).__name__} is not pickled, for it holds sockets, threads or a private key: save the "
-            "module's state_dict(), and load it into one made with the node of the other program"
+            f"{self._called or 'a ' + type(self).__name__} is not pickled, for it holds sockets, threads or a private "
+            "key: save the module's state_dict(), and load it into one made with the node of the other program"
         )

@@ -30,6 +30,9 @@ async def test_a_copy_of_a_module_shares_what_exists_once() -> None:
         held = {
             "node": node,
             "network": node.network,
+            "directory": node.directory,
+            "endpoint": node.endpoint,
+            "metrics": node.metrics,
             "server": server,
             "identity": node.identity,
             "background": ta.BackgroundNode(),

@@ -7,7 +7,7 @@ import time
 
 import click
 
-from tesseract_async.cli.options import host_towards, join, joining_options, peers
+from tesseract_async.cli.options import enter, host_towards, join, joining_options, peers, run_option
 from tesseract_async.cli.running import importing, run, set_up_logging
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import bar, sign
@@ -16,6 +16,7 @@ from tesseract_async.cli.waiting import bar, sign
 @click.command("call")
 @click.argument("uid")
 @joining_options
+@run_option
 @click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows of random numbers to send.")
 @click.option("--repeat", default=1, show_default=True, type=click.IntRange(1), help="Calls, one after the other.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
@@ -24,6 +25,7 @@ def command(
     initial_peers: tuple[str, ...],
     identity: str | None,
     verbose: bool,
+    run_name: str | None,
     rows: int,
     repeat: int,
     as_json: bool,
@@ -44,6 +46,7 @@ def command(
         seeds = peers(initial_peers)
         async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
             await join(node)
+            await enter(node, run_name)
             expert = await node.get_expert(uid)
             replicas = await node.directory.find(uid)
             schema = await fetch_schema(node, uid, replicas[0].peer, timeout=10.0)

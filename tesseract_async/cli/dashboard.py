@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from tesseract_async.cli.options import host_towards, join, joining_options, patterns_argument, peers
+from tesseract_async.cli.options import enter, host_towards, join, joining_options, patterns_argument, peers, run_option
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 
 
 @click.command("dashboard")
 @patterns_argument
 @joining_options
+@run_option
 @click.option("--bind", default="127.0.0.1", show_default=True, help="Address that the page is served on.")
 @click.option("--bind-port", default=8787, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--token", help="What visitors must know; made up if the page is not on loopback and none is given.")
@@ -21,6 +22,7 @@ def command(
     initial_peers: tuple[str, ...],
     identity: str | None,
     verbose: bool,
+    run_name: str | None,
     bind: str,
     bind_port: int,
     token: str | None,
@@ -48,14 +50,15 @@ def command(
         seeds = peers(initial_peers)
         node = TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
-        async with (
-            node,
-            SwarmObserver(node, patterns=chosen, period=period) as observer,
-            Dashboard(observer, host=bind, port=bind_port, token=token) as page,
-        ):
+        async with node:
             await join(node)
-            click.echo(f"The dashboard is at {page.url}", err=True)
-            await until_told_to_leave(watch_stdin=leave_with_parent, tell_ready=lambda: say("ready", url=page.url))
+            grid = await enter(node, run_name)
+            async with (
+                SwarmObserver(node, patterns=chosen or grid, period=period) as observer,
+                Dashboard(observer, host=bind, port=bind_port, token=token) as page,
+            ):
+                click.echo(f"The dashboard is at {page.url}", err=True)
+                await until_told_to_leave(watch_stdin=leave_with_parent, tell_ready=lambda: say("ready", url=page.url))
         return 0
 
     run(main)

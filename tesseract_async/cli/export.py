@@ -52,7 +52,9 @@ def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values
         )
         async with node:
             await join(node)
-            signed = await find_run(node.network, run_name)
+            signed = await find_run(node.network, run_name, trust=node.trust)
+            if signed.tag is not None:
+                await node.join_run(signed)
             replicas = await live_replicas(node, signed.manifest)
             with bar("experts", total=len(replicas)) as advance:
                 report = await export_experts(

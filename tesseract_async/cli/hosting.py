@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import signal
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ from tesseract_async.cli.waiting import bar, sign
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
+from tesseract_async.experts.manifest import join_uid
 from tesseract_async.experts.run import SignedRun
-from tesseract_async.experts.run_directory import RunKeeper, RunNotFound, find_run
+from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFound
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import BackendSettings
@@ -39,7 +41,7 @@ from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
-from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory
+from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
 from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.registry import draws_its_own, make_backend
 from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
@@ -50,6 +52,7 @@ from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
+    from tesseract_async.experts.authority import Authority
     from tesseract_async.runtime.backend import ExpertBackend
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class ServePlan:
     patterns: Sequence[str]
     num_experts: int | None
     run: str | None
+    grant: str | None
+    """Text of a grant or an invite for the run."""
     allowed_modules: Sequence[str]
     given: Mapping[str, Any]
     """Fields of a run's manifest that the user gave as flags: checked against the run's."""
@@ -90,6 +95,8 @@ class ServePlan:
     leave_with_parent: bool
     computing: Mapping[str, Any] = field(default_factory=dict)
     """The `BackendSettings` that are this computer's own business, such as ``compile_mode``."""
+    stall_timeout: float = 60.0
+    """Seconds that a batch may compute before the device is taken to hang."""
     leave_within: float = 30.0
     """Seconds that leaving may take: handing over, finishing, withdrawing. Saving comes after."""
 
@@ -100,6 +107,8 @@ class Hosting:
     def __init__(self, plan: ServePlan) -> None:
         self.plan = plan
         self.run: SignedRun | None = None
+        self.authority: Authority | None = None
+        """Who may do what in the run; None without one, and for runs of version 0.1."""
         self.server: TesseractServer | None = None
         self.ready = asyncio.Event()
         """Set once the experts can be found."""
@@ -108,6 +117,8 @@ class Hosting:
         share, most = SHARES["received"]
         self.memory: MemoryPlan | None = None
         """How the volunteer's memory is divided, once an expert was measured; None without a limit."""
+        # beside the process as it is; what is measured later is exact, but this is known before anything is built
+        self._max_bytes = None if limit is None else max(0, limit - int(psutil.Process().memory_info().rss))
         self.node = TesseractNode(
             **plan.node, throttle=throttle, max_receive_bytes=most if limit is None else min(most, int(share * limit))
         )
@@ -148,7 +159,7 @@ class Hosting:
                 await claim.release()
             replicas = ReplicaKeeper(server, settings=self._replica_settings())
             await stack.enter_async_context(replicas)
-            if self.run is not None:
+            if self.run is not None and self.authority is None:
                 keeper = RunKeeper(self.node.network, self.run)
                 keeper.start()
                 stack.push_async_callback(keeper.aclose)
@@ -210,7 +221,7 @@ class Hosting:
         await self._joined()
         for attempt in range(FIND_ATTEMPTS):
             try:
-                self.run = await find_run(self.node.network, self.plan.run)
+                self.run = await self._enter(self.plan.run)
                 break
             except RunNotFound:
                 if attempt == FIND_ATTEMPTS - 1:
@@ -219,6 +230,22 @@ class Hosting:
         assert self.run is not None
         self.run.manifest.check(self.plan.given, run=self.run.full_name)
         click.echo(f"the run is {self.run.full_name}", err=True)
+
+    async def _enter(self, name: str) -> SignedRun:
+        """The run, in which the node takes part from then on, if it may."""
+        try:
+            self.authority = authority = await self.node.join_run(name, grant=self.plan.grant)
+        except BareRun as run:  # of version 0.1
+            return run.signed
+        me, full_name = self.node.peer_id, authority.run.full_name
+        if not authority.may(me, "host", now=None):
+            state = "was revoked in" if authority.is_revoked(me) else "may not host in"
+            kept = "" if self.plan.node.get("identity") else " (and start with --identity FILE, which keeps that id)"
+            raise ValueError(
+                f"this node {state} {full_name}: ask its owner for `tesseract run grant {full_name} {me}`{kept}, then "
+                "start again"
+            )
+        return authority.run
 
     async def _choose(self) -> tuple[list[str], ExpertClaim | None]:
         """The uids to host, and the reservation to release once they are declared."""
@@ -231,7 +258,9 @@ class Hosting:
                     raise ValueError(f"{pattern} is no part of the run's grid {run.pattern}")
                 if any(one.stop > size for one, size in inside):
                     raise ValueError(f"{pattern} reaches beyond the run's grid {run.pattern}")
-            patterns = patterns or [run.pattern]
+            grant = None if self.authority is None else self.authority.grant_of(self.node.peer_id)
+            patterns = patterns or [run.pattern if grant is None or grant.pattern is None else grant.pattern]
+            self._check_grant(patterns)
         num_experts = self.plan.num_experts
         if num_experts is None and self.plan.patterns:
             return _all_of(patterns, self.memory), None
@@ -244,11 +273,29 @@ class Hosting:
         if len(mine) == num_experts:
             return mine, None
         await self._joined()
+        if self.authority is not None and not self.authority.may(self.node.peer_id, "host", now=time.time()):
+            if mine:
+                return mine, None  # goes on with what it has
+            raise ValueError(f"the grant of {self.node.peer_id} has expired: ask the run's owner to renew it")
         claim = await claim_experts(
-            self.node.network, pattern, num_experts, random=random.Random(), log=lambda text: click.echo(text, err=True)
+            self.node.network,
+            pattern,
+            num_experts,
+            random=random.Random(),
+            trust=self.node.trust,
+            log=lambda text: click.echo(text, err=True),
         )
         more = [uid for uid in claim.uids if uid not in mine]
         return mine + more[: num_experts - len(mine)], claim
+
+    def _check_grant(self, patterns: Sequence[ExpertPattern]) -> None:
+        """Raises: ValueError where these are more than the node may host."""
+        for pattern in patterns:
+            first, last = (join_uid(pattern.prefix, [one[end] for one in pattern.ranges]) for end in (0, -1))
+            if self.authority is not None and not all(
+                self.authority.may(self.node.peer_id, "host", uid, now=None) for uid in (first, last)
+            ):
+                raise ValueError(f"the grant of {self.node.peer_id} does not cover {pattern}")
 
     def _limited(self, num_experts: int) -> int:
         if self.memory is None or self.memory.num_experts >= num_experts:
@@ -261,6 +308,9 @@ class Hosting:
         limit = self.plan.limits.max_memory_bytes
         if limit is None:
             return
+        if not self._max_bytes:
+            size = size_text(int(psutil.Process().memory_info().rss))
+            raise ValueError(f"not even one expert fits --max-memory: the process itself has {size}")
         patterns = [ExpertPattern.parse(text) for text in self.plan.patterns]
         pattern = patterns[0] if patterns or self.run is None else self.run.manifest.pattern
         expert = measure(self._build(next(iter(pattern))))
@@ -274,19 +324,20 @@ class Hosting:
         logger.info("memory: the process has %d bytes; %s; %s", base, expert, self.memory)
         if not self.memory.num_experts:
             raise ValueError(
-                f"not even one expert fits --max-memory: the process itself has {_mib(base)}, an expert takes "
-                f"{_mib(expert.resident)}, its largest batch {_mib(expert.batch)} while it "
-                f"is computed; with what must be kept for callers, one needs {_mib(self.memory.needed_for_one)}"
+                f"not even one expert fits --max-memory: the process itself has {size_text(base)}, an expert takes "
+                f"{size_text(expert.resident)}, its largest batch {size_text(expert.batch)} while it "
+                f"is computed; with what must be kept for callers, one needs {size_text(self.memory.needed_for_one)}"
             )
 
     def _server_settings(self) -> ServerSettings:
-        settings = ServerSettings(drain_timeout=self._drain_timeout)
+        runtime = RuntimeSettings(stall_timeout=self.plan.stall_timeout)
+        settings = ServerSettings(drain_timeout=self._drain_timeout, runtime=runtime)
         if self.memory is None:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=RuntimeSettings(
-                batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
+            runtime=dataclasses.replace(
+                runtime, batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
             ),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )
@@ -322,20 +373,20 @@ class Hosting:
         plan = self.plan
         if self.run is not None:
             manifest, allowed = self.run.manifest, plan.allowed_modules
-            return build_run_backend(manifest, uid, allowed_modules=allowed, computing=plan.computing)
-        try:
-            return make_backend(
-                plan.expert_class,
-                optimizer=plan.optimizer,
-                learning_rate=plan.learning_rate,
-                max_batch_size=plan.max_batch_size,
-                # the same first weights at each start, others for each expert
-                seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
-                sizes=plan.sizes,
-                settings=BackendSettings(**plan.computing),
+            return build_run_backend(
+                manifest, uid, allowed_modules=allowed, computing=plan.computing, max_bytes=self._max_bytes
             )
-        except TypeError as error:
-            raise ValueError(f"--size does not fit the class {plan.expert_class!r}: {error}") from None
+        return make_backend(
+            plan.expert_class,
+            optimizer=plan.optimizer,
+            learning_rate=plan.learning_rate,
+            max_batch_size=plan.max_batch_size,
+            # the same first weights at each start, others for each expert
+            seed=zlib.crc32(f"{plan.seed}/{uid}".encode()),
+            sizes=plan.sizes,
+            settings=BackendSettings(**plan.computing),
+            max_bytes=self._max_bytes,
+        )
 
 
 def manifest_fields(plan_values: Mapping[str, Any], is_given: Callable[[str], bool]) -> dict[str, Any]:
@@ -390,10 +441,6 @@ def _saving_on_demand(server: TesseractServer) -> Iterator[None]:
             asyncio.get_running_loop().remove_signal_handler(number)
         for task in saves:  # leaving saves anyway
             task.cancel()
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:

@@ -21,7 +21,7 @@ COMMANDS = {
     "get": ("records", "get", "Show what the network holds under a key."),
     "keygen": ("keygen", "command", "Make an identity."),
     "put": ("records", "put", "Store a value under a key."),
-    "run": ("start_run", "command", "Start a training run: sign what it consists of."),
+    "run": ("owning", "command", "Start a training run, and say who takes part in it."),
     "serve": ("serve", "command", "Lend this machine: host experts."),
     "top": ("top", "command", "Show the swarm live in the terminal."),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +14,7 @@ from tesseract_async.cli.running import LOG_FORMAT
 from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
+    from tesseract_async.experts import ExpertPattern
     from tesseract_async.node import TesseractNode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -112,6 +114,16 @@ def peers(values: tuple[str, ...]) -> list[str]:
     return [peer.strip() for value in values for peer in value.split(",") if peer.strip()]
 
 
+def text_or_file(value: str | None) -> str | None:
+    """What an option holds, or what the file holds that it names."""
+    if value is None:
+        return None
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError):  # too long for a name, for one
+        return value
+
+
 def host_towards(seeds: Sequence[str]) -> str:
     """What to listen on where nobody said so: loopback if all seeds live there, else every interface.
 
@@ -161,6 +173,19 @@ def joining_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return config_option(command)
+
+
+run_option = click.option(
+    "--run", "run_name", metavar="NAME[@PEER_ID]", help="The run whose experts are meant; else those with bare uids."
+)
+
+
+async def enter(node: TesseractNode, run_name: str | None) -> list[ExpertPattern]:
+    """Takes part in the run, if one is named; its grid, or nothing."""
+    if run_name is None:
+        return []
+    authority = await node.join_run(run_name)
+    return [authority.run.manifest.pattern]
 
 
 patterns_argument = click.argument("patterns", nargs=-1)

@@ -17,6 +17,7 @@ import click
 
 from tesseract_async.errors import TesseractError
 from tesseract_async.leaving import told_to_leave
+from tesseract_async.transport.descriptors import raise_descriptor_limit
 
 LOG_FORMAT = "tesseract_async.log_format"
 """Where the commands' context keeps what `--log-format` said."""
@@ -34,6 +35,7 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     Ctrl-C, SIGTERM and SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; then
     nothing but a second Ctrl-C cuts it short.
     """
+    raise_descriptor_limit()
     context = click.get_current_context(silent=True)
     with_parent = context is not None and bool(context.params.get("leave_with_parent"))
     told: list[int] = []
@@ -147,10 +149,11 @@ async def until_told_to_leave(*, watch_stdin: bool = False, tell_ready: Callable
 
     `tell_ready` is called as soon as it listens: whoever is told may send a signal in the same moment.
     The end of standard input is how a process notices that the one that started it is gone, however it died.
-    For a `main` that `run` runs; later signals are handled as said there.
+    Signals reach it in a `main` that `run` runs; later ones are handled as said there.
     """
     told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    _listener.get().waiting = told
+    if (listener := _listener.get(None)) is not None:
+        listener.waiting = told
     stop_watching = await _at_end_of_stdin(told) if watch_stdin and not _stdin_is_watched.get() else None
     try:
         if tell_ready is not None:

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from tesseract_async.cli.access import TRAINING, access_options, policy_of
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
-from tesseract_async.cli.options import node_options, outside_help, peers
+from tesseract_async.cli.options import node_options, outside_help, peers, text_or_file
 from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
 from tesseract_async.cli.units import SECONDS
@@ -41,6 +41,11 @@ MAX_EXPERTS = 4096
     "run_name",
     metavar="NAME[@PEER_ID]",
     help="Take part in this run: everything about its experts comes from the manifest that its author signed.",
+)
+@click.option(
+    "--grant",
+    metavar="TEXT|FILE",
+    help="What the run's owner handed on, a grant or an invite: needed once; not in open runs.",
 )
 @click.option(
     "--allow-module",
@@ -113,6 +118,13 @@ MAX_EXPERTS = 4096
     show_default=True,
     help="How long leaving may take before what is not finished is dropped; saving comes after.",
 )
+@click.option(
+    "--stall-timeout",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="How long one batch may compute before the device is taken to hang, and new calls are sent elsewhere.",
+)
 @click.option("--checkpoint-period", default=60.0, show_default=True, help="Seconds between checkpoints.")
 @click.option("--ttl", default=45.0, show_default=True, help="Seconds until others forget this server if it vanishes.")
 @click.option(
@@ -141,6 +153,8 @@ def command(ctx: click.Context, /, **values: Any) -> None:
     if not values["patterns"] and values["run_name"] is None:
         raise click.UsageError("say what to host: --experts PATTERN, or --run NAME")
     _check_patterns(values["patterns"], values["num_experts"])
+    if values["grant"] is not None and (values["run_name"] is None or values["identity"] is None):
+        raise click.UsageError("--grant goes with --run NAME and with --identity FILE, whose grant it is")
 
     def is_given(name: str) -> bool:
         return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
@@ -164,6 +178,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             patterns=values["patterns"],
             num_experts=values["num_experts"],
             run=values["run_name"],
+            grant=text_or_file(values["grant"]),
             allowed_modules=values["allowed_modules"],
             given=manifest_fields(values, is_given),
             expert_class=values["expert_class"],
@@ -192,10 +207,12 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             },
             leave_with_parent=values["leave_with_parent"],
             leave_within=values["leave_within"],
+            stall_timeout=values["stall_timeout"],
             computing={
                 "autocast": AUTOCAST[values["autocast"]],
                 "compile_mode": values["compile_mode"],
                 "cuda_graphs": values["cuda_graphs"],
+                "own_options": ("lr",) if is_given("learning_rate") else (),
                 "preferred_sizes": tuple(sorted(values["preferred_sizes"])),
             },
         )

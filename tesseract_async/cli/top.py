@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import host_towards, join, joining_options, patterns_argument, peers
+from tesseract_async.cli.options import enter, host_towards, join, joining_options, patterns_argument, peers, run_option
 from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import counted
 from tesseract_async.cli.waiting import sign
@@ -34,6 +34,7 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 @click.command("top")
 @patterns_argument
 @joining_options
+@run_option
 @click.option("--period", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Look twice (rates need two looks), print, and end.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: print everything as one line of JSON.")
@@ -42,6 +43,7 @@ def command(
     initial_peers: tuple[str, ...],
     identity: str | None,
     verbose: bool,
+    run_name: str | None,
     period: float,
     once: bool,
     as_json: bool,
@@ -68,7 +70,8 @@ def command(
         console = Console()
         async with node:
             await join(node)
-            observer = SwarmObserver(node, patterns=chosen, period=period)
+            grid = await enter(node, run_name)
+            observer = SwarmObserver(node, patterns=chosen or grid, period=period)
             if once:
                 with sign("looking"):
                     for _ in range(MAX_LOOKS):  # who just joined may not know everybody yet

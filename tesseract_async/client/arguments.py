@@ -62,6 +62,6 @@ def _may_change_unseen(tensor: torch.Tensor) -> bool:
         return True
     if tensor.device.type != "cpu":
         return False
-    # not resizable: NumPy or somebody's bytes use the same memory (or did: our own sending is told from nothing else)
+    # not resizable: NumPy or somebody's bytes use the same memory (or did: a small tensor that was sent before)
     storage = tensor.untyped_storage()
     return not storage.resizable() or storage.is_shared()

@@ -17,18 +17,26 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
+import functools
 import os
 import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
 
 from tesseract_async.client.arguments import Versions
 from tesseract_async.client.isolated import DEFAULT, isolated
+from tesseract_async.client.leaves import Leaves
+from tesseract_async.client.scaling import Scaler, Scaling, noted_scale
+from tesseract_async.errors import ExpertFailed
+from tesseract_async.runtime.finite import are_finite
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 IDLE_SECONDS = 1.0
 """An engine thread without work ends after this long."""
@@ -56,6 +64,10 @@ _LOOP_GONE = (
     "returns or the BackgroundNode is closed, and in the process that made the call"
 )
 
+_NOT_FINITE = (
+    "the gradients of a remote call's outputs are not finite (is the loss, or is it NaN?): nothing was sent, and no "
+    "expert took a step on them"
+)
 _CANCELLED_OUTSIDE = "a gradient request was cancelled, and not by its backward: is the program ending?"
 
 
@@ -102,6 +114,18 @@ async def remote_call(
     return list(results)
 
 
+def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
+    """The same method; ``torch.compile`` of a model around it compiles what comes before and after."""
+    guarded: Callable[P, R] = torch._disable_dynamo(method)  # type: ignore[attr-defined]
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # the guard imports the compiler, which takes a second: where nobody has, nothing is being compiled
+        return guarded(*args, **kwargs) if "torch._dynamo" in sys.modules else method(*args, **kwargs)
+
+    return call
+
+
 def refuse_wrappers() -> None:
     """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint`` or a transform of torch.func.
 
@@ -121,7 +145,6 @@ def refuse_wrappers() -> None:
 with torch.inference_mode(False), torch.enable_grad():  # this module may be imported in the midst of anything
     # A leaf in every remote call's graph: without it a call whose inputs need no gradient would have no backward.
     _always_needed = torch.empty(0, requires_grad=True, device="cpu")
-    _AccumulateGrad = type(_always_needed.view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
 class _Cancelled(Exception):
@@ -131,8 +154,10 @@ class _Cancelled(Exception):
 class _Request:
     """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, scale: float | None) -> None:
         self.call = call
+        self.scale = scale
+        """By which the gradients were multiplied that it carries, divided."""
         self.task: asyncio.Task[list[torch.Tensor | None]] | None = None
         self._versions = Versions()
         self._is_cancelled = False
@@ -146,6 +171,12 @@ class _Request:
             raise RuntimeError(_LOOP_GONE)
         self._versions = Versions(tensor for tensor in (*inputs, *grads) if tensor is not None)
         self.call.loop.call_soon_threadsafe(self._begin, inputs, grads, context=self.call.context)
+
+    def skip(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Instead of `start`, where scaled gradients overflowed: gives NaN, at which the scaler skips its step."""
+        numbers = (tensor if tensor.is_floating_point() or tensor.is_complex() else None for tensor in inputs)
+        self._result = [None if tensor is None else torch.full_like(tensor, torch.nan) for tensor in numbers]
+        self._done.set()
 
     def _begin(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
         if self._done.is_set():  # cancelled before it began
@@ -236,6 +267,8 @@ class _Await(torch.autograd.Function):
             request.cancel()
             raise
         moved = [None if grad is None else grad.to(device) for grad, device in zip(results, ctx.devices, strict=True)]
+        if request.scale is not None:
+            moved = [None if grad is None else grad * request.scale for grad in moved]
         return (None, None, *moved)
 
 
@@ -258,11 +291,20 @@ class _Issue(torch.autograd.Function):
         call.refuse_loop_thread()
         inputs = ctx.saved_tensors
         graph_task = torch._C._current_graph_task_id()
-        request = _Request(call)
         step = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
+        scaling = None if step is None else step.scaling
+        scale = noted_scale(graph_task) if scaling is None else scaling.scale(graph_task)
+        if scale is not None:
+            grads = tuple(None if grad is None else grad / scale for grad in grads)
+        request = _Request(call, scale)
         if step is not None:
             step.add(request)
-        request.start(inputs, grads)
+        if are_finite(grads):
+            request.start(inputs, grads)
+        elif scale is not None:
+            request.skip(inputs)
+        else:
+            raise ExpertFailed(_NOT_FINITE)
         call.requests[graph_task] = request
         return (None, torch.zeros((), device="cpu"), *(None for _ in inputs))
 
@@ -275,6 +317,7 @@ class _Step:
 
     def __init__(self) -> None:
         self.graph_task: int | None = None
+        self.scaling: Scaling | None = None
         self._lock = threading.Lock()
         self._cancelled = False
         self._requests: list[_Request] = []
@@ -282,8 +325,7 @@ class _Step:
     def add(self, request: _Request) -> None:
         """In an engine's thread."""
         with self._lock:
-            if self._cancelled:
-                raise _Cancelled("the step was cancelled")
+            self.refuse_if_cancelled()
             self._requests.append(request)
 
     def cancel(self) -> None:
@@ -293,6 +335,11 @@ class _Step:
             requests = list(self._requests)
         for request in requests:
             request.cancel()
+
+    def refuse_if_cancelled(self) -> None:
+        """In an engine's thread."""
+        if self._cancelled:
+            raise _Cancelled("the step was cancelled")
 
     async def aclose(self) -> None:
         """Waits until the tasks of cancelled requests have ended, those on the running loop."""
@@ -323,30 +370,45 @@ class _Root(torch.autograd.Function):
 
 
 def backward(
-    loss: torch.Tensor, gradient: torch.Tensor | None = None, *, retain_graph: bool = False
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    *,
+    retain_graph: bool = False,
+    scaler: Scaler | None = None,
 ) -> Coroutine[Any, Any, None]:
     """Backpropagates `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
 
     The engine runs in a thread of its own; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
     turn of the loop and all or nothing: after an error or a cancellation every ``.grad`` is as before. Experts whose
     servers had answered by then have taken their step. Cancelling fails the gradient requests under way and returns
-    once the thread has left, which waits for a local operation in progress but for nothing remote. Hooks that fire
-    after accumulation (`register_post_accumulate_grad_hook`) do not fire.
+    once the thread has left, which waits for a local operation in progress but for nothing remote.
+
+    Hooks that fire after accumulation (`register_post_accumulate_grad_hook`) fire in that turn, too. Where others may
+    wait for it (on ``AccumulateGrad``; DistributedDataParallel's, as soon as `torch.distributed` is initialised), the
+    engine's thread adds the gradients once all of them are there.
 
     `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``; with `retain_graph` the graph can be
-    gone through again, and its experts then take another step.
+    gone through again, and its experts then take another step. `scaler`: the `torch.amp.GradScaler` whose ``scale``
+    gave `loss`. What travels is divided by its scale, what comes back multiplied; where gradients overflowed, nothing
+    travels, and the local ones become NaN, at which the scaler skips its step.
 
-    Raises: TypeError or RuntimeError for a loss without a graph; what a remote expert's backward raises.
+    Raises: TypeError or RuntimeError for a loss without a graph; RuntimeError for a graph that only torch's own
+    backward goes through (FSDP, reentrant checkpoints); ExpertFailed for gradients that are not finite, and what else a
+    remote expert's backward raises.
     """
     if isinstance(gradient, torch.Tensor):
         with torch.inference_mode(False):
             gradient = gradient.detach().clone()  # its buffer may be filled anew before the engine has read it
-    return isolated(_backward(loss, gradient, retain_graph), modes=DEFAULT)
+    return isolated(_backward(loss, gradient, retain_graph, scaler), modes=DEFAULT)
 
 
-async def _backward(loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool) -> None:
+async def _backward(
+    loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool, scaler: Scaler | None
+) -> None:
     if not isinstance(loss, torch.Tensor):
         raise TypeError(f"backward takes a tensor, not a {type(loss).__name__}")
+    if scaler is not None and not (hasattr(scaler, "get_scale") and hasattr(scaler, "is_enabled")):
+        raise TypeError(f"`scaler` is a torch.amp.GradScaler or one like it, not a {type(scaler).__name__}")
     if not loss.requires_grad:
         raise RuntimeError("this loss needs no gradient: it was made under no_grad, or of nothing that requires grad")
     if gradient is None and loss.numel() != 1:
@@ -354,7 +416,7 @@ async def _backward(loss: torch.Tensor, gradient: torch.Tensor | None, retain_gr
     step = _Step()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     outcome: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
-    run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, stream), outcome)
+    run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, scaler, stream), outcome)
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
         try:
@@ -368,59 +430,39 @@ async def _backward(loss: torch.Tensor, gradient: torch.Tensor | None, retain_gr
         step.cancel()
         await step.aclose()
         raise failed
-    _commit(*outcome.result())
+    leaves, grads = outcome.result()
+    leaves.add(grads)
 
 
-_Outcome = tuple[list[torch.Tensor], list[torch.Tensor | None]]
+_Outcome = tuple[Leaves, list[torch.Tensor | None]]
 
 
 def _run_engine(
-    step: _Step, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool, stream: Any
+    step: _Step,
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None,
+    retain_graph: bool,
+    scaler: Scaler | None,
+    stream: Any,
 ) -> _Outcome:
-    """In an engine thread: every leaf under `loss` and its gradient, in memory of its own."""
+    """In an engine thread: the leaves under `loss` and what is left to add to each, in memory of its own."""
     _engine_thread.step = step
     try:
         with torch.cuda.stream(stream):  # of None: does nothing
-            leaves = graph_leaves(loss)
+            leaves = Leaves(loss)
+            step.scaling = Scaling(scaler, could_be_noted=gradient is None)
             root = _Root.apply(loss, step)  # type: ignore[no-untyped-call]
-            grads = torch.autograd.grad(root, leaves, gradient, retain_graph=retain_graph, allow_unused=True)
+            grads = torch.autograd.grad(root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True)
+            if leaves.have_hooks:
+                step.refuse_if_cancelled()
+                leaves.accumulate(grads)
+                return leaves, [None for _ in grads]
             # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
             return leaves, [None if grad is None else grad.detach().clone() for grad in grads]
     finally:
         _engine_thread.step = None
         if step.graph_task is not None:
             _steps.pop(step.graph_task, None)
-
-
-def graph_leaves(loss: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors whose ``.grad`` a backward of `loss` would fill."""
-    if loss.grad_fn is None:
-        return [loss]
-    leaves: list[torch.Tensor] = []
-    seen: set[Any] = {loss.grad_fn}
-    stack: list[Any] = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, _AccumulateGrad) and node.variable.requires_grad:  # type: ignore[union-attr]
-            leaves.append(node.variable)  # type: ignore[union-attr]
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return leaves
-
-
-@torch.no_grad()
-def _commit(leaves: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
-    for leaf, grad in zip(leaves, grads, strict=True):
-        if grad is None:
-            continue
-        if leaf.grad is None:
-            leaf.grad = grad
-        elif leaf.grad.requires_grad or leaf.grad.layout != grad.layout:
-            leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad  # torch adds sparse to dense only
-        else:
-            leaf.grad.add_(grad)
 
 
 # ------------------------------------------------------------------------------------------------ threads

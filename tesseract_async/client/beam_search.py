@@ -23,6 +23,9 @@ Indices = npt.NDArray[np.int64]
 
 _CHUNK_ELEMENTS = 1 << 18
 """Scores computed at once: what a core's cache holds."""
+_SPARSE_AFTER = 64
+_SPARSE_SHARE = 0.25
+"""A search ends early if less than this share of so many cells or more live."""
 
 
 def columns(coords_ND: Coordinates, grid_size: Sequence[int]) -> torch.Tensor:
@@ -196,8 +199,9 @@ def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> tor
 class BeamSearch:
     """Finds every row's `k` best live experts by asking about cells, best first: for a directory that is not warm.
 
-    Ask about `wanted()`, tell what lives with `learn`, until `wanted` gives nothing more. Exact if it is let finish;
-    it ends early after `max_asked` cells, with what was found by then.
+    Ask about `wanted()`, tell what lives with `learn`, until `wanted` gives nothing more. It ends early after
+    `max_asked` cells, or where few of those asked live: then `is_exact` is False, and reading the whole grid is less
+    work than asking on.
     """
 
     def __init__(self, scores_RS: torch.Tensor, grid_size: Sequence[int], *, k: int, max_asked: int = 512) -> None:
@@ -207,10 +211,14 @@ class BeamSearch:
         self._max_asked = max_asked
         self._beam = k
         self._alive: dict[tuple[int, ...], bool] = {}
+        self.is_exact = not len(scores_RS)
+        """Whether `found` holds the `k` best that live of every row, or all that live if these are fewer."""
 
     def wanted(self, limit: int = 64) -> list[tuple[int, ...]]:
         """At most `limit` cells to ask about next, those that most rows need first; empty once the search is over."""
         limit = min(limit, self._max_asked - len(self._alive))
+        if len(self._alive) >= _SPARSE_AFTER and sum(self._alive.values()) < _SPARSE_SHARE * len(self._alive):
+            limit = 0
         num_cells = int(np.prod(np.array(self._grid_size, dtype=object)))
         while limit > 0 and len(self._scores):
             cells_RKD = best_cells(self._scores, self._grid_size, self._beam).numpy()
@@ -226,6 +234,7 @@ class BeamSearch:
                 order = np.argsort(-votes, kind="stable")[:limit]
                 return [tuple(flat[i].tolist()) for i in order if votes[i]]
             if (alive_RK.sum(1) >= self._k).all() or self._beam >= num_cells:
+                self.is_exact = True
                 return []
             self._beam = min(2 * self._beam, num_cells)
         return []

@@ -63,6 +63,11 @@ class CallOptions:
 
     timeout: float = 30.0
     """Seconds for one call, forward or backward, all attempts together."""
+    backward_timeout: float | None = None
+    """For a backward, where that is another."""
+    max_staleness: int | None = None
+    """A forward's answer lacks at most so many of the steps that the primary has taken; 0: the primary answers. None:
+    whoever answers first, from weights that followers pulled up to `sync_every` seconds ago."""
     priority: int = 0
     """-1, 0 or 1; higher goes first at the server."""
     codec: str | Mapping[str, str] = AUTO
@@ -74,7 +79,8 @@ class CallOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "codecs", Codecs.of(self.codec))
         check_priority(self.priority)
-        if not self.timeout > 0:
+        check_max_staleness(self.max_staleness)
+        if not min(self.timeout, self.backward_timeout or self.timeout) > 0:
             raise ValueError(f"a timeout is a positive number of seconds, not {self.timeout}")
 
 
@@ -106,14 +112,29 @@ class Answer(NamedTuple):
     """Names the inputs if that peer keeps them, so that they need not travel again."""
 
 
+def check_max_staleness(max_staleness: int | None) -> None:
+    """Raises: ValueError unless it is None or a number of steps."""
+    if max_staleness is not None and (type(max_staleness) is not int or max_staleness < 0):
+        raise ValueError(f"max_staleness is a number of optimizer steps, 0 or more, or None; not {max_staleness!r}")
+
+
 async def fetch_schema(node: Node, uid: str, peer: Any, *, timeout: float) -> ExpertSchema:
     """Asks the expert's server what it takes and gives. Raises: what the call raises; ProtocolError for nonsense."""
+    return ExpertSchema.decode(await _fetch_info(node, uid, peer, timeout=timeout))
+
+
+async def fetch_version(node: Node, uid: str, peer: Any, *, timeout: float) -> int:
+    """Asks how many steps the expert has taken there. Raises: as `fetch_schema`."""
+    return (await _fetch_info(node, uid, peer, timeout=timeout)).version
+
+
+async def _fetch_info(node: Node, uid: str, peer: Any, *, timeout: float) -> messages.ExpertInfo:
     body = messages.encode(messages.InfoRequest(uid))
     reply = await node.call_expert(peer, INFO, body, timeout=timeout, idempotent=True)
     info = messages.decode(messages.ExpertInfo, reply.body)
     if info.uid != uid:
         raise ProtocolError(f"asked about {uid}, the peer answered about {info.uid[:80]!r}")
-    return ExpertSchema.decode(info)
+    return info
 
 
 async def call_forward(

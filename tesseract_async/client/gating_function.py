@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from tesseract_async.client.arguments import Versions, arguments_now
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.beam_search import expert_scores
+from tesseract_async.client.expert_calls import ExpertSchema, check_max_staleness
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
-from tesseract_async.client.mixture import MixtureCall, MixtureSettings
+from tesseract_async.client.mixture import MixtureCall
+from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
-from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, unflatten
+from tesseract_async.wire.codecs import settle
+from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, sequence_like, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +34,8 @@ class Mixed:
     """``int64[rows]``: experts that answered each row."""
     errors: Mapping[str, BaseException]
     """By uid, the experts that did not answer, and why."""
+    versions: Mapping[str, int]
+    """By uid, the optimizer steps that each expert had taken when it computed its answer."""
     load_balancing_loss: torch.Tensor | None
     """Scalar, differentiable with respect to the gate, 1 for a perfectly even load; None unless asked for."""
 
@@ -81,6 +86,7 @@ class GatingFunction(nn.Module):
         capacity_factor: float | None = None,
         priority: int = 0,
         codec: str | Mapping[str, str] = "auto",
+        max_staleness: int | None = None,
     ) -> None:
         """Does no I/O. Arguments not named here: see `MixtureSettings`.
 
@@ -89,7 +95,7 @@ class GatingFunction(nn.Module):
         - `in_features`: the size of the last dimension of what is scored.
         - `route`: whether a sequence goes to its experts as one row (``"sample"``) or each token as its own.
         - `search`: ``"exact"`` reads the whole grid and keeps it fresh; ``"beam"`` asks the network about the best
-          cells of each batch, for grids too large to hold.
+          cells of each batch, for grids too large to hold, and does as ``"exact"`` where few of these cells are hosted.
         - `load_balancing`: whether each pass computes a load-balancing loss (see `load_balancing_loss`).
         - `jitter`: in training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``.
 
@@ -120,7 +126,9 @@ class GatingFunction(nn.Module):
             latency_weight=latency_weight,
             priority=priority,
             codec=codec,
+            max_staleness=max_staleness,
         )
+        self._eval_staleness: int | None = None
         self.route = route
         self.search = search
         self.load_balancing = load_balancing
@@ -139,6 +147,7 @@ class GatingFunction(nn.Module):
         """Prefix and grid, for ``repr``."""
         return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.settings.k_best}"
 
+    @uncompiled
     def choose(self, x: torch.Tensor) -> Any:
         """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
@@ -147,8 +156,22 @@ class GatingFunction(nn.Module):
         self._search.check()
         with torch.no_grad():
             scores_RS = self._scores(self._rows((x,))[0][0])
-        return self._search.deliver(isolated(self._choose(scores_RS), modes=NO_GRAD))
+        chosen = self._choose(scores_RS, self._settings_now(), self.training)
+        return self._search.deliver(isolated(chosen, modes=NO_GRAD))
 
+    def eval(self, *, max_staleness: int | None = None) -> Self:
+        """Evaluation mode, as of any module. `max_staleness`: what holds in it, until `eval` is called again; None:
+        what the gate was made with. Raises: ValueError."""
+        check_max_staleness(max_staleness)
+        self._eval_staleness = max_staleness
+        return super().eval()
+
+    def _settings_now(self) -> MixtureSettings:
+        if self.training or self._eval_staleness is None:
+            return self.settings
+        return replace(self.settings, max_staleness=self._eval_staleness)
+
+    @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
@@ -167,6 +190,7 @@ class GatingFunction(nn.Module):
         """
         return self._search.deliver(isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
+    @uncompiled
     def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
         return self._search.deliver(self._start(x, args, kwargs))
@@ -194,7 +218,7 @@ class GatingFunction(nn.Module):
                     )
                 return value.flatten(0, len(lead) - 1)
             if isinstance(value, tuple | list):
-                return type(value)(flat(item) for item in value)
+                return sequence_like(value, map(flat, value))
             if isinstance(value, Mapping):
                 return {key: flat(item) for key, item in value.items()}
             return value
@@ -211,14 +235,16 @@ class GatingFunction(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- the passes
 
-    async def _choose(self, scores_RS: torch.Tensor) -> list[list[RemoteExpert]]:
+    async def _choose(
+        self, scores_RS: torch.Tensor, settings: MixtureSettings, training: bool
+    ) -> list[list[RemoteExpert]]:
         scores_RS = _sound(scores_RS)
         view = await self._search.view(scores_RS, beam=self.search == "beam")
         if len(scores_RS) and not len(view.coords):
             raise NotEnoughExperts(1, len(scores_RS), {})
-        bias_N = self._search.bias(view, self.settings.latency_weight)
-        best_RK = self._search.grid(view).top_k(scores_RS, self.settings.k_best, bias_N=bias_N)
-        return self._search.experts(view, best_RK.numpy())
+        bias_N = self._search.bias(view, settings.latency_weight)
+        best_RK = self._search.grid(view).top_k(scores_RS, settings.k_best, bias_N=bias_N)
+        return self._search.experts(view, best_RK.numpy(), options=settings.call_options, training=training)
 
     def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
@@ -229,7 +255,18 @@ class GatingFunction(nn.Module):
         scores_RS = self._scores(rows[0])
         seed = draw_seed() if self.training else 0
         casts = under_autocast((rows, kwrows))
-        mixed = self._mix(scores_RS, rows, kwrows, versions, lead, torch.is_grad_enabled(), casts, self.training, seed)
+        mixed = self._mix(
+            scores_RS,
+            rows,
+            kwrows,
+            versions,
+            lead,
+            torch.is_grad_enabled(),
+            casts,
+            self.training,
+            seed,
+            self._settings_now(),
+        )
         return isolated(mixed, modes=NO_GRAD)
 
     @staticmethod
@@ -247,19 +284,26 @@ class GatingFunction(nn.Module):
         casts: bool,
         training: bool,
         seed: int,
+        settings: MixtureSettings,
     ) -> Mixed:
         sound_RS = _sound(scores_RS)
         view = await self._search.view(sound_RS, beam=self.search == "beam")
-        schema = await self._search.schema(sound_RS, view)
+
+        def fitting(schema: ExpertSchema) -> list[torch.Tensor]:
+            given = args, kwargs
+            if casts:
+                with torch.set_grad_enabled(differentiable):
+                    given = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
+            return flatten_like(schema.inputs, given, what=f"the grid {self.uid_prefix}")
+
+        schema = await self._search.schema(sound_RS, view, fitting)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: a mixture averages, "
                 "which whole numbers can't bear; call the experts that `choose` gives"
             )
-        if casts:
-            with torch.set_grad_enabled(differentiable):
-                args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
-        inputs = flatten_like(schema.inputs, (args, kwargs), what=f"the experts of {self.uid_prefix}")
+        inputs = fitting(schema)
+        settle(schema.codecs, settings.call_options.codecs)  # raises before anybody is asked
         call = MixtureCall(
             self._search,
             view,
@@ -267,9 +311,9 @@ class GatingFunction(nn.Module):
             prefix=self.uid_prefix,
             schema=schema,
             scores=sound_RS,
-            bias=partial(self._search.bias, weight=self.settings.latency_weight),
+            bias=partial(self._search.bias, weight=settings.latency_weight),
             newcomers=partial(self._search.newcomers, beam=self.search == "beam"),
-            settings=self.settings,
+            settings=settings,
             training=training,
             seed=seed,
             differentiable=differentiable,
@@ -285,7 +329,7 @@ class GatingFunction(nn.Module):
             columns_ND = call.grid.columns_ND.to(device)
             scores_L = expert_scores(scores_RS, rows_L, experts_L, columns_ND)
             weights_L = self._weights(scores_L, scores_RS, rows_L)
-            weights_L = weights_L * (num_answers_R >= self.settings.k_min)[rows_L]
+            weights_L = weights_L * (num_answers_R >= settings.k_min)[rows_L]
             call.weights = weights_L.detach().cpu()
             outputs = [_weighted_sum(weights_L, answer, rows_L, num_rows) for answer in answers]
             if lead is not None:
@@ -294,7 +338,7 @@ class GatingFunction(nn.Module):
             if self.load_balancing:
                 loss = self._load_balancing_loss(scores_RS, columns_ND[call.chosen.to(device)])
         self.load_balancing_loss = loss
-        return Mixed(unflatten(schema.outputs, outputs), num_answers_R, call.errors, loss)
+        return Mixed(unflatten(schema.outputs, outputs), num_answers_R, call.errors, call.versions(), loss)
 
     def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
         """Softmax over the experts that answered each row."""
@@ -346,6 +390,7 @@ class SwitchGatingFunction(GatingFunction):
         capacity_factor: float | None = None,
         priority: int = 0,
         codec: str | Mapping[str, str] = "auto",
+        max_staleness: int | None = None,
     ) -> None:
         """See `GatingFunction`."""
         super().__init__(
@@ -369,6 +414,7 @@ class SwitchGatingFunction(GatingFunction):
             capacity_factor=capacity_factor,
             priority=priority,
             codec=codec,
+            max_staleness=max_staleness,
         )
 
     def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,10 @@ _MAX_SLOWDOWN = 4.0
 _MAX_KEYS = 65_536
 MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
 _PATIENCE_MARGIN = 1.4
+MAX_GRACE_SECONDS = 1.0
+FIRST_GRACE_SECONDS = 3.0
+"""For those that were never asked before: a first pass may load, compile and allocate."""
+_GRACE_SHARE = 0.05
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16
 
@@ -69,12 +73,33 @@ class Lateness:
         return self._patience
 
 
+class Grace:
+    """Seconds for which answers are waited for that take longer than is usual: `MAX_GRACE_SECONDS`, until somebody was
+    waited for in vain. Then none, and each pass in which everybody answered gives a twentieth of its time back.
+
+    So where all is well, one that is late is waited for, and where some hang in every pass, waiting for them costs a
+    twentieth of the time at most.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = MAX_GRACE_SECONDS
+
+    def spend(self) -> None:
+        """Somebody was waited for who did not answer."""
+        self.seconds = 0.0
+
+    def earn(self, seconds: float) -> None:
+        """In a pass that took so long, everybody answered."""
+        self.seconds = min(MAX_GRACE_SECONDS, self.seconds + _GRACE_SHARE * seconds)
+
+
 class LatencyBook:
     """Seconds that calls took, by replica. They include the server's queue: that is the point."""
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
         """Of the calls of all mixtures together."""
+        self.grace = {"forward": Grace(), "backward": Grace()}
         self._records: dict[Hashable, _Record] = {}
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
@@ -116,6 +141,11 @@ class LatencyBook:
         """Seconds that `key` usually takes to answer; those given up count little. None if it never answered."""
         record = self._records.get(key)
         return None if record is None or record.usual is None else path + record.usual
+
+    def is_new(self, key: Hashable) -> bool:
+        """Whether `key` was never called, or never long enough to learn anything."""
+        record = self._records.get(key)
+        return record is None or record.beyond_path is None
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
         """Whether `block` still holds."""

@@ -20,13 +20,13 @@ from tesseract_async.client.beam_search import Indices, LiveGrid, group, within_
 from tesseract_async.client.endings import Endings
 from tesseract_async.client.expert_calls import (
     Answer,
-    CallOptions,
     ExpertSchema,
     Forward,
     call_backward,
     call_forward,
-    check_priority,
 )
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS
+from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.parts import Part, Usual, patience_limit, usual_seconds
 from tesseract_async.client.ports import View
 from tesseract_async.client.replicas import (
@@ -38,69 +38,11 @@ from tesseract_async.client.replicas import (
     cancel_all,
     may_pass,
 )
+from tesseract_async.client.staleness import fresh_enough
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, Overloaded, TesseractError
 from tesseract_async.runtime.finite import are_finite
-from tesseract_async.wire.codecs import AUTO, Codecs
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import flatten
-
-
-@dataclass(frozen=True, slots=True)
-class MixtureSettings:
-    """How a mixture deals with experts that may vanish. Times in seconds."""
-
-    k_best: int = 4
-    """Experts asked for each row."""
-    k_min: int = 1
-    """Answers that a row needs."""
-    spare: int = 1
-    """A row is refilled as soon as fewer than ``k_min + spare`` of its experts have answered or still may: a spare one
-    under way keeps a row from waiting for one that hangs."""
-    forward_timeout: float = 15.0
-    """For a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until then
-    for those that come, come back, or were overloaded; not where all that failed said no themselves (`ExpertFailed` and
-    the like), and not with a `capacity_factor`."""
-    timeout_after_k_min: float | None = None
-    """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`."""
-    backward_timeout: float = 15.0
-    """For the experts' gradients. An expert that has not answered by then contributes none."""
-    backward_k_min: int = 0
-    """Experts whose gradients a row needs, of those that answered it; with fewer, backward raises NotEnoughExperts."""
-    patience: float | None = None
-    """An expert counts as hanging when it takes longer than this share (0.02 s at least) beyond what is usual: for most
-    others of the batch, for so many rows, and for itself. Then its rows are refilled, and only those wait that must.
-    None: learnt from how far answers scatter (see `Lateness`), between 0.25 and 1.5."""
-    refill: bool = True
-    """Whether rows short of answers are sent to their next-best experts."""
-    rescale_backward: bool = False
-    """Whether the survivors' input gradients are divided by their share of the row's weight."""
-    on_missing: Literal["raise", "zero"] = "raise"
-    """What becomes of a row short of `k_min` answers in the end: NotEnoughExperts, or an output of zeros."""
-    capacity_factor: float | None = None
-    """An expert takes at most this many times its fair share of the rows, the best-scored first; None: no limit."""
-    latency_weight: float = 0.0
-    """Score that an expert loses, in choosing only, for each second that it is expected to take."""
-    priority: int = 0
-    """-1, 0 or 1; higher goes first at the servers."""
-    codec: str | Mapping[str, str] = AUTO
-    """How floating-point tensors travel, see `CallOptions`."""
-
-    def __post_init__(self) -> None:
-        Codecs.of(self.codec)
-        check_priority(self.priority)
-        if self.k_best < 1:
-            raise ValueError(f"k_best is at least 1, not {self.k_best}")
-        for name in ("k_min", "backward_k_min"):
-            if not 0 <= getattr(self, name) <= self.k_best:
-                raise ValueError(f"{name} lies between 0 and k_best={self.k_best}, not at {getattr(self, name)}")
-        if self.on_missing not in ("raise", "zero"):
-            raise ValueError(f"on_missing is 'raise' or 'zero', not {self.on_missing!r}")
-        if min(self.forward_timeout, self.backward_timeout) <= 0 or (self.timeout_after_k_min or 0) < 0:
-            raise ValueError("time-outs are positive numbers of seconds")
-        if min(self.spare, self.patience or 0.0, self.latency_weight) < 0:
-            raise ValueError("spare, patience and latency_weight are not negative")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,10 +97,11 @@ class MixtureCall:
         self._nobody_comes = not (settings.refill and settings.k_min) or settings.capacity_factor is not None
         """Whether rows that have tried everybody are given up."""
         self._settings = settings
-        self._options = CallOptions(timeout=settings.forward_timeout, priority=settings.priority, codec=settings.codec)
+        self._options = settings.call_options
         self._training = training
         self._seed = seed
         self._differentiable = differentiable
+        self._stalled = shared.stalls.seconds
         self._num_first = 0
         """Parts sent at first."""
         num_rows, num_live = len(scores), len(view.coords)
@@ -169,7 +112,8 @@ class MixtureCall:
         self._full: list[tuple[float, Part]] = []
         """When those that were overloaded may be asked again."""
         self._num_pending: Indices = np.zeros(num_rows, dtype=np.int64)
-        self._num_failed = 0
+        self._failed: dict[str, BaseException] = {}
+        """Of this pass, by uid; those that came back are still in it."""
         self._num_slow: Indices = np.zeros(num_rows, dtype=np.int64)
         self._exhausted: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
         """Rows for which no further expert is left."""
@@ -187,6 +131,10 @@ class MixtureCall:
 
         Raises: NotEnoughExperts if `on_missing` says so.
         """
+        with self._shared.stalls.watching():
+            return await self._forward(inputs)
+
+    async def _forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         device = inputs[0].device
         inputs = [tensor.cpu() for tensor in inputs]
         loop = asyncio.get_running_loop()
@@ -229,14 +177,16 @@ class MixtureCall:
                 elif stuck.any() and self._settings.on_missing == "raise" and self._settings.k_min:
                     lost = True
                     break
+                give_up_at = deadline
                 if (self._satisfied() | (stuck & self._nobody_comes)).all():
-                    if all(part.slow for part in tasks.values()):
+                    give_up_at = max((part.late_at + part.grace for part in tasks.values()), default=-math.inf)
+                    if now >= give_up_at:
                         break
                     if self._settings.timeout_after_k_min is not None:
                         deadline = min(deadline, now + self._settings.timeout_after_k_min)
                 if now >= deadline:
                     break
-                for task in await endings.wait(min(deadline, suspicious_at, again_at)):
+                for task in await endings.wait(min(deadline, give_up_at, suspicious_at, again_at)):
                     if task is coming:
                         coming, came = None, task.result()
                         self._nobody_comes = not came
@@ -251,12 +201,12 @@ class MixtureCall:
                 self.given_up.append(part)
                 self.seconds[part.expert] = loop.time() - part.sent
                 self.errors.setdefault(part.uid, TimeoutError(f"{part.uid} did not answer in time"))
-            self._learn()
+            self._learn(loop.time() - started)
         finally:
             await cancel_all([*tasks, *([] if coming is None else [coming])])
         short = int((self.num_answers < self._settings.k_min).sum())
         if short and self._settings.on_missing == "raise":
-            raise NotEnoughExperts(self._settings.k_min, short, self.errors)
+            raise NotEnoughExperts(self._settings.k_min, short, self.errors, num_live=len(self.view.coords))
         return [output.to(device) for output in self._stacked_outputs()]
 
     def _satisfied(self) -> npt.NDArray[np.bool_]:
@@ -289,7 +239,9 @@ class MixtureCall:
         forward = Forward(uid, self._schema, self._training, self._seed, self._options, self._differentiable)
         replicas = self.view.replicas[coords]
         expected = self._shared.usual(replicas, num_bytes=len(rows) * self._schema.row_bytes)
-        return Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
+        part = Part(uid, expert, torch.from_numpy(rows), replicas, forward, now, expected)
+        part.grace = self._grace("forward", self._shared.are_new(replicas), self._settings.forward_timeout)
+        return part
 
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
@@ -298,9 +250,8 @@ class MixtureCall:
             return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        outputs, part.answer = await ask_best(
-            self._shared, part.replicas, attempt, timeout=left, num_bytes=part.num_bytes
-        )
+        replicas, ask = fresh_enough(self._shared, part.uid, part.replicas, attempt, self._settings.max_staleness)
+        outputs, part.answer = await ask_best(self._shared, replicas, ask, timeout=left, num_bytes=part.num_bytes)
         if not are_finite(outputs):
             raise ExpertFailed(f"{part.uid} answered numbers that are not finite")
         part.outputs = outputs
@@ -315,7 +266,7 @@ class MixtureCall:
             self.answered.append(part)
         elif isinstance(error, TesseractError | TimeoutError):
             self.errors[part.uid] = _without_frames(error)
-            self._num_failed += 1
+            self._failed[part.uid] = self.errors[part.uid]
             self._excluded[part.expert] = True
             if isinstance(error, Overloaded):
                 self._full.append((now + max(error.retry_after, BLOCK_SECONDS), part))
@@ -324,34 +275,48 @@ class MixtureCall:
 
     def _usual(self) -> Usual | None:
         seconds = [self.seconds[part.expert] for part in self.answered]
-        return Usual.of(self.answered, seconds, self._num_first - self._num_failed)
+        return Usual.of(self.answered, seconds, self._num_first - len(self._failed))
 
     def _patience(self, way: Literal["forward", "backward"]) -> float:
         known = self._settings.patience
         return self._shared.latencies.lateness[way].patience if known is None else known
 
+    def _grace(self, way: Literal["forward", "backward"], is_new: bool, timeout: float) -> float:
+        """For how long one that is slow is waited for, where all rows have enough; not at all with a given patience."""
+        if self._settings.patience is not None:
+            return 0.0
+        return min(FIRST_GRACE_SECONDS if is_new else self._shared.latencies.grace[way].seconds, timeout / 3)
+
     def _suspect(self, under_way: Iterable[Part], now: float) -> float:
         """Marks the parts that take suspiciously long; returns when the next one would (the loop's time)."""
         next_at = math.inf
         usual, patience = self._usual(), self._patience("forward")
+        stalled = self._shared.stalls.seconds - self._stalled
         for part in under_way:
+            limit = patience_limit(usual_seconds(part, usual, part.expected), patience)
+            part.late_at = part.sent + limit + stalled
             if part.slow:
                 continue
-            limit_at = part.sent + patience_limit(usual_seconds(part, usual, part.expected), patience)
-            if now >= limit_at:
+            if now >= part.late_at:
                 part.slow = True
                 self._num_pending[part.rows.numpy()] -= 1
                 self._num_slow[part.rows.numpy()] += 1
             else:
-                next_at = min(next_at, limit_at)
+                next_at = min(next_at, part.late_at)
         return next_at
 
-    def _learn(self) -> None:
-        """Takes in how far this batch's answers scattered."""
-        usual, lateness = self._usual(), self._shared.latencies.lateness["forward"]
-        for part in (*self.answered, *(part for part in self.given_up if part.slow)):
-            if (seconds := usual_seconds(part, usual, part.expected)) is not None:
-                lateness.observe(self.seconds[part.expert], seconds)
+    def _learn(self, seconds: float) -> None:
+        """Takes in how far this batch's answers scattered, how long was waited in vain, and who was left out."""
+        usual, book = self._usual(), self._shared.latencies
+        late = [part for part in self.given_up if part.slow]
+        for part in (*self.answered, *late):
+            if (may_take := usual_seconds(part, usual, part.expected)) is not None:
+                book.lateness["forward"].observe(self.seconds[part.expert], may_take)
+        if late:
+            book.grace["forward"].spend()
+        elif not self.given_up:
+            book.grace["forward"].earn(seconds)
+        self._shared.left_out.note("forward", {part.uid: self.errors[part.uid] for part in late} | self._failed)
 
     def _refill(self) -> list[Part]:
         """Parts for the rows that have too few answers to come, from their next-best experts."""
@@ -426,6 +391,10 @@ class MixtureCall:
             part.outputs = []  # the copies live in the stack now
         return stacked
 
+    def versions(self) -> dict[str, int]:
+        """By uid, the optimizer steps that the experts had taken that answered."""
+        return {part.uid: part.answer.version for part in self.answered if part.answer is not None}
+
     def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and expert of every line of the outputs."""
         # on the CPU whatever torch.set_default_device says, as everything here
@@ -461,7 +430,8 @@ class MixtureCall:
             tasks[loop.create_task(self._ask_backward(part, inputs, grads))] = part
             asked[part.rows.numpy()] += 1
         try:
-            results, errors = await self._collect(tasks, asked)
+            with self._shared.stalls.watching():
+                results, errors = await self._collect(tasks, asked)
         finally:
             await cancel_all(tasks)
         got = np.zeros_like(asked)
@@ -469,7 +439,7 @@ class MixtureCall:
             got[part.rows.numpy()] += 1
         short = int((got < np.minimum(asked, self._settings.backward_k_min)).sum())
         if short:
-            raise NotEnoughExperts(self._settings.backward_k_min, short, errors)
+            raise NotEnoughExperts(self._settings.backward_k_min, short, errors, what="gradients")
         sums = self._sum(inputs, results)
         return self._rescaled(sums, [slices[part.expert] for part, _ in results])
 
@@ -488,6 +458,13 @@ class MixtureCall:
         book = self._shared.latencies
         expected = {part.uid: book.usual((part.uid, "backward")) for part in tasks.values()}
         patience = self._patience("backward")
+        stalled = self._shared.stalls.seconds
+        timeout = self._settings.backward_timeout
+        grace = {
+            # of several that claim to be the primary, those that are silent are found out within that time
+            part.uid: self._grace("backward", book.is_new((part.uid, "backward")) or len(part.replicas) > 1, timeout)
+            for part in tasks.values()
+        }
 
         def usual() -> Usual | None:
             return Usual.of([part for part, _ in results], seconds, len(tasks) - len(errors))
@@ -496,14 +473,20 @@ class MixtureCall:
         endings: Endings[list[torch.Tensor | None]] = Endings()
         for task in tasks:
             endings.add(task)
+
+        def give_up_at() -> float:
+            if (got < needed).any():
+                return deadline
+            now_usual = usual()
+            late_at = (
+                patience_limit(usual_seconds(part, now_usual, expected[part.uid]), patience) + grace[part.uid]
+                for part in map(tasks.__getitem__, waiting)
+            )
+            return min(deadline, started + self._shared.stalls.seconds - stalled + max(late_at))
+
         while waiting:
-            give_up_at = deadline
-            if (got >= needed).all():
-                now_usual = usual()
-                may_take = [usual_seconds(p, now_usual, expected[p.uid]) for p in map(tasks.__getitem__, waiting)]
-                give_up_at = min(deadline, started + max(patience_limit(s, patience) for s in may_take))
-            done = await endings.wait(give_up_at)
-            if not done and give_up_at <= loop.time():
+            done = await endings.wait(give_up_at())
+            if not done and give_up_at() <= loop.time():
                 break
             for task in done:
                 del waiting[task]
@@ -517,6 +500,10 @@ class MixtureCall:
                     errors[part.uid] = _without_frames(error)
                 else:
                     raise error
+        if waiting:
+            book.grace["backward"].spend()
+        else:
+            book.grace["backward"].earn(loop.time() - started)
         taken = [(part, s) for (part, _), s in zip(results, seconds, strict=True)]
         at_last = usual()
         for task in waiting:
@@ -527,6 +514,7 @@ class MixtureCall:
         for part, s in taken:
             if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:
                 book.lateness["backward"].observe(s, may_take_s)
+        self._shared.left_out.note("backward", errors)
         return results, errors
 
     async def _ask_backward(

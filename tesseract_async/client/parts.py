@@ -34,6 +34,10 @@ class Part:
     answer: Answer | None = None
     slow: bool = False
     """Whether it takes suspiciously long."""
+    grace: float = 0.0
+    """Seconds that it is waited for when it is slow, where its rows have enough answers."""
+    late_at: float = math.inf
+    """From when on it is slow (the loop's time)."""
 
     @property
     def num_bytes(self) -> int:

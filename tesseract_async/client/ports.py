@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class Directory(Protocol):
         """The view of one watched size; None while nothing was read."""
 
     def report_failure(self, replica: Any, *, reason: str = "silent") -> None: ...
+    def report_late(self, replica: Any) -> None: ...
     def report_answer(self, replica: Any) -> None: ...
 
 
@@ -77,6 +79,9 @@ class Node(Protocol):
 
     @property
     def directory(self) -> Directory: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
 
     def path(self, peer: Any) -> tuple[float, float] | None:
         """Round trip (seconds) and bytes per second (0.0: not known) of the path to `peer`; None without one."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
 from tesseract_async.client.arguments import Versions, arguments_now
-from tesseract_async.client.autograd import refuse_wrappers, remote_call
+from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.expert_calls import (
     Answer,
     CallOptions,
@@ -20,13 +21,22 @@ from tesseract_async.client.expert_calls import (
     Forward,
     call_backward,
     call_forward,
+    check_max_staleness,
     fetch_schema,
 )
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.replicas import Attempt, Shared, ask_best, ask_primary
-from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable
+from tesseract_async.client.staleness import Forwarded, fresh_enough
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertNotFound,
+    PeerUnreachable,
+    SchemaMismatch,
+    TesseractError,
+)
+from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import flatten, flatten_like, unflatten
+from tesseract_async.wire.tensors import flatten, flatten_like, sequence_like, unflatten
 
 T = TypeVar("T")
 
@@ -68,7 +78,10 @@ class RemoteExpert(nn.Module):
         self.uid = uid
         self.options = options
         self.replicas = tuple(replicas)
+        self.version: int | None = None
+        """Optimizer steps that the expert had taken when it computed the latest answer here; None before."""
         self._shared = Shared(node)
+        self._eval_staleness: int | None = None
         self._known = _Known(schema)
 
     def extra_repr(self) -> str:
@@ -76,21 +89,44 @@ class RemoteExpert(nn.Module):
         return self.uid
 
     def with_options(
-        self, *, timeout: float | None = None, priority: int | None = None, codec: str | Mapping[str, str] | None = None
+        self,
+        *,
+        timeout: float | None = None,
+        priority: int | None = None,
+        codec: str | Mapping[str, str] | None = None,
+        max_staleness: int | None = None,
     ) -> RemoteExpert:
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
         `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.
         `codec`: how floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see
-        `CallOptions`). Raises: ValueError.
+        `CallOptions`). `max_staleness`: steps of the primary that a forward's answer may lack, where followers answer,
+        too; 0: the primary answers. Raises: ValueError.
         """
-        given = {"timeout": timeout, "priority": priority, "codec": codec}
-        options = dataclasses.replace(self.options, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        given = {"timeout": timeout, "priority": priority, "codec": codec, "max_staleness": max_staleness}
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if timeout is not None:
+            changes["backward_timeout"] = None
+        options = dataclasses.replace(self.options, **changes)
         twin = RemoteExpert(self._shared.node, self.uid, self.replicas, options=options)
         twin._shared, twin._known = self._shared, self._known
         twin.train(self.training)
+        twin._eval_staleness = self._eval_staleness
         return twin
 
+    def eval(self, *, max_staleness: int | None = None) -> Self:
+        """Evaluation mode, as of any module. `max_staleness`: what holds in it, until `eval` or `with_options` says
+        otherwise; None: what held before. Raises: ValueError."""
+        check_max_staleness(max_staleness)
+        self._eval_staleness = max_staleness
+        return super().eval()
+
+    def _options_now(self) -> CallOptions:
+        if self.training or self._eval_staleness is None:
+            return self.options
+        return dataclasses.replace(self.options, max_staleness=self._eval_staleness)
+
+    @uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
@@ -109,7 +145,8 @@ class RemoteExpert(nn.Module):
         (args, kwargs), versions = arguments_now((args, kwargs))
         casts = under_autocast((args, kwargs))
         seed = draw_seed() if self.training else 0
-        call = self._call(args, kwargs, versions, differentiable, casts, self.training, seed)
+        options = self._options_now()
+        call = self._call(args, kwargs, versions, differentiable, casts, self.training, seed, options)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
 
     def info(self) -> Any:
@@ -131,29 +168,81 @@ class RemoteExpert(nn.Module):
         casts: bool,
         training: bool,
         seed: int,
+        options: CallOptions,
     ) -> Any:
         schema = self._known.schema or await self._info()
-        if casts:
-            with torch.set_grad_enabled(differentiable):
-                args, kwargs = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
-        inputs = flatten_like(schema.inputs, (args, kwargs), what=f"expert {self.uid}")
-        call = _ExpertCall(self, Forward(self.uid, schema, training, seed, self.options, differentiable))
-        outputs = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
+
+        def fitting(schema: ExpertSchema) -> list[torch.Tensor]:
+            given = args, kwargs
+            if casts:
+                with torch.set_grad_enabled(differentiable):
+                    given = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
+            return flatten_like(schema.inputs, given, what=f"expert {self.uid}")
+
+        try:
+            inputs = fitting(schema)
+        except SchemaMismatch:
+            found = await self._other_schema(schema, fitting)
+            if found is None:
+                raise
+            schema, inputs = found
+        settle(schema.codecs, options.codecs)  # raises before anybody is asked
+        call = _ExpertCall(self, Forward(self.uid, schema, training, seed, options, differentiable))
+        try:
+            outputs = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
+        except SchemaMismatch:
+            if self._known.schema is schema:
+                self._known.schema = None  # nobody takes what the schema says: it is another expert now
+            raise
         return unflatten(schema.outputs, outputs)
 
+    async def _other_schema(
+        self, schema: ExpertSchema, fitting: Callable[[ExpertSchema], list[torch.Tensor]]
+    ) -> tuple[ExpertSchema, list[torch.Tensor]] | None:
+        """Another schema that the inputs fit, of a server that says that it is the primary, too, or of the expert as it
+        is now: two servers host different experts under this uid, or it changed."""
+        primaries = [replica for replica in await self.find() if replica.primary]
+        timeout = self.options.timeout / 2
+        told = await asyncio.gather(
+            *(fetch_schema(self._shared.node, self.uid, replica.peer, timeout=timeout) for replica in primaries),
+            return_exceptions=True,
+        )
+        for answer in told:
+            if isinstance(answer, ExpertSchema) and answer.inputs != schema.inputs:
+                with contextlib.suppress(SchemaMismatch):
+                    inputs = fitting(answer)
+                    self._known.schema = answer
+                    return answer, inputs
+        return None
+
     async def _fetch_schema(self) -> ExpertSchema:
+        """The primary's word; that of the others if none answers in half the time."""
+
         async def attempt(peer: Any, timeout: float) -> ExpertSchema:
             return await fetch_schema(self._shared.node, self.uid, peer, timeout=timeout)
 
-        return await self.ask(attempt, timeout=self.options.timeout, observed=False)
+        primaries = [replica for replica in await self.find() if replica.primary]
+        timeout = self.options.timeout
+        if primaries:
+            with contextlib.suppress(TesseractError, TimeoutError):
+                return await ask_best(self._shared, primaries, attempt, timeout=timeout / 2, observed=False)
+        return await self.ask(lambda replicas: (replicas, attempt), timeout=timeout, observed=False)
 
-    async def ask(self, attempt: Attempt[T], *, timeout: float, observed: bool = True, num_bytes: float = 0) -> T:
-        """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
+    async def ask(
+        self,
+        choose: Callable[[Sequence[Any]], tuple[Sequence[Any], Attempt[T]]],
+        *,
+        timeout: float,
+        observed: bool = True,
+        num_bytes: float = 0,
+    ) -> T:
+        """`ask_best` of the replicas known; if none of them lives any more, of those that are found then. `choose` says
+        which of these are asked, and how.
 
         A server that came back at another address is known by its old one until a call there has failed.
         """
         deadline = asyncio.get_running_loop().time() + timeout
-        replicas = await self.find()
+        replicas, attempt = choose(await self.find())
         try:
             return await ask_best(
                 self._shared, replicas, attempt, timeout=timeout, observed=observed, num_bytes=num_bytes
@@ -163,7 +252,8 @@ class RemoteExpert(nn.Module):
             found = await self._shared.node.directory.find(self.uid)  # without those that just failed
             if left <= 0 or not found:
                 raise
-            return await ask_best(self._shared, found, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
+            replicas, attempt = choose(found)
+            return await ask_best(self._shared, replicas, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
 
     async def find(self, *, even_failed: bool = True) -> Sequence[Any]:
         """The live replicas, the primary first; unless told otherwise those that failed lately if there are no others,
@@ -194,7 +284,7 @@ def cast_to(schema: Any, value: Any) -> Any:
     if isinstance(schema, dict) and isinstance(value, dict):
         return {key: cast_to(schema[key], item) if key in schema else item for key, item in value.items()}
     if isinstance(schema, tuple | list) and isinstance(value, tuple | list) and len(schema) == len(value):
-        return type(value)(cast_to(part, item) for part, item in zip(schema, value, strict=True))
+        return sequence_like(value, [cast_to(part, item) for part, item in zip(schema, value, strict=True)])
     both = isinstance(value, torch.Tensor) and not isinstance(schema, tuple | list | dict)
     if both and value.is_floating_point() and schema.dtype.is_floating_point:
         return value.to(schema.dtype)
@@ -211,7 +301,8 @@ class _ExpertCall:
     """One call of one expert: where its forward was answered, and how its backward goes (see `autograd.Remote`)."""
 
     def __init__(self, expert: RemoteExpert, forward: Forward) -> None:
-        self.timeout = forward.options.timeout
+        options = forward.options
+        self.timeout = options.timeout if options.backward_timeout is None else options.backward_timeout
         self._expert = expert
         self._shared = expert._shared
         self._forward = forward
@@ -222,7 +313,13 @@ class _ExpertCall:
             return await call_forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
         num_bytes = len(inputs[0]) * self._forward.schema.row_bytes
-        outputs, self._answer = await self._expert.ask(attempt, timeout=self.timeout, num_bytes=num_bytes)
+        options = self._forward.options
+
+        def choose(replicas: Sequence[Any]) -> tuple[Sequence[Any], Attempt[Forwarded]]:
+            return fresh_enough(self._shared, self._forward.uid, replicas, attempt, options.max_staleness)
+
+        outputs, answer = await self._expert.ask(choose, timeout=options.timeout, num_bytes=num_bytes)
+        self._answer, self._expert.version = answer, answer.version
         device = inputs[0].device
         return outputs if device.type == "cpu" else [output.to(device) for output in outputs]
 

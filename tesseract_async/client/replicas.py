@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from tesseract_async.client.expert_calls import fetch_version
 from tesseract_async.client.latency import LatencyBook, path_seconds
+from tesseract_async.client.left_out import LeftOut
 from tesseract_async.client.limits import Limits
 from tesseract_async.client.ports import Node, PlainCalls
+from tesseract_async.client.stalls import Stalls
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
@@ -18,11 +22,16 @@ from tesseract_async.errors import (
     PeerUnreachable,
     ProtocolError,
     RemoteError,
+    SchemaMismatch,
     TesseractError,
+    TooStale,
 )
+from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 Attempt = Callable[[Any, float], Awaitable[T]]
 """``attempt(peer, seconds)``: one call to one server."""
@@ -34,14 +43,27 @@ GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
 BLOCK_SECONDS = 0.1
 _MAX_HANDOVERS = 5
+_HEDGE_SECONDS = 0.75
+"""Where it is not known how long a replica may take, the next one is asked after so long."""
+_PROBE_SECONDS = 2.0
+"""A server that has not even answered a question by then, where another has, counts as silent."""
+_REASONS = {
+    PeerUnreachable: "unreachable",
+    ConnectionLost: "lost",
+    ProtocolError: "protocol",
+    ExpertNotFound: "not_found",
+    TimeoutError: "silent",
+}
 
 
 class _OfNode:
     """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.latencies = LatencyBook()
         self.limits = Limits()
+        self.stalls = Stalls()
+        self.left_out = LeftOut(metrics)
 
 
 _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
@@ -50,14 +72,22 @@ _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary(
 class Shared(Uncopied):
     """What copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
 
+    _called = "a remote expert or a gate"
+
+    def are_new(self, replicas: Sequence[Any]) -> bool:
+        """Whether none of `replicas` was ever called."""
+        return all(self.latencies.is_new(_key(replica)) for replica in replicas)
+
     def __init__(self, node: Any) -> None:
         """`node`: a `Node`, or one that gives plain calls."""
         self._plain = node if isinstance(node, PlainCalls) else None
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         if (ours := _of_nodes.get(self.node)) is None:
-            ours = _of_nodes[self.node] = _OfNode()
+            ours = _of_nodes[self.node] = _OfNode(self.node.metrics)
         self.latencies = ours.latencies
         self.limits = ours.limits
+        self.stalls = ours.stalls
+        self.left_out = ours.left_out
 
     def check(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
@@ -95,7 +125,8 @@ def ask_best(
     """Asks the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
 
     The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
-    directory. How long it took is remembered if `observed`. `num_bytes` travel, both ways together.
+    directory, and those that refuse as SchemaMismatch what another one answers: they host something else under this
+    uid. How long it took is remembered if `observed`. `num_bytes` travel, both ways together.
 
     Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
     TimeoutError.
@@ -118,6 +149,7 @@ async def _ask_several(
     deadline = loop.time() + timeout
     queue = _by_expectation(shared, replicas, loop.time(), num_bytes)
     tasks: dict[asyncio.Task[T], Any] = {}
+    strange: dict[Any, SchemaMismatch] = {}
     first_error: BaseException | None = None
     try:
         while queue or tasks:
@@ -130,20 +162,24 @@ async def _ask_several(
                 replica = queue.pop(0)
                 asking = _ask(shared, replica, attempt, deadline - now, observed=observed, num_bytes=num_bytes)
                 tasks[loop.create_task(asking)] = replica
-                p95 = shared.latencies.p95(_key(replica))
-                if queue and p95 is not None:
-                    hedge_at = now + p95
+                if queue:
+                    p95 = shared.latencies.p95(_key(replica))
+                    hedge_at = now + (_HEDGE_SECONDS if p95 is None else p95)
             while tasks:
                 wait_until = hedge_at if queue else deadline + GRACE_SECONDS
                 done, _ = await asyncio.wait(
                     tasks, timeout=max(0.0, wait_until - loop.time()), return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in done:
-                    del tasks[task]
+                    replica = tasks.pop(task)
                     error = task.exception()
                     if error is None:
+                        for other, mismatch in strange.items():
+                            _ignore(shared, other, mismatch)
                         return task.result()
-                    if not may_pass(error):
+                    if isinstance(error, SchemaMismatch):
+                        strange[replica] = error
+                    elif not may_pass(error):
                         raise error
                     first_error = first_error or error
                 if queue and (done or loop.time() >= hedge_at):
@@ -166,17 +202,25 @@ async def ask_primary(
     """Asks the primary, and whoever is primary then when that one fails: for calls that are safe to repeat elsewhere.
 
     `replicas` are those known, the primary first; `find` looks them up anew. A full one is asked again when it said.
-    Raises: the first error if none answers; TimeoutError.
+    One that keeps silent where others claim the expert, too, is given up as soon as it does not even answer a question
+    that another one answers. Raises: the first error if none answers; TimeoutError.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     first_error: Exception | None = None
+    strange: dict[Any, SchemaMismatch] = {}
     for _ in range(_MAX_HANDOVERS):
         left = deadline - loop.time()
+        replicas = [replica for replica in replicas if replica.peer not in strange]
         if left <= 0 or not replicas:
             break
         try:
-            return await _ask(shared, replicas[0], attempt, left, observed=False)
+            result = await _ask_watched(shared, replicas, attempt, left)
+        except SchemaMismatch as error:
+            first_error = first_error or error
+            strange[replicas[0].peer] = error
+            replicas = replicas[1:]
+            continue
         except (*REPLICA_FAULTS, NotAllowed) as error:
             first_error = first_error or error
         except Overloaded as error:
@@ -185,12 +229,62 @@ async def ask_primary(
             if loop.time() + pause >= deadline:
                 break
             await asyncio.sleep(pause)
+        else:
+            return result
         try:
             async with asyncio.timeout_at(deadline):
                 replicas = await find()
         except (TesseractError, TimeoutError):
             break
     raise first_error or TimeoutError(f"no answer within {timeout} s")
+
+
+async def _ask_watched(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], timeout: float) -> T:
+    """Asks the first of `replicas`. If it takes long, all are asked a small question at once: those that are silent
+    then, where another one speaks, are reported, and if the first is one of them, it is not waited for any more."""
+    asking = _ask(shared, replicas[0], attempt, timeout, observed=False)
+    if len(replicas) == 1:
+        return await asking
+    call = asyncio.ensure_future(asking)
+    probes: list[asyncio.Task[bool]] = []
+    try:
+        await asyncio.wait([call], timeout=_HEDGE_SECONDS)
+        if not call.done():
+            probes = [asyncio.ensure_future(_speaks(shared, replica)) for replica in replicas]
+            both: list[asyncio.Future[Any]] = [call, answering := asyncio.gather(*probes)]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                speak = answering.result()
+                for replica, speaks in zip(replicas, speak, strict=True):
+                    if any(speak) and not speaks:
+                        shared.node.directory.report_failure(replica, reason="silent")
+                if any(speak) and not speak[0]:
+                    raise TimeoutError(f"{replicas[0].uid} is silent at the server that claims to be its primary")
+        return await call
+    except asyncio.CancelledError:
+        shared.node.directory.report_late(replicas[0])
+        raise
+    finally:
+        await cancel_all([call, *probes])
+
+
+async def _speaks(shared: Shared, replica: Any) -> bool:
+    """Whether its server answers a question, whatever the answer."""
+    try:
+        async with asyncio.timeout(_PROBE_SECONDS):
+            await fetch_version(shared.node, replica.uid, replica.peer, timeout=_PROBE_SECONDS)
+    except (TimeoutError, PeerUnreachable, ConnectionLost):
+        return False
+    except TesseractError:
+        pass
+    return True
+
+
+def _ignore(shared: Shared, replica: Any, mismatch: SchemaMismatch) -> None:
+    """A replica hosts something else under its uid than the one that answered."""
+    peer = getattr(replica.peer, "peer_id", replica.peer)
+    logger.warning("ignoring the replica of %s at %s, which takes something else: %s", replica.uid, peer, mismatch)
+    shared.node.directory.report_failure(replica, reason="schema")
 
 
 async def _ask(
@@ -201,8 +295,9 @@ async def _ask(
     try:
         with shared.limits.limit(start + timeout + GRACE_SECONDS):  # should the call itself not keep its time
             result = await attempt(replica.peer, timeout)
-    except REPLICA_FAULTS:
-        shared.node.directory.report_failure(replica)
+    except REPLICA_FAULTS as error:
+        reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
+        shared.node.directory.report_failure(replica, reason=reason)
         raise
     except Overloaded as error:
         shared.latencies.block(_key(replica), now() + max(error.retry_after, BLOCK_SECONDS))
@@ -216,6 +311,7 @@ async def _ask(
     if observed:
         path = shared.path_seconds(replica, num_bytes)
         shared.latencies.observe(_key(replica), now() - start, path=path)
+    shared.node.directory.report_answer(replica)
     return result
 
 
@@ -226,19 +322,20 @@ def _key(replica: Any) -> tuple[str, Any]:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
-    return isinstance(error, REPLICA_FAULTS) or (isinstance(error, RemoteError) and error.retryable)
+    return isinstance(error, (*REPLICA_FAULTS, TooStale)) or (isinstance(error, RemoteError) and error.retryable)
 
 
 def _by_expectation(shared: Shared, replicas: Sequence[Any], now: float, num_bytes: float) -> list[Any]:
-    """Those not blocked first, then the fastest; of unknown ones no queue is assumed, so that they get known."""
+    """Those not blocked and not in doubt first, then the fastest; of unknown ones no queue is assumed, so that they get
+    known."""
     if len(replicas) < 2:
         return list(replicas)
     book = shared.latencies
 
-    def order(replica: Any) -> tuple[bool, float]:
+    def order(replica: Any) -> tuple[bool, int, float]:
         key, path = _key(replica), shared.path_seconds(replica, num_bytes)
         expected = book.expected(key, path=path)
-        return book.is_blocked(key, now), path if expected is None else expected
+        return book.is_blocked(key, now), getattr(replica, "doubt", 0), path if expected is None else expected
 
     return sorted(replicas, key=order)
 

@@ -14,10 +14,14 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.endings import Endings
+from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
+from tesseract_async.client.scaling import Scaled
 from tesseract_async.errors import SchemaMismatch, TesseractError
 
 M = TypeVar("M", bound=nn.Module)
 B = TypeVar("B")
+
+_SHARED_GRADIENTS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,24 +73,42 @@ class AsyncTrainer(Generic[M]):
     """
 
     def __init__(
-        self, module: M, optimizer: torch.optim.Optimizer, *, in_flight: int = 1, max_staleness: int | None = None
+        self,
+        module: M,
+        optimizer: torch.optim.Optimizer,
+        *,
+        in_flight: int = 1,
+        max_staleness: int | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """`optimizer` holds parameters of `module`; parameters that it does not hold stay as they are.
+        """`optimizer` holds parameters of `module`; parameters that it does not hold stay as they are. `scaler`: scales
+        the losses, which come unscaled, and decides over each step of the optimizer.
 
-        Raises: ValueError for an impossible number, or if the optimizer holds parameters that are not the module's.
+        Raises: ValueError for an impossible number, if the optimizer holds parameters that are not the module's, or for
+        a module whose copies can't stand for it: other processes share its gradients (DistributedDataParallel, FSDP),
+        or hooks wait for them on ``AccumulateGrad``. Parameters' own hooks fire when a step's gradients arrive.
         """
         if in_flight < 1:
             raise ValueError(f"in_flight is at least 1, not {in_flight}")
         if max_staleness is not None and max_staleness < 0:
             raise ValueError(f"max_staleness is not negative: {max_staleness}")
+        for name, part in module.named_modules():
+            if shared := _SHARED_GRADIENTS.intersection(cls.__name__ for cls in type(part).__mro__):
+                raise ValueError(f"AsyncTrainer trains copies, which a {shared.pop()} has not: unwrap {name or 'it'}")
         self._parameters = list(module.parameters())
         own = {id(parameter) for parameter in self._parameters}
         if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError("the optimizer holds parameters that are not the module's")
+        if any(wait_for_accumulation(parameter) for parameter in self._parameters):
+            raise ValueError(
+                "AsyncTrainer trains copies, and hooks on a parameter's AccumulateGrad would never fire: "
+                "use `parameter.register_post_accumulate_grad_hook`"
+            )
         self.module = module
         self.optimizer = optimizer
         self.in_flight = in_flight
         self.max_staleness = max_staleness
+        self.scaler = scaler
         self.version = 0
         """Optimizer steps taken."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
@@ -112,10 +134,10 @@ class AsyncTrainer(Generic[M]):
             try:
                 replica.refresh()
                 loss = await loss_of(replica.module, batch)
-                await backward(loss)
+                scale = await self._backward(loss)
                 await self._wait_for_turn(number)
                 staleness = self.version - self._begun_at[number]
-                self._commit(replica)
+                self._commit(replica, scale)
             finally:
                 del self._begun_at[number]
                 replica.forget_gradients()
@@ -190,13 +212,30 @@ class AsyncTrainer(Generic[M]):
             seconds = asyncio.get_running_loop().time() - started
             return StepReport(torch.tensor(torch.nan), 0, self.version, seconds, error)
 
+    async def _backward(self, loss: torch.Tensor) -> float:
+        """Gives the scale of the gradients."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            await backward(loss)
+            return 1.0
+        # Not the scaler's own tensor: other steps change it in place meanwhile.
+        scale = self.scaler.scale(torch.ones((), device=loss.device)).clone()
+        await backward(loss * scale, scaler=Scaled(float(scale)))
+        return float(scale)
+
     # ------------------------------------------------------------------------------------------------ one turn each
 
-    def _commit(self, replica: _Copy[M]) -> None:
+    def _commit(self, replica: _Copy[M], scale: float) -> None:
         """Moves the gradients to the master and takes the step."""
         replica.give_gradients()
-        with torch.enable_grad():
-            self.optimizer.step()
+        if self.scaler is None or not self.scaler.is_enabled():
+            with torch.enable_grad():
+                self.optimizer.step()
+        else:
+            if (since := self.scaler.get_scale() / scale) != 1.0:
+                torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], since)
+            with torch.enable_grad():
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
         for parameter in self._parameters:
             parameter.grad = None
         replica.give_buffers()
@@ -251,9 +290,14 @@ class _Copy(Generic[M]):
                 module.training = master.training
 
     def give_gradients(self) -> None:
-        """They are the master's from now on, in place of its own."""
+        """They are the master's from now on, in place of its own; its parameters' hooks fire, which copies have not."""
         for mine, own in self._parameters:
-            own.grad, mine.grad = mine.grad, None
+            grad, mine.grad = mine.grad, None
+            if grad is not None:
+                for hook in list((own._backward_hooks or {}).values()):
+                    grad = grad if (changed := hook(grad)) is None else changed
+            own.grad = grad
+        fire_post_accumulate_hooks(own for _, own in self._parameters if own.grad is not None)
 
     def forget_gradients(self) -> None:
         """Those of the copy."""

@@ -23,6 +23,7 @@ from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import Buffer
@@ -54,7 +55,7 @@ class ConnectionInfo:
     """Calls under way in both directions."""
 
 
-class Endpoint:
+class Endpoint(Uncopied):
     """Calls to other nodes, and answers to theirs, many at once over one connection per peer.
 
     Lives on one event loop: `start`, then `call` and `handle`, then `aclose`. `transports` say how others are reached.

@@ -102,14 +102,22 @@ class Authority:
         """Every grant that is known and holds."""
         return list(self._grants.values())
 
+    def revoked(self) -> list[PeerID]:
+        """Every peer that was revoked and has no newer grant, invites' keys included."""
+        return sorted({peer for peer in self._since if peer not in self._grants} | self._invites)
+
+    def appointments(self) -> list[Appointment]:
+        """Every appointment that counts, the latest last."""
+        some = (one for one in self._appointments.values() if self._counts(one))
+        return sorted(some, key=lambda one: (one.serial, one.digest))
+
     def is_revoked(self, peer_id: PeerID) -> bool:
         """Whether it was revoked and has no newer grant."""
         return peer_id in self._since and peer_id not in self._grants
 
     def appointment(self, uid: str) -> Appointment | None:
         """The appointment that holds for this uid."""
-        some = (one for one in self._appointments.values() if uid in one.pattern and self._counts(one))
-        return max(some, key=lambda one: (one.serial, one.digest), default=None)
+        return next((one for one in reversed(self.appointments()) if uid in one.pattern), None)
 
     def epoch(self, now: float) -> int:
         """The lowest epoch of a Term that begins now (seconds since 1970)."""
@@ -132,7 +140,7 @@ class Authority:
         if grant is None or (peer_id is not None and grant.peer != peer_id) or not self._holds(grant):
             return False
         known = self._grants.get(grant.peer)
-        if known is None or _rank(grant) > _rank(known):
+        if known is None or self._rank(grant) > self._rank(known):
             self._grants.pop(grant.peer, None)
             self._grants[grant.peer] = grant
             self._forget_some()
@@ -149,12 +157,12 @@ class Authority:
         kind, blob = record[:1], record[1:]
         if kind == _GRANT:
             return self.learn_grant(blob)
-        if not self._rules(read_signer(blob)):
+        if not self.rules(read_signer(blob)):
             raise InvalidRecord("a record of somebody without authority over this run")
         if kind == _REVOCATIONS:
-            return self._learn_revocations(decode_revocations(blob))
+            return self.learn_revocations(decode_revocations(blob))
         if kind == _APPOINTMENT:
-            return self._learn_appointment(decode_appointment(blob))
+            return self.learn_appointment(decode_appointment(blob))
         if kind == _MANIFEST:
             return self.learn_run(decode_run(blob))
         raise ProtocolError("a record of a run of an unknown kind")
@@ -170,14 +178,14 @@ class Authority:
 
     def records(self) -> Iterator[bytes]:
         """What every member spreads and keeps: revocations and appointments."""
-        yield from (_REVOCATIONS + one.blob for one in self._revocations.values() if self._rules(one.signer))
-        yield from (_APPOINTMENT + one.blob for one in self._appointments.values() if self._counts(one))
+        yield from (_REVOCATIONS + one.blob for one in self._revocations.values() if self.rules(one.signer))
+        yield from (_APPOINTMENT + one.blob for one in self.appointments())
 
     def kept(self, peer_id: PeerID) -> list[bytes]:
-        """What a node keeps on disk of the run: the manifest first (`from_kept`), `records`, and its own grant."""
-        grant = self._grants.get(peer_id)
-        own = [] if grant is None else [_GRANT + grant.blob]
-        return [_MANIFEST + self.run.blob, *self.records(), *own]
+        """What a node keeps on disk of the run: the manifest first (`from_kept`), `records`, and its own grant; those
+        who may grant keep every one."""
+        grants = self.grants() if self.rules(peer_id) else [one for one in self.grants() if one.peer == peer_id]
+        return [_MANIFEST + self.run.blob, *self.records(), *(_GRANT + one.blob for one in grants)]
 
     @classmethod
     def from_kept(cls, records: Iterable[Any]) -> Authority:
@@ -203,7 +211,8 @@ class Authority:
         known = self._grants.get(peer_id)
         return max(int(now), self._since.get(peer_id, 0), 0 if known is None else known.serial + 1)
 
-    def _learn_revocations(self, new: Revocations) -> bool:
+    def learn_revocations(self, new: Revocations) -> bool:
+        """Takes in what one who rules has signed; whether it is new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("revocations of another run")
         of_signer = sum(one.signer == new.signer for one in self._revocations.values())
@@ -213,7 +222,8 @@ class Authority:
         self._weigh()
         return True
 
-    def _learn_appointment(self, new: Appointment) -> bool:
+    def learn_appointment(self, new: Appointment) -> bool:
+        """Takes in what one who rules has signed; whether it is new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("an appointment of another run")
         at = (new.signer, str(new.pattern))
@@ -252,7 +262,8 @@ class Authority:
                         self._since[peer] = max(one.since, self._since.get(peer, 0))
                 self._invites.update(peer for peer in one.invites if peer not in safe)
 
-    def _rules(self, signer: PeerID) -> bool:
+    def rules(self, signer: PeerID) -> bool:
+        """Whether it may grant, revoke and appoint."""
         return signer == self.owner or signer in self.delegates
 
     def _counts(self, one: Appointment) -> bool:
@@ -272,7 +283,6 @@ class Authority:
             invited = (peer for peer, grant in self._grants.items() if grant.via is not None)
             del self._grants[next(invited, next(iter(self._grants)))]
 
-
-def _rank(grant: Grant) -> tuple[bool, int, bytes]:
-    """Which of a peer's grants counts: the owner's own before others', then the latest."""
-    return grant.via is None, grant.serial, grant.digest
+    def _rank(self, grant: Grant) -> tuple[bool, int, bytes]:
+        """Which of a peer's grants counts: the owner's and delegates' before those of invites, then the latest."""
+        return self.rules(grant.signer), grant.serial, grant.digest

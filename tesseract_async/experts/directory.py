@@ -26,12 +26,12 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
 
 _MAX_PARTS_OF_OWNER = 64
 _DECODED_AT_ONCE = 16
-_IGNORED_SECONDS = 300.0
 
 
 class ReadingNetwork(Protocol):
@@ -134,7 +134,7 @@ class _Grid:
         return table
 
 
-class ExpertDirectory:
+class ExpertDirectory(Uncopied):
     """What a node knows about others' experts. One per node; used on the node's loop only.
 
     Everything that it reads was written by strangers: what does not decode is dropped and counted
@@ -275,15 +275,20 @@ class ExpertDirectory:
         """Hides the replica until its server renews its manifest, and after more failures for longer (see `Masks`), so
         that nobody here calls it meanwhile, unless it is the only one and asked for (`find`).
 
-        `reason`: one word for the counter; ``schema`` (it is another expert under the same uid) hides it for 5 minutes.
+        `reason`: one word for the counter; ``schema``: it hosts something else under the same uid.
         """
         owner = replica.peer.peer_id
         if owner is None:
             return
         self.metrics.count("replicas_masked", reason=reason)
-        hold = _IGNORED_SECONDS if reason == "schema" else 0.0
-        self._masks.failed(owner, replica.uid, replica.sequence, self._clock(), hold_seconds=hold)
+        self._masks.failed(owner, replica.uid, replica.sequence, self._clock())
         self._forget(replica.uid)
+
+    def report_late(self, replica: ExpertReplica) -> None:
+        """The replica was given up before it had answered: of several it is asked last until it answers again."""
+        if (owner := replica.peer.peer_id) is not None:
+            self._masks.late(owner, replica.uid)
+            self._forget(replica.uid)
 
     def report_answer(self, replica: ExpertReplica) -> None:
         """The replica answered a call: earlier failures are forgotten."""

@@ -8,6 +8,7 @@ it has.
 
 from __future__ import annotations
 
+import base64
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -121,6 +122,42 @@ def decode_grant(blob: bytes) -> Grant:
         within = parent.run_id == run_id and not_after <= parent.not_after and not roles & ~parent.roles
         if not within or roles & ROLES["admit"] or not is_within(grant.pattern, parent.pattern):
             raise InvalidRecord("a grant of more than its signer may give")
+    return grant
+
+
+def grant_text(grant: Grant, *, invite: Identity | None = None) -> str:
+    """A grant in letters and digits, to hand on. With `invite`, whose grant it is, whoever has the text may use it."""
+    blob = b"g" + grant.blob if invite is None else b"i" + invite.seed + grant.blob
+    return base64.urlsafe_b64encode(blob).decode().rstrip("=")
+
+
+def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
+    """The grant of `peer_id` that `grant_text` wrote; one made now by an invite's key, where it was an invite.
+
+    Raises: ValueError.
+    """
+    sentence = "this is neither a grant nor an invite, as `tesseract run grant` prints them"
+    try:
+        letters = "".join(text.split())
+        packed = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
+        grant = decode_grant(packed[33:] if packed[:1] == b"i" else packed[1:])
+    except (ValueError, ProtocolError):
+        raise ValueError(sentence) from None
+    if packed[:1] == b"i":
+        invite = Identity.from_seed(packed[1:33])
+        roles = [role for role in grant.role_names if role != "admit"]
+        serial = min(int(now), grant.not_after)
+        return sign_grant(
+            *(invite, grant.run_id, peer_id, roles),
+            serial=serial,
+            not_after=grant.not_after,
+            pattern=grant.pattern,
+            via=grant,
+        )
+    if packed[:1] != b"g":
+        raise ValueError(sentence)
+    if grant.peer != peer_id:
+        raise ValueError(f"this grant is for {grant.peer}, but this node is {peer_id}: give the --identity it is for")
     return grant
 
 

@@ -23,6 +23,7 @@ class _Mask:
     until: float
     """Hidden until then (wall clock), even by a newer manifest."""
     num_failures: int
+    num_late: int = 0
 
 
 class Masks:
@@ -35,21 +36,32 @@ class Masks:
     def __len__(self) -> int:
         return len(self._masks)
 
-    def failed(self, owner: PeerID, uid: str, sequence: int, now: float, *, hold_seconds: float = 0.0) -> None:
+    def failed(self, owner: PeerID, uid: str, sequence: int, now: float) -> None:
         """The replica failed, known by a manifest of this sequence. Failures while it is hidden anyway (of calls that
-        ran at once, or had nobody else to ask) count as one. `hold_seconds`: hide it for so long at least."""
+        ran at once, or had nobody else to ask) count as one."""
         mask = self._masks.pop((owner, uid), None)
         if mask is None:
             mask = _Mask(sequence, now, 1)
         elif not self._hides(mask, sequence, now):
-            hold = min(_MAX_HOLD_SECONDS, _FIRST_HOLD_SECONDS * 2 ** min(mask.num_failures - 1, 10))
-            mask = _Mask(sequence, now + hold, mask.num_failures + 1)
-        mask.until = max(mask.until, now + hold_seconds)
-        self._masks[(owner, uid)] = mask  # to the end: the one that failed longest ago goes first
+            hold = 0.0
+            if mask.num_failures:
+                hold = min(_MAX_HOLD_SECONDS, _FIRST_HOLD_SECONDS * 2 ** min(mask.num_failures - 1, 10))
+            mask = _Mask(sequence, now + hold, mask.num_failures + 1, mask.num_late)
         self._silent[owner] = None
+        self._keep(owner, uid, mask)
+
+    def _keep(self, owner: PeerID, uid: str, mask: _Mask) -> None:
+        self._masks.pop((owner, uid), None)
+        self._masks[(owner, uid)] = mask  # to the end: the one that failed longest ago goes first
         for kept in (self._masks, self._silent):
             if len(kept) > _MAX_MASKS:
                 del kept[next(iter(kept))]  # type: ignore[arg-type]
+
+    def late(self, owner: PeerID, uid: str) -> None:
+        """The replica was given up as late. That hides it from nobody."""
+        mask = self._masks.get((owner, uid)) or _Mask(-1, 0.0, 0)
+        mask.num_late += 1
+        self._keep(owner, uid, mask)
 
     def answered(self, owner: PeerID, uid: str) -> bool:
         """The replica answered a call: nothing is held against it any more. Returns whether anything was."""
@@ -65,7 +77,7 @@ class Masks:
         """Failures of the replica since its last answer; 1 for another replica of a server that failed since its own
         last answer. The doubtful are asked last."""
         mask = self._masks.get((owner, uid))
-        return mask.num_failures if mask is not None else int(owner in self._silent)
+        return mask.num_failures + mask.num_late if mask is not None else int(owner in self._silent)
 
     def hidden(self) -> list[tuple[PeerID, str, int, float]]:
         """Owner, uid, sequence and time of each mask, for building views."""

@@ -1,18 +1,32 @@
-"""Run manifests in the network: finds one by name, and keeps copies of one there while anybody takes part."""
+"""Runs in the network: finds one by name, takes part in it, and keeps its records there while anybody does.
+
+Every member keeps copies of the manifest, of revocations and of appointments. A grant that was renewed lies under a key
+of its peer's for a day (`grant_key`), or its signer hands it on.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from tesseract_async.errors import TesseractError, describe
+import msgpack
+
+from tesseract_async.errors import ProtocolError, TesseractError, describe
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.directory import read_claims
+from tesseract_async.experts.grants import GRANT_SECONDS, RENEW_SECONDS, Grant, read_grant_text, sign_grant
 from tesseract_async.experts.run import SignedRun, join_run, newest_by_signer, run_key, split_run, split_run_name
-from tesseract_async.identity import PeerID
+from tesseract_async.experts.trust import Trust
+from tesseract_async.identity import Identity, PeerID
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +45,14 @@ class RunNotFound(TesseractError):
     """No manifest of that run is in the network, or the bare name is not enough to tell which one is meant."""
 
 
+class BareRun(ValueError):
+    """A run of version 0.1: nobody has authority over it, and its experts have bare names."""
+
+    def __init__(self, signed: SignedRun) -> None:
+        super().__init__(f"{signed.full_name} is a run of version 0.1: use its experts by their bare names")
+        self.signed = signed
+
+
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     """How runs are kept in the network. Seconds are plain floats."""
@@ -39,8 +61,12 @@ class RunSettings:
     """How long a copy outlives the node that keeps it."""
     refresh_period: float = 900.0
     """Copies are counted, and own ones renewed, so often."""
+    check_period: float = 30.0
+    """Revocations, appointments and the node's own grant are looked for so often."""
     retry_period: float = 5.0
     """Until the next attempt, where the network failed."""
+    grant_ttl: float = 86400.0
+    """How long a new grant waits in the network for its peer."""
     num_copies: int = 5
     """Owners that keep a copy; more servers of the run than that only look."""
 
@@ -60,12 +86,14 @@ async def publish_run(network: RunNetwork, run: SignedRun, *, ttl: float = RunSe
 
 
 async def find_runs(
-    network: RunNetwork, name: str, *, clock: Callable[[], float] = time.time
+    network: RunNetwork, name: str, *, trust: Trust | None = None, clock: Callable[[], float] = time.time
 ) -> dict[PeerID, tuple[SignedRun, set[PeerID]]]:
-    """Signer -> its latest manifest of this name, and who keeps a copy of that one."""
+    """Signer -> its latest manifest of this name, and who keeps a copy of that one. Copies of peers that the policy of
+    `trust` does not list are not read."""
+    trust = Trust() if trust is None else trust
     parts: dict[PeerID, list[Any]] = {}
     for entry in await network.get_entries(run_key(name)):
-        if entry.expiration > clock():
+        if entry.expiration > clock() and trust.may_be_read(entry.owner):
             parts.setdefault(entry.owner, []).append(entry.value)
     # each owner's parts by themselves: nobody can spoil another's copy
     copies = {owner: join_run(some) for owner, some in parts.items()}
@@ -73,13 +101,15 @@ async def find_runs(
     return {signer: (run, {owner for owner, runs in copies.items() if run in runs}) for signer, run in newest.items()}
 
 
-async def find_run(network: RunNetwork, text: str, *, clock: Callable[[], float] = time.time) -> SignedRun:
+async def find_run(
+    network: RunNetwork, text: str, *, trust: Trust | None = None, clock: Callable[[], float] = time.time
+) -> SignedRun:
     """The run called ``NAME`` or ``NAME@PEER_ID``.
 
     Raises: RunNotFound if there is none, or several signers use the bare name; ValueError for a malformed one.
     """
     name, signer = split_run_name(text)
-    found = await find_runs(network, name, clock=clock)
+    found = await find_runs(network, name, trust=trust, clock=clock)
     if signer is not None:
         if signer not in found:
             raise RunNotFound(f"nobody in the network knows a run {name} signed by {signer}")
@@ -93,23 +123,148 @@ async def find_run(network: RunNetwork, text: str, *, clock: Callable[[], float]
     return run
 
 
+def records_key(run_id: bytes) -> str:
+    """Where a run's revocations and appointments are stored."""
+    return f"run-records/{run_id.hex()}"
+
+
+def grant_key(run_id: bytes, peer_id: PeerID) -> str:
+    """Where a new grant waits for its peer."""
+    return f"run-grants/{run_id.hex()}/{peer_id}"
+
+
+async def publish_grant(network: RunNetwork, grant: Grant, *, ttl: float = RunSettings().grant_ttl) -> int:
+    """Stores a grant where its peer looks for it; returns the number of holders."""
+    return await network.store(grant_key(grant.run_id, grant.peer), grant.blob, ttl=ttl)
+
+
+async def publish_record(
+    network: RunNetwork, authority: Authority, record: bytes, *, ttl: float = RunSettings().ttl
+) -> int:
+    """Stores a copy of one of `Authority.records` under this node's name; returns the number of holders."""
+    subkey = hashlib.sha256(record).hexdigest()[:16]
+    return await network.store(records_key(authority.run_id), record, ttl=ttl, subkey=subkey)
+
+
+def kept_file(identity: Path, text: str) -> Path:
+    """Where what is known of the run ``NAME[@PEER_ID]`` is kept: beside the node's key. Raises: ValueError."""
+    identity = identity.expanduser()
+    return identity.with_name(f"{identity.name}.{split_run_name(text)[0]}.run")
+
+
+def load_kept(path: Path, text: str) -> Authority | None:
+    """What this computer kept of the run ``NAME`` or ``NAME@PEER_ID``; None if that is nothing, or of another run.
+
+    Raises: ValueError for a malformed name.
+    """
+    name, owner = split_run_name(text)
+    try:
+        authority = Authority.from_kept(msgpack.unpackb(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, ProtocolError, msgpack.UnpackException) as error:
+        logger.warning("%s cannot be read, and is written anew: %s", path, describe(error))
+        return None
+    same = authority.tag.name == name and owner in (None, authority.owner)
+    return authority if same else None
+
+
+def save_kept(path: Path, records: Iterable[bytes]) -> None:
+    """Writes `Authority.kept`, whole or not at all. Raises: OSError."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_bytes(msgpack.packb(list(records)))
+    os.replace(unfinished, path)
+
+
+async def enter_run(
+    network: RunNetwork,
+    trust: Trust,
+    run: str | SignedRun,
+    *,
+    identity: Identity,
+    grant: str | None = None,
+    identity_file: Path | None = None,
+    settings: RunSettings = RunSettings(),
+    clock: Callable[[], float] = time.time,
+) -> RunKeeper:
+    """Takes part in a run: from now on `trust` goes by it. Returns the keeper of its records, which is not started yet.
+
+    `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is
+    learnt is kept beside `identity_file`, and used where the network does not know the run.
+
+    Raises: RunNotFound; BareRun; ValueError for a malformed name, a grant that is not this node's or of another run, or
+    if the node is in another run with the same prefix; what the network raises.
+    """
+    name = run if isinstance(run, str) else run.full_name
+    keep_file = None if identity_file is None else kept_file(identity_file, name)
+    kept = None if keep_file is None else load_kept(keep_file, name)
+    try:
+        signed = await find_run(network, run, trust=trust, clock=clock) if isinstance(run, str) else run
+    except (RunNotFound, TimeoutError):
+        if kept is None:
+            raise
+        signed = kept.run
+    if signed.tag is None:
+        raise BareRun(signed)
+    authority = Authority(signed)
+    if kept is not None and kept.run_id == authority.run_id:
+        kept.learn_run(signed)
+        authority = kept
+    if grant is not None:
+        own = read_grant_text(grant, identity.peer_id, now=clock())
+        if not authority.learn_grant(own.blob, identity.peer_id):
+            told = "was revoked" if own.run_id == authority.run_id else "is of another run"
+            raise ValueError(f"this grant {told}: ask the owner of {signed.full_name} for one of that run")
+    trust.add(authority)
+    keeper = RunKeeper(
+        network,
+        authority.run,
+        authority=authority,
+        trust=trust,
+        identity=identity,
+        keep_file=keep_file,
+        settings=settings,
+        clock=clock,
+    )
+    await keeper.learn_once()
+    return keeper
+
+
 class RunKeeper:
-    """Keeps a run's manifest in the network while this node takes part, whoever signed it."""
+    """Keeps a run's records in the network while this node takes part, whoever signed them, and learns new ones.
+
+    With `authority`, the node's view of the run; without, its manifest alone is kept.
+    """
 
     def __init__(
         self,
         network: RunNetwork,
         run: SignedRun,
         *,
+        authority: Authority | None = None,
+        trust: Trust | None = None,
+        identity: Identity | None = None,
+        keep_file: Path | None = None,
         settings: RunSettings = RunSettings(),
         random: Random | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`identity`, of one who may grant, renews the members' grants before they end. `keep_file`: where what is
+        learnt is kept on disk."""
         self.run = run
+        self.authority = authority
         self.settings = settings
         self.num_copies = 0
         """Owners that kept a copy when it was counted last, this node included."""
+        self.on_own_grant: Callable[[], None] = lambda: None
+        """Called when the node has another grant than before."""
         self._network = network
+        self._me = network.peer_id if identity is None else identity.peer_id
+        self._trust = Trust() if trust is None else trust
+        self._identity = identity
+        self._keep_file = keep_file
+        self._kept: list[bytes] = []
         self._random = random if random is not None else Random()
         self._clock = clock
         self._task: asyncio.Task[None] | None = None
@@ -126,12 +281,14 @@ class RunKeeper:
             self._task = None
 
     async def keep_once(self) -> bool:
-        """Counts the copies and stores an own one if it is needed; whether it was stored."""
-        found = await find_runs(self._network, self.run.manifest.name, clock=self._clock)
+        """Counts the copies of the manifest and stores an own one if it is needed; whether it was stored."""
+        found = await find_runs(self._network, self.run.manifest.name, trust=self._trust, clock=self._clock)
         latest, owners = found.get(self.run.signer, (self.run, set()))
+        if self.authority is not None:
+            self.authority.learn_run(latest)
         if latest.manifest.created > self.run.manifest.created:
             logger.warning(
-                "the run %s was signed anew: this node goes on with the manifest that it started with",
+                "the run %s was signed anew: this node goes on with the experts that it started with",
                 self.run.manifest.name,
             )
             return False
@@ -142,13 +299,100 @@ class RunKeeper:
         self.num_copies = len(others) + needed
         return needed
 
+    async def learn_once(self) -> bool:
+        """Reads the run's other records, and stores copies of those that too few others keep; whether any was new."""
+        authority = self.authority
+        if authority is None:
+            return False
+        key = records_key(authority.run_id)
+        holders: dict[bytes, set[PeerID]] = {}
+        before = authority.kept(self._me)
+        for number, entry in enumerate(await self._network.get_entries(key), 1):
+            if number % 64 == 0:
+                await asyncio.sleep(0)
+            if entry.expiration <= self._clock() or type(entry.value) is not bytes:
+                continue
+            holders.setdefault(entry.value, set()).add(entry.owner)
+            try:
+                authority.learn(entry.value)
+            except ProtocolError as error:
+                logger.debug("dropped a record of %s: %s", entry.owner.short, error)
+        own = authority.grant_of(self._me)
+        for entry in await self._network.get_entries(grant_key(authority.run_id, self._me)):
+            authority.learn_grant(entry.value, self._me)
+        if authority.grant_of(self._me) != own:
+            self.on_own_grant()
+        for record in authority.records():
+            others = holders.get(record, set()) - {self._network.peer_id}
+            if len(others) < self.settings.num_copies:
+                await publish_record(self._network, authority, record, ttl=self.settings.ttl)
+        self.save()
+        return authority.kept(self._me) != before
+
+    async def renew_grants(self) -> list[Grant]:
+        """Signs anew the grants that end within `grants.RENEW_SECONDS`, for who may grant; those of expired, revoked or
+        unknown peers are left. Returns the new ones."""
+        authority, identity, now = self.authority, self._identity, self._clock()
+        if authority is None or identity is None or not authority.rules(identity.peer_id):
+            return []
+        via = authority.delegates.get(identity.peer_id)
+        renewed = []
+        prefix = authority.prefix
+        entries = await self._network.get_entries(self._trust.grid_key(prefix))  # servers show what they have
+        await read_claims(entries, prefix=prefix, now=now, dropped=lambda entry, error: None, trust=self._trust)
+        for old in authority.grants():
+            last = int(now) + GRANT_SECONDS if via is None else min(int(now) + GRANT_SECONDS, via.not_after)
+            due = now < old.not_after <= min(now + RENEW_SECONDS, last - 1)
+            # those of an invite end with it: it may have leaked
+            if not due or "admit" in old.role_names or not authority.rules(old.signer):
+                continue
+            serial = authority.next_serial(old.peer, now)
+            try:
+                new = sign_grant(
+                    *(identity, old.run_id, old.peer, old.role_names),
+                    serial=serial,
+                    not_after=last,
+                    pattern=old.pattern,
+                    via=via,
+                )
+            except ValueError:  # more than a delegate may give
+                continue
+            if authority.learn_grant(new.blob):
+                await publish_grant(self._network, new, ttl=self.settings.grant_ttl)
+                renewed.append(new)
+        return renewed
+
+    def save(self) -> None:
+        """Writes what is known to `keep_file`, with what another program wrote there meanwhile. An error is logged."""
+        if self._keep_file is None or self.authority is None:
+            return
+        if (others := load_kept(self._keep_file, self.authority.run.full_name)) is not None:
+            for record in others.kept(self._me):
+                with contextlib.suppress(ProtocolError):
+                    self.authority.learn(record)
+        kept = self.authority.kept(self._me)
+        if kept == self._kept:
+            return
+        try:
+            save_kept(self._keep_file, kept)
+            self._kept = kept
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._keep_file, describe(error))
+
     async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        count_at = loop.time()
         while True:
             try:
                 await self._network.wait_joined(self.settings.retry_period)
-                await self.keep_once()
-                # not all servers of a run at the same moment
-                wait = self.settings.refresh_period * self._random.uniform(0.8, 1.2)
+                if loop.time() >= count_at:
+                    await self.keep_once()
+                    await self.renew_grants()
+                    # not all servers of a run at the same moment
+                    count_at = loop.time() + self.settings.refresh_period * self._random.uniform(0.8, 1.2)
+                await self.learn_once()
+                left = max(0.0, count_at - loop.time())
+                wait = left if self.authority is None else min(left, self.settings.check_period)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("could not keep the run %s known: %s", self.run.manifest.name, describe(error))
                 wait = self.settings.retry_period

@@ -97,7 +97,7 @@ class Trust:
         grant = authority.grant_of(owner)
         if grant is None or grant.pattern is None or authority.is_open:
             return manifest
-        if len(grant.pattern.ranges) != manifest.num_dims:
+        if grant.pattern.prefix != manifest.prefix or len(grant.pattern.ranges) != manifest.num_dims:
             raise ProtocolError("a manifest of experts that its server may not host")
         low, high = np.array([(one.start, one.stop) for one in grant.pattern.ranges]).T
         inside = (manifest.coords >= low) & (manifest.coords < high)

@@ -8,6 +8,11 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     # experts, seen from whoever calls them
     "expert_calls": ("calls", "Calls to experts that this node made, by method."),
     "expert_calls_answered": ("calls", "Calls to experts that this node hosts, by method."),
+    "answers_left_out": (
+        "answers",
+        "Answers that a gate went on without: by way (`forward`, `backward`: an expert's gradient) and reason (`late`, "
+        "or the error's name).",
+    ),
     "experts_live": ("experts", "Live experts of a grid that this node watches, by the grid's prefix."),
     "experts_off_grid": ("experts", "Hosted experts left out because their coordinates do not fit the watched grid."),
     "experts_crowded_out": (
@@ -23,7 +28,11 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "directory_reads_incomplete": ("reads", "Reads of a watched grid that lack what holders reported and nobody sent."),
     "directory_complete": ("share", "1 where the latest read of a watched grid was complete, else 0."),
     "directory_age_seconds": ("seconds", "Since the latest complete read of a watched grid began."),
-    "manifests_dropped": ("manifests", "Servers' manifests that were malformed, and therefore ignored."),
+    "expert_calls_held_back": ("calls", "Calls not made, because the peer may not host the expert, by method."),
+    "manifests_dropped": (
+        "manifests",
+        "Manifests that were malformed, or of servers that may not host there: ignored.",
+    ),
     "progress_dropped": ("entries", "Trainers' published progress that was malformed, and therefore ignored."),
     # experts, seen from whoever hosts them
     "runtime_batches": ("batches", "Batches that a device computed, forward and backward."),

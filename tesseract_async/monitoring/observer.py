@@ -111,8 +111,8 @@ class SwarmObserver:
         if self._discover:
             await self._meet_contacts()
         for prefix, size in self._grids.items():
-            # a grid that grew is watched under its first size: `watch` refuses another one
-            if self.node.directory.live(prefix) is None:
+            # a grid that grew is watched under its first size
+            if self.node.directory.live(prefix, self._grids[prefix]) is None:
                 self.node.directory.watch(prefix, size)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(self.period, FIRST_READ_TIMEOUT)):
@@ -170,7 +170,8 @@ class SwarmObserver:
     async def _meet_contacts(self) -> None:
         """Learns of grids from the servers among this node's contacts."""
         limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
-        strangers = [Peer(address) for address in self.node.network.public_contacts(NUM_CONTACTS_ASKED)]
+        contacts = self.node.network.public_contacts(NUM_CONTACTS_ASKED)
+        strangers = [Peer(one) for one in contacts if one.peer_id and self.node.trust.may_be_read(one.peer_id)]
         async with asyncio.TaskGroup() as group:
             for stranger in strangers:
                 group.create_task(self._ask(stranger, limit))
@@ -190,7 +191,7 @@ class SwarmObserver:
     def _note_members(self) -> None:
         hosted: dict[PeerID, tuple[PeerAddress, set[str]]] = {}
         for prefix in self._grids:
-            view = self.node.directory.live(prefix)
+            view = self.node.directory.live(prefix, self._grids[prefix])
             if view is None:
                 continue
             live = set(map(tuple, view.coords.tolist()))
@@ -249,7 +250,7 @@ class SwarmObserver:
         found: dict[str, tuple[int, float]] = {}
         for prefix in self._grids:
             for entry in await self.node.network.get_entries(_progress_key(prefix)):
-                progress = _read_progress(entry.value)
+                progress = _read_progress(entry.value) if self.node.policy.allows(entry.owner, "train") else None
                 if progress is None or len(found) >= MAX_TRAINERS:
                     self.node.metrics.count("progress_dropped")
                 else:
@@ -284,7 +285,7 @@ class SwarmObserver:
         return str(self.node.initial_peers[0]) if self.node.initial_peers else str(self.node.peer_address)
 
     def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> dict[str, Any]:
-        view = self.node.directory.live(prefix)
+        view = self.node.directory.live(prefix, self._grids[prefix])
         return {
             "prefix": prefix,
             "size": list(size),

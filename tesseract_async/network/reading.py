@@ -203,6 +203,9 @@ class Read:
 
     def _believe(self, record: SignedRecord) -> None:
         self._verified[record.body] = record
+        network = self.network
+        if record.owner != network.identity.peer_id and not network.holder.policy.allows(record.owner, "store"):
+            return  # whom this node would not hold it does not hear either, wherever they keep it themselves
         identity = _entry_id(record)
         held = self._merged.get(identity)
         if held is None or record.supersedes(held):

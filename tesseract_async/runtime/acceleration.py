@@ -7,11 +7,13 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from tesseract_async.wire import tensors as wire
 
 Apply = Callable[[Any, Sequence[torch.Tensor]], Any]
 """Calls a module with flat inputs."""
@@ -81,7 +83,7 @@ class _Graph:
     """One recorded forward pass. The weights are read where they lie, so that it follows the optimizer's steps."""
 
     def __init__(self, module: Any, example: Sequence[torch.Tensor], apply: Apply) -> None:
-        self._inputs = [x.clone() for x in example]
+        self._inputs = [x.clone().requires_grad_(x.requires_grad) for x in example]
         streams: Any = torch.cuda  # its classes are untyped
         warm_up = streams.Stream(example[0].device)
         warm_up.wait_stream(torch.cuda.current_stream(example[0].device))
@@ -104,7 +106,8 @@ def _pad(x: torch.Tensor, size: int) -> torch.Tensor:
     missing = size - x.shape[0]
     if missing <= 0:
         return x
-    return torch.cat([x, x[-1:].detach().expand(missing, *x.shape[1:])])
+    padded = torch.cat([x, x[-1:].detach().expand(missing, *x.shape[1:])])
+    return padded.requires_grad_(x.requires_grad)  # without gradients, torch.cat forgets it
 
 
 def _cut(structure: Any, num_rows: int) -> Any:
@@ -112,8 +115,4 @@ def _cut(structure: Any, num_rows: int) -> Any:
 
 
 def _map(structure: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(structure, torch.Tensor):
-        return function(structure)
-    if isinstance(structure, Mapping):
-        return {key: _map(item, function) for key, item in structure.items()}
-    return type(structure)(_map(item, function) for item in structure)
+    return wire.unflatten(structure, map(function, wire.flatten(structure)))

@@ -11,23 +11,30 @@ split over batches equals one that is not.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from tesseract_async.runtime import modules, randomness
+from tesseract_async.errors import describe
+from tesseract_async.runtime import modules, optimizers, randomness, states
 from tesseract_async.runtime.acceleration import Acceleration, fuse
+from tesseract_async.runtime.finite import are_finite, norm_of
+from tesseract_async.runtime.merging import Gradients, trimmed_mean
+from tesseract_async.runtime.norms import UsualNorms
+from tesseract_async.runtime.watching import Habits, Undone, Watch, generator_states, have_moved
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
-Gradients = Sequence[torch.Tensor | None]
-"""One per input, or one per trained parameter; None where nothing flows."""
+logger = logging.getLogger(__name__)
 
 MakesOptimizer = Callable[[], torch.optim.Optimizer]
 MakesScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -39,18 +46,27 @@ class BackendSettings:
 
     clip_gradient_norm: float | None = None
     """Gradients of a step are scaled down to this norm (over all parameters)."""
-    max_gradient_norm: float | None = None
-    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer."""
+    max_gradient_norm: float | Literal["adaptive"] | None = "adaptive"
+    """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer. "adaptive"
+    learns what is usual for this expert: gradients above 8 times that are scaled down to it, those above 1,024
+    times refused (see `runtime.norms`). None: any finite gradient is taken."""
     step_every: int = 1
     """Backward batches whose gradients are summed for one optimizer step."""
+    trim_peers: float = 0.0
+    """Share of the peers whose gradients are left out at each end, coordinate by coordinate, where one step gathers
+    gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one liar in four from deciding anything. A
+    peer then counts once in a step, however many batches it sent. Each backward is then a batch of its own."""
     merge_backward: bool = True
     """Whether requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
     then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
     stochastic: bool | None = None
-    """Whether the module draws random numbers, so that requests must not be merged: True always, False never, None in
-    train mode if it holds PyTorch's dropout or the like."""
+    """Whether the module draws random numbers, so that requests must not be merged: True always, False never, None
+    wherever it was seen to draw from PyTorch's. Those of Python and NumPy are not repeated in the backward pass."""
     allow_batch_statistics: bool = False
     """Lets an expert that trains hold BatchNorm, whose outputs depend on whom a row shares its batch with."""
+    own_options: tuple[str, ...] = ()
+    """Options of the optimizer and its schedule, such as ``("lr",)``, of which the values given here hold after a
+    checkpoint is loaded. The checkpoint's hold for all others."""
     max_staleness: int | None = None
     """A backward whose forward is more steps ago than this is refused."""
     staleness_damping: float = 0.0
@@ -74,8 +90,12 @@ class BackendSettings:
             raise ValueError(f"step_every is at least 1, not {self.step_every}")
         for name in ("clip_gradient_norm", "max_gradient_norm"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is positive, not {value}")
+            if value is None or (name == "max_gradient_norm" and value == "adaptive"):
+                continue
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} is a positive number, not {value!r}")
+        if not 0 <= self.trim_peers < 0.5:
+            raise ValueError(f"trim_peers is 0 or more and less than 0.5, not {self.trim_peers}")
 
 
 class ExpertBackend:
@@ -95,7 +115,9 @@ class ExpertBackend:
     - `settings`: see `BackendSettings`.
 
     Raises: ValueError if the module does not return as many rows as it was given, trains with BatchNorm inside
-    (unless ``settings.allow_batch_statistics``), or a size does not fit.
+    (unless ``settings.allow_batch_statistics``), or holds what a checkpoint cannot; if the optimizer is another
+    module's or, like its scheduler, cannot go by gradients and steps alone; if a schema cannot travel, or a size does
+    not fit. What a function makes is checked when it is made.
     """
 
     def __init__(
@@ -124,42 +146,66 @@ class ExpertBackend:
         if scheduler is not None and isinstance(optimizer, torch.optim.Optimizer) != isinstance(scheduler, LRScheduler):
             raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
         self.module = module
+        self.name = type(module).__name__
+        """In the log: a server puts the uid here."""
+        self.host: object | None = None
+        """The server that hosts it now."""
         self.optimizer: torch.optim.Optimizer | None = None
         """None for a frozen expert, and where it is yet to be made (`prepare`)."""
         self.scheduler: LRScheduler | None = None
         self._make_optimizer: MakesOptimizer | None = None
         self._make_scheduler: MakesScheduler | None = None
-        self._restored: tuple[Any, Any] = (None, None)  # states of an optimizer and a scheduler that are yet to be made
+        self._restored: dict[str, Any] = {}  # states of an optimizer and a scheduler that are yet to be made
+        self._said: Sequence[str] = []
+        self._schedule_ended = False
         if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
-            self.optimizer = optimizer
-            self.scheduler = scheduler if isinstance(scheduler, LRScheduler) else None
+            self._take_optimizer(optimizer, scheduler if isinstance(scheduler, LRScheduler) else None)
         else:
             self._make_optimizer = optimizer
             self._make_scheduler = None if isinstance(scheduler, LRScheduler) else scheduler
         self.settings = settings
+        if isinstance(args_schema, TensorSpec):
+            raise TypeError("args_schema has one schema per positional argument: for a single one, (spec,)")
         self.args_schema = tuple(args_schema)
         self.kwargs_schema = dict(kwargs_schema or {})
         self.inputs_schema: Schema = (self.args_schema, self.kwargs_schema)
         self.input_specs: list[TensorSpec] = wire.flatten(self.inputs_schema)
         if not self.input_specs:
             raise ValueError("an expert takes at least one tensor")
+        wire.check_schema(self.args_schema, what="args_schema")
+        wire.check_schema(self.kwargs_schema, what="kwargs_schema")
         self._takes_flat_inputs = not self.kwargs_schema and all(isinstance(x, TensorSpec) for x in self.args_schema)
         self.max_batch_size = max_batch_size
         self.version = 0
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
         """The journal: call ids of backwards that were applied, and the version that each led to."""
-        self.parameters: list[nn.Parameter] = []
-        """What the optimizer steps: those of its parameters that want gradients. Empty before it is made."""
-        self._find_parameters()
-        self._draws = modules.draws_random_numbers(module)
-        self._accumulated: Gradients | None = None
+        self._habits = {training: Habits() for training in (False, True)}
+        self.norms = UsualNorms()
+        """Of the gradients that it got."""
+        self._gathered: dict[
+            Hashable, tuple[Gradients, int]
+        ] = {}  # per peer with `trim_peers`, else for all: sum, count
         self._num_accumulated = 0
+        self._lately: deque[frozenset[Hashable]] = deque(maxlen=2)  # peers of the last steps
         self._acceleration = Acceleration(
             module, sizes=settings.preferred_sizes, compile_mode=settings.compile_mode, cuda_graphs=settings.cuda_graphs
         )
         self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
         self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
+        modules.check_module(module)  # not before: the dry run makes the weights of lazy layers
+        wire.check_schema(self.outputs_schema, what="the module's output")
+        if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
+            raise ValueError(
+                f"an expert takes and returns at most {wire.MAX_TENSORS} tensors together; this one takes "
+                f"{len(self.input_specs)} and returns {len(self.output_specs)}: stack them"
+            )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors that the optimizer steps, those that are frozen for now among them. Empty before it is made."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [one for group in groups for one in group["params"]]
 
     @property
     def device(self) -> torch.device:
@@ -171,8 +217,13 @@ class ExpertBackend:
     def is_stochastic(self, training: bool) -> bool:
         """Whether a request's random numbers are its own, so that it is computed alone."""
         if self.settings.stochastic is None:
-            return training and self._draws
+            return self._habits[training].draws
         return self.settings.stochastic
+
+    @property
+    def merges_backward(self) -> bool:
+        """Whether backwards may be computed together."""
+        return self.settings.merge_backward and not self.settings.trim_peers
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -191,14 +242,25 @@ class ExpertBackend:
         if self._make_optimizer is None or self.optimizer is not None:
             return
         optimizer = self._make_optimizer()
-        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
-        of_optimizer, of_scheduler = self._restored
-        if of_optimizer is not None:
-            optimizer.load_state_dict(_copy(of_optimizer))
-        if scheduler is not None and of_scheduler is not None:
-            scheduler.load_state_dict(of_scheduler)
-        self.optimizer, self.scheduler, self._restored = optimizer, scheduler, (None, None)
-        self._find_parameters()
+        self._take_optimizer(optimizer, None if self._make_scheduler is None else self._make_scheduler(optimizer))
+        if self._restored.get("optimizer") is not None:
+            self._say(optimizers.restore(optimizer, self.scheduler, self._restored, self.settings.own_options))
+        self._restored = {}
+
+    def _take_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> None:
+        if optimizer is not None:
+            optimizers.check_optimizer(self.module, optimizer)
+            if scheduler is not None:
+                optimizers.check_scheduler(optimizer, scheduler)
+            fuse(optimizer)
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    def _say(self, sentences: Sequence[str]) -> None:
+        """Logs them, unless they were said last: a follower loads states again and again."""
+        if self._said != sentences:
+            self._said = sentences
+            for sentence in sentences:
+                logger.warning("%s: %s", self.name, sentence)
 
     def forward(
         self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
@@ -209,7 +271,8 @@ class ExpertBackend:
         do not fit the schema.
         """
         with torch.no_grad():
-            return self._run(inputs, training, seed)
+            # of tensors that want gradients, as in `gradients`: a module may look at that, and must do the same again
+            return [x.detach() if x.requires_grad else x for x in self._run(_leaves(inputs), training, seed)]
 
     def gradients(
         self,
@@ -224,10 +287,9 @@ class ExpertBackend:
         Changes nothing, but calls `prepare` the first time. Raises what the module raises.
         """
         self.prepare()
-        leaves = [
-            x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs
-        ]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad] + self.parameters
+        leaves = _leaves(inputs)
+        sources = leaves + self.parameters
+        wanted = [one for one in sources if one.requires_grad]
         with torch.enable_grad():
             outputs = self._run(leaves, training, seed)
             pairs = [
@@ -243,25 +305,23 @@ class ExpertBackend:
                     [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
                 )
         remaining = iter(found)
-        of_inputs = [next(remaining) if leaf.requires_grad else None for leaf in leaves]
-        return of_inputs, list(remaining)
+        gradients = [next(remaining) if one.requires_grad else None for one in sources]
+        return gradients[: len(leaves)], gradients[len(leaves) :]
 
-    def _find_parameters(self) -> None:
-        if self.optimizer is not None:
-            fuse(self.optimizer)
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        self.parameters = [one for group in groups for one in group["params"] if one.requires_grad]
-
-    def step(self, gradients: Gradients, call_ids: Sequence[bytes] = ()) -> int:
-        """Takes these gradients of `parameters`: one optimizer step, or a share of one (`step_every`).
+    def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
+        """Takes these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
 
         Journals `call_ids`, also for a frozen expert, which takes no steps. Returns the version that they led to.
         Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
-            self._accumulated = add_gradients(self._accumulated, gradients)
+            peer = peer if self.settings.trim_peers else None
+            summed, count = self._gathered.get(peer, (None, 0))
+            total = gradients if summed is None else add_gradients(summed, gradients)
+            assert total is not None
+            self._gathered[peer] = total, count + 1
             self._num_accumulated += 1
-            if self._num_accumulated >= self.settings.step_every:
+            if self._has_enough():
                 self._take_step()
         for call_id in call_ids:
             self.applied[call_id] = self.version
@@ -269,30 +329,62 @@ class ExpertBackend:
             self.applied.popitem(last=False)
         return self.version
 
+    def is_sound(self) -> bool:
+        """Whether everything that the optimizer steps or remembers is finite."""
+        states = () if self.optimizer is None else self.optimizer.state.values()
+        remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+        return are_finite(
+            [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
+        )
+
+    def _has_enough(self) -> bool:
+        """Whether it is time for a step: with `trim_peers` not before everybody who took part lately has, so that one
+        who sends faster than the others is not the only one; but they are not waited for much longer than usual.
+        """
+        if self._num_accumulated < self.settings.step_every:
+            return False
+        absent = frozenset().union(*self._lately) - self._gathered.keys()
+        return not self.settings.trim_peers or not absent or self._num_accumulated >= 4 * self.settings.step_every
+
+    def _merged(self) -> Gradients | None:
+        """The sum of what was gathered; with `trim_peers` as many times the trimmed mean of the peers."""
+        if not self._gathered:
+            return None
+        if len(self._gathered) == 1:
+            return next(iter(self._gathered.values()))[0]
+        means = [
+            summed if count == 1 else [None if x is None else x / count for x in summed]
+            for summed, count in self._gathered.values()
+        ]
+        return trimmed_mean(means, self.settings.trim_peers, scale=self._num_accumulated)
+
     def _take_step(self) -> None:
-        assert self.optimizer is not None and self._accumulated is not None
-        gradients, self._accumulated, self._num_accumulated = self._accumulated, None, 0
-        clips, taken = self.settings.clip_gradient_norm is not None, set[int]()
+        gradients = self._merged()
+        assert self.optimizer is not None and gradients is not None
+        self._lately.append(frozenset(self._gathered) - {None})
+        self._gathered, self._num_accumulated = {}, 0
+        gradients = [*gradients, *[None] * (len(self.parameters) - len(gradients))]  # of groups that were added since
+        gradients = [_laid_out(x, like) for x, like in zip(gradients, self.parameters, strict=True)]
+        most = self.settings.clip_gradient_norm
+        if most is not None and (norm := norm_of(gradients)) > most:
+            gradients = [None if x is None else x * (most / norm) for x in gradients]  # not in place: two may be one
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is None or gradient.layout is not torch.strided:  # a sparse one is the optimizer's business
-                parameter.grad = gradient
-                continue
-            if gradient.stride() != parameter.stride() or (clips and gradient.data_ptr() in taken):
-                # kernels read an expanded one as if it were laid out like the parameter; two may be the same memory,
-                # which clipping would scale twice
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            if clips:
-                taken.add(gradient.data_ptr())
             parameter.grad = gradient
         try:
-            if self.settings.clip_gradient_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_gradient_norm)
             self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         self.version += 1
+        if self.scheduler is not None:
+            try:
+                self.scheduler.step()
+            except Exception as error:  # one that has come to its end, such as OneCycleLR; the step stands
+                if not self._schedule_ended:
+                    self._schedule_ended = True
+                    kind = type(self.scheduler).__name__
+                    logger.warning(
+                        "%s: the rate stays as it is from now on: %s raised %s", self.name, kind, describe(error)
+                    )
 
     def to(self, device: torch.device) -> None:
         """Moves the module and the optimizer's state."""
@@ -305,11 +397,16 @@ class ExpertBackend:
     def state(self) -> dict[str, Any]:
         """Copies of everything that a checkpoint holds: nested dicts and lists of CPU tensors and plain values."""
         ids = b"".join(self.applied)
-        of_optimizer, of_scheduler = self._restored
+        kinds = optimizers.kinds_of(self.optimizer, self.scheduler)
+        of_optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        of_scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        if self.optimizer is None and self._restored:
+            of_optimizer, of_scheduler, kinds = (self._restored[name] for name in ("optimizer", "scheduler", "kinds"))
         return {
-            "module": _copy(self.module.state_dict()),
-            "optimizer": _copy(of_optimizer if self.optimizer is None else self.optimizer.state_dict()),
-            "scheduler": _copy(of_scheduler if self.scheduler is None else self.scheduler.state_dict()),
+            "module": states.copied(self.module.state_dict()),
+            "optimizer": states.copied(of_optimizer),
+            "scheduler": states.copied(of_scheduler),
+            "kinds": kinds,
             "version": self.version,
             "applied": {
                 "ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8)
@@ -317,57 +414,82 @@ class ExpertBackend:
                 else torch.empty(0, dtype=torch.uint8),
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
             },
-            "accumulated": None if self._accumulated is None else _copy(list(self._accumulated)),
+            "accumulated": states.pack_gradients(self._merged()),
             "num_accumulated": self._num_accumulated,
+            "gradient_norms": self.norms.values(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit."""
+        """Continues from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit.
+
+        What of the optimizer's class and options holds is logged where they differ (`BackendSettings.own_options`).
+        """
+        states.check_fits(self.module, state["module"])
         self.module.load_state_dict(state["module"])
         if self._make_optimizer is not None and (self.optimizer is None or state["optimizer"] is None):
             # made when it is needed; a state without one is that of an expert which has taken no step
             self.optimizer, self.scheduler = None, None
-            self._restored = state["optimizer"], state["scheduler"]
-            self._find_parameters()
+            self._restored = {name: state.get(name) for name in ("optimizer", "scheduler", "kinds")}
         if self.optimizer is not None and state["optimizer"] is not None:
-            # PyTorch takes the tensors themselves, and steps change them in place
-            self.optimizer.load_state_dict(_copy(state["optimizer"]))
-            fuse(self.optimizer)
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            self._say(optimizers.restore(self.optimizer, self.scheduler, state, self.settings.own_options))
         self.version = state["version"]
         ids = state["applied"]["ids"].numpy().tobytes()
         versions = state["applied"]["versions"].tolist()
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )
-        accumulated = state["accumulated"]
-        self._accumulated = None
+        accumulated, self._num_accumulated = state["accumulated"], state["num_accumulated"]
+        self._gathered = {}
         if accumulated is not None and self.trains:
-            self._accumulated = [None if x is None else x.to(self.device, copy=True) for x in accumulated]
-        self._num_accumulated = state["num_accumulated"]
+            self._gathered[None] = states.unpack_gradients(accumulated, self.device), self._num_accumulated
+        norms = state.get("gradient_norms", ())
+        self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:
             self.module.train(training)
-        draws = seed is not None and self.is_stochastic(training)
-        # a recorded graph would repeat its random numbers
-        records = not self.is_stochastic(training)
-        if draws or self.settings.autocast is not None:
-            with contextlib.ExitStack() as stack:
-                if seed is not None and draws:
-                    stack.enter_context(randomness.seeded(seed))
-                if self.settings.autocast is not None:
-                    # a recorded graph must not remember autocast's copies of weights, which change with each step
-                    caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
-                    stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
-                outputs = self._acceleration.run(inputs, self._apply, records=records)
-        else:
-            outputs = self._acceleration.run(inputs, self._apply, records=records)
+        outputs = self._compute(inputs, training, seed)
         leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
         if leaves[0].shape[0] != inputs[0].shape[0]:
             raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {inputs[0].shape[0]}")
         return leaves
+
+    def _compute(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
+        """Calls the module with these inputs, which stay as they are."""
+        habits = self._habits[training]
+        if not habits.known:
+            return self._watch(inputs, training, seed)
+        given = _copies(inputs) if habits.writes else inputs
+        # in evaluation only the first call is looked at: all others would pay for it
+        glances = training and self.settings.stochastic is None and not habits.draws
+        before, versions = generator_states() if glances else (), [x._version for x in given]
+        outputs = self._call(given, training, seed, records=not self.is_stochastic(training))
+        habits.writes = habits.writes or versions != [x._version for x in given]
+        # perhaps another thread has drawn: a watched call tells
+        return self._watch(inputs, training, seed) if have_moved(before) else outputs
+
+    def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
+        """The same, and finds out what the module does beside."""
+        habits, given = self._habits[training], _copies(inputs)
+        with Watch(given) as watch:
+            outputs = self._call(given, training, seed, records=False)
+        watch.learn(habits, given, inputs, self.name)
+        if not habits.draws or seed is None or self.settings.stochastic is not None:
+            return outputs
+        return self._call(_copies(inputs), training, seed, records=False)  # what was drawn so can't be drawn again
+
+    def _call(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None, *, records: bool) -> Any:
+        draws = seed is not None and self.is_stochastic(training)
+        if not draws and self.settings.autocast is None:
+            return self._acceleration.run(inputs, self._apply, records=records)
+        with contextlib.ExitStack() as stack:
+            if seed is not None and draws:
+                stack.enter_context(randomness.seeded(seed))
+            if self.settings.autocast is not None:
+                # a recorded graph must not remember autocast's copies of weights, which change with each step
+                caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
+                stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
+            return self._acceleration.run(inputs, self._apply, records=records)
 
     def _apply(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
         if self._takes_flat_inputs:
@@ -383,34 +505,58 @@ class ExpertBackend:
         return outputs
 
     def _dry_run(self) -> Schema:
-        device, was_training = self.device, self.module.training
-        zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in self.input_specs]
-        args, kwargs = wire.unflatten(self.inputs_schema, zeros)
+        zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=self.device) for spec in self.input_specs]
+        outputs = self._try_out(zeros, training=False)
+        leaves = wire.flatten(outputs)
+        fits = leaves and all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == 2 for x in leaves)
+        if not fits or any(x.layout is not torch.strided for x in leaves):
+            got = wire.describe_structure(outputs)
+            raise ValueError(
+                f"an expert returns dense tensors with as many rows as it was given; for 2 rows it gave {got}"
+            )
+        with contextlib.suppress(Exception):  # its first call in training says so, and is watched
+            self._try_out(zeros, training=True)
+        return wire.unflatten(outputs, [TensorSpec.of(leaf) for leaf in leaves])
+
+    def _try_out(self, inputs: Sequence[torch.Tensor], *, training: bool) -> Any:
+        """Runs the module once, watched, and leaves it as it was."""
+        was_training = self.module.training
+        given = _copies(_leaves(inputs))
+        args, kwargs = wire.unflatten(self.inputs_schema, given)
         try:
-            with torch.no_grad():
-                outputs = self.module.eval()(*args, **kwargs)
+            with torch.no_grad(), Undone(self.module), Watch(given) as watch:
+                outputs = self.module.train(training)(*args, **kwargs)
         finally:
             self.module.train(was_training)
-        leaves = wire.flatten(outputs)
-        if not leaves or not all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == 2 for x in leaves):
-            got = wire.describe_structure(outputs)
-            raise ValueError(f"an expert returns tensors with as many rows as it was given; for 2 rows it gave {got}")
-        return wire.unflatten(outputs, [TensorSpec.of(leaf) for leaf in leaves])
+        watch.learn(self._habits[training], given, inputs, self.name)
+        return outputs
+
+
+def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
+    # kernels read an expanded one as if it were laid out like the parameter; a sparse one is the optimizer's business
+    if gradient is None or gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _leaves(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors, wanting gradients where they can have some."""
+    return [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs]
+
+
+def _copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    # a copy that was made with gradients is no leaf: it may be written, and its gradient arrives
+    return [x.clone().requires_grad_(x.requires_grad) for x in inputs]
 
 
 def add_gradients(left: Gradients | None, right: Gradients | None) -> Gradients | None:
     """The sum, where absent ones count as zeros. Neither is changed."""
     if left is None or right is None:
         return left if right is None else right
-    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+    return [_sum(a, b) for a, b in zip_longest(left, right)]  # parameters may have been added between them
 
 
-def _copy(value: Any) -> Any:
-    """The same structure with every tensor copied to the CPU, so that training goes on while it is written."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
-    return value
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b if a.layout is torch.strided else b + a  # PyTorch adds a sparse one to a dense one, in this order

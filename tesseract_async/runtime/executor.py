@@ -6,24 +6,28 @@ that works beside the CPU, the next batch is staged between `launch` and `comple
 
 Faults stay with their request. A batch that fails before its step (the module raised, a gradient is not finite) is
 computed again in halves, until the requests at fault are alone; only they fail, and the others share the step. One
-request that runs out of memory is halved once, by rows. If the optimizer itself raises, the expert's last good state is
-loaded, journal included: for everybody it is as if the steps since then had not happened.
+request that runs out of memory is halved once, by rows. If the optimizer itself raises, or leaves weights or a memory
+that are not finite, the expert's last good state is loaded, journal included: for everybody it is as if the steps since
+then had not happened.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
 from tesseract_async.errors import ExpertFailed, describe
-from tesseract_async.runtime.backend import ExpertBackend, Gradients, add_gradients
+from tesseract_async.runtime.backend import ExpertBackend, add_gradients
 from tesseract_async.runtime.batcher import Part
-from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.finite import are_finite, norm_of
+from tesseract_async.runtime.merging import Gradients
+from tesseract_async.runtime.norms import CHECKED_ABOVE, GROWTH, REFUSED_ABOVE, SCALED_ABOVE, UNDONE_ABOVE
 from tesseract_async.runtime.staging import Columns, Download, HostStaging, Staging, Upload
 from tesseract_async.runtime.work import Answer, Outcome, Work
 
@@ -36,7 +40,18 @@ _MIN_SNAPSHOT_PERIOD = 5.0
 class Attempt:
     """Some parts of requests, computed together once."""
 
-    __slots__ = ("parts", "upload", "results", "summed", "downloads", "scales", "error", "outcomes", "stop_halving")
+    __slots__ = (
+        "parts",
+        "upload",
+        "results",
+        "summed",
+        "norm",
+        "downloads",
+        "scales",
+        "error",
+        "outcomes",
+        "stop_halving",
+    )
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -45,6 +60,8 @@ class Attempt:
         """Outputs, or gradients of the inputs, on the device."""
         self.summed: Gradients | None = None
         """Gradients of the parameters."""
+        self.norm = 0.0
+        """Of those, as they came."""
         self.downloads: list[tuple[Sequence[Part], Download, int]] = []
         """Of the attempts that came well out of this one: their parts, results and version."""
         self.scales: torch.Tensor | None = None
@@ -90,12 +107,18 @@ class Executor:
             num_inputs = len(backend.input_specs)
             inputs: list[Any] = staged[:num_inputs]
             seed = _chunk_seed(attempt.parts[0])
+            _check_alone(attempt)
             if work.output_gradients is None:
                 attempt.results = backend.forward(inputs, training=work.training, seed=seed)
+                _check_alone(attempt)
                 return
             gradients = self._damp(attempt, staged[num_inputs:])
             attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
-            _check_gradients(gradients, attempt.summed, backend.settings.max_gradient_norm)
+            _check_alone(attempt)
+            if not are_finite(gradients):
+                raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
+            if work.call_id is not None and attempt.summed:
+                self._limit_norm(attempt)
         except BaseException as error:  # a module may raise anything: it fails its own batch
             attempt.error = error
         finally:
@@ -176,6 +199,29 @@ class Executor:
         attempt.scales = scales.repeat_interleave(counts).to("cpu" if present is None else present.device)
         return [None if x is None else x * _beside(attempt.scales, x) for x in gradients]
 
+    @staticmethod
+    def _limit_norm(attempt: Attempt) -> None:
+        """Refuses parameter gradients that no optimizer may see, and scales down those that are unusually large."""
+        backend, summed = attempt.work.backend, attempt.summed
+        assert summed is not None
+        norm = attempt.norm = norm_of(summed)
+        if not math.isfinite(norm) and not are_finite(summed):
+            raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
+        limit, usual = backend.settings.max_gradient_norm, backend.norms.usual
+        if limit == "adaptive":
+            # of requests that are computed together each may be as large as one alone
+            usual = None if usual is None else usual * len(attempt.parts)
+            limit = math.sqrt(torch.finfo(torch.float32).max) if usual is None else REFUSED_ABOVE * usual
+            if usual is not None and SCALED_ABOVE * usual < norm <= limit:
+                scale = SCALED_ABOVE * usual / norm
+                attempt.summed = [None if x is None else x * scale for x in summed]
+        if limit is not None and norm > limit:
+            if len(attempt.parts) == 1:  # else it is computed again in halves: the request at fault is seen alone
+                backend.norms.observe(_account(attempt), norm)
+            raise ExpertFailed(
+                f"the gradients of the expert's parameters have norm {norm:.4g}; at most {limit:.4g} is accepted"
+            )
+
     def _settle(self, attempt: Attempt) -> tuple[list[Attempt], list[Outcome]]:
         """The attempts that came well out of this one, in order of rows, and what failed."""
         error = attempt.error
@@ -232,32 +278,55 @@ class Executor:
         if backend.optimizer is not None and (len(good) > 1 or work.summed is not None) and not are_finite(summed):
             raise ExpertFailed("the sum of the gradients is not finite; no step was taken")
         self._refresh_good_state(backend)
+        weights = norm_of([x.detach() for x in backend.parameters]) if backend.norms.usual is None else math.inf
         try:
-            return backend.step(summed, [call_id for call_id in call_ids if call_id is not None])
+            version = backend.step(
+                summed, [call_id for call_id in call_ids if call_id is not None], peer=_account(good[0])
+            )
         except BaseException as error:  # an optimizer may raise anything
             logger.exception("the optimizer of an expert raised; its last good state is loaded")
-            raise self._reload(backend, error) from None
+            raise self._reload(backend, f"the expert's optimizer raised {describe(error)}") from None
+        self._check_step(backend, good, weights)
+        return version
+
+    def _check_step(self, backend: ExpertBackend, good: Sequence[Attempt], weights: float) -> None:
+        """Undoes a step that broke the expert, whose weights had that norm. Raises: ExpertFailed, for its senders."""
+        norms, usual = backend.norms, backend.norms.usual
+        looks = backend.optimizer is not None and backend.settings.max_gradient_norm is not None
+        if looks and (usual is None or any(one.norm > CHECKED_ABOVE * usual * len(one.parts) for one in good)):
+            grown = norm_of([x.detach() for x in backend.parameters])
+            if not backend.is_sound() or grown > GROWTH * (weights + 1):
+                raise self._reload(backend, "this step made the expert's weights or its optimizer's memory overflow")
+        became_known = any([norms.observe(_account(one), one.norm / len(one.parts)) for one in good])
+        if looks and became_known and norms.largest > UNDONE_ABOVE * (norms.usual or math.inf):
+            raise self._reload(backend, "one of this expert's first gradients was far larger than all others")
 
     def _refresh_good_state(self, backend: ExpertBackend) -> None:
-        """Keeps the copy that a failed step returns to fresh, but spends little time on it."""
+        """Keeps the copy that a failed step returns to fresh, but spends little time on it.
+
+        Raises: ExpertFailed if the expert is broken already; it went back, then.
+        """
         if backend.optimizer is None:
             return
         good, now = self._good_states.get(backend), time.monotonic()
-        if good is None or now > max(good.renew_at, self._copy_again_at):
+        if good is None:
+            self.keep_good_state(backend)
+        elif now > max(good.renew_at, self._copy_again_at) and backend.norms.usual is not None:
+            if backend.settings.max_gradient_norm is not None and not backend.is_sound():
+                raise self._reload(backend, "the expert's weights or its optimizer's memory overflowed")
             self.keep_good_state(backend)
 
-    def _reload(self, backend: ExpertBackend, error: BaseException) -> ExpertFailed:
+    def _reload(self, backend: ExpertBackend, reason: str) -> ExpertFailed:
+        norms = backend.norms  # what was learnt about senders holds
         try:
             backend.load_state(self._good_states[backend].state)
         except BaseException as second:  # then only this expert is given up
-            self._broken[backend] = (
-                f"this expert is broken: its optimizer raised {describe(error)}, then {describe(second)}"
-            )
+            self._broken[backend] = f"this expert is broken: {reason}, then its last good state: {describe(second)}"
             logger.exception("an expert could not return to its last good state and answers no more calls")
             return ExpertFailed(self._broken[backend])
-        return ExpertFailed(
-            f"the expert's optimizer raised {describe(error)}; the expert went back to version {backend.version}"
-        )
+        backend.norms = norms
+        logger.warning("%s; it went back to version %d", reason, backend.version)
+        return ExpertFailed(f"{reason}; the expert went back to version {backend.version}")
 
 
 class _GoodState:
@@ -294,6 +363,16 @@ def _columns(parts: Sequence[Part]) -> Columns:
                 rows.append(gradient[part.start : part.stop])
         columns.append(rows if present else None)
     return columns
+
+
+class _DrawsAlone(Exception):
+    """A batch of several requests turned out to draw random numbers, which are each request's own."""
+
+
+def _check_alone(attempt: Attempt) -> None:
+    """Raises: _DrawsAlone, upon which the batch is computed again, request by request."""
+    if len(attempt.parts) > 1 and attempt.work.backend.is_stochastic(attempt.work.training):
+        raise _DrawsAlone
 
 
 def _works(attempts: Sequence[Attempt]) -> list[Work]:
@@ -335,19 +414,10 @@ def _beside(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return scales.to(x.device, real).view(-1, *(1 for _ in x.shape[1:]))
 
 
-def _check_gradients(incoming: Gradients, summed: Gradients, max_norm: float | None) -> None:
-    """Raises: ExpertFailed for gradients that no optimizer may see."""
-    if not are_finite(incoming):
-        raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
-    if not are_finite(summed):
-        raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
-    if max_norm is not None:
-        present = [x for x in summed if x is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x).float() for x in present])))
-        if present and norm > max_norm:
-            raise ExpertFailed(
-                f"the gradients of the expert's parameters have norm {norm:.4g}; at most {max_norm:.4g} is accepted"
-            )
+def _account(attempt: Attempt) -> Hashable:
+    """Whom the gradients of an attempt count for: of several peers, the first."""
+    request = attempt.work.request
+    return None if request is None else request.peer
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -59,6 +59,7 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._dropout(device, *args, **kwargs)
         variant = _with_generator(func)
         if variant is not None:
+            kwargs.pop("generator", None)  # it may have been said that there is none
             return variant(*args, **kwargs, generator=self._generator(device))
         result = func.decompose(*args, **kwargs)  # recurrent layers are made of simpler operations
         return self._fused(func, device, args, kwargs) if result is NotImplemented else result

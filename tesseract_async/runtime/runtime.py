@@ -24,9 +24,10 @@ import torch
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, BatcherStatistics, Pool, Request
 from tesseract_async.runtime.executor import Attempt, Executor
+from tesseract_async.runtime.merging import Gradients
 from tesseract_async.runtime.staging import staging_for
 from tesseract_async.runtime.work import Answer, Outcome, Work
 from tesseract_async.uncopied import Uncopied
@@ -50,7 +51,7 @@ class RuntimeSettings:
     overlap: bool | None = None
     """Whether the next batch is staged while one computes; None: where the device has copy engines."""
     stall_timeout: float = 60.0
-    """A batch that has run for longer is taken as hung: new work is refused until it ends."""
+    """Seconds after which a batch is taken as hung: new work is refused until it ends. More than the slowest takes."""
     close_timeout: float = 30.0
     """Seconds that closing waits for the running batch; a thread that hangs for longer is abandoned, loudly."""
 
@@ -206,7 +207,11 @@ class TesseractRuntime(Uncopied):
         loop = self._running_loop
         now = time.monotonic()
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
-            raise Overloaded("this server's device hangs; ask another replica", retry_after=self.settings.stall_timeout)
+            raise Overloaded(
+                f"a batch has computed here for {now - self._busy_since:.0f} s, longer than stall_timeout "
+                f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
+                retry_after=self.settings.stall_timeout,
+            )
         is_backward = output_gradients is not None
         work = Work(
             backend,
@@ -231,7 +236,7 @@ class TesseractRuntime(Uncopied):
             priority=priority,
             # requests that step alone, and split ones, whose chunks are summed for one step
             exclusive=backend.is_stochastic(training)
-            or (is_backward and (num_rows > backend.max_batch_size or not backend.settings.merge_backward)),
+            or (is_backward and (num_rows > backend.max_batch_size or not backend.merges_backward)),
         )
         with self._lock:
             if self._closing or self._thread is None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.batcher import Request
+from tesseract_async.runtime.merging import Gradients
 
 
 @dataclass(frozen=True, slots=True)

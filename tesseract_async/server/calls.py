@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,18 +25,22 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend, Gradients
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.merging import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Answer, Work
 from tesseract_async.server.expected import ExpectedBackwards
 from tesseract_async.server.memory import Memory
+from tesseract_async.transport.base import range_of
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CODECS
 from tesseract_async.wire.names import new_name
 
 _LOOK_PERIOD = 0.1
+_SMALL_BYTES = 16 * 1024
+_LARGE_BYTES = 32 * 1024
 _ENTRY_BYTES = 1024
 _TENSOR_BYTES = 512
 """The objects around what is remembered: measured at 550 bytes for an entry and 450 for a tensor, 1,300 in a server."""
@@ -53,6 +57,8 @@ class CallSettings:
     """Answers of backwards, for callers who ask again because the first answer was lost."""
     max_inputs_bytes: int = 256 << 20
     """Inputs of forwards that a backward will follow, so that it need not send them again."""
+    keep_seconds: float = 300.0
+    """Seconds after which either is forgotten."""
     backward_timeout: float = 60.0
     """Seconds after a forward until its backward is no longer expected, whoever called; leaving waits for those that
     are (see `server.expected`)."""
@@ -65,6 +71,7 @@ class _Backward:
     work: Work
     version: int | None
     """The version that it led to when it was applied before; None if this is the first time."""
+    owner: Hashable
     num_waiting: int = 0
 
 
@@ -84,8 +91,13 @@ class ExpertCalls:
         """Whether a caller has no connection to this node any more."""
         self._runtime_of = runtime_of
         self._backwards: dict[_CallKey, _Backward] = {}
-        self._answers: Memory[_CallKey, Answer] = Memory(settings.max_answers_bytes, _num_bytes_of_answer)
-        self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(settings.max_inputs_bytes, _num_bytes)
+        self._answers: Memory[_CallKey, Answer] = Memory(
+            settings.max_answers_bytes, _num_bytes_of_answer, max_age=settings.keep_seconds
+        )
+        self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(
+            settings.max_inputs_bytes, _num_bytes, max_age=settings.keep_seconds
+        )
+        self._sweep: asyncio.TimerHandle | None = None
         self._expected = ExpectedBackwards(settings.backward_timeout)
         self._num_active = 0
         self._quiet = asyncio.Event()
@@ -136,7 +148,7 @@ class ExpertCalls:
                     await self._quiet.wait()
 
     async def _forward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        request = messages.decode(messages.ForwardRequest, call.body)
+        request, call.body = messages.decode(messages.ForwardRequest, call.body), None
         if self.refuse_forwards is not None:
             raise self.refuse_forwards
         codec = request.reply_codec
@@ -144,6 +156,7 @@ class ExpertCalls:
         tensors = await unpack(request.tensors, call.buffers)
         _check_codecs(uid, backend, "inputs", request.tensors, tensors)
         inputs = check_inputs(uid, backend, tensors)
+        versions = [x._version for x in inputs]
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
@@ -155,15 +168,17 @@ class ExpertCalls:
                 seed=request.seed,
                 deadline=call.deadline,
                 priority=_priority(call),
-                peer=call.peer_id,
+                peer=_owner(call),
             )
-        inputs_cached = self._keep(uid, inputs, call.peer_id) if request.keep_inputs else None
-        metas, buffers = await pack(answer.tensors, codec)
+        # where a module wrote them, the backward brings them again
+        keeps = request.keep_inputs and versions == [x._version for x in inputs]
+        inputs_cached = self._keep(uid, inputs, call) if keeps else None
+        metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
 
     async def _backward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        request = messages.decode(messages.BackwardRequest, call.body)
+        request, call.body = messages.decode(messages.BackwardRequest, call.body), None
         codec = request.reply_codec
         backend.settings.codecs.check("gradients", codec, expert=uid)
         key = (uid, request.call_id)
@@ -180,7 +195,7 @@ class ExpertCalls:
         self.metrics.observe(
             "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=STALENESS_BUCKETS
         )
-        metas, buffers = await pack(answer.tensors, codec)
+        metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
 
     def _begin_backward(
@@ -217,9 +232,9 @@ class ExpertCalls:
             forward_version=request.version if version is None else None,
             deadline=call.deadline,
             priority=_priority(call),
-            peer=call.peer_id,
+            peer=_owner(call),
         )
-        backward = self._backwards[key] = _Backward(work, version)
+        backward = self._backwards[key] = _Backward(work, version, _owner(call))
         work.answer.add_done_callback(lambda _: self._end_backward(key))
         return backward
 
@@ -241,13 +256,38 @@ class ExpertCalls:
         if not answer.cancelled() and answer.exception() is None:
             result: Answer = answer.result()
             version = result.version if backward.version is None else backward.version
-            self._answers.put(key, Answer(result.tensors, version))
+            owned = Answer([None if x is None else _alone(x) for x in result.tensors], version)
+            self._answers.put(key, owned, owner=backward.owner, now=asyncio.get_running_loop().time())
+            self._sweep_later()
 
-    def _keep(self, uid: str, inputs: list[torch.Tensor], peer: PeerID) -> bytes | None:
+    def _keep(self, uid: str, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
         name = new_name()
+        now = asyncio.get_running_loop().time()
         if self.expects_backwards(uid):
-            self._expected.expect(name, uid, peer, asyncio.get_running_loop().time())
-        return name if self._inputs.put(name, inputs) else None
+            self._expected.expect(name, uid, call.peer_id, now)
+        kept = self._inputs.put(name, [_alone(x) for x in inputs], owner=_owner(call), now=now)
+        self._sweep_later()
+        return name if kept else None
+
+    def _sweep_later(self) -> None:
+        if self._sweep is None:
+            loop = asyncio.get_running_loop()
+            self._sweep = loop.call_later(self.settings.keep_seconds / 8, self._sweep_now)
+
+    def _sweep_now(self) -> None:
+        self._sweep = None
+        now = asyncio.get_running_loop().time()
+        self._inputs.expire(now)
+        self._answers.expire(now)
+        if self._inputs or self._answers:
+            self._sweep_later()
+
+    def close(self) -> None:
+        """Forgets everything, and leaves no timer."""
+        self.forget()
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
 
 
 def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -312,6 +352,22 @@ def _check_codecs(
     for meta, tensor in zip(metas, tensors, strict=True):
         if meta is not None and tensor is not None and tensor.is_floating_point():
             policy.check(what, meta[2], expert=uid)
+
+
+def _owner(call: IncomingCall) -> Hashable:
+    """Whose share of memory and device time this takes: an address range, or a peer where addresses tell nothing."""
+    return range_of(call.origin) or call.peer_id
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that keeps no more memory alive than its own: rows of a batch, and small tensors, which lie in a block
+    with others, are copied."""
+    return x.clone() if x.nbytes < _SMALL_BYTES or x.untyped_storage().nbytes() > x.nbytes else x
+
+
+def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A part of an answer that may wait for long: not as a few rows that hold the outputs of a large batch."""
+    return x if x is None or x.nbytes < _LARGE_BYTES or x.untyped_storage().nbytes() <= 4 * x.nbytes else x.clone()
 
 
 def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:

@@ -25,26 +25,15 @@ import torch
 
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.identity import sync_folder
+from tesseract_async.runtime.states import SAFETENSORS
+from tesseract_async.wire.compression import flat_of
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 _MAX_HEADER_BYTES = 16 << 20
 
 
@@ -164,7 +153,7 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
         }
         offset += tensor.nbytes
         if tensor.nbytes:
-            pieces.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            pieces.append(flat_of(tensor).view(torch.uint8).numpy().data)
     metadata = {"format": "pt", "tesseract_format": str(FORMAT_VERSION), "tesseract_state": json.dumps(rest)}
     header["__metadata__"] = metadata
     metadata["tesseract_sha256"] = _digest(header, pieces)
@@ -193,7 +182,7 @@ def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
             if name == "__metadata__":
                 continue
             start, stop = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            dtype, shape = SAFETENSORS[entry["dtype"]], tuple(entry["shape"])
             if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= len(body):
                 raise CheckpointError(f"{name} does not fit its place")
             flat = torch.frombuffer(body[start:stop], dtype=dtype) if stop > start else torch.empty(0, dtype=dtype)

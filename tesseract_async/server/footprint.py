@@ -21,7 +21,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, Gradients
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.merging import Gradients
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ NUM_PROBE_ROWS: Final = 4
 PROBE_MARGIN: Final = 2.0
 """Where a module does not run on ``meta``, so many times what `NUM_PROBE_ROWS` more rows took is reckoned per row: with
 few rows, the peak is where the parameters' gradients meet, not where all activations do."""
+
+MAX_OPERATIONS: Final = 20_000
+"""On tensors, while an expert of somebody else's sizes is built."""
 
 KERNEL_MARGIN: Final = 1.1
 """For what kernels take without making a tensor of it."""
@@ -53,18 +57,18 @@ class Footprint:
     batch: int
     """The most that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows included;
     only one expert of a device computes at a time."""
-    accumulates: bool = False
-    """Whether gradients of several batches are summed before a step."""
+    num_sums: int = 0
+    """Sums of gradients that wait for a step, at most: one over all batches, or one for each peer."""
 
     @property
     def state(self) -> int:
         """A copy of what a checkpoint holds."""
-        return self.weights + self.optimizer + self.copied_journal + self.gradients * self.accumulates
+        return self.weights + self.optimizer + self.copied_journal + self.gradients * min(self.num_sums, 1)
 
     @property
     def resident(self) -> int:
         """What the expert holds as long as it is hosted: itself, and the state that a failed step goes back to."""
-        return self.weights + self.optimizer + self.journal + self.gradients * self.accumulates + self.state
+        return self.weights + self.optimizer + self.journal + self.gradients * self.num_sums + self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,7 @@ def measure(backend: ExpertBackend) -> Footprint:
         journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
         copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
         batch=0,
-        accumulates=settings.step_every > 1,
+        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
     try:
         batch = _peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
@@ -174,7 +178,7 @@ def _probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple
 def _peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
     """Bytes of all tensors at the worst moment of a forward and a backward, the staged rows and answers among them."""
     backend.prepare()
-    with _Counting() as counting:
+    with Counting() as counting:
         inputs, gradients = _probe(backend, num_rows, device)
         backend.forward(inputs, training=True)
         # gathering copies the rows of many requests
@@ -184,23 +188,56 @@ def _peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int
     return peak
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made in this thread, and are still alive."""
+def size_text(num_bytes: int) -> str:
+    """``800 MiB``, ``14,901.2 GiB``."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
-    def __init__(self) -> None:
+
+class OutOfBudget(Exception):
+    """More than `Counting` allows; says what."""
+
+
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made in this thread, and are still alive.
+
+    With a `limit`, a tensor beyond it is not made: raises OutOfBudget; so does work without an end.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.limit = limit
         self.num_bytes = 0
         self.peak = 0
+        self._num_operations = 0
         self._known: set[int] = set()
+
+    def add(self, num_bytes: int) -> None:
+        """Counts what is yet to be made. Raises: OutOfBudget."""
+        self.num_bytes += num_bytes
+        self.peak = max(self.peak, self.num_bytes)
+        if self.limit is not None and self.num_bytes > self.limit:
+            raise OutOfBudget(size_text(self.num_bytes))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if self.limit is not None:
+            self._num_operations += 1
+            if self._num_operations > MAX_OPERATIONS:
+                raise OutOfBudget(f"{MAX_OPERATIONS:,} operations on tensors")
+            if "device" in kwargs and not any(isinstance(one, torch.Tensor) for one in tree_leaves((args, kwargs))):
+                self._foresee(func(*args, **kwargs | {"device": "meta", "pin_memory": None}))
+        result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
         return result
+
+    def _foresee(self, planned: Any) -> None:
+        num_bytes = sum(one.nbytes for one in tree_leaves(planned) if isinstance(one, torch.Tensor))
+        self.add(num_bytes)
+        self.num_bytes -= num_bytes
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -208,14 +245,13 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         num_bytes = storage.nbytes()
         self._known.add(key)
-        self.num_bytes += num_bytes
-        self.peak = max(self.peak, self.num_bytes)
 
         def gone() -> None:
             self._known.discard(key)
             self.num_bytes -= num_bytes
 
         weakref.finalize(storage, gone)
+        self.add(num_bytes)
 
 
 def _num_bytes(values: Iterable[Any]) -> int:

@@ -8,8 +8,6 @@ A builder takes sizes and returns a module and the schema of its arguments::
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,11 +18,10 @@ import torch
 from torch import nn
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server.builders import EXPERTS as EXPERTS
+from tesseract_async.server.builders import build, find_builder, register, takes_seed
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
-Builder = Callable[..., tuple[nn.Module, tuple[Schema, ...]]]
-
-EXPERTS: dict[str, Builder] = {}
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -32,32 +29,13 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Decorates a builder, so that `build_module` finds it by `name`."""
-
-    def decorate(builder: Builder) -> Builder:
-        if name in EXPERTS:
-            raise ValueError(f"an expert named {name!r} exists already")
-        EXPERTS[name] = builder
-        return builder
-
-    return decorate
-
-
 def build_module(name: str, *, seed: int | None = None, **sizes: Any) -> tuple[nn.Module, tuple[Schema, ...]]:
     """A new module and its args_schema. `name` is registered, or ``package.module:builder``.
 
-    `seed` decides its first weights, whatever was drawn before. Raises: ValueError for an unknown name; TypeError for
-    sizes that the builder does not take.
+    `seed` decides its first weights, whatever was drawn before. Raises: ValueError for an unknown name, and for sizes
+    that the builder does not take, or that do not fit this computer's memory.
     """
-    builder = _find(name)
-    if seed is None:
-        return builder(**sizes)
-    if draws_its_own(name):
-        return builder(seed=seed, **sizes)
-    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are not ours to change
-        torch.manual_seed(seed)
-        return builder(**sizes)
+    return build(find_builder(name), sizes, name=name, seed=seed)
 
 
 def draws_its_own(name: str) -> bool:
@@ -65,22 +43,7 @@ def draws_its_own(name: str) -> bool:
 
     Raises: ValueError for an unknown name.
     """
-    return "seed" in inspect.signature(_find(name)).parameters
-
-
-def _find(name: str) -> Builder:
-    builder = EXPERTS.get(name)
-    if builder is None:
-        path, separator, attribute = name.partition(":")
-        if not separator:
-            raise ValueError(f"no expert named {name!r}; there are {', '.join(sorted(EXPERTS))}, and module:builder")
-        try:
-            builder = getattr(importlib.import_module(path), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"no expert at {name!r}: {error}") from error
-    if not callable(builder):
-        raise ValueError(f"no expert at {name!r}: that is no function that builds one, but a {type(builder).__name__}")
-    return builder
+    return takes_seed(find_builder(name))
 
 
 def make_backend(
@@ -92,19 +55,23 @@ def make_backend(
     seed: int | None = None,
     sizes: Mapping[str, Any] | None = None,
     settings: BackendSettings | None = None,
+    max_bytes: int | None = None,
 ) -> ExpertBackend:
     """A backend of `build_module(name, seed=seed, **sizes)`; ``optimizer=None`` freezes it.
 
-    The optimizer is made when it is first needed. Raises: as `build_module`.
+    The optimizer is made when it is first needed. `max_bytes`: of the expert with gradients and optimizer, by default
+    this computer's memory. Raises: as `build_module`, and ValueError for an unknown optimizer or such a rate.
     """
-    module, args_schema = build_module(name, seed=seed, **(sizes or {}))
+    states = num_states(optimizer)
+    builder = find_builder(name)
+    module, args_schema = build(builder, sizes or {}, name=name, seed=seed, max_bytes=max_bytes, num_states=states)
     parameters = list(module.parameters())
     made: Callable[[], torch.optim.Optimizer] | None = None
     if optimizer is not None and parameters:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"no optimizer named {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
-        if learning_rate < 0:
-            raise ValueError(f"a learning rate is 0 or more, not {learning_rate}")
+        if not 0 <= learning_rate < math.inf:
+            raise ValueError(f"a learning rate is a finite number, 0 or more, not {learning_rate}")
         kind: Any = OPTIMIZERS[optimizer]
         made = partial(kind, parameters, lr=learning_rate, fused=True)  # one kernel for all: a third of the time
     return ExpertBackend(
@@ -114,6 +81,11 @@ def make_backend(
         max_batch_size=max_batch_size,
         settings=settings or BackendSettings(),
     )
+
+
+def num_states(optimizer: str | None) -> int:
+    """How many numbers a trained one brings with it: its gradient, and what the optimizer keeps."""
+    return {None: 0, "sgd": 2}.get(optimizer, 3)
 
 
 class _Linear(nn.Linear):
@@ -127,6 +99,8 @@ class _Linear(nn.Linear):
 
     def draw(self, numbers: np.random.BitGenerator) -> Self:
         """Lets other threads run meanwhile. Returns this layer."""
+        if self.weight.is_meta:
+            return self
         bound = 1 / math.sqrt(self.in_features)
         for parameter in (self.weight, self.bias):
             for part in torch.split(parameter.detach().view(-1), 1 << 16):  # as many as stay in the cache

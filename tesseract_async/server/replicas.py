@@ -122,6 +122,7 @@ async def adopt_states(
                         node, replica.peer, uid, timeout=settings.call_timeout, settings=settings.transfer
                     )
                     if state is not None:
+                        backends[uid].name = uid
                         backends[uid].load_state(state)
                         followed.add(uid)
                         return

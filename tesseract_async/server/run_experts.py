@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tesseract_async.experts.run import RunManifest, Value
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer, MakesScheduler
-from tesseract_async.server.registry import EXPERTS, OPTIMIZERS, build_module
+from tesseract_async.server.builders import EXPERTS, build, find_builder
+from tesseract_async.server.registry import OPTIMIZERS, num_states
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 
@@ -38,6 +39,9 @@ TRAINING_OPTIONS: Final = frozenset(
 """What `RunManifest.training` may hold besides ``max_batch_size``: the `BackendSettings` that change what is learned.
 Others (compilation, graphs, journal) are each volunteer's own business."""
 
+OWN_BUSINESS: Final = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
+"""Arguments of optimizers that no manifest may give: how a computer computes the same numbers."""
+
 BETAS: Final = ("beta1", "beta2")
 """How a manifest, whose values are plain, gives Adam's ``betas``."""
 
@@ -45,12 +49,10 @@ BETAS: Final = ("beta1", "beta2")
 def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> None:
     """Raises: ValueError if the run's expert is code by import path, and not from an allowed module."""
     path, separator, _ = manifest.expert.partition(":")
-    if not separator:
-        return
-    if not any(path == module or path.startswith(f"{module}.") for module in allowed_modules):
+    if separator and path not in allowed_modules:
         raise ValueError(
-            f"the run {manifest.name} wants to run the code of {manifest.expert} here; if you know that code and have "
-            f"it installed, allow it with --allow-module {path}"
+            f"the run {manifest.name} wants to run {manifest.expert} here. If you know that code and have it installed "
+            f"allow it: --allow-module {path}, or allowed_modules=[{path!r}] in Python"
         )
 
 
@@ -68,15 +70,17 @@ def build_run_backend(
     *,
     allowed_modules: Collection[str] = (),
     computing: Mapping[str, Any] | None = None,
+    max_bytes: int | None = None,
 ) -> ExpertBackend:
     """The expert, ready to be hosted, checked against the manifest's schemas.
 
-    `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``.
+    `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``. `max_bytes`: of
+    the expert with gradients and optimizer, by default this computer's memory.
 
-    Raises: ValueError if it is not allowed, or asks for what this version does not have; RunMismatch if its schemas
-    are others.
+    Raises: ValueError if it is not allowed, is too large, or asks for what this version does not have; RunMismatch if
+    its schemas are others.
     """
-    module, args_schema = _build(manifest, uid, allowed_modules)
+    module, args_schema = _build(manifest, uid, allowed_modules, max_bytes)
     optimizer = _optimizer(manifest, list(module.parameters()))
     training = dict(manifest.training)
     try:
@@ -128,18 +132,21 @@ def complete(manifest: RunManifest, *, allowed_modules: Collection[str] = ()) ->
     return done
 
 
-def _build(manifest: RunManifest, uid: str, allowed_modules: Collection[str]) -> tuple[nn.Module, tuple[Any, ...]]:
+def _build(
+    manifest: RunManifest, uid: str, allowed_modules: Collection[str], max_bytes: int | None = None
+) -> tuple[nn.Module, tuple[Any, ...]]:
     check_allowed(manifest, allowed_modules)
     if ":" not in manifest.expert and manifest.expert not in EXPERTS:
         raise ValueError(
             f"the run {manifest.name} hosts experts called {manifest.expert!r}, which this version does not have: "
             "upgrade tesseract-async"
         )
-    seed = zlib.crc32(f"{manifest.seed}/{uid}".encode())
+    seed, states = zlib.crc32(f"{manifest.seed}/{uid}".encode()), num_states(manifest.optimizer)
     try:
-        return build_module(manifest.expert, seed=seed, **manifest.sizes)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"the run {manifest.name}: {manifest.expert} does not take its sizes: {error}") from None
+        builder = find_builder(manifest.expert, marked=True)
+        return build(builder, manifest.sizes, name=manifest.expert, seed=seed, max_bytes=max_bytes, num_states=states)
+    except ValueError as error:
+        raise ValueError(f"the run {manifest.name}: {error}") from None
 
 
 def _optimizer(manifest: RunManifest, parameters: list[nn.Parameter]) -> MakesOptimizer | None:
@@ -148,6 +155,10 @@ def _optimizer(manifest: RunManifest, parameters: list[nn.Parameter]) -> MakesOp
     if manifest.optimizer not in OPTIMIZERS:
         raise ValueError(f"the run {manifest.name} uses the optimizer {manifest.optimizer!r}, which is not known here")
     kind: Any = OPTIMIZERS[manifest.optimizer]
+    if wrong := [
+        name for name, value in manifest.optimizer_options.items() if name in OWN_BUSINESS or type(value) is str
+    ]:
+        raise ValueError(f"the run {manifest.name}: {manifest.optimizer} does not take its options: {', '.join(wrong)}")
     # one kernel for all parameters: a third of the time on a CPU
     options = {"fused": True} | _optimizer_arguments(manifest.optimizer_options)
     try:

@@ -83,8 +83,9 @@ class TesseractServer(Uncopied):
         """`device`: one, or several, each with a runtime of its own, over which the experts are spread in turn.
         `checkpoint_period`: seconds between checkpoints; a killed server falls back at most that far.
 
-        Raises: ValueError if `followers` names an expert that is not among `experts`, for no device, or a period that
-        is not above 0; TypeError for an expert that is no ExpertBackend, or a node that is no TesseractNode.
+        Raises: ValueError if `followers` names an expert that is not among `experts`, for a backend that stands for two
+        experts or that another server hosts, for no device, or a period that is not above 0; TypeError for an expert
+        that is no ExpertBackend, or a node that is no TesseractNode.
         """
         if not hasattr(node, "host_expert"):
             raise TypeError(
@@ -99,6 +100,7 @@ class TesseractServer(Uncopied):
             if not isinstance(backend, ExpertBackend):
                 kind = type(backend).__name__
                 raise TypeError(f"{uid} takes an ExpertBackend, which holds its module and schemas; got {kind}")
+        _check_separate(experts)
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
         self.node = node
@@ -160,7 +162,10 @@ class TesseractServer(Uncopied):
         if self._is_started:
             raise RuntimeError("this server was started before; make a new one")
         self.node.check_running()
+        _check_separate(self.experts)
         self._is_started = True
+        for uid, backend in self.experts.items():
+            backend.host, backend.name = self, uid
         hosted: list[str] = []
         try:
             for runtime in self.runtimes:
@@ -205,6 +210,8 @@ class TesseractServer(Uncopied):
         try:
             await asyncio.gather(*(runtime.aclose() for runtime in self.runtimes))
         finally:
+            for backend in self.experts.values():
+                backend.host = None
             if self._lock is not None:
                 self._lock.release()
 
@@ -216,8 +223,8 @@ class TesseractServer(Uncopied):
         for uid, backend in self.experts.items():
             try:
                 await self._runtime_of[backend].call(backend.prepare)
-            except Exception:  # an optimizer may raise anything; its backwards will say so, too
-                logger.exception("%s cannot be trained: its optimizer cannot be made", uid)
+            except Exception as error:  # an optimizer may raise anything; its backwards will say so, too
+                logger.error("%s cannot be trained: its optimizer cannot be made: %s", uid, describe(error))
 
     def _address_changed(self) -> None:
         async def update() -> None:
@@ -257,6 +264,7 @@ class TesseractServer(Uncopied):
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
+            self._calls.close()
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:
@@ -422,7 +430,11 @@ class TesseractServer(Uncopied):
         try:
             await runtime.call(install)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint of {uid} does not fit its module: {describe(error)}") from error
+            assert self._store is not None
+            raise CheckpointError(
+                f"the checkpoint of {uid} does not fit its module ({describe(error)}): serve the expert that "
+                f"{self._store.directory} was written for, in the same size, or choose another folder"
+            ) from error
         if state is not None:
             self._saved[uid] = backend.progress
             logger.info("%s continues at version %d", uid, backend.version)
@@ -449,6 +461,23 @@ class TesseractServer(Uncopied):
                 raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
             return self.pass_on(uid, call)
         return self._calls.answer(uid, backend, call)
+
+
+def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
+    """Raises: ValueError for a backend that another server hosts, and for two that train the same weights."""
+    owner: dict[int, str] = {}
+    for trains in (True, False):
+        for uid, backend in experts.items():
+            if backend.host is not None:
+                raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
+            if backend.trains != trains:
+                continue
+            for one in (backend, *backend.module.parameters()):
+                other = owner.setdefault(id(one), uid) if trains or one is backend else owner.get(id(one), uid)
+                if other != uid:
+                    raise ValueError(
+                        f"{other} and {uid} train the same weights; make an ExpertBackend for each, of its own module"
+                    )
 
 
 def _load_optimizers() -> None:

@@ -20,6 +20,7 @@ from tesseract_async.errors import (
     SchemaMismatch,
     UnknownMethod,
     UnsupportedVersion,
+    text_of,
 )
 from tesseract_async.wire import frames
 
@@ -95,13 +96,16 @@ def encode_result(body: Any) -> bytes:
 
 
 def encode_error(error: RemoteError) -> bytes:
-    """The head of a reply that holds an error. Never raises: details that do not fit are left out."""
-    sentence = str(error)[:MAX_SENTENCE_LENGTH]
+    """The head of a reply that holds an error. Never raises: its caller waits for an answer.
+
+    Details that do not fit are left out; what UTF-8 cannot hold is escaped.
+    """
+    code, sentence = (text_of(lambda: error.code), text_of(lambda: str(error))[:MAX_SENTENCE_LENGTH])
     try:
-        packed = frames.pack((1, error.code, sentence, error.details))
-    except (TypeError, ValueError):
+        packed = frames.pack((1, code, sentence, error.details))
+    except Exception:  # details are the handler's: they may hold anything
         packed = b""
-    return packed if 0 < len(packed) <= frames.MAX_SMALL // 2 else frames.pack((1, error.code, sentence, {}))
+    return packed if 0 < len(packed) <= frames.MAX_SMALL // 2 else frames.pack((1, code, sentence, {}))
 
 
 def decode_reply(value: Any) -> tuple[Any, RemoteError | None]:

@@ -34,6 +34,7 @@ BLOCK: Final = 4096
 TILE: Final = 32
 """Blocks worked on at a time: so many stay in a core's cache between the passes."""
 FP16_MAX: Final = 65504.0
+_LARGE: Final = 65_536
 _TINY: Final = torch.finfo(torch.float32).tiny
 
 # numpy and memoryview both know these; not bfloat16 and the complex ones
@@ -64,11 +65,12 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
         raise ValueError(f"codec {codec} takes floating tensors, not {tensor.dtype}")
     if tensor.numel() == 0:
         return memoryview(b"")
-    if codec == "none" and tensor.dtype in _CASTABLE and tensor.is_cpu and tensor.is_contiguous() and tensor.dim():
+    castable = codec == "none" and tensor.dtype in _CASTABLE and tensor.is_cpu and tensor.dim() and not tensor.is_neg()
+    if castable and tensor.is_contiguous() and tensor.nbytes < _LARGE:
         # the same memory as below with half the dispatches: this is most of what a small call costs here
         array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
         return memoryview(array).cast("B")  # type: ignore[arg-type, unused-ignore]
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = flat_of(tensor)
     if codec == "bf16":
         flat = flat.to(torch.bfloat16)
     elif codec == "fp16":
@@ -76,7 +78,17 @@ def encode(tensor: torch.Tensor, codec: str) -> memoryview:
         flat = flat.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
     elif codec != "none":
         flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type, unused-ignore]
+    octets = flat.view(torch.uint8)
+    # torch marks for good what `numpy()` has seen as shared with NumPy, and callers copy such inputs
+    array = octets.numpy() if octets.nbytes < _LARGE else np.from_dlpack(octets)
+    return memoryview(array)  # type: ignore[arg-type, unused-ignore]
+
+
+def flat_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Its elements in one dimension, on the CPU, side by side: the same memory where they lie so already."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # a view keeps the stride of a single element, over which its bytes could not be read
+    return plain.as_strided((plain.numel(),), (1,))
 
 
 def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tesseract_async.errors import ProtocolError, SchemaMismatch
+from tesseract_async.errors import ProtocolError, SchemaMismatch, shortened
 from tesseract_async.wire import compression
 
 DTYPES: dict[str, torch.dtype] = {
@@ -47,8 +47,8 @@ class TensorSpec:
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensors of {self.dtype} cannot travel; one of {', '.join(DTYPES)} can")
-        if len(self.shape) >= MAX_DIMS or any(not isinstance(size, int) or size < 0 for size in self.shape):
-            raise ValueError(f"a shape has fewer than {MAX_DIMS} sizes, none of them negative: {self.shape}")
+        if len(self.shape) >= MAX_DIMS - 1 or any(not isinstance(size, int) or size < 0 for size in self.shape):
+            raise ValueError(f"besides the rows, a shape has up to {MAX_DIMS - 2} sizes, 0 or more each: {self.shape}")
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
@@ -95,6 +95,15 @@ def _flatten_into(leaves: list[Any], structure: Any) -> None:
         leaves.append(structure)
 
 
+def sequence_like(part: Sequence[Any], items: Iterable[Any]) -> Any:
+    """A list, tuple or named tuple of `items`, as `part` is one; of other kinds of tuples and lists, a plain one."""
+    if type(part) is tuple or type(part) is list:
+        return type(part)(items)
+    if isinstance(part, tuple):
+        return type(part)._make(items) if hasattr(part, "_make") else tuple(items)
+    return list(items)
+
+
 def unflatten(schema: Schema, leaves: Iterable[Any]) -> Any:
     """The structure of `schema` with its specs replaced, in order, by `leaves`; the inverse of `flatten`."""
     return _unflatten_from(iter(leaves), schema)
@@ -102,7 +111,7 @@ def unflatten(schema: Schema, leaves: Iterable[Any]) -> Any:
 
 def _unflatten_from(leaves: Iterator[Any], part: Schema) -> Any:
     if isinstance(part, _SEQUENCES):
-        return type(part)([_unflatten_from(leaves, item) for item in part])
+        return sequence_like(part, [_unflatten_from(leaves, item) for item in part])
     if not isinstance(part, _LEAVES) and isinstance(part, Mapping):
         return {key: _unflatten_from(leaves, item) for key, item in part.items()}
     return next(leaves)
@@ -121,10 +130,14 @@ def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Ten
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 got = f"a {type(leaf).__name__} where a tensor belongs"
-                raise TypeError(f"{what} takes {describe_schema(schema)}; got {got}")
-        raise SchemaMismatch(f"{what} takes {describe_schema(schema)}; got {describe_structure(structure)}")
+                raise TypeError(f"{what} takes {shortened(describe_schema(schema))}; got {got}")
+        raise SchemaMismatch(
+            f"{what} takes {shortened(describe_schema(schema))}; got {shortened(describe_structure(structure))}"
+        )
     if len(leaves) > 1 and len({tensor.shape[0] for tensor in leaves}) > 1:
-        raise SchemaMismatch(f"{what} takes equally many rows of every tensor; got {describe_structure(structure)}")
+        raise SchemaMismatch(
+            f"{what} takes equally many rows of every tensor; got {shortened(describe_structure(structure))}"
+        )
     return leaves
 
 
@@ -185,10 +198,21 @@ def encode_schema(schema: Schema) -> Any:
     if isinstance(schema, tuple | list):
         return ["t" if isinstance(schema, tuple) else "l", *map(encode_schema, schema)]
     if isinstance(schema, Mapping):
-        return {str(key): encode_schema(item) for key, item in schema.items()}
+        for key in schema:
+            if not isinstance(key, str):
+                raise TypeError(f"the keys of a schema's dicts are strings, not such as {key!r}")
+        return {key: encode_schema(item) for key, item in schema.items()}
     if isinstance(schema, TensorSpec):
         return ["s", DTYPE_NAMES[schema.dtype], list(schema.shape)]
     raise TypeError(f"a schema consists of TensorSpecs in tuples, lists and dicts; got a {type(schema).__name__}")
+
+
+def check_schema(schema: Schema, *, what: str) -> None:
+    """Raises: ValueError, naming `what`, if callers could not be told this schema."""
+    try:
+        decode_schema(encode_schema(schema))
+    except (TypeError, ProtocolError) as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def decode_schema(data: Any) -> Schema:
@@ -198,7 +222,7 @@ def decode_schema(data: Any) -> Schema:
     def build(part: Any, depth: int) -> Schema:
         nonlocal count
         if depth > MAX_SCHEMA_DEPTH:
-            raise ProtocolError("a schema is nested too deeply")
+            raise ProtocolError(f"a schema is nested too deeply, more than {MAX_SCHEMA_DEPTH} levels")
         if isinstance(part, dict):
             if not all(isinstance(key, str) for key in part):
                 raise ProtocolError("a schema's keys are strings")
@@ -210,7 +234,10 @@ def decode_schema(data: Any) -> Schema:
             count += 1
             if count > MAX_TENSORS:
                 raise ProtocolError(f"a schema has more than {MAX_TENSORS} tensors")
-            return TensorSpec(_shape(part[2]), _dtype(part[1]))
+            try:
+                return TensorSpec(_shape(part[2]), _dtype(part[1]))
+            except ValueError as error:
+                raise ProtocolError(str(error)) from None
         raise ProtocolError("malformed schema")
 
     return build(data, 0)

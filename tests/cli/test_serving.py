@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from click.testing import CliRunner
 
 import tesseract_async as ta
 from tesseract_async.cli.main import main
+from tesseract_async.server.checkpoint import CheckpointStore
+from tesseract_async.server.registry import make_backend
 from tests.cli.processes import event, tesseract
 from tests.stem import Stem
 
@@ -90,3 +94,25 @@ async def test_a_child_leaves_with_its_parent(stem: Stem) -> None:
         assert node.stdin is not None
         node.stdin.close()
         assert await node.wait() == 0
+
+
+@pytest.mark.parametrize("given", [(), ("--learning-rate", "0.01")])
+async def test_a_rate_that_is_given_on_purpose_wins_over_the_checkpoints(
+    stem: Stem, tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    backend = make_backend("linear", optimizer="sgd", learning_rate=0.5, sizes={"in_features": 4})
+    backend.step(backend.gradients([torch.ones(1, 4)], [torch.ones(1, 4)])[1])
+    CheckpointStore(tmp_path).save("f.0", backend.state(), version=1)
+    kind = ("--expert-class", "linear", "--size", "in_features=4", "--optimizer", "sgd")
+    async with tesseract(stem, "serve", "--experts", "f.0", *kind, *given, "--checkpoint-dir", str(tmp_path)) as server:
+        assert server.stderr is not None
+        lines = [line.decode() async for line in _until(server.stderr, b"lr=")]
+        there, here = ("0.01", "0.5") if given else ("0.5", "0.001")
+        assert f"f.0: lr={there} holds" in lines[-1] and f"not {here}" in lines[-1]
+
+
+async def _until(lines: Any, text: bytes) -> AsyncIterator[bytes]:
+    async for line in lines:
+        yield line
+        if text in line:
+            return

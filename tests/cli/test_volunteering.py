@@ -58,6 +58,7 @@ def plan(run: str, seed: str, **changes: Any) -> ServePlan:
             "patterns": (),
             "num_experts": 4,
             "run": run,
+            "grant": None,
             "allowed_modules": (),
             "given": {},
             "expert_class": "ffn",
@@ -103,7 +104,7 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
     author = ("--identity", str(tmp_path / "author.pem"))
     x = torch.ones(3, 4)
     async with tesseract(
-        stem, "run", "digits", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author
+        stem, "run", "create", "digits", "--open", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author
     ) as organiser:
         started = await event(organiser, "run")
         seed, full_name = started["address"], started["run"]
@@ -116,6 +117,7 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
             ready = await event(first, "ready")
             assert ready["run"] == full_name and len(ready["uids"]) == 3 and "followed" not in ready
             taught = ready["uids"][0]
+            await node.join_run(full_name)
             expert = await node.get_expert(taught)
             await ta.backward((await expert(x)).sum())
 
@@ -165,13 +167,16 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
         (("serve", "--experts", "ffn.0", "--max-memory", "1 MB"), "not even one|only 0 fit"),
         (("serve", "--experts", "ffn.0", "--experts", "ffn.1", "--num-experts", "1"), "one pattern"),
         (("serve", "--run", "digits"), "nobody in the network knows a run called digits"),
-        (("run", "digits", "--grid", "2"), "--identity FILE"),
-        (("run", "digits", "--grid", "2y2", "--identity", "x"), "is not like 32x32"),
-        (("run", "digits", "--grid", "2", "--identity", "x", "--once"), "--once needs --initial-peers"),
-        (("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide"), "is not like name=value"),
-        (("run", "di gits", "--grid", "2", "--identity", "x"), "a run's name has"),
-        (("run", "digits", "--grid", "2", "--identity", "x", "--size", "wide=3"), "does not take its sizes"),
-        (("run", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"), "unknown training options"),
+        (("run", "create", "digits", "--grid", "2"), "--identity FILE"),
+        (("run", "create", "digits", "--grid", "2y2", "--identity", "x"), "is not like 32x32"),
+        (("run", "create", "digits", "--grid", "2", "--identity", "x", "--once"), "--once needs --initial-peers"),
+        (("run", "create", "digits", "--grid", "2", "--identity", "x", "--size", "wide"), "is not like name=value"),
+        (("run", "create", "di gits", "--grid", "2", "--identity", "x"), "a run's name has"),
+        (("run", "create", "digits", "--grid", "2", "--identity", "x", "--size", "wide=3"), "it takes in_features"),
+        (
+            ("run", "create", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"),
+            "training options",
+        ),
         (("export", "--run", "digits", "--out", "x"), "whose swarm"),
     ],
 )

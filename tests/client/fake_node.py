@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten
+from tesseract_async.metrics import Metrics
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
@@ -127,6 +128,9 @@ class FakeDirectory:
             self._views[(prefix, size)] = FakeView(found, len(size), self.version)
         return self._views[(prefix, size)]
 
+    def report_late(self, replica: FakeReplica) -> None:
+        pass
+
     def report_answer(self, replica: FakeReplica) -> None:
         pass
 
@@ -188,6 +192,7 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.directory = FakeDirectory()
+        self.metrics = Metrics()
         self.hosted: dict[str, Hosted] = {}
         self.delay: float | Callable[[str], float] = 0.0
         self.backward_delay: float | Callable[[str], float] | None = None

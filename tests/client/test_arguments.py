@@ -150,6 +150,16 @@ async def test_gradients_and_inputs_changed_while_backward_is_under_way(node: Fa
         await task
 
 
+async def test_a_large_tensor_is_not_copied_for_having_been_sent(node: FakeNode) -> None:
+    for codec in ("none", "bf16"):
+        wide = TensorSpec((4096,))
+        node.host("wide.0", nn.Identity(), wide)
+        x = torch.zeros(8, 4096)
+        with torch.no_grad():
+            await RemoteExpert(node, "wide.0").with_options(codec=codec)(x)
+        assert arguments_now(x)[0] is x
+
+
 def test_what_is_not_copied_stays_the_same_object() -> None:
     x, p = torch.ones(4, 4), nn.Parameter(torch.ones(2))
     in_graph = (p * 2)[:1]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -134,3 +136,45 @@ async def test_misuse_says_so() -> None:
     for late in (lambda: node.run(asyncio.sleep(0)), lambda: gate(torch.zeros(1, 8)), lambda: node.node):
         with pytest.raises(RuntimeError, match="not running"):
             late()
+
+
+COMPILED = """
+import sys, torch, tesseract_async as ta
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.expert = node.get_expert("ffn.0.0")
+        self.gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=(2, 2), in_features=8, k_best=2, k_min=2)
+
+    def forward(self, x):
+        h = torch.tanh(self.expert(torch.relu(self.before(x)))) * 2
+        h = h + self.gate.mix(h).output
+        return self.after(self.gate(h) + h)
+
+experts = {f"ffn.{i}.{i}": ta.ExpertBackend(nn.Linear(8, 8), args_schema=(ta.TensorSpec((8,)),)) for i in range(2)}
+with ta.BackgroundNode() as node, node.entered(ta.TesseractServer(node.node, experts)):
+    model = Model()
+    model(torch.randn(2, 8)).sum().backward()
+    assert "torch._dynamo" not in sys.modules  # the compiler takes a second to import, for those who use it
+    compiled = torch.compile(model, backend="aot_eager")
+    for rows in (3, 5):
+        x, results = torch.randn(rows, 8), []
+        for run in (model, compiled):
+            model.zero_grad()
+            y = run(x)
+            y.square().sum().backward()
+            results.append([y.detach(), *(p.grad for p in model.parameters())])
+            with torch.no_grad():
+                torch.testing.assert_close(run(x), y)
+        assert len(results[0]) == 7
+        torch.testing.assert_close(*results)
+    torch.compile(model.gate, backend="eager")(x).sum().backward()
+"""
+
+
+def test_a_compiled_model_trains_as_it_does_uncompiled() -> None:
+    ended = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.expert_calls import CallOptions
+from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
+from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD
 from tests.client.fake_node import FakeNode, until
@@ -115,7 +118,9 @@ def make_gate_like(gate: GatingFunction, k_best: int) -> GatingFunction:
 async def test_nobody_answers(node: FakeNode) -> None:
     make_grid(node, [(0, 0), (1, 1)])
     await kill(node, "ffn.0.0", "ffn.1.1")
-    with pytest.raises(NotEnoughExperts, match=r"2 rows.*ffn\.0\.0: ConnectionLost"):
+    with pytest.raises(
+        NotEnoughExperts, match=r"2 rows have fewer than k_min=1 answers: ffn\.0\.0, ffn\.1\.1: ConnectionLost"
+    ):
         await make_gate(node, forward_timeout=0.05)(torch.randn(2, 8))
     node.directory.forgive()
     y = await make_gate(node, forward_timeout=0.05, on_missing="zero")(torch.randn(2, 8))
@@ -325,3 +330,59 @@ async def test_under_autocast_inputs_take_the_experts_dtype(node: FakeNode) -> N
     assert y.dtype == torch.float32
     await backward(y.sum())
     assert before.weight.grad is not None and gate.proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [GatingFunction, SwitchGatingFunction])
+async def test_chosen_experts_are_in_the_gates_mode_and_have_its_options(node: FakeNode, kind: Any) -> None:
+    make_grid(node)
+    gate = kind(
+        node,
+        "ffn",
+        grid_size=GRID,
+        in_features=8,
+        forward_timeout=3.0,
+        backward_timeout=4.0,
+        codec={"outputs": "none"},
+        priority=1,
+        max_staleness=7,
+    )
+    model = nn.Sequential(nn.Linear(8, 8), gate)
+    x = torch.randn(2, 8)
+    wanted = CallOptions(timeout=3.0, backward_timeout=4.0, codec={"outputs": "none"}, priority=1, max_staleness=7)
+    [before] = {expert for row in await gate.choose(x[:1]) for expert in row[:1]}
+    assert before.training and before.options == wanted
+    model.eval()
+    for row in await gate.choose(x):
+        assert all(not expert.training and expert.options == wanted for expert in row)
+    [[chosen, *_]] = await gate.choose(x[:1])
+    assert before.training and chosen.uid == before.uid, "those chosen before stay as they were"
+    await chosen(x)
+    assert node.calls[-1].body["training"] is False and node.calls[-1].priority == 1
+    assert (await gate.choose(x[:1]))[0][0] is chosen, "in one mode, a uid is one object"
+    assert not chosen.with_options(timeout=1.0).training
+    chosen.train()
+    assert not (await gate.choose(x[:1]))[0][0].training, "whatever was done to those chosen before"
+    model.train()
+    assert (await gate.choose(x[:1]))[0][0] is before
+    gate.eval(max_staleness=0)
+    [[exact, *_]] = await gate.choose(x[:1])
+    assert exact.options.max_staleness == 0 and not exact.training
+
+
+async def test_a_second_gate_of_another_grid_on_the_same_prefix_has_its_own(node: FakeNode) -> None:
+    """As a notebook's cell that is run again with another size, other settings, another way of routing."""
+    make_grid(node)
+    node.host("ffn.0", nn.Linear(8, 8))
+    seen = {}
+    for size in ((2, 2), GRID, (1,), (2, 2)):
+        for route in ("sample", "token"):
+            gate = GatingFunction(node, "ffn", grid_size=size, in_features=8, k_best=16, route=route)  # type: ignore[arg-type]
+            [chosen] = await gate.choose(torch.randn(1, 8))
+            seen[size] = {expert.uid for expert in chosen}
+            assert (await gate(torch.randn(3, 8))).shape == (3, 8)
+    assert seen == {
+        (2, 2): {f"ffn.{i}.{j}" for i in range(2) for j in range(2)},
+        GRID: {f"ffn.{i}.{j}" for i in range(4) for j in range(4)},
+        (1,): {"ffn.0"},
+    }
+    assert (await RemoteExpert(node, "ffn.3.3")(torch.randn(1, 8))).shape == (1, 8)

@@ -101,7 +101,7 @@ def test_if_nobody_comes_on_missing_decides_at_the_time_out() -> None:
             node.fault = failing(lost, "f.0", "f.1")
             began = now()
             if on_missing == "raise":
-                with pytest.raises(NotEnoughExperts, match=r"f\.0: ConnectionLost.*f\.1: ConnectionLost"):
+                with pytest.raises(NotEnoughExperts, match=r"f\.0, f\.1: ConnectionLost"):
                     await gate(X)
             else:
                 assert not (await gate(X)).any()

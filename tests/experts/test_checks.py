@@ -7,7 +7,8 @@ import pytest
 
 import tesseract_async as ta
 from tesseract_async.experts.checks import belongs_under_its_key
-from tesseract_async.experts.manifest import MAGIC, decode_manifest, encode_manifest, grid_key, shard_key
+from tesseract_async.experts.grants import Role, sign_grant
+from tesseract_async.experts.manifest import MAGIC, RunTag, decode_manifest, encode_manifest, grid_key, shard_key
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.network.network import key_digest
 
@@ -71,3 +72,33 @@ async def test_every_node_checks_before_it_holds_for_others() -> None:
         assert await stranger.network.store(ELSEWHERE, PART, ttl=60.0, subkey="0") == 1
         assert stranger.metrics.snapshot()["network_stores{outcome=invalid}"] == 1
         assert holder.metrics.snapshot()["network_datagrams_dropped{reason=invalid_record}"] >= 1, "and again"
+
+
+def test_what_is_of_a_run_needs_a_grant_of_its_owner() -> None:
+    owner, host, stranger = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 4))
+    tag = RunTag(owner.peer_id, "digits", "granted")
+
+    def held(who: Identity, grant: bytes, *, tag: RunTag = tag, key: str | None = None) -> bool:
+        ((part, _),) = encode_manifest(["10.0.0.1:1"], UIDS, prefix="ffn", sequence=1, tag=tag, grant=grant)
+        value = msgpack.packb(part)
+        under = key_digest(grid_key("ffn", tag) if key is None else key)
+        return belongs_under_its_key(SignedRecord.sign(who, under, sequence=1, expiration=2.0, value=value, subkey="0"))
+
+    def grant(who: Identity, *roles: Role, signer: Identity = owner, of: RunTag = tag) -> bytes:
+        return sign_grant(signer, of.run_id("ffn"), who.peer_id, roles or ("host",), serial=1, not_after=2).blob
+
+    assert held(host, grant(host)), "an expired one, too: an absent owner stops nobody"
+    assert held(host, grant(host), key=shard_key("ffn.3.7", tag)) and held(owner, b"")
+    assert not held(host, grant(host), key=grid_key("ffn"))
+    letters, opened = RunTag(owner.peer_id, "letters", "granted"), RunTag(owner.peer_id, "digits", "open")
+    for wrong in (
+        b"",
+        b"garbage",
+        grant(host),  # another's
+        grant(stranger, "train"),
+        grant(stranger, signer=stranger),
+        grant(stranger, of=letters),
+        grant(stranger, of=opened),
+    ):
+        assert not held(stranger, wrong)
+    assert not held(stranger, b"", tag=opened, key=grid_key("ffn", tag)) and held(stranger, b"", tag=opened)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tesseract_async.admission import Policy
 from tesseract_async.errors import ConnectionLost
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grants import GRANT_SECONDS, Grant, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.run import RunManifest, SignedRun, run_key, sign_run, split_run
 from tesseract_async.experts.run_directory import (
+    BareRun,
     RunKeeper,
     RunNotFound,
     RunSettings,
+    enter_run,
     find_run,
     find_runs,
+    kept_file,
     publish_run,
+    records_key,
 )
-from tesseract_async.identity import Identity
+from tesseract_async.experts.trust import Trust
+from tesseract_async.identity import Identity, PeerID
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 
 ALICE = Identity.from_seed(bytes(32))
@@ -118,3 +128,158 @@ async def test_the_keeper_survives_a_network_that_fails() -> None:
     await keeper.aclose()
     await keeper.aclose()
     assert dataclasses.is_dataclass(await find_run(network, "digits", clock=swarm.clock))
+
+
+def members_of(run: SignedRun, *, signer: Identity = ALICE) -> list[Grant]:
+    """Grants for peers 1 to 3, which end after 90, 59 and 0 days."""
+    run_id = Authority(run).run_id
+    return [
+        sign_grant(signer, run_id, peer(number), ["train"], serial=1, not_after=NOW + days * 86400)
+        for number, days in ((1, 90), (2, 59), (3, 0))
+    ]
+
+
+NOW = 1_800_000_000
+
+
+def keeper_of(swarm: FakeSwarm, who: PeerID, run: SignedRun, **values: Any) -> RunKeeper:
+    return RunKeeper(FakeNetwork(swarm, who), run, authority=Authority(run), clock=swarm.clock, **values)
+
+
+async def test_members_learn_and_spread_revocations_and_strangers_records_are_dropped() -> None:
+    swarm, run = FakeSwarm(), a_run()
+    first, second, third = (keeper_of(swarm, peer(number), run) for number in (1, 2, 3))
+    assert first.authority is not None and second.authority is not None and third.authority is not None
+    run_id = first.authority.run_id
+    (part,) = sign_revocations(ALICE, run_id, number=0, since=NOW, peers=[peer(7)])
+    (forged,) = sign_revocations(BOB, run_id, number=0, since=NOW, peers=[peer(1)])
+    stranger = FakeNetwork(swarm, peer(9))
+    for number, value in enumerate((b"r" + forged.blob, b"garbage", b"", "r", None, b"r" + part.blob[:-1])):
+        await stranger.store(records_key(run_id), value, ttl=60.0, subkey=str(number))
+    assert not await first.learn_once()
+    first.authority.learn_revocations(part)
+    assert await first.learn_once() is False and await second.learn_once() is True
+    assert second.authority.is_revoked(peer(7)) and not second.authority.is_revoked(peer(1))
+    # the one that told it first is gone, and its copy: the second one has its own
+    for at in [at for at in swarm.entries if at[2] == peer(1)]:
+        del swarm.entries[at]
+    assert await third.learn_once() and third.authority.is_revoked(peer(7))
+
+
+async def test_enough_copies_are_enough() -> None:
+    swarm, run = FakeSwarm(), a_run()
+    (part,) = sign_revocations(ALICE, Authority(run).run_id, number=0, since=NOW, peers=[peer(7)])
+    for number in range(1, 5):
+        keeper = keeper_of(swarm, peer(number), run, settings=RunSettings(num_copies=2))
+        assert keeper.authority is not None
+        keeper.authority.learn_revocations(part)
+        await keeper.learn_once()
+    assert len(swarm.entries) == 2
+
+
+async def test_grants_are_renewed_by_who_may_grant_and_found_by_their_peers() -> None:
+    swarm, run = FakeSwarm(), a_run()
+    swarm.clock.now = NOW
+    owner = keeper_of(swarm, ALICE.peer_id, run, identity=ALICE)
+    member = keeper_of(swarm, peer(2), run, identity=BOB)
+    assert owner.authority is not None and member.authority is not None
+    for grant in members_of(run):
+        owner.authority.learn_grant(grant.blob)
+    invite = sign_grant(ALICE, owner.authority.run_id, BOB.peer_id, ["train", "admit"], serial=1, not_after=NOW + 86400)
+    by_invite = sign_grant(BOB, owner.authority.run_id, peer(4), ["train"], serial=1, not_after=NOW + 86400, via=invite)
+    owner.authority.learn_grant(by_invite.blob)
+    (new,) = await owner.renew_grants()
+    assert (new.peer, new.not_after, new.role_names) == (peer(2), NOW + GRANT_SECONDS, ["train"])
+    assert await owner.renew_grants() == [] and await member.renew_grants() == []
+    told = []
+    late = RunKeeper(FakeNetwork(swarm, peer(2)), run, authority=Authority(run), clock=swarm.clock)
+    late.on_own_grant = lambda: told.append(True)
+    assert await late.learn_once() and late.authority is not None
+    assert late.authority.grant_of(peer(2)) == new and told == [True]
+    await late.learn_once()
+    assert told == [True]
+
+
+async def test_a_delegate_renews_within_what_it_has() -> None:
+    swarm = FakeSwarm()
+    swarm.clock.now = NOW
+    bare = a_run()
+    power = sign_grant(
+        *(ALICE, Authority(bare).run_id, BOB.peer_id, ["train", "admit"]), serial=1, not_after=NOW + 80 * 86400
+    )
+    run = sign_run(ALICE, dataclasses.replace(bare.manifest, delegates=[power.blob]))
+    keeper = keeper_of(swarm, BOB.peer_id, run, identity=BOB)
+    assert keeper.authority is not None
+    for grant in members_of(run):
+        keeper.authority.learn_grant(grant.blob)
+    (new,) = await keeper.renew_grants()
+    assert (new.peer, new.signer, new.not_after) == (peer(2), BOB.peer_id, power.not_after)
+    assert keeper.authority.grant_of(peer(2)) == new
+
+
+async def test_what_is_known_of_a_run_survives_a_restart_and_another_programs_writing(tmp_path: Path) -> None:
+    swarm, run = FakeSwarm(), a_run()
+    await publish_run(FakeNetwork(swarm, ALICE.peer_id), run)
+    file = tmp_path / "owner.pem"
+    network = FakeNetwork(swarm, peer(1))
+
+    async def enter(name: str = "digits", seen: FakeNetwork = network) -> RunKeeper:
+        return await enter_run(seen, Trust(ALICE.peer_id), name, identity=ALICE, identity_file=file, clock=swarm.clock)
+
+    one, other = await enter(), await enter()
+    assert one.authority is not None and other.authority is not None
+    (part,) = sign_revocations(ALICE, one.authority.run_id, number=0, since=NOW, peers=[peer(7)])
+    one.authority.learn_revocations(part)
+    one.save()
+    other.authority.learn_grant(members_of(run)[0].blob)
+    other.save()
+    assert other.authority.is_revoked(peer(7)), "it took in what was there"
+    nobody = FakeNetwork(FakeSwarm(), peer(1))
+    again = await enter(f"digits@{ALICE.peer_id}", nobody)
+    assert again.authority is not None and again.authority.is_revoked(peer(7))
+    assert again.authority.grant_of(peer(1)) is not None and again.run == run
+    with pytest.raises(RunNotFound):
+        await enter(f"digits@{BOB.peer_id}", nobody)
+    kept_file(file, "digits").write_bytes(b"garbage")
+    with pytest.raises(RunNotFound):
+        await enter("digits", nobody)
+    await enter()
+
+
+async def test_a_wrong_grant_and_a_run_of_before_are_sentences() -> None:
+    swarm = FakeSwarm()
+    network = FakeNetwork(swarm, peer(1))
+    run = a_run()
+
+    async def enter(grant: str, signed: SignedRun = run) -> RunKeeper:
+        return await enter_run(network, Trust(BOB.peer_id), signed, identity=BOB, grant=grant, clock=swarm.clock)
+
+    run_id = Authority(run).run_id
+    mine = sign_grant(ALICE, run_id, BOB.peer_id, ["host"], serial=1, not_after=NOW)
+    for text, sentence in (
+        ("nonsense", "neither a grant nor an invite"),
+        (grant_text(mine)[:-4], "neither a grant nor an invite"),
+        (grant_text(members_of(run)[0]), "is for .* but this node is"),
+        (grant_text(sign_grant(BOB, run_id, BOB.peer_id, ["host"], serial=1, not_after=NOW)), "another run|revoked"),
+        (grant_text(sign_grant(ALICE, bytes(16), BOB.peer_id, ["host"], serial=1, not_after=NOW)), "another run"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            await enter(text)
+    keeper = await enter(f" {grant_text(mine)}\n")
+    assert keeper.authority is not None and keeper.authority.grant_of(BOB.peer_id) == mine
+    invite = Identity.from_seed(b"i" * 32)
+    admit = sign_grant(ALICE, run_id, invite.peer_id, ["host", "admit"], serial=1, not_after=2**39)
+    came = await enter(grant_text(admit, invite=invite))
+    assert came.authority is not None and came.authority.may(BOB.peer_id, "host", "ffn.1", now=NOW)
+    with pytest.raises(BareRun, match="version 0.1"):
+        await enter(grant_text(mine), sign_run(ALICE, dataclasses.replace(run.manifest, mode="bare")))
+
+
+async def test_copies_of_peers_that_the_policy_does_not_list_are_not_read() -> None:
+    swarm, run = FakeSwarm(), a_run()
+    await publish_run(FakeNetwork(swarm, peer(9)), a_run(BOB))
+    await publish_run(FakeNetwork(swarm, peer(1)), run)
+    network, listed = FakeNetwork(swarm, peer(2)), Trust(peer(2), Policy.only([peer(1)]))
+    assert await find_run(network, "digits", trust=listed, clock=swarm.clock) == run
+    with pytest.raises(RunNotFound, match="2 runs"):
+        await find_run(network, "digits", clock=swarm.clock)

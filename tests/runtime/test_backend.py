@@ -181,3 +181,110 @@ def test_an_expert_takes_at_least_one_tensor_and_one_row() -> None:
         ExpertBackend(nn.Identity(), args_schema=())
     with pytest.raises(ValueError, match="max_batch_size"):
         ExpertBackend(nn.Identity(), args_schema=(TensorSpec((1,)),), max_batch_size=0)
+
+
+class Returning(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def deep(spec: Any, levels: int) -> Any:
+    for _ in range(levels):
+        spec = [spec]
+    return spec
+
+
+SPEC = TensorSpec((2,))
+
+
+@pytest.mark.parametrize(
+    ("function", "schema", "sentence"),
+    [
+        (lambda *x: x[0], (SPEC,) * 256, "at most 256 tensors together"),
+        (lambda x: (x,) * 256, (SPEC,), "at most 256 tensors together"),
+        (lambda *x: x[0], (SPEC,) * 300, "args_schema.*256"),
+        (lambda x: deep(x, 9), (SPEC,), "module's output.*nested too deeply"),
+        (lambda x: x, (deep(SPEC, 9),), "args_schema.*nested too deeply"),
+        (lambda x: x[(slice(None), *[None] * 14)], (SPEC,), "up to 14 sizes"),
+        (lambda x: x.to_sparse(), (SPEC,), "dense tensors"),
+        (lambda x: {1: x}, (SPEC,), "keys of a schema's dicts are strings"),
+        (lambda x: x[1], ({1: SPEC},), "keys of a schema's dicts are strings"),
+        (lambda x: x.to(torch.float8_e4m3fn), (SPEC,), "float8_e4m3fn cannot travel"),
+        (lambda x: None, (SPEC,), "gave NoneType"),
+    ],
+)
+def test_what_callers_could_not_be_told_or_sent_is_refused_at_once(function: Any, schema: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        ExpertBackend(Returning(function), args_schema=schema)
+    assert len(str(caught.value)) < 400
+
+
+class Holding(nn.Module):
+    def __init__(self, extra: Any = None, **buffers: torch.Tensor) -> None:
+        super().__init__()
+        self.linear, self.extra = nn.Linear(2, 2), extra
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y
+
+
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (inferred, "weight was made under torch.inference_mode"),
+        (lambda: Holding(extra=object()), "_extra_state.*cannot hold a object"),
+        (lambda: Holding(extra={"a": {1, 2}}), "_extra_state/a.*cannot hold a set"),
+        (lambda: Holding(extra={(1, 2): 3}), "key of type tuple"),
+        (lambda: Holding(scale=torch.zeros(2, dtype=torch.complex128)), "scale.*complex128"),
+        (lambda: Holding(scale=torch.zeros(2).to(torch.float8_e5m2)), "scale.*float8_e5m2"),
+        (lambda: Holding(scale=torch.zeros(2, 2).to_sparse()), "scale.*sparse"),
+    ],
+)
+def test_what_no_checkpoint_could_hold_is_refused_at_once(make: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ExpertBackend(make(), args_schema=(SPEC,))
+
+
+def test_odd_but_sound_modules_are_taken() -> None:
+    held = Holding(extra={"a": [1, "b", None, {2: torch.ones(1)}]}, number=torch.zeros((), dtype=torch.int64))
+    held.register_buffer("cache", torch.zeros(2, dtype=torch.complex128), persistent=False)
+    ExpertBackend(held, args_schema=(SPEC,))
+    ExpertBackend(Returning(lambda x: deep(x, 8)), args_schema=(SPEC,))
+    with torch.inference_mode():
+        backend = ExpertBackend(held, args_schema=(SPEC,))
+    backend.forward([torch.ones(1, 2)])
+    backend.gradients([torch.ones(1, 2)], [torch.ones(1, 2)], training=True)
+
+
+def test_a_state_of_another_size_is_told_in_a_line() -> None:
+    with pytest.raises(ValueError, match=r"its weight has the shape \(3, 4\), this module's \(3, 5\)"):
+        ExpertBackend(nn.Linear(5, 3), args_schema=(TensorSpec((5,)),)).load_state(lazy().state())
+
+
+def test_lazy_layers_are_made_by_the_dry_run() -> None:
+    module = nn.Sequential(nn.LazyLinear(3), nn.LayerNorm(3))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    backend = ExpertBackend(module, optimizer=optimizer, args_schema=(SPEC,))
+    assert backend.step(backend.gradients([torch.ones(1, 2)], [torch.ones(1, 3)])[1]) == 1
+    with pytest.raises(ValueError, match="has no shape yet"):
+        ExpertBackend(nn.LazyLinear(3), args_schema=(SPEC,), outputs_schema=TensorSpec((3,)))
+    with pytest.raises(TypeError, match=r"for a single one, \(spec,\)"):
+        ExpertBackend(module, args_schema=SPEC)  # type: ignore[arg-type]

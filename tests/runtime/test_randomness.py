@@ -33,6 +33,8 @@ TRANSFORMER = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True
         pytest.param(lambda: functional.rrelu(X - 1, training=True), id="rrelu"),
         pytest.param(lambda: functional.gumbel_softmax(X), id="gumbel"),
         pytest.param(lambda: torch.rand(5), id="rand"),
+        pytest.param(lambda: torch.rand(5, generator=None), id="rand, generator=None"),
+        pytest.param(lambda: torch.quasirandom.SobolEngine(4, scramble=True).draw(2), id="sobol"),
         pytest.param(lambda: torch.randn_like(X), id="randn_like"),
         pytest.param(lambda: torch.randint(1000, (9,)), id="randint"),
         pytest.param(lambda: torch.randint(3, 1000, (9,)), id="randint from"),

@@ -174,3 +174,12 @@ def test_nothing_is_unpickled() -> None:
     json.loads(data[8 : 8 + length])
     with pytest.raises(CheckpointError):
         checkpoint.decode(b"\x80\x04N.")
+
+
+def test_parameters_lie_in_memory_as_they_like(tmp_path: Path) -> None:
+    row = torch.randn(1, 5)
+    views = {"one": row[:, 1], "half": row.bfloat16()[:, 2:3], "conjugate": row.to(torch.complex64).conj()}
+    store = CheckpointStore(tmp_path)
+    store.save("ffn.0", {"module": views | {"transposed": torch.randn(3, 4).T}}, version=1)
+    loaded = store.load("ffn.0")
+    assert loaded is not None and all(torch.equal(loaded["module"][name], value) for name, value in views.items())

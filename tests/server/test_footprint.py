@@ -69,7 +69,7 @@ def test_a_module_that_looks_at_its_numbers_is_estimated_and_not_too_low() -> No
 
 
 def test_measuring_holds_nothing_afterwards() -> None:
-    with footprint._Counting() as counting:
+    with footprint.Counting() as counting:
         x = torch.zeros(1000)
         y = x * 2
         assert counting.num_bytes == 8000

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
+import tesseract_async as ta
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.experts.run import RunManifest, RunMismatch
 from tesseract_async.server.run_experts import SCHEDULES, build_run_backend, build_run_module, check_allowed, complete
@@ -28,6 +32,7 @@ DIGITS = RunManifest(
 OWN = dataclasses.replace(DIGITS, expert=f"{__name__}:own_expert", sizes={"width": 4})
 
 
+@ta.expert_builder
 def own_expert(width: int) -> tuple[nn.Module, tuple[Any, ...]]:
     return nn.Linear(width, width), (TensorSpec((width,)),)
 
@@ -103,8 +108,14 @@ def test_other_schemas_than_the_runs_are_refused_with_both() -> None:
     ("changes", "sentence"),
     [
         ({"expert": "fnn"}, "called 'fnn', which this version does not have"),
-        ({"sizes": {"width": 8}}, "does not take its sizes"),
-        ({"sizes": {"in_features": -1}}, "does not take its sizes"),
+        ({"sizes": {"width": 8}}, "ffn takes no size width; it takes in_features, hidden_features, out_features"),
+        ({"sizes": {"in_features": -1}}, "in_features is a whole number of 1 or more, not -1"),
+        ({"sizes": {"in_features": "8"}}, "in_features is a whole number, not '8'"),
+        ({"sizes": {"in_features": 8.0}}, "in_features is a whole number, not 8.0"),
+        ({"sizes": {"in_features": True}}, "in_features is a whole number, not True"),
+        ({"sizes": {"seed": 8}}, "takes no size seed"),
+        ({"optimizer_options": {"fused": False}}, "does not take its options: fused"),
+        ({"optimizer_options": {"eps": "x"}}, "does not take its options: eps"),
         ({"optimizer": "lion"}, "'lion', which is not known here"),
         ({"optimizer_options": {"speed": 3}}, "does not take its options"),
         ({"optimizer_options": {"learning_rate": -1.0}}, "does not take its options"),
@@ -132,9 +143,95 @@ def test_code_by_import_path_runs_only_where_its_module_is_allowed() -> None:
     for modules in ((), ("os",), ("tests.server.test_run",), (f"{__name__}.deeper",)):
         with pytest.raises(ValueError, match=f"--allow-module {__name__}"):
             build_run_module(OWN, "ffn.0.0", allowed_modules=modules)
-    for modules in ((__name__,), (__name__.rpartition(".")[0],)):
-        if modules != ("",):
-            check_allowed(OWN, modules)
+    with pytest.raises(ValueError, match="--allow-module"):  # a package is not all that lies in it
+        check_allowed(OWN, (__name__.rpartition(".")[0],))
+    check_allowed(OWN, (__name__,))
     assert isinstance(build_run_module(OWN, "ffn.0.0", allowed_modules=(__name__,)), nn.Linear)
     with pytest.raises(ValueError, match="--allow-module os"):
         build_run_module(dataclasses.replace(OWN, expert="os:system", sizes={"command": "true"}), "ffn.0.0")
+
+
+@pytest.mark.parametrize("name", ["unmarked", "system", "renamed", "Unmarked", "marked_elsewhere", "_private", "torch"])
+def test_a_run_names_nothing_of_an_allowed_module_but_what_it_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "allowed.py").write_text(
+        "import torch\n"
+        "from os import system\n"
+        "import tesseract_async as ta\n"
+        "from tests.server.test_run_experts import own_expert as marked_elsewhere\n"
+        "def unmarked(command='true'): raise AssertionError('it ran')\n"
+        "_private = unmarked\n"
+        "class Unmarked: pass\n"
+        "@ta.expert_builder\n"
+        "def marked(width: int = 2): return torch.nn.Linear(width, width), (ta.TensorSpec((width,)),)\n"
+        "renamed = marked\n"
+    )
+    run = dataclasses.replace(DIGITS, expert=f"allowed:{name}", sizes={"command": "touch pwned"})
+    with pytest.raises(ValueError, match="@ta.expert_builder"):
+        build_run_module(run, "ffn.0.0", allowed_modules=["allowed"])
+    marked = dataclasses.replace(DIGITS, expert="allowed:marked", sizes={"width": 3})
+    assert isinstance(build_run_module(marked, "ffn.0.0", allowed_modules=["allowed"]), nn.Linear)
+    sys.modules.pop("allowed")
+
+
+@pytest.mark.parametrize(
+    ("expert", "sizes"),
+    [
+        ("ffn", {"in_features": 10**12}),
+        ("ffn", {"in_features": 1, "hidden_features": 2**62}),
+        ("ffn", {"in_features": 60_000}),
+        ("linear", {"in_features": 1, "out_features": 10**12}),
+        ("nop", {"in_features": 10**12}),
+        ("transformer", {"in_features": 8, "sequence_length": 10**8}),
+        ("transformer", {"in_features": 10**6}),
+        (f"{__name__}:own_expert", {"width": 10**12}),
+        (f"{__name__}:looks_at_numbers", {"width": 10**12}),
+        (f"{__name__}:has_many_layers", {"num_layers": 10**9}),
+        (f"{__name__}:has_many_layers", {"num_layers": 1, "width": 10**12}),
+    ],
+)
+def test_what_a_run_asks_for_is_planned_before_anything_is_allocated(expert: str, sizes: dict[str, Any]) -> None:
+    run = dataclasses.replace(DIGITS, expert=expert, sizes=sizes)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ValueError, match="the run digits: "):
+        build_run_backend(run, "ffn.0.0", allowed_modules=[__name__], max_bytes=2**30)
+    assert psutil.Process().memory_info().rss - before < 2**28
+
+
+def test_the_optimizer_counts_too() -> None:
+    run = complete(dataclasses.replace(DIGITS, sizes={"in_features": 512, "hidden_features": 1024}))  # 8 MiB
+    with pytest.raises(ValueError, match="in_features=512 takes 32 MiB or more; here it may take 24 MiB"):
+        build_run_backend(run, "ffn.0.0", max_bytes=24 * 2**20)
+    build_run_backend(run, "ffn.0.0", max_bytes=64 * 2**20)
+    build_run_module(run, "ffn.0.0")
+
+
+@ta.expert_builder
+def looks_at_numbers(width: int) -> tuple[nn.Module, tuple[Any, ...]]:
+    """As some modules do, which cannot be built on ``meta``."""
+    rates = [one.item() for one in torch.linspace(0.0, 0.5, 2)]
+    layers = nn.Sequential(nn.Linear(width, width), nn.Dropout(rates[1]))
+    return layers, (TensorSpec((width,)),)
+
+
+@ta.expert_builder
+def has_many_layers(num_layers: int, width: int = 1) -> tuple[nn.Module, tuple[Any, ...]]:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(num_layers))), (TensorSpec((width,)),)
+
+
+def test_what_cannot_be_built_on_meta_is_watched_while_it_is_built() -> None:
+    run = dataclasses.replace(DIGITS, expert=f"{__name__}:looks_at_numbers", sizes={"width": 8})
+    assert len(build_run_module(run, "ffn.0.0", allowed_modules=[__name__])) == 2
+
+
+def test_only_functions_of_a_module_with_a_public_name_are_marked() -> None:
+    def inside() -> None: ...
+
+    def _hidden() -> None: ...
+
+    _hidden.__qualname__ = "_hidden"
+    for thing, error in ((inside, TypeError), (nn.Linear, TypeError), (5, TypeError), (_hidden, ValueError)):
+        with pytest.raises(error, match="an expert's builder"):
+            ta.expert_builder(thing)  # type: ignore[arg-type]

@@ -6,11 +6,13 @@ import asyncio
 import copy
 import os
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -30,13 +32,14 @@ from tesseract_async.errors import (
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.server import calls as server_calls
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.wire import messages
+from tesseract_async.wire import frames, messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec
@@ -70,6 +73,7 @@ class FakeNode:
         self.handlers: dict[str, Callable[[IncomingCall], Awaitable[Message]]] = {}
         self.metrics = Metrics()
         self.network = None
+        self.trust = None
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
         self.is_closed = False
@@ -282,6 +286,41 @@ async def test_small_tensors_are_not_remembered_without_end(node: FakeNode) -> N
             await node.forward("ffn.0", torch.zeros(0, 8), keep_inputs=True)
             await node.backward("ffn.0", [torch.zeros(1, 8)], [torch.zeros(1, 4)], call_id=os.urandom(16))
         assert 0 < len(server._calls._answers) < 20 and 0 < len(server._calls._inputs) < 20
+
+
+async def test_what_is_kept_holds_no_more_than_it_counts(node: FakeNode, server: TesseractServer) -> None:
+    arena = frames.Arena()
+    tracemalloc.start()
+    try:
+        for _ in range(300):  # small inputs whose block is filled with what is of no use any more
+            (part,) = arena.allocate((64,), 64)
+            [arena.allocate((8000,), 8000) for _ in range(7)]
+            part[:] = bytes(64)
+            inputs = torch.from_numpy(np.frombuffer(part, np.float32).reshape(2, 8))
+            call = SimpleNamespace(peer_id=PEER, origin="")
+            assert server._calls._keep("ffn.0", [inputs], call) is not None  # type: ignore[arg-type]
+        del part, inputs
+        arena.release()
+        assert tracemalloc.get_traced_memory()[0] < 2**20
+    finally:
+        tracemalloc.stop()
+    batch = torch.zeros(4096, 64)
+    mine = server_calls._alone(batch[:1])
+    assert mine.untyped_storage().nbytes() == 256
+    large = torch.zeros(4096, 64)
+    assert server_calls._alone(large) is large, "what stands alone already is not copied"
+
+
+async def test_what_is_kept_ends(node: FakeNode) -> None:
+    settings = ServerSettings(calls=CallSettings(keep_seconds=0.01), drain_timeout=0.0)
+    async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
+        x = torch.zeros(1, 8)
+        await node.forward("ffn.0", x, keep_inputs=True)
+        await node.backward("ffn.0", [x], [torch.zeros(1, 4)], call_id=os.urandom(16))
+        async with asyncio.timeout(30):
+            while server._calls._inputs or server._calls._answers:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert server._calls._sweep is None, "nothing is looked after any more"
 
 
 async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, server: TesseractServer) -> None:
@@ -773,3 +812,22 @@ async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: Fak
         with pytest.raises(SchemaMismatch, match="inputs"):
             await node.backward("ffn.0", [x], [gradient])
         assert backend.version == 0
+
+
+async def test_a_backend_stands_for_one_expert_of_one_server(node: FakeNode) -> None:
+    backend, other = make_backend(), make_backend()
+    with pytest.raises(ValueError, match=r"ffn\.0 and ffn\.1 train the same weights"):
+        TesseractServer(node, {"ffn.0": backend, "ffn.1": backend})  # type: ignore[arg-type]
+    shared = ExpertBackend(backend.module, args_schema=backend.args_schema)
+    with pytest.raises(ValueError, match="train the same weights"):
+        TesseractServer(node, {"ffn.0": shared, "ffn.1": backend})  # type: ignore[arg-type]
+    again = ExpertBackend(backend.module, args_schema=backend.args_schema)
+    TesseractServer(node, {"ffn.0": shared, "ffn.1": again})  # type: ignore[arg-type]  # nobody trains them
+    early = TesseractServer(node, {"ffn.2": backend})  # type: ignore[arg-type]
+    async with TesseractServer(node, {"ffn.0": backend, "ffn.1": other}):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"ffn\.2: another server hosts this ExpertBackend"):
+            TesseractServer(node, {"ffn.2": backend})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="another server hosts this ExpertBackend"):
+            await early.start()
+    async with TesseractServer(node, {"ffn.2": backend}):  # type: ignore[arg-type]
+        pass

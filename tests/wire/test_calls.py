@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.errors import ExpertNotFound, Overloaded, ProtocolError, RemoteError, UnsupportedVersion
+from tesseract_async.errors import ExpertNotFound, Overloaded, ProtocolError, RemoteError, UnsupportedVersion, describe
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 
@@ -84,3 +84,31 @@ def test_hellos_tell_who_and_which_version() -> None:
     assert caught.value.theirs == 9 and caught.value.ours == frames.VERSION
     with pytest.raises(ProtocolError, match="does not speak"):
         calls.decode_hello(memoryview(b"HTTP/1.1 400 Bad Request"))
+
+
+class Unreadable(RemoteError):
+    def __str__(self) -> str:
+        raise SystemExit("no message")
+
+
+def test_every_error_becomes_an_answer() -> None:
+    deep: Any = []
+    for _ in range(2000):
+        deep = [deep]
+    odd: Any = None
+    for error in (
+        RemoteError("a lone \ud800", note="\udfff"),
+        RemoteError("deep", deep=deep),
+        RemoteError("large", number=2**70),
+        RemoteError(odd),
+        Unreadable("x"),
+    ):
+        _, back = calls.decode_reply(frames.unpack(calls.encode_error(error)))
+        assert type(back) is RemoteError and str(back)
+
+
+def test_a_described_error_is_one_short_line_whatever_it_does() -> None:
+    for error in (Unreadable("x"), ValueError("two\nlines \ud800"), ValueError("x" * 100_000), TimeoutError()):
+        line = describe(error)
+        assert line.startswith(type(error).__name__) and len(line) <= 600 and "\n" not in line
+        line.encode()

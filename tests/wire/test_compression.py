@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tesseract_async.errors import ProtocolError
 from tesseract_async.wire import compression
 from tesseract_async.wire.compression import BLOCK, CODECS, decode, encode, encoded_bytes
+from tesseract_async.wire.tensors import DTYPES
 
 LOSSY = [codec for codec in CODECS if codec != "none"]
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -106,8 +107,6 @@ def test_strides_and_gradients_do_not_matter(codec: str) -> None:
 
 
 def test_none_takes_every_dtype() -> None:
-    from tesseract_async.wire.tensors import DTYPES
-
     for dtype in DTYPES.values():
         for shape in ((), (3,), (2, 0), (2, 5)):
             tensor = torch.ones(shape, dtype=dtype)
@@ -176,3 +175,24 @@ def test_the_tile_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
             assert bytes(encode(tensor, codec)) == whole
             small = decode(memoryview(bytearray(whole)), torch.float32, tuple(tensor.shape), codec)
         assert torch.equal(small, decode(memoryview(bytearray(whole)), torch.float32, tuple(tensor.shape), codec))
+
+
+class Labelled(torch.Tensor):
+    """A tensor class of somebody's own."""
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_view_of_any_kind_travels_as_its_elements(codec: str) -> None:
+    for dtype in DTYPES.values() if codec == "none" else FLOATS:
+        row, square = ((torch.randn(*shape) * 50).to(dtype) for shape in ((1, 5), (4, 4)))
+        views = [row[:, 0], row[:, 1:2], row[0, 0], row[:, :1].expand(1, 3), square[::2, ::3], row[:0], square.T]
+        views += [row[:, 0].as_subclass(Labelled), square.as_subclass(Labelled)]
+        if dtype.is_complex:
+            views += [row.conj(), row.conj()[:, 0], square.T.conj()]
+        for view in views:
+            plain = view.clone(memory_format=torch.contiguous_format).as_subclass(torch.Tensor).resolve_conj()
+            assert torch.equal(through(view, codec), through(plain, codec)), (dtype, view.shape, view.stride())
+    negative = torch.randn(1, 5, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    for view in (negative, negative[:, 0]):
+        assert torch.equal(through(view, codec), through(view.resolve_neg().clone(), codec))

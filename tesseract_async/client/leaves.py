@@ -1,0 +1,118 @@
+"""The leaves under a loss, and how their gradients get into ``.grad`` once all of them are there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+with torch.inference_mode(False), torch.enable_grad():  # this module may be imported in the midst of anything
+    _leaf = torch.empty(0, requires_grad=True, device="cpu")
+    _AccumulateGrad = type(_leaf.view(0).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
+_REFUSED = {
+    "CheckpointFunctionBackward": "a layer under torch.utils.checkpoint with use_reentrant=True",
+    "_DDPSinkBackward": "DistributedDataParallel with static_graph or find_unused_parameters",
+}
+
+
+def _refusal(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what} needs torch's own backward, which tesseract_async.backward is not: "
+        "use `await asyncio.to_thread(loss.backward)`"
+    )
+
+
+class Leaves:
+    """The tensors whose ``.grad`` a backward of one loss would fill."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        """Raises: RuntimeError if something in the graph works in torch's own backward only."""
+        self.tensors: list[torch.Tensor] = []
+        self.have_hooks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        """Whether hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
+        if self.have_hooks and _has_sharded_modules():
+            raise _refusal("a program with layers under FSDP")
+        if loss.grad_fn is None:
+            self.tensors.append(loss)
+            return
+        seen: set[Any] = {loss.grad_fn}
+        stack: list[Any] = [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, _AccumulateGrad):
+                if node.variable.requires_grad:  # type: ignore[union-attr]
+                    self.tensors.append(node.variable)  # type: ignore[union-attr]
+                    self.have_hooks = self.have_hooks or _has_hooks(node)
+            elif (what := _REFUSED.get(type(node).__name__)) is not None:
+                raise _refusal(what)
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+        for leaf in self.tensors:
+            if getattr(leaf, "_is_flat_param", False):
+                raise _refusal("a layer under FSDP")
+            own = (leaf._backward_hooks or {}).values()
+            if any(getattr(hook, "__module__", "") == "torch.autograd.graph" for hook in list(own)):
+                raise _refusal("a parameter in torch.autograd.graph.register_multi_grad_hook")
+            if self.have_hooks and own:
+                raise _refusal("a parameter with a hook of its own and others that wait for accumulation, as DDP's do,")
+
+    def accumulate(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Adds them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
+        pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None]
+        if pairs:
+            torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
+
+    def add(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Adds them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
+        for leaf, grad in zip(self.tensors, grads, strict=True):
+            if grad is None:
+                continue
+            if leaf.grad is None:
+                leaf.grad = grad
+            elif leaf.grad.requires_grad or leaf.grad.layout != grad.layout:
+                # torch adds sparse to dense only
+                leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
+            else:
+                leaf.grad.add_(grad)
+        fire_post_accumulate_hooks(leaf for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None)
+
+
+@torch.no_grad()
+def fire_post_accumulate_hooks(leaves: Iterable[torch.Tensor]) -> None:
+    """Calls what `register_post_accumulate_grad_hook` registered."""
+    for leaf in leaves:
+        for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
+            hook(leaf)
+
+
+def _has_sharded_modules() -> bool:
+    """Whether there are modules under `fully_shard`: it puts nothing into the graph where a layer's input is data."""
+    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    modules = list(getattr(composable, "_module_state_mapping", ()))
+    return any(cls.__name__ == "FSDPModule" for module in modules for cls in type(module).__mro__)
+
+
+def wait_for_accumulation(leaf: torch.Tensor) -> bool:
+    """Whether hooks were registered in Python on the node that accumulates this leaf's gradient."""
+    with torch.inference_mode(False), torch.enable_grad():
+        view = leaf.view_as(leaf)
+    return view.grad_fn is not None and _has_hooks(view.grad_fn.next_functions[0][0])
+
+
+def _has_hooks(node: Any) -> bool:
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(_nothing)
+        hooks = handle.hooks_dict_ref()  # all that were registered
+        del hooks[handle.id]
+        if hooks and any(hook is not _nothing for hook in list(hooks.values())):
+            return True
+    return False
+
+
+def _nothing(*_: Any) -> None:
+    pass

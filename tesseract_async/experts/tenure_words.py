@@ -1,0 +1,103 @@
+"""What a `Tenure` is, what servers ask each other about an expert, and what a driver does for it. No I/O."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from tesseract_async.experts.lineage import Seal
+from tesseract_async.identity import PeerID
+
+
+class State(Enum):
+    """What this server is to the expert."""
+
+    ABSENT = "absent"
+    """It has no state of it, or none that it may use."""
+    FOLLOWING = "following"
+    """A member: it holds a sealed file, and may take over."""
+    HOLDING = "holding"
+    """It holds a sealed file, and is no member."""
+    CANDIDATE = "candidate"
+    """It asks for votes, or reads its Term back."""
+    LEADING = "leading"
+    YIELDING = "yielding"
+    """It takes no more steps, and gives the expert to another."""
+    FENCED = "fenced"
+    """Its Term holds, but not its lease: no steps, and no answers to steps."""
+    ASIDE = "aside"
+    """Another's Term outranks its own: its file is kept, and the other's fetched."""
+
+
+class Ask(NamedTuple):
+    """What one server asks another about an expert. `kind`: ``beat`` (I lead), ``rise`` (I would lead again), ``probe``
+    (do you lead?) or ``vote``."""
+
+    kind: str
+    epoch: int
+    boot: bytes
+    term: bytes
+    """The Term that the asker stands on; empty for none."""
+    seal: bytes
+    """Its newest Seal, or for a vote the one that the candidate holds."""
+
+
+class Answer(NamedTuple):
+    """What the other says."""
+
+    agrees: bool
+    """To a beat: you are my primary. To a probe: I lead. To a vote: I have heard the primary just now."""
+    held: tuple[int, int]
+    """The age of the Seal whose file it holds; (0, 0) for none."""
+    term: bytes
+    """The Term that holds by what it knows, where that is not the asker's."""
+    vote: bytes
+    """Empty: no."""
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+class Persist(NamedTuple):
+    """Bytes that must be on disk before what follows is done: `Tenure` takes them when the server starts again."""
+
+    stored: bytes
+
+
+class Publish(NamedTuple):
+    """Records for the network."""
+
+    records: tuple[bytes, ...]
+
+
+class Send(NamedTuple):
+    """A question to a peer; answer with `Tenure.answered` or `Tenure.silent`, both with the time at which it was sent.
+
+    They go out side by side, and each is given up after a second.
+    """
+
+    peer: PeerID
+    ask: Ask
+
+
+class Look(NamedTuple):
+    """Read what the network holds of the expert: `sight` each record, then `looked`."""
+
+
+class Fetch(NamedTuple):
+    """Get this Seal's file from one who has it, verify its root and install it; then `fetched`, or `not_fetched`."""
+
+    seal: Seal
+    aside: bool
+    """The own file is of another line: it is kept, out of the way."""
+    sources: tuple[PeerID, ...]
+
+
+class Role(NamedTuple):
+    """Whether this server trains the expert now, and else who does."""
+
+    leads: bool
+    primary: PeerID | None
+
+
+Command = Persist | Publish | Send | Look | Fetch | Role

@@ -1,0 +1,89 @@
+"""Which gradient norms are usual for one expert, learnt from the backwards that it got. A pure machine.
+
+One gradient of ten thousand times the usual size ruins Adam's second moments for thousands of steps, and SGD's weights
+at once. No fixed limit fits every expert, so the limit is a multiple of what was usual lately: the median over accounts
+(a peer, or an address range of unknown ones) of each one's median, the smaller one of two. So one account cannot raise
+the limit for others however much it sends. One that is alone can, within some backwards: an honest trainer whose
+gradients have grown is refused for no longer than that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Collection, Hashable, Iterable
+from typing import Final
+
+SCALED_ABOVE: Final = 8.0
+"""Times the usual norm: larger gradients are scaled down to it. Clipping at a percentile of the history is the rule of
+AutoClip (Seetharaman et al. 2020); several times the median leaves ordinary steps alone."""
+REFUSED_ABOVE: Final = 1024.0
+"""Times the usual norm: a gradient that large is a fault or an attack."""
+UNDONE_ABOVE: Final = 128.0
+"""Times the usual norm, once that is known: if one of the first gradients was that large, what they did is undone."""
+CHECKED_ABOVE: Final = 4.0
+"""Times the usual norm: after a step on such gradients the expert's state is looked at."""
+NUM_FIRST: Final = 8
+"""Norms that must be known before anything is refused. What the first gradients did is undone if they turn out to have
+been far too large."""
+GROWTH: Final = 16.0
+"""Times their norm, and as much again in absolute terms, that one of the first steps may make the weights."""
+_PER_ACCOUNT: Final = 16
+_MAX_ACCOUNTS: Final = 16
+
+
+class UsualNorms:
+    """The norms of recent gradients of one expert's parameters."""
+
+    def __init__(self, known: Iterable[float] = ()) -> None:
+        """`known`: what `values` returned before a restart."""
+        self._by_account: OrderedDict[Hashable, deque[float]] = OrderedDict()
+        self._medians: dict[Hashable, float] = {}
+        self._of_before = deque(known, maxlen=_PER_ACCOUNT * 2)
+        self._usual: float | None = None
+        self._find()
+
+    @property
+    def usual(self) -> float | None:
+        """What an account's gradients are usually like; None until `NUM_FIRST` norms are known."""
+        return self._usual
+
+    @property
+    def largest(self) -> float:
+        """Of what is remembered; 0 for nothing."""
+        return max(self.values(), default=0.0)
+
+    def observe(self, account: Hashable, norm: float) -> bool:
+        """A backward of this account had parameter gradients of this norm. Zero and infinity teach nothing.
+
+        Returns whether it was the one that made the usual norm known.
+        """
+        if not 0.0 < norm < math.inf:
+            return False
+        norms = self._by_account.get(account)
+        if norms is None:
+            if len(self._by_account) == _MAX_ACCOUNTS:
+                del self._medians[self._by_account.popitem(last=False)[0]]
+            norms = self._by_account[account] = deque(maxlen=_PER_ACCOUNT)
+        self._by_account.move_to_end(account)
+        norms.append(norm)
+        self._medians[account] = _lower_median(norms)
+        if self._of_before:
+            self._of_before.popleft()  # what is seen now replaces what was remembered
+        was_known = self._usual is not None
+        self._find()
+        return not was_known and self._usual is not None
+
+    def values(self) -> list[float]:
+        """All that is remembered."""
+        return [*self._of_before, *(norm for norms in self._by_account.values() for norm in norms)]
+
+    def _find(self) -> None:
+        num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
+        if num_known >= NUM_FIRST or self._usual is not None:
+            of_before = [_lower_median(self._of_before)] if self._of_before else []
+            self._usual = _lower_median([*self._medians.values(), *of_before])
+
+
+def _lower_median(values: Collection[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]

@@ -1,0 +1,181 @@
+"""An expert's optimizer and schedule: which can be used, and how they go on from what a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from tesseract_async.errors import describe
+from tesseract_async.runtime import modules
+from tesseract_async.runtime.acceleration import fuse
+from tesseract_async.runtime.states import copied
+
+_NOT_SAID: Final = ("fused", "foreach", "capturable", "initial_lr")
+"""Options that say how a step is computed, not what, and the rate that a schedule began with."""
+_CYCLED: Final = ("lr", "momentum", "betas")
+"""Options that a schedule changes as it goes."""
+_PROGRESS: Final = frozenset({"last_epoch", "base_lrs", "T_cur", "T_i", "verbose", "total_size"})
+"""Of a schedule's state, beside what begins with an underscore: how far it is, not which it is."""
+
+
+def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises: ValueError if it cannot train this module, step by step, from gradients that come from elsewhere."""
+    own = set(map(id, module.parameters()))
+    num_foreign = sum(id(one) not in own for group in optimizer.param_groups for one in group["params"])
+    kind = type(optimizer).__name__
+    if num_foreign:
+        raise ValueError(
+            f"the optimizer steps {num_foreign} tensor(s) that are not parameters of the expert's module: make {kind} "
+            "of this module's parameters, after the last of them was replaced"
+        )
+    if _takes_more(type(optimizer).step):
+        raise ValueError(
+            f"{kind} calls the module again in each step (a closure), but an expert only gets gradients: use another "
+            "optimizer, such as torch.optim.AdamW"
+        )
+
+    error = _refusal(optimizer, modules.sparse_parameters(module))
+    if error is not None:
+        raise ValueError(f"{kind} cannot step this module: {describe(error)}")
+
+
+def _refusal(optimizer: torch.optim.Optimizer, sparse: Collection[int]) -> Exception | None:
+    """An error about dense or sparse gradients, or about a closure, that a copy of it raises on small weights."""
+    owned = [one for group in optimizer.param_groups for one in group["params"]]
+    small = {id(one): nn.Parameter(torch.zeros(2, 2, dtype=one.dtype), one.requires_grad) for one in owned}
+    for one in (one for one in small.values() if one.requires_grad):
+        one.grad = torch.zeros_like(one)
+    for name in sparse & small.keys():
+        small[name].grad = torch.zeros(2, 2, dtype=small[name].dtype).to_sparse(1)
+    try:
+        # not by the copy's own name of it, which a schedule has bound to the original
+        type(optimizer).step(copy.deepcopy(optimizer, {**small, id(optimizer.state): defaultdict(dict)}))
+    except Exception as error:  # its objections to the small weights themselves say nothing
+        if any(word in str(error) for word in ("sparse", "dense", "closure")):
+            return error
+    return None
+
+
+def check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
+    """Raises: ValueError if it does not follow this optimizer, or needs more than the number of steps."""
+    kind = type(scheduler).__name__
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(f"{kind} is the schedule of another optimizer: make it of the expert's own")
+    if _takes_more(type(scheduler).step):
+        raise ValueError(
+            f"{kind} needs a figure at each step, such as a loss, which a server does not have: use a schedule that "
+            "follows the steps alone, such as LambdaLR"
+        )
+
+
+def _takes_more(method: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(method).bind("self")
+    except TypeError:
+        return True
+    return False
+
+
+def kinds_of(optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> dict[str, list[int]]:
+    """The classes of both, as a checkpoint names them: in UTF-8, since a state consists of numbers and tensors."""
+    kinds = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
+    return {what: list(kind.encode()) for what, kind in kinds.items() if kind is not None}
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, state: Mapping[str, Any], own: Collection[str]
+) -> list[str]:
+    """Lets both go on from a checkpoint's ``optimizer``, ``scheduler`` and ``kinds``. Returns what there is to say.
+
+    A class is what was given here, and begins anew if the checkpoint's is another one. Of the options, the checkpoint's
+    hold, except for those that are named in `own`. Raises: KeyError, TypeError or ValueError if it does not fit.
+    """
+    said: list[str] = []
+    given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    saved, kinds = state["optimizer"], state.get("kinds") or {}
+    names = {what: bytes(kind).decode() for what, kind in kinds.items()}
+    theirs, their_schedule = names.get("optimizer"), names.get("scheduler")
+    mine = _kind(optimizer)
+    same = theirs in (None, mine)
+    if same:
+        optimizer.load_state_dict(copied(saved))  # PyTorch takes the tensors themselves, and steps change them in place
+    else:
+        said.append(f"its checkpoint was trained with {theirs}; {mine} begins without its moments")
+    goes_on = _restore_scheduler(scheduler, state["scheduler"], their_schedule, own, said)
+    begins = scheduler is not None and not goes_on
+    for group, options, before in zip(optimizer.param_groups, given, saved["param_groups"], strict=same):
+        for name, value in options.items():
+            if name not in group:
+                group[name] = value
+            elif same and name in before and name not in (_CYCLED if scheduler else ("lr",)) and name not in _NOT_SAID:
+                if not _same(before[name], value):
+                    said.append(_holds(name, before[name], value, given=name in own))
+                    group[name] = value if name in own else group[name]
+        there = before.get("initial_lr", before["lr"]) if goes_on else before["lr"]
+        here = options.get("initial_lr", options["lr"])
+        if same and not begins and not _same(there, here):
+            said.append(_holds("lr", there, here, given="lr" in own))
+        if not same or begins or "lr" in own:
+            group["lr"] = here * (before["lr"] / there if goes_on and there else 1.0)
+            if "initial_lr" in group:
+                group["initial_lr"] = here
+    if scheduler is not None and hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    fuse(optimizer)
+    return list(dict.fromkeys(said))
+
+
+def _restore_scheduler(
+    scheduler: LRScheduler | None, saved: Any, theirs: str | None, own: Collection[str], said: list[str]
+) -> bool:
+    """Returns whether the schedule of the checkpoint goes on."""
+    mine = _kind(scheduler)
+    if scheduler is None:
+        if saved is not None:
+            said.append(f"its checkpoint's schedule, {theirs or 'which was another'}, ends here: the rate stays")
+        return False
+    if saved is None or theirs not in (None, mine):
+        said.append(f"{mine} begins at its first step: its checkpoint had {theirs or 'no schedule'}")
+        return False
+    options = _options_of(scheduler)
+    scheduler.load_state_dict(copied(saved))
+    for name, value in options.items():
+        if name in saved and not _same(saved[name], value):
+            said.append(_holds(f"{mine}'s {name}", saved[name], value, given=name in own))
+            if name in own:
+                setattr(scheduler, name, value)
+    return True
+
+
+def _options_of(scheduler: LRScheduler) -> dict[str, Any]:
+    state = scheduler.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("_") and name not in _PROGRESS}
+
+
+def _holds(name: str, theirs: Any, mine: Any, *, given: bool) -> str:
+    if given:
+        return f"{name}={_short(mine)} holds, as it was given, not {_short(theirs)}, which its checkpoint has"
+    return f"{name}={_short(theirs)} holds, as its checkpoint has it, not {_short(mine)}"
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else text[:36] + " ..."
+
+
+def _kind(one: object) -> str | None:
+    return None if one is None else type(one).__qualname__
+
+
+def _same(x: Any, y: Any) -> bool:
+    x, y = (one.tolist() if isinstance(one, torch.Tensor) else one for one in (x, y))
+    if isinstance(x, list | tuple) and isinstance(y, list | tuple):
+        return len(x) == len(y) and all(map(_same, x, y))
+    return bool(x == y)

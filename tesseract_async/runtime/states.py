@@ -1,0 +1,91 @@
+"""States of experts: the dtypes and values that a checkpoint can hold, copies of them, and which fits a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+SAFETENSORS: Final[Mapping[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+"""The dtypes of a checkpoint, by their names in the file."""
+_STORED: Final = frozenset(SAFETENSORS.values())
+
+
+def copied(value: Any) -> Any:
+    """The same structure with every tensor copied to the CPU, so that training goes on while it is written."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [copied(item) for item in value]
+    return value
+
+
+def check_stored(value: Any, path: str) -> None:
+    """Raises: TypeError, naming `path`, for what a checkpoint cannot hold."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in _STORED or value.layout is not torch.strided:
+            raise TypeError(f"{path}: a checkpoint cannot hold a {value.dtype} tensor of layout {value.layout}")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key is not None and not isinstance(key, bool | int | float | str):
+                raise TypeError(f"{path}: a checkpoint cannot hold a key of type {type(key).__name__}")
+            check_stored(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            check_stored(item, f"{path}/{index}")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise TypeError(f"{path}: a checkpoint cannot hold a {type(value).__name__}")
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises: ValueError, naming the first difference, if `state` has other names or shapes than this module's."""
+    here = module.state_dict()
+    for name, tensor in here.items():
+        if name not in state:
+            raise ValueError(f"it has no {name}")
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in (state[name], tensor)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"its {name} has the shape {shapes[0]}, this module's {shapes[1]}")
+    for name in state:
+        if name not in here:
+            raise ValueError(f"its {name} is unknown to this module")
+
+
+def pack_gradients(gradients: Sequence[torch.Tensor | None] | None) -> list[Any] | None:
+    """Copies of gradients as a checkpoint holds them; a sparse one by its indices, values and shape."""
+    if gradients is None:
+        return None
+    packed: list[Any] = []
+    for x in gradients:
+        if x is not None and x.layout is torch.sparse_coo:
+            x = x.detach().coalesce()
+            packed.append({"indices": copied(x.indices()), "values": copied(x.values()), "shape": list(x.shape)})
+        else:
+            packed.append(None if x is None else copied(x.to_dense()))
+    return packed
+
+
+def unpack_gradients(packed: Sequence[Any], device: torch.device) -> list[torch.Tensor | None]:
+    """The gradients that `pack_gradients` was given, copied to `device`."""
+    found: list[torch.Tensor | None] = []
+    for x in packed:
+        if isinstance(x, Mapping):
+            x = torch.sparse_coo_tensor(x["indices"], x["values"], x["shape"], is_coalesced=True, check_invariants=True)
+        found.append(None if x is None else x.to(device, copy=True))
+    return found

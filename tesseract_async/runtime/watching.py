@@ -1,0 +1,151 @@
+"""Finds by looking what a module does besides computing its outputs: it draws random numbers, it writes its inputs.
+
+A *watched* call runs on copies of its inputs and sees each operation of this thread: it is sure, and slow. The first
+call in each mode is watched. The later ones are only glanced at: where a default generator has moved in training, which
+another thread may have done, the call is repeated, watched; where an input's version has risen, later ones get copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tesseract_async.wire.compression import flat_of
+
+logger = logging.getLogger(__name__)
+
+cuda: Any = torch.cuda  # its generators are untyped
+
+
+@dataclass(slots=True)
+class Habits:
+    """What is known of a module in one mode, training or evaluation."""
+
+    known: bool = False
+    """Set once it was watched."""
+    draws: bool = False
+    writes: bool = False
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Around one call of a module with `inputs`, which nobody else uses: notes what it does."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws = False
+        self.writes = False
+        self._storages = {x.untyped_storage()._cdata for x in inputs}
+        self._own_generator = False
+        self._before = generator_states()
+        self._others_before = _other_states()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        # a module that seeds and puts back the generators by itself is no random one
+        self.draws = self._own_generator or (self.draws and have_moved(self._before))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for index, name in _written(func):
+            value = args[index] if index < len(args) else kwargs.get(name)
+            for x in tree_leaves(value):
+                if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in self._storages:
+                    self.writes = True
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        # an operation of this kind may also draw nothing: attention without dropout
+        before = generator_states()
+        result = func(*args, **kwargs)
+        self._own_generator = self._own_generator or kwargs.get("generator") is not None
+        self.draws = self.draws or have_moved(before)
+        return result
+
+    def learn(self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str) -> None:
+        """After the call: `given` are the copies of `inputs` that it was run on."""
+        # through NumPy's eyes, for example, inputs are written without an operation
+        self.writes = self.writes or not all(map(_same_bytes, given, inputs))
+        if not all(map(_equal, self._others_before, _other_states())):
+            logger.warning(
+                "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward "
+                "pass: gradients may be of another function; let it draw from PyTorch",
+                who,
+            )
+        if self._own_generator:
+            logger.warning(
+                "%s draws from a generator of its own: unless it seeds that in each call, its backward pass draws "
+                "others than its forward pass; let it draw from PyTorch's default generators",
+                who,
+            )
+        habits.known, habits.draws, habits.writes = True, self.draws, self.writes
+
+
+def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
+    """PyTorch's default generators, those of the devices in use, and where they stand."""
+    generators = [torch.default_generator]
+    if cuda.is_initialized():
+        generators += cuda.default_generators
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def have_moved(before: Sequence[tuple[torch.Generator, torch.Tensor]]) -> bool:
+    """Tells whether one of them has drawn since `generator_states` looked."""
+    return not all(torch.equal(state, generator.get_state()) for generator, state in before)
+
+
+class Undone:
+    """A context, for a try: leaves the module's buffers, and the default generators, as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [
+            (part, name, buffer, buffer.clone())
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
+        ]
+        self._generators = generator_states()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for part, name, buffer, before in self._buffers:
+                buffer.copy_(before)
+                part._buffers[name] = buffer
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+
+@functools.cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Place and name of each argument that this operation writes."""
+    arguments = enumerate(func._schema.arguments)
+    return [(index, one.name) for index, one in arguments if one.alias_info is not None and one.alias_info.is_write]
+
+
+def _same_bytes(x: torch.Tensor, y: torch.Tensor) -> bool:
+    if x.is_meta or not x.numel():
+        return True
+    return torch.equal(flat_of(x).view(torch.uint8), flat_of(y).view(torch.uint8))  # NaN equals itself here
+
+
+def _other_states() -> tuple[Any, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), (kind, keys.tobytes(), *rest)  # type: ignore[union-attr]
+
+
+def _equal(x: Any, y: Any) -> bool:
+    return bool(x == y)

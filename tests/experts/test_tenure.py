@@ -1,0 +1,501 @@
+"""The invariants of `Tenure`, in virtual time: machines alone, over a network and a directory that are made up."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.lineage import Kind, Seal, read_seal, sign_seal, sign_term
+from tesseract_async.experts.tenure_words import Ask, Fetch, Publish, Send, State
+from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
+
+LEASE = 30.0
+
+
+def seals_of(world: World) -> list[Seal]:
+    found = []
+    for record in world.history:
+        try:
+            found.append(read_seal(record, RUN))
+        except ProtocolError:
+            continue
+    return found
+
+
+def spans(world: World) -> list[tuple[float, float, Server]]:
+    """From when to when each server gave answers to steps, without the pauses in between."""
+    found: list[tuple[float, float, Server]] = []
+    for server in world.servers:
+        times = [at for at, _, _ in server.acknowledged]
+        for at in times:
+            if found and found[-1][2] is server and at - found[-1][1] <= 2 * world.step_period:
+                found[-1] = (found[-1][0], at, server)
+            else:
+                found.append((at, at, server))
+    return sorted(found, key=lambda span: span[:2])
+
+
+def overlaps(world: World) -> list[tuple[float, float]]:
+    ordered = spans(world)
+    return [
+        (late[0], early[1])
+        for early, late in itertools.combinations(ordered, 2)
+        if early[2] is not late[2] and late[0] <= early[1]
+    ]
+
+
+def check_nothing_is_gone(world: World) -> None:
+    """Each answered step is in the branch that holds, or in a file that was set aside, or still where it was taken."""
+    kept = {step for server in world.servers for steps in (server.steps, *server.aside) for step in steps}
+    lost = {step for _, server, step in world.acknowledged if step not in kept}
+    assert not lost or world.killed, sorted(lost)
+
+
+# -- 1. one branch, whatever happened ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32), st.integers(3, 7))
+def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
+    world = World(seed, num_servers)
+    world.begin()
+    world.fault(8, ("split", "heal", "kill", "restart", "stall"))
+    world.end_faults()
+    assert world.run_until(lambda: len(world.views()) == 1, 2 * LEASE), world.describe()
+    assert world.run_until(world.agree, 10 * LEASE), world.describe()
+    world.run(4 * LEASE)
+    assert world.agree(), world.describe()
+    check_nothing_is_gone(world)
+    ages = defaultdict(set)
+    for seal in seals_of(world):
+        ages[(seal.primary, seal.epoch, seal.number)].add(seal.digest)
+    assert all(len(digests) == 1 for digests in ages.values()), "9: two Seals of one number"
+
+
+# -- 2. no two at once ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32), st.integers(3, 6))
+def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int, num_servers: int) -> None:
+    world = World(seed, num_servers)
+    world.begin()
+    for _ in range(4):
+        (leader,) = world.leaders
+        members = [one for one in world.servers if one.peer in (leader.peer, *leader.machine.members)]
+        one = world.random.choice(members)
+        match world.random.choice(("kill", "stall", "cut off")):
+            case "kill":
+                one.kill()
+            case "stall":
+                world.stall(one, world.random.choice((0.1, 0.7, 1.0, 1.5, 10.0)) * LEASE)
+            case _:
+                world.partition({one.number}, {s.number for s in world.servers} - {one.number})
+        world.run(world.random.uniform(0.0, 4 * LEASE))
+        world.end_faults()
+        assert world.run_until(lambda: world.agree() and world.has_members(3), 20 * LEASE), world.describe()
+    assert not overlaps(world), overlaps(world)
+
+
+def test_stopped_for_ten_leases_and_resumed_it_answers_nothing() -> None:
+    world = World(5, 3)
+    leader = world.begin()
+    world.stall(leader, 10 * LEASE)
+    world.run(9 * LEASE)
+    (other,) = world.leaders
+    before = len(leader.acknowledged)
+    world.run(4 * LEASE)
+    assert len(leader.acknowledged) == before and leader.machine.state in (State.FOLLOWING, State.HOLDING)
+    assert world.agree() and other.leads and leader.aside, "its steps since its last Seal are kept"
+
+
+def test_a_lone_primary_goes_on_while_the_network_takes_its_word() -> None:
+    world = World(6, 1)
+    leader = world.begin()
+    world.partition({1}, directory=())
+    world.run(2 * LEASE)
+    assert leader.machine.state is State.FENCED
+    world.heal()
+    world.run(LEASE)
+    assert leader.leads
+
+
+# -- 3. deaths --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_kills", [1, 2])
+def test_deaths_cost_what_was_not_sealed_and_no_more(num_kills: int) -> None:
+    for seed in range(5):
+        world = World(seed, 4)
+        leader = world.begin()
+        world.run(world.random.uniform(0.0, 3 * LEASE))
+        died = world.now
+        others = [one for one in world.servers if one.peer in leader.machine.members]
+        for one in [leader, *others][:num_kills]:
+            one.kill()
+        assert world.run_until(world.is_led, 5 * LEASE if num_kills > 1 else LEASE + 10), world.describe()
+        (heir,) = world.leaders
+        lost = [at for at, server, step in world.acknowledged if server is leader and step not in heir.steps]
+        assert not lost or died - min(lost) <= world.sync_every + LEASE / 3
+
+
+# -- 4. handing over --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("until", ["keep", "seal", "signature", "all"])
+def test_a_handover_loses_and_doubles_nothing_wherever_it_ends(until: str) -> None:
+    world = World(7, 3)
+    leader = world.begin()
+    machine = leader.machine
+    epoch = machine.epoch
+    before = [step for _, server, step in world.acknowledged if server is leader]
+    assert machine.leave() and not machine.leads(world.now) and not machine.leave()
+    heir = next(one for one in world.servers if one.peer == machine.heirs(world.now)[0])
+    if until == "keep":
+        machine.keep(world.now)
+        leader.settle()
+        world.run(LEASE / 2)
+        assert leader.leads and machine.epoch == epoch
+        return
+    assert leader.sync() and machine.held is not None
+    leader.settle()
+    heir.machine.sight(machine.held.blob, world.now, heir.wall)  # as the call that asks it to lead shows it
+    heir.settle()
+    world.run(2.0)
+    assert heir.steps == leader.steps
+    if until == "seal":
+        machine.keep(world.now)
+        leader.settle()
+        world.run(LEASE)
+        assert leader.leads
+        return
+    signature = machine.hand_over(heir.peer)
+    leader.settle()
+    if until == "all":
+        assert not heir.machine.take(bytes(64), world.now, heir.wall)
+        assert heir.machine.take(signature, world.now, heir.wall)
+        heir.settle()
+        world.run(2.0)
+        assert heir.leads and heir.machine.term is not None and heir.machine.term.kind is Kind.HANDOVER
+    world.run(6 * LEASE)
+    (now_leads,) = world.leaders
+    assert now_leads.machine.epoch > epoch, "the old one never goes on in that epoch"
+    assert set(before) <= set(now_leads.steps) and len(set(now_leads.steps)) == len(now_leads.steps)
+    assert not overlaps(world)
+
+
+def test_who_handed_over_and_starts_again_does_not_lead_in_that_epoch() -> None:
+    world = World(8, 2)
+    leader = world.begin()
+    epoch = leader.machine.epoch
+    leader.machine.leave()
+    leader.sync()
+    leader.machine.hand_over(world.servers[0].peer)
+    leader.settle()
+    leader.kill()
+    leader.start()
+    for _ in range(40):
+        world.run(LEASE / 4)
+        assert not (leader.leads and leader.machine.epoch == epoch)
+
+
+# -- 5. strangers -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary(max_size=600), st.integers(0, 2**63 - 1), st.integers(1, 2**63 - 1))
+def test_strangers_change_nothing(noise: bytes, epoch: int, version: int) -> None:
+    world = World(9, 2)
+    leader = world.begin()
+    stranger = identity(99)
+    term = sign_term(stranger, RUN, uid=UID, epoch=min(epoch, 2**62), boot=bytes(8), kind=Kind.GENESIS)
+    seal = sign_seal(
+        stranger,
+        RUN,
+        term=term,
+        number=version,
+        version=version,
+        root=noise[:32].ljust(32),
+        size=1,
+        time=epoch,
+        successors=[leader.peer],
+    )
+    for server in world.servers:
+        machine = server.machine
+        before = (machine.state, machine.epoch, machine.primary, machine.timer_at(), machine.held)
+        for blob in (noise, term.blob, seal.blob, None, 5, [term.blob]):
+            assert not machine.sight(blob, world.now, server.wall)
+        for kind in ("beat", "rise", "probe", "vote", "nonsense"):
+            ask = Ask(kind, epoch, noise[:8], term.blob, seal.blob)
+            answer = machine.ask(stranger.peer_id, ask, world.now, server.wall)
+            assert not answer.agrees and not answer.vote and not answer.term
+        machine.set_hosts(world.hosts() | {stranger.peer_id: min(epoch, 2**32 - 1)}, world.now, server.wall)
+        assert not machine.commands()
+        assert before == (machine.state, machine.epoch, machine.primary, machine.timer_at(), machine.held)
+
+
+def test_silent_hosts_delay_a_takeover_by_no_more_than_one_time_out() -> None:
+    took = []
+    for num_ghosts in (0, 8):
+        world = World(10, 3)
+        leader = world.begin()
+        for number in range(50, 50 + num_ghosts):  # they are hosts of the run, and never answer
+            world.authority.granted.add(identity(number).peer_id)
+            world.ghosts[identity(number).peer_id] = leader.machine.epoch
+        world.run(LEASE)
+        leader.kill()
+        died = world.now
+        assert world.run_until(world.is_led, 2 * LEASE)
+        took.append(world.now - died)
+    assert max(took) <= LEASE + 6.0 and took[1] - took[0] <= 3.0
+
+
+# -- 6. replays -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replays_change_nothing(seed: int) -> None:
+    world = World(seed, 5)
+    world.begin()
+    world.fault(6, ("split", "heal", "kill", "restart", "stall"))
+    world.end_faults()
+    assert world.run_until(world.agree, 10 * LEASE)
+    world.run(4 * LEASE)
+    random, history = Random(seed), world.history
+    (leader,) = world.leaders
+    for server in world.up:
+        epoch = server.machine.epoch
+        for record in random.sample(history, len(history)) + random.choices(history, k=len(history)):
+            server.machine.sight(record, world.now, server.wall)
+        server.settle()
+        assert server.machine.epoch == epoch
+    assert world.leaders == [leader]
+
+
+# -- restarts, clones, liars ------------------------------------------------------------------------------------------
+
+
+def test_one_that_starts_again_waits_a_lease_and_takes_a_new_term() -> None:
+    world = World(11, 3)
+    leader = world.begin()
+    epoch, steps = leader.machine.epoch, leader.steps
+    leader.kill()
+    leader.start()
+    started = world.now
+    assert world.run_until(world.agree, 4 * LEASE)
+    assert world.now - started >= LEASE * 0.9 and world.leaders[0].machine.epoch > epoch
+    assert not overlaps(world) and steps[0] in world.leaders[0].steps
+
+
+def test_alone_it_goes_on_at_once() -> None:
+    world = World(12, 1)
+    leader = world.begin()
+    world.run(LEASE)
+    steps = leader.steps
+    leader.kill()
+    leader.start()
+    assert world.run_until(world.agree, 5.0) and leader.steps[: len(steps)] == steps
+
+
+def test_two_processes_with_one_key_both_stop() -> None:
+    world = World(13, 1)
+    leader = world.begin()
+    clone = Server(world, 2, owner=1)
+    clone.disk, clone.files, clone.steps = leader.disk, dict(leader.files), leader.steps
+    world.servers.append(clone)
+    clone.start()
+    assert world.run_until(lambda: leader.machine.is_twin and clone.machine.is_twin, 3 * LEASE)
+    assert not world.leaders
+
+
+def test_a_primary_with_two_tongues_is_left_by_everybody() -> None:
+    world = World(14, 3)
+    leader = world.begin()
+    term = leader.machine.term
+    assert term is not None and leader.machine.held is not None
+    number, members = leader.machine.held.number, leader.machine.members
+    lies = [
+        sign_seal(
+            leader.identity,
+            RUN,
+            term=term,
+            number=number + 5,
+            version=1,
+            root=bytes([n]) * 32,
+            size=1,
+            time=int(leader.wall - CREATED),
+            successors=members,
+        ).blob
+        for n in (1, 2)
+    ]
+    world.strangers += lies
+    assert world.run_until(lambda: any(s.machine.lineage.is_exposed(term) for s in world.up), 3 * LEASE)
+    assert world.run_until(lambda: world.leaders not in ([], [leader]), 6 * LEASE), world.describe()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_host_that_is_no_member_cannot_seize_an_expert(seed: int) -> None:
+    world = World(seed, 4)
+    leader = world.begin()
+    liar = next(one for one in world.up if one.peer not in (leader.peer, *leader.machine.members))
+    liar.kill()
+    seal = leader.machine.held
+    assert seal is not None
+    now = int(world.now)
+    world.strangers = [
+        sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal).blob,
+        (fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now + 1, boot=bytes(8), kind=Kind.GENESIS)).blob,
+        sign_seal(
+            liar.identity,
+            RUN,
+            term=fresh,
+            number=999,
+            version=2**62,
+            root=bytes(32),
+            size=1,
+            time=now + 50,
+            successors=[one.peer for one in world.up][:3],
+        ).blob,
+    ]
+    world.ghosts[liar.peer] = now + 1
+    world.run(4 * LEASE)
+    assert world.leaders == [leader], world.describe()
+    assert all(one.machine.primary == leader.peer for one in world.up)
+
+
+# -- 10. adopters, and everybody's return -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_two_adopters_one_answers_and_all_who_return_stand_aside(seed: int) -> None:
+    world = World(seed, 5)
+    leader = world.begin()
+    world.run(3 * LEASE)  # the others hold a file, too
+    members = [one for one in world.up if one.peer in (leader.peer, *leader.machine.members)]
+    for one in members:
+        one.kill()
+    assert world.run_until(world.agree, 6 * LEASE), world.describe()
+    world.run(2 * LEASE)
+    assert world.agree()
+    adopter = world.leaders[0]
+    assert adopter.machine.term is not None and adopter.machine.term.kind is Kind.ADOPTION
+    everybody = list(world.servers)
+    for one in everybody:
+        one.kill()
+    world.random.shuffle(everybody)
+    for one in everybody:
+        world.after(world.random.uniform(0.0, 3 * LEASE), one.start)
+    world.run(3 * LEASE)
+    assert world.run_until(world.agree, 10 * LEASE), world.describe()
+    world.run(2 * LEASE)
+    assert world.agree() and not overlaps(world)
+
+
+# -- 11, 12. the owner, and signatures --------------------------------------------------------------------------------
+
+
+def test_appointed_by_the_owner() -> None:
+    world = World(15, 3)
+    leader = world.begin()
+    chosen = next(one for one in world.up if one is not leader)
+    world.authority.appointed = appoint(1, chosen.peer)
+    for one in world.up:
+        one.machine.authority_changed(world.now, one.wall)
+        one.settle()
+    assert world.run_until(lambda: world.leaders == [chosen], 3 * LEASE), world.describe()
+    assert world.run_until(world.agree, 3 * LEASE)
+
+
+def test_grants_that_expire_end_no_term_but_nobody_begins_another() -> None:
+    world = World(16, 2)
+    leader = world.begin()
+    world.authority.expires = world.now + CREATED + 50.0
+    world.run(10 * LEASE)
+    assert world.leaders == [leader] and leader.acknowledged[-1][0] > world.now - LEASE
+    leader.kill()
+    world.run(6 * LEASE)
+    assert not world.leaders
+
+
+def test_signatures_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(17, 3)
+    world.begin()
+    world.run(LEASE)
+    checked = []
+    monkeypatch.setattr("tesseract_async.experts.signed.verify", lambda *args: checked.append(args) or True)
+    world.sync_every = 1e9
+    world.run(10 * LEASE)
+    assert not checked
+
+
+# -- every order of three peers, to a depth ---------------------------------------------------------------------------
+
+
+def every_order(depth: int) -> None:
+    """The primary dies; each of the next messages is quick, late, or lost, in every combination."""
+    for choices in itertools.product((0.01, 0.9, None), repeat=depth):
+        world = World(18, 3)
+        leader = world.begin()
+        leader.kill()
+        world.fates = list(choices)
+        assert world.run_until(world.agree, 6 * LEASE), (choices, world.describe())
+        world.run(LEASE)
+        assert world.agree() and not overlaps(world), choices
+        leader.start()
+        assert world.run_until(world.agree, 4 * LEASE), (choices, world.describe())
+
+
+def test_every_order_of_a_few_messages_ends_in_one_primary() -> None:
+    every_order(4)
+
+
+@pytest.mark.slow
+def test_every_order_of_more_messages_ends_in_one_primary() -> None:
+    every_order(7)
+
+
+@pytest.mark.slow
+def test_lineage_survives_a_day_of_churn_with_liars() -> None:
+    """24 hours; of 20 servers 2 lie; one in ten goes or comes every 5 minutes."""
+    world = World(19, 20)
+    liars = world.servers[-2:]
+    world.servers = world.servers[:-2]
+    world.sync_every = 60.0
+    world.step_period = 10.0
+    world.begin()
+    for _ in range(24 * 12):
+        for one in world.random.sample(world.servers, 2):
+            if one.alive and len(world.up) > 6 and one not in world.leaders[:0]:
+                one.kill()
+            elif not one.alive:
+                one.start()
+        for liar in liars:
+            world.strangers += world.lies(liar)
+        world.strangers = world.strangers[-40:]
+        world.run(300.0)
+    assert world.run_until(world.agree, 10 * LEASE), world.describe()
+    (leader,) = world.leaders
+    assert leader in world.servers
+    taken = sum(one.acknowledged[-1][0] > world.now - 600 for one in world.servers if one.acknowledged)
+    assert taken and len(leader.steps) >= 0.9 * len(world.acknowledged)
+
+
+def test_commands_come_in_the_order_in_which_they_must_be_done() -> None:
+    world = World(20, 3)
+    leader = world.begin()
+    server = next(one for one in world.up if one is not leader)
+    machine = server.machine
+    leader.kill()
+    later = world.now + 3 * LEASE
+    machine.handle_timer(later, server.wall)
+    (probe,) = [command for command in machine.commands() if isinstance(command, Send)]
+    machine.silent(probe.peer, probe.ask, later, server.wall)
+    commands = machine.commands()
+    kinds = [type(command).__name__ for command in commands]
+    assert kinds.index("Persist") < kinds.index("Send") and not any(isinstance(c, Publish | Fetch) for c in commands)

@@ -1,0 +1,120 @@
+"""Trimmed means over peers: against sorting, and in a backend whose steps gather several peers' gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.merging import trimmed_mean
+from tesseract_async.wire.tensors import TensorSpec
+
+
+@given(
+    num_peers=st.integers(1, 12), share=st.floats(0, 0.49), size=st.sampled_from([0, 1, 7, 70_000]), seed=st.integers()
+)
+def test_it_equals_sorting(num_peers: int, share: float, size: int, seed: int) -> None:
+    torch.manual_seed(seed % 2**32)
+    rows = [torch.randn(size) for _ in range(num_peers)]
+    num_left_out = min(int(share * num_peers + 1e-9), (num_peers - 1) // 2)
+    expected = torch.stack(rows).sort(dim=0).values[num_left_out : num_peers - num_left_out].mean(dim=0)
+    (merged,) = trimmed_mean([[row] for row in rows], share)
+    assert merged is not None
+    torch.testing.assert_close(merged, expected)
+
+
+def test_an_outlier_leaves_no_trace_however_large() -> None:
+    rows = [torch.full((3,), 1.0), torch.full((3,), 1.5), torch.full((3,), 2.0), torch.full((3,), 3e38)]
+    (merged,) = trimmed_mean([[row] for row in rows], 0.25)
+    assert merged is not None and merged.tolist() == [1.75] * 3
+
+
+def test_absent_sparse_and_complex_gradients() -> None:
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=True)
+    merged = trimmed_mean(
+        [[None, None, sparse, torch.ones(2) * 1j], [None, torch.ones(2), sparse, torch.ones(2) + 0j]], 0.25
+    )
+    assert merged[0] is None
+    assert merged[1] is not None and merged[1].tolist() == [0.5, 0.5]
+    assert merged[2] is not None and merged[2].tolist() == [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    assert merged[3] is not None and merged[3].tolist() == [0.5 + 0.5j] * 2
+
+
+def make_backend(**options: object) -> ExpertBackend:
+    module = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    return ExpertBackend(
+        module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        args_schema=(TensorSpec((2,)),),
+        settings=BackendSettings(max_gradient_norm=None, **options),  # type: ignore[arg-type]
+    )
+
+
+def weight_of(backend: ExpertBackend) -> list[float]:
+    weight: torch.Tensor = backend.module.weight  # type: ignore[assignment]
+    return weight.flatten().tolist()
+
+
+def send(backend: ExpertBackend, peer: str, size: float) -> None:
+    backend.step([torch.full((1, 2), size)], peer=peer)
+
+
+def test_a_step_takes_the_trimmed_mean_of_peers_as_often_as_batches_came() -> None:
+    backend = make_backend(step_every=4, trim_peers=0.25)
+    for peer, size in (("a", 1.0), ("b", 2.0), ("c", 3.0), ("liar", -100.0)):
+        send(backend, peer, size)
+    assert backend.version == 1 and weight_of(backend) == [-6.0, -6.0]  # 4 x (1 + 2) / 2
+
+
+def test_who_sends_more_counts_no_more_and_is_not_alone_in_a_step() -> None:
+    backend = make_backend(step_every=4, trim_peers=0.25)
+    for peer, size in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("liar", -100.0)):
+        send(backend, peer, size)
+    assert backend.version == 1
+    for _ in range(12):
+        send(backend, "liar", -100.0)
+    assert backend.version == 1, "the others are waited for"
+    for peer in "abc":
+        send(backend, peer, 1.0)
+    assert backend.version == 2 and weight_of(backend)[0] == pytest.approx(-4.0 - 15.0)
+
+
+def test_who_has_left_is_not_waited_for() -> None:
+    backend = make_backend(step_every=2, trim_peers=0.25)
+    for peer in ("gone", "here"):
+        send(backend, peer, 1.0)
+    for _ in range(8):
+        assert backend.version == 1
+        send(backend, "here", 1.0)
+    assert backend.version == 2
+    steps = backend.version
+    for _ in range(12):
+        send(backend, "here", 1.0)
+    assert backend.version >= steps + 2, "nor is it for ever"
+
+
+def test_without_trimming_all_is_as_it_was() -> None:
+    backend = make_backend(step_every=2)
+    for peer, size in (("a", 1.0), ("a", 2.0)):
+        send(backend, peer, size)
+    assert backend.version == 1 and weight_of(backend) == [-3.0, -3.0]
+
+
+def test_what_was_gathered_survives_a_restart() -> None:
+    backend, after = (make_backend(step_every=4, trim_peers=0.25) for _ in range(2))
+    for peer, size in (("a", 1.0), ("b", 2.0)):
+        send(backend, peer, size)
+    after.load_state(backend.state())
+    for peer, size in (("c", 1.5), ("d", 1.5)):
+        send(after, peer, size)
+    assert after.version == 1 and weight_of(after) == [-6.0, -6.0]
+
+
+@pytest.mark.parametrize("bad", [-0.1, 0.5, 1.0])
+def test_half_of_the_peers_cannot_be_left_out(bad: float) -> None:
+    with pytest.raises(ValueError, match="trim_peers"):
+        BackendSettings(trim_peers=bad)

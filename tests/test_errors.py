@@ -1,0 +1,67 @@
+"""Sentences: what happened, to whom, and what to do, in a few hundred characters whatever happened."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertFailed,
+    NotEnoughExperts,
+    Overloaded,
+    PeerUnreachable,
+    SchemaMismatch,
+    describe,
+    summarize,
+)
+
+MANY: dict[str, BaseException] = {
+    f"ffn.{i}.{i}": TimeoutError(f"ffn.{i}.{i} did not answer in time") for i in range(30)
+}
+LONG = "a very long story\n" * 100
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotEnoughExperts(2, 40, MANY | {"ffn.99": ExpertFailed(LONG), "ffn.98": ConnectionLost("p" * 500, LONG)}),
+        NotEnoughExperts(1, 0, MANY),
+        NotEnoughExperts(1, 7, {f"{'x' * 250}.{i}": RuntimeError(LONG) for i in range(3)}),
+        NotEnoughExperts(
+            1, 7, {"f.1": PeerUnreachable("peer", {f"tcp 10.0.0.1:{i}": OSError(LONG) for i in range(9)})}
+        ),
+        PeerUnreachable("peer", {f"tcp 10.0.0.1:{i}": type(f"Odd{i}", (Exception,), {})(LONG) for i in range(9)}),
+    ],
+    ids=str,
+)
+def test_errors_that_hold_errors_are_short(error: Exception) -> None:
+    assert len(str(error)) <= 420 and "\n" not in str(error)
+    assert len(describe(error)) <= 240
+
+
+def test_the_cause_is_named_before_silence() -> None:
+    said = summarize(MANY | {"ffn.7.1": SchemaMismatch("takes 32"), "ffn.7.2": Overloaded("full")})
+    assert said.startswith(
+        "ffn.7.1: SchemaMismatch: takes 32; ffn.7.2: Overloaded: full; ffn.0.0, ffn.1.1 and 28 more: T"
+    )
+    assert summarize({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotEnoughExperts(1, 5, {}), "no expert is alive: start a server"),
+        (
+            NotEnoughExperts(2, 1, {}, num_live=1),
+            "1 row has fewer than k_min=2 answers: no expert failed, but 1 is alive",
+        ),
+        (NotEnoughExperts(1, 0, {"f.0": TimeoutError()}), "no expert could be asked what it takes: f.0: TimeoutError"),
+        (NotEnoughExperts(2, 3, MANY, what="gradients"), "3 rows have fewer than backward_k_min=2 gradients: ffn.0.0"),
+    ],
+)
+def test_too_few_experts_is_said_truly(error: NotEnoughExperts, said: str) -> None:
+    assert str(error).startswith(said)
+    assert str(copy.copy(error)) == str(pickle.loads(pickle.dumps(error))) == str(error)
