@@ -84,15 +84,15 @@ class Holder:
         return Outcome.STORED
 
     def _is_near(self, key: bytes) -> bool:
-        """Whether a record may belong here: few are known that are nearer to its key, or it is as near as holders are.
+        """Whether a record may belong here: fewer than k are known that are nearer to its key, or it is near enough.
 
-        Three times as many and as far as holders live: tables name the dead, and where ids were made to lie next to a
-        key, records go to the whole region.
+        That is three times as far as holders live: tables name the dead, and where ids were made to lie next to a key,
+        records go to the whole region.
         """
         network, target = self._network, int.from_bytes(key, "big")
         own_distance = network.table.own_number ^ target
-        closest = network.table.closest(target, 3 * network.settings.k)
-        if len(closest) < 3 * network.settings.k or own_distance < closest[-1].number ^ target:
+        closest = network.table.closest(target, network.settings.k)
+        if len(closest) < network.settings.k or own_distance < closest[-1].number ^ target:
             return True
         return own_distance < 3 * network.density.radius()
 
