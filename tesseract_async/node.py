@@ -69,7 +69,7 @@ class TesseractNode(Uncopied):
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
     - `upnp`: asks the router to let others in, as most home routers do if they are asked (``pip install
-      'tesseract-async[upnp]'``). Others still have to prove that it does.
+      -e '.[upnp]'``). Others still have to prove that it does.
     - `relay`: whether this node, where others can dial it, relays for those who cannot meet otherwise. What it gives is
       limited (`RelaySettings`), and it can read nothing of it.
     - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
@@ -105,7 +105,7 @@ class TesseractNode(Uncopied):
         `upnp` without its packages; OSError for an identity file that cannot be read.
         """
         if upnp and importlib.util.find_spec("async_upnp_client") is None:
-            raise ValueError("upnp=True needs more packages: pip install 'tesseract-async[upnp]'")
+            raise ValueError("upnp=True needs more packages: pip install -e '.[upnp]' in the clone")
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)

@@ -44,6 +44,7 @@ GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
 BLOCK_SECONDS = 0.1
 _MAX_HANDOVERS = 5
+_MAX_IGNORED = 256
 _HEDGE_SECONDS = 0.75
 """Where it is not known how long a replica may take, the next one is asked after so long."""
 _PROBE_SECONDS = 2.0
@@ -65,6 +66,7 @@ class _OfNode:
         self.limits = Limits()
         self.stalls = Stalls()
         self.left_out = LeftOut(metrics)
+        self.ignored: dict[Any, None] = {}
 
 
 _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
@@ -74,6 +76,21 @@ class Shared(Uncopied):
     """What copies of a module share: a node has sockets, so ``copy.deepcopy`` of a module must not copy it."""
 
     _called = "a remote expert or a gate"
+
+    def ignore(self, replica: Any, mismatch: SchemaMismatch) -> None:
+        """A replica hosts something else under its uid than what others answer for. One line for each server."""
+        peer = getattr(replica.peer, "peer_id", None) or replica.peer
+        if peer not in self.ignored:
+            logger.warning(
+                "ignoring the replica of %s at %s (and others there), which takes something else than the primary: %s",
+                replica.uid,
+                getattr(peer, "short", peer),
+                mismatch,
+            )
+            self.ignored[peer] = None
+            if len(self.ignored) > _MAX_IGNORED:
+                del self.ignored[next(iter(self.ignored))]
+        self.node.directory.report_failure(replica, reason="schema")
 
     def are_new(self, replicas: Sequence[Any]) -> bool:
         """Whether none of `replicas` was ever called."""
@@ -89,6 +106,7 @@ class Shared(Uncopied):
         self.limits = ours.limits
         self.stalls = ours.stalls
         self.left_out = ours.left_out
+        self.ignored = ours.ignored
 
     def check(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
@@ -176,7 +194,7 @@ async def _ask_several(
                     error = task.exception()
                     if error is None:
                         for other, mismatch in strange.items():
-                            _ignore(shared, other, mismatch)
+                            shared.ignore(other, mismatch)
                         return task.result()
                     if isinstance(error, SchemaMismatch):
                         strange[replica] = error
@@ -289,13 +307,6 @@ async def _speaks(shared: Shared, replica: Any) -> bool:
     except TesseractError:
         pass
     return True
-
-
-def _ignore(shared: Shared, replica: Any, mismatch: SchemaMismatch) -> None:
-    """A replica hosts something else under its uid than the one that answered."""
-    peer = getattr(replica.peer, "peer_id", replica.peer)
-    logger.warning("ignoring the replica of %s at %s, which takes something else: %s", replica.uid, peer, mismatch)
-    shared.node.directory.report_failure(replica, reason="schema")
 
 
 async def _ask(

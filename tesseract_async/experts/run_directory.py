@@ -320,7 +320,9 @@ class RunKeeper:
         own = authority.grant_of(self._me)
         for entry in await self._network.get_entries(grant_key(authority.run_id, self._me)):
             authority.learn_grant(entry.value, self._me)
-        if authority.grant_of(self._me) != own:
+        if (now := authority.grant_of(self._me)) != own:
+            if now is None:
+                logger.warning("this node was revoked in the run %s: no member believes it", authority.run.full_name)
             self.on_own_grant()
         for record in authority.records():
             others = holders.get(record, set()) - {self._network.peer_id}

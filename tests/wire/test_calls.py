@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -93,6 +94,15 @@ def test_hellos_tell_who_and_which_version() -> None:
     assert caught.value.theirs == 9 and caught.value.ours == frames.VERSION
     with pytest.raises(ProtocolError, match="does not speak"):
         calls.decode_hello(memoryview(b"HTTP/1.1 400 Bad Request"))
+
+
+def test_hellos_show_few_short_grants() -> None:
+    hello = Hello(bytes(16), False, bytes(32), 10, 20, 30, (b"one", b"two"))
+    assert calls.decode_hello(memoryview(calls.encode_hello(hello))) == hello
+    wrong: list[Any] = [(b"x",) * 5, (bytes(481),), ("text",), (None,)]
+    for grants in wrong:
+        with pytest.raises(ProtocolError, match="malformed hello"):
+            calls.decode_hello(memoryview(calls.encode_hello(dataclasses.replace(hello, grants=grants))))
 
 
 class Unreadable(RemoteError):
