@@ -13,7 +13,7 @@ import click
 from tesseract_async.cli.options import LOG_OPTIONS, host_towards, join, peers
 from tesseract_async.cli.running import run, say, set_up_logging
 from tesseract_async.cli.start_run import create
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.units import Number, counted
 
 if TYPE_CHECKING:
     from tesseract_async.experts.authority import Authority
@@ -116,7 +116,7 @@ def _peer_ids(texts: tuple[str, ...]) -> list[PeerID]:
     help="What they may do.",
 )
 @click.option("--experts", "pattern", help="The uids for which it holds, such as 'ffn.[0:4].[0:16]'; else all.")
-@click.option("--days", default=90.0, show_default=True, type=click.FloatRange(0.01), help="How long it is good for.")
+@click.option("--days", default=90.0, show_default=True, type=Number(0.01, 36500), help="How long it is good for.")
 @click.option("--invite", is_flag=True, help="Make an invite: whoever has its text may take part, until it is revoked.")
 @click.option("--renew", is_flag=True, help="Sign anew what ends within 60 days, for those who take part already.")
 def grant(members: tuple[str, ...], **values: Any) -> None:
