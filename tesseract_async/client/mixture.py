@@ -316,12 +316,7 @@ class MixtureCall:
             book.grace["forward"].spend()
         elif not self.given_up:
             book.grace["forward"].earn(seconds)
-        self._count("forward", {part.uid: self.errors[part.uid] for part in late} | self._failed)
-
-    def _count(self, way: str, left_out: Mapping[str, BaseException]) -> None:
-        for error in left_out.values():
-            reason = "late" if isinstance(error, TimeoutError) else type(error).__name__
-            self._shared.node.metrics.count("answers_left_out", way=way, reason=reason)
+        self._shared.left_out.note("forward", {part.uid: self.errors[part.uid] for part in late} | self._failed)
 
     def _refill(self) -> list[Part]:
         """Parts for the rows that have too few answers to come, from their next-best experts."""
@@ -519,7 +514,7 @@ class MixtureCall:
         for part, s in taken:
             if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:
                 book.lateness["backward"].observe(s, may_take_s)
-        self._count("backward", errors)
+        self._shared.left_out.note("backward", errors)
         return results, errors
 
     async def _ask_backward(

@@ -7,7 +7,7 @@ import logging
 import os
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.greeting import Greeting
@@ -25,14 +25,21 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
+from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tls import TlsMachine
+from tesseract_async.transport.waiting_room import SETTLED, WaitingRoom
 from tesseract_async.wire.calls import Hello
 from tesseract_async.wire.frames import FrameReader
 
 logger = logging.getLogger(__name__)
+
+CROWD: Final = 32
+"""Connections up to which nobody looks where they come from."""
+IDLE_SECONDS: Final = 5.0
+"""Seconds without a call after which a connection may have to go for a new one, where there are too many."""
 
 Result = TypeVar("Result")
 Established = Callable[[Channel, FrameReader, PeerID, Hello], None]
@@ -68,6 +75,10 @@ class Dialler:
         self._grants = grants
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Greeting] = set()
+        room = room_for(descriptor_limit())
+        most = min(settings.max_half_open, room.half_open)
+        self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=settings.max_half_open_per_host)
+        self._max_connections = min(settings.max_connections, room.connections)
         self._closed = False
 
     async def aclose(self) -> None:
@@ -193,15 +204,19 @@ class Dialler:
     # ---- accepting
 
     def accept(self, pipe: Pipe) -> None:
-        """Greets whoever opened this pipe; refuses where too many are half open."""
-        settings = self._settings
-        same_origin = sum(greeting.origin == pipe.origin for greeting in self._half_open)
-        too_many = len(self._half_open) >= settings.max_half_open or same_origin >= settings.max_half_open_per_host
-        if self._closed or too_many:
-            self._metrics.count("endpoint_handshakes_failed", reason="too_many")
+        """Greets whoever opened this pipe; where too many are half open, an old one of a crowd has to go for it."""
+        if self._closed:
             pipe.abort()
-        else:
+            return
+        welcome, victim = self._callers.enter(pipe, group_of(pipe.origin), asyncio.get_running_loop().time())
+        if victim is not None or not welcome:
+            self._metrics.count("endpoint_handshakes_failed", reason="too_many")
+        if victim is not None:
+            victim.abort()
+        if welcome:
             self._greeting(pipe, own=None, expected=None, established=self._accepted)
+        else:
+            pipe.abort()
 
     def _accepted(self, channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
         if hello.bulk:
@@ -210,12 +225,39 @@ class Dialler:
                 raise HandshakeFailed("hello", "a bulk channel belongs to no connection")
             connection.attach(BULK, channel, reader)
             return
-        if (
-            self._pool.num_connections >= self._settings.max_connections
-            or self._pool.num_connections_with(peer_id) >= self._settings.max_connections_per_peer
-        ):
+        if not self._has_room(peer_id, channel.pipe.origin):
             raise HandshakeFailed("too_many", "the peer opens more connections than are accepted")
         self._make_connection(peer_id, hello, None, channel.pipe).attach(MAIN, channel, reader)
+
+    def _has_room(self, peer_id: PeerID, origin: str) -> bool:
+        """Whether one more connection may be accepted. Where there are too many, one of the largest crowd goes for it,
+        and within a crowd an idle one."""
+        pool, settings = self._pool, self._settings
+        if pool.num_connections_with(peer_id) >= settings.max_connections_per_peer:
+            return False
+        full = pool.num_connections >= self._max_connections
+        if not full and pool.num_connections < min(CROWD, settings.max_connections_per_range):
+            return True
+        groups: dict[str, list[Connection]] = {}
+        for connection in pool.connections():
+            if connection.dialled is None and connection.is_open:
+                groups.setdefault(group_of(connection.origin), []).append(connection)
+        mine = group_of(origin)
+        crowd = mine
+        if range_of(origin) is None or len(groups.get(mine, ())) < settings.max_connections_per_range:
+            if not full:
+                return True
+            crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
+        now = asyncio.get_running_loop().time()
+        found = groups.get(crowd, [])
+        patience = {True: IDLE_SECONDS, False: SETTLED}  # who has never called is not missed
+        idle = [one for one in found if not one.num_calls and now - one.last_used > patience[one.was_called]]
+        if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
+            return False
+        victim = min(idle or found, key=lambda one: (one.was_called, one.last_used))
+        self._metrics.count("endpoint_connections_dropped", reason="crowd")
+        victim.abort("it was idle, and there are too many")
+        return True
 
     # ---- both
 
@@ -242,16 +284,22 @@ class Dialler:
             timeout=self._settings.handshake_timeout,
         )
         self._half_open.add(greeting)
-        greeting.done.add_done_callback(lambda done: self._greeted(greeting))
+        greeting.done.add_done_callback(lambda done: self._greeted(greeting, pipe))
         greeting.start()
         return greeting
 
-    def _greeted(self, greeting: Greeting) -> None:
+    def _greeted(self, greeting: Greeting, pipe: Pipe) -> None:
         self._half_open.discard(greeting)
+        self._callers.leave(pipe)
         error = greeting.done.exception()
         if error is not None and not greeting.dialled:
             self._metrics.count("endpoint_handshakes_failed", reason=reason_of(error))
             logger.info("a handshake with %s failed: %s", greeting.description, describe(error))
+
+
+def group_of(origin: str) -> str:
+    """Whom limits count together: an address range; on loopback, and where there is no address, the origin itself."""
+    return range_of(origin) or origin
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,9 +17,10 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
+from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import (
     ConnectionLost,
@@ -32,7 +33,8 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import PeerID
-from tesseract_async.transport.base import PeerAddress, ip_version
+from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class RendezvousSettings:
 
     max_clients: int = 1024
     """Nodes that may be registered at one public node."""
+    max_clients_per_range: int = 64
+    """... from one address range. (Loopback is none.)"""
     registration_ttl: float = 120.0
     """Seconds after which a registration that was not renewed ends."""
     max_offers: int = 256
@@ -76,8 +80,13 @@ class RendezvousSettings:
 class RelayRoom(Protocol):
     """What `RendezvousServer` wants of a relay."""
 
-    def reserve(self, owner: PeerID) -> tuple[bytes, bytes]:
+    def reserve(self, owner: PeerID, *, origin: str) -> tuple[bytes, bytes]:
         """Two tokens. Raises: Overloaded."""
+
+
+class _Client(NamedTuple):
+    until: float
+    group: str | None
 
 
 class RendezvousServer:
@@ -95,8 +104,9 @@ class RendezvousServer:
         self._relay = relay
         self._own_addresses = own_addresses
         self._settings = settings
-        self._clients: OrderedDict[PeerID, float] = OrderedDict()  # until when, in the order of renewal
-        self._senders: Counter[PeerID] = Counter()
+        self._clients: OrderedDict[PeerID, _Client] = OrderedDict()  # in the order of renewal
+        self._senders = FairCount(settings.max_offers)
+        self._sending: Counter[PeerID] = Counter()
         self._recipients: Counter[PeerID] = Counter()
         self._running = False
 
@@ -123,14 +133,25 @@ class RendezvousServer:
 
     async def _register(self, call: IncomingCall) -> Message:
         now = asyncio.get_running_loop().time()
-        while self._clients and next(iter(self._clients.values())) <= now:
+        while self._clients and next(iter(self._clients.values())).until <= now:
             self._clients.popitem(last=False)
-        if call.peer_id not in self._clients and len(self._clients) >= self._settings.max_clients:
-            raise self._refused("full", Overloaded("this rendezvous node is full", retry_after=60.0))
-        self._clients[call.peer_id] = now + self._settings.registration_ttl
+        group = range_of(call.origin)
+        if call.peer_id not in self._clients and not self._has_place(group):
+            # who is not connected cannot be told of offers, either
+            for peer_id in [one for one in self._clients if not self._endpoint.is_connected(one)]:
+                del self._clients[peer_id]
+            if not self._has_place(group):
+                raise self._refused("full", Overloaded("this rendezvous node is full", retry_after=60.0))
+        self._clients[call.peer_id] = _Client(now + self._settings.registration_ttl, group)
         self._clients.move_to_end(call.peer_id)
         self._endpoint.metrics.set("rendezvous_clients", len(self._clients))
         return Message({"relay": self._relay is not None, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
+
+    def _has_place(self, group: str | None) -> bool:
+        if len(self._clients) >= self._settings.max_clients:
+            return False
+        neighbours = sum(client.group == group for client in self._clients.values()) if group else 0
+        return neighbours < self._settings.max_clients_per_range
 
     async def _carry(self, call: IncomingCall) -> Message:
         settings, sender = self._settings, call.peer_id
@@ -141,15 +162,17 @@ class RendezvousServer:
             raise self._refused("malformed", NotAllowed(str(error))) from None
         if len(offer) > MAX_OFFER_BYTES:
             raise self._refused("too_large", NotAllowed(f"an offer has at most {MAX_OFFER_BYTES} bytes"))
-        if self._clients.get(recipient, 0.0) <= asyncio.get_running_loop().time():
+        client = self._clients.get(recipient)
+        if client is None or client.until <= asyncio.get_running_loop().time():
             raise self._refused("unknown_client", NotAllowed(f"{recipient.short} is not registered here"))
+        owner = Owner(range_of(call.origin) or sender, sender)
         if (
-            self._senders.total() >= settings.max_offers
-            or self._senders[sender] >= settings.max_offers_per_sender
+            self._sending[sender] >= settings.max_offers_per_sender
             or self._recipients[recipient] >= settings.max_offers_per_client
+            or not self._senders.take(owner, 1)
         ):
             raise self._refused("too_many", Overloaded("too many offers are under way", retry_after=1.0))
-        self._senders[sender] += 1
+        self._sending[sender] += 1
         self._recipients[recipient] += 1
         try:
             body = {"offer": offer, "origin": call.origin}
@@ -158,7 +181,8 @@ class RendezvousServer:
             self._endpoint.metrics.count("rendezvous_offers_lost")
             raise RemoteError(f"{recipient.short} did not answer: {describe(error)}") from None
         finally:
-            _decrement(self._senders, sender)
+            self._senders.give_back(owner, 1)
+            _decrement(self._sending, sender)
             _decrement(self._recipients, recipient)
         self._endpoint.metrics.count("rendezvous_offers_carried")
         return Message({"answer": answer})
@@ -166,7 +190,7 @@ class RendezvousServer:
     async def _reserve(self, call: IncomingCall) -> Message:
         if self._relay is None:
             raise self._refused("no_relay", NotAllowed("this node does not relay"))
-        mine, theirs = self._relay.reserve(call.peer_id)
+        mine, theirs = self._relay.reserve(call.peer_id, origin=call.origin)
         return Message({"mine": mine, "theirs": theirs})
 
     def _refused(self, reason: str, error: TesseractError) -> TesseractError:
@@ -194,8 +218,11 @@ class RendezvousClient:
         changed: Callable[[], None],
         own_origin: Callable[[], str],
         settings: RendezvousSettings,
+        scope: AddressScope | None = None,
     ) -> None:
+        """`scope`: where this node may send on a stranger's word; None: anywhere."""
         self._endpoint = endpoint
+        self._scope = scope
         self._contacts = contacts
         self._answer = answer
         self._changed = changed
@@ -315,7 +342,7 @@ class RendezvousClient:
             gone = isinstance(error, PeerUnreachable | TimeoutError)
             self._failed[peer.peer_id] = loop.time() + (10.0 if gone else 60.0)
         else:
-            known = _with_other_kind(peer, reply.body.get("addresses"))
+            known = _with_other_kind(peer, reply.body.get("addresses"), self._scope)
             self._registered[peer.peer_id] = (known, loop.time() + settings.renew_period, relays)
             self._endpoint.keep(peer.peer_id)
 
@@ -334,12 +361,14 @@ async def _deliver(endpoint: Endpoint, recipient: PeerID, body: dict[str, Any], 
     return bytes(answer)
 
 
-def _with_other_kind(peer: PeerAddress, told: object) -> PeerAddress:
+def _with_other_kind(peer: PeerAddress, told: object, scope: AddressScope | None) -> PeerAddress:
     """`peer` with one more address, of the other kind of IP than the known one, which others may lack. Untrusted."""
     known = ip_version(peer.addresses[0])
     if type(told) is list and known is not None and len(told) <= MAX_ADDRESSES:
         for text in told:
-            if type(text) is str and ip_version(text) not in (None, known):
+            if type(text) is not str or ip_version(text) in (None, known):
+                continue
+            if scope is None or scope.allowed([text]):
                 return replace(peer, addresses=(peer.addresses[0], text))
     return peer
 

@@ -59,9 +59,11 @@ class EndpointSettings:
     max_half_open: int = 512
     """Accepted channels in the middle of their handshake."""
     max_half_open_per_host: int = 64
-    """... of one remote address."""
+    """... of one remote address range (IPv4 /24, IPv6 /64)."""
     max_connections: int = 4096
-    """Connections in all; more are refused."""
+    """Connections in all, fewer where the process may not open so many files; idle ones go for new ones."""
+    max_connections_per_range: int = 128
+    """Connections that one address range may have opened to this node. (Loopback is none.)"""
     max_connections_per_peer: int = 16
     """Connections that one peer may have opened to this node."""
     idle_timeout: float = 300.0

@@ -14,17 +14,17 @@ _CHUNK: Final = 1 << 15
 """Elements at a time: the few copies that sorting needs then stay in a processor's cache, four times as fast."""
 
 
-def trimmed_mean(gradients: Sequence[Gradients], share: float) -> Gradients:
-    """Coordinate by coordinate, the mean without the ``share`` largest and as many smallest of the peers' values.
+def trimmed_mean(gradients: Sequence[Gradients], share: float, *, scale: float = 1.0) -> Gradients:
+    """Coordinate by coordinate, `scale` times the mean of the peers' values, but for a `share` of largest and smallest.
 
     The rule of Yin et al., "Byzantine-Robust Distributed Learning" (2018). Of so few peers that the share is less than
     one of them, the plain mean. An absent gradient is zero where another peer has one. Sparse ones become dense.
     """
     num_left_out = min(int(share * len(gradients) + 1e-9), (len(gradients) - 1) // 2)
-    return [_merge(column, num_left_out) for column in zip(*gradients, strict=True)]
+    return [_merge(column, num_left_out, scale) for column in zip(*gradients, strict=True)]
 
 
-def _merge(column: Sequence[torch.Tensor | None], num_left_out: int) -> torch.Tensor | None:
+def _merge(column: Sequence[torch.Tensor | None], num_left_out: int, scale: float) -> torch.Tensor | None:
     present = next((x for x in column if x is not None), None)
     if present is None:
         return None
@@ -35,7 +35,7 @@ def _merge(column: Sequence[torch.Tensor | None], num_left_out: int) -> torch.Te
     size = _CHUNK if merged.device.type == "cpu" else max(1, plain[0].numel())
     for into, *rows in zip(*(torch.split(x, size) for x in plain), strict=True):
         middle = _middle(rows, num_left_out)
-        torch.div(sum(middle[1:], middle[0]), len(middle), out=into)
+        torch.mul(sum(middle[1:], middle[0]), scale / len(middle), out=into)
     return merged
 
 

@@ -121,6 +121,9 @@ class PipeReceiver(Protocol):
 class Pipe(Protocol):
     """An ordered, reliable pipe of bytes to some computer. All calls are made on the pipe's event loop."""
 
+    def __hash__(self) -> int:
+        """By identity."""
+
     bytes_received: int
     bytes_sent: int
     """Raw bytes so far: what a data quota counts."""

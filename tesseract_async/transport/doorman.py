@@ -9,13 +9,15 @@ from typing import Final
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport import preamble
-from tesseract_async.transport.base import Path, PeerAddress, Pipe
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, range_of
+from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
+from tesseract_async.transport.waiting_room import WaitingRoom
 
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""
 MAX_WAITING: Final = 512
-MAX_WAITING_PER_HOST: Final = 64
+MAX_WAITING_PER_RANGE: Final = 64
 
 
 class Doorman:
@@ -32,7 +34,8 @@ class Doorman:
         self._special = special
         self._metrics = metrics
         self._accept: Callable[[Pipe], None] | None = None
-        self._visitors: set[_Visitor] = set()
+        most = min(MAX_WAITING, room_for(descriptor_limit()).half_open)
+        self._visitors: WaitingRoom[_Visitor] = WaitingRoom(most=most, most_per_group=MAX_WAITING_PER_RANGE)
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         self._accept = accept
@@ -45,21 +48,22 @@ class Doorman:
         self._inner.path_finished(peer, path, error, seconds)
 
     async def aclose(self) -> None:
-        for visitor in list(self._visitors):
+        for visitor in self._visitors.guests():
             self._refuse(visitor, "closing")
         await self._inner.aclose()
 
     def _pipe_accepted(self, pipe: Pipe) -> None:
         """Waits for the first bytes, within the limits."""
-        same_host = sum(visitor.pipe.origin == pipe.origin for visitor in self._visitors)
-        if len(self._visitors) >= MAX_WAITING or same_host >= MAX_WAITING_PER_HOST:
-            self._metrics.count("doorman_refused", reason="too_many")
-            pipe.abort()
-            return
         assert isinstance(pipe, TcpPipe)
         visitor = _Visitor(self, pipe)
-        self._visitors.add(visitor)
-        pipe.start(visitor)
+        now = asyncio.get_running_loop().time()
+        welcome, victim = self._visitors.enter(visitor, range_of(pipe.origin) or pipe.origin, now)
+        if victim is not None:
+            self._refuse(victim, "too_many")
+        if welcome:
+            pipe.start(visitor)
+        else:
+            self._refuse(visitor, "too_many")
 
     def _decide(self, visitor: _Visitor, data: bytes) -> None:
         if data[:1] != preamble.MAGIC[:1]:
@@ -84,7 +88,7 @@ class Doorman:
     def _gone(self, visitor: _Visitor) -> None:
         visitor.timer.cancel()
         visitor.pipe.detach()
-        self._visitors.discard(visitor)
+        self._visitors.leave(visitor)
 
 
 class _Visitor:

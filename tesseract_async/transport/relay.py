@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Pipe
+from tesseract_async.transport.base import Pipe, range_of
+from tesseract_async.transport.descriptors import descriptor_limit, room_for
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +29,11 @@ class RelaySettings:
     """What a public node gives to others."""
 
     max_splices: int = 256
-    """Joined pairs, waiting ones included."""
+    """Joined pairs, waiting ones included; fewer where the process may not open so many files."""
     max_per_peer: int = 32
     """... that one peer has reserved."""
+    max_per_range: int = 64
+    """... that the peers of one address range have reserved. (Loopback is none.)"""
     max_bytes: int = 64 * 2**30
     """Bytes that one pair may exchange."""
     max_rate: float | None = 25e6
@@ -43,10 +47,11 @@ class RelaySettings:
 class Splice:
     """One reserved pair, as the ledger sees it."""
 
-    __slots__ = ("owner", "tokens", "expires_at", "num_arrived", "num_bytes", "last_active")
+    __slots__ = ("owner", "group", "tokens", "expires_at", "num_arrived", "num_bytes", "last_active")
 
-    def __init__(self, owner: PeerID, tokens: tuple[bytes, bytes], expires_at: float) -> None:
+    def __init__(self, owner: PeerID, group: str | None, tokens: tuple[bytes, bytes], expires_at: float) -> None:
         self.owner = owner
+        self.group = group
         self.tokens = tokens
         self.expires_at = expires_at
         self.num_arrived = 0
@@ -63,6 +68,10 @@ class RelayLedger:
         self._splices: set[Splice] = set()
         self._allowance = settings.max_rate or 0.0
         self._allowance_at = 0.0
+        self.max_by_descriptors = settings.max_splices
+        """What the process's limit on open files leaves for pairs."""
+        self.pushed_out: list[Splice] = []
+        """Pairs that had to go for others: part them, and empty this."""
 
     def __len__(self) -> int:
         return len(self._splices)
@@ -70,18 +79,33 @@ class RelayLedger:
     def __contains__(self, splice: Splice) -> bool:
         return splice in self._splices
 
-    def reserve(self, owner: PeerID, tokens: tuple[bytes, bytes], *, now: float) -> Splice:
-        """Makes room for a pair. `tokens`: two times 16 random bytes. Raises: Overloaded."""
-        settings = self.settings
-        if len(self._splices) >= settings.max_splices:
-            raise Overloaded("this relay is full", retry_after=settings.waiting_timeout)
+    def reserve(self, owner: PeerID, tokens: tuple[bytes, bytes], *, now: float, origin: str = "") -> Splice:
+        """Makes room for a pair. `tokens`: two times 16 random bytes; `origin`: the host that the owner calls from.
+
+        Where all places are taken, the newest pair that is not complete goes, of the range or else peer with most.
+        Raises: Overloaded.
+        """
+        settings, group = self.settings, range_of(origin)
         if sum(splice.owner == owner for splice in self._splices) >= settings.max_per_peer:
             raise Overloaded(f"this relay serves one peer at most {settings.max_per_peer} times", retry_after=5.0)
-        splice = Splice(owner, tokens, now + settings.waiting_timeout)
+        if group and sum(splice.group == group for splice in self._splices) >= settings.max_per_range:
+            raise Overloaded(f"this relay serves one network at most {settings.max_per_range} times", retry_after=5.0)
+        if len(self._splices) >= min(settings.max_splices, self.max_by_descriptors):
+            self._make_room(group or owner)
+        splice = Splice(owner, group, tokens, now + settings.waiting_timeout)
         self._splices.add(splice)
         for token in tokens:
             self._by_token[token] = splice
         return splice
+
+    def _make_room(self, whose: str | PeerID) -> None:
+        counts = Counter(splice.group or splice.owner for splice in self._splices)
+        waiting = [splice for splice in self._splices if splice.num_arrived < 2]
+        victim = max(waiting, key=lambda one: (counts[one.group or one.owner], one.expires_at), default=None)
+        if victim is None or counts[victim.group or victim.owner] <= counts[whose] + 1:
+            raise Overloaded("this relay is full", retry_after=self.settings.waiting_timeout)
+        self.remove(victim)
+        self.pushed_out.append(victim)
 
     def arrive(self, token: bytes, *, now: float) -> Splice | None:
         """Uses up a token: its splice, or None if nobody knows it (any more)."""
@@ -127,6 +151,7 @@ class Relay:
 
     def __init__(self, *, settings: RelaySettings, metrics: Metrics) -> None:
         self.ledger = RelayLedger(settings)
+        self.ledger.max_by_descriptors = room_for(descriptor_limit()).splices
         self.metrics = metrics
         # received bytes are copied within the call that tells of them, so one block serves all halves
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
@@ -134,15 +159,17 @@ class Relay:
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
-    def reserve(self, owner: PeerID) -> tuple[bytes, bytes]:
-        """Two tokens: one for `owner`, one for its peer. Raises: Overloaded."""
+    def reserve(self, owner: PeerID, *, origin: str = "") -> tuple[bytes, bytes]:
+        """Two tokens: one for `owner`, who calls from `origin`, one for its peer. Raises: Overloaded."""
         tokens = secrets.token_bytes(16), secrets.token_bytes(16)
         loop = asyncio.get_running_loop()
         try:
-            self.ledger.reserve(owner, tokens, now=loop.time())
+            self.ledger.reserve(owner, tokens, now=loop.time(), origin=origin)
         except Overloaded:
             self.metrics.count("relay_refused", reason="full")
             raise
+        while self.ledger.pushed_out:
+            self._end(self.ledger.pushed_out.pop(), "not_completed")
         self.metrics.set("relay_splices", len(self.ledger))
         if self._sweep is None and not self._closed:
             self._sweep = loop.call_later(1.0, self._sweep_now)
@@ -189,6 +216,9 @@ class Relay:
         if splice not in self.ledger:
             return
         self.ledger.remove(splice)
+        self._end(splice, reason)
+
+    def _end(self, splice: Splice, reason: str) -> None:
         self.metrics.count("relay_parted", reason=reason)
         self.metrics.set("relay_splices", len(self.ledger))
         for half in self._halves.pop(splice, []):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from tesseract_async.endpoint import rendezvous as rendezvous_module
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.endpoint.rendezvous import (
     DELIVER,
@@ -36,7 +37,7 @@ class Room:
     def __init__(self) -> None:
         self.owners: list[PeerID] = []
 
-    def reserve(self, owner: PeerID) -> tuple[bytes, bytes]:
+    def reserve(self, owner: PeerID, *, origin: str) -> tuple[bytes, bytes]:
         if self.owners:
             raise Overloaded("full", retry_after=1.0)
         self.owners.append(owner)
@@ -157,7 +158,7 @@ async def test_a_silent_client_is_a_typed_error() -> None:
             with pytest.raises(RemoteError, match="did not answer"):
                 await asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30)
             assert house.endpoint.metrics.total("rendezvous_offers_lost") == 1
-            assert not house.server._senders and not house.server._recipients
+            assert not house.server._senders.used and not house.server._sending and not house.server._recipients
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,30 @@ async def test_registrations_are_bounded_and_end() -> None:
             await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
         assert house.server.num_clients == 2
         for peer_id in house.server._clients:
-            house.server._clients[peer_id] = 0.0
+            house.server._clients[peer_id] = house.server._clients[peer_id]._replace(until=0.0)
         await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
         assert house.server.num_clients == 1
+
+
+async def test_who_is_not_connected_any_more_leaves_its_place_to_others() -> None:
+    settings = replace(SETTINGS, max_clients=8, registration_ttl=1000.0)
+    async with public(settings=settings) as house, client() as honest:
+        for _ in range(8):
+            async with client() as stranger:
+                await stranger.endpoint.call(house.peer, REGISTER, {}, timeout=30)
+        await honest.until(lambda: not house.endpoint.connections())
+        await honest.endpoint.call(house.peer, REGISTER, {}, timeout=30)
+        assert house.server.num_clients == 1
+
+
+async def test_neighbours_get_a_part_of_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous_module, "range_of", lambda origin: "8.8.8.0/24")
+    settings = replace(SETTINGS, max_clients_per_range=2, registration_ttl=1000.0)
+    async with public(settings=settings) as house, client() as one, client() as two, client() as three:
+        for member in (one, two, one):
+            await member.endpoint.call(house.peer, REGISTER, {}, timeout=30)
+        with pytest.raises(Overloaded):
+            await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
 
 
 async def test_a_rendezvous_that_dies_is_replaced() -> None:

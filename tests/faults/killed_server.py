@@ -23,9 +23,10 @@ from torch import nn
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded
+from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import server as server_module
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.wire import messages
@@ -56,7 +57,7 @@ class Publisher:
 
 class Node:
     def __init__(self) -> None:
-        self.metrics, self.network = Metrics(), None
+        self.metrics, self.network, self.trust = Metrics(), None, Trust()
         self.peer_address = SimpleNamespace(addresses=(), rendezvous=())
         self.handler: Callable[[IncomingCall], Awaitable[Message]] | None = None
 
@@ -79,6 +80,7 @@ def make_backend() -> ExpertBackend:
         module,
         optimizer=torch.optim.SGD([module.weight], lr=1.0, momentum=0.0),
         args_schema=(TensorSpec((1,)),),
+        settings=BackendSettings(max_gradient_norm=None),  # the sum is to be exact, whatever the numbers
         outputs_schema=TensorSpec((1,)),
     )
 

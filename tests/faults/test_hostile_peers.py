@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import tracemalloc
@@ -10,10 +11,12 @@ from collections.abc import Callable
 
 import pytest
 
+from tesseract_async.endpoint import dialling
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Handler, IncomingCall, Message
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.identity import Identity
+from tesseract_async.transport.base import split_host_port
 from tesseract_async.transport.tcp import TcpTransport
 from tesseract_async.wire import frames
 from tests.faults.serving import RawPeer, let_pass, serving, until
@@ -107,6 +110,58 @@ async def test_one_peer_cannot_open_connections_without_a_bound() -> None:
                 with pytest.raises(PeerUnreachable):
                     await opening
         assert len(server.connections()) == 3
+
+
+async def test_silent_visitors_never_keep_newcomers_out() -> None:
+    settings = dataclasses.replace(PLAIN, handshake_timeout=60.0, max_half_open=12, max_half_open_per_host=8)
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        async with contextlib.AsyncExitStack() as stack:
+            host, port = split_host_port(address.addresses[0])
+            visitors = [
+                await asyncio.open_connection(host, port, local_addr=(f"127.0.1.{1 + number % 3}", 0))
+                for number in range(24)
+            ]
+            for _, writer in visitors:
+                stack.callback(writer.transport.abort)
+            await until(lambda: len(server._dialler._callers) == 12)
+            assert (await client.call(address, "echo", 1, timeout=30)).body == 1
+
+
+async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
+    settings = dataclasses.replace(PLAIN, max_connections=6)
+    async with serving(settings) as (server, address), client_of(settings) as old, client_of(settings) as new:
+        assert (await old.call(address, "echo", 1, timeout=30)).body == 1
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(5):
+                await stack.enter_async_context(RawPeer.connected(address))
+            with pytest.raises(PeerUnreachable):  # nobody has been idle for long
+                await new._dialler.connect_through(address, TcpTransport().paths(address, bulk=False))
+            let_pass(2.0)
+            assert (await old.call(address, "echo", 2, timeout=30)).body == 2
+            assert (await new.call(address, "echo", 3, timeout=30)).body == 3
+            assert (await old.call(address, "echo", 4, timeout=30)).body == 4
+            assert server._pool.num_connections <= 6
+
+
+async def test_one_range_gets_a_part_of_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialling, "range_of", lambda origin: "8.8.8.0/24")
+    monkeypatch.setattr(dialling, "CROWD", 0)
+    settings = dataclasses.replace(PLAIN, max_connections_per_range=3)
+    async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            await stack.enter_async_context(RawPeer.connected(address))
+        with pytest.raises(asyncio.IncompleteReadError):
+            await stack.enter_async_context(RawPeer.connected(address))
+        assert server._pool.num_connections == 3
+
+
+async def test_a_process_with_few_descriptors_keeps_some_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialling, "descriptor_limit", lambda: 60)
+    async with serving(PLAIN) as (server, address), contextlib.AsyncExitStack() as stack:
+        with pytest.raises(asyncio.IncompleteReadError):
+            for _ in range(60):
+                await stack.enter_async_context(RawPeer.connected(address))
+        assert server._pool.num_connections == 15
 
 
 async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> None:

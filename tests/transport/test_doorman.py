@@ -94,7 +94,7 @@ async def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_few_may_wait_and_fewer_of_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorman_module, "MAX_WAITING_PER_HOST", 2)
+    monkeypatch.setattr(doorman_module, "MAX_WAITING_PER_RANGE", 2)
     async with open_house() as house, visit(house), visit(house) as (second, gone), visit(house) as (_, third):
         await third.until_lost()
         assert house.refused("too_many") == 1

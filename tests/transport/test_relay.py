@@ -57,6 +57,31 @@ def test_the_number_of_splices_is_limited_in_all_and_for_one_peer() -> None:
     ledger.reserve(BOB, tokens(4), now=0.0)
 
 
+def test_identities_that_take_all_places_leave_one_to_the_next() -> None:
+    ledger = RelayLedger(RelaySettings())
+    for number in range(8 * 32):
+        ledger.reserve(Identity.from_seed(bytes([number // 32]) * 32).peer_id, tokens(number), now=0.0)
+    honest = Identity.from_seed(bytes([200]) * 32).peer_id
+    mine = [ledger.reserve(honest, tokens(5000 + number), now=1.0) for number in range(20)]
+    assert len(ledger) == 256 and len(ledger.pushed_out) == 20
+    assert not any(splice in ledger.pushed_out for splice in mine)
+    assert ledger.arrive(tokens(31)[0], now=1.0) is None, "what was pushed out is worth nothing any more"
+    for splice in ledger._splices:
+        splice.num_arrived = 2
+    with pytest.raises(Overloaded):  # pairs that are in use stay
+        ledger.reserve(honest, tokens(6000), now=1.0)
+
+
+def test_the_peers_of_one_range_share_a_part() -> None:
+    ledger = RelayLedger(RelaySettings())
+    for number in range(64):
+        peer = Identity.from_seed(bytes([number]) * 32).peer_id
+        ledger.reserve(peer, tokens(number), now=0.0, origin=f"8.8.8.{number}")
+    with pytest.raises(Overloaded, match="one network"):
+        ledger.reserve(BOB, tokens(100), now=0.0, origin="8.8.8.200")
+    ledger.reserve(BOB, tokens(100), now=0.0, origin="8.8.9.1")
+
+
 def test_bytes_and_rate_are_limited() -> None:
     ledger = RelayLedger(RelaySettings(max_bytes=5000, max_rate=1000.0, silent_timeout=60.0))
     splice = ledger.reserve(ALICE, tokens(1), now=0.0)
