@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
@@ -236,6 +236,7 @@ class TesseractNode(Uncopied):
             upnp=self._upnp,
             settings=self._reach_settings,
             throttle=self._throttle,
+            scope=self.scope,
         )
         self._reach.on_change = self._addresses_changed
         return Endpoint(
@@ -361,7 +362,7 @@ class TesseractNode(Uncopied):
         Then nothing is believed of peers that may not host there, and nothing is sent to them. To train in a run that
         is not open, the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an
         invite); one that waits in the network is found without. Where the identity came from a file, what is learnt of
-        the run is kept beside it. Returns what is known of the run: who may do what.
+        the run is kept beside it. Again is harmless. Returns what is known of the run: who may do what.
 
         Raises: RunNotFound if the network does not know the run; ValueError for a malformed name, a grant that is not
         this node's, or a second run with the same prefix.
@@ -375,8 +376,9 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        self._keepers.append(keeper)
-        keeper.start()
+        if not any(one.authority is keeper.authority for one in self._keepers):
+            self._keepers.append(keeper)
+            keeper.start()
         return keeper.authority
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
@@ -420,6 +422,7 @@ class TesseractNode(Uncopied):
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
+        check_priority(priority)
         self.metrics.count("expert_calls", method=method)
         uid = body.get("uid") if isinstance(body, dict) else None
         if isinstance(uid, str) and not self.trust.may_host(peer.peer_id, uid):

@@ -18,6 +18,7 @@ from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
     NotAllowed,
+    NotPrimary,
     Overloaded,
     PeerUnreachable,
     ProtocolError,
@@ -220,13 +221,15 @@ async def ask_primary(
     """Asks the primary, and whoever is primary then when that one fails: for calls that are safe to repeat elsewhere.
 
     `replicas` are those known, the primary first; `find` looks them up anew. A full one is asked again when it said.
-    One that keeps silent where others claim the expert, too, is given up as soon as it does not even answer a question
-    that another one answers. Raises: the first error if none answers; TimeoutError.
+    One that only follows names the primary. One that keeps silent where others claim the expert, too, is given up as
+    soon as it does not even answer a question that another one answers. Raises: the first error if none answers;
+    TimeoutError.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     first_error: Exception | None = None
     strange: dict[Any, SchemaMismatch] = {}
+    redirected: set[Any] = set()
     for _ in range(_MAX_HANDOVERS):
         left = deadline - loop.time()
         replicas = [replica for replica in replicas if replica.peer not in strange]
@@ -241,9 +244,17 @@ async def ask_primary(
             continue
         except (*REPLICA_FAULTS, NotAllowed) as error:
             first_error = first_error or error
-        except Overloaded as error:
+        except (Overloaded, NotPrimary) as error:
             first_error = first_error or error
             pause = max(error.retry_after, BLOCK_SECONDS)
+            if isinstance(error, NotPrimary):
+                named = [one for one in replicas[1:] if _key(one)[1] == error.primary]
+                if named and error.primary not in redirected:
+                    # among those that the directory knows only: a server that lies leads nobody to strangers
+                    redirected.add(error.primary)
+                    replicas = [*named, *(one for one in replicas if one not in named)]
+                    continue
+                redirected.clear()
             if loop.time() + pause >= deadline:
                 break
             await asyncio.sleep(pause)

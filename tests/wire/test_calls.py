@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.errors import ExpertNotFound, Overloaded, ProtocolError, RemoteError, UnsupportedVersion, describe
+from tesseract_async.errors import (
+    ExpertNotFound,
+    NotPrimary,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+    UnsupportedVersion,
+    describe,
+)
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 
@@ -34,7 +42,8 @@ def test_a_request_head_comes_back() -> None:
 
 def test_results_and_errors_come_back() -> None:
     assert calls.decode_reply(frames.unpack(calls.encode_result([1, None]))) == ([1, None], None)
-    for error in (ExpertNotFound("no ffn.3.7"), Overloaded("full", retry_after=2.5), RemoteError("oh", a=1)):
+    led = NotPrimary("follows", primary=bytes(32), retry_after=1.0)
+    for error in (ExpertNotFound("no ffn.3.7"), Overloaded("full", retry_after=2.5), RemoteError("oh", a=1), led):
         _, back = calls.decode_reply(frames.unpack(calls.encode_error(error)))
         assert type(back) is type(error) and str(back) == str(error) and back.details == error.details
 
