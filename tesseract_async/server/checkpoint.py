@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 _MAX_HEADER_BYTES = 16 << 20
 MAX_HEADER_VALUES = 1 << 20
-"""Lists, maps and what they hold, in a stranger's file: a full journal has a fifth of it. A byte of JSON may cost 60."""
+"""Lists, maps and what they hold, in a stranger's file: a full journal has a fifth. A byte of JSON may cost 60."""
 
 
 class CheckpointStore:
