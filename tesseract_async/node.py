@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
-from tesseract_async.experts.run_directory import RunKeeper, enter_run
+from tesseract_async.experts.run_directory import enter_run
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
@@ -151,7 +151,7 @@ class TesseractNode(Uncopied):
         self._bound: tuple[str, int] | None = None
         self._says_where = False
         self._experts: dict[str, Handler] = {}
-        self._keepers: list[RunKeeper] = []
+        self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
@@ -191,13 +191,25 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
         self._closed = True
-        await asyncio.gather(*(keeper.aclose() for keeper in self._keepers))
+        await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
         await self.network.aclose()
         if self._endpoint is not None:
             await self._endpoint.aclose()
+
+    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Awaits ``aclose()`` when this node closes, before its connections end."""
+        self._at_close.append(aclose)
+
+    def distrust(self, peer_id: PeerID, reason: str) -> None:
+        """Believes nothing more that this peer says about experts, and sends it nothing; until this node ends.
+
+        `trust.distrusted` lists such peers with the reason.
+        """
+        self.trust.distrusted[peer_id] = reason
+        logger.warning("nothing of %s is believed any more: %s", peer_id.short, reason)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -375,7 +387,7 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        self._keepers.append(keeper)
+        self.at_close(keeper.aclose)
         keeper.start()
         return keeper.authority
 
