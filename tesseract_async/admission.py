@@ -11,7 +11,8 @@ from tesseract_async.identity import PeerID
 
 Action = Literal["call", "train", "store"]
 """``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``store``: put records, which
-is what servers do, and hand an expert over that one leads.
+is what servers do, and hand an expert over that one leads. Whoever may not store is not believed either: this node
+hears nothing that it says in the network, and sends it no rows, gradients or state.
 """
 
 
@@ -48,8 +49,9 @@ class Quota:
 class Policy:
     """For each action the peers that may take it, or None for everybody, which is the default; and peers' quotas.
 
-    Whoever may not call may not train either. Quotas are for peers that mean well and want much: identities cost
-    nothing, so against those that mean ill the answer is an allow-list.
+    Whoever may not call may not train either. In a run, the run's grants have to allow it as well (`experts.trust`).
+    Quotas are for peers that mean well and want much: identities cost nothing, so against those that mean ill the
+    answer is an allow-list, or a run.
     """
 
     callers: Collection[PeerID] | None = None

@@ -16,6 +16,7 @@
         Overloaded             no room, a quota used up, or the server rests; `retry_after` says when to come back
         ExpertFailed           the expert's module raised
         InputsForgotten        the server dropped the forward's inputs; send them again
+        NotPrimary             the server does not train this expert; says who does
         NotAllowed             the peer's policy refuses this caller
         UnknownMethod          the peer does not answer such calls
       TooStale                 a follower's answer is older than `max_staleness` allows
@@ -172,6 +173,27 @@ class InputsForgotten(RemoteError):
 
     code = "inputs_forgotten"
     retryable = True
+
+
+class NotPrimary(RemoteError):
+    """The server hosts the expert but does not train it: send the backward to `primary`, under the same call id."""
+
+    code = "not_primary"
+    retryable = True
+
+    def __init__(self, message: str, *, primary: bytes | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message, primary=primary, retry_after=retry_after)
+
+    @property
+    def primary(self) -> bytes | None:
+        """The 32 bytes of its id; None while the server knows of none."""
+        primary: bytes | None = self.details["primary"]
+        return primary
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until the server expects to know of one."""
+        return float(self.details["retry_after"])
 
 
 class NotAllowed(RemoteError):

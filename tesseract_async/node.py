@@ -69,7 +69,7 @@ class TesseractNode(Uncopied):
     - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
     - `public`: the first node of a swarm beyond loopback says so itself.
     - `upnp`: asks the router to let others in, as most home routers do if they are asked (``pip install
-      'tesseract-async[upnp]'``). Others still have to prove that it does.
+      -e '.[upnp]'``). Others still have to prove that it does.
     - `relay`: whether this node, where others can dial it, relays for those who cannot meet otherwise. What it gives is
       limited (`RelaySettings`), and it can read nothing of it.
     - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
@@ -105,7 +105,7 @@ class TesseractNode(Uncopied):
         `upnp` without its packages; OSError for an identity file that cannot be read.
         """
         if upnp and importlib.util.find_spec("async_upnp_client") is None:
-            raise ValueError("upnp=True needs more packages: pip install 'tesseract-async[upnp]'")
+            raise ValueError("upnp=True needs more packages: pip install -e '.[upnp]' in the clone")
         if not 0 <= port < 65536:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
@@ -151,6 +151,7 @@ class TesseractNode(Uncopied):
         self._bound: tuple[str, int] | None = None
         self._says_where = False
         self._experts: dict[str, Handler] = {}
+        self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
 
@@ -373,7 +374,7 @@ class TesseractNode(Uncopied):
         Then nothing is believed of peers that may not host there, and nothing is sent to them. To train in a run that
         is not open, the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an
         invite); one that waits in the network is found without. Where the identity came from a file, what is learnt of
-        the run is kept beside it. Returns what is known of the run: who may do what.
+        the run is kept beside it. Again is harmless. Returns what is known of the run: who may do what.
 
         Raises: RunNotFound if the network does not know the run; ValueError for a malformed name, a grant that is not
         this node's, or a second run with the same prefix.
@@ -387,8 +388,10 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        self.at_close(keeper.aclose)
-        keeper.start()
+        if not any(one.authority is keeper.authority for one in self._keepers):
+            self._keepers.append(keeper)
+            self.at_close(keeper.aclose)
+            keeper.start()
         return keeper.authority
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from tesseract_async.cli.options import find_code_here
 from tesseract_async.cli.running import importing, run, set_up_logging
+from tesseract_async.cli.units import MANY, MAX_THREADS, Number
 from tesseract_async.cli.waiting import sign
 
 UID = "bench.0"
@@ -16,11 +18,17 @@ UID = "bench.0"
 
 @click.command("bench")
 @click.option("--expert-class", default="ffn", show_default=True, help="Name of a ready-made class, or module:builder.")
-@click.option("--in-features", default=1024, show_default=True, type=click.IntRange(1))
-@click.option("--rows", default=256, show_default=True, type=click.IntRange(1), help="Rows per call.")
-@click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Time for each figure.")
+@click.option("--in-features", default=1024, show_default=True, type=click.IntRange(1, MANY))
+@click.option("--rows", default=256, show_default=True, type=click.IntRange(1, MANY), help="Rows per call.")
+@click.option("--seconds", default=2.0, show_default=True, type=Number(0.1, 86400), help="Time for each figure.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
+@click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads of one computation.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def command(
     expert_class: str, in_features: int, rows: int, seconds: float, device: str, threads: int, as_json: bool
@@ -31,6 +39,8 @@ def command(
     caller that always has four calls under way.
     """
     set_up_logging(verbose=False)
+    if ":" in expert_class:
+        find_code_here()
 
     async def main() -> int:
         import asyncio

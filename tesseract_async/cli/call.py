@@ -9,7 +9,7 @@ import click
 
 from tesseract_async.cli.options import enter, host_towards, join, joining_options, peers, run_option
 from tesseract_async.cli.running import importing, run, set_up_logging
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.units import MANY, counted
 from tesseract_async.cli.waiting import bar, sign
 
 
@@ -17,7 +17,9 @@ from tesseract_async.cli.waiting import bar, sign
 @click.argument("uid")
 @joining_options
 @run_option
-@click.option("--rows", default=1, show_default=True, type=click.IntRange(1), help="Rows of random numbers to send.")
+@click.option(
+    "--rows", default=1, show_default=True, type=click.IntRange(1, MANY), help="Rows of random numbers to send."
+)
 @click.option("--repeat", default=1, show_default=True, type=click.IntRange(1), help="Calls, one after the other.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def command(

@@ -6,6 +6,7 @@ import click
 
 from tesseract_async.cli.options import enter, host_towards, join, joining_options, patterns_argument, peers, run_option
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.cli.units import Number
 
 
 @click.command("dashboard")
@@ -15,7 +16,7 @@ from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_
 @click.option("--bind", default="127.0.0.1", show_default=True, help="Address that the page is served on.")
 @click.option("--bind-port", default=8787, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--token", help="What visitors must know; made up if the page is not on loopback and none is given.")
-@click.option("--period", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between two looks.")
+@click.option("--period", default=2.0, show_default=True, type=Number(0.1, 86400), help="Seconds between two looks.")
 @click.option("--leave-with-parent", is_flag=True, hidden=True)
 def command(
     patterns: tuple[str, ...],
@@ -41,7 +42,7 @@ def command(
             from tesseract_async.monitoring.dashboard import Dashboard
         except ImportError as error:
             raise click.ClickException(
-                f"the dashboard needs {error.name}: pip install 'tesseract-async[dashboard]'"
+                f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
             ) from None
         from tesseract_async.experts import ExpertPattern
         from tesseract_async.monitoring import SwarmObserver

@@ -117,7 +117,7 @@ def software() -> Iterator[Finding]:
     for extra, modules in {"demo": ("matplotlib", "sklearn"), "dashboard": ("aiohttp", "prometheus_client")}.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing:
-            advice = f"pip install 'tesseract-async[{extra}]' if you want `tesseract {extra}`."
+            advice = f"`pip install -e '.[{extra}]'` in the clone, if you want `tesseract {extra}`."
             yield Finding("note", f"for `tesseract {extra}`", f"{', '.join(missing)} missing", advice)
 
 

@@ -346,7 +346,8 @@ class Hosting:
         plan = self.plan
         transfer = TransferSettings() if self.memory is None else TransferSettings(max_cached_bytes=self.memory.copies)
         check_every = min(5.0, plan.sync_every, plan.ttl / 3)
-        return ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, transfer=transfer)
+        lease = min(30.0, plan.ttl)
+        return ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, lease=lease, transfer=transfer)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         """On all cores where the class allows it; the loop is free meanwhile to join the network."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 
 import click
 
@@ -78,3 +80,15 @@ def main() -> None:
 
     Every option may also be given as an environment variable, such as TESSERACT_SERVE_DEVICE=cuda.
     """
+    _open_standard_files()
+
+
+def _open_standard_files() -> None:
+    """Opens those of the three that are closed (``<&-``): else a socket takes their number, which libuv cannot bear."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,7 +57,7 @@ def node_options(command: Command) -> Command:
         click.option(
             "--upnp",
             is_flag=True,
-            help="Ask the router to let others in (pip install 'tesseract-async[upnp]').",
+            help="Ask the router to let others in (pip install -e '.[upnp]').",
         ),
         click.option("--relay/--no-relay", default=True, show_default=True, help="Relay for others, where reachable."),
         click.option(
@@ -81,6 +83,27 @@ def node_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def check_folder(folder: Path, flag: str, *, make: bool = True) -> None:
+    """Says now what writing there would say later. Raises: click.BadParameter."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}): choose another folder"
+        raise click.BadParameter(reason, param_hint=flag) from None
+
+
+def find_code_here() -> None:
+    """Lets modules of the present folder be imported, as ``python -m`` does: one's own expert lies where one stands.
+
+    For commands whose user named such code: a run's manifest never brings it in unasked.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")
 
 
 def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import click
 from tesseract_async.cli.options import LOG_OPTIONS, host_towards, join, peers
 from tesseract_async.cli.running import run, say, set_up_logging
 from tesseract_async.cli.start_run import create
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.units import Number, counted
 
 if TYPE_CHECKING:
     from tesseract_async.experts.authority import Authority
@@ -69,10 +69,12 @@ def _owner_options(wrapped: Command) -> Command:
 @contextlib.asynccontextmanager
 async def _opened(values: dict[str, Any]) -> AsyncIterator[tuple[TesseractNode, Identity, RunKeeper, Authority]]:
     """A node in the swarm, the signer, and the run as the network and this computer know it."""
+    from tesseract_async.experts.run import split_run_name
     from tesseract_async.experts.run_directory import enter_run
     from tesseract_async.identity import Identity
     from tesseract_async.node import TesseractNode
 
+    split_run_name(values["name"])  # a malformed one is said so at once
     identity = Identity.load(values["identity"])
     seeds = peers(values["initial_peers"])
     # not as the owner, whose own node may be running
@@ -114,7 +116,7 @@ def _peer_ids(texts: tuple[str, ...]) -> list[PeerID]:
     help="What they may do.",
 )
 @click.option("--experts", "pattern", help="The uids for which it holds, such as 'ffn.[0:4].[0:16]'; else all.")
-@click.option("--days", default=90.0, show_default=True, type=click.FloatRange(0.01), help="How long it is good for.")
+@click.option("--days", default=90.0, show_default=True, type=Number(0.01, 36500), help="How long it is good for.")
 @click.option("--invite", is_flag=True, help="Make an invite: whoever has its text may take part, until it is revoked.")
 @click.option("--renew", is_flag=True, help="Sign anew what ends within 60 days, for those who take part already.")
 def grant(members: tuple[str, ...], **values: Any) -> None:

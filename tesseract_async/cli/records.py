@@ -10,7 +10,7 @@ import click
 
 from tesseract_async.cli.options import host_towards, join, joining_options, peers
 from tesseract_async.cli.running import run, set_up_logging
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.units import Number, counted
 
 
 @click.command("get")
@@ -52,7 +52,9 @@ def get(key: str, initial_peers: tuple[str, ...], identity: str | None, verbose:
 @click.argument("value")
 @joining_options
 @click.option("--subkey", help="One owner may hold several entries under a key, told apart by this.")
-@click.option("--ttl", default=300.0, show_default=True, type=click.FloatRange(1.0), help="Seconds for which it holds.")
+@click.option(
+    "--ttl", default=300.0, show_default=True, type=Number(1, 86400 * 365), help="Seconds for which it holds."
+)
 def put(
     key: str,
     value: str,

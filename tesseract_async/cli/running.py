@@ -19,6 +19,11 @@ from tesseract_async.errors import TesseractError
 from tesseract_async.leaving import told_to_leave
 from tesseract_async.transport.descriptors import raise_descriptor_limit
 
+logger = logging.getLogger(__name__)
+
+MAX_SENTENCE = 400
+"""Characters of an error that a command ends with."""
+
 LOG_FORMAT = "tesseract_async.log_format"
 """Where the commands' context keeps what `--log-format` said."""
 
@@ -31,7 +36,7 @@ FAILED = 1
 def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     """Runs `main()` in an event loop (uvloop where there is one) and exits with what it returns.
 
-    A user's mistake (OSError, ValueError, TesseractError) ends in a sentence and status 1, never in a traceback.
+    What goes wrong ends in a sentence and status 1; with ``--verbose`` the log says where it happened.
     Ctrl-C, SIGTERM and SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; then
     nothing but a second Ctrl-C cuts it short.
     """
@@ -54,19 +59,22 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except OSError as error:
+    except (OSError, ValueError, TesseractError, RuntimeError, MemoryError, ExceptionGroup) as error:
+        logger.info("what happened", exc_info=error)  # --verbose shows where
         click.echo(f"Error: {sentence_of(error)}", err=True)
-        status = FAILED
-    except (ValueError, TesseractError) as error:
-        click.echo(f"Error: {error}", err=True)
         status = FAILED
     sys.exit(status)
 
 
-def sentence_of(error: OSError) -> str:
-    """What happened to which file, without "[Errno 98]" before it."""
-    sentence = error.strerror or str(error) or type(error).__name__
-    return sentence if error.filename is None else f"{error.filename}: {sentence}"
+def sentence_of(error: Exception) -> str:
+    """What happened to which file, without "[Errno 98]" before it; of several errors the first; not too long."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    sentence = str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        sentence = error.strerror or sentence
+        sentence = sentence if error.filename is None else f"{error.filename}: {sentence}"
+    return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[: MAX_SENTENCE - 4]} ..."
 
 
 class _Listener:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ from click.core import ParameterSource
 from tesseract_async.cli.access import TRAINING, access_options, policy_of
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.limits import limit_options, volunteer_settings
-from tesseract_async.cli.options import node_options, outside_help, peers, text_or_file
+from tesseract_async.cli.options import check_folder, find_code_here, node_options, outside_help, peers, text_or_file
 from tesseract_async.cli.running import importing, set_up_logging
 from tesseract_async.cli.running import run as run_main
-from tesseract_async.cli.units import SECONDS
+from tesseract_async.cli.units import LEARNING_RATE, MANY, MAX_THREADS, PERIOD, SECONDS, SECONDS_ABOVE_ZERO
 from tesseract_async.cli.waiting import sign
 
 MAX_EXPERTS = 4096
@@ -69,9 +67,9 @@ MAX_EXPERTS = 4096
     type=click.Choice(["adam", "adamw", "sgd", "none"]),
     help="Steps the experts; none freezes them.",
 )
-@click.option("--learning-rate", default=1e-3, show_default=True, type=float)
+@click.option("--learning-rate", default=1e-3, show_default=True, type=LEARNING_RATE)
 @click.option(
-    "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1), help="Rows computed at once."
+    "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1, MANY), help="Rows computed at once."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the experts' first weights, together with their uids.")
 @click.option(
@@ -82,7 +80,13 @@ MAX_EXPERTS = 4096
     show_default=True,
     help="cpu, cuda, cuda:1, ...; may be given several times: the experts are spread over them in turn.",
 )
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of one computation.")
+@click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads of one computation.",
+)
 @click.option(
     "--autocast",
     type=click.Choice(["bf16", "fp16"]),
@@ -96,7 +100,7 @@ MAX_EXPERTS = 4096
     "--preferred-size",
     "preferred_sizes",
     multiple=True,
-    type=click.IntRange(1),
+    type=click.IntRange(1, MANY),
     help="Rows at which batches are best cut, and padded with --compile or --cuda-graphs; may be given several times.",
 )
 @click.option(
@@ -106,7 +110,7 @@ MAX_EXPERTS = 4096
 )
 @click.option(
     "--sync-every",
-    type=SECONDS,
+    type=SECONDS_ABOVE_ZERO,
     default=30.0,
     show_default=True,
     help="How often state is pulled of experts that another server trains.",
@@ -120,15 +124,21 @@ MAX_EXPERTS = 4096
 )
 @click.option(
     "--stall-timeout",
-    type=SECONDS,
+    type=SECONDS_ABOVE_ZERO,
     default=60.0,
     show_default=True,
-    help="How long one batch may compute before the device is taken to hang, and new calls are sent elsewhere.",
+    help="How long one batch may take before the device counts as hung, and callers are sent to other servers.",
 )
-@click.option("--checkpoint-period", default=60.0, show_default=True, help="Seconds between checkpoints.")
-@click.option("--ttl", default=45.0, show_default=True, help="Seconds until others forget this server if it vanishes.")
+@click.option("--checkpoint-period", default=60.0, show_default=True, type=PERIOD, help="Seconds between checkpoints.")
 @click.option(
-    "--report-period", type=float, help="Print a line of JSON with the experts' versions every so many seconds."
+    "--ttl",
+    default=45.0,
+    show_default=True,
+    type=PERIOD,
+    help="Seconds until others forget this server if it vanishes.",
+)
+@click.option(
+    "--report-period", type=PERIOD, help="Print a line of JSON with the experts' versions every so many seconds."
 )
 @limit_options
 @access_options
@@ -164,11 +174,10 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         None if values[name] is None else Path(values[name]).expanduser() for name in ("checkpoint_dir", "identity")
     )
 
-    if ":" in values["expert_class"] and "" not in sys.path:
-        # as `python -m` does: one's own expert lies where one stands. A run's manifest never names such code unasked
-        sys.path.insert(0, "")
+    if ":" in values["expert_class"] or values["allowed_modules"]:
+        find_code_here()
     if checkpoint_dir is not None:
-        _check_folder(checkpoint_dir)
+        check_folder(checkpoint_dir, "--checkpoint-dir")
 
     async def main() -> int:
         with sign("loading PyTorch"), importing():
@@ -193,6 +202,7 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             checkpoint_period=values["checkpoint_period"],
             ttl=values["ttl"],
             sync_every=values["sync_every"],
+            stall_timeout=values["stall_timeout"],
             report_period=values["report_period"],
             limits=limits,
             node={
@@ -207,7 +217,6 @@ def command(ctx: click.Context, /, **values: Any) -> None:
             },
             leave_with_parent=values["leave_with_parent"],
             leave_within=values["leave_within"],
-            stall_timeout=values["stall_timeout"],
             computing={
                 "autocast": AUTOCAST[values["autocast"]],
                 "compile_mode": values["compile_mode"],
@@ -219,17 +228,6 @@ def command(ctx: click.Context, /, **values: Any) -> None:
         return await Hosting(plan).main()
 
     run_main(main)
-
-
-def _check_folder(folder: Path) -> None:
-    """Says now what the first checkpoint would say. Raises: click.BadParameter."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = f"{folder} cannot be written ({error.strerror}): choose another folder"
-        raise click.BadParameter(reason, param_hint="--checkpoint-dir") from None
 
 
 def _check_patterns(patterns: tuple[str, ...], num_experts: int | None) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import join, node_options, outside_help, peers
+from tesseract_async.cli.options import find_code_here, join, node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.units import LEARNING_RATE, MANY, Number, counted
 from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
@@ -47,23 +47,25 @@ def _options_option(name: str, help_text: str) -> Callable[[Command], Command]:
     type=click.Choice(["adam", "adamw", "sgd", "none"]),
     help="For all.",
 )
-@click.option("--learning-rate", default=1e-3, show_default=True, type=float)
+@click.option("--learning-rate", default=1e-3, show_default=True, type=LEARNING_RATE)
 @_options_option("optimizer-option", "Another argument of the optimizer, such as weight_decay=0.01 or beta1=0.")
 @click.option("--schedule", type=click.Choice(["linear", "cosine"]), help="Of the learning rate; constant without one.")
 @_options_option("schedule-option", "Such as num_warmup_steps=100 or num_steps=10000.")
 @click.option(
-    "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1), help="Rows computed at once."
+    "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1, MANY), help="Rows computed at once."
 )
 @_options_option("training", "How steps are taken, such as clip_gradient_norm=1 or merge_backward=false.")
 @_options_option("codec", "Of a direction: inputs, outputs or gradients, such as inputs=bf16.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the experts' first weights.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the experts' first weights."
+)
 @click.option("--open", "is_open", is_flag=True, help="Everybody may host and train; else who has a grant of yours.")
 @click.option(
     "--delegate", "delegates", multiple=True, metavar="PEER_ID", help="Who may grant, revoke and appoint beside you."
 )
 @click.option("--replicas", default=3, show_default=True, type=click.IntRange(1, 16), help="Servers of each expert.")
-@click.option("--lease", default=30.0, show_default=True, type=click.FloatRange(1), help="Seconds until another leads.")
-@click.option("--sync-every", default=30.0, show_default=True, type=click.FloatRange(1), help="Seconds between copies.")
+@click.option("--lease", default=30.0, show_default=True, type=Number(1, 86400), help="Seconds until another leads.")
+@click.option("--sync-every", default=30.0, show_default=True, type=Number(1, 86400), help="Seconds between copies.")
 @click.option(
     "--adopt",
     is_flag=True,
@@ -92,6 +94,8 @@ def create(name: str, **values: Any) -> None:
     if values["adopt"] and not values["initial_peers"]:
         raise click.UsageError("--adopt needs --initial-peers: where are the servers?")
     identity = Path(values["identity"]).expanduser()
+    if ":" in values["expert_class"]:
+        find_code_here()
 
     async def main() -> int:
         from tesseract_async.experts.run import RunManifest, sign_run

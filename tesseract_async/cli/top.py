@@ -11,7 +11,7 @@ import click
 
 from tesseract_async.cli.options import enter, host_towards, join, joining_options, patterns_argument, peers, run_option
 from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.units import Number, counted
 from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
 @patterns_argument
 @joining_options
 @run_option
-@click.option("--period", default=2.0, show_default=True, type=click.FloatRange(0.1), help="Seconds between two looks.")
+@click.option("--period", default=2.0, show_default=True, type=Number(0.1, 86400), help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Look twice (rates need two looks), print, and end.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: print everything as one line of JSON.")
 def command(

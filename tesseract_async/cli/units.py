@@ -56,24 +56,48 @@ def _parse(text: Any, units: dict[str, float], what: str) -> float:
     match = _AMOUNT.fullmatch(text.strip()) if isinstance(text, str) else None
     if match is None or match[2].lower() not in units:
         raise ValueError(f"not {what}: {text!r}")
-    return float(match[1]) * units[match[2].lower()]
+    amount = float(match[1]) * units[match[2].lower()]
+    if not math.isfinite(amount):
+        raise ValueError(f"not {what}: {text[:40]}...")
+    return amount
 
 
 class Amount(click.ParamType):  # type: ignore[type-arg]  # older versions are not generic
     """A command-line option's type that one of the parsers above reads."""
 
-    def __init__(self, name: str, parse: Callable[[Any], Any]) -> None:
+    def __init__(self, name: str, parse: Callable[[Any], Any], *, above_zero: bool = False) -> None:
         self.name = name
         self._parse = parse
+        self._above_zero = above_zero
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return self._parse(value)
+            found = self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if self._above_zero and found <= 0:
+            self.fail(f"{value} is not above 0", param, ctx)
+        return found
 
 
+class Number(click.FloatRange):
+    """A finite number in a range: "nan" and "inf" are numbers to Python, but no amount of anything."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
+LEARNING_RATE: Final = Number(0)
+PERIOD: Final = Number(0, 10**9, min_open=True)
+"""Seconds above 0."""
+MANY: Final = 2**31 - 1
+"""The most that a count of rows may be."""
+MAX_THREADS: Final = 1024
 SIZE: Final = Amount("size", parse_size)
 RATE: Final = Amount("rate", parse_rate)
 SECONDS: Final = Amount("time", parse_seconds)
+SECONDS_ABOVE_ZERO: Final = Amount("time", parse_seconds, above_zero=True)
 SHARE: Final = Amount("share", parse_share)

@@ -82,6 +82,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
+    node: Node
     forward: Forward
     peer: Any
     inputs: Outputs
@@ -93,11 +94,10 @@ class _Sample:
 class Audits:
     """Makes the forwards of one node's experts, and audits as many as their options say."""
 
-    def __init__(self, node: Node, *, random: Random | None = None) -> None:
+    def __init__(self, *, random: Random | None = None) -> None:
         self.outcomes: Counter[Verdict] = Counter()
         self.findings: deque[Finding] = deque(maxlen=MAX_FINDINGS)
         """The latest differences, the newest last."""
-        self._node = node
         self._random = random or Random()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_pending_bytes = 0
@@ -105,13 +105,13 @@ class Audits:
         self._closes = False
 
     async def forward(
-        self, forward: Forward, peer: Any, inputs: Outputs, *, timeout: float
+        self, node: Node, forward: Forward, peer: Any, inputs: Outputs, *, timeout: float
     ) -> tuple[list[torch.Tensor], Answer]:
         """`call_forward`, of which a share is audited in the background."""
-        outputs, answer = await call_forward(self._node, forward, peer, inputs, timeout=timeout)
+        outputs, answer = await call_forward(node, forward, peer, inputs, timeout=timeout)
         share = forward.options.audit_share
         if share and self._random.random() < share and (forward.uid, forward.training) not in self._unrepeatable:
-            self._begin(forward, peer, inputs, outputs, answer.version)
+            self._begin(node, forward, peer, inputs, outputs, answer.version)
         return outputs, answer
 
     async def wait(self) -> None:
@@ -125,17 +125,17 @@ class Audits:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, forward: Forward, peer: Any, inputs: Outputs, outputs: Outputs, version: int) -> None:
+    def _begin(self, node: Node, forward: Forward, peer: Any, inputs: Outputs, outputs: Outputs, version: int) -> None:
         num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
-            self._count(Verdict.SKIPPED)
+            self._count(node, Verdict.SKIPPED)
             return
         if not self._closes:
             self._closes = True
-            self._node.at_close(self.aclose)
+            node.at_close(self.aclose)
         # copies: the caller may change its tensors as soon as it has the answer
         copies = [[x.detach().clone() for x in tensors] for tensors in (inputs, outputs)]
-        sample = _Sample(forward._replace(differentiable=False), peer, copies[0], copies[1], version, num_bytes)
+        sample = _Sample(node, forward._replace(differentiable=False), peer, copies[0], copies[1], version, num_bytes)
         self._num_pending_bytes += num_bytes
         task = asyncio.get_running_loop().create_task(self._audit(sample), name=f"client: audit of {forward.uid}")
         self._tasks.add(task)
@@ -145,12 +145,12 @@ class Audits:
         self._tasks.discard(task)
         self._num_pending_bytes -= num_bytes
 
-    def _count(self, verdict: Verdict) -> None:
+    def _count(self, node: Node, verdict: Verdict) -> None:
         self.outcomes[verdict] += 1
-        self._node.metrics.count("audits", verdict=verdict.value)
+        node.metrics.count("audits", verdict=verdict.value)
 
     async def _audit(self, sample: _Sample) -> None:
-        others = [replica.peer for replica in self._node.directory.known(sample.forward.uid)]
+        others = [replica.peer for replica in sample.node.directory.known(sample.forward.uid)]
         others = [peer for peer in others if _id(peer) != _id(sample.peer)]
         self._random.shuffle(others)
         while others:
@@ -160,9 +160,9 @@ class Audits:
                 verdict = Verdict.AGREED
                 if _differ(sample, theirs):
                     verdict = await self._decide(sample, other, theirs, others)
-                self._count(verdict)
+                self._count(sample.node, verdict)
                 return
-        self._count(Verdict.UNCHECKED)
+        self._count(sample.node, Verdict.UNCHECKED)
 
     async def _decide(self, sample: _Sample, other: Any, theirs: Outputs, others: Sequence[Any]) -> Verdict:
         """Who of two is wrong: the one that contradicts itself, or else the one that a third one contradicts."""
@@ -185,7 +185,7 @@ class Audits:
         if lies or they_lie:
             culprit = _id(sample.peer if lies else other)
             self._note(Verdict.CAUGHT, sample, theirs, (culprit,))
-            self._node.distrust(culprit, f"it answered wrongly for {sample.forward.uid}")
+            sample.node.distrust(culprit, f"it answered wrongly for {sample.forward.uid}")
             return Verdict.CAUGHT
         if sample.forward.training and await self._agree_in_eval_mode(sample, other):
             # their random numbers differ, as those of a CPU and a GPU do: no sign of a lie
@@ -196,7 +196,7 @@ class Audits:
 
     async def _agree_in_eval_mode(self, sample: _Sample, other: Any) -> bool:
         forward = sample.forward._replace(training=False)
-        calm = _Sample(forward, sample.peer, sample.inputs, sample.outputs, sample.version, 0)
+        calm = _Sample(sample.node, forward, sample.peer, sample.inputs, sample.outputs, sample.version, 0)
         ours, theirs = await asyncio.gather(self._ask(calm, sample.peer), self._ask(calm, other))
         return ours is not None and theirs is not None and deviation(ours, theirs) <= tolerance(forward, ours)
 
@@ -227,7 +227,7 @@ class Audits:
         """The answer of this peer to the same question, at the same version; None without one."""
         try:
             outputs, answer = await call_forward(
-                self._node, sample.forward, peer, sample.inputs, timeout=sample.forward.options.timeout
+                sample.node, sample.forward, peer, sample.inputs, timeout=sample.forward.options.timeout
             )
         except (TesseractError, TimeoutError, RuntimeError):
             return None

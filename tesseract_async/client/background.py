@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from tesseract_async.admission import Policy
 from tesseract_async.client.ports import PlainCalls
@@ -25,6 +25,9 @@ from tesseract_async.network.network import Entry, StoreItem
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
+
+if TYPE_CHECKING:
+    from tesseract_async.experts.authority import Authority
 
 T = TypeVar("T")
 
@@ -202,6 +205,10 @@ class BackgroundNode(PlainCalls):
         """The expert `uid`, as a module with plain calls. Raises: as `TesseractNode.get_expert`."""
         found = self.run(self._inner.get_expert(uid))
         return RemoteExpert(self, uid, found.replicas)
+
+    def join_run(self, run: str, *, grant: str | None = None) -> Authority:
+        """Takes part in the run ``NAME@OWNER``. Raises: as `TesseractNode.join_run`."""
+        return self.run(self._inner.join_run(run, grant=grant))
 
     @contextlib.contextmanager
     def entered(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:

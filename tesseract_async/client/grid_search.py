@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,6 @@ from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.client.replicas import REPLICA_FAULTS, Shared, cancel_all
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch, TesseractError
 from tesseract_async.experts.manifest import split_uid
-
-logger = logging.getLogger(__name__)
 
 _NUM_WITNESSES = 3
 _MOMENT_SECONDS = 1.0
@@ -355,12 +352,10 @@ class GridSearch(Shared):
                 beyond = max(beyond, known)  # it takes longer than that
             self._seconds[coords] = known + _SMOOTHING * (beyond - known)
             self._num_bytes += _SMOOTHING * (part.num_bytes - self._num_bytes)
-        mismatches = [uid for uid, error in call.errors.items() if isinstance(error, SchemaMismatch)]
-        for uid in mismatches if call.answered else ():
-            coords = split_uid(uid)[1]
-            logger.warning("ignoring %s, which takes something else than its grid: %s", uid, call.errors[uid])
-            for replica in view.replicas[coords]:
-                self.node.directory.report_failure(replica, reason="schema")
+        mismatches = {uid: error for uid, error in call.errors.items() if isinstance(error, SchemaMismatch)}
+        for uid, mismatch in mismatches.items() if call.answered else ():
+            for replica in view.replicas[split_uid(uid)[1]]:
+                self.ignore(replica, mismatch)
         if mismatches and not call.answered:
             self._schema = None  # nobody takes what the schema says: they are other experts now
         for part in call.answered:

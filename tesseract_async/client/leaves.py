@@ -97,8 +97,14 @@ def _has_sharded_modules() -> bool:
     return any(cls.__name__ == "FSDPModule" for module in modules for cls in type(module).__mro__)
 
 
+def wait_for_accumulation(leaf: torch.Tensor) -> bool:
+    """Whether hooks were registered in Python on the node that accumulates this leaf's gradient."""
+    with torch.inference_mode(False), torch.enable_grad():
+        view = leaf.view_as(leaf)
+    return view.grad_fn is not None and _has_hooks(view.grad_fn.next_functions[0][0])
+
+
 def _has_hooks(node: Any) -> bool:
-    """Whether hooks were registered in Python on the node that accumulates a leaf's gradient."""
     for register in (node.register_hook, node.register_prehook):
         handle = register(_nothing)
         hooks = handle.hooks_dict_ref()  # all that were registered

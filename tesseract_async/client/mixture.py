@@ -246,7 +246,7 @@ class MixtureCall:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
-            return await self._shared.audits.forward(part.forward, peer, chosen, timeout=timeout)
+            return await self._shared.audits.forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
         replicas, ask = fresh_enough(self._shared, part.uid, part.replicas, attempt, self._settings.max_staleness)
@@ -315,12 +315,7 @@ class MixtureCall:
             book.grace["forward"].spend()
         elif not self.given_up:
             book.grace["forward"].earn(seconds)
-        self._count("forward", {part.uid: self.errors[part.uid] for part in late} | self._failed)
-
-    def _count(self, way: str, left_out: Mapping[str, BaseException]) -> None:
-        for error in left_out.values():
-            reason = "late" if isinstance(error, TimeoutError) else type(error).__name__
-            self._shared.node.metrics.count("answers_left_out", way=way, reason=reason)
+        self._shared.left_out.note("forward", {part.uid: self.errors[part.uid] for part in late} | self._failed)
 
     def _refill(self) -> list[Part]:
         """Parts for the rows that have too few answers to come, from their next-best experts."""
@@ -518,7 +513,7 @@ class MixtureCall:
         for part, s in taken:
             if (may_take_s := usual_seconds(part, at_last, expected[part.uid])) is not None:
                 book.lateness["backward"].observe(s, may_take_s)
-        self._count("backward", errors)
+        self._shared.left_out.note("backward", errors)
         return results, errors
 
     async def _ask_backward(

@@ -323,7 +323,7 @@ class _ExpertCall:
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
-            return await self._shared.audits.forward(self._forward, peer, inputs, timeout=timeout)
+            return await self._shared.audits.forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
         num_bytes = len(inputs[0]) * self._forward.schema.row_bytes
         options = self._forward.options

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.expert_calls import fetch_version
 from tesseract_async.client.latency import LatencyBook, path_seconds
+from tesseract_async.client.left_out import LeftOut
 from tesseract_async.client.limits import Limits
 from tesseract_async.client.ports import Node, PlainCalls
 from tesseract_async.client.stalls import Stalls
@@ -18,6 +19,7 @@ from tesseract_async.errors import (
     ConnectionLost,
     ExpertNotFound,
     NotAllowed,
+    NotPrimary,
     Overloaded,
     PeerUnreachable,
     ProtocolError,
@@ -26,6 +28,7 @@ from tesseract_async.errors import (
     TesseractError,
     TooStale,
 )
+from tesseract_async.metrics import Metrics
 from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
@@ -42,6 +45,7 @@ GRACE_SECONDS = 0.5
 """A call that outlives its time-out by this much is abandoned."""
 BLOCK_SECONDS = 0.1
 _MAX_HANDOVERS = 5
+_MAX_IGNORED = 256
 _HEDGE_SECONDS = 0.75
 """Where it is not known how long a replica may take, the next one is asked after so long."""
 _PROBE_SECONDS = 2.0
@@ -58,11 +62,13 @@ _REASONS = {
 class _OfNode:
     """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
 
-    def __init__(self, node: Node) -> None:
-        self.audits = Audits(node)
+    def __init__(self, metrics: Metrics) -> None:
+        self.audits = Audits()
         self.latencies = LatencyBook()
         self.limits = Limits()
         self.stalls = Stalls()
+        self.left_out = LeftOut(metrics)
+        self.ignored: dict[Any, None] = {}
 
 
 _of_nodes: weakref.WeakKeyDictionary[Node, _OfNode] = weakref.WeakKeyDictionary()
@@ -73,6 +79,21 @@ class Shared(Uncopied):
 
     _called = "a remote expert or a gate"
 
+    def ignore(self, replica: Any, mismatch: SchemaMismatch) -> None:
+        """A replica hosts something else under its uid than what others answer for. One line for each server."""
+        peer = getattr(replica.peer, "peer_id", None) or replica.peer
+        if peer not in self.ignored:
+            logger.warning(
+                "ignoring the replica of %s at %s (and others there), which takes something else than the primary: %s",
+                replica.uid,
+                getattr(peer, "short", peer),
+                mismatch,
+            )
+            self.ignored[peer] = None
+            if len(self.ignored) > _MAX_IGNORED:
+                del self.ignored[next(iter(self.ignored))]
+        self.node.directory.report_failure(replica, reason="schema")
+
     def are_new(self, replicas: Sequence[Any]) -> bool:
         """Whether none of `replicas` was ever called."""
         return all(self.latencies.is_new(_key(replica)) for replica in replicas)
@@ -82,11 +103,13 @@ class Shared(Uncopied):
         self._plain = node if isinstance(node, PlainCalls) else None
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         if (ours := _of_nodes.get(self.node)) is None:
-            ours = _of_nodes[self.node] = _OfNode(self.node)
+            ours = _of_nodes[self.node] = _OfNode(self.node.metrics)
         self.audits = ours.audits
         self.latencies = ours.latencies
         self.limits = ours.limits
         self.stalls = ours.stalls
+        self.left_out = ours.left_out
+        self.ignored = ours.ignored
 
     def check(self) -> None:
         """Raises: RuntimeError if no call can be made (from here), before a coroutine is made in vain."""
@@ -174,7 +197,7 @@ async def _ask_several(
                     error = task.exception()
                     if error is None:
                         for other, mismatch in strange.items():
-                            _ignore(shared, other, mismatch)
+                            shared.ignore(other, mismatch)
                         return task.result()
                     if isinstance(error, SchemaMismatch):
                         strange[replica] = error
@@ -201,13 +224,15 @@ async def ask_primary(
     """Asks the primary, and whoever is primary then when that one fails: for calls that are safe to repeat elsewhere.
 
     `replicas` are those known, the primary first; `find` looks them up anew. A full one is asked again when it said.
-    One that keeps silent where others claim the expert, too, is given up as soon as it does not even answer a question
-    that another one answers. Raises: the first error if none answers; TimeoutError.
+    One that only follows names the primary. One that keeps silent where others claim the expert, too, is given up as
+    soon as it does not even answer a question that another one answers. Raises: the first error if none answers;
+    TimeoutError.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     first_error: Exception | None = None
     strange: dict[Any, SchemaMismatch] = {}
+    redirected: set[Any] = set()
     for _ in range(_MAX_HANDOVERS):
         left = deadline - loop.time()
         replicas = [replica for replica in replicas if replica.peer not in strange]
@@ -222,9 +247,17 @@ async def ask_primary(
             continue
         except (*REPLICA_FAULTS, NotAllowed) as error:
             first_error = first_error or error
-        except Overloaded as error:
+        except (Overloaded, NotPrimary) as error:
             first_error = first_error or error
             pause = max(error.retry_after, BLOCK_SECONDS)
+            if isinstance(error, NotPrimary):
+                named = [one for one in replicas[1:] if _key(one)[1] == error.primary]
+                if named and error.primary not in redirected:
+                    # among those that the directory knows only: a server that lies leads nobody to strangers
+                    redirected.add(error.primary)
+                    replicas = [*named, *(one for one in replicas if one not in named)]
+                    continue
+                redirected.clear()
             if loop.time() + pause >= deadline:
                 break
             await asyncio.sleep(pause)
@@ -277,13 +310,6 @@ async def _speaks(shared: Shared, replica: Any) -> bool:
     except TesseractError:
         pass
     return True
-
-
-def _ignore(shared: Shared, replica: Any, mismatch: SchemaMismatch) -> None:
-    """A replica hosts something else under its uid than the one that answered."""
-    peer = getattr(replica.peer, "peer_id", replica.peer)
-    logger.warning("ignoring the replica of %s at %s, which takes something else: %s", replica.uid, peer, mismatch)
-    shared.node.directory.report_failure(replica, reason="schema")
 
 
 async def _ask(

@@ -8,6 +8,7 @@ gives, which sees the backward pass before anything below it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable
@@ -88,8 +89,9 @@ class Scaling:
 def _note(scale: torch.Tensor, _gradient: torch.Tensor) -> None:
     """A tensor's hook: in an engine's thread, before the backward of what made the tensor."""
     _noted[torch._C._current_graph_task_id()] = scale
-    while len(_noted) > _MAX_NOTED:
-        _noted.pop(next(iter(_noted)), None)
+    with contextlib.suppress(RuntimeError):  # another thread notes at this moment: it drops them, or the next one does
+        while len(_noted) > _MAX_NOTED:
+            _noted.pop(next(iter(_noted)), None)
 
 
 def _hooked(scaler: torch.amp.GradScaler, scaled: Any) -> Any:

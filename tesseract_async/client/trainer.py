@@ -14,7 +14,7 @@ from torch import nn
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.endings import Endings
-from tesseract_async.client.leaves import fire_post_accumulate_hooks
+from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
 from tesseract_async.client.scaling import Scaled
 from tesseract_async.errors import SchemaMismatch, TesseractError
 
@@ -85,7 +85,8 @@ class AsyncTrainer(Generic[M]):
         the losses, which come unscaled, and decides over each step of the optimizer.
 
         Raises: ValueError for an impossible number, if the optimizer holds parameters that are not the module's, or for
-        a module whose gradients other processes share (DistributedDataParallel, FSDP): copies can't be in step there.
+        a module whose copies can't stand for it: other processes share its gradients (DistributedDataParallel, FSDP),
+        or hooks wait for them on ``AccumulateGrad``. Parameters' own hooks fire when a step's gradients arrive.
         """
         if in_flight < 1:
             raise ValueError(f"in_flight is at least 1, not {in_flight}")
@@ -98,6 +99,11 @@ class AsyncTrainer(Generic[M]):
         own = {id(parameter) for parameter in self._parameters}
         if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
             raise ValueError("the optimizer holds parameters that are not the module's")
+        if any(wait_for_accumulation(parameter) for parameter in self._parameters):
+            raise ValueError(
+                "AsyncTrainer trains copies, and hooks on a parameter's AccumulateGrad would never fire: "
+                "use `parameter.register_post_accumulate_grad_hook`"
+            )
         self.module = module
         self.optimizer = optimizer
         self.in_flight = in_flight

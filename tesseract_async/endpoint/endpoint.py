@@ -281,9 +281,10 @@ class Endpoint(Uncopied):
             connection.retired = True
 
     def say_anew(self) -> None:
-        """Opens new connections for later calls, by which peers learn of `grants` that have changed since."""
+        """Dials anew for later calls, by which peers learn of `grants` that have changed since. Connections that others
+        opened stay: those behind NATs could not be dialled."""
         for connection in self._pool.connections():
-            connection.retired = True
+            connection.retired = connection.retired or connection.dialled is not None
 
     def keep(self, peer_id: PeerID) -> None:
         """Spares this peer's connections when idle ones are closed."""

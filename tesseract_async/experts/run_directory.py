@@ -208,9 +208,11 @@ async def enter_run(
     if signed.tag is None:
         raise BareRun(signed)
     authority = Authority(signed)
-    if kept is not None and kept.run_id == authority.run_id:
-        kept.learn_run(signed)
-        authority = kept
+    for known in (trust.authority(authority.prefix), kept):
+        if known is not None and known.run_id == authority.run_id:
+            known.learn_run(signed)
+            authority = known
+            break
     if grant is not None:
         own = read_grant_text(grant, identity.peer_id, now=clock())
         if not authority.learn_grant(own.blob, identity.peer_id):
@@ -320,7 +322,9 @@ class RunKeeper:
         own = authority.grant_of(self._me)
         for entry in await self._network.get_entries(grant_key(authority.run_id, self._me)):
             authority.learn_grant(entry.value, self._me)
-        if authority.grant_of(self._me) != own:
+        if (now := authority.grant_of(self._me)) != own:
+            if now is None:
+                logger.warning("this node was revoked in the run %s: no member believes it", authority.run.full_name)
             self.on_own_grant()
         for record in authority.records():
             others = holders.get(record, set()) - {self._network.peer_id}

@@ -111,8 +111,8 @@ class SwarmObserver:
         if self._discover:
             await self._meet_contacts()
         for prefix, size in self._grids.items():
-            # a grid that grew is watched under its first size: `watch` refuses another one
-            if self.node.directory.live(prefix) is None:
+            # a grid that grew is watched under its first size
+            if self.node.directory.live(prefix, self._grids[prefix]) is None:
                 self.node.directory.watch(prefix, size)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(self.period, FIRST_READ_TIMEOUT)):
@@ -191,7 +191,7 @@ class SwarmObserver:
     def _note_members(self) -> None:
         hosted: dict[PeerID, tuple[PeerAddress, set[str]]] = {}
         for prefix in self._grids:
-            view = self.node.directory.live(prefix)
+            view = self.node.directory.live(prefix, self._grids[prefix])
             if view is None:
                 continue
             live = set(map(tuple, view.coords.tolist()))
@@ -285,7 +285,7 @@ class SwarmObserver:
         return str(self.node.initial_peers[0]) if self.node.initial_peers else str(self.node.peer_address)
 
     def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> dict[str, Any]:
-        view = self.node.directory.live(prefix)
+        view = self.node.directory.live(prefix, self._grids[prefix])
         return {
             "prefix": prefix,
             "size": list(size),

@@ -14,7 +14,8 @@ from tesseract_async.identity import SignedRecord
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.caching import lifetime
 from tesseract_async.network.contacts import Address, address_range
-from tesseract_async.network.storage import Outcome, Source
+from tesseract_async.network.shares import Source
+from tesseract_async.network.storage import Outcome
 
 if TYPE_CHECKING:
     from tesseract_async.network.protocol import NetworkProtocol
@@ -56,7 +57,7 @@ class Holder:
     def store(self, key: bytes, body: bytes, sender: bytes, address: Address, now: float) -> Outcome:
         """Verifies an untrusted record and keeps it. `address` is proven, `sender` is what somebody there says."""
         network = self._network
-        if not network.public:
+        if not network.public or not self._is_near(key):
             return Outcome.REFUSED
         range_ = address_range(address)
         try:
@@ -81,6 +82,19 @@ class Holder:
         network.storage.put(record, source)
         network.copies.drop(key)
         return Outcome.STORED
+
+    def _is_near(self, key: bytes) -> bool:
+        """Whether a record may belong here: fewer than k are known that are nearer to its key, or it is near enough.
+
+        That is three times as far as holders live: tables name the dead, and where ids were made to lie next to a key,
+        records go to the whole region.
+        """
+        network, target = self._network, int.from_bytes(key, "big")
+        own_distance = network.table.own_number ^ target
+        closest = network.table.closest(target, network.settings.k)
+        if len(closest) < network.settings.k or own_distance < closest[-1].number ^ target:
+            return True
+        return own_distance < 3 * network.density.radius()
 
     def keep_copy(self, arguments: list[Any], address: Address, now: float) -> None:
         """Keeps an untrusted single value for a while, where this node lies on the way to its holders.

@@ -162,6 +162,8 @@ class Neighbourhood:
         self.network.membership.neighbourhood_known(now)
         if not is_newcomer:
             return
+        if len(table) >= table.k:
+            self.network.density.probe(now)
         # section 2.3: refresh the buckets farther away than the closest neighbour, as far as they have room
         for index, bucket in enumerate(table.buckets[:-1]):
             if len(bucket.contacts) < table.k:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from bisect import bisect
 from collections.abc import Iterable, Sequence
+from random import Random
 
 from tesseract_async.network.contacts import Contact
 
@@ -70,8 +71,19 @@ class Lookup:
     """
 
     def __init__(
-        self, target: int, start: Sequence[Contact], *, k: int, num_paths: int, alpha: int, max_per_range: int = 3
+        self,
+        target: int,
+        start: Sequence[Contact],
+        *,
+        k: int,
+        num_paths: int,
+        alpha: int,
+        max_per_range: int = 3,
+        radius: int = 0,
+        random: Random | None = None,
     ) -> None:
+        """`radius`: of those nearer to the target than that, any is as good as another, and `random` says which is
+        asked first: who comes nearest would be whoever has made ids for it."""
         self.target = target
         self.k = k
         self.num_rounds = 0
@@ -81,6 +93,8 @@ class Lookup:
         self.max_under_way = alpha
         """Requests under way over all paths; may be changed between two calls of `to_ask`."""
         self._max_per_range = max_per_range
+        self._radius = radius
+        self._random = random
         self._candidates: dict[bytes, Candidate] = {}
         self._paths = [Path(number) for number in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
@@ -147,6 +161,16 @@ class Lookup:
         """Whether every path is: the k nearest that it may still count on have answered."""
         return all(self._path_finished(path) for path in self._paths)
 
+    def answered_within(self, radius: int) -> list[Contact]:
+        """Everybody that answered and is nearer to the target than `radius`, nearest first."""
+        answered = [item for item in self._candidates.values() if item.state is State.ANSWERED]
+        answered = sorted((item for item in answered if item.distance < radius), key=lambda item: item.distance)
+        return [item.contact for item in answered]
+
+    def heard_of(self) -> list[Contact]:
+        """Everybody, answered or not, but for those that failed."""
+        return [item.contact for item in self._candidates.values() if item.state is not State.FAILED]
+
     def closest(self, *, max_per_range: int | None = None) -> list[Contact]:
         """The k nearest contacts that answered, nearest first; at most `max_per_range` of one address range."""
         answered = [item for item in self._candidates.values() if item.state is State.ANSWERED]
@@ -171,13 +195,15 @@ class Lookup:
         for candidate in path.candidates:
             if candidate.state is not State.FAILED:
                 if candidate.state is State.NEW:
+                    if len(found) >= count and candidate.distance >= self._radius:
+                        break
                     found.append(candidate)
-                    if len(found) == count:
-                        return found
                 num_counted += 1
                 if num_counted == self.k:
                     break
-        return found or [candidate for candidate in path.starts if candidate.state is State.NEW][:count]
+        if len(found) > count and self._random is not None:
+            return self._random.sample(found, count)
+        return found[:count] or [candidate for candidate in path.starts if candidate.state is State.NEW][:count]
 
     def _path_finished(self, path: Path) -> bool:
         given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH

@@ -33,6 +33,7 @@ from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.joining import Seed
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
+from tesseract_async.network.values import decode_value, encode_value
 from tesseract_async.transport import stun
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
@@ -43,6 +44,8 @@ RECEIVE_BUFFER_BYTES = 4 * 2**20
 RESOLVE_BACKOFF = 30.0
 """Longest wait before a seed's host name is looked up again."""
 
+MAX_TOLD = 256
+"""Keys of which is remembered that something is hidden under them."""
 WARN_ALONE_AFTER = 11.0
 """Seconds without an answer of any seed, after which a node that is asked for nothing says so."""
 MAX_REMEMBERED_PEERS = 40
@@ -87,7 +90,9 @@ class Entries(list[Entry]):
 
 
 def key_digest(key: str) -> bytes:
-    """Where in the id space a key lives."""
+    """Where in the id space a key lives. Raises: TypeError for what is no text; ValueError for lone surrogates."""
+    if not isinstance(key, str):
+        raise TypeError(f"a key is text, not {type(key).__name__}")
     return hashlib.sha256(key.encode()).digest()
 
 
@@ -134,6 +139,7 @@ class TesseractNetwork(Uncopied):
         self._seeds: tuple[PeerAddress, ...] = ()
         self._has_seeds = False
         self._has_told = False
+        self._told_hidden: set[str] = set()
         self._policy = policy
         self._checks = tuple(checks)
         self._scope = scope
@@ -277,20 +283,28 @@ class TesseractNetwork(Uncopied):
 
         Returns how many nodes hold it, this one included where it is among them: 0 means that nobody took it.
 
-        Raises: ValueError for a value that is over about 900 bytes in msgpack, or a `ttl` that the settings do not
-        allow; TypeError for a value that msgpack cannot hold.
+        Raises, before anything is sent: ValueError for a value that is over about 900 bytes in msgpack, or a `ttl` that
+        the settings do not allow; ValueError or TypeError for a value that would not come back equal, such as a tuple
+        (see `network.values.encode_value`), and for a key or subkey that is no text.
         """
         (num_holders,) = await self.store_many([StoreItem(key, value, ttl, subkey)])
         return num_holders
 
     async def store_many(self, items: Sequence[StoreItem]) -> list[int]:
         """`store` for several entries at once. Those that share a key share its lookup, and all share datagrams."""
+        self._running()
+        # everything is signed, and so checked, before anything is sent
+        values = [encode_value(item.value) for item in items]
+        for item, value in zip(items, values, strict=True):
+            self._sign(item.key, item.subkey, value, item.ttl)
         await self._ready()
         self._tell_trouble()
         if not items:
             return []
-        # everything is signed, and so checked, before anything is sent
-        records = [self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl) for item in items]
+        # anew: a network that was not joined yet may have taken a while
+        records = [
+            self._sign(item.key, item.subkey, value, item.ttl) for item, value in zip(items, values, strict=True)
+        ]
         event = await self._write(records)
         counts = list(event.num_holders)
         outdated = [index for index, count in enumerate(counts) if event.num_outdated[index] > count]
@@ -300,18 +314,24 @@ class TesseractNetwork(Uncopied):
                 await self._recall(*name)
             for index in outdated:
                 item = items[index]
-                record = self._sign(item.key, item.subkey, msgpack.packb(item.value), item.ttl)
+                record = self._sign(item.key, item.subkey, values[index], item.ttl)
                 counts[index] = (await self._write([record])).num_holders[0]
         return counts
 
     async def get(self, key: str) -> Any:
         """What the network holds under `key`: None, a single value, or a dictionary of the live subkeys' values.
 
-        Where several owners stored the same (key, subkey), the entry with the highest (sequence, owner) is shown;
-        `get_entries` shows all, with owner and expiration. Entries with subkeys hide those without. Expired and
-        withdrawn entries are not seen. Raises: as `get_entries`.
+        Where several owners stored the same (key, subkey), the entry with the highest (sequence, owner) is shown, and
+        entries with subkeys hide those without; the log tells of what is hidden, and `get_entries` shows all, with
+        owner and expiration. Expired and withdrawn entries are not seen. Raises: as `get_entries`.
         """
-        return _view(await self.get_entries(key))
+        entries = await self.get_entries(key)
+        shown = _view(entries)
+        num_hidden = len(entries) - (len(shown) if isinstance(shown, dict) else bool(entries))
+        if num_hidden and key not in self._told_hidden:
+            self._told_hidden = {*list(self._told_hidden)[-MAX_TOLD:], key}
+            logger.warning("get(%.80r) hides %d entries of other owners: get_entries() shows all", key, num_hidden)
+        return shown
 
     async def get_many(self, keys: Sequence[str]) -> list[Any]:
         """`get` for several keys at once."""
@@ -346,7 +366,7 @@ class TesseractNetwork(Uncopied):
             if record.tombstone or record.expiration <= wall:
                 continue
             try:
-                value = msgpack.unpackb(record.value, strict_map_key=False)
+                value = decode_value(record.value)
             except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
                 self.metrics.count("network_values_unreadable")
                 continue
@@ -415,6 +435,8 @@ class TesseractNetwork(Uncopied):
                 self._published[(key, subkey)] = (max(sequence, record.sequence), max(expiration, record.expiration))
 
     def _sign(self, key: str, subkey: str | None, value: bytes, ttl: float, *, tombstone: bool = False) -> SignedRecord:
+        if subkey is not None and not isinstance(subkey, str):
+            raise TypeError(f"a subkey is text or None, not {type(subkey).__name__}")
         limit = self.settings.max_ttl + CLOCK_SKEW * tombstone
         if not 0 < ttl <= limit:
             raise ValueError(f"ttl must be between 0 and {limit} seconds, not {ttl}")

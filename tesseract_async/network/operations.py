@@ -40,7 +40,9 @@ class Search:
         alpha: int | None = None,
         k: int | None = None,
         num_paths: int | None = None,
+        follow: bool = True,
     ) -> None:
+        """`follow`: whether contacts that are named are asked too, or only those at the start."""
         settings = network.settings
         self.network = network
         self.target = target
@@ -54,7 +56,10 @@ class Search:
             num_paths=settings.num_paths if num_paths is None else num_paths,
             alpha=settings.alpha if alpha is None else alpha,
             max_per_range=settings.max_range_per_shortlist,
+            radius=network.density.radius(),
+            random=network.random,
         )
+        self._follow = follow
         self.ended = False
         self._on_answer = on_answer
         self._on_end = on_end
@@ -95,7 +100,7 @@ class Search:
             self.network.drop("malformed")
             self.lookup.failed(call.contact)
         else:
-            self.lookup.answered(call.contact, found)
+            self.lookup.answered(call.contact, found if self._follow else ())
         self.advance(now)
 
     def call_stalled(self, call: Call, now: float) -> None:

@@ -43,6 +43,7 @@ from tesseract_async.network.limits import RateLimiter
 from tesseract_async.network.operations import Ping, Refresh
 from tesseract_async.network.probation import Probation
 from tesseract_async.network.reading import Read
+from tesseract_async.network.region import Density
 from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import RoutingTable
 from tesseract_async.network.settings import (
@@ -103,7 +104,7 @@ class NetworkProtocol:
             max_range_per_bucket=settings.max_range_per_bucket,
             max_range_per_table=settings.max_range_per_table,
         )
-        self.storage = Storage(settings)
+        self.storage = Storage(settings, own_number=int.from_bytes(self.own_id, "big"))
         self.copies = PathCache()
         self.holder = Holder(self, policy=policy, checks=checks)
         self.dialback = DialBack(self, public=public, now=now)
@@ -113,6 +114,7 @@ class NetworkProtocol:
         self.observed: dict[PeerID, Address] = {}
         """The address at which the latest contacts see this node."""
         self.membership = Membership(self, public=public)
+        self.density = Density(self)
         self._replicator = Replicator(self, now=now)
         self.limiter = RateLimiter(rate=settings.max_request_rate, burst=2 * settings.max_request_rate)
         self._skews: deque[float] = deque(maxlen=15)

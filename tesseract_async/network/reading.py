@@ -13,6 +13,7 @@ from tesseract_async.network.contacts import Contact
 from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.operations import Search
+from tesseract_async.network.region import Region
 from tesseract_async.network.storage import NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarise
 from tesseract_async.network.timers import Timer
 
@@ -80,6 +81,9 @@ class Read:
         self._number = 0
         self._narrow = True
         self._hurries: Timer | None = None
+        self._in_region = False
+        self._num_answers = 0
+        """Of those that were asked before the region was."""
 
     def start(self, number: int, now: float) -> None:
         self._number = number
@@ -91,7 +95,7 @@ class Read:
             assert summary is not None
             self._holdings.append(Holding(None, summary, own))
         start = self.network.table.closest(int.from_bytes(self.key, "big"), self.network.settings.k)
-        self._search = Search(self.network, self.key, start, now, on_answer=self._hear, on_end=self._settle)
+        self._search = Search(self.network, self.key, start, now, on_answer=self._hear, on_end=self._searched)
         # whoever holds the key is among the other holders already
         self._expect(self.network.settings.num_equal_holders - bool(own))
         if not own:
@@ -123,7 +127,7 @@ class Read:
         self._holdings.append(Holding(contact, summary, records, is_copy=wire.is_copy(reply.results)))
         equal = [item for item in self._holdings if item.summary == summary]
         missing = self.network.settings.num_equal_holders - _num_counted(equal)
-        if missing <= 0 and not all(item.is_copy for item in equal):
+        if missing <= 0 and not all(item.is_copy for item in equal) and not self._may_be_captured:
             self._search.stop()
             self._settle(now, equal)
         elif self._is_holder and equal[0] is not self._holdings[0]:
@@ -134,6 +138,45 @@ class Read:
     @property
     def _is_holder(self) -> bool:
         return bool(self._holdings) and self._holdings[0].contact is None
+
+    @property
+    def _may_be_captured(self) -> bool:
+        """Whether three that say the same may be one party: then everybody in the region is asked."""
+        lookup = self._search.lookup
+        return self._in_region or self.network.density.is_captured(lookup.target, lookup.heard_of())
+
+    def _searched(self, now: float) -> None:
+        """The k closest have answered. Where they are too near to be there by chance, their region is asked too."""
+        lookup = self._search.lookup
+        closest = lookup.closest()
+        if self.network.density.is_captured(lookup.target, closest):
+            Region(self.network, self.key, lookup, now, self._ask_region)
+        else:
+            self.network.density.note(self.key, closest)
+            self._settle(now)
+
+    def _ask_region(self, members: list[Contact], now: float) -> None:
+        asked = self._search.lookup
+        others = [contact for contact in members if not asked.knows(contact.raw)]
+        if self.cancelled or not others:
+            self._settle(now)
+            return
+        self._in_region = True
+        self._num_answers = asked.num_answered
+        search = Search(
+            self.network,
+            self.key,
+            others,
+            now,
+            on_answer=self._hear,
+            on_end=self._settle,
+            k=len(others),
+            num_paths=4,
+            follow=False,
+        )
+        search.lookup.num_rounds = asked.num_rounds
+        self._search = search
+        search.advance(now)
 
     def _expect(self, num_answers: int) -> None:
         if self._narrow:
@@ -239,7 +282,7 @@ class Read:
             list(self._merged.values()),
             lookup.num_rounds,
             num_holders=len(self._holdings),
-            num_answers=lookup.num_answered,
+            num_answers=self._num_answers + lookup.num_answered,
             complete=self.complete,
         )
         self.network.finish(self, event)

@@ -11,10 +11,11 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
 
 from tesseract_async.identity import PeerID, SignedRecord
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
+from tesseract_async.network.shares import Shares, Source
 
 NUM_RANGES = 16
 """Parts of a dictionary that have digests of their own."""
@@ -51,13 +52,8 @@ class Outcome(enum.IntEnum):
         return self <= Outcome.ALREADY_HELD
 
 
-class Source(NamedTuple):
-    """Who sent a record, as far as that is proven."""
-
-    range: bytes
-    """An address range (`contacts.address_range`)."""
-    copied: bool
-    """Whether it was a holder that copied another's record: such a one brings those of many owners."""
+NUM_WEIGHED = 32
+"""Entries of one source among which the one that goes is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +100,22 @@ class _Index:
         self.digests[index] = (self.digests[index] + change) % 2**64
 
 
+_NOTHING: dict[EntryID, Source] = {}
+"""Shared by all dictionaries without sources."""
+
+
 class _Dictionary:
     """The entries of one key. Most keys have one, so everything else is made when it is needed."""
 
-    __slots__ = ("entries", "index", "sources")
+    __slots__ = ("counts", "entries", "index", "sources")
 
     def __init__(self) -> None:
         self.entries: dict[EntryID, SignedRecord] = {}
         self.index: _Index | None = None
-        self.sources: dict[EntryID, Source] | None = None
-        """Where an entry came from first, where ranges are counted."""
+        self.sources: dict[EntryID, Source] = _NOTHING
+        """Where an entry came from, where ranges are counted."""
+        self.counts: dict[Source, int] = {}
+        """Entries of each source."""
 
     def count_of_owner(self, owner: PeerID) -> int:
         if self.index is not None:
@@ -121,7 +123,18 @@ class _Dictionary:
         return sum(1 for _, other in self.entries if other == owner)
 
     def count_of_source(self, source: Source) -> int:
-        return sum(1 for other in self.sources.values() if other == source) if self.sources is not None else 0
+        return self.counts.get(source, 0)
+
+    def note_source(self, identity: EntryID, source: Source | None) -> None:
+        """An entry came from there, or (None) is gone."""
+        old = self.sources.pop(identity, None)
+        if old is not None:
+            self.counts[old] -= 1
+            if not self.counts[old]:
+                del self.counts[old]
+        if source is not None:
+            self.sources[identity] = source
+            self.counts[source] = self.counts.get(source, 0) + 1
 
     def summary(self) -> Summary:
         if self.index is not None:
@@ -143,8 +156,11 @@ class _Dictionary:
 class Storage:
     """The records of one node. Times are wall-clock seconds. Records must have been verified before `add`."""
 
-    def __init__(self, settings: NetworkSettings) -> None:
+    def __init__(self, settings: NetworkSettings, *, own_number: int = 0) -> None:
+        """`own_number`: the node's id; where there must be room, what is far from it goes first."""
         self._settings = settings
+        self._own_number = own_number
+        self._shares = Shares()
         self._keys: dict[bytes, _Dictionary] = {}
         self._expirations: list[tuple[float, int, SignedRecord]] = []
         """A heap of (removal time, number, record). Replaced records stay in it until it is rebuilt or they expire."""
@@ -173,11 +189,17 @@ class Storage:
         if held is not None:
             if held.body == record.body:
                 return Outcome.ALREADY_HELD
-            return None if record.supersedes(held) else Outcome.OUTDATED
-        if self.num_bytes + len(record.body) + ENTRY_OVERHEAD > self._settings.max_storage_bytes:
+            if not record.supersedes(held):
+                return Outcome.OUTDATED
+            grows = len(record.body) - len(held.body)
+            return Outcome.FULL if 0 < grows > self._settings.max_storage_bytes - self.num_bytes else None
+        size = len(record.body) + ENTRY_OVERHEAD
+        if not self._shares.allow(source, size, self._settings.max_storage_bytes):
+            return Outcome.FULL
+        if self.num_bytes + size > self._settings.max_storage_bytes and not self._shares.crowding(source, size):
             return Outcome.FULL
         if dictionary is not None:
-            if len(dictionary.entries) >= self._settings.max_entries_per_key:
+            if len(dictionary.entries) >= self._settings.max_entries_per_key and not _crowding(dictionary, source):
                 return Outcome.FULL
             if dictionary.count_of_owner(record.owner) >= self._settings.max_entries_per_owner:
                 return Outcome.FULL
@@ -197,22 +219,29 @@ class Storage:
         return outcome
 
     def put(self, record: SignedRecord, source: Source | None = None) -> None:
-        """Keeps a verified record to which `check` did not object."""
+        """Keeps a verified record to which `check` did not object. Where it is full, one of whoever has most goes."""
         identity = (record.subkey, record.owner)
         dictionary = self._keys.get(record.key)
+        old = dictionary.entries.get(identity) if dictionary is not None else None
+        if old is None:
+            self._make_room(record, source)
+            dictionary = self._keys.get(record.key)  # it may have gone with its last entry
         if dictionary is None:
             dictionary = self._keys[record.key] = _Dictionary()
-        old = dictionary.entries.get(identity)
         dictionary.entries[identity] = record
         if old is None:
             self.num_entries += 1
             self.num_bytes += len(record.body) + ENTRY_OVERHEAD
-            if source is not None:
-                if dictionary.sources is None:
-                    dictionary.sources = {}
-                dictionary.sources[identity] = source
         else:
             self.num_bytes += len(record.body) - len(old.body)
+        before = dictionary.sources.get(identity)
+        if before is not None and (source is None or source.copied):
+            source = before  # who renews its own entry says where it comes from; who copies one does not
+        if source is not None or before is not None:
+            if dictionary.sources is _NOTHING:
+                dictionary.sources = {}
+            dictionary.note_source(identity, source)
+            self._shares.move((record.key, identity), len(record.body) + ENTRY_OVERHEAD, before, source)
         if dictionary.index is not None:
             dictionary.index.add(identity, record, old)
         elif len(dictionary.entries) > SMALL:
@@ -290,13 +319,38 @@ class Storage:
         for dictionary in list(self._keys.values()):
             yield from list(dictionary.entries.values())
 
+    def _make_room(self, record: SignedRecord, source: Source | None) -> None:
+        """Drops entries of whoever has most, until the newcomer fits: far ones, of keys with one source, first."""
+        dictionary = self._keys.get(record.key)
+        if dictionary is not None and len(dictionary.entries) >= self._settings.max_entries_per_key:
+            crowding = _crowding(dictionary, source)
+            if crowding is not None:
+                some = (identity for identity, other in dictionary.sources.items() if other == crowding)
+                self._drop_one([(record.key, identity) for identity in islice(some, NUM_WEIGHED)])
+        size = len(record.body) + ENTRY_OVERHEAD
+        while self.num_bytes + size > self._settings.max_storage_bytes:
+            crowding = self._shares.crowding(source, size)
+            if crowding is None:
+                return
+            self._drop_one(self._shares.some_of(crowding, NUM_WEIGHED))
+
+    def _drop_one(self, weighed: list[tuple[bytes, EntryID]]) -> None:
+        def weight(name: tuple[bytes, EntryID]) -> tuple[bool, int, float]:
+            dictionary = self._keys[name[0]]
+            far = (int.from_bytes(name[0], "big") ^ self._own_number).bit_length()
+            return len(dictionary.counts) == 1, far, dictionary.entries[name[1]].expiration
+
+        key, identity = max(weighed, key=weight)
+        self._remove(self._keys[key], self._keys[key].entries[identity])
+
     def _remove(self, dictionary: _Dictionary, record: SignedRecord) -> None:
         identity = (record.subkey, record.owner)
         del dictionary.entries[identity]
         if dictionary.index is not None:
             dictionary.index.remove(identity, record)
-        if dictionary.sources is not None:
-            dictionary.sources.pop(identity, None)
+        if (source := dictionary.sources.get(identity)) is not None:
+            dictionary.note_source(identity, None)
+            self._shares.move((record.key, identity), 0, source, None)
         self.num_entries -= 1
         self.num_bytes -= len(record.body) + ENTRY_OVERHEAD
         if not dictionary.entries:
@@ -312,6 +366,14 @@ def summarise(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
         digests[index] = (digests[index] + record.digest) % 2**64
         count += 1
     return Summary(count, tuple(digests))
+
+
+def _crowding(dictionary: _Dictionary, source: Source | None) -> Source | None:
+    """The source with most entries, where that is more than the newcomer's would have with one more."""
+    if not dictionary.counts or source is None:
+        return None
+    most = max(dictionary.counts, key=dictionary.counts.__getitem__)
+    return most if dictionary.counts[most] > dictionary.counts.get(source, 0) + 1 else None
 
 
 def _slot_of(item: tuple[int, EntryID]) -> int:

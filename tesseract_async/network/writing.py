@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tesseract_async.errors import ProtocolError
@@ -13,6 +14,7 @@ from tesseract_async.network.contacts import Contact, address_range
 from tesseract_async.network.datagrams import Reply
 from tesseract_async.network.events import WriteFinished
 from tesseract_async.network.operations import Search
+from tesseract_async.network.region import Region
 from tesseract_async.network.storage import Outcome
 
 if TYPE_CHECKING:
@@ -69,8 +71,8 @@ class Write:
         target = int.from_bytes(key, "big")
         own_distance = network.table.own_number ^ target
         is_holder = network.public and (len(holders) < network.settings.k or own_distance < holders[-1].number ^ target)
-        if is_holder:
-            holders = holders[: network.settings.k - 1]
+        if is_holder and len(holders) == network.settings.k:
+            del holders[-1]
         if is_holder or not holders:
             for index in self._indices[key]:
                 self.num_holders[index] += network.storage.add(self.records[index], network.wall(now)).held
@@ -144,8 +146,13 @@ class _HolderSearch:
         self.search.advance(now)
 
     def _end(self, now: float) -> None:
-        limit = self.write.network.settings.max_range_per_holder_set
-        self.write._found(self.key, self.search.lookup.closest(max_per_range=limit), now)
+        network, lookup = self.write.network, self.search.lookup
+        closest = lookup.closest(max_per_range=network.settings.max_range_per_holder_set)
+        if network.density.is_captured(lookup.target, lookup.closest()):
+            Region(network, self.key, lookup, now, partial(self.write._found, self.key))
+        else:
+            network.density.note(self.key, closest)
+            self.write._found(self.key, closest, now)
 
 
 class _Store:

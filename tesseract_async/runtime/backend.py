@@ -11,6 +11,7 @@ split over batches equals one that is not.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections import OrderedDict, deque
@@ -179,7 +180,11 @@ class ExpertBackend:
         self.version = 0
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
-        """The journal: call ids of backwards that were applied, and the version that each led to."""
+        """The journal: what names each backward that was applied (`server.calls.journal_key`), and the version that it
+        led to."""
+        self.num_bare = 0
+        """The first so many of them, from a checkpoint of version 0.1, are call ids, whoever the trainer was."""
+        self._bare: set[bytes] = set()
         self._habits = {training: Habits() for training in (False, True)}
         self.norms = UsualNorms()
         """Of the gradients that it got."""
@@ -327,6 +332,7 @@ class ExpertBackend:
             self.applied[call_id] = self.version
         while len(self.applied) > self.settings.journal_length:
             self.applied.popitem(last=False)
+            self.num_bare = max(0, self.num_bare - 1)
         return self.version
 
     def is_sound(self) -> bool:
@@ -413,6 +419,7 @@ class ExpertBackend:
                 if ids
                 else torch.empty(0, dtype=torch.uint8),
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
+                "num_bare": self.num_bare,
             },
             "accumulated": states.pack_gradients(self._merged()),
             "num_accumulated": self._num_accumulated,
@@ -438,12 +445,21 @@ class ExpertBackend:
         self.applied = OrderedDict(
             (ids[16 * index : 16 * index + 16], version) for index, version in enumerate(versions)
         )
+        self.num_bare = min(int(state["applied"].get("num_bare", len(versions))), len(self.applied))
+        self._bare = set(itertools.islice(self.applied, self.num_bare))
         accumulated, self._num_accumulated = state["accumulated"], state["num_accumulated"]
         self._gathered = {}
         if accumulated is not None and self.trains:
             self._gathered[None] = states.unpack_gradients(accumulated, self.device), self._num_accumulated
         norms = state.get("gradient_norms", ())
         self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
+
+    def led_to(self, key: bytes, call_id: bytes) -> int | None:
+        """The version that a backward led to that was applied before; None if it was not."""
+        version = self.applied.get(key)
+        if version is None and call_id in self._bare:
+            version = self.applied.get(call_id)
+        return version
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
         if self.module.training != training:

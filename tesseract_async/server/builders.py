@@ -34,6 +34,8 @@ Builder = Callable[..., tuple[nn.Module, tuple[Schema, ...]]]
 EXPERTS: Final[dict[str, Builder]] = {}
 _MARKED: Final[dict[str, Builder]] = {}
 
+MAX_REASON: Final = 200
+"""Characters of a builder's own error: PyTorch's may be pages."""
 NUM_PLANNED_ROWS: Final = 4
 """As many as a backend's first look at its module takes, or more."""
 
@@ -148,6 +150,8 @@ def _check_sizes(builder: Builder, sizes: Mapping[str, Any], name: str) -> None:
     for key, value in sizes.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}: {key} is a finite number, not {value}")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: {key} is too large a number")
         if key in hints and not _fits(value, hints[key]):
             kind = getattr(hints[key], "__name__", str(hints[key]))
             raise ValueError(f"{name}: {key} is {_WORDS.get(kind, kind)}, not {value!r}")
@@ -212,4 +216,6 @@ def _call(builder: Builder, sizes: Mapping[str, Any], name: str, seed: int | Non
             torch.manual_seed(seed)
             return builder(**sizes)
     except Exception as error:
-        raise ValueError(f"{name} cannot be built with {dict(sizes)}: {describe(error)}") from error
+        given = ", ".join(f"{key}={value}" for key, value in sizes.items()) or "its own sizes"
+        reason = describe(error).partition("\n")[0][:MAX_REASON]
+        raise ValueError(f"{name} cannot be built with {given}: {reason}") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -83,6 +84,23 @@ class CheckpointStore:
                 unfinished.unlink(missing_ok=True)
             raise CheckpointError(f"{path} could not be written: {describe(error)}") from error
         return path
+
+    def set_aside(self, uid: str, state: Mapping[str, Any], *, version: int) -> Path:
+        """Writes a file that is neither restored nor ever dropped: ``VERSION.aside``, or with a number if there is one.
+
+        Raises: CheckpointError.
+        """
+        path = self.save(uid, state, version=version)
+        target = path.with_suffix(".aside")
+        for number in itertools.count(1):
+            if not target.exists():
+                break
+            target = path.with_suffix(f".{number}.aside")
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            raise CheckpointError(f"{target} could not be written: {describe(error)}") from error
+        return target
 
     def load(self, uid: str) -> dict[str, Any] | None:
         """The newest state that is whole; None where there is no checkpoint. Damaged files are passed over, loudly.

@@ -1,9 +1,14 @@
-"""Who trains an expert that several servers host. No I/O: what is known of the others is given to it.
+"""Who trains an expert with a bare name that several servers host. No I/O: what is known of the others is given to it.
 
-One replica is *primary*: it steps the optimizer. The others follow: they answer forwards from state that they pull, and
-pass backwards on. When the primary's manifest has expired or was withdrawn, the follower with the most steps takes
-over. Where two are primary (a partition healed, two newcomers met), the one with more steps stays, and the other
-follows.
+Bare names have no records that say who may lead (`experts.lineage` has, for runs), so nobody's word counts for much. A
+primary that runs gives way to nobody for a large version: versions are compared only among servers that the node's own
+allow-list names. Among others, which are machines on one's own network, it gives way
+
+- while it has just begun and taken no step: two that start together settle on one;
+- after it stood still or was cut off for a lease, in which another may have taken over;
+- to the one that it took over from, if that has been there all the time.
+
+Everything else stays as it is, and is reported: two primaries are for people to settle.
 """
 
 from __future__ import annotations
@@ -25,30 +30,48 @@ class Standing:
     """Optimizer steps; None if the server does not answer."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """What this server remembers of an expert."""
+
+    leader: PeerID | None = None
+    """Whom it follows."""
+    taken_from: PeerID | None = None
+    """Whom it took over from, unasked."""
+    is_new: bool = False
+    """It has led for a moment only, without a step, or stood still for a lease."""
+    has_waited: bool = True
+    """A better follower had the time to take over, and did not."""
+
+
 class Role(Enum):
     """What a server should do about one expert."""
 
     LEAD = "lead"
     FOLLOW = "follow"
+    WAIT = "wait"
+    """Follow nobody for the moment: a better follower is about to lead."""
 
 
-def decide(me: Standing, others: Sequence[Standing]) -> tuple[Role, Standing | None]:
-    """This server's role, and whom it follows (None where it leads).
+def decide(me: Standing, others: Sequence[Standing], past: Past, *, listed: bool) -> tuple[Role, Standing | None]:
+    """This server's role, and whom it follows.
 
-    All servers that see the same decide the same; equal steps are decided by the lower id. A primary whose manifest is
-    alive keeps its role although it does not answer: it may be busy, and its manifest will expire if it is not. A
-    follower that does not answer is no rival.
+    `others`: replicas whose word may count, and of those that call themselves primary only who answered lately.
+    `listed`: they are on an allow-list, so that their versions are believed.
     """
     assert me.version is not None
     primaries = [other for other in others if other.primary]
     if me.primary:
-        # an unreachable rival keeps its steps, and nobody knows how many: only one that answers is given way to
-        better = [other for other in primaries if _rank(other) > _rank(me)]
+        speaking = [other for other in primaries if other.version is not None]
+        better = [other for other in speaking if _rank(other) > _rank(me)] if listed else []
+        if not listed:
+            better = speaking if past.is_new else [other for other in speaking if other.owner == past.taken_from]
         return (Role.FOLLOW, max(better, key=_rank)) if better else (Role.LEAD, None)
     if primaries:
-        return Role.FOLLOW, max(primaries, key=_rank)
-    better = [other for other in others if _rank(other) > _rank(me)]
-    return (Role.FOLLOW, max(better, key=_rank)) if better else (Role.LEAD, None)
+        known = [other for other in primaries if other.owner == past.leader]
+        return Role.FOLLOW, max((not listed and known) or primaries, key=_rank)
+    better = [other for other in others if other.version is not None and _rank(other) > _rank(me)]
+    return (Role.WAIT if better and not past.has_waited else Role.LEAD), None
 
 
 def _rank(one: Standing) -> tuple[int, int]:

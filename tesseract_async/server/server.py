@@ -17,12 +17,13 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
     ExpertNotFound,
-    NotAllowed,
+    NotPrimary,
     Overloaded,
     TesseractError,
     describe,
 )
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
+from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
@@ -65,7 +66,7 @@ class TesseractServer(Uncopied):
     to the server meanwhile: nobody else may touch their modules.
 
     Of several servers that host one uid, one is its primary: it trains. `followers` names the uids of which this server
-    is not; their backwards go to `pass_on`, if that is set, and are refused otherwise.
+    is not; their backwards are refused, with the name of the primary (`NotPrimary`).
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class TesseractServer(Uncopied):
         self._runtime_of = {
             backend: self.runtimes[number % len(devices)] for number, backend in enumerate(self.experts.values())
         }
-        self.pass_on: Callable[[str, IncomingCall], Awaitable[Message]] | None = None
-        """Answers the backwards of experts that this server only follows."""
+        self.find_primary: Callable[[str], Awaitable[tuple[PeerID | None, float]]] = _nobody
+        """Who trains an expert that this server only follows, or None and the seconds after which to ask again."""
         self._calls = ExpertCalls(self._runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
         self._handlers: dict[str, Handler] = {}
         self._is_primary = {uid: uid not in followers for uid in experts}
@@ -363,6 +364,18 @@ class TesseractServer(Uncopied):
         """Runs `function`, which touches files and no module, on a helper thread: one at a time, in order."""
         return await self.runtimes[0].call_aside(function)
 
+    async def set_aside(self, uid: str) -> None:
+        """Writes down the expert's own state, under a name that no later checkpoint takes: another one's follows.
+
+        Raises: CheckpointError.
+        """
+        if self._store is None:
+            return
+        store, backend = self._store, self.experts[uid]
+        state = await self._runtime_of[backend].snapshot(backend)
+        path = await self.call_aside(partial(store.set_aside, uid, state, version=state["version"]))
+        logger.warning("the steps that %s took here alone are kept in %s", uid, path)
+
     async def install(self, uid: str, state: Mapping[str, Any]) -> None:
         """Lets the expert continue from `state`, between two batches; if it does not fit, from where it was.
 
@@ -458,10 +471,18 @@ class TesseractServer(Uncopied):
         if call.method in self._handlers:
             return self._handlers[call.method](uid, backend, call)
         if call.method == messages.BACKWARD and not self._is_primary[uid]:
-            if self.pass_on is None:
-                raise NotAllowed(f"this server only follows {uid}: send its backward to the primary")
-            return self.pass_on(uid, call)
+            return self._redirect(uid, backend, call)
         return self._calls.answer(uid, backend, call)
+
+    async def _redirect(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        primary, retry_after = await self.find_primary(uid)
+        if self._is_primary[uid]:  # nobody took it
+            return await self._calls.answer(uid, backend, call)
+        raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
+
+
+async def _nobody(uid: str) -> tuple[PeerID | None, float]:
+    return None, 1.0
 
 
 def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_DIGEST: Final = bytes(16)
+MAX_VERSION: Final = 2**53
+"""No expert takes so many steps: a state that says so would leave it no room for its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ class TransferSettings:
     """A copy so young is good enough for somebody who asks for the newest: ten followers cost one copy."""
     num_retries: int = 3
     """How often a piece is asked for again after the connection broke."""
+    min_piece_bytes: int = 64 << 10
+    """A source that sends less at a time, before the end, is left for another one."""
+    min_rate: float = 32 << 10
+    """Bytes per second: a state that takes longer, and the time-out of a piece more, is left as well."""
 
 
 @dataclass(slots=True)
@@ -76,6 +82,11 @@ class StateSource:
         self._copies: dict[tuple[str, bool], _Copy] = {}
         self._making: dict[tuple[str, bool], asyncio.Lock] = {}
         self._sweep: asyncio.TimerHandle | None = None
+
+    def copy_of(self, uid: str) -> memoryview | None:
+        """The file that was sent last of the whole state, if it is still here."""
+        copy = self._copies.get((uid, False))
+        return None if copy is None else copy.data
 
     async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         """The next piece. Raises: ProtocolError for a malformed request; Overloaded if too much is being sent."""
@@ -146,19 +157,43 @@ async def fetch_state(
 ) -> dict[str, Any] | None:
     """The expert's state at that server: `module`, `version`, and unless `weights_only` also `optimizer` and `applied`.
 
-    None if the server has not reached `min_version`. `timeout` is for each piece. What comes back was written by a
-    stranger: it is checked for its form, not for its worth.
-
-    Raises: as `TesseractNode.call_expert`; ProtocolError for what is no state, or too long a one.
+    None if the server has not reached `min_version`. What comes back was written by a stranger: it is checked for its
+    form, not for its worth. Raises: as `fetch_file`; ProtocolError for what is no state.
     """
+    file = await fetch_file(
+        node, peer, uid, weights_only=weights_only, min_version=min_version, timeout=timeout, settings=settings
+    )
+    return None if file is None else check_state(uid, file, weights_only=weights_only)
+
+
+async def fetch_file(
+    node: TesseractNode,
+    peer: PeerAddress,
+    uid: str,
+    *,
+    weights_only: bool = False,
+    min_version: int = 0,
+    timeout: float = 60.0,
+    settings: TransferSettings = TransferSettings(),
+) -> bytes | None:
+    """The file of an expert's state. `timeout` is for each piece; the whole may take longer by its size at `min_rate`.
+
+    Raises: as `TesseractNode.call_expert`; ProtocolError for too long a file, or one that does not fit its digest;
+    TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
     file = bytearray()
     digest = NO_DIGEST
     failures = 0
     while True:
         request = messages.StateRequest(uid, weights_only, min_version, digest, len(file))
         try:
+            left = min(timeout, deadline - loop.time())
+            if left <= 0:
+                raise TimeoutError(f"the state of {uid} comes too slowly: {len(file)} bytes so far")
             reply = await node.call_expert(
-                peer, messages.STATE, messages.encode(request), timeout=timeout, idempotent=True
+                peer, messages.STATE, messages.encode(request), timeout=left, idempotent=True
             )
         except ConnectionLost:
             failures += 1
@@ -175,12 +210,15 @@ async def fetch_state(
             failures += bool(file)
             if failures > settings.num_retries:
                 raise ProtocolError(f"{uid}: the server changes its state faster than it sends it")
+            if digest == NO_DIGEST:
+                deadline += head.size / settings.min_rate
             file.clear()
             digest = head.digest
         if (
             head.offset != len(file)
             or len(reply.buffers) != 1
             or not 0 < len(reply.buffers[0]) <= head.size - len(file)
+            or len(reply.buffers[0]) < min(settings.min_piece_bytes, settings.piece_bytes, head.size - len(file))
         ):
             raise ProtocolError(f"{uid}: a piece of its state that does not fit")
         file += reply.buffers[0]
@@ -188,7 +226,26 @@ async def fetch_state(
             break
     if _digest(file) != digest:
         raise ProtocolError(f"{uid}: its state was damaged on the way")
-    return check_state(uid, bytes(file), weights_only=weights_only)
+    return bytes(file)
+
+
+def largest_state(backend: ExpertBackend) -> int:
+    """Bytes of the longest file that a state of this expert could have: weights, what an optimizer keeps of each (four
+    times their size at most), gathered gradients, the journal, names."""
+    tensors = [*backend.module.parameters(), *backend.module.buffers()]
+    num_bytes = sum(max(4, x.element_size()) * x.numel() for x in tensors)
+    return 6 * num_bytes + 32 * backend.settings.journal_length + (4096 * len(tensors)) + (1 << 20)
+
+
+def difference(uid: str, backend: ExpertBackend, state: Mapping[str, Any]) -> str | None:
+    """The first thing in which a state's weights do not fit this expert, as a sentence; None if they fit."""
+    mine, theirs = backend.module.state_dict(), state["module"]
+    for name in sorted(mine.keys() | theirs.keys()):
+        shapes = [list(some[name].shape) if name in some else None for some in (theirs, mine)]
+        if shapes[0] != shapes[1]:
+            said = ["none" if shape is None else f"shape {shape}" for shape in shapes]
+            return f"{uid}: its weight {name[:80]} has {said[0]} there and {said[1]} here"
+    return None
 
 
 def check_state(uid: str, data: bytes, *, weights_only: bool) -> dict[str, Any]:
@@ -198,7 +255,7 @@ def check_state(uid: str, data: bytes, *, weights_only: bool) -> dict[str, Any]:
     except (CheckpointError, RecursionError, IndexError, OverflowError) as error:
         raise ProtocolError(f"{uid}: its state cannot be read: {describe(error)}") from None
     module, version = state.get("module"), state.get("version")
-    if type(version) is not int or not 0 <= version < 2**63:
+    if type(version) is not int or not 0 <= version < MAX_VERSION:
         raise ProtocolError(f"{uid}: a state without a version")
     if not isinstance(module, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in module.items()

@@ -259,6 +259,11 @@ class SimulatedNetwork:
         ordered = sorted(nodes, key=lambda node: node.protocol.table.own_number)
         numbers = [node.protocol.table.own_number for node in ordered]
         templates = [Contact(node.protocol.own_id, node.address) for node in ordered]
+        samples = []
+        for index in range(5):
+            target = _digest(f"sample {index}")
+            number, k = int.from_bytes(target, "big"), self.settings.k
+            samples.append((target, sorted(templates, key=lambda contact: contact.number ^ number)[:k]))  # noqa: B023
         for node in nodes:
             table = node.protocol.table
             low, high = 0, count
@@ -281,6 +286,8 @@ class SimulatedNetwork:
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
             node.protocol.membership.joined = True
+            for target, closest in samples:
+                node.protocol.density.note(target, closest)
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:

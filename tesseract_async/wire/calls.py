@@ -14,6 +14,7 @@ from tesseract_async.errors import (
     ExpertNotFound,
     InputsForgotten,
     NotAllowed,
+    NotPrimary,
     Overloaded,
     ProtocolError,
     RemoteError,
@@ -36,7 +37,7 @@ _ERRORS: dict[str, type[RemoteError]] = {
     kind.code: kind
     for kind in (
         *(ExpertNotFound, SchemaMismatch, Overloaded, ExpertFailed),
-        *(InputsForgotten, NotAllowed, UnknownMethod, RemoteError),
+        *(InputsForgotten, NotPrimary, NotAllowed, UnknownMethod, RemoteError),
     )
 }
 
@@ -119,10 +120,15 @@ def decode_reply(value: Any) -> tuple[Any, RemoteError | None]:
         raise ProtocolError("a reply holds a malformed error")
     kind = _ERRORS.get(code, RemoteError)
     error: RemoteError
-    if kind is Overloaded:
+    if kind is Overloaded or kind is NotPrimary:
         after = details.get("retry_after", 0.0)
-        usable = type(after) in (int, float) and 0 <= after <= 3600
-        error = Overloaded(sentence[:MAX_SENTENCE_LENGTH], retry_after=float(after) if usable else 0.0)
+        after = float(after) if type(after) in (int, float) and 0 <= after <= 3600 else 0.0
+        if kind is Overloaded:
+            error = Overloaded(sentence[:MAX_SENTENCE_LENGTH], retry_after=after)
+        else:
+            primary = details.get("primary")
+            known = type(primary) is bytes and len(primary) == 32
+            error = NotPrimary(sentence[:MAX_SENTENCE_LENGTH], primary=primary if known else None, retry_after=after)
     else:
         error = kind(sentence[:MAX_SENTENCE_LENGTH])
         error.details = {key: item for key, item in details.items() if type(key) is str}

@@ -113,12 +113,16 @@ class LeadRequest(NamedTuple):
     """Asks a follower to fetch the expert's last state from the caller, its primary, and to train it from then on."""
 
     uid: str
+    nonce: bytes | None = None
+    """16 bytes, by which the follower proves that it has the state's file."""
 
 
 class LeadReply(NamedTuple):
     """The follower is the primary now."""
 
     version: int
+    proof: bytes | None = None
+    """The first 16 bytes of `experts.merkle.possession` of the file."""
 
 
 class StateRequest(NamedTuple):

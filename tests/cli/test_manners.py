@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from tesseract_async.cli import options
+from tesseract_async.cli import options, running
 from tesseract_async.cli.main import COMMANDS, main
 from tesseract_async.cli.waiting import bar, sign
 from tests.cli.processes import ENVIRONMENT, ROOT
@@ -24,7 +24,7 @@ NOBODY = "127.0.0.1:1"
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody answers after 0.3 s as well as after 10."""
     patient = options.join
-    for module in ("call", "export", "records", "top"):
+    for module in ("call", "dashboard", "export", "records", "top"):
         monkeypatch.setattr(f"tesseract_async.cli.{module}.join", lambda node: patient(node, timeout=0.3))
 
 
@@ -52,8 +52,46 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
             1,
             "holds no Ed25519 key: move it away",
         ),
-        (("dashboard", "-p", NOBODY, "--bind", "192.0.2.1"), 1, "is it an address of this machine?"),
+        (("dashboard", "-p", NOBODY), 1, "no answer from 127.0.0.1:1"),
         (("keygen", "/proc/x"), 1, "choose another folder"),
+        (("serve", "--experts", "ffn.0", "--size", "in_features=0"), 1, "a whole number of 1 or more, not 0"),
+        (("serve", "--experts", "ffn.0", "--size", "in_features=-4"), 1, "a whole number of 1 or more, not -4"),
+        (("serve", "--experts", "ffn.0", "--size", f"in_features={10**30}"), 1, "in_features is too large a number"),
+        (("serve", "--experts", "ffn.0", "--size", "in_features=100000000"), 1, "here it may take"),
+        (
+            ("serve", "--experts", "ffn.0", "--size", "wide=8"),
+            1,
+            "it takes in_features, hidden_features",
+        ),
+        (("serve", "--experts", "ffn.0", "--learning-rate", "nan"), 2, "nan is no finite number"),
+        (("serve", "--experts", "ffn.0", "--learning-rate", "-1"), 2, "not in the range x>=0"),
+        (("serve", "--experts", "ffn.0", "--checkpoint-period", "0"), 2, "not in the range 0<x"),
+        (("serve", "--experts", "ffn.0", "--ttl", "nan"), 2, "nan is no finite number"),
+        (("serve", "--experts", "ffn.0", "--report-period", "-1"), 2, "not in the range 0<x"),
+        (("serve", "--experts", "ffn.0", "--sync-every", "0"), 2, "0 is not above 0"),
+        (("serve", "--experts", "ffn.0", "--threads", "99999999"), 2, "not in the range"),
+        (("serve", "--experts", "ffn.0", "--max-memory", "9" * 400), 2, "not a size, such as 4 GiB"),
+        (("serve", "--experts", "ffn.0", "--identity", "/proc/x/node.pem"), 1, "/proc/x/node.pem: "),
+        (
+            ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--size", "in_features=0"),
+            1,
+            "1 or more, not 0",
+        ),
+        (
+            ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--learning-rate", "inf"),
+            2,
+            "inf is no finite number",
+        ),
+        (
+            ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "os:system"),
+            1,
+            "@ta.expert_builder",
+        ),
+        (("demo", "--plot", "/nosuch/a.png"), 2, "/nosuch cannot be written (No such file or directory)"),
+        (("demo", "--plot", "a.txt"), 2, "a.txt does not end with one of .png"),
+        (("demo", "--logs", "/proc/x", "--no-plot"), 2, "/proc/x cannot be written"),
+        (("bench", "--seconds", "nan"), 2, "nan is no finite number"),
+        (("bench", "--rows", "99999999999"), 2, "not in the range"),
         (("bench", "--expert-class", "os:path"), 1, "that is no function that builds one, but a module"),
     ],
 )
@@ -68,13 +106,18 @@ def test_a_mistake_is_a_sentence_that_says_what_to_do(
     assert "Traceback" not in result.output and not result.output.startswith("Usage: main")
 
 
-def test_the_dashboards_port_may_be_taken() -> None:
+def test_where_the_dashboard_cannot_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def joined(node: object) -> None: ...
+
+    monkeypatch.setattr("tesseract_async.cli.dashboard.join", joined)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         result = CliRunner().invoke(main, ["dashboard", "-p", NOBODY, "--bind-port", port])
     assert result.exit_code == 1 and f"port {port}: choose another port" in result.output
+    result = CliRunner().invoke(main, ["dashboard", "-p", NOBODY, "--bind", "192.0.2.1"])
+    assert result.exit_code == 1 and "is it an address of this machine?" in result.output
 
 
 def test_flags_go_before_the_environment_which_goes_before_the_file(tmp_path: Path) -> None:
@@ -123,15 +166,52 @@ def test_bars_are_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert out == "", "standard output is for programs"
 
 
-def test_ones_own_expert_lies_where_one_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--experts", "ffn.0", "--expert-class", "my_own_expert:build"),
+        ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "my_own_expert:build"),
+        ("bench", "--expert-class", "my_own_expert:build"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_ones_own_expert_lies_where_one_stands(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """Also for the installed command, whose path does not begin with the present folder."""
-    (tmp_path / "my_own_expert.py").write_text("def build(): raise ValueError('it was found')\n")
+    (tmp_path / "my_own_expert.py").write_text("raise ValueError('it was found')\n")
     code = "import sys; sys.path.remove(''); from tesseract_async.cli.main import main; main(prog_name='tesseract')"
     result = subprocess.run(
-        [sys.executable, "-c", code, "serve", "--experts", "ffn.0", "--expert-class", "my_own_expert:build"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.returncode == 1 and "it was found" in result.stderr, result.stderr
+
+
+def test_a_volunteer_finds_an_allowed_module_where_he_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    for allowed, found in ((), False), (("--allow-module", "mine"), True):
+        CliRunner().invoke(main, ["serve", "--run", "a/b", *allowed])
+        assert ("" in sys.path) is found
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_standard_files_may_be_closed(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """``<&-``: no socket may take their numbers, for libuv would end the process."""
+    code = (
+        f"import os\nfor number in {closed}: os.close(number)\n"
+        "os.execv(os.sys.executable, [os.sys.executable, '-m', 'tesseract_async.cli', *os.sys.argv[1:]])"
+    )
+    words = [sys.executable, "-c", code, "dht", "--host", "192.0.2.1"]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, "the address is not this machine's: a sentence, not an abort"
+    assert ("it is no address" in done.stderr) is (2 not in closed)
+
+
+def test_what_goes_wrong_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    async def fail() -> int:
+        raise ExceptionGroup("many", [ExceptionGroup("inside", [RuntimeError("x" * 2000)])])
+
+    with pytest.raises(SystemExit) as ended:
+        running.run(fail)
+    err = capsys.readouterr().err
+    assert ended.value.code == 1 and err.startswith("Error: xxx") and len(err) < 450
+    error = OSError(30, "Read-only file system", "/srv/node.pem")
+    assert running.sentence_of(error) == "/srv/node.pem: Read-only file system"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,6 +115,30 @@ async def test_cancelled_in_time_hooks_do_not_fire(node: FakeNode, expert: Remot
     assert not fired and layer.weight.grad is None
 
 
+async def test_cancelled_after_the_last_answer_hooks_do_not_fire() -> None:
+    """The engine is still busy with what is local."""
+    layer, fired = nn.Linear(8, 8), []
+    accumulates = accumulator(layer.weight)
+    accumulates.register_hook(lambda *_: fired.append("node"))
+    begun, may_go = threading.Event(), threading.Event()
+    h = layer(torch.ones(2, 8))
+
+    def holds(gradient: torch.Tensor) -> None:
+        begun.set()
+        may_go.wait(60)
+
+    h.register_hook(holds)
+    task = asyncio.create_task(backward(h.sum()))
+    await asyncio.to_thread(begun.wait, 60)
+    task.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)  # it hears of it
+    may_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not fired and layer.weight.grad is None
+
+
 async def test_a_leafs_own_hook_fires_once(expert: RemoteExpert) -> None:
     layer, fired = nn.Linear(8, 8), []
     layer.weight.register_hook(lambda grad: fired.append("gradient"))
@@ -215,3 +240,7 @@ async def test_hooks_of_a_trainers_module_fire(node: FakeNode) -> None:
     await asyncio.gather(*(trainer.step(loss_of, torch.ones(2, 8)) for _ in range(2)))
     assert torch.equal(module.weight, before)
     torch.testing.assert_close(fired, [torch.full((1,), 2.0)] * 2)
+    node_of_the_weight = accumulator(module.weight)
+    node_of_the_weight.register_hook(print)
+    with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
+        AsyncTrainer(module, torch.optim.SGD(module.parameters(), 0.1))

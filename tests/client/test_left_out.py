@@ -12,7 +12,9 @@ import torch
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.left_out import LeftOut
 from tesseract_async.errors import ExpertFailed
+from tesseract_async.metrics import Metrics
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tests.client.fake_node import FakeNode, Slope
 from tests.client.virtual_time import in_made_up_time
@@ -136,3 +138,18 @@ async def test_who_was_late_for_moments_only_is_not_masked() -> None:
             await gate(x)
             num_passes += 1
     assert {replica.uid for _, replica in node.directory.masked} == {"ffn.1.1"} and 10 < num_passes < 30
+
+
+@in_made_up_time
+async def test_what_is_left_out_is_said_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    left_out = LeftOut(metrics)
+    left_out.note("forward", {})
+    for _ in range(90):
+        left_out.note("forward", {"f.0": TimeoutError("late"), "f.1": ExpertFailed("no")})
+        left_out.note("backward", {"f.0": TimeoutError("late")})
+        await asyncio.sleep(1.0)
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first.endswith("2 answers and 0 gradients lately: f.1: ExpertFailed: no; f.0: TimeoutError: late")
+    assert second.startswith("gates went on without 120 answers and 60 gradients lately: ")
+    assert metrics.total("answers_left_out") == 270

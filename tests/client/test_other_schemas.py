@@ -79,7 +79,7 @@ async def test_an_expert_is_called_where_its_inputs_fit(
     assert node.num_wrong <= 3, "it is asked once in each way, then it is ignored"
     assert {replica.peer for _, replica in node.directory.masked} <= {WRONG}
     lines = [record.getMessage() for record in caplog.records if "ignoring" in record.getMessage()]
-    assert len(lines) == len([reason for reason, _ in node.directory.masked if reason == "schema"])
+    assert len(lines) == any(reason == "schema" for reason, _ in node.directory.masked), "once"
     assert all("f.0 at wrong" in line and "float32[rows, 32]" in line and "\n" not in line for line in lines)
 
 

@@ -12,7 +12,7 @@ from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
 from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBook, Lateness, path_seconds
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, Overloaded
+from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, NotPrimary, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
 from tests.client.fake_node import FakeNode
 from tests.client.virtual_time import in_made_up_time
@@ -88,6 +88,23 @@ async def test_backward_goes_to_the_next_primary_under_the_same_call_id(node: Fa
     assert peers_asked(node, BACKWARD) == ["leaving", "heir", "heir"]
     assert len({asked.body["call_id"] for asked in node.calls if asked.method == BACKWARD}) == 1
     assert hosted.version == 1 and x.grad is not None
+
+
+async def test_a_follower_that_names_the_primary_is_believed_about_known_servers_only(node: FakeNode) -> None:
+    hosted = node.host("ffn.0", nn.Linear(8, 8), peers=("follower", "primary"), lr=0.1)
+    x = torch.ones(2, 8, requires_grad=True)
+    y = await RemoteExpert(node, "ffn.0")(x)
+    names: list[Any] = [bytes(32), "primary"]
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if node.calls[number - 1].peer == "follower":
+            raise NotPrimary("it only follows", primary=names.pop(0))
+
+    node.fault = fault
+    await backward(y.sum())
+    assert peers_asked(node, BACKWARD) == ["follower", "follower", "primary"]
+    assert len({asked.body["call_id"] for asked in node.calls if asked.method == BACKWARD}) == 1
+    assert hosted.version == 1 and x.grad is not None and not node.directory.failed
 
 
 @pytest.mark.parametrize("forgotten", [False, True])

@@ -313,3 +313,12 @@ async def test_a_grant_that_comes_late_lets_its_peer_in_over_a_new_connection() 
         await node._keepers[0].learn_once()
         await ta.backward((await expert(X)).sum())
         assert swarm.server.experts[UID].version == 1
+
+
+async def test_a_node_takes_part_in_a_run_once_however_often_it_says_so() -> None:
+    async with ta.TesseractNode(identity=SERVER) as node:
+        first = await node.join_run(RUN, grant=grant_text(grant_of(SERVER)))
+        assert await node.join_run(RUN) is first and first.may(SERVER.peer_id, "host", UID, now=None)
+        with pytest.raises(ValueError, match="are those of the run digits"):
+            await node.join_run(sign_run(OWNER, RunManifest("letters", "ffn", SIZE, "ffn")))
+        assert len(node._keepers) == 1

@@ -99,7 +99,7 @@ async def test_values_and_dictionaries_are_seen_by_all(host: str) -> None:
             assert await network.get("nothing") is None
 
 
-async def test_owners_stand_side_by_side_and_the_latest_is_shown() -> None:
+async def test_owners_stand_side_by_side_and_the_latest_is_shown(caplog: pytest.LogCaptureFixture) -> None:
     async with swarm(4) as nodes:
         await nodes[1].store("key", "first", ttl=60.0)
         await nodes[2].store("key", "second", ttl=60.0)
@@ -109,8 +109,15 @@ async def test_owners_stand_side_by_side_and_the_latest_is_shown() -> None:
             nodes[2].peer_id: "second",
         }
         assert await nodes[0].get("key") == "second"
+        assert "get('key') hides 1 entries of other owners" in caplog.text
         await nodes[1].store("key", "third", ttl=60.0)
         assert await nodes[0].get("key") == "third"
+        assert len(caplog.records) == 1, "said once"
+        await nodes[1].store("dictionary", 1, ttl=60.0, subkey="a")
+        await nodes[2].store("dictionary", 2, ttl=60.0, subkey="b")
+        assert await nodes[0].get("dictionary") == {"a": 1, "b": 2} and len(caplog.records) == 1
+        await nodes[2].store("dictionary", 3, ttl=60.0)
+        assert await nodes[0].get("dictionary") == {"a": 1, "b": 2} and len(caplog.records) == 2
 
 
 async def test_a_large_dictionary_is_read_in_pages() -> None:
@@ -353,8 +360,18 @@ async def test_a_caller_s_mistakes_raise_before_anything_is_sent() -> None:
             await network.store("key", "x" * 2000, ttl=60.0)
         with pytest.raises(ValueError, match="ttl"):
             await network.store("key", 1, ttl=0.0)
-        with pytest.raises(TypeError):
-            await network.store("key", object(), ttl=60.0)
+        for value in (object(), (1, 2), {(1, 2): 3}):
+            with pytest.raises(TypeError):
+                await network.store("key", value, ttl=60.0)
+        with pytest.raises(ValueError, match="65 bits"):
+            await network.store_many([StoreItem("a", 1, 60.0), StoreItem("b", 2**64, 60.0)])
+        with pytest.raises(TypeError, match="a key is text, not int"):
+            await network.store(5, 1, ttl=60.0)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a subkey is text or None, not int"):
+            await network.store("key", 1, ttl=60.0, subkey=5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="a key is text, not bytes"):
+            await network.get(b"key")  # type: ignore[arg-type]
+        assert await network.get("key") is None and await network.get("a") is None
 
 
 async def test_garbage_on_the_port_is_counted_and_disturbs_nothing() -> None:

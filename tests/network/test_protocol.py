@@ -20,6 +20,7 @@ from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import Outcome
 from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import SHORTEST_WAIT
+from tesseract_async.testing import SimulatedNetwork
 from tesseract_async.transport.address_scope import AddressScope
 
 A, B, STRANGER = ("10.0.0.1", 4000), ("10.0.0.2", 4000), ("10.0.0.9", 4000)
@@ -853,3 +854,24 @@ def test_one_place_that_many_contacts_are_said_to_live_at_is_asked_a_few_times()
     assert not failed, "never before the call returns"
     node.handle_timer(0.0)
     assert len(node.datagrams_to_send()) == 12 and len(failed) == len(victims) - 12
+
+
+def test_a_node_holds_what_belongs_near_it_and_nothing_else() -> None:
+    rng = random.Random(5)
+    network = SimulatedNetwork(seed=6, public_addresses=True)
+    nodes = network.add_settled_swarm(2000)
+    node, writer = nodes[0].protocol, nodes[1]
+    address = ("9.9.9.9", 4000)
+
+    def store(key: bytes) -> Outcome:
+        one = SignedRecord.sign(
+            writer.protocol.identity, key, sequence=1, expiration=node.wall(network.clock.now) + 60.0, value=b"\1"
+        )
+        return node.holder.store(key, one.body, bytes(32), address, network.clock.now)
+
+    own = node.table.own_number
+    # as near as one of the k holders is in a network of 2,000
+    near = [(own ^ rng.randrange(2**256 // 100)).to_bytes(32, "big") for _ in range(100)]
+    assert [store(key) for key in near] == [Outcome.STORED] * 100
+    far = [rng.randbytes(32) for _ in range(300)]
+    assert sum(store(key) is Outcome.STORED for key in far) <= 15

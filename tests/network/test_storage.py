@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.network.settings import NetworkSettings
-from tesseract_async.network.storage import Outcome, Source, Storage, summarise
+from tesseract_async.network.shares import Source
+from tesseract_async.network.storage import ENTRY_OVERHEAD, Outcome, Storage, summarise
 
 OWNERS = [Identity.from_seed(bytes([index] * 32)) for index in range(4)]
 KEY = bytes(32)
@@ -156,3 +158,95 @@ def test_what_a_holder_copies_counts_by_itself() -> None:
     outcomes = [storage.add(record(owner, "a"), WALL, copied) for owner in range(3)]
     assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
     assert [storage.add(record(3, name), WALL, own) for name in "ab"] == [Outcome.STORED, Outcome.FULL]
+
+
+def keyed(index: int, *, ttl: float = 60.0, owner: int = 0, subkey: str | None = None) -> SignedRecord:
+    """A record under a key whose first two bytes are `index`: the greater, the farther from a node with the id 0."""
+    return SignedRecord.sign(
+        OWNERS[owner],
+        index.to_bytes(2, "big") + bytes(30),
+        subkey=subkey,
+        sequence=1,
+        expiration=WALL + ttl,
+        value=b"x",
+    )
+
+
+def source(number: int, *, copied: bool = False) -> Source:
+    return Source(bytes([number >> 8, number & 255, 7]), copied)
+
+
+def test_one_address_range_fills_a_32nd_of_a_holder_and_one_block_an_eighth() -> None:
+    storage = Storage(NetworkSettings(max_storage_bytes=640 * 1024))
+    held = [storage.add(keyed(index), WALL, source(1)) is Outcome.STORED for index in range(600)]
+    assert sum(held) == 20 * 1024 // (1000 + len(keyed(0).body))
+    for number in range(100):  # of the same block
+        for index in range(20):
+            storage.add(keyed(1000 + 20 * number + index), WALL, Source(bytes([0, 1, 8 + number]), copied=False))
+    assert 0.11 < storage.num_bytes / (640 * 1024) <= 0.125
+    assert storage.add(keyed(9999), WALL, source(2)) is Outcome.STORED, "there is room for others"
+    storage.expire(WALL + 1000.0)  # what has expired counts no more
+    assert storage.add(keyed(0, ttl=2000.0), WALL + 1000.0, source(1)) is Outcome.STORED
+    assert storage.num_entries == 1
+
+
+def test_a_full_holder_makes_room_for_those_who_have_little() -> None:
+    """What goes is of whoever has most: far from the node, and long-lived, before the rest."""
+    storage = Storage(NetworkSettings(max_storage_bytes=640 * 1024))
+    for number in range(1, 40):
+        for index in range(17):
+            storage.add(keyed(20 * number + index, ttl=50000.0), WALL, source(256 * number))
+    assert storage.add(keyed(1, owner=1, subkey="late"), WALL, source(1)) is Outcome.STORED
+    assert storage.add(keyed(2, owner=1, subkey="late"), WALL, source(256)) is Outcome.FULL, "it has as much as any"
+    for index in range(10):
+        assert storage.add(keyed(index, owner=2, subkey="late"), WALL, source(1)) is Outcome.STORED
+    assert storage.num_bytes <= 640 * 1024
+    assert all(storage.get(keyed(index).key, "late", OWNERS[2].peer_id) for index in range(10))
+
+
+def test_sixteen_ranges_do_not_fill_a_key_for_others() -> None:
+    storage = Storage(NetworkSettings(max_entries_per_key=160, max_entries_per_range=10))
+    for number in range(16):
+        for index in range(10):
+            assert storage.add(record(0, f"{number}.{index}"), WALL, source(256 * number)) is Outcome.STORED
+    for number in range(16, 30):
+        assert storage.add(record(1, str(number), ttl=9.0), WALL, source(256 * number)) is Outcome.STORED
+    assert len(storage.records(KEY)) == 160
+    assert len(storage.records(KEY)) == storage.num_entries and storage.summary(KEY) == summarise(storage.records(KEY))
+    assert all(storage.get(KEY, str(number), OWNERS[1].peer_id) for number in range(16, 30))
+    assert storage.add(record(0, "more"), WALL, source(0)) is Outcome.FULL
+
+
+def test_an_entry_that_its_owner_renews_is_no_copy_any_more() -> None:
+    storage = Storage(NetworkSettings(max_copies_per_range=2))
+    copier = source(1, copied=True)
+    for index in range(2):
+        storage.add(record(0, str(index)), WALL, copier)
+    assert storage.add(record(0, "2"), WALL, copier) is Outcome.FULL
+    assert storage.add(record(0, "0", sequence=2), WALL, source(9)) is Outcome.STORED
+    assert storage.add(record(0, "2"), WALL, copier) is Outcome.STORED
+    assert storage.add(record(0, "0", sequence=3), WALL, copier) is Outcome.STORED
+    assert storage.add(record(0, "3"), WALL, copier) is Outcome.FULL, "copied again, it stays its owner's"
+
+
+def test_a_holder_s_accounts_agree_with_what_it_holds() -> None:
+    rng = random.Random(1)
+    storage = Storage(NetworkSettings(max_storage_bytes=64 * 1100, max_entries_per_key=20, max_entries_per_range=50))
+    for step in range(3000):
+        wall = WALL + step / 10
+        one = SignedRecord.sign(
+            rng.choice(OWNERS),
+            bytes([rng.randrange(4)]) * 32,
+            subkey=str(rng.randrange(12)),
+            sequence=step,
+            expiration=wall + rng.choice([5.0, 500.0]),
+            value=bytes(rng.randrange(200)),
+        )
+        where = rng.choice([None, *(Source(bytes([rng.randrange(40), 1, 1]), rng.random() < 0.5) for _ in range(3))])
+        storage.add(one, wall, where)
+        storage.expire(wall)
+        assert storage.num_bytes == sum(len(item.body) + ENTRY_OVERHEAD for item in storage) <= 64 * 1100
+    counted = sum(len(names) for names in storage._shares._sizes.values())
+    assert counted == sum(len(dictionary.sources) for dictionary in storage._keys.values()) > 0
+    storage.expire(WALL + 1e6)
+    assert not storage.num_entries and not storage._shares._bytes and not storage._shares._sizes

@@ -92,6 +92,22 @@ def test_a_frozen_expert_passes_gradients_on_and_never_steps() -> None:
     assert backend.step([], [b"i" * 16]) == 0
 
 
+def test_bare_ids_of_an_old_checkpoint_count_and_only_those() -> None:
+    _, backend = nested()
+    backend.step(backend.gradients(inputs(5), [torch.ones(5, 3), None, None])[1], [b"o" * 16])
+    old = backend.state()
+    del old["applied"]["num_bare"]
+    _, other = nested()
+    other.load_state(old)
+    other.step(other.gradients(inputs(5), [torch.ones(5, 3), None, None])[1], [b"n" * 16])
+    _, third = nested()
+    third.load_state(other.state())
+    for one in (other, third):
+        assert one.led_to(b"k" * 16, b"o" * 16) == 1 and one.led_to(b"n" * 16, bytes(16)) == 2
+        assert one.led_to(b"k" * 16, b"n" * 16) is None, "its id alone is nobody's"
+        assert one.num_bare == 1
+
+
 def test_a_state_continues_where_it_was_taken() -> None:
     module, backend = nested()
     for index in range(3):

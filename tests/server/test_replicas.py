@@ -8,6 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +16,24 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.errors import NotAllowed, Overloaded
+from tesseract_async.errors import NotAllowed, NotPrimary
 from tesseract_async.experts import PublisherSettings
-from tesseract_async.server.replicas import PASSED_ON, ReplicaKeeper, ReplicaSettings, adopt_states, read_replicas
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.server.replicas import (
+    ReplicaKeeper,
+    ReplicaMismatch,
+    ReplicaSettings,
+    _Round,
+    adopt_states,
+    read_replicas,
+)
 from tesseract_async.server.state_transfer import TransferSettings
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 UID = "ffn.0"
 BY_HAND = ReplicaSettings(
-    check_every=1000.0, sync_every=1000.0, call_timeout=30.0, transfer=TransferSettings(reuse=0.0)
+    check_every=1000.0, sync_every=1000.0, call_timeout=30.0, probe_timeout=10.0, transfer=TransferSettings(reuse=0.0)
 )
 LAZY = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=30.0)
 PUBLISHER = PublisherSettings(declare_timeout=2.0)
@@ -63,11 +72,19 @@ async def volunteer(
     settings: ReplicaSettings = BY_HAND,
     identity: ta.Identity | None = None,
     module: nn.Module | None = None,
+    policy: ta.Policy | None = None,
+    checkpoints: Path | None = None,
 ) -> AsyncIterator[Volunteer]:
-    async with ta.TesseractNode(initial_peers=peers, identity=identity) as node:
+    async with ta.TesseractNode(initial_peers=peers, identity=identity, policy=policy) as node:
         await node.network.wait_joined(30.0)
         backends = {UID: make_backend(seed, module)}
-        server = ta.TesseractServer(node, backends, followers=[UID] if follow else [], publisher_settings=PUBLISHER)
+        server = ta.TesseractServer(
+            node,
+            backends,
+            followers=[UID] if follow else [],
+            publisher_settings=PUBLISHER,
+            checkpoint_dir=checkpoints,
+        )
         async with server, ReplicaKeeper(server, settings=settings) as keeper:
             yield Volunteer(node, server, keeper)
 
@@ -102,26 +119,38 @@ async def backward(node: ta.TesseractNode, at: Volunteer, call_id: bytes | None 
     return int(reply.body["version"])
 
 
+def kept_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.rglob("*.aside")]
+
+
 def equal(left: Volunteer, right: Volunteer) -> bool:
     a, b = (one.server.experts[UID].module.state_dict() for one in (left, right))
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-async def test_a_follower_keeps_up_answers_forwards_and_passes_backwards_on() -> None:
+async def test_a_follower_keeps_up_answers_forwards_and_names_the_primary() -> None:
     async with volunteer() as first, volunteer([first.node.address], seed=1, follow=True) as second:
         assert equal(first, second) and not second.leads
         assert torch.equal(await forward(first.node, second), await forward(first.node, first))
-        call_id = os.urandom(16)
-        assert await backward(second.node, second, call_id) == 1
-        assert (first.version, second.version) == (1, 0)
-        assert await backward(second.node, second, call_id) == 1, "repeated, not applied again"
-        assert first.version == 1
+        with pytest.raises(NotPrimary) as caught:
+            await backward(first.node, second)
+        assert caught.value.primary == first.node.peer_id
+        async with ta.TesseractNode(initial_peers=[first.node.address]) as trainer:
+            expert = await trainer.get_expert(UID)
+            others = [one for one in await trainer.directory.find(UID) if one.peer.peer_id == second.node.peer_id]
+            trainer.directory.known = lambda uid: [*others, *first_of(first)]  # type: ignore[method-assign]
+            await ta.backward((await expert(X)).sum())
+        assert (first.version, second.version) == (1, 0), "nothing was relayed, and the trainer went on to the primary"
         await second.keeper.look()
         assert second.version == 0, "not due before sync_every"
         second.keeper.forget(UID)
         await second.keeper.look()
         assert second.version == 1 and equal(first, second)
         assert second.node.metrics.total("states_pulled") == 2
+
+
+def first_of(one: Volunteer) -> list[ExpertReplica]:
+    return [ExpertReplica(UID, one.node.peer_address, 1, time.time() + 60, primary=True)]
 
 
 async def test_the_newest_follower_takes_over_when_the_primary_is_gone() -> None:
@@ -137,29 +166,57 @@ async def test_the_newest_follower_takes_over_when_the_primary_is_gone() -> None
         assert (second.version, third.version) == (0, 1)
         await primary.aclose()
         await second.keeper.look()
-        assert not second.leads, "third is newer"
-        assert second.version == 1 and equal(second, third)
-        # now both are as new, and the lower id decides
-        for follower in (third, second, third):
+        assert not second.leads and second.version == 0, "third is newer, and is about to take over"
+        for follower in (third, second):
             await follower.keeper.look()
-        leader, other = (third, second) if third.leads else (second, third)
-        assert leader.leads and not other.leads and leader.node.peer_id < other.node.peer_id
+        leader, other = third, second
+        assert leader.leads and not other.leads and equal(leader, other)
         assert leader.node.metrics.total("experts_taken_over") == 1
-        assert await backward(seed, other) == 2 and leader.version == 2
+        assert await backward(seed, leader) == 2
         (found, *others) = (await read_replicas(seed, [UID]))[UID]
         assert found.primary and found.peer.peer_id == leader.node.peer_id and not others[0].primary
 
 
-async def test_of_two_primaries_one_gives_way_and_takes_the_others_state() -> None:
-    async with volunteer() as first, volunteer([first.node.address], seed=1, follow=True) as second:
+@pytest.mark.parametrize("listed", [True, False])
+async def test_two_running_primaries_settle_where_they_list_each_other_and_are_told_of_elsewhere(
+    listed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [ta.Identity.from_seed(bytes([n]) * 32) for n in (1, 2)]
+    policy = ta.Policy.only([one.peer_id for one in ids]) if listed else None
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(volunteer(identity=ids[0], policy=policy, checkpoints=tmp_path))
+        peers = [first.node.address]
+        second = await stack.enter_async_context(volunteer(peers, seed=1, follow=True, identity=ids[1], policy=policy))
+        await backward(second.node, first)
         await second.server.set_primary(UID, True)  # as after a partition
-        await backward(first.node, second)
-        assert first.leads and second.leads
+        for _ in range(2):
+            await backward(first.node, second)
+        second.keeper._led_since.clear()
+        second.keeper._began -= 1000.0
         await first.keeper.look()
         await second.keeper.look()
-        assert second.leads and not first.leads
-        assert first.version == 1 and equal(first, second)
-        assert first.node.metrics.total("experts_given_up") == 1
+        if listed:
+            assert second.leads and not first.leads
+            assert first.version == 2 and equal(first, second)
+            assert first.node.metrics.total("experts_given_up") == 1
+            assert kept_in(tmp_path) == ["000000000001.aside"], "its step is kept"
+        else:
+            assert second.leads and first.leads and not kept_in(tmp_path)
+            assert first.node.metrics.total("primaries_disputed") == 1
+            assert "--allow-file" in caplog.text
+
+
+async def test_one_that_stood_still_follows_who_took_over_and_keeps_its_own_steps(tmp_path: Path) -> None:
+    async with (
+        volunteer(checkpoints=tmp_path) as first,
+        volunteer([first.node.address], seed=1, follow=True) as second,
+    ):
+        await backward(second.node, first)
+        await second.server.set_primary(UID, True)
+        first.keeper._read_at -= 2000.0  # what a clock that runs through suspend shows
+        await first.keeper.look()
+        assert not first.leads and equal(first, second)
+        assert kept_in(tmp_path) == ["000000000001.aside"]
 
 
 async def test_it_looks_by_itself() -> None:
@@ -187,7 +244,12 @@ async def test_a_primary_that_leaves_hands_over_under_load_and_nothing_is_lost_o
 
             async def train() -> None:
                 while not handed_over.is_set() or len(versions) < 40:
-                    versions.append(await backward(trainer, first))
+                    at = second if handed_over.is_set() else first
+                    try:
+                        versions.append(await backward(trainer, at, call_id := os.urandom(16)))
+                    except NotPrimary as error:
+                        assert error.primary == second.node.peer_id
+                        versions.append(await backward(trainer, second, call_id))
                     if len(versions) >= 10:
                         under_way.set()
 
@@ -213,7 +275,7 @@ async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quar
         assert stale[UID][0].primary
         assert await first.keeper.hand_over() == 1
         # equal steps and the lower id: without the handover, the second one would give way
-        await second.keeper._settle(UID, stale[UID])
+        await second.keeper._settle(UID, stale[UID], _Round(second.node, 30.0))
         await first.keeper.look()
         assert second.leads and not first.leads
         (found,) = (await read_replicas(second.node, [UID]))[UID]
@@ -298,21 +360,6 @@ async def test_a_follower_that_cannot_take_over_leaves_the_expert_where_it_is() 
         assert first.leads and await backward(first.node, first) == 1
 
 
-async def test_a_backward_is_not_passed_on_twice_and_a_dead_primary_means_come_back() -> None:
-    async with volunteer() as other, volunteer([other.node.address], follow=True) as second:
-        leader = second.keeper.leaders.pop(UID)
-        with pytest.raises(Overloaded, match="between two primaries") as caught:
-            await backward(other.node, second)
-        assert caught.value.retry_after == BY_HAND.check_every
-        second.keeper.leaders[UID] = leader
-        with pytest.raises(Overloaded, match="between two primaries"):
-            await backward(other.node, second, **{PASSED_ON: True})
-        await other.server.aclose(drain_timeout=0.0)
-        await other.node.endpoint.aclose()
-        with pytest.raises(Overloaded, match="another takes over soon"):
-            await backward(second.node, second)
-
-
 async def test_only_the_primary_may_hand_over() -> None:
     async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
         async with ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
@@ -333,3 +380,20 @@ async def test_a_newcomer_adopts_what_others_trained() -> None:
             theirs = first.server.experts[UID].module.state_dict()
             assert all(torch.equal(theirs[name], value) for name, value in backends[UID].module.state_dict().items())
             assert backends[UID].version == 1 and backends["ffn.1"].version == 0
+
+
+async def test_a_server_that_would_host_something_else_does_not_start() -> None:
+    async with volunteer(seed=5) as first:
+        async with ta.TesseractNode(initial_peers=[first.node.address]) as node:
+            await node.network.wait_joined(30.0)
+            wider = nn.Linear(8, 4)
+            other = ta.ExpertBackend(wider, args_schema=(ta.TensorSpec((8,)),))
+            with pytest.raises(ReplicaMismatch, match=r"ffn.0 is .*4.* which trains it, and .*8.* here: start this"):
+                await adopt_states(node, {UID: other}, settings=BY_HAND)
+            deeper = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+            other = ta.ExpertBackend(deeper, args_schema=(ta.TensorSpec((4,)),))
+            with pytest.raises(
+                ReplicaMismatch, match="its weight 0.bias has none there and shape \\[6\\] here"
+            ) as caught:
+                await adopt_states(node, {UID: other}, settings=BY_HAND)
+            assert len(str(caught.value)) < 300

@@ -1,4 +1,4 @@
-"""Every decision about primary and followers, and that all who see the same agree."""
+"""Every decision about primary and followers of bare names, and that all who see the same agree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.identity import PeerID
-from tesseract_async.server.roles import Role, Standing, decide
+from tesseract_async.server.roles import Past, Role, Standing, decide
+
+LEAD = (Role.LEAD, None)
 
 
 def standing(number: int, version: int | None = 0, *, primary: bool = False) -> Standing:
@@ -14,33 +16,35 @@ def standing(number: int, version: int | None = 0, *, primary: bool = False) -> 
 
 
 def test_a_single_server_leads() -> None:
-    assert decide(standing(1), []) == (Role.LEAD, None)
-    assert decide(standing(1, primary=True), []) == (Role.LEAD, None)
+    for primary in (False, True):
+        assert decide(standing(1, primary=primary), [], Past(), listed=False) == LEAD
 
 
-def test_a_living_primary_is_followed_even_if_it_has_fewer_steps_or_does_not_answer() -> None:
-    for version in (0, None):
-        primary = standing(2, version, primary=True)
-        assert decide(standing(1, 9), [primary, standing(3, 99)]) == (Role.FOLLOW, primary)
+def test_a_primary_is_followed_and_its_follower_stays_with_it() -> None:
+    primary, claimer = standing(2, None, primary=True), standing(3, 2**40, primary=True)
+    assert decide(standing(1, 9), [primary, standing(3, 99)], Past(), listed=False) == (Role.FOLLOW, primary)
+    follows = Past(leader=primary.owner)
+    assert decide(standing(1, 9), [primary, claimer], follows, listed=False) == (Role.FOLLOW, primary)
+    assert decide(standing(1, 9), [primary, claimer], follows, listed=True) == (Role.FOLLOW, claimer)
 
 
-def test_without_a_primary_the_newest_takes_over() -> None:
+def test_a_running_primary_gives_way_to_no_version() -> None:
+    me, claimer = standing(9, 5, primary=True), standing(1, 2**52, primary=True)
+    assert decide(me, [claimer], Past(), listed=False) == LEAD
+    assert decide(me, [claimer], Past(), listed=True) == (Role.FOLLOW, claimer)
+    assert decide(me, [claimer], Past(is_new=True), listed=False) == (Role.FOLLOW, claimer)
+    assert decide(me, [claimer], Past(taken_from=claimer.owner), listed=False) == (Role.FOLLOW, claimer)
+    silent = standing(1, None, primary=True)
+    for listed in (False, True):
+        assert decide(me, [silent], Past(is_new=True, taken_from=silent.owner), listed=listed) == LEAD
+
+
+def test_without_a_primary_the_newest_takes_over_and_is_waited_for_once() -> None:
     old, new, silent = standing(1, 5), standing(2, 7), standing(3, None)
-    assert decide(new, [old, silent]) == (Role.LEAD, None)
-    assert decide(old, [new, silent]) == (Role.FOLLOW, new)
-
-
-def test_of_equals_the_lower_id_takes_over() -> None:
-    low, high = standing(1, 5), standing(2, 5)
-    assert decide(low, [high]) == (Role.LEAD, None)
-    assert decide(high, [low]) == (Role.FOLLOW, low)
-
-
-def test_of_two_primaries_the_one_with_more_steps_stays() -> None:
-    few, many = standing(1, 5, primary=True), standing(2, 6, primary=True)
-    assert decide(many, [few]) == (Role.LEAD, None)
-    assert decide(few, [many]) == (Role.FOLLOW, many)
-    assert decide(few, [standing(2, None, primary=True)]) == (Role.LEAD, None)
+    for listed in (False, True):
+        assert decide(new, [old, silent], Past(has_waited=False), listed=listed) == LEAD
+        assert decide(old, [new, silent], Past(has_waited=False), listed=listed) == (Role.WAIT, None)
+        assert decide(old, [new, silent], Past(), listed=listed) == LEAD
 
 
 replicas = st.lists(
@@ -51,14 +55,13 @@ replicas = st.lists(
 )
 
 
-@given(replicas)
-def test_those_who_see_the_same_settle_on_one(known: list[tuple[int, int, bool]]) -> None:
+@given(replicas, st.booleans())
+def test_those_who_see_the_same_settle_on_one(known: list[tuple[int, int, bool]], listed: bool) -> None:
     servers = [standing(number, version, primary=primary) for number, version, primary in known]
-    for _ in range(3):
-        roles = [decide(one, [other for other in servers if other is not one]) for one in servers]
+    for _ in range(4):
+        past = Past(is_new=True, has_waited=False)
+        roles = [decide(one, [other for other in servers if other is not one], past, listed=listed) for one in servers]
         servers = [
             Standing(one.owner, role is Role.LEAD, one.version) for one, (role, _) in zip(servers, roles, strict=True)
         ]
     assert sum(one.primary for one in servers) == 1
-    for (role, leader), one in zip(roles, servers, strict=True):
-        assert (role is Role.LEAD) == (leader is None) == one.primary

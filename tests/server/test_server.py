@@ -23,13 +23,13 @@ from tesseract_async.errors import (
     CheckpointError,
     ExpertFailed,
     InputsForgotten,
-    NotAllowed,
+    NotPrimary,
     Overloaded,
     RemoteError,
     SchemaMismatch,
     UnknownMethod,
 )
-from tesseract_async.identity import Identity
+from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import calls as server_calls
@@ -709,24 +709,23 @@ async def test_a_bare_module_is_no_expert(node: FakeNode) -> None:
         TesseractServer(node, {"ffn.0": torch.nn.Linear(4, 4)})  # type: ignore[arg-type, dict-item]
 
 
-async def test_a_follower_answers_forwards_and_passes_backwards_on(node: FakeNode) -> None:
+async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode) -> None:
     with pytest.raises(ValueError, match="not so ffn.9"):
         TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.9"])  # type: ignore[arg-type]
     async with TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.0"]) as server:  # type: ignore[arg-type]
         assert FakePublisher.declared == {"ffn.0": False} and not server.is_primary("ffn.0")
         await node.forward("ffn.0", torch.randn(3, 8))
-        with pytest.raises(NotAllowed, match="only follows ffn.0"):
+        with pytest.raises(NotPrimary, match="only follows ffn.0") as caught:
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-        passed = []
+        assert caught.value.primary is None and caught.value.retry_after > 0
 
-        async def pass_on(uid: str, call: IncomingCall) -> Message:
-            passed.append(uid)
-            raise Overloaded("the primary is busy", retry_after=1.0)
+        async def find_primary(uid: str) -> tuple[PeerID | None, float]:
+            return PeerID(bytes(32)), 0.0
 
-        server.pass_on = pass_on
-        with pytest.raises(Overloaded, match="primary is busy"):
+        server.find_primary = find_primary
+        with pytest.raises(NotPrimary) as caught:
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-        assert passed == ["ffn.0"]
+        assert caught.value.primary == bytes(32)
         await server.set_primary("ffn.0", True)
         assert FakePublisher.declared == {"ffn.0": True}
         _, version = await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])

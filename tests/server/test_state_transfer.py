@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,9 @@ from tesseract_async.server.state_transfer import (
     StateSource,
     TransferSettings,
     check_state,
+    difference,
     fetch_state,
+    largest_state,
 )
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -293,3 +296,48 @@ async def test_between_two_nodes() -> None:
         assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
         fake.source.close()
     assert NO_DIGEST == bytes(16)
+
+
+async def test_a_source_that_drips_is_left(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(node.backend)
+    node.after = lambda reply: Message(reply.body, (reply.buffers[0][:10],))
+    with pytest.raises(ProtocolError, match="does not fit"):
+        await node.fetch()
+    # or one whose pieces are whole, and late: the whole has a time, by its size
+    node.after = lambda reply: reply
+    loop = asyncio.get_running_loop()
+    late, now = [0.0], loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + late[0])
+
+    def wait(request: messages.StateRequest) -> None:
+        late[0] += 9.0
+
+    node.before = wait
+    with pytest.raises(TimeoutError, match="too slowly"):
+        await node.fetch(timeout=10.0)
+    assert len(node.requests) < 5
+
+
+async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: FakeNode) -> None:
+    for _ in range(3):
+        train(node.backend)
+    limit = largest_state(node.backend)
+    assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 8 << 20
+    node.after = lambda reply: Message({**reply.body, "size": limit + 1}, reply.buffers)
+    with pytest.raises(ProtocolError, match="at most"):
+        await fetch_state(
+            node,  # type: ignore[arg-type]
+            NOBODY,
+            "ffn.0",
+            settings=dataclasses.replace(SMALL, max_state_bytes=limit),
+        )
+
+
+def test_the_first_difference_is_said_in_a_sentence(node: FakeNode) -> None:
+    state = node.backend.state()
+    assert difference("ffn.0", node.backend, state) is None
+    state["module"]["weight"] = torch.zeros(3, 16)
+    said = difference("ffn.0", node.backend, state)
+    assert said == "ffn.0: its weight weight has shape [3, 16] there and shape [16, 16] here"
+    del state["module"]["weight"]
+    assert "has none there" in str(difference("ffn.0", node.backend, state))

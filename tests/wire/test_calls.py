@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.errors import ExpertNotFound, Overloaded, ProtocolError, RemoteError, UnsupportedVersion, describe
+from tesseract_async.errors import (
+    ExpertNotFound,
+    NotPrimary,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+    UnsupportedVersion,
+    describe,
+)
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 
@@ -33,7 +42,8 @@ def test_a_request_head_comes_back() -> None:
 
 def test_results_and_errors_come_back() -> None:
     assert calls.decode_reply(frames.unpack(calls.encode_result([1, None]))) == ([1, None], None)
-    for error in (ExpertNotFound("no ffn.3.7"), Overloaded("full", retry_after=2.5), RemoteError("oh", a=1)):
+    led = NotPrimary("follows", primary=bytes(32), retry_after=1.0)
+    for error in (ExpertNotFound("no ffn.3.7"), Overloaded("full", retry_after=2.5), RemoteError("oh", a=1), led):
         _, back = calls.decode_reply(frames.unpack(calls.encode_error(error)))
         assert type(back) is type(error) and str(back) == str(error) and back.details == error.details
 
@@ -84,6 +94,15 @@ def test_hellos_tell_who_and_which_version() -> None:
     assert caught.value.theirs == 9 and caught.value.ours == frames.VERSION
     with pytest.raises(ProtocolError, match="does not speak"):
         calls.decode_hello(memoryview(b"HTTP/1.1 400 Bad Request"))
+
+
+def test_hellos_show_few_short_grants() -> None:
+    hello = Hello(bytes(16), False, bytes(32), 10, 20, 30, (b"one", b"two"))
+    assert calls.decode_hello(memoryview(calls.encode_hello(hello))) == hello
+    wrong: list[Any] = [(b"x",) * 5, (bytes(481),), ("text",), (None,)]
+    for grants in wrong:
+        with pytest.raises(ProtocolError, match="malformed hello"):
+            calls.decode_hello(memoryview(calls.encode_hello(dataclasses.replace(hello, grants=grants))))
 
 
 class Unreadable(RemoteError):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import click
 
+from tesseract_async.cli.options import check_folder
 from tesseract_async.cli.running import run
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 
 
 @click.command("demo")
@@ -21,7 +24,13 @@ from tesseract_async.cli.running import run
 @click.option(
     "--servers", default=3, show_default=True, type=click.IntRange(1, 16), help="Servers that share 16 experts."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the batches and all first weights.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Of the batches and all first weights.",
+)
 @click.option("--freeze-experts", is_flag=True, help="The control: experts do not learn. Accuracy stays below 0.6.")
 @click.option(
     "--plot",
@@ -50,7 +59,7 @@ def command(
         name for name in ("sklearn", *(() if no_plot else ("matplotlib",))) if not importlib.util.find_spec(name)
     ]
     if missing:
-        raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install 'tesseract-async[demo]'")
+        raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install -e '.[demo]' in the clone")
 
     from rich.console import Console
 
@@ -67,7 +76,11 @@ def command(
         plot=None if no_plot else plot_path,
     )
     if logs is not None:
-        logs.mkdir(parents=True, exist_ok=True)
+        check_folder(logs, "--logs")
+    if settings.plot is not None:  # said now, not after the training
+        if settings.plot.suffix.lower() not in PICTURES:
+            raise click.BadParameter(f"{plot_path} does not end with one of {', '.join(PICTURES)}", param_hint="--plot")
+        check_folder(settings.plot.absolute().parent, "--plot", make=False)
     console = Console()
     started_at = time.monotonic()
 

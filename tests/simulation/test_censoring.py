@@ -1,0 +1,113 @@
+"""Ids that were made to lie next to a key: what is stored there is found all the same."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import pytest
+
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.contacts import Contact
+from tesseract_async.network.routing import common_prefix
+from tesseract_async.testing import LyingProtocol, SimulatedNetwork, SimulatedNode
+from tesseract_async.testing.simulation import SimulatedIdentity
+
+KEY = "experts/ffn"
+TARGET = int.from_bytes(hashlib.sha256(KEY.encode()).digest(), "big")
+
+
+class Siege:
+    """Honest nodes, and liars that come to lie nearer to the key than any of them."""
+
+    def __init__(self, *, num_honest: int, seed: int) -> None:
+        self.network = network = SimulatedNetwork(seed=seed, latency=0.02, public_addresses=True)
+        self.honest = network.add_settled_swarm(num_honest)
+        self.random = random.Random(seed)
+        self.num_hashes = 0
+
+        class Conspiracy(LyingProtocol):
+            accomplices: list[Contact] = []
+
+            def _answer(self, datagram: wire.Datagram, request: wire.Request, *rest: Any) -> Any:
+                if datagram.kind == wire.PAGE:
+                    return super(LyingProtocol, self)._answer(datagram, request, *rest)
+                return super()._answer(datagram, request, *rest)
+
+        self.liar = Conspiracy
+
+    def store(self, subkey: str, value: object, *, by: int) -> int:
+        return self.network.store(self.honest[by], KEY, value, ttl=3000.0, subkey=subkey)
+
+    def surround(self, num_ranges: int) -> list[SimulatedNode]:
+        """Liars join, two of each address range (more would be no holders), and name one another from then on."""
+        network = self.network
+        nearest = max(common_prefix(node.protocol.table.own_number, TARGET) for node in self.honest)
+        liars: list[SimulatedNode] = []
+        while len(liars) < 2 * num_ranges:
+            self.num_hashes += 1
+            identity = SimulatedIdentity(b"liar %d" % self.num_hashes)
+            if common_prefix(int.from_bytes(identity.peer_id, "big"), TARGET) <= nearest:
+                continue
+            network._secrets[identity.public_key] = identity._secret
+            address = (f"{90 + len(liars) // 400}.{len(liars) // 2 % 200}.7.{1 + len(liars) % 2}", 4000)
+            seed = self.random.choice(self.honest)
+            liars.append(network.add_node([seed], identity=identity, address=address, protocol=self.liar))
+            network.run(0.2)
+        self.liar.accomplices += [Contact(node.protocol.own_id, node.address) for node in liars]
+        network.run(60.0)
+        return liars
+
+    def seen(self, subkey: str) -> list[object]:
+        """What ten honest nodes read."""
+        readers = self.random.sample(self.honest, 10)
+        return [(self.network.get(reader, KEY) or {}).get(subkey) for reader in readers]
+
+    def honest_holders(self, subkey: str, *, by: int) -> int:
+        owner, key = self.honest[by].protocol.identity.peer_id, hashlib.sha256(KEY.encode()).digest()
+        return sum(node.protocol.storage.get(key, subkey, owner) is not None for node in self.honest)
+
+
+def besiege(num_honest: int, num_ranges: int, *, copying: bool) -> None:
+    siege = Siege(num_honest=num_honest, seed=3)
+    siege.store("before", 1, by=5)
+    siege.store("renewed", "old", by=7)
+    early = [node for node in siege.honest if node.protocol.storage.records(hashlib.sha256(KEY.encode()).digest())]
+    liars = siege.surround(num_ranges)
+    # the liars hold what was there before, and say so: all of them the same
+    for liar in liars:
+        for record in early[0].protocol.storage.records(hashlib.sha256(KEY.encode()).digest()):
+            liar.protocol.storage.put(record)
+    siege.store("during", 2, by=9)
+    siege.store("renewed", "new", by=7)
+    assert siege.honest_holders("during", by=9) >= 10
+    assert siege.seen("before") == [1] * 10
+    assert siege.seen("during") == [2] * 10
+    assert siege.seen("renewed") == ["new"] * 10
+    if copying:
+        siege.network.run(1300.0)
+    assert siege.seen("during") == [2] * 10, "after two rounds of copying"
+
+
+def test_twelve_ranges_around_a_key_censor_nothing() -> None:
+    """Ten were enough to have all of its k holders."""
+    besiege(num_honest=100, num_ranges=12, copying=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hundred_ranges_around_a_key_censor_nothing() -> None:
+    besiege(num_honest=200, num_ranges=100, copying=True)
+
+
+def test_no_region_is_searched_where_ids_are_chance() -> None:
+    network = SimulatedNetwork(seed=4, latency=0.02, public_addresses=True)
+    nodes = network.add_settled_swarm(400)
+    for index in range(100):
+        writer, reader = network.random.sample(nodes, 2)
+        assert network.store(writer, f"key {index}", index, ttl=600.0) == 20
+        assert network.get(reader, f"key {index}") == index
+        assert network.get(reader, f"absent {index}") is None
+    searched = sum(node.protocol.metrics.total("network_regions_searched") for node in nodes)
+    assert searched <= 3, "of 300 lookups"
