@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
@@ -249,6 +249,7 @@ class TesseractNode(Uncopied):
             upnp=self._upnp,
             settings=self._reach_settings,
             throttle=self._throttle,
+            scope=self.scope,
         )
         self._reach.on_change = self._addresses_changed
         return Endpoint(
@@ -435,6 +436,7 @@ class TesseractNode(Uncopied):
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
+        check_priority(priority)
         self.metrics.count("expert_calls", method=method)
         uid = body.get("uid") if isinstance(body, dict) else None
         if isinstance(uid, str) and not self.trust.may_host(peer.peer_id, uid):

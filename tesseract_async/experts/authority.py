@@ -91,9 +91,9 @@ class Authority:
             return False
         return uid is None or grant.pattern is None or uid in grant.pattern
 
-    def is_member(self, peer_id: PeerID, *, now: float | None) -> bool:
-        """Whether it has any role but ``admit``: enough to ask experts forward."""
-        return any(self.may(peer_id, role, now=now) for role in ("host", "train", "share"))
+    def is_member(self, peer_id: PeerID) -> bool:
+        """Whether it has any role but ``admit``, or had until it ended: enough to ask experts forward."""
+        return any(self.may(peer_id, role, now=None) for role in ("host", "train", "share"))
 
     def grant_of(self, peer_id: PeerID) -> Grant | None:
         """The grant that holds for this peer."""
