@@ -26,7 +26,7 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
-from tesseract_async.experts.run_directory import enter_run
+from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
