@@ -31,6 +31,7 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.network.presence import Presence
 from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
@@ -110,6 +111,7 @@ class TesseractNode(Uncopied):
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
         self._identity_file = Path(identity) if isinstance(identity, str | Path) else None
+        is_lasting = identity is not None
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -147,6 +149,12 @@ class TesseractNode(Uncopied):
         self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None
+        self.twin = asyncio.Event()
+        """Set once another node with the same identity was found that was started earlier: this one has withdrawn."""
+        self._presence: Presence | None = None
+        if is_lasting:
+            self._presence = Presence(self.network, on_older_twin=self._withdraw)
+        self._watch_for_twin: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bound: tuple[str, int] | None = None
         self._says_where = False
@@ -182,6 +190,8 @@ class TesseractNode(Uncopied):
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
+            if self._presence is not None:
+                self._watch_for_twin = asyncio.create_task(self._presence.run(), name="node: twin")
         except BaseException:  # cancelled, too: nothing half started stays
             await self.aclose()
             tcp.close()
@@ -192,6 +202,9 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
         self._closed = True
+        if self._watch_for_twin is not None:
+            self._watch_for_twin.cancel()
+            await asyncio.gather(self._watch_for_twin, return_exceptions=True)
         await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._reach is not None:
@@ -220,6 +233,10 @@ class TesseractNode(Uncopied):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _withdraw(self) -> None:
+        self.network.mute()
+        self.twin.set()
 
     def check_running(self) -> None:
         """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""

@@ -112,14 +112,17 @@ def command(
                     height = console.height if console.is_terminal else None
                     return draw(observer.state(), console.width, height, signs=signs)
 
-                with Live(frame(), console=console, screen=console.is_terminal, auto_refresh=False) as live:
-                    leaving = asyncio.create_task(until_told_to_leave())
-                    with _keys("q", leaving.cancel):
-                        while not leaving.done():
-                            changed = asyncio.create_task(observer.wait_changed())
-                            await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
-                            changed.cancel()
-                            live.update(frame(), refresh=True)
+                leaving = asyncio.create_task(until_told_to_leave())
+                await asyncio.sleep(0)  # it listens before anything is shown
+                with (
+                    _keys("q", leaving.cancel),
+                    Live(frame(), console=console, screen=console.is_terminal, auto_refresh=False) as live,
+                ):
+                    while not leaving.done():
+                        changed = asyncio.create_task(observer.wait_changed())
+                        await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
+                        changed.cancel()
+                        live.update(frame(), refresh=True)
         return 0
 
     run(main)
@@ -148,7 +151,7 @@ def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
         if any(key in wanted for key in keys.decode(errors="replace").lower()):
             pressed()
 
-    tty.setcbreak(number)
+    tty.setcbreak(number, termios.TCSANOW)  # not a key that was pressed already is lost
     loop.add_reader(number, read)
     try:
         yield
