@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.network.presence import Presence
 from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
@@ -110,6 +111,7 @@ class TesseractNode(Uncopied):
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
         self._identity_file = Path(identity) if isinstance(identity, str | Path) else None
+        is_lasting = identity is not None
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -147,11 +149,18 @@ class TesseractNode(Uncopied):
         self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None
+        self.twin = asyncio.Event()
+        """Set once another node with the same identity was found that was started earlier: this one has withdrawn."""
+        self._presence: Presence | None = None
+        if is_lasting:
+            self._presence = Presence(self.network, on_older_twin=self._withdraw)
+        self._watch_for_twin: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bound: tuple[str, int] | None = None
         self._says_where = False
         self._experts: dict[str, Handler] = {}
         self._keepers: list[RunKeeper] = []
+        self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
@@ -181,6 +190,8 @@ class TesseractNode(Uncopied):
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
+            if self._presence is not None:
+                self._watch_for_twin = asyncio.create_task(self._presence.run(), name="node: twin")
         except BaseException:  # cancelled, too: nothing half started stays
             await self.aclose()
             tcp.close()
@@ -191,13 +202,28 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
         self._closed = True
-        await asyncio.gather(*(keeper.aclose() for keeper in self._keepers))
+        if self._watch_for_twin is not None:
+            self._watch_for_twin.cancel()
+            await asyncio.gather(self._watch_for_twin, return_exceptions=True)
+        await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
         await self.network.aclose()
         if self._endpoint is not None:
             await self._endpoint.aclose()
+
+    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Awaits ``aclose()`` when this node closes, before its connections end."""
+        self._at_close.append(aclose)
+
+    def distrust(self, peer_id: PeerID, reason: str) -> None:
+        """Believes nothing more that this peer says about experts, and sends it nothing; until this node ends.
+
+        `trust.distrusted` lists such peers with the reason.
+        """
+        self.trust.distrusted[peer_id] = reason
+        logger.warning("nothing of %s is believed any more: %s", peer_id.short, reason)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -207,6 +233,10 @@ class TesseractNode(Uncopied):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _withdraw(self) -> None:
+        self.network.mute()
+        self.twin.set()
 
     def check_running(self) -> None:
         """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
@@ -378,6 +408,7 @@ class TesseractNode(Uncopied):
         self.directory.forget(keeper.authority.prefix)
         if not any(one.authority is keeper.authority for one in self._keepers):
             self._keepers.append(keeper)
+            self.at_close(keeper.aclose)
             keeper.start()
         return keeper.authority
 
