@@ -155,14 +155,19 @@ async def train(
     themselves)."""
     tokens = read_text(args.text, args.max_bytes)
     split = int(0.9 * len(tokens))
+    if len(tokens) - split < args.length + 2:
+        raise ValueError(f"the text has {len(tokens)} bytes, of which a tenth is shorter than --length")
     train_tokens, valid_tokens = tokens[:split], tokens[split:]
     saved = out / "trainer.pt"
     step = 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, theirs in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(theirs)
+        try:
+            model.load_state_dict(state["model"])
+            for optimizer, theirs in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(theirs)
+        except (RuntimeError, ValueError, KeyError):
+            raise ValueError(f"{saved} is of a model of other sizes: give those, or another --out") from None
         step = state["step"]
         print(f"goes on after step {step}")
 
@@ -205,6 +210,7 @@ async def main(args: argparse.Namespace) -> None:
 
 
 async def run_all(args: argparse.Namespace, stop: asyncio.Event) -> None:
+    read_text(args.text, 1)  # before anything is trained or written
     out = Path(args.out)
     if not args.compare:
         await run(args, out, stop, local=args.local)
@@ -281,4 +287,7 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(parse()))
+    try:
+        asyncio.run(main(parse()))
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # no such text, say: a sentence is enough
+        raise SystemExit(f"train_lm.py: {error}") from None

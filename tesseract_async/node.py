@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
@@ -31,6 +31,7 @@ from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.network.presence import Presence
 from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
@@ -110,6 +111,7 @@ class TesseractNode(Uncopied):
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         self.initial_peers = _parse_peers(initial_peers)
         self._identity_file = Path(identity) if isinstance(identity, str | Path) else None
+        is_lasting = identity is not None
         if identity is None:
             identity = Identity.generate()
         elif not isinstance(identity, Identity):
@@ -147,6 +149,12 @@ class TesseractNode(Uncopied):
         self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
         self._endpoint: Endpoint | None = None
+        self.twin = asyncio.Event()
+        """Set once another node with the same identity was found that was started earlier: this one has withdrawn."""
+        self._presence: Presence | None = None
+        if is_lasting:
+            self._presence = Presence(self.network, on_older_twin=self._withdraw)
+        self._watch_for_twin: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bound: tuple[str, int] | None = None
         self._says_where = False
@@ -181,6 +189,8 @@ class TesseractNode(Uncopied):
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
+            if self._presence is not None:
+                self._watch_for_twin = asyncio.create_task(self._presence.run(), name="node: twin")
         except BaseException:  # cancelled, too: nothing half started stays
             await self.aclose()
             tcp.close()
@@ -191,6 +201,9 @@ class TesseractNode(Uncopied):
     async def aclose(self) -> None:
         """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
         self._closed = True
+        if self._watch_for_twin is not None:
+            self._watch_for_twin.cancel()
+            await asyncio.gather(self._watch_for_twin, return_exceptions=True)
         await asyncio.gather(*(keeper.aclose() for keeper in self._keepers))
         await self.directory.aclose()
         if self._reach is not None:
@@ -207,6 +220,10 @@ class TesseractNode(Uncopied):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _withdraw(self) -> None:
+        self.network.mute()
+        self.twin.set()
 
     def check_running(self) -> None:
         """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
@@ -236,6 +253,7 @@ class TesseractNode(Uncopied):
             upnp=self._upnp,
             settings=self._reach_settings,
             throttle=self._throttle,
+            scope=self.scope,
         )
         self._reach.on_change = self._addresses_changed
         return Endpoint(
@@ -361,7 +379,7 @@ class TesseractNode(Uncopied):
         Then nothing is believed of peers that may not host there, and nothing is sent to them. To train in a run that
         is not open, the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an
         invite); one that waits in the network is found without. Where the identity came from a file, what is learnt of
-        the run is kept beside it. Returns what is known of the run: who may do what.
+        the run is kept beside it. Again is harmless. Returns what is known of the run: who may do what.
 
         Raises: RunNotFound if the network does not know the run; ValueError for a malformed name, a grant that is not
         this node's, or a second run with the same prefix.
@@ -375,8 +393,9 @@ class TesseractNode(Uncopied):
         keeper.on_own_grant = self.endpoint.say_anew
         self.endpoint.say_anew()
         self.directory.forget(keeper.authority.prefix)
-        self._keepers.append(keeper)
-        keeper.start()
+        if not any(one.authority is keeper.authority for one in self._keepers):
+            self._keepers.append(keeper)
+            keeper.start()
         return keeper.authority
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
@@ -420,6 +439,7 @@ class TesseractNode(Uncopied):
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
+        check_priority(priority)
         self.metrics.count("expert_calls", method=method)
         uid = body.get("uid") if isinstance(body, dict) else None
         if isinstance(uid, str) and not self.trust.may_host(peer.peer_id, uid):

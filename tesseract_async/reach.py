@@ -28,6 +28,7 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport import preamble, stun_client, tcp
+from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import (
     PeerAddress,
     Pipe,
@@ -96,11 +97,13 @@ class Reach:
         upnp: bool = False,
         settings: ReachSettings | None = None,
         throttle: Throttle | None = None,
+        scope: AddressScope | None = None,
     ) -> None:
         """`sock`: the bound TCP socket. `announced`: what others should dial, if they can. `public`: they can. `upnp`:
-        the router is asked to let them."""
+        the router is asked to let them. `scope`: where this node may send on a stranger's word."""
         self._settings = settings = settings if settings is not None else ReachSettings()
         self._network = network
+        self._scope = scope
         self._metrics = metrics
         self._announced = announced
         self._host, self._port = sock.getsockname()[:2]
@@ -145,6 +148,7 @@ class Reach:
                 metrics=metrics,
                 settings=settings.nat,
                 throttle=throttle,
+                scope=scope,
             )
             self.transports = (Doorman(listener, special=self._special, metrics=metrics), self.nat)
         else:
@@ -165,6 +169,7 @@ class Reach:
             changed=self._changed,
             own_origin=lambda: split_host_port(self.public_addresses[0])[0] if self.public_addresses else "",
             settings=settings.rendezvous,
+            scope=self._scope,
         )
         self._server = RendezvousServer(
             endpoint,
@@ -172,7 +177,7 @@ class Reach:
             own_addresses=lambda: self.public_addresses,
             settings=settings.rendezvous,
         )
-        self._reachability = Reachability(endpoint, settings=settings.reachability)
+        self._reachability = Reachability(endpoint, settings=settings.reachability, scope=self._scope)
         DialBackServer(
             endpoint,
             connect=lambda address: tcp.connect(address),

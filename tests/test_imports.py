@@ -52,6 +52,7 @@ PURE = [
     "wire/compression.py",
     "transport/address_scope.py",
     "transport/congestion.py",
+    "transport/dial_budget.py",
     "transport/message_stream.py",
     "transport/offers.py",
     "transport/preamble.py",

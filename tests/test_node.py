@@ -123,6 +123,8 @@ async def test_calls_reach_the_expert_of_their_uid_here_and_from_afar() -> None:
                 await caller.call_expert(host.peer_address, INFO, ["no", "map"], timeout=30)
             with pytest.raises(errors.UnknownMethod, match="expert.nothing"):
                 await caller.call_expert(host.peer_address, "expert.nothing", {"uid": "e.1"}, timeout=30)
+            with pytest.raises(ValueError, match="priority"):  # also on the way to itself
+                await caller.call_expert(host.peer_address, INFO, {"uid": "e.1"}, timeout=30, priority=1000)
         host.unhost_expert("e.1")
         with pytest.raises(errors.ExpertNotFound):
             await guest.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, timeout=30)

@@ -177,7 +177,7 @@ class Hosting:
             # where the network does not answer, draining is followed by a farewell that is cut short, too
             await _hand_over(replicas, timeout=max(0.0, self.plan.leave_within - 1.5 * self._drain_timeout))
         say("left", versions=_versions(server))
-        return 0
+        return 1 if self.node.twin.is_set() else 0
 
     async def _serve(self, server: TesseractServer, volunteer: VolunteerKeeper) -> str:
         address = str(self.node.peer_address)
@@ -199,7 +199,16 @@ class Hosting:
         reports = asyncio.create_task(_report(server, period)) if period else None
         try:
             with _saving_on_demand(server):
-                return await until_told_to_leave(watch_stdin=self.plan.leave_with_parent, tell_ready=tell_ready)
+                told = until_told_to_leave(watch_stdin=self.plan.leave_with_parent, tell_ready=tell_ready)
+                leaving = asyncio.create_task(told)
+                twin = asyncio.create_task(self.node.twin.wait())
+                try:
+                    await asyncio.wait({leaving, twin}, return_when=asyncio.FIRST_COMPLETED)
+                    return leaving.result() if leaving.done() else "another node has this identity"
+                finally:
+                    leaving.cancel()
+                    twin.cancel()
+                    await asyncio.gather(leaving, twin, return_exceptions=True)
         finally:
             if reports is not None:
                 reports.cancel()

@@ -65,9 +65,15 @@ MAX_EXPERTS = 4096
     default="adam",
     show_default=True,
     type=click.Choice(["adam", "adamw", "sgd", "none"]),
-    help="Steps the experts; none freezes them.",
+    help="Steps the experts; none freezes them. Another one than a checkpoint's begins without its memory.",
 )
-@click.option("--learning-rate", default=1e-3, show_default=True, type=LEARNING_RATE)
+@click.option(
+    "--learning-rate",
+    default=1e-3,
+    show_default=True,
+    type=LEARNING_RATE,
+    help="Of the optimizer. Given on purpose, it holds instead of a checkpoint's.",
+)
 @click.option(
     "--max-batch-size", default=4096, show_default=True, type=click.IntRange(1, MANY), help="Rows computed at once."
 )

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +20,21 @@ from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import Number, counted
 from tesseract_async.cli.waiting import sign
 
+try:
+    import termios
+    import tty
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-MAX_COLUMNS = 64
+MAX_ROWS = 64
+"""Of a grid, where the terminal's height is nobody's business."""
+MAX_EVENTS = 8
+SIGNS = {"alive": "●", "some": "◐", "silent": "○", "lost": "x", "nobody": "·"}
+ASCII_SIGNS = {"alive": "o", "some": "-", "silent": "?", "lost": "x", "nobody": "."}
 MAX_LOOKS = 4
 """That `--once` takes until it has met a server."""
 COLUMNS = {
@@ -51,6 +67,7 @@ def command(
     """Show the swarm live in the terminal: experts on their grids, versions, load, servers and paths, what happened.
 
     PATTERNS say which grids to show, such as 'ffn.[0:16].[0:16]'; without any, what the servers nearby host is shown.
+    Grids that are larger than the terminal are drawn in blocks. Ctrl-C or q ends it.
     """
     if as_json and not once:
         raise click.UsageError("--json goes with --once")
@@ -68,6 +85,7 @@ def command(
         node = TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         console = Console()
+        signs = _signs_for(console.encoding)
         async with node:
             await join(node)
             grid = await enter(node, run_name)
@@ -86,33 +104,99 @@ def command(
                 if as_json:
                     click.echo(json.dumps(observer.state()))
                 else:
-                    console.print(draw(observer.state(), console.width))
+                    console.print(draw(observer.state(), console.width, signs=signs))
                 return 0
             async with observer:
-                with Live(
-                    draw(observer.state(), console.width),
-                    console=console,
-                    screen=console.is_terminal,
-                    auto_refresh=False,
-                ) as live:
-                    leaving = asyncio.create_task(until_told_to_leave())
+
+                def frame() -> RenderableType:
+                    height = console.height if console.is_terminal else None
+                    return draw(observer.state(), console.width, height, signs=signs)
+
+                leaving = asyncio.create_task(until_told_to_leave())
+                await asyncio.sleep(0)  # it listens before anything is shown
+                with (
+                    _keys("q", leaving.cancel),
+                    Live(frame(), console=console, screen=console.is_terminal, auto_refresh=False) as live,
+                ):
                     while not leaving.done():
                         changed = asyncio.create_task(observer.wait_changed())
                         await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
                         changed.cancel()
-                        live.update(draw(observer.state(), console.width), refresh=True)
+                        live.update(frame(), refresh=True)
         return 0
 
     run(main)
 
 
-def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
-    """One frame of what `SwarmObserver.state` says, on a terminal of so many columns."""
+def _signs_for(encoding: str) -> dict[str, str]:
+    try:
+        "".join(SIGNS.values()).encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return ASCII_SIGNS
+    return SIGNS
+
+
+@contextlib.contextmanager
+def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
+    """Inside, calls `pressed` when one of the `wanted` keys is pressed, where there is a keyboard."""
+    if termios is None or not sys.stdin.isatty() or os.tcgetpgrp(number := sys.stdin.fileno()) != os.getpgrp():
+        yield
+        return
+    loop, before = asyncio.get_running_loop(), termios.tcgetattr(number)
+
+    def read() -> None:
+        keys = os.read(number, 64)
+        if not keys:  # the terminal is gone
+            loop.remove_reader(number)
+        if any(key in wanted for key in keys.decode(errors="replace").lower()):
+            pressed()
+
+    tty.setcbreak(number, termios.TCSANOW)  # not a key that was pressed already is lost
+    loop.add_reader(number, read)
+    try:
+        yield
+    finally:
+        loop.remove_reader(number)
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(number, termios.TCSADRAIN, before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How many lines each part of a frame gets, or how many of its things are shown."""
+
+    grids: int
+    grid_lines: int
+    peers: int
+    trainers: int
+    events: int
+
+    @classmethod
+    def divide(cls, state: dict[str, Any], height: int | None) -> _Room:
+        """Servers, legend and events stay in sight however large the grids are."""
+        num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
+        if height is None:
+            return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
+        # the head, and a blank line, a head and a word about the rest of each part
+        left = height - 5 - (num_trainers > 0)
+        trainers = min(num_trainers, max(1, left // 8))
+        events = max(1, min(MAX_EVENTS, left // 5))
+        peers = max(1, min(num_peers, left // 5))
+        left -= trainers + events + peers + (peers < num_peers)
+        grids = max(1, min(num_grids, left // 5))
+        left -= grids < num_grids
+        return cls(grids, max(1, left // grids - 3), peers, trainers, events)
+
+
+def draw(
+    state: dict[str, Any], width: int = 120, height: int | None = None, *, signs: dict[str, str] = SIGNS
+) -> RenderableType:
+    """One frame of what `SwarmObserver.state` says, on a terminal of so many columns and lines."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    totals = state["totals"]
+    totals, room = state["totals"], _Room.divide(state, height)
     experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
     head = Text.assemble(
         ("tesseract top", "bold"),
@@ -120,10 +204,13 @@ def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
         f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
         f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
         f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
+        no_wrap=height is not None,
+        overflow="ellipsis",
     )
     parts: list[RenderableType] = [head]
-    for grid in state["grids"]:
-        parts += [Text(), _describe_grid(grid), _draw_grid(grid, state["peers"])]
+    for grid in state["grids"][: room.grids]:
+        parts += [Text(), _describe_grid(grid), _draw_grid(grid, state["peers"], width, room.grid_lines, signs)]
+    parts += _and_more(len(state["grids"]) - room.grids, "grid")
     if not state["grids"]:
         parts += [
             Text(),
@@ -142,9 +229,11 @@ def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
     shown = [column for column in COLUMNS if column not in left_out]
     for column in shown:
         left = column in ("peer", "path")
-        fold = column == "path"
-        table.add_column(column, justify="left" if left else "right", no_wrap=not fold, overflow="fold")
-    for peer in state["peers"]:
+        fold = column == "path" and height is None
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=not fold, overflow="fold" if fold else "ellipsis"
+        )
+    for peer in state["peers"][: room.peers]:
         waiting = peer["waiting_rows"]
         cells: dict[str, str | Text] = {
             "peer": Text(peer["short"], style=_colour(peer)),
@@ -159,12 +248,18 @@ def draw(state: dict[str, Any], width: int = 120) -> RenderableType:
             "answered": "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
         }
         table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
-    parts += [Text(), table]
+    parts += [Text(), table, *_and_more(len(state["peers"]) - room.peers, "server")]
     trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
     if trainers:
-        parts += [Text(), Text("\n".join(trainers[:8]))]
-    lines = [f"{_clock(when)}  {sentence}" for when, sentence, _ in state["log"][-8:]]
-    return Group(*parts, Text(), Text("\n".join(lines), style="dim"))
+        parts += [Text(), Text("\n".join(trainers[: room.trainers]))]
+    lines = "\n".join(f"{_clock(when)}  {sentence}" for when, sentence, _ in state["log"][-room.events :])
+    return Group(*parts, Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis"))
+
+
+def _and_more(number: int, noun: str) -> list[RenderableType]:
+    from rich.text import Text
+
+    return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
 
 
 def _clock(when: float) -> str:
@@ -192,35 +287,55 @@ def _describe_grid(grid: dict[str, Any]) -> Text:
     return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
 
 
-def _draw_grid(grid: dict[str, Any], peers: list[dict[str, Any]]) -> RenderableType:
+def _draw_grid(
+    grid: dict[str, Any], peers: list[dict[str, Any]], width: int, height: int, signs: dict[str, str]
+) -> RenderableType:
+    """A sign for each expert, or for each block of them where they are more than fit."""
     from rich.text import Text
 
     size = grid["size"]
-    rows, columns = (size[0], 1) if len(size) > 1 else (1, size[0])
-    for one in size[1:]:
-        columns *= one
+    rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
+    down, across = math.ceil(rows / height), math.ceil(columns / width)
 
     def place(coords: list[int]) -> tuple[int, int]:
         row, column = (coords[0], 0) if len(size) > 1 else (0, coords[0])
         for dimension, at in list(enumerate(coords))[1:]:
             column = column * size[dimension] + at
-        return row, column
+        return row // down, column // across
 
     # different signs, not colours alone: terminals and eyes differ
-    signs: dict[tuple[int, int], tuple[str, str]] = {place(coords): ("x", "red") for coords in grid["lost"]}
+    blocks: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    for coords in grid["lost"]:
+        blocks.setdefault(place(coords), []).append(("lost", "red"))
     for coords, host, *_ in grid["experts"]:
         peer = peers[host] if 0 <= host < len(peers) else None
         silent = peer is not None and peer["error"]
-        signs[place(coords)] = ("○", "red") if silent else ("●", "white" if peer is None else _colour(peer))
+        cell = ("silent", "red") if silent else ("alive", "white" if peer is None else _colour(peer))
+        blocks.setdefault(place(coords), []).append(cell)
     sheet = Text()
-    # large grids: as many experts as fit, and a word about the rest
-    for row in range(min(rows, MAX_COLUMNS)):
-        for column in range(min(columns, MAX_COLUMNS)):
-            sign, style = signs.get((row, column), ("·", "dim"))
-            sheet.append(sign, style=style)
-            sheet.append(" " if columns <= MAX_COLUMNS // 2 else "")
+    for row in range(math.ceil(rows / down)):
+        for column in range(math.ceil(columns / across)):
+            full = min(down, rows - row * down) * min(across, columns - column * across)
+            kind, style = _sign_of(blocks.get((row, column), []), full)
+            sheet.append(signs[kind], style=style)
+            sheet.append(" " if 2 * columns <= min(width, MAX_ROWS) else "")
         sheet.append("\n")
-    if rows > MAX_COLUMNS or columns > MAX_COLUMNS:
-        sheet.append(f"(the first {MAX_COLUMNS} of each direction; {len(grid['experts'])} live in all)\n", style="dim")
-    sheet.append("● alive  ○ its server does not answer  x lost  · nobody yet", style="dim")
+    if down * across == 1:
+        legend = "{alive} alive  {silent} its server does not answer  {lost} lost  {nobody} nobody yet"
+    else:
+        legend = "each {size}: {alive} alive  {some} some  {silent} silent  {lost} lost  {nobody} nobody"
+    sheet.append(legend.format(size=f"{down}x{across}", **signs), style="dim")
     return sheet
+
+
+def _sign_of(cells: list[tuple[str, str]], full: int) -> tuple[str, str]:
+    """What a block of so many places is, and in which colour."""
+    if not cells:
+        return "nobody", "dim"
+    kinds, styles = {kind for kind, _ in cells}, {style for _, style in cells}
+    style = "red" if "red" in styles and kinds != {"alive"} else styles.pop() if len(styles) == 1 else "white"
+    if kinds == {"alive"} and len(cells) == full:
+        return "alive", style
+    if "alive" in kinds:
+        return "some", style
+    return ("silent" if "silent" in kinds else "lost"), style

@@ -292,8 +292,10 @@ class _Issue(torch.autograd.Function):
         inputs = ctx.saved_tensors
         graph_task = torch._C._current_graph_task_id()
         step = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
-        scaling = None if step is None else step.scaling
-        scale = noted_scale(graph_task) if scaling is None else scaling.scale(graph_task)
+        if step is None or step.scaling is None:
+            scale = noted_scale(graph_task)
+        else:  # a backward in the midst of another one is a graph task of its own
+            scale = step.scaling.scale(graph_task if step.graph_task is None else step.graph_task)
         if scale is not None:
             grads = tuple(None if grad is None else grad / scale for grad in grads)
         request = _Request(call, scale)

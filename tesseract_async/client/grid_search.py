@@ -64,6 +64,7 @@ class GridSearch(Shared):
         self._asking: asyncio.Lock | None = None
         self._prepared: tuple[View, LiveGrid] | None = None
         self._experts: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
+        self._in_view: tuple[View, bool, CallOptions, npt.NDArray[np.object_]] | None = None
         self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
         """How often, and for how long together, experts were waited for in vain since their last answer."""
         self._seconds: dict[tuple[int, ...], float] = {}  # beyond the way there and back
@@ -216,9 +217,13 @@ class GridSearch(Shared):
 
         In one mode, a uid is always the same object, as long as nobody gives that another mode or options.
         """
-        chosen, at = np.unique(chosen_RK, return_inverse=True)
-        experts = np.empty(len(chosen), dtype=object)
-        for i, index in enumerate(chosen.tolist()):
+        if self._in_view is None or self._in_view[:2] != (view, training) or self._in_view[2] != options:
+            self._in_view = (view, training, options, np.empty(len(view.coords), dtype=object))
+        _, _, options, experts = self._in_view  # the same options are the same object
+        for index in np.unique(chosen_RK).tolist():
+            known = experts[index]
+            if known is not None and known.training is training and known.options is options:
+                continue
             coords = tuple(view.coords[index].tolist())
             known = self._experts.get((coords, training))
             if known is None or known.training is not training or known.options != options:
@@ -226,8 +231,9 @@ class GridSearch(Shared):
                     self._plain or self.node, self.uid(coords), schema=self._schema, options=options
                 ).train(training)
                 self._experts[(coords, training)] = known
-            experts[i] = known
-        result: list[list[RemoteExpert]] = experts[at.reshape(chosen_RK.shape)].tolist()
+            known.options = options
+            experts[index] = known
+        result: list[list[RemoteExpert]] = experts[chosen_RK].tolist()
         return result
 
     async def schema(self, scores_RS: torch.Tensor, view: View, fitting: Callable[[ExpertSchema], Any]) -> ExpertSchema:

@@ -226,18 +226,19 @@ class AsyncTrainer(Generic[M]):
 
     def _commit(self, replica: _Copy[M], scale: float) -> None:
         """Moves the gradients to the master and takes the step."""
-        replica.give_gradients()
-        if self.scaler is None or not self.scaler.is_enabled():
+        try:
+            replica.give_gradients()
             with torch.enable_grad():
-                self.optimizer.step()
-        else:
-            if (since := self.scaler.get_scale() / scale) != 1.0:
-                torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], since)
-            with torch.enable_grad():
-                self.scaler.step(self.optimizer)
-            self.scaler.update()
-        for parameter in self._parameters:
-            parameter.grad = None
+                if self.scaler is None or not self.scaler.is_enabled():
+                    self.optimizer.step()
+                else:
+                    if (since := self.scaler.get_scale() / scale) != 1.0:
+                        torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], since)
+                    self.scaler.step(self.optimizer)
+                    self.scaler.update()
+        finally:  # a hook may have raised
+            for parameter in self._parameters:
+                parameter.grad = None
         replica.give_buffers()
         self.version += 1
 

@@ -165,6 +165,11 @@ class Connection:
         return self._channels[BULK] is not None
 
     @property
+    def was_called(self) -> bool:
+        """Whether the peer has made a call."""
+        return self._protocol.was_called
+
+    @property
     def num_calls(self) -> int:
         """Calls under way in both directions."""
         return self._protocol.num_calls

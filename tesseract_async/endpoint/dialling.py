@@ -30,7 +30,7 @@ from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
 from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tls import TlsMachine
-from tesseract_async.transport.waiting_room import WaitingRoom
+from tesseract_async.transport.waiting_room import SETTLED, WaitingRoom
 from tesseract_async.wire.calls import Hello
 from tesseract_async.wire.frames import FrameReader
 
@@ -250,10 +250,11 @@ class Dialler:
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
         now = asyncio.get_running_loop().time()
         found = groups.get(crowd, [])
-        idle = [one for one in found if not one.num_calls and now - one.last_used > IDLE_SECONDS]
+        patience = {True: IDLE_SECONDS, False: SETTLED}  # who has never called is not missed
+        idle = [one for one in found if not one.num_calls and now - one.last_used > patience[one.was_called]]
         if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
             return False
-        victim = min(idle or found, key=lambda one: one.last_used)
+        victim = min(idle or found, key=lambda one: (one.was_called, one.last_used))
         self._metrics.count("endpoint_connections_dropped", reason="crowd")
         victim.abort("it was idle, and there are too many")
         return True

@@ -205,8 +205,7 @@ class Endpoint(Uncopied):
         _check_method(method)
         if not 0 < timeout <= calls.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {calls.MAX_TIMEOUT:.0f} s: {timeout}")
-        if not -128 <= priority <= 127:
-            raise ValueError(f"a priority is between -128 and 127: {priority}")
+        check_priority(priority)
         if call_id is None:
             self._next_call += 1
             call_id = self._call_prefix + self._next_call.to_bytes(8, "big")
@@ -281,9 +280,10 @@ class Endpoint(Uncopied):
             connection.retired = True
 
     def say_anew(self) -> None:
-        """Opens new connections for later calls, by which peers learn of `grants` that have changed since."""
+        """Dials anew for later calls, by which peers learn of `grants` that have changed since. Connections that others
+        opened stay: those behind NATs could not be dialled."""
         for connection in self._pool.connections():
-            connection.retired = True
+            connection.retired = connection.retired or connection.dialled is not None
 
     def keep(self, peer_id: PeerID) -> None:
         """Spares this peer's connections when idle ones are closed."""
@@ -353,6 +353,12 @@ class Endpoint(Uncopied):
             self._arm_tick()
         else:
             self._tick_timer = None
+
+
+def check_priority(priority: int) -> None:
+    """Raises: ValueError for a priority that can't travel."""
+    if not -128 <= priority <= 127:
+        raise ValueError(f"a priority is between -128 and 127: {priority}")
 
 
 def _check_method(method: str) -> None:

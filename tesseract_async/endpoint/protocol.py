@@ -123,6 +123,11 @@ class ConnectionProtocol:
     # ---- calls of our own
 
     @property
+    def was_called(self) -> bool:
+        """Whether the peer has made a call."""
+        return self._last_seen > 0
+
+    @property
     def num_calls(self) -> int:
         """Own and received calls under way: an idle connection has none."""
         return len(self._outgoing) + len(self._incoming)

@@ -20,6 +20,7 @@ from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.transport import preamble
+from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
 
 logger = logging.getLogger(__name__)
@@ -164,8 +165,12 @@ class DialBackServer:
 class Reachability:
     """Asks other nodes to dial this one at `port`. Give `pipe_arrived` every pipe with a probe's preamble."""
 
-    def __init__(self, endpoint: Endpoint, *, settings: ReachabilitySettings) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, settings: ReachabilitySettings, scope: AddressScope | None = None
+    ) -> None:
+        """`scope`: where this node may send on a stranger's word; None: anywhere."""
         self._endpoint = endpoint
+        self._scope = scope
         self._settings = settings
         self._expected: dict[bytes, asyncio.Event] = {}
         self._learnt: dict[PeerID, tuple[str, ...]] = {}
@@ -256,6 +261,7 @@ class Reachability:
         if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
             return
         found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
+        found = found if self._scope is None else self._scope.allowed(found)
         self._learnt.pop(helper.peer_id, None)
         self._learnt[helper.peer_id] = found
         if len(self._learnt) > MAX_LEARNT:

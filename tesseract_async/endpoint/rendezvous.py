@@ -33,6 +33,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import PeerID
+from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
 logger = logging.getLogger(__name__)
@@ -217,8 +218,11 @@ class RendezvousClient:
         changed: Callable[[], None],
         own_origin: Callable[[], str],
         settings: RendezvousSettings,
+        scope: AddressScope | None = None,
     ) -> None:
+        """`scope`: where this node may send on a stranger's word; None: anywhere."""
         self._endpoint = endpoint
+        self._scope = scope
         self._contacts = contacts
         self._answer = answer
         self._changed = changed
@@ -338,7 +342,7 @@ class RendezvousClient:
             gone = isinstance(error, PeerUnreachable | TimeoutError)
             self._failed[peer.peer_id] = loop.time() + (10.0 if gone else 60.0)
         else:
-            known = _with_other_kind(peer, reply.body.get("addresses"))
+            known = _with_other_kind(peer, reply.body.get("addresses"), self._scope)
             self._registered[peer.peer_id] = (known, loop.time() + settings.renew_period, relays)
             self._endpoint.keep(peer.peer_id)
 
@@ -357,12 +361,14 @@ async def _deliver(endpoint: Endpoint, recipient: PeerID, body: dict[str, Any], 
     return bytes(answer)
 
 
-def _with_other_kind(peer: PeerAddress, told: object) -> PeerAddress:
+def _with_other_kind(peer: PeerAddress, told: object, scope: AddressScope | None) -> PeerAddress:
     """`peer` with one more address, of the other kind of IP than the known one, which others may lack. Untrusted."""
     known = ip_version(peer.addresses[0])
     if type(told) is list and known is not None and len(told) <= MAX_ADDRESSES:
         for text in told:
-            if type(text) is str and ip_version(text) not in (None, known):
+            if type(text) is not str or ip_version(text) in (None, known):
+                continue
+            if scope is None or scope.allowed([text]):
                 return replace(peer, addresses=(peer.addresses[0], text))
     return peer
 

@@ -58,6 +58,7 @@ class Authority:
         self._invites: set[PeerID] = set()
         self._revocations: dict[bytes, Revocations] = {}
         self._appointments: dict[tuple[PeerID, str], Appointment] = {}
+        self._appointed: dict[str, Appointment | None] = {}
         self._weigh()
 
     @property
@@ -90,9 +91,9 @@ class Authority:
             return False
         return uid is None or grant.pattern is None or uid in grant.pattern
 
-    def is_member(self, peer_id: PeerID, *, now: float | None) -> bool:
-        """Whether it has any role but ``admit``: enough to ask experts forward."""
-        return any(self.may(peer_id, role, now=now) for role in ("host", "train", "share"))
+    def is_member(self, peer_id: PeerID) -> bool:
+        """Whether it has any role but ``admit``, or had until it ended: enough to ask experts forward."""
+        return any(self.may(peer_id, role, now=None) for role in ("host", "train", "share"))
 
     def grant_of(self, peer_id: PeerID) -> Grant | None:
         """The grant that holds for this peer."""
@@ -117,7 +118,10 @@ class Authority:
 
     def appointment(self, uid: str) -> Appointment | None:
         """The appointment that holds for this uid."""
-        return next((one for one in reversed(self.appointments()) if uid in one.pattern), None)
+        if uid not in self._appointed:
+            some = (one for one in reversed(self.appointments()) if uid in one.pattern)
+            self._appointed[uid] = next(some, None)
+        return self._appointed[uid]
 
     def epoch(self, now: float) -> int:
         """The lowest epoch of a Term that begins now (seconds since 1970)."""
@@ -233,12 +237,14 @@ class Authority:
         if known is None and sum(signer == new.signer for signer, _ in self._appointments) >= MAX_RECORDS:
             return False
         self._appointments[at] = new
+        self._appointed.clear()
         return True
 
     def _weigh(self) -> None:
         """Settles who is revoked and who is a delegate, from all that is known: in whichever order it came, and however
         often, the same follows."""
         self._since, self._invites, self.delegates = {}, set(), {}
+        self._appointed.clear()
         self._count(by_owner=True)
         for blob in self.run.manifest.delegates:
             try:

@@ -208,9 +208,11 @@ async def enter_run(
     if signed.tag is None:
         raise BareRun(signed)
     authority = Authority(signed)
-    if kept is not None and kept.run_id == authority.run_id:
-        kept.learn_run(signed)
-        authority = kept
+    for known in (trust.authority(authority.prefix), kept):
+        if known is not None and known.run_id == authority.run_id:
+            known.learn_run(signed)
+            authority = known
+            break
     if grant is not None:
         own = read_grant_text(grant, identity.peer_id, now=clock())
         if not authority.learn_grant(own.blob, identity.peer_id):

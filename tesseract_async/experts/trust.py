@@ -127,7 +127,6 @@ class Trust:
         authority = self._runs.get(split_uid(uid)[0])
         if authority is None or peer_id == self._peer_id:
             return True
-        now = self.clock()
         if role is None:
-            return authority.is_member(peer_id, now=now)
-        return authority.may(peer_id, role, uid, now=None if role == "host" else now)
+            return authority.is_member(peer_id)
+        return authority.may(peer_id, role, uid, now=None if role == "host" else self.clock())

@@ -138,6 +138,7 @@ class TesseractNetwork(Uncopied):
         self._background: list[asyncio.Task[None]] = []
         self._seeds: tuple[PeerAddress, ...] = ()
         self._has_seeds = False
+        self._muted = False
         self._has_told = False
         self._told_hidden: set[str] = set()
         self._policy = policy
@@ -181,8 +182,15 @@ class TesseractNetwork(Uncopied):
             for contact in table.closest(table.own_number, count)
         ]
 
+    def mute(self) -> None:
+        """From now on nothing is stored or withdrawn in this node's name, and nobody lists it: another node has its
+        identity, and what it said would be overwritten."""
+        self._muted = True
+        self.set_client(True)
+
     def set_client(self, forced: bool) -> None:
         """Makes this node a client whatever dial-back says: where its other ports can't be reached, for one."""
+        forced = forced or self._muted
         if forced != self._forced_client:
             self._forced_client = forced
             if self._protocol is not None:
@@ -299,8 +307,8 @@ class TesseractNetwork(Uncopied):
             self._sign(item.key, item.subkey, value, item.ttl)
         await self._ready()
         self._tell_trouble()
-        if not items:
-            return []
+        if not items or self._muted:
+            return [0] * len(items)
         # anew: a network that was not joined yet may have taken a while
         records = [
             self._sign(item.key, item.subkey, value, item.ttl) for item, value in zip(items, values, strict=True)
@@ -317,6 +325,10 @@ class TesseractNetwork(Uncopied):
                 record = self._sign(item.key, item.subkey, values[index], item.ttl)
                 counts[index] = (await self._write([record])).num_holders[0]
         return counts
+
+    def last_sequence(self, key: str, *, subkey: str | None = None) -> int:
+        """The sequence of this node's entry as it stored it last; 0 if it has not."""
+        return self._published.get((key, subkey), (0, 0.0))[0]
 
     async def get(self, key: str) -> Any:
         """What the network holds under `key`: None, a single value, or a dictionary of the live subkeys' values.
@@ -380,6 +392,8 @@ class TesseractNetwork(Uncopied):
         Returns how many nodes hold the tombstone. An entry of before a restart is looked up first.
         """
         await self._ready()
+        if self._muted:
+            return 0
         if (key, subkey) not in self._published:
             await self._recall(key, subkey)
         _, expiration = self._published.get((key, subkey), (0, 0.0))

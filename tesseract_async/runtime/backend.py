@@ -30,7 +30,7 @@ from tesseract_async.runtime.acceleration import Acceleration, fuse
 from tesseract_async.runtime.finite import are_finite, norm_of
 from tesseract_async.runtime.merging import Gradients, trimmed_mean
 from tesseract_async.runtime.norms import UsualNorms
-from tesseract_async.runtime.watching import Habits, Undone, Watch, generator_states, have_moved
+from tesseract_async.runtime.watching import Habits, Undone, copies, generator_states, have_moved, watched
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
@@ -185,6 +185,7 @@ class ExpertBackend:
         self.num_bare = 0
         """The first so many of them, from a checkpoint of version 0.1, are call ids, whoever the trainer was."""
         self._bare: set[bytes] = set()
+        self._marks_inputs = True
         self._habits = {training: Habits() for training in (False, True)}
         self.norms = UsualNorms()
         """Of the gradients that it got."""
@@ -277,7 +278,8 @@ class ExpertBackend:
         """
         with torch.no_grad():
             # of tensors that want gradients, as in `gradients`: a module may look at that, and must do the same again
-            return [x.detach() if x.requires_grad else x for x in self._run(_leaves(inputs), training, seed)]
+            marked = _leaves(inputs) if self._marks_inputs else inputs
+            return [x.detach() if x.requires_grad else x for x in self._run(marked, training, seed)]
 
     def gradients(
         self,
@@ -376,6 +378,9 @@ class ExpertBackend:
             gradients = [None if x is None else x * (most / norm) for x in gradients]  # not in place: two may be one
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+                if gradient is not None:
+                    hook(parameter)
         try:
             self.optimizer.step()
         finally:
@@ -475,7 +480,7 @@ class ExpertBackend:
         habits = self._habits[training]
         if not habits.known:
             return self._watch(inputs, training, seed)
-        given = _copies(inputs) if habits.writes else inputs
+        given = copies(inputs) if habits.writes else inputs
         # in evaluation only the first call is looked at: all others would pay for it
         glances = training and self.settings.stochastic is None and not habits.draws
         before, versions = generator_states() if glances else (), [x._version for x in given]
@@ -486,13 +491,11 @@ class ExpertBackend:
 
     def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
         """The same, and finds out what the module does beside."""
-        habits, given = self._habits[training], _copies(inputs)
-        with Watch(given) as watch:
-            outputs = self._call(given, training, seed, records=False)
-        watch.learn(habits, given, inputs, self.name)
+        habits = self._habits[training]
+        outputs = watched(lambda given: self._call(given, training, seed, records=False), inputs, habits, self.name)
         if not habits.draws or seed is None or self.settings.stochastic is not None:
             return outputs
-        return self._call(_copies(inputs), training, seed, records=False)  # what was drawn so can't be drawn again
+        return self._call(copies(inputs), training, seed, records=False)  # what was drawn so can't be drawn again
 
     def _call(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None, *, records: bool) -> Any:
         draws = seed is not None and self.is_stochastic(training)
@@ -522,7 +525,11 @@ class ExpertBackend:
 
     def _dry_run(self) -> Schema:
         zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=self.device) for spec in self.input_specs]
-        outputs = self._try_out(zeros, training=False)
+        try:
+            outputs = self._try_out(zeros, training=False)
+        except NotImplementedError:  # it may be one that computes only what nobody differentiates
+            self._marks_inputs = False
+            outputs = self._try_out(zeros, training=False)
         leaves = wire.flatten(outputs)
         fits = leaves and all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == 2 for x in leaves)
         if not fits or any(x.layout is not torch.strided for x in leaves):
@@ -537,14 +544,24 @@ class ExpertBackend:
     def _try_out(self, inputs: Sequence[torch.Tensor], *, training: bool) -> Any:
         """Runs the module once, watched, and leaves it as it was."""
         was_training = self.module.training
-        given = _copies(_leaves(inputs))
-        args, kwargs = wire.unflatten(self.inputs_schema, given)
+        inputs = _leaves(inputs) if self._marks_inputs else inputs
+
+        def call(given: Sequence[torch.Tensor]) -> Any:
+            args, kwargs = wire.unflatten(self.inputs_schema, given)
+            return self.module.train(training)(*args, **kwargs)
+
         try:
-            with torch.no_grad(), Undone(self.module), Watch(given) as watch:
-                outputs = self.module.train(training)(*args, **kwargs)
+            with torch.no_grad(), Undone(self.module) as undone:
+                outputs = watched(call, inputs, self._habits[training], self.name)
         finally:
             self.module.train(was_training)
-        watch.learn(self._habits[training], given, inputs, self.name)
+        if undone.changed and not self.settings.allow_batch_statistics:
+            logger.warning(
+                "%s changes its buffers in each forward pass (%s): an expert's is computed again in each backward, and "
+                "has other people's rows",
+                self.name,
+                ", ".join(undone.changed[:3]),
+            )
         return outputs
 
 
@@ -558,11 +575,6 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
 def _leaves(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors, wanting gradients where they can have some."""
     return [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs]
-
-
-def _copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    # a copy that was made with gradients is no leaf: it may be written, and its gradient arrives
-    return [x.clone().requires_grad_(x.requires_grad) for x in inputs]
 
 
 def add_gradients(left: Gradients | None, right: Gradients | None) -> Gradients | None:

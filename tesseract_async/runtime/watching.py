@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import logging
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tesseract_async.wire.compression import flat_of
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,38 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         habits.known, habits.draws, habits.writes = True, self.draws, self.writes
 
 
+def watched(
+    call: Callable[[Sequence[torch.Tensor]], Result], inputs: Sequence[torch.Tensor], habits: Habits, who: str
+) -> Result:
+    """Calls a module, which `who` names, with copies of `inputs`, and learns its `habits`. Raises what it raises."""
+    given = copies(inputs)
+    watch = Watch(given)
+    try:
+        with watch:
+            result = call(given)
+    except (NotImplementedError, RuntimeError):
+        # some of what PyTorch has, such as torch.cond, does not run while it is watched: it is judged from outside
+        _forget_compiled()
+        before = generator_states()
+        result = call(copies(inputs))
+        habits.known, habits.draws, habits.writes = True, have_moved(before), True
+        return result
+    _forget_compiled()
+    watch.learn(habits, given, inputs, who)
+    return result
+
+
+def _forget_compiled() -> None:
+    """PyTorch's compiler never looks again at what it has seen watched; after this it does."""
+    if (compiler := sys.modules.get("torch._dynamo")) is not None:
+        compiler.reset()
+
+
+def copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values, which may be written: where gradients are kept, they arrive."""
+    return [x.clone().requires_grad_(x.requires_grad) for x in inputs]
+
+
 def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
     """PyTorch's default generators, those of the devices in use, and where they stand."""
     generators = [torch.default_generator]
@@ -109,20 +144,24 @@ class Undone:
     """A context, for a try: leaves the module's buffers, and the default generators, as they were."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.changed: list[str] = []
+        """Afterwards, the buffers that had to be put back."""
         self._buffers = [
-            (part, name, buffer, buffer.clone())
+            (part, name, buffer, buffer.clone(), buffer._version)
             for part in module.modules()
             for name, buffer in part._buffers.items()
             if buffer is not None and not is_lazy(buffer)
         ]
         self._generators = generator_states()
 
-    def __enter__(self) -> None:
-        return
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
-            for part, name, buffer, before in self._buffers:
+            for part, name, buffer, before, version in self._buffers:
+                if part._buffers.get(name) is not buffer or buffer._version != version:
+                    self.changed.append(name)
                 buffer.copy_(before)
                 part._buffers[name] = buffer
         for generator, state in self._generators:

@@ -13,7 +13,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tesseract_async.errors import (
@@ -28,9 +28,11 @@ from tesseract_async.errors import (
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport import offers, preamble, tcp
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Throttle, split_host_port
+from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Throttle, range_of, split_host_port
 from tesseract_async.transport.offers import (
     Answer,
+    Candidate,
     Description,
     GuardSettings,
     Offer,
@@ -48,6 +50,8 @@ LATER_IMPROVED: Final = ("relay", "datachannel")
 """Kinds of path for which a better one may appear."""
 MAX_REMEMBERED: Final = 4096
 """Peers whose best path is remembered."""
+MAX_TRIED: Final = 4
+"""Candidates of a peer to which a data channel's checks are sent."""
 
 
 class Signalling(Protocol):
@@ -134,8 +138,11 @@ class NatTransport:
         metrics: Metrics,
         settings: NatSettings | None = None,
         throttle: Throttle | None = None,
+        scope: AddressScope | None = None,
     ) -> None:
+        """`scope`: where this node may send on a stranger's word; None: anywhere."""
         self._identity = identity
+        self._scope = scope
         self._signalling = signalling
         self._surroundings = surroundings
         self._metrics = metrics
@@ -238,7 +245,8 @@ class NatTransport:
         try:
             own = await negotiation.gather()
             answer = await self._offer(peer, peer_id, offers.CHANNEL, own.pack())
-            pipe: Pipe = await negotiation.connect(Description.unpack(answer.body))
+            remote = plausible(Description.unpack(answer.body), own, origin=None, allows=self._allows)
+            pipe: Pipe = await negotiation.connect(remote)
             return pipe
         except BaseException:  # cancelled, too: sockets are closed
             await negotiation.aclose()
@@ -268,6 +276,8 @@ class NatTransport:
 
     async def _meet(self, relay: PeerAddress, token: bytes) -> Pipe:
         for address in relay.addresses:
+            if not self._allows(split_host_port(address)[0]):
+                raise PeerUnreachable(relay.short, {})
             try:
                 pipe = await tcp.connect(address, throttle=self._throttle)
                 break
@@ -324,7 +334,8 @@ class NatTransport:
         except ProtocolError:
             self._metrics.count("nat_offers_refused", reason="malformed")
             raise
-        reason = self._guard.refuse(offer, now=asyncio.get_running_loop().time(), wall=time.time())
+        target = "" if offer.kind == offers.RELAY else origin
+        reason = self._guard.refuse(offer, now=asyncio.get_running_loop().time(), wall=time.time(), target=target)
         if reason is None and self._accept is None:
             reason = "closing"
         if reason is not None:
@@ -349,7 +360,7 @@ class NatTransport:
             wish = ReverseBody.unpack(offer.body)
             # never dial a third party at somebody's wish
             addresses = [address for address in wish.addresses if split_host_port(address)[0] == origin]
-            if not addresses:
+            if not addresses or not self._allows(origin):
                 raise NotAllowed(f"you speak from {origin}, and want to be dialled elsewhere")
             self.spawn(self._dial_back(addresses[0], wish.token))
             return {}
@@ -370,6 +381,9 @@ class NatTransport:
             negotiation = await self._negotiation(controlling=False)
             try:
                 own: Description = await negotiation.gather()
+                remote = plausible(remote, own, origin=origin, allows=self._allows)
+                if not remote.candidates:
+                    raise NotAllowed(f"you speak from {origin}, and name no address there")
             except BaseException:  # cancelled, too: sockets are closed
                 await negotiation.aclose()
                 raise
@@ -378,6 +392,9 @@ class NatTransport:
             raise
         self.spawn(self._finish_negotiation(negotiation, remote))
         return own.pack()
+
+    def _allows(self, host: str) -> bool:
+        return self._scope is None or self._scope.allows(host)
 
     async def _finish_negotiation(self, negotiation: Any, remote: Description) -> None:
         try:
@@ -472,6 +489,32 @@ class NatTransport:
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def plausible(
+    remote: Description, own: Description, *, origin: str | None, allows: Callable[[str], bool]
+) -> Description:
+    """What of a peer's description this node sends to: its candidates name hosts that may be anybody's.
+
+    With `origin`, the host that the peer speaks from: candidates there, and where that is where this node itself is
+    seen, so behind the same NAT, those in its private network. Without: one public host of each version of IP, and the
+    same. Few of them in all.
+    """
+    seen = {one.host for one in own.candidates if one.kind == "srflx"}
+    public: dict[bool, str | None] = {}
+    kept: list[Candidate] = []
+    for one in sorted(remote.candidates, key=lambda one: (one.kind == "host", -one.priority)):
+        where = range_of(one.host)
+        if kind_of(one.host) != PUBLIC and one.host != origin:
+            near = origin in seen if origin is not None else (not public or any(host.host in seen for host in kept))
+            good = near and allows(one.host)
+        elif origin is not None:
+            good = one.host == origin or (":" in one.host and where == range_of(origin))
+        else:
+            good = public.setdefault(":" in one.host, where) == where
+        if good and allows(one.host) and len(kept) < MAX_TRIED:
+            kept.append(one)
+    return replace(remote, candidates=tuple(kept))
 
 
 async def _is_set(event: asyncio.Event, *, timeout: float) -> bool:

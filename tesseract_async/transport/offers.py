@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -287,6 +287,8 @@ class GuardSettings:
     """Seconds by which the sender's clock and travel time may differ from ours."""
     per_sender: int = 20
     """Offers of one peer per minute."""
+    per_target: int = 12
+    """Offers per minute that have this node send to one host, whoever makes them."""
     total: int = 300
     """Offers of all peers per minute."""
 
@@ -297,26 +299,29 @@ class OfferGuard:
     def __init__(self, settings: GuardSettings) -> None:
         self._settings = settings
         self._seen: OrderedDict[bytes, float] = OrderedDict()
-        self._recent: deque[tuple[float, PeerID]] = deque()
-        self._per_sender: dict[PeerID, int] = {}
+        self._recent: deque[tuple[float, PeerID, str]] = deque()
+        self._counts: Counter[PeerID | str] = Counter()  # of senders, and of targets
 
-    def refuse(self, offer: Offer, *, now: float, wall: float) -> str | None:
-        """Why not (a label for counters), or None: then the offer counts. `wall`: wall-clock seconds."""
+    def refuse(self, offer: Offer, *, now: float, wall: float, target: str = "") -> str | None:
+        """Why not (a label for counters), or None: then the offer counts. `wall`: wall-clock seconds. `target`: the
+        host that this node would send to.
+        """
         settings = self._settings
         while self._recent and self._recent[0][0] <= now - 60:
-            _, sender = self._recent.popleft()
-            self._per_sender[sender] -= 1
-            if not self._per_sender[sender]:
-                del self._per_sender[sender]
+            _, sender, past = self._recent.popleft()
+            self._counts.subtract((sender, past))
+            self._counts += Counter()  # drops zeros
         while self._seen and next(iter(self._seen.values())) <= now - 2 * settings.max_skew:
             self._seen.popitem(last=False)
         if abs(offer.time - wall) > settings.max_skew:
             return "stale"
         if offer.hash in self._seen:
             return "replayed"
-        if len(self._recent) >= settings.total or self._per_sender.get(offer.sender, 0) >= settings.per_sender:
+        if len(self._recent) >= settings.total or self._counts[offer.sender] >= settings.per_sender:
+            return "too_many"
+        if target and self._counts[target] >= settings.per_target:
             return "too_many"
         self._seen[offer.hash] = now
-        self._recent.append((now, offer.sender))
-        self._per_sender[offer.sender] = self._per_sender.get(offer.sender, 0) + 1
+        self._recent.append((now, offer.sender, target))
+        self._counts.update((offer.sender, target))
         return None

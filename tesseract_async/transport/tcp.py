@@ -20,6 +20,7 @@ from tesseract_async.transport.base import (
     join_host_port,
     split_host_port,
 )
+from tesseract_async.transport.dial_budget import DialBudget
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,7 @@ class TcpTransport:
         self._throttle = throttle
         self._server: asyncio.Server | None = None
         self._worked: OrderedDict[PeerID, str] = OrderedDict()
+        self._budget = DialBudget()
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         if self._sock is not None:
@@ -246,11 +248,15 @@ class TcpTransport:
         return [*first, *(one for pair in zip_longest(v6, others) for one in pair if one is not None)]
 
     async def _open(self, address: str) -> Pipe:
+        self._budget.check(address, asyncio.get_running_loop().time())
         return await connect(address, throttle=self._throttle)
 
     def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
         kind, _, address = path.name.partition(" ")
-        if kind != "tcp" or peer.peer_id is None:
+        if kind != "tcp":
+            return
+        self._budget.finished(address, error, asyncio.get_running_loop().time())
+        if peer.peer_id is None:
             return
         if error is None and len(peer.addresses) > 1:
             self._worked[peer.peer_id] = address

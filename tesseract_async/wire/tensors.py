@@ -199,8 +199,8 @@ def encode_schema(schema: Schema) -> Any:
         return ["t" if isinstance(schema, tuple) else "l", *map(encode_schema, schema)]
     if isinstance(schema, Mapping):
         for key in schema:
-            if not isinstance(key, str):
-                raise TypeError(f"the keys of a schema's dicts are strings, not such as {key!r}")
+            if not isinstance(key, str) or not key.isprintable():
+                raise TypeError(f"the keys of a schema's dicts are printable strings, not such as {key!r}")
         return {key: encode_schema(item) for key, item in schema.items()}
     if isinstance(schema, TensorSpec):
         return ["s", DTYPE_NAMES[schema.dtype], list(schema.shape)]

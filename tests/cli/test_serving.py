@@ -36,7 +36,7 @@ def test_a_port_in_use_is_a_sentence() -> None:
     ("arguments", "sentence"),
     [
         (("--expert-class", "fnn"), "no expert named 'fnn'; there are"),
-        (("--size", "wide=3"), "--size does not fit the class 'ffn'"),
+        (("--size", "wide=3"), "ffn takes no size wide; it takes in_features, hidden_features"),
         (("--initial-peers", "nonsense"), "nonsense"),
         (("--preferred-size", "9999"), "a batch has at least 1 row and at most 4096"),
         (("--device", "meta"), "the device 'meta' computes nothing"),

@@ -384,7 +384,7 @@ def test_a_program_that_ends_during_a_backward_ends_well() -> None:
 
 
 FIRST_USE = """
-import sys, torch
+import asyncio, sys, torch
 
 class Off:
     def __enter__(self):
@@ -406,6 +406,11 @@ for block in (torch.inference_mode, torch.no_grad, Off, lambda: torch.device("me
     assert needed.requires_grad and not needed.is_inference() and needed.device.type == "cpu", block
     assert sys.modules["tesseract_async.client.leaves"]._AccumulateGrad.__name__ == "AccumulateGrad"
     assert not gate.proj.weight.is_inference() and gate.proj.weight.requires_grad
+
+node = FakeNode()
+node.host("ffn.0", torch.nn.Identity())
+asyncio.run(ta.RemoteExpert(node, "ffn.0")(torch.ones(1, 8)))
+assert "torch._dynamo" not in sys.modules  # the compiler takes a second to import, for those who use it
 """
 
 

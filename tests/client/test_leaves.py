@@ -240,6 +240,10 @@ async def test_hooks_of_a_trainers_module_fire(node: FakeNode) -> None:
     await asyncio.gather(*(trainer.step(loss_of, torch.ones(2, 8)) for _ in range(2)))
     assert torch.equal(module.weight, before)
     torch.testing.assert_close(fired, [torch.full((1,), 2.0)] * 2)
+    module.bias.register_post_accumulate_grad_hook(lambda leaf: fired[99])
+    with pytest.raises(IndexError):
+        await trainer.step(loss_of, torch.ones(2, 8))
+    assert module.weight.grad is None and module.bias.grad is None and trainer.version == 2
     node_of_the_weight = accumulator(module.weight)
     node_of_the_weight.register_hook(print)
     with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):

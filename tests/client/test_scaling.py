@@ -194,6 +194,30 @@ async def test_a_scaler_not_given_is_warned_of_and_heeded() -> None:
     torch.testing.assert_close(await trained(scaled(scaler, untold)), await trained(unscaled), rtol=1e-5, atol=1e-6)
 
 
+class Nested(torch.autograd.Function):
+    """Goes back through a graph of its own in the midst of another's, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, inner: list[torch.Tensor]) -> torch.Tensor:
+        (ctx.y,) = inner  # hidden from this graph
+        return ctx.y.detach().sum() + leaf
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        torch.autograd.backward(ctx.y, grads[0].expand_as(ctx.y))
+        return grads[0], None
+
+
+async def test_a_backward_in_the_midst_of_another_has_its_scale() -> None:
+    node = FakeNode()
+    expert = node.host("ffn.0", nn.Linear(8, 8), lr=0.1)
+    before = expert.module.weight.detach().clone()  # type: ignore[union-attr, operator]
+    y, scaler = await RemoteExpert(node, "ffn.0")(torch.ones(1, 8)), scaler_of()
+    loss = Nested.apply(torch.zeros((), requires_grad=True), [y])  # type: ignore[no-untyped-call]
+    await backward(scaler.scale(loss), scaler=scaler)
+    torch.testing.assert_close(expert.module.weight, before - 0.1)
+
+
 async def test_what_is_no_scaler_is_refused() -> None:
     loss = await Model(swarm())(torch.ones(2, 8))
     with pytest.raises(TypeError, match="GradScaler.*float"):

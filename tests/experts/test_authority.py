@@ -86,7 +86,7 @@ def test_only_who_has_a_grant_may_and_only_what_it_says() -> None:
     assert may(view, MEMBER) and may(view, MEMBER, uid=None)
     assert not may(view, MEMBER, uid="ffn.4.7") and not may(view, MEMBER, uid="attention.3.7")
     assert not may(view, MEMBER, "train") and not may(view, MEMBER, "admit")
-    assert view.is_member(MEMBER.peer_id, now=NOW) and not view.is_member(STRANGER.peer_id, now=NOW)
+    assert view.is_member(MEMBER.peer_id) and not view.is_member(STRANGER.peer_id)
 
 
 def test_a_grant_is_of_one_peer_one_run_and_one_owner() -> None:

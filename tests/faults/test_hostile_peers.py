@@ -136,7 +136,7 @@ async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
                 await stack.enter_async_context(RawPeer.connected(address))
             with pytest.raises(PeerUnreachable):  # nobody has been idle for long
                 await new._dialler.connect_through(address, TcpTransport().paths(address, bulk=False))
-            let_pass(6.0)
+            let_pass(2.0)
             assert (await old.call(address, "echo", 2, timeout=30)).body == 2
             assert (await new.call(address, "echo", 3, timeout=30)).body == 3
             assert (await old.call(address, "echo", 4, timeout=30)).body == 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError
-from tesseract_async.experts import claiming, manifest, run
+from tesseract_async.experts import ExpertPattern, claiming, grants, manifest, run
 from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status
@@ -24,12 +24,17 @@ from tests.fuzz.test_wire import mutate, value
 from tests.monitoring.test_status import STATUS
 from tests.transport.test_offers import DESCRIPTION
 
+TAG = manifest.RunTag(ALICE.peer_id, "digits", "granted")
+GRANT = grants.sign_grant(ALICE, TAG.run_id("ffn"), BOB.peer_id, ["host"], serial=1, not_after=2)
 PARTS = [
     part
+    for tag, grant in ((None, b""), (TAG, GRANT.blob))
     for part, _ in manifest.encode_manifest(
-        ["10.0.0.1:1", "[::1]:2"], {(1, 2): True, (3, 4): False}, prefix="ffn", sequence=1
+        *(["10.0.0.1:1", "[::1]:2"], {(1, 2): True, (3, 4): False}), prefix="ffn", sequence=1, tag=tag, grant=grant
     )
 ]
+(REVOCATIONS,) = grants.sign_revocations(ALICE, bytes(16), number=0, since=1, peers=[BOB.peer_id])
+APPOINTMENT = grants.sign_appointment(ALICE, bytes(16), ExpertPattern.parse("ffn.[0:4]"), serial=1, peer=BOB.peer_id)
 RESERVATION = claiming.encode_reservation([(1, 2), (3, 4)])[0]
 RUN = run.sign_run(ALICE, DIGITS).blob[96:]
 OFFER = offers.encode_offer(ALICE, BOB.peer_id, kind=offers.CHANNEL, body=DESCRIPTION.pack(), nonce=bytes(16), now=1.0)
@@ -65,6 +70,22 @@ def fuzz_run(pick: random.Random) -> None:
         fields[pick.choice(list(fields))] = value(pick)
         body = msgpack.packb(fields)
     run.decode_run(signed(body, run.DOMAIN))
+
+
+def fuzz_grants(pick: random.Random) -> None:
+    decode, domain, good = pick.choice(
+        (
+            (grants.decode_grant, grants.GRANT_DOMAIN, GRANT.blob),
+            (grants.decode_revocations, grants.REVOCATIONS_DOMAIN, REVOCATIONS.blob),
+            (grants.decode_appointment, grants.APPOINTMENT_DOMAIN, APPOINTMENT.blob),
+        )
+    )
+    body = mutate(pick, good[96:])
+    if pick.random() < 0.5:
+        fields = msgpack.unpackb(good[96:])
+        fields[pick.randrange(len(fields))] = value(pick)
+        body = msgpack.packb(fields)
+    decode(signed(body, domain))
 
 
 def fuzz_status(pick: random.Random) -> None:
@@ -143,6 +164,7 @@ TARGETS: dict[str, tuple[Callable[[random.Random], None], int, int]] = {
     "manifest at a holder": (fuzz_manifest_at_a_holder, 2000, 100_000),
     "reservation": (fuzz_reservation, 2000, 50_000),
     "run": (fuzz_run, 300, 20_000),
+    "grants": (fuzz_grants, 1000, 20_000),
     "status": (fuzz_status, 1000, 50_000),
     "offers": (fuzz_offers, 2000, 50_000),
     "sealed offers": (fuzz_sealed_offers, 300, 20_000),

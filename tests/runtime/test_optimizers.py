@@ -281,3 +281,20 @@ def test_a_module_with_sparse_gradients_takes_optimizers_that_take_them() -> Non
     optimizer = torch.optim.SparseAdam(module.sparse.parameters())
     ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((3,), torch.int64),))
     assert not optimizer.state, "the try was made by a copy"
+
+
+def test_hooks_of_parameters_run_once_for_each_step() -> None:
+    backend = backend_of(sgd(1.0), step_every=2)
+    assert isinstance(backend.module, nn.Linear)
+    bias, seen = backend.module.bias, []
+    before = bias.detach().clone()
+
+    def limit(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        seen.append(parameter.grad.clone())
+        parameter.grad.clamp_(max=0.5)
+
+    bias.register_post_accumulate_grad_hook(limit)
+    step(backend, 2)
+    assert len(seen) == 1 and torch.equal(seen[0], torch.full((3,), 4.0))
+    torch.testing.assert_close(bias.detach(), before - 0.5)

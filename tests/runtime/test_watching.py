@@ -126,3 +126,38 @@ def test_batch_statistics_survive_a_try() -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     ExpertBackend(module, args_schema=(TensorSpec((4,)),))
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_control_flow_and_kernels_without_a_backward_pass_are_taken() -> None:
+    branch = backend_of(lambda x: torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (x,)))
+    assert torch.equal(branch.forward([torch.ones(1, 4)], training=True, seed=1)[0], torch.full((1, 4), 2.0))
+
+    def only_forward(x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            raise NotImplementedError("no backward pass")
+        return x.detach() * 2
+
+    assert torch.equal(backend_of(only_forward).forward([torch.ones(1, 4)])[0], torch.full((1, 4), 2.0))
+
+
+def test_a_module_that_changes_its_buffers_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    ExpertBackend(module, args_schema=(TensorSpec((4,)),))
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert "changes its buffers in each forward pass (_u, _v)" in caplog.text
+    caplog.clear()
+    ExpertBackend(nn.LayerNorm(4), args_schema=(TensorSpec((4,)),))
+    assert not caplog.text
+
+
+def test_a_compiled_module_is_still_compiled_once_it_was_watched() -> None:
+    compiled = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    module: Any = torch.compile(nn.Linear(4, 4), backend=compiler)
+    ExpertBackend(module, args_schema=(TensorSpec((4,)),)).forward([torch.ones(1, 4)])
+    assert compiled

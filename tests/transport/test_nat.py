@@ -16,10 +16,11 @@ from tesseract_async.errors import InvalidRecord, NotAllowed, Overloaded, PeerUn
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport import offers, preamble, tcp
+from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import Path, PeerAddress, Pipe
 from tesseract_async.transport.doorman import Doorman
-from tesseract_async.transport.nat import NatSettings, NatTransport
-from tesseract_async.transport.offers import GuardSettings, RelayBody, ReverseBody
+from tesseract_async.transport.nat import MAX_TRIED, NatSettings, NatTransport, plausible
+from tesseract_async.transport.offers import Candidate, Description, GuardSettings, RelayBody, ReverseBody
 from tesseract_async.transport.relay import Relay, RelaySettings
 from tests.transport.pipes import Receiver, bound_socket
 
@@ -363,3 +364,69 @@ async def test_who_needs_no_better_way_looks_for_none() -> None:
         assert not asker.nat._improving
         asker.nat.path_finished(asked.peer, Path("reverse", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
         assert not asker.nat._tasks
+
+
+# ---- whom a data channel's checks are sent to
+
+
+def description(*hosts: str) -> Description:
+    """Candidates at these hosts: ``host`` in private networks, else ``srflx``."""
+    kinds = ["host" if host.startswith(("192.168.", "10.", "127.")) else "srflx" for host in hosts]
+    return Description(
+        "user",
+        "password" * 3,
+        bytes(32),
+        tuple(
+            Candidate(kind, host, 1000 + number, 2**31 - number, str(number))
+            for number, (kind, host) in enumerate(zip(kinds, hosts, strict=True))
+        ),
+    )
+
+
+def hosts_of(offered: Description, *, origin: str | None, own: Description, scope: AddressScope) -> list[str]:
+    return sorted(one.host for one in plausible(offered, own, origin=origin, allows=scope.allows).candidates)
+
+
+HOME = AddressScope(["192.168.1.2"])
+OWN = description("192.168.1.2", "8.8.8.8")
+
+
+def test_an_offer_leads_to_where_it_came_from_only() -> None:
+    third = [f"9.9.9.{number}" for number in range(10)] + ["169.254.169.254", "192.168.1.1"]
+    assert hosts_of(description("9.9.0.1", *third[:11]), origin="9.9.0.1", own=OWN, scope=HOME) == ["9.9.0.1"]
+    assert hosts_of(description(*third), origin="9.9.0.1", own=OWN, scope=HOME) == []
+    assert hosts_of(description(*["9.9.0.1"] * 12), origin="9.9.0.1", own=OWN, scope=HOME) == ["9.9.0.1"] * MAX_TRIED
+    v6 = description("2a00::1", "2a00::2", "2a00:0:0:1::1")
+    assert hosts_of(v6, origin="2a00::9", own=OWN, scope=HOME) == ["2a00::1", "2a00::2"]
+
+
+def test_private_addresses_are_tried_behind_the_same_nat_only() -> None:
+    peer = description("192.168.1.7", "8.8.8.8")
+    assert hosts_of(peer, origin="8.8.8.8", own=OWN, scope=HOME) == ["192.168.1.7", "8.8.8.8"]
+    assert hosts_of(peer, origin="8.8.4.4", own=OWN, scope=HOME) == []
+    assert hosts_of(description("10.0.0.1", "8.8.8.8"), origin="8.8.8.8", own=OWN, scope=HOME) == ["8.8.8.8"]
+    public = AddressScope(["8.8.8.8"])
+    assert hosts_of(peer, origin="8.8.8.8", own=OWN, scope=public) == ["8.8.8.8"]
+    assert hosts_of(description("127.0.0.1"), origin="127.0.0.1", own=OWN, scope=HOME) == []
+
+
+def test_an_answer_leads_to_one_public_host_of_each_kind() -> None:
+    many = description("9.9.0.1", "9.9.1.1", "9.9.2.1", "2a00::1", "2a01::1", "192.168.1.7")
+    assert hosts_of(many, origin=None, own=OWN, scope=HOME) == ["2a00::1", "9.9.0.1"]
+    same = description("192.168.1.7", "8.8.8.8")
+    assert hosts_of(same, origin=None, own=OWN, scope=HOME) == ["192.168.1.7", "8.8.8.8"]
+    assert hosts_of(description("192.168.1.7"), origin=None, own=description("192.168.1.2"), scope=HOME) == [
+        "192.168.1.7"
+    ]
+
+
+async def test_offers_that_name_third_parties_are_declined() -> None:
+    async with town(3) as (asking, asked, _):
+        body = description("9.9.9.9", "9.9.8.8").pack()
+        offer = offers.encode_offer(
+            asking.identity, asked.peer_id, kind=offers.CHANNEL, body=body, nonce=os.urandom(16), now=time.time()
+        )
+        reply = await asked.nat.answer_offer(offer, origin="127.0.0.1")
+        answer = offers.decode_answer(reply, offer, sender=asked.peer_id, recipient=asking.peer_id)
+        assert not answer.accepted and "name no address" in answer.reason
+        assert asked.nat._num_negotiations == 0

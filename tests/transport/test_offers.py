@@ -147,6 +147,23 @@ def test_what_is_too_long_is_refused_at_both_ends() -> None:
         offers.decode_offer(bytes(offers.MAX_BYTES + 1), BOB.peer_id)
 
 
+def test_the_guard_counts_those_who_would_be_sent_to() -> None:
+    guard = OfferGuard(GuardSettings(per_sender=100, total=100, per_target=3))
+    answers = []
+    for number in range(5):
+        sender = Identity.from_seed(bytes([number + 50]) * 32)
+        data = offers.encode_offer(
+            sender, BOB.peer_id, kind=offers.CHANNEL, body={}, nonce=bytes([number]) * 16, now=NOW
+        )
+        offer = offers.decode_offer(data, BOB.peer_id)
+        answers.append(guard.refuse(offer, now=float(number), wall=NOW, target="8.8.8.8"))
+    assert answers == [None] * 3 + ["too_many"] * 2
+    assert guard.refuse(offer, now=5.0, wall=NOW, target="8.8.4.4") is None
+    late = offers.decode_offer(data, BOB.peer_id)
+    assert guard.refuse(late, now=100.0, wall=NOW, target="8.8.8.8") == "replayed"
+    assert not guard._counts
+
+
 def test_the_guard_refuses_old_repeated_and_too_many_offers() -> None:
     guard = OfferGuard(GuardSettings(max_skew=100.0, per_sender=3, total=5))
 

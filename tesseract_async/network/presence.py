@@ -1,0 +1,104 @@
+"""Two nodes with one identity (a cloned machine, a key that is part of an image): each overwrites what the other says.
+
+A node with a lasting identity keeps an entry of its own in the network: when it was started, and a random number.
+Nobody else can sign it. So whoever reads a newer one than it wrote last has a twin, and of two the one that started
+later withdraws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.identity import PeerID
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 30.0
+"""Seconds between two looks, give or take a quarter."""
+NUM_QUICK_LOOKS = 10
+"""At a sixth of the period, for a newcomer that finds its identity in use, or left a moment ago."""
+ADVICE = "give each computer a key of its own (`tesseract keygen FILE`), or stop one of the two"
+
+
+class PresentNetwork(Protocol):
+    """What is needed of `TesseractNetwork`."""
+
+    @property
+    def peer_id(self) -> PeerID: ...
+    async def wait_joined(self, timeout: float | None = None) -> bool: ...
+    async def get_entries(self, key: str) -> Any: ...
+    def last_sequence(self, key: str) -> int: ...
+    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
+
+
+class Presence:
+    """Looks for a twin of one node, from `run` on."""
+
+    def __init__(self, network: PresentNetwork, *, on_older_twin: Callable[[], None], period: float = PERIOD) -> None:
+        """`on_older_twin` is called once, where this node is the one that has to withdraw."""
+        self._network = network
+        self._on_older_twin = on_older_twin
+        self._period = period
+        self._own = [os.urandom(8), time.time()]
+        self._key = f"node/{network.peer_id}"
+        self._sequence: int | None = None
+        """Of what was written last."""
+        self._told: set[bytes] = set()
+
+    async def run(self) -> None:
+        """Until cancelled, or an older twin was found."""
+        await self._network.wait_joined()
+        num_quick = 0
+        while True:
+            try:
+                found = await self._look()
+                if found == "older":
+                    return
+                if found == "before":
+                    num_quick = NUM_QUICK_LOOKS
+            except (TesseractError, TimeoutError, OSError, ConnectionError) as error:
+                logger.debug("whether this identity is used elsewhere cannot be seen: %s", describe(error))
+            num_quick -= 1
+            await asyncio.sleep(self._period * random.uniform(0.75, 1.25) / (6 if num_quick > 0 else 1))
+
+    async def _look(self) -> str:
+        """Reads the entry, and writes it. What was found: ``older``, ``younger`` (a twin), ``before`` (an entry of
+        another run, which may be over) or nothing."""
+        found = ""
+        for entry in await self._network.get_entries(self._key):
+            if entry.owner != self._network.peer_id or entry.subkey is not None:
+                continue
+            try:
+                nonce, started = entry.value
+                if nonce == self._own[0] or not isinstance(nonce, bytes):
+                    continue
+                is_newer = self._sequence is not None and entry.sequence > self._sequence
+                found = self._tell(nonce, float(started)) if is_newer else "before"
+            except (TypeError, ValueError):
+                continue
+        if found != "older":
+            if await self._network.store(self._key, self._own, ttl=4 * self._period):
+                self._sequence = self._network.last_sequence(self._key)
+        return found
+
+    def _tell(self, nonce: bytes, started: float) -> str:
+        name = self._network.peer_id.short
+        if (started, nonce) > (self._own[1], self._own[0]):
+            if nonce not in self._told:
+                self._told.add(nonce)
+                logger.error("another node was started with the identity of this one, %s: %s", name, ADVICE)
+            return "younger"
+        logger.error(
+            "another node, started earlier, has the identity of this one, %s: this one withdraws from the network; %s",
+            name,
+            ADVICE,
+        )
+        self._on_older_twin()
+        return "older"

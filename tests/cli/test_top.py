@@ -1,0 +1,156 @@
+"""`tesseract top`: all that matters stays in sight, on any terminal, and a key ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import pty
+import signal
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import tesseract_async as ta
+from tesseract_async.cli import top
+from tests.cli.processes import ENVIRONMENT, ROOT
+
+
+def peer(number: int, error: str = "") -> dict[str, Any]:
+    return {
+        "short": f"{number:08x}",
+        "number": number,
+        "path": f"tcp 192.0.2.{number}:31337",
+        "error": error,
+        "rtt": 0.01,
+        "num_experts": 100,
+        "calls_per_second": 12.0,
+        "rows_per_second": 1000.0,
+        "steps_per_second": 3.0,
+        "busy": 0.5,
+        "waiting_rows": 3,
+        "answered_ago": 1.0,
+    }
+
+
+def state(size: tuple[int, int], *, num_peers: int = 2, num_grids: int = 1) -> dict[str, Any]:
+    """Every second row of the grids lives; one expert is lost."""
+    cells = [[[row, column], row % num_peers, 1, 7, 0, 0] for row in range(0, size[0], 2) for column in range(size[1])]
+    grid = {"prefix": "ffn", "size": list(size), "experts": cells, "lost": [[1, 0]]}
+    return {
+        "totals": {"experts": float(len(cells)), "servers": float(num_peers)},
+        "grids": [grid] * num_grids,
+        "peers": [peer(number) for number in range(num_peers)],
+        "losses": {f"trainer {number}": (10, 0.5) for number in range(9)},
+        "log": [(1.7e9 + number, f"event {number} " + 100 * "x", "note") for number in range(20)],
+        "node": {"join": "127.0.0.1:1"},
+    }
+
+
+def shown(state: dict[str, Any], width: int, height: int | None, signs: dict[str, str] = top.SIGNS) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(top.draw(state, width, height, signs=signs))
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 40), (132, 50), (60, 16)])
+@pytest.mark.parametrize("size", [(64, 64), (4, 4), (300, 300), (1, 4096), (4096, 1)])
+@pytest.mark.parametrize(("num_peers", "num_grids"), [(1, 1), (40, 1), (3, 9)])
+def test_servers_legend_and_events_stay_in_sight(
+    width: int, height: int, size: tuple[int, int], num_peers: int, num_grids: int
+) -> None:
+    if size == (300, 300) and num_grids > 1:
+        return  # that takes long, and shows nothing more
+    lines = shown(state(size, num_peers=num_peers, num_grids=num_grids), width, height)
+    text = "\n".join(lines)
+    assert len(lines) <= height and all(len(line) <= width for line in lines), text
+    for wanted in ("tesseract top", "00000000", "tcp 192.0.2.0", "alive", "nobody", "trainer 0", "event 19"):
+        assert wanted in text, (wanted, text)
+    assert num_peers < 40 or "servers more" in text
+
+
+def test_large_grids_are_drawn_in_blocks() -> None:
+    lines = shown(state((64, 64)), 80, 24)
+    sheet = [line for line in lines if set(line) <= set("●◐○x· ") and line.strip()]
+    assert len(sheet) <= 10 and all(len(line.rstrip()) == 64 for line in sheet)
+    assert "x1: ● alive  ◐ some" in "\n".join(lines)
+    assert set("".join(sheet)) == {"◐"}, "of each block every second row lives"
+    small = shown(state((4, 4)), 80, 24)
+    assert any(line.rstrip() == "x · · ·" for line in small) and any(line.rstrip() == "● ● ● ●" for line in small)
+
+
+def test_blocks_of_one_kind_keep_its_sign() -> None:
+    alive, silent, lost = ("alive", "cyan"), ("silent", "red"), ("lost", "red")
+    for cells, full, expected in (
+        ([], 4, ("nobody", "dim")),
+        ([alive] * 4, 4, ("alive", "cyan")),
+        ([alive] * 3, 4, ("some", "cyan")),
+        ([alive, ("alive", "blue")], 2, ("alive", "white")),
+        ([alive, lost], 2, ("some", "red")),
+        ([silent, lost], 4, ("silent", "red")),
+        ([lost], 4, ("lost", "red")),
+    ):
+        assert top._sign_of(cells, full) == expected
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "cp1252", "nonsense"])
+def test_terminals_without_those_letters_get_others(encoding: str) -> None:
+    signs = top._signs_for(encoding)
+    text = "\n".join(shown(state((4, 4)), 80, 24, signs))
+    assert "●" not in text and "o o o o" in text and "o alive" in text
+    assert top._signs_for("utf-8") is top.SIGNS
+
+
+@pytest.mark.parametrize("key", [b"q", b"Q", b"\x03"])
+async def test_a_key_ends_it_and_the_terminal_is_as_before(key: bytes) -> None:
+    import termios
+
+    async with ta.TesseractNode() as seed:
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        before = termios.tcgetattr(theirs)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", CONTROLLING, "top", "-p", seed.address, "--period", "0.2"),
+            cwd=ROOT,
+            env={**ENVIRONMENT, "TERM": "xterm", "PYTHONIOENCODING": "ascii"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        try:
+            said = b""
+            while b"tesseract serve" not in said:
+                said += await asyncio.to_thread(os.read, ours, 4096)
+            os.write(ours, key)
+            reading = asyncio.create_task(asyncio.to_thread(drain, ours))
+            assert await process.wait() == 0
+            assert termios.tcgetattr(theirs) == before
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGKILL)
+                await process.wait()
+            os.close(theirs)
+        assert b"Traceback" not in said + await reading
+        os.close(ours)
+
+
+CONTROLLING = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from tesseract_async.cli.main import main
+main(prog_name="tesseract")
+"""
+
+
+def drain(number: int) -> bytes:
+    said = b""
+    try:
+        while part := os.read(number, 4096):
+            said += part
+    except OSError:  # its other end is closed
+        pass
+    return said
