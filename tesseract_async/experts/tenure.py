@@ -239,8 +239,10 @@ class Tenure(TenureBase):
         return True
 
     def heirs(self, now: float) -> list[PeerID]:
-        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file."""
-        return [peer for peer in self._members.best(now, self._lease) if peer in self._hosts]
+        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file; then
+        the others."""
+        best = [peer for peer in self._members.best(now, self._lease) if peer in self._hosts]
+        return best + [peer for peer in sorted(self._hosts) if peer not in best and peer != self.me]
 
     def hand_over(self, heir: PeerID) -> bytes:
         """The signature that gives the expert to `heir`, which proved that it has the last Seal's file.

@@ -412,6 +412,8 @@ class ReplicaKeeper:
         async with self._looking:
             mine = [uid for uid in self._server.experts if self._server.is_primary(uid)]
             replicas = await self._read(uid for uid in mine if uid in self._bare)
+            if of_runs := [uid for uid in mine if uid in self.tenures.uids]:
+                await self.tenures.look(of_runs)
             gate = asyncio.Semaphore(self.settings.num_at_once)
 
             async def move(uid: str) -> bool:

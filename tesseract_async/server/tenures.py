@@ -127,6 +127,16 @@ class TenureKeeper:
             async with asyncio.timeout(self._call_timeout):
                 for expert in self._experts.values():
                     await self._until(expert, lambda tenure: tenure.state in settled)
+                    # what it is, it also says
+                    await self._until(expert, lambda tenure: self._is_said(tenure))
+
+    def _is_said(self, tenure: Tenure) -> bool:
+        return self._server.is_primary(tenure.uid) == (tenure.state is State.LEADING)
+
+    async def look(self, uids: Iterable[str]) -> None:
+        """Reads now who else hosts these. Raises: TimeoutError if the network does not answer."""
+        async with asyncio.timeout(self._call_timeout):
+            await self._look(set(uids))
 
     async def aclose(self) -> None:
         """Stops. Nothing is answered or led any more."""
