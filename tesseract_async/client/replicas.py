@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from tesseract_async.client.audits import Audits
 from tesseract_async.client.expert_calls import fetch_version
 from tesseract_async.client.latency import LatencyBook, path_seconds
 from tesseract_async.client.left_out import LeftOut
@@ -62,6 +63,7 @@ class _OfNode:
     """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.audits = Audits()
         self.latencies = LatencyBook()
         self.limits = Limits()
         self.stalls = Stalls()
@@ -102,6 +104,7 @@ class Shared(Uncopied):
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         if (ours := _of_nodes.get(self.node)) is None:
             ours = _of_nodes[self.node] = _OfNode(self.node.metrics)
+        self.audits = ours.audits
         self.latencies = ours.latencies
         self.limits = ours.limits
         self.stalls = ours.stalls
