@@ -461,10 +461,8 @@ class MixtureCall:
         timeout = self._settings.backward_timeout
         grace = {
             # of several that claim to be the primary, those that are silent are found out within that time
-            part.uid: self._grace(
-                "backward", book.is_new((part.uid, "backward")) or _are_rivals(part.replicas), timeout
-            )
-            for part in tasks.values()
+            uid: self._grace("backward", book.is_new((uid, "backward")) or len(rivals) > 1, timeout)
+            for uid, rivals in ((p.uid, [r for r in p.replicas if r.primary]) for p in tasks.values())
         }
 
         def usual() -> Usual | None:
@@ -569,10 +567,6 @@ class MixtureCall:
             None if total is None else total * scale.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))
             for total in sums
         ]
-
-
-def _are_rivals(replicas: Sequence[Any]) -> bool:
-    return sum(replica.primary for replica in replicas) > 1
 
 
 def _without_frames(error: BaseException) -> BaseException:
