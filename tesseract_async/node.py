@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -160,6 +160,7 @@ class TesseractNode(Uncopied):
         self._says_where = False
         self._experts: dict[str, Handler] = {}
         self._keepers: list[RunKeeper] = []
+        self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
@@ -204,13 +205,25 @@ class TesseractNode(Uncopied):
         if self._watch_for_twin is not None:
             self._watch_for_twin.cancel()
             await asyncio.gather(self._watch_for_twin, return_exceptions=True)
-        await asyncio.gather(*(keeper.aclose() for keeper in self._keepers))
+        await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
         await self.network.aclose()
         if self._endpoint is not None:
             await self._endpoint.aclose()
+
+    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Awaits ``aclose()`` when this node closes, before its connections end."""
+        self._at_close.append(aclose)
+
+    def distrust(self, peer_id: PeerID, reason: str) -> None:
+        """Believes nothing more that this peer says about experts, and sends it nothing; until this node ends.
+
+        `trust.distrusted` lists such peers with the reason.
+        """
+        self.trust.distrusted[peer_id] = reason
+        logger.warning("nothing of %s is believed any more: %s", peer_id.short, reason)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -395,6 +408,7 @@ class TesseractNode(Uncopied):
         self.directory.forget(keeper.authority.prefix)
         if not any(one.authority is keeper.authority for one in self._keepers):
             self._keepers.append(keeper)
+            self.at_close(keeper.aclose)
             keeper.start()
         return keeper.authority
 

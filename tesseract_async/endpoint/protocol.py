@@ -10,10 +10,10 @@ arm a timer for `timer_at`. Untrusted bytes raise only `ProtocolError`, from the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
+from tesseract_async.endpoint.budget import Budget, FairCount, Owner
 from tesseract_async.endpoint.events import (
     CallCancelled,
     CallFailed,
@@ -282,14 +282,14 @@ class ConnectionProtocol:
         """
         self._now = now
         call = self._incoming.get(stream)
-        if call is None or call.head is None or call.sending is not None:
+        if call is None or not call.delivered or call.sending is not None:
             return
         encoded = calls.encode_result(body)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
         sizes = [*map(len, buffers)]
         size = frames.message_bytes(len(encoded), sizes)
-        limit = min(call.head.max_reply, self._theirs.max_message)
+        limit = min(call.max_reply, self._theirs.max_message)
         if size > limit:
             self.fail(stream, RemoteError(f"the reply has {size} bytes, more than the {limit} that its caller accepts"))
             return
@@ -301,8 +301,8 @@ class ConnectionProtocol:
         elif not self._replies.hold(call, size, now=now, give_up=lambda: self._not_taken(stream)):
             self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
-            call.sending = Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.head.priority)
-            room = call.head.reply_room
+            call.sending = Sending(frames.CHUNK_REPLY, stream, encoded, buffers, call.priority)
+            room = call.reply_room
             call.lane = self.transfers.begin(
                 frames.BEGIN_REPLY, call.sending, encoded, buffers, room=room, now=self._now
             )
@@ -330,8 +330,9 @@ class ConnectionProtocol:
             self.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.give_up()
-        self._replies.drop(call)
-        self._small_calls.ended(call)
+        if call.reply_size:
+            self._replies.drop(call)
+        self._small_calls.cost -= call.cost
         if call.held is not None:
             call.held.release()
         if call.standing:
@@ -394,7 +395,8 @@ class ConnectionProtocol:
 
     def _deliver(self, stream: int, call: Incoming, value: Any, buffers: tuple[memoryview, ...]) -> None:
         head = calls.decode_request(value)
-        call.head = RequestHead(head.call_id, "", 0.0, head.priority, head.reply_room, head.max_reply, None)
+        call.delivered = True
+        call.priority, call.reply_room, call.max_reply = head.priority, head.reply_room, head.max_reply
         deadline = self._now + head.time_left
         self._deadlines.push(deadline, stream, own=False, num_calls=self.num_calls)
         self._events.append(CallReceived(stream, head, buffers, deadline))
@@ -435,35 +437,51 @@ class ConnectionProtocol:
         if flags not in (frames.ROOM_STANDING, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
 
+        try:
+            self._receive(call, stream, lane, (head_bytes, sizes, size), flags, own=False)
+        except ValueError:
+            self.fail(stream, Overloaded(f"{size} bytes never fit this node's memory bound", retry_after=60.0))
+
+    def _receive(
+        self,
+        call: Incoming | Outgoing,
+        stream: int,
+        lane: int,
+        table: tuple[int, tuple[int, ...], int],
+        flags: int,
+        *,
+        own: bool,
+    ) -> None:
+        """Makes room for a large message that was announced, now or when its sender's earlier ones leave some.
+
+        Raises: ValueError if there can never be room for it.
+        """
+        calls: Mapping[int, Incoming | Outgoing] = self._outgoing if own else self._incoming
+        give_up = self._no_reply_room if own else self._no_room
+        head_bytes, sizes, size = table
+
         def receive() -> None:
-            if self._incoming.get(stream) is not call:
+            if calls.get(stream) is not call:
                 return
             room = call.held
             assert room is not None
-            room.give_up = lambda: self._no_room(stream)
-            call.arrival = self.transfers.arrival(
-                lane, head_bytes, sizes, room=room, now=self._now, granted=flags == frames.ROOM_ASKED
-            )
+            room.give_up = lambda: give_up(stream)
+            asked = flags == frames.ROOM_ASKED
+            call.arrival = self.transfers.arrival(lane, head_bytes, sizes, room=room, now=self._now, granted=asked)
             if call.arrival is None:
-                self._no_room(stream)
-            elif flags == frames.ROOM_ASKED:
-                self.lanes[MAIN].put(frames.frame(frames.GRANT_REQUEST, stream=stream))
+                give_up(stream)
+            elif asked:
+                kind = frames.GRANT_REPLY if own else frames.GRANT_REQUEST
+                self.lanes[MAIN].put(frames.frame(kind, stream=stream))
                 self._wake()
 
-        try:
-            call.held = self._room_for(flags, size, receive)
-        except ValueError:
-            self.fail(stream, Overloaded(f"{size} bytes never fit this node's memory bound", retry_after=60.0))
-            return
+        if flags == frames.ROOM_ASKED:
+            self.windows.open()
+            call.held = self._budget.ask(self._owner, size, receive)
+        else:
+            call.held = self._budget.begin(self._owner, size)
         if call.held.granted:
             receive()
-
-    def _room_for(self, flags: int, size: int, receive: Callable[[], None]) -> Reservation:
-        """Room for a message that was announced. Raises: ValueError if it can never be."""
-        if flags != frames.ROOM_ASKED:
-            return self._budget.begin(self._owner, size)
-        self.windows.open()
-        return self._budget.ask(self._owner, size, receive)
 
     def _no_room(self, stream: int) -> None:
         """The memory of a half-received request is wanted for others, or there is none."""
@@ -491,28 +509,10 @@ class ConnectionProtocol:
         if flags == frames.ROOM_STANDING:
             call.standing = size
 
-        def receive() -> None:
-            if self._outgoing.get(stream) is not call:
-                return
-            room = call.held
-            assert room is not None
-            room.give_up = lambda: self._no_reply_room(stream)
-            call.arrival = self.transfers.arrival(
-                lane, head_bytes, sizes, room=room, now=self._now, granted=flags == frames.ROOM_ASKED
-            )
-            if call.arrival is None:
-                self._no_reply_room(stream)
-            elif flags == frames.ROOM_ASKED:
-                self.lanes[MAIN].put(frames.frame(frames.GRANT_REPLY, stream=stream))
-                self._wake()
-
         try:
-            call.held = self._room_for(flags, size, receive)
+            self._receive(call, stream, lane, (head_bytes, sizes, size), flags, own=True)
         except ValueError:
             self._fail_call(stream, call, MessageTooLarge(size, self._budget.total))
-            return
-        if call.held.granted:
-            receive()
 
     def _no_reply_room(self, stream: int) -> None:
         call = self._outgoing.get(stream)
@@ -595,7 +595,7 @@ class ConnectionProtocol:
             self._count_idle()
 
     def _cancel_incoming(self, stream: int) -> None:
-        delivered = self._incoming[stream].head is not None
+        delivered = self._incoming[stream].delivered
         self._end_incoming(stream)
         if delivered:
             self._events.append(CallCancelled(stream))

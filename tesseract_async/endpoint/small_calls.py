@@ -20,6 +20,7 @@ class SmallCalls:
 
     def __init__(self, budget: FairCount | None, owner: Owner) -> None:
         self.cost = 0
+        """Of what is under way: each call's `cost` is taken off when it ends."""
         self._budget = budget
         self._owner = owner
         self._counted = STEP
@@ -32,10 +33,6 @@ class SmallCalls:
         call.cost = cost
         self.cost += cost
         return self.cost <= self._counted or self._count()
-
-    def ended(self, call: Incoming) -> None:
-        """It is under way no longer. (A large one was never counted here.)"""
-        self.cost -= call.cost
 
     def _count(self) -> bool:
         more = -(-(self.cost - self._counted) // STEP) * STEP

@@ -127,8 +127,11 @@ class Incoming:
 
     # defaults of the class, as above
     on_bulk = False
-    head: RequestHead | None = None
-    """Without its body, which is the handler's alone."""
+    delivered = False
+    """Whether the handler has it; its body is the handler's alone."""
+    priority = 0
+    reply_room = 0
+    max_reply = 0
     held: Reservation | None = None
     """What a large request counts, from its BEGIN to its answer."""
     standing = 0

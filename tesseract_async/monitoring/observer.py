@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tesseract_async.errors import TesseractError, describe
+from tesseract_async.errors import ConnectionLost, RemoteError, TesseractError, UnknownMethod, describe
 from tesseract_async.experts import ExpertPattern, GridView, split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.monitoring.status import NodeStatus, ask_status
@@ -36,6 +36,8 @@ MAX_GRIDS = 16
 """That are shown though nobody asked for them."""
 MAX_TRAINERS = 64
 MAX_SENTENCE = 240
+SHOW_DEAD_FOR = 60.0
+"""Seconds that a server which said no farewell is shown, greyed, after its manifests have expired."""
 """Characters of a line of the log: strangers' errors stand in it."""
 
 
@@ -59,6 +61,10 @@ class Peer:
     """Share of the time that its devices compute (of all of them: 2.0 where two are busy)."""
     error: str | None = None
     """Why it did not answer the last time."""
+    is_gone: bool = False
+    """Nothing of it answered the last time: what it is said to host does not count."""
+    left_at: float | None = None
+    """Loop time at which its manifests had expired, if they have."""
 
 
 class SwarmObserver:
@@ -212,10 +218,17 @@ class SwarmObserver:
             elif uids != peer.uids:
                 self._note(f"{peer_id.short} hosts {_experts(uids)} now, {len(peer.uids)} before", "changed")
             peer.address, peer.uids = address, uids
+        now = asyncio.get_running_loop().time()
         for peer_id, peer in list(self.peers.items()):
-            if peer_id not in hosted:
+            if peer_id in hosted:
+                peer.left_at = None
+            elif peer.left_at is None:
                 why = f": it did not answer any more ({peer.error})" if peer.error else ", and had said so"
                 self._note(f"{peer_id.short} left with {_experts(peer.uids)}{why}", "left")
+                peer.left_at, peer.uids = now, set()
+                if not peer.error:
+                    del self.peers[peer_id]
+            elif now - peer.left_at > SHOW_DEAD_FOR:
                 del self.peers[peer_id]
 
     async def _ask(self, peer: Peer, limit: asyncio.Semaphore) -> None:
@@ -224,7 +237,9 @@ class SwarmObserver:
             async with limit:
                 status = await ask_status(self.node, peer.address, timeout=max(0.5, self.period))
         except (TesseractError, TimeoutError) as error:
-            sentence = describe(error)
+            sentence = _reason(error)
+            log.info("%s did not tell its status: %s", peer.address, describe(error))
+            peer.is_gone = not isinstance(error, RemoteError)
             if peer.error is None and peer.uids and peer.address.peer_id is not None:
                 self._note(f"{peer.address.peer_id.short} does not answer: {sentence}", "failed")
             peer.error = sentence[:MAX_SENTENCE]
@@ -244,7 +259,7 @@ class SwarmObserver:
             peer.steps_per_second = max(0, sum(steps)) / seconds
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
             self._note(f"{peer.address.peer_id.short} answers again", "joined")
-        peer.status, peer.seen_at, peer.error = status, now, None
+        peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
 
     async def _read_losses(self) -> None:
         found: dict[str, tuple[int, float]] = {}
@@ -258,7 +273,7 @@ class SwarmObserver:
         self.losses = found
 
     def _remember(self) -> None:
-        peers = [peer for peer in self.peers.values() if peer.uids]
+        peers = [peer for peer in self.peers.values() if peer.uids and not peer.is_gone]
         losses = [loss for _, loss in self.losses.values()]
         point = {
             "time": time.time(),
@@ -305,7 +320,9 @@ class SwarmObserver:
             statuses = [peer.status for peer in met if peer is not None and peer.status is not None]
             uid = replicas[0].uid
             versions = [status.experts[uid].version for status in statuses if uid in status.experts]
-            peer_id = replicas[0].peer.peer_id
+            answering = [one for one in met if one is not None and not one.is_gone]
+            first = answering[0].address if answering else replicas[0].peer
+            peer_id = first.peer_id
             cells.append(
                 [
                     coords,
@@ -338,7 +355,19 @@ class SwarmObserver:
             "answered_ago": round(asyncio.get_running_loop().time() - peer.seen_at, 1) if peer.status else None,
             "software": peer.status.software if peer.status is not None else None,
             "error": peer.error,
+            "gone": peer.is_gone,
         }
+
+
+def _reason(error: BaseException) -> str:
+    """Why a server did not answer, for people; the log of the node has the rest."""
+    if isinstance(error, UnknownMethod):
+        return "it does not tell how it is"
+    if isinstance(error, RemoteError):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return "the connection was lost" if isinstance(error, ConnectionLost) else "it cannot be reached"
 
 
 def _experts(uids: set[str]) -> str:

@@ -36,6 +36,8 @@ SUFFIX = ".safetensors"
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 _MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_VALUES = 1 << 20
+"""Lists, maps and what they hold, in a stranger's file: a full journal has a fifth. A byte of JSON may cost 60."""
 
 
 class CheckpointStore:
@@ -180,13 +182,19 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
     return [len(head).to_bytes(8, "little"), head, *pieces]
 
 
-def decode(data: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """What `encode` was given. Takes untrusted bytes. Raises: CheckpointError for anything damaged or foreign."""
+def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> dict[str, Any]:
+    """What `encode` was given. Takes untrusted bytes; of a stranger's, `max_values` bounds what the header makes.
+
+    Raises: CheckpointError for anything damaged or foreign.
+    """
     try:
         length = int.from_bytes(data[:8], "little")
         if length > min(_MAX_HEADER_BYTES, len(data) - 8):
             raise CheckpointError("the header is cut off")
-        header = json.loads(bytes(data[8 : 8 + length]))
+        text = bytes(data[8 : 8 + length])
+        if sum(map(text.count, (b"[", b"{", b","))) > max_values:
+            raise CheckpointError("the header holds too many values")
+        header = json.loads(text)
         metadata = header["__metadata__"]
         if metadata.get("tesseract_format") != str(FORMAT_VERSION):
             raise CheckpointError(f"format {metadata.get('tesseract_format')!r} is not {FORMAT_VERSION}")

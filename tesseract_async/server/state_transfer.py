@@ -263,7 +263,7 @@ def difference(uid: str, backend: ExpertBackend, state: Mapping[str, Any]) -> st
 def check_state(uid: str, data: bytes, *, weights_only: bool) -> dict[str, Any]:
     """The state in a stranger's file. Raises: ProtocolError."""
     try:
-        state = checkpoint.decode(data)
+        state = checkpoint.decode(data, max_values=checkpoint.MAX_HEADER_VALUES)
     except (CheckpointError, RecursionError, IndexError, OverflowError) as error:
         raise ProtocolError(f"{uid}: its state cannot be read: {describe(error)}") from None
     module, version = state.get("module"), state.get("version")

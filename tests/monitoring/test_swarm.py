@@ -15,6 +15,7 @@ from rich.console import Console
 
 import tesseract_async as ta
 from tesseract_async.cli import top
+from tesseract_async.errors import PeerUnreachable
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
@@ -119,8 +120,37 @@ async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
         await node.directory.wait_warm("ffn")
         for _ in range(3):
             await observer.look()
-        assert "UnknownMethod" in only(observer.state()["peers"])["error"]
+        peer = only(observer.state()["peers"])
+        assert peer["error"] == "it does not tell how it is" and not peer["gone"]
+        assert observer.state()["totals"]["experts"] == 1, "it lives"
         assert [sentence for _, sentence, _ in observer.log if "does not answer" in sentence][1:] == []
+
+
+async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def dead(*_: object, **__: object) -> object:
+        raise PeerUnreachable("x", {"tcp 127.0.0.1:1": ConnectionRefusedError(111, "Connect call failed")})
+
+    async with ta.TesseractNode() as seed, ta.TesseractNode(initial_peers=[seed.address]) as node:
+        async with volunteer("ffn.0.0", "ffn.0.1", seeds=(seed.address,)) as host:
+            observer = SwarmObserver(node, patterns=[ExpertPattern.parse("ffn.[0:1].[0:2]")], period=30.0)
+            await node.directory.wait_warm("ffn")
+            await observer.look()
+            assert observer.state()["totals"]["experts"] == 2
+            monkeypatch.setattr("tesseract_async.monitoring.observer.ask_status", dead)
+            await observer.look()
+            state = observer.state()
+            assert len(only(state["grids"])["experts"]) == 2, "its manifests have not expired"
+            assert state["totals"]["experts"] == state["totals"]["servers"] == 0
+            assert only(state["peers"])["gone"] and only(state["peers"])["error"] == "it cannot be reached"
+            assert host.peer_id.short in state["log"][-1][1] and "Errno" not in state["log"][-1][1]
+        for _ in range(2):
+            await observer.look()
+        state = observer.state()
+        assert only(state["peers"])["error"] and only(state["peers"])["num_experts"] == 0
+        assert [line for line in state["log"] if line[2] == "left"][1:] == []
+        monkeypatch.setattr("tesseract_async.monitoring.observer.SHOW_DEAD_FOR", -1.0)
+        await observer.look()
+        assert observer.state()["peers"] == []
 
 
 async def test_the_dashboard_serves_the_page_the_state_and_the_metrics() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,19 @@ def test_parameters_lie_in_memory_as_they_like(tmp_path: Path) -> None:
     store.save("ffn.0", {"module": views | {"transposed": torch.randn(3, 4).T}}, version=1)
     loaded = store.load("ffn.0")
     assert loaded is not None and all(torch.equal(loaded["module"][name], value) for name, value in views.items())
+
+
+def test_a_strangers_header_makes_no_more_than_a_journal_does() -> None:
+    bomb = b"[" + b"[]," * 2_000_000 + b"0]"
+    data = len(bomb).to_bytes(8, "little") + bomb
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="too many values"):
+            checkpoint.decode(data, max_values=checkpoint.MAX_HEADER_VALUES)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(data)
+    finally:
+        tracemalloc.stop()
+    applied = {"versions": {f"{number:032x}": number for number in range(65536)}}
+    whole = b"".join(checkpoint.encode({"version": 1, "applied": applied}))
+    state = checkpoint.decode(whole, max_values=checkpoint.MAX_HEADER_VALUES)
+    assert len(state["applied"]["versions"]) == 65536

@@ -51,9 +51,12 @@ const heat = (share) => `hsl(${212 - 12 * share} ${45 + 35 * share}% ${dark ? 26
 
 // ---------------------------------------------------------------------------------------------- totals
 
+// a dead server's experts live on in its manifest for some seconds: they are not counted
+const answering = (grid) => grid.experts.filter((expert) => !state.peers[expert[1]]?.gone).length;
+
 function drawTotals() {
   const totals = state.totals;
-  const alive = state.grids.reduce((sum, grid) => sum + grid.experts.length, 0);
+  const alive = state.grids.reduce((sum, grid) => sum + answering(grid), 0);
   const all = state.grids.reduce((sum, grid) => sum + grid.size.reduce((a, b) => a * b, 1), 0);
   const silent = state.peers.filter((peer) => peer.error).length;
   const cards = [
@@ -134,7 +137,7 @@ function drawGrids() {
     }
     const all = grid.size.reduce((a, b) => a * b, 1);
     const gone = grid.lost.length ? `, ${number(grid.lost.length)} lost` : "";
-    const line = `${grid.prefix}: ${number(grid.experts.length)} of ${number(all)} experts alive${gone} (${grid.size.join(" × ")})`;
+    const line = `${grid.prefix}: ${number(answering(grid))} of ${number(all)} experts alive${gone} (${grid.size.join(" × ")})`;
     box.querySelector("p").textContent = all > MAX_DRAWN_CELLS ? `${line}: too many to draw` : line;
     const canvas = box.querySelector("canvas");
     canvas.hidden = all > MAX_DRAWN_CELLS;
