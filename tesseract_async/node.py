@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +37,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
 from tesseract_async.transport.interfaces import own_addresses
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -48,11 +48,11 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
-EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD, TENURE)
 # a primary that hands its expert over acts as a server: it need not be among those who train
-_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
+_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store", TENURE: "store"}
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
 
 
 class TesseractNode(Uncopied):
@@ -160,6 +160,7 @@ class TesseractNode(Uncopied):
         self._says_where = False
         self._experts: dict[str, Handler] = {}
         self._keepers: list[RunKeeper] = []
+        self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
 
     # ------------------------------------------------------------------------------------------------ life
@@ -204,13 +205,25 @@ class TesseractNode(Uncopied):
         if self._watch_for_twin is not None:
             self._watch_for_twin.cancel()
             await asyncio.gather(self._watch_for_twin, return_exceptions=True)
-        await asyncio.gather(*(keeper.aclose() for keeper in self._keepers))
+        await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
         if self._reach is not None:
             await self._reach.aclose()
         await self.network.aclose()
         if self._endpoint is not None:
             await self._endpoint.aclose()
+
+    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Awaits ``aclose()`` when this node closes, before its connections end."""
+        self._at_close.append(aclose)
+
+    def distrust(self, peer_id: PeerID, reason: str) -> None:
+        """Believes nothing more that this peer says about experts, and sends it nothing; until this node ends.
+
+        `trust.distrusted` lists such peers with the reason.
+        """
+        self.trust.distrusted[peer_id] = reason
+        logger.warning("nothing of %s is believed any more: %s", peer_id.short, reason)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -395,6 +408,7 @@ class TesseractNode(Uncopied):
         self.directory.forget(keeper.authority.prefix)
         if not any(one.authority is keeper.authority for one in self._keepers):
             self._keepers.append(keeper)
+            self.at_close(keeper.aclose)
             keeper.start()
         return keeper.authority
 

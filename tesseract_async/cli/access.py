@@ -73,7 +73,7 @@ def policy_of(values: dict[str, Any]) -> Policy | None:
     found = {name: values.pop(name) for name in (*OPTIONS, "allow_training") if name in values}
     members = _listed("allow", found["allow"])
     if found["allow_file"] is not None:
-        members = (members or frozenset()) | _read(found["allow_file"])
+        members = (members or frozenset()) | read_list(found["allow_file"])
     trainers = _listed("allow_training", found.get("allow_training", ()))
     if members is not None and trainers is not None and not trainers <= members:
         names = ", ".join(sorted(peer_id.short for peer_id in trainers - members))
@@ -124,7 +124,8 @@ def _listed(name: str, texts: tuple[str, ...]) -> frozenset[PeerID] | None:
     return _parse((part.strip() for text in texts for part in str(text).split(",")), flag)
 
 
-def _read(path: Path) -> frozenset[PeerID]:
+def read_list(path: Path) -> frozenset[PeerID]:
+    """The peer ids of a file, one a line. Raises: click.BadParameter, click.UsageError where it names nobody."""
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@ import time
 
 import click
 
-from tesseract_async.cli.options import enter, host_towards, join, joining_options, peers, run_option
+from tesseract_async.cli.options import enter, join, joining_options, run_option, visiting_node
 from tesseract_async.cli.running import importing, run, set_up_logging
 from tesseract_async.cli.units import MANY, counted
 from tesseract_async.cli.waiting import bar, sign
@@ -41,12 +41,10 @@ def command(
 
             from tesseract_async.client.expert_calls import fetch_schema
             from tesseract_async.experts import split_uid
-            from tesseract_async.node import TesseractNode
             from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
         split_uid(uid)  # a malformed one is said so at once
-        seeds = peers(initial_peers)
-        async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
+        async with visiting_node(initial_peers, identity) as node:
             await join(node)
             await enter(node, run_name)
             expert = await node.get_expert(uid)

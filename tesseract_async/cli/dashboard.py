@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from tesseract_async.cli.options import enter, host_towards, join, joining_options, patterns_argument, peers, run_option
+from tesseract_async.cli.options import enter, join, joining_options, patterns_argument, run_option, visiting_node
 from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
 from tesseract_async.cli.units import Number
 
@@ -46,10 +46,8 @@ def command(
             ) from None
         from tesseract_async.experts import ExpertPattern
         from tesseract_async.monitoring import SwarmObserver
-        from tesseract_async.node import TesseractNode
 
-        seeds = peers(initial_peers)
-        node = TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, refresh_period=period)
+        node = visiting_node(initial_peers, identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         async with node:
             await join(node)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tesseract_async.cli.options import join, node_options, outside_help, peers
+from tesseract_async.cli.options import allow_file_option, join, listed, node_options, outside_help, peers
 from tesseract_async.cli.running import run, say, set_up_logging
 from tesseract_async.cli.units import PERIOD, counted
 from tesseract_async.cli.waiting import bar
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder, made if missing.")
 @click.option("--num-at-once", default=4, show_default=True, type=click.IntRange(1, 64), help="Experts at a time.")
 @click.option("--timeout", default=60.0, show_default=True, type=PERIOD, help="Seconds for each piece of an expert.")
+@allow_file_option
 @node_options
 def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values: Any) -> None:
     """Collect the weights of every live expert of a run, as safetensors files with their versions.
@@ -49,6 +50,7 @@ def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values
             public=values["public"],
             **outside_help(values),
             identity=values["identity"],
+            policy=listed(),
         )
         async with node:
             await join(node)

@@ -16,10 +16,14 @@ from tesseract_async.cli.running import LOG_FORMAT
 from tesseract_async.cli.waiting import sign
 
 if TYPE_CHECKING:
+    from tesseract_async.admission import Policy
     from tesseract_async.experts import ExpertPattern
     from tesseract_async.node import TesseractNode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+MEMBERS = "tesseract_async.members"
+"""Where the commands' context keeps what `--allow-file` said, for those that visit a swarm."""
 
 
 def _keep_log_format(ctx: click.Context, param: click.Parameter, value: str) -> None:
@@ -175,6 +179,37 @@ async def join(node: TesseractNode, *, timeout: float = 10.0) -> None:
             raise click.ClickException(node.network.trouble or f"no answer in {timeout:.0f} s")
 
 
+def _keep_members(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        from tesseract_async.admission import Policy
+        from tesseract_async.cli.access import read_list
+
+        ctx.meta[MEMBERS] = Policy.only(read_list(value))
+
+
+allow_file_option = click.option(
+    "--allow-file",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=_keep_members,
+    help="Hear and call only the peers of this file, one a line, as the members of a swarm that is closed by it do.",
+)
+
+
+def visiting_node(initial_peers: tuple[str, ...], identity: str | None, **more: Any) -> TesseractNode:
+    """The node of a command that joins, looks and ends; it keeps to `--allow-file`."""
+    from tesseract_async.node import TesseractNode
+
+    seeds = peers(initial_peers)
+    return TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, policy=listed(), **more)
+
+
+def listed() -> Policy | None:
+    """The policy of `--allow-file`; None without one."""
+    policy: Policy | None = click.get_current_context().meta.get(MEMBERS)
+    return policy
+
+
 def joining_options(command: Command) -> Command:
     """For commands that join a swarm, do something and end: whom to join."""
     options = [
@@ -191,6 +226,7 @@ def joining_options(command: Command) -> Command:
             type=click.Path(dir_okay=False),
             help="File with the key of a member, made if missing: closed swarms know theirs. Else it is nobody's.",
         ),
+        allow_file_option,
         *LOG_OPTIONS,
     ]
     for option in reversed(options):

@@ -67,8 +67,13 @@ def _owner_options(wrapped: Command) -> Command:
 
 
 @contextlib.asynccontextmanager
-async def _opened(values: dict[str, Any]) -> AsyncIterator[tuple[TesseractNode, Identity, RunKeeper, Authority]]:
-    """A node in the swarm, the signer, and the run as the network and this computer know it."""
+async def _opened(
+    values: dict[str, Any], *, signs: bool = True
+) -> AsyncIterator[tuple[TesseractNode, Identity, RunKeeper, Authority]]:
+    """A node in the swarm, the identity, and the run as the network and this computer know it.
+
+    Raises: click.ClickException if the identity is to sign (`signs`) and has no say there.
+    """
     from tesseract_async.experts.run import split_run_name
     from tesseract_async.experts.run_directory import enter_run
     from tesseract_async.identity import Identity
@@ -83,15 +88,13 @@ async def _opened(values: dict[str, Any]) -> AsyncIterator[tuple[TesseractNode, 
         keeper = await enter_run(
             node.network, node.trust, values["name"], identity=identity, identity_file=values["identity"]
         )
-        assert keeper.authority is not None
-        yield node, identity, keeper, keeper.authority
-
-
-def _check_rules(identity: Identity, authority: Authority) -> None:
-    if not authority.rules(identity.peer_id):
-        raise click.ClickException(
-            f"{identity.peer_id} has no say in {authority.run.full_name}: only its owner and the owner's delegates have"
-        )
+        authority = keeper.authority
+        assert authority is not None
+        if signs and not authority.rules(identity.peer_id):
+            raise click.ClickException(
+                f"{identity.peer_id} has no say in {authority.run.full_name}: only its owner and the delegates have"
+            )
+        yield node, identity, keeper, authority
 
 
 def _peer_ids(texts: tuple[str, ...]) -> list[PeerID]:
@@ -138,7 +141,6 @@ def grant(members: tuple[str, ...], **values: Any) -> None:
         whom = _peer_ids(members)
         pattern = None if values["pattern"] is None else ExpertPattern.parse(values["pattern"])
         async with _opened(values) as (node, identity, keeper, authority):
-            _check_rules(identity, authority)
             if values["renew"]:
                 renewed = await keeper.renew_grants()
                 keeper.save()
@@ -186,7 +188,6 @@ def revoke(members: tuple[str, ...], invites: tuple[str, ...], **values: Any) ->
 
         whom, which = _peer_ids(members), _peer_ids(invites)
         async with _opened(values) as (_, identity, keeper, authority):
-            _check_rules(identity, authority)
             lost = {peer_id: authority.delegates.get(peer_id) for peer_id in whom}
             since = max(authority.next_serial(peer_id, time.time()) for peer_id in [*whom, *which])
             for part in sign_revocations(
@@ -226,13 +227,13 @@ def appoint(experts: str, member: str, seal: str | None, **values: Any) -> None:
         (peer_id,) = [None] if member == "free" else _peer_ids((member,))
         pattern = ExpertPattern.parse(experts)
         async with _opened(values) as (_, identity, keeper, authority):
-            _check_rules(identity, authority)
-            known = [authority.appointment(uid) for uid in (str(pattern), next(iter(pattern)))]
-            serial = max(int(time.time()), *(one.serial + 1 for one in known if one is not None), 0)
+            serial = max([int(time.time()), *(one.serial + 1 for one in authority.appointments())])
             root = None if seal is None else bytes.fromhex(seal)
             signed = sign_appointment(identity, authority.run_id, pattern, serial=serial, peer=peer_id, seal=root)
             if not authority.learn_appointment(signed) or authority.appointment(next(iter(pattern))) != signed:
                 raise click.ClickException(f"{pattern} is more than this identity may appoint for")
+            if peer_id is not None and not authority.may(peer_id, "host", next(iter(pattern)), now=time.time()):
+                click.echo(f"{member} may not host them yet: it leads once it has a grant", err=True)
             await keeper.learn_once()
         say("appointed", run=authority.run.full_name, experts=str(pattern), peer=member, serial=serial)
         return 0
@@ -251,7 +252,7 @@ def status(as_json: bool, **values: Any) -> None:
         from tesseract_async.cli.export import live_replicas
 
         now = time.time()
-        async with _opened(values) as (node, _, keeper, authority):
+        async with _opened(values, signs=False) as (node, _, keeper, authority):
             live = await live_replicas(node, authority.run.manifest)  # whose manifests show grants
             keeper.save()
         hosts: dict[str, int] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tesseract_async.cli.options import host_towards, join, joining_options, peers
+from tesseract_async.cli.options import join, joining_options, visiting_node
 from tesseract_async.cli.running import run, set_up_logging
 from tesseract_async.cli.units import Number, counted
 
@@ -25,10 +25,7 @@ def get(key: str, initial_peers: tuple[str, ...], identity: str | None, verbose:
     set_up_logging(verbose=verbose)
 
     async def main() -> int:
-        from tesseract_async.node import TesseractNode
-
-        seeds = peers(initial_peers)
-        async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
+        async with visiting_node(initial_peers, identity) as node:
             await join(node)
             entries = await node.network.get_entries(key)
         for entry in entries:
@@ -71,14 +68,11 @@ def put(
     set_up_logging(verbose=verbose)
 
     async def main() -> int:
-        from tesseract_async.node import TesseractNode
-
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
-        seeds = peers(initial_peers)
-        async with TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity) as node:
+        async with visiting_node(initial_peers, identity) as node:
             await join(node)
             holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
         click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)

@@ -68,6 +68,8 @@ class CallOptions:
     max_staleness: int | None = None
     """A forward's answer lacks at most so many of the steps that the primary has taken; 0: the primary answers. None:
     whoever answers first, from weights that followers pulled up to `sync_every` seconds ago."""
+    audit_share: float = 0.0
+    """Share of forwards that another replica answers, too, so that wrong answers are noticed (see `client.audits`)."""
     priority: int = 0
     """-1, 0 or 1; higher goes first at the server."""
     codec: str | Mapping[str, str] = AUTO
@@ -80,6 +82,7 @@ class CallOptions:
         object.__setattr__(self, "codecs", Codecs.of(self.codec))
         check_priority(self.priority)
         check_max_staleness(self.max_staleness)
+        check_audit_share(self.audit_share)
         if not min(self.timeout, self.backward_timeout or self.timeout) > 0:
             raise ValueError(f"a timeout is a positive number of seconds, not {self.timeout}")
 
@@ -88,6 +91,12 @@ def check_priority(priority: int) -> None:
     """Raises: ValueError unless servers tell this priority from others."""
     if type(priority) is not int or not LOWEST_PRIORITY <= priority <= HIGHEST_PRIORITY:
         raise ValueError(f"a priority is {LOWEST_PRIORITY}, 0 or {HIGHEST_PRIORITY} (goes first), not {priority!r}")
+
+
+def check_audit_share(share: float) -> None:
+    """Raises: ValueError unless it is a share."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"audit_share lies between 0 and 1, not at {share!r}")
 
 
 class Forward(NamedTuple):  # one is made for every call: a frozen dataclass takes 2 us

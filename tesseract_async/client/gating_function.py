@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.beam_search import expert_scores
 from tesseract_async.client.expert_calls import ExpertSchema, check_max_staleness
@@ -87,6 +88,7 @@ class GatingFunction(nn.Module):
         priority: int = 0,
         codec: str | Mapping[str, str] = "auto",
         max_staleness: int | None = None,
+        audit_share: float = 0.0,
     ) -> None:
         """Does no I/O. Arguments not named here: see `MixtureSettings`.
 
@@ -127,6 +129,7 @@ class GatingFunction(nn.Module):
             priority=priority,
             codec=codec,
             max_staleness=max_staleness,
+            audit_share=audit_share,
         )
         self._eval_staleness: int | None = None
         self.route = route
@@ -158,6 +161,11 @@ class GatingFunction(nn.Module):
             scores_RS = self._scores(self._rows((x,))[0][0])
         chosen = self._choose(scores_RS, self._settings_now(), self.training)
         return self._search.deliver(isolated(chosen, modes=NO_GRAD))
+
+    @property
+    def audits(self) -> Audits:
+        """What audits of this node's calls have found."""
+        return self._search.audits
 
     def eval(self, *, max_staleness: int | None = None) -> Self:
         """Evaluation mode, as of any module. `max_staleness`: what holds in it, until `eval` is called again; None:
@@ -391,6 +399,7 @@ class SwitchGatingFunction(GatingFunction):
         priority: int = 0,
         codec: str | Mapping[str, str] = "auto",
         max_staleness: int | None = None,
+        audit_share: float = 0.0,
     ) -> None:
         """See `GatingFunction`."""
         super().__init__(
@@ -415,6 +424,7 @@ class SwitchGatingFunction(GatingFunction):
             priority=priority,
             codec=codec,
             max_staleness=max_staleness,
+            audit_share=audit_share,
         )
 
     def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,6 @@ from tesseract_async.client.expert_calls import (
     ExpertSchema,
     Forward,
     call_backward,
-    call_forward,
 )
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS
 from tesseract_async.client.mixture_settings import MixtureSettings
@@ -247,7 +246,7 @@ class MixtureCall:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
-            return await call_forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
+            return await self._shared.audits.forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
         replicas, ask = fresh_enough(self._shared, part.uid, part.replicas, attempt, self._settings.max_staleness)
@@ -462,8 +461,8 @@ class MixtureCall:
         timeout = self._settings.backward_timeout
         grace = {
             # of several that claim to be the primary, those that are silent are found out within that time
-            part.uid: self._grace("backward", book.is_new((part.uid, "backward")) or len(part.replicas) > 1, timeout)
-            for part in tasks.values()
+            uid: self._grace("backward", book.is_new((uid, "backward")) or len(rivals) > 1, timeout)
+            for uid, rivals in ((p.uid, [r for r in p.replicas if r.primary]) for p in tasks.values())
         }
 
         def usual() -> Usual | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tesseract_async.client.expert_calls import CallOptions, check_max_staleness, check_priority
+from tesseract_async.client.expert_calls import CallOptions, check_audit_share, check_max_staleness, check_priority
 from tesseract_async.wire.codecs import AUTO, Codecs
 
 
@@ -54,11 +54,14 @@ class MixtureSettings:
     """How floating-point tensors travel, see `CallOptions`."""
     max_staleness: int | None = None
     """Optimizer steps that an answer may lack, see `CallOptions`; 0: only primaries answer."""
+    audit_share: float = 0.0
+    """Share of the experts' answers that another replica computes, too, see `CallOptions`."""
 
     def __post_init__(self) -> None:
         Codecs.of(self.codec)
         check_priority(self.priority)
         check_max_staleness(self.max_staleness)
+        check_audit_share(self.audit_share)
         if self.k_best < 1:
             raise ValueError(f"k_best is at least 1, not {self.k_best}")
         for name in ("k_min", "backward_k_min"):
@@ -80,6 +83,7 @@ class MixtureSettings:
             timeout=self.forward_timeout,
             backward_timeout=self.backward_timeout,
             max_staleness=self.max_staleness,
+            audit_share=self.audit_share,
             priority=self.priority,
             codec=self.codec,
         )

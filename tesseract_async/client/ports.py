@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -87,6 +87,12 @@ class Node(Protocol):
         """Round trip (seconds) and bytes per second (0.0: not known) of the path to `peer`; None without one."""
 
     def check_running(self) -> None: ...
+
+    def distrust(self, peer_id: Any, reason: str) -> None:
+        """Believes and asks that peer no more."""
+
+    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Awaits ``aclose()`` when the node closes."""
 
     async def call_expert(
         self,

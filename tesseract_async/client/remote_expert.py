@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.expert_calls import (
     Answer,
@@ -20,7 +21,6 @@ from tesseract_async.client.expert_calls import (
     ExpertSchema,
     Forward,
     call_backward,
-    call_forward,
     check_max_staleness,
     fetch_schema,
 )
@@ -95,15 +95,23 @@ class RemoteExpert(nn.Module):
         priority: int | None = None,
         codec: str | Mapping[str, str] | None = None,
         max_staleness: int | None = None,
+        audit_share: float | None = None,
     ) -> RemoteExpert:
         """The same expert with other options, such as ``await expert.with_options(timeout=2.0)(x)``.
 
         `timeout`: seconds for one call, forward or backward. `priority`: -1, 0 or 1; higher goes first at the server.
         `codec`: how floating-point tensors travel, such as ``"bf16"`` or ``{"outputs": "uint8_blockwise"}`` (see
         `CallOptions`). `max_staleness`: steps of the primary that a forward's answer may lack, where followers answer,
-        too; 0: the primary answers. Raises: ValueError.
+        too; 0: the primary answers. `audit_share`: share of forwards that another replica answers, too (see `audits`).
+        Raises: ValueError.
         """
-        given = {"timeout": timeout, "priority": priority, "codec": codec, "max_staleness": max_staleness}
+        given = {
+            "timeout": timeout,
+            "priority": priority,
+            "codec": codec,
+            "max_staleness": max_staleness,
+            "audit_share": audit_share,
+        }
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if timeout is not None:
             changes["backward_timeout"] = None
@@ -148,6 +156,11 @@ class RemoteExpert(nn.Module):
         options = self._options_now()
         call = self._call(args, kwargs, versions, differentiable, casts, self.training, seed, options)
         return self._shared.deliver(isolated(call, modes=NO_GRAD))
+
+    @property
+    def audits(self) -> Audits:
+        """What audits of this node's calls have found."""
+        return self._shared.audits
 
     def info(self) -> Any:
         """What the expert takes and gives (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
@@ -310,7 +323,7 @@ class _ExpertCall:
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
-            return await call_forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
+            return await self._shared.audits.forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
         num_bytes = len(inputs[0]) * self._forward.schema.row_bytes
         options = self._forward.options

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from tesseract_async.client.audits import Audits
 from tesseract_async.client.expert_calls import fetch_version
 from tesseract_async.client.latency import LatencyBook, path_seconds
 from tesseract_async.client.left_out import LeftOut
@@ -62,6 +63,7 @@ class _OfNode:
     """What all modules of one node share: what its calls have taught about replicas, and the guard of their ends."""
 
     def __init__(self, metrics: Metrics) -> None:
+        self.audits = Audits()
         self.latencies = LatencyBook()
         self.limits = Limits()
         self.stalls = Stalls()
@@ -102,6 +104,7 @@ class Shared(Uncopied):
         self.node: Node = node.node if isinstance(node, PlainCalls) else node
         if (ours := _of_nodes.get(self.node)) is None:
             ours = _of_nodes[self.node] = _OfNode(self.node.metrics)
+        self.audits = ours.audits
         self.latencies = ours.latencies
         self.limits = ours.limits
         self.stalls = ours.stalls
@@ -269,22 +272,24 @@ async def ask_primary(
 
 
 async def _ask_watched(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], timeout: float) -> T:
-    """Asks the first of `replicas`. If it takes long, all are asked a small question at once: those that are silent
-    then, where another one speaks, are reported, and if the first is one of them, it is not waited for any more."""
+    """Asks the first of `replicas`. If it takes long and others say that they are the primary, too, all of these are
+    asked a small question at once: those that are silent then, where another one speaks, are reported, and if the first
+    is one of them, it is not waited for any more."""
     asking = _ask(shared, replicas[0], attempt, timeout, observed=False)
-    if len(replicas) == 1:
+    rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
+    if len(rivals) == 1:
         return await asking
     call = asyncio.ensure_future(asking)
     probes: list[asyncio.Task[bool]] = []
     try:
         await asyncio.wait([call], timeout=_HEDGE_SECONDS)
         if not call.done():
-            probes = [asyncio.ensure_future(_speaks(shared, replica)) for replica in replicas]
+            probes = [asyncio.ensure_future(_speaks(shared, replica)) for replica in rivals]
             both: list[asyncio.Future[Any]] = [call, answering := asyncio.gather(*probes)]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 speak = answering.result()
-                for replica, speaks in zip(replicas, speak, strict=True):
+                for replica, speaks in zip(rivals, speak, strict=True):
                     if any(speak) and not speaks:
                         shared.node.directory.report_failure(replica, reason="silent")
                 if any(speak) and not speak[0]:

@@ -31,6 +31,8 @@ class Trust:
         self.clock = clock
         self._peer_id = peer_id
         self._runs: dict[str, Authority] = {}
+        self.distrusted: dict[PeerID, str] = {}
+        """Peers that were caught at this node answering wrongly, and how; nothing of them is believed."""
 
     # ------------------------------------------------------------------------------------------------ runs
 
@@ -78,7 +80,7 @@ class Trust:
 
     def may_be_read(self, owner: PeerID) -> bool:
         """Whether the policy lets this peer say anything at all; a look before its words are decoded."""
-        return owner == self._peer_id or self.policy.allows(owner, "store")
+        return owner == self._peer_id or (owner not in self.distrusted and self.policy.allows(owner, "store"))
 
     def believed(self, owner: PeerID, manifest: Manifest) -> Manifest:
         """What `owner` says about experts, as far as it may host them; learns the grant that it shows.
@@ -110,7 +112,7 @@ class Trust:
         authority = self._runs.get(split_uid(uid)[0])
         if peer_id is None:  # whoever answers there
             return authority is None and self.policy.storers is None
-        if not self.policy.allows(peer_id, "store"):
+        if not self.may_be_read(peer_id):
             return False
         return authority is None or authority.may(peer_id, "host", uid, now=None)
 
@@ -118,6 +120,13 @@ class Trust:
         """Whether it counts that this peer says that it is about to host experts of this prefix."""
         authority = self._runs.get(prefix)
         return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", now=self.clock()))
+
+    def knows(self, peer_id: PeerID) -> bool:
+        """Whether this peer is somebody: a list of the policy names it, or a run grants it something."""
+        policy = self.policy
+        if peer_id in policy.quotas or any(peer_id in some for some in (policy.callers, policy.trainers) if some):
+            return True
+        return any(authority.grant_of(peer_id) is not None for authority in self._runs.values())
 
     def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
         """Whether this peer may ask for what takes `role` in the run of `uid`; None: to be a member is enough.

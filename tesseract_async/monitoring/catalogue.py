@@ -13,6 +13,11 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
         "Answers that a gate went on without: by way (`forward`, `backward`: an expert's gradient) and reason (`late`, "
         "or the error's name).",
     ),
+    "audits": (
+        "audits",
+        "Answers of experts that other replicas were asked for, too, by `verdict`: `agreed`, `caught`, `disputed` (two "
+        "differ and nobody decides), `unrepeatable`, `unchecked` (nobody else at that version), `skipped` (too many).",
+    ),
     "experts_live": ("experts", "Live experts of a grid that this node watches, by the grid's prefix."),
     "experts_off_grid": ("experts", "Hosted experts left out because their coordinates do not fit the watched grid."),
     "experts_crowded_out": (

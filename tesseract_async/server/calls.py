@@ -88,6 +88,8 @@ class ExpertCalls:
         """Raised to forwards while the server pauses or leaves."""
         self.expects_backwards: Callable[[str], bool] = lambda uid: True
         """Whether this server applies the backwards of an expert; else they go elsewhere, and nobody waits for them."""
+        self.knows: Callable[[PeerID], bool] = lambda peer: False
+        """Whether a caller is listed or granted something: it has a share of its own, wherever it comes from."""
         self.is_gone: Callable[[PeerID], bool] = lambda peer: False
         """Whether a caller has no connection to this node any more."""
         self._runtime_of = runtime_of
@@ -169,7 +171,7 @@ class ExpertCalls:
                 seed=request.seed,
                 deadline=call.deadline,
                 priority=_priority(call),
-                peer=_owner(call),
+                peer=self._owner(call),
             )
         # where a module wrote them, the backward brings them again
         keeps = request.keep_inputs and versions == [x._version for x in inputs]
@@ -233,9 +235,9 @@ class ExpertCalls:
             forward_version=request.version if version is None else None,
             deadline=call.deadline,
             priority=_priority(call),
-            peer=_owner(call),
+            peer=self._owner(call),
         )
-        backward = self._backwards[key] = _Backward(work, version, _owner(call))
+        backward = self._backwards[key] = _Backward(work, version, self._owner(call))
         work.answer.add_done_callback(lambda _: self._end_backward(key))
         return backward
 
@@ -261,12 +263,17 @@ class ExpertCalls:
             self._answers.put(key, owned, owner=backward.owner, now=asyncio.get_running_loop().time())
             self._sweep_later()
 
+    def _owner(self, call: IncomingCall) -> Hashable:
+        """Whose share of memory and device time this takes: a known peer's, else an address range's, else (where
+        addresses tell nothing) the peer's."""
+        return call.peer_id if self.knows(call.peer_id) else range_of(call.origin) or call.peer_id
+
     def _keep(self, uid: str, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
         name = new_name()
         now = asyncio.get_running_loop().time()
         if self.expects_backwards(uid):
             self._expected.expect(name, uid, call.peer_id, now)
-        kept = self._inputs.put(name, [_alone(x) for x in inputs], owner=_owner(call), now=now)
+        kept = self._inputs.put(name, [_alone(x) for x in inputs], owner=self._owner(call), now=now)
         self._sweep_later()
         return name if kept else None
 
@@ -358,11 +365,6 @@ def _check_codecs(
     for meta, tensor in zip(metas, tensors, strict=True):
         if meta is not None and tensor is not None and tensor.is_floating_point():
             policy.check(what, meta[2], expert=uid)
-
-
-def _owner(call: IncomingCall) -> Hashable:
-    """Whose share of memory and device time this takes: an address range, or a peer where addresses tell nothing."""
-    return range_of(call.origin) or call.peer_id
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tesseract_async.cli.access import TRAINING, access_options, describe_policy
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
+from tesseract_async.experts.manifest import encode_manifest
 from tests.cli.processes import event, finish, tesseract
 from tests.stem import Stem
 
@@ -149,6 +150,14 @@ async def test_a_closed_swarm_of_commands_takes_its_members_only(stem: Stem, tmp
             assert status == 0 and "gave float32[2, 4]" in out, err
             status, _, err = await finish(stem, *question)
             assert status == 1 and "does not let" in err
+            # a stranger keeps its own claim; a visitor with the list does not hear it
+            async with ta.TesseractNode(initial_peers=[address]) as stranger:
+                ((part, _),) = encode_manifest([stranger.address], {(0,): True}, prefix="ffn", sequence=2**47)
+                assert await stranger.network.store("experts/ffn", part, ttl=30.0, subkey="0") == 1
+                ask = ("get", "experts/ffn", "-p", stranger.address, "-p", address, "--json")
+                for more, owners in (((), 2), (closed, 1)):
+                    status, out, err = await finish(stem, *ask, *more)
+                    assert status == 0 and len(out.splitlines()) == owners, err
             server.terminate()
             assert (await event(server, "left"))["versions"] == {"ffn.0": 1}
             assert await server.wait() == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from typing import Any
 
 import pytest
 import torch
 
+import tesseract_async as ta
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.left_out import LeftOut
@@ -153,3 +155,30 @@ async def test_what_is_left_out_is_said_once_a_minute(caplog: pytest.LogCaptureF
     assert first.endswith("2 answers and 0 gradients lately: f.1: ExpertFailed: no; f.0: TimeoutError: late")
     assert second.startswith("gates went on without 120 answers and 60 gradients lately: ")
     assert metrics.total("answers_left_out") == 270
+
+
+async def test_fresh_gates_beside_their_server_lose_nobody() -> None:
+    """Server and trainer in one process and on one loop, which stands still now and then."""
+    experts = {}
+    for number in range(2):
+        module = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.ReLU(), torch.nn.Linear(256, 32))
+        experts[f"ffn.{number}"] = ta.ExpertBackend(
+            module, optimizer=torch.optim.SGD(module.parameters(), lr=0.01), args_schema=(ta.TensorSpec((32,)),)
+        )
+
+    async def block() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            time.sleep(0.05)  # noqa: ASYNC251 (that is the point)
+
+    async with ta.TesseractNode() as node, ta.TesseractServer(node, experts):
+        blocking = asyncio.create_task(block())
+        for _ in range(10):
+            gate = GatingFunction(node, "ffn", grid_size=(2,), in_features=32, k_best=2)
+            mixed = await gate.mix(torch.randn(64, 32))
+            assert (mixed.num_answers == 2).all()
+            await ta.backward(mixed.output.square().mean())
+        blocking.cancel()
+        await asyncio.wait([blocking])
+        assert node.metrics.total("answers_left_out") == 0
+    assert [backend.version for backend in experts.values()] == [10, 10]

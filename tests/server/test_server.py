@@ -29,6 +29,7 @@ from tesseract_async.errors import (
     SchemaMismatch,
     UnknownMethod,
 )
+from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
@@ -55,7 +56,7 @@ class FakePublisher:
 
     def __init__(self, network: Any, **_: Any) -> None: ...
 
-    async def declare(self, uids: Mapping[str, bool]) -> int:
+    async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
         FakePublisher.declared = dict(uids)
         return 1
 
@@ -73,7 +74,7 @@ class FakeNode:
         self.handlers: dict[str, Callable[[IncomingCall], Awaitable[Message]]] = {}
         self.metrics = Metrics()
         self.network = None
-        self.trust = None
+        self.trust = Trust()
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
         self.is_closed = False

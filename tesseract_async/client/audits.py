@@ -1,0 +1,269 @@
+"""Has a share of the answers that experts give computed again elsewhere, and finds out who answers wrongly.
+
+A forward names everything that its answer depends on: rows, mode, seed; its reply names the weights' version. So
+another replica at the same version must answer the same, but for rounding. Where two differ, both are asked again: who
+then contradicts itself is caught, and else a third replica decides. What cannot be decided is kept as disputed.
+
+Only replicas at one version can be compared: frozen experts always, followers of one primary mostly, and a primary that
+trains in the moments in which a follower has just pulled its weights. An answer that nobody can check is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from random import Random
+from typing import Any, Final
+
+import torch
+
+from tesseract_async.client.expert_calls import Answer, Forward, call_forward
+from tesseract_async.client.ports import Node
+from tesseract_async.errors import TesseractError
+from tesseract_async.wire.codecs import settle
+
+logger = logging.getLogger(__name__)
+
+Outputs = Sequence[torch.Tensor]
+
+MAX_PENDING_BYTES: Final = 64 << 20
+MAX_FINDINGS: Final = 256
+_TOLERANCES: Final = {
+    "none": 0.03,
+    "fp16": 0.03,
+    "bf16": 0.04,
+    "uint8_blockwise": 0.08,
+    "uint8": 0.2,
+}
+"""By the codec that the outputs came in. Kernels, threads, devices and autocast to bf16 stay below .01; see
+`tests/benchmarks/client_audits.py`."""
+_HALF_TOLERANCE: Final = 0.04
+"""Of outputs that are 16 bits wide."""
+
+
+class Verdict(Enum):
+    """How an audit ended."""
+
+    AGREED = "agreed"
+    CAUGHT = "caught"
+    DISPUTED = "disputed"
+    """Two replicas stick to different answers, and no third one can decide."""
+    UNREPEATABLE = "unrepeatable"
+    """The expert answers the same question differently everywhere, so nothing can be concluded."""
+    UNCHECKED = "unchecked"
+    """No other replica was at that version, or none answered."""
+    SKIPPED = "skipped"
+    """Too much waited for audits already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Evidence of one audit that found a difference."""
+
+    verdict: Verdict
+    uid: str
+    peers: tuple[Any, ...]
+    """Peer ids: the one that was caught, or both of a dispute."""
+    version: int
+    seed: int
+    training: bool
+    deviation: float
+    """Of the answers from each other, as `deviation` measures."""
+    tolerance: float
+    when: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    node: Node
+    forward: Forward
+    peer: Any
+    inputs: Outputs
+    outputs: Outputs
+    version: int
+    num_bytes: int
+
+
+class Audits:
+    """Makes the forwards of one node's experts, and audits as many as their options say."""
+
+    def __init__(self, *, random: Random | None = None) -> None:
+        self.outcomes: Counter[Verdict] = Counter()
+        self.findings: deque[Finding] = deque(maxlen=MAX_FINDINGS)
+        """The latest differences, the newest last."""
+        self._random = random or Random()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_pending_bytes = 0
+        self._unrepeatable: set[tuple[str, bool]] = set()
+        self._closes = False
+
+    async def forward(
+        self, node: Node, forward: Forward, peer: Any, inputs: Outputs, *, timeout: float
+    ) -> tuple[list[torch.Tensor], Answer]:
+        """`call_forward`, of which a share is audited in the background."""
+        outputs, answer = await call_forward(node, forward, peer, inputs, timeout=timeout)
+        share = forward.options.audit_share
+        if share and self._random.random() < share and (forward.uid, forward.training) not in self._unrepeatable:
+            self._begin(node, forward, peer, inputs, outputs, answer.version)
+        return outputs, answer
+
+    async def wait(self) -> None:
+        """Returns once the audits under way have ended."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def aclose(self) -> None:
+        """Gives up the audits under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _begin(self, node: Node, forward: Forward, peer: Any, inputs: Outputs, outputs: Outputs, version: int) -> None:
+        num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
+        if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
+            self._count(node, Verdict.SKIPPED)
+            return
+        if not self._closes:
+            self._closes = True
+            node.at_close(self.aclose)
+        # copies: the caller may change its tensors as soon as it has the answer
+        copies = [[x.detach().clone() for x in tensors] for tensors in (inputs, outputs)]
+        sample = _Sample(node, forward._replace(differentiable=False), peer, copies[0], copies[1], version, num_bytes)
+        self._num_pending_bytes += num_bytes
+        task = asyncio.get_running_loop().create_task(self._audit(sample), name=f"client: audit of {forward.uid}")
+        self._tasks.add(task)
+        task.add_done_callback(lambda _: self._end(task, num_bytes))
+
+    def _end(self, task: asyncio.Task[None], num_bytes: int) -> None:
+        self._tasks.discard(task)
+        self._num_pending_bytes -= num_bytes
+
+    def _count(self, node: Node, verdict: Verdict) -> None:
+        self.outcomes[verdict] += 1
+        node.metrics.count("audits", verdict=verdict.value)
+
+    async def _audit(self, sample: _Sample) -> None:
+        others = [replica.peer for replica in sample.node.directory.known(sample.forward.uid)]
+        others = [peer for peer in others if _id(peer) != _id(sample.peer)]
+        self._random.shuffle(others)
+        while others:
+            other = others.pop()
+            theirs = await self._ask(sample, other)
+            if theirs is not None:
+                verdict = Verdict.AGREED
+                if _differ(sample, theirs):
+                    verdict = await self._decide(sample, other, theirs, others)
+                self._count(sample.node, verdict)
+                return
+        self._count(sample.node, Verdict.UNCHECKED)
+
+    async def _decide(self, sample: _Sample, other: Any, theirs: Outputs, others: Sequence[Any]) -> Verdict:
+        """Who of two is wrong: the one that contradicts itself, or else the one that a third one contradicts."""
+        again, theirs_again = await asyncio.gather(self._ask(sample, sample.peer), self._ask(sample, other))
+        lies = again is not None and _differ(sample, again)
+        they_lie = theirs_again is not None and deviation(theirs, theirs_again) > tolerance(sample.forward, theirs)
+        if lies and they_lie:
+            # nobody repeats itself: the module draws numbers of its own
+            self._unrepeatable.add((sample.forward.uid, sample.forward.training))
+            return Verdict.UNREPEATABLE
+        if not lies and not they_lie:
+            for third in others:
+                answer = await self._ask(sample, third)
+                if answer is not None:
+                    agrees = not _differ(sample, answer)
+                    agrees_with_them = deviation(theirs, answer) <= tolerance(sample.forward, theirs)
+                    lies, they_lie = agrees_with_them and not agrees, agrees and not agrees_with_them
+                    if lies or they_lie:
+                        break
+        if lies or they_lie:
+            culprit = _id(sample.peer if lies else other)
+            self._note(Verdict.CAUGHT, sample, theirs, (culprit,))
+            sample.node.distrust(culprit, f"it answered wrongly for {sample.forward.uid}")
+            return Verdict.CAUGHT
+        if sample.forward.training and await self._agree_in_eval_mode(sample, other):
+            # their random numbers differ, as those of a CPU and a GPU do: no sign of a lie
+            self._unrepeatable.add((sample.forward.uid, True))
+            return Verdict.UNREPEATABLE
+        self._note(Verdict.DISPUTED, sample, theirs, (_id(sample.peer), _id(other)))
+        return Verdict.DISPUTED
+
+    async def _agree_in_eval_mode(self, sample: _Sample, other: Any) -> bool:
+        forward = sample.forward._replace(training=False)
+        calm = _Sample(sample.node, forward, sample.peer, sample.inputs, sample.outputs, sample.version, 0)
+        ours, theirs = await asyncio.gather(self._ask(calm, sample.peer), self._ask(calm, other))
+        return ours is not None and theirs is not None and deviation(ours, theirs) <= tolerance(forward, ours)
+
+    def _note(self, verdict: Verdict, sample: _Sample, theirs: Outputs, peers: tuple[Any, ...]) -> None:
+        forward = sample.forward
+        finding = Finding(
+            verdict,
+            forward.uid,
+            peers,
+            sample.version,
+            forward.seed,
+            forward.training,
+            deviation(sample.outputs, theirs),
+            tolerance(forward, sample.outputs),
+            time.time(),
+        )
+        self.findings.append(finding)
+        logger.warning(
+            "audit of %s at version %d: %s %s; the answers differ by %.2g of their size",
+            forward.uid,
+            sample.version,
+            " and ".join(str(getattr(peer, "short", peer)) for peer in peers),
+            "answered wrongly" if verdict is Verdict.CAUGHT else "contradict each other",
+            finding.deviation,
+        )
+
+    async def _ask(self, sample: _Sample, peer: Any) -> Outputs | None:
+        """The answer of this peer to the same question, at the same version; None without one."""
+        try:
+            outputs, answer = await call_forward(
+                sample.node, sample.forward, peer, sample.inputs, timeout=sample.forward.options.timeout
+            )
+        except (TesseractError, TimeoutError, RuntimeError):
+            return None
+        return outputs if answer.version == sample.version else None
+
+
+def deviation(left: Outputs, right: Outputs) -> float:
+    """How far two answers are apart: over all rows, the largest distance relative to the size of the row and of rows in
+    general. So neither a single wrong row is lost among many, nor does a row near zero count for much.
+    """
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if not a.numel():
+            continue
+        a, b = (torch.view_as_real(x) if x.is_complex() else x for x in (a, b))
+        rows = [x.reshape(len(x), -1).double() for x in (a, b)]
+        if not all(bool(torch.isfinite(x).all()) for x in rows):
+            worst = max(worst, 0.0 if torch.equal(rows[0].nan_to_num(), rows[1].nan_to_num()) else math.inf)
+            continue
+        sizes = torch.maximum(rows[0].norm(dim=1), rows[1].norm(dim=1))
+        usual = sizes.square().mean().sqrt()
+        if float(usual):
+            worst = max(worst, float(((rows[0] - rows[1]).norm(dim=1) / (0.5 * (sizes + usual))).max()))
+    return worst
+
+
+def tolerance(forward: Forward, outputs: Outputs) -> float:
+    """The deviation below which two answers count as equal, by how the outputs travel and by their dtype."""
+    codec = settle(forward.schema.codecs, forward.options.codecs).outputs
+    halves = any(x.dtype in (torch.float16, torch.bfloat16) for x in outputs)
+    return max(_TOLERANCES[codec], _HALF_TOLERANCE if halves else 0.0)
+
+
+def _differ(sample: _Sample, answer: Outputs) -> bool:
+    return deviation(sample.outputs, answer) > tolerance(sample.forward, sample.outputs)
+
+
+def _id(peer: Any) -> Any:
+    return getattr(peer, "peer_id", peer)
