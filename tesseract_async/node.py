@@ -37,7 +37,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
 from tesseract_async.transport.interfaces import own_addresses
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -48,11 +48,11 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
-EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD, TENURE)
 # a primary that hands its expert over acts as a server: it need not be among those who train
-_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
+_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store", TENURE: "store"}
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
 
 
 class TesseractNode(Uncopied):

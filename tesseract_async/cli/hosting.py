@@ -141,7 +141,7 @@ class Hosting:
             if self.node.initial_peers and await self._joined():
                 followed = await adopt_states(self.node, backends)
             else:
-                followed = set()
+                followed = set(uids) if self.authority is not None else set()
             self.server = server = TesseractServer(
                 self.node,
                 backends,

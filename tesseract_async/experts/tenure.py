@@ -82,9 +82,17 @@ class Tenure(TenureBase):
             self._read_back(now)
         elif self.state is State.FENCED:
             self._recover(now)
-        elif self.state is State.ABSENT and self.lineage.best is None:
+        elif self.state is State.ABSENT and self._is_unsealed(now):
             self._stand(Kind.GENESIS, None, now, wall)
         self._appoint(now, wall)
+
+    def _is_unsealed(self, now: float) -> bool:
+        """Whether nobody knows of a Seal, nor has lately said that it is about to make one."""
+        best = self.lineage.best
+        if best is None:
+            return True
+        gone = best.primary == self.me or now - self._heard > 2 * self._lease
+        return gone and self.lineage.seal_of(best) is None
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -101,6 +109,7 @@ class Tenure(TenureBase):
             agrees = ask.kind == "beat" or now < self._heard + self._lease
             self._heard = now if ask.kind == "beat" else self._heard
             self._agreed_at = now if agrees else self._agreed_at
+            self._review(now, wall)  # a file that could not be had is asked for again
         elif ask.kind == "probe":
             agrees = self.leads(now)
         elif ask.kind == "vote":
@@ -230,8 +239,10 @@ class Tenure(TenureBase):
         return True
 
     def heirs(self, now: float) -> list[PeerID]:
-        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file."""
-        return [peer for peer in self._members.best(now, self._lease) if peer in self._hosts]
+        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file; then
+        the others."""
+        best = [peer for peer in self._members.best(now, self._lease) if peer in self._hosts]
+        return best + [peer for peer in sorted(self._hosts) if peer not in best and peer != self.me]
 
     def hand_over(self, heir: PeerID) -> bytes:
         """The signature that gives the expert to `heir`, which proved that it has the last Seal's file.

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +37,7 @@ from tesseract_async.server.state_transfer import (
     fetch_file,
     largest_state,
 )
+from tesseract_async.server.tenures import TenureKeeper
 from tesseract_async.transport.address_scope import PUBLIC, kind_of
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire import messages
@@ -149,7 +150,8 @@ async def adopt_states(
 
     Raises: ReplicaMismatch if the expert is something else there.
     """
-    followed: set[str] = set()
+    # experts of a run are followed by their records (`server.tenures`)
+    followed = {uid for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
     gate = asyncio.Semaphore(settings.num_at_once)
 
     async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
@@ -177,7 +179,7 @@ async def adopt_states(
                 except (TesseractError, TimeoutError, RuntimeError, ValueError, LookupError, TypeError) as error:
                     logger.warning("the state of %s at %s: %s", uid, replica.peer.short, describe(error))
 
-    replicas = await read_replicas(node, backends)
+    replicas = await read_replicas(node, backends.keys() - followed)
     try:
         async with asyncio.TaskGroup() as group:
             for uid, some in replicas.items():
@@ -303,6 +305,18 @@ class ReplicaKeeper:
         self._disputed: set[tuple[str, PeerID]] = set()
         self._began = self._read_at = elapsed()
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
+        trust = server.node.trust
+        authorities = {uid: trust.authority(split_uid(uid)[0]) for uid in server.experts}
+        self._bare = [uid for uid, authority in authorities.items() if authority is None]
+        self.tenures = TenureKeeper(
+            server,
+            {uid: authority for uid, authority in authorities.items() if authority is not None},
+            transfer=settings.transfer,
+            call_timeout=settings.call_timeout,
+            clock=clock,
+            elapsed=elapsed,
+        )
+        """Of experts of runs."""
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
@@ -310,6 +324,10 @@ class ReplicaKeeper:
         self._server.find_primary = self.find_primary
         self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.LEAD, self._take_lead)
+        self._server.handle(messages.TENURE, self.tenures.answer)
+        self._source.find_sealed = self.tenures.sealed
+        if self.tenures.uids:
+            await self.tenures.start()
         for uid, backend in self._server.experts.items():
             self._led_since[uid] = self._began, backend.version
         await self._look_and_log()
@@ -325,6 +343,7 @@ class ReplicaKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        await self.tenures.aclose()
         self._source.close()
 
     async def come_back(self) -> None:
@@ -341,7 +360,7 @@ class ReplicaKeeper:
         async with self._looking:
             if not await self._node.network.wait_joined(self.settings.check_every):
                 return  # alone for the moment: that nobody is seen says nothing
-            replicas = await self._read(self._server.experts)
+            replicas = await self._read(self._bare)
             now = self._elapsed()
             if now - self._read_at > self.settings.lease + self.settings.check_every:
                 # it was suspended, or cut off: another may have taken over meanwhile
@@ -374,6 +393,8 @@ class ReplicaKeeper:
         """Who trains the expert, once a handover that is under way has ended; or None, and when to ask again."""
         if uid in self._moving:
             await asyncio.shield(self._moving[uid])
+        if uid in self.tenures.uids:
+            return self.tenures.primary(uid), 1.0
         leader = self.leaders.get(uid)
         return None if leader is None else leader.peer.peer_id, self.settings.check_every
 
@@ -390,15 +411,19 @@ class ReplicaKeeper:
             return 0  # there is nobody
         async with self._looking:
             mine = [uid for uid in self._server.experts if self._server.is_primary(uid)]
-            replicas = await self._read(mine)
+            replicas = await self._read(uid for uid in mine if uid in self._bare)
+            if of_runs := [uid for uid in mine if uid in self.tenures.uids]:
+                await self.tenures.look(of_runs)
             gate = asyncio.Semaphore(self.settings.num_at_once)
 
             async def move(uid: str) -> bool:
                 async with gate:
+                    if uid in self.tenures.uids:
+                        return await self._moved(uid, self.tenures.hand_over(uid))
                     heirs = [one for one in replicas[uid] if not one.primary and may_follow(self._node, one)]
-                    return bool(heirs) and await self._hand_over_one(uid, heirs)
+                    return bool(heirs) and await self._moved(uid, self._hand_over_one(uid, heirs))
 
-            num_moved = sum(await asyncio.gather(*(move(uid) for uid in mine if replicas[uid])))
+            num_moved = sum(await asyncio.gather(*map(move, mine)))
             if num_moved:
                 await self._server.announce()
             return num_moved
@@ -516,29 +541,33 @@ class ReplicaKeeper:
         self._node.metrics.count("states_pulled")
         return file
 
-    async def _hand_over_one(self, uid: str, heirs: list[ExpertReplica]) -> bool:
+    async def _moved(self, uid: str, moving: Awaitable[bool]) -> bool:
+        """Has backwards wait meanwhile."""
         moved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._moving[uid] = moved
         try:
-            # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
-            # network hears of it later: followers would take over by themselves, from an older state.
-            await self._server.set_primary(uid, False, announce=False)
-            await self._server.wait_backwards(uid)
-            self._source.drop(uid)
-            for heir in heirs:
-                try:
-                    await self._give(uid, heir)
-                except (TesseractError, TimeoutError) as error:
-                    logger.warning("%s could not be handed over to %s: %s", uid, heir.peer.short, describe(error))
-                    continue
-                self.leaders[uid] = heir
-                logger.info("%s was handed over to %s", uid, heir.peer.short)
-                return True
-            await self._server.set_primary(uid, True, announce=False)
-            return False
+            return await moving
         finally:
             del self._moving[uid]
             moved.set_result(None)
+
+    async def _hand_over_one(self, uid: str, heirs: list[ExpertReplica]) -> bool:
+        # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
+        # network hears of it later: followers would take over by themselves, from an older state.
+        await self._server.set_primary(uid, False, announce=False)
+        await self._server.wait_backwards(uid)
+        self._source.drop(uid)
+        for heir in heirs:
+            try:
+                await self._give(uid, heir)
+            except (TesseractError, TimeoutError) as error:
+                logger.warning("%s could not be handed over to %s: %s", uid, heir.peer.short, describe(error))
+                continue
+            self.leaders[uid] = heir
+            logger.info("%s was handed over to %s", uid, heir.peer.short)
+            return True
+        await self._server.set_primary(uid, True, announce=False)
+        return False
 
     async def _give(self, uid: str, heir: ExpertReplica) -> None:
         """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""

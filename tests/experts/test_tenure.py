@@ -303,6 +303,16 @@ def test_alone_it_goes_on_at_once() -> None:
     assert world.run_until(world.agree, 5.0) and leader.steps[: len(steps)] == steps
 
 
+def test_one_that_ended_before_its_first_seal_begins_again() -> None:
+    world = World(21, 1)
+    server = world.servers[0]
+    server.start()
+    assert world.run_until(lambda: bool(server.machine.term), 5.0)
+    server.kill()
+    server.start()
+    assert world.run_until(world.agree, LEASE)
+
+
 def test_two_processes_with_one_key_both_stop() -> None:
     world = World(13, 1)
     leader = world.begin()
