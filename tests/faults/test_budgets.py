@@ -273,5 +273,16 @@ async def test_a_storm_of_cancels_leaves_nothing_behind() -> None:
         await until(lambda: server._budget.used == 0)
 
 
+async def test_a_flood_of_announcements_ends_the_connection_of_who_sends_it() -> None:
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=MIB)
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        async with RawPeer.connected(address) as stranger:
+            for stream in range(1, 20_000):
+                stranger.writer.write(begin(stream, 2 * MIB))
+            await stranger.closed()
+        await sends_large(client, address, MIB // 2)
+        assert server._budget.used <= MIB
+
+
 async def test_errors_of_who_makes_room_can_be_tried_again() -> None:
     assert Overloaded("", retry_after=1.0).retryable and ConnectionLost("", "").retryable
