@@ -24,7 +24,8 @@ from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_tex
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
-from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
+from tesseract_async.server.adoption import ReplicaSettings, adopt_states
+from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
