@@ -185,6 +185,7 @@ class TesseractNode(Uncopied):
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             endpoint.grants, endpoint.on_grants = self.trust.shown, self.trust.introduced
+            endpoint.admits = lambda peer_id: self.trust.admits(peer_id, self._experts)
             for method in EXPERT_METHODS:
                 endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
