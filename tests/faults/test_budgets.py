@@ -196,6 +196,7 @@ async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
                 stranger.writer.write(stranger.request(stream, method="swell"))
             await until(lambda: server._reply_budget.used > 4 * MIB)
             (connection,) = server._pool.connections()
+            await until(lambda: not connection.num_calls and connection._channels[0].paused)
             for _ in range(3):
                 let_pass(12.0)
                 connection._timer_fired() if connection.is_open else None
