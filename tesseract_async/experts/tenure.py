@@ -390,11 +390,9 @@ class Tenure(TenureBase):
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial
         may = self._authority.may(self.me, "host", self.uid, now=wall)
-        if (
-            not may
-            or self.is_twin
-            or (appointment is not None and appointment.peer is not None and appointment.serial > serial)
-        ):
+        may = may and (kind is not Kind.GENESIS or self._authority.founder in (None, self.me))
+        another = appointment is not None and appointment.peer is not None and appointment.serial > serial
+        if not may or self.is_twin or another:
             self._retry(now)
             return False
         parent = max(self._promised, self.lineage.highest_epoch, 0 if seal is None else seal.epoch)

@@ -134,6 +134,11 @@ class TenureBase:
         return 0 if best is None else best.epoch
 
     @property
+    def num_forks(self) -> int:
+        """Terms that lost to one that does not descend from them: steps taken in them are not in what goes on."""
+        return self.lineage.num_forks
+
+    @property
     def members(self) -> tuple[PeerID, ...]:
         """The successors that this primary named last."""
         return self._members.named

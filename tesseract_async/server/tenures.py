@@ -374,8 +374,15 @@ class TenureKeeper:
 
     async def _turn(self) -> None:
         """Lets each machine act when it is due."""
+        told_at = self._elapsed()
         while True:
             now = self._elapsed()
+            if now - told_at >= 2.0:  # grants, revocations and appointments come by themselves
+                told_at = now
+                for expert in self._experts.values():
+                    expert.tenure.authority_changed(now, self._clock())
+                    await self._carry_out(expert)
+                self._node.metrics.set("lineage_forks", sum(e.tenure.num_forks for e in self._experts.values()))
             due = min(expert.tenure.timer_at() for expert in self._experts.values())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, max(0.01, due - now))):

@@ -197,6 +197,9 @@ async def test_grants_are_renewed_by_who_may_grant_and_found_by_their_peers(capl
     (new,) = await owner.renew_grants()
     assert (new.peer, new.not_after, new.role_names) == (peer(2), NOW + GRANT_SECONDS, ["train"])
     assert await owner.renew_grants() == [] and await member.renew_grants() == []
+    # so the owner may be away for 60 days from any moment on
+    away = NOW + 60 * 86400 - 1
+    assert all(owner.authority.may(peer(number), "train", now=away) for number in (1, 2))
     told = []
     late = RunKeeper(FakeNetwork(swarm, peer(2)), run, authority=Authority(run), clock=swarm.clock)
     late.on_own_grant = lambda: told.append(True)

@@ -422,6 +422,18 @@ def test_appointed_by_the_owner() -> None:
     assert world.run_until(world.agree, 3 * LEASE)
 
 
+def test_where_a_founder_is_named_nobody_else_begins() -> None:
+    world = World(22, 3)
+    world.authority.founder = world.servers[1].peer
+    assert world.begin() is world.servers[1]
+    other = World(23, 2)
+    other.authority.founder = identity(60).peer_id
+    for server in other.servers:
+        server.start()
+    other.run(6 * LEASE)
+    assert not other.leaders
+
+
 def test_grants_that_expire_end_no_term_but_nobody_begins_another() -> None:
     world = World(16, 2)
     leader = world.begin()

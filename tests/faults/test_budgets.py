@@ -182,6 +182,27 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
             await sends_large(client, address, 2 * MIB)
 
 
+async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
+    bounds = ProtocolSettings(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
+
+    async def swell(call: IncomingCall) -> Message:
+        return Message(None, (memoryview(bytes(60_000)),))
+
+    async with serving(dataclasses.replace(PLAIN, protocol=bounds)) as (server, address):
+        server.handle("swell", swell)
+        async with RawPeer.connected(address) as stranger:
+            stranger.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            for stream in range(1, 400):
+                stranger.writer.write(stranger.request(stream, method="swell"))
+            await until(lambda: server._reply_budget.used > 4 * MIB)
+            (connection,) = server._pool.connections()
+            await until(lambda: not connection.num_calls and connection._channels[0].paused)
+            for _ in range(3):
+                let_pass(12.0)
+                connection._timer_fired() if connection.is_open else None
+            assert not connection.is_open and server._reply_budget.used == 0
+
+
 async def test_one_who_takes_no_replies_leaves_room_for_those_of_others() -> None:
     settings = dataclasses.replace(PLAIN, max_reply_bytes=16 * MIB)
 

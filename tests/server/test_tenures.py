@@ -20,7 +20,8 @@ from tesseract_async.experts.manifest import RunTag
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings
+from tesseract_async.server.adoption import ReplicaSettings
+from tesseract_async.server.replicas import ReplicaKeeper
 
 UID = "ffn.0.0"
 OWNER, *HOSTS = (ta.Identity.from_seed(bytes([n]) * 32) for n in range(21, 26))
