@@ -503,7 +503,9 @@ class TesseractNode(Uncopied):
         if not self.trust.may_ask(call.peer_id, role, str(uid)):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
-            raise NotAllowed(f"{call.peer_id.short} {needed} the run of {uid}: its owner has to grant that")
+            raise NotAllowed(
+                f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
+            )
         self.metrics.count("expert_calls_answered", method=call.method)
         return handler(call)
 
