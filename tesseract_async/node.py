@@ -185,6 +185,7 @@ class TesseractNode(Uncopied):
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             endpoint.grants, endpoint.on_grants = self.trust.shown, self.trust.introduced
+            endpoint.admits = lambda peer_id: self.trust.admits(peer_id, self._experts)
             for method in EXPERT_METHODS:
                 endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
@@ -502,7 +503,9 @@ class TesseractNode(Uncopied):
         if not self.trust.may_ask(call.peer_id, role, str(uid)):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
-            raise NotAllowed(f"{call.peer_id.short} {needed} the run of {uid}: its owner has to grant that")
+            raise NotAllowed(
+                f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
+            )
         self.metrics.count("expert_calls_answered", method=call.method)
         return handler(call)
 

@@ -216,8 +216,11 @@ def revoke(members: tuple[str, ...], invites: tuple[str, ...], **values: Any) ->
 @click.argument("member", metavar="PEER_ID|free")
 @click.option("--seal", help="The digest, 64 hexadecimal digits, of the sealed state to go on from; else the latest.")
 def appoint(experts: str, member: str, seal: str | None, **values: Any) -> None:
-    """Say who leads the experts of PATTERN, such as 'ffn.[0:4].7': a peer that may host them, or again whom they agree
-    on (free). It outranks whatever the servers settled among themselves."""
+    """Say who leads the experts of PATTERN, such as 'ffn.[0:4].7'.
+
+    That is a peer that may host them, or (free) again whom their servers agree on. It outranks what they settled among
+    themselves.
+    """
     set_up_logging(verbose=values["verbose"])
 
     async def main() -> int:
@@ -245,7 +248,10 @@ def appoint(experts: str, member: str, seal: str | None, **values: Any) -> None:
 @_owner_options
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def status(as_json: bool, **values: Any) -> None:
-    """Show who takes part: grants and when they end, delegates, who was revoked, appointments, and live experts."""
+    """Show who takes part in the run.
+
+    That is: grants and when they end, delegates, who was revoked, appointments, and how many experts are alive.
+    """
     set_up_logging(verbose=values["verbose"])
 
     async def main() -> int:
@@ -296,9 +302,9 @@ def status(as_json: bool, **values: Any) -> None:
 @click.option("--restore", is_flag=True, help="The other way: make the --identity file from the backup in FILE.")
 @click.password_option("--passphrase", confirmation_prompt=True, help="Encrypts the backup; asked for if not given.")
 def backup_key(file: Path, identity: Path, restore: bool, passphrase: str) -> None:
-    """Write the owner's key to FILE, encrypted with a passphrase: whoever loses the key loses the run.
+    """Copy the owner's key to FILE, encrypted with a passphrase.
 
-    OpenSSL reads the backup, too: openssl pkey -in FILE.
+    Whoever loses the key loses the run. OpenSSL reads the copy, too: openssl pkey -in FILE.
     """
     from tesseract_async.identity import Identity
 

@@ -316,7 +316,7 @@ class RunKeeper:
         mine: set[bytes] = set()
         before, own = authority.kept(self._me), authority.grant_of(self._me)
         for number, entry in enumerate(await self._network.get_entries(key), 1):
-            if number % 64 == 0:
+            if number % 16 == 0:
                 await asyncio.sleep(0)
             if entry.expiration <= self._clock() or type(entry.value) is not bytes:
                 continue

@@ -228,6 +228,22 @@ async def test_a_newcomer_chooses_and_adopts_as_if_there_were_no_strangers(kind:
         assert not swarm.stranger.asked
 
 
+async def test_a_servers_memory_is_its_members() -> None:
+    """A large request of a stranger's is refused before it is sent."""
+    async with closed("run") as swarm:
+        swarm.stranger.node.trust.policy = ta.Policy()
+        before = swarm.node.metrics.total("transport_bytes_received")
+        body, _ = forward_request()
+        with pytest.raises(NotAllowed, match="does not let"):
+            await swarm.stranger.node.call_expert(
+                swarm.node.peer_address, messages.FORWARD, body, [bytes(8 << 20)], timeout=30.0
+            )
+        assert swarm.node.metrics.total("transport_bytes_received") - before < 1 << 20
+        expert = await swarm.trainer.get_expert(UID)
+        with torch.no_grad():
+            assert (await expert(torch.ones(1 << 17, 4))).shape == (1 << 17, 4), "members may"
+
+
 async def test_holders_refuse_what_a_stranger_says_about_a_run() -> None:
     """Any node does, whether it takes part in the run or not: readers do not pay for floods."""
     async with closed("run") as swarm, ta.TesseractNode(initial_peers=[swarm.node.address]) as bystander:
