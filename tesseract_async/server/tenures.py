@@ -388,6 +388,7 @@ class TenureKeeper:
                 async with asyncio.timeout(min(1.0, max(0.01, due - now))):
                     await self._wake.wait()
             self._wake.clear()
+            await asyncio.sleep(0.02)  # one turn for all that came at once
             for expert in list(self._experts.values()):
                 if self._elapsed() >= expert.tenure.timer_at():
                     expert.tenure.handle_timer(self._elapsed(), self._clock())

@@ -258,7 +258,7 @@ async def test_heads_of_waiting_calls_are_bounded_by_what_they_cost() -> None:
 
 
 async def test_a_crowd_of_calls_leaves_some_room_for_the_next_one() -> None:
-    settings = dataclasses.replace(PLAIN, max_call_bytes=8 * MIB)
+    settings = dataclasses.replace(PLAIN, max_call_bytes=24 * MIB)
     parked = asyncio.Event()
 
     async def park(call: IncomingCall) -> Message:
@@ -273,7 +273,7 @@ async def test_a_crowd_of_calls_leaves_some_room_for_the_next_one() -> None:
                 for stream in range(1, 1000):
                     stranger.writer.write(stranger.request(stream, method="park"))
                 await stranger.writer.drain()
-            await until(lambda: server._small_budget.used > 6 * MIB)
+            await until(lambda: server._small_budget.used > 18 * MIB)
             waiting = [asyncio.create_task(client.call(address, "park", timeout=30)) for _ in range(16)]
             echoes = await asyncio.gather(*(client.call(address, "echo", n, timeout=30) for n in range(8)))
             assert [reply.body for reply in echoes] == list(range(8))
