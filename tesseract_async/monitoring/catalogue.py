@@ -106,6 +106,10 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "network_calls_failed": ("calls", "Requests that were never answered."),
     "network_retransmissions": ("datagrams", "Requests sent again."),
     "network_lookup_rounds": ("rounds", "Rounds of questions that each look-up took."),
+    "network_regions_searched": (
+        "searches",
+        "Keys whose nearest nodes lay nearer than chance explains, searched by region.",
+    ),
     "network_reads_incomplete": ("reads", "Reads repeated because holders vanished in the middle of them."),
     "network_reads_unanswered": ("reads", "Reads that nobody answered, repeated after joining anew."),
     "network_copies_served": ("reads", "Reads answered from a copy on the way to the holders."),
