@@ -1,11 +1,12 @@
 """The sealed files of a server's experts, byte for byte as they were signed for, and what their `Tenure`s remember.
 
-On disk beside the checkpoints, or in memory where there is no folder. Blocking file work.
+On disk beside the checkpoints, or in a temporary folder where there are none. Blocking file work.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,17 +21,15 @@ NUM_KEPT: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class SealedFile:
-    """One file: in memory, or where it lies."""
+    """One file, and where it lies."""
 
     root: bytes
     size: int
-    place: Path | bytes
+    path: Path
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """A piece of it. Raises: OSError."""
-        if isinstance(self.place, bytes):
-            return self.place[offset : offset + num_bytes]
-        with open(self.place, "rb") as file:
+        with open(self.path, "rb") as file:
             file.seek(offset)
             return file.read(num_bytes)
 
@@ -40,12 +39,13 @@ class SealedFiles:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._files: dict[str, list[SealedFile]] = {}  # the newest last
 
-    def load(self, uid: str) -> tuple[bytes | None, bytes | None]:
-        """What was remembered of an expert, and the root of its newest sealed file; None for what is not there."""
+    def load(self, uid: str) -> bytes | None:
+        """What was remembered of an expert, if anything; its sealed files can be found afterwards."""
         if self._directory is None:
-            return None, None
+            return None
         folder = self._folder(uid)
         found: list[tuple[float, SealedFile]] = []
         for path in folder.glob("*.sealed"):
@@ -53,10 +53,9 @@ class SealedFiles:
             found.append((path.stat().st_mtime, SealedFile(root_of(data), len(data), path)))
         self._files[uid] = [file for _, file in sorted(found, key=lambda item: item[0])]
         try:
-            stored = (folder / "tenure").read_bytes()
+            return (folder / "tenure").read_bytes()
         except OSError:
-            return None, None
-        return stored, self._files[uid][-1].root if found else None
+            return None
 
     def remember(self, uid: str, stored: bytes) -> None:
         """Writes down what a `Tenure` must not forget; it is on the disk afterwards. Raises: OSError."""
@@ -65,15 +64,12 @@ class SealedFiles:
 
     def keep(self, uid: str, root: bytes, data: bytes) -> None:
         """Keeps a file, and the one before. Raises: OSError."""
-        place: Path | bytes = data
-        if self._directory is not None:
-            place = self._folder(uid) / f"{root.hex()[:16]}.sealed"
-            self._write(place, data)
+        path = self._folder(uid) / f"{root.hex()[:16]}.sealed"
+        self._write(path, data)
         files = [file for file in self._files.get(uid, []) if file.root != root]
-        files.append(SealedFile(root, len(data), place))
+        files.append(SealedFile(root, len(data), path))
         for old in files[:-NUM_KEPT]:
-            if isinstance(old.place, Path):
-                old.place.unlink(missing_ok=True)
+            old.path.unlink(missing_ok=True)
         self._files[uid] = files[-NUM_KEPT:]
 
     def find(self, uid: str, start: bytes) -> SealedFile | None:
@@ -89,9 +85,15 @@ class SealedFiles:
         file = self.find(uid, root)
         return None if file is None else file.read(0, file.size)
 
+    def close(self) -> None:
+        """Removes what was temporary."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
     def _folder(self, uid: str) -> Path:
-        assert self._directory is not None
-        folder = self._directory / folder_name(uid)
+        if self._directory is None:
+            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
+        folder = (self._directory or Path(self._temporary.name if self._temporary else "")) / folder_name(uid)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
@@ -104,8 +105,9 @@ class TenureKeeper:
         """Takes up what was left, and returns once each expert is led or followed here, or a while has passed."""
         boot = os.urandom(8)
         for uid, authority in self._authorities.items():
-            stored, root = await self._server.call_aside(lambda uid=uid: self._files.load(uid))  # type: ignore[misc]
-            tenure = Tenure(
+            stored = await self._server.call_aside(lambda uid=uid: self._files.load(uid))  # type: ignore[misc]
+            make = partial(
+                Tenure,
                 self._node.identity,
                 uid,
                 authority,
@@ -113,9 +115,12 @@ class TenureKeeper:
                 now=self._elapsed(),
                 wall=self._clock(),
                 stored=stored,
-                has_file=root is not None,
                 random=self._random,
             )
+            tenure = make(has_file=True)
+            held = tenure.held
+            if held is not None and held.primary != self._node.peer_id and not self._files.has(uid, held.root):
+                tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
             self._experts[uid] = _Expert(uid, authority, tenure)
         self._server.may_answer = self.may_answer
         for work in (self._turn, self._look_often, self._announce_often, self._seal_often):
@@ -145,6 +150,8 @@ class TenureKeeper:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._experts:
+            await self._server.call_aside(self._files.close)
 
     def may_answer(self, uid: str) -> bool:
         """Whether a step of this expert may be taken, or answered, at this moment."""

@@ -7,12 +7,14 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from random import Random
 
+import pytest
 import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.errors import NotAllowed, RemoteError
+from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
 from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
 from tesseract_async.experts.lineage import Kind
@@ -193,3 +195,60 @@ async def test_a_stranger_cannot_ask_who_leads_nor_take_part() -> None:
                 continue
             raise AssertionError(kind)
         assert state == (first.tenure.state, first.tenure.epoch)
+
+
+@pytest.mark.slow
+async def test_ten_minutes_of_churn_lose_no_line(tmp_path: Path) -> None:
+    """Three hosts of which one after the other dies, returns or leaves, while a trainer goes on."""
+    until_when = time.monotonic() + 600.0
+    random = Random(1)
+    acknowledged = 0
+    async with contextlib.AsyncExitStack() as stack:
+        seed = await stack.enter_async_context(ta.TesseractNode())
+        trainer = await stack.enter_async_context(member(HOSTS[3], [seed.address]))
+        running: dict[int, tuple[Host, contextlib.AsyncExitStack]] = {}
+
+        async def start(number: int) -> None:
+            life = contextlib.AsyncExitStack()
+            one = await life.enter_async_context(host(HOSTS[number], [seed.address], tmp_path / str(number)))
+            running[number] = one, life
+
+        async def stop(number: int, *, cleanly: bool) -> None:
+            one, life = running.pop(number)
+            if cleanly:
+                await one.keeper.hand_over()
+            else:
+                await one.keeper.tenures.aclose()
+                await one.node.endpoint.aclose()
+            with contextlib.suppress(Exception):
+                await life.aclose()
+
+        async def keep_training() -> None:
+            nonlocal acknowledged
+            while time.monotonic() < until_when:
+                try:
+                    expert = (await trainer.get_expert(UID)).with_options(timeout=5.0)
+                    await ta.backward((await expert(X)).sum())
+                    acknowledged += 1
+                except (TesseractError, TimeoutError):
+                    await asyncio.sleep(0.2)
+                await asyncio.sleep(0.02)
+
+        for number in range(3):
+            await start(number)
+        task = asyncio.create_task(keep_training())
+        while time.monotonic() < until_when:
+            await until(lambda: sum(one.leads for one, _ in running.values()) == 1, 120.0)
+            await asyncio.sleep(random.uniform(1.0, 3 * LEASE))
+            number = random.choice(list(running))
+            await stop(number, cleanly=random.random() < 0.5)
+            await asyncio.sleep(random.uniform(0.0, 2 * LEASE))
+            await start(number)
+        await task
+        await until(lambda: sum(one.leads for one, _ in running.values()) == 1, 120.0)
+        (leader,) = [one for one, _ in running.values() if one.leads]
+        await until(lambda: {one.tenure.epoch for one, _ in running.values()} == {leader.tenure.epoch}, 120.0)
+        print(f"{acknowledged} steps were answered; the line has {leader.version}, after {leader.tenure.epoch} epochs")
+        assert leader.version >= 0.8 * acknowledged and len(leader.server.experts[UID].applied) <= acknowledged * 1.2
+        for number in list(running):
+            await stop(number, cleanly=False)
