@@ -24,6 +24,7 @@ from tesseract_async.errors import (
     SchemaMismatch,
     UnknownMethod,
     shortened,
+    text_of,
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -374,7 +375,8 @@ def _check_codecs(
 def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
     """Refuses what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
     if not wire.may_unpack(metas, specs):
-        raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {shortened(str(metas))}")
+        got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
+        raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {got}")
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:
