@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 
+from tesseract_async.endpoint.budget import FairCount
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -519,6 +520,15 @@ def test_a_message_keeps_to_its_lane(first: int) -> None:
             side.receive(other, chunk + bytes(MIB), 0.0)
         side.machine.connection_lost("broken rules")
         assert side.budget.used == 0 and side.machine.num_calls == 0
+
+
+def test_a_flood_of_small_calls_that_are_refused_is_cut_off() -> None:
+    side = Pair(small_budget=FairCount(0)).server
+    head = frames.pack((bytes(16), "m", 1000, 0, 0, 5, None))
+    with pytest.raises(ProtocolError, match="flood"):
+        for stream in range(1, 20_000):
+            side.receive(MAIN, frames.encode_small(frames.REQUEST, stream, head, (), ()), 0.0)
+    assert side.machine.num_calls < 20
 
 
 def test_many_tiny_buffers_count_what_they_cost() -> None:
