@@ -485,11 +485,17 @@ class TenureKeeper:
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
                 if is_new or now - expert.sealed_at >= expert.authority.sync_every:
+                    if not is_new and tenure.is_content and expert.progress == self._progress(expert.uid):
+                        expert.sealed_at = now  # a Seal would say nothing
+                        continue
                     try:
                         await self._seal(expert)
                     except (CheckpointError, OSError) as error:
                         logger.error("%s could not be sealed: %s", expert.uid, describe(error))
                         expert.sealed_at = now
+
+    def _progress(self, uid: str) -> tuple[int, int]:
+        return self._server.experts[uid].progress
 
     async def _seal(self, expert: _Expert) -> Seal | None:
         """Writes the state down, and signs for it."""
