@@ -7,7 +7,7 @@ from collections import defaultdict
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
@@ -62,6 +62,8 @@ def check_nothing_is_gone(world: World) -> None:
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(3, 7))
+@example(40070834, 4)
+@example(1207730538, 5)
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()
@@ -83,6 +85,7 @@ def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(3, 6))
+@example(127023494, 3)
 def test_of_three_members_no_two_answer_at_once_while_one_is_at_fault(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()
@@ -279,6 +282,29 @@ def test_replays_change_nothing(seed: int) -> None:
 
 
 # -- restarts, clones, liars ------------------------------------------------------------------------------------------
+
+
+def test_a_member_votes_once_an_epoch_after_a_lease_of_silence_and_for_no_older_seal() -> None:
+    world = World(24, 3)
+    leader = world.begin()
+    world.run(2 * world.sync_every)
+    voter, candidate = (one for one in world.up if one is not leader)
+    machine, held = voter.machine, voter.machine.held
+    assert held is not None
+    first = next(seal for seal in seals_of(world) if seal.age < held.age and candidate.peer in seal.members)
+
+    def vote(epoch: int, *, seal: Seal = held, asker: Server = candidate, at: float = 0.0) -> bool:
+        ask = Ask("vote", epoch, bytes(8), b"", seal.blob)
+        return bool(machine.ask(asker.peer, ask, world.now + at, voter.wall).vote)
+
+    epoch, later = machine.epoch + 1000, LEASE + 1.0
+    assert not vote(epoch), "it has just heard its primary"
+    assert not vote(machine.epoch, at=later) and not vote(epoch, seal=first, at=later)
+    assert vote(epoch, at=later) and vote(epoch, at=later)
+    assert not vote(epoch, asker=leader, at=later) and not vote(epoch - 1, at=later)
+    beat = Ask("beat", machine.epoch, leader.machine._boot, b"", b"")
+    assert not machine.ask(leader.peer, beat, world.now + later, voter.wall).agrees, "bound by its vote"
+    assert machine.ask(leader.peer, beat, world.now + later + LEASE, voter.wall).agrees
 
 
 def test_one_that_starts_again_waits_a_lease_and_takes_a_new_term() -> None:
