@@ -76,6 +76,8 @@ async def test_an_owner_lets_members_in_and_out(stem: Stem, tmp_path: Path) -> N
                 assert appointed is not None and appointed.peer == me
         status, _, told = await finish(stem, "run", "grant", run, str(me), "--identity", str(server), "-p", seed)
         assert status == 1 and "has no say in" in told
+        status, _, told = await finish(stem, "run", "revoke", run, run.partition("@")[2], *signed)
+        assert status == 1 and "nobody revokes the owner" in told
 
 
 async def test_bare_experts_move_into_a_run(stem: Stem, tmp_path: Path) -> None:
