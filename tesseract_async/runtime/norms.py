@@ -63,7 +63,7 @@ class UsualNorms:
 
         One that is far larger than usual is let through at `SCALED_ABOVE` times the usual, whoever sends it. An account
         that sends such ones all the time would decide where the expert goes: it counts no more than others do. It is
-        not refused: the gradients of an honest trainer that still errs are thousands of times those of one that does not.
+        not refused: gradients of an honest trainer that still errs are thousands of times those of one that does not.
         """
         usual = self._usual
         if usual is None:

@@ -189,7 +189,7 @@ def test_who_sends_far_larger_ones_all_the_time_counts_no_more_than_others(size:
         assert usual is not None and swarm.attack(size) is None
     after = swarm.backend.module.parameters()
     moved = norm_of([a - b.detach() for a, b in zip(before, after, strict=True)])
-    assert swarm.backend.optimizer is not None
+    assert usual is not None and swarm.backend.optimizer is not None
     assert 0 < moved < 1.1 * usual * swarm.backend.optimizer.param_groups[0]["lr"]
     assert not any(swarm.attack(1e-3) for _ in range(3)), "what is ordinary is taken from anybody"
 
