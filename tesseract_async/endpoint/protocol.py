@@ -441,6 +441,8 @@ class ConnectionProtocol:
             self._receive(call, stream, lane, (head_bytes, sizes, size), flags, own=False)
         except ValueError:
             self.fail(stream, Overloaded(f"{size} bytes never fit this node's memory bound", retry_after=60.0))
+        if stream not in self._incoming:
+            self._count_idle()
 
     def _receive(
         self,
@@ -526,6 +528,8 @@ class ConnectionProtocol:
         call = self._incoming.get(stream) if kind == frames.CHUNK_REQUEST else self._outgoing.get(stream)
         if call is None or call.arrival is None:
             return None  # cancelled or expired meanwhile
+        if call.arrival.lane.index != lane:  # two readers in one message would write over its end
+            raise ProtocolError("a message changes its lane")
         assembly = call.arrival.assembly
         if length > assembly.left:
             raise ProtocolError("a message has more bytes than it announced")
@@ -545,7 +549,7 @@ class ConnectionProtocol:
             incoming.arrival.look(self._now)
             assembly = incoming.arrival.assembly
             if not assembly.left:
-                incoming.arrival.room.give_up = None
+                incoming.arrival.room.keep()
                 incoming.arrival = None
                 self._deliver(stream, incoming, frames.unpack(assembly.head), assembly.buffers)
         else:

@@ -72,6 +72,12 @@ class Authority:
         return self.run.manifest.lease
 
     @property
+    def founder(self) -> PeerID | None:
+        """Who alone may begin experts of which nobody has a state; None: whoever hosts them."""
+        kind, _, peer = self.run.manifest.genesis.partition(":")
+        return PeerID.parse(peer) if kind == "founder" else None
+
+    @property
     def sync_every(self) -> float:
         """Seconds between two states that an expert's other servers fetch."""
         return self.run.manifest.sync_every
@@ -282,6 +288,8 @@ class Authority:
             return False
         if grant.peer in self._invites or grant.serial < self._since.get(grant.peer, 0):
             return False
+        if grant.via is not None and grant.peer in self._since and grant.signer not in self.delegates:
+            return False  # an invite lets nobody in again: whoever was revoked may have it still
         return grant.via is None or self._holds(grant.via)
 
     def _forget_some(self) -> None:

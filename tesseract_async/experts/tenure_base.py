@@ -13,6 +13,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import EPOCH_ZERO
 from tesseract_async.experts.lineage import (
     Authority,
+    Kind,
     Lineage,
     Seal,
     Term,
@@ -20,8 +21,9 @@ from tesseract_async.experts.lineage import (
     read_seal,
     read_term,
 )
-from tesseract_async.experts.members import Members
+from tesseract_async.experts.members import NUM_SUCCESSORS, Members
 from tesseract_async.experts.tenure_words import (
+    Ask,
     Command,
     Look,
     Persist,
@@ -105,8 +107,11 @@ class TenureBase:
         self._beat_at = now
         self._published_at = -1e9
         self._members = Members()
+        self._was_alone = False
         self._fetching: bytes | None = None
+        self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
+        self._home_since = now  # the tree of Terms that it goes by
         self._role: Role | None = None
         if stored is not None:
             self._restore(stored, has_file, now, wall)
@@ -134,6 +139,11 @@ class TenureBase:
         return 0 if best is None else best.epoch
 
     @property
+    def num_forks(self) -> int:
+        """Terms that lost to one that does not descend from them: steps taken in them are not in what goes on."""
+        return self.lineage.num_forks
+
+    @property
     def members(self) -> tuple[PeerID, ...]:
         """The successors that this primary named last."""
         return self._members.named
@@ -142,6 +152,13 @@ class TenureBase:
     def is_settled(self) -> bool:
         """Whether a majority of the members before holds the Seal that names these."""
         return self._members.is_settled
+
+    @property
+    def is_content(self) -> bool:
+        """Whether another Seal of the same state would name nobody new."""
+        named = self._members.named
+        enough = len(named) >= NUM_SUCCESSORS or self._hosts.keys() <= {self.me, *named}
+        return self._members.is_settled and enough
 
     def commands(self) -> list[Command]:
         """What is to be done now, in this order."""
@@ -190,6 +207,33 @@ class TenureBase:
         """Nobody else can use it: the present primary is agreed with again."""
         if self._voted_for == self.me:
             self._promised_at = -1e9
+
+    def _is_alive(self, record: Term | Seal, now: float) -> bool:
+        """Whether it is an adoption which says that all members were silent for two leases, and this one was not."""
+        if not isinstance(record, Term) or record.kind is not Kind.ADOPTION or record.seal is None:
+            return False
+        if (
+            self.state not in (State.FOLLOWING, State.CANDIDATE)
+            or self.held is None
+            or now > self._heard + 2 * self._lease
+        ):
+            return False
+        return self.me in self.held.members and record.primary != self.me and record.seal.age <= self.held.age
+
+    def _is_beat_of(self, peer: PeerID, ask: Ask, best: Term, now: float) -> bool:
+        if peer != best.primary or ask.epoch != best.epoch or not self._is_free(best, now):
+            return False
+        if self.lineage.is_exposed(best):
+            return False
+        # the other of two processes with one key: nobody agrees with it
+        return ask.boot == best.boot and peer != self.me
+
+    def _is_of_twin(self, record: Term | Seal) -> bool:
+        """Whether another process signed this with the same key, and not before this one started."""
+        if isinstance(record, Term):
+            return record.boot not in self._boots and record.epoch > self._started
+        term = self.lineage.term_of(record)
+        return term is not None and term.boot != self._boot and record.time > self._started
 
     def _retry(self, now: float) -> None:
         self._retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
@@ -263,5 +307,5 @@ class TenureBase:
         if has_file and isinstance(held, Seal):
             self.held = held
             self.state = State.FOLLOWING if self.me in held.members else State.HOLDING
-            if held.members == (self.me,):
-                self._vote_from = self._agreed_at = now - self._lease  # nobody else could have taken over
+            # without successors nobody can have taken over: a look at the network is enough
+            self._was_alone = held.members == (self.me,)

@@ -56,7 +56,7 @@ class FakePublisher:
 
     def __init__(self, network: Any, **_: Any) -> None: ...
 
-    async def declare(self, uids: Mapping[str, bool]) -> int:
+    async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
         FakePublisher.declared = dict(uids)
         return 1
 
@@ -247,6 +247,21 @@ async def test_gradients_that_do_not_fit_are_refused(node: FakeNode, server: Tes
         with pytest.raises(SchemaMismatch, match=r"backward of ffn.0, for 2 rows, takes float32\[rows, 4\]; got"):
             await node.backward("ffn.0", [torch.zeros(2, 8)], gradients)
     assert server.experts["ffn.0"].version == 0
+
+
+@pytest.mark.parametrize("dtype, width, codec", [("float64", 8, "uint8"), ("float32", 9, "bf16"), ("float32", 8, "x")])
+async def test_what_does_not_fit_is_not_unpacked_where_that_takes_more_memory(
+    node: FakeNode, server: TesseractServer, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int, codec: str
+) -> None:
+    monkeypatch.setattr(wire.compression, "decode", None)
+    meta = [dtype, [1000, width], codec]
+    metas = [["float32", [1000, 8], codec], meta] if (dtype, width) == ("float32", 8) else [meta]
+    with pytest.raises(SchemaMismatch, match="ffn.0 takes .*; got"):
+        await node.forward("ffn.0", torch.zeros(1, 8), tensors=metas)
+    for num_inputs in (0, 1):
+        with pytest.raises(SchemaMismatch, match="backward of ffn.0 takes .*; got"):
+            metas = [["float32", [1000, 8], codec]] * num_inputs + [["float32", [1000, 4], codec], meta]
+            await node.backward("ffn.0", [torch.zeros(1, 8)], [], num_inputs=num_inputs, tensors=metas)
 
 
 async def test_malformed_calls_are_refused(node: FakeNode, server: TesseractServer) -> None:
