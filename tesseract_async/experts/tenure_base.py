@@ -21,7 +21,7 @@ from tesseract_async.experts.lineage import (
     read_seal,
     read_term,
 )
-from tesseract_async.experts.members import Members
+from tesseract_async.experts.members import NUM_SUCCESSORS, Members
 from tesseract_async.experts.tenure_words import (
     Ask,
     Command,
@@ -152,6 +152,13 @@ class TenureBase:
     def is_settled(self) -> bool:
         """Whether a majority of the members before holds the Seal that names these."""
         return self._members.is_settled
+
+    @property
+    def is_content(self) -> bool:
+        """Whether another Seal of the same state would name nobody new."""
+        named = self._members.named
+        enough = len(named) >= NUM_SUCCESSORS or self._hosts.keys() <= {self.me, *named}
+        return self._members.is_settled and enough
 
     def commands(self) -> list[Command]:
         """What is to be done now, in this order."""

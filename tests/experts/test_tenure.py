@@ -540,6 +540,20 @@ def test_grants_that_expire_end_no_term_but_nobody_begins_another() -> None:
     assert not world.leaders
 
 
+def test_a_primary_is_content_once_its_successors_are_named() -> None:
+    world = World(25, 3)
+    leader = world.begin()
+    assert leader.machine.is_content
+    alone = World(26, 1)
+    assert alone.begin().machine.is_content
+    newcomer = Server(alone, 2)
+    alone.authority.granted.add(newcomer.peer)
+    alone.servers.append(newcomer)
+    newcomer.start()
+    assert alone.run_until(lambda: not alone.servers[0].machine.is_content, 2 * LEASE), "somebody to name came"
+    assert alone.run_until(lambda: alone.servers[0].machine.members == (newcomer.peer,), 4 * LEASE)
+
+
 def test_signatures_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(17, 3)
     world.begin()
