@@ -37,7 +37,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
 from tesseract_async.transport.interfaces import own_addresses
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -48,11 +48,11 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
-EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD)
+EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD, TENURE)
 # a primary that hands its expert over acts as a server: it need not be among those who train
-_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store"}
+_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store", TENURE: "store"}
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
 
 
 class TesseractNode(Uncopied):
@@ -185,6 +185,7 @@ class TesseractNode(Uncopied):
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
             endpoint.grants, endpoint.on_grants = self.trust.shown, self.trust.introduced
+            endpoint.admits = lambda peer_id: self.trust.admits(peer_id, self._experts)
             for method in EXPERT_METHODS:
                 endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
@@ -502,7 +503,9 @@ class TesseractNode(Uncopied):
         if not self.trust.may_ask(call.peer_id, role, str(uid)):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
-            raise NotAllowed(f"{call.peer_id.short} {needed} the run of {uid}: its owner has to grant that")
+            raise NotAllowed(
+                f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
+            )
         self.metrics.count("expert_calls_answered", method=call.method)
         return handler(call)
 

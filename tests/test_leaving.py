@@ -147,6 +147,8 @@ async def test_a_terminal_that_is_gone_keeps_nobody_from_saving(tmp_path: Path, 
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        # ignored from birth where the tests run under nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     os.close(theirs)
     try:

@@ -13,6 +13,7 @@ from tesseract_async import errors
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.identity import PeerID
+from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD
 
@@ -215,3 +216,13 @@ async def test_a_node_on_loopback_says_that_seeds_elsewhere_are_out_of_its_reach
     async with ta.TesseractNode(initial_peers=[seed.address, "198.51.100.7:31337"]):
         (said,) = [record.getMessage() for record in caplog.records if "beyond this computer" in record.getMessage()]
         assert "198.51.100.7:31337" in said and seed.address not in said and "--host 0.0.0.0" in said
+
+
+async def test_where_no_seed_answers_that_an_expert_is_absent_is_not_said() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        seed = f"127.0.0.1:{silent.getsockname()[1]}"
+        async with ta.TesseractNode(initial_peers=[seed]) as node:
+            node.network.settings = NetworkSettings(join_timeout=0.05)
+            with pytest.raises(TimeoutError, match=f"no answer from {seed}"):
+                await node.get_expert("ffn.0.0")

@@ -12,7 +12,7 @@ import random
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,13 +38,14 @@ from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.server.adoption import ReplicaSettings, adopt_states
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
 from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.registry import draws_its_own, make_backend
-from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
+from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_transfer import TransferSettings
@@ -141,7 +142,7 @@ class Hosting:
             if self.node.initial_peers and await self._joined():
                 followed = await adopt_states(self.node, backends)
             else:
-                followed = set()
+                followed = set(uids) if self.authority is not None else set()
             self.server = server = TesseractServer(
                 self.node,
                 backends,
@@ -272,7 +273,9 @@ class Hosting:
             self._check_grant(patterns)
         num_experts = self.plan.num_experts
         if num_experts is None and self.plan.patterns:
-            return _all_of(patterns, self.memory), None
+            uids = _all_of(patterns, self.memory)
+            kept = {uid for pattern in patterns for uid in _checkpointed(self.plan.checkpoint_dir, pattern)}
+            return (uids if self._may_begin(kept) else [uid for uid in uids if uid in kept]), None
         if len(patterns) != 1:
             raise ValueError("--num-experts chooses from one pattern; say --experts once")
         (pattern,) = patterns
@@ -281,11 +284,9 @@ class Hosting:
         mine = _checkpointed(self.plan.checkpoint_dir, pattern)[:num_experts]
         if len(mine) == num_experts:
             return mine, None
+        if not self._may_begin(mine):
+            return mine, None
         await self._joined()
-        if self.authority is not None and not self.authority.may(self.node.peer_id, "host", now=time.time()):
-            if mine:
-                return mine, None  # goes on with what it has
-            raise ValueError(f"the grant of {self.node.peer_id} has expired: ask the run's owner to renew it")
         claim = await claim_experts(
             self.node.network,
             pattern,
@@ -296,6 +297,15 @@ class Hosting:
         )
         more = [uid for uid in claim.uids if uid not in mine]
         return mine + more[: num_experts - len(mine)], claim
+
+    def _may_begin(self, kept: Collection[str]) -> bool:
+        """Whether the node may host what it has not hosted before. Raises: ValueError if not, and nothing is `kept`."""
+        if self.authority is None or self.authority.may(self.node.peer_id, "host", now=time.time()):
+            return True
+        if not kept:
+            raise ValueError(f"the grant of {self.node.peer_id} has expired: ask the run's owner to renew it")
+        click.echo("the grant has expired: only what was hosted here before goes on", err=True)
+        return False
 
     def _check_grant(self, patterns: Sequence[ExpertPattern]) -> None:
         """Raises: ValueError where these are more than the node may host."""

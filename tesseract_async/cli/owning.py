@@ -188,7 +188,13 @@ def revoke(members: tuple[str, ...], invites: tuple[str, ...], **values: Any) ->
 
         whom, which = _peer_ids(members), _peer_ids(invites)
         async with _opened(values) as (_, identity, keeper, authority):
-            lost = {peer_id: authority.delegates.get(peer_id) for peer_id in whom}
+            safe = {authority.owner} if identity.peer_id == authority.owner else {authority.owner, *authority.delegates}
+            if kept := safe & set(whom):
+                raise click.ClickException(
+                    f"{kept.pop()} stays: nobody revokes the owner, and only the owner revokes delegates"
+                )
+            if authority.delegates.keys() & set(whom):
+                click.echo("with a delegate goes whom it let in, and what it revoked counts no longer", err=True)
             since = max(authority.next_serial(peer_id, time.time()) for peer_id in [*whom, *which])
             for part in sign_revocations(
                 *(identity, authority.run_id),
@@ -199,13 +205,8 @@ def revoke(members: tuple[str, ...], invites: tuple[str, ...], **values: Any) ->
             ):
                 authority.learn_revocations(part)
             await keeper.learn_once()  # which spreads what is known
-            missed = [peer_id for peer_id in whom if not authority.is_revoked(peer_id)]
-        for peer_id in missed:
-            click.echo(f"{peer_id} stays: nobody revokes the owner, and only the owner revokes delegates", err=True)
-        if any(lost.values()):
-            click.echo("with a delegate goes whom it let in, and what it revoked counts no longer", err=True)
         say("revoked", run=authority.run.full_name, peers=list(map(str, whom)), invites=list(map(str, which)))
-        return 1 if missed else 0
+        return 0
 
     run(main)
 
@@ -216,8 +217,11 @@ def revoke(members: tuple[str, ...], invites: tuple[str, ...], **values: Any) ->
 @click.argument("member", metavar="PEER_ID|free")
 @click.option("--seal", help="The digest, 64 hexadecimal digits, of the sealed state to go on from; else the latest.")
 def appoint(experts: str, member: str, seal: str | None, **values: Any) -> None:
-    """Say who leads the experts of PATTERN, such as 'ffn.[0:4].7': a peer that may host them, or again whom they agree
-    on (free). It outranks whatever the servers settled among themselves."""
+    """Say who leads the experts of PATTERN, such as 'ffn.[0:4].7'.
+
+    That is a peer that may host them, or (free) again whom their servers agree on. It outranks what they settled among
+    themselves.
+    """
     set_up_logging(verbose=values["verbose"])
 
     async def main() -> int:
@@ -245,7 +249,10 @@ def appoint(experts: str, member: str, seal: str | None, **values: Any) -> None:
 @_owner_options
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def status(as_json: bool, **values: Any) -> None:
-    """Show who takes part: grants and when they end, delegates, who was revoked, appointments, and live experts."""
+    """Show who takes part in the run.
+
+    That is: grants and when they end, delegates, who was revoked, appointments, and how many experts are alive.
+    """
     set_up_logging(verbose=values["verbose"])
 
     async def main() -> int:
@@ -296,9 +303,9 @@ def status(as_json: bool, **values: Any) -> None:
 @click.option("--restore", is_flag=True, help="The other way: make the --identity file from the backup in FILE.")
 @click.password_option("--passphrase", confirmation_prompt=True, help="Encrypts the backup; asked for if not given.")
 def backup_key(file: Path, identity: Path, restore: bool, passphrase: str) -> None:
-    """Write the owner's key to FILE, encrypted with a passphrase: whoever loses the key loses the run.
+    """Copy the owner's key to FILE, encrypted with a passphrase.
 
-    OpenSSL reads the backup, too: openssl pkey -in FILE.
+    Whoever loses the key loses the run. OpenSSL reads the copy, too: openssl pkey -in FILE.
     """
     from tesseract_async.identity import Identity
 

@@ -75,11 +75,12 @@ def _options_option(name: str, help_text: str) -> Callable[[Command], Command]:
 @node_options
 @config_option
 def create(name: str, **values: Any) -> None:
-    """Start a training run: sign what it consists of, so that volunteers join by its name alone.
+    """Start a training run: sign what all of it consists of.
 
-    Prints the run's full name, NAME@PEER_ID, in one line of JSON. Then stays until Ctrl-C, keeps the manifest known and
-    renews grants before they end; as soon as servers take part, they keep it known themselves. --identity is the run's
-    owner: keep that file, and a copy (tesseract run backup-key). Who takes part is said by tesseract run grant.
+    Volunteers then join by its name alone. Prints the run's full name, NAME@PEER_ID, in one line of JSON. Then stays
+    until Ctrl-C, keeps the manifest known and renews grants before they end; as soon as servers take part, they keep it
+    known themselves. --identity is the run's owner: keep that file, and a copy (tesseract run backup-key). Who takes
+    part is said by tesseract run grant.
     """
     set_up_logging(verbose=values["verbose"])
     if values["identity"] is None:

@@ -461,8 +461,8 @@ class MixtureCall:
         timeout = self._settings.backward_timeout
         grace = {
             # of several that claim to be the primary, those that are silent are found out within that time
-            part.uid: self._grace("backward", book.is_new((part.uid, "backward")) or len(part.replicas) > 1, timeout)
-            for part in tasks.values()
+            uid: self._grace("backward", book.is_new((uid, "backward")) or len(rivals) > 1, timeout)
+            for uid, rivals in ((p.uid, [r for r in p.replicas if r.primary]) for p in tasks.values())
         }
 
         def usual() -> Usual | None:

@@ -272,22 +272,24 @@ async def ask_primary(
 
 
 async def _ask_watched(shared: Shared, replicas: Sequence[Any], attempt: Attempt[T], timeout: float) -> T:
-    """Asks the first of `replicas`. If it takes long, all are asked a small question at once: those that are silent
-    then, where another one speaks, are reported, and if the first is one of them, it is not waited for any more."""
+    """Asks the first of `replicas`. If it takes long and others say that they are the primary, too, all of these are
+    asked a small question at once: those that are silent then, where another one speaks, are reported, and if the first
+    is one of them, it is not waited for any more."""
     asking = _ask(shared, replicas[0], attempt, timeout, observed=False)
-    if len(replicas) == 1:
+    rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
+    if len(rivals) == 1:
         return await asking
     call = asyncio.ensure_future(asking)
     probes: list[asyncio.Task[bool]] = []
     try:
         await asyncio.wait([call], timeout=_HEDGE_SECONDS)
         if not call.done():
-            probes = [asyncio.ensure_future(_speaks(shared, replica)) for replica in replicas]
+            probes = [asyncio.ensure_future(_speaks(shared, replica)) for replica in rivals]
             both: list[asyncio.Future[Any]] = [call, answering := asyncio.gather(*probes)]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 speak = answering.result()
-                for replica, speaks in zip(replicas, speak, strict=True):
+                for replica, speaks in zip(rivals, speak, strict=True):
                     if any(speak) and not speaks:
                         shared.node.directory.report_failure(replica, reason="silent")
                 if any(speak) and not speak[0]:

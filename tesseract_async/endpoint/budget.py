@@ -54,6 +54,12 @@ class Reservation:
         self.num_bytes += more
         return self._budget._add(self, more)
 
+    def keep(self) -> None:
+        """All of the message is here and in use: it is not given up any more."""
+        self.give_up = None
+        if self._budget is not None:
+            self._budget._use(self._owner).taken.pop(self, None)
+
     def release(self) -> None:
         """Gives the room back, or leaves the line. Repeating it does nothing."""
         budget, self._budget = self._budget, None
@@ -65,14 +71,15 @@ class Reservation:
 class _Use:
     """What one peer holds."""
 
-    __slots__ = ("num_bytes", "announced", "windows", "line", "held")
+    __slots__ = ("num_bytes", "announced", "windows", "line", "taken", "num_reservations")
 
     def __init__(self) -> None:
         self.num_bytes = 0
         self.announced = 0  # by reservations that were granted to `ask`
         self.windows = 0
         self.line: deque[Reservation] = deque()
-        self.held: dict[Reservation, None] = {}
+        self.taken: dict[Reservation, None] = {}  # what counts and may be given up, the newest last
+        self.num_reservations = 0
 
 
 class Budget:
@@ -106,7 +113,7 @@ class Budget:
         self._check(size)
         reservation = Reservation(self, owner, size, told)
         use = self._use(owner)
-        use.held[reservation] = None
+        use.num_reservations += 1
         use.line.append(reservation)
         self._grant(use, quiet=reservation)
         return reservation
@@ -115,7 +122,7 @@ class Budget:
         """Room for a message that comes unasked, within a window or as an expected reply. Raises: ValueError."""
         self._check(size)
         reservation = Reservation(self, owner, size, None)
-        self._use(owner).held[reservation] = None
+        self._use(owner).num_reservations += 1
         return reservation
 
     def keep(self, owner: Owner, size: int, give_up: Callable[[], None]) -> Reservation | None:
@@ -165,14 +172,17 @@ class Budget:
 
     def _forget(self, owner: Owner, use: _Use) -> None:
         peers = self._groups.get(owner.group, {})
-        if not use.held and not use.windows and peers.get(owner.peer) is use:
+        if not use.num_reservations and not use.windows and peers.get(owner.peer) is use:
             del peers[owner.peer]
             if not peers:
                 del self._groups[owner.group]
 
     def _add(self, reservation: Reservation, more: int) -> bool:
         self.used += more
-        self._use(reservation._owner).num_bytes += more
+        use = self._use(reservation._owner)
+        use.num_bytes += more
+        if reservation.give_up is not None:
+            use.taken[reservation] = None
         while self.used > self.total:
             victim = self._victim()
             if victim is None or victim is reservation or victim.give_up is None:
@@ -187,9 +197,8 @@ class Budget:
         groups = sorted(self._groups.values(), key=lambda peers: -sum(use.num_bytes for use in peers.values()))
         for peers in groups:
             for use in sorted(peers.values(), key=lambda use: -use.num_bytes):
-                for reservation in reversed(use.held):
-                    if reservation.num_bytes and reservation.give_up is not None:
-                        return reservation
+                if use.taken:
+                    return next(reversed(use.taken))
         return None
 
     def _grant(self, use: _Use, quiet: Reservation | None = None) -> None:
@@ -206,7 +215,8 @@ class Budget:
     def _leave(self, reservation: Reservation) -> None:
         owner = reservation._owner
         use = self._use(owner)
-        del use.held[reservation]
+        use.taken.pop(reservation, None)
+        use.num_reservations -= 1
         use.num_bytes -= reservation.num_bytes
         self.used -= reservation.num_bytes
         if not reservation.granted:

@@ -105,6 +105,8 @@ class Endpoint(Uncopied):
         """What this node shows to whom it meets (`Hello.grants`)."""
         self.on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None
         """Called with what a peer shows, before any of its calls."""
+        self.admits: Callable[[PeerID], bool] = lambda peer_id: True
+        """Whether a peer that the policy allows may send large requests."""
         self.on_peer_known: Callable[[PeerAddress], None] | None = None
         """Called when a call names its peer at other addresses than those where the peer was dialled."""
 
@@ -168,9 +170,9 @@ class Endpoint(Uncopied):
             raise refusal
         return handler(call)
 
-    def _refusal(self, peer_id: PeerID, action: Action) -> NotAllowed | None:
-        """Why `peer_id` may not take this action, if so; it counts as refused then."""
-        if self.policy.allows(peer_id, action):
+    def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
+        """Why `peer_id` may not take this action (by a large request), if so; it counts as refused then."""
+        if self.policy.allows(peer_id, action) and not (large and not self.admits(peer_id)):
             return None
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
@@ -307,7 +309,7 @@ class Endpoint(Uncopied):
             settings=self._settings.protocol,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
-            refusal=lambda: self._refusal(peer_id, "call"),
+            refusal=lambda: self._refusal(peer_id, "call", large=True),
             pace=self._pace,
             reply_budget=self._reply_budget,
             small_budget=self._small_budget,

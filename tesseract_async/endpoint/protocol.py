@@ -441,6 +441,8 @@ class ConnectionProtocol:
             self._receive(call, stream, lane, (head_bytes, sizes, size), flags, own=False)
         except ValueError:
             self.fail(stream, Overloaded(f"{size} bytes never fit this node's memory bound", retry_after=60.0))
+        if stream not in self._incoming:
+            self._count_idle()
 
     def _receive(
         self,
@@ -545,7 +547,7 @@ class ConnectionProtocol:
             incoming.arrival.look(self._now)
             assembly = incoming.arrival.assembly
             if not assembly.left:
-                incoming.arrival.room.give_up = None
+                incoming.arrival.room.keep()
                 incoming.arrival = None
                 self._deliver(stream, incoming, frames.unpack(assembly.head), assembly.buffers)
         else:

@@ -9,7 +9,7 @@ from tesseract_async.endpoint.budget import FairCount, Owner
 from tesseract_async.endpoint.under_way import Incoming
 from tesseract_async.wire import packed
 
-CALL_BYTES: Final = 16 * 1024
+CALL_BYTES: Final = 24 * 1024
 """What a call costs beside its bytes: the block that its buffers are cut from, its task, and what remembers it."""
 STEP: Final = 256 * 1024
 """Calls are counted in the node's budget in steps of so many bytes; the first of each connection is not."""

@@ -72,6 +72,12 @@ class Authority:
         return self.run.manifest.lease
 
     @property
+    def founder(self) -> PeerID | None:
+        """Who alone may begin experts of which nobody has a state; None: whoever hosts them."""
+        kind, _, peer = self.run.manifest.genesis.partition(":")
+        return PeerID.parse(peer) if kind == "founder" else None
+
+    @property
     def sync_every(self) -> float:
         """Seconds between two states that an expert's other servers fetch."""
         return self.run.manifest.sync_every

@@ -59,6 +59,8 @@ class Authority(Protocol):
     def run_id(self) -> bytes: ...
     @property
     def lease(self) -> float: ...
+    @property
+    def founder(self) -> PeerID | None: ...
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool: ...
     def appointment(self, uid: str) -> Appointment | None: ...
 
@@ -376,7 +378,10 @@ class Lineage:
         return record.digest in self._terms
 
     def _is_founded(self, term: Term) -> bool:
-        """Whether the appointment that it names is its signer's. What once was stays, also when another follows."""
+        """Whether the appointment that it names is its signer's, or the run lets its signer begin. What once was stays,
+        also when another follows."""
+        if term.kind is Kind.GENESIS:
+            return self._authority.founder in (None, term.primary)
         appointment = self._authority.appointment(self.uid)
         if term.kind is not Kind.APPOINTED:
             return True

@@ -43,6 +43,14 @@ class Members:
         self._holds[peer] = held
         self._settle()
 
+    def disagreed(self, peer: PeerID) -> None:
+        """It may have started anew, and know nothing."""
+        self._holds.pop(peer, None)
+
+    def held_by(self, peer: PeerID) -> Age | None:
+        """The age of the Seal whose file it holds; None if it never agreed in this Term."""
+        return self._holds.get(peer)
+
     def name(self, successors: tuple[PeerID, ...], age: Age) -> None:
         """The newest Seal, of this age, names these."""
         self.named, self._age = successors, age
@@ -58,7 +66,7 @@ class Members:
     def best(self, now: float, lease: float) -> list[PeerID]:
         """Those who agreed within a lease: successors first, then those with the newest file."""
         alive = [peer for peer, at in self._agreed.items() if now - at < lease]
-        return sorted(alive, key=lambda peer: (peer in self.named, self._holds[peer]), reverse=True)
+        return sorted(alive, key=lambda peer: (peer in self.named, self._holds.get(peer, (0, 0))), reverse=True)
 
     def choose(self, now: float, lease: float, first: Age, may: Callable[[PeerID], bool]) -> tuple[PeerID, ...]:
         """The successors to name in the next Seal.
@@ -70,7 +78,7 @@ class Members:
             return self.named
         live = {peer for peer, at in self._agreed.items() if now - at < lease and may(peer)}
         gone = [p for p in self.named if not may(p) or now - self._agreed.get(p, self._began) > 2 * lease]
-        new = [peer for peer in live if peer not in self.named and self._holds[peer] >= first]
+        new = [peer for peer in live if peer not in self.named and self._holds.get(peer, (0, 0)) >= first]
         num_good = len(self.named) - len(gone)
         if new and num_good < NUM_SUCCESSORS and len(self.named) < MAX_SUCCESSORS:
             return (*self.named, min(new))

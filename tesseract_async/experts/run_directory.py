@@ -199,6 +199,8 @@ async def enter_run(
     name = run if isinstance(run, str) else run.full_name
     keep_file = None if identity_file is None else kept_file(identity_file, name)
     kept = None if keep_file is None else load_kept(keep_file, name)
+    if kept is not None and isinstance(run, str):
+        run = kept.run.full_name  # a bare name stays that of the run that it was
     try:
         signed = await find_run(network, run, trust=trust, clock=clock) if isinstance(run, str) else run
     except (RunNotFound, TimeoutError):
@@ -229,7 +231,10 @@ async def enter_run(
         settings=settings,
         clock=clock,
     )
-    await keeper.learn_once()
+    try:
+        await keeper.learn_once()
+    except (TesseractError, TimeoutError, OSError) as error:
+        logger.warning("could not read who was revoked in %s; it is tried again: %s", signed.full_name, describe(error))
     return keeper
 
 
@@ -306,20 +311,23 @@ class RunKeeper:
         authority = self.authority
         if authority is None:
             return False
-        key = records_key(authority.run_id)
+        key, fresh = records_key(authority.run_id), self._clock() + self.settings.ttl / 2
         holders: dict[bytes, set[PeerID]] = {}
-        before = authority.kept(self._me)
+        mine: set[bytes] = set()
+        before, own = authority.kept(self._me), authority.grant_of(self._me)
         for number, entry in enumerate(await self._network.get_entries(key), 1):
-            if number % 64 == 0:
+            if number % 16 == 0:
                 await asyncio.sleep(0)
             if entry.expiration <= self._clock() or type(entry.value) is not bytes:
                 continue
-            holders.setdefault(entry.value, set()).add(entry.owner)
+            if entry.owner != self._network.peer_id:
+                holders.setdefault(entry.value, set()).add(entry.owner)
+            elif entry.expiration > fresh:
+                mine.add(entry.value)
             try:
                 authority.learn(entry.value)
             except ProtocolError as error:
                 logger.debug("dropped a record of %s: %s", entry.owner.short, error)
-        own = authority.grant_of(self._me)
         for entry in await self._network.get_entries(grant_key(authority.run_id, self._me)):
             authority.learn_grant(entry.value, self._me)
         if (now := authority.grant_of(self._me)) != own:
@@ -327,8 +335,7 @@ class RunKeeper:
                 logger.warning("this node was revoked in the run %s: no member believes it", authority.run.full_name)
             self.on_own_grant()
         for record in authority.records():
-            others = holders.get(record, set()) - {self._network.peer_id}
-            if len(others) < self.settings.num_copies:
+            if record not in mine and len(holders.get(record, ())) < self.settings.num_copies:
                 await publish_record(self._network, authority, record, ttl=self.settings.ttl)
         self.save()
         return authority.kept(self._me) != before

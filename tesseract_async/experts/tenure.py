@@ -78,13 +78,24 @@ class Tenure(TenureBase):
         """Everything that the network holds of the expert was sighted, and it takes what this server publishes."""
         self._looked_at = self._renewed = now
         self._review(now, wall)
+        self._was_alone &= self.state is State.FOLLOWING
         if self.state is State.CANDIDATE and self._poll is None and self._settle_at is None:
             self._read_back(now)
         elif self.state is State.FENCED:
             self._recover(now)
-        elif self.state is State.ABSENT and self.lineage.best is None:
+        elif self._was_alone and self.state is State.FOLLOWING and self.primary == self.me:
+            self._heard = self._vote_from = self._agreed_at = now - 2 * self._lease
+        elif self.state is State.ABSENT and self._is_unsealed(now):
             self._stand(Kind.GENESIS, None, now, wall)
         self._appoint(now, wall)
+
+    def _is_unsealed(self, now: float) -> bool:
+        """Whether nobody knows of a Seal, nor has lately said that it is about to make one."""
+        best = self.lineage.best
+        if best is None:
+            return True
+        gone = best.primary == self.me or now - self._heard > 2 * self._lease
+        return gone and self.lineage.seal_of(best) is None
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -101,12 +112,13 @@ class Tenure(TenureBase):
             agrees = ask.kind == "beat" or now < self._heard + self._lease
             self._heard = now if ask.kind == "beat" else self._heard
             self._agreed_at = now if agrees else self._agreed_at
+            self._review(now, wall)  # a file that could not be had is asked for again
         elif ask.kind == "probe":
             agrees = self.leads(now)
         elif ask.kind == "vote":
             agrees = self.state is State.FOLLOWING and now < self._heard + self._lease / 2
             vote = self._vote(peer, ask, now)
-        known = b"" if best is None or best.blob == ask.term else best.blob
+        known = b"" if best is None or agrees or best.blob == ask.term else best.blob
         return Answer(agrees, (0, 0) if self.held is None else self.held.age, known, vote)
 
     def answered(self, peer: PeerID, ask: Ask, answer: Answer, sent: float, now: float, wall: float) -> None:
@@ -118,6 +130,8 @@ class Tenure(TenureBase):
                 self._members.agreed(peer, sent, answer.held)
                 if self.state is State.FENCED:
                     self._recover(now)
+            elif not answer.agrees:
+                self._members.disagreed(peer)
             return
         poll = self._poll
         if poll is None or peer not in poll.waiting or poll.kind != ask.kind or poll.epoch != ask.epoch:
@@ -230,8 +244,10 @@ class Tenure(TenureBase):
         return True
 
     def heirs(self, now: float) -> list[PeerID]:
-        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file."""
-        return [peer for peer in self._members.best(now, self._lease) if peer in self._hosts]
+        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file; then
+        the others."""
+        best = [peer for peer in self._members.best(now, self._lease) if peer in self._hosts]
+        return best + [peer for peer in sorted(self._hosts) if peer not in best and peer != self.me]
 
     def hand_over(self, heir: PeerID) -> bytes:
         """The signature that gives the expert to `heir`, which proved that it has the last Seal's file.
@@ -260,7 +276,7 @@ class Tenure(TenureBase):
 
     def fetched(self, seal: Seal, now: float, wall: float) -> None:
         """The file of this Seal is here, whole, and what the expert goes on from."""
-        self._fetching = None
+        self._fetching, self._has_own_steps = None, False
         self.held = seal
         self._heard = max(self._heard, now) if self.state is State.HOLDING else self._heard
         if self.state in (State.ABSENT, State.ASIDE):
@@ -375,15 +391,13 @@ class Tenure(TenureBase):
     # -- becoming the primary ------------------------------------------------------------------------------------------
 
     def _stand(self, kind: Kind, seal: Seal | None, now: float, wall: float, *, handover: bytes = b"") -> bool:
-        """Tries to lead from this Seal, where an appointment does not say otherwise."""
+        """Tries to lead from this Seal, where no appointment says otherwise."""
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial
         may = self._authority.may(self.me, "host", self.uid, now=wall)
-        if (
-            not may
-            or self.is_twin
-            or (appointment is not None and appointment.peer is not None and appointment.serial > serial)
-        ):
+        may = may and (kind is not Kind.GENESIS or self._authority.founder in (None, self.me))
+        another = appointment is not None and appointment.peer is not None and appointment.serial > serial
+        if not may or self.is_twin or another:
             self._retry(now)
             return False
         parent = max(self._promised, self.lineage.highest_epoch, 0 if seal is None else seal.epoch)
@@ -448,16 +462,14 @@ class Tenure(TenureBase):
         """The network holds its Term, and nothing above it."""
         if self.term is None or self.lineage.best is not self.term or self.is_twin:
             return
-        if self.term.kind is Kind.ADOPTION:
-            assert self.held is not None
-            others = set(self.held.members) - {self.me}  # really?
-            if others:
-                self._ask_all("probe", others, self.term.epoch, now)
-                return
+        if self.term.is_weak and self.held is not None:
+            # it may have been cut off itself until now: are they silent still?
+            self._ask_all("probe", set(self.held.members) - {self.me}, self.term.epoch, now)
+            return
         self._lead(now)
 
     def _lead(self, now: float) -> None:
-        self.state = State.LEADING
+        self.state, self._has_own_steps = State.LEADING, True
         self._beat_at = now
         if now >= self._lease_until():
             self._fence(now)
@@ -486,8 +498,11 @@ class Tenure(TenureBase):
         targets |= set((more[start:] + more[:start])[: max(0, MAX_BEATS - len(targets))])
         seal = self.lineage.seal_of(self.term)
         kind = "beat" if self.state is State.LEADING else "rise"
-        ask = Ask(kind, self.term.epoch, self._boot, self.term.blob, b"" if seal is None else seal.blob)
-        self._commands += [Send(peer, ask) for peer in sorted(targets)]
+        for peer in sorted(targets):
+            held = self._members.held_by(peer)  # None: it does not know of this Term yet
+            term = self.term.blob if held is None else b""
+            news = b"" if seal is None or (held is not None and held >= seal.age) else seal.blob
+            self._commands.append(Send(peer, Ask(kind, self.term.epoch, self._boot, term, news)))
         if now - self._looked_at >= self._lease / 3:
             self._look(now)
 
@@ -504,7 +519,7 @@ class Tenure(TenureBase):
         if self.term is None or best is not self.term or self.is_twin or self.term.epoch == self._handed_over:
             return
         if self._looked_at >= self._fenced_at and now < self._lease_until() and self._is_free(best, now):
-            self.state = State.LEADING
+            self.state, self._has_own_steps = State.LEADING, True
             self._say_role()
 
     # -- giving way ----------------------------------------------------------------------------------------------------
@@ -549,7 +564,7 @@ class Tenure(TenureBase):
             if self._fetching is None:
                 self._fetching = seal.digest
                 sources = tuple(dict.fromkeys(p for p in (best.primary, *seal.members) if p != self.me))
-                self._commands.append(Fetch(seal, self.state is State.ASIDE, sources))
+                self._commands.append(Fetch(seal, self._has_own_steps, sources))
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
         """Whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
@@ -570,13 +585,6 @@ class Tenure(TenureBase):
             self._take_back_own_vote()
             self.state = State.ABSENT if self.held is None else State.FOLLOWING
         self._retry(now)
-
-    def _is_of_twin(self, record: Term | Seal) -> bool:
-        """Whether another process signed this with the same key, and not before this one started."""
-        if isinstance(record, Term):
-            return record.boot not in self._boots and record.epoch > self._started
-        term = self.lineage.term_of(record)
-        return term is not None and term.boot != self._boot and record.time > self._started
 
     def _find_twin(self, now: float, wall: float) -> None:
         if not self.is_twin and self.held is not None and self.leads(now):

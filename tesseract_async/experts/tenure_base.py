@@ -105,7 +105,9 @@ class TenureBase:
         self._beat_at = now
         self._published_at = -1e9
         self._members = Members()
+        self._was_alone = False
         self._fetching: bytes | None = None
+        self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
         self._role: Role | None = None
         if stored is not None:
@@ -132,6 +134,11 @@ class TenureBase:
         """Of the Term that holds; 0 before any is known. What manifests and replies carry."""
         best = self.lineage.best
         return 0 if best is None else best.epoch
+
+    @property
+    def num_forks(self) -> int:
+        """Terms that lost to one that does not descend from them: steps taken in them are not in what goes on."""
+        return self.lineage.num_forks
 
     @property
     def members(self) -> tuple[PeerID, ...]:
@@ -190,6 +197,13 @@ class TenureBase:
         """Nobody else can use it: the present primary is agreed with again."""
         if self._voted_for == self.me:
             self._promised_at = -1e9
+
+    def _is_of_twin(self, record: Term | Seal) -> bool:
+        """Whether another process signed this with the same key, and not before this one started."""
+        if isinstance(record, Term):
+            return record.boot not in self._boots and record.epoch > self._started
+        term = self.lineage.term_of(record)
+        return term is not None and term.boot != self._boot and record.time > self._started
 
     def _retry(self, now: float) -> None:
         self._retry_at = now + self._lease * self._random.uniform(0.1, 0.4)
@@ -263,5 +277,5 @@ class TenureBase:
         if has_file and isinstance(held, Seal):
             self.held = held
             self.state = State.FOLLOWING if self.me in held.members else State.HOLDING
-            if held.members == (self.me,):
-                self._vote_from = self._agreed_at = now - self._lease  # nobody else could have taken over
+            # without successors nobody can have taken over: a look at the network is enough
+            self._was_alone = held.members == (self.me,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -139,3 +139,8 @@ class Trust:
         if role is None:
             return authority.is_member(peer_id)
         return authority.may(peer_id, role, uid, now=None if role == "host" else self.clock())
+
+    def admits(self, peer_id: PeerID, uids: Collection[str]) -> bool:
+        """Whether this peer may be a caller of any of these experts (or there are none): who is not takes no memory."""
+        runs = (self._runs.get(split_uid(uid)[0]) for uid in uids)
+        return not uids or any(run is None or run.is_member(peer_id) for run in runs)

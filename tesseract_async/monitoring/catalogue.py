@@ -51,6 +51,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "manifest_stores_failed": ("stores", "Attempts to publish this server's manifest that nobody took."),
     "states_pulled": ("states", "Experts' states pulled from their primaries."),
     "experts_taken_over": ("experts", "Experts of which this server became the primary."),
+    "lineage_forks": ("terms", "Times that an expert of a run went on without steps that another server took."),
     "primaries_disputed": ("servers", "Others that call themselves primary of an expert which this server trains."),
     "experts_given_up": ("experts", "Experts of which this server ceased to be the primary."),
     "volunteer_serving": ("0 or 1", "1 while this computer serves, 0 while its owner's limits make it rest."),
@@ -105,6 +106,10 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "network_calls_failed": ("calls", "Requests that were never answered."),
     "network_retransmissions": ("datagrams", "Requests sent again."),
     "network_lookup_rounds": ("rounds", "Rounds of questions that each look-up took."),
+    "network_regions_searched": (
+        "searches",
+        "Keys whose nearest nodes lay nearer than chance explains, searched by region.",
+    ),
     "network_reads_incomplete": ("reads", "Reads repeated because holders vanished in the middle of them."),
     "network_reads_unanswered": ("reads", "Reads that nobody answered, repeated after joining anew."),
     "network_copies_served": ("reads", "Reads answered from a copy on the way to the holders."),

@@ -18,6 +18,8 @@ from tesseract_async.network.contacts import Contact
 
 MAX_PER_PATH = 64
 MAX_ASKED_PER_PATH = 100
+MAX_IN_VAIN = 4
+"""Contacts of one teller that do not answer, and two more for each that does: then no other that it named is asked."""
 
 
 class State(enum.Enum):
@@ -32,14 +34,18 @@ class State(enum.Enum):
 class Candidate:
     """A contact as one lookup sees it."""
 
-    __slots__ = ("contact", "distance", "path", "round", "state")
+    __slots__ = ("contact", "distance", "num_in_vain", "path", "round", "state", "teller")
 
-    def __init__(self, contact: Contact, distance: int, round_number: int) -> None:
+    def __init__(self, contact: Contact, distance: int, round_number: int, teller: Candidate | None) -> None:
         self.contact = contact
         self.distance = distance
         self.state = State.NEW
         self.path = -1
         """Number of the path that asked it."""
+        self.teller = teller
+        """Who named it, and is answerable for it."""
+        self.num_in_vain = 0
+        """Contacts named by this one that did not answer, less two for each that did."""
         self.round = round_number
         """How many answers led here, itself included: 1 for a contact known at the start."""
 
@@ -47,7 +53,17 @@ class Candidate:
 class Path:
     """The candidates that one path has heard of, nearest first."""
 
-    __slots__ = ("candidates", "distances", "number", "num_asked", "num_asked_ever", "ranges", "seen", "starts")
+    __slots__ = (
+        "candidates",
+        "distances",
+        "ignored",
+        "num_asked",
+        "num_asked_ever",
+        "number",
+        "ranges",
+        "seen",
+        "starts",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -57,6 +73,8 @@ class Path:
         self.starts: list[Candidate] = []
         """Those known at the start that are asked in any case."""
         self.seen: set[bytes] = set()
+        self.ignored: set[Candidate] = set()
+        """Those that only a liar named, by all appearances."""
         self.ranges: dict[bytes, int] = {}
         self.num_asked = 0
         """Now, without those that are late."""
@@ -99,7 +117,7 @@ class Lookup:
         self._paths = [Path(number) for number in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
         for position, contact in enumerate(nearest_first):
-            self._hear(self._paths[position % num_paths], contact, 1)
+            self._hear(self._paths[position % num_paths], contact, 1, None)
         for path in self._paths:
             path.starts = path.candidates[: -(-alpha // num_paths)]
 
@@ -134,14 +152,16 @@ class Lookup:
         candidate.state = State.ANSWERED
         self.num_answered += 1
         self.num_rounds = max(self.num_rounds, candidate.round)
+        if candidate.teller is not None:
+            candidate.teller.num_in_vain -= 2
         for heard in found:
-            self._hear(path, heard, candidate.round + 1)
+            self._hear(path, heard, candidate.round + 1, candidate)
 
     def stalled(self, contact: Contact) -> None:
         """A contact is late: others may be asked beside it. Late again, it counts as failed until it answers."""
         candidate = self._candidates[contact.raw]
         if candidate.state is State.ASKED:
-            self._leave(candidate)
+            self._in_vain(candidate, self._leave(candidate))
             candidate.state = State.STALLED
         elif candidate.state is State.STALLED:
             candidate.state = State.FAILED
@@ -149,7 +169,9 @@ class Lookup:
     def failed(self, contact: Contact) -> None:
         """A contact did not answer, or not as itself."""
         candidate = self._candidates[contact.raw]
-        self._leave(candidate)
+        path = self._leave(candidate)
+        if candidate.state is State.ASKED:
+            self._in_vain(candidate, path)
         candidate.state = State.FAILED
 
     def knows(self, raw: bytes) -> bool:
@@ -193,7 +215,7 @@ class Lookup:
         found: list[Candidate] = []
         num_counted = 0
         for candidate in path.candidates:
-            if candidate.state is not State.FAILED:
+            if candidate.state is not State.FAILED and candidate not in path.ignored:
                 if candidate.state is State.NEW:
                     if len(found) >= count and candidate.distance >= self._radius:
                         break
@@ -215,12 +237,24 @@ class Lookup:
                 num_counted += 1
                 if num_counted == self.k:
                     return True
-            elif candidate.state is not State.FAILED and not (given_up and candidate.state is State.NEW):
-                return False
+            elif candidate.state is not State.FAILED and candidate not in path.ignored:
+                if not (given_up and candidate.state is State.NEW):
+                    return False
         return True
 
-    def _hear(self, path: Path, contact: Contact, round_number: int) -> None:
+    def _in_vain(self, candidate: Candidate, path: Path) -> None:
+        """A contact is late for the first time, or failed: what else its teller named is worth less."""
+        teller = candidate.teller
+        if teller is not None and not candidate.contact.proven:
+            teller.num_in_vain += 1
+            if teller.num_in_vain >= MAX_IN_VAIN:
+                path.ignored.update(
+                    other for other in path.candidates if other.teller is teller and other.state is State.NEW
+                )
+
+    def _hear(self, path: Path, contact: Contact, round_number: int, teller: Candidate | None) -> None:
         if contact.raw in path.seen:
+            path.ignored.discard(self._candidates[contact.raw])  # somebody else knows it, too
             return
         if contact.range is not None:
             if path.ranges.get(contact.range, 0) >= self._max_per_range:
@@ -228,7 +262,7 @@ class Lookup:
             path.ranges[contact.range] = path.ranges.get(contact.range, 0) + 1
         candidate = self._candidates.get(contact.raw)
         if candidate is None:
-            candidate = Candidate(contact, contact.number ^ self.target, round_number)
+            candidate = Candidate(contact, contact.number ^ self.target, round_number, teller)
             self._candidates[contact.raw] = candidate
         path.seen.add(contact.raw)
         position = bisect(path.distances, candidate.distance)

@@ -49,8 +49,8 @@ class BackendSettings:
     """Gradients of a step are scaled down to this norm (over all parameters)."""
     max_gradient_norm: float | Literal["adaptive"] | None = "adaptive"
     """A request whose parameter gradients have a larger norm is refused; it never reaches the optimizer. "adaptive"
-    learns what is usual for this expert: gradients above 8 times that are scaled down to it, those above 1,024
-    times refused (see `runtime.norms`). None: any finite gradient is taken."""
+    learns what is usual for this expert: larger gradients are scaled down, and who sends far larger ones all the time
+    is refused (see `runtime.norms`). None: any finite gradient is taken."""
     step_every: int = 1
     """Backward batches whose gradients are summed for one optimizer step."""
     trim_peers: float = 0.0
@@ -552,7 +552,7 @@ class ExpertBackend:
 
         try:
             with torch.no_grad(), Undone(self.module) as undone:
-                outputs = watched(call, inputs, self._habits[training], self.name)
+                outputs = watched(call, inputs, self._habits[training], self.name, is_alone=True)
         finally:
             self.module.train(was_training)
         if undone.changed and not self.settings.allow_batch_statistics:

@@ -27,7 +27,7 @@ from tesseract_async.runtime.backend import ExpertBackend, add_gradients
 from tesseract_async.runtime.batcher import Part
 from tesseract_async.runtime.finite import are_finite, norm_of
 from tesseract_async.runtime.merging import Gradients
-from tesseract_async.runtime.norms import CHECKED_ABOVE, GROWTH, REFUSED_ABOVE, SCALED_ABOVE, UNDONE_ABOVE
+from tesseract_async.runtime.norms import CHECKED_ABOVE, FAR_ABOVE, GROWTH, UNDONE_ABOVE
 from tesseract_async.runtime.staging import Columns, Download, HostStaging, Staging, Upload
 from tesseract_async.runtime.work import Answer, Outcome, Work
 
@@ -209,15 +209,17 @@ class Executor:
             raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
         limit, usual = backend.settings.max_gradient_norm, backend.norms.usual
         if limit == "adaptive":
-            # of requests that are computed together each may be as large as one alone
-            usual = None if usual is None else usual * len(attempt.parts)
-            limit = math.sqrt(torch.finfo(torch.float32).max) if usual is None else REFUSED_ABOVE * usual
-            if usual is not None and SCALED_ABOVE * usual < norm <= limit:
-                scale = SCALED_ABOVE * usual / norm
-                attempt.summed = [None if x is None else x * scale for x in summed]
-        if limit is not None and norm > limit:
-            if len(attempt.parts) == 1:  # else it is computed again in halves: the request at fault is seen alone
+            limit = math.sqrt(torch.finfo(torch.float32).max)
+            bound = backend.norms.bound(_account(attempt))
+            if len(attempt.parts) > 1 and usual is not None:
+                # each may be as large as one alone
+                limit, bound = FAR_ABOVE * usual * len(attempt.parts), max(bound, usual) * len(attempt.parts)
+            if not bound and usual is not None and norm > FAR_ABOVE * usual:
                 backend.norms.observe(_account(attempt), norm)
+                limit = FAR_ABOVE * usual
+            elif bound < norm <= limit:
+                attempt.summed = [None if x is None else x * (bound / norm) for x in summed]
+        if limit is not None and norm > limit:
             raise ExpertFailed(
                 f"the gradients of the expert's parameters have norm {norm:.4g}; at most {limit:.4g} is accepted"
             )
@@ -278,7 +280,7 @@ class Executor:
         if backend.optimizer is not None and (len(good) > 1 or work.summed is not None) and not are_finite(summed):
             raise ExpertFailed("the sum of the gradients is not finite; no step was taken")
         self._refresh_good_state(backend)
-        weights = norm_of([x.detach() for x in backend.parameters]) if backend.norms.usual is None else math.inf
+        weights = norm_of([x.detach() for x in backend.parameters]) if not backend.norms.is_settled else math.inf
         try:
             version = backend.step(
                 summed, [call_id for call_id in call_ids if call_id is not None], peer=_account(good[0])
@@ -293,13 +295,14 @@ class Executor:
         """Undoes a step that broke the expert, whose weights had that norm. Raises: ExpertFailed, for its senders."""
         norms, usual = backend.norms, backend.norms.usual
         looks = backend.optimizer is not None and backend.settings.max_gradient_norm is not None
-        if looks and (usual is None or any(one.norm > CHECKED_ABOVE * usual * len(one.parts) for one in good)):
+        high = CHECKED_ABOVE * usual if usual is not None and norms.is_settled else 0.0
+        if looks and any(one.norm > high * len(one.parts) for one in good):
             grown = norm_of([x.detach() for x in backend.parameters])
             if not backend.is_sound() or grown > GROWTH * (weights + 1):
                 raise self._reload(backend, "this step made the expert's weights or its optimizer's memory overflow")
-        became_known = any([norms.observe(_account(one), one.norm / len(one.parts)) for one in good])
-        if looks and became_known and norms.largest > UNDONE_ABOVE * (norms.usual or math.inf):
-            raise self._reload(backend, "one of this expert's first gradients was far larger than all others")
+        settled = any([norms.observe(_account(one), one.norm / len(one.parts)) for one in good])
+        if looks and settled and norms.first > UNDONE_ABOVE * (norms.usual or math.inf):
+            raise self._reload(backend, "this expert's first gradient was far larger than all others")
 
     def _refresh_good_state(self, backend: ExpertBackend) -> None:
         """Keeps the copy that a failed step returns to fresh, but spends little time on it.
@@ -311,7 +314,7 @@ class Executor:
         good, now = self._good_states.get(backend), time.monotonic()
         if good is None:
             self.keep_good_state(backend)
-        elif now > max(good.renew_at, self._copy_again_at) and backend.norms.usual is not None:
+        elif now > max(good.renew_at, self._copy_again_at) and backend.norms.is_settled:
             if backend.settings.max_gradient_norm is not None and not backend.is_sound():
                 raise self._reload(backend, "the expert's weights or its optimizer's memory overflowed")
             self.keep_good_state(backend)

@@ -4,7 +4,7 @@ One gradient of ten thousand times the usual size ruins Adam's second moments fo
 at once. No fixed limit fits every expert, so the limit is a multiple of what was usual lately: the median over accounts
 (a peer, or an address range of unknown ones) of each one's median, the smaller one of two. So one account cannot raise
 the limit for others however much it sends. One that is alone can, within some backwards: an honest trainer whose
-gradients have grown is refused for no longer than that.
+gradients have grown is scaled down for no longer than that.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from collections.abc import Collection, Hashable, Iterable
 from typing import Final
 
 SCALED_ABOVE: Final = 8.0
-"""Times the usual norm: larger gradients are scaled down to it. Clipping at a percentile of the history is the rule of
-AutoClip (Seetharaman et al. 2020); several times the median leaves ordinary steps alone."""
-REFUSED_ABOVE: Final = 1024.0
-"""Times the usual norm: a gradient that large is a fault or an attack."""
-UNDONE_ABOVE: Final = 128.0
-"""Times the usual norm, once that is known: if one of the first gradients was that large, what they did is undone."""
+"""Times the usual norm: larger gradients are scaled down to this. AutoClip (Seetharaman et al. 2020) clips at a
+percentile of the history; several times the median leaves ordinary steps alone."""
+FAR_ABOVE: Final = 128.0
+"""Times the usual norm: an account whose own gradients are usually that large is refused. Requests that were computed
+together and come to that are computed alone, lest one's gradients scale all down."""
+UNDONE_ABOVE: Final = 1024.0
+"""Times the usual norm, once that is settled: if the very first gradient was that large, what it did is undone."""
 CHECKED_ABOVE: Final = 4.0
 """Times the usual norm: after a step on such gradients the expert's state is looked at."""
 NUM_FIRST: Final = 8
-"""Norms that must be known before anything is refused. What the first gradients did is undone if they turn out to have
-been far too large."""
+"""Norms that must be known before the usual one is settled."""
 GROWTH: Final = 16.0
 """Times their norm, and as much again in absolute terms, that one of the first steps may make the weights."""
+_NUM_HABIT: Final = 4
+"""Gradients after which an account's own norms say something about it."""
 _PER_ACCOUNT: Final = 16
 _MAX_ACCOUNTS: Final = 16
 
@@ -41,22 +43,39 @@ class UsualNorms:
         self._medians: dict[Hashable, float] = {}
         self._of_before = deque(known, maxlen=_PER_ACCOUNT * 2)
         self._usual: float | None = None
+        self._is_settled = False
+        self.first = 0.0
+        """The first norm of all, which nothing could be compared with."""
         self._find()
 
     @property
     def usual(self) -> float | None:
-        """What an account's gradients are usually like; None until `NUM_FIRST` norms are known."""
+        """What an account's gradients are usually like; None as long as nothing is known."""
         return self._usual
 
     @property
-    def largest(self) -> float:
-        """Of what is remembered; 0 for nothing."""
-        return max(self.values(), default=0.0)
+    def is_settled(self) -> bool:
+        """Whether enough norms are known to tell."""
+        return self._is_settled
+
+    def bound(self, account: Hashable) -> float:
+        """Above which norm this account's next gradients are scaled down to it; 0: they are refused.
+
+        One that is far larger than usual is let through at `SCALED_ABOVE` times the usual, whoever sends it. An account
+        that sends such ones all the time would decide where the expert goes: it counts no more than others do.
+        """
+        usual = self._usual
+        if usual is None:
+            return math.inf
+        own = self._medians.get(account, 0.0) if len(self._by_account.get(account, ())) >= _NUM_HABIT else 0.0
+        if own > FAR_ABOVE * usual:
+            return 0.0
+        return usual if own > SCALED_ABOVE * usual else SCALED_ABOVE * usual
 
     def observe(self, account: Hashable, norm: float) -> bool:
         """A backward of this account had parameter gradients of this norm. Zero and infinity teach nothing.
 
-        Returns whether it was the one that made the usual norm known.
+        Returns whether it was the one that settled the usual norm.
         """
         if not 0.0 < norm < math.inf:
             return False
@@ -67,12 +86,14 @@ class UsualNorms:
             norms = self._by_account[account] = deque(maxlen=_PER_ACCOUNT)
         self._by_account.move_to_end(account)
         norms.append(norm)
+        if self._usual is None:
+            self.first = norm
         self._medians[account] = _lower_median(norms)
         if self._of_before:
             self._of_before.popleft()  # what is seen now replaces what was remembered
-        was_known = self._usual is not None
+        was_settled = self._is_settled
         self._find()
-        return not was_known and self._usual is not None
+        return not was_settled and self._is_settled
 
     def values(self) -> list[float]:
         """All that is remembered."""
@@ -80,7 +101,8 @@ class UsualNorms:
 
     def _find(self) -> None:
         num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
-        if num_known >= NUM_FIRST or self._usual is not None:
+        self._is_settled = self._is_settled or num_known >= NUM_FIRST
+        if num_known:
             of_before = [_lower_median(self._of_before)] if self._of_before else []
             self._usual = _lower_median([*self._medians.values(), *of_before])
 

@@ -76,11 +76,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.draws = self.draws or have_moved(before)
         return result
 
-    def learn(self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str) -> None:
+    def learn(
+        self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str, is_alone: bool
+    ) -> None:
         """After the call: `given` are the copies of `inputs` that it was run on."""
         # through NumPy's eyes, for example, inputs are written without an operation
         self.writes = self.writes or not all(map(_same_bytes, given, inputs))
-        if not all(map(_equal, self._others_before, _other_states())):
+        # on the device's thread this would tell nothing: the loop draws, too
+        if is_alone and not all(map(_equal, self._others_before, _other_states())):
             logger.warning(
                 "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward "
                 "pass: gradients may be of another function; let it draw from PyTorch",
@@ -96,9 +99,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def watched(
-    call: Callable[[Sequence[torch.Tensor]], Result], inputs: Sequence[torch.Tensor], habits: Habits, who: str
+    call: Callable[[Sequence[torch.Tensor]], Result],
+    inputs: Sequence[torch.Tensor],
+    habits: Habits,
+    who: str,
+    *,
+    is_alone: bool = False,
 ) -> Result:
-    """Calls a module, which `who` names, with copies of `inputs`, and learns its `habits`. Raises what it raises."""
+    """Calls a module, which `who` names, with copies of `inputs`, and learns its `habits`. Raises what it raises.
+
+    `is_alone`: whether no event loop runs beside this thread, so that Python's and NumPy's generators tell something.
+    """
     given = copies(inputs)
     watch = Watch(given)
     try:
@@ -112,7 +123,7 @@ def watched(
         habits.known, habits.draws, habits.writes = True, have_moved(before), True
         return result
     _forget_compiled()
-    watch.learn(habits, given, inputs, who)
+    watch.learn(habits, given, inputs, who, is_alone)
     return result
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -23,24 +20,27 @@ from tesseract_async.errors import (
     TesseractError,
     describe,
 )
-from tesseract_async.experts.directory import read_claims
-from tesseract_async.experts.grid import ExpertReplica, rank_replicas
+from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
+from tesseract_async.server.adoption import (
+    DEFAULT_SETTINGS,
+    ReplicaSettings,
+    ask_info,
+    fetch_bounded,
+    may_follow,
+    owner_of,
+    read_replicas,
+)
 from tesseract_async.server.roles import Past, Role, Standing, decide
 from tesseract_async.server.state_transfer import (
     StateSource,
-    TransferSettings,
     check_state,
     difference,
-    fetch_file,
-    largest_state,
 )
-from tesseract_async.transport.address_scope import PUBLIC, kind_of
-from tesseract_async.transport.base import split_host_port
+from tesseract_async.server.tenures import TenureKeeper
 from tesseract_async.wire import messages
-from tesseract_async.wire import tensors as wire
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -49,190 +49,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_SOURCES: Final = 4
-"""Of whom a newcomer asks for an expert's state, one after the other."""
-MAX_SHARDS_READ: Final = 16
-"""For more uids than lie in so many shards, the whole grid is read instead."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """How closely replicas keep together. Times are seconds."""
-
-    sync_every: float = 30.0
-    """A follower pulls the primary's state so often."""
-    check_every: float = 5.0
-    """Roles are looked at so often."""
-    lease: float = 30.0
-    """A primary that answers nobody for so long is replaced; one that stood still for so long asks who leads now."""
-    probe_timeout: float = 2.0
-    """For a question whether another replica is there."""
-    call_timeout: float = 10.0
-    """For a question to another replica, for each piece of a state, and for asking the network who hosts what."""
-    hand_over_timeout: float = 30.0
-    """For one expert, when this server leaves."""
-    num_at_once: int = 4
-    """Experts that are looked after at the same time."""
-    transfer: TransferSettings = TransferSettings()
-
-    def __post_init__(self) -> None:
-        if min(self.sync_every, self.check_every, self.lease) <= 0:
-            raise ValueError("sync_every, check_every and lease are more than 0")
-
-
-async def read_replicas(
-    node: TesseractNode, uids: Iterable[str], *, clock: Callable[[], float] = time.time
-) -> dict[str, list[ExpertReplica]]:
-    """Who else hosts these, by what the network says now: uid -> replicas at other nodes, the primary first."""
-    by_key: defaultdict[str, list[str]] = defaultdict(list)
-    by_prefix: defaultdict[str, list[str]] = defaultdict(list)
-    for uid in uids:
-        by_key[node.trust.shard_key(uid)].append(uid)
-        by_prefix[split_uid(uid)[0]].append(uid)
-    if len(by_key) > MAX_SHARDS_READ:
-        by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
-    found: dict[str, list[ExpertReplica]] = {}
-
-    async def read(key: str, some: list[str]) -> None:
-        entries = [entry for entry in await node.network.get_entries(key) if entry.owner != node.peer_id]
-        prefix, _ = split_uid(some[0])  # a key is of one grid
-        claims = await read_claims(
-            entries, prefix=prefix, now=clock(), dropped=_dropped, trust=node.trust, scope=node.scope
-        )
-        for uid in some:
-            prefix, coords = split_uid(uid)
-            found[uid] = rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))
-
-    # at once: where nobody answers, each takes as long as the network waits
-    tasks = [asyncio.create_task(read(key, some)) for key, some in by_key.items()]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return found
-
-
-def _dropped(entry: Any, error: ProtocolError) -> None:
-    logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
-
-
-class ReplicaMismatch(ValueError):
-    """An expert that this server would host is trained elsewhere as something else; the sentence names both."""
-
 
 def boottime() -> float:
     """Seconds of a clock that nobody sets, and that runs through suspend where there is one."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
-
-
-def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
-    """Whether this node takes states from that replica, and gives way to it, where names are bare.
-
-    Those on its allow-list, if it has one; else machines on its own network only: on public addresses anybody may claim
-    a bare name.
-    """
-    if node.policy.storers is not None:
-        return True  # others' manifests are not even read
-    hosts = [split_host_port(address)[0] for address in replica.peer.addresses]
-    return bool(hosts) and all(kind_of(host) not in (PUBLIC, None) for host in hosts)
-
-
-async def adopt_states(
-    node: TesseractNode, backends: dict[str, ExpertBackend], *, settings: ReplicaSettings = ReplicaSettings()
-) -> set[str]:
-    """Loads the state of each expert that another server trains already; returns those, which this one will follow.
-
-    For backends that no server has been given yet. Where nobody gives the state, this server begins by itself: the
-    others may be gone (or be this very server, before it was killed).
-
-    Raises: ReplicaMismatch if the expert is something else there.
-    """
-    followed: set[str] = set()
-    gate = asyncio.Semaphore(settings.num_at_once)
-
-    async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
-        async with gate:
-            infos = await asyncio.gather(*(_ask_info(node, uid, one, settings.call_timeout) for one in replicas))
-            # the silent ones cost one time-out together; of the others the primary comes first
-            for replica, info in [(r, i) for r, i in zip(replicas, infos, strict=True) if i is not None][:MAX_SOURCES]:
-                if replica.primary:
-                    _check_schemas(uid, backends[uid], info, replica)
-                try:
-                    file = await _fetch(node, uid, replica, backends[uid], settings)
-                    if file is None:
-                        continue
-                    state = check_state(uid, file, weights_only=False)
-                    if (wrong := difference(uid, backends[uid], state)) is not None:
-                        if replica.primary:
-                            raise ReplicaMismatch(f"{wrong}: {_SAME} as its primary {replica.peer.peer_id}")
-                        continue
-                    backends[uid].name = uid
-                    backends[uid].load_state(state)
-                    followed.add(uid)
-                    return
-                except ReplicaMismatch:
-                    raise
-                except (TesseractError, TimeoutError, RuntimeError, ValueError, LookupError, TypeError) as error:
-                    logger.warning("the state of %s at %s: %s", uid, replica.peer.short, describe(error))
-
-    replicas = await read_replicas(node, backends)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for uid, some in replicas.items():
-                if some := [one for one in some if may_follow(node, one)]:
-                    group.create_task(adopt(uid, some))
-    except* ReplicaMismatch as errors:
-        raise errors.exceptions[0] from None
-    return followed
-
-
-_SAME: Final = "start this server with the same --expert-class and --size"
-
-
-def _check_schemas(uid: str, backend: ExpertBackend, info: messages.ExpertInfo, primary: ExpertReplica) -> None:
-    try:
-        theirs = [wire.decode_schema(one) for one in (info.args_schema, info.kwargs_schema, info.outputs_schema)]
-    except ProtocolError:
-        return
-    mine = [backend.args_schema, backend.kwargs_schema, backend.outputs_schema]
-    for there, here in zip(theirs, mine, strict=True):
-        if there != here:
-            said = [wire.describe_schema(one)[:100] for one in (there, here)]
-            at = _owner(primary).short
-            raise ReplicaMismatch(f"{uid} is {said[0]} at {at}, which trains it, and {said[1]} here: {_SAME}")
-
-
-async def _ask_info(
-    node: TesseractNode, uid: str, replica: ExpertReplica, timeout: float
-) -> messages.ExpertInfo | None:
-    """What the replica says of itself; None if it does not answer."""
-    try:
-        async with asyncio.timeout(timeout):
-            body = messages.encode(messages.InfoRequest(uid))
-            reply = await node.call_expert(replica.peer, messages.INFO, body, timeout=timeout, idempotent=True)
-        return messages.decode(messages.ExpertInfo, reply.body)
-    except (TesseractError, TimeoutError) as error:
-        logger.info("%s at %s does not answer: %s", uid, replica.peer.short, describe(error))
-        return None
-
-
-async def _fetch(
-    node: TesseractNode,
-    uid: str,
-    replica: ExpertReplica,
-    backend: ExpertBackend,
-    settings: ReplicaSettings,
-    *,
-    min_version: int = 0,
-) -> bytes | None:
-    """The file of its state, which is no longer than one of this expert can be."""
-    limit = min(settings.transfer.max_state_bytes, largest_state(backend))
-    transfer = dataclasses.replace(settings.transfer, max_state_bytes=limit)
-    return await fetch_file(
-        node, replica.peer, uid, min_version=min_version, timeout=settings.call_timeout, settings=transfer
-    )
 
 
 class _Round:
@@ -244,9 +64,9 @@ class _Round:
 
     async def speaks(self, uid: str, replica: ExpertReplica) -> bool:
         """Whether its server answered a question of this look."""
-        owner = _owner(replica)
+        owner = owner_of(replica)
         if owner not in self._asked:
-            asking = _ask_info(self._node, uid, replica, self._timeout)
+            asking = ask_info(self._node, uid, replica, self._timeout)
             self._asked[owner] = asyncio.get_running_loop().create_task(asking)
         return await asyncio.shield(self._asked[owner]) is not None
 
@@ -256,7 +76,7 @@ class _Round:
         async def version(replica: ExpertReplica) -> int | None:
             if not await self.speaks(uid, replica):
                 return None
-            info = await _ask_info(self._node, uid, replica, self._timeout)
+            info = await ask_info(self._node, uid, replica, self._timeout)
             return None if info is None else info.version
 
         some = list(replicas)
@@ -279,7 +99,7 @@ class ReplicaKeeper:
         self,
         server: TesseractServer,
         *,
-        settings: ReplicaSettings = ReplicaSettings(),
+        settings: ReplicaSettings = DEFAULT_SETTINGS,
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = boottime,
     ) -> None:
@@ -303,6 +123,18 @@ class ReplicaKeeper:
         self._disputed: set[tuple[str, PeerID]] = set()
         self._began = self._read_at = elapsed()
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
+        trust = server.node.trust
+        authorities = {uid: trust.authority(split_uid(uid)[0]) for uid in server.experts}
+        self._bare = [uid for uid, authority in authorities.items() if authority is None]
+        self.tenures = TenureKeeper(
+            server,
+            {uid: authority for uid, authority in authorities.items() if authority is not None},
+            transfer=settings.transfer,
+            call_timeout=settings.call_timeout,
+            clock=clock,
+            elapsed=elapsed,
+        )
+        """Of experts of runs."""
         self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
@@ -310,6 +142,10 @@ class ReplicaKeeper:
         self._server.find_primary = self.find_primary
         self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.LEAD, self._take_lead)
+        self._server.handle(messages.TENURE, self.tenures.answer)
+        self._source.find_sealed = self.tenures.sealed
+        if self.tenures.uids:
+            await self.tenures.start()
         for uid, backend in self._server.experts.items():
             self._led_since[uid] = self._began, backend.version
         await self._look_and_log()
@@ -325,6 +161,7 @@ class ReplicaKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        await self.tenures.aclose()
         self._source.close()
 
     async def come_back(self) -> None:
@@ -341,7 +178,7 @@ class ReplicaKeeper:
         async with self._looking:
             if not await self._node.network.wait_joined(self.settings.check_every):
                 return  # alone for the moment: that nobody is seen says nothing
-            replicas = await self._read(self._server.experts)
+            replicas = await self._read(self._bare)
             now = self._elapsed()
             if now - self._read_at > self.settings.lease + self.settings.check_every:
                 # it was suspended, or cut off: another may have taken over meanwhile
@@ -374,6 +211,8 @@ class ReplicaKeeper:
         """Who trains the expert, once a handover that is under way has ended; or None, and when to ask again."""
         if uid in self._moving:
             await asyncio.shield(self._moving[uid])
+        if uid in self.tenures.uids:
+            return self.tenures.primary(uid), 1.0
         leader = self.leaders.get(uid)
         return None if leader is None else leader.peer.peer_id, self.settings.check_every
 
@@ -390,15 +229,19 @@ class ReplicaKeeper:
             return 0  # there is nobody
         async with self._looking:
             mine = [uid for uid in self._server.experts if self._server.is_primary(uid)]
-            replicas = await self._read(mine)
+            replicas = await self._read(uid for uid in mine if uid in self._bare)
+            if of_runs := [uid for uid in mine if uid in self.tenures.uids]:
+                await self.tenures.look(of_runs)
             gate = asyncio.Semaphore(self.settings.num_at_once)
 
             async def move(uid: str) -> bool:
                 async with gate:
+                    if uid in self.tenures.uids:
+                        return await self._moved(uid, self.tenures.hand_over(uid))
                     heirs = [one for one in replicas[uid] if not one.primary and may_follow(self._node, one)]
-                    return bool(heirs) and await self._hand_over_one(uid, heirs)
+                    return bool(heirs) and await self._moved(uid, self._hand_over_one(uid, heirs))
 
-            num_moved = sum(await asyncio.gather(*(move(uid) for uid in mine if replicas[uid])))
+            num_moved = sum(await asyncio.gather(*map(move, mine)))
             if num_moved:
                 await self._server.announce()
             return num_moved
@@ -415,13 +258,17 @@ class ReplicaKeeper:
         primary, version = self._server.is_primary(uid), self._server.experts[uid].version
         listed, now = self._node.policy.storers is not None, self._elapsed()
         giver, sequence = self._givers.get(uid, (None, 0))
-        rivals = [other for other in others if other.primary and (_owner(other) != giver or other.sequence > sequence)]
+        rivals = [
+            other for other in others if other.primary and (owner_of(other) != giver or other.sequence > sequence)
+        ]
         if not primary:
             rivals = await self._living(uid, rivals, round_)
         followers = [other for other in others if not other.primary]
         asked = rivals if primary or (listed and len(rivals) > 1) else [] if rivals else followers
         versions = await round_.versions(uid, asked)
-        standings = {other: Standing(_owner(other), other.primary, versions.get(other)) for other in (asked or rivals)}
+        standings = {
+            other: Standing(owner_of(other), other.primary, versions.get(other)) for other in (asked or rivals)
+        }
         leader = self.leaders.get(uid)
         past = Past(
             leader=None if leader is None else leader.peer.peer_id,
@@ -444,7 +291,7 @@ class ReplicaKeeper:
             logger.warning("%s has no primary any more: this server takes over at version %s", uid, version)
             self._node.metrics.count("experts_taken_over")
             if leader is not None:
-                self._taken_from[uid] = _owner(leader)
+                self._taken_from[uid] = owner_of(leader)
             self.leaders.pop(uid, None)
             self._led_since[uid] = now, version
             await self._server.set_primary(uid, True)
@@ -465,7 +312,7 @@ class ReplicaKeeper:
         speak = await asyncio.gather(*(round_.speaks(uid, one) for one in primaries))
         now, leader, living = self._elapsed(), self.leaders.get(uid), []
         for one, speaks in zip(primaries, speak, strict=True):
-            owner = _owner(one)
+            owner = owner_of(one)
             if speaks:
                 self._heard[owner] = now
             known = leader is not None and owner == leader.peer.peer_id
@@ -480,8 +327,8 @@ class ReplicaKeeper:
 
     def _tell_dispute(self, uid: str, rivals: list[ExpertReplica]) -> None:
         for rival in rivals:
-            if (uid, _owner(rival)) not in self._disputed and len(self._disputed) < 1024:
-                self._disputed.add((uid, _owner(rival)))
+            if (uid, owner_of(rival)) not in self._disputed and len(self._disputed) < 1024:
+                self._disputed.add((uid, owner_of(rival)))
                 self._node.metrics.count("primaries_disputed")
                 logger.warning(
                     "%s calls itself the primary of %s, too; this server goes on, and they train apart. If both are "
@@ -503,7 +350,7 @@ class ReplicaKeeper:
 
     async def _pull(self, uid: str, leader: ExpertReplica, *, min_version: int) -> bytes | None:
         backend = self._server.experts[uid]
-        file = await _fetch(self._node, uid, leader, backend, self.settings, min_version=min_version)
+        file = await fetch_bounded(self._node, uid, leader, backend, self.settings, min_version=min_version)
         if file is None:
             return None
         state = await self._server.call_aside(lambda: check_state(uid, file, weights_only=False))
@@ -516,29 +363,33 @@ class ReplicaKeeper:
         self._node.metrics.count("states_pulled")
         return file
 
-    async def _hand_over_one(self, uid: str, heirs: list[ExpertReplica]) -> bool:
+    async def _moved(self, uid: str, moving: Awaitable[bool]) -> bool:
+        """Has backwards wait meanwhile."""
         moved: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._moving[uid] = moved
         try:
-            # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
-            # network hears of it later: followers would take over by themselves, from an older state.
-            await self._server.set_primary(uid, False, announce=False)
-            await self._server.wait_backwards(uid)
-            self._source.drop(uid)
-            for heir in heirs:
-                try:
-                    await self._give(uid, heir)
-                except (TesseractError, TimeoutError) as error:
-                    logger.warning("%s could not be handed over to %s: %s", uid, heir.peer.short, describe(error))
-                    continue
-                self.leaders[uid] = heir
-                logger.info("%s was handed over to %s", uid, heir.peer.short)
-                return True
-            await self._server.set_primary(uid, True, announce=False)
-            return False
+            return await moving
         finally:
             del self._moving[uid]
             moved.set_result(None)
+
+    async def _hand_over_one(self, uid: str, heirs: list[ExpertReplica]) -> bool:
+        # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
+        # network hears of it later: followers would take over by themselves, from an older state.
+        await self._server.set_primary(uid, False, announce=False)
+        await self._server.wait_backwards(uid)
+        self._source.drop(uid)
+        for heir in heirs:
+            try:
+                await self._give(uid, heir)
+            except (TesseractError, TimeoutError) as error:
+                logger.warning("%s could not be handed over to %s: %s", uid, heir.peer.short, describe(error))
+                continue
+            self.leaders[uid] = heir
+            logger.info("%s was handed over to %s", uid, heir.peer.short)
+            return True
+        await self._server.set_primary(uid, True, announce=False)
+        return False
 
     async def _give(self, uid: str, heir: ExpertReplica) -> None:
         """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""
@@ -587,8 +438,3 @@ class ReplicaKeeper:
 
     async def _aside(self, work: Callable[[], bytes]) -> bytes:
         return await self._server.call_aside(work)
-
-
-def _owner(replica: ExpertReplica) -> PeerID:
-    assert replica.peer.peer_id is not None, "manifests are read with their owners"
-    return replica.peer.peer_id

@@ -29,6 +29,7 @@ TRAINING_OPTIONS: Final = frozenset(
         "clip_gradient_norm",
         "max_gradient_norm",
         "step_every",
+        "trim_peers",
         "merge_backward",
         "stochastic",
         "allow_batch_statistics",

@@ -120,6 +120,11 @@ class TesseractServer(Uncopied):
         }
         self.find_primary: Callable[[str], Awaitable[tuple[PeerID | None, float]]] = _nobody
         """Who trains an expert that this server only follows, or None and the seconds after which to ask again."""
+        self.may_answer: Callable[[str], bool] = lambda uid: True
+        """Whether a primary may take a step at this moment, and give its answer: asked before each."""
+        self.epochs: dict[str, int] = {}
+        """Of experts of a run, as they stand in manifests."""
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self._calls = ExpertCalls(self._runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
         self._handlers: dict[str, Handler] = {}
         self._is_primary = {uid: uid not in followers for uid in experts}
@@ -192,7 +197,7 @@ class TesseractServer(Uncopied):
                 metrics=self.node.metrics,
                 trust=self.node.trust,
             )
-            await self._publisher.declare(self._is_primary)
+            await self._publisher.declare(self._is_primary, epochs=self.epochs)
         except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             if self._unwatch is not None:
@@ -315,14 +320,14 @@ class TesseractServer(Uncopied):
     async def announce(self) -> None:
         """Says the present roles in the network, after `set_primary` without."""
         if self._publisher is not None and not self._is_paused and not self._closed:
-            await self._publisher.declare(self._is_primary)
+            await self._publisher.declare(self._is_primary, epochs=self.epochs)
 
     async def resume(self) -> None:
         """Ends `pause`; returns once the experts can be found again."""
         self._is_paused = False
         self._calls.refuse_forwards = None
         if self._publisher is not None:
-            await self._publisher.declare(self._is_primary)
+            await self._publisher.declare(self._is_primary, epochs=self.epochs)
 
     def free_memory(self) -> int:
         """Forgets what was kept for callers, who send their inputs again, and gives free pages back to the system.
@@ -470,13 +475,22 @@ class TesseractServer(Uncopied):
             raise ExpertNotFound(f"this server does not host {uid!r}")
         if call.method in self._handlers:
             return self._handlers[call.method](uid, backend, call)
-        if call.method == messages.BACKWARD and not self._is_primary[uid]:
-            return self._redirect(uid, backend, call)
+        if call.method == messages.BACKWARD:
+            return self._step(uid, backend, call)
         return self._calls.answer(uid, backend, call)
+
+    async def _step(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        if not (self._is_primary[uid] and self.may_answer(uid)):
+            return await self._redirect(uid, backend, call)
+        answer = await self._calls.answer(uid, backend, call)
+        if not self.may_answer(uid):
+            # its lease ended meanwhile: whoever leads now knows the call's id, if the step is in what it goes on from
+            raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)
+        return answer
 
     async def _redirect(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         primary, retry_after = await self.find_primary(uid)
-        if self._is_primary[uid]:  # nobody took it
+        if self._is_primary[uid] and self.may_answer(uid):  # nobody took it
             return await self._calls.answer(uid, backend, call)
         raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
 

@@ -154,7 +154,7 @@ class Arena:
 
     __slots__ = ("_block", "_used")
 
-    BLOCK_BYTES: Final = 16 * 1024
+    BLOCK_BYTES: Final = 24 * 1024
     LARGEST: Final = 8 * 1024
     """Bytes beyond which a message gets a block of its own."""
 
@@ -164,10 +164,11 @@ class Arena:
 
     def allocate(self, sizes: Sequence[int], num_bytes: int) -> tuple[memoryview, ...]:
         """As `allocate`; `num_bytes` is the sum of the sizes."""
-        if num_bytes + ALIGNMENT * len(sizes) > self.LARGEST:
+        most = num_bytes + ALIGNMENT * len(sizes)
+        if most > self.LARGEST:
             return allocate(sizes)
         block, used = self._block, self._used
-        if block is None or used + self.LARGEST > self.BLOCK_BYTES:
+        if block is None or used + most > self.BLOCK_BYTES:
             (block,) = allocate((self.BLOCK_BYTES,))
             self._block, used = block, 0
         parts = []

@@ -8,6 +8,7 @@ msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. 
 - ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
 - ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
 - ``expert.lead``: `LeadRequest` -> `LeadReply`, from a primary that leaves to a follower
+- ``expert.tenure``: `TenureRequest` -> `TenureReply`, among the servers of a run's expert: who leads it
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
@@ -23,6 +24,7 @@ FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
 STATE = "expert.state"
 LEAD = "expert.lead"
+TENURE = "expert.tenure"
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -1, 1
 """Servers take no notice of what lies beyond."""
@@ -125,6 +127,28 @@ class LeadReply(NamedTuple):
     """The first 16 bytes of `experts.merkle.possession` of the file."""
 
 
+class TenureRequest(NamedTuple):
+    """One server of an expert asks another who leads it (`experts.tenure_words.Ask`), or gives it the expert."""
+
+    uid: str
+    kind: str
+    """``beat``, ``rise``, ``probe``, ``vote``; ``take`` (fetch this sealed state, and prove it) and ``lead`` (by this
+    signature)."""
+    epoch: int
+    records: list[Any]
+    """Bytes, each at most 1,024: boot nonce, Term and Seal; or a nonce and a Seal; or a signature."""
+
+
+class TenureReply(NamedTuple):
+    """`experts.tenure_words.Answer`."""
+
+    agrees: bool
+    held: list[Any]
+    """Epoch and number of the Seal whose file is there."""
+    records: list[Any]
+    """Term, and vote or proof; empty where there is none."""
+
+
 class StateRequest(NamedTuple):
     """Asks for the expert's state, a piece at a time. The pieces of one file carry one digest."""
 
@@ -134,7 +158,8 @@ class StateRequest(NamedTuple):
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     digest: bytes
-    """Of the file that `offset` continues; 16 zero bytes for whichever is newest."""
+    """Of the file that `offset` continues; 16 zero bytes for whichever is newest. Of a sealed file (in a run) the first
+    bytes of its root."""
     offset: int
     """Bytes of the file that the caller has."""
 
@@ -160,6 +185,8 @@ Body = TypeVar(
     BackwardReply,
     LeadRequest,
     LeadReply,
+    TenureRequest,
+    TenureReply,
     StateRequest,
     StateReply,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 import time
 from typing import Any
@@ -15,7 +16,7 @@ import tesseract_async as ta
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.left_out import LeftOut
-from tesseract_async.errors import ExpertFailed
+from tesseract_async.errors import ConnectionLost, ExpertFailed, PeerUnreachable
 from tesseract_async.metrics import Metrics
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tests.client.fake_node import FakeNode, Slope
@@ -144,6 +145,7 @@ async def test_who_was_late_for_moments_only_is_not_masked() -> None:
 
 @in_made_up_time
 async def test_what_is_left_out_is_said_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     metrics = Metrics()
     left_out = LeftOut(metrics)
     left_out.note("forward", {})
@@ -152,9 +154,22 @@ async def test_what_is_left_out_is_said_once_a_minute(caplog: pytest.LogCaptureF
         left_out.note("backward", {"f.0": TimeoutError("late")})
         await asyncio.sleep(1.0)
     first, second = [record.getMessage() for record in caplog.records]
-    assert first.endswith("2 answers and 0 gradients lately: f.1: ExpertFailed: no; f.0: TimeoutError: late")
-    assert second.startswith("gates went on without 120 answers and 60 gradients lately: ")
+    assert first == "gates went on without 2 answers: f.1: ExpertFailed: no; f.0: TimeoutError: late"
+    assert second.startswith("gates went on without 120 answers and 60 gradients: ")
     assert metrics.total("answers_left_out") == 270
+
+
+@in_made_up_time
+async def test_servers_that_are_gone_are_no_warning_and_hide_none(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    left_out = LeftOut(Metrics())
+    left_out.note("forward", {"f.0": PeerUnreachable("aa", {}), "f.1": ConnectionLost("bb", "gone")})
+    left_out.note("backward", {"f.0": ConnectionLost("aa", "gone"), "f.2": TimeoutError("late")})
+    said = [(record.levelname, record.getMessage().split(": ")[0]) for record in caplog.records]
+    assert said == [
+        ("INFO", "gates went on without 2 answers"),
+        ("WARNING", "gates went on without 1 gradient"),
+    ]
 
 
 async def test_fresh_gates_beside_their_server_lose_nobody() -> None:

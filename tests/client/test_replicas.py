@@ -233,3 +233,24 @@ def test_patience_is_learnt_from_how_far_answers_scatter() -> None:
         even.observe(0.01, 0.05)
         hanging.observe(0.5, 0.05)
     assert even.patience == MIN_PATIENCE and hanging.patience == MAX_PATIENCE
+
+
+@pytest.mark.parametrize("rival", [True, False], ids=["rival", "follower"])
+@in_made_up_time
+async def test_a_silent_primary_is_left_only_for_one_that_claims_the_same(node: FakeNode, rival: bool) -> None:
+    """A primary whose loop stands still for 6 s, beside a follower that speaks: it is waited for. Where both say that
+    they lead, the one that speaks is asked."""
+    hosted = node.host("ffn.0", nn.Linear(8, 8), peers=("first",), lr=0.1)
+    node.directory.add("ffn.0", "second", primary=rival)
+    x = torch.ones(2, 8, requires_grad=True)
+    y = await RemoteExpert(node, "ffn.0")(x)
+    stands_until = asyncio.get_running_loop().time() + 6.0
+
+    async def fault(method: str, uid: str, number: int) -> None:
+        if node.calls[number - 1].peer == "first":
+            await asyncio.sleep(stands_until - asyncio.get_running_loop().time())
+
+    node.fault = fault
+    await backward(y.sum())
+    assert peers_asked(node, BACKWARD) == (["first", "second"] if rival else ["first"])
+    assert hosted.version == 1 and [replica.peer for replica in node.directory.failed] == ["first"] * rival

@@ -95,7 +95,7 @@ def test_what_has_arrived_whole_is_never_taken_back() -> None:
     budget = Budget(10 * MIB)
     given_up: list[Owner] = []
     whole = arriving(budget, owner(1), 8 * MIB, 8 * MIB, given_up)
-    whole.give_up = None
+    whole.keep()
     late = budget.begin(owner(2), 4 * MIB)
     late.give_up = lambda: None
     assert not late.fill(4 * MIB) and not given_up

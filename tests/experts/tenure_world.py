@@ -38,6 +38,7 @@ class FakeAuthority:
     appointed: Appointment | None = None
     run_id: bytes = RUN
     expires: float = float("inf")
+    founder: PeerID | None = None
 
     def may(self, peer_id: PeerID, role: str, uid: str | None = None, *, now: float | None) -> bool:
         return peer_id in self.granted and (now is None or now < self.expires)

@@ -14,6 +14,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.manifest import (
     MAX_PART_BYTES,
     Manifest,
+    RunTag,
     decode_manifest,
     encode_manifest,
     experts_by_grid,
@@ -222,3 +223,13 @@ def test_a_manifest_names_third_parties_in_vain() -> None:
         "192.168.7.9:1",
         "9.9.9.9:1",
     )
+
+
+def test_an_expert_of_a_run_costs_little_more_than_six_bytes() -> None:
+    tag = RunTag(peer(1), "digits", "granted")
+    experts = {(i // 10, i % 10): True for i in range(100)}
+    sizes = []
+    for some in (experts, dict(list(experts.items())[:20])):
+        ((part, _),) = encode_manifest(["192.0.2.1:4000"], some, prefix="ffn", sequence=1, tag=tag, grant=b"g" * 165)
+        sizes.append(len(part))
+    assert (sizes[0] - sizes[1]) / 80 <= 6.2

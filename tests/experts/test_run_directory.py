@@ -175,9 +175,15 @@ async def test_enough_copies_are_enough() -> None:
         keeper.authority.learn_revocations(part)
         await keeper.learn_once()
     assert len(swarm.entries) == 2
+    stores = swarm.stores.total()
+    await keeper_of(swarm, peer(1), run, settings=RunSettings(num_copies=2)).learn_once()
+    assert swarm.stores.total() == stores, "its copy holds for long enough"
+    swarm.clock.now += 2000
+    await keeper_of(swarm, peer(1), run, settings=RunSettings(num_copies=2)).learn_once()
+    assert swarm.stores.total() == stores + 1
 
 
-async def test_grants_are_renewed_by_who_may_grant_and_found_by_their_peers() -> None:
+async def test_grants_are_renewed_by_who_may_grant_and_found_by_their_peers(caplog: pytest.LogCaptureFixture) -> None:
     swarm, run = FakeSwarm(), a_run()
     swarm.clock.now = NOW
     owner = keeper_of(swarm, ALICE.peer_id, run, identity=ALICE)
@@ -191,6 +197,9 @@ async def test_grants_are_renewed_by_who_may_grant_and_found_by_their_peers() ->
     (new,) = await owner.renew_grants()
     assert (new.peer, new.not_after, new.role_names) == (peer(2), NOW + GRANT_SECONDS, ["train"])
     assert await owner.renew_grants() == [] and await member.renew_grants() == []
+    # so the owner may be away for 60 days from any moment on
+    away = NOW + 60 * 86400 - 1
+    assert all(owner.authority.may(peer(number), "train", now=away) for number in (1, 2))
     told = []
     late = RunKeeper(FakeNetwork(swarm, peer(2)), run, authority=Authority(run), clock=swarm.clock)
     late.on_own_grant = lambda: told.append(True)
@@ -198,6 +207,10 @@ async def test_grants_are_renewed_by_who_may_grant_and_found_by_their_peers() ->
     assert late.authority.grant_of(peer(2)) == new and told == [True]
     await late.learn_once()
     assert told == [True]
+    (part,) = sign_revocations(ALICE, owner.authority.run_id, number=0, since=NOW + 9, peers=[peer(2)])
+    owner.authority.learn_revocations(part)
+    await owner.learn_once()
+    assert await late.learn_once() and told == [True, True] and "this node was revoked" in caplog.text
 
 
 async def test_a_delegate_renews_within_what_it_has() -> None:
@@ -240,6 +253,10 @@ async def test_what_is_known_of_a_run_survives_a_restart_and_another_programs_wr
     assert again.authority.grant_of(peer(1)) is not None and again.run == run
     with pytest.raises(RunNotFound):
         await enter(f"digits@{BOB.peer_id}", nobody)
+    elsewhere = FakeSwarm()
+    await publish_run(FakeNetwork(elsewhere, peer(9)), a_run(BOB))
+    stays = await enter("digits", FakeNetwork(elsewhere, peer(1)))
+    assert stays.run == run, "a stranger's run of that name is not taken for it"
     kept_file(file, "digits").write_bytes(b"garbage")
     with pytest.raises(RunNotFound):
         await enter("digits", nobody)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
@@ -13,7 +15,7 @@ from tesseract_async.experts.manifest import Manifest, RunTag, decode_manifest, 
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.trust import Trust
-from tesseract_async.identity import Identity
+from tesseract_async.identity import Identity, verify
 
 NOW = 1_800_000_000
 ME, OWNER, HOST, STRANGER = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 5))
@@ -158,3 +160,58 @@ def test_a_prefix_is_one_runs_at_one_node() -> None:
     with pytest.raises(ValueError, match="uids of 'ffn' are those of the run digits@"):
         trust.add(Authority(sign_run(OWNER, RunManifest("letters", "ffn", (8, 8), "ffn"))))
     trust.add(Authority(sign_run(OWNER, RunManifest("letters", "att", (8, 8), "ffn"))))
+
+
+OTHER = RunTag(OWNER.peer_id, "letters", "granted")
+SHOWN = [
+    b"",
+    grant(HOST).blob,
+    grant(STRANGER, "train", "share").blob,
+    sign_grant(OWNER, OTHER.run_id("ffn"), STRANGER.peer_id, ["host"], serial=1, not_after=2**39).blob,
+    sign_grant(STRANGER, TAG.run_id("ffn"), STRANGER.peer_id, ["host", "admit"], serial=1, not_after=2**39).blob,
+]
+
+
+@given(
+    st.sampled_from(SHOWN) | st.binary(max_size=480),
+    st.sampled_from(
+        [None, TAG, OTHER, RunTag(STRANGER.peer_id, "digits", "granted"), RunTag(OWNER.peer_id, "x", "open")]
+    ),
+    st.integers(0, 2**48 - 1),
+    st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from(SHOWN) | st.binary(max_size=200), max_size=6),
+)
+def test_nothing_that_a_stranger_shows_or_says_is_believed(
+    shown: bytes, tag: RunTag | None, sequence: int, epoch: int, hello: list[bytes]
+) -> None:
+    trust = in_run()
+    trust.introduced(STRANGER.peer_id, hello)
+    ((part, _),) = encode_manifest(
+        *(["10.0.0.1:1"], {(3, 7): True}), prefix="ffn", sequence=sequence, tag=tag, grant=shown, epochs={(3, 7): epoch}
+    )
+    with pytest.raises(ProtocolError):
+        trust.believed(STRANGER.peer_id, decode_manifest(part))
+    assert not trust.may_host(STRANGER.peer_id, "ffn.3.7") and not trust.may_reserve(STRANGER.peer_id, "ffn")
+    assert not trust.may_ask(STRANGER.peer_id, "host", "ffn.3.7")
+    view = trust.authority("ffn")
+    assert view is not None and {one.peer for one in view.grants()} <= {STRANGER.peer_id}, "only what is its own"
+    assert not view.may(STRANGER.peer_id, "admit", now=None)
+
+
+def test_a_grant_is_checked_once_however_often_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def counted(public_key: bytes, signature: bytes, data: bytes) -> bool:
+        checked.append(public_key)
+        return verify(public_key, signature, data)
+
+    monkeypatch.setattr("tesseract_async.experts.signed.verify", counted)
+    trust = in_run()
+    hosts = [Identity.from_seed(number.to_bytes(32, "big")) for number in range(1000, 1010)]
+    said = [(host, manifest(TAG, grant(host))) for host in hosts]
+    for _ in range(20):
+        for host, words in said:
+            trust.believed(host.peer_id, words)
+            trust.introduced(host.peer_id, [words.grant])
+            assert trust.may_host(host.peer_id, "ffn.3.7")
+    assert len(checked) <= 2 * len(hosts), "once where it was signed here, once where it was read"

@@ -182,6 +182,27 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
             await sends_large(client, address, 2 * MIB)
 
 
+async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
+    bounds = ProtocolSettings(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
+
+    async def swell(call: IncomingCall) -> Message:
+        return Message(None, (memoryview(bytes(60_000)),))
+
+    async with serving(dataclasses.replace(PLAIN, protocol=bounds)) as (server, address):
+        server.handle("swell", swell)
+        async with RawPeer.connected(address) as stranger:
+            stranger.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            for stream in range(1, 400):
+                stranger.writer.write(stranger.request(stream, method="swell"))
+            await until(lambda: server._reply_budget.used > 4 * MIB)
+            (connection,) = server._pool.connections()
+            await until(lambda: not connection.num_calls and connection._channels[0].paused)
+            for _ in range(3):
+                let_pass(12.0)
+                connection._timer_fired() if connection.is_open else None
+            assert not connection.is_open and server._reply_budget.used == 0
+
+
 async def test_one_who_takes_no_replies_leaves_room_for_those_of_others() -> None:
     settings = dataclasses.replace(PLAIN, max_reply_bytes=16 * MIB)
 
@@ -237,7 +258,7 @@ async def test_heads_of_waiting_calls_are_bounded_by_what_they_cost() -> None:
 
 
 async def test_a_crowd_of_calls_leaves_some_room_for_the_next_one() -> None:
-    settings = dataclasses.replace(PLAIN, max_call_bytes=8 * MIB)
+    settings = dataclasses.replace(PLAIN, max_call_bytes=24 * MIB)
     parked = asyncio.Event()
 
     async def park(call: IncomingCall) -> Message:
@@ -252,7 +273,7 @@ async def test_a_crowd_of_calls_leaves_some_room_for_the_next_one() -> None:
                 for stream in range(1, 1000):
                     stranger.writer.write(stranger.request(stream, method="park"))
                 await stranger.writer.drain()
-            await until(lambda: server._small_budget.used > 6 * MIB)
+            await until(lambda: server._small_budget.used > 18 * MIB)
             waiting = [asyncio.create_task(client.call(address, "park", timeout=30)) for _ in range(16)]
             echoes = await asyncio.gather(*(client.call(address, "echo", n, timeout=30) for n in range(8)))
             assert [reply.body for reply in echoes] == list(range(8))
@@ -271,6 +292,17 @@ async def test_a_storm_of_cancels_leaves_nothing_behind() -> None:
             await sends_large(client, address, 2 * MIB)
             assert server._budget.num_waiting == 0
         await until(lambda: server._budget.used == 0)
+
+
+async def test_a_flood_of_announcements_ends_the_connection_of_who_sends_it() -> None:
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=MIB)
+    async with serving(settings) as (server, address), client_of(settings) as client:
+        async with RawPeer.connected(address) as stranger:
+            for stream in range(1, 20_000):
+                stranger.writer.write(begin(stream, 2 * MIB))
+            await stranger.closed()
+        await sends_large(client, address, MIB // 2)
+        assert server._budget.used <= MIB
 
 
 async def test_errors_of_who_makes_room_can_be_tried_again() -> None:

@@ -22,7 +22,8 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import NotAllowed
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.server import checkpoint
-from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
+from tesseract_async.server.adoption import ReplicaSettings, adopt_states
+from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.state_transfer import StateSource, TransferSettings
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire

@@ -24,7 +24,8 @@ from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_tex
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
-from tesseract_async.server.replicas import ReplicaKeeper, ReplicaSettings, adopt_states
+from tesseract_async.server.adoption import ReplicaSettings, adopt_states
+from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -217,9 +218,30 @@ async def test_a_newcomer_chooses_and_adopts_as_if_there_were_no_strangers(kind:
         )
         assert claim.uids == {FREE: True}, "the stranger's reservation and its claim to host it count for nothing"
         backends = {UID: make_backend(0.7), FREE: make_backend(0.7)}
-        assert await adopt_states(newcomer, backends, settings=BY_HAND) == {UID}
+        # in a run both are followed, by the records of who leads them
+        assert await adopt_states(newcomer, backends, settings=BY_HAND) == ({UID} if kind == "list" else {UID, FREE})
+        if kind == "run":
+            server = ta.TesseractServer(newcomer, {UID: backends[UID]}, followers=[UID], publisher_settings=PUBLISHER)
+            async with server, ReplicaKeeper(server, settings=BY_HAND):
+                assert not server.is_primary(UID)
         assert float(backends[UID].module.state_dict()["weight"][0, 0]) == pytest.approx(0.1)
         assert not swarm.stranger.asked
+
+
+async def test_a_servers_memory_is_its_members() -> None:
+    """A large request of a stranger's is refused before it is sent."""
+    async with closed("run") as swarm:
+        swarm.stranger.node.trust.policy = ta.Policy()
+        before = swarm.node.metrics.total("transport_bytes_received")
+        body, _ = forward_request()
+        with pytest.raises(NotAllowed, match="does not let"):
+            await swarm.stranger.node.call_expert(
+                swarm.node.peer_address, messages.FORWARD, body, [bytes(8 << 20)], timeout=30.0
+            )
+        assert swarm.node.metrics.total("transport_bytes_received") - before < 1 << 20
+        expert = await swarm.trainer.get_expert(UID)
+        with torch.no_grad():
+            assert (await expert(torch.ones(1 << 17, 4))).shape == (1 << 17, 4), "members may"
 
 
 async def test_holders_refuse_what_a_stranger_says_about_a_run() -> None:

@@ -170,6 +170,8 @@ KINDS: list[Any] = [
     messages.BackwardReply,
     messages.LeadRequest,
     messages.LeadReply,
+    messages.TenureRequest,
+    messages.TenureReply,
     messages.StateRequest,
     messages.StateReply,
 ]

@@ -258,6 +258,31 @@ async def test_nothing_is_wider_than_the_screen(browser: Any, viewport: dict[str
         assert wide == []
 
 
+@pytest.mark.parametrize("width", [320, 600, 1000, 1280])
+async def test_pointing_at_a_plot_moves_nothing(browser: Any, width: int) -> None:
+    observer = FakeObserver(size=(4, 4), num_servers=2, num_points=20)
+    where = "[...document.querySelectorAll('figure canvas')].map((one) => JSON.stringify(one.getBoundingClientRect()))"
+    async with visiting(browser, observer, viewport={"width": width, "height": 900}) as visit:
+        for canvas in await visit.page.query_selector_all("figure canvas"):
+            await canvas.scroll_into_view_if_needed()
+            before = await visit.page.evaluate(where)
+            box = await canvas.bounding_box()
+            await visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            assert await visit.page.evaluate(where) == before
+
+
+async def test_experts_of_a_dead_server_are_not_called_live(browser: Any) -> None:
+    observer = FakeObserver(size=(4, 4), num_servers=2, num_points=20)
+    async with visiting(browser, observer) as visit:
+        head = "document.querySelector('#totals').innerText.match(/\\d+/)[0]"
+        assert await visit.page.evaluate(head) == "16"
+        observer.peers[1]["error"], observer.peers[1]["gone"] = "it cannot be reached", True
+        observer.note("0000000b does not answer: it cannot be reached", "failed")
+        observer.changed()
+        await visit.wait_text("#log", "does not answer")
+        assert await visit.page.evaluate(head) == "8"
+
+
 CONTRASTS = """() => {
   const luminance = (rgb) => rgb.map((c) => c / 255).map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);

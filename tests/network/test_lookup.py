@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.network.contacts import Contact
-from tesseract_async.network.lookup import Lookup
+from tesseract_async.network.lookup import MAX_IN_VAIN, Lookup
 
 
 def contacts(rng: random.Random, count: int) -> list[Contact]:
     return [Contact(rng.randbytes(32), ("127.0.0.1", 1 + index)) for index in range(count)]
+
+
+def contact(number: int) -> Contact:
+    return Contact(number.to_bytes(32, "big"), ("127.0.0.1", 1 + number % 60000))
 
 
 def nearest(known: list[Contact], target: int, count: int) -> list[Contact]:
@@ -151,3 +155,44 @@ def test_one_address_range_has_few_places_among_the_closest() -> None:
     # two of the /24, two of the /48, whatever their ids, and then those who live elsewhere
     expected = [*crowd[:2], *crowd[4:6], *others[:2]]
     assert lookup.closest(max_per_range=2) == expected
+
+
+def test_who_names_contacts_that_do_not_answer_is_believed_no_more() -> None:
+    lookup = Lookup(0, [contact(2**200)], k=20, num_paths=1, alpha=2)
+    (liar,) = lookup.to_ask()
+    named = [contact(index) for index in range(1, 21)]
+    lookup.answered(liar, named)
+    asked = 0
+    while waiting := lookup.to_ask():
+        asked += len(waiting)
+        for one in waiting:
+            lookup.stalled(one)
+    assert asked <= MAX_IN_VAIN + 1 and not lookup.finished
+    for one in named[:asked]:
+        lookup.failed(one)
+    assert lookup.finished
+
+
+def test_what_somebody_else_names_too_is_asked_all_the_same() -> None:
+    lookup = Lookup(0, [contact(2**200), contact(2**201)], k=20, num_paths=1, alpha=2)
+    liar, honest = lookup.to_ask()
+    there = contact(100)
+    lookup.answered(liar, [*(contact(index) for index in range(1, 9)), there])
+    while waiting := lookup.to_ask():
+        for one in waiting:
+            lookup.failed(one)
+    lookup.answered(honest, [there])
+    assert lookup.to_ask() == [there]
+    lookup.answered(there, [])
+    assert lookup.finished and there in lookup.closest()
+
+
+def test_a_teller_of_whom_some_answer_may_name_some_who_have_gone() -> None:
+    lookup = Lookup(0, [contact(2**200)], k=20, num_paths=1, alpha=1)
+    (teller,) = lookup.to_ask()
+    named = [contact(index) for index in range(1, 21)]
+    lookup.answered(teller, named)
+    for position in range(20):
+        (one,) = lookup.to_ask()
+        (lookup.failed if position % 2 else lambda who: lookup.answered(who, []))(one)
+    assert lookup.finished and len(lookup.closest()) == 11

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +15,7 @@ from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.batcher import Batcher, Part, Request
 from tesseract_async.runtime.executor import Executor
 from tesseract_async.runtime.finite import norm_of
-from tesseract_async.runtime.norms import NUM_FIRST, REFUSED_ABOVE, UsualNorms
+from tesseract_async.runtime.norms import NUM_FIRST, UsualNorms
 from tesseract_async.runtime.work import Work
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -30,9 +29,10 @@ OPTIMIZERS: dict[str, MakesOptimizer] = {
 
 def test_nothing_is_usual_until_enough_was_seen_and_one_account_alone_decides_nothing() -> None:
     norms = UsualNorms()
+    assert norms.usual is None
     for _ in range(NUM_FIRST - 1):
-        assert not norms.observe("honest", 1.0) and norms.usual is None
-    assert norms.observe("honest", 1.0) and norms.usual == 1.0
+        assert not norms.observe("honest", 1.0) and norms.usual == 1.0 and not norms.is_settled
+    assert norms.observe("honest", 1.0) and norms.is_settled
     for exponent in range(1000):
         assert not norms.observe("liar", 10.0 ** min(exponent, 30))
     assert norms.usual == 1.0
@@ -122,7 +122,7 @@ def test_one_gradient_ruins_nothing(makes: MakesOptimizer, size: float) -> None:
     plain, attacked = Swarm(makes), Swarm(makes)
     plain.train(60), attacked.train(60)
     refusal = attacked.attack(size)
-    assert refusal is None if size == 10 else refusal is not None or size == 100
+    assert (refusal is None) == (size < 1e19)  # whose square overflows, no optimizer may see
     if refusal is not None:
         assert isinstance(refusal, ExpertFailed) and "norm" in str(refusal) and attacked.backend.version == 60
     assert attacked.train(150) < 1.3 * plain.train(150)
@@ -155,19 +155,36 @@ def test_a_first_step_that_throws_the_weights_away_is_undone_at_once() -> None:
     assert attacked.train(200) < 1.1 * Swarm(OPTIMIZERS["sgd"]).train(200)
 
 
+def test_one_that_comes_second_is_no_better_off() -> None:
+    plain, attacked = Swarm(OPTIMIZERS["adam"]), Swarm(OPTIMIZERS["adam"])
+    plain.train(1), attacked.train(1)
+    assert attacked.attack(1e6) is None
+    assert attacked.train(400) < 3 * plain.train(400)
+
+
 def test_a_restart_remembers_what_was_usual() -> None:
     before, after = Swarm(OPTIMIZERS["sgd"]), Swarm(OPTIMIZERS["sgd"])
     before.train(30)
     after.backend.load_state(before.backend.state())
-    assert after.attack(1e4) is not None and after.backend.version == 30
+    after.attack(1e4)
+    assert after.train(100) < 1.1 * before.train(100)
 
 
-def test_gradients_that_grew_are_taken_again_soon() -> None:
-    swarm = Swarm(OPTIMIZERS["adam"])
+def test_gradients_that_grew_count_in_full_again_soon() -> None:
+    swarm = Swarm(OPTIMIZERS["sgd"])
     swarm.train(40)
-    x, gradient = torch.ones(1, 8), torch.full((1, 8), 1e4)
-    refused = [swarm.send(x, gradient, "honest") is not None for _ in range(40)]
-    assert refused[0] and sum(refused) <= 16 and not any(refused[16:])
+    usual = swarm.backend.norms.usual
+    for _ in range(16):
+        assert swarm.send(torch.ones(1, 8), torch.full((1, 8), 1e4), "honest") is None, "nothing healthy is refused"
+    assert usual is not None and swarm.backend.norms.usual is not None and swarm.backend.norms.usual > 1e3 * usual
+
+
+def test_who_sends_far_larger_ones_all_the_time_is_told() -> None:
+    swarm = Swarm(OPTIMIZERS["sgd"])
+    swarm.train(40)
+    refusals = [swarm.attack(1e4) for _ in range(10)]
+    assert all(refusals[4:]) and isinstance(refusals[-1], ExpertFailed) and "norm" in str(refusals[-1])
+    assert not any(swarm.attack(1e-3) for _ in range(3)), "what is ordinary is taken from anybody"
 
 
 def test_without_a_limit_any_finite_gradient_is_taken() -> None:
@@ -200,37 +217,27 @@ def test_a_step_that_breaks_the_optimizers_memory_is_undone_and_its_sender_told(
 
 
 def test_requests_computed_together_are_judged_alone() -> None:
-    swarm = Swarm(OPTIMIZERS["sgd"])
-    swarm.train(20)
-    parts = []
-    for number, size in enumerate((1e-3, 1e4, 1e-3)):
-        work = Work(
-            swarm.backend, [torch.ones(2, 8)], [torch.full((2, 8), size)], True, 0, bytes([number]) * 16, None, None
-        )
-        work.request = Request(POOL, 2, 0, peer=number, payload=work)
-        parts.append(Part(work.request, 0, 2))
-    attempt = swarm.executor.stage(parts)
-    swarm.executor.launch(attempt)
-    swarm.executor.complete(attempt)
-    errors = {one.work: one.error for one in swarm.executor.outcomes(attempt)}
-    assert [errors[part.request.payload] is not None for part in parts] == [False, True, False]
-    assert swarm.backend.version == 21
+    """Scaled down together with a huge one, the others would count for nothing in this step."""
+    plain, attacked = Swarm(OPTIMIZERS["sgd"]), Swarm(OPTIMIZERS["sgd"])
+    for swarm, sizes in ((plain, (1e-3, 1e-3)), (attacked, (1e-3, 1e4, 1e-3))):
+        swarm.train(20)
+        parts = []
+        for number, size in enumerate(sizes):
+            x, gradient = torch.eye(8)[:2], torch.full((2, 8), size)
+            if size > 1:
+                x = torch.eye(8)[2:4]
+            work = Work(swarm.backend, [x], [gradient], True, 0, bytes([number]) * 16, None, None)
+            work.request = Request(POOL, 2, 0, peer=number, payload=work)
+            parts.append(Part(work.request, 0, 2))
+        attempt = swarm.executor.stage(parts)
+        swarm.executor.launch(attempt)
+        swarm.executor.complete(attempt)
+        assert all(one.error is None for one in swarm.executor.outcomes(attempt)) and swarm.backend.version == 21
+    ours, theirs = (swarm.backend.module.weight for swarm in (plain, attacked))
+    torch.testing.assert_close(ours[:, :2], theirs[:, :2])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("bad", ["always", 0, -1.0, float("nan")])
 def test_a_limit_is_a_positive_number(bad: object) -> None:
     with pytest.raises(ValueError, match="max_gradient_norm"):
         BackendSettings(max_gradient_norm=bad)  # type: ignore[arg-type]
-
-
-def test_noise_of_honest_trainers_is_left_alone() -> None:
-    """Rows per call vary from 1 to 512, and one trainer's loss is ten times another's."""
-    rng, norms = random.Random(0), UsualNorms()
-    touched = 0
-    for _ in range(5000):
-        peer = rng.randrange(4)
-        norm = (10.0 if peer == 3 else 1.0) * rng.choice([1, 4, 16, 64, 256]) ** 0.5 * rng.lognormvariate(0, 0.5)
-        if norms.usual is not None:
-            touched += norm > REFUSED_ABOVE * norms.usual
-        norms.observe(peer, norm)
-    assert touched == 0

@@ -19,14 +19,8 @@ import tesseract_async as ta
 from tesseract_async.errors import NotAllowed, NotPrimary
 from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.server.replicas import (
-    ReplicaKeeper,
-    ReplicaMismatch,
-    ReplicaSettings,
-    _Round,
-    adopt_states,
-    read_replicas,
-)
+from tesseract_async.server.adoption import ReplicaMismatch, ReplicaSettings, adopt_states, read_replicas
+from tesseract_async.server.replicas import ReplicaKeeper, _Round
 from tesseract_async.server.state_transfer import TransferSettings
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire

@@ -63,11 +63,12 @@ def test_the_schedule_and_how_steps_are_taken_come_from_the_run() -> None:
         DIGITS,
         schedule="linear",
         schedule_options={"num_warmup_steps": 4, "num_steps": 8},
-        training={"step_every": 2, "clip_gradient_norm": 1.0},
+        training={"step_every": 2, "clip_gradient_norm": 1.0, "trim_peers": 0.25},
     )
     backend = build_run_backend(complete(run), "ffn.0.0")
     backend.prepare()
     assert (backend.settings.step_every, backend.settings.clip_gradient_norm) == (2, 1.0)
+    assert backend.settings.trim_peers == 0.25
     assert backend.optimizer is not None and backend.scheduler is not None
     rates = []
     for _ in range(9):

@@ -56,7 +56,7 @@ class FakePublisher:
 
     def __init__(self, network: Any, **_: Any) -> None: ...
 
-    async def declare(self, uids: Mapping[str, bool]) -> int:
+    async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
         FakePublisher.declared = dict(uids)
         return 1
 

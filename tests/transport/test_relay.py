@@ -65,7 +65,8 @@ def test_identities_that_take_all_places_leave_one_to_the_next() -> None:
     mine = [ledger.reserve(honest, tokens(5000 + number), now=1.0) for number in range(20)]
     assert len(ledger) == 256 and len(ledger.pushed_out) == 20
     assert not any(splice in ledger.pushed_out for splice in mine)
-    assert ledger.arrive(tokens(31)[0], now=1.0) is None, "what was pushed out is worth nothing any more"
+    gone = ledger.pushed_out[0]
+    assert ledger.arrive(gone.tokens[0], now=1.0) is None, "what was pushed out is worth nothing any more"
     for splice in ledger._splices:
         splice.num_arrived = 2
     with pytest.raises(Overloaded):  # pairs that are in use stay

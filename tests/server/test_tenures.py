@@ -1,0 +1,254 @@
+"""Experts of a run on real nodes: led by one, followed by others, taken over, handed over, picked up again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import nn
+
+import tesseract_async as ta
+from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
+from tesseract_async.experts import PublisherSettings
+from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
+from tesseract_async.experts.lineage import Kind
+from tesseract_async.experts.manifest import RunTag
+from tesseract_async.experts.run import RunManifest, sign_run
+from tesseract_async.experts.tenure import Tenure
+from tesseract_async.experts.tenure_words import State
+from tesseract_async.server.adoption import ReplicaSettings
+from tesseract_async.server.replicas import ReplicaKeeper
+
+UID = "ffn.0.0"
+OWNER, *HOSTS = (ta.Identity.from_seed(bytes([n]) * 32) for n in range(21, 26))
+LEASE = 4.0
+RUN = sign_run(OWNER, RunManifest("digits", "ffn", (1, 2), "ffn", created=1, lease=LEASE, sync_every=0.5))
+RUN_ID = RunTag(OWNER.peer_id, "digits", "granted").run_id("ffn")
+SETTINGS = ReplicaSettings(check_every=1.0, call_timeout=15.0)
+PUBLISHER = PublisherSettings(declare_timeout=1.0)
+X = torch.ones(2, 4)
+
+
+class Host:
+    """A node that hosts the expert."""
+
+    def __init__(self, server: ta.TesseractServer, keeper: ReplicaKeeper) -> None:
+        self.server, self.keeper, self.node = server, keeper, server.node
+
+    @property
+    def tenure(self) -> Tenure:
+        return self.keeper.tenures.tenure(UID)
+
+    @property
+    def leads(self) -> bool:
+        return self.server.is_primary(UID) and self.server.may_answer(UID)
+
+    @property
+    def version(self) -> int:
+        return self.server.experts[UID].version
+
+    def weight(self) -> torch.Tensor:
+        return self.server.experts[UID].module.weight.detach().clone()
+
+
+@contextlib.asynccontextmanager
+async def member(identity: ta.Identity, seeds: list[str]) -> AsyncIterator[ta.TesseractNode]:
+    now = int(time.time())
+    roles = ("host", "train")
+    grant = sign_grant(OWNER, RUN_ID, identity.peer_id, roles, serial=now, not_after=now + GRANT_SECONDS)
+    async with ta.TesseractNode(initial_peers=seeds, identity=identity) as node:
+        await node.join_run(RUN, grant=grant_text(grant))
+        yield node
+
+
+@contextlib.asynccontextmanager
+async def host(
+    identity: ta.Identity, seeds: list[str], folder: Path | None = None, *, seed: int = 0
+) -> AsyncIterator[Host]:
+    torch.manual_seed(seed)
+    module = nn.Linear(4, 4)
+    backend = ta.ExpertBackend(
+        module, optimizer=torch.optim.SGD(module.parameters(), lr=0.01), args_schema=(ta.TensorSpec((4,)),)
+    )
+    async with member(identity, seeds) as node:
+        if seeds:
+            await node.network.wait_joined(30.0)
+        server = ta.TesseractServer(
+            node, {UID: backend}, followers=[UID], checkpoint_dir=folder, publisher_settings=PUBLISHER
+        )
+        async with server, ReplicaKeeper(server, settings=SETTINGS) as keeper:
+            yield Host(server, keeper)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  (nothing tells of it)
+            await asyncio.sleep(0.02)
+
+
+async def train(node: ta.TesseractNode, num_steps: int) -> None:
+    expert = await node.get_expert(UID)
+    for _ in range(num_steps):
+        await ta.backward((await expert(X)).sum())
+
+
+async def test_one_leads_and_another_follows_it_by_its_seals() -> None:
+    async with host(HOSTS[0], []) as first:
+        assert first.leads and first.tenure.term is not None and first.tenure.term.kind is Kind.GENESIS
+        async with (
+            host(HOSTS[1], [first.node.address], seed=1) as second,
+            member(HOSTS[2], [first.node.address]) as trainer,
+        ):
+            await until(lambda: second.tenure.state is State.FOLLOWING)
+            assert torch.equal(first.weight(), second.weight()), "the one that came later took the first one's state"
+            await train(trainer, 5)
+            assert (first.version, first.leads, second.leads) == (5, True, False)
+            await until(lambda: second.version == 5)
+            assert torch.equal(first.weight(), second.weight())
+
+
+async def test_a_killed_primary_is_replaced_within_a_lease_and_stays_aside_when_it_returns(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        seed = await stack.enter_async_context(ta.TesseractNode())
+        killed = contextlib.AsyncExitStack()
+        first = await killed.enter_async_context(host(HOSTS[0], [seed.address], tmp_path / "a"))
+        await until(lambda: first.leads)
+        second = await stack.enter_async_context(host(HOSTS[1], [seed.address], tmp_path / "b"))
+        trainer = await stack.enter_async_context(member(HOSTS[2], [seed.address]))
+        await until(lambda: second.tenure.state is State.FOLLOWING)
+        await train(trainer, 3)
+        await until(lambda: second.version == 3)
+        epoch = first.tenure.epoch
+        # as by SIGKILL: nothing is handed over, nothing is said
+        await first.keeper.tenures.aclose()
+        await first.node.endpoint.aclose()
+        died = time.monotonic()
+        await until(lambda: second.leads)
+        took = time.monotonic() - died
+        assert second.tenure.epoch > epoch and second.version == 3
+        assert took > LEASE * 0.5
+        with contextlib.suppress(Exception):
+            await killed.aclose()
+        await train(trainer, 2)
+        assert second.version == 5
+        again = await stack.enter_async_context(host(HOSTS[0], [seed.address], tmp_path / "a"))
+        await until(lambda: again.tenure.state in (State.FOLLOWING, State.HOLDING))
+        await until(lambda: again.version == 5)
+        assert second.leads and not again.leads and torch.equal(second.weight(), again.weight())
+
+
+async def test_a_handover_loses_and_doubles_no_step() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(host(HOSTS[0], []))
+        peers = [first.node.address]
+        second = await stack.enter_async_context(host(HOSTS[1], peers))
+        trainer = await stack.enter_async_context(member(HOSTS[2], peers))
+        await until(lambda: second.tenure.state is State.FOLLOWING)
+        await train(trainer, 2)
+        handed, num_steps = asyncio.Event(), 2
+
+        async def keep_training() -> None:
+            nonlocal num_steps
+            expert = await trainer.get_expert(UID)
+            after = 0
+            while after < 5:
+                after += handed.is_set()
+                await ta.backward((await expert(X)).sum())
+                num_steps += 1
+
+        task = asyncio.create_task(keep_training())
+        await until(lambda: num_steps > 5)
+        assert await first.keeper.hand_over() == 1
+        handed.set()
+        await task
+        assert second.leads and not first.leads and second.version == num_steps
+        assert second.tenure.term is not None and second.tenure.term.kind is Kind.HANDOVER
+        assert len(second.server.experts[UID].applied) == num_steps
+
+
+async def test_one_alone_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    async with host(HOSTS[0], [], tmp_path) as first:
+        await train(first.node, 3)
+        await until(lambda: first.tenure.held is not None)
+        epoch, before = first.tenure.epoch, first.weight()
+    async with host(HOSTS[0], [], tmp_path, seed=9) as again:
+        await until(lambda: again.leads)
+        assert again.tenure.epoch > epoch and torch.equal(before, again.weight())
+        await train(again.node, 1)
+        assert again.version == 4
+
+
+async def test_a_stranger_cannot_ask_who_leads_nor_take_part() -> None:
+    async with host(HOSTS[0], []) as first, ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
+        state = first.tenure.state, first.tenure.epoch
+        for kind in ("beat", "vote", "take", "lead", "x" * 200):
+            body = {"uid": UID, "kind": kind, "epoch": 2**40, "records": [b"", b"", b""]}
+            try:
+                await stranger.call_expert(first.node.peer_address, "expert.tenure", body, timeout=10.0)
+            except (NotAllowed, RemoteError):
+                continue
+            raise AssertionError(kind)
+        assert state == (first.tenure.state, first.tenure.epoch)
+
+
+@pytest.mark.slow
+async def test_ten_minutes_of_churn_lose_no_line(tmp_path: Path) -> None:
+    """Three hosts of which one after the other dies, returns or leaves, while a trainer goes on."""
+    until_when = time.monotonic() + 600.0
+    random = Random(1)
+    acknowledged = 0
+    async with contextlib.AsyncExitStack() as stack:
+        seed = await stack.enter_async_context(ta.TesseractNode())
+        trainer = await stack.enter_async_context(member(HOSTS[3], [seed.address]))
+        running: dict[int, tuple[Host, contextlib.AsyncExitStack]] = {}
+
+        async def start(number: int) -> None:
+            life = contextlib.AsyncExitStack()
+            one = await life.enter_async_context(host(HOSTS[number], [seed.address], tmp_path / str(number)))
+            running[number] = one, life
+
+        async def stop(number: int, *, cleanly: bool) -> None:
+            one, life = running.pop(number)
+            if cleanly:
+                await one.keeper.hand_over()
+            else:
+                await one.keeper.tenures.aclose()
+                await one.node.endpoint.aclose()
+            with contextlib.suppress(Exception):
+                await life.aclose()
+
+        async def keep_training() -> None:
+            nonlocal acknowledged
+            while time.monotonic() < until_when:
+                try:
+                    expert = (await trainer.get_expert(UID)).with_options(timeout=5.0)
+                    await ta.backward((await expert(X)).sum())
+                    acknowledged += 1
+                except (TesseractError, TimeoutError):
+                    await asyncio.sleep(0.2)
+                await asyncio.sleep(0.02)
+
+        for number in range(3):
+            await start(number)
+        task = asyncio.create_task(keep_training())
+        while time.monotonic() < until_when:
+            await until(lambda: sum(one.leads for one, _ in running.values()) == 1, 120.0)
+            await asyncio.sleep(random.uniform(1.0, 3 * LEASE))
+            number = random.choice(list(running))
+            await stop(number, cleanly=random.random() < 0.5)
+            await asyncio.sleep(random.uniform(0.0, 2 * LEASE))
+            await start(number)
+        await task
+        await until(lambda: sum(one.leads for one, _ in running.values()) == 1, 120.0)
+        (leader,) = [one for one, _ in running.values() if one.leads]
+        await until(lambda: {one.tenure.epoch for one, _ in running.values()} == {leader.tenure.epoch}, 120.0)
+        print(f"{acknowledged} steps were answered; the line has {leader.version}, after {leader.tenure.epoch} epochs")
+        assert leader.version >= 0.8 * acknowledged and len(leader.server.experts[UID].applied) <= acknowledged * 1.2
+        for number in list(running):
+            await stop(number, cleanly=False)
