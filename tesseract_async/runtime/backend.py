@@ -371,20 +371,25 @@ class ExpertBackend:
         assert self.optimizer is not None and gradients is not None
         self._lately.append(frozenset(self._gathered) - {None})
         self._gathered, self._num_accumulated = {}, 0
-        gradients = [*gradients, *[None] * (len(self.parameters) - len(gradients))]  # of groups that were added since
-        gradients = [_laid_out(x, like) for x, like in zip(gradients, self.parameters, strict=True)]
+        parameters = self.parameters
+        gradients = [*gradients, *[None] * (len(parameters) - len(gradients))]  # of groups that were added since
+        gradients = [
+            x if x is None or (x.layout is torch.strided and x.stride() == like.stride()) else _laid_out(x, like)
+            for x, like in zip(gradients, parameters, strict=True)
+        ]
         most = self.settings.clip_gradient_norm
         if most is not None and (norm := norm_of(gradients)) > most:
             gradients = [None if x is None else x * (most / norm) for x in gradients]  # not in place: two may be one
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-                if gradient is not None:
+            if gradient is not None and (hooks := getattr(parameter, "_post_accumulate_grad_hooks", None)):
+                for hook in hooks.values():
                     hook(parameter)
         try:
             self.optimizer.step()
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
+                parameter.grad = None
         self.version += 1
         if self.scheduler is not None:
             try:
@@ -567,7 +572,7 @@ class ExpertBackend:
 
 def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
     # kernels read an expanded one as if it were laid out like the parameter; a sparse one is the optimizer's business
-    if gradient is None or gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
+    if gradient is None or gradient.layout is not torch.strided:
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
 

@@ -104,7 +104,8 @@ async def _serve(calls: _Calls | None) -> None:
             self.up, self.down = torch.nn.Linear(width, 2 * width), torch.nn.Linear(2 * width, width)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.down(torch.relu(self.up(x)))
+            y: torch.Tensor = self.down(torch.relu(self.up(x)))
+            return x + y
 
     def backend(width: int) -> ta.ExpertBackend:
         module = FeedForward(width)
@@ -113,9 +114,7 @@ async def _serve(calls: _Calls | None) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    experts = {
-        f"w{width}.{number}": backend(width) for _, width, _ in SIZES.values() for number in range(NUM_EXPERTS)
-    }
+    experts = {f"w{width}.{number}": backend(width) for _, width, _ in SIZES.values() for number in range(NUM_EXPERTS)}
     async with (
         ta.TesseractNode(refresh_period=600.0) as host,
         ta.TesseractServer(host, experts),
@@ -124,9 +123,7 @@ async def _serve(calls: _Calls | None) -> None:
 
         async def steps(rows: int, width: int) -> Callable[[], Awaitable[None]]:
             torch.manual_seed(1)
-            gate = ta.GatingFunction(
-                node, f"w{width}", grid_size=(NUM_EXPERTS,), in_features=width, k_best=K_BEST
-            )
+            gate = ta.GatingFunction(node, f"w{width}", grid_size=(NUM_EXPERTS,), in_features=width, k_best=K_BEST)
             optimizer = torch.optim.SGD(gate.parameters(), lr=1e-6)
             x, target = torch.randn(rows, width), torch.randn(rows, width)
 
@@ -185,6 +182,8 @@ async def _serve(calls: _Calls | None) -> None:
 
 def measure(checkouts: list[Path]) -> None:
     """Prints the figures of the first checkout, and their ratios to the second one's."""
+    from tests.benchmarks.figures import emit  # not in the children, which have another checkout's modules
+
     with _sides(checkouts, counts=False) as sides:
         for size in SIZES:
             pairs = []
