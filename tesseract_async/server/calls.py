@@ -159,7 +159,7 @@ class ExpertCalls:
         tensors = await unpack(request.tensors, call.buffers)
         _check_codecs(uid, backend, "inputs", request.tensors, tensors)
         inputs = check_inputs(uid, backend, tensors)
-        versions, owner = [x._version for x in inputs], self._owner(call)
+        versions = [x._version for x in inputs]
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = Answer(empty, backend.version)
@@ -171,11 +171,11 @@ class ExpertCalls:
                 seed=request.seed,
                 deadline=call.deadline,
                 priority=_priority(call),
-                peer=owner,
+                peer=self._owner(call),
             )
         # where a module wrote them, the backward brings them again
         keeps = request.keep_inputs and versions == [x._version for x in inputs]
-        inputs_cached = self._keep(uid, inputs, call.peer_id, owner) if keeps else None
+        inputs_cached = self._keep(uid, inputs, call) if keeps else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
@@ -268,12 +268,12 @@ class ExpertCalls:
         addresses tell nothing) the peer's."""
         return call.peer_id if self.knows(call.peer_id) else range_of(call.origin) or call.peer_id
 
-    def _keep(self, uid: str, inputs: list[torch.Tensor], peer: PeerID, owner: Hashable) -> bytes | None:
+    def _keep(self, uid: str, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
         name = new_name()
         now = asyncio.get_running_loop().time()
         if self.expects_backwards(uid):
-            self._expected.expect(name, uid, peer, now)
-        kept = self._inputs.put(name, [_alone(x) for x in inputs], owner=owner, now=now)
+            self._expected.expect(name, uid, call.peer_id, now)
+        kept = self._inputs.put(name, [_alone(x) for x in inputs], owner=self._owner(call), now=now)
         self._sweep_later()
         return name if kept else None
 

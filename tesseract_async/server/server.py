@@ -130,7 +130,7 @@ class TesseractServer(Uncopied):
         self._is_primary = {uid: uid not in followers for uid in experts}
         self._calls.expects_backwards = self._is_primary.__getitem__
         self._calls.is_gone = lambda peer: not node.is_connected(peer)
-        self._calls.knows = node.trust.knows
+        self._calls.knows = lambda peer: node.trust.knows(peer)
         self._store = (
             None
             if checkpoint_dir is None
