@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from tesseract_async.client.ports import Node
-from tesseract_async.errors import InputsForgotten, ProtocolError
+from tesseract_async.errors import InputsForgotten, ProtocolError, shortened
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import AUTO, CodecPolicy, Codecs, settle
 from tesseract_async.wire.messages import BACKWARD, FORWARD, HIGHEST_PRIORITY, INFO, LOWEST_PRIORITY
-from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten
+from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, may_unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +170,21 @@ async def call_forward(
         priority=options.priority,
     )
     decoded = messages.decode(messages.ForwardReply, reply.body)
-    outputs = await unpack(decoded.tensors, reply.buffers)
     specs = forward.schema.output_specs
+    _check_growth(forward.uid, decoded.tensors, specs)
+    outputs = await unpack(decoded.tensors, reply.buffers)
     if len(outputs) != len(specs):
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
     num_rows = inputs[0].shape[0]
     checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
     return checked, Answer(peer, decoded.version, decoded.inputs_cached)
+
+
+def _check_growth(uid: str, metas: list[Any], specs: Sequence[TensorSpec]) -> None:
+    """Refuses an answer that would take more memory, unpacked, than what fits. Raises: ProtocolError."""
+    if not may_unpack(metas, specs):
+        takes = ", ".join(map(str, specs))
+        raise ProtocolError(f"{uid} answered {shortened(str(metas))} where its schema says {shortened(takes)}")
 
 
 def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:
@@ -252,6 +260,7 @@ async def _send_backward(
         call_id=call_id,
     )
     decoded = messages.decode(messages.BackwardReply, reply.body)
+    _check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in inputs])
     grads = await unpack(decoded.tensors, reply.buffers)
     if len(grads) != len(inputs):
         raise ProtocolError(f"{forward.uid} answered {len(grads)} gradients for {len(inputs)} inputs")

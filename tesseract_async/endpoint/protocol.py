@@ -528,6 +528,8 @@ class ConnectionProtocol:
         call = self._incoming.get(stream) if kind == frames.CHUNK_REQUEST else self._outgoing.get(stream)
         if call is None or call.arrival is None:
             return None  # cancelled or expired meanwhile
+        if call.arrival.lane.index != lane:  # two readers in one message would write over its end
+            raise ProtocolError("a message changes its lane")
         assembly = call.arrival.assembly
         if length > assembly.left:
             raise ProtocolError("a message has more bytes than it announced")

@@ -28,6 +28,7 @@ once for each pair of nodes; the *proof* is its public key and signature over `p
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -168,8 +169,10 @@ def read_reply(datagram: Datagram) -> Reply:
     observed, token, proof, wall = body[0], body[1], body[2], body[3]
     if type(observed) is not bytes or type(token) is not bytes or len(token) != TOKEN_BYTES:
         raise ProtocolError("a malformed token or address")
-    if type(proof) is not bytes or len(proof) not in (0, PROOF_BYTES) or type(wall) is not float:
+    if type(proof) is not bytes or len(proof) not in (0, PROOF_BYTES):
         raise ProtocolError("a malformed proof")
+    if type(wall) is not float or not math.isfinite(wall):
+        raise ProtocolError("a malformed time")
     return Reply(unpack_address(observed), token, proof, wall, body[4:], datagram.flags)
 
 

@@ -25,6 +25,8 @@ def encode_value(value: Any) -> bytes:
     try:
         packed: bytes = msgpack.packb(value)
         same = _equal(decode_value(packed), value)
+    except BufferError:
+        raise TypeError("a memoryview whose bytes do not lie side by side: turn it into bytes") from None
     except UnicodeEncodeError:
         raise ValueError("text with lone surrogates cannot be stored: encode it to bytes") from None
     except (ValueError, OverflowError, msgpack.UnpackException) as error:
@@ -35,8 +37,13 @@ def encode_value(value: Any) -> bytes:
 
 
 def decode_value(packed: bytes) -> Any:
-    """The inverse, for untrusted bytes. Raises: ValueError, TypeError, RecursionError, msgpack.UnpackException."""
-    return msgpack.unpackb(packed, strict_map_key=False)
+    """The inverse, for untrusted bytes: it gives only what `encode_value` takes.
+
+    Raises: ValueError, TypeError, RecursionError, msgpack.UnpackException.
+    """
+    value = msgpack.unpackb(packed, strict_map_key=False, max_ext_len=0)
+    _check(value, MAX_DEPTH)
+    return value
 
 
 def _check(value: Any, depth: int) -> None:

@@ -216,10 +216,7 @@ class Executor:
             if len(attempt.parts) > 1 and usual is not None:
                 # each may be as large as one alone
                 limit, bound = FAR_ABOVE * usual * len(attempt.parts), max(bound, usual) * len(attempt.parts)
-            if not bound and usual is not None and norm > FAR_ABOVE * usual:
-                backend.norms.observe(_account(attempt), norm)
-                limit = FAR_ABOVE * usual
-            elif bound < norm <= limit:
+            if bound < norm <= limit:
                 attempt.summed = [None if x is None else x * (bound / norm) for x in summed]
         if limit is not None and norm > limit:
             raise ExpertFailed(

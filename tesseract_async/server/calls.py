@@ -23,6 +23,7 @@ from tesseract_async.errors import (
     RemoteError,
     SchemaMismatch,
     UnknownMethod,
+    shortened,
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -156,6 +157,7 @@ class ExpertCalls:
             raise self.refuse_forwards
         codec = request.reply_codec
         backend.settings.codecs.check("outputs", codec, expert=uid)
+        _check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
         tensors = await unpack(request.tensors, call.buffers)
         _check_codecs(uid, backend, "inputs", request.tensors, tensors)
         inputs = check_inputs(uid, backend, tensors)
@@ -187,6 +189,8 @@ class ExpertCalls:
         key = (uid, journal_key(call.peer_id, request.call_id))
         answer = self._answers.get(key)
         if answer is None:
+            specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+            _check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
             tensors = await unpack(request.tensors, call.buffers)
             answer = self._answers.get(key)  # the same call may have been answered meanwhile
         if answer is None:
@@ -365,6 +369,12 @@ def _check_codecs(
     for meta, tensor in zip(metas, tensors, strict=True):
         if meta is not None and tensor is not None and tensor.is_floating_point():
             policy.check(what, meta[2], expert=uid)
+
+
+def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
+    """Refuses what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
+    if not wire.may_unpack(metas, specs):
+        raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {shortened(str(metas))}")
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:

@@ -190,8 +190,12 @@ class ReplicaKeeper:
 
             async def one(uid: str, others: list[ExpertReplica]) -> None:
                 async with gate:
+                    followable = [other for other in others if may_follow(self._node, other)]
+                    if self._server.is_primary(uid):
+                        strange = [other for other in others if other.primary and other not in followable]
+                        self._tell_dispute(uid, strange[:4])
                     try:
-                        await self._settle(uid, [other for other in others if may_follow(self._node, other)], round_)
+                        await self._settle(uid, followable, round_)
                     except (TesseractError, TimeoutError) as error:
                         logger.warning("replica of %s: %s", uid, describe(error))
 

@@ -266,6 +266,21 @@ def pack_tensors(
     return metas, buffers
 
 
+def may_unpack(metas: Any, specs: Sequence[TensorSpec]) -> bool:
+    """Whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
+
+    A byte of a lossy codec becomes up to 12 while it is decoded, in a dtype that its sender names. So a tensor in such
+    a codec may be unpacked only where its dtype and shape (but for the rows) are those of its spec.
+    """
+    for index, meta in enumerate(metas if type(metas) is list else ()):
+        if type(meta) is list and len(meta) == 3 and meta[2] != "none":
+            spec = specs[index] if index < len(specs) else None
+            name, sizes, _ = meta
+            if spec is None or name != DTYPE_NAMES[spec.dtype] or type(sizes) is not list or sizes[1:] != [*spec.shape]:
+                return False
+    return True
+
+
 def unpack_tensors(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:
     """The tensors that `pack_tensors` packed. Codec ``none`` gives tensors that *own* no copy: they use `buffers`.
 

@@ -12,6 +12,7 @@ from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, ProtocolError, SchemaMismatch
+from tesseract_async.wire import compression
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
 from tests.client.fake_node import FakeNode, seeded, until
@@ -291,6 +292,35 @@ async def test_nonsense_as_gradients_is_a_protocol_error_too(node: FakeNode, kin
     with pytest.raises(ProtocolError):
         await backward(y.sum())
     assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    "meta", [["float64", [2, 8], "uint8"], ["float32", [4, 8], "bf16"], ["float32", [2, 9], "fp16"]]
+)
+async def test_nonsense_is_not_unpacked_where_that_takes_more_memory(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch, meta: list[Any]
+) -> None:
+    def bomb(method: str, body: Any, buffers: Any) -> Any:
+        count = meta[1][0] * meta[1][1]
+        buffer = memoryview(bytes(compression.encoded_bytes(count, torch.float64, "uint8")))
+        return {**body, "tensors": [meta, meta]}, [buffer, buffer]
+
+    node.host("ffn.0.0", nn.Linear(8, 8))
+    expert = RemoteExpert(node, "ffn.0.0")
+    x = torch.zeros(2, 8, requires_grad=True)
+    y = await expert(x)
+    decode = compression.decode
+
+    def only_plain(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec: str) -> torch.Tensor:
+        assert codec == "none"
+        return decode(buffer, dtype, shape, codec)
+
+    monkeypatch.setattr(compression, "decode", only_plain)
+    node.tamper = bomb
+    with pytest.raises(ProtocolError, match="answered .* where its schema says"):
+        await backward(y.sum())
+    with torch.no_grad(), pytest.raises(ProtocolError, match="answered .* where its schema says"):
+        await expert(x)
 
 
 async def test_a_copy_shares_the_node(node: FakeNode) -> None:

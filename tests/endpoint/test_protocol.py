@@ -491,6 +491,24 @@ def test_broken_rules_raise_protocol_errors_and_take_no_memory(data: bytes) -> N
     assert side.budget.used == 0 and machine.num_calls == 0
 
 
+@pytest.mark.parametrize("first", [MAIN, BULK])
+def test_a_message_keeps_to_its_lane(first: int) -> None:
+    other = BULK if first == MAIN else MAIN
+    for kind in (frames.CHUNK_REQUEST, frames.CHUNK_REPLY):
+        pair = Pair()
+        if kind == frames.CHUNK_REQUEST:
+            side, start = pair.server, begin(frames.BEGIN_REQUEST, MIB, frames.ROOM_ASKED)
+        else:
+            side, start = pair.client, begin(frames.BEGIN_REPLY, MIB, frames.ROOM_ASKED, pair.call(1))
+            pair.settle()
+        chunk = frames.HEADER.pack(kind, 0, 0, MIB, 1)
+        side.receive(first, start + chunk + bytes(9), 0.0)
+        with pytest.raises(ProtocolError, match="lane"):
+            side.receive(other, chunk + bytes(MIB), 0.0)
+        side.machine.connection_lost("broken rules")
+        assert side.budget.used == 0 and side.machine.num_calls == 0
+
+
 def test_more_calls_than_allowed_are_a_broken_rule() -> None:
     side, machine = hostile(dataclasses.replace(SETTINGS, max_calls=5))
     head = frames.pack((bytes(16), "m", 1000, 0, 0, 5, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -63,6 +64,14 @@ def test_well_formed_msgpack_of_the_wrong_shape_raises_protocol_errors_only(body
         list(split_contacts(body[0] if body else None, body[1:], 20))
     except ProtocolError:
         pass
+
+
+@pytest.mark.parametrize("wall", [math.nan, math.inf, -math.inf, 1, None])
+def test_a_time_that_is_none_is_malformed(wall: object) -> None:
+    address = pack_address(("203.0.113.9", 4001))
+    assert wire.read_reply(wire.Datagram(129, 0, bytes(8), ME, [address, bytes(8), b"", 1.5])).wall == 1.5
+    with pytest.raises(ProtocolError, match="time"):
+        wire.read_reply(wire.Datagram(129, 0, bytes(8), ME, [address, bytes(8), b"", wall]))
 
 
 def test_another_version_is_told_apart_from_garbage() -> None:

@@ -45,7 +45,7 @@ POINT = collections.namedtuple("POINT", "x y")
         *(Colour.RED, Number.ONE, np.float64(0.5), bytearray(b"x"), memoryview(b"x"), nested(MAX_DEPTH)),
         collections.OrderedDict(a=1),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_stored_comes_back_equal(value: Any) -> None:
     assert decode_value(encode_value(value)) == value
@@ -70,6 +70,7 @@ def test_signs_and_not_a_number_stay() -> None:
         (np.int64(3), TypeError, "of type int64"),
         (np.zeros(2), TypeError, "of type ndarray"),
         (msgpack.Timestamp(1), TypeError, "of type Timestamp"),
+        ([memoryview(b"abcd")[::2]], TypeError, "side by side"),
         (2**64, ValueError, "65 bits"),
         ({"a": [-(2**63) - 1]}, ValueError, "64 bits|64 is most"),
         ("\ud800", ValueError, "lone surrogates"),
@@ -83,6 +84,22 @@ def test_signs_and_not_a_number_stay() -> None:
 def test_what_would_not_is_refused(value: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         encode_value(value)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        msgpack.packb(msgpack.Timestamp(1)),
+        msgpack.packb(msgpack.ExtType(1, b"")),
+        msgpack.packb({None: 1}, strict_types=True),
+        msgpack.packb(nested(MAX_DEPTH + 1)),
+        b"\x91" * 900 + b"\xc0",
+    ],
+    ids=repr,
+)
+def test_what_strangers_store_otherwise_is_no_value(packed: bytes) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        decode_value(packed)
 
 
 VALUES = st.recursive(

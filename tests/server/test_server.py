@@ -249,6 +249,21 @@ async def test_gradients_that_do_not_fit_are_refused(node: FakeNode, server: Tes
     assert server.experts["ffn.0"].version == 0
 
 
+@pytest.mark.parametrize("dtype, width, codec", [("float64", 8, "uint8"), ("float32", 9, "bf16"), ("float32", 8, "x")])
+async def test_what_does_not_fit_is_not_unpacked_where_that_takes_more_memory(
+    node: FakeNode, server: TesseractServer, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int, codec: str
+) -> None:
+    monkeypatch.setattr(wire.compression, "decode", None)
+    meta = [dtype, [1000, width], codec]
+    metas = [["float32", [1000, 8], codec], meta] if (dtype, width) == ("float32", 8) else [meta]
+    with pytest.raises(SchemaMismatch, match="ffn.0 takes .*; got"):
+        await node.forward("ffn.0", torch.zeros(1, 8), tensors=metas)
+    for num_inputs in (0, 1):
+        with pytest.raises(SchemaMismatch, match="backward of ffn.0 takes .*; got"):
+            metas = [["float32", [1000, 8], codec]] * num_inputs + [["float32", [1000, 4], codec], meta]
+            await node.backward("ffn.0", [torch.zeros(1, 8)], [], num_inputs=num_inputs, tensors=metas)
+
+
 async def test_malformed_calls_are_refused(node: FakeNode, server: TesseractServer) -> None:
     x = torch.zeros(2, 8)
     for changes in ({"tensors": 3}, {"tensors": [["float32", [2, 9], "none"]]}, {"training": 1}, {"seed": -1}):
@@ -422,7 +437,7 @@ async def test_a_checkpoint_of_another_module_is_refused_and_nothing_is_left_ope
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
         await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
     other = ExpertBackend(nn.Linear(8, 8), args_schema=(TensorSpec((8,)),))
-    with pytest.raises(CheckpointError, match="ffn.0 does not fit its module"):
+    with pytest.raises(CheckpointError, match="checkpoint of ffn.0 does not fit it"):
         async with TesseractServer(node, {"ffn.0": other}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
             pass
     assert not node.handlers
