@@ -11,6 +11,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
+from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import Manifest, RunTag, grid_key, shard_key, split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.wire.calls import MAX_GRANTS
@@ -96,6 +97,8 @@ class Trust:
             authority.learn_grant(manifest.grant, owner)
         if not authority.may(owner, "host", now=None):
             raise ProtocolError("a manifest of somebody who may not host in this run")
+        if manifest.epochs is not None and (manifest.epochs > authority.epoch(self.clock()) + SKEW).any():
+            raise ProtocolError("a manifest with an epoch from the future")
         grant = authority.grant_of(owner)
         if grant is None or grant.pattern is None or authority.is_open:
             return manifest
@@ -116,10 +119,10 @@ class Trust:
             return False
         return authority is None or authority.may(peer_id, "host", uid, now=None)
 
-    def may_reserve(self, owner: PeerID, prefix: str) -> bool:
-        """Whether it counts that this peer says that it is about to host experts of this prefix."""
+    def may_reserve(self, owner: PeerID, prefix: str, uid: str | None = None) -> bool:
+        """Whether it counts that this peer says that it is about to host `uid`, or (None) any expert of this prefix."""
         authority = self._runs.get(prefix)
-        return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", now=self.clock()))
+        return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", uid, now=self.clock()))
 
     def knows(self, peer_id: PeerID) -> bool:
         """Whether this peer is somebody: a list of the policy names it, or a run grants it something."""

@@ -32,7 +32,7 @@ from tesseract_async.server.state_transfer import (
     fetch_file,
     largest_state,
 )
-from tesseract_async.transport.address_scope import PUBLIC, kind_of
+from tesseract_async.transport.address_scope import is_near
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -127,11 +127,9 @@ def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
     """
     if node.policy.storers is not None:
         return True  # others' manifests are not even read
-    return bool(replica.peer.addresses) and all(map(_is_near, replica.peer.addresses))
-
-
-def _is_near(address: str) -> bool:
-    return kind_of(split_host_port(address)[0]) not in (PUBLIC, None)
+    return bool(replica.peer.addresses) and all(
+        is_near(split_host_port(address)[0]) for address in replica.peer.addresses
+    )
 
 
 def _check_path(node: TesseractNode, replica: ExpertReplica) -> None:
@@ -142,7 +140,7 @@ def _check_path(node: TesseractNode, replica: ExpertReplica) -> None:
     paths = [one.path for one in node.endpoint.connections() if one.peer_id == replica.peer.peer_id]
     for path in paths if node.policy.storers is None else []:
         kind, _, address = path.partition(" ")
-        if kind != "tcp" or not _is_near(address):
+        if kind != "tcp" or not address or not is_near(split_host_port(address)[0]):
             raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})
 
 

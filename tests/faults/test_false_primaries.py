@@ -172,7 +172,7 @@ async def test_where_members_are_listed_a_strangers_claims_change_nothing(tmp_pa
             assert not evil.asked and not honest.node.metrics.total("primaries_disputed")
 
 
-@pytest.mark.parametrize("path", ["tcp 8.8.8.8:4000", "relay 10.0.0.9:4000", "tcp"])
+@pytest.mark.parametrize("path", ["tcp 8.8.8.8:4000", "tcp 203.0.113.9:4000", "relay 10.0.0.9:4000", "tcp"])
 async def test_one_that_names_a_near_address_and_comes_from_elsewhere_is_not_followed(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
