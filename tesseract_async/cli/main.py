@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -40,6 +41,14 @@ CONTEXT = {
 
 class LazyGroup(click.Group):
     """Imports a subcommand's module when that subcommand is asked for."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """As of any group; help or a version that cannot be written, such as to a full disk, ends in a sentence."""
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            click.echo(f"Error: {error.strerror or error}", err=True)
+            sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from typing import Any, Literal, Self
 
 import torch
@@ -21,6 +22,7 @@ from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.mixture_settings import MixtureSettings
 from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
+from tesseract_async.experts.manifest import is_prefix
 from tesseract_async.wire.codecs import settle
 from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, sequence_like, unflatten
 
@@ -101,13 +103,17 @@ class GatingFunction(nn.Module):
         - `load_balancing`: whether each pass computes a load-balancing loss (see `load_balancing_loss`).
         - `jitter`: in training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``.
 
-        Raises: ValueError for a grid, a number or a time-out that makes no sense.
+        Raises: ValueError or TypeError for a prefix, a grid, a number or a time-out that makes no sense.
         """
         super().__init__()
         self.uid_prefix = uid_prefix
-        self.grid_size = tuple(int(size) for size in grid_size)
+        if not is_prefix(uid_prefix):
+            raise ValueError(f"a grid's prefix is text such as 'ffn' or 'layer.ffn', not {uid_prefix!r}")
+        self.grid_size = tuple(index(size) for size in grid_size)
         if not self.grid_size or min(self.grid_size) < 1:
             raise ValueError(f"a grid has at least one dimension, and every size is positive: {self.grid_size}")
+        if in_features < 1:
+            raise ValueError(f"in_features is a positive number, not {in_features}")
         if route not in ("sample", "token") or search not in ("exact", "beam"):
             raise ValueError(f"route is 'sample' or 'token', search 'exact' or 'beam'; not {route!r} and {search!r}")
         if not 0 <= jitter < 1:

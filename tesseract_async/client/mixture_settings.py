@@ -62,6 +62,9 @@ class MixtureSettings:
         check_priority(self.priority)
         check_max_staleness(self.max_staleness)
         check_audit_share(self.audit_share)
+        for name in ("k_best", "k_min", "spare", "backward_k_min"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} is a whole number, not {getattr(self, name)!r}")
         if self.k_best < 1:
             raise ValueError(f"k_best is at least 1, not {self.k_best}")
         for name in ("k_min", "backward_k_min"):
@@ -69,12 +72,15 @@ class MixtureSettings:
                 raise ValueError(f"{name} lies between 0 and k_best={self.k_best}, not at {getattr(self, name)}")
         if self.on_missing not in ("raise", "zero"):
             raise ValueError(f"on_missing is 'raise' or 'zero', not {self.on_missing!r}")
-        if min(self.forward_timeout, self.backward_timeout) <= 0 or (self.timeout_after_k_min or 0) < 0:
-            raise ValueError("time-outs are positive numbers of seconds")
-        if min(self.spare, self.patience or 0.0, self.latency_weight) < 0:
-            raise ValueError("spare, patience and latency_weight are not negative")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor is positive, not {self.capacity_factor}")
+        # the other way round, "nan" would pass
+        for name in ("forward_timeout", "backward_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is a positive number of seconds, not {getattr(self, name)!r}")
+        for name in ("timeout_after_k_min", "spare", "patience", "latency_weight"):
+            if (number := getattr(self, name)) is not None and not number >= 0:
+                raise ValueError(f"{name} is a number of 0 or more, not {number!r}")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(f"capacity_factor is a positive number, not {self.capacity_factor!r}")
 
     @property
     def call_options(self) -> CallOptions:

@@ -288,6 +288,8 @@ class Authority:
             return False
         if grant.peer in self._invites or grant.serial < self._since.get(grant.peer, 0):
             return False
+        if grant.via is not None and grant.peer in self._since and grant.signer not in self.delegates:
+            return False  # an invite lets nobody in again: whoever was revoked may have it still
         return grant.via is None or self._holds(grant.via)
 
     def _forget_some(self) -> None:

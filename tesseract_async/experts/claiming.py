@@ -192,7 +192,9 @@ async def _reserved(
         if not trust.may_reserve(entry.owner, pattern.prefix):
             continue
         try:
-            found.setdefault(entry.owner, set()).update(decode_reservation(entry.value))
+            rows = decode_reservation(entry.value)
+            may = [row for row in rows if trust.may_reserve(entry.owner, pattern.prefix, join_uid(pattern.prefix, row))]
+            found.setdefault(entry.owner, set()).update(may)
             await asyncio.sleep(0)  # strangers may have written many
         except ProtocolError as error:
             logger.debug("dropped a reservation of %s: %s", entry.owner.short, error)

@@ -205,7 +205,7 @@ def decode_revocations(blob: bytes) -> Revocations:
     if type(run_id) is not bytes or type(peers) is not list or type(invites) is not list:
         raise ProtocolError("malformed revocations")
     _check_numbers(number)
-    _check_numbers(since, below=MAX_SERIAL)
+    _check_numbers(since, below=MAX_SERIAL + 1)  # so that every grant may be revoked
     lists = tuple(PeerID(peer) for peer in peers), tuple(PeerID(peer) for peer in invites)
     return Revocations(run_id, number, since, *lists, signed.signer, blob)
 

@@ -13,6 +13,7 @@ the same records say the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -336,7 +337,8 @@ class Lineage:
 
     1. the serial of the owner's appointment that it stands on,
     2. the number of hosts that say they follow its tree, where trees of Terms share no known beginning,
-    3. its epoch, the number of its newest Seal, its hash.
+    3. whether that is the tree that this server has gone by for long (`stay`),
+    4. its epoch, the number of its newest Seal, its hash.
 
     A Term that no majority stands behind (an adoption, one half of a pair) does not count once a Seal shows that those
     whom it thought dead went on (`refutes`). A primary that signed two Seals of one number is exposed: its
@@ -353,11 +355,17 @@ class Lineage:
         self._early: dict[bytes, Seal] = {}  # by Term: whose Term was not seen yet
         self._exposed: dict[bytes, tuple[Seal, Seal]] = {}
         self._hosts: Mapping[PeerID, int] = {}
+        self._home: bytes | None = None
+        self._is_home_old = False
         self._best: Term | None = None
         self._is_stale = False
 
-    def add(self, record: Term | Seal, *, now: float) -> bool:
-        """Takes a record that was read. `now`: wall-clock seconds. Whether it was new and may count."""
+    def add(self, record: Term | Seal, *, now: float, leads: bool = False) -> bool:
+        """Takes a record that was read. `now`: wall-clock seconds. Whether it was new and may count.
+
+        A weak Term from the future counts once its time has come: until then the primary that it thinks dead, which
+        sees it at once (`leads`), could not show the contrary.
+        """
         if record.uid != self.uid or not self._may(record):
             return False
         appointment = self._authority.appointment(self.uid)
@@ -366,6 +374,8 @@ class Lineage:
         horizon = now - EPOCH_ZERO + SKEW
         if isinstance(record, Seal):
             return max(record.time, record.epoch) <= horizon and self._add_seal(record)
+        if record.is_weak and record.seal is not None and not leads:
+            horizon = max(horizon - SKEW, record.seal.epoch + 1)
         if record.epoch > horizon or record.digest in self._terms or not self._is_founded(record):
             return False
         self._terms[record.digest] = record
@@ -415,6 +425,16 @@ class Lineage:
             self._hosts = dict(hosts)
             self._is_stale = True
 
+    def stay(self, term: Term, *, is_old: bool) -> None:
+        """This server goes by the tree of that Term, for long if `is_old`: then no single host's word moves it."""
+        if (term.digest, is_old) != (self._home, self._is_home_old):
+            self._home, self._is_home_old, self._is_stale = term.digest, is_old, True
+
+    def is_home(self, term: Term) -> bool:
+        """Whether it is of the tree that this server goes by."""
+        home = None if self._home is None else self._terms.get(self._home)
+        return home is not None and self._root(home) == self._root(term)
+
     def authority_changed(self) -> None:
         """Grants, revocations or appointments may be others now."""
         self._is_stale = True
@@ -435,11 +455,6 @@ class Lineage:
         Where clocks differ by more than that, a last Seal may do so in error: whoever stands waits until it is past.
         """
         return time > term.epoch
-
-    @property
-    def highest_epoch(self) -> int:
-        """The largest epoch of any Term seen, whether it counts or not; 0 if none was."""
-        return max((term.epoch for term in self._terms.values()), default=0)
 
     def seal_of(self, term: Term) -> Seal | None:
         """The newest Seal of a Term, or its parent where it has none yet: the state that others have of it.
@@ -490,31 +505,52 @@ class Lineage:
         standing = [term for term in standing if not refuted & lines[term.digest]] or standing
         # lines end in their beginning, known or not: those that share it are one tree
         roots = {term.digest: self._root(term) for term in standing}
-        epochs: dict[bytes, set[int]] = {}
-        for term in standing:
-            epochs.setdefault(roots[term.digest], set()).add(term.epoch)
-        may = self._authority.may
-        weights = {
-            root: sum(epoch in some for peer, epoch in self._hosts.items() if may(peer, "host", self.uid, now=None))
-            for root, some in epochs.items()
-        }
+        weights = self._weigh(standing, roots)
+        home = None if self._home is None or not self._is_home_old else roots.get(self._home)
 
-        def rank(term: Term) -> tuple[int, int, int, int, bytes]:
+        def rank(term: Term) -> tuple[int, int, bool, int, int, bytes]:
             seal = self._seals.get(term.digest)
             number = 0 if seal is None or term.digest in self._exposed else seal.number
-            return term.serial, weights[roots[term.digest]], term.epoch, number, term.digest
+            root = roots[term.digest]
+            return term.serial, weights[root], root == home, term.epoch, number, term.digest
 
         return max(standing, key=rank)
 
-    def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
-        """Whether the line that it thought dead went on after it, by the word of those who lead it."""
-        assert term.seal is not None
-        for digest, seal in self._seals.items():
-            line = lines.get(digest)
-            if line is None or not self.refutes(seal.time, term) or term.seal.term not in line or term.digest in line:
+    def _weigh(self, standing: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
+        """How many hosts follow each tree, by the epochs that they name.
+
+        Anybody may begin a tree with an epoch that stands in another. Then it is that of who names it for the Term that
+        it signed itself, and else of the tree that this server goes by.
+        """
+        home = None if self._home is None else roots.get(self._home)
+        weights: Counter[bytes] = Counter()
+        for peer, epoch in self._hosts.items():
+            if not self._authority.may(peer, "host", self.uid, now=None):
                 continue
-            between = line - lines.get(term.seal.term, {term.seal.term})
-            if not any(self._terms[one].is_weak for one in between if one in self._terms):
+            named = [term for term in standing if term.epoch == epoch]
+            trees = {roots[term.digest] for term in named}
+            if len(trees) > 1:
+                trees = {roots[term.digest] for term in named if term.primary == peer} or trees & {home} or trees
+            weights.update(trees)
+        return weights
+
+    def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
+        """Whether the line that it thought dead went on after it, by the word of those who lead it.
+
+        No adoption comes within a lease of a member's Term: members have the expert before others may adopt it.
+        """
+        assert term.seal is not None
+        adopts = term.kind is Kind.ADOPTION
+        for digest, line in lines.items():
+            if term.seal.term not in line or term.digest in line:
+                continue
+            seal, one = self._seals.get(digest), self._terms[digest]
+            took = one.kind in (Kind.TAKEOVER, Kind.HANDOVER) and adopts and digest != term.seal.term
+            lives = seal is not None and self.refutes(seal.time, term)
+            if not lives and not (took and one.epoch > term.epoch - self._authority.lease):
+                continue
+            between = [self._terms[d] for d in line - lines.get(term.seal.term, {term.seal.term}) if d in self._terms]
+            if not any(d.kind is Kind.ADOPTION or (d.is_weak and not adopts) for d in between):
                 return True
         return False
 

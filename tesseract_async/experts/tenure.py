@@ -53,7 +53,9 @@ class Tenure(TenureBase):
     def sight(self, blob: Any, now: float, wall: float) -> bool:
         """A Term or Seal that somebody showed, or that lies in the network. Whether it is new, and counts."""
         record = self._read(blob)
-        if record is None or not self.lineage.add(record, now=wall):
+        if record is None or self._is_alive(record, now):
+            return False
+        if not self.lineage.add(record, now=wall, leads=self.term is not None):
             return False
         if record.primary == self.me and self._is_of_twin(record):
             self._find_twin(now, wall)
@@ -153,14 +155,6 @@ class Tenure(TenureBase):
             poll.waiting.discard(peer)
             poll.silent.add(peer)
             self._count(now, wall)
-
-    def _is_beat_of(self, peer: PeerID, ask: Ask, best: Term, now: float) -> bool:
-        if peer != best.primary or ask.epoch != best.epoch or not self._is_free(best, now):
-            return False
-        if self.lineage.is_exposed(best):
-            return False
-        # the other of two processes with one key: nobody agrees with it
-        return ask.boot == best.boot and peer != self.me
 
     def _vote(self, peer: PeerID, ask: Ask, now: float) -> bytes:
         seal = self._read(ask.seal)
@@ -400,7 +394,8 @@ class Tenure(TenureBase):
         if not may or self.is_twin or another:
             self._retry(now)
             return False
-        parent = max(self._promised, self.lineage.highest_epoch, 0 if seal is None else seal.epoch)
+        best = self.lineage.best
+        parent = max(self._promised, 0 if best is None else best.epoch, 0 if seal is None else seal.epoch)
         epoch = next_epoch(parent, wall - EPOCH_ZERO)
         others = set() if seal is None else set(seal.members) - {self.me}
         if kind is Kind.TAKEOVER and others and 1 < majority(len(others) + 1):
@@ -444,7 +439,7 @@ class Tenure(TenureBase):
         self.state, self.term, self._number = State.CANDIDATE, term, 0
         self._known[term.blob] = term
         self._promise(epoch, self.me, now)
-        self.lineage.add(term, now=wall)
+        self.lineage.add(term, now=wall, leads=True)
         # those who had a say in the parent have it until a Seal with others is settled
         gone = kind in (Kind.GENESIS, Kind.ADOPTION, Kind.APPOINTED) or seal is None
         others = () if gone or seal is None else tuple(p for p in seal.members if p != self.me)
@@ -485,7 +480,7 @@ class Tenure(TenureBase):
             return
         if appointment.seal is not None and (self.held is None or self.held.digest != appointment.seal):
             return
-        epoch = next_epoch(max(self._promised, self.lineage.highest_epoch), wall - EPOCH_ZERO)
+        epoch = next_epoch(max(self._promised, 0 if best is None else best.epoch), wall - EPOCH_ZERO)
         self._poll = None
         self._begin(Kind.APPOINTED, self.held, epoch, now, wall, serial=appointment.serial)
 
@@ -529,6 +524,9 @@ class Tenure(TenureBase):
         best = self.lineage.best
         if best is None:
             return
+        if not self.lineage.is_home(best):
+            self._home_since = now
+        self.lineage.stay(best, is_old=now - self._home_since > 10 * self._lease)
         if self.term is not None and best is self.term:
             if self.lineage.is_exposed(best) and self.state in (State.LEADING, State.YIELDING):
                 self._find_twin(now, wall)
@@ -570,13 +568,12 @@ class Tenure(TenureBase):
         """Whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
         if self.term is None or not best.is_weak or not self.leads(now) or self.held is None:
             return False
-        if best.seal is None or best.seal.term != self.term.digest:
+        if best.seal is None or not self.lineage.is_in_line(best.seal, self.term):
             return False
-        if self.lineage.refutes(int(wall - EPOCH_ZERO), best):
-            self.seal(self.held.root, self.held.size, self.held.version, now, wall)
-            self._publish(now)
-            return self.lineage.best is self.term
-        return True  # not yet: clocks differ
+        # it has seen that Term, whatever its own clock says
+        self.seal(self.held.root, self.held.size, self.held.version, now, max(wall, EPOCH_ZERO + best.epoch + 1))
+        self._publish(now)
+        return self.lineage.best is self.term
 
     def _give_up(self, now: float) -> None:
         self._poll, self._settle_at = None, None

@@ -13,6 +13,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import EPOCH_ZERO
 from tesseract_async.experts.lineage import (
     Authority,
+    Kind,
     Lineage,
     Seal,
     Term,
@@ -20,8 +21,9 @@ from tesseract_async.experts.lineage import (
     read_seal,
     read_term,
 )
-from tesseract_async.experts.members import Members
+from tesseract_async.experts.members import NUM_SUCCESSORS, Members
 from tesseract_async.experts.tenure_words import (
+    Ask,
     Command,
     Look,
     Persist,
@@ -109,6 +111,7 @@ class TenureBase:
         self._fetching: bytes | None = None
         self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
+        self._home_since = now  # the tree of Terms that it goes by
         self._role: Role | None = None
         if stored is not None:
             self._restore(stored, has_file, now, wall)
@@ -149,6 +152,13 @@ class TenureBase:
     def is_settled(self) -> bool:
         """Whether a majority of the members before holds the Seal that names these."""
         return self._members.is_settled
+
+    @property
+    def is_content(self) -> bool:
+        """Whether another Seal of the same state would name nobody new."""
+        named = self._members.named
+        enough = len(named) >= NUM_SUCCESSORS or self._hosts.keys() <= {self.me, *named}
+        return self._members.is_settled and enough
 
     def commands(self) -> list[Command]:
         """What is to be done now, in this order."""
@@ -197,6 +207,26 @@ class TenureBase:
         """Nobody else can use it: the present primary is agreed with again."""
         if self._voted_for == self.me:
             self._promised_at = -1e9
+
+    def _is_alive(self, record: Term | Seal, now: float) -> bool:
+        """Whether it is an adoption which says that all members were silent for two leases, and this one was not."""
+        if not isinstance(record, Term) or record.kind is not Kind.ADOPTION or record.seal is None:
+            return False
+        if (
+            self.state not in (State.FOLLOWING, State.CANDIDATE)
+            or self.held is None
+            or now > self._heard + 2 * self._lease
+        ):
+            return False
+        return self.me in self.held.members and record.primary != self.me and record.seal.age <= self.held.age
+
+    def _is_beat_of(self, peer: PeerID, ask: Ask, best: Term, now: float) -> bool:
+        if peer != best.primary or ask.epoch != best.epoch or not self._is_free(best, now):
+            return False
+        if self.lineage.is_exposed(best):
+            return False
+        # the other of two processes with one key: nobody agrees with it
+        return ask.boot == best.boot and peer != self.me
 
     def _is_of_twin(self, record: Term | Seal) -> bool:
         """Whether another process signed this with the same key, and not before this one started."""

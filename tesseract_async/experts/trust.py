@@ -11,6 +11,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
+from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import Manifest, RunTag, grid_key, shard_key, split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.wire.calls import MAX_GRANTS
@@ -96,6 +97,8 @@ class Trust:
             authority.learn_grant(manifest.grant, owner)
         if not authority.may(owner, "host", now=None):
             raise ProtocolError("a manifest of somebody who may not host in this run")
+        if manifest.epochs is not None and (manifest.epochs > authority.epoch(self.clock()) + SKEW).any():
+            raise ProtocolError("a manifest with an epoch from the future")
         grant = authority.grant_of(owner)
         if grant is None or grant.pattern is None or authority.is_open:
             return manifest
@@ -109,31 +112,32 @@ class Trust:
         """Whether calls for `uid` may go to this peer: a member sends nothing to somebody who may not host it."""
         if peer_id is not None and peer_id == self._peer_id:
             return True
-        authority = self._runs.get(split_uid(uid)[0])
+        authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if peer_id is None:  # whoever answers there
             return authority is None and self.policy.storers is None
         if not self.may_be_read(peer_id):
             return False
         return authority is None or authority.may(peer_id, "host", uid, now=None)
 
-    def may_reserve(self, owner: PeerID, prefix: str) -> bool:
-        """Whether it counts that this peer says that it is about to host experts of this prefix."""
+    def may_reserve(self, owner: PeerID, prefix: str, uid: str | None = None) -> bool:
+        """Whether it counts that this peer says that it is about to host `uid`, or (None) any expert of this prefix."""
         authority = self._runs.get(prefix)
-        return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", now=self.clock()))
+        return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", uid, now=self.clock()))
 
     def knows(self, peer_id: PeerID) -> bool:
         """Whether this peer is somebody: a list of the policy names it, or a run grants it something."""
         policy = self.policy
-        if peer_id in policy.quotas or any(peer_id in some for some in (policy.callers, policy.trainers) if some):
-            return True
-        return any(authority.grant_of(peer_id) is not None for authority in self._runs.values())
+        for some in (policy.quotas, policy.callers, policy.trainers):
+            if some and peer_id in some:
+                return True
+        return bool(self._runs) and any(one.grant_of(peer_id) is not None for one in self._runs.values())
 
     def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
         """Whether this peer may ask for what takes `role` in the run of `uid`; None: to be a member is enough.
 
         Where uids are bare, the policy has decided already.
         """
-        authority = self._runs.get(split_uid(uid)[0])
+        authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if authority is None or peer_id == self._peer_id:
             return True
         if role is None:

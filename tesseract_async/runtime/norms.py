@@ -18,8 +18,8 @@ SCALED_ABOVE: Final = 8.0
 """Times the usual norm: larger gradients are scaled down to this. AutoClip (Seetharaman et al. 2020) clips at a
 percentile of the history; several times the median leaves ordinary steps alone."""
 FAR_ABOVE: Final = 128.0
-"""Times the usual norm: an account whose own gradients are usually that large is refused. Requests that were computed
-together and come to that are computed alone, lest one's gradients scale all down."""
+"""Times the usual norm: requests that were computed together and come to that are computed alone, lest one's
+gradients scale all down."""
 UNDONE_ABOVE: Final = 1024.0
 """Times the usual norm, once that is settled: if the very first gradient was that large, what it did is undone."""
 CHECKED_ABOVE: Final = 4.0
@@ -59,17 +59,16 @@ class UsualNorms:
         return self._is_settled
 
     def bound(self, account: Hashable) -> float:
-        """Above which norm this account's next gradients are scaled down to it; 0: they are refused.
+        """Above which norm this account's next gradients are scaled down to it.
 
         One that is far larger than usual is let through at `SCALED_ABOVE` times the usual, whoever sends it. An account
-        that sends such ones all the time would decide where the expert goes: it counts no more than others do.
+        that sends such ones all the time would decide where the expert goes: it counts no more than others do. It is
+        not refused: gradients of an honest trainer that still errs are thousands of times those of one that does not.
         """
         usual = self._usual
         if usual is None:
             return math.inf
         own = self._medians.get(account, 0.0) if len(self._by_account.get(account, ())) >= _NUM_HABIT else 0.0
-        if own > FAR_ABOVE * usual:
-            return 0.0
         return usual if own > SCALED_ABOVE * usual else SCALED_ABOVE * usual
 
     def observe(self, account: Hashable, norm: float) -> bool:
@@ -100,11 +99,14 @@ class UsualNorms:
         return [*self._of_before, *(norm for norms in self._by_account.values() for norm in norms)]
 
     def _find(self) -> None:
-        num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
-        self._is_settled = self._is_settled or num_known >= NUM_FIRST
-        if num_known:
-            of_before = [_lower_median(self._of_before)] if self._of_before else []
-            self._usual = _lower_median([*self._medians.values(), *of_before])
+        if not self._is_settled:
+            num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
+            self._is_settled = num_known >= NUM_FIRST
+        medians = list(self._medians.values())
+        if self._of_before:
+            medians.append(_lower_median(self._of_before))
+        if medians:
+            self._usual = _lower_median(medians)
 
 
 def _lower_median(values: Collection[float]) -> float:

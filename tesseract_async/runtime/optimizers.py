@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
@@ -21,6 +23,8 @@ _NOT_SAID: Final = ("fused", "foreach", "capturable", "initial_lr")
 """Options that say how a step is computed, not what, and the rate that a schedule began with."""
 _CYCLED: Final = ("lr", "momentum", "betas")
 """Options that a schedule changes as it goes."""
+_SHAPED: Final = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+"""What the fused optimizers remember: one number, and tensors like their parameter."""
 _PROGRESS: Final = frozenset({"last_epoch", "base_lrs", "T_cur", "T_i", "verbose", "total_size"})
 """Of a schedule's state, beside what begins with an underscore: how far it is, not which it is."""
 
@@ -58,7 +62,7 @@ def _refusal(optimizer: torch.optim.Optimizer, sparse: Collection[int]) -> Excep
         # not by the copy's own name of it, which a schedule has bound to the original
         type(optimizer).step(copy.deepcopy(optimizer, {**small, id(optimizer.state): defaultdict(dict)}))
     except Exception as error:  # its objections to the small weights themselves say nothing
-        if any(word in str(error) for word in ("sparse", "dense", "closure")):
+        if any(word in str(error) for word in ("sparse", "dense", "closure", "'NoneType' object is not callable")):
             return error
     return None
 
@@ -83,14 +87,32 @@ def _takes_more(method: Callable[..., Any]) -> bool:
     return False
 
 
-def kinds_of(optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> dict[str, list[int]]:
-    """The classes of both, as a checkpoint names them: in UTF-8, since a state consists of numbers and tensors."""
+def kinds_of(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None
+) -> dict[str, list[int]]:
+    """The classes of both, as a checkpoint names them: in UTF-8, since a state consists of numbers and tensors.
+
+    Beside them is a digest of which parameters the optimizer's groups hold, for its state knows these by number only.
+    """
     kinds = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
-    return {what: list(kind.encode()) for what, kind in kinds.items() if kind is not None}
+    found = {what: list(kind.encode()) for what, kind in kinds.items() if kind is not None}
+    if optimizer is not None:
+        found["parameters"] = _digest(module, optimizer)
+    return found
+
+
+def _digest(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
+    names = {id(one): name for name, one in module.named_parameters()}
+    groups = [[names.get(id(one)) for one in group["params"]] for group in optimizer.param_groups]
+    return list(hashlib.sha256(json.dumps(groups).encode()).digest())
 
 
 def restore(
-    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, state: Mapping[str, Any], own: Collection[str]
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    state: Mapping[str, Any],
+    own: Collection[str],
 ) -> list[str]:
     """Lets both go on from a checkpoint's ``optimizer``, ``scheduler`` and ``kinds``. Returns what there is to say.
 
@@ -100,12 +122,17 @@ def restore(
     said: list[str] = []
     given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     saved, kinds = state["optimizer"], state.get("kinds") or {}
-    names = {what: bytes(kind).decode() for what, kind in kinds.items()}
-    theirs, their_schedule = names.get("optimizer"), names.get("scheduler")
+    theirs, their_schedule = (
+        bytes(kinds[what]).decode() if what in kinds else None for what in ("optimizer", "scheduler")
+    )
     mine = _kind(optimizer)
     same = theirs in (None, mine)
     if same:
+        _check_memory(optimizer, saved)
+        if kinds.get("parameters") not in (None, _digest(module, optimizer)):
+            raise ValueError(f"{mine} holds its parameters in another order, or other groups, than its checkpoint says")
         optimizer.load_state_dict(copied(saved))  # PyTorch takes the tensors themselves, and steps change them in place
+        _lay_out(optimizer)
     else:
         said.append(f"its checkpoint was trained with {theirs}; {mine} begins without its moments")
     goes_on = _restore_scheduler(scheduler, state["scheduler"], their_schedule, own, said)
@@ -130,6 +157,29 @@ def restore(
         scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     fuse(optimizer)
     return list(dict.fromkeys(said))
+
+
+def _check_memory(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raises: ValueError if it is not of these parameters: kernels take for granted that moments have their shapes."""
+    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, saved["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"its optimizer had groups of {sizes[1]} parameters, this one has {sizes[0]}")
+    owned = [one for group in optimizer.param_groups for one in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, owned, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            shape = () if name == "step" else parameter.shape
+            if name in _SHAPED and isinstance(value, torch.Tensor) and value.shape != shape:
+                raise ValueError(f"its optimizer's {name} has the shape {tuple(value.shape)}, not {tuple(shape)}")
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Lays moments out as their parameters are: a file has them row by row, and fused kernels go by memory alone."""
+    for parameter, memory in optimizer.state.items():
+        for name, value in memory.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                if value.layout is torch.strided and value.stride() != parameter.stride():
+                    memory[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _restore_scheduler(

@@ -47,7 +47,7 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+        if torch.Tag.nondeterministic_seeded not in func.tags or has_own_generator(kwargs):
             return func(*args, **kwargs)
         if self._backward and torch.is_grad_enabled():  # a backward's own operations record no gradients
             raise RuntimeError(
@@ -59,7 +59,7 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._dropout(device, *args, **kwargs)
         variant = _with_generator(func)
         if variant is not None:
-            kwargs.pop("generator", None)  # it may have been said that there is none
+            kwargs.pop("generator", None)  # none, or a default one
             return variant(*args, **kwargs, generator=self._generator(device))
         result = func.decompose(*args, **kwargs)  # recurrent layers are made of simpler operations
         return self._fused(func, device, args, kwargs) if result is NotImplemented else result
@@ -85,6 +85,14 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         finally:
             default.set_state(before)
+
+
+def has_own_generator(kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation with these arguments draws from a generator that is none of PyTorch's default ones."""
+    generator = kwargs.get("generator")
+    defaults = (torch.default_generator, *cuda.default_generators)
+    # an operation sees another object than its caller gave, of the same generator
+    return generator is not None and all(generator._cdata != one._cdata for one in defaults)
 
 
 def _with_generator(func: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tesseract_async.runtime.randomness import has_own_generator
 from tesseract_async.wire.compression import flat_of
 
 Result = TypeVar("Result")
@@ -50,13 +51,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.writes = False
         self._storages = {x.untyped_storage()._cdata for x in inputs}
         self._own_generator = False
+        self._is_seeded: bool | None = None
         self._before = generator_states()
         self._others_before = _other_states()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        # a module that seeds and puts back the generators by itself is no random one
-        self.draws = self._own_generator or (self.draws and have_moved(self._before))
+        # a module that seeds and puts back the generators by itself is no random one; one that puts them back only, is
+        self.draws = self._own_generator or (self.draws and (not self._is_seeded or have_moved(self._before)))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -71,8 +73,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         # an operation of this kind may also draw nothing: attention without dropout
         before = generator_states()
+        if self._is_seeded is None:
+            self._is_seeded = have_moved(self._before)
         result = func(*args, **kwargs)
-        self._own_generator = self._own_generator or kwargs.get("generator") is not None
+        self._own_generator = self._own_generator or has_own_generator(kwargs)
         self.draws = self.draws or have_moved(before)
         return result
 
@@ -140,15 +144,19 @@ def copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
     """PyTorch's default generators, those of the devices in use, and where they stand."""
-    generators = [torch.default_generator]
+    states = [(torch.default_generator, torch.default_generator.get_state())]
     if cuda.is_initialized():
-        generators += cuda.default_generators
-    return [(generator, generator.get_state()) for generator in generators]
+        states += [(generator, generator.get_state()) for generator in cuda.default_generators]
+    return states
 
 
 def have_moved(before: Sequence[tuple[torch.Generator, torch.Tensor]]) -> bool:
     """Tells whether one of them has drawn since `generator_states` looked."""
-    return not all(torch.equal(state, generator.get_state()) for generator, state in before)
+    for generator, state in before:
+        # as bytes: `torch.equal` takes twice as long, and this is asked in each call
+        if state.numpy().tobytes() != generator.get_state().numpy().tobytes():
+            return True
+    return False
 
 
 class Undone:

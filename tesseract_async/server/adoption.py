@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from tesseract_async.errors import (
+    NotAllowed,
+    PeerUnreachable,
     ProtocolError,
     TesseractError,
     describe,
@@ -30,7 +32,7 @@ from tesseract_async.server.state_transfer import (
     fetch_file,
     largest_state,
 )
-from tesseract_async.transport.address_scope import PUBLIC, kind_of
+from tesseract_async.transport.address_scope import is_near
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -125,8 +127,21 @@ def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
     """
     if node.policy.storers is not None:
         return True  # others' manifests are not even read
-    hosts = [split_host_port(address)[0] for address in replica.peer.addresses]
-    return bool(hosts) and all(kind_of(host) not in (PUBLIC, None) for host in hosts)
+    return bool(replica.peer.addresses) and all(
+        is_near(split_host_port(address)[0]) for address in replica.peer.addresses
+    )
+
+
+def _check_path(node: TesseractNode, replica: ExpertReplica) -> None:
+    """Whatever addresses it names, one that came in from elsewhere would answer over that connection, or a relay.
+
+    Raises: PeerUnreachable.
+    """
+    paths = [one.path for one in node.endpoint.connections() if one.peer_id == replica.peer.peer_id]
+    for path in paths if node.policy.storers is None else []:
+        kind, _, address = path.partition(" ")
+        if kind != "tcp" or not address or not is_near(split_host_port(address)[0]):
+            raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})
 
 
 async def adopt_states(
@@ -201,6 +216,7 @@ async def ask_info(node: TesseractNode, uid: str, replica: ExpertReplica, timeou
         async with asyncio.timeout(timeout):
             body = messages.encode(messages.InfoRequest(uid))
             reply = await node.call_expert(replica.peer, messages.INFO, body, timeout=timeout, idempotent=True)
+        _check_path(node, replica)
         return messages.decode(messages.ExpertInfo, reply.body)
     except (TesseractError, TimeoutError) as error:
         logger.info("%s at %s does not answer: %s", uid, replica.peer.short, describe(error))
@@ -219,6 +235,7 @@ async def fetch_bounded(
     """The file of its state, which is no longer than one of this expert can be."""
     limit = min(settings.transfer.max_state_bytes, largest_state(backend))
     transfer = dataclasses.replace(settings.transfer, max_state_bytes=limit)
+    _check_path(node, replica)
     return await fetch_file(
         node, replica.peer, uid, min_version=min_version, timeout=settings.call_timeout, settings=transfer
     )

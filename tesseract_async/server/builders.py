@@ -112,7 +112,7 @@ def build(
     `seed` decides the first weights, whatever was drawn before. `max_bytes`: of the expert, with `num_states` further
     copies of what is trained (gradients and the optimizer's state); by default this computer's memory.
 
-    Raises: ValueError for sizes that the builder does not take, or too large ones.
+    Raises: ValueError for sizes that the builder does not take, too large ones, or what is no builder's result.
     """
     _check_sizes(builder, sizes, name)
     limit = int(psutil.virtual_memory().total) if max_bytes is None else max_bytes
@@ -122,7 +122,10 @@ def build(
     except TypeError:  # a size that cannot be hashed: not from a manifest
         is_planned = _plan.__wrapped__(builder, key, name, limit, num_states)
     with contextlib.nullcontext() if is_planned else Counting(limit):
-        return _call(builder, sizes, name, seed)
+        built: Any = _call(builder, sizes, name, seed)
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise ValueError(f"{name} returns a {type(built).__name__}, not a module and the schemas of its arguments")
+    return built
 
 
 def _signature(builder: Builder) -> inspect.Signature:

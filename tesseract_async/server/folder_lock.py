@@ -86,6 +86,9 @@ class FolderLock:
             handle = _held.pop(self._key, None)
             self._key = None
             if handle is not None:
+                if fcntl is not None:
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(handle, fcntl.LOCK_UN)  # a child just forked may hold it open for a moment
                 os.close(handle)
 
 

@@ -451,7 +451,7 @@ class TesseractServer(Uncopied):
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             assert self._store is not None
             raise CheckpointError(
-                f"the checkpoint of {uid} does not fit its module ({describe(error)}): serve the expert that "
+                f"the checkpoint of {uid} does not fit it ({describe(error)}): serve the expert that "
                 f"{self._store.directory} was written for, in the same size, or choose another folder"
             ) from error
         if state is not None:

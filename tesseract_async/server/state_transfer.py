@@ -94,7 +94,9 @@ class StateSource:
     async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         """The next piece. Raises: ProtocolError for a malformed request; Overloaded if too much is being sent."""
         request = messages.decode(messages.StateRequest, call.body)
-        if request.digest != NO_DIGEST and (sealed := self.find_sealed(uid, request.digest)) is not None:
+        # a whole state, which takes more leave than weights alone
+        whole = not request.weights_only and request.digest != NO_DIGEST
+        if whole and (sealed := self.find_sealed(uid, request.digest)) is not None:
             part = await self._aside(lambda: sealed.read(request.offset, self.settings.piece_bytes))
             reply = messages.StateReply(backend.version, request.digest, sealed.size, request.offset)
             return Message(messages.encode(reply), (memoryview(part),) if part else ())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import rank_replicas
 from tesseract_async.experts.lineage import Seal
@@ -92,6 +93,7 @@ class TenureKeeper:
         self._files = SealedFiles(server.checkpoint_dir)
         self._addresses: dict[PeerID, PeerAddress] = {}
         self._looks: set[str] = set()
+        self._shown: dict[str, tuple[bytes, float]] = {}  # by key: the grant that lies there, and until when
         self._wants_look, self._wants_announcement, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -238,6 +240,8 @@ class TenureKeeper:
                 if reply is None or data is None or reply.records[1] != possession(data, nonce):
                     logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
                     continue
+                if tenure.state is not State.YIELDING:
+                    return False  # another has it meanwhile
                 signature, signed = tenure.hand_over(heir), True
                 await self._carry_out(expert)
                 reply = await self._call(uid, heir, "lead", [signature, b""], timeout=self._call_timeout)
@@ -296,9 +300,16 @@ class TenureKeeper:
 
     async def _publish(self, expert: _Expert, command: Publish) -> None:
         key = self._node.trust.shard_key(expert.uid)
-        for number, record in enumerate(command.records):
+        named = [(_subkey(expert.uid, number), record) for number, record in enumerate(command.records)]
+        grant = self._node.trust.own_grant(split_uid(expert.uid)[0])
+        blob, until = self._shown.get(key, (b"", 0.0))
+        if grant != blob or self._elapsed() >= until:
+            # records outlive manifests: who reads them later must know that their signer might sign them
+            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
+            named += [(GRANT_SUBKEY, grant)] if grant else []
+        for subkey, record in named:
             try:
-                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=_subkey(expert.uid, number))
+                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("a record of %s could not be stored: %s", expert.uid, describe(error))
 
@@ -432,9 +443,14 @@ class TenureKeeper:
             for prefix in grid.values():
                 await self._read_hosts(entries, prefix, hosts)
             for entry in entries:
+                if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
+                    trust.introduced(entry.owner, [entry.value])
+            for entry in entries:
                 if entry.expiration > now and type(entry.value) is bytes and entry.subkey in subkeys:
-                    if not entry.value.startswith(MAGIC):
-                        self._experts[subkeys[entry.subkey]].tenure.sight(entry.value, self._elapsed(), self._clock())
+                    uid = subkeys[entry.subkey]
+                    # what others store costs no signature check
+                    if not entry.value.startswith(MAGIC) and trust.may_host(entry.owner, uid):
+                        self._experts[uid].tenure.sight(entry.value, self._elapsed(), self._clock())
         for uid in uids:
             expert = self._experts[uid]
             mine = {self._node.peer_id: expert.tenure.epoch}
@@ -485,11 +501,17 @@ class TenureKeeper:
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
                 if is_new or now - expert.sealed_at >= expert.authority.sync_every:
+                    if not is_new and tenure.is_content and expert.progress == self._progress(expert.uid):
+                        expert.sealed_at = now  # a Seal would say nothing
+                        continue
                     try:
                         await self._seal(expert)
                     except (CheckpointError, OSError) as error:
                         logger.error("%s could not be sealed: %s", expert.uid, describe(error))
                         expert.sealed_at = now
+
+    def _progress(self, uid: str) -> tuple[int, int]:
+        return self._server.experts[uid].progress
 
     async def _seal(self, expert: _Expert) -> Seal | None:
         """Writes the state down, and signs for it."""

@@ -20,10 +20,11 @@ LOOPBACK: Final = "loopback"
 
 # Networks whose addresses mean something inside of them only. Documentation and benchmark ranges are what laboratories
 # use for an internet of their own; elsewhere nobody has an address in them.
+_PRIVATE: Final = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 _ENCLOSED: Final = tuple(
     ipaddress.ip_network(text)
     for text in (
-        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"),
+        *_PRIVATE,
         *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20"),
     )
 )
@@ -66,6 +67,11 @@ def kind_of(host: str) -> str | None:
     if any(ip in network for network in _NEVER) or (ip.version == 6 and ip not in _UNICAST_V6):
         return None
     return PUBLIC
+
+
+def is_near(host: str) -> bool:
+    """Whether a numeric host is on this computer or in a private network."""
+    return kind_of(host) in (LOOPBACK, *_PRIVATE)
 
 
 class AddressScope:

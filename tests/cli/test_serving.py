@@ -16,6 +16,7 @@ import tesseract_async as ta
 from tesseract_async.cli.main import main
 from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.registry import make_backend
+from tesseract_async.server.server import ServerSettings
 from tests.cli.processes import event, tesseract
 from tests.stem import Stem
 
@@ -50,6 +51,24 @@ def test_mistakes_that_only_show_when_starting_are_sentences(arguments: tuple[st
     result = CliRunner().invoke(main, ["serve", "--experts", "ffn.0", *arguments])
     assert result.exit_code == 1
     assert result.output.startswith("Error: ") and sentence in result.output
+
+
+@pytest.mark.parametrize(("given", "seconds"), [((), 60.0), (("--stall-timeout", "250"), 250.0)])
+def test_the_time_after_which_a_batch_counts_as_hung_is_the_servers(
+    given: tuple[str, ...], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ServerSettings] = []
+
+    def server(*_: Any, settings: ServerSettings, **__: Any) -> None:
+        seen.append(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("tesseract_async.cli.hosting.TesseractServer", server)
+    result = CliRunner().invoke(main, ["serve", *SMALL, *given])
+    assert (result.exit_code, result.output.splitlines()[-1]) == (1, "Error: seen")
+    assert [settings.runtime.stall_timeout for settings in seen] == [seconds]
+    refused = CliRunner().invoke(main, ["serve", *SMALL, "--stall-timeout", "0"])
+    assert refused.exit_code == 2 and "--stall-timeout" in refused.output
 
 
 async def test_a_swarm_of_commands_serves_trains_and_remembers(stem: Stem, tmp_path: Path) -> None:

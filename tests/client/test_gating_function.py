@@ -249,9 +249,47 @@ async def test_what_does_not_fit_is_refused(node: FakeNode) -> None:
     with pytest.raises(TypeError):
         await gate("x")
     assert node.count(FORWARD) == 0
-    for bad in ({"k_best": 0}, {"k_min": 9}, {"on_missing": "?"}, {"forward_timeout": 0.0}):
-        with pytest.raises(ValueError):
-            make_gate(node, **bad)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["forward_timeout", "backward_timeout", "timeout_after_k_min", "patience", "latency_weight", "capacity_factor"],
+)
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_settings_that_are_no_amount_are_refused(node: FakeNode, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        make_gate(node, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"k_best": 0},
+        {"k_best": 2.5},
+        {"k_best": True},
+        {"k_min": 9},
+        {"spare": 1.5},
+        {"spare": -1},
+        {"on_missing": "?"},
+        {"forward_timeout": 0.0},
+        {"jitter": float("nan")},
+        {"in_features": 0},
+        {"in_features": -4},
+        {"grid_size": ()},
+        {"grid_size": (4, 0)},
+        {"grid_size": (4.7, 4)},
+        {"grid_size": "44"},
+        {"uid_prefix": ""},
+        {"uid_prefix": "ffn."},
+        {"uid_prefix": "ffn.1"},
+    ],
+    ids=str,
+)
+def test_a_gate_that_makes_no_sense_is_refused(node: FakeNode, bad: dict[str, Any]) -> None:
+    good = {"uid_prefix": "ffn", "grid_size": (4, 4), "in_features": 8}
+    assert GatingFunction(node, **good).grid_size == (4, 4)  # type: ignore[arg-type]
+    with pytest.raises((ValueError, TypeError)):
+        GatingFunction(node, **good | bad)  # type: ignore[arg-type]
 
 
 async def test_no_rows(node: FakeNode) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import EPOCH_ZERO
 from tesseract_async.experts.grants import Appointment, sign_appointment
-from tesseract_async.experts.lineage import Kind, read_seal, sign_seal, sign_term
+from tesseract_async.experts.lineage import Kind, Seal, read_seal, sign_seal, sign_term
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Ask, Fetch, Look, Persist, Publish, Role, Send, State
@@ -70,6 +70,7 @@ class Server:
         self.timer = 0
         self.life = 0
         self.acknowledged: list[tuple[float, int, bytes]] = []
+        self.last_seal: Seal | None = None
 
     def start(self) -> None:
         self.alive, self.life = True, self.life + 1
@@ -369,7 +370,7 @@ class World:
         for server in self.leaders:
             if server.machine.held is not None:
                 seal = server.machine.held
-                more = {"uid": UID, "epoch": now + 20, "boot": bytes(8), "seal": seal}
+                more = {"uid": UID, "epoch": now + 59, "boot": bytes(8), "seal": seal}
                 found.append(sign_term(liar.identity, RUN, kind=Kind.ADOPTION, **more))
         self.ghosts[liar.peer] = now
         return [record.blob for record in found]

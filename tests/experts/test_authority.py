@@ -160,6 +160,21 @@ def test_a_leaked_invite_admits_many_until_it_is_revoked() -> None:
     assert not view.learn_grant(grant(INVITE, STRANGER, "host", serial=MAX_SERIAL - 1, via=INVITATION).blob)
 
 
+def test_a_revoked_peer_does_not_come_back_by_the_invite_that_it_has() -> None:
+    for serial in (NOW, NOW + 20, MAX_SERIAL - 1):
+        view = authority()
+        own = grant(INVITE, MEMBER, "host", serial=serial, via=INVITATION)
+        assert view.learn_grant(own.blob)
+        since = view.next_serial(MEMBER.peer_id, NOW + 10)
+        assert view.learn(revoke(OWNER, MEMBER, since=since)[0]) and not may(view, MEMBER)
+        again = grant(INVITE, MEMBER, "host", serial=MAX_SERIAL - 1, via=INVITATION)
+        assert not view.learn_grant(again.blob) and not may(view, MEMBER)
+        unseen = authority()  # whoever revokes need not have seen the grant
+        assert unseen.learn(revoke(OWNER, MEMBER)[0]) and not unseen.learn_grant(again.blob)
+        if since < MAX_SERIAL:
+            assert view.learn_grant(grant(OWNER, MEMBER, serial=since).blob) and may(view, MEMBER)
+
+
 def test_an_invite_does_not_outdo_the_owner() -> None:
     view = authority()
     assert view.learn_grant(grant(INVITE, MEMBER, "host", serial=MAX_SERIAL - 1, via=INVITATION).blob)

@@ -405,6 +405,75 @@ def test_one_host_that_is_no_member_cannot_seize_an_expert(seed: int) -> None:
     assert all(one.machine.primary == leader.peer for one in world.up)
 
 
+def lie(world: World, liar: Server, leader: Server, how: str) -> None:
+    """One granted host shows everybody what it has made up just now, and says that it follows that."""
+    now, seal = int(world.now), leader.last_seal
+    assert seal is not None
+    if how == "an adoption":
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
+    elif how == "an adoption that is to come":
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
+    elif how == "a beginning":
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.GENESIS)]
+    else:  # with the epoch that honest hosts name in their manifests
+        epoch, boot = seal.epoch, bytes(8)
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=boot, kind=Kind.GENESIS)]
+        own = {"number": 2**60, "version": 2**62, "root": bytes(32), "size": 1, "time": now, "successors": []}
+        fresh = sign_seal(liar.identity, RUN, term=said[0], **own)
+        said.append(sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=Kind.TAKEOVER, seal=fresh))
+    world.ghosts[liar.peer] = said[-1].epoch
+    blobs = [term.blob for term in said]
+    world.strangers = [*world.strangers, *blobs][-20:]
+    for one in world.up:
+        for blob in blobs:
+            one.machine.sight(blob, world.now, one.wall)
+        one.settle()
+
+
+LIES = ("an adoption", "an adoption that is to come", "a beginning", "a beginning of the same epoch")
+
+
+def settled(num_servers: int, *, skew: float) -> tuple[World, Server, Server]:
+    """A world whose expert has been led for long, its primary, and one with a grant that hosts nothing."""
+    world = World(5, num_servers, skew=skew)
+    if num_servers == 1:
+        world.servers[0].start()
+        assert world.run_until(world.is_led, 10 * LEASE)
+    else:
+        world.begin()
+    world.run(11 * LEASE)
+    liar = Server(world, 50)
+    world.authority.granted.add(liar.peer)
+    (leader,) = world.leaders
+    leader.last_seal = leader.machine.held
+    return world, leader, liar
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 3, 4])
+@pytest.mark.parametrize("how", LIES)
+def test_no_lie_of_one_granted_host_stops_a_primary(how: str, num_servers: int) -> None:
+    world, leader, liar = settled(num_servers, skew=20.0)
+    for _ in range(30):
+        lie(world, liar, leader, how)
+        world.run(3.0)
+        assert world.leaders == [leader], world.describe()
+        leader.last_seal = leader.machine.held
+    assert leader.machine.primary == leader.peer
+
+
+@pytest.mark.parametrize("num_servers", [2, 3, 4])
+@pytest.mark.parametrize("how", LIES)
+def test_no_lie_of_one_granted_host_delays_a_takeover(how: str, num_servers: int) -> None:
+    world, leader, liar = settled(num_servers, skew=0.0)
+    leader.kill()
+    for _ in range(15):
+        lie(world, liar, leader, how)
+        world.run(3.0)
+    (new,) = world.leaders
+    assert new is not leader and new.machine.lineage.best is new.machine.term
+    assert new.machine.term is not None and new.machine.term.kind is Kind.TAKEOVER
+
+
 # -- 10. adopters, and everybody's return -----------------------------------------------------------------------------
 
 
@@ -469,6 +538,20 @@ def test_grants_that_expire_end_no_term_but_nobody_begins_another() -> None:
     leader.kill()
     world.run(6 * LEASE)
     assert not world.leaders
+
+
+def test_a_primary_is_content_once_its_successors_are_named() -> None:
+    world = World(25, 3)
+    leader = world.begin()
+    assert leader.machine.is_content
+    alone = World(26, 1)
+    assert alone.begin().machine.is_content
+    newcomer = Server(alone, 2)
+    alone.authority.granted.add(newcomer.peer)
+    alone.servers.append(newcomer)
+    newcomer.start()
+    assert alone.run_until(lambda: not alone.servers[0].machine.is_content, 2 * LEASE), "somebody to name came"
+    assert alone.run_until(lambda: alone.servers[0].machine.members == (newcomer.peer,), 4 * LEASE)
 
 
 def test_signatures_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:

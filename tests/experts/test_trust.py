@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.authority import EPOCH_ZERO, Authority
 from tesseract_async.experts.grants import Grant, Role, sign_grant
 from tesseract_async.experts.manifest import Manifest, RunTag, decode_manifest, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.pattern import ExpertPattern
@@ -130,6 +130,22 @@ def test_a_grant_for_some_experts_lets_those_pass() -> None:
         other = in_run()
         with pytest.raises(ProtocolError):
             other.believed(HOST.peer_id, manifest(TAG, grant(HOST, pattern=pattern)))
+    assert trust.may_reserve(HOST.peer_id, "ffn", "ffn.0.1") and not trust.may_reserve(HOST.peer_id, "ffn", "ffn.7.7")
+
+
+@pytest.mark.parametrize(("ahead", "is_believed"), [(60, True), (61, False), (2**31, False)])
+def test_a_manifest_with_an_epoch_from_the_future_is_not_believed(ahead: int, is_believed: bool) -> None:
+    trust, shown = in_run(), grant(HOST)
+    epoch = min(2**32 - 1, NOW - EPOCH_ZERO + ahead)
+    ((part, _),) = encode_manifest(
+        ["10.0.0.1:1"], {(0, 1): True}, prefix="ffn", sequence=1, tag=TAG, grant=shown.blob, epochs={(0, 1): epoch}
+    )
+    read = decode_manifest(part, prefix="ffn")
+    if is_believed:
+        assert trust.believed(HOST.peer_id, read) is read
+    else:
+        with pytest.raises(ProtocolError, match="future"):
+            trust.believed(HOST.peer_id, read)
 
 
 def test_a_list_and_a_run_both_have_to_allow() -> None:

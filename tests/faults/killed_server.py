@@ -28,12 +28,15 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import server as server_module
+from tesseract_async.server.calls import journal_key
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import TensorSpec
 
 NUM_CLIENTS = 4
+NUMBERS = {journal_key(PeerID(bytes(32)), number.to_bytes(16, "big")): number for number in range(100_000)}
+"""What the journal calls each backward."""
 
 
 class Scale(nn.Module):
@@ -48,7 +51,7 @@ class Scale(nn.Module):
 
 class Publisher:
     def __init__(self, *_: Any, **__: Any) -> None: ...
-    async def declare(self, _: Any) -> int:
+    async def declare(self, _: Any, *, epochs: Any = None) -> int:
         return 1
 
     async def withdraw(self) -> None: ...
@@ -127,7 +130,7 @@ async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> Non
 
     node, backend = Node(), make_backend()
     async with Watched(node, {"x.0": backend}, checkpoint_dir=directory, checkpoint_period=0.003):  # type: ignore[arg-type]
-        journal = [int.from_bytes(call_id, "big") for call_id in backend.applied]
+        journal = [NUMBERS[key] for key in backend.applied]
         say("restored", json.dumps({"version": backend.version, "w": backend.module.weight.item(), "journal": journal}))
         left = iter(numbers)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.endpoint.endpoint import ConnectionInfo, IncomingCall, Message
 from tesseract_async.errors import NotAllowed
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.server import checkpoint
@@ -170,6 +170,23 @@ async def test_where_members_are_listed_a_strangers_claims_change_nothing(tmp_pa
             assert honest.is_primary(UID) and honest.experts[UID].version == 3
             assert await adopt_states(honest.node, {UID: make_backend()}, settings=SETTINGS) == set()
             assert not evil.asked and not honest.node.metrics.total("primaries_disputed")
+
+
+@pytest.mark.parametrize("path", ["tcp 8.8.8.8:4000", "tcp 203.0.113.9:4000", "relay 10.0.0.9:4000", "tcp"])
+async def test_one_that_names_a_near_address_and_comes_from_elsewhere_is_not_followed(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ta.TesseractNode() as honest, stranger([honest.address], 5) as evil:
+        await evil.claim(primary=True)
+
+        def connections() -> list[ConnectionInfo]:
+            return [ConnectionInfo(evil.node.peer_id, path, False, None, 0.0, 0)]
+
+        monkeypatch.setattr(honest.endpoint, "connections", connections)
+        assert await adopt_states(honest, {UID: make_backend()}, settings=SETTINGS) == set()
+        assert evil.asked[messages.INFO] == 1 and evil.asked[messages.STATE] == 0
+        monkeypatch.undo()
+        assert await adopt_states(honest, {UID: make_backend()}, settings=SETTINGS) == {UID}
 
 
 async def test_a_follower_keeps_to_the_primary_that_it_knows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import AsyncIterator
@@ -108,6 +109,23 @@ async def test_without_patterns_the_neighbours_grids_are_found() -> None:
         await observer.look()
         assert {grid["prefix"]: grid["size"] for grid in observer.state()["grids"]} == {"ffn": [1, 4], "attention": [2]}
         assert only(observer.state()["peers"])["num_experts"] == 2
+
+
+async def test_a_grid_that_grows_is_shown_whole() -> None:
+    async with (
+        volunteer("ffn.0.3") as first,
+        ta.TesseractNode(initial_peers=[first.address], refresh_period=0.2) as node,
+    ):
+        await node.network.wait_joined(30)
+        observer = SwarmObserver(node, period=0.5)
+        await observer.look()
+        assert only(observer.state()["grids"])["size"] == [1, 4]
+        async with volunteer("ffn.2.0", seeds=(first.address,)) as second, asyncio.timeout(60):
+            while second.peer_id not in observer.peers:
+                await observer.look()
+                await asyncio.sleep(0.1)
+            grid = only(observer.state()["grids"])
+            assert grid["size"] == [3, 4] and [cell[0] for cell in grid["experts"]] == [[0, 3], [2, 0]]
 
 
 async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
@@ -237,3 +255,18 @@ async def test_what_strangers_publish_is_bounded() -> None:
 def test_a_period_is_positive() -> None:
     with pytest.raises(ValueError, match="period"):
         SwarmObserver(None, period=0)  # type: ignore[arg-type]
+
+
+async def test_with_a_list_nobody_else_is_asked_or_shown() -> None:
+    async with volunteer("ffn.0") as member, volunteer("ffn.1", "att.0", seeds=(member.address,)) as stranger:
+        policy = ta.Policy.only([member.peer_id])
+        async with ta.TesseractNode(initial_peers=[member.address], policy=policy, refresh_period=0.2) as node:
+            await publish_progress(stranger, "ffn", step=3, loss=0.5, trainer="one")
+            async with asyncio.timeout(30):
+                while stranger.peer_id not in {one.peer_id for one in node.network.public_contacts(20)}:
+                    await node.network.get("anything")  # by which it meets the others
+            observer = SwarmObserver(node, period=30.0)
+            await observer.look()
+            await observer.look()
+            assert list(observer.peers) == [member.peer_id] and not observer.losses
+            assert not node.is_connected(stranger.peer_id)

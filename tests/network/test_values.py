@@ -45,7 +45,7 @@ POINT = collections.namedtuple("POINT", "x y")
         *(Colour.RED, Number.ONE, np.float64(0.5), bytearray(b"x"), memoryview(b"x"), nested(MAX_DEPTH)),
         collections.OrderedDict(a=1),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_stored_comes_back_equal(value: Any) -> None:
     assert decode_value(encode_value(value)) == value

@@ -113,12 +113,20 @@ def late(x: torch.Tensor, training: bool) -> torch.Tensor:
     return functional.dropout(x, 0.5, training) if bool((x > 0.9).any()) else x
 
 
+def forked(x: torch.Tensor) -> torch.Tensor:
+    """Puts the generators back that it has drawn from."""
+    with torch.random.fork_rng(devices=[]):
+        return functional.dropout(x, 0.5)
+
+
 RANDOM = {
     "dropout": lambda x, training: functional.dropout(x, 0.5, training),
     "always": lambda x, training: functional.dropout(x, 0.5),
     "noise": lambda x, training: x * torch.rand_like(x) if training else x,
     "attention": attention,
     "late": late,
+    "default": lambda x, training: x * torch.rand(x.shape, generator=torch.default_generator) if training else x,
+    "forked": lambda x, training: forked(x) if training else x,
 }
 
 
@@ -139,7 +147,7 @@ async def test_backward_repeats_what_forward_drew_by_whatever_function(what: str
             if what != "attention":
                 torch.testing.assert_close(x.grad * x.detach(), y.detach())
         if training and what != "attention":
-            assert any(bool((y == 0).any()) for y in ys) or what == "noise"
+            assert any(bool((y == 0).any()) for y in ys) or what in ("noise", "default")
             masks = torch.stack([y / x for x, y in zip(xs, ys, strict=True)])
             assert not torch.equal(masks, masks.roll(1, 0)), "each request draws its own"
         assert backend.is_stochastic(training) or not training

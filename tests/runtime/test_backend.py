@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import ExpertBackend, add_gradients
 from tesseract_async.wire.tensors import TensorSpec
 
 
@@ -157,14 +157,14 @@ def test_an_optimizer_that_is_made_when_it_is_needed_equals_one_that_is_given() 
         ExpertBackend(module, optimizer=optimizer, scheduler=lambda _: scheduler, args_schema=(TensorSpec((4,)),))
 
 
-def test_a_state_passes_through_an_expert_whose_optimizer_is_yet_to_be_made() -> None:
+def test_a_state_goes_on_in_an_expert_whose_optimizer_is_yet_to_be_made() -> None:
     fresh, trained = lazy().state(), lazy()
     assert fresh["optimizer"] is None
     take_step(trained)
     state = trained.state()
     passing = lazy(seed=1)
     passing.load_state(state)
-    assert passing.optimizer is None, "restoring needs none"
+    assert passing.optimizer is not None, "that it fits is known at once"
     torch.testing.assert_close(passing.state(), state)
     assert take_step(passing) == take_step(trained) == 2
     torch.testing.assert_close(passing.state(), trained.state())
@@ -226,7 +226,7 @@ SPEC = TensorSpec((2,))
         (lambda x: deep(x, 9), (SPEC,), "module's output.*nested too deeply"),
         (lambda x: x, (deep(SPEC, 9),), "args_schema.*nested too deeply"),
         (lambda x: x[(slice(None), *[None] * 14)], (SPEC,), "up to 14 sizes"),
-        (lambda x: x.to_sparse(), (SPEC,), "dense tensors"),
+        (lambda x: x.to_sparse(), (SPEC,), "dense tensors; this one's are sparse or nested"),
         (lambda x: {1: x}, (SPEC,), "keys of a schema's dicts are printable strings"),
         (lambda x: x[1], ({1: SPEC},), "keys of a schema's dicts are printable strings"),
         (lambda x: {"a\ud800": x}, (SPEC,), "keys of a schema's dicts are printable strings"),
@@ -296,6 +296,12 @@ def test_a_state_of_another_size_is_told_in_a_line() -> None:
         ExpertBackend(nn.Linear(5, 3), args_schema=(TensorSpec((5,)),)).load_state(lazy().state())
 
 
+def test_an_expert_that_is_made_under_autocast_returns_what_its_module_returns_without() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backend = ExpertBackend(nn.Linear(4, 3), args_schema=(TensorSpec((4,)),))
+    assert backend.outputs_schema == TensorSpec((3,))
+
+
 def test_lazy_layers_are_made_by_the_dry_run() -> None:
     module = nn.Sequential(nn.LazyLinear(3), nn.LayerNorm(3))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -305,3 +311,11 @@ def test_lazy_layers_are_made_by_the_dry_run() -> None:
         ExpertBackend(nn.LazyLinear(3), args_schema=(SPEC,), outputs_schema=TensorSpec((3,)))
     with pytest.raises(TypeError, match=r"for a single one, \(spec,\)"):
         ExpertBackend(module, args_schema=SPEC)  # type: ignore[arg-type]
+
+
+def test_dense_and_sparse_gradients_add_up_in_any_order() -> None:
+    dense, sparse = torch.ones(3, 2), torch.eye(3, 2).to_sparse()
+    for left, right in ((dense, sparse), (sparse, dense)):
+        summed = add_gradients([left], [right])
+        assert summed is not None and summed[0] is not None
+        torch.testing.assert_close(summed[0].to_dense(), dense + torch.eye(3, 2))

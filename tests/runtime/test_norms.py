@@ -179,11 +179,18 @@ def test_gradients_that_grew_count_in_full_again_soon() -> None:
     assert usual is not None and swarm.backend.norms.usual is not None and swarm.backend.norms.usual > 1e3 * usual
 
 
-def test_who_sends_far_larger_ones_all_the_time_is_told() -> None:
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+def test_who_sends_far_larger_ones_all_the_time_counts_no_more_than_others(size: float) -> None:
+    """Near the end of training, one trainer's gradients may be thousands of times another's: neither is refused."""
     swarm = Swarm(OPTIMIZERS["sgd"])
     swarm.train(40)
-    refusals = [swarm.attack(1e4) for _ in range(10)]
-    assert all(refusals[4:]) and isinstance(refusals[-1], ExpertFailed) and "norm" in str(refusals[-1])
+    for _ in range(20):
+        usual, before = swarm.backend.norms.usual, [x.detach().clone() for x in swarm.backend.module.parameters()]
+        assert usual is not None and swarm.attack(size) is None
+    after = swarm.backend.module.parameters()
+    moved = norm_of([a - b.detach() for a, b in zip(before, after, strict=True)])
+    assert usual is not None and swarm.backend.optimizer is not None
+    assert 0 < moved < 1.1 * usual * swarm.backend.optimizer.param_groups[0]["lr"]
     assert not any(swarm.attack(1e-3) for _ in range(3)), "what is ordinary is taken from anybody"
 
 

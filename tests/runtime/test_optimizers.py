@@ -164,6 +164,52 @@ def test_an_exhausted_schedule_costs_no_step(caplog: pytest.LogCaptureFixture) -
     assert again.version == 6 and group_of(again)["lr"] == group_of(backend)["lr"]
 
 
+def in_groups(make: Any, *, turned: bool) -> Callable[[Any], Optimizer]:
+    """An optimizer with a group for each parameter, in their order or turned round."""
+    return lambda own: make([{"params": [one]} for one in (reversed(list(own)) if turned else own)], lr=0.1)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_moments_of_other_parameters_are_refused_when_they_are_loaded(make: Any, late: bool) -> None:
+    first = backend_of(in_groups(make, turned=False))
+    step(first)
+    same = backend_of(in_groups(make, turned=False), late=late)
+    same.load_state(through_a_file(first))
+    turned = backend_of(in_groups(make, turned=True), late=late)
+    with pytest.raises(ValueError, match="another order|has the shape"):
+        turned.load_state(through_a_file(first))
+    with pytest.raises(ValueError, match=r"groups of \[1, 1\] parameters, this one has \[2\]"):
+        backend_of(lambda own: make(own, lr=0.1), late=late).load_state(through_a_file(first))
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "step"])
+def test_kernels_get_no_moments_of_another_shape(name: str) -> None:
+    first, second = backend_of(adam(0.1)), backend_of(adam(0.1))
+    step(first)
+    state = through_a_file(first)
+    state["optimizer"]["state"][0][name] = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match=name):
+        second.load_state(state)
+
+
+def test_moments_lie_in_memory_as_their_parameters_do() -> None:
+    backends = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        module = nn.Linear(4, 3)
+        module.weight = nn.Parameter(torch.randn(4, 3).t())
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.1, fused=True)
+        backends.append(ExpertBackend(module, optimizer=optimizer, args_schema=(TensorSpec((4,)),)))
+    first, second = backends
+    x, g = torch.randn(2, 4), [torch.randn(2, 3)]
+    first.step(first.gradients([x], g)[1])
+    second.load_state(through_a_file(first))
+    for one in backends:
+        one.step(one.gradients([X], G)[1])
+    torch.testing.assert_close(second.module.state_dict(), first.module.state_dict())
+
+
 OTHER = nn.Linear(4, 3)
 
 
@@ -176,6 +222,13 @@ class Sharp(torch.optim.SGD):
         return super().step(closure)
 
 
+class Trusting(torch.optim.SGD):
+    """Calls its closure without a look."""
+
+    def step(self, closure: Any = None) -> Any:
+        return closure()
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     ("optimizer", "schedule", "sentence"),
@@ -184,6 +237,7 @@ class Sharp(torch.optim.SGD):
         (lambda own: torch.optim.SGD([*own, *OTHER.parameters()], lr=0.1), None, "2 tensor"),
         (lambda own: torch.optim.LBFGS(own), None, "LBFGS calls the module again"),
         (lambda own: Sharp(own, lr=0.1), SCHEDULES["steps"], "Sharp cannot step this module.*closure"),
+        (lambda own: Trusting(own, lr=0.1), None, "Trusting cannot step this module"),
         (lambda own: torch.optim.SparseAdam(own), None, "SparseAdam cannot step this module.*dense"),
         (sgd(0.1), lambda one: lr_scheduler.ReduceLROnPlateau(one), "ReduceLROnPlateau needs a figure"),
         (sgd(0.1), lambda _: lr_scheduler.StepLR(torch.optim.SGD(OTHER.parameters()), 1), "of another optimizer"),
@@ -216,6 +270,20 @@ def test_parameters_that_are_frozen_or_added_later_are_seen() -> None:
         one.requires_grad_(False)
     (outcome,) = compute(executor, [whole(work_of(backend, X, G[0]))])
     assert outcome.answer is not None
+
+
+def test_a_module_that_freezes_its_own_parameters_in_a_forward_pass_goes_on() -> None:
+    backend = backend_of(sgd(0.1))
+    module = backend.module
+    assert isinstance(module, nn.Linear)
+
+    def thaw(x: torch.Tensor) -> torch.Tensor:
+        module.weight.requires_grad_(False)
+        return nn.functional.linear(x, module.weight, module.bias)
+
+    module.forward = thaw  # type: ignore[method-assign]
+    of_inputs, (of_weight, of_bias) = backend.gradients([X], G)
+    assert of_inputs[0] is not None and of_weight is None and of_bias is not None
 
 
 class Words(nn.Module):

@@ -102,3 +102,16 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file cannot be written"):
         FolderLock(tmp_path / "file").acquire()
+
+
+def test_who_releases_frees_it_though_a_child_just_forked_still_has_the_file_open(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.acquire()
+    (handle,) = folder_lock._held.values()
+    copy = os.dup(handle)
+    try:
+        first.release()
+        second.acquire()
+        second.release()
+    finally:
+        os.close(copy)

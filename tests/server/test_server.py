@@ -442,7 +442,7 @@ async def test_a_checkpoint_of_another_module_is_refused_and_nothing_is_left_ope
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
         await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
     other = ExpertBackend(nn.Linear(8, 8), args_schema=(TensorSpec((8,)),))
-    with pytest.raises(CheckpointError, match="ffn.0 does not fit its module"):
+    with pytest.raises(CheckpointError, match="checkpoint of ffn.0 does not fit it"):
         async with TesseractServer(node, {"ffn.0": other}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
             pass
     assert not node.handlers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
 from tesseract_async.server import checkpoint
+from tesseract_async.server.sealed import SealedFile
 from tesseract_async.server.state_transfer import (
     NO_DIGEST,
     StateSource,
@@ -94,6 +96,18 @@ def node() -> Any:
     node = FakeNode()
     yield node
     node.source.close()
+
+
+async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
+    node = FakeNode()
+    (tmp_path / "file").write_bytes(b"file")
+    node.source.find_sealed = lambda uid, digest: SealedFile(bytes(32), 4, tmp_path / "file")
+    for weights_only in (False, True):
+        request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
+        body = messages.encode(request)
+        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), bytes(16), 0.0, 0)
+        reply = await node.source.answer("ffn.0", node.backend, call)
+        assert (bytes(reply.buffers[0]) == b"file") is not weights_only
 
 
 async def test_a_state_arrives_whole_and_loads(node: FakeNode) -> None:

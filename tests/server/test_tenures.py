@@ -184,6 +184,20 @@ async def test_one_alone_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert again.version == 4
 
 
+async def test_nobody_begins_anew_what_a_host_that_is_away_has_sealed(tmp_path: Path) -> None:
+    async with ta.TesseractNode() as seed:
+        peers = [seed.address]
+        async with host(HOSTS[0], peers, tmp_path) as first:
+            await train(first.node, 3)
+            await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
+        # its manifest is gone with it, and with that its grant
+        async with host(HOSTS[1], peers, seed=1) as newcomer:
+            assert newcomer.tenure.state is State.ABSENT and not newcomer.leads
+            async with host(HOSTS[0], peers, tmp_path) as again:
+                await until(lambda: again.leads and newcomer.version == 3)
+                assert torch.equal(again.weight(), newcomer.weight())
+
+
 async def test_a_stranger_cannot_ask_who_leads_nor_take_part() -> None:
     async with host(HOSTS[0], []) as first, ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
         state = first.tenure.state, first.tenure.epoch
