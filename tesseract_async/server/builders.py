@@ -122,7 +122,10 @@ def build(
     except TypeError:  # a size that cannot be hashed: not from a manifest
         is_planned = _plan.__wrapped__(builder, key, name, limit, num_states)
     with contextlib.nullcontext() if is_planned else Counting(limit):
-        built: Any = _call(builder, sizes, name, seed)
+        return _checked(_call(builder, sizes, name, seed), name)
+
+
+def _checked(built: Any, name: str) -> tuple[nn.Module, tuple[Schema, ...]]:
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
         raise ValueError(f"{name} returns a {type(built).__name__}, not a module and the schemas of its arguments")
     return built
@@ -187,7 +190,7 @@ def _plan(builder: Builder, sizes: tuple[tuple[str, Any], ...], name: str, limit
     try:
         with torch.device("meta"), Counting(limit) as counting:
             try:
-                module, schemas = builder(**dict(sizes), **seed)
+                module, schemas = _checked(builder(**dict(sizes), **seed), name)
                 specs = [one for one in tree_leaves(schemas) if isinstance(one, TensorSpec)]
             except OutOfBudget:
                 raise
