@@ -44,7 +44,7 @@ class Metrics(Uncopied):
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Adds to a counter, such as ``count("datagrams_dropped", reason="garbage")``."""
-        key = (name, _sorted(labels))
+        key = (name, tuple(labels.items()) if len(labels) < 2 else _sorted(labels))
         self.counters[key] = self.counters.get(key, 0) + amount
 
     def set(self, name: str, value: float, **labels: str) -> None:
@@ -53,7 +53,7 @@ class Metrics(Uncopied):
 
     def observe(self, name: str, value: float, *, bounds: Sequence[float] = SECONDS_BUCKETS, **labels: str) -> None:
         """Adds an observation to a histogram; `bounds` counts at its first observation only."""
-        key = (name, _sorted(labels))
+        key = (name, tuple(labels.items()) if len(labels) < 2 else _sorted(labels))
         histogram = self.histograms.get(key)
         if histogram is None:
             histogram = self.histograms[key] = Histogram(bounds)
@@ -76,7 +76,7 @@ class Metrics(Uncopied):
 
 
 def _sorted(labels: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(labels.items() if len(labels) < 2 else sorted(labels.items()))
+    return tuple(sorted(labels.items()))
 
 
 def _printable(name: str, labels: tuple[tuple[str, str], ...]) -> str:

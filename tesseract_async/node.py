@@ -454,7 +454,6 @@ class TesseractNode(Uncopied):
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
-        check_priority(priority)
         self.metrics.count("expert_calls", method=method)
         uid = body.get("uid") if isinstance(body, dict) else None
         if isinstance(uid, str) and not self.trust.may_host(peer.peer_id, uid):
@@ -471,6 +470,7 @@ class TesseractNode(Uncopied):
                 priority=priority,
                 call_id=call_id,
             )
+        check_priority(priority)  # as the endpoint does
         loop = asyncio.get_running_loop()
         # Copies, as the network would make: neither side may see the other's later changes.
         call = IncomingCall(

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
@@ -104,13 +104,20 @@ class Audits:
         self._unrepeatable: set[tuple[str, bool]] = set()
         self._closes = False
 
-    async def forward(
+    def forward(
         self, node: Node, forward: Forward, peer: Any, inputs: Outputs, *, timeout: float
-    ) -> tuple[list[torch.Tensor], Answer]:
+    ) -> Awaitable[tuple[list[torch.Tensor], Answer]]:
         """`call_forward`, of which a share is audited in the background."""
+        if not forward.options.audit_share:
+            return call_forward(node, forward, peer, inputs, timeout=timeout)
+        return self._forward(node, forward, peer, inputs, timeout)
+
+    async def _forward(
+        self, node: Node, forward: Forward, peer: Any, inputs: Outputs, timeout: float
+    ) -> tuple[list[torch.Tensor], Answer]:
         outputs, answer = await call_forward(node, forward, peer, inputs, timeout=timeout)
         share = forward.options.audit_share
-        if share and self._random.random() < share and (forward.uid, forward.training) not in self._unrepeatable:
+        if self._random.random() < share and (forward.uid, forward.training) not in self._unrepeatable:
             self._begin(node, forward, peer, inputs, outputs, answer.version)
         return outputs, answer
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tesseract_async.client.ports import Node
-from tesseract_async.errors import InputsForgotten, ProtocolError, shortened
+from tesseract_async.errors import InputsForgotten, ProtocolError, shortened, text_of
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import AUTO, CodecPolicy, Codecs, settle
@@ -183,8 +183,9 @@ async def call_forward(
 def _check_growth(uid: str, metas: list[Any], specs: Sequence[TensorSpec]) -> None:
     """Refuses an answer that would take more memory, unpacked, than what fits. Raises: ProtocolError."""
     if not may_unpack(metas, specs):
-        takes = ", ".join(map(str, specs))
-        raise ProtocolError(f"{uid} answered {shortened(str(metas))} where its schema says {shortened(takes)}")
+        got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
+        takes = shortened(", ".join(map(str, specs)))
+        raise ProtocolError(f"{uid} answered {got} where its schema says {takes}")
 
 
 def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:

@@ -245,8 +245,8 @@ class MixtureCall:
     async def _ask(self, part: Part, inputs: Sequence[torch.Tensor], deadline: float) -> None:
         chosen = [tensor.index_select(0, part.rows) for tensor in inputs]
 
-        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
-            return await self._shared.audits.forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
+        def attempt(peer: Any, timeout: float) -> Awaitable[tuple[list[torch.Tensor], Answer]]:
+            return self._shared.audits.forward(self._shared.node, part.forward, peer, chosen, timeout=timeout)
 
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
         replicas, ask = fresh_enough(self._shared, part.uid, part.replicas, attempt, self._settings.max_staleness)
@@ -399,7 +399,7 @@ class MixtureCall:
         # on the CPU whatever torch.set_default_device says, as everything here
         empty = torch.empty(0, dtype=torch.int64, device="cpu")
         rows = torch.cat([empty, *(part.rows for part in self.answered)])
-        sizes = torch.tensor([len(part.rows) for part in self.answered], dtype=torch.int64, device="cpu")
+        sizes = torch.tensor([part.num_rows for part in self.answered], dtype=torch.int64, device="cpu")
         experts = torch.tensor([part.expert for part in self.answered], dtype=torch.int64, device="cpu")
         return rows, experts.repeat_interleave(sizes)
 
@@ -423,7 +423,7 @@ class MixtureCall:
         slices: dict[int, slice] = {}
         start = 0
         for part in self.answered:
-            lines = slices[part.expert] = slice(start, start + len(part.rows))
+            lines = slices[part.expert] = slice(start, start + part.num_rows)
             start = lines.stop
             grads = [None if grad is None else grad[lines] for grad in output_grads]
             tasks[loop.create_task(self._ask_backward(part, inputs, grads))] = part
@@ -525,8 +525,8 @@ class MixtureCall:
         assert part.answer is not None
         answer = part.answer
 
-        async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
-            return await call_backward(
+        def attempt(peer: Any, timeout: float) -> Awaitable[list[torch.Tensor | None]]:
+            return call_backward(
                 self._shared.node, part.forward, peer, chosen, grads, answer=answer, call_id=call_id, timeout=timeout
             )
 

@@ -30,6 +30,8 @@ class Part:
     """The loop's time."""
     expected: float | None
     """Seconds that its forward usually takes, as far as known when it was sent."""
+    num_rows: int = 0
+    """As many as `rows` has; set when it is made."""
     outputs: list[torch.Tensor] = field(default_factory=list)
     answer: Answer | None = None
     slow: bool = False
@@ -39,10 +41,13 @@ class Part:
     late_at: float = math.inf
     """From when on it is slow (the loop's time)."""
 
+    def __post_init__(self) -> None:
+        self.num_rows = self.rows.shape[0]
+
     @property
     def num_bytes(self) -> int:
         """What travels there and back, uncompressed."""
-        return len(self.rows) * self.forward.schema.row_bytes
+        return self.num_rows * self.forward.schema.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ class Usual:
         """The medians; None unless half of those asked (and not failed) have answered."""
         if not parts or 2 * len(parts) < num_asked:
             return None
-        return cls(statistics.median(seconds), statistics.median(len(part.rows) for part in parts))
+        return cls(statistics.median(seconds), statistics.median([part.num_rows for part in parts]))
 
 
 def usual_seconds(part: Part, usual: Usual | None, expected: float | None) -> float | None:
@@ -67,7 +72,7 @@ def usual_seconds(part: Part, usual: Usual | None, expected: float | None) -> fl
     """
     seconds = expected
     if usual is not None:
-        of_others = usual.seconds * min(_MAX_SHARE, max(1.0, len(part.rows) / usual.num_rows))
+        of_others = usual.seconds * min(_MAX_SHARE, max(1.0, part.num_rows / usual.num_rows))
         seconds = of_others if expected is None else max(expected, of_others)
     return seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -322,10 +322,10 @@ class _ExpertCall:
         self._answer: Answer | None = None
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        async def attempt(peer: Any, timeout: float) -> tuple[list[torch.Tensor], Answer]:
-            return await self._shared.audits.forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
+        def attempt(peer: Any, timeout: float) -> Awaitable[tuple[list[torch.Tensor], Answer]]:
+            return self._shared.audits.forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
 
-        num_bytes = len(inputs[0]) * self._forward.schema.row_bytes
+        num_bytes = inputs[0].shape[0] * self._forward.schema.row_bytes
         options = self._forward.options
 
         def choose(replicas: Sequence[Any]) -> tuple[Sequence[Any], Attempt[Forwarded]]:

@@ -30,7 +30,7 @@ from tesseract_async.endpoint.replies import Replies
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.small_calls import SmallCalls
 from tesseract_async.endpoint.transfers import Transfers
-from tesseract_async.endpoint.under_way import Deadlines, Incoming, Outgoing, find_stalled
+from tesseract_async.endpoint.under_way import BUFFER_BYTES, Deadlines, Incoming, Outgoing, find_stalled
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError, RemoteError
 from tesseract_async.wire import calls, frames
@@ -477,11 +477,12 @@ class ConnectionProtocol:
                 self.lanes[MAIN].put(frames.frame(kind, stream=stream))
                 self._wake()
 
+        cost = size + BUFFER_BYTES * len(sizes[1:])
         if flags == frames.ROOM_ASKED:
             self.windows.open()
-            call.held = self._budget.ask(self._owner, size, receive)
+            call.held = self._budget.ask(self._owner, cost, receive)
         else:
-            call.held = self._budget.begin(self._owner, size)
+            call.held = self._budget.begin(self._owner, cost)
         if call.held.granted:
             receive()
 

@@ -15,6 +15,8 @@ MAX_OVERTAKING: Final = 64 * 2**20
 """Bytes of other messages that may pass a half-received one."""
 PROGRESS_BYTES: Final = 4096
 """What must come of a half-received message until it counts as moving: a byte now and then holds nothing open."""
+BUFFER_BYTES: Final = 256
+"""What a large message costs for each buffer after its first: a thousand empty ones take 270 KB."""
 GRACE: Final = 60.0
 LEAST_RATE: Final = 4096
 """A message may take `GRACE` seconds, and one more for each `LEAST_RATE` of its bytes."""

@@ -112,7 +112,7 @@ class Trust:
         """Whether calls for `uid` may go to this peer: a member sends nothing to somebody who may not host it."""
         if peer_id is not None and peer_id == self._peer_id:
             return True
-        authority = self._runs.get(split_uid(uid)[0])
+        authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if peer_id is None:  # whoever answers there
             return authority is None and self.policy.storers is None
         if not self.may_be_read(peer_id):
@@ -127,16 +127,17 @@ class Trust:
     def knows(self, peer_id: PeerID) -> bool:
         """Whether this peer is somebody: a list of the policy names it, or a run grants it something."""
         policy = self.policy
-        if peer_id in policy.quotas or any(peer_id in some for some in (policy.callers, policy.trainers) if some):
-            return True
-        return any(authority.grant_of(peer_id) is not None for authority in self._runs.values())
+        for some in (policy.quotas, policy.callers, policy.trainers):
+            if some and peer_id in some:
+                return True
+        return bool(self._runs) and any(one.grant_of(peer_id) is not None for one in self._runs.values())
 
     def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
         """Whether this peer may ask for what takes `role` in the run of `uid`; None: to be a member is enough.
 
         Where uids are bare, the policy has decided already.
         """
-        authority = self._runs.get(split_uid(uid)[0])
+        authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if authority is None or peer_id == self._peer_id:
             return True
         if role is None:

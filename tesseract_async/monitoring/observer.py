@@ -117,8 +117,7 @@ class SwarmObserver:
         if self._discover:
             await self._meet_contacts()
         for prefix, size in self._grids.items():
-            # a grid that grew is watched under its first size
-            if self.node.directory.live(prefix, self._grids[prefix]) is None:
+            if self.node.directory.live(prefix, size) is None:
                 self.node.directory.watch(prefix, size)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(self.period, FIRST_READ_TIMEOUT)):
@@ -191,8 +190,10 @@ class SwarmObserver:
                     if math.prod(size) <= MAX_CELLS:
                         sizes[prefix] = size
         for prefix, size in sizes.items():
-            if len(self._grids) < MAX_GRIDS:
-                self._watch(prefix, size)
+            known = self._grids.get(prefix, size)
+            if len(known) == len(size) and (prefix in self._grids or len(self._grids) < MAX_GRIDS):
+                size = tuple(map(max, known, size))  # it may have grown, and a server may tell less than before
+                self._grids[prefix] = size if math.prod(size) <= MAX_CELLS else known
 
     def _note_members(self) -> None:
         hosted: dict[PeerID, tuple[PeerAddress, set[str]]] = {}

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import tesseract_async
@@ -141,9 +140,11 @@ class StatusService:
 def encode_status(status: NodeStatus) -> dict[str, Any]:
     """As msgpack holds it."""
     body = {field.name: getattr(status, field.name) for field in dataclasses.fields(status)}
-    body["experts"] = {
-        uid: [expert.version, expert.primary] for uid, expert in islice(status.experts.items(), MAX_EXPERTS)
-    }
+    uids = list(status.experts)
+    if (last := len(uids) - 1) >= MAX_EXPERTS:
+        # evenly from the first to the last, so that they show how large the grid is
+        uids = [uids[place * last // (MAX_EXPERTS - 1)] for place in range(MAX_EXPERTS)]
+    body["experts"] = {uid: [status.experts[uid].version, status.experts[uid].primary] for uid in uids}
     return body
 
 

@@ -72,6 +72,10 @@ class DialBack:
         if len(self._written_to) > MAX_WRITTEN_TO:
             del self._written_to[next(iter(self._written_to))]
 
+    def has_written_to(self, address: Address, now: float) -> bool:
+        """Whether this node sent it a request within what gateways remember."""
+        return now - self._written_to.get(address, float("-inf")) < FILTER_LIFETIME
+
     def note_reply(self, address: Address, now: float) -> None:
         """A reply keeps a gateway open where it is; whoever was never written to had found it open."""
         if address in self._written_to:
@@ -177,12 +181,12 @@ class DialBack:
             return
         if len(arguments) > 1 and type(arguments[1]) is bytes:
             asker = unpack_address(arguments[1])
-            if now - self._written_to.get(asker, float("-inf")) < FILTER_LIFETIME:
+            if self.has_written_to(asker, now):
                 self.network.send_oneway(wire.DIALED, (nonce,), asker, b"", now, padded=False)
             return
         if not self._nonce or nonce != self._nonce:
             raise ProtocolError("a dial-back that was not asked for")
-        if now - self._written_to.get(address, float("-inf")) < FILTER_LIFETIME:
+        if self.has_written_to(address, now):
             return
         self._num_unanswered = 0
         self._backoff = MIN_BACKOFF

@@ -269,8 +269,12 @@ class TesseractNetwork(Uncopied):
         """A clause for each seed that was given with a peer id, and proves to be another. Nothing is said to it."""
         driver = self._driver
         found = driver.wrong_peers.items() if driver is not None else ()
+        # two ids that begin alike are written out
         return [
-            f"{join_host_port(*where)} proves to be {who.short}, not {asked.short}" for where, (who, asked) in found
+            f"{join_host_port(*where)} proves to be {who.short}, not {asked.short}"
+            if who.short != asked.short
+            else f"{join_host_port(*where)} proves to be {who}, not {asked}"
+            for where, (who, asked) in found
         ]
 
     @property
@@ -279,7 +283,7 @@ class TesseractNetwork(Uncopied):
         if self._driver is None or not self._has_seeds or self._driver.joined.is_set():
             return None
         if wrong := self.wrong_seeds:
-            return f"no answer from whom was asked for: {'; '.join(wrong[:3])}. Is the address right, and the peer id?"
+            return f"no seed is the node that was asked for: {'; '.join(wrong[:3])}. Check the address and the peer id"
         names = ", ".join(peer.short for peer in self._seeds[:3]) or "those remembered from the last run"
         return (
             f"no answer from {names}. Does a node run there, and is UDP to its port let through?"

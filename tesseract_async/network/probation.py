@@ -42,7 +42,12 @@ class Probation:
         self._nonces: dict[bytes, bytes] = {}
 
     def wrote(self, address: Address, now: float) -> None:
-        """Somebody who is not listed, and claims to be public, has sent a request."""
+        """Somebody who is not listed, and claims to be public, has sent a request.
+
+        Not the first to write is whom this node has written to before: those that a newcomer finds ping it at once.
+        """
+        if address not in self._wrote_first and self.network.dialback.has_written_to(address, now):
+            return
         self._wrote_first[address] = now
         self._wrote_first.move_to_end(address)
         if len(self._wrote_first) > MAX_REMEMBERED:

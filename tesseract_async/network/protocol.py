@@ -293,8 +293,8 @@ class NetworkProtocol:
                 self.send(wire.encode(kind, flags, datagram.transaction, self.own_id, body), address)
             self.drop("token" if request.token else "unpadded")
             return
-        self._heard_from(datagram, address, address_proven, now)
         if datagram.kind in wire.ONE_WAY:
+            self._heard_from(datagram, address, address_proven, now)
             if not address_proven:
                 self.drop("token")
             elif datagram.kind == wire.LEAVE:
@@ -319,6 +319,8 @@ class NetworkProtocol:
         body = (packed_address, self.tokens.give(packed_address), proof, self.wall(now), *results)
         kind = datagram.kind | wire.REPLY
         self.send(wire.encode(kind, self.flags(), datagram.transaction, self.own_id, body), address)
+        # only now: a ping before the reply would look as if this node had written first (see `probation`)
+        self._heard_from(datagram, address, address_proven, now)
 
     def _answer(
         self,

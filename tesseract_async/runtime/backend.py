@@ -272,7 +272,7 @@ class ExpertBackend:
         With a `seed`, a stochastic module draws from it. Raises what the module raises; SchemaMismatch if its outputs
         do not fit the schema.
         """
-        with torch.no_grad():
+        with _grad_mode(False):
             # of tensors that want gradients, as in `gradients`: a module may look at that, and must do the same again
             marked = _leaves(inputs) if self._marks_inputs else inputs
             return [x.detach() if x.requires_grad else x for x in self._run(marked, training, seed)]
@@ -292,7 +292,7 @@ class ExpertBackend:
         self.prepare()
         leaves = _leaves(inputs)
         sources = leaves + self.parameters
-        with torch.enable_grad():
+        with _grad_mode(True):
             outputs = self._run(leaves, training, seed)
             pairs = [
                 (output, gradient)
@@ -367,20 +367,25 @@ class ExpertBackend:
         assert self.optimizer is not None and gradients is not None
         self._lately.append(frozenset(self._gathered) - {None})
         self._gathered, self._num_accumulated = {}, 0
-        gradients = [*gradients, *[None] * (len(self.parameters) - len(gradients))]  # of groups that were added since
-        gradients = [_laid_out(x, like) for x, like in zip(gradients, self.parameters, strict=True)]
+        parameters = self.parameters
+        gradients = [*gradients, *[None] * (len(parameters) - len(gradients))]  # of groups that were added since
+        gradients = [
+            x if x is None or (x.layout is torch.strided and x.stride() == like.stride()) else _laid_out(x, like)
+            for x, like in zip(gradients, parameters, strict=True)
+        ]
         most = self.settings.clip_gradient_norm
         if most is not None and (norm := norm_of(gradients)) > most:
             gradients = [None if x is None else x * (most / norm) for x in gradients]  # not in place: two may be one
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-            for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-                if gradient is not None:
+            if gradient is not None and (hooks := getattr(parameter, "_post_accumulate_grad_hooks", None)):
+                for hook in hooks.values():
                     hook(parameter)
         try:
             self.optimizer.step()
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
+                parameter.grad = None
         self.version += 1
         if self.scheduler is not None:
             try:
@@ -566,9 +571,25 @@ class ExpertBackend:
         return outputs
 
 
+class _grad_mode:
+    """``torch.set_grad_enabled``, at a fifth of its price."""
+
+    __slots__ = ("mode", "before")
+
+    def __init__(self, mode: bool) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self.mode)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_grad_enabled(self.before)
+
+
 def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
     # kernels read an expanded one as if it were laid out like the parameter; a sparse one is the optimizer's business
-    if gradient is None or gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
+    if gradient is None or gradient.layout is not torch.strided:
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
 

@@ -35,7 +35,7 @@ import dataclasses
 import heapq
 import math
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
@@ -221,15 +221,17 @@ class Account:
             self._age = min(map(_age, self.heads()))
         return self._age
 
-    def heads(self) -> Iterator[Request]:
+    def heads(self) -> list[Request]:
         """The oldest waiting request of each priority and head start."""
-        for kind, ages in list(self.classes.items()):
+        found: list[Request] = []
+        for ages in self.classes.values():
             while ages and not ages[0].waits:
                 ages.popleft()
             if ages:
-                yield ages[0]
-            else:
-                del self.classes[kind]
+                found.append(ages[0])
+        if len(found) < len(self.classes):
+            self.classes = {kind: ages for kind, ages in self.classes.items() if ages}
+        return found
 
     def most_urgent(self) -> Request | None:
         """The waiting request with the earliest deadline."""
@@ -361,7 +363,11 @@ class Batcher:
             limit = pool.max_batch_size  # a preferred size must not split what fits in a batch
         per_row = pool.cost.seconds_per_row
         num_rows = self._take(first, parts, limit, per_row, now)
-        if not first.exclusive and first.num_bytes < self.settings.large_request_bytes:
+        if (
+            pool.num_waiting_rows > num_rows  # else nobody could ride along
+            and not first.exclusive
+            and first.num_bytes < self.settings.large_request_bytes
+        ):
             num_rows = self._fill(pool, parts, num_rows, limit, turn, per_row, now)
         self._num_running += 1
         self._statistics.num_batches += 1
@@ -398,6 +404,8 @@ class Batcher:
 
     def timer_at(self) -> float | None:
         """When the next deadline passes."""
+        if not self._active:
+            return None
         urgent = [account.most_urgent() for account in self._active]
         return min((request.deadline for request in urgent if request is not None), default=None)
 
@@ -418,16 +426,20 @@ class Batcher:
         """The one that the next batch is made for. An account's place is that of its oldest request, whichever of them
         it wants done first.
         """
-        account = min((one for one in self._active if one.used <= turn), key=_ACCOUNT_AGE)
+        if len(self._active) == 1:
+            (account,) = self._active
+        else:
+            account = min((one for one in self._active if one.used <= turn), key=_ACCOUNT_AGE)
         urgent = account.most_urgent()
         if urgent is not None and urgent.deadline <= now + self.settings.urgent_seconds:
             return urgent
-        return min(account.heads(), key=lambda one: (-one.priority, _age(one)))
+        heads = account.heads()
+        return heads[0] if len(heads) == 1 else min(heads, key=lambda one: (-one.priority, _age(one)))
 
     @staticmethod
     def _batch_limit(pool: Pool) -> int:
         """Rows to gather: the largest preferred size that is filled by what waits, if there is one."""
-        if pool.num_waiting_rows >= pool.max_batch_size:
+        if not pool.preferred_sizes or pool.num_waiting_rows >= pool.max_batch_size:
             return pool.max_batch_size
         return max(
             (size for size in pool.preferred_sizes if size <= pool.num_waiting_rows), default=pool.max_batch_size

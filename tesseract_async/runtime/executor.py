@@ -42,6 +42,7 @@ class Attempt:
 
     __slots__ = (
         "parts",
+        "work",
         "upload",
         "results",
         "summed",
@@ -55,6 +56,8 @@ class Attempt:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
+        self.work: Work = parts[0].request.payload
+        """The first part's."""
         self.upload: Upload | None = None
         self.results: Sequence[torch.Tensor | None] = ()
         """Outputs, or gradients of the inputs, on the device."""
@@ -68,11 +71,6 @@ class Attempt:
         self.error: BaseException | None = None
         self.outcomes: list[Outcome] = []
         self.stop_halving = False
-
-    @property
-    def work(self) -> Work:
-        work: Work = self.parts[0].request.payload
-        return work
 
 
 class Executor:
@@ -107,14 +105,18 @@ class Executor:
             num_inputs = len(backend.input_specs)
             inputs: list[Any] = staged[:num_inputs]
             seed = _chunk_seed(attempt.parts[0])
-            _check_alone(attempt)
+            shared = len(attempt.parts) > 1
+            if shared:
+                _check_alone(work)
             if work.output_gradients is None:
                 attempt.results = backend.forward(inputs, training=work.training, seed=seed)
-                _check_alone(attempt)
+                if shared:
+                    _check_alone(work)
                 return
             gradients = self._damp(attempt, staged[num_inputs:])
             attempt.results, attempt.summed = backend.gradients(inputs, gradients, training=work.training, seed=seed)
-            _check_alone(attempt)
+            if shared:
+                _check_alone(work)
             if not are_finite(gradients):
                 raise ExpertFailed("the gradients that came with this call are not finite; no step was taken")
             if work.call_id is not None and attempt.summed:
@@ -369,9 +371,9 @@ class _DrawsAlone(Exception):
     """A batch of several requests turned out to draw random numbers, which are each request's own."""
 
 
-def _check_alone(attempt: Attempt) -> None:
+def _check_alone(work: Work) -> None:
     """Raises: _DrawsAlone, upon which the batch is computed again, request by request."""
-    if len(attempt.parts) > 1 and attempt.work.backend.is_stochastic(attempt.work.training):
+    if work.backend.is_stochastic(work.training):
         raise _DrawsAlone
 
 

@@ -99,11 +99,14 @@ class UsualNorms:
         return [*self._of_before, *(norm for norms in self._by_account.values() for norm in norms)]
 
     def _find(self) -> None:
-        num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
-        self._is_settled = self._is_settled or num_known >= NUM_FIRST
-        if num_known:
-            of_before = [_lower_median(self._of_before)] if self._of_before else []
-            self._usual = _lower_median([*self._medians.values(), *of_before])
+        if not self._is_settled:
+            num_known = len(self._of_before) + sum(map(len, self._by_account.values()))
+            self._is_settled = num_known >= NUM_FIRST
+        medians = list(self._medians.values())
+        if self._of_before:
+            medians.append(_lower_median(self._of_before))
+        if medians:
+            self._usual = _lower_median(medians)
 
 
 def _lower_median(values: Collection[float]) -> float:

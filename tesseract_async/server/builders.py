@@ -112,7 +112,7 @@ def build(
     `seed` decides the first weights, whatever was drawn before. `max_bytes`: of the expert, with `num_states` further
     copies of what is trained (gradients and the optimizer's state); by default this computer's memory.
 
-    Raises: ValueError for sizes that the builder does not take, or too large ones.
+    Raises: ValueError for sizes that the builder does not take, too large ones, or what is no builder's result.
     """
     _check_sizes(builder, sizes, name)
     limit = int(psutil.virtual_memory().total) if max_bytes is None else max_bytes
@@ -122,7 +122,13 @@ def build(
     except TypeError:  # a size that cannot be hashed: not from a manifest
         is_planned = _plan.__wrapped__(builder, key, name, limit, num_states)
     with contextlib.nullcontext() if is_planned else Counting(limit):
-        return _call(builder, sizes, name, seed)
+        return _checked(_call(builder, sizes, name, seed), name)
+
+
+def _checked(built: Any, name: str) -> tuple[nn.Module, tuple[Schema, ...]]:
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise ValueError(f"{name} returns a {type(built).__name__}, not a module and the schemas of its arguments")
+    return built
 
 
 def _signature(builder: Builder) -> inspect.Signature:
@@ -184,7 +190,7 @@ def _plan(builder: Builder, sizes: tuple[tuple[str, Any], ...], name: str, limit
     try:
         with torch.device("meta"), Counting(limit) as counting:
             try:
-                module, schemas = builder(**dict(sizes), **seed)
+                module, schemas = _checked(builder(**dict(sizes), **seed), name)
                 specs = [one for one in tree_leaves(schemas) if isinstance(one, TensorSpec)]
             except OutOfBudget:
                 raise

@@ -24,6 +24,7 @@ from tesseract_async.errors import (
     SchemaMismatch,
     UnknownMethod,
     shortened,
+    text_of,
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -227,7 +228,7 @@ class ExpertCalls:
         gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
         if inputs[0].shape[0] == 0:
             return Answer([_zero_gradient(x) for x in inputs], backend.version)
-        version = backend.led_to(key[1], request.call_id)
+        version, owner = backend.led_to(key[1], request.call_id), self._owner(call)
         work = self._runtime_of(backend).submit(
             backend,
             inputs,
@@ -239,9 +240,9 @@ class ExpertCalls:
             forward_version=request.version if version is None else None,
             deadline=call.deadline,
             priority=_priority(call),
-            peer=self._owner(call),
+            peer=owner,
         )
-        backward = self._backwards[key] = _Backward(work, version, self._owner(call))
+        backward = self._backwards[key] = _Backward(work, version, owner)
         work.answer.add_done_callback(lambda _: self._end_backward(key))
         return backward
 
@@ -316,7 +317,7 @@ def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tenso
         if x is not None and x.dtype == spec.dtype and x.dim() and x.shape[1:] == spec.shape:
             fitting.append(x)
     if len(tensors) == len(fitting) == len(specs):
-        if len(fitting) == 1 or len({len(x) for x in fitting}) == 1:
+        if len(fitting) == 1 or len({x.shape[0] for x in fitting}) == 1:
             return fitting
     raise _mismatch(uid, backend.inputs_schema, tensors)
 
@@ -374,7 +375,8 @@ def _check_codecs(
 def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
     """Refuses what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
     if not wire.may_unpack(metas, specs):
-        raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {shortened(str(metas))}")
+        got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
+        raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {got}")
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:

@@ -248,3 +248,15 @@ async def test_hooks_of_a_trainers_module_fire(node: FakeNode) -> None:
     node_of_the_weight.register_hook(print)
     with pytest.raises(ValueError, match="register_post_accumulate_grad_hook"):
         AsyncTrainer(module, torch.optim.SGD(module.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("sparse_first", [True, False])
+async def test_dense_and_sparse_gradients_of_one_leaf_add_up(sparse_first: bool) -> None:
+    words = torch.ones(5, 3, requires_grad=True)
+    ids = torch.tensor([1, 1, 4])
+    expected = torch.ones(5, 3).index_add(0, ids, torch.ones(3, 3))
+    for is_sparse in (sparse_first, not sparse_first):
+        loss = nn.functional.embedding(ids, words, sparse=True).sum() if is_sparse else words.sum()
+        await backward(loss)
+    assert words.grad is not None
+    torch.testing.assert_close(words.grad.to_dense(), expected)

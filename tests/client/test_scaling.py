@@ -329,3 +329,19 @@ def test_scaling_itself_is_as_torch_does_it() -> None:
     for _ in range(2 * scaling._MAX_NOTED):
         scaling._note(leaf, leaf)
     assert len(scaling._noted) <= scaling._MAX_NOTED
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_losses_that_are_scaled_together_are_noted_one_by_one(kind: Callable[..., Any]) -> None:
+    leaf = torch.ones((), requires_grad=True)
+    seen: list[float | None] = []
+    losses = []
+    for _ in range(2):
+        loss = leaf * 2
+        loss.register_hook(lambda _: seen.append(scaling.noted_scale(torch._C._current_graph_task_id())))
+        losses.append(loss)
+    together = scaler_of(4.0).scale(kind(losses))
+    assert kind is iter or type(together) is kind
+    for scaled in together:
+        scaled.backward()
+    assert seen == [4.0, 4.0]

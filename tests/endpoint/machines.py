@@ -6,7 +6,7 @@ import functools
 import random
 from typing import Any
 
-from tesseract_async.endpoint.budget import Budget
+from tesseract_async.endpoint.budget import Budget, FairCount
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallReceived,
@@ -37,12 +37,21 @@ class Side:
         budget: Budget,
         dialled: bool,
         meter: Meter | None = None,
+        small_budget: FairCount | None = None,
     ) -> None:
         hello = Hello(bytes(16), False, bytes(32), theirs.max_calls, theirs.max_small, theirs.max_message)
         self.budget = budget
         self.woken = 0
         self.machine = ConnectionProtocol(
-            "peer", hello, dialled=dialled, budget=budget, settings=ours, now=0.0, wake=self._wake, meter=meter
+            "peer",
+            hello,
+            dialled=dialled,
+            budget=budget,
+            settings=ours,
+            now=0.0,
+            wake=self._wake,
+            meter=meter,
+            small_budget=small_budget,
         )
         self.events: list[Event] = []
 
@@ -81,10 +90,11 @@ class Pair:
         bulk: bool = True,
         seed: int | None = None,
         meter: Meter | None = None,
+        small_budget: FairCount | None = None,
     ) -> None:
         self.now = 0.0
         self.client = Side(server, client, Budget(client_budget), True)
-        self.server = Side(client, server, Budget(server_budget), False, meter)
+        self.server = Side(client, server, Budget(server_budget), False, meter, small_budget)
         self.bytes = {MAIN: 0, BULK: 0}
         self._pick = random.Random(seed) if seed is not None else None
         if bulk:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import tracemalloc
 
 import pytest
 
+from tesseract_async.endpoint.budget import FairCount
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -402,6 +404,17 @@ def test_half_received_requests_that_stall_are_given_up() -> None:
     assert isinstance(event, CallFailed) and "stalled" in str(event.error) and clean(pair)
 
 
+def test_a_request_that_comes_too_slowly_is_given_up_although_it_moves() -> None:
+    side = Pair().server
+    side.receive(MAIN, begin(frames.BEGIN_REQUEST, MIB, frames.ROOM_ASKED), 0.0)
+    seconds = 0.0
+    while side.budget.used:
+        seconds += 10.0
+        side.receive(MAIN, frames.HEADER.pack(frames.CHUNK_REQUEST, 0, 0, 4096, 1) + bytes(4096), seconds)
+        side.machine.handle_timer(seconds)
+    assert 60 + MIB / 4096 < seconds < 80 + MIB / 4096
+
+
 def test_a_farewell_tells_which_calls_were_never_seen() -> None:
     pair = Pair()
     first = pair.call(1)
@@ -507,6 +520,32 @@ def test_a_message_keeps_to_its_lane(first: int) -> None:
             side.receive(other, chunk + bytes(MIB), 0.0)
         side.machine.connection_lost("broken rules")
         assert side.budget.used == 0 and side.machine.num_calls == 0
+
+
+def test_a_flood_of_small_calls_that_are_refused_is_cut_off() -> None:
+    side = Pair(small_budget=FairCount(0)).server
+    head = frames.pack((bytes(16), "m", 1000, 0, 0, 5, None))
+    with pytest.raises(ProtocolError, match="flood"):
+        for stream in range(1, 20_000):
+            side.receive(MAIN, frames.encode_small(frames.REQUEST, stream, head, (), ()), 0.0)
+    assert side.machine.num_calls < 20
+
+
+def test_many_tiny_buffers_count_what_they_cost() -> None:
+    sizes = [1] * 1023 + [frames.MAX_SMALL]
+    tracemalloc.start()
+    try:
+        assembly = frames.Assembly(8, sizes)
+        cost = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert assembly.left < 100_000
+    side = Pair().server
+    payload = frames.encode_table(8, sizes)
+    side.receive(MAIN, frames.frame(frames.BEGIN_REQUEST, stream=1, payload=payload), 0.0)
+    assert side.budget.used > 0.9 * cost > 250_000
+    side.machine.connection_lost("cut")
+    assert side.budget.used == 0
 
 
 def test_more_calls_than_allowed_are_a_broken_rule() -> None:

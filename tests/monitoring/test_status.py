@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.monitoring.status import ExpertStatus, NodeStatus, decode_status, encode_status
+from tesseract_async.monitoring.status import MAX_EXPERTS, ExpertStatus, NodeStatus, decode_status, encode_status
 
 STATUS = NodeStatus(
     software="0.1.0",
@@ -30,6 +30,12 @@ STATUS = NodeStatus(
 def test_a_status_survives_the_wire() -> None:
     assert decode_status(encode_status(STATUS)) == STATUS
     assert decode_status({**encode_status(STATUS), "added later": 1}) == STATUS
+
+
+def test_of_many_experts_those_travel_that_show_how_large_the_grid_is() -> None:
+    experts = {f"ffn.{row}.{column}": ExpertStatus(0, True) for row in range(64) for column in range(64)}
+    told = decode_status(encode_status(dataclasses.replace(STATUS, experts=experts))).experts
+    assert len(told) == MAX_EXPERTS and {"ffn.0.0", "ffn.63.63"} <= told.keys() <= experts.keys()
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(NodeStatus)])

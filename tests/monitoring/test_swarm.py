@@ -111,6 +111,23 @@ async def test_without_patterns_the_neighbours_grids_are_found() -> None:
         assert only(observer.state()["peers"])["num_experts"] == 2
 
 
+async def test_a_grid_that_grows_is_shown_whole() -> None:
+    async with (
+        volunteer("ffn.0.3") as first,
+        ta.TesseractNode(initial_peers=[first.address], refresh_period=0.2) as node,
+    ):
+        await node.network.wait_joined(30)
+        observer = SwarmObserver(node, period=0.5)
+        await observer.look()
+        assert only(observer.state()["grids"])["size"] == [1, 4]
+        async with volunteer("ffn.2.0", seeds=(first.address,)) as second, asyncio.timeout(60):
+            while second.peer_id not in observer.peers:
+                await observer.look()
+                await asyncio.sleep(0.1)
+            grid = only(observer.state()["grids"])
+            assert grid["size"] == [3, 4] and [cell[0] for cell in grid["experts"]] == [[0, 3], [2, 0]]
+
+
 async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
     async with (
         ta.TesseractNode() as host,

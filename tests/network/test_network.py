@@ -281,6 +281,18 @@ async def test_nothing_is_said_to_a_seed_that_proves_to_be_another(caplog: pytes
             await network.aclose()
 
 
+async def test_ids_that_begin_alike_are_told_apart() -> None:
+    async with swarm(1) as (first,):
+        other = PeerID(bytes(first.peer_id)[:30] + b"xx")
+        network = TesseractNetwork(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05))
+        await network.start(bound(), initial_peers=[seed(port_of(first), other)])
+        try:
+            await until(lambda: bool(network.wrong_seeds))
+            assert str(first.peer_id) in str(network.trouble) and str(other) in str(network.trouble)
+        finally:
+            await network.aclose()
+
+
 @pytest.mark.parametrize("order", [1, -1])
 async def test_of_two_seeds_the_wrong_one_is_left_alone(order: int) -> None:
     """Also where the right one names it as a contact, and where its address was given without an id, too."""

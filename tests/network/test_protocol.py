@@ -811,6 +811,7 @@ def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -
 
 def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
     node = machine(1)
+    node.scope = AddressScope(["8.8.4.4"])
     friend, victim = ("9.9.9.9", 4000), ("8.8.8.8", 53)
     (liar,) = table_of(node, friend)
 
@@ -829,6 +830,8 @@ def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
 
     assert ask(bytes([7] * 32), ("7.7.7.7", 1), victim, 0.0) == 0, "a stranger"
     assert ask(liar.peer_id, ("7.7.7.7", 1), victim, 0.0) == 0, "another in a contact's name"
+    for host in ("10.0.0.1", "169.254.169.254", "127.0.0.1", "192.168.1.255"):
+        assert ask(liar.peer_id, friend, (host, 80), 0.0) == 0, "nobody's business"
     assert ask(liar.peer_id, friend, victim, 0.0) == 1
     to_one = sum(ask(liar.peer_id, friend, (victim[0], port), 0.0) for port in range(1, 1000))
     assert 0 < to_one <= 16, "whatever the port"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.backend import ExpertBackend, add_gradients
 from tesseract_async.wire.tensors import TensorSpec
 
 
@@ -311,3 +311,11 @@ def test_lazy_layers_are_made_by_the_dry_run() -> None:
         ExpertBackend(nn.LazyLinear(3), args_schema=(SPEC,), outputs_schema=TensorSpec((3,)))
     with pytest.raises(TypeError, match=r"for a single one, \(spec,\)"):
         ExpertBackend(module, args_schema=SPEC)  # type: ignore[arg-type]
+
+
+def test_dense_and_sparse_gradients_add_up_in_any_order() -> None:
+    dense, sparse = torch.ones(3, 2), torch.eye(3, 2).to_sparse()
+    for left, right in ((dense, sparse), (sparse, dense)):
+        summed = add_gradients([left], [right])
+        assert summed is not None and summed[0] is not None
+        torch.testing.assert_close(summed[0].to_dense(), dense + torch.eye(3, 2))

@@ -258,6 +258,11 @@ async def test_what_does_not_fit_is_not_unpacked_where_that_takes_more_memory(
     metas = [["float32", [1000, 8], codec], meta] if (dtype, width) == ("float32", 8) else [meta]
     with pytest.raises(SchemaMismatch, match="ffn.0 takes .*; got"):
         await node.forward("ffn.0", torch.zeros(1, 8), tensors=metas)
+    deep: Any = []
+    for _ in range(990):
+        deep = [deep]
+    with pytest.raises(SchemaMismatch, match="ffn.0 takes .*; got"):
+        await node.forward("ffn.0", torch.zeros(1, 8), tensors=[[deep, 1, codec]])
     for num_inputs in (0, 1):
         with pytest.raises(SchemaMismatch, match="backward of ffn.0 takes .*; got"):
             metas = [["float32", [1000, 8], codec]] * num_inputs + [["float32", [1000, 4], codec], meta]

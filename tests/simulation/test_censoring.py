@@ -64,9 +64,21 @@ class Siege:
         readers = self.random.sample(self.honest, 10)
         return [(self.network.get(reader, KEY) or {}).get(subkey) for reader in readers]
 
-    def honest_holders(self, subkey: str, *, by: int) -> int:
-        owner, key = self.honest[by].protocol.identity.peer_id, hashlib.sha256(KEY.encode()).digest()
-        return sum(node.protocol.storage.get(key, subkey, owner) is not None for node in self.honest)
+    def newcomer(self, *, near: bool) -> SimulatedNode:
+        """One that joined seconds ago, by chance or `near` the key, with liars as its neighbours."""
+        while True:
+            self.num_hashes += 1
+            identity = SimulatedIdentity(b"newcomer %d" % self.num_hashes)
+            if (common_prefix(int.from_bytes(identity.peer_id, "big"), TARGET) >= 8) == near:
+                break
+        self.network._secrets[identity.public_key] = identity._secret
+        node = self.network.add_node([self.random.choice(self.honest)], identity=identity)
+        self.network.run(10.0)
+        return node
+
+    def honest_holders(self, subkey: str, *, owner: SimulatedNode) -> int:
+        peer_id, key = owner.protocol.identity.peer_id, hashlib.sha256(KEY.encode()).digest()
+        return sum(node.protocol.storage.get(key, subkey, peer_id) is not None for node in self.honest)
 
 
 def besiege(num_honest: int, num_ranges: int, *, copying: bool) -> None:
@@ -81,10 +93,15 @@ def besiege(num_honest: int, num_ranges: int, *, copying: bool) -> None:
             liar.protocol.storage.put(record)
     siege.store("during", 2, by=9)
     siege.store("renewed", "new", by=7)
-    assert siege.honest_holders("during", by=9) >= 10
+    assert siege.honest_holders("during", owner=siege.honest[9]) >= 10
     assert siege.seen("before") == [1] * 10
     assert siege.seen("during") == [2] * 10
     assert siege.seen("renewed") == ["new"] * 10
+    for near in (False, True):
+        newcomer = siege.newcomer(near=near)
+        assert siege.network.get(newcomer, KEY).items() >= {"before": 1, "during": 2, "renewed": "new"}.items()
+        siege.network.store(newcomer, KEY, 3, ttl=3000.0, subkey="of a newcomer")
+        assert siege.honest_holders("of a newcomer", owner=newcomer) >= 10
     if copying:
         siege.network.run(1300.0)
     assert siege.seen("during") == [2] * 10, "after two rounds of copying"

@@ -24,6 +24,7 @@ from tesseract_async.testing import (
     VirtualClock,
     log_normal_latency,
 )
+from tesseract_async.testing.simulation import Latency
 
 QUICK = NetworkSettings(seed_period=10.0, republish_period=30.0, refresh_period=300.0)
 
@@ -244,6 +245,17 @@ def test_those_who_start_together_know_each_other_after_seconds(public_addresses
     network.run(600.0)
     # in the long run seeds alone are asked, at most every 5 minutes, and everybody's copies compared
     assert network.num_datagrams - before <= 15 * 12
+
+
+@pytest.mark.parametrize("latency", [0.02, log_normal_latency(median_rtt=0.08, sigma=0.5)])
+def test_a_newcomer_lists_many_although_its_seed_has_no_place_for_it(latency: float | Latency) -> None:
+    network = SimulatedNetwork(seed=3, latency=latency, loss=0.01, public_addresses=True)
+    swarm = network.add_settled_swarm(100)
+    for _ in range(3):
+        newcomer = network.add_node([network.random.choice(swarm)])
+        network.run(10.0)
+        assert len(newcomer.protocol.table) >= 40
+        assert not newcomer.protocol.metrics.total("network_contacts_dropped")
 
 
 def test_who_is_cut_off_while_it_would_look_again_comes_back_as_soon_as_ever() -> None:

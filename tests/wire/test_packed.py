@@ -55,6 +55,7 @@ BOMBS = {
     "small lists in short ones": b"\xdc\x03\xe8" + (b"\x9f" + b"\x90" * 15) * 1000,
     "a list in a list": b"\x91" * 60_000 + b"\xc0",
     "a list in a list, just above the limit": b"\x91" * 2000 + b"\xc0",
+    "40 lists in one another, and a text": b"\x92" + b"\x91" * 40 + b"\xc0" + msgpack.packb("x" * 2000),
     "a map in a map": b"\x81\xa0" * 30_000 + b"\xc0",
     "a list said to be long": b"\xdd\xff\xff\xff\xff" + bytes(2000),
     "a map said to be long": b"\xdf\xff\xff\xff\xff" + bytes(2000),
