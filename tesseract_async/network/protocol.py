@@ -499,6 +499,8 @@ class NetworkProtocol:
         for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
             del self._unreachable[raw]
         self._check_clock()
+        if len(self.table) >= self.settings.k and not self.density.was_sampled:
+            self.density.probe(now)
         if self.joined:
             for index in self.table.stale_prefixes(now - self.settings.refresh_period):
                 self.refresh_bucket(index, now)

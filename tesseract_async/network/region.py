@@ -39,6 +39,11 @@ class Density:
         self._network = network
         self._samples: dict[bytes, int] = {}
 
+    @property
+    def was_sampled(self) -> bool:
+        """Whether anything but the own neighbourhood is known."""
+        return bool(self._samples)
+
     def note(self, target: bytes, closest: Sequence[Contact]) -> None:
         """A lookup ended: these answered, nearest first."""
         if len(closest) >= self._network.settings.k:

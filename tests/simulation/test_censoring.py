@@ -128,3 +128,10 @@ def test_no_region_is_searched_where_ids_are_chance() -> None:
         assert network.get(reader, f"absent {index}") is None
     searched = sum(node.protocol.metrics.total("network_regions_searched") for node in nodes)
     assert searched <= 3, "of 300 lookups"
+
+
+def test_those_who_were_there_first_sample_the_network_once_it_has_grown() -> None:
+    network = SimulatedNetwork(seed=1, latency=0.02, public_addresses=True)
+    nodes = network.add_swarm(60)
+    network.run(60.0)
+    assert all(node.protocol.density.was_sampled for node in nodes)
