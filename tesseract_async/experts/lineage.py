@@ -32,6 +32,8 @@ MAX_BYTES: Final = 900
 MAX_SUCCESSORS: Final = 3
 SKEW: Final = 60
 """Seconds by which clocks may differ: a record from further in the future is refused."""
+HANDOVER_SECONDS: Final = 300
+"""For which a primary's signature over its last Seal is good: who had an expert once does not get it back by that."""
 MAX_TERMS: Final = 64
 """Terms of one expert that are remembered."""
 MAX_TERMS_OF_ONE: Final = 8
@@ -135,8 +137,8 @@ class Term:
 
     def __post_init__(self) -> None:
         lone = self.kind is Kind.ADOPTION
-        if self.kind is Kind.TAKEOVER and self.seal is not None and self.primary != self.seal.primary:
-            lone = 1 + len(self.voters) < majority(len(self.seal.members), strict=True)
+        if self.kind is Kind.TAKEOVER and self.seal is not None:  # also one who led once and says so again
+            lone = 1 + len(self.voters) < max(2, majority(len(self.seal.members), strict=True))
         object.__setattr__(self, "is_weak", lone)
 
 
@@ -254,6 +256,8 @@ def _term(signed: Signed, run: bytes) -> Term:
     seal = None if blob is None else read_seal(blob, run)
     voters: tuple[PeerID, ...] = ()
     if kind is Kind.HANDOVER:
+        if seal is not None and epoch > max(seal.time, seal.epoch) + HANDOVER_SECONDS:
+            raise InvalidRecord("a handover that was taken long ago")
         _check_handover(_bytes(evidence, 64), run, seal, signed.signer)
     elif kind is Kind.TAKEOVER:
         voters = _check_votes(evidence, run, uid, epoch, signed.signer, seal)

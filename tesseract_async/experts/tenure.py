@@ -457,9 +457,10 @@ class Tenure(TenureBase):
         """The network holds its Term, and nothing above it."""
         if self.term is None or self.lineage.best is not self.term or self.is_twin:
             return
-        if self.term.is_weak and self.held is not None:
+        others = set() if self.held is None else set(self.held.members) - {self.me}
+        if self.term.is_weak and others:
             # it may have been cut off itself until now: are they silent still?
-            self._ask_all("probe", set(self.held.members) - {self.me}, self.term.epoch, now)
+            self._ask_all("probe", others, self.term.epoch, now)
             return
         self._lead(now)
 

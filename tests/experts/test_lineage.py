@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.lineage import (
+    HANDOVER_SECONDS,
     MAX_BYTES,
     MAX_TERMS,
     SKEW,
@@ -170,6 +171,22 @@ def test_a_weak_term_gives_way_to_a_line_that_went_on() -> None:
     handed = follows(C, on, 300, Kind.HANDOVER, handover=sign_handover(A, RUN, on, C.peer_id))
     strong = lineage(first, weak, sealed(B, weak, time=900), handed, sealed(C, handed, time=400))
     assert strong.best is handed
+
+
+def test_who_led_once_does_not_lead_again_by_what_it_has_from_then() -> None:
+    first = genesis()
+    for successors in ((), (B,)):
+        last = sealed(A, first, *successors)
+        signature = sign_handover(A, RUN, last, B.peer_id)
+        handed = follows(B, last, 110, Kind.HANDOVER, handover=signature)
+        on = sealed(B, handed, time=900)
+        again = follows(A, last, 800)
+        assert again.is_weak and lineage(first, handed, on, again).best is handed
+        assert lineage(first, again).best is again, "where nobody went on, it may"
+        last_moment = last.time + HANDOVER_SECONDS
+        follows(B, last, last_moment, Kind.HANDOVER, handover=signature)
+        with pytest.raises(InvalidRecord, match="long ago"):
+            follows(B, last, last_moment + 1, Kind.HANDOVER, handover=signature)
 
 
 def test_two_seals_of_one_number_expose_their_signer() -> None:

@@ -811,6 +811,7 @@ def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -
 
 def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
     node = machine(1)
+    node.scope = AddressScope(["8.8.4.4"])
     friend, victim = ("9.9.9.9", 4000), ("8.8.8.8", 53)
     (liar,) = table_of(node, friend)
 
