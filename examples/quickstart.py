@@ -1,7 +1,5 @@
 """One process, one event loop: a node, a server with one expert, and a step of training through the network."""
 
-import asyncio
-
 import torch
 
 import tesseract_async as ta
@@ -20,4 +18,4 @@ async def main() -> None:
         print(f"loss after 100 steps: {loss.item():.4f}; gradient of the input: {tuple(x.grad.shape)}")
 
 
-asyncio.run(main())
+ta.run(main())  # asyncio.run, and Ctrl-C leaves without a traceback

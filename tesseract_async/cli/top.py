@@ -83,7 +83,7 @@ def command(
         node = visiting_node(initial_peers, identity, refresh_period=period)
         chosen = [ExpertPattern.parse(text) for text in patterns]
         console = Console()
-        signs = _signs_for(console.encoding)
+        signs, is_dumb = _signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal
         async with node:
             await join(node)
             grid = await enter(node, run_name)
@@ -114,13 +114,21 @@ def command(
                 await asyncio.sleep(0)  # it listens before anything is shown
                 with (
                     _keys("q", leaving.cancel),
-                    Live(frame(), console=console, screen=console.is_terminal, auto_refresh=False) as live,
+                    Live(
+                        None if is_dumb else frame(),
+                        console=console,
+                        screen=console.is_terminal and not is_dumb,
+                        auto_refresh=False,
+                    ) as live,
                 ):
                     while not leaving.done():
                         changed = asyncio.create_task(observer.wait_changed())
                         await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
                         changed.cancel()
-                        live.update(frame(), refresh=True)
+                        if is_dumb:  # it can only write on
+                            console.print(frame())
+                        else:
+                            live.update(frame(), refresh=True)
         return 0
 
     run(main)

@@ -104,8 +104,8 @@ def test_terminals_without_those_letters_get_others(encoding: str) -> None:
     assert top._signs_for("utf-8") is top.SIGNS
 
 
-@pytest.mark.parametrize("key", [b"q", b"Q", b"\x03"])
-async def test_a_key_ends_it_and_the_terminal_is_as_before(key: bytes) -> None:
+@pytest.mark.parametrize(("key", "kind"), [(b"q", "xterm"), (b"Q", "xterm"), (b"\x03", "xterm"), (b"q", "dumb")])
+async def test_a_key_ends_it_and_the_terminal_is_as_before(key: bytes, kind: str) -> None:
     import termios
 
     async with ta.TesseractNode() as seed:
@@ -115,7 +115,7 @@ async def test_a_key_ends_it_and_the_terminal_is_as_before(key: bytes) -> None:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", CONTROLLING, "top", "-p", seed.address, "--period", "0.2"),
             cwd=ROOT,
-            env={**ENVIRONMENT, "TERM": "xterm", "PYTHONIOENCODING": "ascii"},
+            env={**ENVIRONMENT, "TERM": kind, "PYTHONIOENCODING": "ascii"},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

@@ -67,6 +67,7 @@ async def serving(stem: Stem, *arguments: str, how: signal.Signals) -> AsyncIter
 async def test_quickstart(stem: Stem) -> None:
     text = (EXAMPLES / "quickstart.py").read_text()
     assert len([line for line in text.splitlines() if line.strip()]) <= 20
+    assert "\nta.run(main())" in text, "Ctrl-C ends it without a traceback"
     shown = await finish(await start(stem, "quickstart.py"))
     found = re.search(r"loss after 100 steps: ([\d.]+); gradient of the input: \(4, 8\)", shown)
     assert found and float(found[1]) < 0.9

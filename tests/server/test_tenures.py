@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,22 @@ async def test_a_handover_loses_and_doubles_no_step() -> None:
         assert second.leads and not first.leads and second.version == num_steps
         assert second.tenure.term is not None and second.tenure.term.kind is Kind.HANDOVER
         assert len(second.server.experts[UID].applied) == num_steps
+
+
+async def test_an_expert_that_another_has_meanwhile_is_not_handed_over() -> None:
+    async with host(HOSTS[0], []) as first, host(HOSTS[1], [first.node.address]) as second:
+        await until(lambda: second.tenure.state is State.FOLLOWING)
+        call = first.keeper.tenures._call
+
+        async def and_another_leads(uid: str, peer: ta.PeerID, kind: str, *rest: Any, **more: Any) -> Any:
+            reply = await call(uid, peer, kind, *rest, **more)
+            if kind == "take":
+                first.tenure.state = State.ASIDE
+            return reply
+
+        first.keeper.tenures._call = and_another_leads  # type: ignore[method-assign]
+        assert await first.keeper.hand_over() == 0
+        assert not first.leads and second.tenure.term is None
 
 
 async def test_one_alone_goes_on_where_it_stopped(tmp_path: Path) -> None:
