@@ -229,6 +229,7 @@ async def test_a_stranger_cannot_ask_who_leads_nor_take_part() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 async def test_ten_minutes_of_churn_lose_no_line(tmp_path: Path) -> None:
     """Three hosts of which one after the other dies, returns or leaves, while a trainer goes on."""
     until_when = time.monotonic() + 600.0
