@@ -112,7 +112,8 @@ class Tenure(TenureBase):
         if ask.kind in ("beat", "rise") and best is not None and self._is_beat_of(peer, ask, best, now):
             # for a lease, a primary that lost touch may come back; then others stand
             agrees = ask.kind == "beat" or now < self._heard + self._lease
-            self._heard = now if ask.kind == "beat" else self._heard
+            if ask.kind == "beat":
+                self._heard = self._beaten = now
             self._agreed_at = now if agrees else self._agreed_at
             self._review(now, wall)  # a file that could not be had is asked for again
         elif ask.kind == "probe":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -111,6 +112,7 @@ class TenureBase:
         self._fetching: bytes | None = None
         self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
+        self._beaten = -math.inf  # when a primary was heard itself; `_heard` is also put off by what others say of it
         self._home_since = now  # the tree of Terms that it goes by
         self._role: Role | None = None
         if stored is not None:
@@ -212,10 +214,13 @@ class TenureBase:
         """Whether it is an adoption which says that all members were silent for two leases, and this one was not."""
         if not isinstance(record, Term) or record.kind is not Kind.ADOPTION or record.seal is None:
             return False
+        best = self.lineage.best
+        if best is not None and self._hosts.get(best.primary, best.epoch) > best.epoch:
+            return False  # its primary goes by another Term itself
         if (
             self.state not in (State.FOLLOWING, State.CANDIDATE)
             or self.held is None
-            or now > self._heard + 2 * self._lease
+            or now > self._beaten + 2 * self._lease
         ):
             return False
         return self.me in self.held.members and record.primary != self.me and record.seal.age <= self.held.age

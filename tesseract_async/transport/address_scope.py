@@ -17,15 +17,18 @@ from tesseract_async.transport.base import split_host_port
 
 PUBLIC: Final = "public"
 LOOPBACK: Final = "loopback"
+LABORATORY: Final = "laboratory"
 
-# Networks whose addresses mean something inside of them only. Documentation and benchmark ranges are what laboratories
-# use for an internet of their own; elsewhere nobody has an address in them.
-_PRIVATE: Final = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
-_ENCLOSED: Final = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *_PRIVATE,
-        *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20"),
+# Networks whose addresses mean something inside of them only.
+_PRIVATE: Final = tuple(
+    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
+)
+# Documentation and benchmark ranges: laboratories use them for an internet of their own, elsewhere nobody has an address
+# there.
+_LABORATORY: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20"),
     )
 )
 # Nobody's, everybody's, or the link's own (169.254.169.254 hands out a cloud machine's secrets).
@@ -42,7 +45,7 @@ _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 
 @lru_cache(maxsize=4096)
 def kind_of(host: str) -> str | None:
-    """`PUBLIC`, `LOOPBACK`, or the private network's prefix such as ``10.0.0.0/8``, for a numeric host.
+    """`PUBLIC`, `LOOPBACK`, `LABORATORY`, or the private network's prefix such as ``10.0.0.0/8``, for a numeric host.
 
     None for what nobody may be sent to on a stranger's word: multicast, unspecified, link-local and reserved
     addresses, IPv6 forms that wrap anything but a public IPv4 address, addresses with a zone, and names.
@@ -61,9 +64,11 @@ def kind_of(host: str) -> str | None:
             return PUBLIC if kind_of(str(inner)) == PUBLIC else None
     if ip.is_loopback:
         return LOOPBACK
-    for network in _ENCLOSED:
+    for network in _PRIVATE:
         if ip in network:
             return str(network)
+    if any(ip in network for network in _LABORATORY):
+        return LABORATORY
     if any(ip in network for network in _NEVER) or (ip.version == 6 and ip not in _UNICAST_V6):
         return None
     return PUBLIC
@@ -71,7 +76,7 @@ def kind_of(host: str) -> str | None:
 
 def is_near(host: str) -> bool:
     """Whether a numeric host is on this computer or in a private network."""
-    return kind_of(host) in (LOOPBACK, *_PRIVATE)
+    return kind_of(host) in (LOOPBACK, *map(str, _PRIVATE))
 
 
 class AddressScope:

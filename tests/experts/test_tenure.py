@@ -64,6 +64,9 @@ def check_nothing_is_gone(world: World) -> None:
 @given(st.integers(0, 2**32), st.integers(3, 7))
 @example(40070834, 4)
 @example(1207730538, 5)
+@example(15, 3)
+@example(40, 3)
+@example(224, 4)
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()
