@@ -23,8 +23,8 @@ LABORATORY: Final = "laboratory"
 _PRIVATE: Final = tuple(
     map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
 )
-# Documentation and benchmark ranges: laboratories use them for an internet of their own, elsewhere nobody has an address
-# there.
+# Documentation and benchmark ranges: laboratories use them for an internet of their own; elsewhere nobody has an
+# address there.
 _LABORATORY: Final = tuple(
     map(
         ipaddress.ip_network,
