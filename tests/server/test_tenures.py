@@ -17,6 +17,7 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
 from tesseract_async.experts import PublisherSettings
+from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
 from tesseract_async.experts.lineage import Kind
 from tesseract_async.experts.manifest import RunTag
@@ -25,6 +26,7 @@ from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.server.adoption import ReplicaSettings
 from tesseract_async.server.replicas import ReplicaKeeper
+from tesseract_async.server.tenures import _subkey
 
 UID = "ffn.0.0"
 OWNER, *HOSTS = (ta.Identity.from_seed(bytes([n]) * 32) for n in range(21, 26))
@@ -207,6 +209,10 @@ async def test_nobody_begins_anew_what_a_host_that_is_away_has_sealed(tmp_path: 
         async with host(HOSTS[0], peers, tmp_path) as first:
             await train(first.node, 3)
             await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
+            async with asyncio.timeout(60):
+                key, stored = first.node.trust.shard_key(UID), set[str | None]()
+                while not stored >= {GRANT_SUBKEY, _subkey(UID, 0), _subkey(UID, 1)}:
+                    stored = {entry.subkey for entry in await seed.network.get_entries(key)}
         # its manifest is gone with it, and with that its grant
         async with host(HOSTS[1], peers, seed=1) as newcomer:
             assert newcomer.tenure.state is State.ABSENT and not newcomer.leads
