@@ -74,7 +74,8 @@ class TrainerTask:
     k_best: int
     gate_learning_rate: float
     wait_at: int
-    """Before this step, the trainer waits until all experts live."""
+    """Before this step, the trainer waits until all experts live and the file `go_on` exists."""
+    go_on: str
     validate_every: int
     refresh_period: float
 

@@ -24,6 +24,7 @@ class Script:
         self.settings = settings
         self.progress = Progress(settings)
         self._folder = folder
+        self._go_on = folder.absolute() / "go-on"
         self._changed = asyncio.Event()
         self._started_at: float | None = None
 
@@ -36,6 +37,7 @@ class Script:
 
         Raises: ChildFailed if a process ended that should not have.
         """
+        self._go_on.unlink(missing_ok=True)
         async with children() as family:
             self._note("starting a bootstrap node")
             bootstrap = self._child("bootstrap node", ["-m", "tesseract_async.cli", "dht", "--leave-with-parent"])
@@ -75,6 +77,7 @@ class Script:
 
     async def _kill_and_return(self, family: list[Child], servers: list[Child], group: asyncio.TaskGroup) -> None:
         if len(servers) <= VICTIM:
+            self._go_on.touch()
             return
         name = plan.server_name(VICTIM)
         state = self.progress.servers[name]
@@ -89,6 +92,7 @@ class Script:
         family.append(again)
         await self._bring_up(again)
         self.progress.returned_at = self.now()
+        self._go_on.touch()
         state.versions_at_return = dict(state.versions)
         self._note(f"{name} is back with its weights ({state.num_steps} steps of its experts)")
         await again.wait()
@@ -130,6 +134,7 @@ class Script:
             gate_learning_rate=self.settings.gate_learning_rate,
             wait_at=max(1, round(self.settings.wait_at * self.settings.steps)),
             validate_every=self.settings.validate_every,
+            go_on=str(self._go_on),
             refresh_period=self.settings.refresh_period,
         )
         return self._child(plan.trainer_name(number), ["-m", "tesseract_async.cli.demo.trainer", task.encode()])

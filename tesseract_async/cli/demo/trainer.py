@@ -13,6 +13,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) ->
 
         for step in range(1, task.steps + 1):
             if step == task.wait_at:
-                await wait_for_everybody(node)
+                await wait_for_everybody(node, Path(task.go_on).exists)
             batch = torch.randint(0, len(x_train), (task.rows,))
             x, y = x_train[batch], y_train[batch]
             x = x + task.noise * torch.randn_like(x)
@@ -131,17 +132,18 @@ class Publishing:
             await self._task
 
 
-async def wait_for_everybody(node: ta.TesseractNode) -> None:
-    """Returns once all experts live, or after `WAIT_FOR_EVERYBODY` seconds.
+async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], bool]) -> None:
+    """Return once all experts live and `may_go_on` says so, or after `WAIT_FOR_EVERYBODY` seconds.
 
     On a fast machine the steps are taken before Python has started again on the server that was killed; but that it
-    takes part again is what the demo shows.
+    takes part again is what the demo shows. The directory alone can't tell: for one time to live it shows a killed
+    server's experts as living.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + WAIT_FOR_EVERYBODY
     while loop.time() < deadline:
         view = node.directory.live(plan.PREFIX)
-        if view is not None and len(view) == len(plan.all_uids()):
+        if view is not None and len(view) == len(plan.all_uids()) and may_go_on():
             return
         await asyncio.sleep(0.1)
 

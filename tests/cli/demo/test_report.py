@@ -78,6 +78,7 @@ def test_a_task_survives_the_command_line() -> None:
         k_best=5,
         gate_learning_rate=1e-3,
         wait_at=3,
+        go_on="go-on",
         validate_every=10,
         refresh_period=1.0,
     )

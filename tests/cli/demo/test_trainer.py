@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
             k_best=SETTINGS.k_best,
             gate_learning_rate=SETTINGS.gate_learning_rate,
             wait_at=1,
+            go_on=os.devnull,
             validate_every=steps,
             refresh_period=SETTINGS.refresh_period,
         )
