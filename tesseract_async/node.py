@@ -30,12 +30,12 @@ from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.nat.interfaces import own_addresses
+from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
-from tesseract_async.reach import Reach, ReachSettings
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
-from tesseract_async.transport.interfaces import own_addresses
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
 

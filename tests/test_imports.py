@@ -25,16 +25,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transport": LOWER,
     "network": LOWER | {"transport"},
     "endpoint": LOWER | {"transport"},
+    "nat": LOWER | {"transport", "network", "endpoint"},
     "experts": LOWER | {"transport", "network", "endpoint"},
-    "reach": LOWER | {"transport", "network", "endpoint"},
-    "node": LOWER | {"transport", "network", "endpoint", "experts", "reach"},
+    "node": LOWER | {"transport", "network", "endpoint", "nat", "experts"},
     "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
-    | {"transport", "network", "endpoint", "experts", "reach", "node", "runtime", "server", "client", "testing"}
+    | {"transport", "network", "endpoint", "nat", "experts", "node", "runtime", "server", "client", "testing"}
     | {"monitoring", "leaving"},
 }
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
@@ -51,13 +51,13 @@ PURE = [
     "wire/tensors.py",
     "wire/compression.py",
     "transport/address_scope.py",
-    "transport/congestion.py",
+    "nat/webrtc/congestion.py",
     "transport/dial_budget.py",
-    "transport/message_stream.py",
-    "transport/offers.py",
-    "transport/preamble.py",
+    "nat/webrtc/message_stream.py",
+    "nat/offers.py",
+    "nat/preamble.py",
     "transport/waiting_room.py",
-    "transport/stun.py",
+    "wire/stun.py",
     "transport/tls.py",
     "endpoint/events.py",
     "endpoint/lanes.py",
@@ -117,7 +117,7 @@ IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
 # The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.
 THREADS_ALLOWED |= {"runtime/encoding.py"}
-WITHOUT_TORCH = ("network", "endpoint", "transport", "identity")
+WITHOUT_TORCH = ("network", "endpoint", "transport", "nat", "identity")
 
 
 def imported(path: Path) -> set[str]:
@@ -172,7 +172,7 @@ def test_a_bootstrap_node_starts_without_torch(name: str) -> None:
         "import sys, importlib, pkgutil\n"
         f"module = importlib.import_module('tesseract_async.{name}')\n"
         "for item in pkgutil.iter_modules(getattr(module, '__path__', [])):\n"
-        f"    if item.name != 'association':\n"  # aiortc's: imported with the first data channel
+        f"    if item.name != 'webrtc':\n"  # aiortc's: imported with the first data channel
         f"        importlib.import_module('tesseract_async.{name}.' + item.name)\n"
         "assert 'torch' not in sys.modules\n"
         "assert 'aiortc' not in sys.modules\n"

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import tesseract_async as ta
-from tesseract_async.endpoint.reachability import ReachabilitySettings
-from tesseract_async.endpoint.rendezvous import RendezvousSettings
-from tesseract_async.reach import Reach, ReachSettings
-from tesseract_async.transport.nat import NatSettings
+from tesseract_async.nat.dial_back import ReachabilitySettings
+from tesseract_async.nat.reach import Reach, ReachSettings
+from tesseract_async.nat.rendezvous import RendezvousSettings
+from tesseract_async.nat.ways import NatSettings
 
 pytestmark = pytest.mark.both_loops
 

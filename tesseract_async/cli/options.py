@@ -112,16 +112,16 @@ def find_code_here() -> None:
 
 def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:
     """What `TesseractNode` takes of the options about NATs. Raises: click.BadParameter."""
-    from tesseract_async.reach import ReachSettings
+    from tesseract_async.nat.reach import ReachSettings
+    from tesseract_async.nat.ways import NatSettings
     from tesseract_async.transport.base import split_host_port
-    from tesseract_async.transport.nat import NatSettings
 
     nat = NatSettings()
     try:
         for server in values["stun_servers"]:
             split_host_port(server)
         if values["turn_server"] is not None:
-            from tesseract_async.transport.webrtc import WebrtcSettings
+            from tesseract_async.nat.webrtc.pipe import WebrtcSettings
 
             user, at, server = values["turn_server"].rpartition("@")
             name, colon, password = user.partition(":")

@@ -34,10 +34,10 @@ from tesseract_async.network.joining import Seed
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.network.values import decode_value, encode_value
-from tesseract_async.transport import stun
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, join_host_port, split_host_port
 from tesseract_async.uncopied import Uncopied
+from tesseract_async.wire import stun
 
 RECEIVE_BUFFER_BYTES = 4 * 2**20
 """Loopback drops datagrams too, once this is full."""

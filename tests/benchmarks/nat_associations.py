@@ -22,8 +22,8 @@ from typing import Any
 
 import uvloop
 
-from tesseract_async.transport import webrtc
-from tesseract_async.transport.webrtc import DataChannelPipe, Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc import pipe as webrtc
+from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation, WebrtcSettings
 
 COUNTS = (1, 2, 4)
 FIRST = 2**20

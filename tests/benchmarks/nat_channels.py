@@ -23,12 +23,13 @@ from aiortc import RTCConfiguration, RTCPeerConnection
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import preamble, tcp
+from tesseract_async.nat import preamble
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.nat.webrtc.message_stream import MESSAGE_BYTES
+from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
+from tesseract_async.transport import tcp
 from tesseract_async.transport.base import Path, PeerAddress, Pipe
-from tesseract_async.transport.doorman import Doorman
-from tesseract_async.transport.message_stream import MESSAGE_BYTES
-from tesseract_async.transport.relay import Relay, RelaySettings
-from tesseract_async.transport.webrtc import Negotiation, WebrtcSettings
 
 ROUNDS = 5
 CHANNEL_BYTES = 8 * 2**20

@@ -20,15 +20,15 @@ from click.testing import CliRunner, Result
 
 import tesseract_async as ta
 import tesseract_async.node
-from tesseract_async import reach
 from tesseract_async.cli.main import main
 from tesseract_async.cli.options import host_towards
 from tesseract_async.cli.running import JsonLines
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.endpoint.reachability import DIAL_BACK
 from tesseract_async.monitoring import StatusService
-from tesseract_async.reach import ReachSettings
-from tests.transport.test_port_mapping import Router
+from tesseract_async.nat import reach
+from tesseract_async.nat.dial_back import DIAL_BACK
+from tesseract_async.nat.reach import ReachSettings
+from tests.nat.test_port_mapping import Router
 
 
 async def tesseract(*arguments: str) -> Result:

@@ -13,10 +13,11 @@ from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Incomi
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import preamble, tcp
+from tesseract_async.nat import preamble
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.transport import tcp
 from tesseract_async.transport.base import Path, PeerAddress, Pipe
-from tesseract_async.transport.doorman import Doorman
-from tesseract_async.transport.relay import Relay, RelaySettings
 from tests.transport.pipes import bound_socket
 
 pytestmark = pytest.mark.both_loops

@@ -15,14 +15,15 @@ from tesseract_async.experts import ExpertPattern, claiming, grants, manifest, r
 from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status
+from tesseract_async.nat import offers, preamble
+from tesseract_async.nat.webrtc.message_stream import MessageStream, StreamSettings
 from tesseract_async.server import checkpoint
-from tesseract_async.transport import offers, preamble, stun
-from tesseract_async.transport.message_stream import MessageStream, StreamSettings
+from tesseract_async.wire import stun
 from tesseract_async.wire.codecs import CodecPolicy
 from tests.experts.test_run import ALICE, BOB, DIGITS
 from tests.fuzz.test_wire import mutate, value
 from tests.monitoring.test_status import STATUS
-from tests.transport.test_offers import DESCRIPTION
+from tests.nat.test_offers import DESCRIPTION
 
 TAG = manifest.RunTag(ALICE.peer_id, "digits", "granted")
 GRANT = grants.sign_grant(ALICE, TAG.run_id("ffn"), BOB.peer_id, ["host"], serial=1, not_after=2)

@@ -16,14 +16,14 @@ import time
 from typing import Any
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.endpoint.reachability import ReachabilitySettings
 from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID
+from tesseract_async.nat.dial_back import ReachabilitySettings
+from tesseract_async.nat.reach import ReachSettings
+from tesseract_async.nat.ways import NatSettings
+from tesseract_async.nat.webrtc.pipe import WebrtcSettings
 from tesseract_async.node import TesseractNode
-from tesseract_async.reach import ReachSettings
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.transport.nat import NatSettings
-from tesseract_async.transport.webrtc import WebrtcSettings
 
 PORT = 31337
 

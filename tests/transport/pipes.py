@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable
 
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import preamble, tcp
+from tesseract_async.nat import preamble
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
+from tesseract_async.transport import tcp
 from tesseract_async.transport.base import Pipe
-from tesseract_async.transport.doorman import Doorman
-from tesseract_async.transport.relay import Relay, RelaySettings
-from tesseract_async.transport.webrtc import Negotiation, WebrtcSettings
 
 Pair = contextlib.AbstractAsyncContextManager[tuple[Pipe, Pipe]]
 

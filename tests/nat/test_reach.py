@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from tesseract_async import reach as module
 from tesseract_async.endpoint.endpoint import Endpoint
-from tesseract_async.endpoint.reachability import Finding
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
+from tesseract_async.nat import reach as module
+from tesseract_async.nat import stun_client
+from tesseract_async.nat.dial_back import Finding
+from tesseract_async.nat.reach import Reach, ReachSettings
+from tesseract_async.nat.webrtc import pipe as webrtc
 from tesseract_async.node import TesseractNode
-from tesseract_async.reach import Reach, ReachSettings
-from tesseract_async.transport import stun_client, webrtc
 from tesseract_async.transport.base import PeerAddress
 from tests.loopback import needs_both_kinds_of_ip
 
@@ -360,11 +361,11 @@ async def test_a_client_node_imports_aiortc_in_a_thread(monkeypatch: pytest.Monk
         on_loop = threading.current_thread() is threading.main_thread()
         loop.call_soon_threadsafe(imported.put_nowait, (name, on_loop))
 
-    monkeypatch.delitem(sys.modules, "tesseract_async.transport.association", raising=False)
+    monkeypatch.delitem(sys.modules, "tesseract_async.nat.webrtc.association", raising=False)
     monkeypatch.setattr(webrtc.importlib, "import_module", note)
     async with node(Network(R1, R2), monkeypatch, dialled={4: (False, "198.51.100.7")}):
         async with asyncio.timeout(30):
-            assert await imported.get() == ("tesseract_async.transport.association", False)
+            assert await imported.get() == ("tesseract_async.nat.webrtc.association", False)
 
 
 async def test_who_says_that_it_is_public_is_believed_at_once() -> None:

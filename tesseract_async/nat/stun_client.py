@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.transport import stun
+from tesseract_async.wire import stun
 
 Address = tuple[str, int]
 

@@ -15,13 +15,14 @@ import pytest
 from tesseract_async.errors import InvalidRecord, NotAllowed, Overloaded, PeerUnreachable, ProtocolError
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import offers, preamble, tcp
+from tesseract_async.nat import offers, preamble
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.offers import Candidate, Description, GuardSettings, RelayBody, ReverseBody
+from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.nat.ways import MAX_TRIED, NatSettings, NatTransport, plausible
+from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import Path, PeerAddress, Pipe
-from tesseract_async.transport.doorman import Doorman
-from tesseract_async.transport.nat import MAX_TRIED, NatSettings, NatTransport, plausible
-from tesseract_async.transport.offers import Candidate, Description, GuardSettings, RelayBody, ReverseBody
-from tesseract_async.transport.relay import Relay, RelaySettings
 from tests.transport.pipes import Receiver, bound_socket
 
 RELAY_ID = Identity.from_seed(b"relay" + bytes(27)).peer_id

@@ -8,8 +8,8 @@ import pytest
 from tesseract_async.errors import Overloaded
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
+from tesseract_async.nat.relay import Relay, RelayLedger, RelaySettings
 from tesseract_async.transport.base import PipeReceiver
-from tesseract_async.transport.relay import Relay, RelayLedger, RelaySettings
 from tests.transport.pipes import relay_pair, started
 
 ALICE, BOB = (Identity.from_seed(bytes([number]) * 32).peer_id for number in (1, 2))

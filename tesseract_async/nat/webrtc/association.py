@@ -2,7 +2,7 @@
 
 Imports aiortc: only `webrtc` imports this, when a data channel is made. aiortc has no seam for it: what is overridden
 here are methods between its own, as they are in `AIORTC`. Another version's could be called at other times, or never,
-so with any other this module raises ImportError; `tests/transport/test_association.py` says what they must do.
+so with any other this module raises ImportError; `tests/nat/webrtc/test_association.py` says what they must do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aiortc.rtcsctptransport import SCTP_TSN_MODULO, USERDATA_MAX_LENGTH, WEBRTC
 from aiortc.utils import uint32_gte
 
 from tesseract_async.errors import ProtocolError, describe
-from tesseract_async.transport.congestion import CongestionWindow
+from tesseract_async.nat.webrtc.congestion import CongestionWindow
 
 AIORTC: Final = "1.16"
 """The version whose inner methods are known; pyproject.toml allows no other."""

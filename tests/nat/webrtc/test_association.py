@@ -31,8 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ConnectionLost, ProtocolError
-from tesseract_async.transport import association, webrtc
-from tesseract_async.transport.association import (
+from tesseract_async.nat.webrtc import association
+from tesseract_async.nat.webrtc import pipe as webrtc
+from tesseract_async.nat.webrtc.association import (
     LEAST_MARGIN,
     LONGEST_TIMEOUT,
     MAX_FRAGMENTS,
@@ -40,7 +41,7 @@ from tesseract_async.transport.association import (
     MAX_HELD,
     Association,
 )
-from tesseract_async.transport.webrtc import DataChannelPipe
+from tesseract_async.nat.webrtc.pipe import DataChannelPipe
 from tests.benchmarks import nat_links
 from tests.benchmarks.nat_links import MEGABIT, End, Link, Total
 from tests.transport.pipes import Receiver
@@ -488,7 +489,7 @@ def test_beside_another_version_of_the_library_there_are_no_channels_and_no_surp
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(aiortc, "__version__", "1.17.0")
-    monkeypatch.delitem(sys.modules, "tesseract_async.transport.association")
+    monkeypatch.delitem(sys.modules, "tesseract_async.nat.webrtc.association")
     with pytest.raises(ConnectionLost, match=r"aiortc 1\.17\.0 is installed"):
         asyncio.run(webrtc.load())
     assert "only direct connections and relays" in caplog.text

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tesseract_async.transport import stun, stun_client
+from tesseract_async.nat import stun_client
+from tesseract_async.wire import stun
 
 pytestmark = pytest.mark.both_loops
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.transport.congestion import (
+from tesseract_async.nat.webrtc.congestion import (
     INITIAL_PACKETS,
     MAX_CUT,
     MAX_GROWTH,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.transport import stun
+from tesseract_async.wire import stun
 
 TRANSACTION = b"abcdefghijkl"
 

@@ -27,10 +27,8 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import offers, preamble, tcp
-from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Throttle, range_of, split_host_port
-from tesseract_async.transport.offers import (
+from tesseract_async.nat import offers, preamble
+from tesseract_async.nat.offers import (
     Answer,
     Candidate,
     Description,
@@ -40,9 +38,12 @@ from tesseract_async.transport.offers import (
     RelayBody,
     ReverseBody,
 )
+from tesseract_async.transport import tcp
+from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
+from tesseract_async.transport.base import Path, PeerAddress, Pipe, Throttle, range_of, split_host_port
 
 if TYPE_CHECKING:
-    from tesseract_async.transport.webrtc import WebrtcSettings
+    from tesseract_async.nat.webrtc.pipe import WebrtcSettings
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +310,7 @@ class NatTransport:
 
     async def _negotiation(self, *, controlling: bool) -> Any:
         """Imports what it needs only now: most nodes never punch a hole."""
-        from tesseract_async.transport import webrtc
+        from tesseract_async.nat.webrtc import pipe as webrtc
 
         await webrtc.load()
         return webrtc.Negotiation(

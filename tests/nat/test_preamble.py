@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError, UnsupportedVersion
-from tesseract_async.transport import preamble
+from tesseract_async.nat import preamble
 
 GOOD = preamble.encode_preamble(preamble.RELAY, b"t" * 16)
 

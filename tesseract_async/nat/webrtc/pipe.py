@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import aioice
 
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
+from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
+from tesseract_async.nat.webrtc.message_stream import MessageStream, StreamSettings
 from tesseract_async.transport.base import PipeReceiver, Throttle, join_host_port
-from tesseract_async.transport.message_stream import MessageStream, StreamSettings
-from tesseract_async.transport.offers import MAX_CANDIDATES, Candidate, Description
 
 if TYPE_CHECKING:
     from aiortc import RTCCertificate
@@ -56,7 +56,7 @@ async def load() -> None:
 
     Raises: ConnectionLost where it can't be imported, or in another version: relays and direct paths remain.
     """
-    name = "tesseract_async.transport.association"
+    name = "tesseract_async.nat.webrtc.association"
     if name not in sys.modules:
         try:
             await asyncio.to_thread(importlib.import_module, name)
@@ -160,7 +160,7 @@ class Negotiation:
         from aiortc.rtcdatachannel import RTCDataChannelParameters
         from aiortc.rtcsctptransport import LOCAL_MAX_MESSAGE_SIZE
 
-        from tesseract_async.transport.association import CHANNEL, Association
+        from tesseract_async.nat.webrtc.association import CHANNEL, Association
 
         ice = self._ice
         ice.remote_username, ice.remote_password = remote.username, remote.password

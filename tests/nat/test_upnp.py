@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Iterable
 import pytest
 from aiohttp import web
 
-from tesseract_async.transport import upnp
-from tesseract_async.transport.port_mapping import Gateway, GatewayRefused, PortTaken
+from tesseract_async.nat import upnp
+from tesseract_async.nat.port_mapping import Gateway, GatewayRefused, PortTaken
 
 SERVICE = "urn:schemas-upnp-org:service:WANIPConnection:1"
 

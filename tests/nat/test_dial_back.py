@@ -9,19 +9,19 @@ from dataclasses import replace
 import pytest
 
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
-from tesseract_async.endpoint.reachability import (
+from tesseract_async.errors import NotAllowed, Overloaded
+from tesseract_async.identity import Identity
+from tesseract_async.metrics import Metrics
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.dial_back import (
     DIAL_BACK,
     DialBackServer,
     Finding,
     Reachability,
     ReachabilitySettings,
 )
-from tesseract_async.errors import NotAllowed, Overloaded
-from tesseract_async.identity import Identity
-from tesseract_async.metrics import Metrics
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.transport.doorman import Doorman
 from tests.loopback import needs_ipv6_loopback
 
 SETTINGS = ReachabilitySettings(dial_timeout=30.0)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.identity import Identity
-from tesseract_async.transport import offers
-from tesseract_async.transport.offers import Candidate, Description, GuardSettings, OfferGuard, RelayBody, ReverseBody
+from tesseract_async.nat import offers
+from tesseract_async.nat.offers import Candidate, Description, GuardSettings, OfferGuard, RelayBody, ReverseBody
 
 ALICE, BOB, EVE = (Identity.from_seed(bytes([number]) * 32) for number in (1, 2, 3))
 NOW = 1_700_000_000.0

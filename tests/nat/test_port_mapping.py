@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.port_mapping import Gateway, GatewayRefused, PortMapper, PortMappingSettings, PortTaken
+from tesseract_async.nat.port_mapping import Gateway, GatewayRefused, PortMapper, PortMappingSettings, PortTaken
 
 PORT = 4000
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.transport.interfaces import own_addresses
+from tesseract_async.nat.interfaces import own_addresses
 
 
 @dataclass

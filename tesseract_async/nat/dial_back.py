@@ -19,7 +19,7 @@ from typing import Final, Literal
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, describe
 from tesseract_async.identity import PeerID
-from tesseract_async.transport import preamble
+from tesseract_async.nat import preamble
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
 

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from tesseract_async.endpoint import rendezvous as rendezvous_module
 from tesseract_async.endpoint.endpoint import Endpoint
-from tesseract_async.endpoint.rendezvous import (
+from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError, RemoteError
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.nat import rendezvous as rendezvous_module
+from tesseract_async.nat.rendezvous import (
     DELIVER,
     OFFER,
     REGISTER,
@@ -21,8 +23,6 @@ from tesseract_async.endpoint.rendezvous import (
     RendezvousServer,
     RendezvousSettings,
 )
-from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError, RemoteError
-from tesseract_async.identity import Identity, PeerID
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.tcp import TcpTransport
 

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import doorman as doorman_module
-from tesseract_async.transport import preamble, tcp
+from tesseract_async.nat import demux as doorman_module
+from tesseract_async.nat import preamble
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, Pipe
-from tesseract_async.transport.doorman import Doorman
 from tests.transport.pipes import Receiver, bound_socket
 
 pytestmark = pytest.mark.both_loops

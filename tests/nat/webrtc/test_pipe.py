@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from tesseract_async.transport.webrtc import Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
 from tests.loopback import needs_ipv6_loopback
-from tests.transport.test_stun_client import serving
+from tests.nat.test_stun_client import serving
 
 QUICK = WebrtcSettings(gathering_timeout=0.1)
 PATIENT = WebrtcSettings(gathering_timeout=30.0)

@@ -22,7 +22,7 @@ from async_upnp_client.profiles.igd import IgdDevice
 from async_upnp_client.search import SsdpSearchListener
 
 from tesseract_async.errors import describe
-from tesseract_async.transport.port_mapping import Gateway, GatewayRefused, PortTaken
+from tesseract_async.nat.port_mapping import Gateway, GatewayRefused, PortTaken
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ConnectionLost, ProtocolError
-from tesseract_async.transport.message_stream import INITIAL_CREDIT, MESSAGE_BYTES, MessageStream, StreamSettings
+from tesseract_async.nat.webrtc.message_stream import INITIAL_CREDIT, MESSAGE_BYTES, MessageStream, StreamSettings
 
 SMALL = StreamSettings(window_bytes=INITIAL_CREDIT, high_water=50_000)
 

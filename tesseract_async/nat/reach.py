@@ -16,18 +16,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tesseract_async.endpoint.endpoint import Endpoint
-from tesseract_async.endpoint.reachability import (
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.nat import preamble, stun_client
+from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.dial_back import (
     DialBackServer,
     Finding,
     NatKind,
     Reachability,
     ReachabilitySettings,
 )
-from tesseract_async.endpoint.rendezvous import RendezvousClient, RendezvousServer, RendezvousSettings
-from tesseract_async.identity import Identity, PeerID
-from tesseract_async.metrics import Metrics
+from tesseract_async.nat.interfaces import VIRTUAL_INTERFACES, own_addresses
+from tesseract_async.nat.port_mapping import Gateway, PortMapper, PortMappingSettings
+from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.nat.rendezvous import RendezvousClient, RendezvousServer, RendezvousSettings
+from tesseract_async.nat.ways import NatSettings, NatTransport
 from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.transport import preamble, stun_client, tcp
+from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import (
     PeerAddress,
@@ -38,11 +44,6 @@ from tesseract_async.transport.base import (
     join_host_port,
     split_host_port,
 )
-from tesseract_async.transport.doorman import Doorman
-from tesseract_async.transport.interfaces import VIRTUAL_INTERFACES, own_addresses
-from tesseract_async.transport.nat import NatSettings, NatTransport
-from tesseract_async.transport.port_mapping import Gateway, PortMapper, PortMappingSettings
-from tesseract_async.transport.relay import Relay, RelaySettings
 
 logger = logging.getLogger(__name__)
 
@@ -488,7 +489,7 @@ class Reach:
 
     def _load_aiortc(self) -> None:
         """A client node will need it: importing takes a while, better now than when somebody waits."""
-        from tesseract_async.transport import webrtc
+        from tesseract_async.nat.webrtc import pipe as webrtc
 
         assert self.nat is not None
         self.nat.spawn(webrtc.load())
@@ -581,7 +582,7 @@ async def _nowhere() -> dict[int, tuple[bool, str]]:
 
 
 async def _find_router(own_host: str) -> Gateway | None:
-    from tesseract_async.transport import upnp  # an optional extra
+    from tesseract_async.nat import upnp  # an optional extra
 
     return await upnp.find(own_host)
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport import preamble
+from tesseract_async.nat import preamble
 from tesseract_async.transport.base import Path, PeerAddress, Pipe, range_of
 from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport

@@ -1,0 +1,1 @@
+"""How a node reaches peers, and is reached, beyond plain TCP."""

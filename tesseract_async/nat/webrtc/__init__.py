@@ -1,0 +1,1 @@
+"""Pipes through NATs over WebRTC data channels. Imports aiortc with the first one."""
