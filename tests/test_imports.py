@@ -99,6 +99,7 @@ PURE = [
     "experts/tenure.py",
     "experts/tenure_base.py",
     "experts/tenure_words.py",
+    "experts/terms.py",
     "experts/grants.py",
     "experts/grid.py",
     "experts/masks.py",

@@ -19,11 +19,11 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import rank_replicas
-from tesseract_async.experts.lineage import Seal
 from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.merkle import possession, root_of
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Answer, Ask, Fetch, Look, Persist, Publish, Role, Send, State
+from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server import checkpoint
 from tesseract_async.server.sealed import SealedFiles
