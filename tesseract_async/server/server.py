@@ -192,6 +192,7 @@ class TesseractServer(Uncopied):
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
                 trust=self.node.trust,
+                places=self.node.publisher_places,
             )
             await self._publisher.declare(self._is_primary, epochs=self.epochs)
         except BaseException:  # cancelled, too: nothing half started stays
