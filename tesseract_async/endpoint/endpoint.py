@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import Budget, FairCount, Owner
+from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
@@ -19,7 +19,7 @@ from tesseract_async.endpoint.lanes import Pace
 from tesseract_async.endpoint.pool import Pool
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import EndpointSettings
-from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
+from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
@@ -28,11 +28,9 @@ from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import Buffer
 
-__all__ = ["ConnectionInfo", "Endpoint", "EndpointSettings", "Handler", "IncomingCall", "Message"]
+__all__ = ["ConnectionInfo", "CallHandler", "CallTable", "Endpoint", "EndpointSettings", "IncomingCall", "Message"]
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 TICK: float = 1.0
 """Seconds between rounds of housekeeping."""
@@ -70,6 +68,7 @@ class Endpoint(Uncopied):
         settings: EndpointSettings | None = None,
         policy: Policy | None = None,
         metrics: Metrics | None = None,
+        table: CallTable | None = None,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
@@ -77,7 +76,7 @@ class Endpoint(Uncopied):
         self.policy = policy if policy is not None else Policy()
         self._settings = settings = settings if settings is not None else EndpointSettings()
         self._transports = tuple(transports)
-        self._handlers: dict[str, tuple[Handler, Action]] = {}
+        self._table = table if table is not None else CallTable(self.peer_id.short)
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._pace = Pace()
@@ -94,8 +93,6 @@ class Endpoint(Uncopied):
             make_connection=self._make_connection,
             grants=lambda: self.grants(),
         )
-        self._call_prefix = os.urandom(8)  # half of every call id; a counter is the other
-        self._next_call = 0
         self._kept: set[PeerID] = set()
         self._tick_timer: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
@@ -136,7 +133,7 @@ class Endpoint(Uncopied):
 
     # ---- being called
 
-    def handle(self, method: str, handler: Handler, *, action: Action = "call") -> None:
+    def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answers calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
         What the handler returns is on loan until it is sent: don't change its buffers. A RemoteError that it raises
@@ -145,14 +142,12 @@ class Endpoint(Uncopied):
 
         Raises: ValueError if the method is taken.
         """
-        if method in self._handlers:
-            raise ValueError(f"{method} has a handler already")
         _check_method(method)
-        self._handlers[method] = (handler, action)
+        self._table.add(method, handler, action=action)
 
     def unhandle(self, method: str) -> None:
         """Calls of `method` get UnknownMethod from now on; those under way go on."""
-        self._handlers.pop(method, None)
+        self._table.remove(method)
 
     def accept(self, pipe: Pipe) -> None:
         """Serves whoever is at the other end of this pipe: transports bring what others opened."""
@@ -162,13 +157,9 @@ class Endpoint(Uncopied):
         self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
     def _answer(self, call: IncomingCall) -> Awaitable[Message]:
-        found = self._handlers.get(call.method)
-        if found is None:
-            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
-        handler, action = found
-        if (refusal := self._refusal(call.peer_id, action)) is not None:
+        if (refusal := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
             raise refusal
-        return handler(call)
+        return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
         """Why `peer_id` may not take this action (by a large request), if so; it counts as refused then."""
@@ -190,15 +181,14 @@ class Endpoint(Uncopied):
         idempotent: bool = False,
         max_reply_bytes: int | None = None,
         priority: int = 0,
-        call_id: bytes | None = None,
     ) -> Message:
         """Calls `method` at `peer` and gives its answer; connects first where necessary.
 
         `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
         reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
-        `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes; a fresh
-        one by default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied
-        where they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
+        `idempotent` allows repeating the call after a lost connection. Large messages of higher `priority` (-128 to
+        127) are sent first. `buffers` are not copied where they are large: don't change them before this returns.
+        Cancelling cancels the handler at the other end.
 
         Raises: RemoteError (the subclass that the peer raised); ConnectionLost; PeerUnreachable; ProtocolError;
         TimeoutError; ValueError or TypeError for what can't be sent.
@@ -208,11 +198,6 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= calls.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {calls.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        if call_id is None:
-            self._next_call += 1
-            call_id = self._call_prefix + self._next_call.to_bytes(8, "big")
-        elif len(call_id) != 16:
-            raise ValueError("a call id has 16 bytes")
         views = tuple(map(frames.byte_view, buffers))
         max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
         deadline = loop.time() + timeout
@@ -224,7 +209,7 @@ class Endpoint(Uncopied):
             elif peer is not connection.known and connection.known is not None:
                 self._peer_known(connection, peer)
             left = max(deadline - loop.time(), 0.001)
-            head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
+            head = RequestHead(method, left, priority, 0, max_reply, body)
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
             except ConnectionLost as error:
