@@ -48,7 +48,6 @@ from tesseract_async.server.registry import draws_its_own, make_backend
 from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.server.state_transfer import TransferSettings
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 
@@ -363,10 +362,11 @@ class Hosting:
 
     def _replica_settings(self) -> ReplicaSettings:
         plan = self.plan
-        transfer = TransferSettings() if self.memory is None else TransferSettings(max_cached_bytes=self.memory.copies)
         check_every = min(5.0, plan.sync_every, plan.ttl / 3)
         lease = min(30.0, plan.ttl)
-        return ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, lease=lease, transfer=transfer)
+        settings = ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, lease=lease)
+        copies = settings.max_copies_bytes if self.memory is None else self.memory.copies
+        return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         """On all cores where the class allows it; the loop is free meanwhile to join the network."""

@@ -23,14 +23,13 @@ from tesseract_async.experts.grants import (
 )
 from tesseract_async.experts.run import SignedRun, decode_run
 from tesseract_async.experts.signed import read_signer
+from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import PeerID
 
 MAX_GRANTS: Final = 16384
 """Grants that are remembered. Those that an invite's key signed are forgotten first: it may have leaked."""
 MAX_RECORDS: Final = 1024
 """Revocations, and appointments, of one signer that are kept and spread."""
-EPOCH_ZERO: Final = 1_735_689_600
-"""The start of 2025: epochs are seconds since then. A moment of the run's own would move when its owner signs anew."""
 
 _GRANT, _REVOCATIONS, _APPOINTMENT, _MANIFEST = b"g", b"r", b"a", b"m"
 """The first byte of each kind of record where kinds lie side by side: in the network, on disk."""

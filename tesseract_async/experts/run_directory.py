@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grants import GRANT_SECONDS, RENEW_SECONDS, Grant, read_grant_text, sign_grant
 from tesseract_async.experts.run import SignedRun, join_run, newest_by_signer, run_key, split_run, split_run_name
 from tesseract_async.experts.trust import Trust
+from tesseract_async.files import write_whole
 from tesseract_async.identity import Identity, PeerID
 
 logger = logging.getLogger(__name__)
@@ -171,10 +171,7 @@ def load_kept(path: Path, text: str) -> Authority | None:
 
 def save_kept(path: Path, records: Iterable[bytes]) -> None:
     """Writes `Authority.kept`, whole or not at all. Raises: OSError."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_bytes(msgpack.packb(list(records)))
-    os.replace(unfinished, path)
+    write_whole(path, [msgpack.packb(list(records))])
 
 
 async def enter_run(

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -26,6 +26,7 @@ from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
 from tesseract_async.server.adoption import (
     DEFAULT_SETTINGS,
+    NUM_AT_ONCE,
     ReplicaSettings,
     ask_info,
     fetch_bounded,
@@ -33,12 +34,9 @@ from tesseract_async.server.adoption import (
     owner_of,
     read_replicas,
 )
+from tesseract_async.server.checkpoint import check_state, difference
 from tesseract_async.server.roles import Past, Role, Standing, decide
-from tesseract_async.server.state_transfer import (
-    StateSource,
-    check_state,
-    difference,
-)
+from tesseract_async.server.state_transfer import REUSE_SECONDS, StateSource
 from tesseract_async.server.tenures import TenureKeeper
 from tesseract_async.wire import messages
 
@@ -48,6 +46,9 @@ if TYPE_CHECKING:
     from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
+
+HAND_OVER_TIMEOUT: Final = 30.0
+"""Seconds for one expert, when this server leaves."""
 
 
 def boottime() -> float:
@@ -100,10 +101,14 @@ class ReplicaKeeper:
         server: TesseractServer,
         *,
         settings: ReplicaSettings = DEFAULT_SETTINGS,
+        reuse: float = REUSE_SECONDS,
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = boottime,
     ) -> None:
-        """`clock` gives wall-clock seconds, as manifests carry them; `elapsed` those of a clock as `boottime`."""
+        """`reuse`: seconds for which a copy of a state counts as the newest.
+
+        `clock` gives wall-clock seconds, as manifests carry them; `elapsed` those of a clock such as `boottime`.
+        """
         self.settings = settings
         self.leaders: dict[str, ExpertReplica] = {}
         """Of each followed expert, the primary."""
@@ -111,7 +116,7 @@ class ReplicaKeeper:
         self._node = server.node
         self._clock = clock
         self._elapsed = elapsed
-        self._source = StateSource(server.snapshot, self._aside, settings=settings.transfer)
+        self._source = StateSource(server.snapshot, server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse)
         self._synced: dict[str, tuple[PeerID | None, float]] = {}  # from whom, and when
         self._pulled: dict[str, int] = {}  # the version of the last state from elsewhere
         # who gave an expert here, and the last manifest in which that one still calls itself primary
@@ -129,7 +134,6 @@ class ReplicaKeeper:
         self.tenures = TenureKeeper(
             server,
             {uid: authority for uid, authority in authorities.items() if authority is not None},
-            transfer=settings.transfer,
             call_timeout=settings.call_timeout,
             clock=clock,
             elapsed=elapsed,
@@ -185,8 +189,8 @@ class ReplicaKeeper:
                 self._led_since = dict.fromkeys(self._server.experts, (now, None))
                 self._heard.clear()
             self._read_at = now
-            gate = asyncio.Semaphore(self.settings.num_at_once)
-            round_ = _Round(self._node, self.settings.probe_timeout)
+            gate = asyncio.Semaphore(NUM_AT_ONCE)
+            round_ = _Round(self._node, self.settings.call_timeout / 5)
 
             async def one(uid: str, others: list[ExpertReplica]) -> None:
                 async with gate:
@@ -236,7 +240,7 @@ class ReplicaKeeper:
             replicas = await self._read(uid for uid in mine if uid in self._bare)
             if of_runs := [uid for uid in mine if uid in self.tenures.uids]:
                 await self.tenures.look(of_runs)
-            gate = asyncio.Semaphore(self.settings.num_at_once)
+            gate = asyncio.Semaphore(NUM_AT_ONCE)
 
             async def move(uid: str) -> bool:
                 async with gate:
@@ -357,7 +361,7 @@ class ReplicaKeeper:
         file = await fetch_bounded(self._node, uid, leader, backend, self.settings, min_version=min_version)
         if file is None:
             return None
-        state = await self._server.call_aside(lambda: check_state(uid, file, weights_only=False))
+        state = await self._server.call_aside(lambda: check_state(uid, file))
         if (wrong := difference(uid, backend, state)) is not None:
             raise CheckpointError(f"{wrong}, so it is not taken from {leader.peer.short}")
         if backend.version > self._pulled.get(uid, 0):
@@ -402,7 +406,7 @@ class ReplicaKeeper:
             heir.peer,
             messages.LEAD,
             messages.encode(messages.LeadRequest(uid, nonce)),
-            timeout=self.settings.hand_over_timeout,
+            timeout=HAND_OVER_TIMEOUT,
         )
         proof = messages.decode(messages.LeadReply, reply.body).proof
         file = self._source.copy_of(uid)
@@ -439,6 +443,3 @@ class ReplicaKeeper:
             await self.look()
         except (TesseractError, TimeoutError, OSError) as error:
             logger.warning("could not look after the replicas: %s", describe(error))
-
-    async def _aside(self, work: Callable[[], bytes]) -> bytes:
-        return await self._server.call_aside(work)

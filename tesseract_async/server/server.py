@@ -27,9 +27,9 @@ from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
-from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
@@ -124,7 +124,7 @@ class TesseractServer(Uncopied):
         """Whether a primary may take a step at this moment, and give its answer: asked before each."""
         self.epochs: dict[str, int] = {}
         """Of experts of a run, as they stand in manifests."""
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._calls = ExpertCalls(self._runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
         self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
         self._is_primary = {uid: uid not in followers for uid in experts}
@@ -134,12 +134,8 @@ class TesseractServer(Uncopied):
         self.handle(messages.INFO, self._calls.info)
         self.handle(messages.FORWARD, self._calls.forward)
         self.handle(messages.BACKWARD, self._step)
-        self._store = (
-            None
-            if checkpoint_dir is None
-            else CheckpointStore(Path(checkpoint_dir).expanduser(), keep=settings.keep_checkpoints)
-        )
-        self._lock = None if checkpoint_dir is None else FolderLock(Path(checkpoint_dir).expanduser())
+        self._store = None if directory is None else CheckpointStore(directory, keep=settings.keep_checkpoints)
+        self._lock = None if directory is None else FolderLock(directory)
         self._saved: dict[str, tuple[int, int]] = {}  # uid -> how far its newest checkpoint is
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
-from tesseract_async.experts.authority import EPOCH_ZERO, MAX_GRANTS, Authority
+from tesseract_async.experts.authority import MAX_GRANTS, Authority
 from tesseract_async.experts.grants import (
-    GRANT_DOMAIN,
     GRANT_SECONDS,
+    GRANTS,
     MAX_RECORD_BYTES,
     MAX_SERIAL,
     Grant,
@@ -30,6 +30,7 @@ from tesseract_async.experts.grants import (
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import DOMAIN, RunManifest, SignedRun, decode_run, sign_run
 from tesseract_async.experts.signed import sign_body
+from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
@@ -340,7 +341,7 @@ fields = st.lists(junk | st.lists(junk, max_size=3) | st.sampled_from([RUN_ID, b
 @given(fields | junk)
 def test_whatever_the_owner_of_another_run_signs_raises_protocol_error_only(body: Any) -> None:
     kinds = (
-        (GRANT_DOMAIN, decode_grant),
+        (GRANTS.domain, decode_grant),
         (b"tesseract revocations 1\0", decode_revocations),
         (b"tesseract appointment 1\0", decode_appointment),
         (DOMAIN, decode_run),
@@ -364,7 +365,7 @@ def test_records_of_nobody_raise_protocol_error_only(record: Any) -> None:
 def test_one_meaning_has_one_form() -> None:
     good = grant(OWNER, MEMBER, pattern=ExpertPattern.parse("ffn.3.7"))
     body = list(msgpack.unpackb(good.blob[96:]))
-    assert decode_grant(sign_body(OWNER, GRANT_DOMAIN, body).blob) == good
+    assert decode_grant(sign_body(OWNER, GRANTS.domain, body).blob) == good
     spellings: list[list[Any]] = [
         [*body[:3], "ffn.[3:4].7", *body[4:]],
         [*body[:2], True, *body[3:]],
@@ -374,7 +375,7 @@ def test_one_meaning_has_one_form() -> None:
     ]
     for spelling in spellings:
         with pytest.raises(ProtocolError):
-            decode_grant(sign_body(OWNER, GRANT_DOMAIN, spelling).blob)
+            decode_grant(sign_body(OWNER, GRANTS.domain, spelling).blob)
     for decode in (decode_revocations, decode_appointment, decode_run):
         with pytest.raises(InvalidRecord):
             decode(good.blob)

@@ -11,13 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
-from tesseract_async.experts.lineage import (
+from tesseract_async.experts.lineage import MAX_TERMS, SKEW, Lineage
+from tesseract_async.experts.terms import (
     HANDOVER_SECONDS,
     MAX_BYTES,
-    MAX_TERMS,
-    SKEW,
     Kind,
-    Lineage,
     Seal,
     Term,
     majority,

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.authority import EPOCH_ZERO, Authority
+from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Grant, Role, sign_grant
 from tesseract_async.experts.manifest import Manifest, RunTag, decode_manifest, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest, sign_run
+from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, verify
 

@@ -76,9 +76,9 @@ def fuzz_run(pick: random.Random) -> None:
 def fuzz_grants(pick: random.Random) -> None:
     decode, domain, good = pick.choice(
         (
-            (grants.decode_grant, grants.GRANT_DOMAIN, GRANT.blob),
-            (grants.decode_revocations, grants.REVOCATIONS_DOMAIN, REVOCATIONS.blob),
-            (grants.decode_appointment, grants.APPOINTMENT_DOMAIN, APPOINTMENT.blob),
+            (grants.decode_grant, grants.GRANTS.domain, GRANT.blob),
+            (grants.decode_revocations, grants.REVOCATIONS.domain, REVOCATIONS.blob),
+            (grants.decode_appointment, grants.APPOINTMENTS.domain, APPOINTMENT.blob),
         )
     )
     body = mutate(pick, good[96:])

@@ -18,6 +18,7 @@ import pytest_asyncio
 import torch
 from torch import nn
 
+from tesseract_async import files
 from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -39,9 +40,9 @@ from tesseract_async.server import calls as server_calls
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
-from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
+from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import frames, messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
@@ -463,7 +464,7 @@ def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(*_: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(checkpoint, "open", read_only, raising=False)
+    monkeypatch.setattr(files, "open", read_only, raising=False)
 
 
 @pytest.mark.parametrize(
