@@ -35,7 +35,8 @@ from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
-from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
+from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
 
@@ -102,7 +103,7 @@ class TesseractNode(Uncopied):
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
-        NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
+        NATs. `throttle`: what all connections together keep to, a `transport.throttle.Throttle`.
         `max_receive_bytes`: of large messages that are half received or being answered. Replies that wait to be taken
         may hold half as many bytes, small calls under way a quarter.
 
@@ -188,8 +189,6 @@ class TesseractNode(Uncopied):
                 hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
-            endpoint.grants, endpoint.on_grants = self.trust.shown, self.trust.introduced
-            endpoint.admits = lambda peer_id: self.trust.admits(peer_id, self._table.uids)
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
@@ -284,6 +283,9 @@ class TesseractNode(Uncopied):
             policy=self.policy,
             metrics=self.metrics,
             table=self._table,
+            grants=self.trust.shown,
+            on_grants=self.trust.introduced,
+            admits=lambda peer_id: self.trust.admits(peer_id, self._table.uids),
         )
 
     def _warn_of_seeds_elsewhere(self) -> None:

@@ -22,7 +22,7 @@ from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
@@ -69,13 +69,18 @@ class Endpoint(Uncopied):
         policy: Policy | None = None,
         metrics: Metrics | None = None,
         table: CallTable | None = None,
+        grants: Callable[[], Sequence[bytes]] = tuple,
+        on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None,
+        admits: Callable[[PeerID], bool] = lambda peer_id: True,
     ) -> None:
+        """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
+        shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests."""
         self.identity = identity
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
         self.policy = policy if policy is not None else Policy()
         self._settings = settings = settings if settings is not None else EndpointSettings()
-        self._transports = tuple(transports)
+        self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
@@ -91,26 +96,21 @@ class Endpoint(Uncopied):
             pool=self._pool,
             metrics=self.metrics,
             make_connection=self._make_connection,
-            grants=lambda: self.grants(),
+            grants=grants,
         )
         self._kept: set[PeerID] = set()
         self._tick_timer: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.grants: Callable[[], Sequence[bytes]] = tuple
-        """What this node shows to whom it meets (`Hello.grants`)."""
-        self.on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None
-        """Called with what a peer shows, before any of its calls."""
-        self.admits: Callable[[PeerID], bool] = lambda peer_id: True
-        """Whether a peer that the policy allows may send large requests."""
-        self.on_peer_known: Callable[[PeerAddress], None] | None = None
-        """Called when a call names its peer at other addresses than those where the peer was dialled."""
+        self._on_grants = on_grants
+        self._admits = admits
 
     # ---- life
 
-    async def start(self) -> None:
-        """Lets every transport listen."""
+    async def start(self, transports: Sequence[Transport] = ()) -> None:
+        """Lets every transport listen. `transports`: further ones, which need this endpoint to be built."""
+        self._transports += transports
         for transport in self._transports:
             await transport.listen(self.accept)
 
@@ -163,7 +163,7 @@ class Endpoint(Uncopied):
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
         """Why `peer_id` may not take this action (by a large request), if so; it counts as refused then."""
-        if self.policy.allows(peer_id, action) and not (large and not self.admits(peer_id)):
+        if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
@@ -222,8 +222,9 @@ class Endpoint(Uncopied):
             await asyncio.sleep(wait)
 
     def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
-        if peer != connection.known and peer.peer_id is not None and self.on_peer_known is not None:
-            self.on_peer_known(peer)
+        if peer != connection.known and peer.peer_id is not None:
+            for transport in self._transports:
+                transport.peer_known(peer)
         connection.known = peer
 
     # ---- connections
@@ -255,7 +256,7 @@ class Endpoint(Uncopied):
             return ""
         return connection.path.partition(" ")[0]
 
-    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path] | None = None) -> None:
+    async def upgrade(self, peer: PeerAddress, paths: Sequence[DialPath] | None = None) -> None:
         """Opens another connection to `peer` over one of `paths`, or of all that its addresses allow. Later calls use
         it; those under way stay, and what this end opened before is closed after them.
 
@@ -267,7 +268,7 @@ class Endpoint(Uncopied):
             connection.retired = True
 
     def say_anew(self) -> None:
-        """Dials anew for later calls, by which peers learn of `grants` that have changed since. Connections that others
+        """Dials anew for later calls, by which peers learn of grants that have changed since. Connections that others
         opened stay: those behind NATs could not be dialled."""
         for connection in self._pool.connections():
             connection.retired = connection.retired or connection.dialled is not None
@@ -301,7 +302,7 @@ class Endpoint(Uncopied):
             owner=Owner(range_of(pipe.origin) or peer_id, peer_id),
         )
         if hello.grants:
-            self.on_grants(peer_id, hello.grants)
+            self._on_grants(peer_id, hello.grants)
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(
