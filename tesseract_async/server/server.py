@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import torch
 
+from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
-    ExpertNotFound,
     NotPrimary,
     Overloaded,
     TesseractError,
@@ -42,7 +42,7 @@ _FAREWELL_TIMEOUT: Final = 2.0
 
 Result = TypeVar("Result")
 
-Handler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
+ExpertHandler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
 """Answers calls of one more method: takes the uid, its backend and the call."""
 
 
@@ -126,11 +126,14 @@ class TesseractServer(Uncopied):
         """Of experts of a run, as they stand in manifests."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._calls = ExpertCalls(self._runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
         self._is_primary = {uid: uid not in followers for uid in experts}
         self._calls.expects_backwards = self._is_primary.__getitem__
         self._calls.is_gone = lambda peer: not node.is_connected(peer)
         self._calls.knows = lambda peer: node.trust.knows(peer)
+        self.handle(messages.INFO, self._calls.info)
+        self.handle(messages.FORWARD, self._calls.forward)
+        self.handle(messages.BACKWARD, self._step)
         self._store = None if directory is None else CheckpointStore(directory, keep=settings.keep_checkpoints)
         self._lock = None if directory is None else FolderLock(directory)
         self._saved: dict[str, tuple[int, int]] = {}  # uid -> how far its newest checkpoint is
@@ -180,7 +183,7 @@ class TesseractServer(Uncopied):
             # first of all, so that a server that is killed early returns with the weights that it answered with
             await self.save_checkpoints()
             for uid in self.experts:
-                self.node.host_expert(uid, partial(self._answer, uid))
+                self.node.host_expert(uid, self._handlers[uid])
                 hosted.append(uid)
             await self.node.wait_reachable()
             peer = self.node.peer_address
@@ -400,9 +403,10 @@ class TesseractServer(Uncopied):
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the state does not fit {uid}: {describe(error)}") from error
 
-    def handle(self, method: str, handler: Handler) -> None:
-        """Has calls of one more ``expert.`` method answered by `handler`."""
-        self._handlers[method] = handler
+    def handle(self, method: str, handler: ExpertHandler) -> None:
+        """Has calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
+        for uid, backend in self.experts.items():
+            self._handlers[uid][method] = partial(handler, uid, backend)
 
     # -- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -466,20 +470,10 @@ class TesseractServer(Uncopied):
 
     # -- Calls -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, uid: str, call: IncomingCall) -> Awaitable[Message]:
-        backend = self.experts.get(uid)
-        if backend is None:
-            raise ExpertNotFound(f"this server does not host {uid!r}")
-        if call.method in self._handlers:
-            return self._handlers[call.method](uid, backend, call)
-        if call.method == messages.BACKWARD:
-            return self._step(uid, backend, call)
-        return self._calls.answer(uid, backend, call)
-
     async def _step(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         if not (self._is_primary[uid] and self.may_answer(uid)):
             return await self._redirect(uid, backend, call)
-        answer = await self._calls.answer(uid, backend, call)
+        answer = await self._calls.backward(uid, backend, call)
         if not self.may_answer(uid):
             # its lease ended meanwhile: whoever leads now knows the call's id, if the step is in what it goes on from
             raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)
@@ -488,7 +482,7 @@ class TesseractServer(Uncopied):
     async def _redirect(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         primary, retry_after = await self.find_primary(uid)
         if self._is_primary[uid] and self.may_answer(uid):  # nobody took it
-            return await self._calls.answer(uid, backend, call)
+            return await self._calls.backward(uid, backend, call)
         raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
 
 

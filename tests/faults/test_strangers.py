@@ -24,6 +24,7 @@ from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_tex
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
+from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.server.adoption import ReplicaSettings, adopt_states
 from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
@@ -125,7 +126,7 @@ async def closed(kind: str) -> AsyncIterator[Swarm]:
         ):
             stranger = Stranger(evil)
             for uid in (UID, FREE):
-                evil.host_expert(uid, stranger.answer)
+                evil.host_expert(uid, dict.fromkeys(EXPERT_METHODS, stranger.answer))
             tag = TAG if kind == "run" else None
             other_run = Authority(sign_run(OWNER, RunManifest("letters", "ffn", SIZE, "ffn"))).run_id
             forged = [
