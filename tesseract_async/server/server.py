@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import torch
 
+from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
-    ExpertNotFound,
     NotPrimary,
     Overloaded,
     TesseractError,
@@ -42,7 +42,7 @@ _FAREWELL_TIMEOUT: Final = 2.0
 
 Result = TypeVar("Result")
 
-Handler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
+ExpertHandler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
 """Answers calls of one more method: takes the uid, its backend and the call."""
 
 
@@ -132,10 +132,13 @@ class TesseractServer(Uncopied):
         """Who is the primary of each expert."""
         runtime_of = {one.backend: one.runtime for one in self.hosted.values()}
         self._calls = ExpertCalls(runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
         self._calls.expects_backwards = self.is_primary
         self._calls.is_gone = lambda peer: not node.is_connected(peer)
         self._calls.knows = node.trust.knows
+        self.handle(messages.INFO, self._calls.info)
+        self.handle(messages.FORWARD, self._calls.forward)
+        self.handle(messages.BACKWARD, self._step)
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
@@ -183,7 +186,7 @@ class TesseractServer(Uncopied):
             # first of all, so that a server that is killed early returns with the weights that it answered with
             await self.save_checkpoints()
             for uid in self.experts:
-                self.node.host_expert(uid, partial(self._answer, uid))
+                self.node.host_expert(uid, self._handlers[uid])
                 hosted.append(uid)
             await self.node.wait_reachable()
             peer = self.node.peer_address
@@ -195,6 +198,7 @@ class TesseractServer(Uncopied):
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
                 trust=self.node.trust,
+                places=self.node.publisher_places,
             )
             await self._declare()
         except BaseException:  # cancelled, too: nothing half started stays
@@ -367,9 +371,10 @@ class TesseractServer(Uncopied):
         """Runs `function`, which touches files and no module, on a helper thread: one at a time, in order."""
         return await self.runtimes[0].call_aside(function)
 
-    def handle(self, method: str, handler: Handler) -> None:
-        """Has calls of one more ``expert.`` method answered by `handler`."""
-        self._handlers[method] = handler
+    def handle(self, method: str, handler: ExpertHandler) -> None:
+        """Has calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
+        for uid, backend in self.experts.items():
+            self._handlers[uid][method] = partial(handler, uid, backend)
 
     # -- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -402,22 +407,12 @@ class TesseractServer(Uncopied):
 
     # -- Calls -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, uid: str, call: IncomingCall) -> Awaitable[Message]:
-        backend = self.experts.get(uid)
-        if backend is None:
-            raise ExpertNotFound(f"this server does not host {uid!r}")
-        if call.method in self._handlers:
-            return self._handlers[call.method](uid, backend, call)
-        if call.method == messages.BACKWARD:
-            return self._step(uid, backend, call)
-        return self._calls.answer(uid, backend, call)
-
     async def _step(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
         if not self._may_step(uid):
             primary, retry_after = await self.succession.find_primary(uid)
             if not self._may_step(uid):
                 raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
-        answer = await self._calls.answer(uid, backend, call)
+        answer = await self._calls.backward(uid, backend, call)
         if not self.succession.may_step(uid):
             # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
             raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)

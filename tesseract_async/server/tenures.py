@@ -463,7 +463,6 @@ class TenureKeeper:
             others,
             prefix=prefix,
             now=self._clock(),
-            dropped=lambda entry, error: None,
             trust=self._node.trust,
             scope=self._node.scope,
         )

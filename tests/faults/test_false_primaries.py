@@ -21,6 +21,7 @@ import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import ConnectionInfo, IncomingCall, Message
 from tesseract_async.errors import NotAllowed
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
+from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.server import checkpoint
 from tesseract_async.server.adoption import ReplicaSettings, adopt_states
 from tesseract_async.server.replicas import ReplicaKeeper
@@ -30,7 +31,7 @@ from tesseract_async.wire import tensors as wire
 
 UID = "ffn.0.0"
 SETTINGS = ReplicaSettings(check_every=0.1, sync_every=0.2, lease=1.0, call_timeout=2.5)
-PUBLISHER = PublisherSettings(ttl=9.0, refresh_period=3.0, declare_timeout=2.0)
+PUBLISHER = PublisherSettings(ttl=9.0, declare_timeout=2.0)
 X = torch.ones(2, 4)
 
 
@@ -63,7 +64,7 @@ class Stranger:
             return work()
 
         self._source = StateSource(snapshot, aside)
-        node.host_expert(UID, self._answer)
+        node.host_expert(UID, dict.fromkeys(EXPERT_METHODS, self._answer))
         self._publisher = ExpertPublisher(node.network, addresses=[node.address], settings=PUBLISHER)
 
     async def claim(self, *, primary: bool) -> None:
