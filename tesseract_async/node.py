@@ -127,6 +127,8 @@ class TesseractNode(Uncopied):
         self.scope = AddressScope()
         """Where this node may send on a stranger's word; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
+        self.publisher_places: set[int] = set()
+        """Those of its servers' `ExpertPublisher`s."""
         """Whom this node believes about experts, and in which runs it takes part (`join_run`)."""
         self.network = TesseractNetwork(
             identity=identity,

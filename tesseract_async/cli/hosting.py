@@ -149,7 +149,7 @@ class Hosting:
                 checkpoint_dir=self.plan.checkpoint_dir,
                 checkpoint_period=self.plan.checkpoint_period,
                 followers=followed,
-                publisher_settings=_publisher_settings(self.plan.ttl),
+                publisher_settings=PublisherSettings(ttl=self.plan.ttl),
                 settings=self._server_settings(),
             )
             with sign("making the experts known"):
@@ -467,10 +467,6 @@ def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:
     if directory is None or not directory.is_dir():
         return []
     return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir() and unquote(path.name) in pattern)
-
-
-def _publisher_settings(ttl: float) -> PublisherSettings:
-    return PublisherSettings(ttl=ttl, refresh_period=ttl / 3, retry_period=min(1.0, ttl / 10))
 
 
 def _tell(verdict: Verdict) -> None:

@@ -31,7 +31,7 @@ from tesseract_async.wire import tensors as wire
 
 UID = "ffn.0.0"
 SETTINGS = ReplicaSettings(check_every=0.1, sync_every=0.2, lease=1.0, call_timeout=2.5)
-PUBLISHER = PublisherSettings(ttl=9.0, refresh_period=3.0, declare_timeout=2.0)
+PUBLISHER = PublisherSettings(ttl=9.0, declare_timeout=2.0)
 X = torch.ones(2, 4)
 
 

@@ -19,7 +19,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.claiming import ClaimSettings, claim_experts, claims_key, encode_reservation
+from tesseract_async.experts.claiming import claim_experts, claims_key, encode_reservation
 from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.run import RunManifest, sign_run
@@ -215,7 +215,6 @@ async def test_a_newcomer_chooses_and_adopts_as_if_there_were_no_strangers(kind:
             *(newcomer.network, PATTERN, 1),
             random=Random(1),
             trust=newcomer.trust,
-            settings=ClaimSettings(settle=0.0),
         )
         assert claim.uids == {FREE: True}, "the stranger's reservation and its claim to host it count for nothing"
         backends = {UID: make_backend(0.7), FREE: make_backend(0.7)}
