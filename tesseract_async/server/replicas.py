@@ -35,6 +35,7 @@ from tesseract_async.server.adoption import (
     read_replicas,
 )
 from tesseract_async.server.checkpoint import check_state, difference
+from tesseract_async.server.hosted import Succession
 from tesseract_async.server.roles import Past, Role, Standing, decide
 from tesseract_async.server.state_transfer import REUSE_SECONDS, StateSource
 from tesseract_async.server.tenures import TenureKeeper
@@ -89,7 +90,7 @@ class _Round:
             task.cancel()
 
 
-class ReplicaKeeper:
+class ReplicaKeeper(Succession):
     """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
 
     Entering takes one look, so that followers are in step; ``expert.state`` and ``expert.lead`` calls are answered, and
@@ -116,9 +117,13 @@ class ReplicaKeeper:
         self._node = server.node
         self._clock = clock
         self._elapsed = elapsed
-        self._source = StateSource(server.snapshot, server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse)
+        self._source = StateSource(
+            lambda uid: server.hosted[uid].snapshot(),
+            server.call_aside,
+            max_bytes=settings.max_copies_bytes,
+            reuse=reuse,
+        )
         self._synced: dict[str, tuple[PeerID | None, float]] = {}  # from whom, and when
-        self._pulled: dict[str, int] = {}  # the version of the last state from elsewhere
         # who gave an expert here, and the last manifest in which that one still calls itself primary
         self._givers: dict[str, tuple[PeerID, int]] = {}
         self._taken_from: dict[str, PeerID] = {}  # whose silence made this server take over
@@ -143,7 +148,7 @@ class ReplicaKeeper:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ReplicaKeeper:
-        self._server.find_primary = self.find_primary
+        self._server.succession = self
         self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.LEAD, self._take_lead)
         self._server.handle(messages.TENURE, self.tenures.answer)
@@ -214,6 +219,14 @@ class ReplicaKeeper:
     def forget(self, uid: str) -> None:
         """Pulls the expert's state in the next round, whenever it was pulled last."""
         self._synced.pop(uid, None)
+
+    def may_step(self, uid: str) -> bool:
+        """Return whether a primary may take a step at this moment: always where names are bare."""
+        return self.tenures.may_step(uid)
+
+    def epochs(self) -> dict[str, int]:
+        """Return the epochs of experts of runs."""
+        return self.tenures.epochs()
 
     async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
         """Who trains the expert, once a handover that is under way has ended; or None, and when to ask again."""
@@ -358,16 +371,14 @@ class ReplicaKeeper:
 
     async def _pull(self, uid: str, leader: ExpertReplica, *, min_version: int) -> bytes | None:
         backend = self._server.experts[uid]
+        hosted = self._server.hosted[uid]
         file = await fetch_bounded(self._node, uid, leader, backend, self.settings, min_version=min_version)
         if file is None:
             return None
         state = await self._server.call_aside(lambda: check_state(uid, file))
         if (wrong := difference(uid, backend, state)) is not None:
             raise CheckpointError(f"{wrong}, so it is not taken from {leader.peer.short}")
-        if backend.version > self._pulled.get(uid, 0):
-            await self._server.set_aside(uid)  # its own steps are not in there
-        await self._server.install(uid, state)
-        self._pulled[uid] = backend.version
+        await hosted.take(state)
         self._node.metrics.count("states_pulled")
         return file
 

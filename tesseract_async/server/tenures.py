@@ -59,7 +59,6 @@ class _Expert:
         self.progress: tuple[int, int] | None = None
         """How far the sealed file is."""
         self.sealed_at = -1e9
-        self.pulled = 0
 
 
 class TenureKeeper:
@@ -117,7 +116,6 @@ class TenureKeeper:
             if held is not None and held.primary != self._node.peer_id and self._files.find(uid, held.root) is None:
                 tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
             self._experts[uid] = _Expert(uid, authority, tenure)
-        self._server.may_answer = self.may_answer
         for work in (self._turn, self._look_often, self._announce_often, self._seal_often):
             self._spawn(work())
         for expert in self._experts.values():
@@ -148,10 +146,14 @@ class TenureKeeper:
         if self._experts:
             await self._server.call_aside(self._files.close)
 
-    def may_answer(self, uid: str) -> bool:
+    def may_step(self, uid: str) -> bool:
         """Whether a step of this expert may be taken, or answered, at this moment."""
         expert = self._experts.get(uid)
         return expert is None or (not self._closed and expert.tenure.leads(self._elapsed()))
+
+    def epochs(self) -> dict[str, int]:
+        """Return each expert's epoch."""
+        return {uid: expert.tenure.epoch for uid, expert in self._experts.items()}
 
     def primary(self, uid: str) -> PeerID | None:
         """Who leads, if that is another server."""
@@ -376,10 +378,8 @@ class TenureKeeper:
         state = await self._server.call_aside(check)
         if (wrong := difference(uid, backend, state)) is not None:
             raise CheckpointError(wrong)
-        if command.aside or backend.version > expert.pulled:
-            await self._server.set_aside(uid)  # its own steps are not in there
-        await self._server.install(uid, state)
-        expert.pulled, expert.progress = backend.version, backend.progress
+        await self._server.hosted[uid].take(state, aside=command.aside)
+        expert.progress = backend.progress
         assert data is not None
         await self._server.call_aside(lambda: self._files.keep(uid, seal.root, data))
 
@@ -478,7 +478,6 @@ class TenureKeeper:
         while True:
             await self._wants_announcement.wait()
             self._wants_announcement.clear()
-            self._server.epochs = {uid: expert.tenure.epoch for uid, expert in self._experts.items()}
             try:
                 await self._server.announce()
             except (TesseractError, TimeoutError, OSError) as error:
@@ -513,7 +512,8 @@ class TenureKeeper:
         held, progress = tenure.held, backend.progress
         expert.sealed_at = self._elapsed()
         if held is None or expert.progress != progress or self._files.find(uid, held.root) is None:
-            state = await self._server.snapshot(uid)
+            hosted = self._server.hosted[uid]
+            state = await hosted.snapshot()
 
             def write() -> tuple[bytes, int]:
                 data = b"".join(checkpoint.encode(state))
@@ -523,7 +523,7 @@ class TenureKeeper:
 
             root, size = await self._server.call_aside(write)
             version, expert.progress = int(state["version"]), (state["version"], state["num_accumulated"])
-            expert.pulled = version
+            hosted.shared_version = version
         else:
             root, size, version = held.root, held.size, held.version
         seal = tenure.seal(root, size, version, self._elapsed(), self._clock())

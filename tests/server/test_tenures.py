@@ -50,7 +50,7 @@ class Host:
 
     @property
     def leads(self) -> bool:
-        return self.server.is_primary(UID) and self.server.may_answer(UID)
+        return self.server.is_primary(UID) and self.server.succession.may_step(UID)
 
     @property
     def version(self) -> int:
