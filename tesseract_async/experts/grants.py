@@ -17,7 +17,7 @@ from typing import Final, Literal
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.manifest import RUN_ID_BYTES
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.signed import Format, number, octets, optional, peer, peers
+from tesseract_async.experts.signed import Format, listed, number, octets, optional, peer, peers
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
@@ -98,10 +98,7 @@ def sign_grant(
     """
     bits = sum(ROLES[role] for role in set(roles))
     text, parent = "" if pattern is None else str(pattern), b"" if via is None else via.blob
-    try:
-        return GRANTS.sign(identity, run_id, peer, bits, text, serial, not_after, parent)
-    except ProtocolError as error:
-        raise ValueError(str(error)) from None
+    return GRANTS.sign(identity, [run_id, peer, bits, text, serial, not_after, parent])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -181,7 +178,7 @@ def sign_revocations(
     for start in range(0, len(named), PEERS_PER_PART):
         some = named[start : start + PEERS_PER_PART]
         lists = [[peer for kind, peer in some if kind == wanted] for wanted in (0, 1)]
-        parts.append(REVOCATIONS.sign(identity, run_id, number + len(parts), since, *lists))
+        parts.append(REVOCATIONS.sign(identity, [run_id, number + len(parts), since, *lists]))
     return parts
 
 
@@ -218,10 +215,7 @@ def sign_appointment(
     seal: bytes | None = None,
 ) -> Appointment:
     """An appointment. Raises: ValueError for too long a pattern."""
-    try:
-        return APPOINTMENTS.sign(identity, run_id, str(pattern), serial, peer, seal)
-    except ProtocolError as error:
-        raise ValueError(str(error)) from None
+    return APPOINTMENTS.sign(identity, [run_id, str(pattern), serial, peer, seal])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -261,21 +255,16 @@ def _via(blob: object) -> Grant | None:
 
 
 _RUN_ID: Final = octets(RUN_ID_BYTES)
-GRANTS: Final = Format(
-    b"tesseract grant 1\0",
-    (_RUN_ID, peer, number(16), lambda text: None if text == "" else _pattern(text), *(number(MAX_SERIAL),) * 2, _via),
-    Grant,
-    max_bytes=MAX_GRANT_BYTES,
-)
+_ROLES = number(below=16)
+_TIME = number(below=MAX_SERIAL)
+_GRANT_FIELDS = (_RUN_ID, peer, _ROLES, lambda text: None if text == "" else _pattern(text), _TIME, _TIME, _via)
+_REVOCATIONS_FIELDS = (_RUN_ID, number(), number(below=MAX_SERIAL + 1), peers, peers)  # so any grant may be revoked
+_APPOINTMENT_FIELDS = (_RUN_ID, _pattern, number(), optional(peer), optional(octets(32)))
+
+GRANTS: Final = Format(b"tesseract grant 1\0", listed(_GRANT_FIELDS, Grant), max_bytes=MAX_GRANT_BYTES)
 REVOCATIONS: Final = Format(
-    b"tesseract revocations 1\0",
-    (_RUN_ID, number(), number(MAX_SERIAL + 1), peers, peers),  # so that every grant may be revoked
-    Revocations,
-    max_bytes=MAX_RECORD_BYTES,
+    b"tesseract revocations 1\0", listed(_REVOCATIONS_FIELDS, Revocations), max_bytes=MAX_RECORD_BYTES
 )
 APPOINTMENTS: Final = Format(
-    b"tesseract appointment 1\0",
-    (_RUN_ID, _pattern, number(), optional(peer), optional(octets(32))),
-    Appointment,
-    max_bytes=MAX_RECORD_BYTES,
+    b"tesseract appointment 1\0", listed(_APPOINTMENT_FIELDS, Appointment), max_bytes=MAX_RECORD_BYTES
 )

@@ -28,11 +28,11 @@ from tesseract_async.experts.grants import (
     sign_revocations,
 )
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.run import DOMAIN, RunManifest, SignedRun, decode_run, sign_run
-from tesseract_async.experts.signed import sign_body
+from tesseract_async.experts.run import RUNS, RunManifest, SignedRun, decode_run, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.calls import MAX_GRANT_BYTES
+from tests.experts.raw_records import sign_body
 
 NOW = 1_800_000_000
 OWNER, DELEGATE, OTHER, INVITE, STRANGER, MEMBER, PEER = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 8))
@@ -344,7 +344,7 @@ def test_whatever_the_owner_of_another_run_signs_raises_protocol_error_only(body
         (GRANTS.domain, decode_grant),
         (b"tesseract revocations 1\0", decode_revocations),
         (b"tesseract appointment 1\0", decode_appointment),
-        (DOMAIN, decode_run),
+        (RUNS.domain, decode_run),
     )
     for domain, decode in kinds:
         try:
@@ -384,7 +384,7 @@ def test_one_meaning_has_one_form() -> None:
 def test_runs_of_before_are_what_they_were() -> None:
     values = dataclasses.asdict(make_run().manifest)
     old = {name: values[name] for name in list(values)[: list(values).index("mode")]}
-    run = decode_run(sign_body(OWNER, DOMAIN, old).blob)
+    run = decode_run(sign_body(OWNER, RUNS.domain, old).blob)
     assert run.manifest.mode == "bare" and run.tag is None
     with pytest.raises(ValueError, match="bare names"):
         Authority(run)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.run import (
-    DOMAIN,
     MAX_PART_BYTES,
+    RUNS,
     RunManifest,
     RunMismatch,
     decode_run,
@@ -144,7 +144,7 @@ def test_senseless_manifests_are_refused_when_made_and_when_read(changes: dict[s
     data = dataclasses.asdict(DIGITS) | changes
     body = msgpack.packb(data)
     with pytest.raises(ProtocolError):
-        decode_run(ALICE.public_key + ALICE.sign(DOMAIN + body) + body)
+        decode_run(ALICE.public_key + ALICE.sign(RUNS.domain + body) + body)
 
 
 def test_too_large_a_manifest_is_not_signed() -> None:
@@ -176,7 +176,7 @@ anything = st.recursive(
 def test_whatever_was_signed_is_read_or_refused(changes: dict[str, Any]) -> None:
     body = msgpack.packb(dataclasses.asdict(DIGITS) | changes)
     try:
-        decode_run(ALICE.public_key + ALICE.sign(DOMAIN + body) + body)
+        decode_run(ALICE.public_key + ALICE.sign(RUNS.domain + body) + body)
     except ProtocolError:
         pass
 
@@ -185,7 +185,7 @@ def test_whatever_was_signed_is_read_or_refused(changes: dict[str, Any]) -> None
 @given(st.binary(max_size=400))
 def test_any_signed_bytes_are_read_or_refused(body: bytes) -> None:
     with pytest.raises(ProtocolError):
-        decode_run(ALICE.public_key + ALICE.sign(DOMAIN + body) + body)
+        decode_run(ALICE.public_key + ALICE.sign(RUNS.domain + body) + body)
     with pytest.raises(ProtocolError):
         decode_run(body)
     join_run([body, body[:100]])

@@ -70,7 +70,7 @@ def fuzz_run(pick: random.Random) -> None:
         fields = msgpack.unpackb(RUN)
         fields[pick.choice(list(fields))] = value(pick)
         body = msgpack.packb(fields)
-    run.decode_run(signed(body, run.DOMAIN))
+    run.decode_run(signed(body, run.RUNS.domain))
 
 
 def fuzz_grants(pick: random.Random) -> None:
