@@ -38,16 +38,16 @@ from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.adoption import ReplicaSettings, adopt_states
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
 from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.registry import draws_its_own, make_backend
-from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
+from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 

@@ -1,4 +1,4 @@
-"""BareNames: who is the primary of a server's experts whose names belong to no run. Carries out what `roles` decides."""
+"""BareNames: who is the primary of a server's experts that belong to no run. Carries out what `roles` decides."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ class BareNames:
         self._server, self._node, self._source = server, server.node, source
         self._settings, self._clock, self._elapsed = settings, clock, elapsed
         self._began = self._read_at = elapsed()
-        self._experts = {
-            uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids
-        }
+        self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
 
@@ -318,7 +316,7 @@ class BareNames:
             raise ProtocolError("it says that it is the primary now, but has not fetched the state")
 
     async def take_over(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        """Answer ``expert.lead``. Only the primary that this server follows may ask. Raises: NotAllowed, RemoteError."""
+        """Answer ``expert.lead``, for the primary that this server follows. Raises: NotAllowed, RemoteError."""
         request = messages.decode(messages.LeadRequest, call.body)
         one = self._experts.get(uid)
         primary = None if one is None else one.primary

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tesseract_async.errors import (
     CheckpointError,
@@ -20,9 +20,9 @@ from tesseract_async.errors import (
 )
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import Claim, ExpertReplica, rank_replicas
-from tesseract_async.experts.terms import Seal
 from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import State, check_state, difference, largest_state
 from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
@@ -32,6 +32,7 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 if TYPE_CHECKING:
+    from tesseract_async.network.network import Entry
     from tesseract_async.node import TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend
 
@@ -67,6 +68,9 @@ class ReplicaSettings:
             raise ValueError("sync_every, check_every and lease are more than 0")
 
 
+DEFAULT_SETTINGS: Final = ReplicaSettings()
+
+
 class ReplicaMismatch(ValueError):
     """An expert that this server would host is trained elsewhere as something else; the sentence names both."""
 
@@ -77,10 +81,10 @@ def owner_of(replica: ExpertReplica) -> PeerID:
     return replica.peer.peer_id
 
 
-async def claims_of_others(node: TesseractNode, entries: Iterable[Any], prefix: str, *, now: float) -> list[Claim]:
+async def claims_of_others(node: TesseractNode, entries: Iterable[Entry], prefix: str, *, now: float) -> list[Claim]:
     """Return what the manifests of other nodes claim, among the entries of a key, as far as this node believes them."""
 
-    def dropped(entry: Any, error: ProtocolError) -> None:
+    def dropped(entry: Entry, error: ProtocolError) -> None:
         logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
     manifests = [
@@ -88,9 +92,7 @@ async def claims_of_others(node: TesseractNode, entries: Iterable[Any], prefix: 
         for entry in entries
         if entry.owner != node.peer_id and type(entry.value) is bytes and entry.value.startswith(MAGIC)
     ]
-    return await read_claims(
-        manifests, prefix=prefix, now=now, dropped=dropped, trust=node.trust, scope=node.scope
-    )
+    return await read_claims(manifests, prefix=prefix, now=now, dropped=dropped, trust=node.trust, scope=node.scope)
 
 
 async def read_replicas(
@@ -199,7 +201,7 @@ async def fetch_fitting(
 
 
 async def adopt_states(
-    node: TesseractNode, backends: dict[str, ExpertBackend], *, settings: ReplicaSettings = ReplicaSettings()
+    node: TesseractNode, backends: dict[str, ExpertBackend], *, settings: ReplicaSettings = DEFAULT_SETTINGS
 ) -> set[str]:
     """Load the state of each expert that another server trains already; return those, which this one will follow.
 
@@ -219,9 +221,7 @@ async def adopt_states(
         backend = backends[uid]
         check_path(node, replica)
         try:
-            found = await fetch_fitting(
-                node, replica.peer, uid, backend, timeout=settings.call_timeout, aside=here
-            )
+            found = await fetch_fitting(node, replica.peer, uid, backend, timeout=settings.call_timeout, aside=here)
         except CheckpointError as wrong:
             if replica.primary:
                 raise ReplicaMismatch(f"{wrong}: {SAME_KIND} as its primary {replica.peer.peer_id}") from None

@@ -54,9 +54,7 @@ class Role(Enum):
     """Follow nobody for the moment: a better follower is about to take over."""
 
 
-def decide(
-    me: Contender, others: Sequence[Contender], past: Past, *, listed: bool
-) -> tuple[Role, Contender | None]:
+def decide(me: Contender, others: Sequence[Contender], past: Past, *, listed: bool) -> tuple[Role, Contender | None]:
     """Return this server's role, and which server it follows.
 
     `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered

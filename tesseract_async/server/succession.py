@@ -1,4 +1,4 @@
-"""ReplicaKeeper: keeps a server's experts in step with their replicas elsewhere. They follow, take over and hand over."""
+"""ReplicaKeeper: has a server's experts follow their primaries elsewhere, take over from them and be handed over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import PeerID
 from tesseract_async.server.bare_names import BareNames
 from tesseract_async.server.hosted import Succession
-from tesseract_async.server.other_replicas import NUM_AT_ONCE, ReplicaSettings
+from tesseract_async.server.other_replicas import DEFAULT_SETTINGS, NUM_AT_ONCE, ReplicaSettings
 from tesseract_async.server.state_transfer import REUSE_SECONDS, StateSource
 from tesseract_async.server.tenures import Tenures
 from tesseract_async.wire import messages
@@ -41,7 +41,7 @@ class ReplicaKeeper(Succession):
         self,
         server: TesseractServer,
         *,
-        settings: ReplicaSettings = ReplicaSettings(),
+        settings: ReplicaSettings = DEFAULT_SETTINGS,
         reuse: float = REUSE_SECONDS,
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = boottime,
