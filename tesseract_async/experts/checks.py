@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgpack
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.grants import ROLES, decode_grant
+from tesseract_async.experts.grants import GRANTS, ROLES
 from tesseract_async.experts.manifest import MAGIC, decode_manifest
 from tesseract_async.identity import SignedRecord
 from tesseract_async.network.network import key_digest
@@ -37,7 +37,7 @@ def belongs_under_its_key(record: SignedRecord) -> bool:
         tag = manifest.tag
         if tag is None or tag.mode == "open" or tag.owner == record.owner:
             return True
-        grant = decode_grant(manifest.grant)
+        grant = GRANTS.read(manifest.grant)
     except (ProtocolError, ValueError, msgpack.UnpackException):
         return False
     of_run = grant.run_id == tag.run_id(manifest.prefix) and grant.root == tag.owner

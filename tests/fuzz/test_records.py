@@ -70,15 +70,15 @@ def fuzz_run(pick: random.Random) -> None:
         fields = msgpack.unpackb(RUN)
         fields[pick.choice(list(fields))] = value(pick)
         body = msgpack.packb(fields)
-    run.decode_run(signed(body, run.RUNS.domain))
+    run.RUNS.read(signed(body, run.RUNS.domain))
 
 
 def fuzz_grants(pick: random.Random) -> None:
     decode, domain, good = pick.choice(
         (
-            (grants.decode_grant, grants.GRANTS.domain, GRANT.blob),
-            (grants.decode_revocations, grants.REVOCATIONS.domain, REVOCATIONS.blob),
-            (grants.decode_appointment, grants.APPOINTMENTS.domain, APPOINTMENT.blob),
+            (grants.GRANTS.read, grants.GRANTS.domain, GRANT.blob),
+            (grants.REVOCATIONS.read, grants.REVOCATIONS.domain, REVOCATIONS.blob),
+            (grants.APPOINTMENTS.read, grants.APPOINTMENTS.domain, APPOINTMENT.blob),
         )
     )
     body = mutate(pick, good[96:])
