@@ -10,7 +10,7 @@ costs its own experts only.
 
 Layout, integers big-endian::
 
-    4 bytes  ``tsm`` and the format (3): by them a holder knows a manifest, whatever the key (`experts.checks`)
+    4 bytes  ``tsm`` and the format (3): by them a holder knows a manifest, whatever the key (`experts.trust`)
     1 byte   length of the prefix, then as many of UTF-8
     6 bytes  sequence
     1 byte   0: bare uids; 1: of a granted run, 2: of an open one, and then:

@@ -12,7 +12,7 @@ import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError
 from tesseract_async.experts import ExpertPattern, claiming, grants, manifest, run
-from tesseract_async.experts.checks import belongs_under_its_key
+from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status
 from tesseract_async.nat import offers, preamble
