@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tesseract_async"
 
 # Each room and the rooms that it may import, besides itself. One line per room; read from the bottom up.
-BASE = {"errors", "metrics", "uncopied"}
+BASE = {"errors", "files", "metrics", "uncopied"}
 LOWER = BASE | {"identity", "admission", "wire"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "metrics": {"uncopied"},
     "leaving": set(),
     "uncopied": set(),
@@ -40,80 +43,53 @@ MAY_IMPORT: dict[str, set[str]] = {
 # TesseractNode.get_expert returns a RemoteExpert: the one arrow that points up, taken when it is called.
 EXCEPTIONS = {("node.py", "client")}
 
-PURE = [
-    "wire/frames.py",
-    "wire/packed.py",
-    "wire/calls.py",
-    "endpoint/budget.py",
-    "endpoint/pool.py",
-    "wire/codecs.py",
-    "wire/messages.py",
-    "wire/tensors.py",
-    "wire/compression.py",
+# A file that imports none of these is pure: it takes bytes and time, and gives bytes and events.
+IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
+# Rooms of pure machines: every file in them is pure, except their drivers.
+DRIVERS = {
+    "errors": set[str](),
+    "metrics": set[str](),
+    "identity": set[str](),
+    "admission": set[str](),
+    "wire": set[str](),
+    "network": {"network/network.py", "network/presence.py"},
+    "endpoint": {
+        "endpoint/connection.py",
+        "endpoint/dialling.py",
+        "endpoint/endpoint.py",
+        "endpoint/greeting.py",
+        "endpoint/racing.py",
+    },
+    "testing": set[str](),
+}
+# Elsewhere, the files that decide.
+MUST_BE_PURE = {
     "transport/address_scope.py",
-    "nat/webrtc/congestion.py",
-    "transport/dial_budget.py",
-    "nat/webrtc/message_stream.py",
+    "transport/throttle.py",
+    "transport/tls.py",
+    "transport/token_bucket.py",
     "nat/offers.py",
     "nat/preamble.py",
-    "transport/waiting_room.py",
-    "wire/stun.py",
-    "transport/tls.py",
-    "endpoint/events.py",
-    "endpoint/lanes.py",
-    "endpoint/liveness.py",
-    "endpoint/protocol.py",
-    "endpoint/quotas.py",
-    "endpoint/replies.py",
-    "endpoint/small_calls.py",
-    "endpoint/transfers.py",
-    "endpoint/under_way.py",
-    "endpoint/windows.py",
-    "network/calls.py",
-    "network/contacts.py",
-    "network/datagrams.py",
-    "network/dialback.py",
-    "network/events.py",
-    "network/holding.py",
-    "network/limits.py",
-    "network/lookup.py",
-    "network/operations.py",
-    "network/protocol.py",
-    "network/reading.py",
-    "network/region.py",
-    "network/replication.py",
-    "network/routing.py",
-    "network/settings.py",
-    "network/shares.py",
-    "network/storage.py",
-    "network/tokens.py",
-    "network/values.py",
-    "network/writing.py",
-    "transport/token_bucket.py",
-    "transport/throttle.py",
-    "experts/choice.py",
+    "nat/webrtc/congestion.py",
+    "nat/webrtc/message_stream.py",
     "experts/authority.py",
-    "experts/lineage.py",
-    "experts/members.py",
-    "experts/merkle.py",
-    "experts/tenure.py",
-    "experts/tenure_base.py",
-    "experts/tenure_words.py",
+    "experts/choice.py",
     "experts/grants.py",
     "experts/grid.py",
-    "experts/masks.py",
+    "experts/lineage.py",
+    "experts/manifest.py",
+    "experts/merkle.py",
     "experts/run.py",
     "experts/signed.py",
+    "experts/tenure.py",
     "runtime/batcher.py",
     "runtime/costs.py",
+    "runtime/norms.py",
     "server/contract.py",
-    "client/arguments.py",
     "client/beam_search.py",
     "client/latency.py",
-    "client/parts.py",
     "cli/units.py",
-]
-IMPURE_MODULES = {"asyncio", "socket", "threading", "time", "concurrent"}
+}
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
 # The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.
 THREADS_ALLOWED |= {"runtime/encoding.py"}
@@ -136,11 +112,15 @@ def files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", files(), ids=named)
 def test_imports_point_one_way(path: Path) -> None:
     if path == PACKAGE / "__init__.py":
         return
@@ -152,13 +132,57 @@ def test_imports_point_one_way(path: Path) -> None:
             assert allowed, f"{path.relative_to(PACKAGE)} imports {name}"
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_files_do_no_io(name: str) -> None:
-    used = {module.split(".")[0] for module in imported(PACKAGE / name)}
-    assert not used & IMPURE_MODULES, f"{name} is a pure file"
+def is_pure(path: Path) -> bool:
+    return not {module.split(".")[0] for module in imported(path)} & IMPURE_MODULES
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_that_decide_are_pure() -> None:
+    known = {named(path): is_pure(path) for path in files()}
+    drivers = set().union(*DRIVERS.values())
+    held = MUST_BE_PURE | {named(path) for path in files() if room(path) in DRIVERS} - drivers
+    assert held | drivers <= known.keys(), "a file was moved: the lists above name it"
+    assert not {name for name in held if not known[name]}
+    assert not {name for name in drivers if known[name]}, "these are pure now: they are no drivers"
+
+
+@pytest.mark.parametrize("path", files(), ids=named)
+def test_a_file_that_claims_purity_is_pure(path: Path) -> None:
+    claim = ast.get_docstring(ast.parse(path.read_text())) or ""
+    if path.name != "__init__.py" and re.search(r"\b(Pure|No I/O)\b|\ba pure machine\b", claim):
+        assert is_pure(path)
+
+
+@pytest.mark.xfail(strict=True, reason="the DHT's machines still form a circle: remove this mark with it")
+def test_no_two_files_import_each_other() -> None:
+    """Not through others either, and not for type checking."""
+    modules = {module_name(path): path for path in files()}
+    graph = {name: set(map(owner(modules), imported(path))) - {None, name} for name, path in modules.items()}
+    while leaves := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+    # what is left is a circle or leads to one: peel from the other side too, so that the circles alone are shown
+    while roots := graph.keys() - set().union(*graph.values()):
+        graph = {name: targets for name, targets in graph.items() if name not in roots}
+    assert not graph, sorted(graph)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("tesseract_async", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def owner(modules: dict[str, Path]) -> Callable[[str], str | None]:
+    """The file that an imported name lies in; None outside the package, and for names from `__init__` files.
+
+    Parent packages are left out: importing one of their files imports them first in any case.
+    """
+
+    def find(name: str) -> str | None:
+        found = name if name in modules else name.rpartition(".")[0]
+        return found if found in modules and modules[found].name != "__init__.py" else None
+
+    return find
+
+
+@pytest.mark.parametrize("path", files(), ids=named)
 def test_threads_are_crossed_in_three_files_only(path: Path) -> None:
     if str(path.relative_to(PACKAGE)) in THREADS_ALLOWED:
         return

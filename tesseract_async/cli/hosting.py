@@ -47,7 +47,6 @@ from tesseract_async.server.registry import draws_its_own, make_backend
 from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.server.state_transfer import TransferSettings
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 
@@ -149,7 +148,7 @@ class Hosting:
                 checkpoint_dir=self.plan.checkpoint_dir,
                 checkpoint_period=self.plan.checkpoint_period,
                 followers=followed,
-                publisher_settings=_publisher_settings(self.plan.ttl),
+                publisher_settings=PublisherSettings(ttl=self.plan.ttl),
                 settings=self._server_settings(),
             )
             with sign("making the experts known"):
@@ -360,10 +359,11 @@ class Hosting:
 
     def _replica_settings(self) -> ReplicaSettings:
         plan = self.plan
-        transfer = TransferSettings() if self.memory is None else TransferSettings(max_cached_bytes=self.memory.copies)
         check_every = min(5.0, plan.sync_every, plan.ttl / 3)
         lease = min(30.0, plan.ttl)
-        return ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, lease=lease, transfer=transfer)
+        settings = ReplicaSettings(sync_every=plan.sync_every, check_every=check_every, lease=lease)
+        copies = settings.max_copies_bytes if self.memory is None else self.memory.copies
+        return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         """On all cores where the class allows it; the loop is free meanwhile to join the network."""
@@ -464,10 +464,6 @@ def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:
     if directory is None or not directory.is_dir():
         return []
     return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir() and unquote(path.name) in pattern)
-
-
-def _publisher_settings(ttl: float) -> PublisherSettings:
-    return PublisherSettings(ttl=ttl, refresh_period=ttl / 3, retry_period=min(1.0, ttl / 10))
 
 
 def _tell(verdict: Verdict) -> None:

@@ -6,7 +6,6 @@ Where names are bare. Experts of a run go by records (`server.tenures`).
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections import defaultdict
@@ -25,13 +24,8 @@ from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import split_uid
 from tesseract_async.identity import PeerID
-from tesseract_async.server.state_transfer import (
-    TransferSettings,
-    check_state,
-    difference,
-    fetch_file,
-    largest_state,
-)
+from tesseract_async.server.checkpoint import check_state, difference, largest_state
+from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
 from tesseract_async.transport.address_scope import is_near
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.wire import messages
@@ -59,15 +53,11 @@ class ReplicaSettings:
     """Roles are looked at so often."""
     lease: float = 30.0
     """A primary that answers nobody for so long is replaced; one that stood still for so long asks who leads now."""
-    probe_timeout: float = 2.0
-    """For a question whether another replica is there."""
     call_timeout: float = 10.0
-    """For a question to another replica, for each piece of a state, and for asking the network who hosts what."""
-    hand_over_timeout: float = 30.0
-    """For one expert, when this server leaves."""
-    num_at_once: int = 4
-    """Experts that are looked after at the same time."""
-    transfer: TransferSettings = TransferSettings()
+    """For a question to another replica, for each piece of a state, and for asking the network who hosts what; a fifth
+    of it for the question whether a replica is there. Slow links need more."""
+    max_copies_bytes: int = MAX_COPIES_BYTES
+    """Copies of states that are kept for transfers under way: less where memory is scarce."""
 
     def __post_init__(self) -> None:
         if min(self.sync_every, self.check_every, self.lease) <= 0:
@@ -75,6 +65,8 @@ class ReplicaSettings:
 
 
 DEFAULT_SETTINGS: Final = ReplicaSettings()
+NUM_AT_ONCE: Final = 4
+"""Experts that are looked after at the same time."""
 
 
 async def read_replicas(
@@ -156,7 +148,7 @@ async def adopt_states(
     """
     # experts of a run are followed by their records (`server.tenures`)
     followed = {uid for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
-    gate = asyncio.Semaphore(settings.num_at_once)
+    gate = asyncio.Semaphore(NUM_AT_ONCE)
 
     async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
         async with gate:
@@ -169,7 +161,7 @@ async def adopt_states(
                     file = await fetch_bounded(node, uid, replica, backends[uid], settings)
                     if file is None:
                         continue
-                    state = check_state(uid, file, weights_only=False)
+                    state = check_state(uid, file)
                     if (wrong := difference(uid, backends[uid], state)) is not None:
                         if replica.primary:
                             raise ReplicaMismatch(f"{wrong}: {_SAME} as its primary {replica.peer.peer_id}")
@@ -232,12 +224,11 @@ async def fetch_bounded(
     *,
     min_version: int = 0,
 ) -> bytes | None:
-    """The file of its state, which is no longer than one of this expert can be."""
-    limit = min(settings.transfer.max_state_bytes, largest_state(backend))
-    transfer = dataclasses.replace(settings.transfer, max_state_bytes=limit)
+    """Return the file of its state, which is no longer than one of this expert can be."""
+    limit = min(MAX_STATE_BYTES, largest_state(backend))
     _check_path(node, replica)
     return await fetch_file(
-        node, replica.peer, uid, min_version=min_version, timeout=settings.call_timeout, settings=transfer
+        node, replica.peer, uid, min_version=min_version, max_bytes=limit, timeout=settings.call_timeout
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,6 @@ from tesseract_async.errors import (
     ProtocolError,
     RemoteError,
     SchemaMismatch,
-    UnknownMethod,
     shortened,
     text_of,
 )
@@ -107,17 +106,26 @@ class ExpertCalls:
         self._num_active = 0
         self._quiet = asyncio.Event()
 
-    async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        """Answers one call. Raises only RemoteErrors, for the caller to see."""
+    async def forward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        """Answers ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            return await self._forward(uid, backend, call)
+
+    async def backward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        """Answers ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            return await self._backward(uid, backend, call)
+
+    async def info(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        """Answers ``expert.info``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            return _info(uid, backend, call)
+
+    @contextlib.contextmanager
+    def _answering(self, call: IncomingCall) -> Iterator[None]:
         self._num_active += 1
         try:
-            if call.method == messages.FORWARD:
-                return await self._forward(uid, backend, call)
-            if call.method == messages.BACKWARD:
-                return await self._backward(uid, backend, call)
-            if call.method == messages.INFO:
-                return _info(uid, backend, call)
-            raise UnknownMethod(f"experts do not answer {call.method!r}")
+            yield
         except ProtocolError as error:
             raise RemoteError(f"malformed {call.method}: {error}") from None
         except TimeoutError as error:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
@@ -26,6 +26,7 @@ from tesseract_async.experts.merkle import possession
 from tesseract_async.identity import PeerID
 from tesseract_async.server.adoption import (
     DEFAULT_SETTINGS,
+    NUM_AT_ONCE,
     ReplicaSettings,
     ask_info,
     fetch_bounded,
@@ -33,12 +34,10 @@ from tesseract_async.server.adoption import (
     owner_of,
     read_replicas,
 )
+from tesseract_async.server.checkpoint import check_state, difference
+from tesseract_async.server.hosted import Succession
 from tesseract_async.server.roles import Past, Role, Standing, decide
-from tesseract_async.server.state_transfer import (
-    StateSource,
-    check_state,
-    difference,
-)
+from tesseract_async.server.state_transfer import REUSE_SECONDS, StateSource
 from tesseract_async.server.tenures import TenureKeeper
 from tesseract_async.wire import messages
 
@@ -48,6 +47,9 @@ if TYPE_CHECKING:
     from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
+
+HAND_OVER_TIMEOUT: Final = 30.0
+"""Seconds for one expert, when this server leaves."""
 
 
 def boottime() -> float:
@@ -88,7 +90,7 @@ class _Round:
             task.cancel()
 
 
-class ReplicaKeeper:
+class ReplicaKeeper(Succession):
     """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
 
     Entering takes one look, so that followers are in step; ``expert.state`` and ``expert.lead`` calls are answered, and
@@ -100,10 +102,14 @@ class ReplicaKeeper:
         server: TesseractServer,
         *,
         settings: ReplicaSettings = DEFAULT_SETTINGS,
+        reuse: float = REUSE_SECONDS,
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = boottime,
     ) -> None:
-        """`clock` gives wall-clock seconds, as manifests carry them; `elapsed` those of a clock as `boottime`."""
+        """`reuse`: seconds for which a copy of a state counts as the newest.
+
+        `clock` gives wall-clock seconds, as manifests carry them; `elapsed` those of a clock such as `boottime`.
+        """
         self.settings = settings
         self.leaders: dict[str, ExpertReplica] = {}
         """Of each followed expert, the primary."""
@@ -111,9 +117,13 @@ class ReplicaKeeper:
         self._node = server.node
         self._clock = clock
         self._elapsed = elapsed
-        self._source = StateSource(server.snapshot, self._aside, settings=settings.transfer)
+        self._source = StateSource(
+            lambda uid: server.hosted[uid].snapshot(),
+            server.call_aside,
+            max_bytes=settings.max_copies_bytes,
+            reuse=reuse,
+        )
         self._synced: dict[str, tuple[PeerID | None, float]] = {}  # from whom, and when
-        self._pulled: dict[str, int] = {}  # the version of the last state from elsewhere
         # who gave an expert here, and the last manifest in which that one still calls itself primary
         self._givers: dict[str, tuple[PeerID, int]] = {}
         self._taken_from: dict[str, PeerID] = {}  # whose silence made this server take over
@@ -129,7 +139,6 @@ class ReplicaKeeper:
         self.tenures = TenureKeeper(
             server,
             {uid: authority for uid, authority in authorities.items() if authority is not None},
-            transfer=settings.transfer,
             call_timeout=settings.call_timeout,
             clock=clock,
             elapsed=elapsed,
@@ -139,7 +148,7 @@ class ReplicaKeeper:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ReplicaKeeper:
-        self._server.find_primary = self.find_primary
+        self._server.succession = self
         self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.LEAD, self._take_lead)
         self._server.handle(messages.TENURE, self.tenures.answer)
@@ -185,8 +194,8 @@ class ReplicaKeeper:
                 self._led_since = dict.fromkeys(self._server.experts, (now, None))
                 self._heard.clear()
             self._read_at = now
-            gate = asyncio.Semaphore(self.settings.num_at_once)
-            round_ = _Round(self._node, self.settings.probe_timeout)
+            gate = asyncio.Semaphore(NUM_AT_ONCE)
+            round_ = _Round(self._node, self.settings.call_timeout / 5)
 
             async def one(uid: str, others: list[ExpertReplica]) -> None:
                 async with gate:
@@ -210,6 +219,14 @@ class ReplicaKeeper:
     def forget(self, uid: str) -> None:
         """Pulls the expert's state in the next round, whenever it was pulled last."""
         self._synced.pop(uid, None)
+
+    def may_step(self, uid: str) -> bool:
+        """Return whether a primary may take a step at this moment: always where names are bare."""
+        return self.tenures.may_step(uid)
+
+    def epochs(self) -> dict[str, int]:
+        """Return the epochs of experts of runs."""
+        return self.tenures.epochs()
 
     async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
         """Who trains the expert, once a handover that is under way has ended; or None, and when to ask again."""
@@ -236,7 +253,7 @@ class ReplicaKeeper:
             replicas = await self._read(uid for uid in mine if uid in self._bare)
             if of_runs := [uid for uid in mine if uid in self.tenures.uids]:
                 await self.tenures.look(of_runs)
-            gate = asyncio.Semaphore(self.settings.num_at_once)
+            gate = asyncio.Semaphore(NUM_AT_ONCE)
 
             async def move(uid: str) -> bool:
                 async with gate:
@@ -354,16 +371,14 @@ class ReplicaKeeper:
 
     async def _pull(self, uid: str, leader: ExpertReplica, *, min_version: int) -> bytes | None:
         backend = self._server.experts[uid]
+        hosted = self._server.hosted[uid]
         file = await fetch_bounded(self._node, uid, leader, backend, self.settings, min_version=min_version)
         if file is None:
             return None
-        state = await self._server.call_aside(lambda: check_state(uid, file, weights_only=False))
+        state = await self._server.call_aside(lambda: check_state(uid, file))
         if (wrong := difference(uid, backend, state)) is not None:
             raise CheckpointError(f"{wrong}, so it is not taken from {leader.peer.short}")
-        if backend.version > self._pulled.get(uid, 0):
-            await self._server.set_aside(uid)  # its own steps are not in there
-        await self._server.install(uid, state)
-        self._pulled[uid] = backend.version
+        await hosted.take(state)
         self._node.metrics.count("states_pulled")
         return file
 
@@ -402,7 +417,7 @@ class ReplicaKeeper:
             heir.peer,
             messages.LEAD,
             messages.encode(messages.LeadRequest(uid, nonce)),
-            timeout=self.settings.hand_over_timeout,
+            timeout=HAND_OVER_TIMEOUT,
         )
         proof = messages.decode(messages.LeadReply, reply.body).proof
         file = self._source.copy_of(uid)
@@ -439,6 +454,3 @@ class ReplicaKeeper:
             await self.look()
         except (TesseractError, TimeoutError, OSError) as error:
             logger.warning("could not look after the replicas: %s", describe(error))
-
-    async def _aside(self, work: Callable[[], bytes]) -> bytes:
-        return await self._server.call_aside(work)

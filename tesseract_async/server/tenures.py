@@ -19,21 +19,16 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import rank_replicas
-from tesseract_async.experts.lineage import Seal
 from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.merkle import possession, root_of
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Answer, Ask, Fetch, Look, Persist, Publish, Role, Send, State
+from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server import checkpoint
-from tesseract_async.server.sealed import SealedFiles
-from tesseract_async.server.state_transfer import (
-    TransferSettings,
-    check_state,
-    difference,
-    fetch_file,
-    largest_state,
-)
+from tesseract_async.server.checkpoint import check_state, difference, largest_state
+from tesseract_async.server.state_files import SealedFile, SealedFiles
+from tesseract_async.server.state_transfer import MAX_STATE_BYTES, fetch_file
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -64,7 +59,6 @@ class _Expert:
         self.progress: tuple[int, int] | None = None
         """How far the sealed file is."""
         self.sealed_at = -1e9
-        self.pulled = 0
 
 
 class TenureKeeper:
@@ -75,7 +69,6 @@ class TenureKeeper:
         server: TesseractServer,
         authorities: dict[str, Authority],
         *,
-        transfer: TransferSettings,
         call_timeout: float,
         clock: Callable[[], float],
         elapsed: Callable[[], float],
@@ -84,7 +77,6 @@ class TenureKeeper:
         """`authorities`: uid -> its run's."""
         self._server = server
         self._node = server.node
-        self._transfer = transfer
         self._call_timeout = call_timeout
         self._clock, self._elapsed = clock, elapsed
         self._random = Random() if random is None else random
@@ -121,10 +113,9 @@ class TenureKeeper:
             )
             tenure = make(has_file=True)
             held = tenure.held
-            if held is not None and held.primary != self._node.peer_id and not self._files.has(uid, held.root):
+            if held is not None and held.primary != self._node.peer_id and self._files.find(uid, held.root) is None:
                 tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
             self._experts[uid] = _Expert(uid, authority, tenure)
-        self._server.may_answer = self.may_answer
         for work in (self._turn, self._look_often, self._announce_often, self._seal_often):
             self._spawn(work())
         for expert in self._experts.values():
@@ -155,10 +146,14 @@ class TenureKeeper:
         if self._experts:
             await self._server.call_aside(self._files.close)
 
-    def may_answer(self, uid: str) -> bool:
+    def may_step(self, uid: str) -> bool:
         """Whether a step of this expert may be taken, or answered, at this moment."""
         expert = self._experts.get(uid)
         return expert is None or (not self._closed and expert.tenure.leads(self._elapsed()))
+
+    def epochs(self) -> dict[str, int]:
+        """Return each expert's epoch."""
+        return {uid: expert.tenure.epoch for uid, expert in self._experts.items()}
 
     def primary(self, uid: str) -> PeerID | None:
         """Who leads, if that is another server."""
@@ -203,7 +198,7 @@ class TenureKeeper:
             held = tenure.held
             if held is None or held.blob != blob:
                 return False, b""
-            data = await self._server.call_aside(lambda: self._files.read(expert.uid, held.root))
+            data = await self._read(expert.uid, held)
             return True, b"" if data is None else possession(data, nonce_or_signature)
         took = tenure.take(nonce_or_signature, self._elapsed(), self._clock())
         await self._carry_out(expert)
@@ -213,9 +208,13 @@ class TenureKeeper:
                     await self._until(expert, lambda tenure: tenure.state is State.LEADING)
         return took, b""
 
-    def sealed(self, uid: str, digest: bytes) -> Any:
+    def sealed(self, uid: str, digest: bytes) -> SealedFile | None:
         """The sealed file whose root begins so, for `StateSource`; None if it is not here."""
         return self._files.find(uid, digest) if uid in self._experts else None
+
+    async def _read(self, uid: str, seal: Seal) -> bytes | None:
+        file = self._files.find(uid, seal.root)
+        return None if file is None else await self._server.call_aside(file.read)
 
     # -- handing over --------------------------------------------------------------------------------------------------
 
@@ -233,7 +232,7 @@ class TenureKeeper:
             seal = await self._seal(expert)
             if seal is None:
                 return False
-            data = await self._server.call_aside(lambda: self._files.read(uid, seal.root))
+            data = await self._read(uid, seal)
             for heir in heirs:
                 nonce = os.urandom(16)
                 reply = await self._call(uid, heir, "take", [nonce, seal.blob], timeout=self._call_timeout)
@@ -366,25 +365,21 @@ class TenureKeeper:
     async def _install(self, expert: _Expert, command: Fetch, source: PeerAddress) -> None:
         """Raises: ProtocolError, CheckpointError and what the call raises; then everything is as before."""
         uid, seal, backend = expert.uid, command.seal, self._server.experts[expert.uid]
-        limit = min(self._transfer.max_state_bytes, largest_state(backend))
+        limit = min(MAX_STATE_BYTES, largest_state(backend))
         if seal.size > limit:
             raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {limit} are fetched")
-        data = await fetch_file(
-            self._node, source, uid, root=seal.root, timeout=self._call_timeout, settings=self._transfer
-        )
+        data = await fetch_file(self._node, source, uid, root=seal.root, max_bytes=limit, timeout=self._call_timeout)
 
         def check() -> Any:
             if data is None or len(data) != seal.size or root_of(data) != seal.root:
                 raise ProtocolError(f"{uid}: not the file that was sealed")
-            return check_state(uid, data, weights_only=False)
+            return check_state(uid, data)
 
         state = await self._server.call_aside(check)
         if (wrong := difference(uid, backend, state)) is not None:
             raise CheckpointError(wrong)
-        if command.aside or backend.version > expert.pulled:
-            await self._server.set_aside(uid)  # its own steps are not in there
-        await self._server.install(uid, state)
-        expert.pulled, expert.progress = backend.version, backend.progress
+        await self._server.hosted[uid].take(state, aside=command.aside)
+        expert.progress = backend.progress
         assert data is not None
         await self._server.call_aside(lambda: self._files.keep(uid, seal.root, data))
 
@@ -468,7 +463,6 @@ class TenureKeeper:
             others,
             prefix=prefix,
             now=self._clock(),
-            dropped=lambda entry, error: None,
             trust=self._node.trust,
             scope=self._node.scope,
         )
@@ -484,7 +478,6 @@ class TenureKeeper:
         while True:
             await self._wants_announcement.wait()
             self._wants_announcement.clear()
-            self._server.epochs = {uid: expert.tenure.epoch for uid, expert in self._experts.items()}
             try:
                 await self._server.announce()
             except (TesseractError, TimeoutError, OSError) as error:
@@ -518,8 +511,9 @@ class TenureKeeper:
         uid, tenure, backend = expert.uid, expert.tenure, self._server.experts[expert.uid]
         held, progress = tenure.held, backend.progress
         expert.sealed_at = self._elapsed()
-        if held is None or expert.progress != progress or not self._files.has(uid, held.root):
-            state = await self._server.snapshot(uid)
+        if held is None or expert.progress != progress or self._files.find(uid, held.root) is None:
+            hosted = self._server.hosted[uid]
+            state = await hosted.snapshot()
 
             def write() -> tuple[bytes, int]:
                 data = b"".join(checkpoint.encode(state))
@@ -529,7 +523,7 @@ class TenureKeeper:
 
             root, size = await self._server.call_aside(write)
             version, expert.progress = int(state["version"]), (state["version"], state["num_accumulated"])
-            expert.pulled = version
+            hosted.shared_version = version
         else:
             root, size, version = held.root, held.size, held.version
         seal = tenure.seal(root, size, version, self._elapsed(), self._clock())

@@ -21,15 +21,12 @@ from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.server.adoption import ReplicaMismatch, ReplicaSettings, adopt_states, read_replicas
 from tesseract_async.server.replicas import ReplicaKeeper, _Round
-from tesseract_async.server.state_transfer import TransferSettings
+from tesseract_async.server.state_transfer import REUSE_SECONDS
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 UID = "ffn.0"
-BY_HAND = ReplicaSettings(
-    check_every=1000.0, sync_every=1000.0, call_timeout=30.0, probe_timeout=10.0, transfer=TransferSettings(reuse=0.0)
-)
-LAZY = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=30.0)
+BY_HAND = ReplicaSettings(check_every=1000.0, sync_every=1000.0, call_timeout=30.0)
 PUBLISHER = PublisherSettings(declare_timeout=2.0)
 X = torch.ones(2, 4)
 
@@ -68,6 +65,7 @@ async def volunteer(
     module: nn.Module | None = None,
     policy: ta.Policy | None = None,
     checkpoints: Path | None = None,
+    reuse: float = 0.0,
 ) -> AsyncIterator[Volunteer]:
     async with ta.TesseractNode(initial_peers=peers, identity=identity, policy=policy) as node:
         await node.network.wait_joined(30.0)
@@ -79,7 +77,7 @@ async def volunteer(
             publisher_settings=PUBLISHER,
             checkpoint_dir=checkpoints,
         )
-        async with server, ReplicaKeeper(server, settings=settings) as keeper:
+        async with server, ReplicaKeeper(server, settings=settings, reuse=reuse) as keeper:
             yield Volunteer(node, server, keeper)
 
 
@@ -229,7 +227,7 @@ async def test_a_primary_that_leaves_hands_over_under_load_and_nothing_is_lost_o
     async with contextlib.AsyncExitStack() as stack:
         trainer = await stack.enter_async_context(ta.TesseractNode())
         primary = contextlib.AsyncExitStack()
-        first = await primary.enter_async_context(volunteer([trainer.address], settings=LAZY))
+        first = await primary.enter_async_context(volunteer([trainer.address], reuse=REUSE_SECONDS))
         second = await stack.enter_async_context(volunteer([trainer.address], follow=True))
         async with primary:
             versions: list[int] = []

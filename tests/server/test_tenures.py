@@ -19,11 +19,11 @@ from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
 from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
-from tesseract_async.experts.lineage import Kind
 from tesseract_async.experts.manifest import RunTag
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
+from tesseract_async.experts.terms import Kind
 from tesseract_async.server.adoption import ReplicaSettings
 from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.tenures import _subkey
@@ -50,7 +50,7 @@ class Host:
 
     @property
     def leads(self) -> bool:
-        return self.server.is_primary(UID) and self.server.may_answer(UID)
+        return self.server.is_primary(UID) and self.server.succession.may_step(UID)
 
     @property
     def version(self) -> int:
