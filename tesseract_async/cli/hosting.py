@@ -36,7 +36,6 @@ from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFoun
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import BackendSettings
-from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
@@ -354,9 +353,7 @@ class Hosting:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=dataclasses.replace(
-                runtime, batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
-            ),
+            runtime=dataclasses.replace(runtime, max_queue_bytes=self.memory.queue // len(self.plan.devices)),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )
 

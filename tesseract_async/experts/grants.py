@@ -9,7 +9,6 @@ it has.
 from __future__ import annotations
 
 import base64
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -101,16 +100,6 @@ def sign_grant(
     return GRANTS.sign(identity, [run_id, peer, bits, text, serial, not_after, parent])
 
 
-@functools.lru_cache(maxsize=4096)
-def decode_grant(blob: bytes) -> Grant:
-    """Read and verify a grant and the one that its signer shows along. Untrusted: whose run it is remains to be seen
-    (`Grant.root`). The latest ones are remembered, so that each costs its signature checks once.
-
-    Raises: ProtocolError (InvalidRecord where a signature does not hold, or the signer goes beyond what it has).
-    """
-    return GRANTS.read(blob)
-
-
 def grant_text(grant: Grant, *, invite: Identity | None = None) -> str:
     """A grant in letters and digits, to hand on. With `invite`, whose grant it is, whoever has the text may use it."""
     blob = b"g" + grant.blob if invite is None else b"i" + invite.seed + grant.blob
@@ -126,7 +115,7 @@ def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
     try:
         letters = "".join(text.split())
         packed = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
-        grant = decode_grant(packed[33:] if packed[:1] == b"i" else packed[1:])
+        grant = GRANTS.read(packed[33:] if packed[:1] == b"i" else packed[1:])
     except (ValueError, ProtocolError):
         raise ValueError(sentence) from None
     if packed[:1] == b"i":
@@ -182,12 +171,6 @@ def sign_revocations(
     return parts
 
 
-@functools.lru_cache(maxsize=4096)
-def decode_revocations(blob: bytes) -> Revocations:
-    """Read and verify one part. Untrusted. Raises: ProtocolError."""
-    return REVOCATIONS.read(blob)
-
-
 @dataclass(frozen=True, slots=True)
 class Appointment:
     """Who leads some experts from now on, by the owner's word: for when lineage alone does not settle it."""
@@ -218,12 +201,6 @@ def sign_appointment(
     return APPOINTMENTS.sign(identity, [run_id, str(pattern), serial, peer, seal])
 
 
-@functools.lru_cache(maxsize=1024)
-def decode_appointment(blob: bytes) -> Appointment:
-    """Read and verify. Untrusted. Raises: ProtocolError."""
-    return APPOINTMENTS.read(blob)
-
-
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
     """Whether every uid of `inner` is one of `outer` (None: all)."""
     if outer is None or inner is None:
@@ -251,7 +228,7 @@ def _pattern(text: object) -> ExpertPattern:
 def _via(blob: object) -> Grant | None:
     if type(blob) is not bytes:
         raise ProtocolError("a malformed grant")
-    return decode_grant(blob) if blob else None
+    return GRANTS.read(blob) if blob else None
 
 
 _RUN_ID: Final = octets(RUN_ID_BYTES)
@@ -261,10 +238,17 @@ _GRANT_FIELDS = (_RUN_ID, peer, _ROLES, lambda text: None if text == "" else _pa
 _REVOCATIONS_FIELDS = (_RUN_ID, number(), number(below=MAX_SERIAL + 1), peers, peers)  # so any grant may be revoked
 _APPOINTMENT_FIELDS = (_RUN_ID, _pattern, number(), optional(peer), optional(octets(32)))
 
-GRANTS: Final = Format(b"tesseract grant 1\0", listed(_GRANT_FIELDS, Grant), max_bytes=MAX_GRANT_BYTES)
+GRANTS: Final = Format(b"tesseract grant 1\0", listed(_GRANT_FIELDS, Grant), max_bytes=MAX_GRANT_BYTES, remembered=4096)
+"""Grants, each with the one that its signer shows along. Whose run it is remains to be seen (`Grant.root`)."""
 REVOCATIONS: Final = Format(
-    b"tesseract revocations 1\0", listed(_REVOCATIONS_FIELDS, Revocations), max_bytes=MAX_RECORD_BYTES
+    b"tesseract revocations 1\0",
+    listed(_REVOCATIONS_FIELDS, Revocations),
+    max_bytes=MAX_RECORD_BYTES,
+    remembered=4096,
 )
 APPOINTMENTS: Final = Format(
-    b"tesseract appointment 1\0", listed(_APPOINTMENT_FIELDS, Appointment), max_bytes=MAX_RECORD_BYTES
+    b"tesseract appointment 1\0",
+    listed(_APPOINTMENT_FIELDS, Appointment),
+    max_bytes=MAX_RECORD_BYTES,
+    remembered=1024,
 )

@@ -169,11 +169,6 @@ def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
     return RUNS.sign(identity, _plain(dataclasses.asdict(manifest)))
 
 
-def decode_run(blob: object) -> SignedRun:
-    """Read and verify. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
-    return RUNS.read(blob)
-
-
 def _signed_run(data: object, signer: PeerID, blob: bytes, digest: bytes) -> SignedRun:
     if type(data) is not dict:
         raise ProtocolError("a run manifest is a map")
@@ -220,7 +215,7 @@ def join_run(parts: Iterable[Any]) -> list[SignedRun]:
         if hashlib.sha256(blob).digest()[:_DIGEST] != digest:
             continue
         try:
-            found.append(decode_run(blob))
+            found.append(RUNS.read(blob))
         except ProtocolError:
             continue
     return found

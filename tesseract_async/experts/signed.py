@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Final, Generic, TypeVar
 
 import msgpack
@@ -36,17 +37,26 @@ def read_signer(blob: object) -> PeerID:
 class Format(Generic[R]):
     """One kind of signed record: its domain, its size, and how a body is read."""
 
-    def __init__(self, domain: bytes, make: Callable[[object, PeerID, bytes, bytes], R], *, max_bytes: int) -> None:
+    def __init__(
+        self,
+        domain: bytes,
+        make: Callable[[object, PeerID, bytes, bytes], R],
+        *,
+        max_bytes: int,
+        remembered: int = 0,
+    ) -> None:
         """`make` gets a body whose signature holds, the signer, the whole record's bytes and its digest, and raises
         ProtocolError where the body does not fit; see `listed`.
 
         The digest names a record: a hash of domain, signer and body, the same when the same is signed again.
+        `remembered`: the latest ones, of which the signature is checked once.
         """
         # one \0, at the end: so no domain begins another, and where the body begins is never in doubt
         assert domain.endswith(b"\0") and domain.count(b"\0") == 1, "a domain is a name that ends with a zero byte"
         self.domain = domain
         self._make = make
         self._max_bytes = max_bytes
+        self._verified = lru_cache(maxsize=remembered)(self._verify)
 
     def sign(self, identity: Identity, body: object) -> R:
         """Sign `body`: lists, dicts with text keys, text, bytes, numbers, truth values and None.
@@ -65,7 +75,9 @@ class Format(Generic[R]):
 
     def read(self, blob: object) -> R:
         """Read and verify. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
-        data = _check_size(blob, self._max_bytes)
+        return self._verified(_check_size(blob, self._max_bytes))
+
+    def _verify(self, data: bytes) -> R:
         if not verify(data[:32], data[32:HEAD_BYTES], self.domain + data[HEAD_BYTES:]):
             raise InvalidRecord("the signature of a signed record does not hold")
         return self._read(PeerID.from_public_key(data[:32]), data)

@@ -307,7 +307,7 @@ async def test_an_expired_grant_gives_nothing_new_but_what_goes_on_goes_on() -> 
         assert swarm.trainer.trust.may_host(SERVER.peer_id, UID)
         view = swarm.node.trust.authority("ffn")
         assert view is not None and not view.may(SERVER.peer_id, "host", UID, now=later), "no claim, no Term"
-        assert not swarm.node.trust.may_reserve(TRAINER.peer_id, "ffn")
+        assert not swarm.node.trust.may_host(TRAINER.peer_id, UID, anew=True)
         await expert(X)
         with pytest.raises(NotAllowed, match="may not train"):
             await ta.backward(y.sum())
