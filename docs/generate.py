@@ -176,7 +176,7 @@ SETTINGS_OF = {
     "runtime": "Computing",
     "experts": "Experts in the network",
     "network": "The distributed hash table",
-    "reach": "Ways through NATs",
+    "nat": "Ways through NATs",
     "endpoint": "Calls between nodes",
     "transport": "Connections",
 }
