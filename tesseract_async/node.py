@@ -48,6 +48,7 @@ Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+MAX_RECEIVE_BYTES = 3 * 2**29
 EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD, TENURE)
 # a primary that hands its expert over acts as a server: it need not be among those who train
 _ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store", TENURE: "store"}
@@ -93,7 +94,7 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 3 * 2**29,
+        max_receive_bytes: int = MAX_RECEIVE_BYTES,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import torch
 
@@ -154,6 +154,13 @@ class CheckpointStore:
 def folder_name(uid: str) -> str:
     """What an expert's folder is called: its uid, with what is not plain ASCII as in a URL. ``unquote`` inverts it."""
     return quote(uid, safe="")
+
+
+def stored_uids(directory: Path | None) -> list[str]:
+    """Return the uids of the experts that have a folder in `directory`."""
+    if directory is None or not directory.is_dir():
+        return []
+    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir())
 
 
 def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
