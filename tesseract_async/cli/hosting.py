@@ -34,20 +34,18 @@ from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFoun
 from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings
-from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.adoption import ReplicaSettings, adopt_states
 from tesseract_async.server.calls import CallSettings
-from tesseract_async.server.checkpoint import stored_uids
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
 from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.registry import draws_its_own, make_backend
-from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.server.state_transfer import TransferSettings
+from tesseract_async.server.state_files import stored_uids
+from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 
@@ -135,9 +133,7 @@ class Hosting:
                 checkpoint_dir=serving.checkpoint_dir,
                 checkpoint_period=serving.checkpoint_period,
                 followers=followed,
-                publisher_settings=PublisherSettings(
-                    ttl=serving.ttl, refresh_period=serving.ttl / 3, retry_period=min(1.0, serving.ttl / 10)
-                ),
+                publisher_settings=PublisherSettings(ttl=serving.ttl),
                 settings=self._server_settings(),
             )
             with spinner("making the experts known"):
@@ -300,19 +296,16 @@ class Hosting:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=dataclasses.replace(
-                runtime, batcher=BatcherSettings(max_queue_bytes=self._memory.queue // len(self.serving.devices))
-            ),
+            runtime=dataclasses.replace(runtime, max_queue_bytes=self._memory.queue // len(self.serving.devices)),
             calls=CallSettings(max_inputs_bytes=self._memory.inputs, max_answers_bytes=self._memory.answers),
         )
 
     def _replica_settings(self) -> ReplicaSettings:
         sync_every, ttl = self.serving.sync_every, self.serving.ttl
-        transfer = (
-            TransferSettings() if self._memory is None else TransferSettings(max_cached_bytes=self._memory.copies)
-        )
         check_every = min(5.0, sync_every, ttl / 3)
-        return ReplicaSettings(sync_every=sync_every, check_every=check_every, lease=min(30.0, ttl), transfer=transfer)
+        settings = ReplicaSettings(sync_every=sync_every, check_every=check_every, lease=min(30.0, ttl))
+        copies = settings.max_copies_bytes if self._memory is None else self._memory.copies
+        return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         """Build on all cores where the class allows it; the loop is free meanwhile to join the network."""

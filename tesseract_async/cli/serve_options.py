@@ -59,10 +59,8 @@ class ServeOptions:
         """Raises: ValueError, click.BadParameter."""
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
-        from tesseract_async.experts.choice import num_members
-
         for pattern in self.patterns if self.num_experts is None else ():
-            if (size := num_members(pattern)) > MAX_EXPERTS:
+            if (size := pattern.num_uids) > MAX_EXPERTS:
                 raise click.BadParameter(
                     f"{pattern} are {size} experts; one server hosts at most {MAX_EXPERTS}: say --num-experts to "
                     "choose some",

@@ -14,14 +14,15 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.endpoint.call_table import CallHandler
+from tesseract_async.endpoint.endpoint import IncomingCall
 from tesseract_async.errors import Overloaded
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
@@ -62,10 +63,10 @@ class Node:
     def __init__(self) -> None:
         self.metrics, self.network, self.trust = Metrics(), None, Trust()
         self.peer_address = SimpleNamespace(addresses=(), rendezvous=())
-        self.handler: Callable[[IncomingCall], Awaitable[Message]] | None = None
+        self.handlers: Mapping[str, CallHandler] = {}
 
-    def host_expert(self, uid: str, handler: Callable[[IncomingCall], Awaitable[Message]]) -> None:
-        self.handler = handler
+    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        self.handlers = handlers
 
     def unhost_expert(self, uid: str) -> None: ...
     def is_connected(self, peer_id: PeerID) -> bool:
@@ -106,12 +107,10 @@ async def backward(node: Node, number: int) -> int:
         method=messages.BACKWARD,
         body=messages.encode(request),
         buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
-        call_id=os.urandom(16),
         deadline=asyncio.get_running_loop().time() + 30,
         priority=0,
     )
-    assert node.handler is not None
-    reply = await node.handler(call)
+    reply = await node.handlers[messages.BACKWARD](call)
     return messages.decode(messages.BackwardReply, reply.body).version
 
 
