@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tesseract_async.identity import PeerID
     from tesseract_async.nat.reach import ReachSettings
     from tesseract_async.node import TesseractNode
-    from tesseract_async.transport.base import Throttle
+    from tesseract_async.transport.throttle import Throttle
 
 Function = Callable[..., object]
 Decorator = Callable[[Function], Function]

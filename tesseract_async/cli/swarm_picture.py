@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from tesseract_async.cli.types import counted
@@ -140,7 +140,7 @@ def _and_more(number: int, noun: str) -> list[RenderableType]:
 
 
 def _clock(when: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(when))
+    return f"{datetime.fromtimestamp(when):%H:%M:%S}"
 
 
 def _color(peer: State) -> str:

@@ -12,8 +12,9 @@ from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import RunTag
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RunManifest
-from tesseract_async.experts.run_directory import RunNetwork, publish_grant, publish_record
+from tesseract_async.experts.run_directory import publish_grant, publish_record
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.network.network import TesseractNetwork
 
 MEMBER: tuple[Role, ...] = ("host", "train", "share")
 DELEGATE_SECONDS = 40 * GRANT_SECONDS
@@ -32,7 +33,7 @@ def with_delegates(manifest: RunManifest, owner: Identity, delegates: Sequence[P
 
 
 async def adopt_servers(
-    network: RunNetwork, owner: Identity, authority: Authority, hosting: Mapping[str, Sequence[ExpertReplica]]
+    network: TesseractNetwork, owner: Identity, authority: Authority, hosting: Mapping[str, Sequence[ExpertReplica]]
 ) -> list[PeerID]:
     """Take servers of experts outside of runs into the run: grant each its part, and keep the primaries by appointment.
 
