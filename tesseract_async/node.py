@@ -162,6 +162,8 @@ class TesseractNode(Uncopied):
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
+        self.client_state: object = None
+        """What the client modules of this node keep in it (`client.experience`)."""
 
     # ------------------------------------------------------------------------------------------------ life
 

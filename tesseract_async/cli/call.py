@@ -39,7 +39,7 @@ def command(
         with sign("loading PyTorch"), importing():
             import torch
 
-            from tesseract_async.client.expert_calls import fetch_schema
+            from tesseract_async.client.expert_rpc import fetch_schema
             from tesseract_async.experts import split_uid
             from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
