@@ -24,6 +24,7 @@ from nacl.bindings import crypto_sign, crypto_sign_open
 from nacl.exceptions import CryptoError
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
+from tesseract_async.files import sync_folder
 from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
@@ -194,16 +195,6 @@ def _close_to_others(path: Path) -> None:
         except OSError:
             now = "and that cannot be changed here: chmod 600 it"
         logger.warning("other users of this computer could read the key in %s; %s", path, now)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where folders can be synced (not on Windows)."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:

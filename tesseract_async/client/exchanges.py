@@ -197,7 +197,6 @@ class BackwardExchange:
             timeout=timeout,
             idempotent=True,  # under one call id it is applied once
             priority=forward.options.priority,
-            call_id=self.call_id,
         )
         decoded = messages.decode(messages.BackwardReply, reply.body)
         check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in self.inputs])

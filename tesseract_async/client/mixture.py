@@ -23,7 +23,7 @@ from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.wire.tensors import flatten
 
 Gradients = list[torch.Tensor | None]

@@ -9,15 +9,14 @@ it has.
 from __future__ import annotations
 
 import base64
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.manifest import RUN_ID_BYTES
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.signed import Signed, read_signed, sign_body
+from tesseract_async.experts.signed import Format, listed, number, octets, optional, peer, peers
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
@@ -27,9 +26,6 @@ share; ``admit``: sign others' grants."""
 
 ROLES: Final[dict[Role, int]] = {"host": 1, "train": 2, "share": 4, "admit": 8}
 """The bits that stand for them."""
-GRANT_DOMAIN: Final = b"tesseract grant 1\0"
-REVOCATIONS_DOMAIN: Final = b"tesseract revocations 1\0"
-APPOINTMENT_DOMAIN: Final = b"tesseract appointment 1\0"
 GRANT_SECONDS: Final = 90 * 86400
 """That a grant is good for, unless its signer says otherwise."""
 RENEW_SECONDS: Final = 60 * 86400
@@ -56,11 +52,22 @@ class Grant:
     """Seconds since 1970 at which it was signed: of two grants of a peer the later one holds."""
     not_after: int
     """Seconds since 1970. From then on it is good for no new claim; what goes on by it goes on."""
-    signer: PeerID
     via: Grant | None
     """The signer's own grant, where the signer is not the run's owner."""
+    signer: PeerID
     blob: bytes
     digest: bytes
+
+    def __post_init__(self) -> None:
+        if self.roles == 0:
+            raise ProtocolError("a grant of no role")
+        if (via := self.via) is None:
+            return
+        if via.via is not None or via.peer != self.signer or not via.roles & ROLES["admit"]:
+            raise InvalidRecord("a grant by somebody who may not grant")
+        within = via.run_id == self.run_id and self.not_after <= via.not_after and not self.roles & ~via.roles
+        if not within or self.roles & ROLES["admit"] or not is_within(self.pattern, via.pattern):
+            raise InvalidRecord("a grant of more than its signer may give")
 
     @property
     def root(self) -> PeerID:
@@ -88,41 +95,9 @@ def sign_grant(
 
     Raises: ValueError for one that nobody would believe.
     """
-    body = [
-        *(run_id, peer, sum(ROLES[role] for role in set(roles)), "" if pattern is None else str(pattern)),
-        *(serial, not_after, b"" if via is None else via.blob),
-    ]
-    signed = sign_body(identity, GRANT_DOMAIN, body, max_bytes=MAX_GRANT_BYTES)
-    try:
-        return decode_grant(signed.blob)
-    except ProtocolError as error:
-        raise ValueError(str(error)) from None
-
-
-@functools.lru_cache(maxsize=4096)
-def decode_grant(blob: bytes) -> Grant:
-    """Reads and verifies a grant and the one that its signer shows along. Untrusted: whose run it is remains to be seen
-    (`Grant.root`). The latest ones are remembered, so that each costs its signature checks once.
-
-    Raises: ProtocolError (InvalidRecord where a signature does not hold, or the signer goes beyond what it has).
-    """
-    signed = read_signed(blob, GRANT_DOMAIN, max_bytes=MAX_GRANT_BYTES)
-    run_id, peer, roles, pattern, serial, not_after, via = _fields(signed, 7)
-    if type(run_id) is not bytes or len(run_id) != RUN_ID_BYTES or type(via) is not bytes:
-        raise ProtocolError("a malformed grant")
-    if type(roles) is not int or not 0 < roles < 16:
-        raise ProtocolError("a grant of roles that nobody knows")
-    _check_numbers(serial, not_after, below=MAX_SERIAL)
-    parent = decode_grant(via) if via else None
-    who, where = PeerID(peer), _pattern(pattern)
-    grant = Grant(run_id, who, roles, where, serial, not_after, signed.signer, parent, blob, signed.digest)
-    if parent is not None:
-        if parent.via is not None or parent.peer != grant.signer or not parent.roles & ROLES["admit"]:
-            raise InvalidRecord("a grant by somebody who may not grant")
-        within = parent.run_id == run_id and not_after <= parent.not_after and not roles & ~parent.roles
-        if not within or roles & ROLES["admit"] or not is_within(grant.pattern, parent.pattern):
-            raise InvalidRecord("a grant of more than its signer may give")
-    return grant
+    bits = sum(ROLES[role] for role in set(roles))
+    text, parent = "" if pattern is None else str(pattern), b"" if via is None else via.blob
+    return GRANTS.sign(identity, [run_id, peer, bits, text, serial, not_after, parent])
 
 
 def grant_text(grant: Grant, *, invite: Identity | None = None) -> str:
@@ -140,7 +115,7 @@ def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
     try:
         letters = "".join(text.split())
         packed = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
-        grant = decode_grant(packed[33:] if packed[:1] == b"i" else packed[1:])
+        grant = GRANTS.read(packed[33:] if packed[:1] == b"i" else packed[1:])
     except (ValueError, ProtocolError):
         raise ValueError(sentence) from None
     if packed[:1] == b"i":
@@ -174,6 +149,7 @@ class Revocations:
     invites: tuple[PeerID, ...]
     signer: PeerID
     blob: bytes
+    digest: bytes
 
 
 def sign_revocations(
@@ -191,23 +167,8 @@ def sign_revocations(
     for start in range(0, len(named), PEERS_PER_PART):
         some = named[start : start + PEERS_PER_PART]
         lists = [[peer for kind, peer in some if kind == wanted] for wanted in (0, 1)]
-        body = [run_id, number + len(parts), since, *lists]
-        signed = sign_body(identity, REVOCATIONS_DOMAIN, body, max_bytes=MAX_RECORD_BYTES)
-        parts.append(decode_revocations(signed.blob))
+        parts.append(REVOCATIONS.sign(identity, [run_id, number + len(parts), since, *lists]))
     return parts
-
-
-@functools.lru_cache(maxsize=4096)
-def decode_revocations(blob: bytes) -> Revocations:
-    """Reads and verifies one part. Untrusted. Raises: ProtocolError."""
-    signed = read_signed(blob, REVOCATIONS_DOMAIN, max_bytes=MAX_RECORD_BYTES)
-    run_id, number, since, peers, invites = _fields(signed, 5)
-    if type(run_id) is not bytes or type(peers) is not list or type(invites) is not list:
-        raise ProtocolError("malformed revocations")
-    _check_numbers(number)
-    _check_numbers(since, below=MAX_SERIAL + 1)  # so that every grant may be revoked
-    lists = tuple(PeerID(peer) for peer in peers), tuple(PeerID(peer) for peer in invites)
-    return Revocations(run_id, number, since, *lists, signed.signer, blob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,50 +198,7 @@ def sign_appointment(
     seal: bytes | None = None,
 ) -> Appointment:
     """An appointment. Raises: ValueError for too long a pattern."""
-    body = [run_id, str(pattern), serial, peer, seal]
-    try:
-        return decode_appointment(sign_body(identity, APPOINTMENT_DOMAIN, body, max_bytes=MAX_RECORD_BYTES).blob)
-    except ProtocolError as error:
-        raise ValueError(str(error)) from None
-
-
-@functools.lru_cache(maxsize=1024)
-def decode_appointment(blob: bytes) -> Appointment:
-    """Reads and verifies. Untrusted. Raises: ProtocolError."""
-    signed = read_signed(blob, APPOINTMENT_DOMAIN, max_bytes=MAX_RECORD_BYTES)
-    run_id, text, serial, peer, seal = _fields(signed, 5)
-    pattern = _pattern(text)
-    if type(run_id) is not bytes or pattern is None or not (seal is None or (type(seal) is bytes and len(seal) == 32)):
-        raise ProtocolError("a malformed appointment")
-    _check_numbers(serial)
-    who = None if peer is None else PeerID(peer)
-    return Appointment(run_id, pattern, serial, who, seal, signed.signer, blob, signed.digest)
-
-
-def _fields(signed: Signed, count: int) -> list[Any]:
-    if type(signed.body) is not list or len(signed.body) != count:
-        raise ProtocolError(f"not a list of {count} fields")
-    return signed.body
-
-
-def _check_numbers(*values: Any, below: int = 2**63) -> None:
-    if any(type(value) is not int or not 0 <= value < below for value in values):
-        raise ProtocolError("a record of a run with a number out of range")
-
-
-def _pattern(text: Any) -> ExpertPattern | None:
-    """The pattern of uids, None for an empty text. Raises: ProtocolError, also where it could be written otherwise."""
-    if type(text) is not str or len(text.encode()) > MAX_PATTERN_BYTES:
-        raise ProtocolError(f"a pattern of uids has at most {MAX_PATTERN_BYTES} bytes")
-    if not text:
-        return None
-    try:
-        pattern = ExpertPattern.parse(text)
-    except ValueError:
-        raise ProtocolError("a malformed pattern of uids") from None
-    if str(pattern) != text:
-        raise ProtocolError("a pattern of uids that is not written as usual")
-    return pattern
+    return APPOINTMENTS.sign(identity, [run_id, str(pattern), serial, peer, seal])
 
 
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
@@ -290,3 +208,47 @@ def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
     pairs = list(zip(inner.ranges, outer.ranges, strict=False))
     same = inner.prefix == outer.prefix and len(inner.ranges) == len(outer.ranges)
     return same and all(one.start >= all_.start and one.stop <= all_.stop for one, all_ in pairs)
+
+
+# -- the form of records -----------------------------------------------------------------------------------------------
+
+
+def _pattern(text: object) -> ExpertPattern:
+    if type(text) is not str or len(text.encode()) > MAX_PATTERN_BYTES:
+        raise ProtocolError(f"a pattern of uids has at most {MAX_PATTERN_BYTES} bytes")
+    try:
+        pattern = ExpertPattern.parse(text)
+    except ValueError:
+        raise ProtocolError("a malformed pattern of uids") from None
+    if str(pattern) != text:
+        raise ProtocolError("a pattern of uids that is not written as usual")
+    return pattern
+
+
+def _via(blob: object) -> Grant | None:
+    if type(blob) is not bytes:
+        raise ProtocolError("a malformed grant")
+    return GRANTS.read(blob) if blob else None
+
+
+_RUN_ID: Final = octets(RUN_ID_BYTES)
+_ROLES = number(below=16)
+_TIME = number(below=MAX_SERIAL)
+_GRANT_FIELDS = (_RUN_ID, peer, _ROLES, lambda text: None if text == "" else _pattern(text), _TIME, _TIME, _via)
+_REVOCATIONS_FIELDS = (_RUN_ID, number(), number(below=MAX_SERIAL + 1), peers, peers)  # so any grant may be revoked
+_APPOINTMENT_FIELDS = (_RUN_ID, _pattern, number(), optional(peer), optional(octets(32)))
+
+GRANTS: Final = Format(b"tesseract grant 1\0", listed(_GRANT_FIELDS, Grant), max_bytes=MAX_GRANT_BYTES, remembered=4096)
+"""Grants, each with the one that its signer shows along. Whose run it is remains to be seen (`Grant.root`)."""
+REVOCATIONS: Final = Format(
+    b"tesseract revocations 1\0",
+    listed(_REVOCATIONS_FIELDS, Revocations),
+    max_bytes=MAX_RECORD_BYTES,
+    remembered=4096,
+)
+APPOINTMENTS: Final = Format(
+    b"tesseract appointment 1\0",
+    listed(_APPOINTMENT_FIELDS, Appointment),
+    max_bytes=MAX_RECORD_BYTES,
+    remembered=1024,
+)

@@ -1,62 +1,29 @@
-"""Who leads an expert of a run, as signed records, and which of several branches holds. No I/O.
+"""Which of several branches of an expert's Terms holds: `Lineage`. No I/O.
 
-- A `Term` begins when somebody becomes an expert's primary. It names the `Seal` that it goes on from, and holds the
-  evidence that its signer may: the last primary's signature, or the votes of that Seal's members.
-- A `Seal` is a state that others can go on from: the hash of the primary's file, and the members: the primary and its
-  successors.
-- A `Vote` is given by a member for a candidate, once per epoch.
-
-Times and epochs are whole seconds since `EPOCH_ZERO`. Rank is by epoch, never by version, so that nobody gains
-anything by naming a large one. `Lineage` keeps what was seen of one expert and says which Term holds; all who have seen
-the same records say the same.
+It keeps what was seen of one expert and says which Term holds; all who have seen the same records say the same. Rank is
+by epoch, never by version, so that nobody gains anything by naming a large one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-import msgpack
-
-from tesseract_async.errors import InvalidRecord, ProtocolError
-from tesseract_async.experts.authority import EPOCH_ZERO
 from tesseract_async.experts.grants import Appointment, Role
-from tesseract_async.experts.signed import HEAD_BYTES, Signed, read_signed, sign_body
-from tesseract_async.identity import Identity, PeerID, verify
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term
+from tesseract_async.identity import PeerID
 
-MAX_BYTES: Final = 900
-"""Of one record: so much fits an entry of the network."""
-MAX_SUCCESSORS: Final = 3
 SKEW: Final = 60
 """Seconds by which clocks may differ: a record from further in the future is refused."""
-HANDOVER_SECONDS: Final = 300
-"""For which a primary's signature over its last Seal is good: who had an expert once does not get it back by that."""
 MAX_TERMS: Final = 64
 """Terms of one expert that are remembered."""
 MAX_TERMS_OF_ONE: Final = 8
 """Terms of one signer among them, besides those that lead to the one that holds."""
 
 
-class Kind(IntEnum):
-    """How a Term came about."""
-
-    GENESIS = 0
-    """Nobody knew of any Seal: the state is as the run says."""
-    HANDOVER = 1
-    """The last primary signed it over."""
-    TAKEOVER = 2
-    """A member of the parent Seal, with the votes of a majority of its members (of two, its own)."""
-    ADOPTION = 3
-    """Somebody who holds the parent Seal's file, after all its members fell silent."""
-    APPOINTED = 4
-    """The run's owner said so."""
-
-
 class Authority(Protocol):
-    """What this room's lineages need of `experts.authority.Authority`."""
+    """What lineages need of `experts.authority.Authority`."""
 
     @property
     def run_id(self) -> bytes: ...
@@ -66,272 +33,6 @@ class Authority(Protocol):
     def founder(self) -> PeerID | None: ...
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool: ...
     def appointment(self, uid: str) -> Appointment | None: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Seal:
-    """A state of an expert that others may go on from, as its primary signed it."""
-
-    uid: str
-    epoch: int
-    number: int
-    """Counts up within one Term, from 1."""
-    serial: int
-    """Of the appointment that the branch stands on; 0 for none."""
-    version: int
-    """Optimizer steps in that state: for people, and never compared."""
-    root: bytes
-    """`merkle.root_of` the file."""
-    size: int
-    """Bytes of the file."""
-    time: int
-    successors: tuple[PeerID, ...]
-    term: bytes
-    """The digest of the Term that it belongs to."""
-    primary: PeerID
-    digest: bytes
-    blob: bytes
-
-    @property
-    def members(self) -> tuple[PeerID, ...]:
-        """The primary and its successors, in the order in which they take over."""
-        return (self.primary, *self.successors)
-
-    @property
-    def age(self) -> tuple[int, int]:
-        """(epoch, number): of two Seals of one branch the later one has the larger."""
-        return self.epoch, self.number
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Vote:
-    """A member's word that `candidate` may lead in this epoch. `seal` is the age of the newest that the voter holds."""
-
-    uid: str
-    epoch: int
-    candidate: PeerID
-    seal: tuple[int, int]
-    voter: PeerID
-    blob: bytes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Term:
-    """The beginning of a primary's time, with the evidence that it may lead."""
-
-    uid: str
-    epoch: int
-    boot: bytes
-    """8 bytes that the process drew when it started: two processes with one key are told apart by it."""
-    kind: Kind
-    serial: int
-    seal: Seal | None
-    """The parent: the state that it goes on from."""
-    voters: tuple[PeerID, ...]
-    """Who voted for it, besides itself."""
-    primary: PeerID
-    digest: bytes
-    blob: bytes
-    is_weak: bool = field(init=False)
-    """No majority stands behind it: it gives way to a line that went on beside it (`Lineage`)."""
-
-    def __post_init__(self) -> None:
-        lone = self.kind is Kind.ADOPTION
-        if self.kind is Kind.TAKEOVER and self.seal is not None:  # also one who led once and says so again
-            lone = 1 + len(self.voters) < max(2, majority(len(self.seal.members), strict=True))
-        object.__setattr__(self, "is_weak", lone)
-
-
-def majority(num_members: int, *, strict: bool = False) -> int:
-    """How many of so many members decide. Of two, one does unless `strict`: a pair survives either's death."""
-    return 1 if num_members == 2 and not strict else num_members // 2 + 1
-
-
-def next_epoch(parent: int, now: float) -> int:
-    """The epoch of a Term after `parent` that begins at `now`, seconds since `EPOCH_ZERO`."""
-    return max(parent + 1, int(now))
-
-
-def sign_seal(
-    identity: Identity,
-    run: bytes,
-    *,
-    term: Term,
-    number: int,
-    version: int,
-    root: bytes,
-    size: int,
-    time: int,
-    successors: Sequence[PeerID],
-) -> Seal:
-    """A Seal of the Term that `identity` signed."""
-    uid, epoch, serial = term.uid, term.epoch, term.serial
-    body = [uid, epoch, number, serial, version, root, size, time, list(map(bytes, successors)), term.digest]
-    return _seal(sign_body(identity, _domain("seal", run), body, max_bytes=MAX_BYTES))
-
-
-def read_seal(blob: Any, run: bytes) -> Seal:
-    """Reads and verifies. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
-    return _seal(read_signed(blob, _domain("seal", run), max_bytes=MAX_BYTES))
-
-
-def sign_vote(
-    identity: Identity, run: bytes, *, uid: str, epoch: int, candidate: PeerID, seal: tuple[int, int]
-) -> Vote:
-    """`identity`'s vote; `seal` is the age of the newest Seal that it holds."""
-    body = [uid, epoch, bytes(candidate), *seal]
-    return _vote(sign_body(identity, _domain("vote", run), body, max_bytes=MAX_BYTES))
-
-
-def read_vote(blob: Any, run: bytes) -> Vote:
-    """Reads and verifies. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
-    return _vote(read_signed(blob, _domain("vote", run), max_bytes=MAX_BYTES))
-
-
-def sign_handover(identity: Identity, run: bytes, seal: Seal, successor: PeerID) -> bytes:
-    """The 64 bytes with which a primary gives the expert, in the state of `seal`, to `successor`."""
-    return identity.sign(_handover(run, seal, successor))
-
-
-def sign_term(
-    identity: Identity,
-    run: bytes,
-    *,
-    uid: str,
-    epoch: int,
-    boot: bytes,
-    kind: Kind,
-    serial: int = 0,
-    seal: Seal | None = None,
-    votes: Sequence[Vote] = (),
-    handover: bytes = b"",
-) -> Term:
-    """A Term of `identity`'s. Raises: ProtocolError if the evidence does not carry it."""
-    # of a vote, only what does not follow from the Term
-    evidence: Any = handover or [[vote.blob[:HEAD_BYTES], *vote.seal] for vote in votes]
-    body = [uid, epoch, boot, int(kind), serial, None if seal is None else seal.blob, evidence]
-    return _term(sign_body(identity, _domain("term", run), body, max_bytes=MAX_BYTES), run)
-
-
-def read_term(blob: Any, run: bytes) -> Term:
-    """Reads and verifies, with the Seal and the votes in it. Untrusted.
-
-    Raises: ProtocolError (InvalidRecord if a signature does not hold or the evidence does not carry it).
-    """
-    return _term(read_signed(blob, _domain("term", run), max_bytes=MAX_BYTES), run)
-
-
-# -- the form of records -----------------------------------------------------------------------------------------------
-
-
-def _domain(kind: str, run: bytes) -> bytes:
-    return f"tesseract {kind} 1 {run.hex()}\0".encode()
-
-
-def _seal(signed: Signed) -> Seal:
-    uid, epoch, number, serial, version, root, size, time, successors, term = _fields(signed, 10)
-    _check_numbers(epoch, number, serial, version, size, time)
-    if type(successors) is not list or len(successors) > MAX_SUCCESSORS or number == 0:
-        raise ProtocolError("a malformed Seal")
-    peers = tuple(PeerID(_bytes(one, 32)) for one in successors)
-    if len({signed.signer, *peers}) != len(peers) + 1:
-        raise ProtocolError("a Seal that names a member twice")
-    rest = (_bytes(root, 32), size, time, peers, _bytes(term, 32))
-    return Seal(_uid(uid), epoch, number, serial, version, *rest, signed.signer, signed.digest, signed.blob)
-
-
-def _vote(signed: Signed) -> Vote:
-    uid, epoch, candidate, seal_epoch, seal_number = _fields(signed, 5)
-    _check_numbers(epoch, seal_epoch, seal_number)
-    peer = PeerID(_bytes(candidate, 32))
-    return Vote(_uid(uid), epoch, peer, (seal_epoch, seal_number), signed.signer, signed.blob)
-
-
-def _term(signed: Signed, run: bytes) -> Term:
-    uid, epoch, boot, kind, serial, blob, evidence = _fields(signed, 7)
-    _check_numbers(epoch, serial, kind)
-    if kind >= len(Kind):
-        raise ProtocolError("a Term of an unknown kind")
-    kind = Kind(kind)
-    seal = None if blob is None else read_seal(blob, run)
-    voters: tuple[PeerID, ...] = ()
-    if kind is Kind.HANDOVER:
-        if seal is not None and epoch > max(seal.time, seal.epoch) + HANDOVER_SECONDS:
-            raise InvalidRecord("a handover that was taken long ago")
-        _check_handover(_bytes(evidence, 64), run, seal, signed.signer)
-    elif kind is Kind.TAKEOVER:
-        voters = _check_votes(evidence, run, uid, epoch, signed.signer, seal)
-    elif evidence != []:
-        raise ProtocolError("a Term with evidence that it does not need")
-    if (seal is None) != (kind is Kind.GENESIS) and kind is not Kind.APPOINTED:
-        raise InvalidRecord("a Term without the Seal that it goes on from")
-    if seal is not None and (seal.uid != uid or seal.epoch >= epoch):
-        raise InvalidRecord("a Term that does not follow its Seal")
-    if kind is not Kind.APPOINTED and serial != (0 if seal is None else seal.serial):
-        raise InvalidRecord("a Term that changes the appointment")
-    return Term(
-        _uid(uid), epoch, _bytes(boot, 8), kind, serial, seal, voters, signed.signer, signed.digest, signed.blob
-    )
-
-
-def _check_handover(signature: bytes, run: bytes, seal: Seal | None, successor: PeerID) -> None:
-    if seal is None or not verify(seal.blob[:32], signature, _handover(run, seal, successor)):
-        raise InvalidRecord("a handover that the last primary did not sign")
-
-
-def _handover(run: bytes, seal: Seal, successor: PeerID) -> bytes:
-    return _domain("handover", run) + seal.digest + successor
-
-
-def _check_votes(
-    evidence: Any, run: bytes, uid: str, epoch: int, candidate: PeerID, seal: Seal | None
-) -> tuple[PeerID, ...]:
-    if seal is None or candidate not in seal.members:
-        raise InvalidRecord("a takeover by somebody who is no member")
-    if type(evidence) is not list or len(evidence) > MAX_SUCCESSORS:
-        raise ProtocolError("a Term with malformed votes")
-    voters: list[PeerID] = []
-    for part in evidence:
-        if type(part) is not list or len(part) != 3:
-            raise ProtocolError("a Term with a malformed vote")
-        head, *age = part
-        vote = read_vote(_bytes(head, HEAD_BYTES) + msgpack.packb([uid, epoch, bytes(candidate), *age]), run)
-        if vote.voter == candidate or vote.voter in voters or vote.voter not in seal.members:
-            raise InvalidRecord("a vote of somebody who has none")
-        if vote.seal > seal.age:
-            raise InvalidRecord("a vote of somebody who holds a newer Seal")
-        voters.append(vote.voter)
-    # a primary that starts again alone needs nobody
-    if 1 + len(voters) < majority(len(seal.members)):
-        raise InvalidRecord("a takeover without a majority")
-    return tuple(voters)
-
-
-def _fields(signed: Signed, num: int) -> Sequence[Any]:
-    if type(signed.body) is not list or len(signed.body) != num:
-        raise ProtocolError("a record with too few or too many fields")
-    fields: list[Any] = signed.body
-    return fields
-
-
-def _check_numbers(*values: Any) -> None:
-    if any(type(value) is not int or not 0 <= value < 2**63 for value in values):
-        raise ProtocolError("a record with a malformed number")
-
-
-def _bytes(value: Any, length: int) -> bytes:
-    if type(value) is not bytes or len(value) != length:
-        raise ProtocolError("a record with malformed bytes")
-    return value
-
-
-def _uid(value: Any) -> str:
-    if type(value) is not str or not 0 < len(value) <= 256:
-        raise ProtocolError("a record without a uid")
-    return value
-
-
-# -- which branch holds ------------------------------------------------------------------------------------------------
 
 
 class Lineage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tesseract_async.experts.lineage import MAX_SUCCESSORS, majority
+from tesseract_async.experts.terms import MAX_SUCCESSORS, majority
 from tesseract_async.identity import PeerID
 
 NUM_SUCCESSORS: Final = 2

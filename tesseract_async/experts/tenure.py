@@ -12,8 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.authority import EPOCH_ZERO
-from tesseract_async.experts.lineage import (
+from tesseract_async.experts.members import Members
+from tesseract_async.experts.tenure_base import Poll, TenureBase
+from tesseract_async.experts.tenure_words import (
+    Answer,
+    Ask,
+    Fetch,
+    Look,
+    Publish,
+    Send,
+    State,
+)
+from tesseract_async.experts.terms import (
+    EPOCH_ZERO,
     Kind,
     Seal,
     Term,
@@ -25,17 +36,6 @@ from tesseract_async.experts.lineage import (
     sign_seal,
     sign_term,
     sign_vote,
-)
-from tesseract_async.experts.members import Members
-from tesseract_async.experts.tenure_base import Poll, TenureBase
-from tesseract_async.experts.tenure_words import (
-    Answer,
-    Ask,
-    Fetch,
-    Look,
-    Publish,
-    Send,
-    State,
 )
 from tesseract_async.identity import PeerID
 
@@ -434,7 +434,7 @@ class Tenure(TenureBase):
                 votes=votes,
                 handover=handover,
             )
-        except (ProtocolError, ValueError):
+        except ValueError:
             self._give_up(now)  # a signature that does not hold
             return False
         self.state, self.term, self._number = State.CANDIDATE, term, 0

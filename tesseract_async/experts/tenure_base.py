@@ -11,17 +11,7 @@ from typing import Any, Final
 import msgpack
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.authority import EPOCH_ZERO
-from tesseract_async.experts.lineage import (
-    Authority,
-    Kind,
-    Lineage,
-    Seal,
-    Term,
-    Vote,
-    read_seal,
-    read_term,
-)
+from tesseract_async.experts.lineage import Authority, Lineage
 from tesseract_async.experts.members import NUM_SUCCESSORS, Members
 from tesseract_async.experts.tenure_words import (
     Ask,
@@ -32,6 +22,7 @@ from tesseract_async.experts.tenure_words import (
     Role,
     State,
 )
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, Vote, read_seal, read_term
 from tesseract_async.identity import Identity, PeerID
 
 MAX_KNOWN: Final = 256

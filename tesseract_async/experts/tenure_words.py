@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from tesseract_async.experts.lineage import Seal
+from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 
 

@@ -1,166 +1,46 @@
-"""An expert's state on disk: one file per expert and version, in the safetensors format, written atomically.
+"""An expert's state as a file: what a checkpoint holds, what is sealed, and what travels to followers and exports.
 
-The format (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian; a JSON header
-that maps each tensor's name to its dtype, shape and place; the tensors' bytes. Any safetensors reader loads the
-weights, whose names begin with ``module/``. What is no tensor travels as JSON in the header's ``__metadata__``, with a
-SHA-256 over everything else: nothing is ever unpickled, and a damaged file is noticed.
+The format is safetensors (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian; a
+JSON header that maps each tensor's name to its dtype, shape and place; the tensors' bytes. Any safetensors reader loads
+the weights, whose names begin with ``module/``. Everything else is JSON in the header's ``__metadata__``, with a
+SHA-256 over the whole: nothing is ever unpickled, and a damaged file is noticed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import itertools
 import json
-import logging
 import math
-import os
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from tesseract_async.errors import CheckpointError, describe
-from tesseract_async.identity import sync_folder
+from tesseract_async.errors import CheckpointError, ProtocolError, describe
 from tesseract_async.runtime.states import SAFETENSORS
 from tesseract_async.wire.compression import flat_of
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from tesseract_async.runtime.backend import ExpertBackend
 
-FORMAT_VERSION = 1
-SUFFIX = ".safetensors"
+State = dict[str, Any]
+"""What `ExpertBackend.state` returns: nested dicts and lists of CPU tensors and plain values."""
 
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
-_MAX_HEADER_BYTES = 16 << 20
-MAX_HEADER_VALUES = 1 << 20
+FORMAT_VERSION: Final = 1
+MAX_HEADER_VALUES: Final = 1 << 20
 """Lists, maps and what they hold, in a stranger's file: a full journal has a fifth. A byte of JSON may cost 60."""
+MAX_VERSION: Final = 2**53
+"""No expert takes so many steps: a state that says so would leave it no room for its own."""
+
+_DTYPE_NAMES: Final = {dtype: name for name, dtype in SAFETENSORS.items()}
+_MAX_HEADER_BYTES: Final = 16 << 20
 
 
-class CheckpointStore:
-    """The checkpoints of one server's experts: ``directory/UID/VERSION.safetensors``, the newest `keep`
-    of each. The folders' names are `folder_name`'s.
-
-    Blocking file work: call it where that is welcome.
-    """
-
-    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
-        if keep < 1:
-            raise ValueError(f"at least one checkpoint is kept, not {keep}")
-        self.directory = Path(directory)
-        self.keep = keep
-
-    def save(self, uid: str, state: Mapping[str, Any], *, version: int) -> Path:
-        """Writes `state` (nested dicts and lists of CPU tensors and plain values) and drops files beyond `keep`.
-
-        It is the newest from now on: files of later versions, from before this server took over another one's state,
-        are set aside as ``.superseded``, at most `keep` of them.
-
-        The file appears whole or not at all, even when the machine loses power. Where the disk is full, the expert's
-        oldest files give way, but for its newest. Raises: CheckpointError.
-        """
-        folder = self._folder(uid)
-        path = folder / f"{version:012d}{SUFFIX}"
-        unfinished = path.with_suffix(".unfinished")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            pieces = encode(state)
-            while True:
-                try:
-                    with open(unfinished, "wb") as file:
-                        file.writelines(pieces)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    break
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(uid, path, unfinished):
-                        raise
-            os.replace(unfinished, path)
-            sync_folder(folder)
-            self._drop(uid, path)
-        except (OSError, TypeError) as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise CheckpointError(f"{path} could not be written: {describe(error)}") from error
-        return path
-
-    def set_aside(self, uid: str, state: Mapping[str, Any], *, version: int) -> Path:
-        """Writes a file that is neither restored nor ever dropped: ``VERSION.aside``, or with a number if there is one.
-
-        Raises: CheckpointError.
-        """
-        path = self.save(uid, state, version=version)
-        target = path.with_suffix(".aside")
-        for number in itertools.count(1):
-            if not target.exists():
-                break
-            target = path.with_suffix(f".{number}.aside")
-        try:
-            os.replace(path, target)
-        except OSError as error:
-            raise CheckpointError(f"{target} could not be written: {describe(error)}") from error
-        return target
-
-    def load(self, uid: str) -> dict[str, Any] | None:
-        """The newest state that is whole; None where there is no checkpoint. Damaged files are passed over, loudly.
-
-        Raises: CheckpointError if files exist but none can be read.
-        """
-        files = self.files(uid)
-        for path in files:
-            try:
-                return decode(path.read_bytes())
-            except (OSError, CheckpointError) as error:
-                logger.error("checkpoint %s is damaged (%s); trying the one before", path, describe(error))
-                # out of the way: it must neither be tried again nor count among those that are kept
-                with contextlib.suppress(OSError):
-                    os.replace(path, path.with_suffix(".damaged"))
-        if files:
-            raise CheckpointError(f"none of the {len(files)} checkpoints in {self._folder(uid)} can be read")
-        return None
-
-    def _drop(self, uid: str, newest: Path) -> None:
-        files = self.files(uid)
-        for late in (path for path in files if path > newest):
-            os.replace(late, late.with_suffix(".superseded"))
-        superseded = sorted(self._folder(uid).glob("*.superseded"), reverse=True)
-        for old in [path for path in files if path <= newest][self.keep :] + superseded[self.keep :]:
-            old.unlink(missing_ok=True)
-
-    def _make_room(self, uid: str, newest: Path, unfinished: Path) -> bool:
-        """Drops the oldest of an expert's checkpoints, but for the last one before `newest`. False if there is none."""
-        unfinished.unlink(missing_ok=True)
-        before = [path for path in self.files(uid) if path < newest]
-        if len(before) < 2:
-            return False
-        logger.warning("the disk is full: %s gives way to a newer checkpoint", before[-1])
-        before[-1].unlink(missing_ok=True)
-        return True
-
-    def files(self, uid: str) -> list[Path]:
-        """The checkpoints of an expert, newest first."""
-        return sorted(self._folder(uid).glob(f"*{SUFFIX}"), reverse=True)
-
-    def _folder(self, uid: str) -> Path:
-        name = folder_name(uid)
-        if not re.fullmatch(r"[A-Za-z0-9_~%-]+(\.[A-Za-z0-9_~%-]+)*", name):
-            raise CheckpointError(f"{uid!r} cannot name a folder")
-        return self.directory / name
-
-
-def folder_name(uid: str) -> str:
-    """What an expert's folder is called: its uid, with what is not plain ASCII as in a URL. ``unquote`` inverts it."""
-    return quote(uid, safe="")
-
-
-def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
-    """A file's bytes, in pieces. Raises: TypeError for what neither safetensors nor JSON can hold."""
+def encode(state: Mapping[str, object]) -> list[bytes | memoryview]:
+    """Return a file's bytes, in pieces. Raises: TypeError for what neither safetensors nor JSON can hold."""
     tensors: dict[str, torch.Tensor] = {}
     rest = _take_tensors(state, "", tensors)
-    header: dict[str, Any] = {}
+    header: dict[str, object] = {}
     pieces: list[bytes | memoryview] = []
     offset = 0
     for name, tensor in tensors.items():
@@ -182,8 +62,8 @@ def encode(state: Mapping[str, Any]) -> list[bytes | memoryview]:
     return [len(head).to_bytes(8, "little"), head, *pieces]
 
 
-def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> dict[str, Any]:
-    """What `encode` was given. Takes untrusted bytes; of a stranger's, `max_values` bounds what the header makes.
+def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> State:
+    """Return what `encode` was given. Takes untrusted bytes; `max_values` bounds what the header of a stranger's makes.
 
     Raises: CheckpointError for anything damaged or foreign.
     """
@@ -221,8 +101,48 @@ def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf
     return state
 
 
-def _digest(header: Mapping[str, Any], pieces: list[Any]) -> str:
-    """SHA-256 of the header without the digest, in one canonical spelling, and of the tensors' bytes."""
+def largest_state(backend: ExpertBackend) -> int:
+    """Return the bytes of the longest file that a state of this expert could have: weights, what an optimizer keeps of
+    each (four times their size at most), gathered gradients, the journal, names."""
+    tensors = [*backend.module.parameters(), *backend.module.buffers()]
+    num_bytes = sum(max(4, x.element_size()) * x.numel() for x in tensors)
+    return 6 * num_bytes + 32 * backend.settings.journal_length + (4096 * len(tensors)) + (1 << 20)
+
+
+def difference(uid: str, backend: ExpertBackend, state: State) -> str | None:
+    """Describe the first thing in which a state's weights do not fit this expert; None if they fit."""
+    mine, theirs = backend.module.state_dict(), state["module"]
+    for name in sorted(mine.keys() | theirs.keys()):
+        shapes = [list(some[name].shape) if name in some else None for some in (theirs, mine)]
+        if shapes[0] != shapes[1]:
+            said = ["none" if shape is None else f"shape {shape}" for shape in shapes]
+            return f"{uid}: its weight {name[:80]} has {said[0]} there and {said[1]} here"
+    return None
+
+
+def check_state(uid: str, data: bytes, *, weights_only: bool = False) -> State:
+    """Return the state in a stranger's file: checked for its form, not for its worth. Raises: ProtocolError."""
+    try:
+        state = decode(data, max_values=MAX_HEADER_VALUES)
+    except (CheckpointError, RecursionError, IndexError, OverflowError) as error:
+        raise ProtocolError(f"{uid}: its state cannot be read: {describe(error)}") from None
+    module, version = state.get("module"), state.get("version")
+    if type(version) is not int or not 0 <= version < MAX_VERSION:
+        raise ProtocolError(f"{uid}: a state without a version")
+    if not isinstance(module, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in module.items()
+    ):
+        raise ProtocolError(f"{uid}: a state without weights")
+    if weights_only:
+        return {"module": module, "version": version}
+    optimizer, applied = state.get("optimizer"), state.get("applied")
+    if not (optimizer is None or isinstance(optimizer, dict)) or not isinstance(applied, dict):
+        raise ProtocolError(f"{uid}: a state without an optimizer's part")
+    return state
+
+
+def _digest(header: Mapping[str, object], pieces: Sequence[bytes | memoryview]) -> str:
+    """Return the SHA-256 of the header without the digest, in one canonical spelling, and of the tensors' bytes."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
     for piece in pieces:
         digest.update(piece)
@@ -232,7 +152,7 @@ def _digest(header: Mapping[str, Any], pieces: list[Any]) -> str:
 # JSON has no integer keys and no tensors: dicts become lists of pairs, tensors are named by where they stood.
 
 
-def _take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _take_tensors(value: object, path: str, tensors: dict[str, torch.Tensor]) -> object:
     if isinstance(value, torch.Tensor):
         while path in tensors:  # a key that holds a slash may spell another one's path
             path += "~"

@@ -20,7 +20,6 @@ import base64
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +33,10 @@ from torch import nn
 
 from tesseract_async.errors import CheckpointError, ProtocolError, TesseractError, describe
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.run import RunManifest, SignedRun, decode_run
+from tesseract_async.experts.run import RUNS, RunManifest, SignedRun
+from tesseract_async.files import write_whole
 from tesseract_async.server.run_experts import build_run_module
-from tesseract_async.server.state_transfer import TransferSettings, fetch_state
+from tesseract_async.server.state_transfer import fetch_state
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -79,7 +79,6 @@ async def export_experts(
     *,
     num_at_once: int = 4,
     timeout: float = 60.0,
-    settings: TransferSettings | None = None,
     progress: Callable[[str], None] = lambda uid: None,
 ) -> ExportReport:
     """Writes the weights of `replicas` (uid -> its servers, the preferred one first) into `folder`.
@@ -106,7 +105,6 @@ async def export_experts(
                         weights_only=True,
                         min_version=0 if known is None else known.version + 1,
                         timeout=timeout,
-                        settings=settings or TransferSettings(),
                     )
                     if state is not None:
                         store.put(uid, state["module"], state["version"])
@@ -136,7 +134,6 @@ class _Folder:
         self.run = run
         self.experts: dict[str, ExportedExpert] = {}
         self._num_unlisted = 0
-        (path / "experts").mkdir(parents=True, exist_ok=True)
         if (path / INDEX).exists():
             before, experts = read_index(path)
             if (before.signer, before.manifest.name) != (run.signer, run.manifest.name):
@@ -148,7 +145,7 @@ class _Folder:
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata)
         # a uid may hold what a file system does not take, or takes for a path
         file = f"experts/{quote(uid, safe='')}.safetensors"
-        _write(self.path / file, data)
+        write_whole(self.path / file, [data])
         self.experts[uid] = ExportedExpert(file, version, hashlib.sha256(data).hexdigest())
         self._num_unlisted += 1
         if self._num_unlisted >= 64:
@@ -170,17 +167,7 @@ class _Folder:
                 for uid, one in sorted(self.experts.items())
             },
         }
-        _write(self.path / INDEX, json.dumps(index, indent=1).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+        write_whole(self.path / INDEX, [json.dumps(index, indent=1).encode()])
 
 
 def read_index(folder: str | Path) -> tuple[SignedRun, dict[str, ExportedExpert]]:
@@ -190,7 +177,7 @@ def read_index(folder: str | Path) -> tuple[SignedRun, dict[str, ExportedExpert]
         index = json.loads(path.read_bytes())
         if index["format"] != FORMAT:
             raise CheckpointError(f"{path}: {str(index['format'])[:40]!r} is not {FORMAT!r}")
-        run = decode_run(base64.b64decode(index["signed_manifest"]))
+        run = RUNS.read(base64.b64decode(index["signed_manifest"]))
         experts = {
             uid: ExportedExpert(_inside(one["file"]), int(one["version"]), str(one["sha256"]))
             for uid, one in index["experts"].items()

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import CheckpointError, ConnectionLost, Overloaded, ProtocolError, describe
-from tesseract_async.server import checkpoint
-from tesseract_async.server.sealed import SealedFile
+from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
+from tesseract_async.server.checkpoint import State, check_state, encode
+from tesseract_async.server.state_files import SealedFile
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -27,33 +24,24 @@ if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend
 
-logger = logging.getLogger(__name__)
-
 NO_DIGEST: Final = bytes(16)
-MAX_VERSION: Final = 2**53
-"""No expert takes so many steps: a state that says so would leave it no room for its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class TransferSettings:
-    """How states are sent. Sizes are bytes, times seconds."""
-
-    piece_bytes: int = 4 << 20
-    """Of one reply."""
-    max_state_bytes: int = 4 << 30
-    """A longer file is not fetched."""
-    max_cached_bytes: int = 1 << 30
-    """Copies that a server keeps for transfers under way; beyond them, newcomers are told to come back."""
-    keep: float = 60.0
-    """A copy that nobody asked for since then is dropped."""
-    reuse: float = 2.0
-    """A copy so young is good enough for somebody who asks for the newest: ten followers cost one copy."""
-    num_retries: int = 3
-    """How often a piece is asked for again after the connection broke."""
-    min_piece_bytes: int = 64 << 10
-    """A source that sends less at a time, before the end, is left for another one."""
-    min_rate: float = 32 << 10
-    """Bytes per second: a state that takes longer, and the time-out of a piece more, is left as well."""
+PIECE_BYTES: Final = 4 << 20
+"""Of one reply: large enough that round trips cost little, small enough to be sent again."""
+MIN_PIECE_BYTES: Final = 64 << 10
+"""A source that sends less at a time, before the end, is left for another one."""
+MIN_RATE: Final = 32 << 10
+"""Bytes per second: a state that takes longer, and the time-out of a piece more, is left as well."""
+MAX_STATE_BYTES: Final = 4 << 30
+"""A longer file is not fetched."""
+MAX_COPIES_BYTES: Final = 1 << 30
+KEEP_SECONDS: Final = 60.0
+"""A copy that nobody asked for since then is dropped."""
+REUSE_SECONDS: Final = 2.0
+"""A copy so young is good enough for somebody who asks for the newest: ten followers cost one copy."""
+NUM_RETRIES: Final = 3
+"""How often a piece is asked for again after the connection broke."""
 
 
 @dataclass(slots=True)
@@ -70,13 +58,17 @@ class StateSource:
 
     def __init__(
         self,
-        snapshot: Callable[[str], Awaitable[Mapping[str, Any]]],
+        snapshot: Callable[[str], Awaitable[State]],
         aside: Callable[[Callable[[], bytes]], Awaitable[bytes]],
         *,
-        settings: TransferSettings = TransferSettings(),
+        max_bytes: int = MAX_COPIES_BYTES,
+        piece_bytes: int = PIECE_BYTES,
+        reuse: float = REUSE_SECONDS,
     ) -> None:
-        """`snapshot` copies an expert's state between two batches; `aside` runs work where it stops nobody."""
-        self.settings = settings
+        """`snapshot` copies an expert's state between two batches; `aside` runs work where it stops nobody.
+        `max_bytes`: of copies for transfers under way; beyond them, newcomers are told to come back.
+        """
+        self._max_bytes, self._piece_bytes, self._reuse = max_bytes, piece_bytes, reuse
         self._snapshot = snapshot
         self._aside = aside
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, digest: None
@@ -97,7 +89,7 @@ class StateSource:
         # a whole state, which takes more leave than weights alone
         whole = not request.weights_only and request.digest != NO_DIGEST
         if whole and (sealed := self.find_sealed(uid, request.digest)) is not None:
-            part = await self._aside(lambda: sealed.read(request.offset, self.settings.piece_bytes))
+            part = await self._aside(lambda: sealed.read(request.offset, self._piece_bytes))
             reply = messages.StateReply(backend.version, request.digest, sealed.size, request.offset)
             return Message(messages.encode(reply), (memoryview(part),) if part else ())
         if backend.version < request.min_version:
@@ -111,7 +103,7 @@ class StateSource:
                 copy = self._copies[key] = await self._make(uid, request.weights_only)
             copy.used = now
         offset = request.offset if request.digest == copy.digest else 0
-        piece = copy.data[offset : offset + self.settings.piece_bytes]
+        piece = copy.data[offset : offset + self._piece_bytes]
         reply = messages.StateReply(copy.version, copy.digest, len(copy.data), offset)
         return Message(messages.encode(reply), (piece,) if len(piece) else ())
 
@@ -130,28 +122,28 @@ class StateSource:
     def _good(self, copy: _Copy, request: messages.StateRequest, now: float) -> bool:
         if request.digest != NO_DIGEST:
             return copy.digest == request.digest
-        return copy.version >= request.min_version and now - copy.made <= self.settings.reuse
+        return copy.version >= request.min_version and now - copy.made <= self._reuse
 
     async def _make(self, uid: str, weights_only: bool) -> _Copy:
         held = sum(len(copy.data) for at, copy in self._copies.items() if at != (uid, weights_only))
-        if held > self.settings.max_cached_bytes:
-            raise Overloaded("too many experts' states are being sent already", retry_after=self.settings.keep / 4)
+        if held > self._max_bytes:
+            raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
         state = await self._snapshot(uid)
         if weights_only:
             state = {"module": state["module"], "version": state["version"]}
-        data = await self._aside(lambda: b"".join(checkpoint.encode(state)))
+        data = await self._aside(lambda: b"".join(encode(state)))
         now = asyncio.get_running_loop().time()
         if self._sweep is None:
-            self._sweep = asyncio.get_running_loop().call_later(self.settings.keep, self._drop_unused)
+            self._sweep = asyncio.get_running_loop().call_later(KEEP_SECONDS, self._drop_unused)
         return _Copy(state["version"], _digest(data), memoryview(data), now, now)
 
     def _drop_unused(self) -> None:
         loop = asyncio.get_running_loop()
         self._sweep = None
-        self._copies = {at: copy for at, copy in self._copies.items() if loop.time() - copy.used < self.settings.keep}
+        self._copies = {at: copy for at, copy in self._copies.items() if loop.time() - copy.used < KEEP_SECONDS}
         self._making = {at: lock for at, lock in self._making.items() if at in self._copies or lock.locked()}
         if self._copies:
-            self._sweep = loop.call_later(self.settings.keep, self._drop_unused)
+            self._sweep = loop.call_later(KEEP_SECONDS, self._drop_unused)
 
 
 async def fetch_state(
@@ -162,16 +154,12 @@ async def fetch_state(
     weights_only: bool = False,
     min_version: int = 0,
     timeout: float = 60.0,
-    settings: TransferSettings = TransferSettings(),
-) -> dict[str, Any] | None:
-    """The expert's state at that server: `module`, `version`, and unless `weights_only` also `optimizer` and `applied`.
+) -> State | None:
+    """Return the expert's state at that server, or its `module` and `version` only; None before `min_version`.
 
-    None if the server has not reached `min_version`. What comes back was written by a stranger: it is checked for its
-    form, not for its worth. Raises: as `fetch_file`; ProtocolError for what is no state.
+    It was written by a stranger, and is checked as by `check_state`. Raises: as `fetch_file`, and as that.
     """
-    file = await fetch_file(
-        node, peer, uid, weights_only=weights_only, min_version=min_version, timeout=timeout, settings=settings
-    )
+    file = await fetch_file(node, peer, uid, weights_only=weights_only, min_version=min_version, timeout=timeout)
     return None if file is None else check_state(uid, file, weights_only=weights_only)
 
 
@@ -183,12 +171,12 @@ async def fetch_file(
     weights_only: bool = False,
     min_version: int = 0,
     root: bytes | None = None,
+    max_bytes: int = MAX_STATE_BYTES,
     timeout: float = 60.0,
-    settings: TransferSettings = TransferSettings(),
 ) -> bytes | None:
-    """The file of an expert's state; with `root` the sealed one, whose root the caller checks.
+    """Return the file of an expert's state; with `root` the sealed one, whose root the caller checks.
 
-    `timeout` is for each piece; the whole may take longer by its size at `min_rate`. Raises: as
+    `timeout` is for each piece; the whole may take longer by its size at `MIN_RATE`. Raises: as
     `TesseractNode.call_expert`; ProtocolError for too long a file, or one that does not fit its digest; TimeoutError.
     """
     loop = asyncio.get_running_loop()
@@ -208,23 +196,23 @@ async def fetch_file(
             )
         except ConnectionLost:
             failures += 1
-            if failures > settings.num_retries:
+            if failures > NUM_RETRIES:
                 raise
             continue
         head = messages.decode(messages.StateReply, reply.body)
         if head.size == 0:
             return None
-        if head.size > settings.max_state_bytes:
-            raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {settings.max_state_bytes} are fetched")
+        if head.size > max_bytes:
+            raise ProtocolError(f"{uid}: a state of {head.size} bytes; at most {max_bytes} are fetched")
         if not started:
             started = True
-            deadline += head.size / settings.min_rate
+            deadline += head.size / MIN_RATE
         if head.digest != digest:
             if root is not None:
                 raise ProtocolError(f"{uid}: the server does not have the file that was sealed")
             # the server has a newer copy now, and the one before is gone
             failures += bool(file)
-            if failures > settings.num_retries:
+            if failures > NUM_RETRIES:
                 raise ProtocolError(f"{uid}: the server changes its state faster than it sends it")
             file.clear()
             digest = head.digest
@@ -232,7 +220,7 @@ async def fetch_file(
             head.offset != len(file)
             or len(reply.buffers) != 1
             or not 0 < len(reply.buffers[0]) <= head.size - len(file)
-            or len(reply.buffers[0]) < min(settings.min_piece_bytes, settings.piece_bytes, head.size - len(file))
+            or len(reply.buffers[0]) < min(MIN_PIECE_BYTES, head.size - len(file))
         ):
             raise ProtocolError(f"{uid}: a piece of its state that does not fit")
         file += reply.buffers[0]
@@ -241,46 +229,6 @@ async def fetch_file(
     if root is None and _digest(file) != digest:
         raise ProtocolError(f"{uid}: its state was damaged on the way")
     return bytes(file)
-
-
-def largest_state(backend: ExpertBackend) -> int:
-    """Bytes of the longest file that a state of this expert could have: weights, what an optimizer keeps of each (four
-    times their size at most), gathered gradients, the journal, names."""
-    tensors = [*backend.module.parameters(), *backend.module.buffers()]
-    num_bytes = sum(max(4, x.element_size()) * x.numel() for x in tensors)
-    return 6 * num_bytes + 32 * backend.settings.journal_length + (4096 * len(tensors)) + (1 << 20)
-
-
-def difference(uid: str, backend: ExpertBackend, state: Mapping[str, Any]) -> str | None:
-    """The first thing in which a state's weights do not fit this expert, as a sentence; None if they fit."""
-    mine, theirs = backend.module.state_dict(), state["module"]
-    for name in sorted(mine.keys() | theirs.keys()):
-        shapes = [list(some[name].shape) if name in some else None for some in (theirs, mine)]
-        if shapes[0] != shapes[1]:
-            said = ["none" if shape is None else f"shape {shape}" for shape in shapes]
-            return f"{uid}: its weight {name[:80]} has {said[0]} there and {said[1]} here"
-    return None
-
-
-def check_state(uid: str, data: bytes, *, weights_only: bool) -> dict[str, Any]:
-    """The state in a stranger's file. Raises: ProtocolError."""
-    try:
-        state = checkpoint.decode(data, max_values=checkpoint.MAX_HEADER_VALUES)
-    except (CheckpointError, RecursionError, IndexError, OverflowError) as error:
-        raise ProtocolError(f"{uid}: its state cannot be read: {describe(error)}") from None
-    module, version = state.get("module"), state.get("version")
-    if type(version) is not int or not 0 <= version < MAX_VERSION:
-        raise ProtocolError(f"{uid}: a state without a version")
-    if not isinstance(module, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in module.items()
-    ):
-        raise ProtocolError(f"{uid}: a state without weights")
-    if weights_only:
-        return {"module": module, "version": version}
-    optimizer, applied = state.get("optimizer"), state.get("applied")
-    if not (optimizer is None or isinstance(optimizer, dict)) or not isinstance(applied, dict):
-        raise ProtocolError(f"{uid}: a state without an optimizer's part")
-    return state
 
 
 def _digest(data: bytes | bytearray) -> bytes:

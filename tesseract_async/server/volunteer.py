@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import psutil
 
 from tesseract_async.errors import TesseractError, describe
+from tesseract_async.files import write_whole
 from tesseract_async.server.contract import Usage, Verdict, VolunteerContract, VolunteerSettings
 
 if TYPE_CHECKING:
@@ -192,11 +192,9 @@ class VolunteerKeeper:
         self._saved_at = now
         if self._usage_file is None or usage == self._saved:
             return
-        unfinished = self._usage_file.with_name(self._usage_file.name + ".unfinished")
+        text = json.dumps({"period_start": usage.period_start, "num_bytes": usage.num_bytes})
         try:
-            self._usage_file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps({"period_start": usage.period_start, "num_bytes": usage.num_bytes}))
-            os.replace(unfinished, self._usage_file)
+            write_whole(self._usage_file, [text.encode()])
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._usage_file, error)
             return

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 import tesseract_async as ta
 from tesseract_async.cli.main import main
-from tesseract_async.server.checkpoint import CheckpointStore
 from tesseract_async.server.registry import make_backend
 from tesseract_async.server.server import ServerSettings
+from tesseract_async.server.state_files import CheckpointStore
 from tests.cli.processes import event, tesseract
 from tests.stem import Stem
 

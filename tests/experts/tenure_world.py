@@ -11,12 +11,11 @@ from random import Random
 from typing import Any
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.authority import EPOCH_ZERO
 from tesseract_async.experts.grants import Appointment, sign_appointment
-from tesseract_async.experts.lineage import Kind, Seal, read_seal, sign_seal, sign_term
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Ask, Fetch, Look, Persist, Publish, Role, Send, State
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, read_seal, sign_seal, sign_term
 from tesseract_async.identity import Identity, PeerID
 
 UID = "ffn.0.0"

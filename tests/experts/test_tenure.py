@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.lineage import Kind, Seal, read_seal, sign_seal, sign_term
 from tesseract_async.experts.tenure_words import Ask, Fetch, Publish, Send, State
+from tesseract_async.experts.terms import Kind, Seal, read_seal, sign_seal, sign_term
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
 
 LEASE = 30.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,48 +17,49 @@ import tesseract_async as ta
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
 from tesseract_async.server import checkpoint
-from tesseract_async.server.sealed import SealedFile
+from tesseract_async.server.checkpoint import check_state, difference, largest_state
+from tesseract_async.server.state_files import SealedFile
 from tesseract_async.server.state_transfer import (
+    KEEP_SECONDS,
+    MIN_PIECE_BYTES,
     NO_DIGEST,
+    NUM_RETRIES,
     StateSource,
-    TransferSettings,
-    check_state,
-    difference,
+    fetch_file,
     fetch_state,
-    largest_state,
 )
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.client.virtual_time import in_made_up_time
 
 NOBODY = PeerAddress(None, ("127.0.0.1:9",))
-SMALL = TransferSettings(piece_bytes=500)
+PIECE = MIN_PIECE_BYTES
 
 
-def make_backend() -> ta.ExpertBackend:
+def make_backend(width: int = 320) -> ta.ExpertBackend:
     torch.manual_seed(0)
-    module = nn.Linear(16, 16)
+    module = nn.Linear(width, width)
     return ta.ExpertBackend(
-        module, optimizer=torch.optim.Adam(module.parameters()), args_schema=(ta.TensorSpec((16,)),)
+        module, optimizer=torch.optim.Adam(module.parameters()), args_schema=(ta.TensorSpec((width,)),)
     )
 
 
 def train(backend: ta.ExpertBackend) -> None:
-    x = torch.ones(1, 16)
-    _, gradients = backend.gradients([x], [torch.ones(1, 16)])
+    (spec,) = backend.input_specs
+    _, gradients = backend.gradients([torch.ones(1, *spec.shape)], [torch.ones(1, *spec.shape)])
     backend.step(gradients, [bytes(16)])
 
 
 class FakeNode:
     """Calls go to one source; `before` may look at each request, or raise."""
 
-    def __init__(self, transfer: TransferSettings = SMALL) -> None:
+    def __init__(self, *, piece_bytes: int = PIECE, max_bytes: int = 1 << 30) -> None:
         self.backend = make_backend()
         self.num_snapshots = 0
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.snapshot, self.aside, settings=transfer)
+        self.source = StateSource(self.snapshot, self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
 
     async def snapshot(self, uid: str) -> dict[str, Any]:
         self.num_snapshots += 1
@@ -81,14 +81,13 @@ class FakeNode:
             method=method,
             body=body,
             buffers=(),
-            call_id=bytes(16),
             deadline=0.0,
             priority=0,
         )
         return self.after(await self.source.answer(request.uid, self.backend, call))
 
     async def fetch(self, **changes: Any) -> dict[str, Any] | None:
-        return await fetch_state(self, NOBODY, "ffn.0", settings=SMALL, **changes)  # type: ignore[arg-type]
+        return await fetch_state(self, NOBODY, "ffn.0", **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -105,7 +104,7 @@ async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Pat
     for weights_only in (False, True):
         request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
         body = messages.encode(request)
-        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), bytes(16), 0.0, 0)
+        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), 0.0, 0)
         reply = await node.source.answer("ffn.0", node.backend, call)
         assert (bytes(reply.buffers[0]) == b"file") is not weights_only
 
@@ -143,15 +142,15 @@ async def test_a_broken_connection_goes_on_where_it_stopped(node: FakeNode) -> N
     lost: list[int] = []
 
     def break_twice(request: messages.StateRequest) -> None:
-        if request.offset >= 1000 and len(lost) < 2:
+        if request.offset >= 2 * PIECE and len(lost) < 2:
             lost.append(request.offset)
             raise ConnectionLost("the server", "for the test")
 
     node.before = break_twice
     assert await node.fetch() is not None
     offsets = [request.offset for request in node.requests]
-    assert lost == [1000, 1000]
-    assert offsets == [0, 500, 1000, 1000, *range(1000, offsets[-1] + 1, 500)]
+    assert lost == [2 * PIECE, 2 * PIECE]
+    assert offsets == [0, PIECE, *lost, *range(2 * PIECE, offsets[-1] + 1, PIECE)]
     assert node.num_snapshots == 1
 
 
@@ -162,7 +161,7 @@ async def test_it_gives_up_after_some_broken_connections(node: FakeNode) -> None
     node.before = always
     with pytest.raises(ConnectionLost):
         await node.fetch()
-    assert len(node.requests) == SMALL.num_retries + 1
+    assert len(node.requests) == NUM_RETRIES + 1
 
 
 async def test_training_goes_on_meanwhile_and_does_not_mix_versions(node: FakeNode) -> None:
@@ -181,7 +180,7 @@ async def test_a_copy_that_is_gone_means_beginning_again(node: FakeNode) -> None
     node.before = lose_it
     state = await node.fetch()
     assert state is not None and state["version"] == 1
-    assert [request.offset for request in node.requests[:4]] == [0, 500, 1000, 500]
+    assert [request.offset for request in node.requests[:4]] == [0, PIECE, 2 * PIECE, PIECE]
 
 
 async def test_a_server_that_always_begins_again_is_left(node: FakeNode) -> None:
@@ -203,11 +202,12 @@ async def test_many_who_come_together_share_one_copy(node: FakeNode) -> None:
 
 @in_made_up_time
 async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
-    node = FakeNode(TransferSettings(piece_bytes=500, keep=0.02))
+    node = FakeNode()
     await node.fetch()
-    await asyncio.sleep(0.08)  # made-up time
-    assert not node.source._copies and node.source._sweep is None
-    full = FakeNode(TransferSettings(piece_bytes=500, max_cached_bytes=1))
+    assert node.source.copy_of("ffn.0") is not None
+    await asyncio.sleep(4 * KEEP_SECONDS)  # made-up time
+    assert node.source.copy_of("ffn.0") is None
+    full = FakeNode(max_bytes=1)
     await full.fetch()
     with pytest.raises(Overloaded):
         await full.fetch(weights_only=True)
@@ -251,12 +251,12 @@ async def test_a_piece_too_many_or_empty_is_refused(node: FakeNode) -> None:
         await node.fetch()
 
 
-GOOD = b"".join(checkpoint.encode(make_backend().state()))
+GOOD = b"".join(checkpoint.encode(make_backend(16).state()))
 
 
 def test_what_a_state_must_hold() -> None:
-    assert check_state("ffn.0", GOOD, weights_only=False)["version"] == 0
-    state = make_backend().state()
+    assert check_state("ffn.0", GOOD)["version"] == 0
+    state = make_backend(16).state()
     for change in (
         {"version": "1"},
         {"version": -1},
@@ -267,7 +267,7 @@ def test_what_a_state_must_hold() -> None:
     ):
         file = b"".join(checkpoint.encode({**state, **change}))
         with pytest.raises(ProtocolError, match="ffn.0"):
-            check_state("ffn.0", file, weights_only=False)
+            check_state("ffn.0", file)
 
 
 @settings(max_examples=100, deadline=None)
@@ -276,7 +276,7 @@ def test_a_damaged_state_raises_one_error_only(at: int, flip: int, cut: bool) ->
     data = bytearray(GOOD)
     data[at] ^= flip
     try:
-        state = check_state("ffn.0", bytes(data[:at] if cut else data), weights_only=False)
+        state = check_state("ffn.0", bytes(data[:at] if cut else data))
     except ProtocolError:
         return
     # a space of the header that became another kind of space
@@ -288,24 +288,24 @@ def test_a_damaged_state_raises_one_error_only(at: int, flip: int, cut: bool) ->
 def test_any_bytes_raise_one_error_only(data: bytes) -> None:
     for file in (data, len(data).to_bytes(8, "little") + data):
         with pytest.raises(ProtocolError):
-            check_state("ffn.0", file, weights_only=False)
+            check_state("ffn.0", file)
 
 
 def test_deep_nesting_raises_one_error_only() -> None:
     deep = b'{"__metadata__":' + b"[" * 100_000
     with pytest.raises(ProtocolError):
-        check_state("ffn.0", len(deep).to_bytes(8, "little") + deep, weights_only=False)
+        check_state("ffn.0", len(deep).to_bytes(8, "little") + deep)
 
 
 @pytest.mark.both_loops
 async def test_between_two_nodes() -> None:
-    fake = FakeNode(TransferSettings(piece_bytes=100_000))
+    fake = FakeNode(piece_bytes=100_000)
     async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
 
         async def answer(call: IncomingCall) -> Message:
             return await fake.source.answer("ffn.0", fake.backend, call)
 
-        host.host_expert("ffn.0", answer)
+        host.host_expert("ffn.0", {messages.STATE: answer})
         state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)
         assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
         fake.source.close()
@@ -329,7 +329,7 @@ async def test_a_source_that_drips_is_left(node: FakeNode, monkeypatch: pytest.M
     node.before = wait
     with pytest.raises(TimeoutError, match="too slowly"):
         await node.fetch(timeout=10.0)
-    assert len(node.requests) < 5
+    assert len(node.requests) < 8, "of the 19 pieces that it has"
 
 
 async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: FakeNode) -> None:
@@ -339,19 +339,14 @@ async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: Fak
     assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 8 << 20
     node.after = lambda reply: Message({**reply.body, "size": limit + 1}, reply.buffers)
     with pytest.raises(ProtocolError, match="at most"):
-        await fetch_state(
-            node,  # type: ignore[arg-type]
-            NOBODY,
-            "ffn.0",
-            settings=dataclasses.replace(SMALL, max_state_bytes=limit),
-        )
+        await fetch_file(node, NOBODY, "ffn.0", max_bytes=limit)  # type: ignore[arg-type]
 
 
 def test_the_first_difference_is_said_in_a_sentence(node: FakeNode) -> None:
     state = node.backend.state()
     assert difference("ffn.0", node.backend, state) is None
-    state["module"]["weight"] = torch.zeros(3, 16)
+    state["module"]["weight"] = torch.zeros(3, 320)
     said = difference("ffn.0", node.backend, state)
-    assert said == "ffn.0: its weight weight has shape [3, 16] there and shape [16, 16] here"
+    assert said == "ffn.0: its weight weight has shape [3, 320] there and shape [320, 320] here"
     del state["module"]["weight"]
     assert "has none there" in str(difference("ffn.0", node.backend, state))

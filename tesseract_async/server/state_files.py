@@ -1,0 +1,208 @@
+"""The files of a server's experts: ``directory/UID/``, with checkpoints, sealed states and what a `Tenure` remembers.
+
+Blocking file work: call it where that is welcome.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, unquote
+
+from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.experts.merkle import root_of
+from tesseract_async.files import write_whole
+from tesseract_async.server.checkpoint import State, decode, encode
+
+logger = logging.getLogger(__name__)
+
+SUFFIX: Final = ".safetensors"
+NUM_SEALED: Final = 2
+"""Sealed files of each expert: somebody may be fetching the one before."""
+
+
+def expert_folder(directory: Path, uid: str) -> Path:
+    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
+
+    Raises: CheckpointError for a uid that cannot name a folder.
+    """
+    name = quote(uid, safe="")
+    if not re.fullmatch(r"[A-Za-z0-9_~%-]+(\.[A-Za-z0-9_~%-]+)*", name):
+        raise CheckpointError(f"{uid!r} cannot name a folder")
+    return directory / name
+
+
+def stored_uids(directory: Path | None) -> list[str]:
+    """Return the uids of the experts that have a folder in `directory`."""
+    if directory is None or not directory.is_dir():
+        return []
+    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir())
+
+
+class CheckpointStore:
+    """Checkpoints: ``UID/VERSION.safetensors``, the newest `keep` of each expert."""
+
+    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"at least one checkpoint is kept, not {keep}")
+        self.directory = Path(directory)
+        self.keep = keep
+
+    def save(self, uid: str, state: Mapping[str, object], *, version: int) -> Path:
+        """Write `state` (nested dicts and lists of CPU tensors and plain values) and drop files beyond `keep`.
+
+        It is the newest from now on: files of later versions, from before this server took over another one's state,
+        are set aside as ``.superseded``, at most `keep` of them.
+
+        The file appears whole or not at all, even when the machine loses power. Where the disk is full, the expert's
+        oldest files give way, except for its newest. Raises: CheckpointError.
+        """
+        path = expert_folder(self.directory, uid) / f"{version:012d}{SUFFIX}"
+        try:
+            pieces = encode(state)
+            while True:
+                try:
+                    write_whole(path, pieces)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(uid, path):
+                        raise
+            self._drop(uid, path)
+        except (OSError, TypeError) as error:
+            raise CheckpointError(f"{path} could not be written: {describe(error)}") from error
+        return path
+
+    def set_aside(self, uid: str, state: Mapping[str, object], *, version: int) -> Path:
+        """Write a file that is neither restored nor ever dropped: ``VERSION.aside``, or with a number if there is one.
+
+        Raises: CheckpointError.
+        """
+        path = self.save(uid, state, version=version)
+        target = path.with_suffix(".aside")
+        for number in itertools.count(1):
+            if not target.exists():
+                break
+            target = path.with_suffix(f".{number}.aside")
+        try:
+            os.replace(path, target)
+        except OSError as error:
+            raise CheckpointError(f"{target} could not be written: {describe(error)}") from error
+        return target
+
+    def load(self, uid: str) -> State | None:
+        """Return the newest state that is whole; None where there is no checkpoint. Damaged files are renamed, loudly.
+
+        Raises: CheckpointError if files exist but none can be read.
+        """
+        files = self.files(uid)
+        for path in files:
+            try:
+                return decode(path.read_bytes())
+            except (OSError, CheckpointError) as error:
+                logger.error("checkpoint %s is damaged (%s); trying the one before", path, describe(error))
+                # out of the way: it must neither be tried again nor count among those that are kept
+                with contextlib.suppress(OSError):
+                    os.replace(path, path.with_suffix(".damaged"))
+        if files:
+            raise CheckpointError(f"none of the {len(files)} checkpoints in {files[0].parent} can be read")
+        return None
+
+    def files(self, uid: str) -> list[Path]:
+        """Return the checkpoints of an expert, newest first."""
+        return sorted(expert_folder(self.directory, uid).glob(f"*{SUFFIX}"), reverse=True)
+
+    def _drop(self, uid: str, newest: Path) -> None:
+        files = self.files(uid)
+        for late in (path for path in files if path > newest):
+            os.replace(late, late.with_suffix(".superseded"))
+        superseded = sorted(newest.parent.glob("*.superseded"), reverse=True)
+        for old in [path for path in files if path <= newest][self.keep :] + superseded[self.keep :]:
+            old.unlink(missing_ok=True)
+
+    def _make_room(self, uid: str, newest: Path) -> bool:
+        """Drop the oldest of an expert's checkpoints, but for the last one before `newest`. False if there is none."""
+        before = [path for path in self.files(uid) if path < newest]
+        if len(before) < 2:
+            return False
+        logger.warning("the disk is full: %s gives way to a newer checkpoint", before[-1])
+        before[-1].unlink(missing_ok=True)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFile:
+    """The bytes of a state as its primary signed for them."""
+
+    root: bytes
+    size: int
+    path: Path
+
+    def read(self, offset: int = 0, num_bytes: int = -1) -> bytes:
+        """Return a piece of it, by default all. Raises: OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(num_bytes)
+
+
+class SealedFiles:
+    """Sealed states, ``UID/ROOT.sealed``, and what `Tenure`s must remember, ``UID/tenure``.
+
+    Without a directory the former are in a temporary folder, and nothing is remembered.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[str, list[SealedFile]] = {}  # the newest last
+
+    def load(self, uid: str) -> bytes | None:
+        """Find an expert's sealed files, and return what was remembered of it, if anything."""
+        if self._directory is None:
+            return None
+        folder = expert_folder(self._directory, uid)
+        found: list[tuple[float, SealedFile]] = []
+        for path in folder.glob("*.sealed"):
+            data = path.read_bytes()
+            found.append((path.stat().st_mtime, SealedFile(root_of(data), len(data), path)))
+        self._files[uid] = [file for _, file in sorted(found, key=lambda item: item[0])]
+        try:
+            return (folder / "tenure").read_bytes()
+        except OSError:
+            return None
+
+    def remember(self, uid: str, stored: bytes) -> None:
+        """Write down what a `Tenure` must not forget; it is on the disk afterwards. Raises: OSError."""
+        if self._directory is not None:
+            write_whole(expert_folder(self._directory, uid) / "tenure", [stored])
+
+    def keep(self, uid: str, root: bytes, data: bytes) -> None:
+        """Keep a file, and the one before. Raises: OSError."""
+        if self._directory is None:
+            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
+        directory = Path(self._temporary.name) if self._temporary is not None else self._directory
+        assert directory is not None
+        path = expert_folder(directory, uid) / f"{root.hex()[:16]}.sealed"
+        write_whole(path, [data])
+        files = [file for file in self._files.get(uid, []) if file.root != root]
+        files.append(SealedFile(root, len(data), path))
+        for old in files[:-NUM_SEALED]:
+            old.path.unlink(missing_ok=True)
+        self._files[uid] = files[-NUM_SEALED:]
+
+    def find(self, uid: str, start: bytes) -> SealedFile | None:
+        """Return the file whose root begins with these bytes."""
+        return next((file for file in self._files.get(uid, []) if file.root.startswith(start)), None)
+
+    def close(self) -> None:
+        """Remove what was temporary."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
