@@ -37,7 +37,6 @@ from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
@@ -354,7 +353,8 @@ class Hosting:
         return dataclasses.replace(
             settings,
             runtime=dataclasses.replace(runtime, max_queue_bytes=self.memory.queue // len(self.plan.devices)),
-            calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
+            max_inputs_bytes=self.memory.inputs,
+            max_answers_bytes=self.memory.answers,
         )
 
     def _replica_settings(self) -> ReplicaSettings:

@@ -177,8 +177,8 @@ class ExpertBackend:
         self.version = 0
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
-        """The journal: what names each backward that was applied (`server.calls.journal_key`), and the version that it
-        led to."""
+        """The journal: what names each backward that was applied (`server.answering.journal_key`), and the version that
+        it led to."""
         self.num_bare = 0
         """The first so many of them, from a checkpoint of version 0.1, are call ids, whoever the trainer was."""
         self._bare: set[bytes] = set()
