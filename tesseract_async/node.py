@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+MAX_RECEIVE_BYTES = 3 * 2**29
 # a primary that hands its expert over acts as a server: it need not be among those who train
 EXPERT_METHODS: dict[str, Action] = {
     INFO: "call",
@@ -97,7 +98,7 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 3 * 2**29,
+        max_receive_bytes: int = MAX_RECEIVE_BYTES,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 

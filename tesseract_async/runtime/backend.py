@@ -10,7 +10,6 @@ split over batches equals one that is not.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
@@ -21,14 +20,16 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
-from tesseract_async.runtime import modules, optimizers, randomness, states
-from tesseract_async.runtime.acceleration import Acceleration, fuse
+from tesseract_async.runtime import optimizers, randomness, states
 from tesseract_async.runtime.gradients import GatheredGradients, Gradients, are_finite, norm_of
+from tesseract_async.runtime.module_runner import ModuleRunner, device_of, leaves_of
 from tesseract_async.runtime.norms import UsualNorms
-from tesseract_async.runtime.watching import Habits, Undone, copies, generator_states, have_moved, watched
+from tesseract_async.runtime.states import State
+from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import Schema, TensorSpec
@@ -137,7 +138,7 @@ class ExpertBackend:
             raise ValueError(
                 f"a batch has at least 1 row and at most {max_batch_size}; preferred_sizes: {settings.preferred_sizes}"
             )
-        if optimizer is not None and not settings.allow_batch_statistics and modules.uses_batch_statistics(module):
+        if optimizer is not None and not settings.allow_batch_statistics and uses_batch_statistics(module):
             raise ValueError(
                 "a trained expert must not hold BatchNorm: its rows meet other people's rows. Use LayerNorm or "
                 "GroupNorm, or say BackendSettings(allow_batch_statistics=True)"
@@ -145,8 +146,6 @@ class ExpertBackend:
         if scheduler is not None and isinstance(optimizer, torch.optim.Optimizer) != isinstance(scheduler, LRScheduler):
             raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
         self.module = module
-        self.name = type(module).__name__
-        """In the log: a server puts the uid here."""
         self.host: object | None = None
         """The server that hosts it now."""
         self.optimizer: torch.optim.Optimizer | None = None
@@ -172,7 +171,6 @@ class ExpertBackend:
             raise ValueError("an expert takes at least one tensor")
         wire.check_schema(self.args_schema, what="args_schema")
         wire.check_schema(self.kwargs_schema, what="kwargs_schema")
-        self._takes_flat_inputs = not self.kwargs_schema and all(isinstance(x, TensorSpec) for x in self.args_schema)
         self.max_batch_size = max_batch_size
         self.version = 0
         """Optimizer steps taken."""
@@ -182,17 +180,23 @@ class ExpertBackend:
         self.num_bare = 0
         """The first so many of them, from a checkpoint of version 0.1, are call ids, whoever the trainer was."""
         self._bare: set[bytes] = set()
-        self._marks_inputs = True
-        self._habits = {training: Habits() for training in (False, True)}
         self.norms = UsualNorms()
         """Of the gradients that it got."""
         self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
-        self._acceleration = Acceleration(
-            module, sizes=settings.preferred_sizes, compile_mode=settings.compile_mode, cuda_graphs=settings.cuda_graphs
+        self._runner = ModuleRunner(
+            module,
+            inputs_schema=(self.args_schema, self.kwargs_schema),
+            outputs_schema=outputs_schema,
+            sizes=settings.preferred_sizes,
+            compile_mode=settings.compile_mode,
+            cuda_graphs=settings.cuda_graphs,
+            autocast=settings.autocast,
+            stochastic=settings.stochastic,
+            keeps_buffers=not settings.allow_batch_statistics,
         )
-        self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
-        self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
-        modules.check_module(module)  # not before: the dry run makes the weights of lazy layers
+        self.outputs_schema = self._runner.outputs_schema
+        self.output_specs = self._runner.output_specs
+        states.check_module(module)  # not before: the dry run makes the weights of lazy layers
         wire.check_schema(self.outputs_schema, what="the module's output")
         if len(self.input_specs) + len(self.output_specs) > wire.MAX_TENSORS:
             raise ValueError(
@@ -208,16 +212,21 @@ class ExpertBackend:
 
     @property
     def device(self) -> torch.device:
-        """Where the module lives, by its first parameter or buffer."""
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        """The place of the module's first parameter or buffer."""
+        return device_of(self.module)
+
+    @property
+    def name(self) -> str:
+        """The expert's name in the log: the module's class, until a server sets it to the uid."""
+        return self._runner.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._runner.name = name
 
     def is_stochastic(self, training: bool) -> bool:
-        """Whether a request's random numbers are its own, so that it is computed alone."""
-        if self.settings.stochastic is None:
-            return self._habits[training].draws
-        return self.settings.stochastic
+        """Return whether a request's random numbers are its own, so that it is computed alone."""
+        return self._runner.is_stochastic(training)
 
     @property
     def merges_backward(self) -> bool:
@@ -248,7 +257,7 @@ class ExpertBackend:
             optimizers.check_optimizer(self.module, optimizer)
             if scheduler is not None:
                 optimizers.check_scheduler(optimizer, scheduler)
-            fuse(optimizer)
+            optimizers.fuse(optimizer)
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def _say(self, sentences: Sequence[str]) -> None:
@@ -266,10 +275,10 @@ class ExpertBackend:
         With a `seed`, a stochastic module draws from it. Raises what the module raises; SchemaMismatch if its outputs
         do not fit the schema.
         """
-        with _grad_mode(False):
-            # of tensors that want gradients, as in `gradients`: a module may look at that, and must do the same again
-            marked = _leaves(inputs) if self._marks_inputs else inputs
-            return [x.detach() if x.requires_grad else x for x in self._run(marked, training, seed)]
+        # of tensors that require gradients, as in `gradients`: a module may look at that, and must do the same again
+        marked = leaves_of(inputs) if self._runner.marks_inputs else inputs
+        outputs = self._runner.run(marked, training=training, seed=seed, gradients=False)
+        return [x.detach() if x.requires_grad else x for x in outputs]
 
     def gradients(
         self,
@@ -283,24 +292,27 @@ class ExpertBackend:
 
         Changes nothing, but calls `prepare` the first time. Raises what the module raises.
         """
-        self.prepare()
-        leaves = _leaves(inputs)
+        if self.optimizer is None:
+            self.prepare()
+        leaves = leaves_of(inputs)
         sources = leaves + self.parameters
-        with _grad_mode(True):
-            outputs = self._run(leaves, training, seed)
-            pairs = [
-                (output, gradient)
-                for output, gradient in zip(outputs, output_gradients, strict=True)
-                if gradient is not None and output.requires_grad
-            ]
+        outputs = self._runner.run(leaves, training=training, seed=seed, gradients=True)
+        roots: list[torch.Tensor] = []
+        seeds: list[torch.Tensor] = []
+        for output, gradient in zip(outputs, output_gradients, strict=True):
+            if gradient is not None and output.requires_grad:
+                if gradient.shape != output.shape or gradient.is_complex() != output.is_complex():
+                    raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
+                roots.append(output)
+                seeds.append(gradient)
         wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
         found: Sequence[torch.Tensor | None] = [None] * len(wanted)
-        if pairs and wanted:
-            draws = seed is not None and self.is_stochastic(training)
-            with randomness.seeded(seed, backward=True) if seed is not None and draws else contextlib.nullcontext():
-                found = torch.autograd.grad(
-                    [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
-                )
+        if roots and wanted:
+            if seed is not None and self.is_stochastic(training):
+                with randomness.seeded(seed, backward=True):
+                    found = _backpropagate(roots, seeds, wanted)
+            else:
+                found = _backpropagate(roots, seeds, wanted)
         remaining = iter(found)
         gradients = [next(remaining) if one.requires_grad else None for one in sources]
         return gradients[: len(leaves)], gradients[len(leaves) :]
@@ -373,9 +385,9 @@ class ExpertBackend:
         if self.optimizer is not None:
             # load_state_dict puts every state tensor beside its parameter
             self.optimizer.load_state_dict(self.optimizer.state_dict())
-        self._acceleration.forget()
+        self._runner.forget_graphs()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Copies of everything that a checkpoint holds: nested dicts and lists of CPU tensors and plain values."""
         ids = b"".join(self.applied)
         kinds = optimizers.kinds_of(self.module, self.optimizer, self.scheduler)
@@ -435,126 +447,6 @@ class ExpertBackend:
             version = self.applied.get(call_id)
         return version
 
-    def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> list[torch.Tensor]:
-        if self.module.training != training:
-            self.module.train(training)
-        outputs = self._compute(inputs, training, seed)
-        leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
-        if leaves[0].shape[0] != inputs[0].shape[0]:
-            raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {inputs[0].shape[0]}")
-        return leaves
-
-    def _compute(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
-        """Calls the module with these inputs, which stay as they are."""
-        habits = self._habits[training]
-        if not habits.known:
-            return self._watch(inputs, training, seed)
-        given = copies(inputs) if habits.writes else inputs
-        # in evaluation only the first call is looked at: all others would pay for it
-        glances = training and self.settings.stochastic is None and not habits.draws
-        before, versions = generator_states() if glances else (), [x._version for x in given]
-        outputs = self._call(given, training, seed, records=not self.is_stochastic(training))
-        habits.writes = habits.writes or versions != [x._version for x in given]
-        # perhaps another thread has drawn: a watched call tells
-        return self._watch(inputs, training, seed) if have_moved(before) else outputs
-
-    def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> Any:
-        """The same, and finds out what the module does beside."""
-        habits = self._habits[training]
-        outputs = watched(lambda given: self._call(given, training, seed, records=False), inputs, habits, self.name)
-        if not habits.draws or seed is None or self.settings.stochastic is not None:
-            return outputs
-        return self._call(copies(inputs), training, seed, records=False)  # what was drawn so can't be drawn again
-
-    def _call(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None, *, records: bool) -> Any:
-        draws = seed is not None and self.is_stochastic(training)
-        if not draws and self.settings.autocast is None:
-            return self._acceleration.run(inputs, self._apply, records=records)
-        with contextlib.ExitStack() as stack:
-            if seed is not None and draws:
-                stack.enter_context(randomness.seeded(seed))
-            if self.settings.autocast is not None:
-                # a recorded graph must not remember autocast's copies of weights, which change with each step
-                caches, kind = not self.settings.cuda_graphs, inputs[0].device.type
-                stack.enter_context(torch.autocast(kind, dtype=self.settings.autocast, cache_enabled=caches))
-            return self._acceleration.run(inputs, self._apply, records=records)
-
-    def _apply(self, module: Any, inputs: Sequence[torch.Tensor]) -> Any:
-        if self._takes_flat_inputs:
-            outputs = module(*inputs)
-        else:
-            args, kwargs = wire.unflatten(self.inputs_schema, inputs)
-            outputs = module(*args, **kwargs)
-        if self.settings.autocast is not None:
-            leaves = wire.flatten(outputs)
-            if len(leaves) == len(self.output_specs):
-                cast = [x.to(spec.dtype) for x, spec in zip(leaves, self.output_specs, strict=True)]
-                outputs = wire.unflatten(outputs, cast)
-        return outputs
-
-    def _dry_run(self) -> Schema:
-        zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=self.device) for spec in self.input_specs]
-        try:
-            outputs = self._try_out(zeros, training=False)
-        except NotImplementedError:  # it may be one that computes only what nobody differentiates
-            self._marks_inputs = False
-            outputs = self._try_out(zeros, training=False)
-        leaves = wire.flatten(outputs)
-        if any(isinstance(x, torch.Tensor) and (x.layout is not torch.strided or x.is_nested) for x in leaves):
-            raise ValueError(
-                "an expert returns dense tensors; this one's are sparse or nested: convert them (to_dense)"
-            )
-        fits = leaves and all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == 2 for x in leaves)
-        if not fits:
-            got = wire.describe_structure(outputs)
-            raise ValueError(
-                f"an expert returns dense tensors with as many rows as it was given; for 2 rows it gave {got}"
-            )
-        with contextlib.suppress(Exception):  # its first call in training says so, and is watched
-            self._try_out(zeros, training=True)
-        return wire.unflatten(outputs, [TensorSpec.of(leaf) for leaf in leaves])
-
-    def _try_out(self, inputs: Sequence[torch.Tensor], *, training: bool) -> Any:
-        """Runs the module once, watched, and leaves it as it was."""
-        was_training = self.module.training
-        inputs = _leaves(inputs) if self._marks_inputs else inputs
-
-        def call(given: Sequence[torch.Tensor]) -> Any:
-            args, kwargs = wire.unflatten(self.inputs_schema, given)
-            return self.module.train(training)(*args, **kwargs)
-
-        try:
-            # whatever autocast the expert is made in: its runtime's thread has none (and torch none for "meta")
-            kind = "cuda" if self.device.type == "cuda" else "cpu"
-            with torch.no_grad(), torch.autocast(kind, enabled=False), Undone(self.module) as undone:
-                outputs = watched(call, inputs, self._habits[training], self.name, is_alone=True)
-        finally:
-            self.module.train(was_training)
-        if undone.changed and not self.settings.allow_batch_statistics:
-            logger.warning(
-                "%s changes its buffers in each forward pass (%s): an expert's is computed again in each backward, and "
-                "has other people's rows",
-                self.name,
-                ", ".join(undone.changed[:3]),
-            )
-        return outputs
-
-
-class _grad_mode:
-    """``torch.set_grad_enabled``, at a fifth of its price."""
-
-    __slots__ = ("mode", "before")
-
-    def __init__(self, mode: bool) -> None:
-        self.mode = mode
-
-    def __enter__(self) -> None:
-        self.before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(self.mode)
-
-    def __exit__(self, *_: object) -> None:
-        torch._C._set_grad_enabled(self.before)
-
 
 def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
     # kernels read an expanded one as if it were laid out like the parameter; a sparse one is the optimizer's business
@@ -563,6 +455,10 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
     return torch.empty_like(parameter).copy_(gradient)
 
 
-def _leaves(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same tensors, wanting gradients where they can have some."""
-    return [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs]
+def _backpropagate(
+    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
+    return _engine_run_backward(
+        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
+    )

@@ -15,8 +15,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
-from tesseract_async.runtime import modules
-from tesseract_async.runtime.acceleration import fuse
 from tesseract_async.runtime.states import copied
 
 _NOT_SAID: Final = ("fused", "foreach", "capturable", "initial_lr")
@@ -45,7 +43,7 @@ def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None
             "optimizer, such as torch.optim.AdamW"
         )
 
-    error = _refusal(optimizer, modules.sparse_parameters(module))
+    error = _refusal(optimizer, _sparse_parameters(module))
     if error is not None:
         raise ValueError(f"{kind} cannot step this module: {describe(error)}")
 
@@ -67,6 +65,15 @@ def _refusal(optimizer: torch.optim.Optimizer, sparse: Collection[int]) -> Excep
     return None
 
 
+def _sparse_parameters(module: nn.Module) -> set[int]:
+    """The ids of those parameters whose gradients are sparse."""
+    return {
+        id(part.weight)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse and isinstance(part.weight, nn.Parameter)
+    }
+
+
 def check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
     """Raises: ValueError if it does not follow this optimizer, or needs more than the number of steps."""
     kind = type(scheduler).__name__
@@ -85,6 +92,25 @@ def _takes_more(method: Callable[..., Any]) -> bool:
     except TypeError:
         return True
     return False
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Lets PyTorch's Adam step all parameters in one kernel, where they are on the CPU and its owner left the choice.
+
+    PyTorch would go parameter by parameter there: for 526,080 weights 3.6 ms instead of 0.7. The numbers are the same
+    but for rounding. The kernel goes through memory whatever the strides: parameters laid out otherwise are left to
+    PyTorch, and gradients need their parameter's layout.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        free = group["fused"] is None and group["foreach"] is None
+        if free and not group["differentiable"] and not isinstance(group["lr"], torch.Tensor):
+            group["fused"] = all(map(_is_plain, group["params"])) or None
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    return parameter.is_cpu and parameter.is_floating_point() and parameter.is_contiguous()
 
 
 def kinds_of(

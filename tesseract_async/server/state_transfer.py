@@ -64,8 +64,8 @@ class StateSource:
         piece_bytes: int = PIECE_BYTES,
         reuse: float = REUSE_SECONDS,
     ) -> None:
-        """`aside` runs work where it stops nobody. `max_bytes`: of copies for transfers under way; beyond them, newcomers
-        are told to come back.
+        """`aside` runs work where it stops nobody. `max_bytes`: of copies that are kept; beyond it, newcomers are told
+        to come back.
         """
         self._max_bytes, self._piece_bytes, self._reuse = max_bytes, piece_bytes, reuse
         self._aside = aside
