@@ -14,7 +14,7 @@ from tesseract_async.experts.grants import Role
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import Manifest, RunTag, grid_key, shard_key, split_uid
 from tesseract_async.identity import PeerID
-from tesseract_async.wire.calls import MAX_GRANTS
+from tesseract_async.wire.heads import MAX_GRANTS
 
 
 class Trust:

@@ -32,7 +32,7 @@ from tesseract_async.experts.run import DOMAIN, RunManifest, SignedRun, decode_r
 from tesseract_async.experts.signed import sign_body
 from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.wire.calls import MAX_GRANT_BYTES
+from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 NOW = 1_800_000_000
 OWNER, DELEGATE, OTHER, INVITE, STRANGER, MEMBER, PEER = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 8))
