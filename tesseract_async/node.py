@@ -24,11 +24,10 @@ from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Incomi
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.trust import Trust
+from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat.interfaces import own_addresses
@@ -48,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
+MAX_RECEIVE_BYTES = 3 * 2**29
 # a primary that hands its expert over acts as a server: it need not be among those who train
 EXPERT_METHODS: dict[str, Action] = {
     INFO: "call",
@@ -99,7 +99,7 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 3 * 2**29,
+        max_receive_bytes: int = MAX_RECEIVE_BYTES,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 

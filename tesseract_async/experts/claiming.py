@@ -158,8 +158,9 @@ async def _hosted(
 async def _reserved(
     network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> dict[PeerID, set[Coords]]:
-    """What others reserved."""
+    """Read what others reserved."""
     found: dict[PeerID, set[Coords]] = {}
+    run = trust.authority(pattern.prefix)
     entries = await network.get_entries(claims_key(pattern.prefix, trust.tag(pattern.prefix)))
     for entry in entries:
         if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
@@ -167,11 +168,11 @@ async def _reserved(
     for entry in entries:
         if entry.owner == network.peer_id or entry.expiration <= clock() or entry.subkey == GRANT_SUBKEY:
             continue
-        if not trust.may_reserve(entry.owner, pattern.prefix):
+        if not trust.may_be_read(entry.owner) or not (run is None or run.may(entry.owner, "host", now=clock())):
             continue
         try:
             rows = decode_reservation(entry.value)
-            may = [row for row in rows if trust.may_reserve(entry.owner, pattern.prefix, join_uid(pattern.prefix, row))]
+            may = [row for row in rows if trust.may_host(entry.owner, join_uid(pattern.prefix, row), anew=True)]
             found.setdefault(entry.owner, set()).update(may)
             await asyncio.sleep(0)  # strangers may have written many
         except ProtocolError as error:
