@@ -13,7 +13,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.grants import ROLES, decode_grant
 from tesseract_async.experts.manifest import MAGIC, decode_manifest
 from tesseract_async.identity import SignedRecord
-from tesseract_async.network.network import key_digest
+from tesseract_async.network.entries import key_digest
 
 _BEGINNINGS = {0xC4: 2, 0xC5: 3}
 """Bytes of msgpack before those of a byte string: of up to 255, and of more."""

@@ -108,7 +108,7 @@ async def grid(num_servers: int, max_seconds: float) -> None:
         )
         for holder in holders:
             assert holder._protocol is not None
-            holder._protocol.storage.put(record)
+            holder._protocol.core.storage.put(record)
     driver = client._driver
     assert driver is not None
     received = 0
