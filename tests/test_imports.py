@@ -153,7 +153,6 @@ def test_a_file_that_claims_purity_is_pure(path: Path) -> None:
         assert is_pure(path)
 
 
-@pytest.mark.xfail(strict=True, reason="the DHT's machines still form a circle: remove this mark with it")
 def test_no_two_files_import_each_other() -> None:
     """Not through others either, and not for type checking."""
     modules = {module_name(path): path for path in files()}
