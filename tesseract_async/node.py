@@ -10,24 +10,23 @@ import errno
 import importlib.util
 import ipaddress
 import logging
-import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
-from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
+from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.trust import Trust
+from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat.interfaces import own_addresses
@@ -35,7 +34,8 @@ from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
-from tesseract_async.transport.base import PeerAddress, Throttle, ip_version, split_host_port
+from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
+from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
 
@@ -44,13 +44,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[IncomingCall], Awaitable[Message]]
-
 WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
-EXPERT_METHODS = (INFO, FORWARD, BACKWARD, STATE, LEAD, TENURE)
+MAX_RECEIVE_BYTES = 3 * 2**29
 # a primary that hands its expert over acts as a server: it need not be among those who train
-_ACTIONS: dict[str, Action] = {BACKWARD: "train", LEAD: "store", TENURE: "store"}
+EXPERT_METHODS: dict[str, Action] = {
+    INFO: "call",
+    FORWARD: "call",
+    BACKWARD: "train",
+    STATE: "call",
+    LEAD: "store",
+    TENURE: "store",
+}
 # what each takes in a run; to be a member is enough for the others
 _ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
 
@@ -93,12 +98,12 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 3 * 2**29,
+        max_receive_bytes: int = MAX_RECEIVE_BYTES,
     ) -> None:
         """Does no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
-        NATs. `throttle`: what all connections together keep to, such as `transport.throttle.Throttle`.
+        NATs. `throttle`: what all connections together keep to, a `transport.throttle.Throttle`.
         `max_receive_bytes`: of large messages that are half received or being answered. Replies that wait to be taken
         may hold half as many bytes, small calls under way a quarter.
 
@@ -122,6 +127,8 @@ class TesseractNode(Uncopied):
         self.scope = AddressScope()
         """Where this node may send on a stranger's word; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
+        self.publisher_places: set[int] = set()
+        """Those of its servers' `ExpertPublisher`s."""
         """Whom this node believes about experts, and in which runs it takes part (`join_run`)."""
         self.network = TesseractNetwork(
             identity=identity,
@@ -158,7 +165,7 @@ class TesseractNode(Uncopied):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bound: tuple[str, int] | None = None
         self._says_where = False
-        self._experts: dict[str, Handler] = {}
+        self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
@@ -184,10 +191,6 @@ class TesseractNode(Uncopied):
                 hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
                 self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
             self._endpoint = endpoint = self._build_endpoint(tcp)
-            endpoint.grants, endpoint.on_grants = self.trust.shown, self.trust.introduced
-            endpoint.admits = lambda peer_id: self.trust.admits(peer_id, self._experts)
-            for method in EXPERT_METHODS:
-                endpoint.handle(method, self._answer_expert, action=_ACTIONS.get(method, "call"))
             await endpoint.start()
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
             await self.reach.start(endpoint)
@@ -281,6 +284,10 @@ class TesseractNode(Uncopied):
             ),
             policy=self.policy,
             metrics=self.metrics,
+            table=self._table,
+            grants=self.trust.shown,
+            on_grants=self.trust.introduced,
+            admits=lambda peer_id: self.trust.admits(peer_id, self._table.uids),
         )
 
     def _warn_of_seeds_elsewhere(self) -> None:
@@ -420,19 +427,17 @@ class TesseractNode(Uncopied):
             return 0.0, 0.0
         return self.endpoint.path(peer)
 
-    def host_expert(self, uid: str, handler: Handler) -> None:
-        """Routes every ``expert.*`` call for `uid`, from the network or from this node, to `handler`.
+    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        """Has ``expert.*`` calls for `uid`, from the network or from this node, answered by their method's handler.
 
-        Raises: ValueError if this node hosts the uid already or the uid is malformed.
+        `handlers` is read at each call. Raises: ValueError if this node hosts the uid already or the uid is malformed.
         """
         split_uid(uid)
-        if uid in self._experts:
-            raise ValueError(f"this node hosts {uid} already")
-        self._experts[uid] = handler
+        self._table.host(uid, handlers)
 
     def unhost_expert(self, uid: str) -> None:
         """Ends `host_expert`; later calls are answered with ExpertNotFound."""
-        self._experts.pop(uid, None)
+        self._table.unhost(uid)
 
     async def call_expert(
         self,
@@ -444,7 +449,6 @@ class TesseractNode(Uncopied):
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-        call_id: bytes | None = None,
     ) -> Message:
         """`Endpoint.call`, except that a call to this node itself goes straight to its handler, off the network.
 
@@ -468,7 +472,6 @@ class TesseractNode(Uncopied):
                 timeout=timeout,
                 idempotent=idempotent,
                 priority=priority,
-                call_id=call_id,
             )
         check_priority(priority)  # as the endpoint does
         loop = asyncio.get_running_loop()
@@ -478,13 +481,12 @@ class TesseractNode(Uncopied):
             method=method,
             body=body,
             buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
-            call_id=call_id or os.urandom(16),
             deadline=loop.time() + timeout,
             priority=priority,
         )
         async with asyncio.timeout(timeout):
             try:
-                reply = await self._answer_expert(call)
+                reply = await self._table.find(call)(call)
             except (RemoteError, TimeoutError, asyncio.CancelledError):
                 raise
             except Exception as error:  # what a handler may raise is not ours to know: it arrives as it would by wire
@@ -492,22 +494,16 @@ class TesseractNode(Uncopied):
                 raise RemoteError(describe(error)) from error
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
-    def _answer_expert(self, call: IncomingCall) -> Awaitable[Message]:
-        if call.method not in EXPERT_METHODS:
-            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
-        uid = call.body.get("uid") if isinstance(call.body, dict) else None
-        handler = self._experts.get(uid) if isinstance(uid, str) else None
-        if handler is None:
-            raise ExpertNotFound(f"node {self.peer_id.short} does not host the expert {str(uid)[:80]}")
+    def _check_caller(self, call: IncomingCall, uid: str) -> None:
+        """Raises: NotAllowed for a caller without the method's role in the run of `uid`."""
         role = None if call.method == STATE and call.body.get("weights_only") is True else _ROLES.get(call.method)
-        if not self.trust.may_ask(call.peer_id, role, str(uid)):
+        if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"
             raise NotAllowed(
                 f"{call.peer_id.short} {needed} the run of {uid}: its owner grants that (tesseract run grant)"
             )
         self.metrics.count("expert_calls_answered", method=call.method)
-        return handler(call)
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:

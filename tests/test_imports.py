@@ -89,7 +89,7 @@ MUST_BE_PURE = {
     "server/contract.py",
     "client/beam_search.py",
     "client/latency.py",
-    "cli/units.py",
+    "cli/swarm_picture.py",
 }
 THREADS_ALLOWED = {"runtime/runtime.py", "client/autograd.py", "client/background.py"}
 # The codecs of large tensors only, functions that share nothing: their threads are not the loop's default executor.

@@ -14,6 +14,7 @@ from tesseract_async.admission import Policy
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.identity import PeerID
 from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD
 
@@ -109,9 +110,9 @@ async def test_a_failed_start_frees_the_port(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_calls_reach_the_expert_of_their_uid_here_and_from_afar() -> None:
     async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
-        host.host_expert("e.1", echo)
+        host.host_expert("e.1", dict.fromkeys(EXPERT_METHODS, echo))
         with pytest.raises(ValueError, match=r"hosts e\.1 already"):
-            host.host_expert("e.1", echo)
+            host.host_expert("e.1", dict.fromkeys(EXPERT_METHODS, echo))
         for caller in (host, guest):
             data = bytearray(b"payload")
             reply = await caller.call_expert(host.peer_address, FORWARD, {"uid": "e.1"}, [data], timeout=30)
@@ -148,7 +149,7 @@ async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -
         return Message()
 
     async with ta.TesseractNode() as host, ta.TesseractNode(initial_peers=[host.address]) as guest:
-        host.host_expert("e.1", handler)
+        host.host_expert("e.1", dict.fromkeys(EXPERT_METHODS, handler))
         for caller in (host, guest):
 
             async def call(how: str, timeout: float = 30, caller: ta.TesseractNode = caller) -> Message:
@@ -181,7 +182,7 @@ async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
         ta.TesseractNode(identity=server) as serving,
         ta.TesseractNode(identity=trainer) as training,
     ):
-        host.host_expert("ffn.0", echo)
+        host.host_expert("ffn.0", dict.fromkeys(EXPERT_METHODS, echo))
 
         async def ask(node: ta.TesseractNode, method: str) -> Message:
             return await node.call_expert(host.peer_address, method, {"uid": "ffn.0"}, timeout=30.0)

@@ -258,7 +258,6 @@ async def _send_backward(
         timeout=options.timeout if timeout is None else timeout,
         idempotent=True,  # under one call id it is applied once
         priority=options.priority,
-        call_id=call_id,
     )
     decoded = messages.decode(messages.BackwardReply, reply.body)
     _check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in inputs])

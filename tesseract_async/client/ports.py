@@ -104,7 +104,6 @@ class Node(Protocol):
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-        call_id: bytes | None = None,
     ) -> Any: ...
 
 

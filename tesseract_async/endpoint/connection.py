@@ -60,8 +60,6 @@ class IncomingCall:
     method: str
     body: Any
     buffers: tuple[memoryview, ...]
-    call_id: bytes
-    """16 bytes, equal in all repetitions of one call."""
     deadline: float
     """On this loop's clock: when the caller stops waiting."""
     priority: int
@@ -362,7 +360,6 @@ class Connection:
             method=head.method,
             body=head.body,
             buffers=event.buffers,
-            call_id=head.call_id,
             deadline=event.deadline,
             priority=head.priority,
             origin=self.origin,

@@ -25,7 +25,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
 from tesseract_async.transport.descriptors import descriptor_limit, room_for
@@ -136,11 +136,11 @@ class Dialler:
         self._pool.dial_succeeded(peer)
         return connection
 
-    async def connect_through(self, peer: PeerAddress, paths: Sequence[Path]) -> Connection:
+    async def connect_through(self, peer: PeerAddress, paths: Sequence[DialPath]) -> Connection:
         """A new connection over the best of these paths, preferred by later calls. Raises: PeerUnreachable."""
         made: list[Connection] = []
 
-        async def attempt(path: Path) -> Connection:
+        async def attempt(path: DialPath) -> Connection:
             def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
                 if made:
                     raise HandshakeFailed("late", "another path to the peer was faster")
@@ -162,7 +162,7 @@ class Dialler:
         peer = connection.dialled
         assert peer is not None
 
-        async def attempt(path: Path) -> bool:
+        async def attempt(path: DialPath) -> bool:
             def established(channel: Channel, reader: FrameReader, peer_id: PeerID, hello: Hello) -> None:
                 if not connection.is_open or connection.has_bulk:
                     raise HandshakeFailed("late", "the connection needs no bulk channel any more")
@@ -177,14 +177,14 @@ class Dialler:
         if not opened:
             raise PeerUnreachable(peer.short, errors)
 
-    def paths(self, peer: PeerAddress, *, bulk: bool = False) -> list[Path]:
+    def paths(self, peer: PeerAddress, *, bulk: bool = False) -> list[DialPath]:
         """All ways to `peer` that the transports know."""
         return [path for transport in self._transports for path in transport.paths(peer, bulk=bulk)]
 
     async def _race(
-        self, peer: PeerAddress, paths: Sequence[Path], attempt: Callable[[Path], Awaitable[Result]]
+        self, peer: PeerAddress, paths: Sequence[DialPath], attempt: Callable[[DialPath], Awaitable[Result]]
     ) -> tuple[Result | None, dict[str, BaseException]]:
-        def finished(path: Path, error: BaseException | None, seconds: float) -> None:
+        def finished(path: DialPath, error: BaseException | None, seconds: float) -> None:
             if error is not None:
                 self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import Budget, FairCount, Owner
+from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
@@ -19,20 +19,18 @@ from tesseract_async.endpoint.lanes import Pace
 from tesseract_async.endpoint.pool import Pool
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import EndpointSettings
-from tesseract_async.errors import ConnectionLost, NotAllowed, UnknownMethod
+from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Transport, range_of
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import calls, frames
 from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import Buffer
 
-__all__ = ["ConnectionInfo", "Endpoint", "EndpointSettings", "Handler", "IncomingCall", "Message"]
+__all__ = ["ConnectionInfo", "CallHandler", "CallTable", "Endpoint", "EndpointSettings", "IncomingCall", "Message"]
 
 logger = logging.getLogger(__name__)
-
-Handler = Callable[[IncomingCall], Awaitable[Message]]
 
 TICK: float = 1.0
 """Seconds between rounds of housekeeping."""
@@ -70,14 +68,20 @@ class Endpoint(Uncopied):
         settings: EndpointSettings | None = None,
         policy: Policy | None = None,
         metrics: Metrics | None = None,
+        table: CallTable | None = None,
+        grants: Callable[[], Sequence[bytes]] = tuple,
+        on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None,
+        admits: Callable[[PeerID], bool] = lambda peer_id: True,
     ) -> None:
+        """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
+        shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests."""
         self.identity = identity
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
         self.policy = policy if policy is not None else Policy()
         self._settings = settings = settings if settings is not None else EndpointSettings()
-        self._transports = tuple(transports)
-        self._handlers: dict[str, tuple[Handler, Action]] = {}
+        self._transports = list(transports)
+        self._table = table if table is not None else CallTable(self.peer_id.short)
         self._budget = Budget(settings.max_receive_bytes)
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._pace = Pace()
@@ -92,28 +96,21 @@ class Endpoint(Uncopied):
             pool=self._pool,
             metrics=self.metrics,
             make_connection=self._make_connection,
-            grants=lambda: self.grants(),
+            grants=grants,
         )
-        self._call_prefix = os.urandom(8)  # half of every call id; a counter is the other
-        self._next_call = 0
         self._kept: set[PeerID] = set()
         self._tick_timer: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.grants: Callable[[], Sequence[bytes]] = tuple
-        """What this node shows to whom it meets (`Hello.grants`)."""
-        self.on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None
-        """Called with what a peer shows, before any of its calls."""
-        self.admits: Callable[[PeerID], bool] = lambda peer_id: True
-        """Whether a peer that the policy allows may send large requests."""
-        self.on_peer_known: Callable[[PeerAddress], None] | None = None
-        """Called when a call names its peer at other addresses than those where the peer was dialled."""
+        self._on_grants = on_grants
+        self._admits = admits
 
     # ---- life
 
-    async def start(self) -> None:
-        """Lets every transport listen."""
+    async def start(self, transports: Sequence[Transport] = ()) -> None:
+        """Lets every transport listen. `transports`: further ones, which need this endpoint to be built."""
+        self._transports += transports
         for transport in self._transports:
             await transport.listen(self.accept)
 
@@ -136,7 +133,7 @@ class Endpoint(Uncopied):
 
     # ---- being called
 
-    def handle(self, method: str, handler: Handler, *, action: Action = "call") -> None:
+    def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answers calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
         What the handler returns is on loan until it is sent: don't change its buffers. A RemoteError that it raises
@@ -145,14 +142,12 @@ class Endpoint(Uncopied):
 
         Raises: ValueError if the method is taken.
         """
-        if method in self._handlers:
-            raise ValueError(f"{method} has a handler already")
         _check_method(method)
-        self._handlers[method] = (handler, action)
+        self._table.add(method, handler, action=action)
 
     def unhandle(self, method: str) -> None:
         """Calls of `method` get UnknownMethod from now on; those under way go on."""
-        self._handlers.pop(method, None)
+        self._table.remove(method)
 
     def accept(self, pipe: Pipe) -> None:
         """Serves whoever is at the other end of this pipe: transports bring what others opened."""
@@ -162,17 +157,13 @@ class Endpoint(Uncopied):
         self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
     def _answer(self, call: IncomingCall) -> Awaitable[Message]:
-        found = self._handlers.get(call.method)
-        if found is None:
-            raise UnknownMethod(f"no such method at {self.peer_id.short}: {call.method}")
-        handler, action = found
-        if (refusal := self._refusal(call.peer_id, action)) is not None:
+        if (refusal := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
             raise refusal
-        return handler(call)
+        return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
         """Why `peer_id` may not take this action (by a large request), if so; it counts as refused then."""
-        if self.policy.allows(peer_id, action) and not (large and not self.admits(peer_id)):
+        if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
         self.metrics.count("endpoint_calls_refused", action=action)
         return NotAllowed(f"{self.peer_id.short} does not let {peer_id.short} {action}: ask its owner")
@@ -190,15 +181,14 @@ class Endpoint(Uncopied):
         idempotent: bool = False,
         max_reply_bytes: int | None = None,
         priority: int = 0,
-        call_id: bytes | None = None,
     ) -> Message:
         """Calls `method` at `peer` and gives its answer; connects first where necessary.
 
         `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
         reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
-        `idempotent` allows repeating the call after a lost connection, under the same `call_id` (16 bytes; a fresh
-        one by default). Large messages of higher `priority` (-128 to 127) are sent first. `buffers` are not copied
-        where they are large: don't change them before this returns. Cancelling cancels the handler at the other end.
+        `idempotent` allows repeating the call after a lost connection. Large messages of higher `priority` (-128 to
+        127) are sent first. `buffers` are not copied where they are large: don't change them before this returns.
+        Cancelling cancels the handler at the other end.
 
         Raises: RemoteError (the subclass that the peer raised); ConnectionLost; PeerUnreachable; ProtocolError;
         TimeoutError; ValueError or TypeError for what can't be sent.
@@ -208,11 +198,6 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= calls.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {calls.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        if call_id is None:
-            self._next_call += 1
-            call_id = self._call_prefix + self._next_call.to_bytes(8, "big")
-        elif len(call_id) != 16:
-            raise ValueError("a call id has 16 bytes")
         views = tuple(map(frames.byte_view, buffers))
         max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
         deadline = loop.time() + timeout
@@ -224,7 +209,7 @@ class Endpoint(Uncopied):
             elif peer is not connection.known and connection.known is not None:
                 self._peer_known(connection, peer)
             left = max(deadline - loop.time(), 0.001)
-            head = RequestHead(call_id, method, left, priority, 0, max_reply, body)
+            head = RequestHead(method, left, priority, 0, max_reply, body)
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
             except ConnectionLost as error:
@@ -237,8 +222,9 @@ class Endpoint(Uncopied):
             await asyncio.sleep(wait)
 
     def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
-        if peer != connection.known and peer.peer_id is not None and self.on_peer_known is not None:
-            self.on_peer_known(peer)
+        if peer != connection.known and peer.peer_id is not None:
+            for transport in self._transports:
+                transport.peer_known(peer)
         connection.known = peer
 
     # ---- connections
@@ -270,7 +256,7 @@ class Endpoint(Uncopied):
             return ""
         return connection.path.partition(" ")[0]
 
-    async def upgrade(self, peer: PeerAddress, paths: Sequence[Path] | None = None) -> None:
+    async def upgrade(self, peer: PeerAddress, paths: Sequence[DialPath] | None = None) -> None:
         """Opens another connection to `peer` over one of `paths`, or of all that its addresses allow. Later calls use
         it; those under way stay, and what this end opened before is closed after them.
 
@@ -282,7 +268,7 @@ class Endpoint(Uncopied):
             connection.retired = True
 
     def say_anew(self) -> None:
-        """Dials anew for later calls, by which peers learn of `grants` that have changed since. Connections that others
+        """Dials anew for later calls, by which peers learn of grants that have changed since. Connections that others
         opened stay: those behind NATs could not be dialled."""
         for connection in self._pool.connections():
             connection.retired = connection.retired or connection.dialled is not None
@@ -316,7 +302,7 @@ class Endpoint(Uncopied):
             owner=Owner(range_of(pipe.origin) or peer_id, peer_id),
         )
         if hello.grants:
-            self.on_grants(peer_id, hello.grants)
+            self._on_grants(peer_id, hello.grants)
         self._pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(

@@ -183,7 +183,6 @@ class ConnectionProtocol:
             head = call.head
             encoded = calls.encode_request(
                 RequestHead(
-                    head.call_id,
                     head.method,
                     max(0.0, call.deadline - self._now),
                     head.priority,

@@ -8,16 +8,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from tesseract_async.errors import TesseractError
-from tesseract_async.transport.base import Path
+from tesseract_async.transport.base import DialPath
 
 Result = TypeVar("Result")
 
 
 async def race(
-    paths: Sequence[Path],
-    attempt: Callable[[Path], Awaitable[Result]],
+    paths: Sequence[DialPath],
+    attempt: Callable[[DialPath], Awaitable[Result]],
     *,
-    finished: Callable[[Path, BaseException | None, float], None],
+    finished: Callable[[DialPath, BaseException | None, float], None],
 ) -> tuple[Result | None, dict[str, BaseException]]:
     """The first attempt's result, or None and each path's error. The other attempts are cancelled and awaited.
 
@@ -28,7 +28,7 @@ async def race(
     loop = asyncio.get_running_loop()
     queue = deque(sorted(paths, key=lambda path: path.delay))
     begun = loop.time()
-    running: dict[asyncio.Future[Result], tuple[Path, float]] = {}
+    running: dict[asyncio.Future[Result], tuple[DialPath, float]] = {}
     errors: dict[str, BaseException] = {}
     try:
         while queue or running:

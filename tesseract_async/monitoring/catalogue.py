@@ -74,7 +74,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "reachable_by_tcp": ("0 or 1", "1 if another node could dial this one's TCP port."),
     "dial_backs": ("dials", "Nodes dialled back at their own wish, to tell them whether they can be reached."),
     "dial_backs_refused": ("requests", "Wishes to be dialled back that were refused, by reason."),
-    "doorman_refused": ("connections", "Connections sent away before TLS, by reason."),
+    "demultiplexer_refused": ("connections", "Connections sent away before TLS, by reason."),
     "nat_refused": ("connections", "Connections with a token that nobody expected."),
     "nat_offers_accepted": ("offers", "Offers of a path to this node that it accepted, by kind."),
     "nat_offers_refused": ("offers", "Offers of a path to this node that it refused, by reason."),

@@ -9,7 +9,7 @@ from typing import Final
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, range_of
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of
 from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
 from tesseract_async.transport.waiting_room import WaitingRoom
@@ -20,7 +20,7 @@ MAX_WAITING: Final = 512
 MAX_WAITING_PER_RANGE: Final = 64
 
 
-class Doorman:
+class PreambleDemultiplexer:
     """A `base.Transport` around a listening one. Pipes with a preamble go to `special(kind, token, pipe)`."""
 
     def __init__(
@@ -41,11 +41,14 @@ class Doorman:
         self._accept = accept
         await self._inner.listen(self._pipe_accepted)
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
         return self._inner.paths(peer, bulk=bulk)
 
-    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
         self._inner.path_finished(peer, path, error, seconds)
+
+    def peer_known(self, peer: PeerAddress) -> None:
+        self._inner.peer_known(peer)
 
     async def aclose(self) -> None:
         for visitor in self._visitors.guests():
@@ -81,7 +84,7 @@ class Doorman:
             self._special(kind, token, visitor.pipe)
 
     def _refuse(self, visitor: _Visitor, reason: str) -> None:
-        self._metrics.count("doorman_refused", reason=reason)
+        self._metrics.count("demultiplexer_refused", reason=reason)
         self._gone(visitor)
         visitor.pipe.abort()
 
@@ -94,10 +97,10 @@ class Doorman:
 class _Visitor:
     """Receives the first bytes of one pipe, and never one too many."""
 
-    def __init__(self, doorman: Doorman, pipe: TcpPipe) -> None:
+    def __init__(self, demultiplexer: PreambleDemultiplexer, pipe: TcpPipe) -> None:
         self.pipe = pipe
-        self.timer = asyncio.get_running_loop().call_later(TIMEOUT, doorman._refuse, self, "silent")
-        self._doorman = doorman
+        self.timer = asyncio.get_running_loop().call_later(TIMEOUT, demultiplexer._refuse, self, "silent")
+        self._demultiplexer = demultiplexer
         self._buffer = memoryview(bytearray(preamble.LENGTH))
         self._count = 0
 
@@ -106,10 +109,10 @@ class _Visitor:
 
     def buffer_updated(self, count: int) -> None:
         self._count += count
-        self._doorman._decide(self, bytes(self._buffer[: self._count]))
+        self._demultiplexer._decide(self, bytes(self._buffer[: self._count]))
 
     def pipe_drained(self) -> None:
         pass
 
     def pipe_lost(self, error: Exception | None) -> None:
-        self._doorman._gone(self)
+        self._demultiplexer._gone(self)

@@ -19,7 +19,7 @@ from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble, stun_client
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.dial_back import (
     DialBackServer,
     Finding,
@@ -38,12 +38,12 @@ from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import (
     PeerAddress,
     Pipe,
-    Throttle,
     Transport,
     ip_version,
     join_host_port,
     split_host_port,
 )
+from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class Reach:
                 throttle=throttle,
                 scope=scope,
             )
-            self.transports = (Doorman(listener, special=self._special, metrics=metrics), self.nat)
+            self.transports = (PreambleDemultiplexer(listener, special=self._special, metrics=metrics), self.nat)
         else:
             self._known.set()
 
@@ -188,7 +188,6 @@ class Reach:
         self.nat.upgrade = endpoint.upgrade
         self.nat.path_kind = endpoint.path_kind
         self.nat.direct_paths = lambda peer: self._listener.paths(peer, bulk=False)
-        endpoint.on_peer_known = self.nat.peer_known
         self._network.on_role_change = self._role_changed
         if self._declared_public:
             self._server.start()

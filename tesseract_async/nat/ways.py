@@ -40,7 +40,8 @@ from tesseract_async.nat.offers import (
 )
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
-from tesseract_async.transport.base import Path, PeerAddress, Pipe, Throttle, range_of, split_host_port
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of, split_host_port
+from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
     from tesseract_async.nat.webrtc.pipe import WebrtcSettings
@@ -156,11 +157,11 @@ class NatTransport:
         self._best: OrderedDict[PeerID, str] = OrderedDict()
         self._improving: dict[PeerID, _Improvement] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.upgrade: Callable[[PeerAddress, Sequence[Path]], Awaitable[None]] | None = None
+        self.upgrade: Callable[[PeerAddress, Sequence[DialPath]], Awaitable[None]] | None = None
         """Set by the node: opens a better connection for later calls."""
         self.path_kind: Callable[[PeerID], str] = lambda peer_id: ""
         """Set by the node: the kind of path that calls to this peer take now, empty where there is none."""
-        self.direct_paths: Callable[[PeerAddress], Sequence[Path]] = lambda peer: ()
+        self.direct_paths: Callable[[PeerAddress], Sequence[DialPath]] = lambda peer: ()
         """Set by the node: the ways that need nobody's help."""
 
     # ---- base.Transport
@@ -168,27 +169,27 @@ class NatTransport:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         self._accept = accept
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
         peer_id = peer.peer_id
         if peer_id is None or not peer.rendezvous or peer_id == self._identity.peer_id:
             return []
         here, settings = self._surroundings, self._settings
         best = self._best.get(peer_id)
-        paths: list[Path] = []
+        paths: list[DialPath] = []
         start = 0.5 if peer.addresses else 0.0  # the peer may be reachable directly: let that win
         if here.public_addresses:
-            paths.append(Path("reverse", start, lambda: self._open_reverse(peer, peer_id)))
+            paths.append(DialPath("reverse", start, lambda: self._open_reverse(peer, peer_id)))
             start += settings.relay_head_start
         if here.can_punch and best != "relay" and (here.behind_nat or not here.public_addresses):
-            paths.append(Path("datachannel", start, lambda: self._open_channel(peer, peer_id)))
+            paths.append(DialPath("datachannel", start, lambda: self._open_channel(peer, peer_id)))
             if best != "datachannel" and here.symmetric:
                 start += settings.relay_head_start_symmetric
             else:
                 start += settings.relay_head_start
-        paths.append(Path("relay", start, lambda: self._open_relay(peer, peer_id)))
+        paths.append(DialPath("relay", start, lambda: self._open_relay(peer, peer_id)))
         return paths
 
-    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
         peer_id = peer.peer_id
         kind = path.name.partition(" ")[0]
         if peer_id is None:
@@ -465,14 +466,14 @@ class NatTransport:
         finally:
             del self._improving[peer_id]
 
-    def _better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[Path]:
+    def _better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[DialPath]:
         """What is better than a path of this kind, and possible."""
         paths = list(self.direct_paths(peer))
         if peer.rendezvous and self._surroundings.public_addresses:
-            paths.append(Path("reverse", 0.0, lambda: self._open_reverse(peer, peer_id)))
+            paths.append(DialPath("reverse", 0.0, lambda: self._open_reverse(peer, peer_id)))
         if kind == "relay" and peer.rendezvous and self._surroundings.can_punch:
             delay = self._settings.relay_head_start if paths else 0.0
-            paths.append(Path("datachannel", delay, lambda: self._open_channel(peer, peer_id)))
+            paths.append(DialPath("datachannel", delay, lambda: self._open_channel(peer, peer_id)))
         return paths
 
     # ---- tasks

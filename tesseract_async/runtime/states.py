@@ -7,6 +7,13 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+State = dict[str, Any]
+"""Of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
+
+JOURNAL_LENGTH: Final = 65536
+"""Backward calls that an expert remembers, so that none is applied twice: those of the last minutes under any load."""
 
 SAFETENSORS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -34,6 +41,22 @@ def copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [copied(item) for item in value]
     return value
+
+
+def check_module(module: nn.Module) -> None:
+    """Raises: ValueError for tensors that cannot be trained or written to a checkpoint."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: call the module once before it becomes an expert")
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), so that nothing can be learned: make the "
+                "module outside of it"
+            )
+    try:
+        check_stored(module.state_dict(), "its state")
+    except TypeError as error:
+        raise ValueError(f"{error}: a buffer of it takes persistent=False, an extra state another form") from None
 
 
 def check_stored(value: Any, path: str) -> None:

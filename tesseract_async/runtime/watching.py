@@ -187,6 +187,18 @@ class Undone:
             generator.set_state(state)
 
 
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Return whether its outputs for one row depend on the other rows, or it learns from forward passes (BatchNorm)."""
+    return any(
+        isinstance(part, nn.modules.batchnorm._NormBase) and (part.track_running_stats or _is_batch_norm(part))
+        for part in module.modules()
+    )
+
+
+def _is_batch_norm(part: nn.Module) -> bool:
+    return isinstance(part, nn.modules.batchnorm._BatchNorm)
+
+
 @functools.cache
 def _written(func: Any) -> list[tuple[int, str]]:
     """Place and name of each argument that this operation writes."""

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.merging import Gradients
+from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.states import JOURNAL_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class MemoryPlan:
     needed_for_one: int
     """The least limit with which one expert fits."""
     queue: int
-    """For `BatcherSettings.max_queue_bytes`."""
+    """For `RuntimeSettings.max_queue_bytes`."""
     inputs: int
     """For `CallSettings.max_inputs_bytes`."""
     answers: int
@@ -137,8 +138,8 @@ def measure(backend: ExpertBackend) -> Footprint:
         weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
         gradients=_num_bytes(backend.parameters),
         optimizer=optimizer,
-        journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
-        copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
+        journal=JOURNAL_LENGTH * JOURNAL_ENTRY_BYTES,
+        copied_journal=JOURNAL_LENGTH * COPIED_ENTRY_BYTES,
         batch=0,
         num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.merkle import root_of
@@ -31,7 +31,7 @@ NUM_SEALED: Final = 2
 
 
 def expert_folder(directory: Path, uid: str) -> Path:
-    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. ``unquote`` inverts the name.
+    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
 
     Raises: CheckpointError for a uid that cannot name a folder.
     """
@@ -39,6 +39,13 @@ def expert_folder(directory: Path, uid: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_~%-]+(\.[A-Za-z0-9_~%-]+)*", name):
         raise CheckpointError(f"{uid!r} cannot name a folder")
     return directory / name
+
+
+def stored_uids(directory: Path | None) -> list[str]:
+    """Return the uids of the experts that have a folder in `directory`."""
+    if directory is None or not directory.is_dir():
+        return []
+    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir())
 
 
 class CheckpointStore:

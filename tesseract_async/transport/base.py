@@ -161,7 +161,7 @@ class Pipe(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class DialPath:
     """One way to a peer. Paths race: the first on which the peer has proven itself wins."""
 
     name: str
@@ -178,21 +178,14 @@ class Transport(Protocol):
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         """Calls `accept` for each pipe that others open, from within the callback that told of it."""
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
         """The ways to this peer, likeliest first; `bulk`: for the second channel, which carries large messages."""
 
-    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
         """How an attempt on one of `paths` ended; `error` is None for the one that won."""
+
+    def peer_known(self, peer: PeerAddress) -> None:
+        """A call names this peer at other addresses than those at which it was dialled."""
 
     async def aclose(self) -> None:
         """Stops listening. Pipes live on: whoever took them closes them."""
-
-
-class Throttle(Protocol):
-    """Limits the bytes per second of one or many pipes. `now` is the loop's time."""
-
-    def received(self, count: int, now: float) -> float:
-        """Counts received bytes; for how many seconds to leave further ones with the peer."""
-
-    def sent(self, count: int, now: float) -> float:
-        """The same for sent ones."""

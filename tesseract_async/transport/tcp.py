@@ -12,15 +12,15 @@ from typing import Final, cast
 
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import (
-    Path,
+    DialPath,
     PeerAddress,
     Pipe,
     PipeReceiver,
-    Throttle,
     join_host_port,
     split_host_port,
 )
 from tesseract_async.transport.dial_budget import DialBudget
+from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -231,10 +231,10 @@ class TcpTransport:
                 lambda: TcpPipe(accept, throttle=self._throttle), sock=self._sock, backlog=1024
             )
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
         addresses = self._in_order(peer)
         return [
-            Path(f"tcp {address}", index * HEAD_START, lambda address=address: self._open(address))  # type: ignore[misc]
+            DialPath(f"tcp {address}", index * HEAD_START, lambda address=address: self._open(address))  # type: ignore[misc]
             for index, address in enumerate(addresses)
         ]
 
@@ -251,7 +251,7 @@ class TcpTransport:
         self._budget.check(address, asyncio.get_running_loop().time())
         return await connect(address, throttle=self._throttle)
 
-    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
         kind, _, address = path.name.partition(" ")
         if kind != "tcp":
             return
@@ -265,6 +265,9 @@ class TcpTransport:
                 self._worked.popitem(last=False)
         elif error is not None and self._worked.get(peer.peer_id) == address:
             del self._worked[peer.peer_id]
+
+    def peer_known(self, peer: PeerAddress) -> None:
+        pass  # the next dial tries what is named then
 
     async def aclose(self) -> None:
         server, self._server = self._server, None

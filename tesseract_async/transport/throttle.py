@@ -19,7 +19,7 @@ MIN_WAIT: Final = 0.002
 
 
 class Throttle:
-    """See `base.Throttle`: a bucket for each direction, and the bytes that passed. Shared by all pipes of a node."""
+    """A bucket for each direction, and counts of the bytes that passed. Shared by all pipes of a node."""
 
     def __init__(self, *, upload_rate: float | None = None, download_rate: float | None = None) -> None:
         """Rates are bytes per second, None for no limit. Raises: ValueError for a rate that is not positive."""

@@ -45,8 +45,6 @@ _ERRORS: dict[str, type[RemoteError]] = {
 class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, and a frozen one takes 2 us
     """What stands before a request's buffers."""
 
-    call_id: bytes
-    """16 bytes that name the call across repetitions and connections."""
     method: str
     time_left: float
     """Seconds until the caller stops waiting."""
@@ -62,7 +60,6 @@ def encode_request(head: RequestHead) -> bytes:
     """Raises: TypeError or ValueError if the body is not what msgpack can hold."""
     return frames.pack(
         (
-            head.call_id,
             head.method,
             int(head.time_left * 1000) + 1,
             head.priority,
@@ -75,11 +72,9 @@ def encode_request(head: RequestHead) -> bytes:
 
 def decode_request(value: Any) -> RequestHead:
     """Reads a request's unpacked head. Untrusted. Raises: ProtocolError."""
-    if type(value) is not list or len(value) != 7:
-        raise ProtocolError("a request's head is not a list of seven")
-    call_id, method, milliseconds, priority, reply_room, max_reply, body = value
-    if type(call_id) is not bytes or len(call_id) != 16:
-        raise ProtocolError("a call id has 16 bytes")
+    if type(value) is not list or len(value) != 6:
+        raise ProtocolError("a request's head is not a list of six")
+    method, milliseconds, priority, reply_room, max_reply, body = value
     if type(method) is not str or not 0 < len(method) <= MAX_METHOD_LENGTH:
         raise ProtocolError("malformed method name")
     if type(milliseconds) is not int or not 0 < milliseconds <= MAX_TIMEOUT * 1000 + 1:
@@ -88,7 +83,7 @@ def decode_request(value: Any) -> RequestHead:
         raise ProtocolError("malformed priority")
     if type(reply_room) is not int or type(max_reply) is not int or not 0 <= reply_room <= max_reply < 2**63:
         raise ProtocolError("malformed reply limits")
-    return RequestHead(call_id, method, milliseconds / 1000, priority, reply_room, max_reply, body)
+    return RequestHead(method, milliseconds / 1000, priority, reply_room, max_reply, body)
 
 
 def encode_result(body: Any) -> bytes:

@@ -24,12 +24,12 @@ from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.nat.webrtc.message_stream import MESSAGE_BYTES
 from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
 from tesseract_async.transport import tcp
-from tesseract_async.transport.base import Path, PeerAddress, Pipe
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 
 ROUNDS = 5
 CHANNEL_BYTES = 8 * 2**20
@@ -45,10 +45,13 @@ class OnePath:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
-        return [Path("path", 0.0, self._open)]
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+        return [DialPath("path", 0.0, self._open)]
 
-    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+        pass
+
+    def peer_known(self, peer: PeerAddress) -> None:
         pass
 
     async def aclose(self) -> None:
@@ -168,12 +171,12 @@ def run_server(sock: socket.socket, seed: bytes, meetings: Connection) -> None:
 def run_relay(sock: socket.socket, orders: Connection) -> None:
     async def main() -> None:
         relay = Relay(settings=RelaySettings(max_rate=None), metrics=Metrics())
-        doorman = Doorman(
+        demultiplexer = PreambleDemultiplexer(
             tcp.TcpTransport(sock),
             special=lambda kind, token, pipe: relay.pipe_arrived(token, pipe),
             metrics=Metrics(),
         )
-        await doorman.listen(lambda pipe: pipe.abort())
+        await demultiplexer.listen(lambda pipe: pipe.abort())
         while True:
             await asyncio.to_thread(orders.recv)
             orders.send(relay.reserve(PeerID(bytes(32))))

@@ -16,7 +16,8 @@ import time
 
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
-from tesseract_async.network.network import TesseractNetwork, key_digest
+from tesseract_async.network.entries import key_digest
+from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 

@@ -244,7 +244,6 @@ class FakeNode:
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-        call_id: bytes | None = None,
     ) -> Reply:
         uid = body["uid"]
         num_rows = body["tensors"][0][1][0] if body.get("tensors") else 0

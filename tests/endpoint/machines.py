@@ -127,7 +127,7 @@ class Pair:
 
     def call(self, *sizes: int, timeout: float = 10.0, max_reply: int | None = None, **head: Any) -> int:
         """Starts a call of the client with buffers of these sizes."""
-        request = RequestHead(bytes(16), "m", timeout, head.get("priority", 0), 0, max_reply or 2**30, head.get("body"))
+        request = RequestHead("m", timeout, head.get("priority", 0), 0, max_reply or 2**30, head.get("body"))
         buffers = tuple(memoryview(contents(size)) for size in sizes)
         return self.client.machine.start_call(
             request, buffers, deadline=self.now + timeout, reserve_reply=max_reply is not None, now=self.now

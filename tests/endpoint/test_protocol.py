@@ -524,7 +524,7 @@ def test_a_message_keeps_to_its_lane(first: int) -> None:
 
 def test_a_flood_of_small_calls_that_are_refused_is_cut_off() -> None:
     side = Pair(small_budget=FairCount(0)).server
-    head = frames.pack((bytes(16), "m", 1000, 0, 0, 5, None))
+    head = frames.pack(("m", 1000, 0, 0, 5, None))
     with pytest.raises(ProtocolError, match="flood"):
         for stream in range(1, 20_000):
             side.receive(MAIN, frames.encode_small(frames.REQUEST, stream, head, (), ()), 0.0)
@@ -550,7 +550,7 @@ def test_many_tiny_buffers_count_what_they_cost() -> None:
 
 def test_more_calls_than_allowed_are_a_broken_rule() -> None:
     side, machine = hostile(dataclasses.replace(SETTINGS, max_calls=5))
-    head = frames.pack((bytes(16), "m", 1000, 0, 0, 5, None))
+    head = frames.pack(("m", 1000, 0, 0, 5, None))
     with pytest.raises(ProtocolError, match="more than 5 calls"):
         for stream in range(1, 20):
             side.receive(MAIN, frames.encode_small(frames.REQUEST, stream, head, [], []), 0.0)

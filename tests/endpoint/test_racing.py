@@ -8,7 +8,7 @@ import pytest
 
 from tesseract_async.endpoint.racing import race
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.transport.base import Path, Pipe
+from tesseract_async.transport.base import DialPath, Pipe
 from tests.client.virtual_time import in_made_up_time
 
 
@@ -25,7 +25,7 @@ class Track:
         self.cancelled: list[str] = []
         self.finished: list[str] = []
 
-    async def attempt(self, path: Path) -> str:
+    async def attempt(self, path: DialPath) -> str:
         self.begun.append(path.name)
         outcome = self.seconds[path.name]
         if isinstance(outcome, Exception):
@@ -39,7 +39,7 @@ class Track:
 
     async def race(self, *paths: tuple[str, float]) -> tuple[str | None, dict[str, BaseException]]:
         return await race(
-            [Path(name, delay, no_pipe) for name, delay in paths],
+            [DialPath(name, delay, no_pipe) for name, delay in paths],
             self.attempt,
             finished=lambda path, error, seconds: self.finished.append(path.name),
         )

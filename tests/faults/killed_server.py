@@ -14,14 +14,15 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.endpoint.call_table import CallHandler
+from tesseract_async.endpoint.endpoint import IncomingCall
 from tesseract_async.errors import Overloaded
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
@@ -30,6 +31,7 @@ from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import journal_key
 from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import TensorSpec
@@ -62,10 +64,11 @@ class Node:
     def __init__(self) -> None:
         self.metrics, self.network, self.trust = Metrics(), None, Trust()
         self.peer_address = SimpleNamespace(addresses=(), rendezvous=())
-        self.handler: Callable[[IncomingCall], Awaitable[Message]] | None = None
+        self.publisher_places: set[int] = set()
+        self.handlers: Mapping[str, CallHandler] = {}
 
-    def host_expert(self, uid: str, handler: Callable[[IncomingCall], Awaitable[Message]]) -> None:
-        self.handler = handler
+    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        self.handlers = handlers
 
     def unhost_expert(self, uid: str) -> None: ...
     def is_connected(self, peer_id: PeerID) -> bool:
@@ -106,12 +109,10 @@ async def backward(node: Node, number: int) -> int:
         method=messages.BACKWARD,
         body=messages.encode(request),
         buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
-        call_id=os.urandom(16),
         deadline=asyncio.get_running_loop().time() + 30,
         priority=0,
     )
-    assert node.handler is not None
-    reply = await node.handler(call)
+    reply = await node.handlers[messages.BACKWARD](call)
     return messages.decode(messages.BackwardReply, reply.body).version
 
 
@@ -125,7 +126,9 @@ async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> Non
         async def save_checkpoints(self) -> int:
             num_saved = await super().save_checkpoints()
             if num_saved:
-                say("saved", self._saved["x.0"][0])
+                state = CheckpointStore(directory).load("x.0")
+                assert state is not None
+                say("saved", state["version"])
             return num_saved
 
     node, backend = Node(), make_backend()

@@ -14,10 +14,10 @@ from tesseract_async.errors import ConnectionLost, PeerUnreachable, ProtocolErro
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.transport import tcp
-from tesseract_async.transport.base import Path, PeerAddress, Pipe
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 from tests.transport.pipes import bound_socket
 
 pytestmark = pytest.mark.both_loops
@@ -83,10 +83,13 @@ class OnePath:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[Path]:
-        return [Path("relay", 0.0, self._open)]
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+        return [DialPath("relay", 0.0, self._open)]
 
-    def path_finished(self, peer: PeerAddress, path: Path, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+        pass
+
+    def peer_known(self, peer: PeerAddress) -> None:
         pass
 
     async def aclose(self) -> None:
@@ -99,12 +102,12 @@ async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncI
     relay = Relay(settings=RelaySettings(max_rate=None), metrics=Metrics())
     sock = bound_socket()
     address = f"127.0.0.1:{sock.getsockname()[1]}"
-    doorman = Doorman(
+    demultiplexer = PreambleDemultiplexer(
         tcp.TcpTransport(sock),
         special=lambda kind, token, pipe: relay.pipe_arrived(token, SpoiledPipe(pipe, spoiler)),  # type: ignore[arg-type]
         metrics=Metrics(),
     )
-    await doorman.listen(lambda pipe: pipe.abort())
+    await demultiplexer.listen(lambda pipe: pipe.abort())
     settings = EndpointSettings(handshake_timeout=handshake_timeout)
     server = Endpoint(identity=Identity.generate(), settings=settings)
 
@@ -126,7 +129,7 @@ async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncI
     async with server, client:
         yield client, PeerAddress(server.peer_id, ())
         spoiler.active = False
-    await doorman.aclose()
+    await demultiplexer.aclose()
     await relay.aclose()
 
 

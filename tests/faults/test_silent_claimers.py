@@ -14,6 +14,7 @@ import tesseract_async as ta
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.experts import ExpertPublisher
 from tesseract_async.metrics import Metrics
+from tesseract_async.node import EXPERT_METHODS
 
 UID = "ffn.0.0"
 
@@ -31,7 +32,7 @@ class Claimer:
         self.uids = dict.fromkeys(uids, True)
         self.publisher = ExpertPublisher(node.network, addresses=[node.address], metrics=Metrics())
         for uid in uids:
-            node.host_expert(uid, self._keep_silent)
+            node.host_expert(uid, dict.fromkeys(EXPERT_METHODS, self._keep_silent))
 
     async def _keep_silent(self, call: object) -> None:
         self.num_asked += 1

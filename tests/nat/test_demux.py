@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat import demux as doorman_module
-from tesseract_async.nat import preamble
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat import demux, preamble
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, Pipe
 from tests.transport.pipes import Receiver, bound_socket
@@ -25,18 +24,20 @@ class House:
         self.ordinary: asyncio.Queue[Pipe] = asyncio.Queue()
         self.special: asyncio.Queue[tuple[int, bytes, Pipe]] = asyncio.Queue()
         transport = tcp.TcpTransport(self.sock)
-        self.doorman = Doorman(transport, special=lambda *visit: self.special.put_nowait(visit), metrics=self.metrics)
+        self.demultiplexer = PreambleDemultiplexer(
+            transport, special=lambda *visit: self.special.put_nowait(visit), metrics=self.metrics
+        )
 
     def refused(self, reason: str) -> float:
-        return self.metrics.snapshot().get(f"doorman_refused{{reason={reason}}}", 0)
+        return self.metrics.snapshot().get(f"demultiplexer_refused{{reason={reason}}}", 0)
 
 
 @contextlib.asynccontextmanager
 async def open_house() -> AsyncIterator[House]:
     house = House()
-    await house.doorman.listen(house.ordinary.put_nowait)
+    await house.demultiplexer.listen(house.ordinary.put_nowait)
     yield house
-    await house.doorman.aclose()
+    await house.demultiplexer.aclose()
 
 
 @contextlib.asynccontextmanager
@@ -87,7 +88,7 @@ async def test_a_malformed_preamble_is_sent_away() -> None:
 
 
 async def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorman_module, "TIMEOUT", 0.05)
+    monkeypatch.setattr(demux, "TIMEOUT", 0.05)
     async with open_house() as house, visit(house) as (pipe, receiver):
         pipe.write(b"TSR")
         await receiver.until_lost()
@@ -95,7 +96,7 @@ async def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_few_may_wait_and_fewer_of_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorman_module, "MAX_WAITING_PER_RANGE", 2)
+    monkeypatch.setattr(demux, "MAX_WAITING_PER_RANGE", 2)
     async with open_house() as house, visit(house), visit(house) as (second, gone), visit(house) as (_, third):
         await third.until_lost()
         assert house.refused("too_many") == 1
@@ -116,7 +117,7 @@ async def test_closing_sends_the_silent_away() -> None:
             pipe.write(b"\x16")  # accepted after the silent one
             other, there = await house.ordinary.get(), Receiver()
             other.start(there)
-            await house.doorman.aclose()
+            await house.demultiplexer.aclose()
             await receiver.until_lost()
             assert not there.lost, "those who came in stay"
             other.abort()
@@ -125,5 +126,5 @@ async def test_closing_sends_the_silent_away() -> None:
 
 async def test_dialling_is_the_inner_transports_business() -> None:
     async with open_house() as house:
-        paths = house.doorman.paths(PeerAddress.parse(house.address), bulk=False)
+        paths = house.demultiplexer.paths(PeerAddress.parse(house.address), bulk=False)
         assert [path.name for path in paths] == [f"tcp {house.address}"]

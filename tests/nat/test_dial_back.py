@@ -12,7 +12,7 @@ from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.dial_back import (
     DIAL_BACK,
     DialBackServer,
@@ -32,12 +32,12 @@ class Node:
         self.sock = socket.socket()
         self.sock.bind(("127.0.0.1", 0))
         self.port = self.sock.getsockname()[1]
-        doorman = Doorman(
+        demultiplexer = PreambleDemultiplexer(
             tcp.TcpTransport(self.sock),
             special=lambda kind, token, pipe: self.reachability.pipe_arrived(token, pipe),
             metrics=Metrics(),
         )
-        self.endpoint = Endpoint(identity=Identity.generate(), transports=[doorman])
+        self.endpoint = Endpoint(identity=Identity.generate(), transports=[demultiplexer])
         self.reachability = Reachability(self.endpoint, settings=settings)
         self.peer = PeerAddress(self.endpoint.peer_id, (f"127.0.0.1:{self.port}",))
         self.num_dials = 0

@@ -16,13 +16,13 @@ from tesseract_async.errors import InvalidRecord, NotAllowed, Overloaded, PeerUn
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.offers import Candidate, Description, GuardSettings, RelayBody, ReverseBody
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.nat.ways import MAX_TRIED, NatSettings, NatTransport, plausible
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
-from tesseract_async.transport.base import Path, PeerAddress, Pipe
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 from tests.transport.pipes import Receiver, bound_socket
 
 RELAY_ID = Identity.from_seed(b"relay" + bytes(27)).peer_id
@@ -49,7 +49,7 @@ class Place:
         places[self.peer_id] = self
         sock = bound_socket()
         self.address = f"127.0.0.1:{sock.getsockname()[1]}"
-        self.doorman = Doorman(tcp.TcpTransport(sock), special=self.special, metrics=self.metrics)
+        self.demultiplexer = PreambleDemultiplexer(tcp.TcpTransport(sock), special=self.special, metrics=self.metrics)
         self.nat = NatTransport(
             identity=self.identity, signalling=self, surroundings=self, metrics=self.metrics, settings=settings
         )
@@ -93,7 +93,7 @@ class Place:
         return offers.encode_offer(self.identity, recipient, kind=kind, body=body, nonce=os.urandom(16), now=now)
 
     async def aclose(self) -> None:
-        await self.doorman.aclose()
+        await self.demultiplexer.aclose()
         await self.nat.aclose()
         await self.relay.aclose()
 
@@ -106,14 +106,14 @@ async def town(count: int, *, settings: NatSettings | None = None) -> AsyncItera
     relay = made[-1]
     for place in made:
         place.rendezvous = (PeerAddress(relay.peer_id, (relay.address,)),)
-        await place.doorman.listen(place.accepted.put_nowait)
+        await place.demultiplexer.listen(place.accepted.put_nowait)
         await place.nat.listen(place.accepted.put_nowait)
     yield made
     for place in made:
         await place.aclose()
 
 
-def path(place: Place, peer: PeerAddress, kind: str) -> Path:
+def path(place: Place, peer: PeerAddress, kind: str) -> DialPath:
     [found] = [one for one in place.nat.paths(peer, bulk=False) if one.name == kind]
     return found
 
@@ -148,7 +148,7 @@ async def test_every_way_leads_there(kind: str) -> None:
         pipe = await path(asker, asked.peer, kind).open()
         assert pipe.description.startswith(kind)
         await check(pipe, await asked.accepted.get())
-        asker.nat.path_finished(asked.peer, Path(kind, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        asker.nat.path_finished(asked.peer, DialPath(kind, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.both_loops
@@ -165,11 +165,11 @@ async def test_cancelled_it_leaves_nothing(kind: str) -> None:
         assert not asker.nat._expected
 
 
-def names(paths: Sequence[Path]) -> list[str]:
+def names(paths: Sequence[DialPath]) -> list[str]:
     return [one.name for one in sorted(paths, key=lambda one: one.delay)]
 
 
-def delay(paths: Sequence[Path], name: str) -> float:
+def delay(paths: Sequence[DialPath], name: str) -> float:
     [found] = [one.delay for one in paths if one.name == name]
     return found
 
@@ -188,10 +188,10 @@ async def test_which_ways_are_tried_and_when() -> None:
         assert delay(nat.paths(replace(peer, addresses=("127.0.0.1:1",)), bulk=False), "datachannel") > 0
         # what worked comes first
         for won, expected in (("relay", ["relay"]), ("datachannel", ["datachannel", "relay"])):
-            nat.path_finished(peer, Path(won, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+            nat.path_finished(peer, DialPath(won, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
             assert names(nat.paths(peer, bulk=True)) == expected
         assert delay(nat.paths(peer, bulk=False), "relay") == patient
-        nat.path_finished(peer, Path("datachannel", 0.0, lambda: None), OSError(), 0.1)  # type: ignore[arg-type, return-value]
+        nat.path_finished(peer, DialPath("datachannel", 0.0, lambda: None), OSError(), 0.1)  # type: ignore[arg-type, return-value]
         assert delay(nat.paths(peer, bulk=False), "relay") < patient
         asker.can_punch = False
         assert names(nat.paths(peer, bulk=False)) == ["relay"]
@@ -296,7 +296,7 @@ async def test_a_relayed_connection_looks_for_a_better_way() -> None:
         tried: list[str] = []
         improved = asyncio.Event()
 
-        async def upgrade(peer: PeerAddress, paths: Sequence[Path]) -> None:
+        async def upgrade(peer: PeerAddress, paths: Sequence[DialPath]) -> None:
             tried.append(paths[0].name)
             if len(tried) < 3:
                 raise PeerUnreachable("the peer", {})
@@ -307,7 +307,7 @@ async def test_a_relayed_connection_looks_for_a_better_way() -> None:
         asker.nat.upgrade = upgrade
         kind = "relay"
         asker.nat.path_kind = lambda peer_id: kind if peer_id == asked.peer_id else ""
-        won = Path("relay", 0.0, lambda: None)  # type: ignore[arg-type, return-value]
+        won = DialPath("relay", 0.0, lambda: None)  # type: ignore[arg-type, return-value]
         asker.nat.path_finished(asked.peer, won, None, 0.1)
         asker.nat.path_finished(asked.peer, won, None, 0.1)
         await improved.wait()
@@ -327,17 +327,17 @@ async def test_a_peer_that_can_be_dialled_now_is_dialled(kind: str) -> None:
         tried: list[list[str]] = []
         attempted = asyncio.Event()
 
-        async def upgrade(peer: PeerAddress, paths: Sequence[Path]) -> None:
+        async def upgrade(peer: PeerAddress, paths: Sequence[DialPath]) -> None:
             tried.append(names(paths))
             attempted.set()
             raise PeerUnreachable("the peer", {})
 
-        def direct(peer: PeerAddress) -> list[Path]:
-            return [Path(f"tcp {address}", 0.0, lambda: None) for address in peer.addresses]  # type: ignore[arg-type, return-value]
+        def direct(peer: PeerAddress) -> list[DialPath]:
+            return [DialPath(f"tcp {address}", 0.0, lambda: None) for address in peer.addresses]  # type: ignore[arg-type, return-value]
 
         nat = asker.nat
         nat.upgrade, nat.path_kind, nat.direct_paths = upgrade, lambda peer_id: kind, direct
-        nat.path_finished(asked.peer, Path(kind, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        nat.path_finished(asked.peer, DialPath(kind, 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
         punch = ["datachannel"] if kind == "relay" else []
         nat.peer_known(replace(asked.peer, addresses=("127.0.0.1:9",)))
         nat.peer_known(replace(asked.peer, addresses=("127.0.0.1:9",)))  # no news
@@ -354,16 +354,16 @@ async def test_who_needs_no_better_way_looks_for_none() -> None:
     async with town(3) as (asker, asked, _):
         asker.nat.path_kind = lambda peer_id: ""
 
-        async def upgrade(peer: PeerAddress, paths: Sequence[Path]) -> None:
+        async def upgrade(peer: PeerAddress, paths: Sequence[DialPath]) -> None:
             raise AssertionError("there is no connection any more")
 
         asker.nat.upgrade = upgrade
-        asker.nat.path_finished(asked.peer, Path("datachannel", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        asker.nat.path_finished(asked.peer, DialPath("datachannel", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
         asker.nat.surroundings_changed()
         while asker.nat._tasks:
             await asyncio.wait(asker.nat._tasks)
         assert not asker.nat._improving
-        asker.nat.path_finished(asked.peer, Path("reverse", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
+        asker.nat.path_finished(asked.peer, DialPath("reverse", 0.0, lambda: None), None, 0.1)  # type: ignore[arg-type, return-value]
         assert not asker.nat._tasks
 
 

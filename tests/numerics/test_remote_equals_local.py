@@ -15,6 +15,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async import errors
+from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.server.server import ServerSettings
 from tesseract_async.wire.codecs import CodecPolicy
@@ -375,7 +376,7 @@ async def test_a_peer_that_stops_answering_costs_a_timeout_and_one_that_dies_an_
                 async def never(call: object) -> Any:
                     await silent.wait()
 
-                host.host_expert("e.0", never)
+                host.host_expert("e.0", dict.fromkeys(EXPERT_METHODS, never))
                 with pytest.raises((TimeoutError, errors.TesseractError)):
                     await expert.with_options(timeout=0.1)(torch.zeros(1, WIDTH))
         began = time.perf_counter()
@@ -431,7 +432,7 @@ async def test_backward_ends_when_its_node_closes(what: str) -> None:
                 asked.set()
                 await silent.wait()
 
-            host.host_expert("e.0", never)
+            host.host_expert("e.0", dict.fromkeys(EXPERT_METHODS, never))
             backward = asyncio.create_task(ta.backward(y.sum()))
             await asyncio.wait_for(asked.wait(), 60)
             await guest.aclose()

@@ -21,6 +21,7 @@ from tesseract_async.server.export import export_experts, load_export
 from tesseract_async.server.run_experts import build_run_backend, complete
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire.messages import STATE
 
 ALICE = ta.Identity.from_seed(bytes(32))
 UIDS = ("ffn.0.0", "ffn.1.1")
@@ -40,7 +41,7 @@ class Swarm:
         self.source = StateSource(self.snapshot, self.aside)
         self.num_calls = 0
         for uid in UIDS:
-            host.host_expert(uid, self.answer)
+            host.host_expert(uid, {STATE: self.answer})
 
     async def snapshot(self, uid: str) -> dict[str, Any]:
         return self.backends[uid].state()

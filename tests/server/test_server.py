@@ -7,7 +7,7 @@ import copy
 import os
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tesseract_async import files
+from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
@@ -33,11 +34,13 @@ from tesseract_async.errors import (
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import calls as server_calls
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
+from tesseract_async.server.hosted import Succession
 from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
@@ -72,13 +75,14 @@ class FakeNode:
     """What a server needs of a node; `call` is what the endpoint would do."""
 
     def __init__(self) -> None:
-        self.handlers: dict[str, Callable[[IncomingCall], Awaitable[Message]]] = {}
+        self.table = CallTable("fake", uid_methods={**EXPERT_METHODS, "expert.age": "call"})
         self.metrics = Metrics()
         self.network = None
         self.trust = Trust()
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
         self.is_closed = False
+        self.publisher_places: set[int] = set()
 
     def is_connected(self, peer_id: Any) -> bool:
         return self.connected
@@ -93,13 +97,11 @@ class FakeNode:
     def watch_address(self, watcher: Callable[[], None]) -> Callable[[], None]:
         return lambda: None
 
-    def host_expert(self, uid: str, handler: Callable[[IncomingCall], Awaitable[Message]]) -> None:
-        if uid in self.handlers:
-            raise ValueError(f"{uid} is hosted already")
-        self.handlers[uid] = handler
+    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        self.table.host(uid, handlers)
 
     def unhost_expert(self, uid: str) -> None:
-        self.handlers.pop(uid, None)
+        self.table.unhost(uid)
 
     async def call(self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0) -> Message:
         _, buffers = wire.pack_tensors(tensors)
@@ -110,11 +112,10 @@ class FakeNode:
             method=method,
             body=body,
             buffers=received,
-            call_id=os.urandom(16),
             deadline=now + timeout,
             priority=0,
         )
-        return await self.handlers[uid](call)
+        return await self.table.find(call)(call)
 
     async def forward(self, uid: str, *inputs: torch.Tensor | None, **changes: Any) -> tuple[list[Any], int]:
         metas, _ = wire.pack_tensors(inputs)
@@ -173,10 +174,10 @@ async def server(node: FakeNode) -> AsyncIterator[TesseractServer]:
 
 async def test_it_declares_its_experts_and_withdraws_them(node: FakeNode) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}):  # type: ignore[arg-type]
-        assert FakePublisher.declared == {"ffn.0": True} and list(node.handlers) == ["ffn.0"]
+        assert FakePublisher.declared == {"ffn.0": True} and list(node.table.uids) == ["ffn.0"]
         async with TesseractServer(node, {"ffn.1": make_backend()}):  # type: ignore[arg-type]
-            assert sorted(node.handlers) == ["ffn.0", "ffn.1"], "several servers share a node"
-    assert not FakePublisher.declared and not node.handlers
+            assert sorted(node.table.uids) == ["ffn.0", "ffn.1"], "several servers share a node"
+    assert not FakePublisher.declared and not node.table.uids
 
 
 async def test_info_tells_the_schemas(node: FakeNode, server: TesseractServer) -> None:
@@ -446,7 +447,7 @@ async def test_a_checkpoint_of_another_module_is_refused_and_nothing_is_left_ope
     with pytest.raises(CheckpointError, match="checkpoint of ffn.0 does not fit it"):
         async with TesseractServer(node, {"ffn.0": other}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
             pass
-    assert not node.handlers
+    assert not node.table.uids
 
 
 async def test_the_first_checkpoint_is_written_before_anything_is_answered(node: FakeNode, tmp_path: Path) -> None:
@@ -532,7 +533,7 @@ async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: Fak
     with pytest.raises(CheckpointError, match="file cannot be written"):
         async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path / "file"):  # type: ignore[arg-type]
             pass
-    assert not node.handlers
+    assert not node.table.uids
 
 
 async def test_what_could_not_be_saved_is_an_error_when_it_leaves(
@@ -545,7 +546,7 @@ async def test_what_could_not_be_saved_is_an_error_when_it_leaves(
         refuse_fsync(patch)
         with pytest.raises(CheckpointError, match="the last steps are not saved: .*No space left"):
             await server.aclose()
-    assert not node.handlers
+    assert not node.table.uids
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path) as other:  # type: ignore[arg-type]
         assert other.experts["ffn.0"].version == 0, "all was closed, the folder's lock too"
 
@@ -556,7 +557,7 @@ async def test_one_folder_is_one_servers(node: FakeNode, tmp_path: Path) -> None
             async with TesseractServer(node, {"ffn.1": make_backend()}, checkpoint_dir=f"{tmp_path}/."):  # type: ignore[arg-type]
                 pass
     async with TesseractServer(node, {"ffn.1": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
-        assert list(node.handlers) == ["ffn.1"], "what was refused left nothing behind"
+        assert list(node.table.uids) == ["ffn.1"], "what was refused left nothing behind"
 
 
 async def test_a_server_is_started_once_and_on_a_running_node(
@@ -594,10 +595,10 @@ async def test_any_uid_has_a_folder(node: FakeNode, tmp_path: Path) -> None:
 
 
 async def test_a_uid_that_is_hosted_already_is_an_error_at_start(node: FakeNode, server: TesseractServer) -> None:
-    with pytest.raises(ValueError, match="hosted already"):
+    with pytest.raises(ValueError, match="hosts ffn.0 already"):
         async with TesseractServer(node, {"ffn.7": make_backend(), "ffn.0": make_backend()}):  # type: ignore[arg-type]
             pass
-    assert sorted(node.handlers) == ["ffn.0", "ffn.1"]
+    assert sorted(node.table.uids) == ["ffn.0", "ffn.1"]
 
 
 async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: TesseractServer) -> None:
@@ -741,10 +742,11 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode)
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
         assert caught.value.primary is None and caught.value.retry_after > 0
 
-        async def find_primary(uid: str) -> tuple[PeerID | None, float]:
-            return PeerID(bytes(32)), 0.0
+        class Elsewhere(Succession):
+            async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
+                return PeerID(bytes(32)), 0.0
 
-        server.find_primary = find_primary
+        server.succession = Elsewhere()
         with pytest.raises(NotPrimary) as caught:
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
         assert caught.value.primary == bytes(32)
@@ -756,13 +758,14 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode)
 
 async def test_a_state_can_be_taken_and_installed_while_it_serves(node: FakeNode, server: TesseractServer) -> None:
     await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-    await server.install("ffn.1", checkpoint.decode(b"".join(checkpoint.encode(await server.snapshot("ffn.0")))))
+    state = await server.hosted["ffn.0"].snapshot()
+    await server.hosted["ffn.1"].install(checkpoint.decode(b"".join(checkpoint.encode(state))))
     modules = [server.experts[uid].module.state_dict() for uid in ("ffn.0", "ffn.1")]
     torch.testing.assert_close(*modules)
     assert server.experts["ffn.1"].version == 1
     for wrong in ({}, {"module": {}}, make_other().state()):
         with pytest.raises(CheckpointError, match="does not fit ffn.1"):
-            await server.install("ffn.1", wrong)
+            await server.hosted["ffn.1"].install(wrong)
     torch.testing.assert_close(server.experts["ffn.1"].module.state_dict(), modules[0])
 
 
@@ -819,8 +822,8 @@ async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: Fak
             _, buffers = wire.pack_tensors([x], metas[0][2])
             request = messages.ForwardRequest("ffn.0", metas, False, 0, reply_codec)
             now = asyncio.get_running_loop().time()
-            call = IncomingCall(PEER, messages.FORWARD, messages.encode(request), tuple(buffers), bytes(16), now + 9, 0)
-            return await node.handlers["ffn.0"](call)
+            call = IncomingCall(PEER, messages.FORWARD, messages.encode(request), tuple(buffers), now + 9, 0)
+            return await node.table.find(call)(call)
 
         reply = messages.decode(messages.ForwardReply, (await forward(half, "fp16")).body)
         assert reply.tensors[0][2] == "fp16"

@@ -81,7 +81,6 @@ class FakeNode:
             method=method,
             body=body,
             buffers=(),
-            call_id=bytes(16),
             deadline=0.0,
             priority=0,
         )
@@ -105,7 +104,7 @@ async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Pat
     for weights_only in (False, True):
         request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
         body = messages.encode(request)
-        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), bytes(16), 0.0, 0)
+        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), 0.0, 0)
         reply = await node.source.answer("ffn.0", node.backend, call)
         assert (bytes(reply.buffers[0]) == b"file") is not weights_only
 
@@ -306,7 +305,7 @@ async def test_between_two_nodes() -> None:
         async def answer(call: IncomingCall) -> Message:
             return await fake.source.answer("ffn.0", fake.backend, call)
 
-        host.host_expert("ffn.0", answer)
+        host.host_expert("ffn.0", {messages.STATE: answer})
         state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)
         assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
         fake.source.close()

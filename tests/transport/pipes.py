@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.nat.demux import Doorman
+from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
 from tesseract_async.transport import tcp
@@ -76,9 +76,9 @@ async def _listening(
     sock = bound_socket()
     address = f"127.0.0.1:{sock.getsockname()[1]}"
     accepted: asyncio.Queue[Pipe] = asyncio.Queue()
-    transport: tcp.TcpTransport | Doorman = tcp.TcpTransport(sock)
+    transport: tcp.TcpTransport | PreambleDemultiplexer = tcp.TcpTransport(sock)
     if special is not None:
-        transport = Doorman(tcp.TcpTransport(sock), special=special, metrics=Metrics())
+        transport = PreambleDemultiplexer(tcp.TcpTransport(sock), special=special, metrics=Metrics())
     await transport.listen(accepted.put_nowait)
     yield address, accepted
     await transport.aclose()
@@ -93,7 +93,7 @@ async def tcp_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
 
 @contextlib.asynccontextmanager
 async def guarded_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
-    """TCP through a doorman, whose first byte must be that of an ordinary connection."""
+    """TCP through a demultiplexer, whose first byte must be that of an ordinary connection."""
     async with _listening(lambda kind, token, pipe: pipe.abort()) as (address, accepted):
         dialled = await tcp.connect(address)
         dialled.write(b"\x16")

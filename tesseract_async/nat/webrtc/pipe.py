@@ -20,7 +20,8 @@ import aioice
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
 from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
 from tesseract_async.nat.webrtc.message_stream import MessageStream, StreamSettings
-from tesseract_async.transport.base import PipeReceiver, Throttle, join_host_port
+from tesseract_async.transport.base import PipeReceiver, join_host_port
+from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
     from aiortc import RTCCertificate

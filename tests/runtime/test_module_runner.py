@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tesseract_async.runtime.acceleration import Acceleration
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.wire.tensors import TensorSpec
+from tesseract_async.wire.tensors import TensorSpec, flatten
 
 
 class Recorder(nn.Module):
@@ -27,25 +27,30 @@ class Recorder(nn.Module):
         return {"y": self.linear(1 / x), "rest": (x.sum(-1),)}
 
 
+SCHEMAS: dict[str, Any] = {
+    "args_schema": (TensorSpec((2,)),),
+    "outputs_schema": {"y": TensorSpec((2,)), "rest": (TensorSpec(()),)},
+}
+
+
 def test_batches_are_padded_to_a_preferred_size_and_cut_again() -> None:
     module = Recorder()
     # CUDA graphs are not recorded on the CPU, but padding is the same
-    accelerated = Acceleration(module, sizes=(4, 8), compile_mode=None, cuda_graphs=True)
+    padded = ExpertBackend(module, settings=BackendSettings(preferred_sizes=(4, 8), cuda_graphs=True), **SCHEMAS)
     for num_rows, size in ((1, 4), (4, 4), (5, 8), (9, 9)):
         x = torch.rand(num_rows, 2) + 1
         module.sizes.clear()
-        outputs = accelerated.run([x], lambda callable, inputs: callable(*inputs))
+        outputs = padded.forward([x])
         assert module.sizes == [size]
-        torch.testing.assert_close(outputs, module(x))
+        torch.testing.assert_close(outputs, flatten(module(x)))
 
 
 def test_padding_brings_no_gradient_and_nothing_that_is_not_finite() -> None:
     module = Recorder()
     settings = BackendSettings(preferred_sizes=(8,), cuda_graphs=True)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    schemas = {"args_schema": (TensorSpec((2,)),), "outputs_schema": {"y": TensorSpec((2,)), "rest": (TensorSpec(()),)}}
-    padded = ExpertBackend(module, optimizer=optimizer, settings=settings, **schemas)  # type: ignore[arg-type]
-    plain = ExpertBackend(module, optimizer=optimizer, **schemas)  # type: ignore[arg-type]
+    padded = ExpertBackend(module, optimizer=optimizer, settings=settings, **SCHEMAS)
+    plain = ExpertBackend(module, optimizer=optimizer, **SCHEMAS)
     x = torch.rand(3, 2) + 1
     gradients = [torch.randn(3, 2), torch.randn(3)]
     torch.testing.assert_close(padded.gradients([x], gradients), plain.gradients([x], gradients))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +15,13 @@ from click.testing import CliRunner
 
 import tesseract_async as ta
 from tesseract_async.cli import hosting as hosting_module
-from tesseract_async.cli.hosting import Hosting, ServePlan
+from tesseract_async.cli.config_file import read_config
+from tesseract_async.cli.hosting import Hosting
 from tesseract_async.cli.main import main
-from tesseract_async.experts import ExpertPattern, ExpertReplica
+from tesseract_async.cli.options import NodeOptions
+from tesseract_async.cli.serve import command
+from tesseract_async.cli.serve_options import ServeOptions
+from tesseract_async.experts import ExpertReplica
 from tesseract_async.experts.run import RunMismatch
 from tesseract_async.server.contract import VolunteerSettings
 from tesseract_async.server.export import load_export
@@ -51,41 +55,40 @@ async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
     return found[0]
 
 
-def plan(run: str, seed: str, **changes: Any) -> ServePlan:
+def hosting(run: str, seed: str, *, given: dict[str, object] | None = None) -> Hosting:
     """What `tesseract serve --run RUN -p SEED --num-experts 4 --sync-every 1` makes of its options."""
-    return ServePlan(
-        **{
-            "patterns": (),
-            "num_experts": 4,
-            "run": run,
-            "grant": None,
-            "allowed_modules": (),
-            "given": {},
-            "expert_class": "ffn",
-            "sizes": {},
-            "optimizer": "adam",
-            "learning_rate": 0.1,
-            "max_batch_size": 1,
-            "seed": 99,
-            "devices": ("cpu",),
-            "threads": 1,
-            "checkpoint_dir": None,
-            "checkpoint_period": 60.0,
-            "ttl": 45.0,
-            "sync_every": 1.0,
-            "report_period": None,
-            "limits": VolunteerSettings(),
-            "node": {"initial_peers": [seed]},
-            "leave_with_parent": False,
-            **changes,
-        }
+    serving = ServeOptions(
+        patterns=(),
+        num_experts=4,
+        run_name=run,
+        grant=None,
+        allowed_modules=(),
+        expert_class="ffn",
+        sizes=(),
+        optimizer="adam",
+        learning_rate=0.1,
+        max_batch_size=1,
+        seed=99,
+        devices=("cpu",),
+        threads=1,
+        autocast=None,
+        compile_mode=None,
+        cuda_graphs=False,
+        preferred_sizes=(),
+        checkpoint_dir=None,
+        checkpoint_period=60.0,
+        sync_every=1.0,
+        ttl=45.0,
+        stall_timeout=60.0,
+        leave_within=30.0,
+        report_period=None,
     )
+    return Hosting(serving, node=NodeOptions(initial_peers=(seed,)), limits=VolunteerSettings(), given=given)
 
 
 @contextlib.asynccontextmanager
-async def volunteer(plan: ServePlan) -> AsyncIterator[Hosting]:
+async def volunteer(hosting: Hosting) -> AsyncIterator[Hosting]:
     """`tesseract serve` in this process, which saves importing torch once more."""
-    hosting = Hosting(plan)
     task = asyncio.create_task(hosting.main())
     ready = asyncio.create_task(hosting.ready.wait())
     try:
@@ -123,10 +126,10 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
 
             # who joins with the wrong flags does not start
             with pytest.raises(RunMismatch, match="sizes.in_features is 4 in the run, but 5 here"):
-                async with volunteer(plan(full_name, seed, given={"sizes.in_features": 5})):
+                async with volunteer(hosting(full_name, seed, given={"sizes.in_features": 5})):
                     pass
 
-            async with volunteer(plan("digits", seed)) as second:
+            async with volunteer(hosting("digits", seed)) as second:
                 assert second.server is not None
                 backends = second.server.experts
                 assert sorted(backends) == ["ffn.0.0", "ffn.0.1", "ffn.1.0", "ffn.1.1"]
@@ -190,27 +193,13 @@ def test_mistakes_are_sentences(
     assert "Traceback" not in result.output
 
 
-def test_what_was_trained_here_before_is_taken_first(tmp_path: Path) -> None:
-    pattern = ExpertPattern.parse("ffn.[0:2].[0:2]")
-    for name in ("ffn.1.1", "ffn.0.1", "ffn.7.7", "other"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "ffn.0.0").write_text("a file")
-    assert hosting_module._checkpointed(tmp_path, pattern) == ["ffn.0.1", "ffn.1.1"]
-    assert hosting_module._checkpointed(tmp_path / "none", pattern) == []
-    assert hosting_module._checkpointed(None, pattern) == []
-
-
 def test_the_sample_file_is_understood() -> None:
     """Every line of examples/volunteer.toml is an option of `tesseract serve`, with a value that it takes."""
-    from tesseract_async.cli.config_file import read_config
-    from tesseract_async.cli.limits import OPTIONS, volunteer_settings
-    from tesseract_async.cli.serve import command
-
     values = read_config(Path(__file__).parents[2] / "examples" / "volunteer.toml", command)
     assert values["run_name"] == "digits" and values["num_experts"] == 4
-    context = command.make_context("serve", [], default_map=values)
-    assert context.params["initial_peers"] == ("198.51.100.7:31337",)
-    limits = volunteer_settings({name: context.params[name] for name in OPTIONS})
-    assert limits.max_upload_rate == 1.25e6 and limits.data_quota_bytes == 200 * 10**9
-    assert len(limits.hours) == 2 and limits.pause_above_load == pytest.approx(0.3)
-    assert set(OPTIONS) <= set(values), "the sample shows every limit"
+    given = command.make_context("serve", [], default_map=values).params
+    assert given["initial_peers"] == ("198.51.100.7:31337",)
+    assert given["max_upload_rate"] == 1.25e6 and given["data_quota_bytes"] == 200 * 10**9
+    assert len(given["hours"]) == 2 and given["pause_above_load"] == pytest.approx(0.3)
+    limits = {field.name for field in dataclasses.fields(VolunteerSettings)}
+    assert limits <= set(values), "the sample shows every limit"

@@ -1,0 +1,83 @@
+"""The handlers of a node's calls: by method, or by the method and the uid that the call's body names. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+
+from tesseract_async.admission import Action
+from tesseract_async.endpoint.connection import IncomingCall, Message
+from tesseract_async.errors import ExpertNotFound, UnknownMethod
+
+CallHandler = Callable[[IncomingCall], Awaitable[Message]]
+
+
+class CallTable:
+    """`name` is the node in errors. `uid_methods` go to the handlers of the uid in their body, and take these actions.
+
+    `check` is asked before a handler of a uid is called, and raises to refuse.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        uid_methods: Mapping[str, Action] | None = None,
+        check: Callable[[IncomingCall, str], None] = lambda call, uid: None,
+    ) -> None:
+        self._name = name
+        self._actions: dict[str, Action] = dict(uid_methods or {})
+        self._check = check
+        self._by_method: dict[str, CallHandler] = {}
+        self._by_uid: dict[str, Mapping[str, CallHandler]] = {}
+
+    @property
+    def uids(self) -> Collection[str]:
+        """The uids whose calls are answered."""
+        return self._by_uid.keys()
+
+    def add(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
+        """Answers calls of `method`, whatever their body. Raises: ValueError if the method is taken."""
+        if method in self._actions:
+            raise ValueError(f"{method} has a handler already")
+        self._actions[method] = action
+        self._by_method[method] = handler
+
+    def remove(self, method: str) -> None:
+        """Undoes `add`."""
+        if self._by_method.pop(method, None) is not None:
+            del self._actions[method]
+
+    def host(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        """Answers calls for `uid` by their method. `handlers` is read at each call: it may change meanwhile.
+
+        Raises: ValueError if the uid is taken.
+        """
+        if uid in self._by_uid:
+            raise ValueError(f"this node hosts {uid} already")
+        self._by_uid[uid] = handlers
+
+    def unhost(self, uid: str) -> None:
+        """Undoes `host`."""
+        self._by_uid.pop(uid, None)
+
+    def action_of(self, method: str) -> Action:
+        """The action that a caller of this method takes. Raises: UnknownMethod."""
+        action = self._actions.get(method)
+        if action is None:
+            raise UnknownMethod(f"no such method at {self._name}: {method}")
+        return action
+
+    def find(self, call: IncomingCall) -> CallHandler:
+        """The handler of this call. Raises: UnknownMethod, ExpertNotFound, or what `check` raises."""
+        method = call.method
+        if (handler := self._by_method.get(method)) is not None:
+            return handler
+        self.action_of(method)
+        uid = call.body.get("uid") if isinstance(call.body, dict) else None
+        handlers = self._by_uid.get(uid) if isinstance(uid, str) else None
+        if uid is None or handlers is None:
+            raise ExpertNotFound(f"node {self._name} does not host the expert {str(uid)[:80]}")
+        self._check(call, uid)
+        if (handler := handlers.get(method)) is None:
+            raise UnknownMethod(f"the expert {uid} at {self._name} does not answer {method}")
+        return handler
