@@ -58,7 +58,7 @@ DRIVERS = {
         "endpoint/connection.py",
         "endpoint/dialling.py",
         "endpoint/endpoint.py",
-        "endpoint/greeting.py",
+        "endpoint/handshake.py",
         "endpoint/racing.py",
     },
     "testing": set[str](),
