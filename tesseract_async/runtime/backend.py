@@ -1,4 +1,4 @@
-"""What one expert computes: a module, its optimizer, and the steps that they took.
+"""ExpertBackend: a module, its optimizer, and the journal of the steps that they took.
 
 An `ExpertBackend` is made anywhere and then belongs to a runtime, whose thread alone calls the methods below
 *Computing*. Tensors are flat lists here, in the order of the schemas: positional arguments first, then keyword ones.
@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tesseract_async.errors import describe
 from tesseract_async.runtime import optimizers, randomness, states
-from tesseract_async.runtime.gradients import GatheredGradients, Gradients, are_finite, norm_of
+from tesseract_async.runtime.gradients import GatheredGradients, Gradients, are_finite
 from tesseract_async.runtime.module_runner import ModuleRunner, device_of, leaves_of
 from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.runtime.states import State
@@ -51,29 +51,27 @@ class BackendSettings:
     learns what is usual for this expert, and scales down what is larger (see `runtime.norms`). None: any finite
     gradient is taken."""
     step_every: int = 1
-    """Backward batches whose gradients are summed for one optimizer step."""
+    """Backward batches whose gradients are summed for one optimizer step; more make steps larger and rarer."""
     trim_peers: float = 0.0
     """Share of the peers whose gradients are left out at each end, coordinate by coordinate, where one step gathers
     gradients of several peers: with `step_every` at 4 or more, 0.25 keeps one liar in four from deciding anything. A
     peer then counts once in a step, however many batches it sent. Each backward is then a batch of its own."""
     merge_backward: bool = True
-    """Whether requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
+    """True if requests that arrive together share a step. Optimizers that ignore the gradient's scale, such as Adam,
     then take fewer, not larger, steps under load: the learning rate depends on load. False steps per request."""
     stochastic: bool | None = None
-    """Whether the module draws random numbers, so that requests must not be merged: True always, False never, None
-    wherever it was seen to draw from PyTorch's. Those of Python and NumPy are not repeated in the backward pass."""
+    """True if the module always draws random numbers, so that its requests are not merged; False if it never does; None
+    if it is to be watched for drawing PyTorch's. Python's and NumPy's are not repeated in the backward pass."""
     allow_batch_statistics: bool = False
-    """Lets an expert that trains hold BatchNorm, whose outputs depend on whom a row shares its batch with."""
+    """Allows BatchNorm in an expert that trains: its outputs depend on the rows that share the batch."""
     own_options: tuple[str, ...] = ()
-    """Options of the optimizer and its schedule, such as ``("lr",)``, of which the values given here hold after a
-    checkpoint is loaded. The checkpoint's hold for all others."""
+    """Options of the optimizer and its schedule, such as ``("lr",)``, whose values given here hold after a checkpoint
+    is loaded. The checkpoint's hold for all others."""
     max_staleness: int | None = None
-    """A backward whose forward is more steps ago than this is refused."""
+    """Steps since its forward after which a backward is refused; None: it never is."""
     staleness_damping: float = 0.0
     """Gradients count ``(1 + staleness) ** -staleness_damping``; 1 is the rule of Zhang et al., "Staleness-aware
     Async-SGD" (2016)."""
-    journal_length: int = 65536
-    """Backward calls that are remembered, so that none is applied twice."""
     preferred_sizes: tuple[int, ...] = ()
     """Rows at which batches are best cut; with `compile_mode` or `cuda_graphs`, they are padded up to one of them."""
     codecs: CodecPolicy = CodecPolicy()
@@ -147,9 +145,9 @@ class ExpertBackend:
             raise ValueError("an optimizer and its scheduler are both given, or both made by functions")
         self.module = module
         self.host: object | None = None
-        """The server that hosts it now."""
+        """The server that hosts it at present."""
         self.optimizer: torch.optim.Optimizer | None = None
-        """None for a frozen expert, and where it is yet to be made (`prepare`)."""
+        """None for a frozen expert, and before it is made (`prepare`)."""
         self.scheduler: LRScheduler | None = None
         self._make_optimizer: MakesOptimizer | None = None
         self._make_scheduler: MakesScheduler | None = None
@@ -175,10 +173,9 @@ class ExpertBackend:
         self.version = 0
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
-        """The journal: what names each backward that was applied (`server.calls.journal_key`), and the version that it
-        led to."""
+        """The journal: the key of each applied backward (`server.answering.journal_key`), and the version after it."""
         self.num_bare = 0
-        """The first so many of them, from a checkpoint of version 0.1, are call ids, whoever the trainer was."""
+        """The first keys, so many, are bare call ids of any trainer, from a checkpoint of version 0.1."""
         self._bare: set[bytes] = set()
         self.norms = UsualNorms()
         """Of the gradients that it got."""
@@ -206,7 +203,7 @@ class ExpertBackend:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The tensors that the optimizer steps, those that are frozen for now among them. Empty before it is made."""
+        """The tensors of the optimizer, including those that are frozen for now. Empty before it is made."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [one for group in groups for one in group["params"]]
 
@@ -230,7 +227,7 @@ class ExpertBackend:
 
     @property
     def merges_backward(self) -> bool:
-        """Whether backwards may be computed together."""
+        """True if backwards may be computed together."""
         return self.settings.merge_backward and not self.settings.trim_peers
 
     @property
@@ -240,13 +237,13 @@ class ExpertBackend:
 
     @property
     def trains(self) -> bool:
-        """Whether it has an optimizer, or will have one."""
+        """True if it has an optimizer, or will have one."""
         return self.optimizer is not None or self._make_optimizer is not None
 
     # -- Computing: on the runtime's thread only -------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Makes the optimizer, if that is yet to be done. Raises what that raises."""
+        """Make the optimizer, if that is yet to be done. Raises what that raises."""
         if self._make_optimizer is None or self.optimizer is not None:
             return
         optimizer = self._make_optimizer()
@@ -261,7 +258,7 @@ class ExpertBackend:
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def _say(self, sentences: Sequence[str]) -> None:
-        """Logs them, unless they were said last: a follower loads states again and again."""
+        """Log the sentences, unless they were logged last: a follower loads states again and again."""
         if self._said != sentences:
             self._said = sentences
             for sentence in sentences:
@@ -270,7 +267,7 @@ class ExpertBackend:
     def forward(
         self, inputs: Sequence[torch.Tensor], *, training: bool = False, seed: int | None = None
     ) -> list[torch.Tensor]:
-        """The module's outputs for these rows, without gradients.
+        """Return the module's outputs for these rows, without gradients.
 
         With a `seed`, a stochastic module draws from it. Raises what the module raises; SchemaMismatch if its outputs
         do not fit the schema.
@@ -288,7 +285,7 @@ class ExpertBackend:
         training: bool = False,
         seed: int | None = None,
     ) -> tuple[Gradients, Gradients]:
-        """Recomputes the outputs and backpropagates. Returns the gradients of the inputs and of `parameters`.
+        """Recompute the outputs and backpropagate. Returns the gradients of the inputs and of `parameters`.
 
         Changes nothing, but calls `prepare` the first time. Raises what the module raises.
         """
@@ -318,7 +315,7 @@ class ExpertBackend:
         return gradients[: len(leaves)], gradients[len(leaves) :]
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
-        """Takes these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
+        """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
 
         Journals `call_ids`, also for a frozen expert, which takes no steps. Returns the version that they led to.
         Raises what the optimizer raises; the expert's state is then undefined.
@@ -333,13 +330,13 @@ class ExpertBackend:
                     self._take_step(gathered.take() or ())
         for call_id in call_ids:
             self.applied[call_id] = self.version
-        while len(self.applied) > self.settings.journal_length:
+        while len(self.applied) > states.JOURNAL_LENGTH:
             self.applied.popitem(last=False)
             self.num_bare = max(0, self.num_bare - 1)
         return self.version
 
     def is_sound(self) -> bool:
-        """Whether everything that the optimizer steps or remembers is finite."""
+        """Return whether everything that the optimizer steps or remembers is finite."""
         states = () if self.optimizer is None else self.optimizer.state.values()
         remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
         return are_finite(
@@ -348,25 +345,7 @@ class ExpertBackend:
 
     def _take_step(self, gradients: Gradients) -> None:
         assert self.optimizer is not None
-        parameters = self.parameters
-        gradients = [*gradients, *[None] * (len(parameters) - len(gradients))]  # of groups that were added since
-        gradients = [
-            x if x is None or (x.layout is torch.strided and x.stride() == like.stride()) else _laid_out(x, like)
-            for x, like in zip(gradients, parameters, strict=True)
-        ]
-        most = self.settings.clip_gradient_norm
-        if most is not None and (norm := norm_of(gradients)) > most:
-            gradients = [None if x is None else x * (most / norm) for x in gradients]  # not in place: two may be one
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-            if gradient is not None and (hooks := getattr(parameter, "_post_accumulate_grad_hooks", None)):
-                for hook in hooks.values():
-                    hook(parameter)
-        try:
-            self.optimizer.step()
-        finally:
-            for parameter in parameters:  # PyTorch's `zero_grad` does this in four times the time
-                parameter.grad = None
+        optimizers.take_step(self.optimizer, self.parameters, gradients, self.settings.clip_gradient_norm)
         self.version += 1
         if self.scheduler is not None:
             try:
@@ -380,15 +359,15 @@ class ExpertBackend:
                     )
 
     def to(self, device: torch.device) -> None:
-        """Moves the module and the optimizer's state."""
+        """Move the module and the optimizer's state."""
         self.module.to(device)
         if self.optimizer is not None:
-            # load_state_dict puts every state tensor beside its parameter
+            # load_state_dict puts every state tensor on its parameter's device
             self.optimizer.load_state_dict(self.optimizer.state_dict())
         self._runner.forget_graphs()
 
     def state(self) -> State:
-        """Copies of everything that a checkpoint holds: nested dicts and lists of CPU tensors and plain values."""
+        """Return copies of everything that a checkpoint holds."""
         ids = b"".join(self.applied)
         kinds = optimizers.kinds_of(self.module, self.optimizer, self.scheduler)
         of_optimizer = None if self.optimizer is None else self.optimizer.state_dict()
@@ -400,9 +379,7 @@ class ExpertBackend:
             "kinds": kinds,
             "version": self.version,
             "applied": {
-                "ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8)
-                if ids
-                else torch.empty(0, dtype=torch.uint8),
+                "ids": torch.tensor(list(ids), dtype=torch.uint8),
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
                 "num_bare": self.num_bare,
             },
@@ -411,15 +388,15 @@ class ExpertBackend:
             "gradient_norms": self.norms.values(),
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit.
+    def load_state(self, state: State) -> None:
+        """Continue from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit.
 
-        What of the optimizer's class and options holds is logged where they differ (`BackendSettings.own_options`).
+        Where the optimizer's class or options differ, the log says which hold (`BackendSettings.own_options`).
         """
         states.check_fits(self.module, state["module"])
         self.module.load_state_dict(state["module"])
         if state["optimizer"] is not None:
-            self.prepare()  # at once: what does not fit is its owner's business, not its callers'
+            self.prepare()  # at once: its owner must hear of what does not fit, not its callers
             if self.optimizer is not None:
                 own = self.settings.own_options
                 self._say(optimizers.restore(self.module, self.optimizer, self.scheduler, state, own))
@@ -441,18 +418,11 @@ class ExpertBackend:
         self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
 
     def led_to(self, key: bytes, call_id: bytes) -> int | None:
-        """The version that a backward led to that was applied before; None if it was not."""
+        """Return the version after a backward that was applied before; None if it was not."""
         version = self.applied.get(key)
         if version is None and call_id in self._bare:
             version = self.applied.get(call_id)
         return version
-
-
-def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor | None:
-    # kernels read an expanded one as if it were laid out like the parameter; a sparse one is the optimizer's business
-    if gradient is None or gradient.layout is not torch.strided:
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _backpropagate(

@@ -12,6 +12,9 @@ from torch.nn.parameter import is_lazy
 State = dict[str, Any]
 """Of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
 
+JOURNAL_LENGTH: Final = 65536
+"""Backward calls that an expert remembers, so that none is applied twice: those of the last minutes under any load."""
+
 SAFETENSORS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,

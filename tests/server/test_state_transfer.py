@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,9 +60,13 @@ class FakeNode:
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.snapshot, self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
+        self.source = StateSource(self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
 
-    async def snapshot(self, uid: str) -> dict[str, Any]:
+    @property
+    def hosted(self) -> Any:
+        return SimpleNamespace(uid="ffn.0", backend=self.backend, snapshot=self.snapshot)
+
+    async def snapshot(self) -> dict[str, Any]:
         self.num_snapshots += 1
         return self.backend.state()
 
@@ -84,7 +89,7 @@ class FakeNode:
             deadline=0.0,
             priority=0,
         )
-        return self.after(await self.source.answer(request.uid, self.backend, call))
+        return self.after(await self.source.answer(self.hosted, call))
 
     async def fetch(self, **changes: Any) -> dict[str, Any] | None:
         return await fetch_state(self, NOBODY, "ffn.0", **changes)  # type: ignore[arg-type]
@@ -105,7 +110,7 @@ async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Pat
         request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
         body = messages.encode(request)
         call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), 0.0, 0)
-        reply = await node.source.answer("ffn.0", node.backend, call)
+        reply = await node.source.answer(node.hosted, call)
         assert (bytes(reply.buffers[0]) == b"file") is not weights_only
 
 
@@ -303,7 +308,7 @@ async def test_between_two_nodes() -> None:
     async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
 
         async def answer(call: IncomingCall) -> Message:
-            return await fake.source.answer("ffn.0", fake.backend, call)
+            return await fake.source.answer(fake.hosted, call)
 
         host.host_expert("ffn.0", {messages.STATE: answer})
         state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)
