@@ -128,7 +128,7 @@ class LeadReply(NamedTuple):
 
 
 class TenureRequest(NamedTuple):
-    """One server of an expert asks another about its primary (`experts.tenure_words.Question`), or gives it the expert."""
+    """One server of an expert asks another about its primary (`experts.tenure_words.Question`), or hands it over."""
 
     uid: str
     kind: str
