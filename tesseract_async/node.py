@@ -38,7 +38,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -54,11 +54,11 @@ EXPERT_METHODS: dict[str, Action] = {
     FORWARD: "call",
     BACKWARD: "train",
     STATE: "call",
-    LEAD: "store",
-    TENURE: "store",
+    TAKE_OVER: "host",
+    TENURE: "host",
 }
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host"}
 
 
 class TesseractNode(Uncopied):
