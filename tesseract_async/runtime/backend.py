@@ -173,7 +173,7 @@ class ExpertBackend:
         self.version = 0
         """Optimizer steps taken."""
         self.applied: OrderedDict[bytes, int] = OrderedDict()
-        """The journal: the key of each applied backward (`server.calls.journal_key`), and the version after it."""
+        """The journal: the key of each applied backward (`server.answering.journal_key`), and the version after it."""
         self.num_bare = 0
         """The first keys, so many, are bare call ids of any trainer, from a checkpoint of version 0.1."""
         self._bare: set[bytes] = set()

@@ -83,9 +83,9 @@ class MemoryPlan:
     queue: int
     """For `RuntimeSettings.max_queue_bytes`."""
     inputs: int
-    """For `CallSettings.max_inputs_bytes`."""
+    """For `ServerSettings.max_inputs_bytes`."""
     answers: int
-    """For `CallSettings.max_answers_bytes`."""
+    """For `ServerSettings.max_answers_bytes`."""
     received: int
     """For messages that are half received or being answered: `EndpointSettings.max_receive_bytes`."""
     replies: int

@@ -32,7 +32,6 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
-    from tesseract_async.runtime.backend import ExpertBackend
     from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
@@ -171,12 +170,12 @@ class Tenures:
 
     # -- questions of others -------------------------------------------------------------------------------------------
 
-    async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
         request = messages.decode(messages.TenureRequest, call.body)
-        expert = self._experts.get(uid)
+        expert = self._experts.get(hosted.uid)
         if expert is None:
-            raise NotAllowed(f"{uid} is of no run here")
+            raise NotAllowed(f"{hosted.uid} is of no run here")
         if request.kind in ("take", "lead"):
             agrees, proof = await self._take_over(expert, call.peer_id, request)
             return Message(messages.encode(messages.TenureReply(agrees, [0, 0], [b"", proof])))

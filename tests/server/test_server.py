@@ -9,7 +9,6 @@ import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,12 +31,10 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import calls as server_calls
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
-from tesseract_async.server.calls import CallSettings
-from tesseract_async.server.hosted import Succession
-from tesseract_async.server.memory import Memory
+from tesseract_async.server.hosted import HostedState, Succession
+from tesseract_async.server.memory import KEEP_SECONDS, CallerMemory, alone
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import frames, messages
@@ -217,7 +214,7 @@ async def test_a_repeated_backward_is_applied_once(node: ServingNode, server: Te
     torch.testing.assert_close(second, first)
     together = await asyncio.gather(*(node.backward("ffn.0", [x], [gradient], call_id=b"t" * 16) for _ in range(5)))
     assert {version for _, version in together} == {2} and server.experts["ffn.0"].version == 2
-    server._calls._answers = Memory(0, len)
+    server.free_memory()
     again, version = await node.backward("ffn.0", [x], [gradient], call_id=call_id)
     assert again[0].shape == (3, 8) and version == 1, "computed again, without a step"
     assert server.experts["ffn.0"].version == 2
@@ -225,16 +222,16 @@ async def test_a_repeated_backward_is_applied_once(node: ServingNode, server: Te
 
 
 async def test_small_tensors_are_not_remembered_without_end(node: ServingNode) -> None:
-    settings = ServerSettings(calls=CallSettings(max_answers_bytes=20_000, max_inputs_bytes=20_000), drain_timeout=0.0)
+    settings = ServerSettings(max_answers_bytes=20_000, max_inputs_bytes=20_000, drain_timeout=0.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         for _ in range(100):
             await node.forward("ffn.0", torch.zeros(0, 8), keep_inputs=True)
             await node.backward("ffn.0", [torch.zeros(1, 8)], [torch.zeros(1, 4)], call_id=os.urandom(16))
-        assert 0 < len(server._calls._answers) < 20 and 0 < len(server._calls._inputs) < 20
+        assert 20_000 < server.free_memory() <= 40_000, "of both kinds, by what they take with their objects"
 
 
-async def test_what_is_kept_holds_no_more_than_it_counts(node: ServingNode, server: TesseractServer) -> None:
-    arena = frames.Arena()
+async def test_what_is_kept_holds_no_more_than_it_counts() -> None:
+    arena, memory = frames.Arena(), CallerMemory(max_inputs_bytes=1 << 28, max_answers_bytes=1 << 26)
     tracemalloc.start()
     try:
         for _ in range(300):  # small inputs whose block is filled with what is of no use any more
@@ -242,30 +239,30 @@ async def test_what_is_kept_holds_no_more_than_it_counts(node: ServingNode, serv
             [arena.allocate((8000,), 8000) for _ in range(7)]
             part[:] = bytes(64)
             inputs = torch.from_numpy(np.frombuffer(part, np.float32).reshape(2, 8))
-            call = SimpleNamespace(peer_id=PEER, origin="")
-            assert server._calls._keep("ffn.0", [inputs], call) is not None  # type: ignore[arg-type]
+            assert memory.keep_inputs(os.urandom(16), [inputs], PEER)
         del part, inputs
         arena.release()
         assert tracemalloc.get_traced_memory()[0] < 2**20
     finally:
         tracemalloc.stop()
+        memory.close()
     batch = torch.zeros(4096, 64)
-    mine = server_calls._alone(batch[:1])
+    mine = alone(batch[:1])
     assert mine.untyped_storage().nbytes() == 256
     large = torch.zeros(4096, 64)
-    assert server_calls._alone(large) is large, "what stands alone already is not copied"
+    assert alone(large) is large, "what stands alone already is not copied"
 
 
 async def test_what_is_kept_ends(node: ServingNode) -> None:
-    settings = ServerSettings(calls=CallSettings(keep_seconds=0.01), drain_timeout=0.0)
+    settings = ServerSettings(drain_timeout=0.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         x = torch.zeros(1, 8)
         await node.forward("ffn.0", x, keep_inputs=True)
         await node.backward("ffn.0", [x], [torch.zeros(1, 4)], call_id=os.urandom(16))
-        async with asyncio.timeout(30):
-            while server._calls._inputs or server._calls._answers:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-        assert server._calls._sweep is None, "nothing is looked after any more"
+        let_pass(KEEP_SECONDS + 1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert server.free_memory() == 0, "both have ended by themselves"
 
 
 async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: ServingNode, server: TesseractServer) -> None:
@@ -589,10 +586,14 @@ async def test_draining_refuses_forwards_and_waits_for_backwards(node: ServingNo
 
 
 async def test_draining_does_not_wait_for_what_never_comes(node: ServingNode) -> None:
-    settings = ServerSettings(calls=CallSettings(backward_timeout=0.05))
+    settings = ServerSettings(drain_timeout=1000.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
-        assert await server.drain(timeout=10), "its backward is no longer expected"
+        draining = asyncio.create_task(server.drain(timeout=1000.0))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        let_pass(expected.EXPECT_SECONDS)
+        assert await draining, "its backward is no longer expected"
     async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
         assert not await server.drain(timeout=0.05)
@@ -607,7 +608,7 @@ async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
 
     monkeypatch.setattr(FakePublisher, "withdraw", hang)
     monkeypatch.setattr(FakePublisher, "aclose", hang)
-    monkeypatch.setattr(server_module, "_FAREWELL_TIMEOUT", 0.05)
+    monkeypatch.setattr(server_module, "FAREWELL_TIMEOUT", 0.05)
     settings = ServerSettings(drain_timeout=30.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         name = await keep_inputs(node)
@@ -696,8 +697,8 @@ def make_other() -> ExpertBackend:
 
 
 async def test_further_methods_can_be_answered(node: ServingNode, server: TesseractServer) -> None:
-    async def handler(uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        return Message([uid, backend.version])
+    async def handler(hosted: HostedState, call: IncomingCall) -> Message:
+        return Message([hosted.uid, hosted.backend.version])
 
     server.handle("expert.age", handler)
     assert (await node.call("ffn.0", "expert.age", {"uid": "ffn.0"})).body == ["ffn.0", 0]

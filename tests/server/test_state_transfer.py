@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,10 +62,14 @@ class StateNode(ServingNode):
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.snapshot, self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
+        self.source = StateSource(self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
         self.host_expert("ffn.0", {messages.STATE: self.answer})
 
-    async def snapshot(self, uid: str) -> dict[str, Any]:
+    @property
+    def hosted(self) -> Any:
+        return SimpleNamespace(uid="ffn.0", backend=self.backend, snapshot=self.snapshot)
+
+    async def snapshot(self) -> dict[str, Any]:
         self.num_snapshots += 1
         return self.backend.state()
 
@@ -76,7 +81,7 @@ class StateNode(ServingNode):
         request = messages.decode(messages.StateRequest, call.body)
         self.requests.append(request)
         self.before(request)
-        return self.after(await self.source.answer(request.uid, self.backend, call))
+        return self.after(await self.source.answer(self.hosted, call))
 
     async def fetch(self, **changes: Any) -> dict[str, Any] | None:
         return await fetch_state(self, NOBODY, "ffn.0", **changes)  # type: ignore[arg-type]
@@ -97,7 +102,7 @@ async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Pat
         request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
         body = messages.encode(request)
         call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), 0.0, 0)
-        reply = await node.source.answer("ffn.0", node.backend, call)
+        reply = await node.source.answer(node.hosted, call)
         assert (bytes(reply.buffers[0]) == b"file") is not weights_only
 
 
@@ -295,7 +300,7 @@ async def test_between_two_nodes() -> None:
     async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
 
         async def answer(call: IncomingCall) -> Message:
-            return await fake.source.answer("ffn.0", fake.backend, call)
+            return await fake.source.answer(fake.hosted, call)
 
         host.host_expert("ffn.0", {messages.STATE: answer})
         state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)

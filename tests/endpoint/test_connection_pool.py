@@ -6,7 +6,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-from tesseract_async.endpoint.pool import Pool
+from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import PeerAddress
 
@@ -14,8 +14,8 @@ ALICE, BOB = PeerID(b"a" * 32), PeerID(b"b" * 32)
 AT_ALICE = PeerAddress(ALICE, ("10.0.0.1:1",))
 
 
-def pool() -> Pool:
-    return Pool(backoff_base=0.1, backoff_max=5.0, rng=random.Random(1))
+def pool() -> ConnectionPool:
+    return ConnectionPool(backoff_base=0.1, backoff_max=5.0, rng=random.Random(1))
 
 
 def connection(peer_id: PeerID = ALICE, dialled: PeerAddress | None = None, session: bytes = b"s") -> Any:
@@ -75,6 +75,6 @@ def test_waits_double_with_jitter_up_to_a_bound_and_end_with_success() -> None:
         assert full / 2 <= wait <= full
     state.dial_succeeded(AT_ALICE)
     assert state.retry_at(AT_ALICE) == 0.0
-    for number in range(Pool.MAX_BACKOFFS + 10):
+    for number in range(ConnectionPool.MAX_BACKOFFS + 10):
         state.dial_failed(PeerAddress(None, (f"h:{number}",)), 0.0)
-    assert len(state._backoffs) == Pool.MAX_BACKOFFS
+    assert len(state._backoffs) == ConnectionPool.MAX_BACKOFFS

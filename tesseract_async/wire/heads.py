@@ -30,6 +30,12 @@ MAX_SENTENCE_LENGTH: Final = 2000
 MAX_GRANTS: Final = 4
 """That a hello shows."""
 MAX_GRANT_BYTES: Final = 480
+MAX_FEATURES: Final = 64
+MAX_FEATURE_LENGTH: Final = 32
+REPLY_PARTS: Final = "reply_parts"
+"""The feature of nodes that take replies in parts."""
+FEATURES: Final = frozenset({REPLY_PARTS})
+"""That this version speaks."""
 MAX_TIMEOUT: Final = 7 * 24 * 3600.0
 """Seconds that a call may take at most: what the header can carry is bounded so that a deadline is always a time."""
 
@@ -152,6 +158,8 @@ class Hello:
     """Bytes of the largest message that it may send."""
     grants: tuple[bytes, ...] = ()
     """What the speaker may do in runs, by their owners' word: signed records, at most `MAX_GRANTS`."""
+    features: frozenset[str] = frozenset()
+    """What the speaker understands beyond the first version: what is not named here must not be sent to it."""
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -166,6 +174,8 @@ def encode_hello(hello: Hello) -> bytes:
     }
     if hello.grants:
         values["grants"] = hello.grants
+    if hello.features:
+        values["features"] = sorted(hello.features)
     return _HELLO.pack(_MAGIC, frames.VERSION) + frames.pack(values)
 
 
@@ -194,4 +204,11 @@ def decode_hello(payload: memoryview) -> Hello:
         raise ProtocolError("malformed hello")
     if any(type(grant) is not bytes or len(grant) > MAX_GRANT_BYTES for grant in grants):
         raise ProtocolError("malformed hello")
-    return Hello(session, bulk, peer_id, limits[0], limits[1], limits[2], tuple(grants))
+    features = values.get("features", [])
+    if type(features) is not list or len(features) > MAX_FEATURES:
+        raise ProtocolError("malformed hello")
+    if any(type(name) is not str or not 0 < len(name) <= MAX_FEATURE_LENGTH for name in features):
+        raise ProtocolError("malformed hello")
+    return Hello(
+        session, bulk, peer_id, limits[0], limits[1], limits[2], tuple(grants), FEATURES.intersection(features)
+    )

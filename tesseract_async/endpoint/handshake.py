@@ -10,11 +10,11 @@ from tesseract_async.identity import PeerID
 from tesseract_async.transport.base import Pipe
 from tesseract_async.transport.channel import Channel
 from tesseract_async.transport.tls import TlsMachine
-from tesseract_async.wire import calls, frames
-from tesseract_async.wire.calls import Hello
+from tesseract_async.wire import frames, heads
+from tesseract_async.wire.heads import Hello
 
 
-class Greeting:
+class Handshake:
     """Brings a pipe to the point where frames of calls may follow, or to a typed failure, within `timeout` seconds.
 
     The dialler (`own` is given) speaks first and counts the channel open after the acceptor's answer. The acceptor
@@ -90,7 +90,7 @@ class Greeting:
         if kind != frames.HELLO:
             raise HandshakeFailed("hello", "the peer did not begin with a hello")
         try:
-            hello = calls.decode_hello(payload)
+            hello = heads.decode_hello(payload)
         except ProtocolError:
             if self._own is None:  # tell what we speak before closing, so that the dialler learns why
                 self._refuse()
@@ -113,7 +113,7 @@ class Greeting:
         raise AssertionError("no chunk was started")
 
     def _send(self, hello: Hello) -> None:
-        self._channel.write([frames.frame(frames.HELLO, payload=calls.encode_hello(hello))])
+        self._channel.write([frames.frame(frames.HELLO, payload=heads.encode_hello(hello))])
 
     def _refuse(self) -> None:
         nobody = Hello(bytes(16), False, bytes(32), 1, 1, 1)

@@ -18,7 +18,7 @@ class Backoff:
     retry_at: float = 0.0
 
 
-class Pool:
+class ConnectionPool:
     """Open connections by peer, and the back-off of peers that could not be dialled.
 
     Back-off counts for a peer where it was said to be: one that came back elsewhere is dialled at once.

@@ -18,8 +18,8 @@ from tesseract_async.errors import (
     UnsupportedVersion,
     describe,
 )
-from tesseract_async.wire import calls, frames
-from tesseract_async.wire.calls import Hello, RequestHead
+from tesseract_async.wire import frames, heads
+from tesseract_async.wire.heads import Hello, RequestHead
 
 anything = st.recursive(
     st.none()
@@ -35,34 +35,34 @@ anything = st.recursive(
 
 def test_a_request_head_comes_back() -> None:
     head = RequestHead("expert.forward", 1.5, -3, 100, 200, {"uid": "ffn.3.7"})
-    back = calls.decode_request(frames.unpack(calls.encode_request(head)))
+    back = heads.decode_request(frames.unpack(heads.encode_request(head)))
     assert back._replace(time_left=1.5) == head
     assert 1.5 <= back.time_left <= 1.502  # rounded up, so that it never becomes zero on the way
 
 
 def test_results_and_errors_come_back() -> None:
-    assert calls.decode_reply(frames.unpack(calls.encode_result([1, None]))) == ([1, None], None)
+    assert heads.decode_reply(frames.unpack(heads.encode_result([1, None]))) == ([1, None], None)
     led = NotPrimary("follows", primary=bytes(32), retry_after=1.0)
     for error in (ExpertNotFound("no ffn.3.7"), Overloaded("full", retry_after=2.5), RemoteError("oh", a=1), led):
-        _, back = calls.decode_reply(frames.unpack(calls.encode_error(error)))
+        _, back = heads.decode_reply(frames.unpack(heads.encode_error(error)))
         assert type(back) is type(error) and str(back) == str(error) and back.details == error.details
 
 
 def test_unknown_errors_and_odd_details_are_tamed() -> None:
-    _, error = calls.decode_reply([1, "from the future", "sentence", {}])
+    _, error = heads.decode_reply([1, "from the future", "sentence", {}])
     assert type(error) is RemoteError and str(error) == "sentence"
     for after in ("soon", -1, float("nan"), 1e9, True):
-        _, error = calls.decode_reply([1, "overloaded", "full", {"retry_after": after}])
+        _, error = heads.decode_reply([1, "overloaded", "full", {"retry_after": after}])
         assert isinstance(error, Overloaded) and error.retry_after == 0.0
     long = RemoteError("x" * 10_000, data=bytes(100_000))
-    _, error = calls.decode_reply(frames.unpack(calls.encode_error(long)))
+    _, error = heads.decode_reply(frames.unpack(heads.encode_error(long)))
     assert error is not None and len(str(error)) == 2000 and error.details == {}
-    assert calls.encode_error(RemoteError("x", data=object()))
+    assert heads.encode_error(RemoteError("x", data=object()))
 
 
 @given(anything)
 def test_decoding_raises_only_protocol_errors(value: Any) -> None:
-    for decode in (calls.decode_request, calls.decode_reply):
+    for decode in (heads.decode_request, heads.decode_reply):
         for shaped in (
             value,
             [0, value],
@@ -80,29 +80,29 @@ def test_decoding_raises_only_protocol_errors(value: Any) -> None:
 def test_hellos_raise_only_protocol_errors(data: bytes) -> None:
     for payload in (data, b"TSRA\x00\x01" + data):
         try:
-            calls.decode_hello(memoryview(payload))
+            heads.decode_hello(memoryview(payload))
         except ProtocolError:
             pass
 
 
 def test_hellos_tell_who_and_which_version() -> None:
     hello = Hello(bytes(16), True, bytes(range(32)), 10, 20, 30)
-    payload = calls.encode_hello(hello)
-    assert calls.decode_hello(memoryview(payload)) == hello
+    payload = heads.encode_hello(hello)
+    assert heads.decode_hello(memoryview(payload)) == hello
     with pytest.raises(UnsupportedVersion, match="wire version 9") as caught:
-        calls.decode_hello(memoryview(b"TSRA\x00\x09" + payload[6:]))
+        heads.decode_hello(memoryview(b"TSRA\x00\x09" + payload[6:]))
     assert caught.value.theirs == 9 and caught.value.ours == frames.VERSION
     with pytest.raises(ProtocolError, match="does not speak"):
-        calls.decode_hello(memoryview(b"HTTP/1.1 400 Bad Request"))
+        heads.decode_hello(memoryview(b"HTTP/1.1 400 Bad Request"))
 
 
 def test_hellos_show_few_short_grants() -> None:
     hello = Hello(bytes(16), False, bytes(32), 10, 20, 30, (b"one", b"two"))
-    assert calls.decode_hello(memoryview(calls.encode_hello(hello))) == hello
+    assert heads.decode_hello(memoryview(heads.encode_hello(hello))) == hello
     wrong: list[Any] = [(b"x",) * 5, (bytes(481),), ("text",), (None,)]
     for grants in wrong:
         with pytest.raises(ProtocolError, match="malformed hello"):
-            calls.decode_hello(memoryview(calls.encode_hello(dataclasses.replace(hello, grants=grants))))
+            heads.decode_hello(memoryview(heads.encode_hello(dataclasses.replace(hello, grants=grants))))
 
 
 class Unreadable(RemoteError):
@@ -122,7 +122,7 @@ def test_every_error_becomes_an_answer() -> None:
         RemoteError(odd),
         Unreadable("x"),
     ):
-        _, back = calls.decode_reply(frames.unpack(calls.encode_error(error)))
+        _, back = heads.decode_reply(frames.unpack(heads.encode_error(error)))
         assert type(back) is RemoteError and str(back)
 
 
