@@ -105,6 +105,13 @@ def _peer_file(text: str) -> frozenset[PeerID]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _text_or_file(text: str) -> str:
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError):  # too long for a name, for one
+        return text
+
+
 def _pattern(text: str) -> ExpertPattern:
     from tesseract_async.experts.pattern import ExpertPattern
 
@@ -152,6 +159,8 @@ PEERS: Final = Parsed("peers", _peers)
 """A set of peer ids, written with commas between them."""
 PEER_FILE: Final = Parsed("file", _peer_file)
 """The set of peer ids that a file lists, one a line; ``#`` begins a comment."""
+TEXT_OR_FILE: Final = Parsed("text", _text_or_file)
+"""Text, or the name of a file that holds it."""
 PATTERN: Final = Parsed("pattern", _pattern)
 HOURS: Final = Parsed("hours", _hours)
 GRID: Final = Parsed("grid", _grid)
