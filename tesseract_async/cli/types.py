@@ -86,6 +86,21 @@ def parse_peer(text: str) -> PeerID:
     return PeerID.parse(text.strip())
 
 
+def _address(text: str) -> str:
+    from tesseract_async.transport.base import split_host_port
+
+    split_host_port(text)
+    return text
+
+
+def _turn_server(text: str) -> tuple[str, str, str]:
+    user, at, server = text.rpartition("@")
+    name, colon, password = user.partition(":")
+    if not (at and colon and name):
+        raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
+    return _address(server), name, password
+
+
 def _peers(text: str) -> frozenset[PeerID]:
     return frozenset(map(parse_peer, text.split(",")))
 
@@ -154,6 +169,9 @@ SHARE: Final = Parsed("share", partial(_amount, units=_SHARES, what="a share, su
 SECONDS: Final = seconds()
 PERIOD: Final = seconds(least=0.001)
 """Seconds between two of something."""
+ADDRESS: Final = Parsed("address", _address)
+TURN_SERVER: Final = Parsed("TURN server", _turn_server)
+"""Address, user name and password."""
 PEER: Final = Parsed("peer", parse_peer)
 PEERS: Final = Parsed("peers", _peers)
 """A set of peer ids, written with commas between them."""
