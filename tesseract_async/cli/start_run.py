@@ -144,7 +144,7 @@ async def create(
     if ":" in expert_class:
         find_code_here()
 
-    from tesseract_async.experts.founding import adopt_servers, with_delegates
+    from tesseract_async.experts.ownership import adopt_servers, with_delegates
     from tesseract_async.experts.run import RunManifest, sign_run
     from tesseract_async.experts.run_directory import publish_run
     from tesseract_async.server.run_experts import complete
