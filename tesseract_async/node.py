@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.call_table import CallHandler, CallTable
+from tesseract_async.endpoint.connection import in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
@@ -169,6 +170,8 @@ class TesseractNode(Uncopied):
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
+        self.client_state: object = None
+        """What the client modules of this node keep in it (`client.experience`)."""
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -279,8 +282,6 @@ class TesseractNode(Uncopied):
             settings=EndpointSettings(
                 security=self._security,
                 max_receive_bytes=self._max_receive_bytes,
-                max_reply_bytes=self._max_receive_bytes // 2,
-                max_call_bytes=self._max_receive_bytes // 4,
             ),
             policy=self.policy,
             metrics=self.metrics,
@@ -486,7 +487,7 @@ class TesseractNode(Uncopied):
         )
         async with asyncio.timeout(timeout):
             try:
-                reply = await self._table.find(call)(call)
+                reply = await in_one(self._table.find(call)(call), method)
             except (RemoteError, TimeoutError, asyncio.CancelledError):
                 raise
             except Exception as error:  # what a handler may raise is not ours to know: it arrives as it would by wire

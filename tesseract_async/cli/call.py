@@ -28,7 +28,7 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
     with spinner("loading PyTorch"), importing():
         import torch
 
-        from tesseract_async.client.expert_calls import fetch_schema
+        from tesseract_async.client.expert_rpc import fetch_schema
         from tesseract_async.experts import split_uid
         from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 

@@ -32,7 +32,6 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
@@ -273,7 +272,8 @@ class Hosting:
         return dataclasses.replace(
             settings,
             runtime=dataclasses.replace(runtime, max_queue_bytes=self._memory.queue // len(self.serving.devices)),
-            calls=CallSettings(max_inputs_bytes=self._memory.inputs, max_answers_bytes=self._memory.answers),
+            max_inputs_bytes=self._memory.inputs,
+            max_answers_bytes=self._memory.answers,
         )
 
     def _replica_settings(self) -> ReplicaSettings:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from tesseract_async.admission import Action
-from tesseract_async.endpoint.connection import IncomingCall, Message
+from tesseract_async.endpoint.connection import Answer, IncomingCall
 from tesseract_async.errors import ExpertNotFound, UnknownMethod
 
-CallHandler = Callable[[IncomingCall], Awaitable[Message]]
+CallHandler = Callable[[IncomingCall], Answer]
 
 
 class CallTable:

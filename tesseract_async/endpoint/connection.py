@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
+from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
     CallFailed,
     CallReceived,
+    PartReceived,
+    PartWanted,
     PeerClosed,
     ReplyReceived,
 )
-from tesseract_async.endpoint.lanes import BULK, MAIN, Pace
+from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
@@ -26,8 +29,8 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.channel import Channel
-from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import FrameReader
+from tesseract_async.wire.heads import Hello, RequestHead
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,11 @@ class Message(NamedTuple):  # two are made for every call: a frozen dataclass ta
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
 
 
+class _Part(NamedTuple):
+    message: Message
+    more: bool
+
+
 @dataclass(slots=True)
 class IncomingCall:
     """A call that a peer made here."""
@@ -64,11 +72,28 @@ class IncomingCall:
     """On this loop's clock: when the caller stops waiting."""
     priority: int
     origin: str = ""
-    """The remote host as this end sees it, without the port; empty where it is none (a call to the own node)."""
+    """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
+    in_parts: bool = False
+    """Whether the caller takes a reply in parts: the handler may be an async generator then."""
+
+
+Answer = Awaitable[Message] | AsyncGenerator[Message, None]
+"""What a handler returns: a message to come, or one that comes in parts."""
+
+
+def in_one(answer: Answer, method: str) -> Awaitable[Message]:
+    """The answer to a caller that takes no parts. Raises: RemoteError for one in parts."""
+    if isinstance(answer, AsyncGenerator):
+        raise RemoteError(f"{method} replies in parts, which its caller does not take")
+    return answer
 
 
 class Connection:
-    """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once."""
+    """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once.
+
+    `answer` finds and calls the handler of a received call. `group`: the address range that the peer counts in, for the
+    node's `budgets`.
+    """
 
     def __init__(
         self,
@@ -78,18 +103,15 @@ class Connection:
         dialled: PeerAddress | None,
         path: str,
         origin: str,
-        answer: Callable[[IncomingCall], Awaitable[Message]],
+        answer: Callable[[IncomingCall], Answer],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
-        budget: Budget,
+        budgets: NodeBudgets,
+        group: Hashable,
         settings: ProtocolSettings,
         metrics: Metrics,
         meter: Meter,
         refusal: Callable[[], RemoteError | None],
-        pace: Pace,
-        reply_budget: Budget,
-        small_budget: FairCount,
-        owner: Owner,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -110,28 +132,26 @@ class Connection:
         self._on_closed = on_closed
         self._metrics = metrics
         self._settings = settings
+        self._budgets = budgets
+        self._owner = Owner(group, peer_id, self)
         self._protocol = ConnectionProtocol(
             f"{peer_id.short} ({path})",
             hello,
             dialled=dialled is not None,
-            budget=budget,
+            budgets=budgets,
+            owner=self._owner,
             settings=settings,
             now=loop.time(),
-            wake=self._wake,
             meter=meter,
             refusal=refusal,
-            pace=pace,
-            reply_budget=reply_budget,
-            small_budget=small_budget,
-            owner=owner,
         )
-        self._reply_budget = reply_budget
-        self._owner = owner
         self._unsent: Reservation | None = None  # what small frames count that a peer does not read
         self._drained = [0, 0]  # bytes that had left each channel when it last moved ...
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
+        self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
+        self._may_send_part: dict[int, asyncio.Event] = {}  # of replies that go out in parts
         self._handlers: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = 0  # handlers since the last flush
@@ -197,6 +217,27 @@ class Connection:
 
     # ---- own calls
 
+    def _start_call(
+        self,
+        head: RequestHead,
+        buffers: tuple[memoryview, ...],
+        *,
+        deadline: float,
+        reserve_reply: bool,
+        in_parts: bool = False,
+    ) -> int:
+        if self._lost_reason is not None:
+            raise ConnectionLost(self._protocol.peer, self._lost_reason)
+        now = self._loop.time()
+        stream = self._protocol.start_call(
+            head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now, in_parts=in_parts
+        )
+        self.last_used = now
+        self._schedule_flush()
+        if self._timer is None or deadline < self._timer_at:
+            self._arm_timer()
+        return stream
+
     async def call(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
     ) -> Message:
@@ -204,27 +245,45 @@ class Connection:
 
         Raises: RemoteError, ConnectionLost, ProtocolError, TimeoutError; TypeError and ValueError for a bad body.
         """
-        if self._lost_reason is not None:
-            raise ConnectionLost(self._protocol.peer, self._lost_reason)
-        now = self._loop.time()
-        stream = self._protocol.start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now)
+        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply)
         future: asyncio.Future[Message] = self._loop.create_future()
         self._futures[stream] = future
-        self.last_used = now
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
-        if self._timer is None or deadline < self._timer_at:
-            self._arm_timer()
         try:
             return await future
         except BaseException:  # cancelled or failed: the other end is told
-            self._protocol.cancel_call(stream)
-            self._wake()
-            await self._loan_ended()
+            await self._cancel_call(stream)
             raise
         finally:
             self._futures.pop(stream, None)
+
+    async def call_parts(
+        self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
+    ) -> AsyncGenerator[Message, None]:
+        """As `call`, for a reply that may come in parts: yields each as it comes. Closing it cancels the call."""
+        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
+        parts = self._parts[stream] = asyncio.Queue()
+        is_first = more = True
+        try:
+            while more:
+                part = await parts.get()
+                if isinstance(part, Exception):
+                    raise part
+                message, more = part
+                if more:
+                    self._protocol.outgoing.part_taken(stream)
+                    self._schedule_flush()
+                if more or is_first or message != Message():  # the end may be an empty one, where others came before
+                    yield message
+                is_first = False
+        finally:
+            del self._parts[stream]
+            if more:
+                await self._cancel_call(stream)
+
+    async def _cancel_call(self, stream: int) -> None:
+        self._protocol.cancel_call(stream)
+        self._wake()
+        await self._loan_ended()
 
     async def _loan_ended(self) -> None:
         """Waits, also while being cancelled, until no memory is on loan to a transport."""
@@ -246,16 +305,28 @@ class Connection:
 
     def _received(self, count: int) -> None:
         """After a lane's reader took `count` bytes."""
+        if self._budgets.changed:
+            self._budgets.deliver()
         if self._protocol.has_events:
             self._handle_events()
         if not self._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
             self._schedule_flush()
 
     def _wake(self) -> None:
+        if self._budgets.changed:
+            self._budgets.deliver()
         if self._protocol.has_events:
             self._handle_events()
         self._schedule_flush()
         self._arm_timer()
+
+    def room_changed(self, room: Reservation) -> None:
+        """See `RoomHolder`."""
+        if room is self._unsent:
+            self._drop_unread()
+        elif self._lost_reason is None:
+            self._protocol.room_changed(room, self._loop.time())
+            self._wake()
 
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
@@ -279,6 +350,8 @@ class Connection:
                     channel.write(pieces)
         except ProtocolError as error:
             self.abort(describe(error))
+        if self._budgets.changed:
+            self._budgets.deliver()
         if protocol.has_events:
             self._handle_events()
         self._started = 0
@@ -286,6 +359,9 @@ class Connection:
             self._start_handler(self._held.pop(next(iter(self._held))))
         if self._held and protocol.backlog <= self._settings.max_backlog:
             self._schedule_flush()
+        if self._may_send_part and protocol.backlog <= self._settings.max_backlog:
+            for event in self._may_send_part.values():
+                event.set()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
             self._count_unsent(protocol.unsent_bytes)
 
@@ -295,7 +371,7 @@ class Connection:
             self._unsent.release()
             self._unsent = None
         if num_bytes > UNCOUNTED_UNSENT:
-            self._unsent = self._reply_budget.keep(self._owner, num_bytes, self._drop_unread)
+            self._unsent = self._budgets.replies.keep(self._owner, num_bytes)
             if self._unsent is None or num_bytes > self._settings.max_unsent:
                 self._drop_unread()
 
@@ -324,9 +400,12 @@ class Connection:
         for event in self._protocol.events():
             match event:
                 case ReplyReceived():
-                    future = self._futures.get(event.stream)
-                    if future is not None and not future.done():
-                        future.set_result(Message(event.body, event.buffers))
+                    self._reply_arrived(event, more=False)
+                case PartReceived():
+                    self._reply_arrived(event, more=True)
+                case PartWanted():
+                    if (may_send := self._may_send_part.get(event.stream)) is not None:
+                        may_send.set()
                 case CallReceived():
                     if not self._held and self._may_start():
                         self._start_handler(event)
@@ -334,6 +413,8 @@ class Connection:
                         self._held[event.stream] = event
                         self._schedule_flush()
                 case CallFailed():
+                    if (parts := self._parts.get(event.stream)) is not None:
+                        parts.put_nowait(event.error)
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
                         future.set_exception(event.error)
@@ -346,6 +427,14 @@ class Connection:
                     self._spawn(self._run_open_bulk())
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
+
+    def _reply_arrived(self, event: ReplyReceived | PartReceived, *, more: bool) -> None:
+        message = Message(event.body, event.buffers)
+        future = self._futures.get(event.stream)
+        if future is not None and not future.done():
+            future.set_result(message)
+        elif (parts := self._parts.get(event.stream)) is not None:
+            parts.put_nowait(_Part(message, more))
 
     def _may_start(self) -> bool:
         # a burst of calls is started in portions, so that its first replies show whether the peer reads them
@@ -363,6 +452,7 @@ class Connection:
             deadline=event.deadline,
             priority=head.priority,
             origin=self.origin,
+            in_parts=event.in_parts,
         )
         self._handlers[event.stream] = self._spawn(self._run_handler(event.stream, call))
         if self._timer is None or event.deadline < self._timer_at:
@@ -371,8 +461,12 @@ class Connection:
     async def _run_handler(self, stream: int, call: IncomingCall) -> None:
         # nothing here holds on to the body: a handler that has read it may drop it
         try:
-            message = await self._answer(call)
-            self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
+            answer = self._answer(call)
+            if call.in_parts and isinstance(answer, AsyncGenerator):
+                await self._send_parts(stream, answer)
+            else:
+                message = await in_one(answer, call.method)
+                self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
         except RemoteError as error:
             self._protocol.fail(stream, error)
         except asyncio.CancelledError:
@@ -389,6 +483,28 @@ class Connection:
             if self._protocol.life.num_on_bulk:  # the other channel is looked after from here
                 self._arm_timer()
 
+    async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None]) -> None:
+        """Asks the handler for one part after the other, each once the caller is ready for it."""
+        may_send = self._may_send_part[stream] = asyncio.Event()
+        try:
+            async with contextlib.aclosing(parts):
+                more = True
+                while more:
+                    while not self._protocol.incoming.takes_part(stream) or not self._may_reply():
+                        may_send.clear()
+                        await may_send.wait()
+                    message = await anext(parts, None)
+                    more = message is not None
+                    body, buffers = message or Message()
+                    if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
+                        return
+                    self._wake()
+        finally:
+            del self._may_send_part[stream]
+
+    def _may_reply(self) -> bool:
+        return self._protocol.backlog <= self._settings.max_backlog
+
     async def _run_open_bulk(self) -> None:
         try:
             await self._open_bulk(self)
@@ -396,8 +512,8 @@ class Connection:
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
             self._protocol.transfers.bulk_failed(self._loop.time())
 
-    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = self._loop.create_task(coroutine)
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -444,6 +560,7 @@ class Connection:
         self._protocol.connection_lost(reason)
         if self._unsent is not None:
             self._unsent.release()
+        self._budgets.deliver()
         self._handle_events()
         for channel in self._channels:
             if channel is not None:
@@ -473,6 +590,7 @@ class Connection:
             self._protocol.connection_lost(reason)
             if self._unsent is not None:
                 self._unsent.release()
+            self._budgets.deliver()
             self._handle_events()
             for channel in self._channels:
                 if channel is not None:

@@ -15,8 +15,8 @@ from tesseract_async.experts.grants import GRANTS, ROLES, Role
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import MAGIC, Manifest, RunTag, decode_manifest, grid_key, shard_key, split_uid
 from tesseract_async.identity import PeerID, SignedRecord
-from tesseract_async.network.network import key_digest
-from tesseract_async.wire.calls import MAX_GRANTS
+from tesseract_async.network.entries import key_digest
+from tesseract_async.wire.heads import MAX_GRANTS
 
 _BEGINNINGS = {0xC4: 2, 0xC5: 3}
 """Bytes of msgpack before those of a byte string: of up to 255, and of more."""

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.states import JOURNAL_LENGTH
 from tesseract_async.server.memory import trim_heap
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,9 @@ class MemoryPlan:
     queue: int
     """For `RuntimeSettings.max_queue_bytes`."""
     inputs: int
-    """For `CallSettings.max_inputs_bytes`."""
+    """For `ServerSettings.max_inputs_bytes`."""
     answers: int
-    """For `CallSettings.max_answers_bytes`."""
+    """For `ServerSettings.max_answers_bytes`."""
     received: int
     """For messages that are half received or being answered: `EndpointSettings.max_receive_bytes`."""
     replies: int
@@ -140,8 +141,8 @@ def measure(backend: ExpertBackend) -> Footprint:
         weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
         gradients=_num_bytes(backend.parameters),
         optimizer=optimizer,
-        journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
-        copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
+        journal=JOURNAL_LENGTH * JOURNAL_ENTRY_BYTES,
+        copied_journal=JOURNAL_LENGTH * COPIED_ENTRY_BYTES,
         batch=0,
         num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )

@@ -32,7 +32,7 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 if TYPE_CHECKING:
-    from tesseract_async.network.network import Entry
+    from tesseract_async.network.entries import Entry
     from tesseract_async.node import TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend
 

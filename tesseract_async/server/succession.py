@@ -52,12 +52,7 @@ class ReplicaKeeper(Succession):
         """
         self.settings = settings
         self._server, self._node = server, server.node
-        self._source = StateSource(
-            lambda uid: server.hosted[uid].snapshot(),
-            server.call_aside,
-            max_bytes=settings.max_copies_bytes,
-            reuse=reuse,
-        )
+        self._source = StateSource(server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse)
         authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
         self.tenures = Tenures(
             server,

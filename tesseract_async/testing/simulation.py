@@ -21,7 +21,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
-from tesseract_async.network.routing import ID_BITS
+from tesseract_async.network.routing import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.testing.clock import VirtualClock
 from tesseract_async.transport.address_scope import AddressScope
@@ -101,10 +101,10 @@ class SimulatedNode:
         self, key: str, value: Any, *, ttl: float, subkey: str | None = None, tombstone: bool = False
     ) -> SignedRecord:
         """A record of this node's own, newer than all before."""
-        wall = self.protocol.wall(self.network.clock.now)
+        wall = self.protocol.core.wall(self.network.clock.now)
         self._sequence = max(self._sequence + 1, int(wall * 1e6))
         return SignedRecord.sign(
-            self.protocol.identity,
+            self.protocol.core.identity,
             _digest(key),
             subkey=subkey,
             sequence=self._sequence,
@@ -132,7 +132,7 @@ class SimulatedNode:
                     done(event)
             else:
                 self.events.append(event)
-                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.joined)
+                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.core.joined)
         for data, target in self.protocol.datagrams_to_send():
             self.num_sent += 1
             self.num_bytes_sent += len(data)
@@ -245,7 +245,7 @@ class SimulatedNetwork:
         while len(nodes) < count:
             nodes.append(self.add_node([self.random.choice(nodes)]))
             self.clock.run(interval)
-        if not self.clock.run_until(lambda: all(node.protocol.joined for node in nodes) or count == 1, timeout=settle):
+        if not self.clock.run_until(lambda: count == 1 or all(node.joined for node in nodes), timeout=settle):
             raise TimeoutError(f"not all of {count} nodes have joined after {settle} s")
         return nodes
 
@@ -256,16 +256,15 @@ class SimulatedNetwork:
         that belong there, proven. Joining ten thousand nodes one by one takes an hour; this takes seconds.
         """
         nodes = [self.add_node(protocol=protocol_of(index)) for index in range(count)]
-        ordered = sorted(nodes, key=lambda node: node.protocol.table.own_number)
-        numbers = [node.protocol.table.own_number for node in ordered]
-        templates = [Contact(node.protocol.own_id, node.address) for node in ordered]
+        ordered = sorted(nodes, key=lambda node: node.protocol.core.table.own_number)
+        numbers = [node.protocol.core.table.own_number for node in ordered]
+        templates = [Contact(node.protocol.core.own_id, node.address) for node in ordered]
         samples = []
         for index in range(5):
-            target = _digest(f"sample {index}")
-            number, k = int.from_bytes(target, "big"), self.settings.k
-            samples.append((target, sorted(templates, key=lambda contact: contact.number ^ number)[:k]))  # noqa: B023
+            number = int.from_bytes(_digest(f"sample {index}"), "big")
+            samples.append((number, sorted(templates, key=lambda contact: contact.number ^ number)[:K]))  # noqa: B023
         for node in nodes:
-            table = node.protocol.table
+            table = node.protocol.core.table
             low, high = 0, count
             for depth in range(ID_BITS):
                 if high - low <= 1:
@@ -275,19 +274,19 @@ class SimulatedNetwork:
                     others, low = range(low, middle), middle
                 else:
                     others, high = range(middle, high), middle
-                if high - low > table.k:
-                    chosen = self.random.sample(others, min(table.k, len(others)))
+                if high - low > K:
+                    chosen = self.random.sample(others, min(K, len(others)))
                 else:
                     # a node knows its own neighbourhood completely
-                    chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[: table.k]
+                    chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[:K]
                 for index in chosen:
                     contact = templates[index].twin()
                     contact.proven = True
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
-            node.protocol.membership.joined = True
-            for target, closest in samples:
-                node.protocol.density.note(target, closest)
+            node.protocol.core.joined = True
+            for number, closest in samples:
+                node.protocol.core.density.note(number, closest)
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
@@ -363,7 +362,7 @@ class SimulatedNetwork:
 
     def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Any:
         """None, a single value, or a dictionary, as `TesseractNetwork.get` shows it."""
-        wall = node.protocol.wall(self.clock.now)
+        wall = node.protocol.core.wall(self.clock.now)
         shown: dict[str | None, SignedRecord] = {}
         for record in finished.records:
             if not record.tombstone and record.expiration > wall:

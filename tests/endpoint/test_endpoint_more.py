@@ -48,7 +48,7 @@ async def test_no_memory_is_taken_for_the_large_requests_of_who_may_not_call() -
             with pytest.raises(NotAllowed, match=stranger.peer_id.short):
                 await stranger.call(address, "echo", None, [bytes(2**20)], timeout=30)
         (connection,) = server._pool.connections()
-        assert server._budget.used == 0 and not connection._protocol.windows.in_bytes
+        assert server.budgets.messages.used == 0 and not connection._protocol.windows.in_bytes
         assert connection._protocol.num_calls == 0 and server.metrics.total("endpoint_calls_refused") == 3
         server.policy = Policy()
         assert len((await stranger.call(address, "echo", None, [bytes(2**20)], timeout=30)).buffers[0]) == 2**20
@@ -115,9 +115,9 @@ async def test_an_upgrade_moves_later_calls_and_leaves_running_ones() -> None:
         await client.call(address, "echo", timeout=30)
         (old,) = client._pool.connections()
         await client.upgrade(address, TcpTransport().paths(address, bulk=False))
-        before = old._protocol._next_stream
+        before = old._protocol.outgoing._next_stream
         await client.call(address, "echo", timeout=30)
-        assert old._protocol._next_stream == before and len(client.connections()) == 2
+        assert old._protocol.outgoing._next_stream == before and len(client.connections()) == 2
         client._tick()
         release.set()
         assert (await running).body == "waited"
@@ -136,7 +136,7 @@ async def test_a_reply_beyond_the_callers_bound_is_an_error() -> None:
         assert (
             len((await client.call(address, "big", 10**6, timeout=30, max_reply_bytes=2 * 10**6)).buffers[0]) == 10**6
         )
-        assert client._budget.used == 0, "room that was reserved is given back"
+        assert client.budgets.messages.used == 0, "room that was reserved is given back"
         with pytest.raises(RemoteError, match="more than the 500000"):
             await client.call(address, "big", 10**6, timeout=30, max_reply_bytes=500_000)
         with pytest.raises(MessageTooLarge):
@@ -196,12 +196,12 @@ async def test_another_wire_version_is_named_on_both_sides(monkeypatch: pytest.M
     encode = frames.pack
 
     async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
-        from tesseract_async.wire import calls
+        from tesseract_async.wire import heads
 
-        def future(hello: calls.Hello) -> bytes:
+        def future(hello: heads.Hello) -> bytes:
             return b"TSRA\x00\x07" + encode({"from": "the future"})
 
-        monkeypatch.setattr(calls, "encode_hello", future)
+        monkeypatch.setattr(heads, "encode_hello", future)
         with pytest.raises(PeerUnreachable, match="wire version 7, this node 1: upgrade this node"):
             await client.call(address, "echo", timeout=30)
         assert server.metrics.counters[("endpoint_handshakes_failed", (("reason", "version"),))] == 1
@@ -289,7 +289,7 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
-    slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(standing_bytes=64 * 2**20))
+    slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(window_bytes=64 * 2**20))
     async with serving(slow) as (server, address), client_of(slow) as client:
         has_bulk, on_loan = asyncio.Event(), asyncio.Event()
         attach, write = Connection.attach, TcpPipe.write

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,13 +59,14 @@ class Stranger:
         self.silent = False
         state = self.backend.state()
 
-        async def snapshot(uid: str) -> dict[str, Any]:
+        async def snapshot() -> dict[str, Any]:
             return state
 
         async def aside(work: Callable[[], bytes]) -> bytes:
             return work()
 
-        self._source = StateSource(snapshot, aside)
+        self._source = StateSource(aside)
+        self._hosted: Any = SimpleNamespace(uid=UID, backend=self.backend, snapshot=snapshot)
         node.host_expert(UID, dict.fromkeys(EXPERT_METHODS, self._answer))
         self._publisher = ExpertPublisher(node.network, addresses=[node.address], settings=PUBLISHER)
 
@@ -80,7 +82,7 @@ class Stranger:
         if self.silent:
             await asyncio.Event().wait()
         if call.method == messages.STATE:
-            return await self._source.answer(UID, self.backend, call)
+            return await self._source.answer(self._hosted, call)
         if call.method == messages.LEAD:
             return Message(messages.encode(messages.LeadReply(50, os.urandom(16))))
         schemas = (self.backend.args_schema, self.backend.kwargs_schema, self.backend.outputs_schema)
