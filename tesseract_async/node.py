@@ -452,7 +452,7 @@ class TesseractNode(Uncopied):
     ) -> Message:
         """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
 
-        Either way it ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
+        It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         Nothing is sent to a peer that may not host the expert that `body` names, by this node's policy and the run that
         it takes part in: that raises PeerUnreachable.
         Raises: RuntimeError on another event loop than the node's.
@@ -572,7 +572,7 @@ def _bind_error(error: OSError, host: str, port: int) -> OSError:
 
 
 def _outside_hosts(host: str, family: int, peers: Sequence[PeerAddress]) -> list[str]:
-    """Return the addresses that others see: `host`, or for a wildcard those of the interfaces that lead to the seeds."""
+    """Return the addresses that others see: `host`, or for a wildcard those of the interfaces towards the seeds."""
     if host not in WILDCARDS:
         return [host]
     known = [split_host_port(address) for peer in peers for address in peer.addresses]

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Self, SupportsIndex
 
 
 class Uncopied:
-    """Base class of objects that hold sockets, threads or a private key: ``copy.deepcopy`` returns the object itself, and
-    pickling is refused."""
+    """Base class of objects that hold sockets, threads or a private key: ``copy.deepcopy`` returns the object itself,
+    and pickling is refused."""
 
     __slots__ = ()
     _called: ClassVar[str | None] = None
