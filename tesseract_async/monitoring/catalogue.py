@@ -40,10 +40,8 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     ),
     "progress_dropped": ("entries", "Trainers' published progress that was malformed, and therefore ignored."),
     # experts, seen from whoever hosts them
-    "runtime_batches": ("batches", "Batches that a device computed, forward and backward."),
-    "runtime_rows": ("rows", "Rows that a device computed, forward and backward."),
-    "runtime_batch_rows": ("rows", "Rows of each batch."),
-    "runtime_batch_seconds": ("seconds", "Time that each batch took on its device."),
+    "runtime_batch_rows": ("rows", "Rows of each batch, by direction (`forward` or `backward`)."),
+    "runtime_batch_seconds": ("seconds", "Time that each batch took on its device, by direction."),
     "runtime_failures": ("requests", "Requests whose computation failed."),
     "expert_staleness_steps": ("steps", "Optimizer steps that an expert took between a forward and its backward."),
     "checkpoints_failed": ("rounds", "Rounds of writing checkpoints that failed."),

@@ -128,7 +128,7 @@ class LeadReply(NamedTuple):
 
 
 class TenureRequest(NamedTuple):
-    """One server of an expert asks another who leads it (`experts.tenure_words.Ask`), or gives it the expert."""
+    """One server of an expert asks another about its primary (`experts.tenure_words.Question`), or hands it over."""
 
     uid: str
     kind: str
@@ -140,7 +140,7 @@ class TenureRequest(NamedTuple):
 
 
 class TenureReply(NamedTuple):
-    """`experts.tenure_words.Answer`."""
+    """The answer (`experts.tenure_words.Response`)."""
 
     agrees: bool
     held: list[Any]
