@@ -218,7 +218,7 @@ async def test_a_node_on_loopback_says_that_seeds_elsewhere_are_out_of_its_reach
     async with ta.TesseractNode() as seed, ta.TesseractNode(initial_peers=[seed.address, "localhost:9"]):
         assert not caplog.records
     async with ta.TesseractNode(initial_peers=[seed.address, "198.51.100.7:31337"]):
-        (said,) = [record.getMessage() for record in caplog.records if "beyond this computer" in record.getMessage()]
+        (said,) = [record.getMessage() for record in caplog.records if "this computer only" in record.getMessage()]
         assert "198.51.100.7:31337" in said and seed.address not in said and "--host 0.0.0.0" in said
 
 
