@@ -261,7 +261,8 @@ def test_a_holder_s_accounts_agree_with_what_it_holds() -> None:
         storage.add(one, wall, where)
         storage.expire(wall)
         assert storage.num_bytes == sum(len(item.body) + ENTRY_OVERHEAD for item in storage) <= 64 * 1100
-    counted = sum(len(names) for names in storage._shares._sizes.values())
-    assert counted == sum(len(dictionary.sources) for dictionary in storage._keys.values()) > 0
+    sources = [storage.shares.source_of((item.key, (item.subkey, item.owner))) for item in storage]
+    assert len(storage.shares) == sum(one is not None for one in sources) > 0
     storage.expire(WALL + 1e6)
-    assert not storage.num_entries and not storage._shares._bytes and not storage._shares._sizes
+    assert not storage.num_entries and not len(storage.shares)
+    assert storage.shares.crowding(source(1), 0) is None and storage.shares.crowding_in(KEY, source(1)) is None
