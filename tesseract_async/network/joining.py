@@ -6,7 +6,7 @@ neighborhood starts a lookup of this node's own id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
@@ -70,7 +70,8 @@ class Membership:
         if not addresses:
             self.timer_at = float("inf")
             return
-        _AskSeeds(self, addresses, now)
+        for address, ids in addresses.items():
+            core.call_address(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
         self.timer_at = now + self._backoff * self._jitter()
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
         longest = SEED_PERIOD * (MAX_SEED_PERIODS if num_contacts else 1)
@@ -140,66 +141,39 @@ class Membership:
         return 0.75 + 0.5 * self._core.random.random()
 
 
-class _AskSeeds(Caller):
-    """Asks seeds for this node's own neighborhood.
+class _Walk(Caller):
+    """Asks a seed for this node's neighborhood, then the unknown contact nearest to this node, one after the other.
 
     A seed always names somebody unknown. To look up this node's own id each time would be most of what a large network
-    sends; a walk that ends at the first step that leads no nearer (`_Walk`) tells as much.
+    sends; a walk that ends at the first step that leads no nearer tells as much. If it comes to a contact that belongs
+    to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
     """
 
-    def __init__(self, membership: Membership, addresses: Mapping[Address, AnyOf], now: float) -> None:
+    def __init__(self, membership: Membership, core: Core) -> None:
         self._membership = membership
-        core = membership._core
-        for address, ids in addresses.items():
-            core.call_address(self, wire.FIND, (core.own_id,), address, now, expected=ids)
-
-    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
-        assert call.contact is not None
-        core = self._membership._core
-        found = read_contacts(core, call.contact, reply, now)
-        if core.joined:
-            _Walk(self._membership).go_on(found, now)
-        else:
-            self._membership.look_up_neighborhood([call.contact, *found], now)
-
-    def call_failed(self, call: Call, now: float) -> None:
-        if call.contact is None:
-            self._membership._core.metrics.count("network_seeds_silent")
-
-
-class _Walk(Caller):
-    """Asks the unknown contact nearest to this node for nearer ones, one after the other.
-
-    If it comes to one that belongs to this node's neighborhood and was not known there, the neighborhood is looked up.
-    """
-
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
-        self._core = membership._core
+        self._core = core
         self._nearest = 1 << (8 * ID_BYTES)
         self._is_neighbor = False
 
-    def go_on(self, found: Iterable[Contact], now: float) -> None:
-        """Take the next step, if there is one."""
-        core, table = self._core, self._core.table
-        own = table.own_number
-        contact = min(
-            (item for item in found if item.peer_id not in table), key=lambda item: item.number ^ own, default=None
-        )
-        if contact is None or contact.number ^ own >= self._nearest:
-            return
-        self._nearest = contact.number ^ own
-        neighbors = table.closest(own, K)
-        self._is_neighbor = len(neighbors) < K or self._nearest < neighbors[-1].number ^ own
-        core.call(self, wire.FIND, (core.own_id,), contact, now)
-
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
+        core, table = self._core, self._core.table
         assert call.contact is not None
-        found = read_contacts(self._core, call.contact, reply, now)
-        if self._is_neighbor:
+        found = read_contacts(core, call.contact, reply, now)
+        if self._is_neighbor or not core.joined:
             self._membership.look_up_neighborhood([call.contact, *found], now)
-        else:
-            self.go_on(found, now)
+            return
+        own = table.own_number
+        unknown = (item for item in found if item.peer_id not in table)
+        contact = min(unknown, key=lambda item: item.number ^ own, default=None)
+        if contact is not None and contact.number ^ own < self._nearest:
+            self._nearest = contact.number ^ own
+            neighbors = table.closest(own, K)
+            self._is_neighbor = len(neighbors) < K or self._nearest < neighbors[-1].number ^ own
+            core.call(self, wire.FIND, (core.own_id,), contact, now)
+
+    def call_failed(self, call: Call, now: float) -> None:
+        if call.contact is None:
+            self._core.metrics.count("network_seeds_silent")
 
 
 def _by_address(seeds: Iterable[Seed]) -> dict[Address, AnyOf]:

@@ -160,11 +160,12 @@ class NetworkProtocol:
 
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:
         """Return the datagrams to send, in order; each is handed out once."""
-        return self.core.outbox.take_datagrams()
+        datagrams, self.core.outbox.datagrams = self.core.outbox.datagrams, []
+        return datagrams
 
     def events(self) -> list[Event]:
         """Return what happened since the last call, in order."""
-        events = self.core.outbox.take_events()
+        events, self.core.outbox.events = self.core.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):
                 self._operations.pop(event.operation, None)

@@ -292,10 +292,6 @@ class Storage:
             num_dropped += 1
         return num_dropped
 
-    def timer_at(self) -> float | None:
-        """Return the wall-clock time at which `expire` next has something to look at; None if there is none."""
-        return self._expirations[0][0] if self._expirations else None
-
     def __iter__(self) -> Iterator[SignedRecord]:
         for dictionary in list(self._keys.values()):
             yield from list(dictionary.entries.values())
