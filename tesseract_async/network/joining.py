@@ -19,6 +19,7 @@ from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import Search, probe_density, read_contacts, refresh
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import FIRST_TIMEOUT, Call, Caller
+from tesseract_async.network.timers import Timer
 
 SEED_PERIOD = 60.0
 """Seconds until seeds are asked again."""
@@ -40,8 +41,8 @@ class Membership:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.timer_at = float("inf")
-        """When `handle_timer` asks the seeds."""
+        self._timer: Timer | None = None
+        """When the seeds are asked."""
         self._backoff = MIN_SEED_BACKOFF
         self._remembered: LRU[Address, None] = LRU(MAX_REMEMBERED)
         self._is_looking = False
@@ -59,20 +60,20 @@ class Membership:
             if not core.admits(contact.peer_id, contact.address):
                 core.lost(contact, now)
         self._backoff = MIN_SEED_BACKOFF
-        self.timer_at = now
+        self._ask_at(now)
 
-    def handle_timer(self, now: float) -> None:
+    def ask_seeds(self, now: float) -> None:
         """Ask the seeds, and the contacts that were lost if nobody else is left."""
         core = self._core
         num_contacts = len(core.table)
         addresses: dict[Address, AnyOf] = dict.fromkeys(self._remembered) if not num_contacts else {}
         addresses |= core.expected_at
         if not addresses:
-            self.timer_at = float("inf")
+            self._core.timers.cancel(self._timer)
             return
         for address, ids in addresses.items():
             core.call_address(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
-        self.timer_at = now + self._backoff * self._jitter()
+        self._ask_at(now + self._backoff * core.jitter())
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
         longest = SEED_PERIOD * (MAX_SEED_PERIODS if num_contacts else 1)
         self._backoff = min(2 * self._backoff, longest)
@@ -103,7 +104,7 @@ class Membership:
         if core.joined and not len(core.table):
             core.joined = False
             core.outbox.emit(Isolated())
-            self.timer_at = float("-inf")
+            self._ask_at(float("-inf"))
             self._backoff = MIN_SEED_BACKOFF
 
     def _looked_up(self, lookup: Lookup, now: float) -> None:
@@ -129,16 +130,17 @@ class Membership:
             core.outbox.emit(Joined(len(core.table)))
         self._backoff = SEED_PERIOD
         if core.expected_at:
-            self.timer_at = now + self._backoff * self._jitter()
+            self._ask_at(now + self._backoff * core.jitter())
             if len(core.table) < K and self._num_second_looks < len(SECOND_LOOKS):
-                core.timers.start(now + SECOND_LOOKS[self._num_second_looks] * self._jitter(), self._look_again)
+                core.timers.start(now + SECOND_LOOKS[self._num_second_looks] * core.jitter(), self._look_again)
                 self._num_second_looks += 1
 
     def _look_again(self, now: float) -> None:
         self.look_up_neighborhood((), now)
 
-    def _jitter(self) -> float:
-        return 0.75 + 0.5 * self._core.random.random()
+    def _ask_at(self, at: float) -> None:
+        self._core.timers.cancel(self._timer)
+        self._timer = self._core.timers.start(at, self.ask_seeds)
 
 
 class _Walk(Caller):

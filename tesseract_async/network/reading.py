@@ -214,8 +214,7 @@ class Read:
         if self._settled or self.cancelled:
             return
         self._settled = True
-        if self._widens is not None:
-            self.core.timers.cancel(self._widens)
+        self.core.timers.cancel(self._widens)
         for index in range(NUM_RANGES):
             groups: dict[int, list[Holding]] = {}
             for holding in considered if considered is not None else self._holdings:
