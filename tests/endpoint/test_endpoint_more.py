@@ -58,7 +58,7 @@ async def test_no_memory_is_taken_for_the_large_requests_of_who_may_not_call() -
 def test_an_allow_list_covers_every_action() -> None:
     friend, stranger = Identity.generate().peer_id, Identity.generate().peer_id
     policy = Policy.only([friend])
-    for action in ("call", "train", "store"):
+    for action in ("call", "train", "host"):
         assert policy.allows(friend, action) and not policy.allows(stranger, action)  # type: ignore[arg-type]
         assert Policy().allows(stranger, action)  # type: ignore[arg-type]
 
