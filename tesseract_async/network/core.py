@@ -99,7 +99,7 @@ class Core:
         self.metrics = metrics
         self.verify = verify
         self.policy = policy
-        """Whose records this node holds and hears (action ``store``)."""
+        """Whose records this node holds and hears (action ``host``)."""
         self.scope = scope
         """Where this node may send on a stranger's word."""
         self.wall_offset = wall_offset

@@ -202,7 +202,7 @@ class Read:
     def _believe(self, record: SignedRecord) -> None:
         self._verified[record.body] = record
         core = self.core
-        if record.owner != core.identity.peer_id and not core.policy.allows(record.owner, "store"):
+        if record.owner != core.identity.peer_id and not core.policy.allows(record.owner, "host"):
             return  # a node does not hear owners whose records it would not hold, wherever those keep them
         identity = _entry_id(record)
         held = self._merged.get(identity)

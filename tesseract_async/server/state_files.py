@@ -26,6 +26,8 @@ from tesseract_async.server.checkpoint import State, decode, encode
 logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
+NUM_CHECKPOINTS: Final = 3
+"""Of each expert: one may be damaged, and one may hold what somebody wants back."""
 NUM_SEALED: Final = 2
 """Sealed files of each expert: somebody may be fetching the one before."""
 
@@ -51,7 +53,7 @@ def stored_uids(directory: Path | None) -> list[str]:
 class CheckpointStore:
     """Checkpoints: ``UID/VERSION.safetensors``, the newest `keep` of each expert."""
 
-    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
+    def __init__(self, directory: str | Path, *, keep: int = NUM_CHECKPOINTS) -> None:
         if keep < 1:
             raise ValueError(f"at least one checkpoint is kept, not {keep}")
         self.directory = Path(directory)

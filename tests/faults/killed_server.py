@@ -29,7 +29,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import server as server_module
-from tesseract_async.server.calls import journal_key
+from tesseract_async.server.answering import journal_key
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import messages

@@ -315,7 +315,7 @@ def test_any_number_of_ids_of_one_range_take_no_place_and_no_memory(count: int) 
 
 def test_a_policy_decides_whose_records_are_held() -> None:
     friend, other = machine(3), machine(4)
-    holder = machine(1, policy=Policy(storers=[friend.core.identity.peer_id]))
+    holder = machine(1, policy=Policy(hosts=[friend.core.identity.peer_id]))
     holder.receive_datagram(request(wire.PING), STRANGER, 0.0)
     token = reply_of(holder).token
     for owner, outcome in ((friend, StoreOutcome.STORED), (other, StoreOutcome.REFUSED)):

@@ -4,35 +4,35 @@ import asyncio
 
 import pytest
 
-from tesseract_async.client.limits import PERIOD, Limits
+from tesseract_async.client.coarse_timeouts import PERIOD, CoarseTimeouts
 from tests.client.virtual_time import run_in_virtual_time
 
 
-async def hang(limits: Limits, seconds: float) -> None:
-    with limits.limit(asyncio.get_running_loop().time() + seconds):
+async def hang(timeouts: CoarseTimeouts, seconds: float) -> None:
+    with timeouts.timeout_at(asyncio.get_running_loop().time() + seconds):
         await asyncio.Event().wait()
 
 
-def test_a_limit_strikes_in_time() -> None:
+def test_a_timeout_strikes_in_time() -> None:
     async def main() -> None:
-        loop, limits = asyncio.get_running_loop(), Limits()
+        loop, timeouts = asyncio.get_running_loop(), CoarseTimeouts()
         for seconds in (0.1, 2.0):
             begin = loop.time()
             with pytest.raises(TimeoutError):
-                await hang(limits, seconds)
+                await hang(timeouts, seconds)
             assert seconds <= loop.time() - begin <= seconds + PERIOD
             assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
 
     run_in_virtual_time(main())
 
 
-def test_limits_of_many_tasks() -> None:
+def test_timeouts_of_many_tasks() -> None:
     async def main() -> None:
-        loop, limits, ends = asyncio.get_running_loop(), Limits(), dict[float, float]()
+        loop, timeouts, ends = asyncio.get_running_loop(), CoarseTimeouts(), dict[float, float]()
 
         async def one(seconds: float) -> None:
             with pytest.raises(TimeoutError):
-                await hang(limits, seconds)
+                await hang(timeouts, seconds)
             ends[seconds] = loop.time()
 
         begin = loop.time()
@@ -45,11 +45,11 @@ def test_limits_of_many_tasks() -> None:
 
 def test_what_ends_in_time_is_left_alone() -> None:
     async def main() -> None:
-        limits = Limits()
-        with limits.limit(asyncio.get_running_loop().time() + 0.1):
+        timeouts = CoarseTimeouts()
+        with timeouts.timeout_at(asyncio.get_running_loop().time() + 0.1):
             await asyncio.sleep(0.01)
         await asyncio.sleep(1.0)
-        with pytest.raises(ValueError, match="own"), limits.limit(asyncio.get_running_loop().time() + 0.1):
+        with pytest.raises(ValueError, match="own"), timeouts.timeout_at(asyncio.get_running_loop().time() + 0.1):
             raise ValueError("own")
         await asyncio.sleep(1.0)
 
@@ -58,7 +58,7 @@ def test_what_ends_in_time_is_left_alone() -> None:
 
 def test_a_cancellation_from_outside_stays_one() -> None:
     async def main() -> None:
-        task = asyncio.create_task(hang(Limits(), 60.0))
+        task = asyncio.create_task(hang(CoarseTimeouts(), 60.0))
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -68,15 +68,15 @@ def test_a_cancellation_from_outside_stays_one() -> None:
 
 
 def test_a_second_loop_has_its_own_looks() -> None:
-    limits = Limits()
+    timeouts = CoarseTimeouts()
 
     async def abandoned() -> None:
-        with limits.limit(asyncio.get_running_loop().time() + 60.0):
+        with timeouts.timeout_at(asyncio.get_running_loop().time() + 60.0):
             await asyncio.sleep(0.01)  # the loop ends before the next look
 
     async def main() -> None:
         with pytest.raises(TimeoutError):
-            await hang(limits, 1.0)
+            await hang(timeouts, 1.0)
 
     run_in_virtual_time(abandoned())
     run_in_virtual_time(main())

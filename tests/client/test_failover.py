@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tesseract_async.client.latency import MAX_PATIENCE, MIN_PATIENCE, LatencyBo
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertFailed, ExpertNotFound, NotPrimary, Overloaded
 from tesseract_async.wire.messages import BACKWARD, FORWARD
-from tests.client.fake_node import FakeNode
+from tests.client.fake_node import FakeNode, gate_with
 from tests.client.virtual_time import in_made_up_time
 
 
@@ -155,9 +154,9 @@ async def test_priority_and_timeout_travel(node: FakeNode) -> None:
     for priority in (2, -2, 1000, 0.5, True, "1"):
         with pytest.raises(ValueError, match="priority"):
             RemoteExpert(node, "ffn.0").with_options(priority=priority)  # type: ignore[arg-type]
-        for gate in (partial(GatingFunction, k_best=1), SwitchGatingFunction):
+        for kind in (GatingFunction, SwitchGatingFunction):
             with pytest.raises(ValueError, match="priority"):
-                gate(node, "ffn", grid_size=(2,), in_features=8, priority=priority)  # type: ignore[operator]
+                gate_with(node, "ffn", kind=kind, grid_size=(2,), in_features=8, priority=priority)
     with pytest.raises(ValueError, match="codec"):
         await RemoteExpert(node, "ffn.0").with_options(codec="zip")(torch.zeros(1, 8))
 

@@ -14,12 +14,12 @@ import torch
 
 import tesseract_async as ta
 from tesseract_async.client.autograd import backward
+from tesseract_async.client.experience import LOOK_EVERY_SECONDS, LeftOut, Stalls
 from tesseract_async.client.gating_function import GatingFunction
-from tesseract_async.client.left_out import LeftOut
 from tesseract_async.errors import ConnectionLost, ExpertFailed, PeerUnreachable
 from tesseract_async.metrics import Metrics
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
-from tests.client.fake_node import FakeNode, Slope
+from tests.client.fake_node import FakeNode, Slope, gate_with
 from tests.client.virtual_time import in_made_up_time
 
 GRID = (4, 4)
@@ -34,7 +34,7 @@ def make_swarm() -> FakeNode:
 
 
 def make_gate(node: FakeNode, **settings: Any) -> GatingFunction:
-    return GatingFunction(node, "ffn", grid_size=GRID, in_features=8, **{"k_best": 2, **settings})
+    return gate_with(node, "ffn", grid_size=GRID, in_features=8, **{"k_best": 2, **settings})
 
 
 async def step(node: FakeNode, gate: GatingFunction) -> int:
@@ -189,7 +189,7 @@ async def test_fresh_gates_beside_their_server_lose_nobody() -> None:
     async with ta.TesseractNode() as node, ta.TesseractServer(node, experts):
         blocking = asyncio.create_task(block())
         for _ in range(10):
-            gate = GatingFunction(node, "ffn", grid_size=(2,), in_features=32, k_best=2)
+            gate = GatingFunction(node, uid_prefix="ffn", grid_size=(2,), in_features=32, k_best=2)
             mixed = await gate.mix(torch.randn(64, 32))
             assert (mixed.num_answers == 2).all()
             await ta.backward(mixed.output.square().mean())
@@ -197,3 +197,26 @@ async def test_fresh_gates_beside_their_server_lose_nobody() -> None:
         await asyncio.wait([blocking])
         assert node.metrics.total("answers_left_out") == 0
     assert [backend.version for backend in experts.values()] == [10, 10]
+
+
+@in_made_up_time
+async def test_what_the_loop_stood_still_is_counted_while_somebody_watches() -> None:
+    loop: Any = asyncio.get_running_loop()
+    stalls = Stalls()
+    loop.clock.run(3.0)
+    assert stalls.seconds == 0.0
+    with stalls.watching():
+        await asyncio.sleep(10 * LOOK_EVERY_SECONDS)
+        assert abs(stalls.seconds) < 1e-9
+        loop.clock.run(2.0)
+        assert 2.0 - LOOK_EVERY_SECONDS <= stalls.seconds <= 2.0, "at once, before any timer had its turn"
+        with stalls.watching():
+            await asyncio.sleep(1.0)
+        assert 2.0 - LOOK_EVERY_SECONDS <= stalls.seconds <= 2.0
+        await asyncio.sleep(LOOK_EVERY_SECONDS / 2)
+        loop.clock.run(1.0)
+    counted = stalls.seconds
+    assert 3.0 - 2 * LOOK_EVERY_SECONDS <= counted <= 3.0
+    loop.clock.run(5.0)
+    await asyncio.sleep(1.0)
+    assert stalls.seconds == counted

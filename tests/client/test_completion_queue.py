@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseract_async.client.endings import Endings
+from tesseract_async.client.completion_queue import CompletionQueue
 from tests.client.virtual_time import run_in_virtual_time
 
 
@@ -26,21 +26,21 @@ async def after(seconds: float, value: Any = None) -> Any:
     return value
 
 
-def added(endings: Endings[Any], coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+def added(queue: CompletionQueue[Any], coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     task = asyncio.get_running_loop().create_task(coroutine)
-    endings.add(task)
+    queue.add(task)
     return task
 
 
 def test_every_ending_is_given_when_it_comes_with_its_result_error_or_cancellation() -> None:
     async def main() -> None:
-        endings: Endings[Any] = Endings()
-        failing = added(endings, after(1.0, ValueError("a fault")))
-        cancelled = added(endings, after(math.inf))
-        good = added(endings, after(3.0, "good"))
+        queue: CompletionQueue[Any] = CompletionQueue()
+        failing = added(queue, after(1.0, ValueError("a fault")))
+        cancelled = added(queue, after(math.inf))
+        good = added(queue, after(3.0, "good"))
         asyncio.get_running_loop().call_at(2.0, cancelled.cancel)
         for moment, task in ((1.0, failing), (2.0, cancelled), (3.0, good)):
-            assert await endings.wait(math.inf) == [task]
+            assert await queue.wait(math.inf) == [task]
             assert now() == moment
         assert isinstance(failing.exception(), ValueError) and cancelled.cancelled() and good.result() == "good"
 
@@ -49,23 +49,23 @@ def test_every_ending_is_given_when_it_comes_with_its_result_error_or_cancellati
 
 def test_at_the_deadline_nothing_is_given_and_what_ends_later_still_is() -> None:
     async def main() -> None:
-        endings: Endings[Any] = Endings()
-        task = added(endings, after(2.0))
-        assert await endings.wait(1.0) == [] and now() == 1.0
-        assert await endings.wait(0.5) == [], "a deadline that has passed does not wait"
+        queue: CompletionQueue[Any] = CompletionQueue()
+        task = added(queue, after(2.0))
+        assert await queue.wait(1.0) == [] and now() == 1.0
+        assert await queue.wait(0.5) == [], "a deadline that has passed does not wait"
         assert now() == 1.0
-        assert await endings.wait(9.0) == [task] and now() == 2.0, "an ending is given at once, not at the deadline"
-        assert await endings.wait(3.0) == [] and now() == 3.0, "once"
+        assert await queue.wait(9.0) == [task] and now() == 2.0, "an ending is given at once, not at the deadline"
+        assert await queue.wait(3.0) == [] and now() == 3.0, "once"
 
     run_in_virtual_time(main())
 
 
 def test_what_has_ended_is_given_even_after_the_deadline() -> None:
     async def main() -> None:
-        endings: Endings[Any] = Endings()
-        task = added(endings, after(1.0))
+        queue: CompletionQueue[Any] = CompletionQueue()
+        task = added(queue, after(1.0))
         await asyncio.sleep(2.0)
-        assert await endings.wait(0.0) == [task] and now() == 2.0
+        assert await queue.wait(0.0) == [task] and now() == 2.0
 
     run_in_virtual_time(main())
 
@@ -74,31 +74,31 @@ def test_a_task_that_ended_before_it_was_added_is_given() -> None:
     async def main() -> None:
         task = asyncio.create_task(after(0.0))
         await task
-        endings: Endings[Any] = Endings()
-        endings.add(task)
-        assert await endings.wait(math.inf) == [task]
-        assert await endings.wait(1.0) == []
+        queue: CompletionQueue[Any] = CompletionQueue()
+        queue.add(task)
+        assert await queue.wait(math.inf) == [task]
+        assert await queue.wait(1.0) == []
 
     run_in_virtual_time(main())
 
 
 def test_cancelling_whoever_waits_loses_no_ending() -> None:
     async def main() -> None:
-        endings: Endings[Any] = Endings()
-        first, second = added(endings, after(1.0)), added(endings, after(3.0))
-        waiting = asyncio.create_task(endings.wait(math.inf))
+        queue: CompletionQueue[Any] = CompletionQueue()
+        first, second = added(queue, after(1.0)), added(queue, after(3.0))
+        waiting = asyncio.create_task(queue.wait(math.inf))
         # in the very turn in which `first` has woken it, and later: both times it takes nothing with it
         first.add_done_callback(lambda _: waiting.cancel())
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        again = asyncio.create_task(endings.wait(math.inf))
+        again = asyncio.create_task(queue.wait(math.inf))
         assert await again == [first]
-        waiting = asyncio.create_task(endings.wait(5.0))
+        waiting = asyncio.create_task(queue.wait(5.0))
         await asyncio.sleep(0.5)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert await endings.wait(math.inf) == [second] and now() == 3.0
+        assert await queue.wait(math.inf) == [second] and now() == 3.0
 
     run_in_virtual_time(main())
 
@@ -112,13 +112,13 @@ def test_any_order_of_endings_and_deadlines_gives_each_ending_once_and_in_time(
     ends: list[int], deadlines: list[int]
 ) -> None:
     async def main() -> None:
-        endings: Endings[Any] = Endings()
-        at = {added(endings, after(end)): end for end in ends}
+        queue: CompletionQueue[Any] = CompletionQueue()
+        at = {added(queue, after(end)): end for end in ends}
         seen: list[asyncio.Task[Any]] = []
         for deadline in [*sorted(deadlines), *[math.inf] * len(ends)]:
             if len(seen) == len(ends) and deadline == math.inf:
                 break
-            given = await endings.wait(deadline)
+            given = await queue.wait(deadline)
             assert given or now() >= deadline, "nothing, and too early"
             assert all(task.done() for task in given)
             seen += given

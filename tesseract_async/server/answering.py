@@ -33,7 +33,8 @@ from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.expected import ExpectedBackwards
-from tesseract_async.server.memory import Memory
+from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.memory import CallerMemory, CallKey
 from tesseract_async.transport.base import range_of
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -41,29 +42,9 @@ from tesseract_async.wire.codecs import CODECS
 from tesseract_async.wire.names import new_name
 
 _LOOK_PERIOD = 0.1
-_SMALL_BYTES = 16 * 1024
+"""Seconds: connections end without telling us."""
 _LARGE_BYTES = 32 * 1024
-_ENTRY_BYTES = 1024
-_TENSOR_BYTES = 512
-"""The objects around what is remembered: measured at 550 bytes for an entry and 450 for a tensor, 1,300 in a server."""
-STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
-
-_CallKey = tuple[str, bytes]  # uid, and what `journal_key` gives
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallSettings:
-    """What a server remembers for its callers."""
-
-    max_answers_bytes: int = 64 << 20
-    """Answers of backwards, for callers who ask again because the first answer was lost."""
-    max_inputs_bytes: int = 256 << 20
-    """Inputs of forwards that a backward will follow, so that it need not send them again."""
-    keep_seconds: float = 300.0
-    """Seconds after which either is forgotten."""
-    backward_timeout: float = 60.0
-    """Seconds after a forward until its backward is no longer expected, whoever called; leaving waits for those that
-    are (see `server.expected`)."""
+_STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
 
 @dataclass(slots=True)
@@ -71,6 +52,7 @@ class _Backward:
     """A backward under way, and how many callers wait for it."""
 
     work: Work
+    runtime: TesseractRuntime
     version: int | None
     """The version that it led to when it was applied before; None if this is the first time."""
     owner: Hashable
@@ -81,45 +63,38 @@ class ExpertCalls:
     """Answers forward, backward and info calls through the experts' runtimes. Lives on the loop."""
 
     def __init__(
-        self, runtime_of: Callable[[ExpertBackend], TesseractRuntime], *, settings: CallSettings, metrics: Metrics
+        self,
+        memory: CallerMemory,
+        *,
+        metrics: Metrics,
+        knows: Callable[[PeerID], bool],
+        is_gone: Callable[[PeerID], bool],
     ) -> None:
-        self.settings = settings
-        self.metrics = metrics
+        """`knows`: whether a caller is listed or granted something, and so has a share of its own, wherever it comes
+        from. `is_gone`: whether it has no connection to this node any more.
+        """
         self.refuse_forwards: Overloaded | None = None
         """Raised to forwards while the server pauses or leaves."""
-        self.expects_backwards: Callable[[str], bool] = lambda uid: True
-        """Whether this server applies the backwards of an expert; else they go elsewhere, and nobody waits for them."""
-        self.knows: Callable[[PeerID], bool] = lambda peer: False
-        """Whether a caller is listed or granted something: it has a share of its own, wherever it comes from."""
-        self.is_gone: Callable[[PeerID], bool] = lambda peer: False
-        """Whether a caller has no connection to this node any more."""
-        self._runtime_of = runtime_of
-        self._backwards: dict[_CallKey, _Backward] = {}
-        self._answers: Memory[_CallKey, WorkResult] = Memory(
-            settings.max_answers_bytes, _num_bytes_of_answer, max_age=settings.keep_seconds
-        )
-        self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(
-            settings.max_inputs_bytes, _num_bytes, max_age=settings.keep_seconds
-        )
-        self._sweep: asyncio.TimerHandle | None = None
-        self._expected = ExpectedBackwards(settings.backward_timeout)
+        self._memory, self._metrics, self._knows, self._is_gone = memory, metrics, knows, is_gone
+        self._backwards: dict[CallKey, _Backward] = {}
+        self._expected = ExpectedBackwards()
         self._num_active = 0
         self._quiet = asyncio.Event()
 
-    async def forward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def forward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answers ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
-            return await self._forward(uid, backend, call)
+            return await self._forward(hosted, call)
 
-    async def backward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answers ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
-            return await self._backward(uid, backend, call)
+            return await self._backward(hosted, call)
 
-    async def info(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def info(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answers ``expert.info``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
-            return _info(uid, backend, call)
+            return _info(hosted, call)
 
     @contextlib.contextmanager
     def _answering(self, call: IncomingCall) -> Iterator[None]:
@@ -134,33 +109,29 @@ class ExpertCalls:
             self._num_active -= 1
             self._quiet.set()
 
-    def forget(self) -> int:
-        """Drops what callers can send again and what can be computed again. Returns the bytes."""
-        num_bytes = self._inputs.num_bytes + self._answers.num_bytes
-        self._inputs.clear()
-        self._answers.clear()
-        return num_bytes
-
     async def wait_backwards(self, uid: str) -> None:
         """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
         while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:
             await asyncio.wait(pending)
 
-    async def wait_quiet(self) -> None:
-        """Returns when no call is under way, and no backward of an answered forward is worth waiting for any more."""
+    async def wait_quiet(self, expects: Callable[[str], bool]) -> None:
+        """Return when no call is under way, and no backward of an answered forward is worth waiting for any more.
+
+        `expects`: whether this server applies the backwards of an expert; else they go elsewhere.
+        """
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            due = self._expected.next_change(now, is_gone=self.is_gone, expects=self.expects_backwards)
+            due = self._expected.next_change(now, is_gone=self._is_gone, expects=expects)
             if not self._num_active and due is None:
                 return
             self._quiet.clear()
             with contextlib.suppress(TimeoutError):
-                # looked at now and then, since connections end without telling us
                 async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
                     await self._quiet.wait()
 
-    async def _forward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def _forward(self, hosted: HostedState, call: IncomingCall) -> Message:
+        uid, backend = hosted.uid, hosted.backend
         request, call.body = messages.decode(messages.ForwardRequest, call.body), None
         if self.refuse_forwards is not None:
             raise self.refuse_forwards
@@ -175,7 +146,7 @@ class ExpertCalls:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
             answer = WorkResult(empty, backend.version)
         else:
-            answer = await self._runtime_of(backend).forward(
+            answer = await hosted.runtime.forward(
                 backend,
                 inputs,
                 training=request.training,
@@ -186,50 +157,51 @@ class ExpertCalls:
             )
         # where a module wrote them, the backward brings them again
         keeps = request.keep_inputs and versions == [x._version for x in inputs]
-        inputs_cached = self._keep(uid, inputs, call) if keeps else None
+        inputs_cached = self._keep(hosted, inputs, call) if keeps else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
         return Message(messages.encode(reply), tuple(buffers))
 
-    async def _backward(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def _backward(self, hosted: HostedState, call: IncomingCall) -> Message:
+        uid, backend = hosted.uid, hosted.backend
         request, call.body = messages.decode(messages.BackwardRequest, call.body), None
         codec = request.reply_codec
         backend.settings.codecs.check("gradients", codec, expert=uid)
         key = (uid, journal_key(call.peer_id, request.call_id))
-        answer = self._answers.get(key)
+        answer = self._memory.answers.get(key)
         if answer is None:
             specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
             _check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
             tensors = await unpack(request.tensors, call.buffers)
-            answer = self._answers.get(key)  # the same call may have been answered meanwhile
+            answer = self._memory.answers.get(key)  # the same call may have been answered meanwhile
         if answer is None:
-            begun = self._backwards.get(key) or self._begin_backward(key, backend, call, request, tensors)
+            begun = self._backwards.get(key) or self._begin_backward(key, hosted, call, request, tensors)
             answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
         if request.inputs_cached is not None:
-            self._inputs.pop(request.inputs_cached)
+            self._memory.inputs.pop(request.inputs_cached)
         self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
-        self.metrics.observe(
-            "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=STALENESS_BUCKETS
+        self._metrics.observe(
+            "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
         )
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
         return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
 
     def _begin_backward(
         self,
-        key: _CallKey,
-        backend: ExpertBackend,
+        key: CallKey,
+        hosted: HostedState,
         call: IncomingCall,
         request: messages.BackwardRequest,
         tensors: Sequence[torch.Tensor | None],
     ) -> _Backward | WorkResult:
         """Queues a backward, unless there is nothing to compute."""
-        uid, num_inputs = key[0], request.num_inputs
+        uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
         _check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
         _check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
         if request.inputs_cached is None:
             inputs = check_inputs(uid, backend, tensors[:num_inputs])
         else:
-            kept = self._inputs.get(request.inputs_cached)
+            kept = self._memory.inputs.get(request.inputs_cached)
             if kept is None:
                 raise InputsForgotten(f"the inputs of this backward of {uid} are no longer kept; send them again")
             inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
@@ -237,7 +209,7 @@ class ExpertCalls:
         if inputs[0].shape[0] == 0:
             return WorkResult([_zero_gradient(x) for x in inputs], backend.version)
         version, owner = backend.led_to(key[1], request.call_id), self._owner(call)
-        work = self._runtime_of(backend).submit(
+        work = hosted.runtime.submit(
             backend,
             inputs,
             gradients,
@@ -250,7 +222,7 @@ class ExpertCalls:
             priority=_priority(call),
             peer=owner,
         )
-        backward = self._backwards[key] = _Backward(work, version, owner)
+        backward = self._backwards[key] = _Backward(work, hosted.runtime, version, owner)
         work.answer.add_done_callback(lambda _: self._end_backward(key))
         return backward
 
@@ -263,52 +235,27 @@ class ExpertCalls:
             backward.num_waiting -= 1
             if not backward.num_waiting and not backward.work.answer.done():
                 # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
-                self._runtime_of(backward.work.backend).withdraw(backward.work)
+                backward.runtime.withdraw(backward.work)
         return answer if backward.version is None else WorkResult(answer.tensors, backward.version)
 
-    def _end_backward(self, key: _CallKey) -> None:
+    def _end_backward(self, key: CallKey) -> None:
         backward = self._backwards.pop(key)
         answer = backward.work.answer
         if not answer.cancelled() and answer.exception() is None:
             result: WorkResult = answer.result()
             version = result.version if backward.version is None else backward.version
-            owned = WorkResult([None if x is None else _alone(x) for x in result.tensors], version)
-            self._answers.put(key, owned, owner=backward.owner, now=asyncio.get_running_loop().time())
-            self._sweep_later()
+            self._memory.keep_answer(key, WorkResult(result.tensors, version), backward.owner)
 
     def _owner(self, call: IncomingCall) -> Hashable:
         """Whose share of memory and device time this takes: a known peer's, else an address range's, else (where
         addresses tell nothing) the peer's."""
-        return call.peer_id if self.knows(call.peer_id) else range_of(call.origin) or call.peer_id
+        return call.peer_id if self._knows(call.peer_id) else range_of(call.origin) or call.peer_id
 
-    def _keep(self, uid: str, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
+    def _keep(self, hosted: HostedState, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
         name = new_name()
-        now = asyncio.get_running_loop().time()
-        if self.expects_backwards(uid):
-            self._expected.expect(name, uid, call.peer_id, now)
-        kept = self._inputs.put(name, [_alone(x) for x in inputs], owner=self._owner(call), now=now)
-        self._sweep_later()
-        return name if kept else None
-
-    def _sweep_later(self) -> None:
-        if self._sweep is None:
-            loop = asyncio.get_running_loop()
-            self._sweep = loop.call_later(self.settings.keep_seconds / 8, self._sweep_now)
-
-    def _sweep_now(self) -> None:
-        self._sweep = None
-        now = asyncio.get_running_loop().time()
-        self._inputs.expire(now)
-        self._answers.expire(now)
-        if self._inputs or self._answers:
-            self._sweep_later()
-
-    def close(self) -> None:
-        """Forgets everything, and leaves no timer."""
-        self.forget()
-        if self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
+        if hosted.is_primary:
+            self._expected.expect(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
+        return name if self._memory.keep_inputs(name, inputs, self._owner(call)) else None
 
 
 def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
@@ -344,10 +291,11 @@ def check_gradients(
     return tensors
 
 
-def _info(uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+def _info(hosted: HostedState, call: IncomingCall) -> Message:
     messages.decode(messages.InfoRequest, call.body)
+    backend = hosted.backend
     info = messages.ExpertInfo(
-        uid=uid,
+        uid=hosted.uid,
         args_schema=wire.encode_schema(backend.args_schema),
         kwargs_schema=wire.encode_schema(backend.kwargs_schema),
         outputs_schema=wire.encode_schema(backend.outputs_schema),
@@ -387,12 +335,6 @@ def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, sp
         raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {got}")
 
 
-def _alone(x: torch.Tensor) -> torch.Tensor:
-    """A tensor that keeps no more memory alive than its own: rows of a batch, and small tensors, which lie in a block
-    with others, are copied."""
-    return x.clone() if x.nbytes < _SMALL_BYTES or x.untyped_storage().nbytes() > x.nbytes else x
-
-
 def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
     """A part of an answer that may wait for long: not as a few rows that hold the outputs of a large batch."""
     return x if x is None or x.nbytes < _LARGE_BYTES or x.untyped_storage().nbytes() <= 4 * x.nbytes else x.clone()
@@ -400,12 +342,3 @@ def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:
     return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None
-
-
-def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
-    """What remembering them costs: small tensors are mostly objects, and those of strangers may be empty."""
-    return _ENTRY_BYTES + sum(_TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _num_bytes_of_answer(answer: WorkResult) -> int:
-    return _num_bytes(answer.tensors)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class Endings(Generic[T]):
+class CompletionQueue(Generic[T]):
     """Tasks as they end. One awaits at a time."""
 
     def __init__(self) -> None:
@@ -22,9 +23,9 @@ class Endings(Generic[T]):
         task.add_done_callback(self._note)
 
     async def wait(self, until: float) -> list[asyncio.Task[T]]:
-        """Those that have ended since the last time, as soon as there are any; none if it gets `until` (loop's time).
+        """Those that have ended since the last time, as soon as there are any; none at `until` (the loop's time).
 
-        Tasks that `add` was told of need not be waited for in the end: whoever made them ends them.
+        The caller ends the tasks that it no longer waits for.
         """
         if not self._ended and until > self._loop.time():
             self._waiter = self._loop.create_future()
@@ -45,3 +46,22 @@ class Endings(Generic[T]):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+async def cancel_all(tasks: Collection[asyncio.Task[T]]) -> None:
+    """Ends the tasks that still run, and waits for them; their errors are dropped."""
+    running = []
+    for task in tasks:
+        if task.done():
+            _forget(task)
+        else:
+            task.add_done_callback(_forget)
+            task.cancel()
+            running.append(task)
+    if running:
+        await asyncio.wait(running)
+
+
+def _forget(task: asyncio.Task[T]) -> None:
+    if not task.cancelled():
+        task.exception()  # once asked for, it is not logged as lost
