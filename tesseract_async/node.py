@@ -18,8 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.call_table import CallHandler, CallTable
-from tesseract_async.endpoint.connection import in_one
+from tesseract_async.endpoint.call_table import CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
@@ -38,7 +37,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -54,11 +53,11 @@ EXPERT_METHODS: dict[str, Action] = {
     FORWARD: "call",
     BACKWARD: "train",
     STATE: "call",
-    LEAD: "store",
-    TENURE: "store",
+    TAKE_OVER: "host",
+    TENURE: "host",
 }
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host"}
 
 
 class TesseractNode(Uncopied):

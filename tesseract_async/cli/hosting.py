@@ -32,11 +32,12 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.server.builders import find_builder, takes_seed
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
-from tesseract_async.server.registry import draws_its_own, make_backend
+from tesseract_async.server.registry import make_backend
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import stored_uids
@@ -286,7 +287,7 @@ class Hosting:
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         """Build on all cores where the class allows it; the loop is free meanwhile to join the network."""
         name = self.serving.expert_class if self._run is None else self._run.manifest.expert
-        if ":" in name or not draws_its_own(name):
+        if ":" in name or not takes_seed(find_builder(name)):
             return {uid: self._build(uid) for uid in uids}
         limit = asyncio.Semaphore(os.cpu_count() or 1)
 
