@@ -21,8 +21,8 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 Role = Literal["host", "train", "share", "admit"]
-"""``host``: hold experts, as primary or follower; ``train``: send gradients; ``share``: take part in the parameters that
-trainers share; ``admit``: sign others' grants."""
+"""``host``: hold experts, as primary or follower; ``train``: send gradients; ``share``: take part in the parameters
+that trainers share; ``admit``: sign others' grants."""
 
 ROLES: Final[dict[Role, int]] = {"host": 1, "train": 2, "share": 4, "admit": 8}
 """The bits that stand for them."""

@@ -176,7 +176,7 @@ class Membership:
         return self.promised > term.epoch and now < self._promised_at + self.lease
 
     def may_vote(self, peer: PeerID, epoch: int, seal: Seal, now: float) -> bool:
-        """Return whether `peer`, which holds this Seal, may have its vote: one per epoch, for none with an older file."""
+        """Return whether `peer`, which holds this Seal, may have its vote: one per epoch, and no older file."""
         best, held = self.lineage.best, self.held
         if best is None or held is None or epoch <= best.epoch or now < self.vote_from or seal.age < held.age:
             return False
