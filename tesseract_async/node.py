@@ -11,15 +11,14 @@ import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.call_table import CallHandler, CallTable
-from tesseract_async.endpoint.connection import in_one
+from tesseract_async.endpoint.call_table import CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
@@ -38,7 +37,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -54,11 +53,11 @@ EXPERT_METHODS: dict[str, Action] = {
     FORWARD: "call",
     BACKWARD: "train",
     STATE: "call",
-    LEAD: "store",
-    TENURE: "store",
+    TAKE_OVER: "host",
+    TENURE: "host",
 }
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host"}
 
 
 class TesseractNode(Uncopied):
@@ -167,7 +166,7 @@ class TesseractNode(Uncopied):
         self._says_where = False
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._keepers: list[RunKeeper] = []
-        self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self.client_state: object = None
         """What the client modules of this node keep in it (`client.experience`)."""
@@ -219,7 +218,7 @@ class TesseractNode(Uncopied):
         if self._endpoint is not None:
             await self._endpoint.aclose()
 
-    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def at_close(self, aclose: Callable[[], Awaitable[None]]) -> None:
         """Await ``aclose()`` when this node closes, before its connections end."""
         self._at_close.append(aclose)
 

@@ -252,11 +252,15 @@ class Dialler:
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
         now = asyncio.get_running_loop().time()
         found = groups.get(crowd, [])
-        patience = {True: IDLE_SECONDS, False: SETTLED}  # who has never called is not missed
-        idle = [one for one in found if not one.num_calls and now - one.last_used > patience[one.was_called]]
+
+        def is_idle(one: Connection) -> bool:
+            patience = IDLE_SECONDS if one.protocol.was_called else SETTLED  # who has never called is not missed
+            return not one.protocol.num_calls and now - one.last_used > patience
+
+        idle = [one for one in found if is_idle(one)]
         if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
             return False
-        victim = min(idle or found, key=lambda one: (one.was_called, one.last_used))
+        victim = min(idle or found, key=lambda one: (one.protocol.was_called, one.last_used))
         self._metrics.count("endpoint_connections_dropped", reason="crowd")
         victim.abort("it was idle, and there are too many")
         return True

@@ -12,8 +12,8 @@ from typing import Any
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import NodeBudgets
-from tesseract_async.endpoint.call_table import CallHandler, CallTable
-from tesseract_async.endpoint.connection import Answer, Connection, IncomingCall, Message
+from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
+from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
@@ -275,7 +275,14 @@ class Endpoint(Uncopied):
     def connections(self) -> list[ConnectionInfo]:
         """Every open connection."""
         return [
-            ConnectionInfo(c.peer_id, c.path, c.dialled is not None, c.rtt, c.bytes_per_second, c.num_calls)
+            ConnectionInfo(
+                c.peer_id,
+                c.path,
+                c.dialled is not None,
+                c.protocol.life.rtt,
+                c.protocol.windows.bytes_per_second,
+                c.protocol.num_calls,
+            )
             for c in self._pool.connections()
             if c.is_open
         ]
@@ -288,9 +295,9 @@ class Endpoint(Uncopied):
         """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
         take; None where there is none, or nothing was measured."""
         connection = self._pool.find(peer)
-        if connection is None or connection.rtt is None:
+        if connection is None or connection.protocol.life.rtt is None:
             return None
-        return connection.rtt, connection.bytes_per_second
+        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
 
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
@@ -370,7 +377,7 @@ class Endpoint(Uncopied):
         self.metrics.set("endpoint_connections", len(connections))
         for connection in connections:
             connection.count_bytes()
-            if connection.dialled is None or not connection.is_open or connection.num_calls:
+            if connection.dialled is None or not connection.is_open or connection.protocol.num_calls:
                 continue
             idle = now - connection.last_used > self._settings.idle_timeout and connection.peer_id not in self._kept
             if idle or connection.retired:

@@ -76,7 +76,7 @@ class ReplicaKeeper(Succession):
     async def __aenter__(self) -> ReplicaKeeper:
         self._server.succession = self
         self._server.handle(messages.STATE, self._source.answer)
-        self._server.handle(messages.LEAD, self.bare.take_over)
+        self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)
         self._source.find_sealed = self.tenures.sealed
         await self.tenures.start()

@@ -187,7 +187,7 @@ class Tenures:
         expert = self._experts.get(hosted.uid)
         if expert is None:
             raise NotAllowed(f"{hosted.uid} is of no run here")
-        if request.kind in ("take", "lead"):
+        if request.kind in ("prepare", "take_over"):
             agrees, proof = await self._take_over(expert, call.peer_id, request)
             return Message(messages.encode(messages.TenureReply(agrees, [0, 0], [b"", proof])))
         boot, term, seal = _check_records(request.records, 3)
@@ -203,7 +203,7 @@ class Tenures:
         if tenure.primary != peer:
             raise NotAllowed(f"{peer.short} is not the primary of {expert.uid} here")
         nonce_or_signature, blob = _check_records(request.records, 2)
-        if request.kind == "take":
+        if request.kind == "prepare":
             tenure.sight(blob, *self._now())
             await self._carry_out(expert)
             await expert.until(lambda tenure: tenure.held is not None and tenure.held.blob == blob, self._call_timeout)
@@ -241,7 +241,7 @@ class Tenures:
             data = await self._read(uid, seal)
             for heir in heirs:
                 nonce = os.urandom(16)
-                reply = await self._call(uid, heir, "take", [nonce, seal.blob], timeout=self._call_timeout)
+                reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
                 if reply is None or data is None or reply.records[1] != possession(data, nonce):
                     logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
                     continue
@@ -249,7 +249,7 @@ class Tenures:
                     return False  # another has it meanwhile
                 signature, signed = tenure.hand_over(heir), True
                 await self._carry_out(expert)
-                reply = await self._call(uid, heir, "lead", [signature, b""], timeout=self._call_timeout)
+                reply = await self._call(uid, heir, "take_over", [signature, b""], timeout=self._call_timeout)
                 logger.info("%s was handed over to %s", uid, heir.short)
                 await self._see_term_of(expert, heir)
                 return reply is not None and reply.agrees
