@@ -49,7 +49,7 @@ class Hours:
         return span if len(self.days) == 7 else ",".join(_DAYS[day] for day in sorted(self.days)) + " " + span
 
     def on(self, day: date, timezone: tzinfo | None) -> tuple[float, float] | None:
-        """Return the wall-clock seconds of its start and end, if it starts on `day` (`timezone`: None for the machine's)."""
+        """Return its start and end in wall-clock seconds, if it starts on `day`. `timezone`: None for the machine's."""
         if day.weekday() not in self.days:
             return None
         last = day + timedelta(days=1) if self.end <= self.start else day
