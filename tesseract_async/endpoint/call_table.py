@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tesseract_async.admission import Action
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod
 from tesseract_async.identity import PeerID
+from tesseract_async.wire.packed import Value
 
 
 class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
     """What a call carries each way."""
 
-    body: Any = None
+    body: Value = None
     """What msgpack can hold."""
     buffers: tuple[memoryview, ...] = ()
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
@@ -26,7 +27,7 @@ class IncomingCall:
 
     peer_id: PeerID
     method: str
-    body: Any
+    body: Value
     buffers: tuple[memoryview, ...]
     deadline: float
     """On this loop's clock: when the caller stops waiting."""

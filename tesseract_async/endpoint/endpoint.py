@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import NodeBudgets
@@ -176,7 +175,7 @@ class Endpoint(Uncopied):
         self,
         peer: PeerAddress,
         method: str,
-        body: Any = None,
+        body: object = None,
         buffers: Sequence[Buffer] = (),
         *,
         timeout: float,

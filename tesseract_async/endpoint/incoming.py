@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
-from tesseract_async.endpoint.core import ConnectionCore
+from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallCancelled, CallReceived, PartWanted
 from tesseract_async.endpoint.lanes import BULK, MAIN, Sending
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.transfers import Announced, CallState
+from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError
 from tesseract_async.wire import frames, heads, packed
 
@@ -67,6 +67,7 @@ class IncomingCalls:
     def __init__(
         self,
         core: ConnectionCore,
+        transfers: Transfers,
         calls: dict[int, ReceivedCall],
         *,
         meter: Meter | None,
@@ -77,6 +78,7 @@ class IncomingCalls:
         self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.settings.max_replies)
         self.costs = SmallCallCosts(core.budgets.small_calls, core.owner)
         self._core = core
+        self._transfers = transfers
         self._calls = calls
         self._meter = meter
         self._refusal = refusal
@@ -98,7 +100,7 @@ class IncomingCalls:
             call.in_parts = True
         if lane == BULK:
             call.lane = lane
-            self._core.transfers.note_lane(call, lane, self._core.now)
+            self._transfers.note_lane(call, lane)
         return call
 
     def request_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -135,7 +137,7 @@ class IncomingCalls:
         if announced.room not in (frames.ROOM_WINDOW, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
         try:
-            core.transfers.reserve(call, announced, core.now)
+            self._transfers.reserve(call, announced)
         except ValueError:
             sentence = f"{announced.size} bytes never fit this node's memory bound"
             self.fail(stream, Overloaded(sentence, retry_after=60.0))
@@ -212,7 +214,7 @@ class IncomingCalls:
             if call.num_parts + more >= frames.MAX_PARTS:
                 return self.fail(stream, RemoteError(f"the reply has more than {frames.MAX_PARTS} parts"))
             if not call.num_parts:
-                call.lane = core.transfers.choose_lane(call, now)  # all parts of a reply keep to one lane
+                call.lane = self._transfers.choose_lane(call)  # all parts of a reply keep to one lane
                 self.waiting.in_parts[stream] = call
             call.num_parts += 1
             call.replied_bytes += size
@@ -228,9 +230,9 @@ class IncomingCalls:
             return self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
             if not call.num_parts:
-                call.lane = core.transfers.choose_lane(call, now)
+                call.lane = self._transfers.choose_lane(call)
             reserved = call.reply_room
-            core.transfers.begin(
+            self._transfers.begin(
                 frames.CHUNK_REPLY, call, encoded, buffers, priority=call.priority, reserved=reserved, flags=flags
             )
         return True
@@ -266,7 +268,7 @@ class IncomingCalls:
             call.reply_since = self._core.now
             self._want_part(call)
         else:
-            self._core.transfers.granted(call)
+            self._transfers.granted(call)
 
     def _want_part(self, call: ReceivedCall) -> None:
         if _takes_part(call):
@@ -296,7 +298,7 @@ class IncomingCalls:
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:
-            self._core.transfers.receive(call, self._core.now)
+            self._transfers.receive(call)
         elif room is call.room:
             self.fail(call.stream, Overloaded("there was no room for all of the request", retry_after=1.0))
         elif room is call.reply_held:
@@ -320,7 +322,7 @@ class IncomingCalls:
         self.costs.total -= call.cost
         if call.metered and self._meter is not None:
             self._meter.end()
-        self._core.transfers.end(call)
+        self._transfers.end(call)
         self.waiting.drop(call)
         if call.num_parts:
             del self.waiting.in_parts[call.stream]

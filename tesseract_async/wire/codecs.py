@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tesseract_async.errors import ProtocolError, SchemaMismatch
 
@@ -85,7 +85,7 @@ class CodecPolicy:
         return {name: list(getattr(self, name)) for name in Codecs._fields}
 
     @classmethod
-    def decode(cls, value: Any) -> CodecPolicy:
+    def decode(cls, value: object) -> CodecPolicy:
         """Untrusted. Codecs of later versions are left out. Raises: ProtocolError."""
         accepted: dict[str, tuple[str, ...]] = {}
         for name in Codecs._fields:

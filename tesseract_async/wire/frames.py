@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import msgpack
 import numpy as np
 
 from tesseract_async.errors import MessageTooLarge, ProtocolError
 from tesseract_async.wire import packed
+from tesseract_async.wire.packed import Value
 
 VERSION: Final = 1
 
@@ -125,7 +126,7 @@ def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
     return _TABLE.size + 8 * len(sizes) + head_bytes + sum(sizes)
 
 
-def decode_small(payload: memoryview, arena: Arena) -> tuple[Any, tuple[memoryview, ...]]:
+def decode_small(payload: memoryview, arena: Arena) -> tuple[Value, tuple[memoryview, ...]]:
     """The head's value and the buffers, copied into memory of `arena`. Untrusted. Raises: ProtocolError."""
     head_bytes, sizes, begin = decode_table(payload)
     position = begin + head_bytes
@@ -193,7 +194,7 @@ class Arena:
         self._block = None
 
 
-def pack(value: Any) -> bytes:
+def pack(value: Value) -> bytes:
     """Packs a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
     try:
         data: bytes = msgpack.packb(value)
@@ -209,7 +210,7 @@ def pack(value: Any) -> bytes:
     return data
 
 
-def unpack(data: Buffer) -> Any:
+def unpack(data: Buffer) -> Value:
     """Reads a head. Untrusted. Raises: ProtocolError."""
     return packed.unpack(data, max_bytes=MAX_HEAD)
 
