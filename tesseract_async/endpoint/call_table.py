@@ -13,10 +13,10 @@ from tesseract_async.wire.packed import Value
 
 
 class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
-    """What a call carries each way."""
+    """The content of a request or a reply."""
 
     body: Value = None
-    """What msgpack can hold."""
+    """Any value that msgpack can hold."""
     buffers: tuple[memoryview, ...] = ()
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
 
@@ -35,11 +35,11 @@ class IncomingCall:
     origin: str = ""
     """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
     in_parts: bool = False
-    """Whether the caller takes a reply in parts: the handler may be an async generator then."""
+    """True if the caller takes a reply in parts: the handler may be an async generator then."""
 
 
 Answer = Awaitable[Message] | AsyncGenerator[Message, None]
-"""What a handler returns: a message to come, or one that comes in parts."""
+"""The result of calling a handler: an awaitable message, or the parts of one."""
 CallHandler = Callable[[IncomingCall], Answer]
 
 

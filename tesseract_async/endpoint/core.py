@@ -1,4 +1,4 @@
-"""What the two halves of a connection, its own calls and its peer's, have in common. No I/O."""
+"""State that the two halves of a connection (outgoing and incoming calls) share. No I/O."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
 PROGRESS_BYTES: Final = 4096
-"""What must come of a half-received message until it counts as moving: a byte now and then holds nothing open."""
+"""Bytes that must come of a half-received message for it to count as moving: a byte now and then holds nothing open."""
 MAX_IDLE_FRAMES: Final = 10_000
 """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
 IDLE_FRAMES_PER_SECOND: Final = 5_000.0
@@ -41,7 +41,7 @@ class ConnectionCore:
         incoming: Mapping[int, CallState],
     ) -> None:
         self.peer = peer
-        """How errors name the other end."""
+        """The other end's name in errors."""
         self.theirs = theirs
         self.lanes = lanes
         self.settings = settings
@@ -71,16 +71,16 @@ class CallState:
     """The large messages of one call, one each way at a time. Most calls have none: defaults are the class's."""
 
     grant_kind = 0
-    """Of the frame that lets the peer send."""
+    """Kind of the frame that lets the peer send."""
     lane = MAIN
-    """Where its request, or its reply if received here, travels."""
+    """The lane of its request, or of its reply if it was received here."""
     on_bulk = False
-    """Whether request or reply travel on the bulk lane."""
+    """True if request or reply travel on the bulk lane."""
     sending: Sending | None = None
     announced: Announced | None = None
-    """What a BEGIN told, until there is room for it."""
+    """A message that waits for room."""
     room: Reservation | None = None
-    """What it counts, from its BEGIN on."""
+    """Room of the message that comes in, from its BEGIN on."""
     arrival: Arrival | None = None
     window_bytes = 0
     """Bytes of the flow-control window that it uses."""
@@ -90,7 +90,7 @@ class CallState:
 
     @property
     def given_up(self) -> bool:
-        """Whether its room was taken back, of which its holder is yet to hear."""
+        """True if its room was taken back, which its holder has not been told yet."""
         return self.room is not None and self.room.released
 
 
@@ -125,7 +125,7 @@ class Arrival:
         self.progress = now
         self.begun = now
         self.granted_at = now if granted else None
-        """When its GRANT was sent, until something came or it is known to have arrived."""
+        """Time at which its GRANT was sent, until something came or the GRANT is known to have arrived."""
         self._left = assembly.left
         self._passed = lane.bytes_received
 
@@ -146,7 +146,7 @@ class Arrival:
 
 
 class Deadlines:
-    """When calls expire. Most end long before, so entries of ended calls are dropped from time to time."""
+    """The deadlines of calls. Most calls end long before, so entries of ended ones are dropped from time to time."""
 
     def __init__(self, outgoing: Mapping[int, object], incoming: Mapping[int, object]) -> None:
         self._calls = (incoming, outgoing)

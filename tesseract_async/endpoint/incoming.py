@@ -32,9 +32,9 @@ class ReceivedCall(CallState):
     grant_kind = frames.GRANT_REQUEST
     # defaults of the class: a small call sets few of them
     delivered = False
-    """Whether the handler has it; its body is the handler's alone."""
+    """True once the handler has it; its body is the handler's alone."""
     in_parts = False
-    """Whether the caller takes a reply in parts."""
+    """True if the caller takes a reply in parts."""
     priority = 0
     reply_room = 0
     max_reply = 0
@@ -42,14 +42,14 @@ class ReceivedCall(CallState):
     cost = 0
     """Bytes counted for a small request."""
     metered = False
-    """Whether it counts against the peer's quota."""
+    """True while it counts against the peer's quota."""
     reply_held: Reservation | None = None
     """While a large reply, or a part of one, waits to be taken ..."""
     reply_size = 0
     reply_since = 0.0
     """... of so many bytes, since then."""
     more = False
-    """Whether what is being sent is not the reply's last part."""
+    """True if what is being sent is not the reply's last part."""
     num_parts = 0
     """Parts that have begun ..."""
     num_taken = 0
@@ -59,7 +59,7 @@ class ReceivedCall(CallState):
 
 
 class IncomingCalls:
-    """Those of one connection, by their number.
+    """The peer's calls on one connection, by their number.
 
     `meter` counts them against the peer's quota; `refusal` says why the peer may call nothing here, if so.
     """
@@ -177,7 +177,7 @@ class IncomingCalls:
             self._core.count_idle()
 
     def cancel(self, stream: int) -> None:
-        """Nobody waits for this call any more, if it is still under way."""
+        """Ends a call for which its caller does not wait any more, if it is still under way."""
         call = self._calls.get(stream)
         if call is not None:
             self._end(call)
@@ -190,7 +190,7 @@ class IncomingCalls:
         self, stream: int, body: object, buffers: tuple[memoryview, ...], *, now: float, more: bool = False
     ) -> bool:
         """Answers a received call, or with `more` sends a part of its reply, once `takes_part`. The buffers are on loan
-        until sent. False if the call has ended: nobody waits any more, or the reply was more than its caller accepts.
+        until sent. False if the call has ended: its caller does not wait any more, or accepts no reply of this size.
 
         Raises: TypeError or ValueError for a body that msgpack cannot hold: answer with `fail` then.
         """
@@ -238,8 +238,8 @@ class IncomingCalls:
         return True
 
     def takes_part(self, stream: int) -> bool:
-        """Whether `reply` may send something more for this call: what was sent before has left, and the caller has
-        taken enough of it. Else `PartWanted` follows, unless the call ends."""
+        """Return whether `reply` may send more for this call: earlier parts have left, and its caller has taken enough
+        of them. If not, `PartWanted` follows, unless the call ends."""
         call = self._calls.get(stream)
         return call is None or _takes_part(call)
 
@@ -348,7 +348,7 @@ class WaitingReplies:
         self._taken_at = 0.0
 
     def hold(self, call: ReceivedCall, size: int, *, now: float) -> bool:
-        """Whether a reply of `size` bytes may wait here, within the bounds on such memory (one always may)."""
+        """Counts a reply of `size` bytes that waits; False if it exceeds the bounds on such memory (one always may)."""
         if self.num_bytes and self.num_bytes + size > self._max_bytes:
             return False
         call.reply_held = self._budget.keep(self._owner, size, call)
@@ -396,13 +396,13 @@ class SmallCallCosts:
 
     def __init__(self, budget: FairCount, owner: Owner) -> None:
         self.total = 0
-        """Of what is under way: each call's `cost` is taken off when it ends."""
+        """Cost of the calls under way: each call's `cost` is taken off when it ends."""
         self._budget = budget
         self._owner = owner
         self._counted = STEP
 
     def began(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
-        """Whether a request of so many bytes may be under way here in addition to those that are."""
+        """Counts a request of so many bytes; False if it is more than may be under way here."""
         cost = CALL_BYTES + num_bytes
         if num_bytes > packed.UNCOUNTED_BYTES:
             cost += packed.BYTES_PER_ITEM * min(num_bytes - sum(map(len, buffers)), packed.MAX_ITEMS)

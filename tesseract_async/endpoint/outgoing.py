@@ -25,12 +25,12 @@ class OutgoingCall(CallState):
     """Bytes that the reply may have without asking."""
     sent = False
     in_parts = False
-    """Whether the reply may come in parts."""
+    """True if the reply may come in parts."""
     more = False
-    """Whether the large part that is arriving is not the last one."""
+    """True if the large part that is arriving is not the last one."""
     reply_lane = MAIN
     num_parts = 0
-    """Of the reply, that have begun ..."""
+    """Parts of the reply that have begun ..."""
     reply_bytes = 0
     """... and their size together."""
     untaken: deque[Reservation] | None = None
@@ -47,7 +47,7 @@ class OutgoingCall(CallState):
 
 
 class OutgoingCalls:
-    """Those of one connection, by their number. Some wait until the peer's limits allow their requests."""
+    """The calls made here on one connection, by number. Some wait until the peer's limits allow their requests."""
 
     def __init__(self, core: ConnectionCore, transfers: Transfers, calls: dict[int, OutgoingCall]) -> None:
         self._core = core
@@ -294,7 +294,7 @@ class OutgoingCalls:
         *,
         more: bool,
     ) -> None:
-        # an error may come before all of the request has left: `_end` drops the rest, nobody waits for it
+        # an error may come before all of the request has left: `_end` drops the rest, its receiver has answered
         if error is not None:
             if more:
                 raise ProtocolError("an error ends a reply")

@@ -45,7 +45,7 @@ class ConnectionProtocol:
         refusal: Callable[[], RemoteError | None] | None = None,
     ) -> None:
         self.peer = peer
-        """How errors name the other end."""
+        """The other end's name in errors."""
         self.pace = budgets.pace
         self._pong_due = False
         self._peer_saw: int | None = None  # the highest number of our calls that the peer saw, once it has closed
@@ -96,7 +96,7 @@ class ConnectionProtocol:
 
     @property
     def was_called(self) -> bool:
-        """Whether the peer has made a call."""
+        """True once the peer has made a call."""
         return self.incoming.last_seen > 0
 
     @property
@@ -130,7 +130,7 @@ class ConnectionProtocol:
     # ---- bytes
 
     def data_to_send(self, lane: int, room: int) -> list[bytes | memoryview]:
-        """What to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
+        """Return what to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
 
         The memoryviews are on loan until the channel has drained.
         """
@@ -141,7 +141,7 @@ class ConnectionProtocol:
         return self.lanes[lane].data_to_send(room, now, portion=self.pace.portion(now), sent=self.incoming.sent)
 
     def has_data(self, lane: int) -> bool:
-        """Whether `data_to_send` would give anything."""
+        """True if `data_to_send` would give anything."""
         return self.lanes[lane].has_data or (self._pong_due and lane == MAIN)
 
     @property
@@ -162,11 +162,11 @@ class ConnectionProtocol:
 
     @property
     def has_events(self) -> bool:
-        """Whether `events` would give any."""
+        """True if `events` would give any."""
         return bool(self._core.events)
 
     def events(self) -> list[Event]:
-        """What happened since the last time."""
+        """Return the events since the last call."""
         events, self._core.events = self._core.events, []
         return events
 
@@ -215,7 +215,7 @@ class ConnectionProtocol:
     # ---- time and the end
 
     def timer_at(self) -> float:
-        """When `handle_timer` wants to be called."""
+        """Return the time at which to call `handle_timer`."""
         return min(self.life.timer_at(), self._core.deadlines.first)
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
@@ -248,7 +248,7 @@ class ConnectionProtocol:
         self.lanes[MAIN].put(close)
 
     def connection_lost(self, reason: str) -> None:
-        """The channels are gone: every own call fails, every received one is cancelled, all room is given back."""
+        """The channels are gone: outgoing calls fail, incoming ones are cancelled, all room is given back."""
         self.outgoing.lost(reason, peer_saw=self._peer_saw)
         self.incoming.lost()
         for lane in self.lanes:

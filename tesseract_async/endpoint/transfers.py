@@ -14,7 +14,7 @@ from tesseract_async.wire import frames
 MAX_OVERTAKING: Final = 64 * 2**20
 """Bytes of other messages that may pass a half-received one."""
 BUFFER_BYTES: Final = 256
-"""What a large message costs for each buffer after its first: a thousand empty ones take 270 KB."""
+"""Cost of each buffer of a large message after its first: a thousand empty ones take 270 KB."""
 GRACE: Final = 60.0
 LEAST_RATE: Final = 4096
 """A message may take `GRACE` seconds, and one more for each `LEAST_RATE` of its bytes."""
@@ -78,7 +78,7 @@ class Transfers:
         """The peer has room for a message that asked. Raises: ProtocolError if none did."""
         sending = call.sending
         if sending is None or sending.granted:
-            raise ProtocolError("a grant that nobody asked for")
+            raise ProtocolError("a grant that was not asked for")
         sending.granted = True
         self._core.lanes[call.lane].large.append(sending)
 
@@ -120,7 +120,7 @@ class Transfers:
             self._core.lanes[MAIN].put(frames.frame(call.grant_kind, stream=call.stream))
 
     def chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
-        """Where a chunk goes, or None to skip it. Raises: ProtocolError."""
+        """Return the message that a chunk belongs to, or None to skip it. Raises: ProtocolError."""
         call = self._calls[kind].get(stream)
         if call is None or call.arrival is None or call.room is None:
             return None  # cancelled or expired meanwhile

@@ -55,7 +55,7 @@ reply may come in parts. Of GRANT_REPLY: a part was taken, and one more may begi
 PARTS_AHEAD: Final = 4
 """Parts of a reply that may begin beyond those that its caller has taken. The last one may always follow."""
 MAX_PARTS: Final = 1024
-"""Of one reply."""
+"""Parts of one reply, at most."""
 
 REPORT: Final = 1
 """Flag of a PONG that answers no PING: it only tells what arrives."""
@@ -250,13 +250,13 @@ class Assembly:
 
 
 class FrameSink(Protocol):
-    """What a `FrameReader` reports to. All three may raise ProtocolError, which ends the channel."""
+    """The receiver of a `FrameReader`'s reports. All three methods may raise ProtocolError, which ends the channel."""
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         """A whole frame that is no chunk. `payload` is valid during this call only."""
 
     def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:
-        """Where the chunk's `length` bytes go (it has that much left), or None to skip them."""
+        """Return the message to which the chunk's `length` bytes belong (it has that much left); None skips them."""
 
     def chunk_finished(self, kind: int, stream: int, length: int) -> None:
         """All `length` bytes of the chunk are where they belong."""
@@ -272,7 +272,7 @@ class FrameReader:
 
     def __init__(self, sink: FrameSink) -> None:
         self.sink = sink
-        """Whom frames are reported to; may be replaced from within its own methods (after a hello)."""
+        """The receiver of frames; may be replaced from within its methods (after a hello)."""
         self._scratch: memoryview | None = None
         self._start = 0
         self._end = 0
@@ -322,7 +322,7 @@ class FrameReader:
             self._start = self._end = 0
 
     def forget(self, assembly: Assembly) -> None:
-        """What still comes of this message is skipped; its memory is not held any more."""
+        """Skips what still comes of this message, and lets go of its memory."""
         if self._assembly is assembly:
             self._assembly = None
             self._direct = False

@@ -29,14 +29,14 @@ from tesseract_async.wire.packed import Value
 MAX_METHOD_LENGTH: Final = 128
 MAX_SENTENCE_LENGTH: Final = 2000
 MAX_GRANTS: Final = 4
-"""That a hello shows."""
+"""Grants in one hello, at most."""
 MAX_GRANT_BYTES: Final = 480
 MAX_FEATURES: Final = 64
 MAX_FEATURE_LENGTH: Final = 32
 REPLY_PARTS: Final = "reply_parts"
 """The feature of nodes that take replies in parts."""
 FEATURES: Final = frozenset({REPLY_PARTS})
-"""That this version speaks."""
+"""The features of this version."""
 MAX_TIMEOUT: Final = 7 * 24 * 3600.0
 """Seconds that a call may take at most: what the header can carry is bounded so that a deadline is always a time."""
 
@@ -50,7 +50,7 @@ _ERRORS: dict[str, type[RemoteError]] = {
 
 
 class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, and a frozen one takes 2 us
-    """What stands before a request's buffers."""
+    """The head of a request."""
 
     method: str
     time_left: float
@@ -148,9 +148,9 @@ class Hello:
     session: bytes
     """16 random bytes of the dialler's choice; the channels of one connection share them."""
     bulk: bool
-    """Whether this channel carries large messages of an existing connection."""
+    """True if this channel carries large messages of an existing connection."""
     peer_id: bytes
-    """Who speaks. TLS has proven it already; on a plain channel it is a mere claim."""
+    """The speaker's id. TLS has proven it already; on a plain channel it is a mere claim."""
     max_calls: int
     """Calls that the receiver of this hello may have under way at once."""
     max_small: int
@@ -158,9 +158,9 @@ class Hello:
     max_message: int
     """Bytes of the largest message that it may send."""
     grants: tuple[bytes, ...] = ()
-    """What the speaker may do in runs, by their owners' word: signed records, at most `MAX_GRANTS`."""
+    """Grants that say what the speaker may do in runs: records signed by the runs' owners, at most `MAX_GRANTS`."""
     features: frozenset[str] = frozenset()
-    """What the speaker understands beyond the first version: what is not named here must not be sent to it."""
+    """Names of what the speaker understands beyond version 1. What is not named here must not be sent to it."""
 
 
 def encode_hello(hello: Hello) -> bytes:

@@ -1,7 +1,7 @@
-"""What a client and a server say to each other about experts: the bodies of the ``expert.*`` calls.
+"""Messages between clients and servers about experts: the bodies of the ``expert.*`` calls.
 
 Each message is a named tuple (one is made for every call, and a frozen dataclass takes 2 to 4 us); `encode` gives the
-msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. Tensors travel beside the body
+msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. Tensors travel next to the body
 (`tensors` holds their metas, see `wire.tensors`).
 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
@@ -40,7 +40,7 @@ class InfoRequest(NamedTuple):
 
 
 class ExpertInfo(NamedTuple):
-    """What an expert takes and gives. Schemas are as `wire.tensors.encode_schema` makes them."""
+    """The inputs and outputs of an expert. Schemas are as `wire.tensors.encode_schema` makes them."""
 
     uid: str
     args_schema: list[Value]
@@ -58,12 +58,12 @@ class ExpertInfo(NamedTuple):
 
 
 class ForwardRequest(NamedTuple):
-    """Apply the expert. The inputs travel beside: positional arguments first, then keyword ones, in schema order."""
+    """Apply the expert. The inputs travel as buffers: positional arguments, then keyword ones, in schema order."""
 
     uid: str
     tensors: list[Value]
     training: bool
-    """Whether the module is in train mode (dropout and the like)."""
+    """True if the module is in train mode (dropout and the like)."""
     seed: int
     """Seeds the module's random numbers, so that backward's recomputation draws the same."""
     reply_codec: str
@@ -73,7 +73,7 @@ class ForwardRequest(NamedTuple):
 
 
 class ForwardReply(NamedTuple):
-    """The outputs travel beside, in the order of the outputs schema."""
+    """The outputs travel as buffers, in the order of the outputs schema."""
 
     tensors: list[Value]
     version: int
@@ -85,7 +85,7 @@ class ForwardReply(NamedTuple):
 class BackwardRequest(NamedTuple):
     """Recompute the forward, backpropagate, take an optimizer step.
 
-    Beside it travel `num_inputs` inputs as in forward, then one gradient per output (absent where it got none).
+    With it travel `num_inputs` inputs as in forward, then one gradient per output (absent where it got none).
     """
 
     uid: str
@@ -106,7 +106,7 @@ class BackwardRequest(NamedTuple):
 
 
 class BackwardReply(NamedTuple):
-    """One gradient per input travels beside, absent for inputs that have none (integers, unused ones)."""
+    """One gradient per input travels as a buffer, absent for inputs that have none (integers, unused ones)."""
 
     tensors: list[Value]
     version: int
@@ -159,14 +159,14 @@ class StateRequest(NamedTuple):
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     digest: bytes
-    """Of the file that `offset` continues; 16 zero bytes for whichever is newest. Of a sealed file (in a run) the first
-    bytes of its root."""
+    """Digest of the file that `offset` continues; 16 zero bytes for the newest one. For a sealed file (in a run) the
+    first bytes of its root."""
     offset: int
     """Bytes of the file that the caller has."""
 
 
 class StateReply(NamedTuple):
-    """Beside it travels the piece that begins at `offset`; nothing where `size` is 0."""
+    """With it travels the piece that begins at `offset`; nothing where `size` is 0."""
 
     version: int
     digest: bytes
@@ -208,7 +208,7 @@ _CHECKS: dict[str, Callable[[Value], bool]] = {
 
 _MISSING: Final = object()
 _SUFFICIENT: dict[str, type] = {"bool": bool, "list[Value]": list}
-"""Where the type alone says that a value is right, which is cheaper to see than what a check says."""
+"""Types that alone prove a value right, which is cheaper than a check."""
 _FIELDS: dict[type, list[tuple[str, Value, type | None, Callable[[Value], bool]]]] = {
     # name, default, sufficient type, check; the annotations are strings here, kept as forward references
     kind: [

@@ -75,7 +75,7 @@ def _refuse(code: int, data: bytes) -> None:
 
 
 def count_items(data: bytes | bytearray | memoryview) -> int:
-    """How many values are in it; nothing is made of them.
+    """Return the number of values in it, without making them.
 
     Raises: ProtocolError beyond `MAX_ITEMS` or `MAX_DEPTH`, for what is cut short, and for extension types.
     """

@@ -1,6 +1,6 @@
-"""Tensors as raw buffers beside a message, and the schemas that say which tensors an expert takes.
+"""Tensors as raw buffers of a message, and the schemas that say which tensors an expert takes.
 
-A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpack body, and one raw buffer beside it.
+A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpack body, and one raw buffer.
 `None` stands for an absent tensor (an output that got no gradient, say): its meta is nil and it has no buffer.
 
 Everything that decodes takes untrusted input and raises only `ProtocolError`; sizes are checked before memory is taken.
@@ -270,7 +270,7 @@ def pack_tensors(
 
 
 def may_unpack(metas: Value, specs: Sequence[TensorSpec]) -> bool:
-    """Whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
+    """Return whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
 
     A byte of a lossy codec becomes up to 12 while it is decoded, in a dtype that its sender names. So a tensor in such
     a codec may be unpacked only where its dtype and shape (but for the rows) are those of its spec.
