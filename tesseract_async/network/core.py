@@ -136,6 +136,10 @@ class Core:
         """Return the wall-clock time at loop time `now`."""
         return now + self.wall_offset
 
+    def jitter(self) -> float:
+        """Return a random factor around 1, so that nodes do not do the same at the same time."""
+        return 0.75 + 0.5 * self.random.random()
+
     # Calls
 
     def call(self, caller: Caller, kind: int, arguments: Sequence[object], contact: Contact, now: float) -> None:

@@ -14,6 +14,7 @@ import msgpack
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import describe
+from tesseract_async.files import write_whole
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
@@ -368,10 +369,7 @@ class TesseractNetwork(Uncopied):
         if self._peers_file is None or not contacts:
             return
         try:
-            self._peers_file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._peers_file.with_suffix(".new")
-            fresh.write_text("".join(f"{peer}\n" for peer in contacts))
-            fresh.replace(self._peers_file)
+            write_whole(self._peers_file, [f"{peer}\n".encode() for peer in contacts])
         except OSError as error:
             logger.warning("the peers cannot be remembered in %s: %s", self._peers_file, describe(error))
 

@@ -178,11 +178,11 @@ class Read:
 
     def _expect(self, num_answers: int) -> None:
         if self._narrow:
-            self._search.lookup.max_under_way = min(num_answers + 1, ALPHA)
+            self._search.lookup.max_in_progress = min(num_answers + 1, ALPHA)
 
     def _widen(self) -> None:
         self._narrow = False
-        self._search.lookup.max_under_way = ALPHA
+        self._search.lookup.max_in_progress = ALPHA
 
     def _hurry(self, now: float) -> None:
         if self.cancelled:
@@ -214,8 +214,7 @@ class Read:
         if self._settled or self.cancelled:
             return
         self._settled = True
-        if self._widens is not None:
-            self.core.timers.cancel(self._widens)
+        self.core.timers.cancel(self._widens)
         for index in range(NUM_RANGES):
             groups: dict[int, list[Holding]] = {}
             for holding in considered if considered is not None else self._holdings:

@@ -6,6 +6,7 @@ Only the network between the nodes and the signatures (`SimulatedIdentity`) are 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import statistics
@@ -281,7 +282,7 @@ class SimulatedNetwork:
                     # a node knows its own neighbourhood completely
                     chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[:K]
                 for index in chosen:
-                    contact = templates[index].twin()
+                    contact = copy.copy(templates[index])
                     contact.proven = True
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
