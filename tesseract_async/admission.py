@@ -1,4 +1,4 @@
-"""Who may do what at a node, and how much of it."""
+"""`Policy` and `Quota`: what each peer may do at a node, and how much of it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Literal
 
 from tesseract_async.identity import PeerID
 
-Action = Literal["call", "train", "store"]
-"""``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``store``: put records, which
-is what servers do, and hand an expert over that one leads. Whoever may not store is not believed either: this node
-hears nothing that it says in the network, and sends it no rows, gradients or state.
-"""
+Action = Literal["call", "train", "host"]
+"""``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``host``: be believed, as
+servers must be. A peer that may not host stores no records here, and hands over no expert; this node hears nothing that
+it says in the network, and sends it no rows, gradients or state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """How much one peer may ask of a node; None: as much as it likes.
+    """A limit to what one peer may ask of a node; None: as much as it likes.
 
     After a rest a peer may use a whole period's worth at once; what it used comes back evenly. So over any time t it
     gets at most ``1 + t / period`` times the figures below, and one message. What is more is refused with
@@ -49,33 +48,33 @@ class Quota:
 class Policy:
     """For each action the peers that may take it, or None for everybody, which is the default; and peers' quotas.
 
-    Whoever may not call may not train either. In a run, the run's grants have to allow it as well (`experts.trust`).
-    Quotas are for peers that mean well and want much: identities cost nothing, so against those that mean ill the
-    answer is an allow-list, or a run.
+    A peer that may not call may not train either. In a run, the run's grants have to allow it as well
+    (`experts.trust`). Quotas share a node out among honest peers. They do not stop attackers, who can make as many
+    identities as they like: an allow-list does, or a run.
     """
 
     callers: Collection[PeerID] | None = None
     trainers: Collection[PeerID] | None = None
-    storers: Collection[PeerID] | None = None
+    hosts: Collection[PeerID] | None = None
     quota: Quota | None = None
-    """What each peer may ask for in calls; None: no limit."""
+    """The limit of each peer's calls; None: none."""
     quotas: Mapping[PeerID, Quota | None] = field(default_factory=dict)
     """The same for single peers, instead of `quota`."""
 
     @classmethod
     def only(cls, peers: Collection[PeerID]) -> Policy:
-        """The allow-list: these peers may do everything, all others nothing."""
+        """Return an allow-list: these peers may do everything, all others nothing."""
         allowed = frozenset(peers)
-        return cls(callers=allowed, trainers=allowed, storers=allowed)
+        return cls(callers=allowed, trainers=allowed, hosts=allowed)
 
     def quota_of(self, peer_id: PeerID) -> Quota | None:
-        """What this peer may ask for; None: no limit."""
+        """The limit of this peer's calls; None: none."""
         return self.quotas.get(peer_id, self.quota)
 
     def allows(self, peer_id: PeerID, action: Action) -> bool:
-        """Whether `peer_id` may take this action."""
-        if action == "store":
-            return self.storers is None or peer_id in self.storers
+        """Return whether `peer_id` may take this action."""
+        if action == "host":
+            return self.hosts is None or peer_id in self.hosts
         if self.callers is not None and peer_id not in self.callers:
             return False
         return action == "call" or self.trainers is None or peer_id in self.trainers

@@ -58,6 +58,7 @@ DRIVERS = {
         "endpoint/connection.py",
         "endpoint/dialling.py",
         "endpoint/endpoint.py",
+        "endpoint/handlers.py",
         "endpoint/handshake.py",
         "endpoint/racing.py",
     },

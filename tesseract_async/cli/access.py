@@ -47,7 +47,7 @@ def make_policy(
         quota = Quota(calls=peer_calls, num_bytes=peer_bytes, concurrent=peer_concurrent, period=peer_period)
     if members is None and trainers is None and quota is None:
         return None
-    return Policy(callers=members, storers=members, trainers=members if trainers is None else trainers, quota=quota)
+    return Policy(callers=members, hosts=members, trainers=members if trainers is None else trainers, quota=quota)
 
 
 access_options = grouped(

@@ -14,7 +14,7 @@ from tesseract_async.cli.options import (
     run_option,
     visit_options,
 )
-from tesseract_async.cli.running import run, say, until_told_to_leave
+from tesseract_async.cli.running import asynchronous, say, until_told_to_leave
 from tesseract_async.cli.types import PORT, seconds
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 )
 @click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm once in this many seconds.")
 @leave_with_parent_option
-def command(
+@asynchronous
+async def command(
     *,
     patterns: tuple[ExpertPattern, ...],
     visit: Visit,
@@ -41,31 +42,26 @@ def command(
     bind_port: int,
     token: str | None,
     period: float,
-    leave_with_parent: bool,
-) -> None:
+) -> int:
     """Serve a web page that shows the swarm: experts on their grids, servers, throughput, and recent events.
 
     PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the page shows what nearby servers host.
     On any address but loopback the page asks for a token. Metrics for Prometheus are under /metrics.
     """
+    try:
+        from tesseract_async.monitoring.dashboard import Dashboard
+    except ImportError as error:
+        raise click.ClickException(
+            f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
+        ) from None
+    from tesseract_async.monitoring import SwarmObserver
 
-    async def main() -> int:
-        try:
-            from tesseract_async.monitoring.dashboard import Dashboard
-        except ImportError as error:
-            raise click.ClickException(
-                f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
-            ) from None
-        from tesseract_async.monitoring import SwarmObserver
-
-        async with visit.node(refresh_period=period) as node:
-            grid = await enter(node, run_name)
-            async with (
-                SwarmObserver(node, patterns=list(patterns) or grid, period=period) as observer,
-                Dashboard(observer, host=bind, port=bind_port, token=token) as page,
-            ):
-                click.echo(f"The dashboard is at {page.url}", err=True)
-                await until_told_to_leave(tell_ready=lambda: say("ready", url=page.url))
-        return 0
-
-    run(main, leave_with_parent=leave_with_parent)
+    async with visit.node(refresh_period=period) as node:
+        grid = await enter(node, run_name)
+        async with (
+            SwarmObserver(node, patterns=list(patterns) or grid, period=period) as observer,
+            Dashboard(observer, host=bind, port=bind_port, token=token) as page,
+        ):
+            click.echo(f"The dashboard is at {page.url}", err=True)
+            await until_told_to_leave(tell_ready=lambda: say("ready", url=page.url))
+    return 0

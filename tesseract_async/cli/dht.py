@@ -9,7 +9,7 @@ import click
 from tesseract_async.cli.access import access_options, describe_policy
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions, node_options
-from tesseract_async.cli.running import run, say, spinner, until_told_to_leave
+from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
 
 if TYPE_CHECKING:
     from tesseract_async.admission import Policy
@@ -19,27 +19,24 @@ if TYPE_CHECKING:
 @access_options
 @node_options
 @config_option
-def command(*, node: NodeOptions, policy: Policy | None) -> None:
+@asynchronous
+async def command(*, node: NodeOptions, policy: Policy | None) -> int:
     """Run a bootstrap node: a first address for others to join by.
 
     It stores and routes what others publish, and hosts no experts. Prints one line of JSON with its address on
     standard output, and ends with Ctrl-C.
     """
+    from tesseract_async.monitoring import StatusService
 
-    async def main() -> int:
-        from tesseract_async.monitoring import StatusService
-
-        async with node.make(policy=policy) as running, StatusService(running):
-            for line in describe_policy(running.policy):
-                click.echo(line, err=True)
-            with spinner("joining the network"):
-                # the node warns where nobody answers, and keeps asking
-                await running.network.wait_joined(JOIN_TIMEOUT)
-            address, peer_id = str(running.peer_address), running.peer_id
-            click.echo(f"bootstrap node {peer_id.short} is ready; others join with\n", err=True)
-            click.echo(f"    --initial-peers {address}\n", err=True)
-            reason = await until_told_to_leave(tell_ready=lambda: say("ready", address=address, peer_id=str(peer_id)))
-            click.echo(f"leaving ({reason})", err=True)
-        return 0
-
-    run(main, leave_with_parent=node.leave_with_parent)
+    async with node.make(policy=policy) as running, StatusService(running):
+        for line in describe_policy(running.policy):
+            click.echo(line, err=True)
+        with spinner("joining the network"):
+            # the node warns where nobody answers, and keeps asking
+            await running.network.wait_joined(JOIN_TIMEOUT)
+        address, peer_id = str(running.peer_address), running.peer_id
+        click.echo(f"bootstrap node {peer_id.short} is ready; others join with\n", err=True)
+        click.echo(f"    --initial-peers {address}\n", err=True)
+        reason = await until_told_to_leave(tell_ready=lambda: say("ready", address=address, peer_id=str(peer_id)))
+        click.echo(f"leaving ({reason})", err=True)
+    return 0

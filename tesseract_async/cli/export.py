@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options
-from tesseract_async.cli.running import progress_bar, run, say
+from tesseract_async.cli.running import asynchronous, progress_bar, say
 from tesseract_async.cli.types import FOLDER, PERIOD, counted
 from tesseract_async.errors import describe
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 )
 @allow_file_option
 @node_options
-def command(
+@asynchronous
+async def command(
     *,
     run_name: str,
     out: Path,
@@ -41,7 +42,7 @@ def command(
     timeout: float,
     members: frozenset[PeerID] | None,
     node: NodeOptions,
-) -> None:
+) -> int:
     """Collect the weights of every live expert of a run, as safetensors files with their versions.
 
     The folder loads anywhere: `tesseract_async.server.export.load_export(FOLDER)["ffn.3.7"]` is an ordinary module.
@@ -50,43 +51,40 @@ def command(
     if not node.initial_peers:
         raise click.UsageError("say --initial-peers: whose swarm?")
 
-    async def main() -> int:
-        from tesseract_async.admission import Policy
-        from tesseract_async.experts.run_directory import find_run
-        from tesseract_async.server.export import export_experts
+    from tesseract_async.admission import Policy
+    from tesseract_async.experts.run_directory import find_run
+    from tesseract_async.server.export import export_experts
 
-        async with node.make(policy=None if members is None else Policy.only(members)) as joined:
-            await join(joined)
-            signed = await find_run(joined.network, run_name, trust=joined.trust)
-            if signed.tag is not None:
-                await joined.join_run(signed)
-            manifest = signed.manifest
-            replicas = await joined.directory.read_grid(manifest.prefix, manifest.grid_size)
-            with progress_bar("experts", total=len(replicas)) as advance:
-                report = await export_experts(
-                    joined,
-                    signed,
-                    replicas,
-                    out,
-                    num_at_once=num_at_once,
-                    timeout=timeout,
-                    progress=lambda uid: advance(1),
-                )
-        for uid, error in sorted(report.failed.items()):
-            click.echo(f"{uid}: {describe(error)}", err=True)
-        click.echo(
-            f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
-            f"{len(report.failed)} failed; {len(replicas)} of the run's {math.prod(manifest.grid_size)} are alive",
-            err=True,
-        )
-        say(
-            "exported",
-            run=signed.full_name,
-            folder=str(out),
-            taken=report.taken,
-            kept=report.kept,
-            failed=sorted(report.failed),
-        )
-        return 1 if report.failed or not replicas else 0
-
-    run(main, leave_with_parent=node.leave_with_parent)
+    async with node.make(policy=None if members is None else Policy.only(members)) as joined:
+        await join(joined)
+        signed = await find_run(joined.network, run_name, trust=joined.trust)
+        if signed.tag is not None:
+            await joined.join_run(signed)
+        manifest = signed.manifest
+        replicas = await joined.directory.read_grid(manifest.prefix, manifest.grid_size)
+        with progress_bar("experts", total=len(replicas)) as advance:
+            report = await export_experts(
+                joined,
+                signed,
+                replicas,
+                out,
+                num_at_once=num_at_once,
+                timeout=timeout,
+                progress=lambda uid: advance(1),
+            )
+    for uid, error in sorted(report.failed.items()):
+        click.echo(f"{uid}: {describe(error)}", err=True)
+    click.echo(
+        f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
+        f"{len(report.failed)} failed; {len(replicas)} of the run's {math.prod(manifest.grid_size)} are alive",
+        err=True,
+    )
+    say(
+        "exported",
+        run=signed.full_name,
+        folder=str(out),
+        taken=report.taken,
+        kept=report.kept,
+        failed=sorted(report.failed),
+    )
+    return 1 if report.failed or not replicas else 0

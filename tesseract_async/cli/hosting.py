@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import random
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import psutil
 import torch
 
 from tesseract_async.cli.access import describe_policy
@@ -35,12 +32,12 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.server.builders import find_builder, takes_seed
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
-from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
-from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
-from tesseract_async.server.registry import draws_its_own, make_backend
+from tesseract_async.server.registry import make_backend
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import stored_uids
@@ -98,7 +95,7 @@ class Hosting:
         limit = limits.max_memory_bytes
         share, most = SHARES["received"]
         # what the process leaves; measured exactly later, but this is known before anything is built
-        self._max_bytes = None if limit is None else max(0, limit - _process_bytes())
+        self._max_bytes = None if limit is None else max(0, limit - process_bytes())
         self.node = node.make(
             policy=policy,
             throttle=throttle,
@@ -178,17 +175,17 @@ class Hosting:
             self.ready.set()
             say("ready", address=address, peer_id=peer_id, uids=uids, versions=_versions(server), **facts)
 
-        with _saving_on_demand(server):
-            leaving = asyncio.create_task(until_told_to_leave(tell_ready=tell_ready))
-            twin = asyncio.create_task(self.node.twin.wait())
-            reports = asyncio.create_task(_report(server, self.serving.report_period))
-            try:
-                await asyncio.wait({leaving, twin}, return_when=asyncio.FIRST_COMPLETED)
-                return leaving.result() if leaving.done() else "another node has this identity"
-            finally:
-                for task in (leaving, twin, reports):
-                    task.cancel()
-                await asyncio.gather(leaving, twin, reports, return_exceptions=True)
+        work = [_save_on_demand(server), _report(server, self.serving.report_period)]
+        tasks = [asyncio.create_task(one) for one in work]
+        leaving = asyncio.create_task(until_told_to_leave(tell_ready=tell_ready))
+        twin = asyncio.create_task(self.node.twin.wait())
+        try:
+            await asyncio.wait({leaving, twin}, return_when=asyncio.FIRST_COMPLETED)
+            return leaving.result() if leaving.done() else "another node has this identity"
+        finally:
+            for task in (*tasks, leaving, twin):
+                task.cancel()
+            await asyncio.gather(*tasks, leaving, twin, return_exceptions=True)
 
     @property
     def _drain_timeout(self) -> float:
@@ -203,11 +200,10 @@ class Hosting:
     async def _find_run(self) -> None:
         if self.serving.run_name is None:
             return
-        grant = None if self.serving.grant is None else text_or_file(self.serving.grant)
         await self._joined()
         for attempt in range(FIND_ATTEMPTS):
             try:
-                self._authority = await self.node.join_run(self.serving.run_name, grant=grant)
+                self._authority = await self.node.join_run(self.serving.run_name, grant=self.serving.grant)
                 self._run = run = self._authority.run
                 break
             except BareRun as bare:  # of version 0.1
@@ -262,55 +258,37 @@ class Hosting:
         return found.uids + more[: found.num_more], claim
 
     def _measure(self) -> None:
-        """Divide the volunteer's memory, after building one expert of the kind and throwing it away."""
-        limit = self._limits.max_memory_bytes
-        if limit is None:
-            return
-        if not self._max_bytes:
-            raise ValueError(
-                f"not even one expert fits --max-memory: the process itself has {size_text(_process_bytes())}"
-            )
-        patterns = self.serving.patterns
-        pattern = patterns[0] if patterns or self._run is None else self._run.manifest.pattern
-        devices = self.serving.devices
-        expert = measure(self._build(next(iter(pattern))))
-        expert = dataclasses.replace(expert, batch=expert.batch * len(devices))  # they compute at the same time
-        gc.collect()
-        trim_heap()
-        base = _process_bytes()  # with everything in it that the first expert made PyTorch import
-        on_gpu = not any(device.startswith("cpu") for device in devices)
-        self._memory = plan_memory(limit, base=base, expert=expert, on_gpu=on_gpu)
-        logger.info("memory: the process has %d bytes; %s; %s", base, expert, self._memory)
-        if not self._memory.num_experts:
-            raise ValueError(
-                f"not even one expert fits --max-memory: the process itself has {size_text(base)}, an expert takes "
-                f"{size_text(expert.resident)}, its largest batch {size_text(expert.batch)} while it "
-                f"is computed; with what must be kept for callers, one needs {size_text(self._memory.needed_for_one)}"
-            )
+        """Divide the volunteer's memory. Raises: ValueError if not even one expert fits."""
+        limit, patterns = self._limits.max_memory_bytes, self.serving.patterns
+        if limit is not None:
+            pattern = patterns[0] if patterns or self._run is None else self._run.manifest.pattern
+            uid = next(iter(pattern))
+            self._memory = fit_memory(limit, lambda: self._build(uid), devices=self.serving.devices)
 
     def _server_settings(self) -> ServerSettings:
         runtime = RuntimeSettings(stall_timeout=self.serving.stall_timeout)
         settings = ServerSettings(drain_timeout=self._drain_timeout, runtime=runtime)
         if self._memory is None:
             return settings
+        budgets = self._memory.budgets
         return dataclasses.replace(
             settings,
-            runtime=dataclasses.replace(runtime, max_queue_bytes=self._memory.queue // len(self.serving.devices)),
-            max_inputs_bytes=self._memory.inputs,
-            max_answers_bytes=self._memory.answers,
+            runtime=dataclasses.replace(runtime, max_queue_bytes=budgets["queue"] // len(self.serving.devices)),
+            max_inputs_bytes=budgets["inputs"],
+            max_answers_bytes=budgets["answers"],
         )
 
     def _replica_settings(self) -> ReplicaSettings:
         sync_every, ttl = self.serving.sync_every, self.serving.ttl
         check_every = min(5.0, sync_every, ttl / 3)
         settings = ReplicaSettings(sync_every=sync_every, check_every=check_every, lease=min(30.0, ttl))
-        copies = settings.max_copies_bytes if self._memory is None else self._memory.copies
+        copies = settings.max_copies_bytes if self._memory is None else self._memory.budgets["copies"]
         return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
         """Build on all cores where the class allows it; the loop is free meanwhile to join the network."""
         name = self.serving.expert_class if self._run is None else self._run.manifest.expert
-        if ":" in name or not draws_its_own(name):
+        if ":" in name or not takes_seed(find_builder(name)):
             return {uid: self._build(uid) for uid in uids}
         limit = asyncio.Semaphore(os.cpu_count() or 1)
 
@@ -351,47 +329,24 @@ class Hosting:
         )
 
 
-def text_or_file(value: str) -> str:
-    """Return the text of the file that `value` names, else `value` itself."""
-    try:
-        return Path(value).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError):  # too long for a name, for one
-        return value
-
-
-def _process_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
-
-
-@contextlib.contextmanager
-def _saving_on_demand(server: TesseractServer) -> Iterator[None]:
+async def _save_on_demand(server: TesseractServer) -> None:
     """Write checkpoints at each SIGUSR1, where there are such signals."""
-    saves: set[asyncio.Task[None]] = set()
-
-    async def save() -> None:
-        try:
-            num_saved = await server.save_checkpoints()
-        except CheckpointError as error:
-            click.echo(f"Error: {error}", err=True)
-            say("not saved", reason=str(error))
-        else:
-            say("saved", num_experts=num_saved, versions=_versions(server))
-
-    def begin() -> None:
-        task = asyncio.create_task(save(), name="serve: save on demand")
-        saves.add(task)
-        task.add_done_callback(saves.discard)
-
-    number = getattr(signal, "SIGUSR1", None)
-    if number is not None:
-        asyncio.get_running_loop().add_signal_handler(number, begin)
+    if not hasattr(signal, "SIGUSR1"):
+        return
+    asked, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, asked.set)
     try:
-        yield
+        while await asked.wait():
+            asked.clear()
+            try:
+                num_saved = await server.save_checkpoints()
+            except CheckpointError as error:
+                click.echo(f"Error: {error}", err=True)
+                say("not saved", reason=str(error))
+            else:
+                say("saved", num_experts=num_saved, versions=_versions(server))
     finally:
-        if number is not None:
-            asyncio.get_running_loop().remove_signal_handler(number)
-        for task in saves:  # leaving saves anyway
-            task.cancel()
+        loop.remove_signal_handler(signal.SIGUSR1)
 
 
 def _tell(verdict: Verdict) -> None:

@@ -16,13 +16,23 @@ from typing import TYPE_CHECKING
 import click
 
 from tesseract_async.cli.running import set_up_logging, spinner
-from tesseract_async.cli.types import FILE, OPTIMIZERS, PAIR, PATTERN, PEER_FILE, PORT, ROWS, THREADS
+from tesseract_async.cli.types import (
+    ADDRESS,
+    FILE,
+    OPTIMIZERS,
+    PAIR,
+    PATTERN,
+    PEER_FILE,
+    PORT,
+    ROWS,
+    THREADS,
+    TURN_SERVER,
+)
 
 if TYPE_CHECKING:
     from tesseract_async.admission import Policy
     from tesseract_async.experts import ExpertPattern
     from tesseract_async.identity import PeerID
-    from tesseract_async.nat.reach import ReachSettings
     from tesseract_async.node import TesseractNode
     from tesseract_async.transport.throttle import Throttle
 
@@ -87,7 +97,7 @@ def initial_peers_option(*, required: bool = False, help_text: str = "Join the s
         required=required,
         metavar="HOST:PORT[/PEER_ID]",
         callback=_split_at_commas,
-        help=f"{help_text}; give the option several times, or a list with commas, to name more.",
+        help=f"{help_text}; may be given several times, or as a list with commas.",
     )
 
 
@@ -139,21 +149,26 @@ class NodeOptions:
     upnp: bool = False
     relay: bool = True
     stun_servers: Sequence[str] = ()
-    turn_server: str | None = None
-    """``USER:PASSWORD@HOST:PORT``"""
+    turn_server: tuple[str, str, str] | None = None
+    """Its address, and a user's name and password there."""
     identity: Path | None = None
-    leave_with_parent: bool = False
 
     def make(
-        self,
-        *,
-        policy: Policy | None = None,
-        throttle: Throttle | None = None,
-        max_receive_bytes: int | None = None,
+        self, *, policy: Policy | None = None, throttle: Throttle | None = None, max_receive_bytes: int | None = None
     ) -> TesseractNode:
-        """Return the node, not started yet. Raises: click.BadParameter; what `TesseractNode` raises."""
+        """Return the node, not started yet. Raises: what `TesseractNode` raises."""
+        from tesseract_async.nat.reach import ReachSettings
+        from tesseract_async.nat.ways import NatSettings
         from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
 
+        nat = NatSettings()
+        if self.turn_server is not None:
+            from tesseract_async.nat.webrtc.pipe import WebrtcSettings
+
+            server, name, password = self.turn_server
+            nat = NatSettings(
+                webrtc=WebrtcSettings(turn_server=f"turn:{server}", turn_username=name, turn_password=password)
+            )
         return TesseractNode(
             self.host,
             self.port,
@@ -164,91 +179,57 @@ class NodeOptions:
             upnp=self.upnp,
             relay=self.relay,
             policy=policy,
-            reach=self._reach(),
+            reach=ReachSettings(stun_servers=tuple(self.stun_servers), nat=nat),
             throttle=throttle,
             max_receive_bytes=MAX_RECEIVE_BYTES if max_receive_bytes is None else max_receive_bytes,
         )
 
-    def _reach(self) -> ReachSettings:
-        from tesseract_async.nat.reach import ReachSettings
-        from tesseract_async.nat.ways import NatSettings
-        from tesseract_async.transport.base import split_host_port
 
-        nat = NatSettings()
-        try:
-            for server in self.stun_servers:
-                split_host_port(server)
-            if self.turn_server is not None:
-                from tesseract_async.nat.webrtc.pipe import WebrtcSettings
-
-                user, at, server = self.turn_server.rpartition("@")
-                name, colon, password = user.partition(":")
-                split_host_port(server)
-                if not (at and colon and name):
-                    raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
-                nat = NatSettings(
-                    webrtc=WebrtcSettings(turn_server=f"turn:{server}", turn_username=name, turn_password=password)
-                )
-        except ValueError as error:
-            raise click.BadParameter(str(error), param_hint="--stun-server, --turn-server") from None
-        return ReachSettings(stun_servers=tuple(self.stun_servers), nat=nat)
-
-
-node_options = with_options(
-    grouped(
-        "node",
-        NodeOptions,
-        click.option(
-            "--host",
-            default="127.0.0.1",
-            help="Listen on this address of this computer: 127.0.0.1 for this computer only, 0.0.0.0 for everybody.",
-        ),
-        click.option(
-            "--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."
-        ),
-        initial_peers_option(),
-        click.option(
-            "--announce",
-            metavar="HOST:PORT",
-            help="Tell others to dial this address, where it differs from the one that is listened on.",
-        ),
-        click.option("--public", is_flag=True, help="Start a new swarm: everybody can reach this node from outside."),
-        click.option(
-            "--upnp", is_flag=True, help="Ask the router to let connections in, which needs pip install -e '.[upnp]'."
-        ),
-        click.option(
-            "--relay/--no-relay",
-            default=True,
-            help="Pass on traffic for nodes that cannot reach each other, if this node can be reached.",
-        ),
-        click.option(
-            "--stun-server",
-            "stun_servers",
-            multiple=True,
-            metavar="HOST:PORT",
-            help="Ask this server for this computer's address on the internet; may be given several times.",
-        ),
-        click.option(
-            "--turn-server",
-            metavar="USER:PASSWORD@HOST:PORT",
-            help="Use this TURN server where no direct connection can be made.",
-        ),
-        click.option(
-            "--identity",
-            type=FILE,
-            help="Keep this node's key in this file, made if missing; without one, each start is a new node.",
-        ),
-        leave_with_parent_option,
+_node_group = grouped(
+    "node",
+    NodeOptions,
+    click.option(
+        "--host",
+        default="127.0.0.1",
+        help="Listen on this address: 127.0.0.1 to be reached from this computer only, 0.0.0.0 from all others, too.",
     ),
-    log_options,
+    click.option("--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."),
+    initial_peers_option(),
+    click.option("--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."),
+    click.option("--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."),
+    click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
+    click.option(
+        "--relay/--no-relay",
+        default=True,
+        help="Pass on traffic of nodes that cannot reach each other, where possible.",
+    ),
+    click.option(
+        "--stun-server",
+        "stun_servers",
+        multiple=True,
+        type=ADDRESS,
+        metavar="HOST:PORT",
+        help="Ask this server, too, how the internet sees this computer; may be given several times.",
+    ),
+    click.option(
+        "--turn-server",
+        type=TURN_SERVER,
+        metavar="USER:PASSWORD@HOST:PORT",
+        help="Use this TURN server where no direct connection can be made.",
+    ),
+    click.option(
+        "--identity", type=FILE, help="Use the key in this file, made if missing, so that a restart is the same node."
+    ),
+    leave_with_parent_option,
 )
+node_options = with_options(_node_group, log_options)
 """For commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
 
 allow_file_option = click.option(
     "--allow-file",
     "members",
     type=PEER_FILE,
-    help="Deal with the peers in this file only, one peer id a line, where the swarm is closed by such a list.",
+    help="Deal only with the peers in this file, one peer id a line: the members of a swarm that is closed by it.",
 )
 
 
@@ -277,19 +258,13 @@ class Visit:
             yield node
 
 
+def identity_option(flag: str = "--identity") -> Decorator:
+    """Return the option that says which member of a closed swarm a visitor is."""
+    return click.option(flag, type=FILE, help="Join with the key in this file, if only members of a list may join.")
+
+
 visit_options = with_options(
-    grouped(
-        "visit",
-        Visit,
-        initial_peers_option(required=True),
-        click.option(
-            "--identity",
-            type=FILE,
-            help="Join with the key in this file, made if missing, as a closed swarm demands; else with a new key.",
-        ),
-        allow_file_option,
-    ),
-    log_options,
+    grouped("visit", Visit, initial_peers_option(required=True), identity_option(), allow_file_option), log_options
 )
 """For commands that join a swarm, do something and end: a `Visit` as the argument `visit`."""
 

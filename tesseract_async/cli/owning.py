@@ -15,22 +15,23 @@ import click
 from tesseract_async.cli.options import (
     grouped,
     host_towards,
+    identity_option,
     initial_peers_option,
     join,
     json_option,
     log_options,
     with_options,
 )
-from tesseract_async.cli.running import run, say
+from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
 from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted, parse_peer
 
 if TYPE_CHECKING:
-    from tesseract_async.experts.authority import Authority
     from tesseract_async.experts.grants import Grant, Role
+    from tesseract_async.experts.ownership import RunOwner
     from tesseract_async.experts.pattern import ExpertPattern
     from tesseract_async.experts.run_directory import RunKeeper
-    from tesseract_async.identity import Identity, PeerID
+    from tesseract_async.identity import PeerID
     from tesseract_async.node import TesseractNode
 
 ROLES = ("host", "train", "share")
@@ -48,16 +49,6 @@ DIGEST = Parsed("digest", _digest)
 PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else parse_peer(text))
 
 
-@dataclass(frozen=True, slots=True)
-class OpenRun:
-    """A run as the network and this computer know it, and who acts in it."""
-
-    node: TesseractNode
-    identity: Identity
-    keeper: RunKeeper
-    authority: Authority
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
     """Which run a command is about, who gives the command, and in which swarm."""
@@ -68,8 +59,8 @@ class Owner:
     join_as: Path | None
 
     @contextlib.asynccontextmanager
-    async def opened(self, *, signs: bool = True) -> AsyncIterator[OpenRun]:
-        """Enter with a node in the swarm. Raises: click.ClickException if the identity `signs` but has no say there."""
+    async def opened(self) -> AsyncIterator[tuple[TesseractNode, RunKeeper]]:
+        """Enter with a node in the swarm, and the run as the network and this computer know it."""
         from tesseract_async.experts.run import split_run_name
         from tesseract_async.experts.run_directory import enter_run
         from tesseract_async.identity import Identity
@@ -81,16 +72,19 @@ class Owner:
         host = host_towards(self.initial_peers)
         async with TesseractNode(host, initial_peers=self.initial_peers, identity=self.join_as) as node:
             await join(node)
-            keeper = await enter_run(
-                node.network, node.trust, self.name, identity=identity, identity_file=self.identity
+            yield (
+                node,
+                await enter_run(node.network, node.trust, self.name, identity=identity, identity_file=self.identity),
             )
-            authority = keeper.authority
-            assert authority is not None
-            if signs and not authority.rules(identity.peer_id):
-                raise click.ClickException(
-                    f"{identity.peer_id} has no say in {authority.run.full_name}: only its owner and the delegates have"
-                )
-            yield OpenRun(node, identity, keeper, authority)
+
+    @contextlib.asynccontextmanager
+    async def acting(self) -> AsyncIterator[RunOwner]:
+        """Enter with what the identity may do. Raises: ValueError if it has no say in the run."""
+        from tesseract_async.experts.ownership import RunOwner
+        from tesseract_async.identity import Identity
+
+        async with self.opened() as (node, keeper):
+            yield RunOwner(node.network, Identity.load(self.identity), keeper)
 
 
 owner_options = with_options(
@@ -105,11 +99,7 @@ owner_options = with_options(
             help="Sign with the key in this file, which belongs to the run's owner or to a delegate.",
         ),
         initial_peers_option(required=True),
-        click.option(
-            "--join-as",
-            type=FILE,
-            help="Join with the key in this file, as a swarm demands that is closed by a list; else with a new key.",
-        ),
+        identity_option("--join-as"),
     ),
     log_options,
 )
@@ -143,7 +133,8 @@ command.add_command(create)
     "--invite", is_flag=True, help="Make an invite instead, whose text lets anybody take part until it is revoked."
 )
 @click.option("--renew", is_flag=True, help="Renew every grant that ends within 60 days, instead of making new ones.")
-def grant(
+@asynchronous
+async def grant(
     *,
     members: tuple[PeerID, ...],
     roles: tuple[Role, ...],
@@ -152,7 +143,7 @@ def grant(
     invite: bool,
     renew: bool,
     owner: Owner,
-) -> None:
+) -> int:
     """Let peers take part: sign a grant for each PEER_ID, or one invite for many.
 
     A peer id is what `tesseract keygen FILE` prints. Each grant is printed in one line, for the peer's --grant; it also
@@ -160,45 +151,20 @@ def grant(
     """
     if bool(members) + invite + renew != 1:
         raise click.UsageError("say whom to let in: PEER_IDs, or --invite, or --renew")
+    from tesseract_async.experts.grants import grant_text
 
-    async def main() -> int:
-        from tesseract_async.experts.grants import grant_text, sign_grant
-        from tesseract_async.experts.run_directory import publish_grant
-        from tesseract_async.identity import Identity
-
-        async with owner.opened() as opened:
-            authority = opened.authority
-            if renew:
-                renewed = await opened.keeper.renew_grants()
-                opened.keeper.save()
-                click.echo(f"{counted(len(renewed), 'grant')} renewed", err=True)
-                return 0
-            via = authority.delegates.get(opened.identity.peer_id)
-            if invite and via is not None:
-                raise click.ClickException("only the run's owner makes invites: a delegate grants one by one")
-            key = Identity.generate() if invite else None
-            now = time.time()
-            last = int(now + days * DAY)
-            for peer_id in members if key is None else [key.peer_id]:
-                signed = sign_grant(
-                    opened.identity,
-                    authority.run_id,
-                    peer_id,
-                    roles if key is None else (*roles, "admit"),
-                    serial=authority.next_serial(peer_id, now),
-                    not_after=last if via is None else min(last, via.not_after),
-                    pattern=pattern,
-                    via=via,
-                )
-                authority.learn_grant(signed.blob)
-                if key is None:
-                    await publish_grant(opened.node.network, signed)
-                click.echo(f"{'the invite' if invite else 'a grant'} of {peer_id}, {_said(signed, now)}", err=True)
-                click.echo(grant_text(signed, invite=key))
-            opened.keeper.save()
-        return 0
-
-    run(main)
+    async with owner.acting() as acting:
+        if renew:
+            click.echo(f"{counted(len(await acting.renew()), 'grant')} renewed", err=True)
+        elif invite:
+            made, key = acting.invite(roles, seconds=days * DAY, pattern=pattern)
+            click.echo(f"the invite of {made.peer}, {_said(made)}", err=True)
+            click.echo(grant_text(made, invite=key))
+        else:
+            for made in await acting.grant(members, roles, seconds=days * DAY, pattern=pattern):
+                click.echo(f"a grant of {made.peer}, {_said(made)}", err=True)
+                click.echo(grant_text(made))
+    return 0
 
 
 @command.command("revoke")
@@ -212,42 +178,21 @@ def grant(
     metavar="PEER_ID",
     help="Revoke this invite, and with it everybody who came by it; may be given several times.",
 )
-def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], owner: Owner) -> None:
+@asynchronous
+async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], owner: Owner) -> int:
     """Take the grants of PEER_IDs away.
 
     Members learn of it within half a minute, where the network reaches them.
     """
     if not members and not invites:
         raise click.UsageError("say whom to revoke: PEER_IDs, or --invite PEER_ID")
-
-    async def main() -> int:
-        from tesseract_async.experts.grants import sign_revocations
-
-        async with owner.opened() as opened:
-            authority, signer = opened.authority, opened.identity.peer_id
-            safe = {authority.owner} if signer == authority.owner else {authority.owner, *authority.delegates}
-            if kept := safe & set(members):
-                raise click.ClickException(
-                    f"{kept.pop()} stays: nobody revokes the owner, and only the owner revokes delegates"
-                )
-            if authority.delegates.keys() & set(members):
-                click.echo(
-                    "with a delegate go the peers that it let in, and what it revoked no longer counts", err=True
-                )
-            for part in sign_revocations(
-                opened.identity,
-                authority.run_id,
-                number=authority.next_number(signer),
-                since=max(authority.next_serial(peer_id, time.time()) for peer_id in (*members, *invites)),
-                peers=members,
-                invites=invites,
-            ):
-                authority.learn_revocations(part)
-            await opened.keeper.learn_once()  # which spreads what is known
-        say("revoked", run=authority.run.full_name, peers=list(map(str, members)), invites=list(map(str, invites)))
-        return 0
-
-    run(main)
+    async with owner.acting() as acting:
+        if acting.authority.delegates.keys() & set(members):
+            click.echo("with a delegate go the peers that it let in, and what it revoked no longer counts", err=True)
+        await acting.revoke(members, invites)
+        run = acting.authority.run.full_name
+    say("revoked", run=run, peers=list(map(str, members)), invites=list(map(str, invites)))
+    return 0
 
 
 @command.command("appoint")
@@ -259,78 +204,64 @@ def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], owner: O
     type=DIGEST,
     help="Go on from the sealed state with this digest (64 hexadecimal digits), not from the latest state.",
 )
-def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: Owner) -> None:
+@asynchronous
+async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: Owner) -> int:
     """Choose the primary of the experts of PATTERN, such as 'ffn.[0:4].7': the server that trains them.
 
     PEER_ID is a peer that may host them; `free` leaves the choice to their servers again. An appointment outranks what
     the servers settled among themselves.
     """
-
-    async def main() -> int:
-        from tesseract_async.experts.grants import sign_appointment
-
-        async with owner.opened() as opened:
-            authority, first = opened.authority, next(iter(experts))
-            primary = None if isinstance(member, str) else member
-            serial = max([int(time.time()), *(one.serial + 1 for one in authority.appointments())])
-            signed = sign_appointment(
-                opened.identity, authority.run_id, experts, serial=serial, peer=primary, seal=seal
-            )
-            if not authority.learn_appointment(signed) or authority.appointment(first) != signed:
-                raise click.ClickException(f"{experts} is more than this identity may appoint for")
-            if primary is not None and not authority.may(primary, "host", first, now=time.time()):
-                click.echo(f"{member} may not host them yet: it becomes primary once it has a grant", err=True)
-            await opened.keeper.learn_once()
-        say("appointed", run=authority.run.full_name, experts=str(experts), peer=str(member), serial=serial)
-        return 0
-
-    run(main)
+    primary = None if isinstance(member, str) else member
+    async with owner.acting() as acting:
+        signed = await acting.appoint(experts, primary, seal=seal)
+        authority = acting.authority
+        if primary is not None and not authority.may(primary, "host", next(iter(experts)), now=time.time()):
+            click.echo(f"{member} may not host them yet: it becomes primary once it has a grant", err=True)
+    say("appointed", run=authority.run.full_name, experts=str(experts), peer=str(member), serial=signed.serial)
+    return 0
 
 
 @command.command("status")
 @owner_options
 @json_option
-def status(*, as_json: bool, owner: Owner) -> None:
+@asynchronous
+async def status(*, as_json: bool, owner: Owner) -> int:
     """Show who takes part in the run.
 
     That is: grants and when they end, delegates, who was revoked, appointments, and how many experts are alive.
     """
-
-    async def main() -> int:
-        now = time.time()
-        async with owner.opened(signs=False) as opened:
-            authority = opened.authority
-            manifest = authority.run.manifest
-            live = await opened.node.directory.read_grid(manifest.prefix, manifest.grid_size)  # which shows grants
-            opened.keeper.save()
-        hosts = Counter(str(replica.peer.peer_id) for replicas in live.values() for replica in replicas)
-        members = sorted(authority.grants(), key=lambda one: one.not_after)
-        if as_json:
-            say(
-                "status",
-                run=authority.run.full_name,
-                mode=authority.mode,
-                live=len(live),
-                hosts=hosts,
-                members=[_facts(one) for one in members],
-                delegates=list(map(str, authority.delegates)),
-                revoked=list(map(str, authority.revoked())),
-                appointments=[[str(one.pattern), str(one.peer or FREE)] for one in authority.appointments()],
-            )
-            return 0
-        size = len(manifest.pattern)
-        click.echo(f"{authority.run.full_name}, {authority.mode}: {len(live)} of {counted(size, 'expert')} live")
-        for one in members:
-            hosted = f", hosts {counted(hosts[str(one.peer)], 'expert')}" if str(one.peer) in hosts else ""
-            kind = "delegate " if one.peer in authority.delegates else "invite " if "admit" in one.role_names else ""
-            click.echo(f"{kind}{one.peer}: {_said(one, now)}{hosted}")
-        for peer_id in authority.revoked():
-            click.echo(f"{peer_id}: revoked")
-        for appointment in authority.appointments():
-            click.echo(f"{appointment.pattern}: led by {appointment.peer or 'the choice of their servers'}")
+    async with owner.opened() as (node, keeper):
+        authority = keeper.authority
+        assert authority is not None
+        manifest = authority.run.manifest
+        live = await node.directory.read_grid(manifest.prefix, manifest.grid_size)  # whose manifests show grants
+        keeper.save()
+    hosts = Counter(str(replica.peer.peer_id) for replicas in live.values() for replica in replicas)
+    members = sorted(authority.grants(), key=lambda one: one.not_after)
+    if as_json:
+        say(
+            "status",
+            run=authority.run.full_name,
+            mode=authority.mode,
+            live=len(live),
+            hosts=hosts,
+            members=[_facts(one) for one in members],
+            delegates=list(map(str, authority.delegates)),
+            revoked=list(map(str, authority.revoked())),
+            appointments=[[str(one.pattern), str(one.peer or FREE)] for one in authority.appointments()],
+        )
         return 0
-
-    run(main)
+    size = len(manifest.pattern)
+    click.echo(f"{authority.run.full_name}, {authority.mode}: {len(live)} of {counted(size, 'expert')} live")
+    for one in members:
+        hosted = f", hosts {counted(hosts[str(one.peer)], 'expert')}" if str(one.peer) in hosts else ""
+        kind = "delegate " if one.peer in authority.delegates else "invite " if "admit" in one.role_names else ""
+        click.echo(f"{kind}{one.peer}: {_said(one)}{hosted}")
+    for peer_id in authority.revoked():
+        click.echo(f"{peer_id}: revoked")
+    for appointment in authority.appointments():
+        click.echo(f"{appointment.pattern}: led by {appointment.peer or 'the choice of their servers'}")
+    return 0
 
 
 @command.command("backup-key")
@@ -369,8 +300,8 @@ def _facts(one: Grant) -> dict[str, object]:
     return {"peer": str(one.peer), "roles": one.role_names, "experts": pattern, "not_after": one.not_after}
 
 
-def _said(one: Grant, now: float) -> str:
+def _said(one: Grant) -> str:
     roles = ", ".join(role for role in one.role_names if role != "admit")
     where = "" if one.pattern is None else f" {one.pattern}"
-    days = (one.not_after - now) / DAY
+    days = (one.not_after - time.time()) / DAY
     return f"may {roles}{where}; {f'for {days:.0f} more days' if days > 0 else 'expired'}"

@@ -8,7 +8,7 @@ import time
 import click
 
 from tesseract_async.cli.options import Visit, json_option, visit_options
-from tesseract_async.cli.running import run
+from tesseract_async.cli.running import asynchronous
 from tesseract_async.cli.types import counted, seconds
 
 YEAR = 365 * 86400.0
@@ -18,29 +18,26 @@ YEAR = 365 * 86400.0
 @click.argument("key")
 @visit_options
 @json_option
-def get(*, key: str, visit: Visit, as_json: bool) -> None:
+@asynchronous
+async def get(*, key: str, visit: Visit, as_json: bool) -> int:
     """Show every entry that the network holds under KEY: who owns it, how long it is kept, and its value.
 
     The servers of a grid are under experts/PREFIX. The exit status is 1 if there is no entry.
     """
-
-    async def main() -> int:
-        async with visit.node() as node:
-            entries = await node.network.get_entries(key)
-        for entry in entries:
-            left = entry.expiration - time.time()
-            shown = _readable(key, entry.value)
-            if as_json:
-                facts = {"subkey": entry.subkey, "owner": str(entry.owner), "sequence": entry.sequence}
-                click.echo(json.dumps({**facts, "expires_in": round(left, 3), "value": shown}))
-            else:
-                subkey = "" if entry.subkey is None else f" [{entry.subkey}]"
-                click.echo(f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}")
-        if not entries:
-            click.echo(f"nothing is held under {key!r}", err=True)
-        return 0 if entries else 1
-
-    run(main)
+    async with visit.node() as node:
+        entries = await node.network.get_entries(key)
+    for entry in entries:
+        left = entry.expiration - time.time()
+        shown = _readable(key, entry.value)
+        if as_json:
+            facts = {"subkey": entry.subkey, "owner": str(entry.owner), "sequence": entry.sequence}
+            click.echo(json.dumps({**facts, "expires_in": round(left, 3), "value": shown}))
+        else:
+            subkey = "" if entry.subkey is None else f" [{entry.subkey}]"
+            click.echo(f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}")
+    if not entries:
+        click.echo(f"nothing is held under {key!r}", err=True)
+    return 0 if entries else 1
 
 
 @click.command("put")
@@ -54,23 +51,20 @@ def get(*, key: str, visit: Visit, as_json: bool) -> None:
     type=seconds(1, YEAR),
     help="Keep the entry for this long, such as '1 h'; a plain number is seconds.",
 )
-def put(*, key: str, value: str, visit: Visit, subkey: str | None, ttl: float) -> None:
+@asynchronous
+async def put(*, key: str, value: str, visit: Visit, subkey: str | None, ttl: float) -> int:
     """Store VALUE under KEY, as JSON if it is JSON, else as text.
 
     The entry belongs to --identity; without one, nobody can change it later.
     """
-
-    async def main() -> int:
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        async with visit.node() as node:
-            holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
-        click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)
-        return 0 if holders else 1
-
-    run(main)
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    async with visit.node() as node:
+        holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
+    click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)
+    return 0 if holders else 1
 
 
 def _readable(key: str, value: object) -> object:

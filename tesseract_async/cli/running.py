@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -63,6 +64,16 @@ def run(main: Main, *, leave_with_parent: bool = False) -> None:
         click.echo(f"Error: {sentence_of(error)}", err=True)
         status = FAILED
     sys.exit(status)
+
+
+def asynchronous(function: Callable[..., Coroutine[None, None, int]]) -> Callable[..., None]:
+    """Make a command of a coroutine function that returns the exit status, as `run` describes."""
+
+    @functools.wraps(function)
+    def command(*, leave_with_parent: bool = False, **values: object) -> None:
+        run(lambda: function(**values), leave_with_parent=leave_with_parent)
+
+    return command
 
 
 def sentence_of(error: Exception) -> str:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from tesseract_async.cli.access import access_options, training_option
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import NodeOptions, check_folder, find_code_here, node_options
-from tesseract_async.cli.running import importing, run, spinner
+from tesseract_async.cli.running import asynchronous, importing, spinner
 from tesseract_async.cli.serve_options import ServeOptions, serve_options
 from tesseract_async.cli.volunteer_options import volunteer_options
 from tesseract_async.server.contract import VolunteerSettings
@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 @training_option
 @node_options
 @config_option
-@click.pass_context
-def command(
-    ctx: click.Context,
-    /,
+@asynchronous
+async def command(
     *,
     serving: ServeOptions,
     limits: VolunteerSettings,
     policy: Policy | None,
     node: NodeOptions,
-) -> None:
+) -> int:
     """Lend this machine: host experts, train them as others send gradients, and keep their weights.
 
     Say what to host by --experts, by --run and --num-experts, or in a file (--config; see examples/volunteer.toml).
@@ -49,28 +47,25 @@ def command(
         raise click.UsageError("--grant goes with --run NAME and with --identity FILE, whose grant it is")
 
     def is_given(name: str) -> bool:
-        return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+        return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
     if ":" in serving.expert_class or serving.allowed_modules:
         find_code_here()
     if serving.checkpoint_dir is not None:
         check_folder(serving.checkpoint_dir, "--checkpoint-dir")
 
-    async def main() -> int:
-        with spinner("loading PyTorch"), importing():
-            from tesseract_async.cli.hosting import Hosting
+    with spinner("loading PyTorch"), importing():
+        from tesseract_async.cli.hosting import Hosting
 
-        hosting = Hosting(
-            serving,
-            node=node,
-            policy=policy,
-            limits=limits,
-            given=manifest_fields(serving, is_given),
-            keeps_learning_rate=is_given("learning_rate"),
-        )
-        return await hosting.main()
-
-    run(main, leave_with_parent=node.leave_with_parent)
+    hosting = Hosting(
+        serving,
+        node=node,
+        policy=policy,
+        limits=limits,
+        given=manifest_fields(serving, is_given),
+        keeps_learning_rate=is_given("learning_rate"),
+    )
+    return await hosting.main()
 
 
 def manifest_fields(serving: ServeOptions, is_given: Callable[[str], bool]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from tesseract_async.cli.options import (
     sizes_option,
     threads_option,
 )
-from tesseract_async.cli.types import FOLDER, LEARNING_RATE, PATTERN, PERIOD, ROWS, SECONDS, Value
+from tesseract_async.cli.types import FOLDER, LEARNING_RATE, PATTERN, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, Value
 
 if TYPE_CHECKING:
     from tesseract_async.experts.pattern import ExpertPattern
@@ -92,6 +92,7 @@ serve_options = grouped(
     ),
     click.option(
         "--grant",
+        type=TEXT_OR_FILE,
         metavar="TEXT|FILE",
         help="Show this permission or invite from the run's owner; needed once, and not at all in open runs.",
     ),

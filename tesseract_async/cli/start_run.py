@@ -20,7 +20,7 @@ from tesseract_async.cli.options import (
     optimizer_option,
     sizes_option,
 )
-from tesseract_async.cli.running import run, say, spinner, until_told_to_leave
+from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
 from tesseract_async.cli.types import GRID, LEARNING_RATE, PAIR, PEER, Value, counted, seconds
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def _pairs_option(name: str, help_text: str) -> Decorator:
 )
 @node_options
 @config_option
-def create(
+@asynchronous
+async def create(
     *,
     name: str,
     prefix: str,
@@ -126,7 +127,7 @@ def create(
     adopt: bool,
     once: bool,
     node: NodeOptions,
-) -> None:
+) -> int:
     """Start a training run: sign the description of all its experts.
 
     Volunteers then join by the run's name alone. Prints the full name, NAME@PEER_ID, in one line of JSON. Then stays
@@ -143,59 +144,56 @@ def create(
     if ":" in expert_class:
         find_code_here()
 
-    async def main() -> int:
-        from tesseract_async.experts.founding import adopt_servers, with_delegates
-        from tesseract_async.experts.run import RunManifest, sign_run
-        from tesseract_async.experts.run_directory import publish_run
-        from tesseract_async.server.run_experts import complete
+    from tesseract_async.experts.ownership import adopt_servers, with_delegates
+    from tesseract_async.experts.run import RunManifest, sign_run
+    from tesseract_async.experts.run_directory import publish_run
+    from tesseract_async.server.run_experts import complete
 
-        manifest = RunManifest(
-            name=name,
-            prefix=prefix,
-            grid_size=grid,
-            expert=expert_class,
-            sizes=dict(sizes),
-            optimizer=optimizer,
-            optimizer_options={"learning_rate": learning_rate} | dict(optimizer_option),
-            schedule=schedule,
-            schedule_options=dict(schedule_option),
-            training={"max_batch_size": max_batch_size} | dict(training),
-            codecs={direction: "none" if value is None else value for direction, value in codec},
-            seed=seed,
-            created=int(time.time() * 1000),
-            mode="open" if is_open else "granted",
-            num_replicas=replicas,
-            lease=lease,
-            sync_every=sync_every,
+    manifest = RunManifest(
+        name=name,
+        prefix=prefix,
+        grid_size=grid,
+        expert=expert_class,
+        sizes=dict(sizes),
+        optimizer=optimizer,
+        optimizer_options={"learning_rate": learning_rate} | dict(optimizer_option),
+        schedule=schedule,
+        schedule_options=dict(schedule_option),
+        training={"max_batch_size": max_batch_size} | dict(training),
+        codecs={direction: "none" if value is None else value for direction, value in codec},
+        seed=seed,
+        created=int(time.time() * 1000),
+        mode="open" if is_open else "granted",
+        num_replicas=replicas,
+        lease=lease,
+        sync_every=sync_every,
+    )
+    # the author's own code may run here
+    manifest = complete(manifest, allowed_modules=[manifest.expert.partition(":")[0]])
+    async with node.make() as author:
+        signed = sign_run(author.identity, with_delegates(manifest, author.identity, delegates))
+        if once:
+            await join(author)  # nobody else would keep the manifest
+        with spinner("joining the network"):
+            await author.network.wait_joined(JOIN_TIMEOUT)
+            hosting = await author.directory.read_grid(prefix, grid) if adopt else {}
+            if adopt and not hosting:
+                raise click.ClickException(f"no server hosts experts of the bare prefix {prefix!r} now")
+            holders = await publish_run(author.network, signed)
+            authority = await author.join_run(signed)
+        adopted = sorted(map(str, await adopt_servers(author.network, author.identity, authority, hosting)))
+        for peer_id in adopted:
+            click.echo(f"{peer_id} may go on: start it again with --run {signed.full_name}", err=True)
+        click.echo(f"the run is {signed.full_name}, known to {counted(holders, 'node')}", err=True)
+        say(
+            "run",
+            run=signed.full_name,
+            address=str(author.peer_address),
+            holders=holders,
+            manifest=manifest.fields() | {"delegates": list(map(str, delegates))},
+            adopted=adopted,
         )
-        # the author's own code may run here
-        manifest = complete(manifest, allowed_modules=[manifest.expert.partition(":")[0]])
-        async with node.make() as author:
-            signed = sign_run(author.identity, with_delegates(manifest, author.identity, delegates))
-            if once:
-                await join(author)  # nobody else would keep the manifest
-            with spinner("joining the network"):
-                await author.network.wait_joined(JOIN_TIMEOUT)
-                hosting = await author.directory.read_grid(prefix, grid) if adopt else {}
-                if adopt and not hosting:
-                    raise click.ClickException(f"no server hosts experts of the bare prefix {prefix!r} now")
-                holders = await publish_run(author.network, signed)
-                authority = await author.join_run(signed)
-            adopted = sorted(map(str, await adopt_servers(author.network, author.identity, authority, hosting)))
-            for peer_id in adopted:
-                click.echo(f"{peer_id} may go on: start it again with --run {signed.full_name}", err=True)
-            click.echo(f"the run is {signed.full_name}, known to {counted(holders, 'node')}", err=True)
-            say(
-                "run",
-                run=signed.full_name,
-                address=str(author.peer_address),
-                holders=holders,
-                manifest=manifest.fields() | {"delegates": list(map(str, delegates))},
-                adopted=adopted,
-            )
-            if once:
-                return 0 if holders else 1
-            await until_told_to_leave()
-        return 0
-
-    run(main, leave_with_parent=node.leave_with_parent)
+        if once:
+            return 0 if holders else 1
+        await until_told_to_leave()
+    return 0

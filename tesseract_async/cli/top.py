@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tesseract_async.cli.options import Visit, enter, patterns_argument, run_option, visit_options
-from tesseract_async.cli.running import run, spinner, until_told_to_leave
+from tesseract_async.cli.running import asynchronous, spinner, until_told_to_leave
 from tesseract_async.cli.swarm_picture import draw, signs_for
 from tesseract_async.cli.types import seconds
 
@@ -39,7 +39,8 @@ MAX_LOOKS = 4
 @click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look once in this many seconds.")
 @click.option("--once", is_flag=True, help="Print one picture and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs; needs --once.")
-def command(
+@asynchronous
+async def command(
     *,
     patterns: tuple[ExpertPattern, ...],
     visit: Visit,
@@ -47,7 +48,7 @@ def command(
     period: float,
     once: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Show the swarm live in the terminal: experts on their grids, servers, load, and recent events.
 
     PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the picture shows what nearby servers
@@ -56,61 +57,58 @@ def command(
     if as_json and not once:
         raise click.UsageError("--json goes with --once")
 
-    async def main() -> int:
-        from rich.console import Console
-        from rich.live import Live
+    from rich.console import Console
+    from rich.live import Live
 
-        from tesseract_async.monitoring import SwarmObserver
+    from tesseract_async.monitoring import SwarmObserver
 
-        console = Console()
-        signs, is_dumb = signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal
-        async with visit.node(refresh_period=period) as node:
-            grid = await enter(node, run_name)
-            observer = SwarmObserver(node, patterns=list(patterns) or grid, period=period)
-            if once:
-                with spinner("looking"):
-                    for _ in range(MAX_LOOKS):  # a node that just joined may not know everybody yet
-                        await observer.look()
-                        if observer.peers:
-                            break
-                        await asyncio.sleep(0.2)
-                    # the second look shows how they are, the third one how fast
-                    for pause in (min(period, 1.0), 0.0):
-                        await observer.look()
-                        await asyncio.sleep(pause)
-                if as_json:
-                    click.echo(json.dumps(observer.state()))
-                else:
-                    console.print(draw(observer.state(), console.width, signs=signs))
-                return 0
-            async with observer:
+    console = Console()
+    signs, is_dumb = signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal
+    async with visit.node(refresh_period=period) as node:
+        grid = await enter(node, run_name)
+        observer = SwarmObserver(node, patterns=list(patterns) or grid, period=period)
+        if once:
+            with spinner("looking"):
+                for _ in range(MAX_LOOKS):  # a node that just joined may not know everybody yet
+                    await observer.look()
+                    if observer.peers:
+                        break
+                    await asyncio.sleep(0.2)
+                # the second look shows how they are, the third one how fast
+                for pause in (min(period, 1.0), 0.0):
+                    await observer.look()
+                    await asyncio.sleep(pause)
+            if as_json:
+                click.echo(json.dumps(observer.state()))
+            else:
+                console.print(draw(observer.state(), console.width, signs=signs))
+            return 0
+        async with observer:
 
-                def frame() -> RenderableType:
-                    height = console.height if console.is_terminal else None
-                    return draw(observer.state(), console.width, height, signs=signs)
+            def frame() -> RenderableType:
+                height = console.height if console.is_terminal else None
+                return draw(observer.state(), console.width, height, signs=signs)
 
-                leaving = asyncio.create_task(until_told_to_leave())
-                await asyncio.sleep(0)  # it must listen before anything is shown
-                with (
-                    _keys("q", leaving.cancel),
-                    Live(
-                        None if is_dumb else frame(),
-                        console=console,
-                        screen=console.is_terminal and not is_dumb,
-                        auto_refresh=False,
-                    ) as live,
-                ):
-                    while not leaving.done():
-                        changed = asyncio.create_task(observer.wait_changed())
-                        await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
-                        changed.cancel()
-                        if is_dumb:  # it cannot go back
-                            console.print(frame())
-                        else:
-                            live.update(frame(), refresh=True)
-        return 0
-
-    run(main)
+            leaving = asyncio.create_task(until_told_to_leave())
+            await asyncio.sleep(0)  # it must listen before anything is shown
+            with (
+                _keys("q", leaving.cancel),
+                Live(
+                    None if is_dumb else frame(),
+                    console=console,
+                    screen=console.is_terminal and not is_dumb,
+                    auto_refresh=False,
+                ) as live,
+            ):
+                while not leaving.done():
+                    changed = asyncio.create_task(observer.wait_changed())
+                    await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
+                    changed.cancel()
+                    if is_dumb:  # it cannot go back
+                        console.print(frame())
+                    else:
+                        live.update(frame(), refresh=True)
+    return 0
 
 
 @contextlib.contextmanager

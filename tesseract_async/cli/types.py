@@ -86,6 +86,21 @@ def parse_peer(text: str) -> PeerID:
     return PeerID.parse(text.strip())
 
 
+def _address(text: str) -> str:
+    from tesseract_async.transport.base import split_host_port
+
+    split_host_port(text)
+    return text
+
+
+def _turn_server(text: str) -> tuple[str, str, str]:
+    user, at, server = text.rpartition("@")
+    name, colon, password = user.partition(":")
+    if not (at and colon and name):
+        raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
+    return _address(server), name, password
+
+
 def _peers(text: str) -> frozenset[PeerID]:
     return frozenset(map(parse_peer, text.split(",")))
 
@@ -103,6 +118,13 @@ def _peer_file(text: str) -> frozenset[PeerID]:
         return frozenset(map(parse_peer, texts))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _text_or_file(text: str) -> str:
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError):  # too long for a name, for one
+        return text
 
 
 def _pattern(text: str) -> ExpertPattern:
@@ -147,11 +169,16 @@ SHARE: Final = Parsed("share", partial(_amount, units=_SHARES, what="a share, su
 SECONDS: Final = seconds()
 PERIOD: Final = seconds(least=0.001)
 """Seconds between two of something."""
+ADDRESS: Final = Parsed("address", _address)
+TURN_SERVER: Final = Parsed("TURN server", _turn_server)
+"""Address, user name and password."""
 PEER: Final = Parsed("peer", parse_peer)
 PEERS: Final = Parsed("peers", _peers)
 """A set of peer ids, written with commas between them."""
 PEER_FILE: Final = Parsed("file", _peer_file)
 """The set of peer ids that a file lists, one a line; ``#`` begins a comment."""
+TEXT_OR_FILE: Final = Parsed("text", _text_or_file)
+"""Text, or the name of a file that holds it."""
 PATTERN: Final = Parsed("pattern", _pattern)
 HOURS: Final = Parsed("hours", _hours)
 GRID: Final = Parsed("grid", _grid)

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from tesseract_async.admission import Action
-from tesseract_async.endpoint.connection import Answer, IncomingCall
-from tesseract_async.errors import ExpertNotFound, UnknownMethod
+from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod
+from tesseract_async.identity import PeerID
+from tesseract_async.wire.packed import Value
 
+
+class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
+    """The content of a request or a reply."""
+
+    body: Value = None
+    """Any value that msgpack can hold."""
+    buffers: tuple[memoryview, ...] = ()
+    """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
+
+
+@dataclass(slots=True)
+class IncomingCall:
+    """A call that a peer made here."""
+
+    peer_id: PeerID
+    method: str
+    body: Value
+    buffers: tuple[memoryview, ...]
+    deadline: float
+    """On this loop's clock: when the caller stops waiting."""
+    priority: int
+    origin: str = ""
+    """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
+    in_parts: bool = False
+    """True if the caller takes a reply in parts: the handler may be an async generator then."""
+
+
+Answer = Awaitable[Message] | AsyncGenerator[Message, None]
+"""The result of calling a handler: an awaitable message, or the parts of one."""
 CallHandler = Callable[[IncomingCall], Answer]
+
+
+def in_one(answer: Answer, method: str) -> Awaitable[Message]:
+    """The answer to a caller that takes no parts. Raises: RemoteError for one in parts."""
+    if isinstance(answer, AsyncGenerator):
+        raise RemoteError(f"{method} replies in parts, which its caller does not take")
+    return answer
 
 
 class CallTable:

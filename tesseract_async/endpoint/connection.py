@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from typing import Final, NamedTuple
 
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
+from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -20,6 +19,7 @@ from tesseract_async.endpoint.events import (
     PeerClosed,
     ReplyReceived,
 )
+from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 FLUSH_BYTES: Final = 256 * 1024
 """Bytes encrypted and written before the loop may do something else."""
-STARTS_PER_TURN: Final = 128
-"""Handlers started in one turn of the loop."""
 UNCOUNTED_UNSENT: Final = 1024 * 1024
 """Bytes of small frames that may wait for a peer to read without counting among the node's replies."""
 UNREAD_TIMEOUT: Final = 20.0
@@ -46,46 +44,9 @@ LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
 
-class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
-    """What a call carries each way."""
-
-    body: Any = None
-    """What msgpack can hold."""
-    buffers: tuple[memoryview, ...] = ()
-    """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
-
-
 class _Part(NamedTuple):
     message: Message
     more: bool
-
-
-@dataclass(slots=True)
-class IncomingCall:
-    """A call that a peer made here."""
-
-    peer_id: PeerID
-    method: str
-    body: Any
-    buffers: tuple[memoryview, ...]
-    deadline: float
-    """On this loop's clock: when the caller stops waiting."""
-    priority: int
-    origin: str = ""
-    """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
-    in_parts: bool = False
-    """Whether the caller takes a reply in parts: the handler may be an async generator then."""
-
-
-Answer = Awaitable[Message] | AsyncGenerator[Message, None]
-"""What a handler returns: a message to come, or one that comes in parts."""
-
-
-def in_one(answer: Answer, method: str) -> Awaitable[Message]:
-    """The answer to a caller that takes no parts. Raises: RemoteError for one in parts."""
-    if isinstance(answer, AsyncGenerator):
-        raise RemoteError(f"{method} replies in parts, which its caller does not take")
-    return answer
 
 
 class Connection:
@@ -117,24 +78,23 @@ class Connection:
         self.peer_id = peer_id
         self.session = hello.session
         self.dialled = dialled
-        """Where this end dialled, or None if the peer did."""
+        """The address that this end dialled, or None if the peer did."""
         self.known = dialled
-        """Where calls say that the peer is, which may have changed since."""
+        """The address that calls give for the peer, which may have changed since."""
         self.path = path
         self.origin = origin
         self.retired = False
-        """Whether a better connection has replaced this one, which ends with its last call."""
+        """True once a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
         self.last_used = loop.time()
         self._loop = loop
-        self._answer = answer
         self._open_bulk = open_bulk
         self._on_closed = on_closed
         self._metrics = metrics
         self._settings = settings
         self._budgets = budgets
         self._owner = Owner(group, peer_id, self)
-        self._protocol = ConnectionProtocol(
+        self.protocol = ConnectionProtocol(
             f"{peer_id.short} ({path})",
             hello,
             dialled=dialled is not None,
@@ -151,11 +111,8 @@ class Connection:
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
-        self._may_send_part: dict[int, asyncio.Event] = {}  # of replies that go out in parts
-        self._handlers: dict[int, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._started = 0  # handlers since the last flush
-        self._held: dict[int, CallReceived] = {}  # calls that wait until the peer has read earlier replies
+        self._handlers = Handlers(self.protocol, answer, peer_id, origin, max_backlog=settings.max_backlog)
+        self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -165,42 +122,22 @@ class Connection:
         """Takes over a channel after its hello; `reader` may be in the middle of its bytes."""
         self._channels[lane] = channel
         port = _LanePort(self, lane, channel, reader)
-        reader.sink = self._protocol.lanes[lane]
-        self._protocol.lanes[lane].reader = reader
+        reader.sink = self.protocol.lanes[lane]
+        self.protocol.lanes[lane].reader = reader
         channel.receiver = port
         if lane == BULK:
-            self._protocol.transfers.bulk_opened()
+            self.protocol.transfers.bulk_opened()
         self._arm_timer()
 
     @property
     def is_open(self) -> bool:
-        """Whether calls may be started."""
+        """True while calls may be started."""
         return self._lost_reason is None
 
     @property
     def has_bulk(self) -> bool:
-        """Whether the bulk channel is there."""
+        """True while the bulk channel is there."""
         return self._channels[BULK] is not None
-
-    @property
-    def was_called(self) -> bool:
-        """Whether the peer has made a call."""
-        return self._protocol.was_called
-
-    @property
-    def num_calls(self) -> int:
-        """Calls under way in both directions."""
-        return self._protocol.num_calls
-
-    @property
-    def rtt(self) -> float | None:
-        """Seconds for a ping and its answer, smoothed; None until the first one came."""
-        return self._protocol.life.rtt
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Rate at which large messages last arrived; 0.0 if none did."""
-        return self._protocol.windows.bytes_per_second
 
     def count_bytes(self) -> None:
         """Adds the raw bytes since the last time to the metrics."""
@@ -215,7 +152,7 @@ class Connection:
         self._metrics.count("transport_bytes_received", received - old_received)
         self._metrics.count("transport_bytes_sent", sent - old_sent)
 
-    # ---- own calls
+    # ---- calls made here
 
     def _start_call(
         self,
@@ -227,9 +164,9 @@ class Connection:
         in_parts: bool = False,
     ) -> int:
         if self._lost_reason is not None:
-            raise ConnectionLost(self._protocol.peer, self._lost_reason)
+            raise ConnectionLost(self.protocol.peer, self._lost_reason)
         now = self._loop.time()
-        stream = self._protocol.start_call(
+        stream = self.protocol.start_call(
             head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now, in_parts=in_parts
         )
         self.last_used = now
@@ -270,7 +207,7 @@ class Connection:
                     raise part
                 message, more = part
                 if more:
-                    self._protocol.outgoing.part_taken(stream)
+                    self.protocol.outgoing.part_taken(stream)
                     self._schedule_flush()
                 if more or is_first or message != Message():  # the end may be an empty one, where others came before
                     yield message
@@ -281,7 +218,7 @@ class Connection:
                 await self._cancel_call(stream)
 
     async def _cancel_call(self, stream: int) -> None:
-        self._protocol.cancel_call(stream)
+        self.protocol.cancel_call(stream)
         self._wake()
         await self._loan_ended()
 
@@ -307,15 +244,15 @@ class Connection:
         """After a lane's reader took `count` bytes."""
         if self._budgets.changed:
             self._budgets.deliver()
-        if self._protocol.has_events:
+        if self.protocol.has_events:
             self._handle_events()
-        if not self._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+        if not self._flush_scheduled and (self.protocol.has_data(MAIN) or self.protocol.has_data(BULK)):
             self._schedule_flush()
 
     def _wake(self) -> None:
         if self._budgets.changed:
             self._budgets.deliver()
-        if self._protocol.has_events:
+        if self.protocol.has_events:
             self._handle_events()
         self._schedule_flush()
         self._arm_timer()
@@ -325,7 +262,7 @@ class Connection:
         if room is self._unsent:
             self._drop_unread()
         elif self._lost_reason is None:
-            self._protocol.room_changed(room, self._loop.time())
+            self.protocol.room_changed(room, self._loop.time())
             self._wake()
 
     def _schedule_flush(self) -> None:
@@ -335,7 +272,7 @@ class Connection:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        protocol = self._protocol
+        protocol = self.protocol
         try:
             for lane, channel in enumerate(self._channels):
                 if channel is None:
@@ -354,14 +291,8 @@ class Connection:
             self._budgets.deliver()
         if protocol.has_events:
             self._handle_events()
-        self._started = 0
-        while self._held and self._may_start():
-            self._start_handler(self._held.pop(next(iter(self._held))))
-        if self._held and protocol.backlog <= self._settings.max_backlog:
+        if self._handlers.flushed():
             self._schedule_flush()
-        if self._may_send_part and protocol.backlog <= self._settings.max_backlog:
-            for event in self._may_send_part.values():
-                event.set()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
             self._count_unsent(protocol.unsent_bytes)
 
@@ -397,21 +328,21 @@ class Connection:
     # ---- events
 
     def _handle_events(self) -> None:
-        for event in self._protocol.events():
+        for event in self.protocol.events():
             match event:
                 case ReplyReceived():
                     self._reply_arrived(event, more=False)
                 case PartReceived():
                     self._reply_arrived(event, more=True)
-                case PartWanted():
-                    if (may_send := self._may_send_part.get(event.stream)) is not None:
-                        may_send.set()
                 case CallReceived():
-                    if not self._held and self._may_start():
-                        self._start_handler(event)
-                    else:
-                        self._held[event.stream] = event
+                    self.last_used = self._loop.time()
+                    self._handlers.received(event, done=self._handler_done)
+                    if self._handlers.num_held:
                         self._schedule_flush()
+                    if self._timer is None or event.deadline < self._timer_at:
+                        self._arm_timer()
+                case PartWanted():
+                    self._handlers.part_wanted(event.stream)
                 case CallFailed():
                     if (parts := self._parts.get(event.stream)) is not None:
                         parts.put_nowait(event.error)
@@ -419,12 +350,9 @@ class Connection:
                     if future is not None and not future.done():
                         future.set_exception(event.error)
                 case CallCancelled():
-                    self._held.pop(event.stream, None)
-                    task = self._handlers.pop(event.stream, None)
-                    if task is not None:
-                        task.cancel()
+                    self._handlers.cancel(event.stream)
                 case BulkWanted():
-                    self._spawn(self._run_open_bulk())
+                    self._bulk_task = self._loop.create_task(self._run_open_bulk())
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
 
@@ -436,94 +364,25 @@ class Connection:
         elif (parts := self._parts.get(event.stream)) is not None:
             parts.put_nowait(_Part(message, more))
 
-    def _may_start(self) -> bool:
-        # a burst of calls is started in portions, so that its first replies show whether the peer reads them
-        return self._started < STARTS_PER_TURN and self._protocol.backlog <= self._settings.max_backlog
-
-    def _start_handler(self, event: CallReceived) -> None:
-        self._started += 1
-        self.last_used = self._loop.time()
-        head = event.head
-        call = IncomingCall(
-            peer_id=self.peer_id,
-            method=head.method,
-            body=head.body,
-            buffers=event.buffers,
-            deadline=event.deadline,
-            priority=head.priority,
-            origin=self.origin,
-            in_parts=event.in_parts,
-        )
-        self._handlers[event.stream] = self._spawn(self._run_handler(event.stream, call))
-        if self._timer is None or event.deadline < self._timer_at:
+    def _handler_done(self) -> None:
+        if not self._flush_scheduled:
+            self._schedule_flush()
+        if self.protocol.life.num_on_bulk:  # the other channel is looked after from here
             self._arm_timer()
-
-    async def _run_handler(self, stream: int, call: IncomingCall) -> None:
-        # nothing here holds on to the body: a handler that has read it may drop it
-        try:
-            answer = self._answer(call)
-            if call.in_parts and isinstance(answer, AsyncGenerator):
-                await self._send_parts(stream, answer)
-            else:
-                message = await in_one(answer, call.method)
-                self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
-        except RemoteError as error:
-            self._protocol.fail(stream, error)
-        except asyncio.CancelledError:
-            if stream in self._handlers:  # not by us: the handler cancelled itself, or the program stops
-                self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
-            raise
-        except Exception as error:  # what a handler raises is not ours to know
-            logger.exception("%s, called by %s, failed", call.method, self.peer_id.short)
-            self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
-        finally:
-            self._handlers.pop(stream, None)
-            if not self._flush_scheduled:
-                self._schedule_flush()
-            if self._protocol.life.num_on_bulk:  # the other channel is looked after from here
-                self._arm_timer()
-
-    async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None]) -> None:
-        """Asks the handler for one part after the other, each once the caller is ready for it."""
-        may_send = self._may_send_part[stream] = asyncio.Event()
-        try:
-            async with contextlib.aclosing(parts):
-                more = True
-                while more:
-                    while not self._protocol.incoming.takes_part(stream) or not self._may_reply():
-                        may_send.clear()
-                        await may_send.wait()
-                    message = await anext(parts, None)
-                    more = message is not None
-                    body, buffers = message or Message()
-                    if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
-                        return
-                    self._wake()
-        finally:
-            del self._may_send_part[stream]
-
-    def _may_reply(self) -> bool:
-        return self._protocol.backlog <= self._settings.max_backlog
 
     async def _run_open_bulk(self) -> None:
         try:
             await self._open_bulk(self)
         except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
-            self._protocol.transfers.bulk_failed(self._loop.time())
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+            self.protocol.transfers.bulk_failed(self._loop.time())
 
     # ---- time
 
     def _arm_timer(self) -> None:
         if self._lost_reason is not None:
             return
-        due = self._protocol.timer_at()
+        due = self.protocol.timer_at()
         if self._timer is not None:
             if self._timer_at <= due:
                 return
@@ -535,7 +394,7 @@ class Connection:
         self._timer = None
         now = self._loop.time()
         try:
-            self._protocol.handle_timer(now, late=now - self._timer_at)
+            self.protocol.handle_timer(now, late=now - self._timer_at)
         except ConnectionLost as error:
             self._tell_dropped("silent", error.reason)
             self.abort(error.reason)
@@ -548,16 +407,16 @@ class Connection:
     def _tell_dropped(self, reason: str, why: str) -> None:
         """One line and one count for each peer that is dropped, never without the reason."""
         self._metrics.count("endpoint_connections_dropped", reason=reason)
-        logger.warning("connection to %s dropped: %s", self._protocol.peer, why)
+        logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 
     def abort(self, reason: str, error: Exception | None = None) -> None:
-        """Ends the connection now: own calls fail with ConnectionLost, handlers are cancelled. Idempotent."""
+        """Ends the connection now: calls made here fail with ConnectionLost, handlers are cancelled. Idempotent."""
         if self._lost_reason is not None:
             return
         self._lost_reason = reason
         if self._timer is not None:
             self._timer.cancel()
-        self._protocol.connection_lost(reason)
+        self.protocol.connection_lost(reason)
         if self._unsent is not None:
             self._unsent.release()
         self._budgets.deliver()
@@ -570,7 +429,6 @@ class Connection:
         channel, self._channels[lane] = self._channels[lane], None
         if channel is not None:
             self._count_bytes(channel)
-        self._held.clear()
         if isinstance(error, ProtocolError):
             self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))
@@ -582,12 +440,12 @@ class Connection:
     async def aclose(self, reason: str = "farewell") -> None:
         """Says farewell, fails what is under way, and waits until tasks and channels are gone."""
         if self._lost_reason is None:
-            self._protocol.farewell(reason)
+            self.protocol.farewell(reason)
             self._flush()
             self._lost_reason = reason
             if self._timer is not None:
                 self._timer.cancel()
-            self._protocol.connection_lost(reason)
+            self.protocol.connection_lost(reason)
             if self._unsent is not None:
                 self._unsent.release()
             self._budgets.deliver()
@@ -595,8 +453,9 @@ class Connection:
             for channel in self._channels:
                 if channel is not None:
                     channel.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        tasks = {*self._handlers.tasks, *([] if self._bulk_task is None else [self._bulk_task])}
+        if tasks:
+            await asyncio.wait(tasks)
         await asyncio.wait([self.closed], timeout=1.0)
         for channel in self._channels:
             if channel is not None:
@@ -607,24 +466,12 @@ class Connection:
 class _LanePort:
     """One channel's receiver: bytes to the lane's reader, everything else to the connection."""
 
-    __slots__ = (
-        "_connection",
-        "_channel",
-        "_lane",
-        "_reader",
-        "_protocol",
-        "_time",
-        "_turn_bytes",
-        "_paused",
-        "get_buffer",
-    )
-
     def __init__(self, connection: Connection, lane: int, channel: Channel, reader: FrameReader) -> None:
         self._connection = connection
         self._channel = channel
         self._lane = lane
         self._reader = reader
-        self._protocol = connection._protocol
+        self._protocol = connection.protocol
         self._time = connection._loop.time
         self._turn_bytes = 0
         self._paused = False

@@ -99,7 +99,7 @@ class Core:
         self.metrics = metrics
         self.verify = verify
         self.policy = policy
-        """Whose records this node holds and hears (action ``store``)."""
+        """Whose records this node holds and hears (action ``host``)."""
         self.scope = scope
         """Where this node may send on a stranger's word."""
         self.wall_offset = wall_offset
@@ -135,6 +135,10 @@ class Core:
     def wall(self, now: float) -> float:
         """Return the wall-clock time at loop time `now`."""
         return now + self.wall_offset
+
+    def jitter(self) -> float:
+        """Return a random factor around 1, so that nodes do not do the same at the same time."""
+        return 0.75 + 0.5 * self.random.random()
 
     # Calls
 

@@ -101,8 +101,7 @@ class DialBack(Caller):
         """A node that is public from the start never asks."""
         self._core = core
         self.thirds = thirds
-        self.timer_at = float("inf") if core.public else now
-        """When `handle_timer` asks."""
+        self._timer = None if core.public else core.timers.start(now, self.ask)
         self._helpers: LRU[Address, None] = LRU(MAX_HELPERS)
         """Clients heard from at a proven address: they too can dial."""
         self._backoff = MIN_BACKOFF
@@ -115,19 +114,19 @@ class DialBack(Caller):
         """A client asked something from a proven address: it can dial for others."""
         self._helpers[address] = None
 
-    def handle_timer(self, now: float) -> None:
+    def ask(self, now: float) -> None:
         """Ask a random contact to have this node dialed, and arrange to ask another one later."""
         core = self._core
         contacts = core.table.contacts()
         if not contacts:
-            self.timer_at = now + 1.0
+            self._ask_at(now + 1.0)
             return
         contact = core.random.choice(contacts)
         if self._num_unanswered >= MAX_UNANSWERED.get(core.outbox.role, float("inf")):
             self._become("client", now)
         self._num_unanswered += 1
         self._nonce = core.random.randbytes(wire.TRANSACTION_BYTES)
-        self.timer_at = now + self._backoff
+        self._ask_at(now + self._backoff)
         self._backoff = min(2 * self._backoff, MAX_BACKOFF)
         core.call(self, wire.DIAL, (self._nonce,), contact, now)  # whatever it replies, only DIALED counts
 
@@ -185,8 +184,12 @@ class DialBack(Caller):
             return
         self._num_unanswered = 0
         self._backoff = MIN_BACKOFF
-        self.timer_at = now + CONFIRM_PERIOD
+        self._ask_at(now + CONFIRM_PERIOD)
         self._become("public", now)
+
+    def _ask_at(self, at: float) -> None:
+        self._core.timers.cancel(self._timer)
+        self._timer = self._core.timers.start(at, self.ask)
 
     def _become(self, role: str, now: float) -> None:
         if self._core.outbox.role != role:

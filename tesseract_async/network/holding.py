@@ -60,7 +60,7 @@ class Holder:
         try:
             record = SignedRecord.decode_unverified(key, body)
             # the owner counts, not who sent it: holders copy what others own
-            if not core.policy.allows(record.owner, "store"):
+            if not core.policy.allows(record.owner, "host"):
                 return StoreOutcome.REFUSED
             source = None
             if range_ is not None:
@@ -105,7 +105,7 @@ class Holder:
         seconds = lifetime(core.table.own_number, target, core.table.closest(target, K), k=K)
         if not seconds or not core.public or core.storage.summary(key) is not None:
             return
-        if self.copies.wants(record, wall) and core.policy.allows(record.owner, "store"):
+        if self.copies.wants(record, wall) and core.policy.allows(record.owner, "host"):
             if not core.limiter.allows(address, CHECK_COST, now):
                 core.outbox.drop("rate")
                 return

@@ -178,11 +178,11 @@ class Read:
 
     def _expect(self, num_answers: int) -> None:
         if self._narrow:
-            self._search.lookup.max_under_way = min(num_answers + 1, ALPHA)
+            self._search.lookup.max_in_progress = min(num_answers + 1, ALPHA)
 
     def _widen(self) -> None:
         self._narrow = False
-        self._search.lookup.max_under_way = ALPHA
+        self._search.lookup.max_in_progress = ALPHA
 
     def _hurry(self, now: float) -> None:
         if self.cancelled:
@@ -202,7 +202,7 @@ class Read:
     def _believe(self, record: SignedRecord) -> None:
         self._verified[record.body] = record
         core = self.core
-        if record.owner != core.identity.peer_id and not core.policy.allows(record.owner, "store"):
+        if record.owner != core.identity.peer_id and not core.policy.allows(record.owner, "host"):
             return  # a node does not hear owners whose records it would not hold, wherever those keep them
         identity = _entry_id(record)
         held = self._merged.get(identity)
@@ -214,8 +214,7 @@ class Read:
         if self._settled or self.cancelled:
             return
         self._settled = True
-        if self._widens is not None:
-            self.core.timers.cancel(self._widens)
+        self.core.timers.cancel(self._widens)
         for index in range(NUM_RANGES):
             groups: dict[int, list[Holding]] = {}
             for holding in considered if considered is not None else self._holdings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tesseract_async.network.contacts import ID_BYTES, Contact
+from tesseract_async.network.contacts import ID_BYTES, Contact, few_per_range
 from tesseract_async.network.core import Core
 from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import Search
@@ -62,16 +62,9 @@ class Region:
 
     def _members(self) -> list[Contact]:
         """Return a few of each address range; of too many any, as the nearest may have chosen to be nearest."""
-        core = self._core
-        ranges: dict[bytes, int] = {}
-        members: list[Contact] = []
-        for contact in sorted(self._found.values(), key=lambda contact: contact.number ^ self._number):
-            if contact.range is not None:
-                ranges[contact.range] = ranges.get(contact.range, 0) + 1
-                if ranges[contact.range] > MAX_RANGE_PER_HOLDER_SET:
-                    continue
-            members.append(contact)
+        nearest_first = sorted(self._found.values(), key=lambda contact: contact.number ^ self._number)
+        members = few_per_range(nearest_first, MAX_RANGE_PER_HOLDER_SET)
         if len(members) > MAX_MEMBERS:
-            members = core.random.sample(members, MAX_MEMBERS)
+            members = self._core.random.sample(members, MAX_MEMBERS)
             members.sort(key=lambda contact: contact.number ^ self._number)
         return members

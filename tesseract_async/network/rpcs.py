@@ -127,8 +127,7 @@ class Rpcs:
 
     def end(self, call: Call, reply: RpcReply | None, now: float) -> None:
         """End a call as answered, or as failed (None): the next one's turn comes, then the caller hears of it."""
-        if call.timer is not None:
-            self._timers.cancel(call.timer)
+        self._timers.cancel(call.timer)
         del self.by_transaction[call.transaction]
         while self._waiting and len(self.by_transaction) < MAX_CALLS:
             self.start(self._waiting.popleft(), now)
@@ -171,8 +170,7 @@ class Rpcs:
         self._wait(call, now + self._timeout(call))
 
     def _wait(self, call: Call, due: float) -> None:
-        if call.timer is not None:
-            self._timers.cancel(call.timer)
+        self._timers.cancel(call.timer)
         call.timer = self._timers.start(due, partial(self._is_late, call, due))
 
     def _is_late(self, call: Call, due: float, now: float) -> None:

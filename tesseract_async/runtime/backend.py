@@ -368,7 +368,8 @@ class ExpertBackend:
 
     def state(self) -> State:
         """Return copies of everything that a checkpoint holds."""
-        ids = b"".join(self.applied)
+        ids = bytearray(b"".join(self.applied))
+        empty = torch.empty(0, dtype=torch.uint8)  # no tensor is made from an empty buffer
         kinds = optimizers.kinds_of(self.module, self.optimizer, self.scheduler)
         of_optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         of_scheduler = None if self.scheduler is None else self.scheduler.state_dict()
@@ -379,7 +380,7 @@ class ExpertBackend:
             "kinds": kinds,
             "version": self.version,
             "applied": {
-                "ids": torch.tensor(list(ids), dtype=torch.uint8),
+                "ids": torch.frombuffer(ids, dtype=torch.uint8) if ids else empty,
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
                 "num_bare": self.num_bare,
             },

@@ -87,11 +87,8 @@ async def claims_of_others(node: TesseractNode, entries: Iterable[Entry], prefix
     def dropped(entry: Entry, error: ProtocolError) -> None:
         logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
-    manifests = [
-        entry
-        for entry in entries
-        if entry.owner != node.peer_id and type(entry.value) is bytes and entry.value.startswith(MAGIC)
-    ]
+    others = (entry for entry in entries if entry.owner != node.peer_id)
+    manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
     return await read_claims(manifests, prefix=prefix, now=now, dropped=dropped, trust=node.trust, scope=node.scope)
 
 
@@ -132,7 +129,7 @@ def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
     It does for those on its allow-list, if it has one; else for machines on its own network only: on public addresses
     anybody may claim a bare name.
     """
-    if node.policy.storers is not None:
+    if node.policy.hosts is not None:
         return True  # others' manifests are not even read
     return bool(replica.peer.addresses) and all(
         is_near(split_host_port(address)[0]) for address in replica.peer.addresses
@@ -145,7 +142,7 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
     Raises: PeerUnreachable.
     """
     paths = [one.path for one in node.endpoint.connections() if one.peer_id == replica.peer.peer_id]
-    for path in paths if node.policy.storers is None else []:
+    for path in paths if node.policy.hosts is None else []:
         kind, _, address = path.partition(" ")
         if kind != "tcp" or not address or not is_near(split_host_port(address)[0]):
             raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})

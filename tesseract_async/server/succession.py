@@ -32,9 +32,8 @@ def boottime() -> float:
 class ReplicaKeeper(Succession):
     """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
 
-    Entering takes one look, so that followers are in step. From then on other servers get states and are answered, and
-    callers that would train followed experts are told the primary. `Tenures` decide for experts of runs, `BareNames`
-    for the others.
+    Entering takes one look, so that followers are in step. From then on other servers get states and answers, and
+    trainers the name of the primary. `Tenures` decide for experts of runs, `BareNames` for the others.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class ReplicaKeeper(Succession):
     async def __aenter__(self) -> ReplicaKeeper:
         self._server.succession = self
         self._server.handle(messages.STATE, self._source.answer)
-        self._server.handle(messages.LEAD, self.bare.take_over)
+        self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)
         self._source.find_sealed = self.tenures.sealed
         await self.tenures.start()

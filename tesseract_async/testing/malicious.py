@@ -1,4 +1,4 @@
-"""Nodes that do not play by the rules."""
+"""Nodes that break the rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tesseract_async.network.storage import NUM_RANGES, StoreOutcome
 
 
 class LyingProtocol(NetworkProtocol):
-    """Answers every lookup with its accomplices, holds nothing, and says that it stored what it was given.
+    """Answers every lookup with its accomplices, stores nothing, and claims to have stored everything.
 
     Subclass it for each conspiracy, and fill the subclass's `accomplices`.
     """

@@ -56,9 +56,7 @@ def test_lists_come_from_flags_commas_files_and_the_environment(tmp_path: Path) 
         assert invoke(*flags) == ("", both)
     assert invoke(env={"T_ALLOW": f"{ONE} {TWO}"}) == ("", both)
     _, policy = invoke("--config", str(config))
-    assert policy == ta.Policy(
-        callers=both.callers, trainers=both.trainers, storers=both.storers, quota=ta.Quota(calls=7)
-    )
+    assert policy == ta.Policy(callers=both.callers, trainers=both.trainers, hosts=both.hosts, quota=ta.Quota(calls=7))
     assert describe_policy(policy) == [
         "only 2 peers may call, train and store here",
         "what each peer may ask for is limited",
@@ -69,11 +67,11 @@ def test_few_may_train_where_more_may_call() -> None:
     _, policy = invoke("--allow-training", str(ONE))
     assert policy is not None
     assert policy.allows(ONE, "train") and not policy.allows(TWO, "train")
-    assert policy.allows(TWO, "call") and policy.allows(TWO, "store")
+    assert policy.allows(TWO, "call") and policy.allows(TWO, "host")
     assert describe_policy(policy) == ["only one peer may change weights here"]
     _, policy = invoke("--allow-training", str(ONE), "--allow", f"{ONE},{TWO}")
     assert policy is not None
-    assert [policy.allows(TWO, action) for action in ("call", "train", "store")] == [True, False, True]
+    assert [policy.allows(TWO, action) for action in ("call", "train", "host")] == [True, False, True]
     assert not policy.allows(THREE, "call")
 
 

@@ -86,10 +86,10 @@ async def test_a_byte_now_and_then_holds_nothing_open() -> None:
             now = asyncio.get_running_loop().time()
             for second in range(0, 40, 2):
                 stranger.writer.write(b"x" + frames.HEADER.pack(frames.PING, 0, 0, 0, 0)[:0])
-                received = connection._protocol.lanes[0].bytes_received
-                await until(lambda: connection._protocol.lanes[0].bytes_received > received)  # noqa: B023
-                connection._protocol.life.received(1, now + second, 0)
-                connection._protocol.handle_timer(now + second)
+                received = connection.protocol.lanes[0].bytes_received
+                await until(lambda: connection.protocol.lanes[0].bytes_received > received)  # noqa: B023
+                connection.protocol.life.received(1, now + second, 0)
+                connection.protocol.handle_timer(now + second)
             assert server.budgets.messages.used == 0, "given up, although a byte came every other second"
             await sends_large(client, address, 24 * MIB)
 
@@ -195,7 +195,7 @@ async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
                 stranger.writer.write(stranger.request(stream, method="swell"))
             await until(lambda: server.budgets.replies.used > 4 * MIB)
             (connection,) = server._pool.connections()
-            await until(lambda: not connection.num_calls and connection._channels[0].paused)
+            await until(lambda: not connection.protocol.num_calls and connection._channels[0].paused)
             for _ in range(3):
                 let_pass(12.0)
                 connection._timer_fired() if connection.is_open else None
@@ -287,7 +287,7 @@ async def test_a_storm_of_cancels_leaves_nothing_behind() -> None:
                 stranger.writer.write(begin(stream, GIB) + frames.frame(frames.CANCEL, stream=stream))
             stranger.writer.write(stranger.request(3000))
             await stranger.writer.drain()
-            await until(lambda: server._pool.connections()[0]._protocol.incoming.last_seen == 3000)
+            await until(lambda: server._pool.connections()[0].protocol.incoming.last_seen == 3000)
             await sends_large(client, address, 2 * MIB)
             assert server.budgets.messages.num_waiting == 0
         await until(lambda: server.budgets.messages.used == 0)

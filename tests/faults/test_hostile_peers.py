@@ -193,7 +193,7 @@ async def _never_read(settings: EndpointSettings, swell: CallHandler, computed: 
             async with asyncio.timeout(30):
                 while len(server.connections()) != 1 or not server.metrics.total("endpoint_connections_dropped"):
                     for connection in server._pool.connections():
-                        peak = max(peak, connection._protocol.unsent_bytes)
+                        peak = max(peak, connection.protocol.unsent_bytes)
                     await client.call(address, "echo", timeout=30)
             # two portions of replies beyond the bound on the backlog; the rest was held back and never computed
             assert 2**20 < peak <= 2**20 + 2 * 128 * 61_000, "replies that nobody reads"
@@ -253,11 +253,11 @@ async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> N
         assert len(server.connections()) == len(client.connections()) == 1000
         loop = asyncio.get_running_loop()
         for connection in (*server._pool.connections(), *client._pool.connections()):
-            connection._protocol.handle_timer(loop.time() + PLAIN.protocol.ping_after)  # what the timer does then
+            connection.protocol.handle_timer(loop.time() + PLAIN.protocol.ping_after)  # what the timer does then
         scratch = sum(
             reader._scratch is not None
             for connection in (*server._pool.connections(), *client._pool.connections())
-            for reader in (lane.reader for lane in connection._protocol.lanes)
+            for reader in (lane.reader for lane in connection.protocol.lanes)
         )
         assert scratch < 100, "idle connections hold no scratch memory"
         assert (await client.call(address, "echo", 1, [bytes(300_000)], timeout=30)).body == 1

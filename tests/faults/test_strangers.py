@@ -200,7 +200,7 @@ async def test_a_stranger_may_ask_nothing_of_members(kind: str) -> None:
             (messages.BACKWARD, body, buffers),
             (messages.STATE, messages.encode(state), ()),
             (messages.STATE, messages.encode(state._replace(weights_only=False)), ()),
-            (messages.LEAD, messages.encode(messages.LeadRequest(UID)), ()),
+            (messages.TAKE_OVER, messages.encode(messages.TakeOverRequest(UID)), ()),
         ]
         for method, request, some in asks:
             with pytest.raises(NotAllowed):

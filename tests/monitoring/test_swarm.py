@@ -139,7 +139,7 @@ async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
         for _ in range(3):
             await observer.look()
         peer = only(observer.state()["peers"])
-        assert peer["error"] == "it does not tell how it is" and not peer["gone"]
+        assert peer["error"] == "it does not answer status calls" and not peer["gone"]
         assert observer.state()["totals"]["experts"] == 1, "it lives"
         assert [sentence for _, sentence, _ in observer.log if "does not answer" in sentence][1:] == []
 

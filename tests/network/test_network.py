@@ -439,7 +439,7 @@ async def test_roles_addresses_and_contacts_can_be_asked_for() -> None:
 
 async def test_a_policy_says_whose_records_a_node_holds() -> None:
     friend = Identity.generate()
-    policy = Policy(storers=[friend.peer_id])
+    policy = Policy(hosts=[friend.peer_id])
     closed = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, policy=policy)
     await closed.start(bound())
     async with node(port_of(closed), identity=friend) as (known, _), node(port_of(closed)) as (stranger, _):

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from tesseract_async.cli.options import check_folder
-from tesseract_async.cli.running import run
+from tesseract_async.cli.running import asynchronous
 from tesseract_async.cli.types import FILE, FOLDER
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
@@ -33,9 +33,10 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 @click.option("--plot", "plot_path", default="demo.png", type=FILE, help="Draw the accuracy into this file.")
 @click.option("--no-plot", is_flag=True, help="Draw no picture.")
 @click.option("--logs", type=FOLDER, help="Keep logs and checkpoints in this folder.")
-def command(
+@asynchronous
+async def command(
     *, steps: int, servers: int, seed: int, freeze_experts: bool, plot_path: Path, no_plot: bool, logs: Path | None
-) -> None:
+) -> int:
     """Train a small mixture of experts with separate processes, on this machine.
 
     A bootstrap node, three expert servers and two trainers are started on loopback; they learn to read handwritten
@@ -63,35 +64,22 @@ def command(
     if not no_plot:  # reported now, not after the training
         if plot_path.suffix.lower() not in PICTURES:
             raise click.BadParameter(f"{plot_path} does not end with one of {', '.join(PICTURES)}", param_hint="--plot")
-        check_folder(plot_path.absolute().parent, "--plot", make=False)
-    console = Console()
-    started_at = time.monotonic()
-
-    async def play(folder: Path) -> Script:
+        check_folder(plot_path.parent, "--plot", make=False)
+    console, started_at = Console(), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tesseract-demo-")))
         script = Script(options, folder)
         drawing = asyncio.create_task(show(script.progress, script.now, console))
         try:
             await script.run()
+        except ChildFailed as error:
+            raise click.ClickException(str(error)) from None
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
-        return script
-
-    async def main() -> int:
-        with contextlib.ExitStack() as stack:
-            if logs is None:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tesseract-demo-")))
-            else:
-                folder = logs
-            try:
-                script = await play(folder)
-            except ChildFailed as error:
-                raise click.ClickException(str(error)) from None
-        console.print(report.summary(script.progress))
-        if not no_plot:
-            report.plot(script.progress, plot_path)
-            console.print(f"The picture is in [bold]{plot_path}[/bold].")
-        console.print(f"{report.verdict(script.progress)} It took {time.monotonic() - started_at:.0f} s in all.")
-        return 0 if script.progress.passed else 1
-
-    run(main)
+    console.print(report.summary(script.progress))
+    if not no_plot:
+        report.plot(script.progress, plot_path)
+        console.print(f"The picture is in [bold]{plot_path}[/bold].")
+    console.print(f"{report.verdict(script.progress)} It took {time.monotonic() - started_at:.0f} s in all.")
+    return 0 if script.progress.passed else 1

@@ -9,7 +9,6 @@ It reports in lines of JSON on standard output: ``ready``, one ``step`` after th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -65,13 +64,11 @@ async def train(
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(task.seed * 1000 + task.number)
     node = ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=plan.REFRESH_PERIOD)
-    async with node, contextlib.aclosing(Publishing(node, plan.trainer_name(task.number))) as publishing:
+    losses: list[tuple[int, float]] = []
+    async with node, asyncio.TaskGroup() as group:
+        publishing = group.create_task(publish_losses(node, plan.trainer_name(task.number), losses))
         gate = ta.GatingFunction(
-            node,
-            uid_prefix=plan.PREFIX,
-            grid_size=plan.GRID_SIZE,
-            in_features=plan.NUM_PIXELS,
-            k_best=plan.K_BEST,
+            node, uid_prefix=plan.PREFIX, grid_size=plan.GRID_SIZE, in_features=plan.NUM_PIXELS, k_best=plan.K_BEST
         )
         optimizer = torch.optim.Adam(gate.parameters(), lr=plan.GATE_LEARNING_RATE)
         node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
@@ -91,7 +88,7 @@ async def train(
                 await ta.backward(loss)
                 optimizer.step()
                 facts["loss"] = loss.item()
-                publishing.take(step, facts["loss"])
+                losses.append((step, facts["loss"]))
                 if step % validate_every == 0 or step == task.steps:
                     with torch.no_grad():
                         logits = await gate(x_val)
@@ -103,39 +100,22 @@ async def train(
             view = node.directory.live(plan.PREFIX)
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
             report("step", **facts)
+        publishing.cancel()
         report("done")
 
 
-class Publishing:
-    """Lets `tesseract top` and the dashboard show the loss: the mean since the last time, while training goes on."""
-
-    def __init__(self, node: ta.TesseractNode, name: str) -> None:
-        self._node = node
-        self._name = name
-        self._losses: list[float] = []
-        self._next_at = 0.0
-        self._task: asyncio.Task[None] | None = None
-
-    def take(self, step: int, loss: float) -> None:
-        """Take one step's loss; publish at most once in `PUBLISH_PERIOD`, and one at a time."""
-        self._losses.append(loss)
-        now = asyncio.get_running_loop().time()
-        if now >= self._next_at and (self._task is None or self._task.done()):
-            self._next_at = now + PUBLISH_PERIOD
-            mean = sum(self._losses) / len(self._losses)
-            self._losses.clear()
-            self._task = asyncio.create_task(self._publish(step, mean))
-
-    async def _publish(self, step: int, loss: float) -> None:
+async def publish_losses(node: ta.TesseractNode, trainer: str, losses: list[tuple[int, float]]) -> None:
+    """Let `tesseract top` and the dashboard show the mean loss since the last time, until cancelled."""
+    while True:
+        await asyncio.sleep(PUBLISH_PERIOD)
+        if not losses:
+            continue
+        step, mean = losses[-1][0], sum(loss for _, loss in losses) / len(losses)
+        losses.clear()
         try:
-            await publish_progress(self._node, plan.PREFIX, step=step, loss=loss, trainer=self._name)
+            await publish_progress(node, plan.PREFIX, step=step, loss=mean, trainer=trainer)
         except (TesseractError, TimeoutError) as error:
             logger.info("the loss could not be published: %s", describe(error))
-
-    async def aclose(self) -> None:
-        """Wait for what is being published."""
-        if self._task is not None:
-            await self._task
 
 
 async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], bool]) -> None:
