@@ -1,4 +1,4 @@
-"""What every part of a node builds on: contacts, records, timers, calls and the outbox. Pure.
+"""The core that all parts of a node build on: contacts, records, timers, calls and the outbox. Pure.
 
 The core imports none of the parts that use it (`joining`, `dial_back`, `holding`, `reading`, `writing`, `replication`).
 They hold the core; what one of them must hear from the core or from another goes through `Listener`.
@@ -48,14 +48,14 @@ MAX_PINGS = 64
 UNREACHABLE_FOR = 60.0
 """Seconds for which a contact that failed is not asked again, unless it is heard from."""
 MAX_REQUEST_RATE = 4000.0
-"""What one range (or address and port) may ask for per second: 1 a request, 4 a signature made or checked."""
+"""Budget of one range (or address and port) per second: a request costs 1, a signature made or checked 4."""
 
 AnyOf = frozenset[PeerID] | None
 """The ids that may answer at an address; None: any."""
 
 
 class Listener(Protocol):
-    """What the parts of a node must hear at once, from the core or from one another."""
+    """The news that parts of a node must hear at once, from the core or from one another."""
 
     def contact_proved(self, contact: Contact, now: float) -> None:
         """A public contact that is not listed has proven its id: `Core.enter` lists it."""
@@ -67,7 +67,7 @@ class Listener(Protocol):
         """A contact is gone. `ask_again`: it was listed, and fell silent without a farewell."""
 
     def first_contact_found(self, now: float) -> None:
-        """Somebody is known who can have this node dialed, which has to be found out before anything else is sent."""
+        """A contact can have this node dialed, which comes before anything else is sent."""
 
     def found_public(self, now: float) -> None:
         """A third node has dialed this one."""

@@ -58,7 +58,7 @@ MAX_REMEMBERED = 8192
 
 
 class ThirdNodes:
-    """Asks third nodes to dial somebody."""
+    """Requests to third nodes that they dial another."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -80,7 +80,7 @@ class ThirdNodes:
 
 
 class _Errand(Caller):
-    """Sends DIAL_FOR to a third node as soon as it has given its token."""
+    """A DIAL_FOR that is sent to a third node as soon as it has given its token."""
 
     def __init__(self, thirds: ThirdNodes, arguments: tuple[object, ...]) -> None:
         self._thirds = thirds
@@ -95,7 +95,7 @@ class _Errand(Caller):
 
 
 class DialBack(Caller):
-    """Finds out this node's role, and has its part in finding out that of others."""
+    """One node's part in finding out its own role and that of others."""
 
     def __init__(self, core: Core, thirds: ThirdNodes, now: float) -> None:
         """A node that is public from the start never asks."""

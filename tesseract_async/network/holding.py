@@ -18,14 +18,14 @@ from tesseract_async.network.shares import Source
 from tesseract_async.network.storage import StoreOutcome
 
 CHECK_COST = 4.0
-"""What a signature that is checked takes of a source's budget."""
+"""The part of a source's budget that checking a signature takes."""
 
 RecordCheck = Callable[[SignedRecord], bool]
 """Returns False for a record that is not to be held although its signature holds; True for kinds it does not know."""
 
 
 class Holder:
-    """Keeps others' records, and copies of single values, and answers requests for them."""
+    """The records of others, and the copies of single values, that one node keeps and serves."""
 
     def __init__(self, core: Core, checks: Sequence[RecordCheck]) -> None:
         self._core = core

@@ -30,7 +30,7 @@ NUM_PROBES = 3
 
 
 class Search(Caller):
-    """Drives a `Lookup` with FIND or GET requests, and calls back when it ends."""
+    """A `Lookup` that is driven by FIND or GET requests."""
 
     def __init__(
         self,
@@ -46,9 +46,10 @@ class Search(Caller):
         num_paths: int = NUM_PATHS,
         follow: bool = True,
     ) -> None:
-        """`on_answer` is called with each reply to GET; without it, FIND is asked. May raise ProtocolError.
+        """`on_end` is called with the finished lookup.
 
-        `follow`: ask the contacts that are named too, or only those of the start.
+        `on_answer` is called with each reply to GET, and may raise ProtocolError; without it, FIND is asked. `follow`:
+        ask the contacts that are named too, or only those of the start.
         """
         self.core = core
         self.target = target

@@ -41,7 +41,7 @@ class PresentNetwork(Protocol):
 
 
 class Presence:
-    """Looks for a twin of one node, from `run` on."""
+    """The search for a twin of one node."""
 
     def __init__(self, network: PresentNetwork, *, on_older_twin: Callable[[], None], period: float = PERIOD) -> None:
         """`on_older_twin` is called once, where this node is the one that has to withdraw."""

@@ -42,19 +42,19 @@ MAX_PARTS = 64
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """What one holder says that it holds of a dictionary."""
+    """A holder's report of what it holds of a dictionary."""
 
     contact: Contact | None
     """None for this node's own storage."""
     summary: Summary
     records: dict[EntryID, SignedRecord] | None
-    """What is known to be there; None while no record has been fetched."""
+    """The records known to be there; None while none has been fetched."""
     is_copy: bool = False
     """True if it only keeps a copy for a while, and is no holder."""
 
 
 class Read:
-    """Reads a dictionary: finds holders, compares their digests, fetches what differs once, merges, repairs.
+    """A read: it finds holders, compares their digests, fetches what differs once, merges, and repairs.
 
     It ends when `NUM_EQUAL_HOLDERS` report equal digests, else when the k nodes closest to the key have answered. At
     first it asks as many at a time as it still needs, and one to spare: nearly every question meets a holder once one
@@ -318,7 +318,7 @@ class Read:
 
 
 class _Fetch(Caller):
-    """Reads one part of a dictionary, page by page, from holders that report the same digest of it."""
+    """A part of a dictionary that is read page by page from holders that report the same digest of it."""
 
     def __init__(self, read: Read, start: int, last: int, sources: list[Contact]) -> None:
         self.read = read

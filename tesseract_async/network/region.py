@@ -25,7 +25,7 @@ MAX_RANGE_PER_HOLDER_SET = 2
 
 
 class Region:
-    """Looks up random ids around a key, and reports the nodes that answered: nearest first, `MAX_MEMBERS` at most."""
+    """A search for the nodes around a key, by lookups of random ids there."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Region:
         now: float,
         on_end: Callable[[list[Contact], float], None],
     ) -> None:
-        """`lookup` is the one that found the key's neighborhood captured."""
+        """`lookup` found the key's neighborhood captured. `on_end` gets up to `MAX_MEMBERS`, nearest first."""
         core.metrics.count("network_regions_searched")
         self._core = core
         self._number = lookup.target

@@ -30,10 +30,9 @@ class Siege:
         class Conspiracy(LyingProtocol):
             accomplices: list[Contact] = []
 
-            def _answer(self, datagram: wire.Datagram, request: wire.Request, *rest: Any) -> Any:
-                if datagram.kind == wire.PAGE:
-                    return super(LyingProtocol, self)._answer(datagram, request, *rest)
-                return super()._answer(datagram, request, *rest)
+            def answer(self, datagram: wire.Datagram, request: wire.RpcRequest, **how: Any) -> Any:
+                liar: Any = super(LyingProtocol, self) if datagram.kind == wire.PAGE else super()
+                return liar.answer(datagram, request, **how)
 
         self.liar = Conspiracy
 
