@@ -27,11 +27,10 @@ from tesseract_async.network.contacts import (
     unpack_address,
 )
 from tesseract_async.network.datagrams import RpcReply
-from tesseract_async.network.density import Density
 from tesseract_async.network.events import ClockSkewed, WrongPeer
 from tesseract_async.network.outbox import Outbox
 from tesseract_async.network.rate_limiter import RateLimiter
-from tesseract_async.network.routing import K, RoutingTable
+from tesseract_async.network.routing import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
@@ -142,22 +141,22 @@ class Core:
 
     # Calls
 
-    def call(self, caller: Caller, kind: int, arguments: Sequence[object], contact: Contact, now: float) -> None:
-        """Send a request to a contact; `caller` hears how it ends, never before this returns."""
-        self._rpcs.start(Call(caller, kind, arguments, contact.address, contact), now)
-
-    def call_address(
+    def call(
         self,
         caller: Caller,
         kind: int,
         arguments: Sequence[object],
-        address: Address,
+        to: Contact | Address,
         now: float,
         *,
         expected: AnyOf = None,
     ) -> None:
-        """Send a request to the node at an address, whose id must be among those `expected`."""
-        self._rpcs.start(Call(caller, kind, arguments, address, None, expected), now)
+        """Send a request to a contact, or to the node at an address, whose id must be among those `expected`.
+
+        `caller` hears how it ends, never before this returns.
+        """
+        contact, address = (to, to.address) if isinstance(to, Contact) else (None, to)
+        self._rpcs.start(Call(caller, kind, arguments, address, contact, expected), now)
 
     def ping(self, contact: Contact, now: float) -> None:
         """See whether a contact is there and itself, unless that, or too many other pings, are in progress."""

@@ -19,7 +19,7 @@
     DIAL       (nonce)                   -> (whether it was passed on)
     DIAL_FOR   (address, nonce)          no reply; see `network.dial_back`
     DIALED     (nonce)                   no reply
-    COPY       (key + record)            no reply; see `network.caching`
+    COPY       (key + record)            no reply; see `network.holding`
 
 The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
 without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,

@@ -72,7 +72,7 @@ class Membership:
             self._core.timers.cancel(self._timer)
             return
         for address, ids in addresses.items():
-            core.call_address(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
+            core.call(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
         self._ask_at(now + self._backoff * core.jitter())
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
         longest = SEED_PERIOD * (MAX_SEED_PERIODS if num_contacts else 1)

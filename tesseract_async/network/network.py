@@ -144,8 +144,7 @@ class TesseractNetwork(Uncopied):
             self._forced_client = forced
             if self._protocol is not None:
                 self._protocol.set_client(forced)
-            if self.on_role_change is not None:
-                self.on_role_change()
+            self._role_changed()
 
     async def start(
         self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False

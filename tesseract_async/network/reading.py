@@ -13,8 +13,7 @@ from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.lookup import Lookup
-from tesseract_async.network.operations import ALPHA, Search
-from tesseract_async.network.region import Region
+from tesseract_async.network.operations import ALPHA, Region, Search
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import Call, Caller
 from tesseract_async.network.storage import MAX_ENTRIES_PER_KEY, NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarize
@@ -305,7 +304,7 @@ class Read:
                 self.core.call(Caller(), wire.STORE, (items,), holding.contact, now)
 
     def _leave_copy(self, now: float) -> None:
-        """Leave a copy of a single value with the nearest contact that had none (see `caching`)."""
+        """Leave a copy of a single value with the nearest contact that had none (see `holding.PathCache`)."""
         if len(self._merged) != 1 or not self._without:
             return
         (record,) = self._merged.values()

@@ -12,8 +12,7 @@ from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import WriteFinished
 from tesseract_async.network.lookup import Lookup
-from tesseract_async.network.operations import Search
-from tesseract_async.network.region import MAX_RANGE_PER_HOLDER_SET, Region
+from tesseract_async.network.operations import MAX_RANGE_PER_HOLDER_SET, Region, Search
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import STALL, Call, Caller
 from tesseract_async.network.storage import StoreOutcome

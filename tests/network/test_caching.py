@@ -10,10 +10,9 @@ import pytest
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.caching import MAX_COPIES, PathCache, lifetime
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
-from tesseract_async.network.holding import RecordCheck
+from tesseract_async.network.holding import MAX_COPIES, PathCache, RecordCheck, lifetime
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome

@@ -50,7 +50,7 @@ class Node:
 
     async def look(self) -> str:
         tick()
-        return await self.presence._look()
+        return await self.presence.look()
 
 
 _now = [1_700_000_000.0]

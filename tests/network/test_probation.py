@@ -84,7 +84,7 @@ def test_who_can_be_dialled_by_a_third_is_listed() -> None:
     town = Town(gateway=False)
     town.run(1.0)
     assert town.listed
-    assert not town.machines[A].probation._pending and not town.machines[A].probation._nonces
+    assert not town.machines[A].probation.pending and not town.machines[A].probation.nonces
 
 
 def test_who_lies_about_it_is_found_out_and_not_listed() -> None:
@@ -93,7 +93,7 @@ def test_who_lies_about_it_is_found_out_and_not_listed() -> None:
     town.run(60.0)
     assert not town.listed
     assert town.machines[A].core.metrics.total("network_contacts_dropped") == 1
-    assert not town.machines[A].probation._pending and not town.machines[A].probation._nonces
+    assert not town.machines[A].probation.pending and not town.machines[A].probation.nonces
 
 
 def test_lost_datagrams_are_no_proof_of_a_lie() -> None:
@@ -107,7 +107,7 @@ def test_only_the_dialled_one_can_say_so() -> None:
     town = Town(gateway=True)
     town.run(0.1)
     a = town.machines[A]
-    (nonce,) = a.probation._nonces
+    (nonce,) = a.probation.nonces
     for origin in (B, ("23.0.0.1", 2)):
         assert not a.probation.confirmed(nonce, origin, town.now)
     assert not a.probation.confirmed(bytes(8), X, town.now)
@@ -118,8 +118,8 @@ def test_who_fell_silent_before_it_was_dialled_is_not_listed_by_that() -> None:
     town = Town(gateway=True)
     town.run(0.1)
     a = town.machines[A]
-    (nonce,) = a.probation._nonces
-    contact, _ = a.probation._pending[a.probation._nonces[nonce]]
+    (nonce,) = a.probation.nonces
+    contact, _ = a.probation.pending[a.probation.nonces[nonce]]
     a.core.lost(contact, town.now)
     a.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), contact.peer_id, (b"", b"", nonce)), X, town.now)
     assert not town.listed
@@ -146,8 +146,8 @@ def test_memory_is_bounded() -> None:
         assert a.probation.holds(contact, town.now)
         assert a.probation.holds(contact, town.now), "asked once"
     a.datagrams_to_send()
-    assert len(a.probation._wrote_first) == MAX_REMEMBERED and len(a.probation._pending) == MAX_PENDING
+    assert len(a.probation.wrote_first) == MAX_REMEMBERED and len(a.probation.pending) == MAX_PENDING
     for _ in range(4):
         town.now += 3.0
         a.handle_timer(town.now)
-    assert not a.probation._pending and not a.probation._nonces
+    assert not a.probation.pending and not a.probation.nonces

@@ -911,3 +911,10 @@ def test_a_node_holds_what_belongs_near_it_and_nothing_else() -> None:
     assert [store(key) for key in near] == [StoreOutcome.STORED] * 100
     far = [rng.randbytes(32) for _ in range(300)]
     assert sum(store(key) is StoreOutcome.STORED for key in far) <= 15
+
+
+def test_a_datagram_from_port_0_is_dropped() -> None:
+    holder = machine(1)
+    for kind in (wire.PING, wire.DIALED):
+        holder.receive_datagram(request(kind), ("8.8.8.8", 0), 0.0)
+    assert dropped(holder, "malformed") == 2 and not holder.datagrams_to_send()

@@ -49,7 +49,7 @@ class Siege:
             identity = SimulatedIdentity(b"liar %d" % self.num_hashes)
             if common_prefix(int.from_bytes(identity.peer_id, "big"), TARGET) <= nearest:
                 continue
-            network._secrets[identity.public_key] = identity._secret
+            network.know(identity)
             address = (f"{90 + len(liars) // 400}.{len(liars) // 2 % 200}.7.{1 + len(liars) % 2}", 4000)
             seed = self.random.choice(self.honest)
             liars.append(network.add_node([seed], identity=identity, address=address, protocol=self.liar))
@@ -70,7 +70,7 @@ class Siege:
             identity = SimulatedIdentity(b"newcomer %d" % self.num_hashes)
             if (common_prefix(int.from_bytes(identity.peer_id, "big"), TARGET) >= 8) == near:
                 break
-        self.network._secrets[identity.public_key] = identity._secret
+        self.network.know(identity)
         node = self.network.add_node([self.random.choice(self.honest)], identity=identity)
         self.network.run(10.0)
         return node
