@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,32 +57,36 @@ async def command(
 
     The exit status is 1 if something is bad; notes do not count.
     """
-    here = host_towards(initial_peers) if host is None else host
-    listening = await port_pair(here, port)
-    checks = [*software(), *room(checkpoint_dir), listening]
-    for check in checks:
-        _show(check, as_json)
-    if not initial_peers:
+    verdicts = set()
+    async for check in examine(initial_peers, host=host, port=port, upnp=upnp, checkpoint_dir=checkpoint_dir):
+        verdicts.add(check.verdict)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(check)))
+            continue
+        click.echo(f"{MARKS[check.verdict]}  {check.what}: {check.found}")
+        if check.advice:
+            click.echo(f"      {check.advice}")
+    return 1 if "bad" in verdicts else 0
+
+
+async def examine(
+    seeds: Sequence[str], *, host: str | None, port: int, upnp: bool, checkpoint_dir: Path
+) -> AsyncIterator[Check]:
+    """Check this computer, then what each seed sees of it."""
+    host = host_towards(seeds) if host is None else host
+    listening = await port_pair(host, port)
+    for check in (*software(), *room(checkpoint_dir), listening):
+        yield check
+    if not seeds:
         advice = "Checking them takes another node: give the address of one by --initial-peers."
-        _show(Check("note", "clock and NAT", "not checked", advice), as_json)
-    for peer in initial_peers:
+        yield Check("note", "clock and NAT", "not checked", advice)
+    for peer in seeds:
         with spinner(f"asking {peer}"):
             # a port that is taken, perhaps by the node in question, can't be tried: check the rest from another
             free = port if listening.verdict == "good" else 0
-            asked = [check async for check in reach(peer, here, free, upnp=upnp)]
-        checks += asked
+            asked = [check async for check in reach(peer, host, free, upnp=upnp)]
         for check in asked:
-            _show(check, as_json)
-    return 1 if any(check.verdict == "bad" for check in checks) else 0
-
-
-def _show(check: Check, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(check)))
-        return
-    click.echo(f"{MARKS[check.verdict]}  {check.what}: {check.found}")
-    if check.advice:
-        click.echo(f"      {check.advice}")
+            yield check
 
 
 def software() -> Iterator[Check]:

@@ -78,13 +78,13 @@ class Connection:
         self.peer_id = peer_id
         self.session = hello.session
         self.dialled = dialled
-        """Where this end dialled, or None if the peer did."""
+        """The address that this end dialled, or None if the peer did."""
         self.known = dialled
-        """Where calls say that the peer is, which may have changed since."""
+        """The address that calls give for the peer, which may have changed since."""
         self.path = path
         self.origin = origin
         self.retired = False
-        """Whether a better connection has replaced this one, which ends with its last call."""
+        """True once a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
         self.last_used = loop.time()
         self._loop = loop
@@ -131,12 +131,12 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls may be started."""
+        """True while calls may be started."""
         return self._lost_reason is None
 
     @property
     def has_bulk(self) -> bool:
-        """Whether the bulk channel is there."""
+        """True while the bulk channel is there."""
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
@@ -152,7 +152,7 @@ class Connection:
         self._metrics.count("transport_bytes_received", received - old_received)
         self._metrics.count("transport_bytes_sent", sent - old_sent)
 
-    # ---- own calls
+    # ---- calls made here
 
     def _start_call(
         self,
@@ -410,7 +410,7 @@ class Connection:
         logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 
     def abort(self, reason: str, error: Exception | None = None) -> None:
-        """Ends the connection now: own calls fail with ConnectionLost, handlers are cancelled. Idempotent."""
+        """Ends the connection now: calls made here fail with ConnectionLost, handlers are cancelled. Idempotent."""
         if self._lost_reason is not None:
             return
         self._lost_reason = reason

@@ -1,4 +1,4 @@
-"""Which connections a node has, and which it is dialling: state only, whoever asks does the I/O."""
+"""The connections of a node, and how often dialling its peers has failed. No I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tesseract_async.transport.base import PeerAddress
 
 @dataclass(slots=True)
 class Backoff:
-    """How often dialling a peer failed in a row, and when it may be tried again."""
+    """The number of failed dials in a row, and when the next one may be made."""
 
     failures: int = 0
     retry_at: float = 0.0
@@ -35,7 +35,7 @@ class ConnectionPool:
         self._backoffs: dict[PeerAddress, Backoff] = {}
 
     def find(self, peer: PeerAddress) -> Connection | None:
-        """An open connection to `peer`, not a retired one, whoever dialled it: the newest, those dialled here first."""
+        """Return an open connection to `peer` that is not retired: the newest one dialled here, else the newest."""
         peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
         for peer_id in peer_ids:
             for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
@@ -80,11 +80,11 @@ class ConnectionPool:
 
     @property
     def num_connections(self) -> int:
-        """How many have not ended."""
+        """Number of connections that have not ended."""
         return sum(map(len, self._by_peer.values()))
 
     def num_connections_with(self, peer_id: PeerID) -> int:
-        """How many this peer opened."""
+        """Number of connections that this peer opened."""
         return sum(connection.dialled is None for connection in self._by_peer.get(peer_id, ()))
 
     def retry_at(self, peer: PeerAddress) -> float:

@@ -1,4 +1,4 @@
-"""How connections come to be: paths are raced, handshakes made, and half-open ones kept few."""
+"""Opens and accepts connections: races paths, makes handshakes, and keeps half-open ones few."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tesseract_async.wire.heads import Hello
 logger = logging.getLogger(__name__)
 
 CROWD: Final = 32
-"""Connections up to which nobody looks where they come from."""
+"""Number of connections up to which their origins do not matter."""
 IDLE_SECONDS: Final = 5.0
 """Seconds without a call after which a connection may have to go for a new one, where there are too many."""
 
@@ -121,7 +121,7 @@ class Dialler:
     def _dialled(self, peer: PeerAddress, task: asyncio.Task[Connection]) -> None:
         self._dials.pop(peer, None)
         if not task.cancelled():
-            task.exception()  # retrieved: maybe nobody waits any more
+            task.exception()  # retrieved: perhaps no caller waits any more
 
     async def _dial(self, peer: PeerAddress) -> Connection:
         loop = asyncio.get_running_loop()
@@ -206,7 +206,8 @@ class Dialler:
     # ---- accepting
 
     def accept(self, pipe: Pipe) -> None:
-        """Greets whoever opened this pipe; where too many are half open, an old one of a crowd has to go for it."""
+        """Begins the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest
+        crowd is dropped for it."""
         if self._closed:
             pipe.abort()
             return
@@ -232,8 +233,8 @@ class Dialler:
         self._make_connection(peer_id, hello, None, channel.pipe).attach(MAIN, channel, reader)
 
     def _has_room(self, peer_id: PeerID, origin: str) -> bool:
-        """Whether one more connection may be accepted. Where there are too many, one of the largest crowd goes for it,
-        and within a crowd an idle one."""
+        """Return whether one more connection may be accepted. Where there are too many, one of the largest crowd is
+        dropped for it, an idle one if there is one."""
         pool, settings = self._pool, self._settings
         if pool.num_connections_with(peer_id) >= settings.max_connections_per_peer:
             return False
@@ -254,7 +255,9 @@ class Dialler:
         found = groups.get(crowd, [])
 
         def is_idle(one: Connection) -> bool:
-            patience = IDLE_SECONDS if one.protocol.was_called else SETTLED  # who has never called is not missed
+            patience = (
+                IDLE_SECONDS if one.protocol.was_called else SETTLED
+            )  # a peer that has never called is not missed
             return not one.protocol.num_calls and now - one.last_used > patience
 
         idle = [one for one in found if is_idle(one)]
@@ -306,7 +309,8 @@ class Dialler:
 
 
 def group_of(origin: str) -> str:
-    """Whom limits count together: an address range; on loopback, and where there is no address, the origin itself."""
+    """Return the group whose connections are counted together: an address range, or the origin itself on loopback and
+    where there is no address."""
     return range_of(origin) or origin
 
 

@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.budget import NodeBudgets
@@ -44,7 +43,7 @@ class ConnectionInfo:
     path: str
     """As the pipe describes itself: ``tcp 10.0.0.1:4000``."""
     dialled: bool
-    """Whether this end opened it."""
+    """True if this end opened it."""
     rtt: float | None
     """Seconds for a ping and its answer, smoothed; None until the first one came."""
     bytes_per_second: float
@@ -138,9 +137,10 @@ class Endpoint(Uncopied):
     def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answers calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
-        What the handler returns is on loan until it is sent: don't change its buffers. A RemoteError that it raises
-        reaches the caller; any other exception is logged, and reaches the caller as a plain RemoteError. Peers that
-        the policy does not let take `action` get NotAllowed.
+        A handler is a coroutine function that returns the reply, or an async generator function that yields its parts
+        (for callers with `IncomingCall.in_parts`). Buffers are on loan until they are sent: don't change them. A
+        RemoteError that it raises reaches the caller; any other exception is logged, and reaches the caller as a plain
+        RemoteError. Peers that the policy does not let take `action` get NotAllowed.
 
         Raises: ValueError if the method is taken.
         """
@@ -152,7 +152,7 @@ class Endpoint(Uncopied):
         self._table.remove(method)
 
     def accept(self, pipe: Pipe) -> None:
-        """Serves whoever is at the other end of this pipe: transports bring what others opened."""
+        """Serves the peer at the other end of a pipe that it opened."""
         self._dialler.accept(pipe)
 
     def _over_quota(self, reason: str) -> None:
@@ -164,7 +164,7 @@ class Endpoint(Uncopied):
         return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
-        """Why `peer_id` may not take this action (by a large request), if so; it counts as refused then."""
+        """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
         if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
         self.metrics.count("endpoint_calls_refused", action=action)
@@ -176,7 +176,7 @@ class Endpoint(Uncopied):
         self,
         peer: PeerAddress,
         method: str,
-        body: Any = None,
+        body: object = None,
         buffers: Sequence[Buffer] = (),
         *,
         timeout: float,
@@ -288,7 +288,7 @@ class Endpoint(Uncopied):
         ]
 
     def is_connected(self, peer_id: PeerID) -> bool:
-        """Whether a connection to this peer is open, whoever dialled it."""
+        """Return whether a connection with this peer is open."""
         return self._pool.find(PeerAddress(peer_id, ())) is not None
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:

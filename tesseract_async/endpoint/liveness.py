@@ -1,4 +1,4 @@
-"""Whether the peer lives: pings, round-trip times, and when to give a silent connection up. No I/O."""
+"""Liveness of a peer: pings, round-trip times, and when to give a silent connection up. No I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import frames
 
 DATA_BYTES: Final = 128
-"""What is more than pings and their answers within the times that are judged here."""
+"""Bytes that are more than pings and their answers within the times that are judged here."""
 
 
 class Liveness:
@@ -86,7 +86,7 @@ class Liveness:
             self.rtt = measured if self.rtt is None else 0.875 * self.rtt + 0.125 * measured  # RFC 6298, 2.3
 
     def timer_at(self) -> float:
-        """When `check` wants to be called."""
+        """Return the time at which to call `check`."""
         settings = self._settings
         if self._pinged:
             due = min(self._heard + settings.dead_after, self._main_heard + settings.stall_after)
@@ -105,7 +105,7 @@ class Liveness:
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
         if self._untold >= DATA_BYTES and now - self._told_at >= self._settings.ping_after:
-            # whoever sends a large message over a slow way hears nothing else for long
+            # a peer that sends a large message over a slow path hears nothing else for long
             self.send_pong(now, flags=frames.REPORT)
         if self.num_on_bulk:
             self._check_bulk(now, late)

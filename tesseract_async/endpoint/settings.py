@@ -1,4 +1,4 @@
-"""How an endpoint behaves, and the bounds that it keeps."""
+"""Settings of an endpoint and bounds of its connections."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ProtocolSettings:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
-    """How an `Endpoint` behaves."""
+    """Settings of an `Endpoint`."""
 
     security: Literal["tls", "plain"] = "tls"
     """``plain`` proves and encrypts nothing: for a trusted local network only. Both ends must agree."""

@@ -118,7 +118,7 @@ class _Grid:
 
 
 class ExpertDirectory(Uncopied):
-    """What a node knows about others' experts. One per node; used on the node's loop only.
+    """A node's knowledge of others' experts. One per node; used on the node's loop only.
 
     Everything that it reads was written by strangers: what does not decode is dropped and counted
     (``manifests_dropped``), and a wrong claim costs a failed call, after which `report_failure` hides it.

@@ -184,21 +184,15 @@ class Core:
                 self._rpcs.repeat(call, now)
             return False
         elif contact.peer_id != datagram.sender:
-            self.outbox.drop("wrong_id")
             self.lost(contact, now)
-            self._rpcs.end(call, None, now)
-            return False
+            return self._refuse(call, "wrong_id", now)
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
-            self.outbox.drop("proof")
-            self._rpcs.end(call, None, now)
-            return False
+            return self._refuse(call, "proof", now)
         expected_here = call.expected is None or datagram.sender in call.expected
         if not expected_here or not self.admits(datagram.sender, address):
-            self.outbox.drop("wrong_id")
             self.metrics.count("network_seeds_with_another_id")
             self.outbox.emit(WrongPeer(address, PeerID(datagram.sender)))
-            self._rpcs.end(call, None, now)
-            return False
+            return self._refuse(call, "wrong_id", now)
         contact.proven = True
         contact.late = False
         contact.last_seen = now
@@ -215,6 +209,11 @@ class Core:
                 self.listener.contact_proved(contact, now)
         self._rpcs.end(call, reply, now)
         return True
+
+    def _refuse(self, call: Call, reason: str, now: float) -> bool:
+        self.outbox.drop(reason)
+        self._rpcs.end(call, None, now)
+        return False
 
     def _proof_holds(self, call: Call, sender: bytes, reply: RpcReply) -> bool:
         public_key, signature = reply.proof[:32], reply.proof[32:]

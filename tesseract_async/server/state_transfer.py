@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
-from tesseract_async.server.checkpoint import State, check_state, encode
+from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -143,23 +143,6 @@ class StateSource:
         self._making = {at: lock for at, lock in self._making.items() if at in self._copies or lock.locked()}
         if self._copies:
             self._sweep = loop.call_later(KEEP_SECONDS, self._drop_unused)
-
-
-async def fetch_state(
-    node: TesseractNode,
-    peer: PeerAddress,
-    uid: str,
-    *,
-    weights_only: bool = False,
-    min_version: int = 0,
-    timeout: float = 60.0,
-) -> State | None:
-    """Return the expert's state at that server, or its `module` and `version` only; None before `min_version`.
-
-    It was written by a stranger, and is checked as by `check_state`. Raises: as `fetch_file`, and as that.
-    """
-    file = await fetch_file(node, peer, uid, weights_only=weights_only, min_version=min_version, timeout=timeout)
-    return None if file is None else check_state(uid, file, weights_only=weights_only)
 
 
 async def fetch_file(

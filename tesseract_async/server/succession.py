@@ -32,9 +32,8 @@ def boottime() -> float:
 class ReplicaKeeper(Succession):
     """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
 
-    Entering takes one look, so that followers are in step. From then on other servers get states and are answered, and
-    callers that would train followed experts are told the primary. `Tenures` decide for experts of runs, `BareNames`
-    for the others.
+    Entering takes one look, so that followers are in step. From then on other servers get states and answers, and
+    trainers the name of the primary. `Tenures` decide for experts of runs, `BareNames` for the others.
     """
 
     def __init__(
