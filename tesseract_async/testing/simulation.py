@@ -283,7 +283,7 @@ class SimulatedNetwork:
                 if high - low > K:
                     chosen = self.random.sample(others, min(K, len(others)))
                 else:
-                    # a node knows its own neighbourhood completely
+                    # a node knows its own neighborhood completely
                     chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[:K]
                 for index in chosen:
                     contact = copy.copy(templates[index])
