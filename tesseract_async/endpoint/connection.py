@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final, NamedTuple
 
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
@@ -27,7 +27,7 @@ from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import PeerAddress
+from tesseract_async.transport.base import PeerAddress, Pipe, range_of
 from tesseract_async.transport.channel import Channel
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello, RequestHead
@@ -52,8 +52,7 @@ class _Part(NamedTuple):
 class Connection:
     """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once.
 
-    `answer` finds and calls the handler of a received call. `group`: the address range that the peer counts in, for the
-    node's `budgets`.
+    `answer` finds and calls the handler of a received call. `pipe` is that of the main channel.
     """
 
     def __init__(
@@ -62,13 +61,11 @@ class Connection:
         hello: Hello,
         *,
         dialled: PeerAddress | None,
-        path: str,
-        origin: str,
+        pipe: Pipe,
         answer: Callable[[IncomingCall], Answer],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        group: Hashable,
         settings: ProtocolSettings,
         metrics: Metrics,
         meter: Meter,
@@ -81,8 +78,8 @@ class Connection:
         """The address that this end dialled, or None if the peer did."""
         self.known = dialled
         """The address that calls give for the peer, which may have changed since."""
-        self.path = path
-        self.origin = origin
+        self.path = pipe.description
+        self.origin = pipe.origin
         self.retired = False
         """True once a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
@@ -93,9 +90,9 @@ class Connection:
         self._metrics = metrics
         self._settings = settings
         self._budgets = budgets
-        self._owner = Owner(group, peer_id, self)
+        self._owner = Owner(range_of(pipe.origin) or peer_id, peer_id, self)
         self.protocol = ConnectionProtocol(
-            f"{peer_id.short} ({path})",
+            f"{peer_id.short} ({pipe.description})",
             hello,
             dialled=dialled is not None,
             budgets=budgets,
@@ -111,7 +108,7 @@ class Connection:
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
-        self._handlers = Handlers(self.protocol, answer, peer_id, origin, max_backlog=settings.max_backlog)
+        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=settings.max_backlog)
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None

@@ -192,8 +192,12 @@ class SimulatedNetwork:
     def identity(self) -> SimulatedIdentity:
         """Return a new identity that this network's nodes can verify."""
         identity = SimulatedIdentity(b"%d/%d" % (self._seed, len(self._secrets)))
-        self._secrets[identity.public_key] = identity._secret
+        self.know(identity)
         return identity
+
+    def know(self, identity: SimulatedIdentity) -> None:
+        """Have this network's nodes accept what an identity signs."""
+        self._secrets[identity.public_key] = identity._secret
 
     def verify(self, public_key: bytes, signature: bytes, data: bytes) -> bool:
         """Verify a signature of a simulated identity, as `identity.verify` does for Ed25519."""
@@ -279,7 +283,7 @@ class SimulatedNetwork:
                 if high - low > K:
                     chosen = self.random.sample(others, min(K, len(others)))
                 else:
-                    # a node knows its own neighbourhood completely
+                    # a node knows its own neighborhood completely
                     chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[:K]
                 for index in chosen:
                     contact = copy.copy(templates[index])

@@ -82,7 +82,7 @@ async def test_a_byte_now_and_then_holds_nothing_open() -> None:
         async with RawPeer.connected(address) as stranger:
             stranger.writer.write(begin(1, GIB) + frames.HEADER.pack(frames.CHUNK_REQUEST, 0, 0, MIB, 1))
             await until(lambda: server.budgets.messages.used > 0)
-            (connection,) = server._pool.connections()
+            (connection,) = server.pool.connections()
             now = asyncio.get_running_loop().time()
             for second in range(0, 40, 2):
                 stranger.writer.write(b"x" + frames.HEADER.pack(frames.PING, 0, 0, 0, 0)[:0])
@@ -171,7 +171,7 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
                 stranger.writer.write(frames.encode_small(frames.REQUEST, stream, head, [], []))
             await until(lambda: server.budgets.replies.used > 30 * MIB)
             let_pass(15.0)
-            (connection,) = server._pool.connections()
+            (connection,) = server.pool.connections()
             connection._wake()
             assert server.budgets.replies.used > 30 * MIB
             for _ in range(4):
@@ -194,7 +194,7 @@ async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
             for stream in range(1, 400):
                 stranger.writer.write(stranger.request(stream, method="swell"))
             await until(lambda: server.budgets.replies.used > 4 * MIB)
-            (connection,) = server._pool.connections()
+            (connection,) = server.pool.connections()
             await until(lambda: not connection.protocol.num_calls and connection._channels[0].paused)
             for _ in range(3):
                 let_pass(12.0)
@@ -287,7 +287,7 @@ async def test_a_storm_of_cancels_leaves_nothing_behind() -> None:
                 stranger.writer.write(begin(stream, GIB) + frames.frame(frames.CANCEL, stream=stream))
             stranger.writer.write(stranger.request(3000))
             await stranger.writer.drain()
-            await until(lambda: server._pool.connections()[0].protocol.incoming.last_seen == 3000)
+            await until(lambda: server.pool.connections()[0].protocol.incoming.last_seen == 3000)
             await sends_large(client, address, 2 * MIB)
             assert server.budgets.messages.num_waiting == 0
         await until(lambda: server.budgets.messages.used == 0)
