@@ -270,18 +270,19 @@ class Hosting:
         settings = ServerSettings(drain_timeout=self._drain_timeout, runtime=runtime)
         if self._memory is None:
             return settings
+        budgets = self._memory.budgets
         return dataclasses.replace(
             settings,
-            runtime=dataclasses.replace(runtime, max_queue_bytes=self._memory.queue // len(self.serving.devices)),
-            max_inputs_bytes=self._memory.inputs,
-            max_answers_bytes=self._memory.answers,
+            runtime=dataclasses.replace(runtime, max_queue_bytes=budgets["queue"] // len(self.serving.devices)),
+            max_inputs_bytes=budgets["inputs"],
+            max_answers_bytes=budgets["answers"],
         )
 
     def _replica_settings(self) -> ReplicaSettings:
         sync_every, ttl = self.serving.sync_every, self.serving.ttl
         check_every = min(5.0, sync_every, ttl / 3)
         settings = ReplicaSettings(sync_every=sync_every, check_every=check_every, lease=min(30.0, ttl))
-        copies = settings.max_copies_bytes if self._memory is None else self._memory.copies
+        copies = settings.max_copies_bytes if self._memory is None else self._memory.budgets["copies"]
         return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:

@@ -215,7 +215,7 @@ class ForwardDispatch(CallsUnderWay):
         """Experts that each row was sent to; -1 pads."""
         self._is_excluded_N: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
         self._failed_calls: list[ExpertCall] = []
-        self._full: list[tuple[float, int]] = []
+        self._free_again: dict[int, float] = {}
         """When experts that were overloaded may be asked again."""
         self._free_at = math.inf
         self._all_enough = False
@@ -251,7 +251,8 @@ class ForwardDispatch(CallsUnderWay):
         self._is_excluded_N[call.expert] = True
         self._failed_calls.append(call)
         if isinstance(error, Overloaded):
-            self._full.append((now + max(error.retry_after, BLOCK_SECONDS), call.expert))
+            free_at = now + max(error.retry_after, BLOCK_SECONDS)
+            self._free_again[call.expert] = max(free_at, self._free_again.get(call.expert, free_at))
 
     def came(self, candidates: Candidates, experts: Collection[int]) -> None:
         """`candidates` are those of before, under the same numbers, and those that came; `experts` came or came back.
@@ -275,12 +276,12 @@ class ForwardDispatch(CallsUnderWay):
         self._mark_slow(now)
         self._refill(now)
         stuck_R = self._stuck_R()
-        if self._may_come and stuck_R.any() and self._admit({expert for at, expert in self._full if at <= now}):
+        if self._may_come and stuck_R.any() and self._admit(self._free(now)):
             self._refill(now)
             stuck_R = self._stuck_R()
         some_stuck = bool(stuck_R.any())
         self.rows_in_need = torch.from_numpy(stuck_R) if some_stuck and self._may_come else None
-        self._free_at = math.inf if self.rows_in_need is None else min((at for at, _ in self._full), default=math.inf)
+        self._free_at = min(self._free_again.values(), default=math.inf) if self.rows_in_need is not None else math.inf
         if some_stuck and not self._may_come and self.k_min and self._settings.on_missing == "raise":
             self._end(now, only_slow=True)  # there is nothing to wait for any more
             return
@@ -299,6 +300,9 @@ class ForwardDispatch(CallsUnderWay):
         """Rows that lack answers, of which none is under way, and for which no expert is left."""
         stuck_R: npt.NDArray[np.bool_] = self._has_tried_all_R & (self._num_open_R == 0) & ~self._is_satisfied_R()
         return stuck_R
+
+    def _free(self, now: float) -> list[int]:
+        return [expert for expert, free_at in self._free_again.items() if free_at <= now]
 
     def _mark_slow(self, now: float) -> None:
         for call in self._under_way:
@@ -323,7 +327,8 @@ class ForwardDispatch(CallsUnderWay):
         if not experts:
             return False
         self._is_excluded_N[list(experts)] = False
-        self._full = [(at, expert) for at, expert in self._full if expert not in experts]
+        for expert in experts:
+            self._free_again.pop(expert, None)
         for call in self._failed_calls:
             if call.expert in experts:
                 tried_LT = self._tried_RT[call.rows]

@@ -87,11 +87,8 @@ async def claims_of_others(node: TesseractNode, entries: Iterable[Entry], prefix
     def dropped(entry: Entry, error: ProtocolError) -> None:
         logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
-    manifests = [
-        entry
-        for entry in entries
-        if entry.owner != node.peer_id and type(entry.value) is bytes and entry.value.startswith(MAGIC)
-    ]
+    others = (entry for entry in entries if entry.owner != node.peer_id)
+    manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
     return await read_claims(manifests, prefix=prefix, now=now, dropped=dropped, trust=node.trust, scope=node.scope)
 
 

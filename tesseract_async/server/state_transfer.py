@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
-from tesseract_async.server.checkpoint import State, check_state, encode
+from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -28,7 +28,7 @@ NO_DIGEST: Final = bytes(16)
 
 
 PIECE_BYTES: Final = 4 << 20
-"""Of one reply: large enough that round trips cost little, small enough to be sent again."""
+"""The size of one reply: large enough that round trips cost little, small enough to be sent again."""
 MIN_PIECE_BYTES: Final = 64 << 10
 """A source that sends less at a time, before the end, is left for another one."""
 MIN_RATE: Final = 32 << 10
@@ -107,7 +107,7 @@ class StateSource:
         return Message(messages.encode(reply), (piece,) if len(piece) else ())
 
     def drop(self, uid: str) -> None:
-        """Forgets the copies of one expert: whoever asks next gets its state of that moment, to the last gradient."""
+        """Forget the copies of one expert: the next caller gets its state of that moment, to the last gradient."""
         for key in ((uid, True), (uid, False)):
             self._copies.pop(key, None)
 
@@ -143,23 +143,6 @@ class StateSource:
         self._making = {at: lock for at, lock in self._making.items() if at in self._copies or lock.locked()}
         if self._copies:
             self._sweep = loop.call_later(KEEP_SECONDS, self._drop_unused)
-
-
-async def fetch_state(
-    node: TesseractNode,
-    peer: PeerAddress,
-    uid: str,
-    *,
-    weights_only: bool = False,
-    min_version: int = 0,
-    timeout: float = 60.0,
-) -> State | None:
-    """Return the expert's state at that server, or its `module` and `version` only; None before `min_version`.
-
-    It was written by a stranger, and is checked as by `check_state`. Raises: as `fetch_file`, and as that.
-    """
-    file = await fetch_file(node, peer, uid, weights_only=weights_only, min_version=min_version, timeout=timeout)
-    return None if file is None else check_state(uid, file, weights_only=weights_only)
 
 
 async def fetch_file(

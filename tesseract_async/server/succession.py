@@ -25,16 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 def boottime() -> float:
-    """Return the seconds of a clock that nobody sets, and that runs through suspend where there is one."""
+    """Return the seconds of a clock that is never set, and runs through suspend where there is such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class ReplicaKeeper(Succession):
     """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
 
-    Entering takes one look, so that followers are in step. From then on other servers get states and are answered, and
-    callers that would train followed experts are told the primary. `Tenures` decide for experts of runs, `BareNames`
-    for the others.
+    Entering takes one look, so that followers are in step. From then on other servers get states and answers, and
+    trainers the name of the primary. `Tenures` decide for experts of runs, `BareNames` for the others.
     """
 
     def __init__(
