@@ -13,6 +13,7 @@ from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import MessageTooLarge, ProtocolError
+from tesseract_async.transport.token_bucket import TokenBucket
 from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
@@ -55,15 +56,11 @@ class ConnectionCore:
         self.deadlines = Deadlines(outgoing, incoming)
         self.events: list[Event] = []
         self.arena = frames.Arena()
-        self._idle_frames = 0.0
-        self._idle_frames_at = now
+        self._idle_frames = TokenBucket(IDLE_FRAMES_PER_SECOND, burst=MAX_IDLE_FRAMES, now=now)
 
     def count_idle(self) -> None:
         """Counts a frame that does nothing: a few are normal. Raises: ProtocolError for a flood."""
-        passed = self.now - self._idle_frames_at
-        self._idle_frames_at = self.now
-        self._idle_frames = max(0.0, self._idle_frames - passed * IDLE_FRAMES_PER_SECOND) + 1
-        if self._idle_frames > MAX_IDLE_FRAMES:
+        if not self._idle_frames.spend(1, self.now):
             raise ProtocolError("the peer sends a flood of frames that do nothing")
 
 

@@ -59,8 +59,6 @@ class EndpointSettings:
     """Connections that one address range may have opened to this node. (Loopback is none.)"""
     max_connections_per_peer: int = 16
     """Connections that one peer may have opened to this node."""
-    idle_timeout: float = 300.0
-    """Seconds without a call after which a connection that was dialled here is closed."""
     backoff_base: float = 0.1
     """Seconds before a failed dial is repeated, doubled by each failure."""
     backoff_max: float = 5.0

@@ -299,7 +299,7 @@ def test_old_deadlines_are_forgotten() -> None:
         pair.server.machine.reply(pair.received().stream, None, (), now=0.0)
         pair.settle()
         pair.client.take()
-    assert all(len(side.machine._core.deadlines) <= 70 for side in (pair.client, pair.server))
+    assert all(len(side.machine.core.deadlines) <= 70 for side in (pair.client, pair.server))
 
 
 def test_higher_priority_goes_first_and_equals_share() -> None:

@@ -140,7 +140,7 @@ async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
             assert (await old.call(address, "echo", 2, timeout=30)).body == 2
             assert (await new.call(address, "echo", 3, timeout=30)).body == 3
             assert (await old.call(address, "echo", 4, timeout=30)).body == 4
-            assert server._pool.num_connections <= 6
+            assert server.pool.num_connections <= 6
 
 
 async def test_one_range_gets_a_part_of_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ async def test_one_range_gets_a_part_of_the_connections(monkeypatch: pytest.Monk
             await stack.enter_async_context(RawPeer.connected(address))
         with pytest.raises(asyncio.IncompleteReadError):
             await stack.enter_async_context(RawPeer.connected(address))
-        assert server._pool.num_connections == 3
+        assert server.pool.num_connections == 3
 
 
 async def test_a_process_with_few_descriptors_keeps_some_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ async def test_a_process_with_few_descriptors_keeps_some_for_itself(monkeypatch:
         with pytest.raises(asyncio.IncompleteReadError):
             for _ in range(60):
                 await stack.enter_async_context(RawPeer.connected(address))
-        assert server._pool.num_connections == 15
+        assert server.pool.num_connections == 15
 
 
 async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> None:
@@ -192,7 +192,7 @@ async def _never_read(settings: EndpointSettings, swell: CallHandler, computed: 
             peak = 0
             async with asyncio.timeout(30):
                 while len(server.connections()) != 1 or not server.metrics.total("endpoint_connections_dropped"):
-                    for connection in server._pool.connections():
+                    for connection in server.pool.connections():
                         peak = max(peak, connection.protocol.unsent_bytes)
                     await client.call(address, "echo", timeout=30)
             # two portions of replies beyond the bound on the backlog; the rest was held back and never computed
@@ -252,11 +252,11 @@ async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> N
             await asyncio.gather(*(client._dialler.connect_through(address, paths) for _ in range(50)))
         assert len(server.connections()) == len(client.connections()) == 1000
         loop = asyncio.get_running_loop()
-        for connection in (*server._pool.connections(), *client._pool.connections()):
+        for connection in (*server.pool.connections(), *client.pool.connections()):
             connection.protocol.handle_timer(loop.time() + PLAIN.protocol.ping_after)  # what the timer does then
         scratch = sum(
             reader._scratch is not None
-            for connection in (*server._pool.connections(), *client._pool.connections())
+            for connection in (*server.pool.connections(), *client.pool.connections())
             for reader in (lane.reader for lane in connection.protocol.lanes)
         )
         assert scratch < 100, "idle connections hold no scratch memory"
