@@ -34,9 +34,9 @@ PROGRESS_TTL = 60.0
 FIRST_READ_TIMEOUT = 2.0
 """Seconds that `look` waits for a grid that was not read yet."""
 MAX_CELLS = 2**16
-"""Of a grid that was discovered: its size follows from claims of strangers."""
+"""Largest size of a discovered grid, which follows from claims of strangers."""
 MAX_GRIDS = 16
-"""That are discovered and shown."""
+"""Grids that are discovered and shown, at most."""
 MAX_TRAINERS = 64
 MAX_SENTENCE = 240
 """Characters of a line of the log, which may contain strangers' errors."""
