@@ -22,6 +22,7 @@ from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
@@ -65,7 +66,7 @@ class Experience(Uncopied):
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
         self.lineages = Lineages(node)
-        self._ignored: dict[object, None] = {}
+        self._ignored: LRU[object, None] = LRU(_MAX_IGNORED)
         """Servers that host something else under a uid than others do; the latest ones."""
 
     def path_seconds(self, replica: ExpertReplica, num_bytes: float) -> float:
@@ -102,8 +103,6 @@ class Experience(Uncopied):
                 mismatch,
             )
             self._ignored[peer] = None
-            if len(self._ignored) > _MAX_IGNORED:
-                del self._ignored[next(iter(self._ignored))]
         self.node.directory.report_failure(replica, reason="schema")
 
     # ------------------------------------------------------------------------------------------------ mixtures

@@ -202,7 +202,7 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = await self._connect(peer, method, deadline)
+            connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
             head = head._replace(time_left=max(deadline - loop.time(), 0.001))
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
@@ -235,7 +235,7 @@ class Endpoint(Uncopied):
         Raises: what `call` raises, also after some parts.
         """
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
-        connection = await self._connect(peer, method, deadline)
+        connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
         parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
         async with contextlib.aclosing(parts):
             async for part in parts:
@@ -259,19 +259,14 @@ class Endpoint(Uncopied):
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
 
-    async def _connect(self, peer: PeerAddress, method: str, deadline: float) -> Connection:
+    def _find(self, peer: PeerAddress) -> Connection | None:
         connection = self.pool.find(peer)
-        if connection is None:
-            return await self._dialler.connect(peer, deadline=deadline, what=method)
-        if peer is not connection.known and connection.known is not None:
-            self._peer_known(connection, peer)
+        if connection is not None and peer is not connection.known and connection.known is not None:
+            if peer != connection.known and peer.peer_id is not None:
+                for transport in self._transports:
+                    transport.peer_known(peer)
+            connection.known = peer
         return connection
-
-    def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
-        if peer != connection.known and peer.peer_id is not None:
-            for transport in self._transports:
-                transport.peer_known(peer)
-        connection.known = peer
 
     # ---- connections
 

@@ -54,7 +54,7 @@ class _Backward:
     work: Work
     runtime: TesseractRuntime
     version: int | None
-    """The version that it led to when it was applied before; None if this is the first time."""
+    """The version after it was applied the first time; None if this is the first time."""
     owner: Hashable
     num_waiting: int = 0
 

@@ -71,7 +71,7 @@ class _Memory:
     """The server whose silence made this one take over."""
     waiting_since: float | None = None
     others: list[ExpertReplica] = field(default_factory=list)
-    """Those that may be followed, as the network said last."""
+    """The replicas elsewhere that may be followed, as the network said last."""
 
 
 class _Look:
@@ -103,7 +103,7 @@ class _Look:
 
 
 class BareNames:
-    """Settles the roles of these experts, and pulls the states of those that are followed."""
+    """Settles the roles of these experts, and pulls the states of followed ones."""
 
     def __init__(
         self,

@@ -15,11 +15,11 @@ from tesseract_async.server.state_files import CheckpointStore
 logger = logging.getLogger(__name__)
 
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
-"""What loading a state that does not fit may raise."""
+"""Errors of loading a state that does not fit."""
 
 
 class Succession:
-    """Who is the primary of each of a server's experts, and whether this server may act as it.
+    """The seam that says who is the primary of each expert, and whether this server may act as it.
 
     This one leaves the roles as the server began with them. `ReplicaKeeper` is the one that changes them.
     """
@@ -51,7 +51,7 @@ class HostedState:
         self.backend = backend
         self.runtime = runtime
         self.is_primary = is_primary
-        """Whether this server trains the expert."""
+        """True if this server trains the expert."""
         self.epoch = 0
         """The epoch of the expert's lineage; 0 outside of runs."""
         self.shared_version = 0

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
 NUM_CHECKPOINTS: Final = 3
-"""Of each expert: one may be damaged, and one may hold what somebody wants back."""
+"""Checkpoints kept of each expert: the newest may be damaged, or its owner wants an older one back."""
 NUM_SEALED: Final = 2
 """Sealed files of each expert: somebody may be fetching the one before."""
 

@@ -28,7 +28,7 @@ NO_DIGEST: Final = bytes(16)
 
 
 PIECE_BYTES: Final = 4 << 20
-"""Of one reply: large enough that round trips cost little, small enough to be sent again."""
+"""The size of one reply: large enough that round trips cost little, small enough to be sent again."""
 MIN_PIECE_BYTES: Final = 64 << 10
 """A source that sends less at a time, before the end, is left for another one."""
 MIN_RATE: Final = 32 << 10
@@ -107,7 +107,7 @@ class StateSource:
         return Message(messages.encode(reply), (piece,) if len(piece) else ())
 
     def drop(self, uid: str) -> None:
-        """Forgets the copies of one expert: whoever asks next gets its state of that moment, to the last gradient."""
+        """Forget the copies of one expert: the next caller gets its state of that moment, to the last gradient."""
         for key in ((uid, True), (uid, False)):
             self._copies.pop(key, None)
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def boottime() -> float:
-    """Return the seconds of a clock that nobody sets, and that runs through suspend where there is one."""
+    """Return the seconds of a clock that is never set, and runs through suspend where there is such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 

@@ -25,7 +25,7 @@ LONGEST_SUBKEY: Final = 120
 
 
 class Seen(NamedTuple):
-    """What the network holds of one expert."""
+    """One expert as the network shows it."""
 
     hosts: dict[PeerID, int]
     """The other servers that host it, and the epochs that they go by."""

@@ -22,7 +22,7 @@ class Board:
 
 
 class Node:
-    """What a node's presence sees of it."""
+    """The network as a node's presence sees it."""
 
     def __init__(self, board: Board, peer_id: PeerID) -> None:
         self.board = board

@@ -80,14 +80,14 @@ class Town:
         return self.machines[X].core.own_id in self.machines[A].core.table
 
 
-def test_who_can_be_dialled_by_a_third_is_listed() -> None:
+def test_a_newcomer_that_a_third_node_can_dial_is_listed() -> None:
     town = Town(gateway=False)
     town.run(1.0)
     assert town.listed
     assert not town.machines[A].probation.pending and not town.machines[A].probation.nonces
 
 
-def test_who_lies_about_it_is_found_out_and_not_listed() -> None:
+def test_a_newcomer_that_lies_about_it_is_not_listed() -> None:
     """A's own pings come back, through the hole that X has made by writing to A. That proves nothing."""
     town = Town(gateway=True)
     town.run(60.0)
@@ -103,7 +103,7 @@ def test_lost_datagrams_are_no_proof_of_a_lie() -> None:
     assert town.listed
 
 
-def test_only_the_dialled_one_can_say_so() -> None:
+def test_only_the_dialed_node_can_confirm_it() -> None:
     town = Town(gateway=True)
     town.run(0.1)
     a = town.machines[A]
@@ -114,7 +114,7 @@ def test_only_the_dialled_one_can_say_so() -> None:
     assert not town.listed
 
 
-def test_who_fell_silent_before_it_was_dialled_is_not_listed_by_that() -> None:
+def test_a_newcomer_that_fell_silent_before_it_was_dialed_is_not_listed_by_that() -> None:
     town = Town(gateway=True)
     town.run(0.1)
     a = town.machines[A]
@@ -130,8 +130,8 @@ def test_nobody_is_made_to_write_to_third_parties() -> None:
     town = Town(gateway=False)
     x = town.machines[X]
     x.datagrams_to_send()
-    dialled = wire.encode(wire.DIALED, 0, bytes(8), x.core.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
-    x.receive_datagram(dialled, C, town.now)
+    dialed = wire.encode(wire.DIALED, 0, bytes(8), x.core.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
+    x.receive_datagram(dialed, C, town.now)
     assert ("9.9.9.9", 9) not in [target for _, target in x.datagrams_to_send()]
 
 

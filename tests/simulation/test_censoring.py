@@ -59,12 +59,12 @@ class Siege:
         return liars
 
     def seen(self, subkey: str) -> list[object]:
-        """What ten honest nodes read."""
+        """Return what ten honest nodes read."""
         readers = self.random.sample(self.honest, 10)
         return [(self.network.get(reader, KEY) or {}).get(subkey) for reader in readers]
 
     def newcomer(self, *, near: bool) -> SimulatedNode:
-        """One that joined seconds ago, by chance or `near` the key, with liars as its neighbours."""
+        """One that joined seconds ago, by chance or `near` the key, with liars as its neighbors."""
         while True:
             self.num_hashes += 1
             identity = SimulatedIdentity(b"newcomer %d" % self.num_hashes)
@@ -129,7 +129,7 @@ def test_no_region_is_searched_where_ids_are_chance() -> None:
     assert searched <= 3, "of 300 lookups"
 
 
-def test_those_who_were_there_first_sample_the_network_once_it_has_grown() -> None:
+def test_the_first_nodes_sample_the_network_once_it_has_grown() -> None:
     network = SimulatedNetwork(seed=1, latency=0.02, public_addresses=True)
     nodes = network.add_swarm(60)
     network.run(60.0)
