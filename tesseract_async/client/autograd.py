@@ -23,7 +23,8 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from types import FrameType
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -133,7 +134,7 @@ def refuse_wrappers() -> None:
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_TRANSFORMED)
-    frame: Any = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             raise RuntimeError(_CHECKPOINTED)
@@ -248,16 +249,29 @@ class _Call:
             raise RuntimeError(_ON_THE_LOOP)
 
 
+class _Context(Protocol):
+    """The part of torch's context that the nodes below use, and what they keep in it."""
+
+    call: _Call
+    devices: list[torch.device]
+    step: _Step
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
+    def mark_non_differentiable(self, *outputs: torch.Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Await(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Context, call: _Call, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.devices = [tensor.device for tensor in inputs]
         return torch.zeros((), device="cpu")  # whatever torch.set_default_device says
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
         call: _Call = ctx.call
         request = call.requests.pop(torch._C._current_graph_task_id())
         try:
@@ -274,7 +288,7 @@ class _Await(torch.autograd.Function):
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: _Context, call: _Call, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(*inputs)
@@ -284,7 +298,7 @@ class _Issue(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_DOUBLE)
         call: _Call = ctx.call
@@ -360,12 +374,12 @@ class _Root(torch.autograd.Function):
     """The first node of every `backward`: it learns the engine's graph task before anything else runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, step: _Step) -> torch.Tensor:
+    def forward(ctx: _Context, loss: torch.Tensor, step: _Step) -> torch.Tensor:
         ctx.step = step
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
         ctx.step.graph_task = torch._C._current_graph_task_id()
         _steps[ctx.step.graph_task] = ctx.step
         return grads[0], None
@@ -377,7 +391,7 @@ def backward(
     *,
     retain_graph: bool = False,
     scaler: Scaler | None = None,
-) -> Coroutine[Any, Any, None]:
+) -> Coroutine[object, object, None]:
     """Backpropagates `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
 
     The engine runs in a thread of its own; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
@@ -445,7 +459,7 @@ def _run_engine(
     gradient: torch.Tensor | None,
     retain_graph: bool,
     scaler: Scaler | None,
-    stream: Any,
+    stream: torch.cuda.Stream | None,
 ) -> _Outcome:
     """In an engine thread: the leaves under `loss` and what is left to add to each, in memory of its own."""
     _engine_thread.step = step
@@ -529,17 +543,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.forget)
 
 
-def run_in_engine_thread(work: Callable[[], Any], outcome: asyncio.Future[Any]) -> None:
+def run_in_engine_thread(work: Callable[[], R], outcome: asyncio.Future[R]) -> None:
     """Runs `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
     loop = outcome.get_loop()
 
-    def finish(result: Any, error: BaseException | None) -> None:
+    def finish(result: R | None, error: BaseException | None) -> None:
         if outcome.cancelled():
             return
         if error is not None:
             outcome.set_exception(error)
         else:
-            outcome.set_result(result)
+            outcome.set_result(result)  # type: ignore[arg-type]  # without an error there is one
 
     def job() -> None:
         result, error = None, None

@@ -146,7 +146,7 @@ class BackgroundNode(PlainCalls):
             )
         return self._loop
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def run(self, coroutine: Coroutine[object, object, T]) -> T:
         """Runs any coroutine on the node's loop and returns its result; blocks meanwhile. Interrupting cancels it.
 
         Raises: what the coroutine raises; RuntimeError if the node is not running, or on the node's own thread.
@@ -221,8 +221,10 @@ class BackgroundNode(PlainCalls):
         async def enter() -> T:
             return await context.__aenter__()
 
-        async def leave(*error: Any) -> bool | None:
-            return await context.__aexit__(*error)
+        async def leave(
+            kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        ) -> bool | None:
+            return await context.__aexit__(kind, error, traceback)
 
         value = self.run(enter())
         try:
@@ -240,7 +242,7 @@ class Network(Uncopied):
     def __init__(self, node: BackgroundNode) -> None:
         self._node = node
 
-    def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int:
+    def store(self, key: str, value: object, *, ttl: float, subkey: str | None = None) -> int:
         """See `TesseractNetwork.store`."""
         return self._node.run(self._node.node.network.store(key, value, ttl=ttl, subkey=subkey))
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, Structure
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
@@ -34,7 +34,7 @@ from tesseract_async.wire.tensors import describe_schema, describe_structure, se
 class Mixed:
     """The result of one pass through a gate."""
 
-    output: Any
+    output: Structure
     """As the experts' outputs are nested, each ``[rows, ...]``."""
     num_answers: torch.Tensor
     """``int64[rows]``: experts that answered each row."""
@@ -130,7 +130,7 @@ class GatingFunction(nn.Module):
         self._schemas = SchemaVote(self._experience, timeout=settings.forward_timeout)
         self._experts = ChosenExperts()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # torch copies no tensor that has a graph
         return self.__dict__ | {"load_balancing_loss": None}
 
@@ -146,7 +146,7 @@ class GatingFunction(nn.Module):
         """
         check_running(self._node)
         with torch.no_grad():
-            scores_RS = self._scores(self._rows((x,))[0][0])
+            scores_RS = self._scores(self._rows((x,), {})[0][0])
         return deliver(
             self._node, isolated(self._choose(scores_RS, self._settings_now(), self.training), modes=NO_GRAD)
         )
@@ -169,7 +169,7 @@ class GatingFunction(nn.Module):
         return replace(self.settings, calls=replace(self.settings.calls, max_staleness=self._eval_staleness))
 
     @uncompiled
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
         `x`, ``[rows, in_features]`` or a sequence, is scored and is also the experts' first argument; further arguments
@@ -188,13 +188,15 @@ class GatingFunction(nn.Module):
         return deliver(self._node, isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
     @uncompiled
-    def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def mix(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
         return deliver(self._node, self._start(x, args, kwargs))
 
     # ---------------------------------------------------------------------------------------------- what is scored
 
-    def _rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+    def _rows(
+        self, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
+    ) -> tuple[tuple[Structure, ...], Mapping[str, Structure], torch.Size | None]:
         """Arguments and keyword arguments with one routed row per line, and the shape that lines came from."""
         x = args[0]
         if not isinstance(x, torch.Tensor):
@@ -204,10 +206,10 @@ class GatingFunction(nn.Module):
             wanted = f"(float32[rows, {in_features}]) or (float32[rows, length, {in_features}])"
             raise SchemaMismatch(f"the gate {self.uid_prefix} takes {wanted}; got {describe_structure((x,))}")
         if x.dim() == 2 or self.route == "sample":
-            return args, kwargs or {}, None
+            return args, kwargs, None
         leading = x.shape[:-1]
 
-        def flat(value: Any) -> Any:
+        def flat(value: Structure) -> Structure:
             if isinstance(value, torch.Tensor):
                 if value.shape[: len(leading)] != leading:
                     raise SchemaMismatch(
@@ -220,7 +222,7 @@ class GatingFunction(nn.Module):
                 return {key: flat(item) for key, item in value.items()}
             return value
 
-        return flat(args), flat(kwargs or {}), leading
+        return flat(args), flat(kwargs), leading
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, sum(grid_size)]``, in the graph, at least float32."""
@@ -246,7 +248,9 @@ class GatingFunction(nn.Module):
         }
         return [[experts[expert] for expert in row] for row in best_RK.tolist()]
 
-    def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
+    def _start(
+        self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
+    ) -> Coroutine[object, object, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
         check_running(self._node)
@@ -257,7 +261,7 @@ class GatingFunction(nn.Module):
         return isolated(self._mix(scores_RS, arguments, leading_shape, self._settings_now()), modes=NO_GRAD)
 
     @staticmethod
-    async def _output(mixed: Coroutine[Any, Any, Mixed]) -> Any:
+    async def _output(mixed: Coroutine[object, object, Mixed]) -> Structure:
         return (await mixed).output
 
     async def _mix(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import Coroutine, Generator
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -52,7 +52,7 @@ class _Switch:
     """Sets this thread's modes, for one coroutine that is swapped in and out."""
 
     # Inference mode can only be set by a guard, which restores what it found when it is left.
-    _guard: Any = None
+    _guard: torch.inference_mode | None = None
 
     def to(self, modes: Modes, *, now: Modes) -> None:
         """Sets `modes`, where `now` are the thread's."""
@@ -87,20 +87,20 @@ class _Switch:
                 torch.set_autocast_dtype(device, wanted[device])
 
 
-def isolated(coroutine: Coroutine[Any, Any, T], *, modes: Modes | None = None) -> Coroutine[Any, Any, T]:
+def isolated(coroutine: Coroutine[object, object, T], *, modes: Modes | None = None) -> Coroutine[object, object, T]:
     """The same coroutine, with torch modes of its own: what it switches stays unseen by the tasks beside it.
 
     It starts in the modes of the moment when `isolated` is called (or in `modes`). While it is suspended the thread
     is in the modes that it was found in, or, where it is awaited inside a task, in torch's defaults; afterwards the
     awaiting code goes on in the modes that it had. Results, errors and cancellation pass through.
     """
-    own: list[Any] = []
+    own: list[object] = []
     wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own)
     own.append(wrapped)
     return wrapped
 
 
-async def _isolate(coroutine: Coroutine[Any, Any, T], mine: Modes, own: list[Any]) -> T:
+async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: list[object]) -> T:
     task = asyncio.current_task()
     is_task = task is not None and task.get_coro() is own[0]
     own.clear()  # it names this very coroutine: a cycle, left alone
@@ -108,11 +108,11 @@ async def _isolate(coroutine: Coroutine[Any, Any, T], mine: Modes, own: list[Any
 
 
 @types.coroutine
-def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -> Generator[Any, Any, T]:
+def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: bool) -> Generator[object, object, T]:
     switch = _Switch()
     now = entered = Modes.current()
     outside = entered if is_task else DEFAULT
-    value: Any = None
+    value: object = None
     error: BaseException | None = None
     while True:
         if now is not mine:

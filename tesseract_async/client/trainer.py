@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -342,7 +342,7 @@ def _noted(error: BaseException, batch: int | None, others: Mapping[int, BaseExc
     return error
 
 
-async def _iterate(batches: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+async def _iterate(batches: Iterable[B] | AsyncIterable[B]) -> AsyncGenerator[B, None]:
     if isinstance(batches, AsyncIterable):
         async for batch in batches:
             yield batch

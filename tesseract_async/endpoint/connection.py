@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final, NamedTuple
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
@@ -23,7 +24,6 @@ from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -66,7 +66,7 @@ class Connection:
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         metrics: Metrics,
         meter: Meter,
         refusal: Callable[[], RemoteError | None],
@@ -88,7 +88,7 @@ class Connection:
         self._open_bulk = open_bulk
         self._on_closed = on_closed
         self._metrics = metrics
-        self._settings = settings
+        self._bounds = bounds
         self._budgets = budgets
         self._owner = Owner(range_of(pipe.origin) or peer_id, peer_id, self)
         self.protocol = ConnectionProtocol(
@@ -97,7 +97,7 @@ class Connection:
             dialled=dialled is not None,
             budgets=budgets,
             owner=self._owner,
-            settings=settings,
+            bounds=bounds,
             now=loop.time(),
             meter=meter,
             refusal=refusal,
@@ -108,7 +108,7 @@ class Connection:
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
-        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=settings.max_backlog)
+        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog)
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -237,20 +237,20 @@ class Connection:
 
     # ---- bytes
 
-    def _received(self, count: int) -> None:
-        """After a lane's reader took `count` bytes."""
-        if self._budgets.changed:
-            self._budgets.deliver()
-        if self.protocol.has_events:
-            self._handle_events()
+    def _received(self) -> None:
+        """After a lane's reader took some bytes."""
+        self._look()
         if not self._flush_scheduled and (self.protocol.has_data(MAIN) or self.protocol.has_data(BULK)):
             self._schedule_flush()
 
-    def _wake(self) -> None:
-        if self._budgets.changed:
-            self._budgets.deliver()
+    def _look(self) -> None:
+        """Handles what a cycle has led to, here and at other connections."""
+        self._budgets.deliver()
         if self.protocol.has_events:
             self._handle_events()
+
+    def _wake(self) -> None:
+        self._look()
         self._schedule_flush()
         self._arm_timer()
 
@@ -284,10 +284,7 @@ class Connection:
                     channel.write(pieces)
         except ProtocolError as error:
             self.abort(describe(error))
-        if self._budgets.changed:
-            self._budgets.deliver()
-        if protocol.has_events:
-            self._handle_events()
+        self._look()
         if self._handlers.flushed():
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
@@ -300,7 +297,7 @@ class Connection:
             self._unsent = None
         if num_bytes > UNCOUNTED_UNSENT:
             self._unsent = self._budgets.replies.keep(self._owner, num_bytes)
-            if self._unsent is None or num_bytes > self._settings.max_unsent:
+            if self._unsent is None or num_bytes > self._bounds.max_unsent:
                 self._drop_unread()
 
     def _drop_unread(self) -> None:
@@ -318,9 +315,6 @@ class Connection:
                 self._drained[lane], self._drained_at[lane] = drained, now
             elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
                 self._drop_unread()
-
-    def _channel_drained(self) -> None:
-        self._schedule_flush()
 
     # ---- events
 
@@ -411,16 +405,18 @@ class Connection:
         if self._lost_reason is not None:
             return
         self._lost_reason = reason
-        if self._timer is not None:
-            self._timer.cancel()
-        self.protocol.connection_lost(reason)
-        if self._unsent is not None:
-            self._unsent.release()
-        self._budgets.deliver()
-        self._handle_events()
+        self._release()
         for channel in self._channels:
             if channel is not None:
                 channel.abort(error)
+
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.protocol.connection_lost(self._lost_reason or "")
+        if self._unsent is not None:
+            self._unsent.release()
+        self._look()
 
     def _channel_lost(self, lane: int, error: Exception | None) -> None:
         channel, self._channels[lane] = self._channels[lane], None
@@ -429,7 +425,7 @@ class Connection:
         if isinstance(error, ProtocolError):
             self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))
-        self._channel_drained()
+        self._schedule_flush()
         if not any(self._channels) and not self.closed.done():
             self.closed.set_result(None)
             self._on_closed(self)
@@ -440,13 +436,7 @@ class Connection:
             self.protocol.farewell(reason)
             self._flush()
             self._lost_reason = reason
-            if self._timer is not None:
-                self._timer.cancel()
-            self.protocol.connection_lost(reason)
-            if self._unsent is not None:
-                self._unsent.release()
-            self._budgets.deliver()
-            self._handle_events()
+            self._release()
             for channel in self._channels:
                 if channel is not None:
                     channel.close()
@@ -481,7 +471,7 @@ class _LanePort:
         now = self._time()
         self._protocol.received(count, now, lane=self._lane)
         self._reader.buffer_updated(count)
-        self._connection._received(count)
+        self._connection._received()
         if self._lane == BULK:
             if not self._turn_bytes:
                 self._connection._loop.call_soon(self._next_turn)
@@ -498,7 +488,7 @@ class _LanePort:
             self._channel.pipe.resume_reading()
 
     def channel_drained(self) -> None:
-        self._connection._channel_drained()
+        self._connection._schedule_flush()
 
     def channel_lost(self, error: Exception | None) -> None:
         self._connection._channel_lost(self._lane, error)

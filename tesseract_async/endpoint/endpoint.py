@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.budget import NodeBudgets
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
 from tesseract_async.endpoint.connection import Connection
@@ -18,7 +19,6 @@ from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
-from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
@@ -83,7 +83,8 @@ class Endpoint(Uncopied):
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
         self.policy = policy if policy is not None else Policy()
-        self._settings = settings = settings if settings is not None else EndpointSettings()
+        settings = settings if settings is not None else EndpointSettings()
+        self._bounds = bounds = settings.bounds
         self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
         self._features = features
@@ -91,7 +92,7 @@ class Endpoint(Uncopied):
         """Memory that all connections share."""
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._rng = random.Random()
-        self.pool = ConnectionPool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
+        self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self._dialler = Dialler(
             identity=identity,
             transports=self._transports,
@@ -202,7 +203,7 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = await self._connect(peer, method, deadline)
+            connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
             head = head._replace(time_left=max(deadline - loop.time(), 0.001))
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
@@ -235,7 +236,7 @@ class Endpoint(Uncopied):
         Raises: what `call` raises, also after some parts.
         """
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
-        connection = await self._connect(peer, method, deadline)
+        connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
         parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
         async with contextlib.aclosing(parts):
             async for part in parts:
@@ -255,23 +256,18 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
+        max_reply = self._bounds.connection.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
 
-    async def _connect(self, peer: PeerAddress, method: str, deadline: float) -> Connection:
+    def _find(self, peer: PeerAddress) -> Connection | None:
         connection = self.pool.find(peer)
-        if connection is None:
-            return await self._dialler.connect(peer, deadline=deadline, what=method)
-        if peer is not connection.known and connection.known is not None:
-            self._peer_known(connection, peer)
+        if connection is not None and peer is not connection.known and connection.known is not None:
+            if peer != connection.known and peer.peer_id is not None:
+                for transport in self._transports:
+                    transport.peer_known(peer)
+            connection.known = peer
         return connection
-
-    def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
-        if peer != connection.known and peer.peer_id is not None:
-            for transport in self._transports:
-                transport.peer_known(peer)
-        connection.known = peer
 
     # ---- connections
 
@@ -344,7 +340,7 @@ class Endpoint(Uncopied):
             open_bulk=self._dialler.open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
-            settings=self._settings.protocol,
+            bounds=self._bounds.connection,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
             refusal=lambda: self._refusal(peer_id, "call", large=True),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
@@ -19,11 +20,10 @@ from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.errors import RemoteError
 from tesseract_async.wire import frames
-from tesseract_async.wire.heads import Hello, RequestHead
+from tesseract_async.wire.heads import Hello
 
 
 class ConnectionProtocol:
@@ -39,7 +39,7 @@ class ConnectionProtocol:
         dialled: bool,
         budgets: NodeBudgets,
         owner: Owner,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         now: float,
         meter: Meter | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
@@ -60,7 +60,7 @@ class ConnectionProtocol:
             peer,
             hello,
             self.lanes,
-            settings=settings,
+            bounds=bounds,
             budgets=budgets,
             owner=owner,
             now=now,
@@ -74,6 +74,7 @@ class ConnectionProtocol:
         self.incoming = IncomingCalls(core, self.transfers, self._incoming, meter=meter, refusal=refusal)
         self.reply = self.incoming.reply
         self.fail = self.incoming.fail
+        self.start_call = self.outgoing.start
         self.cancel_call = self.outgoing.cancel
         handlers |= {
             frames.REQUEST: self.incoming.request_received,
@@ -103,20 +104,6 @@ class ConnectionProtocol:
     def num_calls(self) -> int:
         """Calls under way in both directions: an idle connection has none."""
         return len(self._outgoing) + len(self._incoming)
-
-    def start_call(
-        self,
-        head: RequestHead,
-        buffers: tuple[memoryview, ...],
-        *,
-        deadline: float,
-        reserve_reply: bool,
-        now: float,
-        in_parts: bool = False,
-    ) -> int:
-        """See `OutgoingCalls.start`."""
-        self.core.now = now
-        return self.outgoing.start(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=in_parts)
 
     def room_changed(self, room: Reservation, now: float) -> None:
         """A reservation of one of this connection's calls was granted, or taken back."""
