@@ -16,6 +16,7 @@ from tesseract_async.client.audits import Audits
 from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
+from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import LiveView, Node, PlainCalls
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
@@ -64,6 +65,7 @@ class Experience(Uncopied):
         self.timeouts = CoarseTimeouts()
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
+        self.lineages = Lineages(node)
         self._ignored: LRU[object, None] = LRU(_MAX_IGNORED)
         """Servers that host something else under a uid than others do; the latest ones."""
 
