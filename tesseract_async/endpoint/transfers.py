@@ -158,11 +158,10 @@ class Transfers:
             self._core.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.lane.reader.forget(call.arrival.assembly)
-            call.arrival = None
         if call.room is not None:
             call.room.release()
-            call.room = None  # it refers to the call: a cycle would keep the message's memory until it is collected
-        self.give_window_back(call)
+        if call.window_bytes:
+            self.give_window_back(call)
 
     def find_stalled(self) -> list[CallState]:
         """Calls to whose messages nothing came for long although it was their turn, or which take far
