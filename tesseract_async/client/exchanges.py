@@ -50,7 +50,7 @@ class Exchange(Protocol[T_co]):
 
     @property
     def num_bytes(self) -> int:
-        """What travels, both ways together, uncompressed."""
+        """Bytes that travel, both ways together, uncompressed."""
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """Those of `replicas` that may answer. Raises: ExpertNotFound."""
@@ -111,12 +111,22 @@ class ForwardExchange:
 
     async def send(self, peer: PeerAddress, timeout: float) -> Forwarded:
         """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""
-        if not self._primaries or peer in self._primaries:
-            return await self._call(peer, timeout)
-        uid, node = self.forward.uid, self.experience.node
-        asking = asyncio.ensure_future(fetch_version(node, uid, self._primaries[0], timeout=timeout))
+        if self._primaries and peer not in self._primaries:
+            return await self._send_checked(peer, timeout)
+        return await self._call(peer, timeout)
+
+    async def _call(self, peer: PeerAddress, timeout: float) -> Forwarded:
+        outputs, receipt = await call_forward(self.experience.node, self.forward, peer, self.inputs, timeout=timeout)
+        if self.forward.options.audit_share:
+            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
+        return outputs, receipt
+
+    async def _send_checked(self, follower: PeerAddress, timeout: float) -> Forwarded:
+        uid, node, primary = self.forward.uid, self.experience.node, self._primaries[0]
+        max_staleness = self.forward.options.max_staleness or 0
+        asking = asyncio.ensure_future(fetch_version(node, uid, primary, timeout=timeout))
         try:
-            outputs, receipt = await self._call(peer, timeout)
+            outputs, receipt = await self._call(follower, timeout)
             try:
                 newest = await asking
             except (TesseractError, TimeoutError) as error:
@@ -125,18 +135,11 @@ class ForwardExchange:
                 ) from error
         finally:
             await cancel_all([asking])
-        max_staleness = self.forward.options.max_staleness
-        if max_staleness is not None and receipt.version + max_staleness < newest:
+        if receipt.version + max_staleness < newest:
             raise TooStale(
                 f"a follower of {uid} answered at version {receipt.version}, its primary is at {newest}: "
                 f"more than max_staleness={max_staleness} steps"
             )
-        return outputs, receipt
-
-    async def _call(self, peer: PeerAddress, timeout: float) -> Forwarded:
-        outputs, receipt = await call_forward(self.experience.node, self.forward, peer, self.inputs, timeout=timeout)
-        if self.forward.options.audit_share:
-            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
         return outputs, receipt
 
 
