@@ -16,11 +16,13 @@ from tesseract_async.client.audits import Audits
 from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
+from tesseract_async.client.lineages import Lineages
 from tesseract_async.client.ports import LiveView, Node, PlainCalls
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
+from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
@@ -63,7 +65,8 @@ class Experience(Uncopied):
         self.timeouts = CoarseTimeouts()
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
-        self._ignored: dict[object, None] = {}
+        self.lineages = Lineages(node)
+        self._ignored: LRU[object, None] = LRU(_MAX_IGNORED)
         """Servers that host something else under a uid than others do; the latest ones."""
 
     def path_seconds(self, replica: ExpertReplica, num_bytes: float) -> float:
@@ -100,8 +103,6 @@ class Experience(Uncopied):
                 mismatch,
             )
             self._ignored[peer] = None
-            if len(self._ignored) > _MAX_IGNORED:
-                del self._ignored[next(iter(self._ignored))]
         self.node.directory.report_failure(replica, reason="schema")
 
     # ------------------------------------------------------------------------------------------------ mixtures

@@ -86,6 +86,8 @@ class Receipt(NamedTuple):
     """Optimizer steps that the expert had taken."""
     inputs_cached: bytes | None
     """Names the inputs if that peer keeps them, so that they need not travel again."""
+    epoch: int = 0
+    """The epoch of the expert's lineage there; 0 outside of runs."""
 
 
 async def fetch_schema(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> ExpertSchema:
@@ -136,7 +138,7 @@ async def call_forward(
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
     num_rows = inputs[0].shape[0]
     checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
-    return checked, Receipt(peer, decoded.version, decoded.inputs_cached)
+    return checked, Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
 
 
 def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:

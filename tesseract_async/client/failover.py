@@ -134,7 +134,7 @@ async def ask_primary(
             strange.add(replicas[0].peer)
             replicas = replicas[1:]
             continue
-        except (*REPLICA_FAULTS, NotAllowed) as error:
+        except (*REPLICA_FAULTS, NotAllowed, TooStale) as error:
             first_error = first_error or error
         except (Overloaded, NotPrimary) as error:
             first_error = first_error or error
@@ -211,7 +211,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     start = now()
     try:
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
-            result = await exchange.send(replica.peer, timeout)
+            result = await exchange.send(replica, timeout)
     except REPLICA_FAULTS as error:
         kind = next(i for i, fault in enumerate(REPLICA_FAULTS) if isinstance(error, fault))
         experience.node.directory.report_failure(replica, reason=_REASONS[kind])

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 
+from tesseract_async.lru import LRU
+
 _WINDOW = 64
 _MIN_FOR_QUANTILE = 8
 _SMOOTHING = 0.2
@@ -104,14 +106,11 @@ class LatencyBook:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
         """By direction, for the calls of all mixtures together."""
         self.grace = {"forward": Grace(), "backward": Grace()}
-        self._records: dict[Hashable, _Record] = {}
+        self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
     def _record(self, key: Hashable) -> _Record:
-        record = self._records.pop(key, None) or _Record()
-        self._records[key] = record  # to the end: the longest unused goes first
-        if len(self._records) > _MAX_KEYS:
-            del self._records[next(iter(self._records))]
+        record = self._records[key] = self._records.get(key) or _Record()
         return record
 
     def observe(self, key: Hashable, seconds: float, *, path: float = 0.0, answered: bool = True) -> None:

@@ -187,7 +187,7 @@ class RemoteExpert(nn.Module):
         it is now: two servers host different experts under this uid, or it changed."""
         exchange, timeout = SchemaExchange(self._experience, self.uid), self.timeout / 2
         told = await asyncio.gather(
-            *(exchange.send(replica.peer, timeout) for replica in await self.find() if replica.primary),
+            *(exchange.send(replica, timeout) for replica in await self.find() if replica.primary),
             return_exceptions=True,
         )
         for other in told:

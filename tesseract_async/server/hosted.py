@@ -32,10 +32,6 @@ class Succession:
         """Return who trains an expert that this server only follows, or None, and the seconds until to ask again."""
         return None, 1.0
 
-    def epochs(self) -> dict[str, int]:
-        """Return the epochs of experts of runs, as manifests carry them."""
-        return {}
-
 
 class HostedState:
     """An expert's state on one server. The backend belongs to it: only its runtime touches the module."""
@@ -56,6 +52,8 @@ class HostedState:
         self.runtime = runtime
         self.is_primary = is_primary
         """True if this server trains the expert."""
+        self.epoch = 0
+        """The epoch of the expert's lineage; 0 outside of runs."""
         self.shared_version = 0
         """The steps up to this one are in a state that other servers have, or can fetch."""
         self._store, self._writer = store, writer

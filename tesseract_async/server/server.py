@@ -324,7 +324,7 @@ class TesseractServer(Uncopied):
     async def _declare(self) -> None:
         if self._publisher is not None:
             roles = {uid: one.is_primary for uid, one in self.hosted.items()}
-            await self._publisher.declare(roles, epochs=self.succession.epochs())
+            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
 
     def free_memory(self) -> int:
         """Forget what was kept for callers, who send their inputs again, and give free pages back to the system.

@@ -99,10 +99,6 @@ class ReplicaKeeper(Succession):
         """Return whether a primary may take a step at this moment: always where names are bare."""
         return not self.tenures.has(uid) or self.tenures.may_step(uid)
 
-    def epochs(self) -> dict[str, int]:
-        """Return the epochs of experts of runs."""
-        return self.tenures.epochs()
-
     def primary(self, uid: str) -> PeerID | None:
         """Return the other server that trains the expert, as far as it is known."""
         return self._of(uid).primary(uid)

@@ -158,10 +158,6 @@ class Tenures:
         expert = self._experts.get(uid)
         return expert is None or (not self._closed and expert.tenure.is_primary(self._elapsed()))
 
-    def epochs(self) -> dict[str, int]:
-        """Return each expert's epoch."""
-        return {uid: expert.tenure.epoch for uid, expert in self._experts.items()}
-
     def primary(self, uid: str) -> PeerID | None:
         """Return the primary, if that is another server."""
         expert = self._experts.get(uid)
@@ -276,6 +272,7 @@ class Tenures:
             while commands := expert.tenure.commands():
                 for command in commands:
                     await self._do(expert, command)
+            expert.hosted.epoch = expert.tenure.epoch
         expert.changed.set()
         self._wake.set()
 

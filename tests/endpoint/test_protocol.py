@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -19,7 +20,6 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertFailed,
@@ -457,7 +457,7 @@ def test_a_fast_far_peer_gets_a_wider_window() -> None:
     assert pair.server.budget.windows == pair.client.machine.windows.out_bytes
 
 
-def hostile(settings: ProtocolSettings = SETTINGS) -> tuple[Side, ConnectionProtocol]:
+def hostile(settings: ConnectionBounds = SETTINGS) -> tuple[Side, ConnectionProtocol]:
     side = Pair(server=settings).server
     return side, side.machine
 
