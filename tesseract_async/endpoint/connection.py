@@ -245,7 +245,8 @@ class Connection:
 
     def _look(self) -> None:
         """Handles what a cycle has led to, here and at other connections."""
-        self._budgets.deliver()
+        if self._budgets.changed:
+            self._budgets.deliver()
         if self.protocol.has_events:
             self._handle_events()
 

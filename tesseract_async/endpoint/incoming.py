@@ -323,7 +323,8 @@ class IncomingCalls:
         if call.metered and self._meter is not None:
             self._meter.end()
         self._transfers.end(call)
-        self.waiting.drop(call)
+        if call.reply_held is not None:
+            self.waiting.drop(call)
         if call.num_parts:
             del self.waiting.in_parts[call.stream]
 

@@ -160,7 +160,8 @@ class Transfers:
             call.arrival.lane.reader.forget(call.arrival.assembly)
         if call.room is not None:
             call.room.release()
-        self.give_window_back(call)
+        if call.window_bytes:
+            self.give_window_back(call)
 
     def find_stalled(self) -> list[CallState]:
         """Calls to whose messages nothing came for long although it was their turn, or which take far
