@@ -157,7 +157,6 @@ class NodeOptions:
         self, *, policy: Policy | None = None, throttle: Throttle | None = None, max_receive_bytes: int | None = None
     ) -> TesseractNode:
         """Return the node, not started yet. Raises: what `TesseractNode` raises."""
-
         nat = NatSettings()
         if self.turn_server is not None:
             from tesseract_async.nat.webrtc.pipe import WebrtcSettings
@@ -241,7 +240,6 @@ class Visit:
     @contextlib.asynccontextmanager
     async def node(self, *, refresh_period: float = 10.0) -> AsyncIterator[TesseractNode]:
         """Enter with a node that has joined. Raises: click.ClickException if none of its seeds answers."""
-
         async with TesseractNode(
             host_towards(self.initial_peers),
             initial_peers=self.initial_peers,

@@ -58,7 +58,6 @@ class Owner:
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[tuple[TesseractNode, RunKeeper]]:
         """Enter with a node in the swarm, and the run as the network and this computer know it."""
-
         split_run_name(self.name)  # reports a malformed one before joining
         identity = Identity.load(self.identity)
         # not as the owner, whose own node may be running
@@ -73,7 +72,6 @@ class Owner:
     @contextlib.asynccontextmanager
     async def acting(self) -> AsyncIterator[RunOwner]:
         """Enter with what the identity may do. Raises: ValueError if it has no say in the run."""
-
         async with self.opened() as (node, keeper):
             yield RunOwner(node.network, Identity.load(self.identity), keeper)
 

@@ -142,7 +142,7 @@ async def ask_primary(
             if isinstance(error, NotPrimary):
                 named = [one for one in replicas[1:] if one.peer.peer_id == error.primary]
                 if named and error.primary not in redirected:
-                    # among those that the directory knows only: a server that lies leads nobody to strangers
+                    # only if the directory knows it, so that a server that lies can't send anybody to strangers
                     redirected.add(error.primary)
                     replicas = [*named, *(one for one in replicas if one not in named)]
                     continue

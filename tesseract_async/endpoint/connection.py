@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final, NamedTuple
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
@@ -23,7 +24,6 @@ from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -66,7 +66,7 @@ class Connection:
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         metrics: Metrics,
         meter: Meter,
         refusal: Callable[[], RemoteError | None],
@@ -88,7 +88,7 @@ class Connection:
         self._open_bulk = open_bulk
         self._on_closed = on_closed
         self._metrics = metrics
-        self._settings = settings
+        self._bounds = bounds
         self._budgets = budgets
         self._owner = Owner(range_of(pipe.origin) or peer_id, peer_id, self)
         self.protocol = ConnectionProtocol(
@@ -97,7 +97,7 @@ class Connection:
             dialled=dialled is not None,
             budgets=budgets,
             owner=self._owner,
-            settings=settings,
+            bounds=bounds,
             now=loop.time(),
             meter=meter,
             refusal=refusal,
@@ -108,7 +108,7 @@ class Connection:
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
-        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=settings.max_backlog)
+        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog)
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -245,7 +245,8 @@ class Connection:
 
     def _look(self) -> None:
         """Handles what a cycle has led to, here and at other connections."""
-        self._budgets.deliver()
+        if self._budgets.changed:
+            self._budgets.deliver()
         if self.protocol.has_events:
             self._handle_events()
 
@@ -297,7 +298,7 @@ class Connection:
             self._unsent = None
         if num_bytes > UNCOUNTED_UNSENT:
             self._unsent = self._budgets.replies.keep(self._owner, num_bytes)
-            if self._unsent is None or num_bytes > self._settings.max_unsent:
+            if self._unsent is None or num_bytes > self._bounds.max_unsent:
                 self._drop_unread()
 
     def _drop_unread(self) -> None:

@@ -6,11 +6,11 @@ import heapq
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import Event
 from tesseract_async.endpoint.lanes import MAIN, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import MessageTooLarge, ProtocolError
 from tesseract_async.transport.token_bucket import TokenBucket
@@ -34,7 +34,7 @@ class ConnectionCore:
         theirs: Hello,
         lanes: Sequence[Lane],
         *,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         budgets: NodeBudgets,
         owner: Owner,
         now: float,
@@ -45,14 +45,14 @@ class ConnectionCore:
         """The other end's name in errors."""
         self.theirs = theirs
         self.lanes = lanes
-        self.settings = settings
+        self.bounds = bounds
         self.budgets = budgets
         self.owner = owner
         self.now = now
         self.outgoing = outgoing
         self.incoming = incoming
-        self.life = Liveness(peer, lanes, settings=settings, now=now)
-        self.windows = Windows(budgets.messages, owner, settings.window_bytes, put=lanes[MAIN].put, now=now)
+        self.life = Liveness(peer, lanes, bounds=bounds, now=now)
+        self.windows = Windows(budgets.messages, owner, bounds.window_bytes, put=lanes[MAIN].put, now=now)
         self.deadlines = Deadlines(outgoing, incoming)
         self.events: list[Event] = []
         self.arena = frames.Arena()

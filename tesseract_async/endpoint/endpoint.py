@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.budget import NodeBudgets
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
 from tesseract_async.endpoint.connection import Connection
@@ -18,7 +19,6 @@ from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
-from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
@@ -83,7 +83,8 @@ class Endpoint(Uncopied):
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
         self.policy = policy if policy is not None else Policy()
-        self._settings = settings = settings if settings is not None else EndpointSettings()
+        settings = settings if settings is not None else EndpointSettings()
+        self._bounds = bounds = settings.bounds
         self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
         self._features = features
@@ -91,7 +92,7 @@ class Endpoint(Uncopied):
         """Memory that all connections share."""
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._rng = random.Random()
-        self.pool = ConnectionPool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
+        self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self._dialler = Dialler(
             identity=identity,
             transports=self._transports,
@@ -255,7 +256,7 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
+        max_reply = self._bounds.connection.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
 
@@ -339,7 +340,7 @@ class Endpoint(Uncopied):
             open_bulk=self._dialler.open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
-            settings=self._settings.protocol,
+            bounds=self._bounds.connection,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
             refusal=lambda: self._refusal(peer_id, "call", large=True),

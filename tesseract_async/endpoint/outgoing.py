@@ -185,6 +185,7 @@ class OutgoingCalls:
         if call.untaken:
             for room in call.untaken:
                 room.release()
+            call.untaken = None
         if self._waiting:
             self._send_waiting()
 
@@ -221,7 +222,7 @@ class OutgoingCalls:
     def reply_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BEGIN_REPLY frame."""
         core = self._core
-        announced = Announced(payload, flags, lane, max_message=core.settings.max_message)
+        announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._calls.get(stream)
         if announced.room == frames.ROOM_WINDOW:
             core.windows.take(announced.size)

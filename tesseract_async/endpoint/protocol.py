@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
@@ -19,7 +20,6 @@ from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.errors import RemoteError
 from tesseract_async.wire import frames
@@ -39,7 +39,7 @@ class ConnectionProtocol:
         dialled: bool,
         budgets: NodeBudgets,
         owner: Owner,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         now: float,
         meter: Meter | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
@@ -60,7 +60,7 @@ class ConnectionProtocol:
             peer,
             hello,
             self.lanes,
-            settings=settings,
+            bounds=bounds,
             budgets=budgets,
             owner=owner,
             now=now,

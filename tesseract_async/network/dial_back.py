@@ -274,7 +274,7 @@ class Probation:
         contact, attempt = self.pending[raw]
         if attempt >= NUM_THIRDS or not self._ask(contact, attempt + 1, now):
             self._end(raw, dialed=False, now=now)
-            self._core.metrics.count("network_contacts_dropped", reason="not_dialled")
+            self._core.metrics.count("network_contacts_dropped", reason="not_dialed")
 
     def _end(self, raw: bytes, *, dialed: bool, now: float) -> Contact:
         self.nonces = {nonce: other for nonce, other in self.nonces.items() if other != raw}
