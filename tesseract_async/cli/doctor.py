@@ -19,6 +19,9 @@ import click
 from tesseract_async.cli.options import host_towards, initial_peers_option, json_option
 from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted
+from tesseract_async.errors import NotAllowed, TesseractError, describe
+from tesseract_async.monitoring import ask_status
+from tesseract_async.node import TesseractNode, bind_pair
 
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024
@@ -42,10 +45,9 @@ class Check:
 @initial_peers_option(help_text="Try to reach this node, too")
 @click.option(
     "--host",
-    help="Check this address, on which a node would listen; by default 127.0.0.1, or all addresses where a node to "
-    "reach is on another computer.",
+    help="Check this address to listen on; by default 127.0.0.1, or all addresses if a node to reach is elsewhere.",
 )
-@click.option("--port", default=0, type=PORT, help="Check this port, on which a node would listen; 0 takes a free one.")
+@click.option("--port", default=0, type=PORT, help="Check this port to listen on; 0 takes a free one.")
 @click.option("--upnp", is_flag=True, help="Ask the router to let connections in, and check whether that helps.")
 @click.option("--checkpoint-dir", default=".", type=FOLDER, help="Check the free space of this folder.")
 @json_option
@@ -136,8 +138,6 @@ def room(folder: Path) -> Iterator[Check]:
 
 async def port_pair(host: str, port: int) -> Check:
     """Check that a node could listen: TCP and UDP on one port."""
-    from tesseract_async.node import bind_pair
-
     where = f"{host or 'every address'} port {port or '(any)'}"
     try:
         for sock in await bind_pair(host, port):
@@ -150,10 +150,6 @@ async def port_pair(host: str, port: int) -> Check:
 
 async def reach(peer: str, host: str, port: int, *, upnp: bool) -> AsyncIterator[Check]:
     """Check that this seed answers by UDP and by TCP, how far the clocks differ, and how others see `port` here."""
-    from tesseract_async.errors import NotAllowed, TesseractError, describe
-    from tesseract_async.monitoring import ask_status
-    from tesseract_async.node import TesseractNode
-
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         if not await node.network.wait_joined(5.0):
             advice = "Does it run? Is UDP to its port let through, here and there?"

@@ -13,11 +13,12 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 import torch
 
+from tesseract_async.admission import Policy
 from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.options import NodeOptions
 from tesseract_async.cli.running import progress_bar, say, spare_the_collector, spinner, until_told_to_leave
@@ -25,12 +26,13 @@ from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import PublisherSettings
+from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFound
 from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
-from tesseract_async.runtime.backend import BackendSettings
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.builders import find_builder, takes_seed
 from tesseract_async.server.contract import Verdict, VolunteerSettings
@@ -44,11 +46,6 @@ from tesseract_async.server.state_files import stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
-
-if TYPE_CHECKING:
-    from tesseract_async.admission import Policy
-    from tesseract_async.experts.authority import Authority
-    from tesseract_async.runtime.backend import ExpertBackend
 
 logger = logging.getLogger(__name__)
 

@@ -123,6 +123,11 @@ class Budget:
         """Reservations in the lines."""
         return sum(len(use.line) for peers in self._groups.values() for use in peers.values())
 
+    @property
+    def num_peers(self) -> int:
+        """Number of peers that hold, await or were promised anything."""
+        return sum(map(len, self._groups.values()))
+
     def used_by(self, owner: Owner) -> int:
         """Bytes that this peer holds."""
         peers = self._groups.get(owner.group, {})

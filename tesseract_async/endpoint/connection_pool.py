@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.transport.base import PeerAddress
 
 
@@ -32,7 +33,7 @@ class ConnectionPool:
         self._rng = rng
         self._by_peer: dict[PeerID, list[Connection]] = {}
         self._by_address: dict[str, PeerID] = {}
-        self._backoffs: dict[PeerAddress, Backoff] = {}
+        self._backoffs: LRU[PeerAddress, Backoff] = LRU(self.MAX_BACKOFFS)
 
     def find(self, peer: PeerAddress) -> Connection | None:
         """Return an open connection to `peer` that is not retired: the newest one dialled here, else the newest."""
@@ -94,10 +95,7 @@ class ConnectionPool:
 
     def dial_failed(self, peer: PeerAddress, now: float) -> None:
         """Doubles the wait before the next dial, with jitter, so that a crowd does not come back at once."""
-        backoff = self._backoffs.pop(peer, None) or Backoff()
-        self._backoffs[peer] = backoff
-        if len(self._backoffs) > self.MAX_BACKOFFS:
-            del self._backoffs[next(iter(self._backoffs))]
+        backoff = self._backoffs[peer] = self._backoffs.get(peer) or Backoff()
         wait = min(self._max, self._base * 2**backoff.failures)
         backoff.failures = min(backoff.failures + 1, 32)
         backoff.retry_at = now + wait * self._rng.uniform(0.5, 1.0)

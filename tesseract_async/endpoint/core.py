@@ -6,13 +6,14 @@ import heapq
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import Event
 from tesseract_async.endpoint.lanes import MAIN, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import MessageTooLarge, ProtocolError
+from tesseract_async.transport.token_bucket import TokenBucket
 from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
@@ -33,7 +34,7 @@ class ConnectionCore:
         theirs: Hello,
         lanes: Sequence[Lane],
         *,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         budgets: NodeBudgets,
         owner: Owner,
         now: float,
@@ -44,26 +45,22 @@ class ConnectionCore:
         """The other end's name in errors."""
         self.theirs = theirs
         self.lanes = lanes
-        self.settings = settings
+        self.bounds = bounds
         self.budgets = budgets
         self.owner = owner
         self.now = now
         self.outgoing = outgoing
         self.incoming = incoming
-        self.life = Liveness(peer, lanes, settings=settings, now=now)
-        self.windows = Windows(budgets.messages, owner, settings.window_bytes, put=lanes[MAIN].put, now=now)
+        self.life = Liveness(peer, lanes, bounds=bounds, now=now)
+        self.windows = Windows(budgets.messages, owner, bounds.window_bytes, put=lanes[MAIN].put, now=now)
         self.deadlines = Deadlines(outgoing, incoming)
         self.events: list[Event] = []
         self.arena = frames.Arena()
-        self._idle_frames = 0.0
-        self._idle_frames_at = now
+        self._idle_frames = TokenBucket(IDLE_FRAMES_PER_SECOND, burst=MAX_IDLE_FRAMES, now=now)
 
     def count_idle(self) -> None:
         """Counts a frame that does nothing: a few are normal. Raises: ProtocolError for a flood."""
-        passed = self.now - self._idle_frames_at
-        self._idle_frames_at = self.now
-        self._idle_frames = max(0.0, self._idle_frames - passed * IDLE_FRAMES_PER_SECOND) + 1
-        if self._idle_frames > MAX_IDLE_FRAMES:
+        if not self._idle_frames.spend(1, self.now):
             raise ProtocolError("the peer sends a flood of frames that do nothing")
 
 

@@ -9,12 +9,12 @@ import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
+from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.handshake import Handshake
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.racing import race
-from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import (
     ConnectionLost,
     HandshakeFailed,
@@ -69,7 +69,7 @@ class Dialler:
         else:
             raise ValueError(f"security is 'tls' or 'plain', not {settings.security!r}")
         self._transports = transports
-        self._settings = settings
+        self._bounds = bounds = settings.bounds
         self._pool = pool
         self._metrics = metrics
         self._make_connection = make_connection
@@ -78,9 +78,9 @@ class Dialler:
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Handshake] = set()
         room = room_for(descriptor_limit())
-        most = min(settings.max_half_open, room.half_open)
-        self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=settings.max_half_open_per_host)
-        self._max_connections = min(settings.max_connections, room.connections)
+        most = min(bounds.max_half_open, room.half_open)
+        self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=bounds.max_half_open_per_host)
+        self._max_connections = min(bounds.max_connections, room.connections)
         self._closed = False
 
     async def aclose(self) -> None:
@@ -235,11 +235,11 @@ class Dialler:
     def _has_room(self, peer_id: PeerID, origin: str) -> bool:
         """Return whether one more connection may be accepted. Where there are too many, one of the largest crowd is
         dropped for it, an idle one if there is one."""
-        pool, settings = self._pool, self._settings
-        if pool.num_connections_with(peer_id) >= settings.max_connections_per_peer:
+        pool, bounds = self._pool, self._bounds
+        if pool.num_connections_with(peer_id) >= bounds.max_connections_per_peer:
             return False
         full = pool.num_connections >= self._max_connections
-        if not full and pool.num_connections < min(CROWD, settings.max_connections_per_range):
+        if not full and pool.num_connections < min(CROWD, bounds.max_connections_per_range):
             return True
         groups: dict[str, list[Connection]] = {}
         for connection in pool.connections():
@@ -247,7 +247,7 @@ class Dialler:
                 groups.setdefault(group_of(connection.origin), []).append(connection)
         mine = group_of(origin)
         crowd = mine
-        if range_of(origin) is None or len(groups.get(mine, ())) < settings.max_connections_per_range:
+        if range_of(origin) is None or len(groups.get(mine, ())) < bounds.max_connections_per_range:
             if not full:
                 return True
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
@@ -271,7 +271,7 @@ class Dialler:
     # ---- both
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
-        bounds = self._settings.protocol
+        bounds = self._bounds.connection
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
         if bulk:
             return Hello(session, bulk, self._peer_id, *limits)
@@ -292,7 +292,7 @@ class Dialler:
             answer_for=lambda hello: self._hello(hello.session, bulk=hello.bulk),
             expected=expected,
             established=established,
-            timeout=self._settings.handshake_timeout,
+            timeout=self._bounds.handshake_timeout,
         )
         self._half_open.add(handshake)
         handshake.done.add_done_callback(lambda done: self._handshake_ended(handshake, pipe))

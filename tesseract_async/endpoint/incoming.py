@@ -75,7 +75,7 @@ class IncomingCalls:
     ) -> None:
         self.last_seen = 0
         """The highest number of a call that the peer has made."""
-        self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.settings.max_replies)
+        self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.bounds.max_replies)
         self.costs = SmallCallCosts(core.budgets.small_calls, core.owner)
         self._core = core
         self._transfers = transfers
@@ -87,12 +87,12 @@ class IncomingCalls:
     # ---- requests
 
     def _begin(self, lane: int, flags: int, stream: int) -> ReceivedCall:
-        settings = self._core.settings
+        bounds = self._core.bounds
         if stream in self._calls:
             raise ProtocolError("a request's number is in use")
         # twice: the peer counts a call as ended when it cancels, and its cancel may travel on the other lane
-        if len(self._calls) >= 2 * settings.max_calls:
-            raise ProtocolError(f"more than {settings.max_calls} calls at once")
+        if len(self._calls) >= 2 * bounds.max_calls:
+            raise ProtocolError(f"more than {bounds.max_calls} calls at once")
         if stream > self.last_seen:
             self.last_seen = stream
         call = self._calls[stream] = ReceivedCall(stream)
@@ -110,8 +110,8 @@ class IncomingCalls:
         call.small = len(payload)
         core.budgets.pace.small_at = core.now
         self._small_bytes += call.small
-        if self._small_bytes > 2 * core.settings.max_small + frames.MAX_SMALL:
-            raise ProtocolError(f"more than {core.settings.max_small} bytes of small requests at once")
+        if self._small_bytes > 2 * core.bounds.max_small + frames.MAX_SMALL:
+            raise ProtocolError(f"more than {core.bounds.max_small} bytes of small requests at once")
         value, buffers = frames.decode_small(payload, core.arena)
         if not self.costs.began(call, len(payload), buffers):
             core.count_idle()
@@ -122,7 +122,7 @@ class IncomingCalls:
     def request_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BEGIN_REQUEST frame."""
         core = self._core
-        announced = Announced(payload, flags, lane, max_message=core.settings.max_message)
+        announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._begin(lane, flags, stream)
         if announced.room == frames.ROOM_WINDOW:
             core.windows.take(announced.size)
@@ -323,7 +323,8 @@ class IncomingCalls:
         if call.metered and self._meter is not None:
             self._meter.end()
         self._transfers.end(call)
-        self.waiting.drop(call)
+        if call.reply_held is not None:
+            self.waiting.drop(call)
         if call.num_parts:
             del self.waiting.in_parts[call.stream]
 

@@ -65,6 +65,7 @@ class OutgoingCalls:
         *,
         deadline: float,
         reserve_reply: bool,
+        now: float,
         in_parts: bool = False,
     ) -> int:
         """Sends a request, now or when the peer's limits allow; the number that its events carry.
@@ -73,6 +74,7 @@ class OutgoingCalls:
         peer accepts, or for more room than this node could ever reserve.
         """
         core = self._core
+        core.now = now
         encoded = heads.encode_request(head)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
@@ -138,11 +140,6 @@ class OutgoingCalls:
             self._core.events.append(CallFailed(call.stream, kind(self._core.peer, reason)))
             self._end(call)
 
-    def in_flight(self, stream: int) -> bool:
-        """Whether bytes of this call's buffers may have been given to a transport."""
-        call = self._calls.get(stream)
-        return call is not None and call.sending is not None and call.sending.begun
-
     # ---- requests
 
     def _send_waiting(self) -> None:
@@ -188,6 +185,7 @@ class OutgoingCalls:
         if call.untaken:
             for room in call.untaken:
                 room.release()
+            call.untaken = None
         if self._waiting:
             self._send_waiting()
 
@@ -224,7 +222,7 @@ class OutgoingCalls:
     def reply_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BEGIN_REPLY frame."""
         core = self._core
-        announced = Announced(payload, flags, lane, max_message=core.settings.max_message)
+        announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._calls.get(stream)
         if announced.room == frames.ROOM_WINDOW:
             core.windows.take(announced.size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
@@ -19,11 +20,10 @@ from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.errors import RemoteError
 from tesseract_async.wire import frames
-from tesseract_async.wire.heads import Hello, RequestHead
+from tesseract_async.wire.heads import Hello
 
 
 class ConnectionProtocol:
@@ -39,7 +39,7 @@ class ConnectionProtocol:
         dialled: bool,
         budgets: NodeBudgets,
         owner: Owner,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         now: float,
         meter: Meter | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
@@ -56,11 +56,11 @@ class ConnectionProtocol:
         )
         self._outgoing: dict[int, OutgoingCall] = {}
         self._incoming: dict[int, ReceivedCall] = {}
-        self._core = core = ConnectionCore(
+        self.core = core = ConnectionCore(
             peer,
             hello,
             self.lanes,
-            settings=settings,
+            bounds=bounds,
             budgets=budgets,
             owner=owner,
             now=now,
@@ -74,6 +74,7 @@ class ConnectionProtocol:
         self.incoming = IncomingCalls(core, self.transfers, self._incoming, meter=meter, refusal=refusal)
         self.reply = self.incoming.reply
         self.fail = self.incoming.fail
+        self.start_call = self.outgoing.start
         self.cancel_call = self.outgoing.cancel
         handlers |= {
             frames.REQUEST: self.incoming.request_received,
@@ -104,23 +105,9 @@ class ConnectionProtocol:
         """Calls under way in both directions: an idle connection has none."""
         return len(self._outgoing) + len(self._incoming)
 
-    def start_call(
-        self,
-        head: RequestHead,
-        buffers: tuple[memoryview, ...],
-        *,
-        deadline: float,
-        reserve_reply: bool,
-        now: float,
-        in_parts: bool = False,
-    ) -> int:
-        """See `OutgoingCalls.start`."""
-        self._core.now = now
-        return self.outgoing.start(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=in_parts)
-
     def room_changed(self, room: Reservation, now: float) -> None:
         """A reservation of one of this connection's calls was granted, or taken back."""
-        self._core.now = now
+        self.core.now = now
         call = room.call
         if isinstance(call, OutgoingCall):
             self.outgoing.room_changed(call, room)
@@ -134,7 +121,7 @@ class ConnectionProtocol:
 
         The memoryviews are on loan until the channel has drained.
         """
-        now = self._core.now
+        now = self.core.now
         if self._pong_due and lane == MAIN:
             self._pong_due = False
             self.life.send_pong(now)
@@ -157,17 +144,17 @@ class ConnectionProtocol:
 
     def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
         """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
-        self._core.now = now
+        self.core.now = now
         self.life.received(count, now, lane)
 
     @property
     def has_events(self) -> bool:
         """True if `events` would give any."""
-        return bool(self._core.events)
+        return bool(self.core.events)
 
     def events(self) -> list[Event]:
         """Return the events since the last call."""
-        events, self._core.events = self._core.events, []
+        events, self.core.events = self.core.events, []
         return events
 
     # ---- frames
@@ -183,47 +170,47 @@ class ConnectionProtocol:
             self.incoming.arrived(call)
 
     def _credit(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         self.windows.credited(stream)
 
     def _window(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         self.windows.told(stream)
 
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         if lane == MAIN:
             self._pong_due = True  # one for however many
         else:
             self.lanes[lane].put(frames.frame(frames.PONG))
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         if lane == MAIN:
-            self.life.pong_received(stream, self._core.now, answer=flags != frames.REPORT)
+            self.life.pong_received(stream, self.core.now, answer=flags != frames.REPORT)
         else:
-            self.life.bulk_moved(self._core.now)
+            self.life.bulk_moved(self.core.now)
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._peer_saw = stream
-        self._core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
+        self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
     def _bulk(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         self.transfers.bulk_asked()
 
     # ---- time and the end
 
     def timer_at(self) -> float:
         """Return the time at which to call `handle_timer`."""
-        return min(self.life.timer_at(), self._core.deadlines.first)
+        return min(self.life.timer_at(), self.core.deadlines.first)
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
         """Ends what is overdue, and pings. `late` tells by how many seconds the driver missed `timer_at`.
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
-        core = self._core
+        core = self.core
         core.now = now
         while core.deadlines.first <= now:
             stream, own = core.deadlines.pop()

@@ -55,6 +55,11 @@ class Quotas:
     def __len__(self) -> int:
         return len(self._uses)
 
+    @property
+    def num_under_way(self) -> int:
+        """Calls that count until their `end`."""
+        return sum(use.under_way for use in self._uses.values())
+
     def meter(self, peer_id: PeerID) -> Meter:
         """Return the meter of one connection."""
         return Meter(self, peer_id)

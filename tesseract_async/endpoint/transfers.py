@@ -158,9 +158,12 @@ class Transfers:
             self._core.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.lane.reader.forget(call.arrival.assembly)
+            call.arrival = None
         if call.room is not None:
             call.room.release()
-        self.give_window_back(call)
+            call.room = None  # it refers to the call: a cycle would keep the message's memory until it is collected
+        if call.window_bytes:
+            self.give_window_back(call)
 
     def find_stalled(self) -> list[CallState]:
         """Calls to whose messages nothing came for long although it was their turn, or which take far
@@ -170,7 +173,7 @@ class Transfers:
         the peer is pinged. Messages take turns on a lane, so on a slow one a message may rest for long while others
         move: it has stalled when all on its lane rest, or after `MAX_OVERTAKING` bytes.
         """
-        now, stall_after = self._core.now, self._core.settings.stall_after
+        now, stall_after = self._core.now, self._core.bounds.stall_after
         arrivals = [
             (call, call.arrival)
             for calls in self._calls.values()
@@ -207,7 +210,7 @@ class Transfers:
     def bulk_failed(self, now: float) -> None:
         """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""
         self._bulk_wanted = False
-        self._bulk_retry_at = now + self._core.settings.bulk_retry
+        self._bulk_retry_at = now + self._core.bounds.bulk_retry
 
     def bulk_asked(self) -> None:
         """The accepting side has a large message. Raises: ProtocolError if that is us."""

@@ -288,6 +288,12 @@ class ExpertDirectory(Uncopied):
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)
 
+    def report_outdated(self, uid: str) -> None:
+        """Note that the uid's lineage is further than its manifests say: they are read again soon."""
+        if (grid := self._grids.get(split_uid(uid)[0])) is not None:
+            grid.hurry.set()
+        self._found.pop(uid, None)
+
     def _forget(self, uid: str) -> None:
         self._found.pop(uid, None)
         grid = self._grids.get(split_uid(uid)[0])

@@ -19,6 +19,7 @@ from typing import Final, Literal
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, describe
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.nat import preamble
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
@@ -173,7 +174,7 @@ class Reachability:
         self._scope = scope
         self._settings = settings
         self._expected: dict[bytes, asyncio.Event] = {}
-        self._learnt: dict[PeerID, tuple[str, ...]] = {}
+        self._learnt: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def also(self, version: int) -> list[PeerAddress]:
         """Nodes that have helped, at the addresses of this kind (4 or 6) that they named: by word only."""
@@ -262,7 +263,4 @@ class Reachability:
             return
         found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
         found = found if self._scope is None else self._scope.allowed(found)
-        self._learnt.pop(helper.peer_id, None)
         self._learnt[helper.peer_id] = found
-        if len(self._learnt) > MAX_LEARNT:
-            del self._learnt[next(iter(self._learnt))]

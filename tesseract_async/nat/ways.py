@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -26,6 +25,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
 from tesseract_async.nat.offers import (
@@ -154,7 +154,7 @@ class NatTransport:
         self._accept: Callable[[Pipe], None] | None = None
         self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
         self._num_negotiations = 0
-        self._best: OrderedDict[PeerID, str] = OrderedDict()
+        self._best: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
         self._improving: dict[PeerID, _Improvement] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.upgrade: Callable[[PeerAddress, Sequence[DialPath]], Awaitable[None]] | None = None
@@ -196,9 +196,6 @@ class NatTransport:
             return
         if error is None:
             self._best[peer_id] = kind
-            self._best.move_to_end(peer_id)
-            if len(self._best) > MAX_REMEMBERED:
-                self._best.popitem(last=False)
             if kind in LATER_IMPROVED:
                 self._start_improving(peer, peer_id)
         elif self._best.get(peer_id) == kind:

@@ -40,7 +40,7 @@ def pack_address(address: Address) -> bytes:
 def unpack_address(raw: bytes) -> Address:
     """Return the address that `pack_address` packed. Takes untrusted bytes.
 
-    Raises: ProtocolError for another length, port 0, or an address that nobody can be dialled at.
+    Raises: ProtocolError for another length, port 0, or an address where nobody can be dialed.
     """
     if len(raw) not in (V4_BYTES, V6_BYTES):
         raise ProtocolError("a packed address has 6 or 18 bytes")
@@ -81,7 +81,7 @@ class Contact:
     last_seen: float = float("-inf")
     """Loop time of its last message that can't have been forged from off the path."""
     token: bytes = b""
-    """What it wants to see in requests from this node, as proof of this node's address."""
+    """The token that it gave this node, as proof of this node's address."""
     token_until: float = float("-inf")
     late: bool = False
     """True if a request to it has passed its timeout and nothing was heard since."""

@@ -19,7 +19,7 @@
     DIAL       (nonce)                   -> (whether it was passed on)
     DIAL_FOR   (address, nonce)          no reply; see `network.dial_back`
     DIALED     (nonce)                   no reply
-    COPY       (key + record)            no reply; see `network.caching`
+    COPY       (key + record)            no reply; see `network.holding`
 
 The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
 without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,
@@ -51,12 +51,12 @@ AMPLIFICATION = 3
 
 PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED, COPY = range(1, 11)
 ONE_WAY = (LEAVE, DIAL_FOR, COPY)
-"""Nobody replies to these, so they are nothing without a token."""
+"""Requests that nobody replies to, so that a sender without a token would learn nothing: they are dropped."""
 REPLY = 0x80
 """Added to a request's kind in its reply."""
 
 FLAG_CLIENT = 1
-"""The sender cannot be dialled: serve it, but never list it."""
+"""The sender cannot be dialed: serve it, but never list it."""
 
 FLAG_AGAIN = 2
 """In a reply without results: the token is out of date (its giver restarted, say); ask again with this one."""

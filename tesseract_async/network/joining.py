@@ -37,7 +37,7 @@ Seed = tuple[Address, PeerID | None]
 
 
 class Membership:
-    """Finds the network and keeps this node in it."""
+    """One node's way into the network, and back."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -72,7 +72,7 @@ class Membership:
             self._core.timers.cancel(self._timer)
             return
         for address, ids in addresses.items():
-            core.call_address(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
+            core.call(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
         self._ask_at(now + self._backoff * core.jitter())
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
         longest = SEED_PERIOD * (MAX_SEED_PERIODS if num_contacts else 1)
@@ -144,11 +144,11 @@ class Membership:
 
 
 class _Walk(Caller):
-    """Asks a seed for this node's neighborhood, then the unknown contact nearest to this node, one after the other.
+    """A walk from a seed to the unknown contact nearest to this node, then to the one nearest that it names, and so on.
 
-    A seed always names somebody unknown. To look up this node's own id each time would be most of what a large network
-    sends; a walk that ends at the first step that leads no nearer tells as much. If it comes to a contact that belongs
-    to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
+    A seed always names contacts that are unknown. To look up this node's own id each time would be most of what a large
+    network sends; a walk that ends at the first step that leads no nearer tells as much. If it comes to a contact that
+    belongs to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
     """
 
     def __init__(self, membership: Membership, core: Core) -> None:

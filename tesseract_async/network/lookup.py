@@ -48,7 +48,7 @@ class LookupCandidate:
     path: LookupPath | None = None
     """The path that asked it."""
     num_in_vain: int = 0
-    """Contacts named by this one that did not answer, less two for each that did."""
+    """Number of contacts named by this one that did not answer, less two for each that did."""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +226,7 @@ class Lookup:
 
     def _hear(self, path: LookupPath, contact: Contact, round_number: int, teller: LookupCandidate | None) -> None:
         if contact.raw in path.seen:
-            path.ignored.discard(self._candidates[contact.raw])  # somebody else knows it, too
+            path.ignored.discard(self._candidates[contact.raw])  # another one knows it, too
             return
         if contact.range is not None:
             if path.ranges.get(contact.range, 0) >= MAX_PER_RANGE:

@@ -70,8 +70,8 @@ class TesseractNetwork(Uncopied):
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked besides the seeds.
 
-        `policy` says whose records this node holds (action ``host``). Each of `checks` is asked whether a record
-        belongs where somebody wants it stored: its signature holds by then, but its value may be anything; False
+        `policy` says whose records this node holds (action ``host``). Each of `checks` is asked if a record belongs
+        where it is to be stored: its signature holds by then, but its value may be anything; False
         refuses it, True passes it or leaves it to others. `scope`: where this node may send on a stranger's word; by
         default what suits the address that its socket is bound to.
         """
@@ -144,8 +144,7 @@ class TesseractNetwork(Uncopied):
             self._forced_client = forced
             if self._protocol is not None:
                 self._protocol.set_client(forced)
-            if self.on_role_change is not None:
-                self.on_role_change()
+            self._role_changed()
 
     async def start(
         self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False

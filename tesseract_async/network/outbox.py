@@ -1,4 +1,4 @@
-"""What one node has to say: datagrams and events on their way out. Pure."""
+"""Datagrams and events on their way out of one node. Pure."""
 
 from __future__ import annotations
 

@@ -128,6 +128,8 @@ class NetworkProtocol:
         """Take one datagram as it came from the network, from a numeric `address`."""
         core = self.core
         try:
+            if not address[1]:
+                raise ProtocolError("a datagram from port 0, where nobody can be answered")
             datagram = wire.decode(data)
             if datagram.sender == core.own_id:
                 core.outbox.drop("own_id")

@@ -1,4 +1,4 @@
-"""Holders keep their dictionaries equal: with newcomers that are closer to a key, and among each other. Pure.
+"""Copying among the holders of a key, and to newcomers that are closer to it. Pure.
 
 Only owners renew: holders copy records verbatim, to nodes that have become close to the key. Of the k holders of a
 key the three nearest do the work, so that it is done about three times, not k times, and still done when one is gone.
@@ -30,7 +30,7 @@ PING_TIME = 5.0
 
 
 class Replicator:
-    """Decides what this node copies to whom, in slices that never hold up the loop."""
+    """The choice of what this node copies to which others, made in slices that never hold up the loop."""
 
     def __init__(self, core: Core, now: float) -> None:
         self._core = core
@@ -120,7 +120,7 @@ class Replicator:
 
 
 class _Sync(Caller):
-    """Brings one contact's dictionary up to date with this node's: asks for its digests, sends what differs."""
+    """A comparison of one contact's dictionary with this node's: it asks for its digests, and sends what differs."""
 
     def __init__(self, core: Core, key: bytes, contact: Contact, now: float) -> None:
         self._core = core

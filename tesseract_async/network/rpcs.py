@@ -36,7 +36,7 @@ STRANGERS_PER_RANGE = 1.0
 
 
 class Caller:
-    """Makes calls and hears how each ends: `call_answered` or `call_failed`, once. Does nothing by itself."""
+    """Base of what makes calls and hears how each ends: `call_answered` or `call_failed`, once."""
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         """The contact replied, and its id is proven. `call.contact` is set, also where only an address was given.
@@ -151,7 +151,7 @@ class Rpcs:
             call.contact.observe_round_trip(seconds)
 
     def _timeout(self, call: Call) -> float:
-        """Seconds to wait for this attempt's reply: by the peer's round trips, else all peers', else a first guess."""
+        """Return the seconds to wait for this attempt's reply: from its round trips, else all peers', else a guess."""
         contact = call.contact
         if contact is not None and contact.rtt is not None:
             base = contact.rtt + 4 * contact.rtt_variation

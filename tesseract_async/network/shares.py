@@ -1,4 +1,4 @@
-"""What each source has brought to a holder: nobody fills it alone, and a full one has room for others. Pure."""
+"""Accounts of what each source has brought to a holder, so that none fills it alone. Pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Shares:
         self._source_of: dict[Name, Source] = {}
         self._sizes: dict[Source, dict[Name, int]] = {}
         self._bytes: dict[Source, int] = {}
-        """Of ranges, and of blocks."""
+        """Sums of ranges, and of blocks."""
         self._in_key: dict[bytes, dict[Source, int]] = {}
         """Entries of each source under a key."""
 

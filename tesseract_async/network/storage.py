@@ -74,7 +74,7 @@ class Summary:
 
 
 class _Index:
-    """Makes a large dictionary quick; a small one is looked through."""
+    """An index for a large dictionary; a small one is looked through."""
 
     __slots__ = ("digests", "order", "owners")
 

@@ -58,14 +58,14 @@ class Attempt:
     summed: Gradients | None = None
     """Gradients of the parameters."""
     norm: float = 0.0
-    """Of those, as they came."""
+    """The norm of `summed` before it was scaled down."""
     scales: torch.Tensor | None = None
     """By which each row's gradients were weakened, as they are stale."""
     error: BaseException | None = None
     downloads: list[tuple[Sequence[RowSlice], list[Work], Transfer, int]] = field(default_factory=list)
-    """Of the attempts that this one came to: their slices, requests, results and version."""
+    """Slices, requests, results and version of each attempt without an error that this one came to."""
     outcomes: Outcomes = field(default_factory=dict)
-    """Of the requests that failed."""
+    """The errors of the requests that failed."""
 
 
 class Executor:

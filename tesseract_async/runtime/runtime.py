@@ -259,7 +259,7 @@ class TesseractRuntime(Uncopied):
         return work
 
     def withdraw(self, work: Work) -> bool:
-        """Drop work that nobody waits for. Returns False if all of it is being computed, or was."""
+        """Drop work whose result is not needed. Returns False if all of it is being computed, or was."""
         with self._lock:
             if not self._batcher.remove(work):
                 return False
@@ -426,7 +426,7 @@ class TesseractRuntime(Uncopied):
         self._posted.append((function, args))
         if not self._delivers:
             self._delivers = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed without closing us: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop was closed before this runtime
                 assert self._loop is not None
                 self._loop.call_soon_threadsafe(self._call_posted)
 

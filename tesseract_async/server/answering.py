@@ -54,7 +54,7 @@ class _Backward:
     work: Work
     runtime: TesseractRuntime
     version: int | None
-    """The version that it led to when it was applied before; None if this is the first time."""
+    """The version after it was applied the first time; None if this is the first time."""
     owner: Hashable
     num_waiting: int = 0
 
@@ -170,7 +170,7 @@ class ExpertCalls:
         keeps = request.keep_inputs and versions == [x._version for x in inputs]
         inputs_cached = self._keep(hosted, inputs, call) if keeps else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-        reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
+        reply = messages.ForwardReply(metas, answer.version, inputs_cached, hosted.epoch)
         return Message(messages.encode(reply), tuple(buffers))
 
     async def _backward(self, hosted: HostedState, call: IncomingCall) -> Message:
@@ -195,7 +195,8 @@ class ExpertCalls:
             "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
         )
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-        return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
+        reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
+        return Message(messages.encode(reply), tuple(buffers))
 
     def _begin_backward(
         self,

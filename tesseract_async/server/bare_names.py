@@ -71,7 +71,7 @@ class _Memory:
     """The server whose silence made this one take over."""
     waiting_since: float | None = None
     others: list[ExpertReplica] = field(default_factory=list)
-    """Those that may be followed, as the network said last."""
+    """The replicas elsewhere that may be followed, as the network said last."""
 
 
 class _Look:
@@ -103,7 +103,7 @@ class _Look:
 
 
 class BareNames:
-    """Settles the roles of these experts, and pulls the states of those that are followed."""
+    """Settles the roles of these experts, and pulls the states of followed ones."""
 
     def __init__(
         self,
@@ -305,7 +305,7 @@ class BareNames:
         return False
 
     async def _give(self, uid: str, heir: ExpertReplica) -> None:
-        """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""
+        """Have the heir take over. Raises: as the call; ProtocolError unless it proves that it has the last state."""
         nonce = os.urandom(16)
         body = messages.encode(messages.TakeOverRequest(uid, nonce))
         reply = await self._node.call_expert(heir.peer, messages.TAKE_OVER, body, timeout=HAND_OVER_TIMEOUT)

@@ -24,7 +24,7 @@ PATIENCE: Final = 2.0
 GONE_AFTER: Final = 1.0
 """Seconds without a connection after which a caller is gone: one that lost its connection dials again sooner."""
 DECAY: Final = 0.9
-"""What is left of the slowest one's weight with each that came sooner."""
+"""The slowest one's weight shrinks to this part with each that came sooner."""
 
 _Key = tuple[str, PeerID]
 

@@ -56,7 +56,7 @@ class ExportedExpert(NamedTuple):
     version: int
     """Optimizer steps taken."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file, in hexadecimal digits."""
 
 
 @dataclass(slots=True)

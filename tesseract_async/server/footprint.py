@@ -1,4 +1,4 @@
-"""What an expert costs in memory, measured, and what of a volunteer's limit goes where.
+"""The memory that an expert takes, measured, and how a volunteer's limit is divided.
 
 `measure` lets one expert take a step, and then run forward and backward with the largest batch on PyTorch's ``meta``
 device, which computes nothing and takes no memory, while every tensor that would be made is counted. `plan_memory`
@@ -31,12 +31,12 @@ from tesseract_async.server.memory import trim_heap
 logger = logging.getLogger(__name__)
 
 JOURNAL_BYTES: Final = 256 * JOURNAL_LENGTH
-"""Of a full one: Python takes 170 to 250 for a call id and a version, the most when the table has just grown."""
+"""A full one: Python takes 170 to 250 for a call id and a version, the most when the table has just grown."""
 COPIED_JOURNAL_BYTES: Final = 24 * JOURNAL_LENGTH
 NUM_PROBE_ROWS: Final = 4
 PROBE_MARGIN: Final = 2.0
-"""Where a module does not run on ``meta``, so many times what `NUM_PROBE_ROWS` more rows took is reckoned per row: with
-few rows, the peak is where the parameters' gradients meet, not where all activations do."""
+"""A module that does not run on ``meta`` is taken to need this many times the memory of each probed row: with few rows,
+the peak is where the parameters' gradients meet, not where all activations do."""
 
 MAX_OPERATIONS: Final = 20_000
 """On tensors, while an expert of somebody else's sizes is built."""
@@ -52,7 +52,7 @@ class Footprint:
     weights: int
     """Parameters and buffers."""
     gradients: int
-    """Of the parameters that are trained."""
+    """One for each parameter that is trained."""
     optimizer: int
     """Its state after the first step."""
     batch: int
@@ -81,7 +81,7 @@ class MemoryPlan:
     needed_for_one: int
     """The least limit with which one expert fits."""
     budgets: Mapping[str, int]
-    """What the server may keep for others, by the names of `SHARES`."""
+    """Bytes that the server may keep for others, by the names of `SHARES`."""
 
 
 SHARES: Final[Mapping[str, tuple[float, int]]] = {
@@ -115,7 +115,7 @@ def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = Fals
 def measure(backend: ExpertBackend) -> Footprint:
     """Measure an expert by taking a step: for a backend that is not used afterwards. Raises what its module raises."""
     settings = backend.settings
-    few = _peak_of(backend, NUM_PROBE_ROWS, backend.device)
+    few = peak_of(backend, NUM_PROBE_ROWS, backend.device)
     found = backend.gradients(*_probe(backend, 1, backend.device), training=True)
     for _ in range(settings.step_every):
         backend.step(found[1])
@@ -130,11 +130,11 @@ def measure(backend: ExpertBackend) -> Footprint:
         num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
     try:
-        batch = _peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
+        batch = peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         # it looks at the numbers themselves, or uses what ``meta`` does not have
         logger.info("%s does not run on meta (%s): its memory is estimated", type(backend.module).__name__, error)
-        more = _peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
+        more = peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
         row = PROBE_MARGIN * max(0, more - few) / NUM_PROBE_ROWS
         batch = more + int(row * max(0, backend.max_batch_size - 2 * NUM_PROBE_ROWS))
     return dataclasses.replace(footprint, batch=int(KERNEL_MARGIN * batch))
@@ -162,7 +162,7 @@ def _probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple
     return inputs, [x if x.is_floating_point() or x.is_complex() else None for x in gradients]
 
 
-def _peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
+def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
     """Return the bytes of all tensors, staged rows and answers included, at the worst moment of both passes."""
     backend.prepare()
     with Counting() as counting:

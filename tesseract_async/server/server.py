@@ -85,7 +85,7 @@ class TesseractServer(Uncopied):
 
         Raises: ValueError if `followers` names an expert that is not among `experts`, for a backend that stands for two
         experts or that another server hosts, for no device, or a period that is not above 0; TypeError for an expert
-        that is no ExpertBackend, or a node that is no TesseractNode.
+        that is not an ExpertBackend, or a node that is not a TesseractNode.
         """
         if not hasattr(node, "host_expert"):
             raise TypeError(
@@ -121,7 +121,7 @@ class TesseractServer(Uncopied):
             for (uid, backend), runtime in zip(experts.items(), itertools.cycle(self.runtimes), strict=False)
         }
         self.succession = Succession()
-        """Who is the primary of each expert."""
+        """The seam that says who is primary; `ReplicaKeeper` puts itself here."""
         self._memory = CallerMemory(
             max_inputs_bytes=settings.max_inputs_bytes, max_answers_bytes=settings.max_answers_bytes
         )
@@ -324,7 +324,7 @@ class TesseractServer(Uncopied):
     async def _declare(self) -> None:
         if self._publisher is not None:
             roles = {uid: one.is_primary for uid, one in self.hosted.items()}
-            await self._publisher.declare(roles, epochs=self.succession.epochs())
+            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
 
     def free_memory(self) -> int:
         """Forget what was kept for callers, who send their inputs again, and give free pages back to the system.

@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
 NUM_CHECKPOINTS: Final = 3
-"""Of each expert: one may be damaged, and one may hold what somebody wants back."""
+"""Checkpoints kept of each expert: the newest may be damaged, or its owner wants an older one back."""
 NUM_SEALED: Final = 2
 """Sealed files of each expert: somebody may be fetching the one before."""
 
 
 def expert_folder(directory: Path, uid: str) -> Path:
-    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
+    """Return an expert's folder: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
 
     Raises: CheckpointError for a uid that cannot name a folder.
     """

@@ -80,6 +80,8 @@ class ForwardReply(NamedTuple):
     """Optimizer steps that the expert had taken when it computed this."""
     inputs_cached: bytes | None = None
     """Names the inputs that the server keeps for the backward; None if it keeps none."""
+    epoch: int = 0
+    """The epoch of the expert's lineage at that server; 0 outside of runs."""
 
 
 class BackwardRequest(NamedTuple):
@@ -110,6 +112,8 @@ class BackwardReply(NamedTuple):
 
     tensors: list[Value]
     version: int
+    epoch: int = 0
+    """As in `ForwardReply`."""
 
 
 class TakeOverRequest(NamedTuple):

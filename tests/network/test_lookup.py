@@ -159,7 +159,7 @@ def test_one_address_range_has_few_places_among_the_closest() -> None:
     assert lookup.closest(max_per_range=2) == expected
 
 
-def test_who_names_contacts_that_do_not_answer_is_believed_no_more() -> None:
+def test_a_teller_of_contacts_that_do_not_answer_is_believed_no_more() -> None:
     lookup = Lookup(0, [contact(2**200)], k=20, num_paths=1, alpha=2)
     (liar,) = lookup.to_ask()
     named = [contact(index) for index in range(1, 21)]
@@ -189,7 +189,7 @@ def test_what_somebody_else_names_too_is_asked_all_the_same() -> None:
     assert lookup.finished and there in lookup.closest()
 
 
-def test_a_teller_of_whom_some_answer_may_name_some_who_have_gone() -> None:
+def test_a_teller_may_name_some_contacts_that_have_gone_if_others_answer() -> None:
     lookup = Lookup(0, [contact(2**200)], k=20, num_paths=1, alpha=1)
     (teller,) = lookup.to_ask()
     named = [contact(index) for index in range(1, 21)]

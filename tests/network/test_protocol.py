@@ -159,7 +159,7 @@ def test_a_lost_request_is_sent_again_with_the_same_transaction_and_then_given_u
     assert len(pair.a.core.table) == 0
 
 
-def test_whoever_is_alone_asks_its_seeds_and_old_contacts_for_ever_and_comes_back() -> None:
+def test_a_node_alone_asks_its_seeds_and_old_contacts_forever_and_comes_back() -> None:
     pair = Pair()
     pair.join()
     pair.a.read(bytes(range(32)), 0.0)
@@ -274,7 +274,7 @@ def test_wrong_signatures_forged_replies_and_replies_nobody_asked_for_are_counte
     assert dropped(pair.a, "unasked") == 1
 
 
-def test_somebody_who_answers_in_another_s_name_never_enters_the_table() -> None:
+def test_a_node_that_answers_in_another_s_name_never_enters_the_table() -> None:
     a, liar = machine(1), machine(2)
     liar.core.own_id = bytes([9] * 32)  # it has no key for this id
     a.set_seeds([(B, None)], 0.0)
@@ -470,7 +470,7 @@ def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
 
 
 @pytest.mark.parametrize("role", ["client", "public"])
-def test_who_dialed_for_others_is_not_proven_by_the_one_it_dialed(role: str) -> None:
+def test_a_node_that_dialed_for_others_is_not_proven_by_those_it_dialed(role: str) -> None:
     """A client that dials opens its own gateway. For who is public that means nothing, and others could make it so."""
     node = machine(1, public=False)
     node.core.outbox.role = role
@@ -591,7 +591,7 @@ def test_after_the_own_loop_stood_still_nobody_is_judged_before_the_socket_is_re
     assert len(pair.a.core.table) == 1
 
 
-def test_whoever_is_late_already_is_not_waited_for_again() -> None:
+def test_a_node_that_is_late_already_is_not_waited_for_again() -> None:
     nodes = {(f"10.0.1.{index}", 4000): machine(10 + index) for index in range(6)}
     addresses = list(nodes)
     now = 0.0
@@ -721,7 +721,7 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
     listed.proven = True
     seed.core.table.add(listed, 0.0)
     node.membership.ask_seeds(0.0)
-    # it is new and near (so small a network is all neighbourhood): whom it knows is looked up
+    # it is new and near (so small a network is all neighborhood): whom it knows is looked up
     assert exchange().count(wire.FIND) > 2
     assert newcomer.core.own_id in node.core.table
     node.membership.ask_seeds(0.0)
@@ -864,7 +864,7 @@ def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
     assert ask(bytes([7] * 32), ("7.7.7.7", 1), victim, 0.0) == 0, "a stranger"
     assert ask(liar.peer_id, ("7.7.7.7", 1), victim, 0.0) == 0, "another in a contact's name"
     for host in ("10.0.0.1", "169.254.169.254", "127.0.0.1", "192.168.1.255"):
-        assert ask(liar.peer_id, friend, (host, 80), 0.0) == 0, "nobody's business"
+        assert ask(liar.peer_id, friend, (host, 80), 0.0) == 0, "not for a stranger's sake"
     assert ask(liar.peer_id, friend, victim, 0.0) == 1
     to_one = sum(ask(liar.peer_id, friend, (victim[0], port), 0.0) for port in range(1, 1000))
     assert 0 < to_one <= 16, "whatever the port"
@@ -911,3 +911,10 @@ def test_a_node_holds_what_belongs_near_it_and_nothing_else() -> None:
     assert [store(key) for key in near] == [StoreOutcome.STORED] * 100
     far = [rng.randbytes(32) for _ in range(300)]
     assert sum(store(key) is StoreOutcome.STORED for key in far) <= 15
+
+
+def test_a_datagram_from_port_0_is_dropped() -> None:
+    holder = machine(1)
+    for kind in (wire.PING, wire.DIALED):
+        holder.receive_datagram(request(kind), ("8.8.8.8", 0), 0.0)
+    assert dropped(holder, "malformed") == 2 and not holder.datagrams_to_send()

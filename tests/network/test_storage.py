@@ -202,8 +202,8 @@ def test_one_address_range_fills_a_32nd_of_a_holder_and_one_block_an_eighth() ->
     assert storage.num_entries == 1
 
 
-def test_a_full_holder_makes_room_for_those_who_have_little() -> None:
-    """What goes is of whoever has most: far from the node, and long-lived, before the rest."""
+def test_a_full_holder_makes_room_for_sources_that_have_little() -> None:
+    """Entries of the largest source go: those far from the node, and long-lived, first."""
     storage = Storage(640 * 1024)
     for number in range(1, 40):
         for index in range(17):

@@ -52,7 +52,7 @@ def test_weights_gradients_optimizer_and_journal_are_counted() -> None:
 def test_the_largest_batch_is_what_it_really_makes(name: str, sizes: dict[str, Any], max_batch_size: int) -> None:
     expert = measure(make_backend(name, sizes=sizes, max_batch_size=max_batch_size))
     real = make_backend(name, sizes=sizes, max_batch_size=max_batch_size)
-    made = footprint._peak_of(real, max_batch_size, torch.device("cpu"))
+    made = footprint.peak_of(real, max_batch_size, torch.device("cpu"))
     assert made <= expert.batch <= 1.2 * made
 
 
@@ -67,7 +67,7 @@ def test_a_module_that_looks_at_its_numbers_is_estimated_and_not_too_low() -> No
             return result
 
     expert = measure(make(Looks()))
-    assert footprint._peak_of(make(Looks()), 512, torch.device("cpu")) <= expert.batch
+    assert footprint.peak_of(make(Looks()), 512, torch.device("cpu")) <= expert.batch
 
 
 def test_measuring_holds_nothing_afterwards() -> None:
