@@ -59,24 +59,19 @@ access_options = grouped(
     click.option(
         "--allow-file",
         type=PEER_FILE,
-        help="Let only the peers in this file call, train and store here: one peer id a line, # begins a comment.",
+        help="Let only the peers in this file call, train and store here, one id a line.",
     ),
     click.option(
         "--peer-calls", type=click.IntRange(1), help="Answer at most this many calls of each peer in --peer-period."
     ),
     click.option(
-        "--peer-bytes",
-        type=SIZE,
-        help="Exchange at most this much data with each peer in --peer-period, such as '1 GiB'.",
+        "--peer-bytes", type=SIZE, help="Exchange at most this much with each peer in --peer-period, such as '1 GiB'."
     ),
     click.option(
         "--peer-concurrent", type=click.IntRange(1), help="Work on at most this many calls of each peer at once."
     ),
     click.option(
-        "--peer-period",
-        type=SECONDS,
-        default=60.0,
-        help="The time for which --peer-calls and --peer-bytes count, such as '1 h'; a plain number is seconds.",
+        "--peer-period", type=SECONDS, default=60.0, help="Count --peer-calls and --peer-bytes over this time."
     ),
 )
 """For commands that answer strangers: a policy, or None, as the argument `policy`."""
