@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from tesseract_async.admission import Policy, Quota
 from tesseract_async.cli.options import grouped
-from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE
+from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE, counted
 from tesseract_async.identity import PeerID
 
 LISTS: Final = ("allow", "allow_file", "allow_training")
@@ -89,16 +89,12 @@ def describe_policy(policy: Policy) -> list[str]:
     """Return one line for each thing that is not open to all, for the person who starts the node."""
     lines = []
     if policy.callers is not None:
-        lines.append(f"only {_peers(len(policy.callers))} may call, train and store here")
+        lines.append(f"only {counted(len(policy.callers), 'peer')} may call, train and store here")
     if policy.trainers is not None and policy.trainers != policy.callers:
-        lines.append(f"only {_peers(len(policy.trainers))} may change weights here")
+        lines.append(f"only {counted(len(policy.trainers), 'peer')} may change weights here")
     if policy.quota is not None:
         lines.append("what each peer may ask for is limited")
     return lines
-
-
-def _peers(count: int) -> str:
-    return "one peer" if count == 1 else f"{count} peers"
 
 
 def _refuse_empty_lists() -> None:

@@ -76,22 +76,17 @@ class Owner:
             yield RunOwner(node.network, Identity.load(self.identity), keeper)
 
 
-owner_options = with_options(
-    grouped(
-        "owner",
-        Owner,
-        click.argument("name", metavar="NAME[@PEER_ID]"),
-        click.option(
-            "--identity",
-            required=True,
-            type=EXISTING_FILE,
-            help="Sign with this key file, of the run's owner or a delegate.",
-        ),
-        initial_peers_option(required=True),
-        identity_option("--join-as"),
+_owner_group = grouped(
+    "owner",
+    Owner,
+    click.argument("name", metavar="NAME[@PEER_ID]"),
+    click.option(
+        "--identity", required=True, type=EXISTING_FILE, help="Sign with this key file, of the owner or a delegate."
     ),
-    log_options,
+    initial_peers_option(required=True),
+    identity_option("--join-as"),
 )
+owner_options = with_options(_owner_group, log_options)
 """For what the owner of a run or a delegate does: an `Owner` as the argument `owner`."""
 
 
