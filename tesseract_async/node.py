@@ -23,11 +23,10 @@ from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Incomi
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import RunKeeper, enter_run
-from tesseract_async.experts.trust import Trust
+from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat.interfaces import own_addresses
@@ -127,6 +126,8 @@ class TesseractNode(Uncopied):
         self.scope = AddressScope()
         """Where this node may send on a stranger's word; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
+        self.publisher_places: set[int] = set()
+        """Those of its servers' `ExpertPublisher`s."""
         """Whom this node believes about experts, and in which runs it takes part (`join_run`)."""
         self.network = TesseractNetwork(
             identity=identity,

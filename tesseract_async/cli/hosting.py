@@ -36,18 +36,17 @@ from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFoun
 from tesseract_async.monitoring import StatusService
 from tesseract_async.node import TesseractNode
 from tesseract_async.runtime.backend import BackendSettings
-from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.adoption import ReplicaSettings, adopt_states
 from tesseract_async.server.calls import CallSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, measure, plan_memory, size_text
 from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.registry import draws_its_own, make_backend
-from tesseract_async.server.replicas import ReplicaKeeper
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
+from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
 
@@ -149,7 +148,7 @@ class Hosting:
                 checkpoint_dir=self.plan.checkpoint_dir,
                 checkpoint_period=self.plan.checkpoint_period,
                 followers=followed,
-                publisher_settings=_publisher_settings(self.plan.ttl),
+                publisher_settings=PublisherSettings(ttl=self.plan.ttl),
                 settings=self._server_settings(),
             )
             with sign("making the experts known"):
@@ -354,9 +353,7 @@ class Hosting:
             return settings
         return dataclasses.replace(
             settings,
-            runtime=dataclasses.replace(
-                runtime, batcher=BatcherSettings(max_queue_bytes=self.memory.queue // len(self.plan.devices))
-            ),
+            runtime=dataclasses.replace(runtime, max_queue_bytes=self.memory.queue // len(self.plan.devices)),
             calls=CallSettings(max_inputs_bytes=self.memory.inputs, max_answers_bytes=self.memory.answers),
         )
 
@@ -467,10 +464,6 @@ def _checkpointed(directory: Path | None, pattern: ExpertPattern) -> list[str]:
     if directory is None or not directory.is_dir():
         return []
     return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir() and unquote(path.name) in pattern)
-
-
-def _publisher_settings(ttl: float) -> PublisherSettings:
-    return PublisherSettings(ttl=ttl, refresh_period=ttl / 3, retry_period=min(1.0, ttl / 10))
 
 
 def _tell(verdict: Verdict) -> None:

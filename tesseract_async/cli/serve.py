@@ -239,14 +239,13 @@ def command(ctx: click.Context, /, **values: Any) -> None:
 def _check_patterns(patterns: tuple[str, ...], num_experts: int | None) -> None:
     """Raises: click.BadParameter for malformed patterns, and for too many experts unless some are to be chosen."""
     from tesseract_async.experts import ExpertPattern
-    from tesseract_async.experts.choice import num_members
 
     for text in patterns:
         try:
             pattern = ExpertPattern.parse(text)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--experts") from None
-        size = num_members(pattern)
+        size = pattern.num_uids
         if num_experts is None and size > MAX_EXPERTS:
             raise click.BadParameter(
                 f"{text} are {size} experts; one server hosts at most {MAX_EXPERTS}: say --num-experts to choose some",

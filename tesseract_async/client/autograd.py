@@ -33,7 +33,7 @@ from tesseract_async.client.isolated import DEFAULT, isolated
 from tesseract_async.client.leaves import Leaves
 from tesseract_async.client.scaling import Scaler, Scaling, noted_scale
 from tesseract_async.errors import ExpertFailed
-from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.gradients import are_finite
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -39,7 +39,7 @@ from tesseract_async.client.replicas import (
 )
 from tesseract_async.client.staleness import fresh_enough
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, Overloaded, TesseractError
-from tesseract_async.runtime.finite import are_finite
+from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import flatten
 

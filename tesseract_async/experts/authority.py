@@ -11,17 +11,17 @@ from typing import Any, Final
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.grants import (
+    APPOINTMENTS,
+    GRANTS,
+    REVOCATIONS,
     ROLES,
     Appointment,
     Grant,
     Revocations,
     Role,
-    decode_appointment,
-    decode_grant,
-    decode_revocations,
     is_within,
 )
-from tesseract_async.experts.run import SignedRun, decode_run
+from tesseract_async.experts.run import RUNS, SignedRun
 from tesseract_async.experts.signed import read_signer
 from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import PeerID
@@ -143,7 +143,7 @@ class Authority:
         if known is not None and known.blob == blob:
             return True
         try:
-            grant = decode_grant(blob) if type(blob) is bytes else None
+            grant = GRANTS.read(blob) if type(blob) is bytes else None
         except ProtocolError:
             return False
         if grant is None or (peer_id is not None and grant.peer != peer_id) or not self._holds(grant):
@@ -169,11 +169,11 @@ class Authority:
         if not self.rules(read_signer(blob)):
             raise InvalidRecord("a record of somebody without authority over this run")
         if kind == _REVOCATIONS:
-            return self.learn_revocations(decode_revocations(blob))
+            return self.learn_revocations(REVOCATIONS.read(blob))
         if kind == _APPOINTMENT:
-            return self.learn_appointment(decode_appointment(blob))
+            return self.learn_appointment(APPOINTMENTS.read(blob))
         if kind == _MANIFEST:
-            return self.learn_run(decode_run(blob))
+            return self.learn_run(RUNS.read(blob))
         raise ProtocolError("a record of a run of an unknown kind")
 
     def learn_run(self, run: SignedRun) -> bool:
@@ -203,7 +203,7 @@ class Authority:
         first = next(rest, None)
         if type(first) is not bytes or first[:1] != _MANIFEST:
             raise ProtocolError("these are not the records of a run")
-        authority = cls(decode_run(first[1:]))
+        authority = cls(RUNS.read(first[1:]))
         for record in rest:
             try:
                 authority.learn(record)
@@ -253,7 +253,7 @@ class Authority:
         self._count(by_owner=True)
         for blob in self.run.manifest.delegates:
             try:
-                grant = decode_grant(blob)
+                grant = GRANTS.read(blob)
             except ProtocolError:
                 continue
             if grant.via is None and grant.roles & ROLES["admit"] and self._holds(grant):

@@ -1,4 +1,4 @@
-"""Which experts of a pattern a newcomer should take. No I/O; randomness is given.
+"""The choice of the experts of a pattern that a newcomer takes. No I/O; randomness is given.
 
 A pattern may name more uids than fit any memory, so it is never expanded: members are counted and drawn by their rank.
 """
@@ -6,7 +6,6 @@ A pattern may name more uids than fit any memory, so it is never expanded: membe
 from __future__ import annotations
 
 import hashlib
-import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -18,34 +17,6 @@ from tesseract_async.identity import PeerID
 Coords = tuple[int, ...]
 
 
-def num_members(pattern: ExpertPattern) -> int:
-    """How many uids the pattern names. (``len`` has a limit, and a pattern can name more.)"""
-    return math.prod(len(one) for one in pattern.ranges)
-
-
-def coords_at(pattern: ExpertPattern, rank: int) -> Coords:
-    """The member of this rank, in the order of iteration. Raises: IndexError."""
-    if not 0 <= rank < num_members(pattern):
-        raise IndexError(f"{pattern} has {num_members(pattern)} members; there is none of rank {rank}")
-    found = []
-    for one in reversed(pattern.ranges):
-        rank, offset = divmod(rank, len(one))
-        found.append(one[offset])
-    return tuple(reversed(found))
-
-
-def rank_of(pattern: ExpertPattern, coords: Coords) -> int | None:
-    """The inverse of `coords_at`; None for what is no member."""
-    if len(coords) != len(pattern.ranges):
-        return None
-    rank = 0
-    for one, at in zip(pattern.ranges, coords, strict=True):
-        if at not in one:
-            return None
-        rank = rank * len(one) + one.index(at)
-    return rank
-
-
 def choose(
     pattern: ExpertPattern,
     num_experts: int,
@@ -54,7 +25,7 @@ def choose(
     *,
     without: Collection[Coords] = (),
 ) -> list[Coords]:
-    """Which members of `pattern` to host: free ones first, then those with the fewest replicas; never one twice.
+    """Choose members of `pattern` to host: free ones first, then those with the fewest replicas; never one twice.
 
     `hosted` says how many servers host each expert; what is outside of the pattern does not count. Members in
     `without` are never chosen. Equals are drawn uniformly, so newcomers who saw the same state meet on an expert no
@@ -62,14 +33,14 @@ def choose(
 
     Takes time and memory by what is hosted and wanted, not by the pattern's size.
     """
-    excluded = {rank for coords in without if (rank := rank_of(pattern, coords)) is not None}
+    excluded = {rank for coords in without if (rank := pattern.rank_of(coords)) is not None}
     counts = {
         rank: count
         for coords, count in hosted.items()
-        if count > 0 and (rank := rank_of(pattern, coords)) is not None and rank not in excluded
+        if count > 0 and (rank := pattern.rank_of(coords)) is not None and rank not in excluded
     }
     taken = sorted({*counts, *excluded})
-    num_free = num_members(pattern) - len(taken)
+    num_free = pattern.num_uids - len(taken)
     # how many free members lie below each taken one: so a free one's place among the free ones gives its rank
     free_below = [rank - index for index, rank in enumerate(taken)]
     places = _sample(num_free, max(0, min(num_experts, num_free)), random)
@@ -80,14 +51,14 @@ def choose(
     for count in sorted(by_count):
         wanted = max(0, num_experts - len(chosen))
         chosen += random.sample(by_count[count], min(wanted, len(by_count[count])))
-    return [coords_at(pattern, rank) for rank in chosen]
+    return [pattern.coords_at(rank) for rank in chosen]
 
 
 def losers(mine: Iterable[Coords], others: Mapping[PeerID, Collection[Coords]], me: PeerID) -> set[Coords]:
-    """Which of `mine` another newcomer keeps, who reserved them at the same time.
+    """Return those of `mine` that another newcomer keeps, which reserved them at the same time.
 
-    Both sides compute the same: of those who reserved an expert, the one with the lowest hash of expert and id keeps
-    it. (By the id alone, whoever ground a low one would always win.)
+    Both sides compute the same: of those that reserved an expert, the one with the lowest hash of expert and id keeps
+    it. (By the id alone, a peer that ground a low one would always win.)
     """
     return {
         coords

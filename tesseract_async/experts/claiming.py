@@ -3,7 +3,7 @@
 A newcomer reads who hosts what, chooses (`choice.choose`), and says so under the grid's *claims* key for a minute.
 After a moment it reads what others reserved meanwhile; where two took the same expert, both compute who keeps it, and
 the other draws again. So newcomers that arrive in the same second share the free experts out, where choosing alone
-would let them meet by chance. Reservations bind nobody: whoever ignores them merely hosts one replica more.
+would let them meet by chance. Reservations bind nobody: a server that ignores them merely hosts one replica more.
 
 A reservation is bytes: the number of dimensions, then 4 bytes (big-endian) per coordinate, expert by expert.
 """
@@ -15,9 +15,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol
+from typing import Final
 
 import numpy as np
 
@@ -29,40 +28,25 @@ from tesseract_async.experts.manifest import MAX_DIMS, RunTag, grid_key, join_ui
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
+from tesseract_async.network.network import TesseractNetwork
 
 logger = logging.getLogger(__name__)
 
-MAX_PART_BYTES = 800
-GRANT_SUBKEY = "grant"
+MAX_PART_BYTES: Final = 800
+GRANT_SUBKEY: Final = "grant"
 """Under which a newcomer to a run shows that it may host there: its manifest does not say so yet."""
-
-
-class ClaimingNetwork(Protocol):
-    """What claiming needs of `TesseractNetwork`."""
-
-    @property
-    def peer_id(self) -> PeerID: ...
-    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
-    async def get_entries(self, key: str) -> Sequence[Any]: ...
-    async def withdraw(self, key: str, *, subkey: str | None = None) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimSettings:
-    """How newcomers settle. Seconds are plain floats."""
-
-    ttl: float = 60.0
-    """A reservation holds so long: enough to build the experts and declare them."""
-    settle: float = 0.5
-    """Between a reservation and the look at others'; longer than it takes to choose and to store."""
-    max_rounds: int = 4
-    """After so many draws a newcomer keeps what it has, even if it meets somebody there."""
+RESERVATION_TTL: Final = 60.0
+"""Seconds for which a reservation holds: enough to build the experts and declare them."""
+SETTLE_SECONDS: Final = 0.5
+"""Between a reservation and the look at others'; longer than it takes to choose and to store."""
+MAX_DRAWS: Final = 4
+"""After so many draws a newcomer keeps what it has, even if another one is there, too."""
 
 
 class ExpertClaim:
     """Experts that this node reserved. `release` it once they are declared, or are not going to be."""
 
-    def __init__(self, network: ClaimingNetwork, prefix: str, trust: Trust | None = None) -> None:
+    def __init__(self, network: TesseractNetwork, prefix: str, trust: Trust | None = None) -> None:
         self._network = network
         self._trust = Trust() if trust is None else trust
         self._prefix = prefix
@@ -71,20 +55,20 @@ class ExpertClaim:
         self.uids: dict[str, bool] = {}
         """uid -> whether nobody hosted it when it was chosen, so that this node will train it."""
 
-    async def reserve(self, coords: Sequence[Coords], *, ttl: float) -> None:
-        """Says in the network that these are taken, in place of what was said before."""
+    async def reserve(self, coords: Sequence[Coords]) -> None:
+        """Say in the network that these are taken, in place of what was said before."""
         parts = encode_reservation(coords)
         if grant := self._trust.own_grant(self._prefix):
-            await self._network.store(self._key, grant, ttl=ttl, subkey=GRANT_SUBKEY)
+            await self._network.store(self._key, grant, ttl=RESERVATION_TTL, subkey=GRANT_SUBKEY)
         for number, part in enumerate(parts):
-            await self._network.store(self._key, part, ttl=ttl, subkey=str(number))
+            await self._network.store(self._key, part, ttl=RESERVATION_TTL, subkey=str(number))
         gone = range(len(parts), self._num_parts)
         self._num_parts = len(parts)
         for number in gone:
             await self._network.withdraw(self._key, subkey=str(number))
 
     async def release(self) -> None:
-        """Withdraws the reservation; if that fails, it expires."""
+        """Withdraw the reservation; if that fails, it expires."""
         shown = [GRANT_SUBKEY] if self._trust.own_grant(self._prefix) else []
         for subkey in [*map(str, range(self._num_parts)), *shown]:
             try:
@@ -95,37 +79,35 @@ class ExpertClaim:
 
 
 async def claim_experts(
-    network: ClaimingNetwork,
+    network: TesseractNetwork,
     pattern: ExpertPattern,
     num_experts: int,
     *,
     random: Random,
     trust: Trust | None = None,
-    settings: ClaimSettings = ClaimSettings(),
     clock: Callable[[], float] = time.time,
     log: Callable[[str], None] = logger.info,
 ) -> ExpertClaim:
-    """Reserves `num_experts` of `pattern`: free ones, else those with the fewest replicas.
+    """Reserve `num_experts` of `pattern`: free ones, else those with the fewest replicas.
 
-    Fewer only if the pattern names fewer. Those whom `trust` does not believe are passed over. `clock` gives wall-clock
-    time. Cancelled, it leaves a reservation that
-    expires. Raises: what the network raises.
+    Fewer only if the pattern names fewer. Peers whom `trust` does not believe are passed over. `clock` gives wall-clock
+    time. Cancelled, it leaves a reservation that expires. Raises: what the network raises.
     """
     trust = Trust() if trust is None else trust
     claim = ExpertClaim(network, pattern.prefix, trust)
     hosted = await _hosted(network, pattern, trust, clock)
     mine: list[Coords] = []
     others = await _reserved(network, pattern, trust, clock)
-    for attempt in range(settings.max_rounds):
+    for attempt in range(MAX_DRAWS):
         counts = hosted + Counter(coords for theirs in others.values() for coords in theirs)
         mine += choose(pattern, num_experts - len(mine), counts, random, without=mine)
         if not mine:
             break
-        await claim.reserve(mine, ttl=settings.ttl)
-        await asyncio.sleep(settings.settle)
+        await claim.reserve(mine)
+        await asyncio.sleep(SETTLE_SECONDS)
         others = await _reserved(network, pattern, trust, clock)
         lost = losers(mine, others, network.peer_id)
-        if not lost or attempt == settings.max_rounds - 1:
+        if not lost or attempt == MAX_DRAWS - 1:
             break
         log(f"{len(lost)} of {len(mine)} chosen experts were taken by others at the same time; drawing again")
         mine = [coords for coords in mine if coords not in lost]
@@ -148,7 +130,7 @@ def encode_reservation(coords: Sequence[Coords]) -> list[bytes]:
     return [bytes([num_dims]) + packed[start : start + per_part].tobytes() for start in range(0, len(coords), per_part)]
 
 
-def decode_reservation(value: Any) -> list[Coords]:
+def decode_reservation(value: object) -> list[Coords]:
     """Reads one part. Untrusted. Raises: ProtocolError."""
     if type(value) is not bytes or not 1 < len(value) <= MAX_PART_BYTES:
         raise ProtocolError("a reservation consists of bytes, not too many of them")
@@ -160,12 +142,12 @@ def decode_reservation(value: Any) -> list[Coords]:
 
 
 async def _hosted(
-    network: ClaimingNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
+    network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> Counter[Coords]:
-    """How many other servers host each expert of the grid."""
+    """Count the other servers that host each expert of the grid."""
     entries = await network.get_entries(trust.grid_key(pattern.prefix))
     others = [entry for entry in entries if entry.owner != network.peer_id]
-    claims = await read_claims(others, prefix=pattern.prefix, now=clock(), dropped=_dropped, trust=trust)
+    claims = await read_claims(others, prefix=pattern.prefix, now=clock(), trust=trust)
     servers: set[tuple[PeerID, Coords]] = set()
     for claim in in_order_of_trust(claims):
         servers |= {(claim.owner, tuple(row)) for row in claim.manifest.coords.tolist()}
@@ -173,15 +155,12 @@ async def _hosted(
     return Counter(coords for _, coords in servers)
 
 
-def _dropped(entry: Any, error: ProtocolError) -> None:
-    logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
-
-
 async def _reserved(
-    network: ClaimingNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
+    network: TesseractNetwork, pattern: ExpertPattern, trust: Trust, clock: Callable[[], float]
 ) -> dict[PeerID, set[Coords]]:
-    """What others reserved."""
+    """Read what others reserved."""
     found: dict[PeerID, set[Coords]] = {}
+    run = trust.authority(pattern.prefix)
     entries = await network.get_entries(claims_key(pattern.prefix, trust.tag(pattern.prefix)))
     for entry in entries:
         if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
@@ -189,11 +168,11 @@ async def _reserved(
     for entry in entries:
         if entry.owner == network.peer_id or entry.expiration <= clock() or entry.subkey == GRANT_SUBKEY:
             continue
-        if not trust.may_reserve(entry.owner, pattern.prefix):
+        if not trust.may_be_read(entry.owner) or not (run is None or run.may(entry.owner, "host", now=clock())):
             continue
         try:
             rows = decode_reservation(entry.value)
-            may = [row for row in rows if trust.may_reserve(entry.owner, pattern.prefix, join_uid(pattern.prefix, row))]
+            may = [row for row in rows if trust.may_host(entry.owner, join_uid(pattern.prefix, row), anew=True)]
             found.setdefault(entry.owner, set()).update(may)
             await asyncio.sleep(0)  # strangers may have written many
         except ProtocolError as error:

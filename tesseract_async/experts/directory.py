@@ -1,4 +1,4 @@
-"""Finds experts: one uid when asked, whole grids kept fresh in the background."""
+"""How a node finds experts: one uid when asked, whole grids kept fresh in the background."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
 
 from tesseract_async.errors import ProtocolError, TesseractError, describe
 from tesseract_async.experts.grid import (
@@ -25,48 +23,32 @@ from tesseract_async.experts.masks import Masks
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.network.network import Entry, TesseractNetwork
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.uncopied import Uncopied
 
 log = logging.getLogger(__name__)
 
+REFRESH_PERIOD = 10.0
+"""Seconds between two reads of a watched grid, unless the caller says otherwise."""
+RETRY_PERIOD = 1.0
+"""Seconds until the next attempt, where reading a grid failed or the network was not joined yet."""
+MAX_CACHED_UIDS = 4096
+"""Answers of `ExpertDirectory.find` that are kept at most."""
 _MAX_PARTS_OF_OWNER = 64
 _DECODED_AT_ONCE = 16
 
 
-class ReadingNetwork(Protocol):
-    """What a directory needs of `TesseractNetwork`."""
-
-    async def wait_joined(self, timeout: float | None = None) -> bool: ...
-    async def get_entries(self, key: str) -> Sequence[Any]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DirectorySettings:
-    """How fresh a directory is. Seconds are plain floats."""
-
-    refresh_period: float = 10.0
-    """Watched grids are read again so often, and answers of `find` are kept for at most so long."""
-    retry_period: float = 1.0
-    """Until the next attempt, where reading a grid failed or the network was not joined yet."""
-    max_cached_uids: int = 4096
-    """Answers of `find` that are kept at most."""
-
-    def __post_init__(self) -> None:
-        if self.refresh_period <= 0 or self.retry_period <= 0:
-            raise ValueError("refresh_period and retry_period are positive")
-
-
 async def read_claims(
-    entries: Iterable[Any],
+    entries: Iterable[Entry],
     *,
     prefix: str,
     now: float,
-    dropped: Callable[[Any, ProtocolError], None],
     trust: Trust,
     scope: AddressScope | None = None,
+    dropped: Callable[[Entry, ProtocolError], None] = lambda entry, error: None,
 ) -> list[Claim]:
-    """What the entries of a key claim about this grid, without what is malformed or has expired at `now`.
+    """Return what the entries of a key claim about this grid, without what is malformed or has expired at `now`.
 
     Strangers wrote them: of each owner the 64 that expire last are looked at, and the loop is let run in between.
     `dropped` is told of those that do not decode, that `trust` does not believe, or that name no address within
@@ -112,12 +94,12 @@ class _Grid:
         self._version = 0
 
     def take(self, claims: list[Claim], tables: dict[tuple[int, ...], GridTable]) -> None:
-        """What was read now, sorted for each size."""
+        """Take what was read now, sorted for each size."""
         self.claims, self._tables = claims, tables
         self.views.clear()
 
     def view(self, size: tuple[int, ...], now: float) -> GridView:
-        """What lives, without what expired or is hidden; the same object as long as that is the same."""
+        """Return what lives, without what expired or is hidden; the same object as long as that is the same."""
         view = self.views.get(size)
         if view is None or view.expiration <= now:
             self._version += 1
@@ -143,20 +125,21 @@ class ExpertDirectory(Uncopied):
 
     def __init__(
         self,
-        network: ReadingNetwork,
+        network: TesseractNetwork,
         *,
-        refresh_period: float | None = None,
-        settings: DirectorySettings = DirectorySettings(),
+        refresh_period: float = REFRESH_PERIOD,
         metrics: Metrics | None = None,
         trust: Trust | None = None,
         scope: AddressScope | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`refresh_period`, where given, goes before the one in `settings`; `clock` gives wall-clock time; `trust` says
-        who is believed (everybody by default), and of what servers say that they live at, only what is in `scope` is,
-        where that is given."""
-        self.settings = settings
-        self.refresh_period = settings.refresh_period if refresh_period is None else refresh_period
+        """`refresh_period`: seconds between two reads of a watched grid, for which answers of `find` are kept, too.
+        `trust` says who is believed (everybody by default); of the addresses that servers name, only those in `scope`
+        are, where that is given. `clock` gives wall-clock time. Raises: ValueError for a `refresh_period` of 0 or less.
+        """
+        if refresh_period <= 0:
+            raise ValueError(f"a directory's refresh_period is positive, not {refresh_period}")
+        self.refresh_period = refresh_period
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
         self._trust = Trust() if trust is None else trust
@@ -170,11 +153,10 @@ class ExpertDirectory(Uncopied):
         self._closed = False
 
     async def find(self, uid: str, *, even_failed: bool = False) -> list[ExpertReplica]:
-        """Who hosts `uid` now: the primary first, then the newest manifest; empty if nobody does.
+        """Return who hosts `uid` now: the primary first, then the newest manifest; empty if nobody does.
 
         Answers from a warm grid, or from a recent find. That nobody hosts it is never remembered: the next call asks
-        the network again. With `even_failed`, replicas that `report_failure` hides are named if there are no others:
-        whoever has no other choice had better try them again.
+        the network again. With `even_failed`, replicas that `report_failure` hides are named if there are no others.
 
         Raises: ValueError for a malformed uid; TimeoutError if no node of the network answered.
         """
@@ -196,12 +178,12 @@ class ExpertDirectory(Uncopied):
         if found:
             until = min(now + self.refresh_period, *(replica.expiration for replica in found))
             self._found[uid] = (until, found)
-            while len(self._found) > self.settings.max_cached_uids:
+            while len(self._found) > MAX_CACHED_UIDS:
                 self._found.pop(next(iter(self._found)))
         return list(found)
 
     def known(self, uid: str) -> list[ExpertReplica]:
-        """What `find` would answer from memory; empty if it would ask the network. Raises: ValueError, too."""
+        """Return what `find` would answer from memory; empty if it would ask the network. Raises: ValueError, too."""
         prefix, coords = split_uid(uid)
         grid = self._grids.get(prefix)
         for size in () if grid is None else grid.sizes:
@@ -212,7 +194,7 @@ class ExpertDirectory(Uncopied):
         return list(remembered) if until > self._clock() else []
 
     def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None:
-        """Keeps the grid `prefix` fresh in the background from now on; needs a running loop. Again is harmless.
+        """Keep the grid `prefix` fresh in the background from now on; needs a running loop. Again is harmless.
 
         Watched with several sizes, a prefix is read once for all of them, and each size has views of its own (`live`).
         Raises: ValueError for a malformed prefix or size.
@@ -230,39 +212,37 @@ class ExpertDirectory(Uncopied):
             grid.sizes.append(grid_size)
 
     async def wait_warm(self, prefix: str) -> None:
-        """Returns once the watched grid was read completely; waits for the network to be joined, however long.
+        """Return once the watched grid was read completely; waits for the network to be joined, however long.
 
         Raises: ValueError if the grid is not watched.
         """
-        if prefix not in self._grids:
-            raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
-        await self._grids[prefix].warm.wait()
+        await self._watched(prefix).warm.wait()
 
     @property
     def trouble(self) -> str | None:
         """A sentence on why nothing can be read, where no node of the network answers."""
-        trouble: str | None = getattr(self._network, "trouble", None)
-        return trouble
+        return self._network.trouble
 
     async def wait_read(self, prefix: str) -> None:
-        """Returns once the watched grid was read anew, or for the first time; it is read more often meanwhile.
+        """Return once the watched grid was read again, or for the first time; it is read more often meanwhile.
 
-        For whoever lacks an expert: ask `live` what came. Raises: ValueError if the grid is not watched.
+        For callers that lack an expert: ask `live` afterwards. Raises: ValueError if the grid is not watched.
         """
-        if prefix not in self._grids:
-            raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
-        grid = self._grids[prefix]
+        grid = self._watched(prefix)
         grid.hurry.set()
         await (grid.read if grid.warm.is_set() else grid.warm).wait()
 
     async def refresh(self, prefix: str) -> None:
-        """Reads the watched grid now, beside the periodic reads. Raises: ValueError if the grid is not watched."""
+        """Read the watched grid now, besides the periodic reads. Raises: ValueError if the grid is not watched."""
+        await self._refresh(self._watched(prefix))
+
+    def _watched(self, prefix: str) -> _Grid:
         if prefix not in self._grids:
             raise ValueError(f"the grid {prefix!r} is not watched: call watch() first")
-        await self._refresh(self._grids[prefix])
+        return self._grids[prefix]
 
     def live(self, prefix: str, grid_size: tuple[int, ...] | None = None) -> GridView | None:
-        """The live experts of a watched grid, without what expired or failed since; None while nothing was read.
+        """Return the live experts of a watched grid, without what expired or failed since; None while nothing was read.
 
         `grid_size`: of which watched size; None: the one watched first.
         """
@@ -272,7 +252,7 @@ class ExpertDirectory(Uncopied):
         return grid.view(grid.sizes[0] if grid_size is None else grid_size, self._clock())
 
     def report_failure(self, replica: ExpertReplica, *, reason: str = "silent") -> None:
-        """Hides the replica until its server renews its manifest, and after more failures for longer (see `Masks`), so
+        """Hide the replica until its server renews its manifest, and after more failures for longer (see `Masks`), so
         that nobody here calls it meanwhile, unless it is the only one and asked for (`find`).
 
         `reason`: one word for the counter; ``schema``: it hosts something else under the same uid.
@@ -285,13 +265,13 @@ class ExpertDirectory(Uncopied):
         self._forget(replica.uid)
 
     def report_late(self, replica: ExpertReplica) -> None:
-        """The replica was given up before it had answered: of several it is asked last until it answers again."""
+        """Note that the replica was given up before it had answered: it is asked last until it answers again."""
         if (owner := replica.peer.peer_id) is not None:
             self._masks.late(owner, replica.uid)
             self._forget(replica.uid)
 
     def report_answer(self, replica: ExpertReplica) -> None:
-        """The replica answered a call: earlier failures are forgotten."""
+        """Note that the replica answered a call: earlier failures are forgotten."""
         owner = replica.peer.peer_id
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)
@@ -311,7 +291,7 @@ class ExpertDirectory(Uncopied):
         return set() if grid is None else {claim.owner for claim in grid.claims}
 
     def forget(self, prefix: str) -> None:
-        """Forgets all that was read of this grid: it is another's now, or who may say something about it changed."""
+        """Forget all that was read of this grid: its run, or who may say something about it, has changed."""
         self._found = {uid: found for uid, found in self._found.items() if split_uid(uid)[0] != prefix}
         if (grid := self._grids.get(prefix)) is not None:
             grid.take([], {})
@@ -319,7 +299,7 @@ class ExpertDirectory(Uncopied):
             grid.hurry.set()
 
     async def aclose(self) -> None:
-        """Stops watching. Closing twice is harmless."""
+        """Stop watching. Closing twice is harmless."""
         self._closed = True
         tasks = list(self._tasks.values())
         self._tasks.clear()
@@ -331,7 +311,7 @@ class ExpertDirectory(Uncopied):
         loop = asyncio.get_running_loop()
         while True:
             started = loop.time()
-            period = self.settings.retry_period
+            period = RETRY_PERIOD
             try:
                 # before anybody else is known, an empty answer says nothing
                 if await self._network.wait_joined(self.refresh_period):
@@ -342,7 +322,7 @@ class ExpertDirectory(Uncopied):
                 log.warning("could not read the grid %s: %s", grid.prefix, describe(error))
             if grid.warm.is_set():
                 self.metrics.set("directory_age_seconds", self._clock() - grid.read_at, prefix=grid.prefix)
-            await _sleep_until(started + min(period, self.settings.retry_period))
+            await _sleep_until(started + min(period, RETRY_PERIOD))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(started + period):
                     await grid.hurry.wait()
@@ -352,10 +332,9 @@ class ExpertDirectory(Uncopied):
         began = self._clock()
         entries = await self._network.get_entries(self._trust.grid_key(grid.prefix))
         claims = await self._read(grid.prefix, entries)
-        complete = getattr(entries, "complete", True)
-        self.metrics.set("directory_complete", float(complete), prefix=grid.prefix)
-        if not complete:
-            # whom this read lacks may well live: what was read of them before holds until it expires
+        self.metrics.set("directory_complete", float(entries.complete), prefix=grid.prefix)
+        if not entries.complete:
+            # owners that this read lacks may well live: what was read of them before holds until it expires
             self.metrics.count("directory_reads_incomplete")
             read = {claim.owner for claim in claims}
             claims += [claim for claim in grid.claims if claim.owner not in read]
@@ -371,19 +350,19 @@ class ExpertDirectory(Uncopied):
         await asyncio.sleep(0)
         grid.take(claims, tables)
         self.metrics.set("experts_live", len(grid.view(grid.sizes[0], self._clock())), prefix=grid.prefix)
-        if complete:
+        if entries.complete:
             grid.read_at = began
             grid.warm.set()
         grid.read.set()
         grid.read = asyncio.Event()
 
-    async def _read(self, prefix: str, entries: Iterable[Any]) -> list[Claim]:
-        def dropped(entry: Any, error: ProtocolError) -> None:
+    async def _read(self, prefix: str, entries: Iterable[Entry]) -> list[Claim]:
+        def dropped(entry: Entry, error: ProtocolError) -> None:
             self.metrics.count("manifests_dropped")
             log.debug("dropped a manifest of %s: %s", entry.owner.short, error)
 
-        now = self._clock()
-        return await read_claims(entries, prefix=prefix, now=now, dropped=dropped, trust=self._trust, scope=self._scope)
+        now, trust, scope = self._clock(), self._trust, self._scope
+        return await read_claims(entries, prefix=prefix, now=now, trust=trust, scope=scope, dropped=dropped)
 
 
 async def _sleep_until(at: float) -> None:

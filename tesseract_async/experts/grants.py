@@ -9,7 +9,6 @@ it has.
 from __future__ import annotations
 
 import base64
-import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -17,7 +16,7 @@ from typing import Final, Literal
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.manifest import RUN_ID_BYTES
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.signed import Format, number, octets, optional, peer, peers
+from tesseract_async.experts.signed import Format, listed, number, octets, optional, peer, peers
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.calls import MAX_GRANT_BYTES
 
@@ -98,20 +97,7 @@ def sign_grant(
     """
     bits = sum(ROLES[role] for role in set(roles))
     text, parent = "" if pattern is None else str(pattern), b"" if via is None else via.blob
-    try:
-        return GRANTS.sign(identity, run_id, peer, bits, text, serial, not_after, parent)
-    except ProtocolError as error:
-        raise ValueError(str(error)) from None
-
-
-@functools.lru_cache(maxsize=4096)
-def decode_grant(blob: bytes) -> Grant:
-    """Read and verify a grant and the one that its signer shows along. Untrusted: whose run it is remains to be seen
-    (`Grant.root`). The latest ones are remembered, so that each costs its signature checks once.
-
-    Raises: ProtocolError (InvalidRecord where a signature does not hold, or the signer goes beyond what it has).
-    """
-    return GRANTS.read(blob)
+    return GRANTS.sign(identity, [run_id, peer, bits, text, serial, not_after, parent])
 
 
 def grant_text(grant: Grant, *, invite: Identity | None = None) -> str:
@@ -129,7 +115,7 @@ def read_grant_text(text: str, peer_id: PeerID, *, now: float) -> Grant:
     try:
         letters = "".join(text.split())
         packed = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=b"-_", validate=True)
-        grant = decode_grant(packed[33:] if packed[:1] == b"i" else packed[1:])
+        grant = GRANTS.read(packed[33:] if packed[:1] == b"i" else packed[1:])
     except (ValueError, ProtocolError):
         raise ValueError(sentence) from None
     if packed[:1] == b"i":
@@ -181,14 +167,8 @@ def sign_revocations(
     for start in range(0, len(named), PEERS_PER_PART):
         some = named[start : start + PEERS_PER_PART]
         lists = [[peer for kind, peer in some if kind == wanted] for wanted in (0, 1)]
-        parts.append(REVOCATIONS.sign(identity, run_id, number + len(parts), since, *lists))
+        parts.append(REVOCATIONS.sign(identity, [run_id, number + len(parts), since, *lists]))
     return parts
-
-
-@functools.lru_cache(maxsize=4096)
-def decode_revocations(blob: bytes) -> Revocations:
-    """Read and verify one part. Untrusted. Raises: ProtocolError."""
-    return REVOCATIONS.read(blob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,16 +198,7 @@ def sign_appointment(
     seal: bytes | None = None,
 ) -> Appointment:
     """An appointment. Raises: ValueError for too long a pattern."""
-    try:
-        return APPOINTMENTS.sign(identity, run_id, str(pattern), serial, peer, seal)
-    except ProtocolError as error:
-        raise ValueError(str(error)) from None
-
-
-@functools.lru_cache(maxsize=1024)
-def decode_appointment(blob: bytes) -> Appointment:
-    """Read and verify. Untrusted. Raises: ProtocolError."""
-    return APPOINTMENTS.read(blob)
+    return APPOINTMENTS.sign(identity, [run_id, str(pattern), serial, peer, seal])
 
 
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
@@ -257,25 +228,27 @@ def _pattern(text: object) -> ExpertPattern:
 def _via(blob: object) -> Grant | None:
     if type(blob) is not bytes:
         raise ProtocolError("a malformed grant")
-    return decode_grant(blob) if blob else None
+    return GRANTS.read(blob) if blob else None
 
 
 _RUN_ID: Final = octets(RUN_ID_BYTES)
-GRANTS: Final = Format(
-    b"tesseract grant 1\0",
-    (_RUN_ID, peer, number(16), lambda text: None if text == "" else _pattern(text), *(number(MAX_SERIAL),) * 2, _via),
-    Grant,
-    max_bytes=MAX_GRANT_BYTES,
-)
+_ROLES = number(below=16)
+_TIME = number(below=MAX_SERIAL)
+_GRANT_FIELDS = (_RUN_ID, peer, _ROLES, lambda text: None if text == "" else _pattern(text), _TIME, _TIME, _via)
+_REVOCATIONS_FIELDS = (_RUN_ID, number(), number(below=MAX_SERIAL + 1), peers, peers)  # so any grant may be revoked
+_APPOINTMENT_FIELDS = (_RUN_ID, _pattern, number(), optional(peer), optional(octets(32)))
+
+GRANTS: Final = Format(b"tesseract grant 1\0", listed(_GRANT_FIELDS, Grant), max_bytes=MAX_GRANT_BYTES, remembered=4096)
+"""Grants, each with the one that its signer shows along. Whose run it is remains to be seen (`Grant.root`)."""
 REVOCATIONS: Final = Format(
     b"tesseract revocations 1\0",
-    (_RUN_ID, number(), number(MAX_SERIAL + 1), peers, peers),  # so that every grant may be revoked
-    Revocations,
+    listed(_REVOCATIONS_FIELDS, Revocations),
     max_bytes=MAX_RECORD_BYTES,
+    remembered=4096,
 )
 APPOINTMENTS: Final = Format(
     b"tesseract appointment 1\0",
-    (_RUN_ID, _pattern, number(), optional(peer), optional(octets(32))),
-    Appointment,
+    listed(_APPOINTMENT_FIELDS, Appointment),
     max_bytes=MAX_RECORD_BYTES,
+    remembered=1024,
 )

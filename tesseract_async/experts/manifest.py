@@ -1,17 +1,16 @@
-"""What a server says about its experts of one grid, as bytes. No I/O.
+"""Manifests: how a server says, in bytes, which experts of one grid it hosts. No I/O.
 
 A server publishes one *manifest* per grid: where it can be dialled, which coordinates it hosts, for which of them it
 is the primary, and a sequence number that grows with every renewal. Who published it and until when it holds is the
-network's business and stands in the entry around it. The same bytes are stored under the grid's key (`grid_key`), where
-whoever wants all experts reads them, and under a shard key (`shard_key`) of each hosted uid, where whoever wants that
-one does.
+network's business and stands in the entry around it. The same bytes are stored under the grid's key (`grid_key`), for
+readers that want all experts, and under a shard key (`shard_key`) of each hosted uid, for readers that want that one.
 
 Experts that do not fit `MAX_PART_BYTES` go to numbered parts. Each part is complete in itself, so that a lost part
 costs its own experts only.
 
 Layout, integers big-endian::
 
-    4 bytes  ``tsm`` and the format (3): by them a holder knows a manifest, whatever the key (`experts.checks`)
+    4 bytes  ``tsm`` and the format (3): by them a holder knows a manifest, whatever the key (`experts.trust`)
     1 byte   length of the prefix, then as many of UTF-8
     6 bytes  sequence
     1 byte   0: bare uids; 1: of a granted run, 2: of an open one, and then:
@@ -42,7 +41,6 @@ import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +59,7 @@ MAGIC = b"tsm\3"
 SEQUENCE_BYTES = 6
 RUN_ID_BYTES = 16
 MODES = ("bare", "granted", "open")
-"""Who may host: whoever claims to; who has a grant of the run's owner's; all but who was revoked."""
+"""Who may host: everybody; peers with a grant of the run's owner's; all but the revoked."""
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
 MAX_PUBLIC_HOSTS = 2
@@ -72,8 +70,8 @@ MAX_COORDINATE = 2**32 - 1
 MAX_UID_LENGTH = 256
 MAX_PREFIX_BYTES = 255
 NUM_SHARDS = 256
-"""Shards per prefix. A server renews at most so many entries however many experts it hosts, and whoever looks for one
-of 4,096 uids reads the manifests of 16."""
+"""Shards per prefix. A server renews at most so many entries however many experts it hosts, and a reader that looks for
+one of 4,096 uids reads the manifests of 16."""
 
 _WIDTHS = {1: ">u1", 2: ">u2", 4: ">u4"}
 
@@ -164,8 +162,8 @@ class Manifest:
         return int(self.coords.shape[1])
 
     def within(self, scope: AddressScope) -> Manifest:
-        """The same with those addresses only that `scope` allows, one for each host, and no more of them than one
-        computer has: whoever writes a manifest has its readers dial what it names.
+        """Keep only the addresses that `scope` allows, one for each host, and no more of them than one computer has:
+        the writer of a manifest has its readers dial what it names.
 
         Raises: ProtocolError where nothing is left.
         """
@@ -231,8 +229,7 @@ def encode_manifest(
         )
     if len({len(coords) for coords in experts}) != 1:
         raise ValueError("the experts of one grid have equally many coordinates, and there is at least one expert")
-    name = prefix.encode()
-    if not is_prefix(prefix) or len(name) > MAX_PREFIX_BYTES:
+    if not is_prefix(prefix) or len(prefix.encode()) > MAX_PREFIX_BYTES:
         raise ValueError(f"not a prefix of at most {MAX_PREFIX_BYTES} bytes, without a number between dots: {prefix!r}")
     ordered = sorted(experts)
     coords = np.array(ordered, dtype=np.int64)
@@ -241,15 +238,9 @@ def encode_manifest(
     width = next(width for width in _WIDTHS if coords.max() < 256**width)
     head = b"".join(
         (
-            MAGIC,
-            bytes([len(name)]),
-            name,
-            sequence.to_bytes(SEQUENCE_BYTES, "big"),
-            _encode_tag(tag, grant),
-            bytes([len(addresses)]),
-            *map(_encode_address, addresses),
-            bytes([len(rendezvous)]),
-            *map(_encode_rendezvous, rendezvous),
+            MAGIC + _short(prefix.encode()) + sequence.to_bytes(SEQUENCE_BYTES, "big") + _encode_tag(tag, grant),
+            *(bytes([len(addresses)]), *map(_encode_address, addresses)),
+            *(bytes([len(rendezvous)]), *map(_encode_rendezvous, rendezvous)),
             bytes([num_dims, width]),
         )
     )
@@ -268,14 +259,12 @@ def encode_manifest(
     return parts
 
 
-def decode_manifest(value: Any, *, prefix: str | None = None) -> Manifest:
-    """Reads one part. Untrusted. Raises: ProtocolError, also where it belongs to another grid than `prefix`."""
-    if type(value) is not bytes:
-        raise ProtocolError("a manifest consists of bytes")
-    if len(value) > MAX_PART_BYTES:
-        raise ProtocolError(f"a manifest has at most {MAX_PART_BYTES} bytes")
+def decode_manifest(value: object, *, prefix: str | None = None) -> Manifest:
+    """Read one part. Untrusted. Raises: ProtocolError, also where it belongs to another grid than `prefix`."""
+    if type(value) is not bytes or len(value) > MAX_PART_BYTES or not value.startswith(MAGIC):
+        raise ProtocolError(f"not a manifest of this format, of at most {MAX_PART_BYTES} bytes")
     try:
-        manifest = _decode(value)
+        manifest = _decode(_Reader(value, len(MAGIC)))
     except (IndexError, UnicodeDecodeError, ValueError):
         raise ProtocolError("a malformed manifest") from None
     if prefix is not None and manifest.prefix != prefix:
@@ -283,56 +272,62 @@ def decode_manifest(value: Any, *, prefix: str | None = None) -> Manifest:
     return manifest
 
 
-def _decode(value: bytes) -> Manifest:
-    if not value.startswith(MAGIC):
-        raise ProtocolError("a manifest of an unknown format")
-    start = len(MAGIC) + 1
-    end = start + value[start - 1]
-    prefix = value[start:end].decode()
+class _Reader:
+    """Takes untrusted bytes piece by piece. Raises: ProtocolError where they are cut short."""
+
+    def __init__(self, data: bytes, start: int) -> None:
+        self._data = data
+        self._at = start
+
+    def take(self, length: int) -> bytes:
+        taken = self._data[self._at : self._at + length]
+        if len(taken) != length:
+            raise ProtocolError("a manifest that is cut short")
+        self._at += length
+        return taken
+
+    def number(self, width: int = 1) -> int:
+        return int.from_bytes(self.take(width), "big")
+
+    def short(self) -> bytes:
+        return self.take(self.number())
+
+    def array(self, dtype: str, count: int) -> npt.NDArray[np.int64]:
+        return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype).astype(np.int64)
+
+    def is_at_end(self) -> bool:
+        return self._at == len(self._data)
+
+
+def _decode(reader: _Reader) -> Manifest:
+    prefix = reader.short().decode()
     if not is_prefix(prefix):
         raise ProtocolError("a manifest with a malformed prefix")
-    sequence = int.from_bytes(value[end : end + SEQUENCE_BYTES], "big")
-    tag, grant, offset = _decode_tag(value, end + SEQUENCE_BYTES)
-    num_addresses, offset = value[offset], offset + 1
-    if num_addresses > MAX_ADDRESSES:
+    sequence = reader.number(SEQUENCE_BYTES)
+    tag, grant = _decode_tag(reader)
+    if (num_addresses := reader.number()) > MAX_ADDRESSES:
         raise ProtocolError("a manifest with too many addresses")
-    addresses, rendezvous = [], []
-    for _ in range(num_addresses):
-        address, offset = _decode_address(value, offset)
-        addresses.append(address)
-    num_rendezvous, offset = value[offset], offset + 1
-    if num_rendezvous > MAX_RENDEZVOUS or not (num_addresses or num_rendezvous):
+    addresses = tuple(_decode_address(reader) for _ in range(num_addresses))
+    if (num_rendezvous := reader.number()) > MAX_RENDEZVOUS or not (num_addresses or num_rendezvous):
         raise ProtocolError("a manifest with too many rendezvous nodes, or without any address")
-    for _ in range(num_rendezvous):
-        address, offset = _decode_address(value, offset)
-        rendezvous.append(f"{address}/{PeerID(value[offset : offset + 32])}")
-        offset += 32
-    num_dims, width = value[offset], value[offset + 1]
-    num_experts = int.from_bytes(value[offset + 2 : offset + 4], "big")
-    offset += 4
+    rendezvous = tuple(f"{_decode_address(reader)}/{PeerID(reader.take(32))}" for _ in range(num_rendezvous))
+    num_dims, width, num_experts = reader.number(), reader.number(), reader.number(2)
     if not 0 < num_dims <= MAX_DIMS or width not in _WIDTHS or num_experts == 0:
         raise ProtocolError("a manifest without experts or dimensions")
-    end = offset + num_experts * num_dims * width
-    after = end + (num_experts + 7) // 8
-    if len(value) != after + (0 if tag is None else 4 * num_experts):
-        raise ProtocolError("a manifest of the wrong length")
-    coords = np.frombuffer(value, _WIDTHS[width], num_experts * num_dims, offset).astype(np.int64)
-    coords = coords.reshape(num_experts, num_dims)
+    coords = reader.array(_WIDTHS[width], num_experts * num_dims).reshape(num_experts, num_dims)
     if not _ascends(coords):
         raise ProtocolError("a manifest whose coordinates do not ascend strictly")
-    primary = np.unpackbits(np.frombuffer(value[end:after], np.uint8), count=num_experts)
-    epochs = None if tag is None else np.frombuffer(value, ">u4", offset=after).astype(np.int64)
-    return Manifest(
-        prefix,
-        sequence,
-        tuple(addresses),
-        tuple(rendezvous),
-        coords,
-        primary.astype(bool),
-        tag,
-        grant,
-        epochs,
-    )
+    bits = np.frombuffer(reader.take((num_experts + 7) // 8), np.uint8)
+    primary = np.unpackbits(bits, count=num_experts).astype(bool)
+    epochs = None if tag is None else reader.array(">u4", num_experts)
+    if not reader.is_at_end():
+        raise ProtocolError("a manifest of the wrong length")
+    return Manifest(prefix, sequence, addresses, rendezvous, coords, primary, tag, grant, epochs)
+
+
+def _short(data: bytes) -> bytes:
+    """At most 255 bytes, after their number."""
+    return bytes([len(data)]) + data
 
 
 def _encode_tag(tag: RunTag | None, grant: bytes) -> bytes:
@@ -340,23 +335,18 @@ def _encode_tag(tag: RunTag | None, grant: bytes) -> bytes:
         return b"\0"
     if len(grant) > MAX_GRANT_BYTES:
         raise ValueError(f"a grant has at most {MAX_GRANT_BYTES} bytes")
-    name = tag.name.encode()
     kind = bytes([MODES.index(tag.mode)])
-    return kind + tag.owner + bytes([len(name)]) + name + len(grant).to_bytes(2, "big") + grant
+    return kind + tag.owner + _short(tag.name.encode()) + len(grant).to_bytes(2, "big") + grant
 
 
-def _decode_tag(value: bytes, offset: int) -> tuple[RunTag | None, bytes, int]:
-    """The run, the grant, and where they end. Raises: as `_decode`."""
-    mode, start = MODES[value[offset]], offset + 34
+def _decode_tag(reader: _Reader) -> tuple[RunTag | None, bytes]:
+    mode = MODES[reader.number()]
     if mode == "bare":
-        return None, b"", offset + 1
-    end = start + value[start - 1]
-    tag = RunTag(PeerID(value[offset + 1 : start - 1]), value[start:end].decode(), mode)
-    num_bytes, start = int.from_bytes(value[end : end + 2], "big"), end + 2
-    end = start + num_bytes
-    if num_bytes > MAX_GRANT_BYTES or end > len(value):
-        raise ProtocolError("a manifest whose grant is too long, or cut short")
-    return tag, value[start:end], end
+        return None, b""
+    tag = RunTag(PeerID(reader.take(32)), reader.short().decode(), mode)
+    if (num_bytes := reader.number(2)) > MAX_GRANT_BYTES:
+        raise ProtocolError("a manifest whose grant is too long")
+    return tag, reader.take(num_bytes)
 
 
 def _ascends(coords: Coordinates) -> bool:
@@ -372,12 +362,12 @@ def _encode_address(address: str) -> bytes:
         raise ValueError(f"nobody can be dialled at port {port}: {address!r}")
     try:
         ip = ipaddress.ip_address(host)
+        packed = bytes([ip.version]) + ip.packed
     except ValueError:
-        name = host.encode()
-        if not 0 < len(name) < 254 or not _is_name(host):
+        if not 0 < len(host.encode()) < 254 or not _is_name(host):
             raise ValueError(f"not an address, such as 198.51.100.7:31337: {address!r}") from None
-        return bytes([0, len(name)]) + name + port.to_bytes(2, "big")
-    return bytes([ip.version]) + ip.packed + port.to_bytes(2, "big")
+        packed = b"\0" + _short(host.encode())
+    return packed + port.to_bytes(2, "big")
 
 
 def _encode_rendezvous(node: str) -> bytes:
@@ -385,27 +375,21 @@ def _encode_rendezvous(node: str) -> bytes:
     return _encode_address(address) + PeerID.parse(peer_id)
 
 
-def _decode_address(value: bytes, offset: int) -> tuple[str, int]:
-    kind = value[offset]
+def _decode_address(reader: _Reader) -> str:
+    kind = reader.number()
     if kind == 0:
-        start, length = offset + 2, value[offset + 1]
-    elif kind in (4, 6):
-        start, length = offset + 1, 4 if kind == 4 else 16
-    else:
-        raise ProtocolError("an address of an unknown kind")
-    end = start + length
-    raw, port = value[start:end], int.from_bytes(value[end : end + 2], "big")
-    if len(raw) != length or len(value) < end + 2 or port == 0:
-        raise ProtocolError("a malformed address")
-    if kind == 0:
-        host = raw.decode()
+        host = reader.short().decode()
         if not _is_name(host):
             raise ProtocolError("a malformed host name")
     elif kind == 4:
-        host = str(ipaddress.IPv4Address(raw))
+        host = str(ipaddress.IPv4Address(reader.take(4)))
+    elif kind == 6:
+        host = f"[{ipaddress.IPv6Address(reader.take(16))}]"
     else:
-        host = f"[{ipaddress.IPv6Address(raw)}]"
-    return f"{host}:{port}", end + 2
+        raise ProtocolError("an address of an unknown kind")
+    if (port := reader.number(2)) == 0:
+        raise ProtocolError("an address without a port")
+    return f"{host}:{port}"
 
 
 def _is_name(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""How a Seal names a state's file: the root of a hash tree over its pieces; and proofs that somebody has it. No I/O."""
+"""Names of files, by the root of a hash tree, and proofs that a peer has one. No I/O."""
 
 from __future__ import annotations
 
@@ -10,59 +10,24 @@ NUM_PROBES: Final = 16
 PROBE_BYTES: Final = 4096
 
 
-class MerkleRoot:
-    """The root over 1 MiB leaves of a file that comes in pieces; a GB takes about 0.6 s of a core.
+def root_of(data: bytes | bytearray | memoryview) -> bytes:
+    """Return the 32 bytes that name a file: the root over its 1 MiB leaves. A GB takes about 0.6 s of a core.
 
     Leaves, inner nodes and the whole are hashed under different first bytes, and the whole with its size, so that no
-    file passes for part of another.
+    file passes for part of another. The tree is that of RFC 6962.
     """
-
-    def __init__(self) -> None:
-        self.size = 0
-        """Bytes so far."""
-        self._leaf = hashlib.sha256(b"\0")
-        self._peaks: list[tuple[int, bytes]] = []  # (height, hash) of the full subtrees so far, the highest first
-
-    def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes the file's next bytes, as many as come."""
-        rest = memoryview(data).cast("B")
-        while len(rest):
-            room = LEAF_BYTES - self.size % LEAF_BYTES
-            piece = rest[:room]
-            self._leaf.update(piece)
-            self.size += len(piece)
-            rest = rest[len(piece) :]
-            if self.size % LEAF_BYTES == 0:
-                self._push()
-
-    def root(self) -> bytes:
-        """32 bytes that name the file. Nothing may be added afterwards."""
-        if self.size % LEAF_BYTES or not self.size:
-            self._push()
-        _, top = self._peaks.pop()
-        while self._peaks:
-            top = _node(self._peaks.pop()[1], top)
-        return hashlib.sha256(b"\2" + self.size.to_bytes(8, "big") + top).digest()
-
-    def _push(self) -> None:
-        height, node = 0, self._leaf.digest()
-        self._leaf = hashlib.sha256(b"\0")
-        while self._peaks and self._peaks[-1][0] == height:
-            height, node = height + 1, _node(self._peaks.pop()[1], node)
-        self._peaks.append((height, node))
-
-
-def root_of(data: bytes | bytearray | memoryview) -> bytes:
-    """The root of a whole file."""
-    tree = MerkleRoot()
-    tree.update(data)
-    return tree.root()
+    view = memoryview(data).cast("B")
+    level = [_hash(b"\0", view[at : at + LEAF_BYTES]) for at in range(0, max(1, len(view)), LEAF_BYTES)]
+    while len(level) > 1:
+        pairs = [_hash(b"\1", left + right) for left, right in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(pairs) * 2 :]
+    return _hash(b"\2", len(view).to_bytes(8, "big") + level[0])
 
 
 def possession(data: bytes | bytearray | memoryview, nonce: bytes) -> bytes:
-    """Proves that somebody has this file: a hash of pieces that `nonce`, which the asker drew, chooses.
+    """Return the proof that this node has a file: a hash of the 16 pieces of 4 KiB that the asker's `nonce` chooses.
 
-    Not that of one who lacks more than a few of its pieces: 16 of 4 KiB are looked at.
+    A node that lacks more than a few of the file's pieces cannot make it.
     """
     view = memoryview(data).cast("B")
     proof = hashlib.sha256(b"tesseract possession 1\0" + nonce + len(view).to_bytes(8, "big"))
@@ -73,5 +38,7 @@ def possession(data: bytes | bytearray | memoryview, nonce: bytes) -> bytes:
     return proof.digest()
 
 
-def _node(left: bytes, right: bytes) -> bytes:
-    return hashlib.sha256(b"\1" + left + right).digest()
+def _hash(kind: bytes, data: bytes | memoryview) -> bytes:
+    found = hashlib.sha256(kind)
+    found.update(data)
+    return found.digest()

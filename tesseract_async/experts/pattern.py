@@ -51,8 +51,32 @@ class ExpertPattern:
         """The smallest grid, from the origin, that holds the pattern."""
         return tuple(one.stop for one in self.ranges)
 
-    def __len__(self) -> int:
+    @property
+    def num_uids(self) -> int:
+        """How many uids the pattern names; ``len`` has a limit, and a pattern can name more."""
         return math.prod(len(one) for one in self.ranges)
+
+    def __len__(self) -> int:
+        return self.num_uids
+
+    def coords_at(self, rank: int) -> tuple[int, ...]:
+        """The coordinates of this rank, in the order of iteration. Raises: IndexError."""
+        if not 0 <= rank < self.num_uids:
+            raise IndexError(f"{self} has {self.num_uids} members; there is none of rank {rank}")
+        found = []
+        for one in reversed(self.ranges):
+            rank, offset = divmod(rank, len(one))
+            found.append(one[offset])
+        return tuple(reversed(found))
+
+    def rank_of(self, coords: tuple[int, ...]) -> int | None:
+        """The inverse of `coords_at`; None for what is no member."""
+        if len(coords) != len(self.ranges) or any(at not in one for one, at in zip(self.ranges, coords, strict=True)):
+            return None
+        rank = 0
+        for one, at in zip(self.ranges, coords, strict=True):
+            rank = rank * len(one) + one.index(at)
+        return rank
 
     def __iter__(self) -> Iterator[str]:
         """Every uid, the last coordinate running fastest."""
@@ -65,8 +89,7 @@ class ExpertPattern:
             prefix, coords = split_uid(uid)
         except ValueError:
             return False
-        same = prefix == self.prefix and len(coords) == len(self.ranges)
-        return same and all(number in one for number, one in zip(coords, self.ranges, strict=True))
+        return prefix == self.prefix and self.rank_of(coords) is not None
 
     def __str__(self) -> str:
         def part(one: range) -> str:

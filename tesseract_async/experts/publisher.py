@@ -8,31 +8,18 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from typing import Final
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.manifest import encode_manifest, experts_by_grid, join_uid, split_uid
 from tesseract_async.experts.trust import Trust
-from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.network.network import TesseractNetwork
 
 log = logging.getLogger(__name__)
 
-_places: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
-"""Of each network, the places that its publishers hold: several servers on one node say what they host side by side."""
-
-
-class PublishingNetwork(Protocol):
-    """What a publisher needs of `TesseractNetwork`."""
-
-    @property
-    def peer_id(self) -> PeerID: ...
-    @property
-    def num_contacts(self) -> int: ...
-    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
-    async def get_entries(self, key: str) -> Sequence[Any]: ...
-    async def withdraw(self, key: str, *, subkey: str | None = None) -> int: ...
+NUM_HOLDERS: Final = 3
+"""Nodes that must hold each entry, where so many can be reached: it outlives two that leave before it is renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +27,25 @@ class PublisherSettings:
     """How firmly a server stands in the directory. Seconds are plain floats."""
 
     ttl: float = 45.0
-    """For how long a manifest holds: a server that vanished is gone from every directory after so long."""
-    refresh_period: float = 15.0
-    """Manifests are renewed so often; a third of `ttl`, so that two renewals may fail."""
-    retry_period: float = 1.0
-    """Until the next attempt, where a renewal reached too few holders."""
-    num_holders: int = 3
-    """Nodes that must hold each entry, where so many can be reached."""
+    """For how long a manifest holds; it is renewed three times as often. Shorter: a server that vanished is gone from
+    every directory sooner. Longer: less traffic."""
     declare_timeout: float = 10.0
-    """`declare` looks for holders, and reads back what it stored, for at most so long."""
+    """`ExpertPublisher.declare` looks for holders, and reads back what it stored, for at most so long: by this much an
+    unreachable network delays a server's start."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.refresh_period < self.ttl:
-            raise ValueError(f"refresh_period={self.refresh_period} must be positive and less than ttl={self.ttl}")
+        if self.ttl <= 0:
+            raise ValueError(f"a manifest's ttl is positive, not {self.ttl}")
+
+    @property
+    def refresh_period(self) -> float:
+        """Seconds between renewals: two may fail."""
+        return self.ttl / 3
+
+    @property
+    def retry_period(self) -> float:
+        """Seconds until the next attempt, where a renewal reached too few holders."""
+        return min(1.0, self.ttl / 10)
 
 
 class ExpertPublisher:
@@ -62,17 +55,19 @@ class ExpertPublisher:
 
     def __init__(
         self,
-        network: PublishingNetwork,
+        network: TesseractNetwork,
         *,
         addresses: Sequence[str],
         rendezvous: Sequence[str] = (),
         settings: PublisherSettings = PublisherSettings(),
         metrics: Metrics | None = None,
         trust: Trust | None = None,
+        places: set[int] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`addresses` are what others dial, ``host:port``, the preferred one first; `rendezvous` are nodes that pass on
-        what cannot be dialled, ``host:port/PEER_ID``. `clock` gives wall-clock time."""
+        what cannot be dialled, ``host:port/PEER_ID``. `places`: those that the publishers of one node hold, side by
+        side; this one takes one. `clock` gives wall-clock time."""
         self.settings = settings
         self.metrics = metrics if metrics is not None else Metrics()
         self._network = network
@@ -80,10 +75,10 @@ class ExpertPublisher:
         self._addresses = tuple(addresses)
         self._rendezvous = tuple(rendezvous)
         self._clock = clock
-        taken = _places.setdefault(network, set())
+        self._places = set() if places is None else places
         # the lowest one, so that a server that comes back replaces what it said before
-        self._place = next(place for place in itertools.count() if place not in taken)
-        taken.add(self._place)
+        self._place = next(place for place in itertools.count() if place not in self._places)
+        self._places.add(self._place)
         self._uids: dict[str, bool] = {}
         self._epochs: dict[str, int] = {}
         self._sequence = 0
@@ -99,10 +94,10 @@ class ExpertPublisher:
         return dict(self._uids)
 
     async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
-        """Publishes `uids` (-> primary), in place of what was declared before, and keeps them published. `epochs` are
+        """Publish `uids` (-> primary), in place of what was declared before, and keep them published. `epochs` are
         those of their lineages in a run; None: as before.
 
-        Returns the number of holders of the entry that has the fewest, once that is min(`num_holders`, what can be
+        Returns the number of holders of the entry that has the fewest, once that is min(`NUM_HOLDERS`, what can be
         reached) and the manifests were read back; or what was achieved after `declare_timeout`, in which case the
         renewal in the background keeps trying. 0 means that nobody can find these experts yet.
 
@@ -130,7 +125,7 @@ class ExpertPublisher:
         return holders
 
     async def update_addresses(self, addresses: Sequence[str], rendezvous: Sequence[str] = ()) -> int:
-        """Says from now on that this server is to be found elsewhere; like `declare` with what is declared already.
+        """Say from now on that this server is to be found elsewhere; like `declare` with what is declared already.
 
         Raises: ValueError for a malformed address; then the former ones stay.
         """
@@ -145,7 +140,7 @@ class ExpertPublisher:
         return await self.declare(self._uids) if self._uids else 0
 
     async def withdraw(self) -> None:
-        """Farewell: tells the network that these experts are gone, and stops renewing. `declare` may follow."""
+        """Tell the network that these experts are gone, and stop renewing. `declare` may follow."""
         if self._renewal is not None:
             self._renewal.cancel()
             await asyncio.gather(self._renewal, return_exceptions=True)
@@ -160,11 +155,11 @@ class ExpertPublisher:
             await self.withdraw()
         finally:
             if was_open:
-                _places[self._network].discard(self._place)
+                self._places.discard(self._place)
 
     @property
     def _wanted(self) -> int:
-        return max(1, min(self.settings.num_holders, self._network.num_contacts))
+        return max(1, min(NUM_HOLDERS, self._network.num_contacts))
 
     async def _plan(self, uids: Mapping[str, bool]) -> dict[tuple[str, str], bytes]:
         # milliseconds, so that a server that lost its memory still goes on upwards
@@ -195,7 +190,7 @@ class ExpertPublisher:
         )
 
     async def _publish(self) -> int:
-        """Stores what is declared under a new sequence, withdraws what no longer is; the fewest holders of an entry."""
+        """Store what is declared under a new sequence, withdraw the rest; return the fewest holders of an entry."""
         async with self._publishing:
             entries = await self._plan(self._uids)
             gone = self._entries.keys() - entries.keys()

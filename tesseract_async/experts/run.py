@@ -22,14 +22,12 @@ from typing import Any, Final
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, MODES, RunTag, is_prefix
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.signed import MAX_SIGNED_BYTES, read_signed, sign_body
+from tesseract_async.experts.signed import MAX_SIGNED_BYTES, Format
 from tesseract_async.identity import Identity, PeerID
 
 Value = str | int | float | bool | None
 """What an option may be."""
 
-DOMAIN: Final = b"tesseract run 1\0"
-MAX_RUN_BYTES: Final = MAX_SIGNED_BYTES
 MAX_PART_BYTES: Final = 850
 MAX_OPTIONS: Final = 64
 MAX_TEXT: Final = 256
@@ -167,14 +165,11 @@ class SignedRun:
 
 
 def sign_run(identity: Identity, manifest: RunManifest) -> SignedRun:
-    """Signs. Raises: ValueError if the manifest is too large."""
-    signed = sign_body(identity, DOMAIN, _plain(dataclasses.asdict(manifest)), max_bytes=MAX_RUN_BYTES)
-    return SignedRun(manifest, identity.peer_id, signed.blob)
+    """Sign. Raises: ValueError if the manifest is too large."""
+    return RUNS.sign(identity, _plain(dataclasses.asdict(manifest)))
 
 
-def decode_run(blob: Any) -> SignedRun:
-    """Reads and verifies. Untrusted. Raises: ProtocolError (InvalidRecord if the signature does not hold)."""
-    signer, data, blob, _ = read_signed(blob, DOMAIN, max_bytes=MAX_RUN_BYTES)
+def _signed_run(data: object, signer: PeerID, blob: bytes, digest: bytes) -> SignedRun:
     if type(data) is not dict:
         raise ProtocolError("a run manifest is a map")
     names = [item.name for item in dataclasses.fields(RunManifest)]
@@ -191,6 +186,9 @@ def decode_run(blob: Any) -> SignedRun:
     except ValueError as error:
         raise ProtocolError(str(error)) from None
     return SignedRun(manifest, signer, blob)
+
+
+RUNS: Final = Format(b"tesseract run 1\0", _signed_run, max_bytes=MAX_SIGNED_BYTES)
 
 
 def split_run(blob: bytes) -> list[bytes]:
@@ -217,7 +215,7 @@ def join_run(parts: Iterable[Any]) -> list[SignedRun]:
         if hashlib.sha256(blob).digest()[:_DIGEST] != digest:
             continue
         try:
-            found.append(decode_run(blob))
+            found.append(RUNS.read(blob))
         except ProtocolError:
             continue
     return found

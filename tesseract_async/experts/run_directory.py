@@ -1,4 +1,4 @@
-"""Runs in the network: finds one by name, takes part in it, and keeps its records there while anybody does.
+"""Runs in the network: how a node finds one by name, takes part in it, and keeps its records there meanwhile.
 
 Every member keeps copies of the manifest, of revocations and of appointments. A grant that was renewed lies under a key
 of its peer's for a day (`grant_key`), or its signer hands it on.
@@ -11,11 +11,10 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Final
 
 import msgpack
 
@@ -27,18 +26,22 @@ from tesseract_async.experts.run import SignedRun, join_run, newest_by_signer, r
 from tesseract_async.experts.trust import Trust
 from tesseract_async.files import write_whole
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.network.network import TesseractNetwork
 
 logger = logging.getLogger(__name__)
 
-
-class RunNetwork(Protocol):
-    """What run manifests need of `TesseractNetwork`."""
-
-    @property
-    def peer_id(self) -> PeerID: ...
-    async def wait_joined(self, timeout: float | None = None) -> bool: ...
-    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
-    async def get_entries(self, key: str) -> Sequence[Any]: ...
+COPY_TTL: Final = 3600.0
+"""Seconds by which a copy outlives the node that keeps it: members may all be away for as long."""
+COUNT_PERIOD: Final = 900.0
+"""Seconds between two counts of the copies, by which own ones are renewed: a quarter of `COPY_TTL`."""
+CHECK_PERIOD: Final = 30.0
+"""Seconds between two looks for revocations, appointments and the node's own grant: so late a revocation comes."""
+RETRY_PERIOD: Final = 5.0
+"""Seconds until the next attempt, where the network failed."""
+GRANT_TTL: Final = 86400.0
+"""Seconds for which a new grant waits in the network for its peer."""
+NUM_COPIES: Final = 5
+"""Owners that keep a copy; members beyond them only look."""
 
 
 class RunNotFound(TesseractError):
@@ -53,45 +56,27 @@ class BareRun(ValueError):
         self.signed = signed
 
 
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """How runs are kept in the network. Seconds are plain floats."""
-
-    ttl: float = 3600.0
-    """How long a copy outlives the node that keeps it."""
-    refresh_period: float = 900.0
-    """Copies are counted, and own ones renewed, so often."""
-    check_period: float = 30.0
-    """Revocations, appointments and the node's own grant are looked for so often."""
-    retry_period: float = 5.0
-    """Until the next attempt, where the network failed."""
-    grant_ttl: float = 86400.0
-    """How long a new grant waits in the network for its peer."""
-    num_copies: int = 5
-    """Owners that keep a copy; more servers of the run than that only look."""
-
-
-async def publish_run(network: RunNetwork, run: SignedRun, *, ttl: float = RunSettings().ttl) -> int:
-    """Stores a copy under this node's name; returns the number of holders of the part that has the fewest."""
+async def publish_run(network: TesseractNetwork, run: SignedRun) -> int:
+    """Store a copy under this node's name; return the number of holders of the part that has the fewest."""
     key = run_key(run.manifest.name)
     # one node may keep copies of equally named runs of several signers
     prefix = run.signer.hex()[:16]
     parts = split_run(run.blob)
     async with asyncio.TaskGroup() as group:
         stores = [
-            group.create_task(network.store(key, part, ttl=ttl, subkey=f"{prefix}.{number}"))
+            group.create_task(network.store(key, part, ttl=COPY_TTL, subkey=f"{prefix}.{number}"))
             for number, part in enumerate(parts)
         ]
     return min(task.result() for task in stores)
 
 
 async def find_runs(
-    network: RunNetwork, name: str, *, trust: Trust | None = None, clock: Callable[[], float] = time.time
+    network: TesseractNetwork, name: str, *, trust: Trust | None = None, clock: Callable[[], float] = time.time
 ) -> dict[PeerID, tuple[SignedRun, set[PeerID]]]:
-    """Signer -> its latest manifest of this name, and who keeps a copy of that one. Copies of peers that the policy of
-    `trust` does not list are not read."""
+    """Return for each signer its latest manifest of this name, and who keeps a copy of that one. Copies of peers that
+    the policy of `trust` does not list are not read."""
     trust = Trust() if trust is None else trust
-    parts: dict[PeerID, list[Any]] = {}
+    parts: dict[PeerID, list[object]] = {}
     for entry in await network.get_entries(run_key(name)):
         if entry.expiration > clock() and trust.may_be_read(entry.owner):
             parts.setdefault(entry.owner, []).append(entry.value)
@@ -102,9 +87,9 @@ async def find_runs(
 
 
 async def find_run(
-    network: RunNetwork, text: str, *, trust: Trust | None = None, clock: Callable[[], float] = time.time
+    network: TesseractNetwork, text: str, *, trust: Trust | None = None, clock: Callable[[], float] = time.time
 ) -> SignedRun:
-    """The run called ``NAME`` or ``NAME@PEER_ID``.
+    """Find the run called ``NAME`` or ``NAME@PEER_ID``.
 
     Raises: RunNotFound if there is none, or several signers use the bare name; ValueError for a malformed one.
     """
@@ -133,27 +118,25 @@ def grant_key(run_id: bytes, peer_id: PeerID) -> str:
     return f"run-grants/{run_id.hex()}/{peer_id}"
 
 
-async def publish_grant(network: RunNetwork, grant: Grant, *, ttl: float = RunSettings().grant_ttl) -> int:
-    """Stores a grant where its peer looks for it; returns the number of holders."""
-    return await network.store(grant_key(grant.run_id, grant.peer), grant.blob, ttl=ttl)
+async def publish_grant(network: TesseractNetwork, grant: Grant) -> int:
+    """Store a grant where its peer looks for it; return the number of holders."""
+    return await network.store(grant_key(grant.run_id, grant.peer), grant.blob, ttl=GRANT_TTL)
 
 
-async def publish_record(
-    network: RunNetwork, authority: Authority, record: bytes, *, ttl: float = RunSettings().ttl
-) -> int:
-    """Stores a copy of one of `Authority.records` under this node's name; returns the number of holders."""
+async def publish_record(network: TesseractNetwork, authority: Authority, record: bytes) -> int:
+    """Store a copy of one of `Authority.records` under this node's name; return the number of holders."""
     subkey = hashlib.sha256(record).hexdigest()[:16]
-    return await network.store(records_key(authority.run_id), record, ttl=ttl, subkey=subkey)
+    return await network.store(records_key(authority.run_id), record, ttl=COPY_TTL, subkey=subkey)
 
 
 def kept_file(identity: Path, text: str) -> Path:
-    """Where what is known of the run ``NAME[@PEER_ID]`` is kept: beside the node's key. Raises: ValueError."""
+    """Where what is known of the run ``NAME[@PEER_ID]`` is kept: next to the node's key. Raises: ValueError."""
     identity = identity.expanduser()
     return identity.with_name(f"{identity.name}.{split_run_name(text)[0]}.run")
 
 
 def load_kept(path: Path, text: str) -> Authority | None:
-    """What this computer kept of the run ``NAME`` or ``NAME@PEER_ID``; None if that is nothing, or of another run.
+    """Load what this computer kept of the run ``NAME`` or ``NAME@PEER_ID``; None if nothing, or of another run.
 
     Raises: ValueError for a malformed name.
     """
@@ -170,25 +153,24 @@ def load_kept(path: Path, text: str) -> Authority | None:
 
 
 def save_kept(path: Path, records: Iterable[bytes]) -> None:
-    """Writes `Authority.kept`, whole or not at all. Raises: OSError."""
+    """Write `Authority.kept`, whole or not at all. Raises: OSError."""
     write_whole(path, [msgpack.packb(list(records))])
 
 
 async def enter_run(
-    network: RunNetwork,
+    network: TesseractNetwork,
     trust: Trust,
     run: str | SignedRun,
     *,
     identity: Identity,
     grant: str | None = None,
     identity_file: Path | None = None,
-    settings: RunSettings = RunSettings(),
     clock: Callable[[], float] = time.time,
 ) -> RunKeeper:
-    """Takes part in a run: from now on `trust` goes by it. Returns the keeper of its records, which is not started yet.
+    """Take part in a run: from now on `trust` goes by it. Return the keeper of its records, which is not started yet.
 
     `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is
-    learnt is kept beside `identity_file`, and used where the network does not know the run.
+    learnt is kept next to `identity_file`, and used where the network does not know the run.
 
     Raises: RunNotFound; BareRun; ValueError for a malformed name, a grant that is not this node's or of another run, or
     if the node is in another run with the same prefix; what the network raises.
@@ -225,7 +207,6 @@ async def enter_run(
         trust=trust,
         identity=identity,
         keep_file=keep_file,
-        settings=settings,
         clock=clock,
     )
     try:
@@ -243,14 +224,13 @@ class RunKeeper:
 
     def __init__(
         self,
-        network: RunNetwork,
+        network: TesseractNetwork,
         run: SignedRun,
         *,
         authority: Authority | None = None,
         trust: Trust | None = None,
         identity: Identity | None = None,
         keep_file: Path | None = None,
-        settings: RunSettings = RunSettings(),
         random: Random | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -258,7 +238,6 @@ class RunKeeper:
         learnt is kept on disk."""
         self.run = run
         self.authority = authority
-        self.settings = settings
         self.num_copies = 0
         """Owners that kept a copy when it was counted last, this node included."""
         self.on_own_grant: Callable[[], None] = lambda: None
@@ -274,18 +253,18 @@ class RunKeeper:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins in the background."""
+        """Begin in the background."""
         self._task = asyncio.create_task(self._keep(), name=f"experts: keep run {self.run.manifest.name}")
 
     async def aclose(self) -> None:
-        """Stops; the copy stays until it expires, for those who come later. Closing twice is harmless."""
+        """Stop; the copy stays until it expires, for those who come later. Closing twice is harmless."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
     async def keep_once(self) -> bool:
-        """Counts the copies of the manifest and stores an own one if it is needed; whether it was stored."""
+        """Count the copies of the manifest and store one of this node's if needed; return whether it was stored."""
         found = await find_runs(self._network, self.run.manifest.name, trust=self._trust, clock=self._clock)
         latest, owners = found.get(self.run.signer, (self.run, set()))
         if self.authority is not None:
@@ -297,18 +276,19 @@ class RunKeeper:
             )
             return False
         others = owners - {self._network.peer_id} if latest == self.run else set()
-        needed = len(others) < self.settings.num_copies
+        needed = len(others) < NUM_COPIES
         if needed:
-            await publish_run(self._network, self.run, ttl=self.settings.ttl)
+            await publish_run(self._network, self.run)
         self.num_copies = len(others) + needed
         return needed
 
     async def learn_once(self) -> bool:
-        """Reads the run's other records, and stores copies of those that too few others keep; whether any was new."""
+        """Read the run's other records, and store copies of those that too few others keep. Return whether any is
+        new."""
         authority = self.authority
         if authority is None:
             return False
-        key, fresh = records_key(authority.run_id), self._clock() + self.settings.ttl / 2
+        key, fresh = records_key(authority.run_id), self._clock() + COPY_TTL / 2
         holders: dict[bytes, set[PeerID]] = {}
         mine: set[bytes] = set()
         before, own = authority.kept(self._me), authority.grant_of(self._me)
@@ -332,14 +312,15 @@ class RunKeeper:
                 logger.warning("this node was revoked in the run %s: no member believes it", authority.run.full_name)
             self.on_own_grant()
         for record in authority.records():
-            if record not in mine and len(holders.get(record, ())) < self.settings.num_copies:
-                await publish_record(self._network, authority, record, ttl=self.settings.ttl)
+            if record not in mine and len(holders.get(record, ())) < NUM_COPIES:
+                await publish_record(self._network, authority, record)
         self.save()
         return authority.kept(self._me) != before
 
     async def renew_grants(self) -> list[Grant]:
-        """Signs anew the grants that end within `grants.RENEW_SECONDS`, for who may grant; those of expired, revoked or
-        unknown peers are left. Returns the new ones."""
+        """Sign anew the grants that end within `grants.RENEW_SECONDS`, if this node may grant. Return the new ones.
+
+        Those of expired, revoked or unknown peers are left."""
         authority, identity, now = self.authority, self._identity, self._clock()
         if authority is None or identity is None or not authority.rules(identity.peer_id):
             return []
@@ -347,7 +328,7 @@ class RunKeeper:
         renewed = []
         prefix = authority.prefix
         entries = await self._network.get_entries(self._trust.grid_key(prefix))  # servers show what they have
-        await read_claims(entries, prefix=prefix, now=now, dropped=lambda entry, error: None, trust=self._trust)
+        await read_claims(entries, prefix=prefix, now=now, trust=self._trust)
         for old in authority.grants():
             last = int(now) + GRANT_SECONDS if via is None else min(int(now) + GRANT_SECONDS, via.not_after)
             due = now < old.not_after <= min(now + RENEW_SECONDS, last - 1)
@@ -366,12 +347,12 @@ class RunKeeper:
             except ValueError:  # more than a delegate may give
                 continue
             if authority.learn_grant(new.blob):
-                await publish_grant(self._network, new, ttl=self.settings.grant_ttl)
+                await publish_grant(self._network, new)
                 renewed.append(new)
         return renewed
 
     def save(self) -> None:
-        """Writes what is known to `keep_file`, with what another program wrote there meanwhile. An error is logged."""
+        """Write what is known to `keep_file`, with what another program wrote there meanwhile. An error is logged."""
         if self._keep_file is None or self.authority is None:
             return
         if (others := load_kept(self._keep_file, self.authority.run.full_name)) is not None:
@@ -392,16 +373,16 @@ class RunKeeper:
         count_at = loop.time()
         while True:
             try:
-                await self._network.wait_joined(self.settings.retry_period)
+                await self._network.wait_joined(RETRY_PERIOD)
                 if loop.time() >= count_at:
                     await self.keep_once()
                     await self.renew_grants()
                     # not all servers of a run at the same moment
-                    count_at = loop.time() + self.settings.refresh_period * self._random.uniform(0.8, 1.2)
+                    count_at = loop.time() + COUNT_PERIOD * self._random.uniform(0.8, 1.2)
                 await self.learn_once()
                 left = max(0.0, count_at - loop.time())
-                wait = left if self.authority is None else min(left, self.settings.check_period)
+                wait = left if self.authority is None else min(left, CHECK_PERIOD)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("could not keep the run %s known: %s", self.run.manifest.name, describe(error))
-                wait = self.settings.retry_period
+                wait = RETRY_PERIOD
             await asyncio.sleep(wait)

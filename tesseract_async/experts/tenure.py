@@ -434,7 +434,7 @@ class Tenure(TenureBase):
                 votes=votes,
                 handover=handover,
             )
-        except (ProtocolError, ValueError):
+        except ValueError:
             self._give_up(now)  # a signature that does not hold
             return False
         self.state, self.term, self._number = State.CANDIDATE, term, 0

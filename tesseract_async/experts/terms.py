@@ -20,7 +20,7 @@ from typing import Final
 import msgpack
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
-from tesseract_async.experts.signed import HEAD_BYTES, Format, number, octets, optional, peer, peers
+from tesseract_async.experts.signed import HEAD_BYTES, Format, listed, number, octets, optional, peer, peers
 from tesseract_async.identity import Identity, PeerID, verify
 
 EPOCH_ZERO: Final = 1_735_689_600
@@ -157,8 +157,8 @@ def sign_seal(
     successors: Sequence[PeerID],
 ) -> Seal:
     """Sign a Seal of the Term that `identity` signed."""
-    state = (number, term.serial, version, root, size, time, list(successors))
-    return _seals(run).sign(identity, term.uid, term.epoch, *state, term.digest)
+    state = [number, term.serial, version, root, size, time, list(successors)]
+    return _seals(run).sign(identity, [term.uid, term.epoch, *state, term.digest])
 
 
 def read_seal(blob: object, run: bytes) -> Seal:
@@ -170,7 +170,7 @@ def sign_vote(
     identity: Identity, run: bytes, *, uid: str, epoch: int, candidate: PeerID, seal: tuple[int, int]
 ) -> Vote:
     """Sign `identity`'s vote; `seal` is the age of the newest Seal that it holds."""
-    return _votes(run).sign(identity, uid, epoch, candidate, *seal)
+    return _votes(run).sign(identity, [uid, epoch, candidate, *seal])
 
 
 def read_vote(blob: object, run: bytes) -> Vote:
@@ -196,11 +196,11 @@ def sign_term(
     votes: Sequence[Vote] = (),
     handover: bytes = b"",
 ) -> Term:
-    """Sign a Term of `identity`'s. Raises: ProtocolError if the evidence does not carry it."""
+    """Sign a Term of `identity`'s. Raises: ValueError if the evidence does not carry it."""
     # of a vote, only what does not follow from the Term
     evidence = handover or [[vote.blob[:HEAD_BYTES], *vote.seal] for vote in votes]
     parent = None if seal is None else seal.blob
-    return _terms(run).sign(identity, uid, epoch, boot, int(kind), serial, parent, evidence)
+    return _terms(run).sign(identity, [uid, epoch, boot, int(kind), serial, parent, evidence])
 
 
 def read_term(blob: object, run: bytes) -> Term:
@@ -230,17 +230,17 @@ def _domain(kind: str, run: bytes) -> bytes:
 
 def _seals(run: bytes) -> Format[Seal]:
     state = (number(), number(), number(), octets(32), number(), number(), peers)
-    return Format(_domain("seal", run), (_uid, number(), *state, octets(32)), Seal, max_bytes=MAX_BYTES)
+    return Format(_domain("seal", run), listed((_uid, number(), *state, octets(32)), Seal), max_bytes=MAX_BYTES)
 
 
 def _votes(run: bytes) -> Format[Vote]:
     fields = (_uid, number(), peer, number(), number())
-    return Format(_domain("vote", run), fields, Vote, max_bytes=MAX_BYTES)
+    return Format(_domain("vote", run), listed(fields, Vote), max_bytes=MAX_BYTES)
 
 
 def _terms(run: bytes) -> Format[Term]:
     fields = (_uid, number(), octets(8), _kind, number(), optional(_seals(run).read), lambda evidence: evidence)
-    return Format(_domain("term", run), fields, partial(_term, run), max_bytes=MAX_BYTES)
+    return Format(_domain("term", run), listed(fields, partial(_term, run)), max_bytes=MAX_BYTES)
 
 
 def _term(

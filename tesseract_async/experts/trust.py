@@ -1,27 +1,60 @@
-"""Whom a node believes about experts, and what it lets others do with them: the one that every reader asks."""
+"""`Trust`: whom a node believes about experts, and what it lets others do with them. Every reader asks it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
 
+import msgpack
 import numpy as np
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.grants import Role
+from tesseract_async.experts.grants import GRANTS, ROLES, Role
 from tesseract_async.experts.lineage import SKEW
-from tesseract_async.experts.manifest import Manifest, RunTag, grid_key, shard_key, split_uid
-from tesseract_async.identity import PeerID
+from tesseract_async.experts.manifest import MAGIC, Manifest, RunTag, decode_manifest, grid_key, shard_key, split_uid
+from tesseract_async.identity import PeerID, SignedRecord
+from tesseract_async.network.network import key_digest
 from tesseract_async.wire.calls import MAX_GRANTS
+
+_BEGINNINGS = {0xC4: 2, 0xC5: 3}
+"""Bytes of msgpack before those of a byte string: of up to 255, and of more."""
+
+
+def belongs_under_its_key(record: SignedRecord) -> bool:
+    """Return whether a record is a whole manifest of experts that its key is for, or no manifest at all.
+
+    A `RecordCheck` of every node, whatever runs it takes part in. Keys are hashes, but a manifest says by its first
+    bytes that it is one, and names its grid and coordinates, from which the keys follow under which it may stand; one
+    of a run shows by its grant that its server may host there. So a server fills neither the shards of experts that it
+    does not claim to host, nor any key of a granted run without a grant, and readers do not pay for strangers.
+
+    Untrusted; raises nothing. A manifest of 400 experts costs up to 400 hashes, half a millisecond; a grant its
+    signature checks, once.
+    """
+    value = record.value
+    start = _BEGINNINGS.get(value[0], 0) if value else 0
+    if not start or not value.startswith(MAGIC, start):
+        return True
+    try:
+        manifest = decode_manifest(msgpack.unpackb(value))
+        if not any(key_digest(key) == record.key for key in manifest.keys()):
+            return False
+        tag = manifest.tag
+        if tag is None or tag.mode == "open" or tag.owner == record.owner:
+            return True
+        grant = GRANTS.read(manifest.grant)
+    except (ProtocolError, ValueError, msgpack.UnpackException):
+        return False
+    of_run = grant.run_id == tag.run_id(manifest.prefix) and grant.root == tag.owner
+    return of_run and grant.peer == record.owner and bool(grant.roles & ROLES["host"])
 
 
 class Trust:
-    """A node's policy, and the runs that it takes part in: by them uids of a run's prefix are that run's.
+    """A node's policy, and the runs that it takes part in: to them belong the uids of their prefixes.
 
-    Outside of runs the policy's lists decide: who may not store may not host either. In a run its authority decides as
-    well. Used on the node's loop only.
+    Outside of runs the policy's lists decide. In a run its authority decides as well. Used on the node's loop only.
     """
 
     def __init__(
@@ -38,7 +71,7 @@ class Trust:
     # ------------------------------------------------------------------------------------------------ runs
 
     def add(self, authority: Authority) -> None:
-        """The node takes part in this run from now on. Raises: ValueError if another run has the prefix already."""
+        """Take part in this run from now on. Raises: ValueError if another run has the prefix already."""
         known = self._runs.setdefault(authority.prefix, authority)
         if known.run_id != authority.run_id:
             raise ValueError(f"uids of {authority.prefix!r} are those of the run {known.run.full_name} at this node")
@@ -49,7 +82,7 @@ class Trust:
         return self._runs.get(prefix)
 
     def tag(self, prefix: str) -> RunTag | None:
-        """The same as it stands in manifests."""
+        """That run as it stands in manifests."""
         authority = self._runs.get(prefix)
         return None if authority is None else authority.tag
 
@@ -68,11 +101,11 @@ class Trust:
         return b"" if grant is None else grant.blob
 
     def shown(self) -> list[bytes]:
-        """The grants that the node shows to whom it meets."""
+        """The grants that the node shows to every peer that it connects to."""
         return [blob for blob in map(self.own_grant, self._runs) if blob][:MAX_GRANTS]
 
     def introduced(self, peer_id: PeerID, grants: Sequence[bytes]) -> None:
-        """`peer_id`, who has proved to be that, shows its grants."""
+        """Learn the grants that `peer_id`, which has proved its identity, shows."""
         for blob in grants[:MAX_GRANTS]:
             for authority in self._runs.values():
                 authority.learn_grant(blob, peer_id)
@@ -80,11 +113,11 @@ class Trust:
     # ------------------------------------------------------------------------------------------------ others' words
 
     def may_be_read(self, owner: PeerID) -> bool:
-        """Whether the policy lets this peer say anything at all; a look before its words are decoded."""
+        """Whether the policy lets this peer say anything at all: a check before its words are decoded."""
         return owner == self._peer_id or (owner not in self.distrusted and self.policy.allows(owner, "store"))
 
     def believed(self, owner: PeerID, manifest: Manifest) -> Manifest:
-        """What `owner` says about experts, as far as it may host them; learns the grant that it shows.
+        """Return what `owner` says about experts, as far as it may host them, and learn the grant that it shows.
 
         Raises: ProtocolError where nothing is left.
         """
@@ -108,24 +141,22 @@ class Trust:
         inside = (manifest.coords >= low) & (manifest.coords < high)
         return manifest.only(inside.all(axis=1))
 
-    def may_host(self, peer_id: PeerID | None, uid: str) -> bool:
-        """Whether calls for `uid` may go to this peer: a member sends nothing to somebody who may not host it."""
+    def may_host(self, peer_id: PeerID | None, uid: str, *, anew: bool = False) -> bool:
+        """Whether this peer is believed to host `uid`, so that calls for it may go there; `anew`: to begin to host it.
+
+        None stands for a peer whose id is not known.
+        """
         if peer_id is not None and peer_id == self._peer_id:
             return True
         authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
-        if peer_id is None:  # whoever answers there
+        if peer_id is None:
             return authority is None and self.policy.storers is None
         if not self.may_be_read(peer_id):
             return False
-        return authority is None or authority.may(peer_id, "host", uid, now=None)
-
-    def may_reserve(self, owner: PeerID, prefix: str, uid: str | None = None) -> bool:
-        """Whether it counts that this peer says that it is about to host `uid`, or (None) any expert of this prefix."""
-        authority = self._runs.get(prefix)
-        return self.may_be_read(owner) and (authority is None or authority.may(owner, "host", uid, now=self.clock()))
+        return authority is None or authority.may(peer_id, "host", uid, now=self.clock() if anew else None)
 
     def knows(self, peer_id: PeerID) -> bool:
-        """Whether this peer is somebody: a list of the policy names it, or a run grants it something."""
+        """Whether a list of the policy names this peer, or a run grants it something."""
         policy = self.policy
         for some in (policy.quotas, policy.callers, policy.trainers):
             if some and peer_id in some:
@@ -133,7 +164,7 @@ class Trust:
         return bool(self._runs) and any(one.grant_of(peer_id) is not None for one in self._runs.values())
 
     def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
-        """Whether this peer may ask for what takes `role` in the run of `uid`; None: to be a member is enough.
+        """Whether this peer may make calls that take `role` in the run of `uid`; None: to be a member is enough.
 
         Where uids are bare, the policy has decided already.
         """
@@ -145,6 +176,6 @@ class Trust:
         return authority.may(peer_id, role, uid, now=None if role == "host" else self.clock())
 
     def admits(self, peer_id: PeerID, uids: Collection[str]) -> bool:
-        """Whether this peer may be a caller of any of these experts (or there are none): who is not takes no memory."""
+        """Whether this peer may call any of these experts (or there are none): one that may not takes no memory."""
         runs = (self._runs.get(split_uid(uid)[0]) for uid in uids)
         return not uids or any(run is None or run.is_member(peer_id) for run in runs)

@@ -14,10 +14,9 @@ import contextlib
 import itertools
 import logging
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -27,8 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tesseract_async.errors import describe
 from tesseract_async.runtime import modules, optimizers, randomness, states
 from tesseract_async.runtime.acceleration import Acceleration, fuse
-from tesseract_async.runtime.finite import are_finite, norm_of
-from tesseract_async.runtime.merging import Gradients, trimmed_mean
+from tesseract_async.runtime.gradients import GatheredGradients, Gradients, are_finite, norm_of
 from tesseract_async.runtime.norms import UsualNorms
 from tesseract_async.runtime.watching import Habits, Undone, copies, generator_states, have_moved, watched
 from tesseract_async.wire import tensors as wire
@@ -188,11 +186,7 @@ class ExpertBackend:
         self._habits = {training: Habits() for training in (False, True)}
         self.norms = UsualNorms()
         """Of the gradients that it got."""
-        self._gathered: dict[
-            Hashable, tuple[Gradients, int]
-        ] = {}  # per peer with `trim_peers`, else for all: sum, count
-        self._num_accumulated = 0
-        self._lately: deque[frozenset[Hashable]] = deque(maxlen=2)  # peers of the last steps
+        self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
         self._acceleration = Acceleration(
             module, sizes=settings.preferred_sizes, compile_mode=settings.compile_mode, cuda_graphs=settings.cuda_graphs
         )
@@ -233,7 +227,7 @@ class ExpertBackend:
     @property
     def progress(self) -> tuple[int, int]:
         """Steps taken, and backwards gathered for the next one (`step_every`)."""
-        return self.version, self._num_accumulated
+        return self.version, self._gathered.num_batches
 
     @property
     def trains(self) -> bool:
@@ -318,14 +312,13 @@ class ExpertBackend:
         Raises what the optimizer raises; the expert's state is then undefined.
         """
         if self.optimizer is not None:
-            peer = peer if self.settings.trim_peers else None
-            summed, count = self._gathered.get(peer, (None, 0))
-            total = gradients if summed is None else add_gradients(summed, gradients)
-            assert total is not None
-            self._gathered[peer] = total, count + 1
-            self._num_accumulated += 1
-            if self._has_enough():
-                self._take_step()
+            gathered, settings = self._gathered, self.settings
+            if settings.step_every == 1 and not settings.trim_peers and not gathered.num_batches:
+                self._take_step(gradients)
+            else:
+                gathered.add(gradients, peer)
+                if gathered.is_enough:
+                    self._take_step(gathered.take() or ())
         for call_id in call_ids:
             self.applied[call_id] = self.version
         while len(self.applied) > self.settings.journal_length:
@@ -341,32 +334,8 @@ class ExpertBackend:
             [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
         )
 
-    def _has_enough(self) -> bool:
-        """Whether it is time for a step: with `trim_peers` not before everybody who took part lately has, so that one
-        who sends faster than the others is not the only one; but they are not waited for much longer than usual.
-        """
-        if self._num_accumulated < self.settings.step_every:
-            return False
-        absent = frozenset().union(*self._lately) - self._gathered.keys()
-        return not self.settings.trim_peers or not absent or self._num_accumulated >= 4 * self.settings.step_every
-
-    def _merged(self) -> Gradients | None:
-        """The sum of what was gathered; with `trim_peers` as many times the trimmed mean of the peers."""
-        if not self._gathered:
-            return None
-        if len(self._gathered) == 1:
-            return next(iter(self._gathered.values()))[0]
-        means = [
-            summed if count == 1 else [None if x is None else x / count for x in summed]
-            for summed, count in self._gathered.values()
-        ]
-        return trimmed_mean(means, self.settings.trim_peers, scale=self._num_accumulated)
-
-    def _take_step(self) -> None:
-        gradients = self._merged()
-        assert self.optimizer is not None and gradients is not None
-        self._lately.append(frozenset(self._gathered) - {None})
-        self._gathered, self._num_accumulated = {}, 0
+    def _take_step(self, gradients: Gradients) -> None:
+        assert self.optimizer is not None
         parameters = self.parameters
         gradients = [*gradients, *[None] * (len(parameters) - len(gradients))]  # of groups that were added since
         gradients = [
@@ -425,8 +394,8 @@ class ExpertBackend:
                 "versions": torch.tensor(list(self.applied.values()), dtype=torch.int64),
                 "num_bare": self.num_bare,
             },
-            "accumulated": states.pack_gradients(self._merged()),
-            "num_accumulated": self._num_accumulated,
+            "accumulated": states.pack_gradients(self._gathered.merged()),
+            "num_accumulated": self._gathered.num_batches,
             "gradient_norms": self.norms.values(),
         }
 
@@ -452,10 +421,10 @@ class ExpertBackend:
         )
         self.num_bare = min(int(state["applied"].get("num_bare", len(versions))), len(self.applied))
         self._bare = set(itertools.islice(self.applied, self.num_bare))
-        accumulated, self._num_accumulated = state["accumulated"], state["num_accumulated"]
-        self._gathered = {}
-        if accumulated is not None and self.trains:
-            self._gathered[None] = states.unpack_gradients(accumulated, self.device), self._num_accumulated
+        self._gathered.clear()
+        if state["accumulated"] is not None and self.trains:
+            gathered = states.unpack_gradients(state["accumulated"], self.device)
+            self._gathered.add(gathered, None, state["num_accumulated"])
         norms = state.get("gradient_norms", ())
         self.norms = UsualNorms(norm for norm in norms if isinstance(norm, float) and 0 < norm < math.inf)
 
@@ -597,16 +566,3 @@ def _laid_out(gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.T
 def _leaves(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors, wanting gradients where they can have some."""
     return [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs]
-
-
-def add_gradients(left: Gradients | None, right: Gradients | None) -> Gradients | None:
-    """The sum, where absent ones count as zeros. Neither is changed."""
-    if left is None or right is None:
-        return left if right is None else right
-    return [_sum(a, b) for a, b in zip_longest(left, right)]  # parameters may have been added between them
-
-
-def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b if a.layout is torch.strided else b + a  # PyTorch adds a sparse one to a dense one, in this order

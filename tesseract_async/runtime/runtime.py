@@ -1,4 +1,4 @@
-"""TesseractRuntime: the one thread of a device, and the only place where the loop and that thread meet.
+"""TesseractRuntime: one thread per device, and the only place where the event loop and that thread meet.
 
 The loop adds requests to the batcher and the thread takes batches out, both under one lock that is held for
 microseconds; so the thread never waits for the loop to hand it the next batch, however busy the loop is. A finished
@@ -18,42 +18,51 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Final, TypeVar
 
 import torch
 
 from tesseract_async.errors import Overloaded
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, BatcherStatistics, Pool, Request
-from tesseract_async.runtime.executor import Attempt, Executor
-from tesseract_async.runtime.merging import Gradients
-from tesseract_async.runtime.staging import staging_for
-from tesseract_async.runtime.work import Answer, Outcome, Work
+from tesseract_async.runtime.batcher import (
+    MAX_QUEUE_BYTES,
+    Batch,
+    Batcher,
+    BatcherStatistics,
+    BatchQueue,
+    QueuedRequest,
+)
+from tesseract_async.runtime.executor import Attempt, Executor, Outcomes
+from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.staging import Staging, staging_for
+from tesseract_async.runtime.states import State
+from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.uncopied import Uncopied
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Job = Callable[[Executor], None]
 
-ROWS_BUCKETS = tuple(float(2**power) for power in range(15))
+FORWARD_HEAD_START: Final = 0.2
+"""Seconds by which a forward counts as older than it is, compared with backwards of its priority. See `batcher`."""
+ROWS_BUCKETS: Final = tuple(float(2**power) for power in range(15))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSettings:
     """How a device is used."""
 
-    batcher: BatcherSettings = BatcherSettings()
+    max_queue_bytes: int = MAX_QUEUE_BYTES
+    """Bytes of all requests that wait or run; beyond it new ones are refused. Less on a computer with little memory."""
     num_threads: int | None = None
-    """Intra-op threads of the device's thread; None leaves PyTorch's own choice."""
-    forward_head_start: float = 0.2
-    """Seconds by which a forward counts as older than it is, beside backwards of its priority."""
-    overlap: bool | None = None
-    """Whether the next batch is staged while one computes; None: where the device has copy engines."""
+    """Intra-op threads of the device's thread; None leaves it to PyTorch. Fewer leave cores to other programs."""
     stall_timeout: float = 60.0
-    """Seconds after which a batch is taken as hung: new work is refused until it ends. More than the slowest takes."""
+    """Seconds after which a batch counts as hung: new work is refused until it ends. More than the slowest takes."""
     close_timeout: float = 30.0
-    """Seconds that closing waits for the running batch; a thread that hangs for longer is abandoned, loudly."""
+    """Seconds that closing waits for the running batch, before its thread is abandoned with an error in the log. Less
+    than what stops the process allows."""
 
 
 class TesseractRuntime(Uncopied):
@@ -68,7 +77,9 @@ class TesseractRuntime(Uncopied):
         device: str | torch.device = "cpu",
         settings: RuntimeSettings = RuntimeSettings(),
         metrics: Metrics | None = None,
+        make_staging: Callable[[torch.device], Staging] = staging_for,
     ) -> None:
+        """`make_staging` is called on the device's thread. Raises: ValueError for an unknown device."""
         try:
             self.device = torch.device(device)
         except RuntimeError as error:  # what PyTorch raises for a name that it does not know
@@ -77,14 +88,15 @@ class TesseractRuntime(Uncopied):
             raise ValueError("the device 'meta' computes nothing; an expert needs one such as 'cpu' or 'cuda:0'")
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self._batcher = Batcher(settings.batcher)
-        self._pools: dict[Hashable, Pool] = {}
-        self._jobs: deque[Callable[[Executor], None]] = deque()
+        self._make_staging = make_staging
+        self._batcher = Batcher(max_queue_bytes=settings.max_queue_bytes)
+        self._queues: dict[Hashable, BatchQueue] = {}
+        self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
         self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the idle thread: half the price of a threading.Condition
-        self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._delivers = False  # whether the loop was woken for what is posted
+        self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
+        self._delivers = False  # True if the loop was woken for what is posted
         self._closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,7 +109,7 @@ class TesseractRuntime(Uncopied):
     # -- On the loop -----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the thread. Raises: RuntimeError the second time; ValueError for a device that is not here."""
+        """Start the thread. Raises: RuntimeError the second time; ValueError for a device that is not here."""
         if self._thread is not None:
             raise RuntimeError("this runtime was started before")
         self._loop = asyncio.get_running_loop()
@@ -115,7 +127,7 @@ class TesseractRuntime(Uncopied):
             raise
 
     async def aclose(self) -> None:
-        """Lets the running batch end, refuses what waits with `Overloaded`, and returns when the thread is gone."""
+        """Let the running batch end, refuse what waits with `Overloaded`, and return when the thread is gone."""
         if self._thread is None or self._stopped is None or self._closing:
             return
         with self._lock:
@@ -125,14 +137,14 @@ class TesseractRuntime(Uncopied):
                 self._batcher.remove(request)
             self._wake_thread()
         for request in left:
-            _fail(request.payload, _leaving())
+            _fail(request, _leaving())
         try:
             async with asyncio.timeout(self.settings.close_timeout):
                 await asyncio.shield(self._stopped)
         except TimeoutError:
             logger.error("an expert's module hangs; the thread of %s is abandoned with it", self.device)
         else:
-            self._thread.join()  # its last act was to say so: this takes microseconds
+            self._thread.join()  # it has just said that it ends: this takes microseconds
         if self._aside is not None:
             self._aside.shutdown(wait=True)
 
@@ -146,8 +158,8 @@ class TesseractRuntime(Uncopied):
         deadline: float | None = None,
         priority: int = 0,
         peer: Hashable = None,
-    ) -> Answer:
-        """The expert's outputs for these rows. `deadline` is in the loop's time.
+    ) -> WorkResult:
+        """Return the expert's outputs for these rows. `deadline` is in the loop's time.
 
         Cancelling withdraws what has not been computed. Raises: ExpertFailed, Overloaded, TimeoutError.
         """
@@ -169,8 +181,8 @@ class TesseractRuntime(Uncopied):
         deadline: float | None = None,
         priority: int = 0,
         peer: Hashable = None,
-    ) -> Answer:
-        """The inputs' gradients; with a `call_id` the expert also takes its step. Otherwise like `forward`."""
+    ) -> WorkResult:
+        """Return the inputs' gradients; with a `call_id` the expert also takes its step. Otherwise like `forward`."""
         return await self._wait(
             self.submit(
                 backend,
@@ -200,11 +212,12 @@ class TesseractRuntime(Uncopied):
         priority: int = 0,
         peer: Hashable = None,
     ) -> Work:
-        """Queues a forward, or a backward if there are gradients; `Work.answer` will hold the end of it.
+        """Queue a forward, or a backward if there are gradients; its `Work.answer` will be done when it ends.
 
         The tensors must not change until then. Raises: Overloaded.
         """
-        loop = self._running_loop
+        if (loop := self._loop) is None:
+            raise _not_started()
         now = time.monotonic()
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
             raise Overloaded(
@@ -212,137 +225,129 @@ class TesseractRuntime(Uncopied):
                 f"({self.settings.stall_timeout:g} s): {self.device} is slow, or hangs; ask another replica",
                 retry_after=self.settings.stall_timeout,
             )
-        is_backward = output_gradients is not None
+        num_rows = inputs[0].shape[0]
+        num_bytes = sum([x.nbytes for x in inputs])
+        # requests that step alone, and split ones, whose chunks are summed for one step
+        alone = backend.is_stochastic(training)
+        if output_gradients is not None:
+            num_bytes += sum([x.nbytes for x in output_gradients if x is not None])
+            alone = alone or num_rows > backend.max_batch_size or not backend.merges_backward
+        # a backward that takes no step must not share a batch with one that does
+        kind = (backend, output_gradients is not None, training, call_id is not None)
         work = Work(
-            backend,
-            inputs,
-            output_gradients,
-            training,
-            seed,
-            call_id,
-            forward_version,
-            loop.create_future(),
-        )
-        num_rows = work.num_rows
-        request = work.request = Request(
-            # a backward that takes no step must not share a batch with one that does
-            self._pool(backend, is_backward, training, call_id is not None),
+            self._queues.get(kind) or self._add_queue(kind),
             num_rows,
-            work.num_bytes,
-            peer=peer,
-            payload=work,
+            num_bytes,
+            peer,
             # the thread lives by time.monotonic; the loop's clock may be another one
-            deadline=math.inf if deadline is None else now + deadline - loop.time(),
-            priority=priority,
-            # requests that step alone, and split ones, whose chunks are summed for one step
-            exclusive=backend.is_stochastic(training)
-            or (is_backward and (num_rows > backend.max_batch_size or not backend.merges_backward)),
+            math.inf if deadline is None else now + deadline - loop.time(),
+            priority,
+            alone,
+            backend=backend,
+            inputs=inputs,
+            output_gradients=output_gradients,
+            training=training,
+            seed=seed,
+            call_id=call_id,
+            forward_version=forward_version,
+            answer=loop.create_future(),
         )
         with self._lock:
             if self._closing or self._thread is None:
                 raise _leaving()
-            self._batcher.add(request, now)
+            self._batcher.add(work, now)
             self._wake_thread()
         return work
 
     def withdraw(self, work: Work) -> bool:
-        """Drops work that nobody waits for. False if it can't be: all of it is being computed, or was."""
-        if work.request is None:
-            return False
+        """Drop work that nobody waits for. Returns False if all of it is being computed, or was."""
         with self._lock:
-            if not self._batcher.remove(work.request):
+            if not self._batcher.remove(work):
                 return False
         work.answer.cancel()
         _forget(work)
         return True
 
     async def call(self, function: Callable[[], Result]) -> Result:
-        """Runs `function` on the device's thread between two batches, and returns or raises what it does."""
+        """Run `function` on the device's thread between two batches, and return or raise what it does."""
         return await self._run_job(lambda _: function())
 
-    async def snapshot(self, backend: ExpertBackend) -> dict[str, Any]:
-        """A copy of the expert's state, taken between two batches; a failed step goes back to it, too."""
+    async def snapshot(self, backend: ExpertBackend) -> State:
+        """Return a copy of the expert's state, taken between two batches. A failed step goes back to it, too."""
         return await self._run_job(lambda executor: executor.keep_good_state(backend))
 
     async def call_aside(self, function: Callable[[], Result]) -> Result:
-        """Runs `function`, which touches files and no module, on a helper thread: one at a time, in order."""
+        """Run `function`, which touches files and no module, on a helper thread: one at a time, in order."""
         if self._aside is None:
             self._aside = ThreadPoolExecutor(1, thread_name_prefix="tesseract-files")
-        return await self._running_loop.run_in_executor(self._aside, function)
+        return await asyncio.get_running_loop().run_in_executor(self._aside, function)
 
     def statistics(self) -> BatcherStatistics:
-        """The batcher's figures."""
+        """Return the batcher's figures."""
         with self._lock:
             return self._batcher.statistics()
 
     @property
     def busy_seconds(self) -> float:
-        """Time that the thread has spent on batches."""
+        """Seconds that the thread has spent on batches."""
         return self._busy_seconds
 
-    @property
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            raise RuntimeError("this runtime was not started")
-        return self._loop
-
-    async def _wait(self, work: Work) -> Answer:
+    async def _wait(self, work: Work) -> WorkResult:
         try:
-            answer: Answer = await work.answer
+            return await work.answer
         except asyncio.CancelledError:
             self.withdraw(work)
             raise
-        return answer
 
     async def _run_job(self, function: Callable[[Executor], Result]) -> Result:
-        future: asyncio.Future[Result] = self._running_loop.create_future()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
 
         def job(executor: Executor) -> None:
             try:
                 result = function(executor)
             except BaseException as error:  # it is handed to the awaiting task
-                self._post(_settle, future, None, error)
+                self._post(_set_error, future, error)
             else:
-                self._post(_settle, future, result, None)
+                self._post(_set_result, future, result)
 
         with self._lock:
             if self._closing or self._thread is None:
-                raise RuntimeError("this runtime is closed")
+                raise _not_started() if self._thread is None else RuntimeError("this runtime is closed")
             self._jobs.append(job)
             self._wake_thread()
         return await future
 
     def _wake_thread(self) -> None:
-        """Under the lock."""
+        """Wake the thread if it is idle. Call it under the lock."""
         if self._is_idle:
             self._is_idle = False
             self._bell.put(None)
 
-    def _pool(self, backend: ExpertBackend, is_backward: bool, training: bool, steps: bool) -> Pool:
-        kind = (backend, is_backward, training, steps)
-        pool = self._pools.get(kind)
-        if pool is None:
-            pool = self._pools[kind] = self._batcher.add_pool(
-                kind,
-                max_batch_size=backend.max_batch_size,
-                preferred_sizes=backend.settings.preferred_sizes,
-                head_start=0.0 if is_backward else self.settings.forward_head_start,
-            )
-        return pool
+    def _add_queue(self, kind: tuple[ExpertBackend, bool, bool, bool]) -> BatchQueue:
+        backend, is_backward, _, _ = kind
+        queue = self._queues[kind] = self._batcher.add_queue(
+            kind,
+            max_batch_size=backend.max_batch_size,
+            preferred_sizes=backend.settings.preferred_sizes,
+            head_start=0.0 if is_backward else FORWARD_HEAD_START,
+        )
+        return queue
 
-    def _deliver(self, batch: Batch, outcomes: Sequence[Outcome], seconds: float) -> None:
-        direction = "backward" if batch.pool.name[1] else "forward"  # type: ignore[index]
+    def _deliver(self, batch: Batch, outcomes: Outcomes, seconds: float) -> None:
+        direction = "backward" if batch.queue.name[1] else "forward"  # type: ignore[index]
+        for one in batch.slices:
+            work: Work = one.request  # type: ignore[assignment]
+            outcome = outcomes.get(work)
+            if isinstance(outcome, WorkResult):
+                _set_result(work.answer, outcome)
+            elif outcome is not None:
+                self.metrics.count("runtime_failures", direction=direction)
+                _set_error(work.answer, outcome)
+            _forget(work)
         self.metrics.count("runtime_batches", direction=direction)
         self.metrics.count("runtime_rows", batch.num_rows, direction=direction)
         self.metrics.observe("runtime_batch_rows", batch.num_rows, bounds=ROWS_BUCKETS, direction=direction)
         self.metrics.observe("runtime_batch_seconds", seconds, direction=direction)
-        for work, answer, error in outcomes:
-            if error is not None:
-                self.metrics.count("runtime_failures", direction=direction)
-                _fail(work, error)
-            elif answer is not None and not work.answer.done():
-                work.answer.set_result(answer)
-            _forget(work)
 
     # -- On the thread ---------------------------------------------------------------------------------------------
 
@@ -350,23 +355,22 @@ class TesseractRuntime(Uncopied):
         try:
             if self.settings.num_threads is not None:
                 torch.set_num_threads(self.settings.num_threads)
-            executor = Executor(staging_for(self.device))
-        except BaseException as error:  # it is handed to whoever starts the runtime
-            self._post(_settle, ready, None, error)
+            executor = Executor(self._make_staging(self.device))
+        except BaseException as error:  # it is raised by `start`
+            self._post(_set_error, ready, error)
         else:
-            self._post(_settle, ready, None, None)
-            overlap = executor.staging.overlaps if self.settings.overlap is None else self.settings.overlap
-            self._work(executor, overlap)
-        self._post(_settle, self._stopped, None, None)
+            self._post(_set_result, ready, None)
+            self._work(executor)
+        self._post(_set_result, self._stopped, None)
 
-    def _work(self, executor: Executor, overlap: bool) -> None:
-        """Computes until the runtime closes. With `overlap`, a batch is staged while the one before it computes."""
+    def _work(self, executor: Executor) -> None:
+        """Compute until the runtime closes. Where copies overlap, a batch is staged while another one computes."""
         running: tuple[Batch, Attempt] | None = None
         while True:
             job, batch, expired, closed = self._next(wait=running is None)
             if expired:
                 self._post(_expire, expired)
-            staged = None if batch is None else (batch, executor.stage(batch.parts))
+            staged = None if batch is None else (batch, executor.stage(batch.slices))
             if running is not None:
                 executor.complete(running[1])
             if staged is not None:
@@ -374,17 +378,17 @@ class TesseractRuntime(Uncopied):
             if running is not None:
                 self._finish(executor, *running)
             running = staged
-            if running is not None and not overlap:
+            if running is not None and not executor.staging.overlaps:
                 executor.complete(running[1])
                 self._finish(executor, *running)
                 running = None
-            if job is not None:  # between batches, never beside one
+            if job is not None:  # between batches, never during one
                 job(executor)
             if closed:
                 return
 
-    def _next(self, *, wait: bool) -> tuple[Callable[[Executor], None] | None, Batch | None, Sequence[Request], bool]:
-        """A job, a batch, what expired, and whether that was all; nothing at all only if it may not `wait`."""
+    def _next(self, *, wait: bool) -> tuple[Job | None, Batch | None, Sequence[QueuedRequest], bool]:
+        """Return a job, a batch, what expired, and whether that was all; nothing at all only if it may not `wait`."""
         while True:
             with self._lock:
                 self._is_idle = False
@@ -406,29 +410,30 @@ class TesseractRuntime(Uncopied):
                 self._bell.get(timeout=None if timer_at is None else max(timer_at - now, 0))
 
     def _finish(self, executor: Executor, batch: Batch, attempt: Attempt) -> None:
-        """Hands out what became of a batch."""
+        """Hand out the results of a batch."""
         outcomes = executor.outcomes(attempt)
         now = time.monotonic()
         with self._lock:
-            for outcome in outcomes:
-                if outcome.error is not None and outcome.work.request is not None:
-                    self._batcher.remove(outcome.work.request)  # the other parts of a split request
+            for work, outcome in outcomes.items():
+                if not isinstance(outcome, WorkResult):
+                    self._batcher.remove(work)  # the rest of a split request
             self._batcher.finish(batch, now)
             self._busy_seconds += now - (self._busy_since or now)
             self._num_running -= 1
             self._busy_since = now if self._num_running else None
         self._post(self._deliver, batch, outcomes, now - batch.started)
 
-    def _post(self, function: Callable[..., None], *args: Any) -> None:
-        """Lets the loop call this. Waking it is a system call: what is posted until it looks shares one."""
+    def _post(self, function: Callable[..., None], *args: object) -> None:
+        """Let the loop call this. Waking it is a system call: what is posted until it looks shares one."""
         self._posted.append((function, args))
         if not self._delivers:
             self._delivers = True
             with contextlib.suppress(RuntimeError):  # the loop was closed without closing us: nobody waits any more
-                self._running_loop.call_soon_threadsafe(self._call_posted)
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._call_posted)
 
     def _call_posted(self) -> None:
-        """On the loop."""
+        """Call what was posted, on the loop."""
         self._delivers = False  # before looking: what is posted from now on wakes the loop again
         try:
             while self._posted:
@@ -436,7 +441,7 @@ class TesseractRuntime(Uncopied):
                 function(*args)
         finally:
             if self._posted:  # one failed; it is logged, and the others must not wait for it
-                self._running_loop.call_soon(self._call_posted)
+                asyncio.get_running_loop().call_soon(self._call_posted)
 
 
 # -- On the loop again -------------------------------------------------------------------------------------------------
@@ -446,32 +451,34 @@ def _leaving() -> Overloaded:
     return Overloaded("this server is leaving; ask another replica", retry_after=1.0)
 
 
-def _expire(requests: Sequence[Request]) -> None:
+def _not_started() -> RuntimeError:
+    return RuntimeError("this runtime was not started")
+
+
+def _expire(requests: Sequence[QueuedRequest]) -> None:
     for request in requests:
-        _fail(request.payload, TimeoutError("the deadline passed before the expert was free"))
+        _fail(request, TimeoutError("the deadline passed before the expert was free"))
 
 
-def _fail(work: Work, error: BaseException) -> None:
-    if not work.answer.done():
-        work.answer.set_exception(error)
-        work.answer.exception()  # whoever waited may be gone: then it was seen here
+def _fail(request: QueuedRequest, error: BaseException) -> None:
+    work: Work = request  # type: ignore[assignment]
+    _set_error(work.answer, error)
     _forget(work)
 
 
 def _forget(work: Work) -> None:
-    """Frees the tensors, unless the thread still needs them: the batcher's queues may keep the request for a while."""
-    if work.request is None or work.request.alive or work.request.num_running:
-        return
-    work.request.payload = None
-    work.request = None
-    work.inputs, work.output_gradients, work.summed = (), None, None
-    work.parts.clear()
+    """Free the tensors, unless the thread still needs them: the batcher's queues may keep the request for a while."""
+    if not work.alive and not work.num_running:
+        work.inputs, work.output_gradients, work.summed = (), None, None
+        work.results.clear()
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
+def _set_result(future: asyncio.Future[Result], result: Result) -> None:
+    if not future.done():
         future.set_result(result)
-    else:
+
+
+def _set_error(future: asyncio.Future[Result], error: BaseException) -> None:
+    if not future.done():
         future.set_exception(error)
+        future.exception()  # marks it as seen: there may be no caller left

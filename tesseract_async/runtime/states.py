@@ -8,6 +8,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+State = dict[str, Any]
+"""Of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
+
 SAFETENSORS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,

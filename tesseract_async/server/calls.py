@@ -29,9 +29,9 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.encoding import pack, unpack
-from tesseract_async.runtime.merging import Gradients
+from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
-from tesseract_async.runtime.work import Answer, Work
+from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.server.expected import ExpectedBackwards
 from tesseract_async.server.memory import Memory
 from tesseract_async.transport.base import range_of
@@ -95,7 +95,7 @@ class ExpertCalls:
         """Whether a caller has no connection to this node any more."""
         self._runtime_of = runtime_of
         self._backwards: dict[_CallKey, _Backward] = {}
-        self._answers: Memory[_CallKey, Answer] = Memory(
+        self._answers: Memory[_CallKey, WorkResult] = Memory(
             settings.max_answers_bytes, _num_bytes_of_answer, max_age=settings.keep_seconds
         )
         self._inputs: Memory[bytes, list[torch.Tensor]] = Memory(
@@ -173,7 +173,7 @@ class ExpertCalls:
         versions = [x._version for x in inputs]
         if inputs[0].shape[0] == 0:
             empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
-            answer = Answer(empty, backend.version)
+            answer = WorkResult(empty, backend.version)
         else:
             answer = await self._runtime_of(backend).forward(
                 backend,
@@ -204,7 +204,7 @@ class ExpertCalls:
             answer = self._answers.get(key)  # the same call may have been answered meanwhile
         if answer is None:
             begun = self._backwards.get(key) or self._begin_backward(key, backend, call, request, tensors)
-            answer = begun if isinstance(begun, Answer) else await self._share(begun)
+            answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
         if request.inputs_cached is not None:
             self._inputs.pop(request.inputs_cached)
         self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
@@ -221,7 +221,7 @@ class ExpertCalls:
         call: IncomingCall,
         request: messages.BackwardRequest,
         tensors: Sequence[torch.Tensor | None],
-    ) -> _Backward | Answer:
+    ) -> _Backward | WorkResult:
         """Queues a backward, unless there is nothing to compute."""
         uid, num_inputs = key[0], request.num_inputs
         _check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
@@ -235,7 +235,7 @@ class ExpertCalls:
             inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
         gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
         if inputs[0].shape[0] == 0:
-            return Answer([_zero_gradient(x) for x in inputs], backend.version)
+            return WorkResult([_zero_gradient(x) for x in inputs], backend.version)
         version, owner = backend.led_to(key[1], request.call_id), self._owner(call)
         work = self._runtime_of(backend).submit(
             backend,
@@ -254,25 +254,25 @@ class ExpertCalls:
         work.answer.add_done_callback(lambda _: self._end_backward(key))
         return backward
 
-    async def _share(self, backward: _Backward) -> Answer:
+    async def _share(self, backward: _Backward) -> WorkResult:
         """Waits for a backward together with all who asked for it."""
         backward.num_waiting += 1
         try:
-            answer: Answer = await asyncio.shield(backward.work.answer)
+            answer: WorkResult = await asyncio.shield(backward.work.answer)
         finally:
             backward.num_waiting -= 1
             if not backward.num_waiting and not backward.work.answer.done():
                 # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
                 self._runtime_of(backward.work.backend).withdraw(backward.work)
-        return answer if backward.version is None else Answer(answer.tensors, backward.version)
+        return answer if backward.version is None else WorkResult(answer.tensors, backward.version)
 
     def _end_backward(self, key: _CallKey) -> None:
         backward = self._backwards.pop(key)
         answer = backward.work.answer
         if not answer.cancelled() and answer.exception() is None:
-            result: Answer = answer.result()
+            result: WorkResult = answer.result()
             version = result.version if backward.version is None else backward.version
-            owned = Answer([None if x is None else _alone(x) for x in result.tensors], version)
+            owned = WorkResult([None if x is None else _alone(x) for x in result.tensors], version)
             self._answers.put(key, owned, owner=backward.owner, now=asyncio.get_running_loop().time())
             self._sweep_later()
 
@@ -407,5 +407,5 @@ def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
     return _ENTRY_BYTES + sum(_TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _num_bytes_of_answer(answer: Answer) -> int:
+def _num_bytes_of_answer(answer: WorkResult) -> int:
     return _num_bytes(answer.tensors)

@@ -33,7 +33,7 @@ from torch import nn
 
 from tesseract_async.errors import CheckpointError, ProtocolError, TesseractError, describe
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.experts.run import RunManifest, SignedRun, decode_run
+from tesseract_async.experts.run import RUNS, RunManifest, SignedRun
 from tesseract_async.files import write_whole
 from tesseract_async.server.run_experts import build_run_module
 from tesseract_async.server.state_transfer import fetch_state
@@ -177,7 +177,7 @@ def read_index(folder: str | Path) -> tuple[SignedRun, dict[str, ExportedExpert]
         index = json.loads(path.read_bytes())
         if index["format"] != FORMAT:
             raise CheckpointError(f"{path}: {str(index['format'])[:40]!r} is not {FORMAT!r}")
-        run = decode_run(base64.b64decode(index["signed_manifest"]))
+        run = RUNS.read(base64.b64decode(index["signed_manifest"]))
         experts = {
             uid: ExportedExpert(_inside(one["file"]), int(one["version"]), str(one["sha256"]))
             for uid, one in index["experts"].items()

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.merging import Gradients
+from tesseract_async.runtime.gradients import Gradients
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class MemoryPlan:
     needed_for_one: int
     """The least limit with which one expert fits."""
     queue: int
-    """For `BatcherSettings.max_queue_bytes`."""
+    """For `RuntimeSettings.max_queue_bytes`."""
     inputs: int
     """For `CallSettings.max_inputs_bytes`."""
     answers: int

@@ -1,8 +1,8 @@
 """Who trains an expert with a bare name that several servers host. No I/O: what is known of the others is given to it.
 
-Bare names have no records that say who may lead (`experts.lineage` has, for runs), so nobody's word counts for much. A
-primary that runs gives way to nobody for a large version: versions are compared only among servers that the node's own
-allow-list names. Among others, which are machines on one's own network, it gives way
+Bare names have no records that say who may train (`experts.lineage` has, for runs), so one server's word counts for
+little. A running primary gives way to no other for its large version: versions are compared only among servers that the
+node's own allow-list names. Among others, which are machines on one's own network, it gives way
 
 - while it has just begun and taken no step: two that start together settle on one;
 - after it stood still or was cut off for a lease, in which another may have taken over;
@@ -21,7 +21,7 @@ from tesseract_async.identity import PeerID
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Contender:
     """One server's replica of an expert, as its live manifest and its answer say."""
 
     owner: PeerID
@@ -34,12 +34,12 @@ class Standing:
 class Past:
     """What this server remembers of an expert."""
 
-    leader: PeerID | None = None
-    """Whom it follows."""
+    primary: PeerID | None = None
+    """The server that it follows."""
     taken_from: PeerID | None = None
-    """Whom it took over from, unasked."""
+    """The server that it took over from, unasked."""
     is_new: bool = False
-    """It has led for a moment only, without a step, or stood still for a lease."""
+    """It has been primary for a moment only, without a step, or stood still for a lease."""
     has_waited: bool = True
     """A better follower had the time to take over, and did not."""
 
@@ -47,33 +47,35 @@ class Past:
 class Role(Enum):
     """What a server should do about one expert."""
 
-    LEAD = "lead"
+    TRAIN = "train"
+    """Be its primary."""
     FOLLOW = "follow"
     WAIT = "wait"
-    """Follow nobody for the moment: a better follower is about to lead."""
+    """Follow nobody for the moment: a better follower is about to take over."""
 
 
-def decide(me: Standing, others: Sequence[Standing], past: Past, *, listed: bool) -> tuple[Role, Standing | None]:
-    """This server's role, and whom it follows.
+def decide(me: Contender, others: Sequence[Contender], past: Past, *, listed: bool) -> tuple[Role, Contender | None]:
+    """Return this server's role, and which server it follows.
 
-    `others`: replicas whose word may count, and of those that call themselves primary only who answered lately.
-    `listed`: they are on an allow-list, so that their versions are believed.
+    `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered
+    lately. `listed`: they are on an allow-list, so that their versions are believed.
     """
     assert me.version is not None
     primaries = [other for other in others if other.primary]
     if me.primary:
         speaking = [other for other in primaries if other.version is not None]
-        better = [other for other in speaking if _rank(other) > _rank(me)] if listed else []
-        if not listed:
+        if listed:
+            better = [other for other in speaking if _rank(other) > _rank(me)]
+        else:
             better = speaking if past.is_new else [other for other in speaking if other.owner == past.taken_from]
-        return (Role.FOLLOW, max(better, key=_rank)) if better else (Role.LEAD, None)
+        return (Role.FOLLOW, max(better, key=_rank)) if better else (Role.TRAIN, None)
     if primaries:
-        known = [other for other in primaries if other.owner == past.leader]
+        known = [other for other in primaries if other.owner == past.primary]
         return Role.FOLLOW, max((not listed and known) or primaries, key=_rank)
     better = [other for other in others if other.version is not None and _rank(other) > _rank(me)]
-    return (Role.WAIT if better and not past.has_waited else Role.LEAD), None
+    return (Role.WAIT if better and not past.has_waited else Role.TRAIN), None
 
 
-def _rank(one: Standing) -> tuple[int, int]:
+def _rank(one: Contender) -> tuple[int, int]:
     version = -1 if one.version is None else one.version
     return version, -int.from_bytes(one.owner, "big")

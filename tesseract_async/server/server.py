@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import torch
 
@@ -23,11 +23,11 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
-from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.calls import CallSettings, ExpertCalls
 from tesseract_async.server.folder_lock import FolderLock
+from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import trim_heap
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.uncopied import Uncopied
@@ -115,28 +115,31 @@ class TesseractServer(Uncopied):
             TesseractRuntime(device=one, settings=settings.runtime, metrics=node.metrics) for one in devices
         )
         """One for each device."""
-        self._runtime_of = {
-            backend: self.runtimes[number % len(devices)] for number, backend in enumerate(self.experts.values())
-        }
-        self.find_primary: Callable[[str], Awaitable[tuple[PeerID | None, float]]] = _nobody
-        """Who trains an expert that this server only follows, or None and the seconds after which to ask again."""
-        self.may_answer: Callable[[str], bool] = lambda uid: True
-        """Whether a primary may take a step at this moment, and give its answer: asked before each."""
-        self.epochs: dict[str, int] = {}
-        """Of experts of a run, as they stand in manifests."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-        self._calls = ExpertCalls(self._runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
+        store = None if directory is None else CheckpointStore(directory, keep=settings.keep_checkpoints)
+        self.hosted = {
+            uid: HostedState(
+                uid,
+                backend,
+                self.runtimes[number % len(devices)],
+                is_primary=uid not in followers,
+                store=store,
+                writer=self.runtimes[0],
+            )
+            for number, (uid, backend) in enumerate(self.experts.items())
+        }
+        self.succession = Succession()
+        """Who is the primary of each expert."""
+        runtime_of = {one.backend: one.runtime for one in self.hosted.values()}
+        self._calls = ExpertCalls(runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
         self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
-        self._is_primary = {uid: uid not in followers for uid in experts}
-        self._calls.expects_backwards = self._is_primary.__getitem__
+        self._calls.expects_backwards = self.is_primary
         self._calls.is_gone = lambda peer: not node.is_connected(peer)
-        self._calls.knows = lambda peer: node.trust.knows(peer)
+        self._calls.knows = node.trust.knows
         self.handle(messages.INFO, self._calls.info)
         self.handle(messages.FORWARD, self._calls.forward)
         self.handle(messages.BACKWARD, self._step)
-        self._store = None if directory is None else CheckpointStore(directory, keep=settings.keep_checkpoints)
         self._lock = None if directory is None else FolderLock(directory)
-        self._saved: dict[str, tuple[int, int]] = {}  # uid -> how far its newest checkpoint is
         self._saving = asyncio.Lock()
         self._unwatch: Callable[[], None] | None = None
         self._address_updates: set[asyncio.Task[None]] = set()
@@ -178,8 +181,8 @@ class TesseractServer(Uncopied):
                 await runtime.start()
             if self._lock is not None:
                 await self.call_aside(self._lock.acquire)
-            for uid, backend in self.experts.items():
-                await self._restore(uid, backend)
+            for one in self.hosted.values():
+                await one.restore()
             # first of all, so that a server that is killed early returns with the weights that it answered with
             await self.save_checkpoints()
             for uid in self.experts:
@@ -195,8 +198,9 @@ class TesseractServer(Uncopied):
                 settings=self._publisher_settings,
                 metrics=self.node.metrics,
                 trust=self.node.trust,
+                places=self.node.publisher_places,
             )
-            await self._publisher.declare(self._is_primary, epochs=self.epochs)
+            await self._declare()
         except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             if self._unwatch is not None:
@@ -208,7 +212,7 @@ class TesseractServer(Uncopied):
                 await self._publisher.aclose()
             await self._stop_runtimes()
             raise
-        if self._store is not None:
+        if self._lock is not None:
             self._background.append(asyncio.create_task(self._save_periodically(), name="server: checkpoints"))
         self._background.append(asyncio.create_task(self._make_optimizers(), name="server: optimizers"))
 
@@ -226,11 +230,11 @@ class TesseractServer(Uncopied):
         if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
             return
         await self.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
-        for uid, backend in self.experts.items():
+        for one in self.hosted.values():
             try:
-                await self._runtime_of[backend].call(backend.prepare)
+                await one.runtime.call(one.backend.prepare)
             except Exception as error:  # an optimizer may raise anything; its backwards will say so, too
-                logger.error("%s cannot be trained: its optimizer cannot be made: %s", uid, describe(error))
+                logger.error("%s cannot be trained: its optimizer cannot be made: %s", one.uid, describe(error))
 
     def _address_changed(self) -> None:
         async def update() -> None:
@@ -317,16 +321,20 @@ class TesseractServer(Uncopied):
             await self._publisher.withdraw()
 
     async def announce(self) -> None:
-        """Says the present roles in the network, after `set_primary` without."""
-        if self._publisher is not None and not self._is_paused and not self._closed:
-            await self._publisher.declare(self._is_primary, epochs=self.epochs)
+        """Publish the present roles, after `set_primary` without. Nothing is published while the server pauses."""
+        if not self._is_paused and not self._closed:
+            await self._declare()
 
     async def resume(self) -> None:
         """Ends `pause`; returns once the experts can be found again."""
         self._is_paused = False
         self._calls.refuse_forwards = None
+        await self._declare()
+
+    async def _declare(self) -> None:
         if self._publisher is not None:
-            await self._publisher.declare(self._is_primary, epochs=self.epochs)
+            roles = {uid: one.is_primary for uid, one in self.hosted.items()}
+            await self._publisher.declare(roles, epochs=self.succession.epochs())
 
     def free_memory(self) -> int:
         """Forgets what was kept for callers, who send their inputs again, and gives free pages back to the system.
@@ -346,12 +354,12 @@ class TesseractServer(Uncopied):
 
     def is_primary(self, uid: str) -> bool:
         """Whether this server trains the expert. Raises: KeyError if it does not host it."""
-        return self._is_primary[uid]
+        return self.hosted[uid].is_primary
 
     async def set_primary(self, uid: str, primary: bool, *, announce: bool = True) -> None:
         """Changes the role of one expert here, and unless told otherwise says so in the network. Raises: KeyError."""
-        unchanged = self._is_primary[uid] == primary
-        self._is_primary[uid] = primary
+        unchanged = self.is_primary(uid) == primary
+        self.hosted[uid].is_primary = primary
         if announce and not unchanged:
             await self.announce()
 
@@ -359,48 +367,9 @@ class TesseractServer(Uncopied):
         """Returns once no backward of this expert is under way here: before its last state is copied, for example."""
         await self._calls.wait_backwards(uid)
 
-    async def snapshot(self, uid: str) -> dict[str, Any]:
-        """A copy of the expert's state, taken between two batches; `server.checkpoint.encode` makes a file of it."""
-        backend = self.experts[uid]
-        return await self._runtime_of[backend].snapshot(backend)
-
     async def call_aside(self, function: Callable[[], Result]) -> Result:
         """Runs `function`, which touches files and no module, on a helper thread: one at a time, in order."""
         return await self.runtimes[0].call_aside(function)
-
-    async def set_aside(self, uid: str) -> None:
-        """Writes down the expert's own state, under a name that no later checkpoint takes: another one's follows.
-
-        Raises: CheckpointError.
-        """
-        if self._store is None:
-            return
-        store, backend = self._store, self.experts[uid]
-        state = await self._runtime_of[backend].snapshot(backend)
-        path = await self.call_aside(partial(store.set_aside, uid, state, version=state["version"]))
-        logger.warning("the steps that %s took here alone are kept in %s", uid, path)
-
-    async def install(self, uid: str, state: Mapping[str, Any]) -> None:
-        """Lets the expert continue from `state`, between two batches; if it does not fit, from where it was.
-
-        Raises: CheckpointError.
-        """
-        backend = self.experts[uid]
-        self._saved.pop(uid, None)  # it may be another state of the same version
-
-        def load() -> None:
-            before = backend.state()
-            try:
-                backend.load_state(state)
-            except BaseException:  # a state may be anything: back to the one before
-                backend.load_state(before)
-                raise
-
-        try:
-            await self._runtime_of[backend].call(load)
-            await self._runtime_of[backend].snapshot(backend)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the state does not fit {uid}: {describe(error)}") from error
 
     def handle(self, method: str, handler: ExpertHandler) -> None:
         """Has calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
@@ -415,48 +384,17 @@ class TesseractServer(Uncopied):
         States are copied between two batches, and written beside them. Raises: CheckpointError for the first that could
         not be written, after trying all.
         """
-        if self._store is None:
-            return 0
-        store, num_saved = self._store, 0
+        num_saved = 0
         failed: CheckpointError | None = None
         async with self._saving:
-            for uid, backend in self.experts.items():
-                if self._saved.get(uid) == backend.progress:
-                    continue
-                state = await self._runtime_of[backend].snapshot(backend)
-                version: int = state["version"]
+            for one in self.hosted.values():
                 try:
-                    await self.call_aside(partial(store.save, uid, state, version=version))
+                    num_saved += await one.save()
                 except CheckpointError as error:
                     failed = failed or error
-                    continue
-                self._saved[uid] = version, state["num_accumulated"]
-                num_saved += 1
         if failed is not None:
             raise failed
         return num_saved
-
-    async def _restore(self, uid: str, backend: ExpertBackend) -> None:
-        state = None if self._store is None else await self.call_aside(partial(self._store.load, uid))
-
-        runtime = self._runtime_of[backend]
-
-        def install() -> None:
-            if state is not None:
-                backend.load_state(state)
-            backend.to(runtime.device)
-
-        try:
-            await runtime.call(install)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            assert self._store is not None
-            raise CheckpointError(
-                f"the checkpoint of {uid} does not fit it ({describe(error)}): serve the expert that "
-                f"{self._store.directory} was written for, in the same size, or choose another folder"
-            ) from error
-        if state is not None:
-            self._saved[uid] = backend.progress
-            logger.info("%s continues at version %d", uid, backend.version)
 
     async def _save_periodically(self) -> None:
         while True:
@@ -470,23 +408,18 @@ class TesseractServer(Uncopied):
     # -- Calls -----------------------------------------------------------------------------------------------------
 
     async def _step(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        if not (self._is_primary[uid] and self.may_answer(uid)):
-            return await self._redirect(uid, backend, call)
+        if not self._may_step(uid):
+            primary, retry_after = await self.succession.find_primary(uid)
+            if not self._may_step(uid):
+                raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
         answer = await self._calls.backward(uid, backend, call)
-        if not self.may_answer(uid):
-            # its lease ended meanwhile: whoever leads now knows the call's id, if the step is in what it goes on from
+        if not self.succession.may_step(uid):
+            # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
             raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)
         return answer
 
-    async def _redirect(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        primary, retry_after = await self.find_primary(uid)
-        if self._is_primary[uid] and self.may_answer(uid):  # nobody took it
-            return await self._calls.backward(uid, backend, call)
-        raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
-
-
-async def _nobody(uid: str) -> tuple[PeerID | None, float]:
-    return None, 1.0
+    def _may_step(self, uid: str) -> bool:
+        return self.hosted[uid].is_primary and self.succession.may_step(uid)
 
 
 def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tesseract_async.runtime.backend import ExpertBackend
-from tesseract_async.runtime.batcher import Batcher, BatcherSettings, Request
+from tesseract_async.runtime.batcher import Batcher, QueuedRequest
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.wire.tensors import TensorSpec
 from tests.benchmarks.figures import emit
@@ -25,13 +25,13 @@ from tests.benchmarks.figures import emit
 
 def batcher_rate(num_requests: int = 100_000) -> float:
     """Requests/s through add, pop_ready and finish, for 64 experts, 20 peers, 100 requests at a time."""
-    batcher = Batcher(BatcherSettings(max_queue_bytes=1 << 60))
-    pools = [batcher.add_pool(index, max_batch_size=64) for index in range(64)]
+    batcher = Batcher(max_queue_bytes=1 << 60)
+    pools = [batcher.add_queue(index, max_batch_size=64) for index in range(64)]
     started = time.perf_counter()
     for first in range(0, num_requests, 100):
         now = first * 1e-5
         for index in range(first, first + 100):
-            batcher.add(Request(pools[index % 7 * 9], 4, 4096, peer=index % 20, deadline=now + 30.0), now)
+            batcher.add(QueuedRequest(pools[index % 7 * 9], 4, 4096, peer=index % 20, deadline=now + 30.0), now)
         while (batch := batcher.pop_ready(now)) is not None:
             batcher.finish(batch, now)
     return num_requests / (time.perf_counter() - started)

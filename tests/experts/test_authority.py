@@ -14,25 +14,24 @@ from hypothesis import strategies as st
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.authority import MAX_GRANTS, Authority
 from tesseract_async.experts.grants import (
+    APPOINTMENTS,
     GRANT_SECONDS,
     GRANTS,
     MAX_RECORD_BYTES,
     MAX_SERIAL,
+    REVOCATIONS,
     Grant,
     Role,
-    decode_appointment,
-    decode_grant,
-    decode_revocations,
     sign_appointment,
     sign_grant,
     sign_revocations,
 )
 from tesseract_async.experts.pattern import ExpertPattern
-from tesseract_async.experts.run import DOMAIN, RunManifest, SignedRun, decode_run, sign_run
-from tesseract_async.experts.signed import sign_body
+from tesseract_async.experts.run import RUNS, RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.calls import MAX_GRANT_BYTES
+from tests.experts.raw_records import sign_body
 
 NOW = 1_800_000_000
 OWNER, DELEGATE, OTHER, INVITE, STRANGER, MEMBER, PEER = (Identity.from_seed(bytes([n]) * 32) for n in range(1, 8))
@@ -341,10 +340,10 @@ fields = st.lists(junk | st.lists(junk, max_size=3) | st.sampled_from([RUN_ID, b
 @given(fields | junk)
 def test_whatever_the_owner_of_another_run_signs_raises_protocol_error_only(body: Any) -> None:
     kinds = (
-        (GRANTS.domain, decode_grant),
-        (b"tesseract revocations 1\0", decode_revocations),
-        (b"tesseract appointment 1\0", decode_appointment),
-        (DOMAIN, decode_run),
+        (GRANTS.domain, GRANTS.read),
+        (b"tesseract revocations 1\0", REVOCATIONS.read),
+        (b"tesseract appointment 1\0", APPOINTMENTS.read),
+        (RUNS.domain, RUNS.read),
     )
     for domain, decode in kinds:
         try:
@@ -365,7 +364,7 @@ def test_records_of_nobody_raise_protocol_error_only(record: Any) -> None:
 def test_one_meaning_has_one_form() -> None:
     good = grant(OWNER, MEMBER, pattern=ExpertPattern.parse("ffn.3.7"))
     body = list(msgpack.unpackb(good.blob[96:]))
-    assert decode_grant(sign_body(OWNER, GRANTS.domain, body).blob) == good
+    assert GRANTS.read(sign_body(OWNER, GRANTS.domain, body).blob) == good
     spellings: list[list[Any]] = [
         [*body[:3], "ffn.[3:4].7", *body[4:]],
         [*body[:2], True, *body[3:]],
@@ -375,8 +374,8 @@ def test_one_meaning_has_one_form() -> None:
     ]
     for spelling in spellings:
         with pytest.raises(ProtocolError):
-            decode_grant(sign_body(OWNER, GRANTS.domain, spelling).blob)
-    for decode in (decode_revocations, decode_appointment, decode_run):
+            GRANTS.read(sign_body(OWNER, GRANTS.domain, spelling).blob)
+    for decode in (REVOCATIONS.read, APPOINTMENTS.read, RUNS.read):
         with pytest.raises(InvalidRecord):
             decode(good.blob)
 
@@ -384,7 +383,7 @@ def test_one_meaning_has_one_form() -> None:
 def test_runs_of_before_are_what_they_were() -> None:
     values = dataclasses.asdict(make_run().manifest)
     old = {name: values[name] for name in list(values)[: list(values).index("mode")]}
-    run = decode_run(sign_body(OWNER, DOMAIN, old).blob)
+    run = RUNS.read(sign_body(OWNER, RUNS.domain, old).blob)
     assert run.manifest.mode == "bare" and run.tag is None
     with pytest.raises(ValueError, match="bare names"):
         Authority(run)

@@ -6,31 +6,16 @@ import math
 from collections import Counter
 from random import Random
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.experts import ExpertPattern
-from tesseract_async.experts.choice import choose, coords_at, losers, num_members, rank_of
+from tesseract_async.experts.choice import choose, losers
 from tesseract_async.identity import PeerID
 
 
 def peer(number: int) -> PeerID:
     return PeerID(number.to_bytes(32, "big"))
-
-
-def test_ranks_are_the_order_of_iteration() -> None:
-    pattern = ExpertPattern.parse("ffn.[2:5].7.[0:4]")
-    assert num_members(pattern) == 12
-    assert [pattern.prefix + "".join(f".{at}" for at in coords_at(pattern, rank)) for rank in range(12)] == list(
-        pattern
-    )
-    assert [rank_of(pattern, coords_at(pattern, rank)) for rank in range(12)] == list(range(12))
-    assert rank_of(pattern, (5, 7, 0)) is None
-    assert rank_of(pattern, (2, 7)) is None
-    for rank in (-1, 12):
-        with pytest.raises(IndexError, match="12 members"):
-            coords_at(pattern, rank)
 
 
 hosted = st.dictionaries(st.tuples(st.integers(0, 5), st.integers(0, 5)), st.integers(0, 3))
@@ -42,7 +27,7 @@ def test_free_ones_first_then_the_least_replicated(
 ) -> None:
     pattern = ExpertPattern.parse("ffn.[1:5].[2:6]")
     chosen = choose(pattern, wanted, hosted, Random(random.random()), without=without)
-    members = [coords_at(pattern, rank) for rank in range(16)]
+    members = [pattern.coords_at(rank) for rank in range(16)]
     allowed = [coords for coords in members if coords not in without]
     assert len(chosen) == len(set(chosen)) == min(wanted, len(allowed))
     assert set(chosen) <= set(allowed)
@@ -58,7 +43,7 @@ def test_a_pattern_larger_than_any_memory() -> None:
     chosen = choose(pattern, 1000, taken, Random(1))
     assert len(set(chosen)) == 1000
     assert not set(chosen) & set(taken)
-    assert all(rank_of(pattern, coords) is not None for coords in chosen)
+    assert all(pattern.rank_of(coords) is not None for coords in chosen)
 
 
 def test_two_newcomers_meet_no_more_often_than_chance() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.experts.claiming import (
-    ClaimSettings,
     claim_experts,
     claims_key,
     decode_reservation,
@@ -22,8 +21,6 @@ from tesseract_async.experts.manifest import encode_manifest, grid_key
 from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 
-AT_ONCE = ClaimSettings(settle=0.0)
-
 
 async def host(swarm: FakeSwarm, number: int, experts: dict[tuple[int, ...], bool]) -> None:
     network = FakeNetwork(swarm, peer(number))
@@ -31,12 +28,13 @@ async def host(swarm: FakeSwarm, number: int, experts: dict[tuple[int, ...], boo
         await network.store(grid_key("ffn"), part, ttl=30.0, subkey=str(index))
 
 
+@in_made_up_time
 async def test_a_newcomer_takes_free_experts_and_says_so() -> None:
     swarm = FakeSwarm()
     await host(swarm, 1, {(0, 0): True, (0, 1): True})
     network = FakeNetwork(swarm, peer(2))
     pattern = ExpertPattern.parse("ffn.0.[0:4]")
-    claim = await claim_experts(network, pattern, 2, random=Random(0), settings=AT_ONCE, clock=swarm.clock)
+    claim = await claim_experts(network, pattern, 2, random=Random(0), clock=swarm.clock)
     assert claim.uids == {"ffn.0.2": True, "ffn.0.3": True}
     (entry,) = await network.get_entries(claims_key("ffn"))
     assert sorted(decode_reservation(entry.value)) == [(0, 2), (0, 3)]
@@ -44,17 +42,17 @@ async def test_a_newcomer_takes_free_experts_and_says_so() -> None:
     assert await network.get_entries(claims_key("ffn")) == []
 
 
+@in_made_up_time
 async def test_beyond_the_free_ones_it_follows_the_least_replicated() -> None:
     swarm = FakeSwarm()
     await host(swarm, 1, {(0, 0): True, (0, 1): True})
     await host(swarm, 2, {(0, 0): False})
     network = FakeNetwork(swarm, peer(3))
-    claim = await claim_experts(
-        network, ExpertPattern.parse("ffn.0.[0:3]"), 2, random=Random(0), settings=AT_ONCE, clock=swarm.clock
-    )
+    claim = await claim_experts(network, ExpertPattern.parse("ffn.0.[0:3]"), 2, random=Random(0), clock=swarm.clock)
     assert claim.uids == {"ffn.0.1": False, "ffn.0.2": True}
 
 
+@in_made_up_time
 async def test_what_expired_what_is_its_own_and_garbage_do_not_count() -> None:
     swarm = FakeSwarm()
     await host(swarm, 1, {(0,): True})
@@ -64,9 +62,7 @@ async def test_what_expired_what_is_its_own_and_garbage_do_not_count() -> None:
     await stranger.store(grid_key("ffn"), b"garbage", ttl=30.0, subkey="0")
     await stranger.store(claims_key("ffn"), b"garbage", ttl=30.0, subkey="0")
     network = FakeNetwork(swarm, peer(5))
-    claim = await claim_experts(
-        network, ExpertPattern.parse("ffn.[0:2]"), 9, random=Random(0), settings=AT_ONCE, clock=swarm.clock
-    )
+    claim = await claim_experts(network, ExpertPattern.parse("ffn.[0:2]"), 9, random=Random(0), clock=swarm.clock)
     assert claim.uids == {"ffn.0": True, "ffn.1": True}
 
 
@@ -94,7 +90,6 @@ async def test_newcomers_of_one_moment_share_the_free_ones_out() -> None:
                     pattern,
                     4,
                     random=Random(100 * seed + number),
-                    settings=ClaimSettings(settle=0.01),
                     clock=swarm.clock,
                 )
                 for number in range(8)
@@ -106,6 +101,7 @@ async def test_newcomers_of_one_moment_share_the_free_ones_out() -> None:
     assert total <= 1
 
 
+@in_made_up_time
 async def test_when_there_is_no_choice_they_meet_and_do_not_draw_for_ever() -> None:
     swarm = FakeSwarm()
     claims = await asyncio.gather(
@@ -115,7 +111,6 @@ async def test_when_there_is_no_choice_they_meet_and_do_not_draw_for_ever() -> N
                 ExpertPattern.parse("ffn.[0:2]"),
                 2,
                 random=Random(number),
-                settings=AT_ONCE,
                 clock=swarm.clock,
             )
             for number in range(3)

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.experts import DirectorySettings, ExpertDirectory, ExpertPublisher, grid_key, shard_key
+from tesseract_async.experts import ExpertDirectory, ExpertPublisher, grid_key, shard_key
 from tesseract_async.experts.grid import MAX_REPLICAS
 from tesseract_async.experts.manifest import encode_manifest, join_uid, split_uid
+from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm, peer
 
-QUICK = DirectorySettings(refresh_period=0.01, retry_period=0.01)
-SLOW = DirectorySettings(refresh_period=1000)
+QUICK = 0.01
+SLOW = 1000.0
 
 
-def directory(swarm: FakeSwarm, settings: DirectorySettings = SLOW) -> ExpertDirectory:
-    return ExpertDirectory(FakeNetwork(swarm, peer(0)), settings=settings, clock=swarm.clock)
+def directory(swarm: FakeSwarm, refresh_period: float = SLOW) -> ExpertDirectory:
+    return ExpertDirectory(FakeNetwork(swarm, peer(0)), refresh_period=refresh_period, clock=swarm.clock)
 
 
 async def declare(swarm: FakeSwarm, number: int, *uids: str, primary: bool = True) -> ExpertPublisher:
@@ -117,11 +118,12 @@ async def test_who_has_no_other_choice_is_told_of_a_replica_that_failed() -> Non
     await subject.aclose()
 
 
+@in_made_up_time
 async def test_a_read_that_nobody_answered_empties_no_grid() -> None:
     swarm = FakeSwarm()
     server = await declare(swarm, 1, "ffn.3.7")
     network = FakeNetwork(swarm, peer(0))
-    subject = ExpertDirectory(network, settings=QUICK, clock=swarm.clock)
+    subject = ExpertDirectory(network, refresh_period=QUICK, clock=swarm.clock)
     subject.watch("ffn", (8, 8))
     await subject.wait_warm("ffn")
     network.failure = TimeoutError("no node of the network answered within 5.0 s")
@@ -138,12 +140,13 @@ async def test_a_read_that_nobody_answered_empties_no_grid() -> None:
     await subject.aclose()
 
 
+@in_made_up_time
 async def test_a_read_that_is_not_complete_forgets_nobody_and_warms_no_grid() -> None:
     swarm = FakeSwarm()
     servers = [await declare(swarm, 1, "ffn.1.1"), await declare(swarm, 2, "ffn.2.2")]
     network = FakeNetwork(swarm, peer(0))
     network.unreadable = {peer(2)}
-    subject = ExpertDirectory(network, settings=QUICK, clock=swarm.clock)
+    subject = ExpertDirectory(network, refresh_period=QUICK, clock=swarm.clock)
     subject.watch("ffn", (8, 8))
     await swarm.until(lambda: swarm.reads[grid_key("ffn")] > 3)
     assert subject.live("ffn") is None, "what is known is not all"
@@ -164,6 +167,7 @@ async def test_a_read_that_is_not_complete_forgets_nobody_and_warms_no_grid() ->
     await subject.aclose()
 
 
+@in_made_up_time
 async def test_a_watched_grid_follows_the_swarm() -> None:
     swarm = FakeSwarm()
     subject = directory(swarm, QUICK)
@@ -219,6 +223,7 @@ async def test_the_dead_leave_the_view_without_another_read() -> None:
     await subject.aclose()
 
 
+@in_made_up_time
 async def test_a_grid_is_not_warm_before_the_network_is_joined() -> None:
     swarm = FakeSwarm()
     subject = directory(swarm, QUICK)
@@ -313,15 +318,16 @@ async def test_a_large_swarm_is_read_as_it_was_declared() -> None:
     await subject.aclose()
 
 
-def test_settings_are_checked() -> None:
+async def test_the_refresh_period_is_checked() -> None:
     with pytest.raises(ValueError, match="refresh_period"):
-        DirectorySettings(refresh_period=0)
+        directory(FakeSwarm(), 0.0)
 
 
+@in_made_up_time
 async def test_waiting_for_somebody_alive_reads_the_grid_again_at_once() -> None:
     """The period is a thousand seconds, but who waits for experts is told of the first that comes."""
     swarm = FakeSwarm()
-    subject = directory(swarm, DirectorySettings(refresh_period=1000, retry_period=0.01))
+    subject = directory(swarm)
     with pytest.raises(ValueError, match="not watched"):
         await subject.wait_read("ffn")
     subject.watch("ffn", (8, 8))

@@ -95,13 +95,13 @@ def test_evidence_is_needed_for_each_kind() -> None:
         {"kind": Kind.ADOPTION, "epoch": 100},
     ]
     for values in wrong:
-        with pytest.raises(ProtocolError):
+        with pytest.raises(ValueError):
             sign_term(B, RUN, **({"uid": UID, "epoch": 200, "boot": bytes(8), "seal": seal} | values))
-    with pytest.raises(InvalidRecord, match="no member"):
+    with pytest.raises(ValueError, match="no member"):
         follows(D, seal, 200, voters=[B, C])
-    with pytest.raises(InvalidRecord, match="has none"):
+    with pytest.raises(ValueError, match="has none"):
         follows(B, seal, 200, voters=[D])
-    with pytest.raises(InvalidRecord, match="has none"):
+    with pytest.raises(ValueError, match="has none"):
         follows(B, sealed(A, genesis(), B, C, D), 200, voters=[C, C])
 
 
@@ -183,7 +183,7 @@ def test_who_led_once_does_not_lead_again_by_what_it_has_from_then() -> None:
         assert lineage(first, again).best is again, "where nobody went on, it may"
         last_moment = last.time + HANDOVER_SECONDS
         follows(B, last, last_moment, Kind.HANDOVER, handover=signature)
-        with pytest.raises(InvalidRecord, match="long ago"):
+        with pytest.raises(ValueError, match="long ago"):
             follows(B, last, last_moment + 1, Kind.HANDOVER, handover=signature)
 
 

@@ -36,3 +36,15 @@ def test_a_pattern_holds_exactly_its_uids(ranges: list[tuple[int, int]], number:
 def test_a_malformed_pattern_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="pattern|uid"):
         ExpertPattern.parse(text)
+
+
+def test_ranks_are_the_order_of_iteration() -> None:
+    pattern = ExpertPattern.parse("ffn.[2:5].7.[0:4]")
+    assert pattern.num_uids == 12
+    assert [pattern.prefix + "".join(f".{at}" for at in pattern.coords_at(rank)) for rank in range(12)] == list(pattern)
+    assert [pattern.rank_of(pattern.coords_at(rank)) for rank in range(12)] == list(range(12))
+    assert pattern.rank_of((5, 7, 0)) is None
+    assert pattern.rank_of((2, 7)) is None
+    for rank in (-1, 12):
+        with pytest.raises(IndexError, match="12 members"):
+            pattern.coords_at(rank)

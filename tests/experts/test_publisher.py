@@ -12,16 +12,12 @@ from tesseract_async.experts.manifest import decode_manifest
 from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 
-QUICK = PublisherSettings(ttl=0.2, refresh_period=0.02, retry_period=0.01, declare_timeout=0.3)
 UIDS = {"ffn.3.7": True, "ffn.3.8": False, "attention.1": True}
 
 
-SLOW = PublisherSettings()
-
-
-def publisher(swarm: FakeSwarm, settings: PublisherSettings = SLOW) -> ExpertPublisher:
+def publisher(swarm: FakeSwarm) -> ExpertPublisher:
     network = FakeNetwork(swarm, peer(1))
-    return ExpertPublisher(network, addresses=["127.0.0.1:4000"], settings=settings, clock=swarm.clock)
+    return ExpertPublisher(network, addresses=["127.0.0.1:4000"], clock=swarm.clock)
 
 
 def network_of(subject: ExpertPublisher) -> FakeNetwork:
@@ -59,8 +55,9 @@ async def test_declaring_again_replaces_what_was_declared() -> None:
 async def test_several_servers_on_one_node_stand_side_by_side() -> None:
     swarm = FakeSwarm()
     network = FakeNetwork(swarm, peer(1))
+    places: set[int] = set()
     first, second = (
-        ExpertPublisher(network, addresses=["127.0.0.1:4000"], settings=SLOW, clock=swarm.clock) for _ in range(2)
+        ExpertPublisher(network, addresses=["127.0.0.1:4000"], places=places, clock=swarm.clock) for _ in range(2)
     )
     await first.declare({"ffn.1": True})
     await second.declare({"ffn.2": True})
@@ -73,7 +70,7 @@ async def test_several_servers_on_one_node_stand_side_by_side() -> None:
     await first.aclose()
     await first.aclose()
     assert known() == {2}
-    third = ExpertPublisher(network, addresses=["127.0.0.1:4000"], settings=SLOW, clock=swarm.clock)
+    third = ExpertPublisher(network, addresses=["127.0.0.1:4000"], places=places, clock=swarm.clock)
     await third.declare({"ffn.3": True})
     assert known() == {2, 3}, "in the place that became free"
     await second.aclose()
@@ -84,7 +81,7 @@ async def test_several_servers_on_one_node_stand_side_by_side() -> None:
 @in_made_up_time
 async def test_declare_looks_for_more_holders_until_there_are_enough() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm, QUICK)
+    subject = publisher(swarm)
     network_of(subject).holders = [1, 2, 2, 3]
     assert await subject.declare({"ffn.1": True}) == 3
     assert swarm.stores[grid_key("ffn")] == 3
@@ -102,7 +99,7 @@ async def test_a_lonely_node_is_satisfied_with_itself() -> None:
 @in_made_up_time
 async def test_declare_ends_with_what_was_achieved_and_goes_on_in_the_background() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm, QUICK)
+    subject = publisher(swarm)
     network_of(subject).failure = ConnectionLost("peer", "gone")
     assert await subject.declare({"ffn.1": True}) == 0
     assert subject.metrics.total("manifest_stores_failed") > 0
@@ -115,12 +112,12 @@ async def test_declare_ends_with_what_was_achieved_and_goes_on_in_the_background
 @in_made_up_time
 async def test_manifests_are_renewed_before_they_expire() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm, QUICK)
+    subject = publisher(swarm)
     await subject.declare({"ffn.1": True})
     at = (grid_key("ffn"), "0", peer(1))
     for _ in range(3):
         before = decode_manifest(swarm.entries[at].value).sequence
-        swarm.clock.now += 0.02
+        swarm.clock.now += 15.0
         await swarm.until(lambda before=before: decode_manifest(swarm.entries[at].value).sequence > before)  # type: ignore[misc]
     await subject.aclose()
 
@@ -142,7 +139,7 @@ async def test_a_server_that_lost_its_memory_goes_on_upwards() -> None:
 @in_made_up_time
 async def test_cancelling_declare_leaves_nothing_after_closing() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm, QUICK)
+    subject = publisher(swarm)
     network_of(subject).holders = [0]
     declaring = asyncio.create_task(subject.declare({"ffn.1": True}))
     await swarm.until(lambda: swarm.stores[grid_key("ffn")] > 1)
@@ -190,6 +187,9 @@ async def test_a_farewell_that_fails_is_only_logged() -> None:
     await subject.aclose()
 
 
-def test_a_refresh_period_fits_into_the_time_to_live() -> None:
-    with pytest.raises(ValueError, match="refresh_period"):
-        PublisherSettings(ttl=10, refresh_period=10)
+def test_a_manifest_is_renewed_while_it_holds() -> None:
+    for ttl in (1.0, 45.0):
+        settings = PublisherSettings(ttl=ttl)
+        assert 2 * settings.refresh_period + settings.retry_period < ttl
+    with pytest.raises(ValueError, match="ttl"):
+        PublisherSettings(ttl=0.0)

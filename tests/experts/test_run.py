@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.run import (
-    DOMAIN,
     MAX_PART_BYTES,
+    RUNS,
     RunManifest,
     RunMismatch,
-    decode_run,
     join_run,
     newest_by_signer,
     sign_run,
@@ -51,7 +50,7 @@ DIGITS = RunManifest(
 
 def test_a_signed_run_survives_the_wire() -> None:
     signed = sign_run(ALICE, DIGITS)
-    again = decode_run(signed.blob)
+    again = RUNS.read(signed.blob)
     assert again == signed
     assert again.manifest.grid_size == (4, 8)
     assert again.signer == ALICE.peer_id
@@ -65,7 +64,7 @@ def test_any_changed_byte_is_noticed() -> None:
         changed = bytearray(blob)
         changed[at] ^= 1
         with pytest.raises(InvalidRecord, match="signature"):
-            decode_run(bytes(changed))
+            RUNS.read(bytes(changed))
 
 
 def test_a_long_run_lies_in_parts_and_is_put_together_again() -> None:
@@ -144,7 +143,7 @@ def test_senseless_manifests_are_refused_when_made_and_when_read(changes: dict[s
     data = dataclasses.asdict(DIGITS) | changes
     body = msgpack.packb(data)
     with pytest.raises(ProtocolError):
-        decode_run(ALICE.public_key + ALICE.sign(DOMAIN + body) + body)
+        RUNS.read(ALICE.public_key + ALICE.sign(RUNS.domain + body) + body)
 
 
 def test_too_large_a_manifest_is_not_signed() -> None:
@@ -176,7 +175,7 @@ anything = st.recursive(
 def test_whatever_was_signed_is_read_or_refused(changes: dict[str, Any]) -> None:
     body = msgpack.packb(dataclasses.asdict(DIGITS) | changes)
     try:
-        decode_run(ALICE.public_key + ALICE.sign(DOMAIN + body) + body)
+        RUNS.read(ALICE.public_key + ALICE.sign(RUNS.domain + body) + body)
     except ProtocolError:
         pass
 
@@ -185,13 +184,13 @@ def test_whatever_was_signed_is_read_or_refused(changes: dict[str, Any]) -> None
 @given(st.binary(max_size=400))
 def test_any_signed_bytes_are_read_or_refused(body: bytes) -> None:
     with pytest.raises(ProtocolError):
-        decode_run(ALICE.public_key + ALICE.sign(DOMAIN + body) + body)
+        RUNS.read(ALICE.public_key + ALICE.sign(RUNS.domain + body) + body)
     with pytest.raises(ProtocolError):
-        decode_run(body)
+        RUNS.read(body)
     join_run([body, body[:100]])
 
 
 @pytest.mark.parametrize("blob", [None, 3, "text", b"", bytes(96), bytes(17000)])
 def test_what_is_no_run(blob: object) -> None:
     with pytest.raises(ProtocolError):
-        decode_run(blob)
+        RUNS.read(blob)

@@ -14,10 +14,10 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import GRANT_SECONDS, Grant, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.run import RunManifest, SignedRun, run_key, sign_run, split_run
 from tesseract_async.experts.run_directory import (
+    NUM_COPIES,
     BareRun,
     RunKeeper,
     RunNotFound,
-    RunSettings,
     enter_run,
     find_run,
     find_runs,
@@ -27,6 +27,7 @@ from tesseract_async.experts.run_directory import (
 )
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity, PeerID
+from tests.client.virtual_time import in_made_up_time
 from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 
 ALICE = Identity.from_seed(bytes(32))
@@ -90,37 +91,33 @@ async def test_a_later_manifest_of_the_same_signer_holds() -> None:
 async def test_servers_keep_the_run_known_without_its_signer_and_no_more_copies_than_needed() -> None:
     swarm = FakeSwarm()
     run = a_run()
-    keepers = [
-        RunKeeper(FakeNetwork(swarm, peer(n)), run, settings=RunSettings(num_copies=2), clock=swarm.clock)
-        for n in range(4)
-    ]
-    assert [await keeper.keep_once() for keeper in keepers] == [True, True, False, False]
-    assert [keeper.num_copies for keeper in keepers] == [1, 2, 2, 2]
+    keepers = [RunKeeper(FakeNetwork(swarm, peer(n)), run, clock=swarm.clock) for n in range(NUM_COPIES + 2)]
+    needed = [True] * NUM_COPIES + [False, False]
+    assert [await keeper.keep_once() for keeper in keepers] == needed
+    assert [keeper.num_copies for keeper in keepers] == [1, 2, 3, 4, 5, 5, 5]
     swarm.clock.now += 1800
-    # both renew theirs; a keeper always renews while its own copy is needed
-    assert [await keeper.keep_once() for keeper in keepers] == [True, True, False, False]
+    # these renew theirs; a keeper always renews while its own copy is needed
+    assert [await keeper.keep_once() for keeper in keepers] == needed
     swarm.clock.now += 3601
-    assert await keepers[3].keep_once()
+    assert await keepers[-1].keep_once()
 
 
 async def test_an_older_copy_does_not_count_and_a_newer_one_is_not_overwritten() -> None:
     swarm = FakeSwarm()
-    await publish_run(FakeNetwork(swarm, peer(9)), a_run(created=1))
-    new = RunKeeper(
-        FakeNetwork(swarm, peer(1)), a_run(created=2), settings=RunSettings(num_copies=1), clock=swarm.clock
-    )
+    for number in range(9, 9 + NUM_COPIES):
+        await publish_run(FakeNetwork(swarm, peer(number)), a_run(created=1))
+    new = RunKeeper(FakeNetwork(swarm, peer(1)), a_run(created=2), clock=swarm.clock)
     assert await new.keep_once()
-    old = RunKeeper(
-        FakeNetwork(swarm, peer(9)), a_run(created=1), settings=RunSettings(num_copies=9), clock=swarm.clock
-    )
+    old = RunKeeper(FakeNetwork(swarm, peer(9)), a_run(created=1), clock=swarm.clock)
     assert not await old.keep_once()
 
 
+@in_made_up_time
 async def test_the_keeper_survives_a_network_that_fails() -> None:
     swarm = FakeSwarm()
     network = FakeNetwork(swarm, peer(1))
     network.failure = ConnectionLost("nobody", "for the test")
-    keeper = RunKeeper(network, a_run(), settings=RunSettings(retry_period=0.01), clock=swarm.clock)
+    keeper = RunKeeper(network, a_run(), clock=swarm.clock)
     keeper.start()
     await swarm.until(lambda: swarm.reads[run_key("digits")] >= 2)
     network.failure = None
@@ -169,17 +166,17 @@ async def test_members_learn_and_spread_revocations_and_strangers_records_are_dr
 async def test_enough_copies_are_enough() -> None:
     swarm, run = FakeSwarm(), a_run()
     (part,) = sign_revocations(ALICE, Authority(run).run_id, number=0, since=NOW, peers=[peer(7)])
-    for number in range(1, 5):
-        keeper = keeper_of(swarm, peer(number), run, settings=RunSettings(num_copies=2))
+    for number in range(1, NUM_COPIES + 3):
+        keeper = keeper_of(swarm, peer(number), run)
         assert keeper.authority is not None
         keeper.authority.learn_revocations(part)
         await keeper.learn_once()
-    assert len(swarm.entries) == 2
+    assert len(swarm.entries) == NUM_COPIES
     stores = swarm.stores.total()
-    await keeper_of(swarm, peer(1), run, settings=RunSettings(num_copies=2)).learn_once()
+    await keeper_of(swarm, peer(1), run).learn_once()
     assert swarm.stores.total() == stores, "its copy holds for long enough"
     swarm.clock.now += 2000
-    await keeper_of(swarm, peer(1), run, settings=RunSettings(num_copies=2)).learn_once()
+    await keeper_of(swarm, peer(1), run).learn_once()
     assert swarm.stores.total() == stores + 1
 
 

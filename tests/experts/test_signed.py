@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
-from tesseract_async.experts.signed import HEAD_BYTES, MAX_SIGNED_BYTES, read_signed, read_signer, sign_body
+from tesseract_async.experts.signed import HEAD_BYTES, MAX_SIGNED_BYTES, read_signer
 from tesseract_async.identity import Identity
+from tests.experts.raw_records import read_signed, sign_body
 
 ALICE = Identity.from_seed(bytes(32))
 BOB = Identity.from_seed(b"b" * 32)

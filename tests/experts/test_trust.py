@@ -88,7 +88,7 @@ def test_bare_names_go_by_the_list_and_no_list_is_everybody() -> None:
         (listed, ME, True),  # who lists the others need not list itself
     ):
         assert trust.may_host(who.peer_id, "ffn.3.7") is believed
-        assert trust.may_reserve(who.peer_id, "ffn") is believed
+        assert trust.may_host(who.peer_id, "ffn.3.7", anew=True) is believed
         if believed:
             assert trust.believed(who.peer_id, bare) is bare
         else:
@@ -102,9 +102,9 @@ def test_in_a_run_only_what_is_of_the_run_is_believed() -> None:
     trust = in_run()
     assert trust.grid_key("ffn") == grid_key("ffn", TAG) and trust.grid_key("other") == grid_key("other")
     good = manifest(TAG, grant(HOST))
-    assert not trust.may_host(HOST.peer_id, "ffn.3.7") and not trust.may_reserve(HOST.peer_id, "ffn")
+    assert not trust.may_host(HOST.peer_id, "ffn.3.7") and not trust.may_host(HOST.peer_id, "ffn.3.7", anew=True)
     assert trust.believed(HOST.peer_id, good) is good
-    assert trust.may_host(HOST.peer_id, "ffn.3.7") and trust.may_reserve(HOST.peer_id, "ffn")
+    assert trust.may_host(HOST.peer_id, "ffn.3.7") and trust.may_host(HOST.peer_id, "ffn.3.7", anew=True)
     strange = [
         (HOST, manifest(None)),  # bare
         (HOST, manifest(RunTag(OWNER.peer_id, "letters", "granted"), grant(HOST))),
@@ -131,7 +131,8 @@ def test_a_grant_for_some_experts_lets_those_pass() -> None:
         other = in_run()
         with pytest.raises(ProtocolError):
             other.believed(HOST.peer_id, manifest(TAG, grant(HOST, pattern=pattern)))
-    assert trust.may_reserve(HOST.peer_id, "ffn", "ffn.0.1") and not trust.may_reserve(HOST.peer_id, "ffn", "ffn.7.7")
+    assert trust.may_host(HOST.peer_id, "ffn.0.1", anew=True)
+    assert not trust.may_host(HOST.peer_id, "ffn.7.7", anew=True)
 
 
 @pytest.mark.parametrize(("ahead", "is_believed"), [(60, True), (61, False), (2**31, False)])
@@ -208,7 +209,9 @@ def test_nothing_that_a_stranger_shows_or_says_is_believed(
     )
     with pytest.raises(ProtocolError):
         trust.believed(STRANGER.peer_id, decode_manifest(part))
-    assert not trust.may_host(STRANGER.peer_id, "ffn.3.7") and not trust.may_reserve(STRANGER.peer_id, "ffn")
+    assert not trust.may_host(STRANGER.peer_id, "ffn.3.7") and not trust.may_host(
+        STRANGER.peer_id, "ffn.3.7", anew=True
+    )
     assert not trust.may_ask(STRANGER.peer_id, "host", "ffn.3.7")
     view = trust.authority("ffn")
     assert view is not None and {one.peer for one in view.grants()} <= {STRANGER.peer_id}, "only what is its own"

@@ -73,7 +73,7 @@ class RawPeer:
                 await writer.wait_closed()
 
     def request(self, stream: int, payload: bytes = b"", *, method: str = "echo") -> bytes:
-        head = frames.pack((os.urandom(16), method, 10_000, 0, 0, 2**30, None))
+        head = frames.pack((method, 10_000, 0, 0, 2**30, None))
         return frames.encode_small(frames.REQUEST, stream, head, [len(payload)], [memoryview(payload)])
 
     async def closed(self) -> bytes:

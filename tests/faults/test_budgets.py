@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import tracemalloc
 from collections.abc import AsyncIterator
 
@@ -168,7 +167,7 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
         server.handle("swell", swell)
         async with RawPeer.connected(address) as stranger:
             for stream in range(1, 41):
-                head = frames.pack((os.urandom(16), "swell", 600_000_000, 0, 2**30 if grant else 0, 2**30, None))
+                head = frames.pack(("swell", 600_000_000, 0, 2**30 if grant else 0, 2**30, None))
                 stranger.writer.write(frames.encode_small(frames.REQUEST, stream, head, [], []))
             await until(lambda: server._reply_budget.used > 30 * MIB)
             let_pass(15.0)
@@ -230,7 +229,7 @@ async def test_heads_of_waiting_calls_are_bounded_by_what_they_cost() -> None:
         await parked.wait()
         return Message(call.body is not None)
 
-    head = frames.pack((os.urandom(16), "park", 600_000, 0, 0, 2**20, [[]] * 8000))
+    head = frames.pack(("park", 600_000, 0, 0, 2**20, [[]] * 8000))
     async with serving(settings) as (server, address), client_of(settings) as client:
         server.handle("park", park)
         tracemalloc.start()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from tesseract_async.endpoint import dialling
-from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Handler, IncomingCall, Message
+from tesseract_async.endpoint.endpoint import CallHandler, Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.identity import Identity
@@ -182,7 +182,7 @@ async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> 
         tracemalloc.stop()
 
 
-async def _never_read(settings: EndpointSettings, swell: Handler, computed: Callable[[], int]) -> None:
+async def _never_read(settings: EndpointSettings, swell: CallHandler, computed: Callable[[], int]) -> None:
 
     async with serving(settings) as (server, address), client_of(settings) as client:
         server.handle("swell", swell)

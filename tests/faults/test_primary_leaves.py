@@ -9,8 +9,8 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.errors import describe
-from tesseract_async.server.adoption import ReplicaSettings
-from tesseract_async.server.replicas import ReplicaKeeper
+from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.succession import ReplicaKeeper
 
 UIDS = ("ffn.0", "ffn.1")
 SETTINGS = ReplicaSettings(check_every=0.5, sync_every=0.5)

@@ -19,14 +19,14 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.experts import ExpertPattern, PublisherSettings
 from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.claiming import ClaimSettings, claim_experts, claims_key, encode_reservation
+from tesseract_async.experts.claiming import claim_experts, claims_key, encode_reservation
 from tesseract_async.experts.grants import GRANT_SECONDS, Grant, Role, grant_text, sign_grant, sign_revocations
 from tesseract_async.experts.manifest import RunTag, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.run_directory import publish_grant
 from tesseract_async.node import EXPERT_METHODS
-from tesseract_async.server.adoption import ReplicaSettings, adopt_states
-from tesseract_async.server.replicas import ReplicaKeeper
+from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
+from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -155,7 +155,7 @@ async def test_a_strangers_claims_change_no_role_file_mask_or_route_of_members(k
     async with closed(kind) as swarm:
         before = swarm.server.experts[UID].version, swarm.server.experts[UID].module.state_dict()["weight"].clone()
         await swarm.keeper.look()
-        assert swarm.server.is_primary(UID) and not swarm.keeper.leaders
+        assert swarm.server.is_primary(UID) and swarm.keeper.primary(UID) is None
         for node in (swarm.trainer, swarm.node):
             assert [one.peer.peer_id for one in await node.directory.find(UID)] == [SERVER.peer_id]
             assert await node.directory.find(FREE, even_failed=True) == []
@@ -215,7 +215,6 @@ async def test_a_newcomer_chooses_and_adopts_as_if_there_were_no_strangers(kind:
             *(newcomer.network, PATTERN, 1),
             random=Random(1),
             trust=newcomer.trust,
-            settings=ClaimSettings(settle=0.0),
         )
         assert claim.uids == {FREE: True}, "the stranger's reservation and its claim to host it count for nothing"
         backends = {UID: make_backend(0.7), FREE: make_backend(0.7)}
@@ -308,7 +307,7 @@ async def test_an_expired_grant_gives_nothing_new_but_what_goes_on_goes_on() -> 
         assert swarm.trainer.trust.may_host(SERVER.peer_id, UID)
         view = swarm.node.trust.authority("ffn")
         assert view is not None and not view.may(SERVER.peer_id, "host", UID, now=later), "no claim, no Term"
-        assert not swarm.node.trust.may_reserve(TRAINER.peer_id, "ffn")
+        assert not swarm.node.trust.may_host(TRAINER.peer_id, UID, anew=True)
         await expert(X)
         with pytest.raises(NotAllowed, match="may not train"):
             await ta.backward(y.sum())

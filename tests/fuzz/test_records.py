@@ -12,7 +12,7 @@ import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError
 from tesseract_async.experts import ExpertPattern, claiming, grants, manifest, run
-from tesseract_async.experts.checks import belongs_under_its_key
+from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status
 from tesseract_async.nat import offers, preamble
@@ -70,15 +70,15 @@ def fuzz_run(pick: random.Random) -> None:
         fields = msgpack.unpackb(RUN)
         fields[pick.choice(list(fields))] = value(pick)
         body = msgpack.packb(fields)
-    run.decode_run(signed(body, run.DOMAIN))
+    run.RUNS.read(signed(body, run.RUNS.domain))
 
 
 def fuzz_grants(pick: random.Random) -> None:
     decode, domain, good = pick.choice(
         (
-            (grants.decode_grant, grants.GRANTS.domain, GRANT.blob),
-            (grants.decode_revocations, grants.REVOCATIONS.domain, REVOCATIONS.blob),
-            (grants.decode_appointment, grants.APPOINTMENTS.domain, APPOINTMENT.blob),
+            (grants.GRANTS.read, grants.GRANTS.domain, GRANT.blob),
+            (grants.REVOCATIONS.read, grants.REVOCATIONS.domain, REVOCATIONS.blob),
+            (grants.APPOINTMENTS.read, grants.APPOINTMENTS.domain, APPOINTMENT.blob),
         )
     )
     body = mutate(pick, good[96:])

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.runtime.backend import ExpertBackend, add_gradients
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.gradients import add_gradients
 from tesseract_async.wire.tensors import TensorSpec
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 
 import pytest
 from hypothesis import settings
@@ -11,23 +12,33 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tesseract_async.errors import Overloaded
-from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, Part, Pool, Request
+from tesseract_async.runtime.batcher import (
+    DEFAULT_RETRY_AFTER,
+    KEEPING_UP_SECONDS,
+    LARGE_REQUEST_BYTES,
+    URGENT_SECONDS,
+    Batch,
+    Batcher,
+    BatchQueue,
+    QueuedRequest,
+    RowSlice,
+)
 
-NO_LIMIT = BatcherSettings(max_queue_bytes=1 << 60, urgent_seconds=0.0)
+NO_LIMIT = 1 << 60
 
 
-def request(pool: Pool, num_rows: int = 1, **rest: object) -> Request:
-    return Request(pool, num_rows, num_bytes=num_rows * 4, **rest)  # type: ignore[arg-type]
+def request(pool: BatchQueue, num_rows: int = 1, **rest: object) -> QueuedRequest:
+    return QueuedRequest(pool, num_rows, num_bytes=num_rows * 4, **rest)  # type: ignore[arg-type]
 
 
 def rows_of(batch: Batch | None) -> list[tuple[int, int]]:
     assert batch is not None
-    return [(part.start, part.stop) for part in batch.parts]
+    return [(part.start, part.stop) for part in batch.slices]
 
 
-def requests_of(batch: Batch | None) -> list[Request]:
+def requests_of(batch: Batch | None) -> list[QueuedRequest]:
     assert batch is not None
-    return [part.request for part in batch.parts]
+    return [part.request for part in batch.slices]
 
 
 def drain(batcher: Batcher, now: float = 0.0, seconds: float = 0.0) -> list[Batch]:
@@ -41,16 +52,16 @@ def drain(batcher: Batcher, now: float = 0.0, seconds: float = 0.0) -> list[Batc
 
 
 def test_small_requests_are_merged_and_a_batch_never_exceeds_the_limit() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=10)
     for size in (4, 4, 4, 10, 1):
         batcher.add(request(pool, size), now=0.0)
     assert [batch.num_rows for batch in drain(batcher)] == [8, 4, 10, 1]
 
 
 def test_a_large_request_is_split_in_order_and_its_tail_shares_a_batch() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=10)
     large, small = request(pool, 25), request(pool, 3)
     batcher.add(large, now=0.0)
     batcher.add(small, now=0.0)
@@ -60,48 +71,52 @@ def test_a_large_request_is_split_in_order_and_its_tail_shares_a_batch() -> None
 
 
 def test_a_request_of_many_bytes_shares_no_batch() -> None:
-    batcher = Batcher(BatcherSettings(large_request_bytes=1000))
-    pool = batcher.add_pool("a", max_batch_size=10)
-    for num_bytes in (999, 999, 1000, 1000, 999):
-        batcher.add(Request(pool, 2, num_bytes), now=0.0)
-    assert [len(batch.parts) for batch in drain(batcher)] == [2, 1, 1, 1]
-    batcher.add(Request(pool, 2, 999), now=0.0)
-    batcher.add(Request(pool, 2, 1000, deadline=0.1), now=0.0)
-    assert [len(batch.parts) for batch in drain(batcher)] == [1, 1], "nor an urgent one"
+    batcher = Batcher()
+    pool = batcher.add_queue("a", max_batch_size=10)
+    small = LARGE_REQUEST_BYTES - 1
+    for num_bytes in (small, small, LARGE_REQUEST_BYTES, LARGE_REQUEST_BYTES, small):
+        batcher.add(QueuedRequest(pool, 2, num_bytes), now=0.0)
+    assert [len(batch.slices) for batch in drain(batcher)] == [2, 1, 1, 1]
+    batcher.add(QueuedRequest(pool, 2, small), now=0.0)
+    batcher.add(QueuedRequest(pool, 2, LARGE_REQUEST_BYTES, deadline=0.1), now=0.0)
+    assert [len(batch.slices) for batch in drain(batcher)] == [1, 1], "nor an urgent one"
 
 
 def test_an_exclusive_request_shares_no_batch() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=10)
     for exclusive in (False, True, True, False):
         batcher.add(request(pool, 2, exclusive=exclusive), now=0.0)
-    assert [len(batch.parts) for batch in drain(batcher)] == [1, 1, 1, 1]
+    assert [len(batch.slices) for batch in drain(batcher)] == [1, 1, 1, 1]
 
 
 def test_pools_are_never_mixed_and_the_one_with_the_oldest_work_goes_first() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pools = [batcher.add_pool(index, max_batch_size=10) for index in range(3)]
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pools = [batcher.add_queue(index, max_batch_size=10) for index in range(3)]
     for when, index in enumerate((2, 0, 2, 1, 0)):
         batcher.add(request(pools[index]), now=float(when))
     batches = drain(batcher, now=9.0)
-    assert [batch.pool.name for batch in batches] == [2, 0, 1]
-    assert all(part.request.pool is batch.pool for batch in batches for part in batch.parts)
+    assert [batch.queue.name for batch in batches] == [2, 0, 1]
+    assert all(part.request.queue is batch.queue for batch in batches for part in batch.slices)
 
 
 def test_priority_goes_before_age_and_an_urgent_deadline_before_both() -> None:
-    batcher = Batcher(BatcherSettings(urgent_seconds=0.5))
-    pool, other = batcher.add_pool("a", max_batch_size=1), batcher.add_pool("b", max_batch_size=1)
+    batcher = Batcher()
+    pool, other = batcher.add_queue("a", max_batch_size=1), batcher.add_queue("b", max_batch_size=1)
     old, high = request(pool), request(other, priority=1)
-    urgent, patient = request(pool, deadline=1.4), request(pool, deadline=60.0)
+    urgent, patient = request(pool, deadline=1.0 + URGENT_SECONDS), request(pool, deadline=60.0)
     for one in (old, patient, high, urgent):
         batcher.add(one, now=1.0)
     assert [requests_of(batch)[0] for batch in drain(batcher, now=1.0)] == [urgent, high, old, patient]
 
 
 def test_a_head_start_goes_before_older_work_but_not_for_ever_nor_before_priority() -> None:
-    batcher = Batcher(NO_LIMIT)
-    slow, fast = batcher.add_pool("slow", max_batch_size=1), batcher.add_pool("fast", max_batch_size=1, head_start=0.5)
-    other = batcher.add_pool("other", max_batch_size=1)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    slow, fast = (
+        batcher.add_queue("slow", max_batch_size=1),
+        batcher.add_queue("fast", max_batch_size=1, head_start=0.5),
+    )
+    other = batcher.add_queue("other", max_batch_size=1)
     older, old, high, young, late = (
         request(slow),
         request(slow),
@@ -114,9 +129,9 @@ def test_a_head_start_goes_before_older_work_but_not_for_ever_nor_before_priorit
     assert [requests_of(batch)[0] for batch in drain(batcher, now=1.6)] == [high, older, young, old, late]
 
 
-def learnt(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4, **options: object) -> tuple[Pool, float]:
+def learnt(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4) -> tuple[BatchQueue, float]:
     """A pool of which the batcher has seen batches that cost so much, and the time when it was idle last."""
-    pool, now = batcher.add_pool("a", max_batch_size=1000, **options), 0.0  # type: ignore[arg-type]
+    pool, now = batcher.add_queue("a", max_batch_size=1000), 0.0
     for num_rows in (10, 20, 40) * 5:
         batcher.add(request(pool, num_rows), now)
         batch = batcher.pop_ready(now)
@@ -128,7 +143,7 @@ def learnt(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4, **opt
 
 
 def test_a_batch_is_no_larger_than_pays_while_the_device_keeps_up() -> None:
-    batcher = Batcher(BatcherSettings(fixed_share=0.25, keeping_up_seconds=0.5))
+    batcher = Batcher()
     pool, now = learnt(batcher)  # 4 ms a batch are a quarter of it at 120 rows
     sizes = []
     for _ in range(160):
@@ -138,17 +153,17 @@ def test_a_batch_is_no_larger_than_pays_while_the_device_keeps_up() -> None:
         now += 4e-3 + 1e-4 * batch.num_rows
         batcher.finish(batch, now)
     begun = sizes[0][0]
-    early = [num_rows for when, num_rows in sizes if when <= begun + 0.5]
-    late = [num_rows for when, num_rows in sizes if when > begun + 0.5]
+    early = [num_rows for when, num_rows in sizes if when <= begun + KEEPING_UP_SECONDS]
+    late = [num_rows for when, num_rows in sizes if when > begun + KEEPING_UP_SECONDS]
     assert set(early) == {150}, "the third request brings enough"
     assert late[:-1] == [1000] * (len(late) - 1) and len(late) > 3, "half a second without a rest: now the rows count"
 
 
 @pytest.mark.parametrize("options", [{}, {"fixed_share": 0.0}])
 def test_a_batch_takes_all_that_it_may_where_it_was_not_told_otherwise(options: dict[str, float]) -> None:
-    batcher = Batcher(BatcherSettings(**options))  # type: ignore[arg-type]
+    batcher = Batcher(**options)  # type: ignore[arg-type]
     if not options:
-        pool = batcher.add_pool("a", max_batch_size=1000, preferred_sizes=(600, 1000))
+        pool = batcher.add_queue("a", max_batch_size=1000, preferred_sizes=(600, 1000))
         for num_rows in (10, 20, 40) * 5:
             pool.cost.add(num_rows, 4e-3 + 1e-4 * num_rows)
         now = 0.0
@@ -161,8 +176,8 @@ def test_a_batch_takes_all_that_it_may_where_it_was_not_told_otherwise(options: 
 
 
 def test_a_flood_delays_its_sender_only() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=4)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=4)
     flood = [request(pool, 4, peer="loud") for _ in range(50)]
     for one in flood:
         batcher.add(one, now=0.0)
@@ -177,8 +192,8 @@ def test_a_flood_delays_its_sender_only() -> None:
 
 
 def test_equal_peers_take_turns() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=1)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=1)
     for peer in ("a", "b"):
         for _ in range(10):
             batcher.add(request(pool, peer=peer), now=0.0)
@@ -190,25 +205,26 @@ class Crowd:
     """Peers that always have `at_once` requests open, on one device, in made-up time."""
 
     def __init__(self, seconds_per_row: float, max_batch_size: int = 256) -> None:
-        self.batcher = Batcher(BatcherSettings(max_queue_bytes=1 << 60))
-        self.pools = [self.batcher.add_pool(name, max_batch_size=max_batch_size) for name in range(4)]
+        self.batcher = Batcher(max_queue_bytes=NO_LIMIT)
+        self.pools = [self.batcher.add_queue(name, max_batch_size=max_batch_size) for name in range(4)]
         self.seconds_per_row = seconds_per_row
         self.now = 0.0
         self.device: dict[object, float] = {}
         self.waits: dict[object, list[float]] = {}
         self.turn = 0
+        self.patience: dict[object, float] = {}
 
     def ask(self, peer: object, num_rows: int, *, patience: float = math.inf, priority: int = 0) -> None:
         self.turn += 1
+        self.patience[peer] = patience
         self.batcher.add(
-            Request(
+            QueuedRequest(
                 self.pools[self.turn % 4],
                 num_rows,
                 num_bytes=4,
                 peer=peer,
                 deadline=self.now + patience,
                 priority=priority,
-                payload=(num_rows, patience, priority),
             ),
             self.now,
         )
@@ -222,7 +238,7 @@ class Crowd:
             if batch is not None:
                 self.now += 1e-3 + self.seconds_per_row * batch.num_rows
                 self.batcher.finish(batch, self.now)
-                for part in batch.parts:
+                for part in batch.slices:
                     peer = part.request.peer
                     share = (1e-3 + self.seconds_per_row * batch.num_rows) * (part.stop - part.start) / batch.num_rows
                     self.device[peer] = self.device.get(peer, 0.0) + share
@@ -230,8 +246,7 @@ class Crowd:
                         self.waits.setdefault(peer, []).append(self.now - part.request.arrival)
                         again.append(part.request)
             for one in again:
-                num_rows, patience, priority = one.payload
-                self.ask(one.peer, num_rows, patience=patience, priority=priority)
+                self.ask(one.peer, one.num_rows, patience=self.patience[one.peer], priority=one.priority)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +279,8 @@ def test_a_newcomer_need_not_make_up_for_what_others_used_alone_nor_may_it_catch
 
 
 def test_removed_and_expired_work_is_never_computed() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=10)
     removed, expired, kept = request(pool), request(pool, deadline=5.0), request(pool, deadline=50.0)
     for one in (removed, expired, kept):
         batcher.add(one, now=0.0)
@@ -278,8 +293,8 @@ def test_removed_and_expired_work_is_never_computed() -> None:
 
 
 def test_a_split_request_that_leaves_is_not_continued() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=10)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=10)
     large = request(pool, 25)
     batcher.add(large, now=0.0)
     batch = batcher.pop_ready(now=0.0)
@@ -291,51 +306,51 @@ def test_a_split_request_that_leaves_is_not_continued() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    batcher = Batcher(BatcherSettings(max_queue_bytes=100, default_retry_after=0.25, max_peer_share=1.0))
-    pool = batcher.add_pool("a", max_batch_size=10)
-    batcher.add(Request(pool, 1, num_bytes=1000), now=0.0)  # alone it is taken, whatever its size
+    batcher = Batcher(max_queue_bytes=100)
+    pool = batcher.add_queue("a", max_batch_size=10)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=1000), now=0.0)  # alone it is taken, whatever its size
     with pytest.raises(Overloaded) as caught:
-        batcher.add(Request(pool, 1, num_bytes=1), now=0.0)
-    assert caught.value.retry_after == 0.25
+        batcher.add(QueuedRequest(pool, 1, num_bytes=1), now=0.0)
+    assert caught.value.retry_after == DEFAULT_RETRY_AFTER
     (batch,) = [batcher.pop_ready(now=0.0)]
     assert batch is not None
     batcher.finish(batch, now=10.0)  # 100 bytes/s
-    batcher.add(Request(pool, 1, num_bytes=80), now=10.0)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=80), now=10.0)
     with pytest.raises(Overloaded) as caught:
-        batcher.add(Request(pool, 1, num_bytes=70), now=10.0)
+        batcher.add(QueuedRequest(pool, 1, num_bytes=70), now=10.0)
     assert caught.value.retry_after == pytest.approx(0.5)
 
 
 def test_bytes_are_held_until_the_batch_has_run() -> None:
-    batcher = Batcher(BatcherSettings(max_queue_bytes=100, max_peer_share=1.0))
-    pool = batcher.add_pool("a", max_batch_size=10)
-    batcher.add(Request(pool, 1, num_bytes=100), now=0.0)
+    batcher = Batcher(max_queue_bytes=100)
+    pool = batcher.add_queue("a", max_batch_size=10)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=100), now=0.0)
     batch = batcher.pop_ready(now=0.0)
     assert batch is not None
     with pytest.raises(Overloaded):
-        batcher.add(Request(pool, 1, num_bytes=100), now=0.0)
+        batcher.add(QueuedRequest(pool, 1, num_bytes=100), now=0.0)
     batcher.finish(batch, now=1.0)
-    batcher.add(Request(pool, 1, num_bytes=100), now=1.0)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=100), now=1.0)
 
 
 def test_one_peer_cannot_fill_the_queue() -> None:
-    batcher = Batcher(BatcherSettings(max_queue_bytes=100, max_peer_share=0.4))
-    pool = batcher.add_pool("a", max_batch_size=10)
-    loud = [Request(pool, 1, num_bytes=20, peer="loud") for _ in range(3)]
+    batcher = Batcher(max_queue_bytes=100)
+    pool = batcher.add_queue("a", max_batch_size=10)
+    loud = [QueuedRequest(pool, 1, num_bytes=20, peer="loud") for _ in range(3)]
     for one in loud[:2]:
         batcher.add(one, now=0.0)
     with pytest.raises(Overloaded, match="of yours"):
         batcher.add(loud[2], now=0.0)
-    batcher.add(Request(pool, 1, num_bytes=60, peer="other"), now=0.0)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=60, peer="other"), now=0.0)
     batcher.remove(loud[0])
     batcher.add(loud[2], now=0.0)
     drain(batcher)
-    batcher.add(Request(pool, 1, num_bytes=100, peer="loud"), now=0.0)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=100, peer="loud"), now=0.0)
 
 
 def test_batches_are_cut_at_preferred_sizes() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=64, preferred_sizes=(8, 32))
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=64, preferred_sizes=(8, 32))
     for _ in range(45):
         batcher.add(request(pool), now=0.0)
     assert [batch.num_rows for batch in drain(batcher)] == [32, 8, 5]
@@ -344,8 +359,8 @@ def test_batches_are_cut_at_preferred_sizes() -> None:
 
 
 def test_the_queues_forget_what_has_passed() -> None:
-    batcher = Batcher(NO_LIMIT)
-    pool = batcher.add_pool("a", max_batch_size=8)
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=8)
     for round_number in range(5000):
         one = request(pool, deadline=1e9, peer=round_number)
         batcher.add(one, now=float(round_number))
@@ -355,16 +370,32 @@ def test_the_queues_forget_what_has_passed() -> None:
     assert len(batcher._accounts) <= 1024 and not batcher._active and not pool.ready
 
 
+def test_a_request_that_has_left_is_held_by_nothing() -> None:
+    class Weak(QueuedRequest):
+        """With room for weak references."""
+
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pool = batcher.add_queue("a", max_batch_size=1)
+    kept = request(pool, deadline=10.0, priority=1)
+    batcher.add(kept, now=0.0)
+    for deadline in (20.0, 30.0):
+        batcher.add(Weak(pool, 1, 4, deadline=deadline), now=0.0)
+    gone = [weakref.ref(one) for one in batcher.waiting() if one is not kept]
+    for one in gone:
+        batcher.remove(one())  # type: ignore[arg-type]
+    assert len(gone) == 2 and all(one() is None for one in gone) and batcher.waiting() == [kept]
+
+
 def test_sixty_four_experts_under_a_thousand_requests_wait_fairly() -> None:
     """In made-up time: a batch takes 1 ms and 10 us a row; each client asks some expert again at once."""
-    batcher = Batcher(NO_LIMIT)
-    pools = [batcher.add_pool(number, max_batch_size=256) for number in range(64)]
+    batcher = Batcher(max_queue_bytes=NO_LIMIT)
+    pools = [batcher.add_queue(number, max_batch_size=256) for number in range(64)]
     choice = random.Random(1)
     waits: list[float] = []
     now = busy = 0.0
 
     def ask(client: int) -> None:
-        batcher.add(request(choice.choice(pools), 4, peer=client, payload=client, deadline=now + 30), now)
+        batcher.add(request(choice.choice(pools), 4, peer=client, deadline=now + 30), now)
 
     for client in range(1000):
         ask(client)
@@ -372,14 +403,14 @@ def test_sixty_four_experts_under_a_thousand_requests_wait_fairly() -> None:
         oldest = min(one.arrival for one in batcher.waiting())
         batch = batcher.pop_ready(now)
         assert batch is not None, "the device idles although work waits"
-        assert min(part.request.arrival for part in batch.parts) == oldest, "another expert holds older work"
+        assert min(part.request.arrival for part in batch.slices) == oldest, "another expert holds older work"
         seconds = 1e-3 + 1e-5 * batch.num_rows
         now += seconds
         busy += seconds
         batcher.finish(batch, now)
-        for part in batch.parts:
+        for part in batch.slices:
             waits.append(now - part.request.arrival)
-            ask(part.request.payload)
+            ask(part.request.peer)
     steady = sorted(waits[1000:])
     assert steady[int(0.99 * len(steady))] <= 2.2 * sum(steady) / len(steady)
     assert busy == pytest.approx(now)
@@ -389,13 +420,13 @@ def test_sixty_four_experts_under_a_thousand_requests_wait_fairly() -> None:
 def test_a_request_without_rows_is_refused(num_rows: int) -> None:
     batcher = Batcher()
     with pytest.raises(ValueError, match="at least one row"):
-        batcher.add(request(batcher.add_pool("a", max_batch_size=1), num_rows), now=0.0)
+        batcher.add(request(batcher.add_queue("a", max_batch_size=1), num_rows), now=0.0)
 
 
 @pytest.mark.parametrize("sizes", [(0,), (5,)])
 def test_impossible_pool_sizes_are_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at most 4"):
-        Batcher().add_pool("a", max_batch_size=4, preferred_sizes=sizes)
+        Batcher().add_queue("a", max_batch_size=4, preferred_sizes=sizes)
 
 
 class BatcherModel(RuleBasedStateMachine):
@@ -405,32 +436,32 @@ class BatcherModel(RuleBasedStateMachine):
     def begin(self, budget: int, seed: int) -> None:
         self.random = random.Random(seed)
         self.budget = budget
-        self.batcher = Batcher(BatcherSettings(max_queue_bytes=budget, urgent_seconds=0.5))
+        self.batcher = Batcher(max_queue_bytes=budget)
         self.peer_budget = budget // 2
         self.pools = [
-            self.batcher.add_pool(name, max_batch_size=size, preferred_sizes=preferred, head_start=head_start)
+            self.batcher.add_queue(name, max_batch_size=size, preferred_sizes=preferred, head_start=head_start)
             for name, size, preferred, head_start in (("a", 8, (), 0.0), ("b", 5, (), 0.7), ("c", 16, (4, 8), 0.0))
         ]
         self.now = 0.0
-        self.waiting: dict[Request, int] = {}  # rows dispatched so far
+        self.waiting: dict[QueuedRequest, int] = {}  # rows dispatched so far
         self.running: list[Batch] = []
-        self.answered: dict[Request, int] = {}
-        self.gone: set[Request] = set()
-        self.all: list[Request] = []
+        self.answered: dict[QueuedRequest, int] = {}
+        self.gone: set[QueuedRequest] = set()
+        self.all: list[QueuedRequest] = []
 
-    def held(self, one: Request) -> bool:
+    def held(self, one: QueuedRequest) -> bool:
         return one not in self.gone and self.answered[one] < one.num_rows
 
     @rule(
         pool=st.integers(0, 2),
         num_rows=st.integers(1, 40),
-        patience=st.sampled_from([0.3, 2.0, 10.0, math.inf]),
+        patience=st.sampled_from([0.1, 0.3, 2.0, 10.0, math.inf]),
         priority=st.integers(0, 2),
         peer=st.integers(0, 3),
         exclusive=st.booleans(),
     )
     def add(self, pool: int, num_rows: int, patience: float, priority: int, peer: int, exclusive: bool) -> None:
-        one = Request(
+        one = QueuedRequest(
             self.pools[pool],
             num_rows,
             num_bytes=num_rows,
@@ -480,47 +511,47 @@ class BatcherModel(RuleBasedStateMachine):
         if batch is None:
             assert not self.waiting
             return
-        assert 1 <= batch.num_rows <= batch.pool.max_batch_size
-        assert batch.num_rows == sum(part.stop - part.start for part in batch.parts)
-        chosen = {part.request for part in batch.parts}
-        for part in batch.parts:
+        assert 1 <= batch.num_rows <= batch.queue.max_batch_size
+        assert batch.num_rows == sum(part.stop - part.start for part in batch.slices)
+        chosen = {part.request for part in batch.slices}
+        for part in batch.slices:
             self.check_part(batch, part)
-        first = batch.parts[0].request
+        first = batch.slices[0].request
         mine = [one for one in self.waiting if one.peer == first.peer]
-        urgent = [one.deadline for one in mine if one.deadline <= self.now + 0.5]
+        urgent = [one.deadline for one in mine if one.deadline <= self.now + URGENT_SECONDS]
         if urgent:
             assert first.deadline == min(urgent)
         else:
             assert first.priority == max(one.priority for one in mine)
-            ages = [one.arrival - one.pool.head_start for one in mine if one.priority == first.priority]
-            assert first.arrival - first.pool.head_start == min(ages), "it has older work of this class"
-        for part in batch.parts:
+            ages = [one.arrival - one.queue.head_start for one in mine if one.priority == first.priority]
+            assert first.arrival - first.queue.head_start == min(ages), "it has older work of this class"
+        for part in batch.slices:
             self.waiting[part.request] = part.stop
             if part.is_last:
                 del self.waiting[part.request]
-        assert len(chosen) == len(batch.parts)
+        assert len(chosen) == len(batch.slices)
         self.running.append(batch)
 
-    def check_part(self, batch: Batch, part: Part) -> None:
+    def check_part(self, batch: Batch, part: RowSlice) -> None:
         one = part.request
-        assert one.pool is batch.pool and self.waiting[one] == part.start < part.stop <= one.num_rows
-        assert not one.exclusive or len(batch.parts) == 1
+        assert one.queue is batch.queue and self.waiting[one] == part.start < part.stop <= one.num_rows
+        assert not one.exclusive or len(batch.slices) == 1
         if part.start == 0 and not part.is_last:
-            assert one.num_rows > batch.pool.max_batch_size, "what fits is never split"
+            assert one.num_rows > batch.queue.max_batch_size, "what fits is never split"
         if not part.is_last:
-            assert batch.num_rows == batch.pool.max_batch_size
+            assert batch.num_rows == batch.queue.max_batch_size
 
     @precondition(lambda self: self.running)
     @rule(fails=st.booleans())
     def finish(self, fails: bool) -> None:
         batch = self.running.pop(self.random.randrange(len(self.running)))
         if fails:
-            for part in batch.parts:
+            for part in batch.slices:
                 if self.batcher.remove(part.request):
                     del self.waiting[part.request]
                     self.gone.add(part.request)
         self.batcher.finish(batch, self.now)
-        for part in batch.parts:
+        for part in batch.slices:
             self.answered[part.request] += part.stop - part.start
 
     @invariant()
@@ -530,7 +561,7 @@ class BatcherModel(RuleBasedStateMachine):
         assert statistics.num_waiting_rows == sum(one.num_rows - done for one, done in self.waiting.items())
         assert statistics.num_bytes == sum(one.num_bytes for one in self.all if self.held(one))
         for pool in self.pools:
-            rows = sum(one.num_rows - done for one, done in self.waiting.items() if one.pool is pool)
+            rows = sum(one.num_rows - done for one, done in self.waiting.items() if one.queue is pool)
             assert pool.num_waiting_rows == rows
 
     def teardown(self) -> None:

@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.runtime.batcher import Batch, Batcher, BatcherSettings, Request
-from tesseract_async.runtime.runtime import RuntimeSettings
+from tesseract_async.runtime.batcher import FIXED_SHARE, Batch, Batcher, QueuedRequest
+from tesseract_async.runtime.runtime import FORWARD_HEAD_START
 
 ROWS = 64
 SECONDS = 5.0
 LOOP_SECONDS = 0.4e-3
-HEAD_START = RuntimeSettings().forward_head_start
-AS_IT_WAS = BatcherSettings(fixed_share=0.0)
 
 Cost = tuple[float, float]
 """Seconds of a batch, and of each row."""
@@ -37,12 +35,12 @@ class Circle:
     """So many steps going round; `rate` and `busy` are of the time after two rounds."""
 
     def __init__(
-        self, in_flight: int, delay: float, costs: tuple[Cost, Cost], settings: BatcherSettings, head_start: float
+        self, in_flight: int, delay: float, costs: tuple[Cost, Cost], fixed_share: float, head_start: float
     ) -> None:
         self.delay, self.costs, self.chance = delay, costs, random.Random(in_flight)
-        self.batcher = Batcher(settings)
+        self.batcher = Batcher(fixed_share=fixed_share)
         self.pools = [
-            self.batcher.add_pool(name, max_batch_size=8192, head_start=start)
+            self.batcher.add_queue(name, max_batch_size=8192, head_start=start)
             for name, start in ((0, head_start), (1, 0.0))
         ]
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -77,13 +75,13 @@ class Circle:
         self.at(self.now + self.delay, self.arrive, kind)
 
     def arrive(self, kind: int) -> None:
-        self.batcher.add(Request(self.pools[kind], ROWS, num_bytes=ROWS, payload=kind), self.now)
+        self.batcher.add(QueuedRequest(self.pools[kind], ROWS, num_bytes=ROWS), self.now)
         self.compute()
 
     def compute(self) -> None:
         if self.computing or (batch := self.batcher.pop_ready(self.now)) is None:
             return
-        each, per_row = self.costs[batch.parts[0].request.payload]
+        each, per_row = self.costs[batch.queue.name]
         seconds = (each + per_row * batch.num_rows) * self.chance.uniform(0.7, 1.3)
         self.computing, self.busy = True, self.busy + seconds
         self.at(self.now + seconds, self.answer, batch)
@@ -91,8 +89,8 @@ class Circle:
     def answer(self, batch: Batch) -> None:
         self.computing = False
         self.batcher.finish(batch, self.now)
-        for part in batch.parts:
-            self.on_loop(self.on_loop, *((self.send, 1) if part.request.payload == 0 else (self.end,)))
+        for _ in batch.slices:
+            self.on_loop(self.on_loop, *((self.send, 1) if batch.queue.name == 0 else (self.end,)))
         self.compute()
 
     def end(self) -> None:
@@ -100,27 +98,28 @@ class Circle:
         self.send(0)
 
 
-def shares(costs: tuple[Cost, Cost], settings: BatcherSettings, head_start: float) -> list[float]:
+def shares(costs: tuple[Cost, Cost], fixed_share: float, head_start: float) -> list[float]:
     """Throughput at 100 and at 200 ms per call over that without delay, with the steps that Little's law asks for."""
-    base = Circle(4, 0.0, costs, settings, head_start).rate
+    base = Circle(4, 0.0, costs, fixed_share, head_start).rate
     return [
-        Circle(4 + math.ceil(base * 2 * delay), delay, costs, settings, head_start).rate / base for delay in (0.1, 0.2)
+        Circle(4 + math.ceil(base * 2 * delay), delay, costs, fixed_share, head_start).rate / base
+        for delay in (0.1, 0.2)
     ]
 
 
 @pytest.mark.parametrize("costs", [ROWS_COST, BATCHES_COST], ids=["rows", "batches"])
 def test_delays_cost_hardly_any_throughput(costs: tuple[Cost, Cost]) -> None:
-    at_100_ms, at_200_ms = shares(costs, BatcherSettings(), HEAD_START)
+    at_100_ms, at_200_ms = shares(costs, FIXED_SHARE, FORWARD_HEAD_START)
     assert at_100_ms >= 0.95
     assert at_200_ms >= 0.9
 
 
 def test_without_either_measure_there_are_convoys() -> None:
-    for settings, head_start in ((AS_IT_WAS, 0.0), (AS_IT_WAS, HEAD_START), (BatcherSettings(), 0.0)):
-        assert max(shares(ROWS_COST, settings, head_start)) < 0.93
+    for fixed_share, head_start in ((0.0, 0.0), (0.0, FORWARD_HEAD_START), (FIXED_SHARE, 0.0)):
+        assert max(shares(ROWS_COST, fixed_share, head_start)) < 0.93
 
 
 def test_a_device_that_is_behind_computes_as_many_rows_as_ever() -> None:
-    kept_up = Circle(64, 0.0, BATCHES_COST, BatcherSettings(), HEAD_START)
+    kept_up = Circle(64, 0.0, BATCHES_COST, FIXED_SHARE, FORWARD_HEAD_START)
     assert kept_up.busy == pytest.approx(1.0, abs=0.03)
-    assert kept_up.rate >= 0.97 * Circle(64, 0.0, BATCHES_COST, AS_IT_WAS, 0.0).rate
+    assert kept_up.rate >= 0.97 * Circle(64, 0.0, BATCHES_COST, 0.0, 0.0).rate

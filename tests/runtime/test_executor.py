@@ -12,13 +12,13 @@ from torch import nn
 
 from tesseract_async.errors import ExpertFailed
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.batcher import Batcher, Part, Pool, Request
-from tesseract_async.runtime.executor import Executor
-from tesseract_async.runtime.finite import are_finite
-from tesseract_async.runtime.work import Answer, Outcome, Work
+from tesseract_async.runtime.batcher import Batcher, BatchQueue, RowSlice
+from tesseract_async.runtime.executor import Executor, Outcomes
+from tesseract_async.runtime.gradients import are_finite
+from tesseract_async.runtime.work import Work, WorkResult
 from tesseract_async.wire.tensors import TensorSpec
 
-POOL: Pool = Batcher().add_pool("test", max_batch_size=64)
+QUEUE: BatchQueue = Batcher().add_queue("test", max_batch_size=64)
 
 
 def make_backend(module: nn.Module | None = None, *, lr: float = 0.1, **rest: Any) -> ExpertBackend:
@@ -41,35 +41,45 @@ def work_of(
     training: bool = False,
     seed: int = 0,
     forward_version: int | None = None,
+    peer: object = None,
 ) -> Work:
-    gradients = None if gradient is None else [gradient]
-    work = Work(backend, [x], gradients, training, seed, call_id, forward_version, None)
-    work.request = Request(POOL, len(x), 0, payload=work)
-    return work
+    return Work(
+        QUEUE,
+        len(x),
+        0,
+        peer,
+        backend=backend,
+        inputs=[x],
+        output_gradients=None if gradient is None else [gradient],
+        training=training,
+        seed=seed,
+        call_id=call_id,
+        forward_version=forward_version,
+        answer=None,  # type: ignore[arg-type]
+    )
 
 
-def whole(work: Work) -> Part:
-    assert work.request is not None
-    return Part(work.request, 0, work.num_rows)
+def whole(work: Work) -> RowSlice:
+    return RowSlice(work, 0, work.num_rows)
 
 
-def compute(executor: Executor, parts: Sequence[Part]) -> list[Outcome]:
-    attempt = executor.stage(parts)
+def compute(executor: Executor, slices: Sequence[RowSlice]) -> Outcomes:
+    attempt = executor.stage(slices)
     executor.launch(attempt)
     executor.complete(attempt)
     return executor.outcomes(attempt)
 
 
-def answer_of(outcomes: Sequence[Outcome], work: Work) -> Answer:
-    (outcome,) = [outcome for outcome in outcomes if outcome.work is work and (outcome.answer or outcome.error)]
-    assert outcome.answer is not None, outcome.error
-    return outcome.answer
+def answer_of(outcomes: Outcomes, work: Work) -> WorkResult:
+    outcome = outcomes[work]
+    assert isinstance(outcome, WorkResult), outcome
+    return outcome
 
 
-def error_of(outcomes: Sequence[Outcome], work: Work) -> BaseException:
-    (outcome,) = [outcome for outcome in outcomes if outcome.work is work]
-    assert outcome.error is not None
-    return outcome.error
+def error_of(outcomes: Outcomes, work: Work) -> BaseException:
+    outcome = outcomes[work]
+    assert isinstance(outcome, BaseException), outcome
+    return outcome
 
 
 class Fragile(nn.Module):
@@ -115,14 +125,12 @@ def test_a_chunked_request_steps_once_and_a_failed_chunk_leaves_nothing() -> Non
     reference = copy.deepcopy(backend.module)
     x, gradient = torch.randn(10, 4), torch.randn(10, 3)
     work = work_of(backend, x, gradient)
-    request = work.request
-    assert request is not None
     executor = Executor()
-    assert compute(executor, [Part(request, 0, 4)])[0].answer is None
-    assert compute(executor, [Part(request, 4, 8)])[0].answer is None
+    assert not compute(executor, [RowSlice(work, 0, 4)])
+    assert not compute(executor, [RowSlice(work, 4, 8)])
     assert backend.version == 0
-    answer = compute(executor, [Part(request, 8, 10)])[0].answer
-    assert answer is not None and backend.version == 1
+    answer = answer_of(compute(executor, [RowSlice(work, 8, 10)]), work)
+    assert backend.version == 1
     local = x.clone().requires_grad_()
     reference(local).backward(gradient)
     torch.testing.assert_close(answer.tensors[0], local.grad, atol=1e-6, rtol=1e-6)
@@ -134,9 +142,8 @@ def test_a_chunked_request_steps_once_and_a_failed_chunk_leaves_nothing() -> Non
     bad[9] = torch.nan
     before = copy.deepcopy(backend.module.state_dict())
     work = work_of(backend, bad, gradient, call_id=b"d" * 16)
-    assert work.request is not None
-    compute(executor, [Part(work.request, 0, 8)])
-    assert "not finite" in str(error_of(compute(executor, [Part(work.request, 8, 10)]), work))
+    compute(executor, [RowSlice(work, 0, 8)])
+    assert "not finite" in str(error_of(compute(executor, [RowSlice(work, 8, 10)]), work))
     torch.testing.assert_close(backend.module.state_dict(), before)
     assert backend.version == 1 and len(backend.applied) == 1
 
@@ -272,11 +279,10 @@ def test_dropout_is_the_same_in_forward_and_backward_also_in_chunks() -> None:
     state = torch.random.get_rng_state()
     forward = work_of(backend, x, training=True, seed=7)
     backward = work_of(backend, x, torch.ones(20, 3), training=True, seed=7)
-    assert forward.request is not None and backward.request is not None
     outputs, masks = [], []
     for start, stop in ((0, 8), (8, 16), (16, 20)):
-        outputs.append(compute(executor, [Part(forward.request, start, stop)]))
-        masks.append(compute(executor, [Part(backward.request, start, stop)]))
+        outputs.append(compute(executor, [RowSlice(forward, start, stop)]))
+        masks.append(compute(executor, [RowSlice(backward, start, stop)]))
     y = answer_of(outputs[-1], forward).tensors[0]
     x_gradient = answer_of(masks[-1], backward).tensors[0]
     assert y is not None and x_gradient is not None
@@ -304,9 +310,8 @@ def test_stale_gradients_are_refused_or_damped() -> None:
     stale = work_of(damping, x, gradient, call_id=b"s" * 16, forward_version=0)
     fresh = work_of(damping, x, gradient, call_id=b"f" * 16, forward_version=3)
     outcomes = compute(Executor(), [whole(stale), whole(fresh)])
-    expected = work_of(plain, x, gradient)
-    (step,) = compute(Executor(), [whole(work_of(plain, x, gradient * 1.25))])
-    assert step.answer is not None and expected is not None
+    (step,) = compute(Executor(), [whole(work_of(plain, x, gradient * 1.25))]).values()
+    assert isinstance(step, WorkResult)
     torch.testing.assert_close(damping.module.state_dict(), plain.module.state_dict())
     ours = answer_of(outcomes, stale).tensors[0], answer_of(outcomes, fresh).tensors[0]
     torch.testing.assert_close(ours[0], ours[1], msg="the caller's gradient is not damped")

@@ -12,14 +12,13 @@ from torch import nn
 
 from tesseract_async.errors import ExpertFailed
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.batcher import Batcher, Part, Request
 from tesseract_async.runtime.executor import Executor
-from tesseract_async.runtime.finite import norm_of
+from tesseract_async.runtime.gradients import norm_of
 from tesseract_async.runtime.norms import NUM_FIRST, UsualNorms
-from tesseract_async.runtime.work import Work
+from tesseract_async.runtime.work import WorkResult
 from tesseract_async.wire.tensors import TensorSpec
+from tests.runtime.test_executor import compute, whole, work_of
 
-POOL = Batcher().add_pool("test", max_batch_size=64)
 MakesOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, MakesOptimizer] = {
     "sgd": lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
@@ -97,13 +96,10 @@ class Swarm:
 
     def send(self, x: torch.Tensor, gradient: torch.Tensor, peer: str) -> BaseException | None:
         self.number += 1
-        work = Work(self.backend, [x], [gradient], True, 0, self.number.to_bytes(16, "big"), None, None)
-        work.request = Request(POOL, len(x), 0, peer=peer, payload=work)
-        attempt = self.executor.stage([Part(work.request, 0, len(x))])
-        self.executor.launch(attempt)
-        self.executor.complete(attempt)
-        (outcome,) = self.executor.outcomes(attempt)
-        return outcome.error
+        call_id = self.number.to_bytes(16, "big")
+        work = work_of(self.backend, x, gradient, training=True, call_id=call_id, peer=peer)
+        outcome = compute(self.executor, [whole(work)])[work]
+        return None if isinstance(outcome, WorkResult) else outcome
 
     def train(self, num_steps: int) -> float:
         for _ in range(num_steps):
@@ -233,13 +229,10 @@ def test_requests_computed_together_are_judged_alone() -> None:
             x, gradient = torch.eye(8)[:2], torch.full((2, 8), size)
             if size > 1:
                 x = torch.eye(8)[2:4]
-            work = Work(swarm.backend, [x], [gradient], True, 0, bytes([number]) * 16, None, None)
-            work.request = Request(POOL, 2, 0, peer=number, payload=work)
-            parts.append(Part(work.request, 0, 2))
-        attempt = swarm.executor.stage(parts)
-        swarm.executor.launch(attempt)
-        swarm.executor.complete(attempt)
-        assert all(one.error is None for one in swarm.executor.outcomes(attempt)) and swarm.backend.version == 21
+            call_id = bytes([number]) * 16
+            parts.append(whole(work_of(swarm.backend, x, gradient, training=True, call_id=call_id, peer=number)))
+        outcomes = compute(swarm.executor, parts)
+        assert all(isinstance(one, WorkResult) for one in outcomes.values()) and swarm.backend.version == 21
     ours, theirs = (swarm.backend.module.weight for swarm in (plain, attacked))
     torch.testing.assert_close(ours[:, :2], theirs[:, :2])  # type: ignore[index]
 

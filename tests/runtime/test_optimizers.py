@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.executor import Executor
+from tesseract_async.runtime.work import WorkResult
 from tesseract_async.server import checkpoint
 from tesseract_async.wire.tensors import TensorSpec
 from tests.runtime.test_executor import compute, whole, work_of
@@ -155,8 +156,8 @@ def test_an_exhausted_schedule_costs_no_step(caplog: pytest.LogCaptureFixture) -
     backend = backend_of(sgd(0.1), lambda one: lr_scheduler.OneCycleLR(one, max_lr=1.0, total_steps=3))
     executor = Executor()
     for index in range(6):
-        (outcome,) = compute(executor, [whole(work_of(backend, X, G[0], call_id=bytes([index]) * 16))])
-        assert outcome.answer is not None and outcome.answer.version == index + 1
+        (outcome,) = compute(executor, [whole(work_of(backend, X, G[0], call_id=bytes([index]) * 16))]).values()
+        assert isinstance(outcome, WorkResult) and outcome.version == index + 1
     assert len(backend.applied) == 6
     assert caplog.text.count("the rate stays as it is from now on: OneCycleLR raised") == 1
     again = backend_of(sgd(0.1), lambda one: lr_scheduler.OneCycleLR(one, max_lr=1.0, total_steps=3))
@@ -268,8 +269,8 @@ def test_parameters_that_are_frozen_or_added_later_are_seen() -> None:
     assert torch.equal(module.bias, kept) and not torch.equal(module.scale, torch.ones(3))
     for one in module.parameters():
         one.requires_grad_(False)
-    (outcome,) = compute(executor, [whole(work_of(backend, X, G[0]))])
-    assert outcome.answer is not None
+    (outcome,) = compute(executor, [whole(work_of(backend, X, G[0]))]).values()
+    assert isinstance(outcome, WorkResult), outcome
 
 
 def test_a_module_that_freezes_its_own_parameters_in_a_forward_pass_goes_on() -> None:
@@ -313,8 +314,10 @@ def test_limits_of_norms_take_sparse_gradients_and_none_at_all(frozen: bool, cli
     )
     ids = torch.tensor([[1, 1, 2], [3, 1, 9]])
     for index in range(4):
-        (outcome,) = compute(Executor(), [whole(work_of(backend, ids, torch.ones(2, 2), call_id=bytes([index]) * 16))])
-        assert outcome.answer is not None, outcome.error
+        (outcome,) = compute(
+            Executor(), [whole(work_of(backend, ids, torch.ones(2, 2), call_id=bytes([index]) * 16))]
+        ).values()
+        assert isinstance(outcome, WorkResult), outcome
         backend.load_state(through_a_file(backend))
     if frozen:
         return
@@ -336,8 +339,8 @@ def test_a_frozen_expert_has_no_norm_to_exceed() -> None:
     backend = ExpertBackend(
         nn.Linear(4, 3), args_schema=(TensorSpec((4,)),), settings=BackendSettings(max_gradient_norm=1.0)
     )
-    (outcome,) = compute(Executor(), [whole(work_of(backend, X, G[0]))])
-    assert outcome.answer is not None, outcome.error
+    (outcome,) = compute(Executor(), [whole(work_of(backend, X, G[0]))]).values()
+    assert isinstance(outcome, WorkResult), outcome
 
 
 def test_a_module_with_sparse_gradients_takes_optimizers_that_take_them() -> None:

@@ -15,8 +15,8 @@ from torch import nn
 
 from tesseract_async.errors import ExpertFailed, Overloaded
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.batcher import BatcherSettings
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
+from tesseract_async.runtime.staging import HostStaging
 from tesseract_async.runtime.work import Work
 from tesseract_async.wire.tensors import TensorSpec
 
@@ -75,10 +75,14 @@ async def runtime() -> AsyncIterator[TesseractRuntime]:
         await runtime.aclose()
 
 
+class OverlappingStaging(HostStaging):
+    overlaps = True
+
+
 @pytest_asyncio.fixture(params=[False, True], ids=["plain", "overlap"])
 async def any_runtime(request: pytest.FixtureRequest) -> AsyncIterator[TesseractRuntime]:
     """Also as for a device with copy engines, where a batch is staged while another one computes."""
-    runtime = TesseractRuntime(settings=RuntimeSettings(overlap=request.param))
+    runtime = TesseractRuntime(make_staging=lambda _: OverlappingStaging() if request.param else HostStaging())
     await runtime.start()
     try:
         yield runtime
@@ -249,7 +253,7 @@ async def test_expired_work_is_not_computed(runtime: TesseractRuntime) -> None:
 
 
 async def test_a_full_queue_refuses_at_once() -> None:
-    runtime = TesseractRuntime(settings=RuntimeSettings(batcher=BatcherSettings(max_queue_bytes=100)))
+    runtime = TesseractRuntime(settings=RuntimeSettings(max_queue_bytes=100))
     await runtime.start()
     gate, backend = make_gate()
     blocker = runtime.submit(backend, [torch.ones(1, 1)])

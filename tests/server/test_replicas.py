@@ -19,9 +19,9 @@ import tesseract_async as ta
 from tesseract_async.errors import NotAllowed, NotPrimary
 from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.grid import ExpertReplica
-from tesseract_async.server.adoption import ReplicaMismatch, ReplicaSettings, adopt_states, read_replicas
-from tesseract_async.server.replicas import ReplicaKeeper, _Round
+from tesseract_async.server.other_replicas import ReplicaMismatch, ReplicaSettings, adopt_states, read_replicas
 from tesseract_async.server.state_transfer import REUSE_SECONDS
+from tesseract_async.server.succession import ReplicaKeeper, boottime
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
@@ -42,8 +42,13 @@ def make_backend(seed: int = 0, module: nn.Module | None = None) -> ta.ExpertBac
 class Volunteer:
     """A node with a server of one expert."""
 
-    def __init__(self, node: ta.TesseractNode, server: ta.TesseractServer, keeper: ReplicaKeeper) -> None:
-        self.node, self.server, self.keeper = node, server, keeper
+    def __init__(
+        self, node: ta.TesseractNode, server: ta.TesseractServer, settings: ReplicaSettings, reuse: float
+    ) -> None:
+        self.node, self.server = node, server
+        self.skipped = 0.0
+        """Seconds by which its clock is ahead."""
+        self.keeper = ReplicaKeeper(server, settings=settings, reuse=reuse, elapsed=lambda: boottime() + self.skipped)
 
     @property
     def version(self) -> int:
@@ -77,8 +82,10 @@ async def volunteer(
             publisher_settings=PUBLISHER,
             checkpoint_dir=checkpoints,
         )
-        async with server, ReplicaKeeper(server, settings=settings, reuse=reuse) as keeper:
-            yield Volunteer(node, server, keeper)
+        async with server:
+            one = Volunteer(node, server, settings, reuse)
+            async with one.keeper:
+                yield one
 
 
 async def forward(node: ta.TesseractNode, at: Volunteer) -> torch.Tensor:
@@ -135,7 +142,7 @@ async def test_a_follower_keeps_up_answers_forwards_and_names_the_primary() -> N
         assert (first.version, second.version) == (1, 0), "nothing was relayed, and the trainer went on to the primary"
         await second.keeper.look()
         assert second.version == 0, "not due before sync_every"
-        second.keeper.forget(UID)
+        second.keeper.bare.forget(UID)
         await second.keeper.look()
         assert second.version == 1 and equal(first, second)
         assert second.node.metrics.total("states_pulled") == 2
@@ -153,7 +160,7 @@ async def test_the_newest_follower_takes_over_when_the_primary_is_gone() -> None
         second = await stack.enter_async_context(volunteer([seed.address], follow=True))
         third = await stack.enter_async_context(volunteer([seed.address], follow=True))
         await backward(seed, first)
-        third.keeper.forget(UID)
+        third.keeper.bare.forget(UID)
         await third.keeper.look()  # it has one step more than second
         assert (second.version, third.version) == (0, 1)
         await primary.aclose()
@@ -183,8 +190,7 @@ async def test_two_running_primaries_settle_where_they_list_each_other_and_are_t
         await second.server.set_primary(UID, True)  # as after a partition
         for _ in range(2):
             await backward(first.node, second)
-        second.keeper._led_since.clear()
-        second.keeper._began -= 1000.0
+        second.skipped += 100.0  # longer than a lease
         await first.keeper.look()
         await second.keeper.look()
         if listed:
@@ -205,10 +211,27 @@ async def test_one_that_stood_still_follows_who_took_over_and_keeps_its_own_step
     ):
         await backward(second.node, first)
         await second.server.set_primary(UID, True)
-        first.keeper._read_at -= 2000.0  # what a clock that runs through suspend shows
+        first.skipped += 2000.0  # what a clock that runs through suspend shows
         await first.keeper.look()
         assert not first.leads and equal(first, second)
         assert kept_in(tmp_path) == ["000000000001.aside"]
+
+
+async def test_waiting_for_the_state_of_one_that_is_gone_puts_off_no_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
+
+        async def gone(peer: Any, method: str, *rest: Any, **more: Any) -> Any:
+            if method == messages.STATE:
+                second.skipped += 2000.0  # as many experts' time-outs would take: as if it had stood still
+            raise TimeoutError
+
+        monkeypatch.setattr(second.node, "call_expert", gone)
+        second.keeper.bare.forget(UID)
+        await second.keeper.look()
+        assert not second.leads, "it may be busy"
+        second.skipped += 100.0  # longer than a lease
+        await second.keeper.look()
+        assert second.leads
 
 
 async def test_it_looks_by_itself() -> None:
@@ -263,11 +286,17 @@ async def test_after_a_handover_an_old_manifest_of_the_one_before_starts_no_quar
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(volunteer(identity=low))
         second = await stack.enter_async_context(volunteer([first.node.address], follow=True, identity=high))
-        stale = await read_replicas(second.node, [UID])
-        assert stale[UID][0].primary
+        stale = await second.node.network.get_entries(second.node.trust.shard_key(UID))
+        assert (await read_replicas(second.node, [UID]))[UID][0].primary
         assert await first.keeper.hand_over() == 1
+
+        async def read_stale(key: str) -> Any:
+            return stale
+
         # equal steps and the lower id: without the handover, the second one would give way
-        await second.keeper._settle(UID, stale[UID], _Round(second.node, 30.0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(second.node.network, "get_entries", read_stale)
+            await second.keeper.look()
         await first.keeper.look()
         assert second.leads and not first.leads
         (found,) = (await read_replicas(second.node, [UID]))[UID]

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.identity import PeerID
-from tesseract_async.server.roles import Past, Role, Standing, decide
+from tesseract_async.server.roles import Contender, Past, Role, decide
 
-LEAD = (Role.LEAD, None)
+LEAD = (Role.TRAIN, None)
 
 
-def standing(number: int, version: int | None = 0, *, primary: bool = False) -> Standing:
-    return Standing(PeerID(number.to_bytes(32, "big")), primary, version)
+def standing(number: int, version: int | None = 0, *, primary: bool = False) -> Contender:
+    return Contender(PeerID(number.to_bytes(32, "big")), primary, version)
 
 
 def test_a_single_server_leads() -> None:
@@ -23,7 +23,7 @@ def test_a_single_server_leads() -> None:
 def test_a_primary_is_followed_and_its_follower_stays_with_it() -> None:
     primary, claimer = standing(2, None, primary=True), standing(3, 2**40, primary=True)
     assert decide(standing(1, 9), [primary, standing(3, 99)], Past(), listed=False) == (Role.FOLLOW, primary)
-    follows = Past(leader=primary.owner)
+    follows = Past(primary=primary.owner)
     assert decide(standing(1, 9), [primary, claimer], follows, listed=False) == (Role.FOLLOW, primary)
     assert decide(standing(1, 9), [primary, claimer], follows, listed=True) == (Role.FOLLOW, claimer)
 
@@ -62,6 +62,6 @@ def test_those_who_see_the_same_settle_on_one(known: list[tuple[int, int, bool]]
         past = Past(is_new=True, has_waited=False)
         roles = [decide(one, [other for other in servers if other is not one], past, listed=listed) for one in servers]
         servers = [
-            Standing(one.owner, role is Role.LEAD, one.version) for one, (role, _) in zip(servers, roles, strict=True)
+            Contender(one.owner, role is Role.TRAIN, one.version) for one, (role, _) in zip(servers, roles, strict=True)
         ]
     assert sum(one.primary for one in servers) == 1

@@ -40,6 +40,7 @@ from tesseract_async.server import calls as server_calls
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
 from tesseract_async.server.calls import CallSettings
+from tesseract_async.server.hosted import Succession
 from tesseract_async.server.memory import Memory
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
@@ -81,6 +82,7 @@ class FakeNode:
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
         self.is_closed = False
+        self.publisher_places: set[int] = set()
 
     def is_connected(self, peer_id: Any) -> bool:
         return self.connected
@@ -740,10 +742,11 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode)
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
         assert caught.value.primary is None and caught.value.retry_after > 0
 
-        async def find_primary(uid: str) -> tuple[PeerID | None, float]:
-            return PeerID(bytes(32)), 0.0
+        class Elsewhere(Succession):
+            async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
+                return PeerID(bytes(32)), 0.0
 
-        server.find_primary = find_primary
+        server.succession = Elsewhere()
         with pytest.raises(NotPrimary) as caught:
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
         assert caught.value.primary == bytes(32)
@@ -755,13 +758,14 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode)
 
 async def test_a_state_can_be_taken_and_installed_while_it_serves(node: FakeNode, server: TesseractServer) -> None:
     await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-    await server.install("ffn.1", checkpoint.decode(b"".join(checkpoint.encode(await server.snapshot("ffn.0")))))
+    state = await server.hosted["ffn.0"].snapshot()
+    await server.hosted["ffn.1"].install(checkpoint.decode(b"".join(checkpoint.encode(state))))
     modules = [server.experts[uid].module.state_dict() for uid in ("ffn.0", "ffn.1")]
     torch.testing.assert_close(*modules)
     assert server.experts["ffn.1"].version == 1
     for wrong in ({}, {"module": {}}, make_other().state()):
         with pytest.raises(CheckpointError, match="does not fit ffn.1"):
-            await server.install("ffn.1", wrong)
+            await server.hosted["ffn.1"].install(wrong)
     torch.testing.assert_close(server.experts["ffn.1"].module.state_dict(), modules[0])
 
 

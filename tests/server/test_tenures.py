@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
+from tesseract_async.endpoint.endpoint import Message
 from tesseract_async.errors import NotAllowed, RemoteError, TesseractError
 from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.claiming import GRANT_SUBKEY
@@ -24,9 +25,10 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
-from tesseract_async.server.adoption import ReplicaSettings
-from tesseract_async.server.replicas import ReplicaKeeper
-from tesseract_async.server.tenures import _subkey
+from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.succession import ReplicaKeeper
+from tesseract_async.server.tenure_records import record_subkey
+from tesseract_async.transport.base import PeerAddress
 
 UID = "ffn.0.0"
 OWNER, *HOSTS = (ta.Identity.from_seed(bytes([n]) * 32) for n in range(21, 26))
@@ -50,7 +52,7 @@ class Host:
 
     @property
     def leads(self) -> bool:
-        return self.server.is_primary(UID) and self.server.may_answer(UID)
+        return self.server.is_primary(UID) and self.server.succession.may_step(UID)
 
     @property
     def version(self) -> int:
@@ -178,15 +180,15 @@ async def test_a_handover_loses_and_doubles_no_step() -> None:
 async def test_an_expert_that_another_has_meanwhile_is_not_handed_over() -> None:
     async with host(HOSTS[0], []) as first, host(HOSTS[1], [first.node.address]) as second:
         await until(lambda: second.tenure.state is State.FOLLOWING)
-        call = first.keeper.tenures._call
+        call = first.node.call_expert
 
-        async def and_another_leads(uid: str, peer: ta.PeerID, kind: str, *rest: Any, **more: Any) -> Any:
-            reply = await call(uid, peer, kind, *rest, **more)
-            if kind == "take":
+        async def and_another_leads(peer: PeerAddress, method: str, body: Any, **more: Any) -> Message:
+            reply = await call(peer, method, body, **more)
+            if body.get("kind") == "take":
                 first.tenure.state = State.ASIDE
             return reply
 
-        first.keeper.tenures._call = and_another_leads  # type: ignore[method-assign]
+        first.node.call_expert = and_another_leads  # type: ignore[method-assign, assignment]
         assert await first.keeper.hand_over() == 0
         assert not first.leads and second.tenure.term is None
 
@@ -211,7 +213,7 @@ async def test_nobody_begins_anew_what_a_host_that_is_away_has_sealed(tmp_path: 
             await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
             async with asyncio.timeout(60):
                 key, stored = first.node.trust.shard_key(UID), set[str | None]()
-                while not stored >= {GRANT_SUBKEY, _subkey(UID, 0), _subkey(UID, 1)}:
+                while not stored >= {GRANT_SUBKEY, record_subkey(UID, 0), record_subkey(UID, 1)}:
                     stored = {entry.subkey for entry in await seed.network.get_entries(key)}
         # its manifest is gone with it, and with that its grant
         async with host(HOSTS[1], peers, seed=1) as newcomer:

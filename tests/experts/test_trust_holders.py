@@ -6,9 +6,9 @@ import msgpack
 import pytest
 
 import tesseract_async as ta
-from tesseract_async.experts.checks import belongs_under_its_key
 from tesseract_async.experts.grants import Role, sign_grant
 from tesseract_async.experts.manifest import MAGIC, RunTag, decode_manifest, encode_manifest, grid_key, shard_key
+from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.network.network import key_digest
 

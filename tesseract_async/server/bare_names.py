@@ -1,0 +1,333 @@
+"""BareNames: who is the primary of a server's experts that belong to no run. Carries out what `roles` decides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import (
+    CheckpointError,
+    ConnectionLost,
+    NotAllowed,
+    PeerUnreachable,
+    ProtocolError,
+    RemoteError,
+    TesseractError,
+    describe,
+)
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.merkle import possession
+from tesseract_async.identity import PeerID
+from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.other_replicas import (
+    NUM_AT_ONCE,
+    ReplicaSettings,
+    ask_info,
+    check_path,
+    fetch_fitting,
+    may_follow,
+    owner_of,
+    read_replicas,
+)
+from tesseract_async.server.roles import Contender, Past, Role, decide
+from tesseract_async.server.state_transfer import StateSource
+from tesseract_async.wire import messages
+
+if TYPE_CHECKING:
+    from tesseract_async.node import TesseractNode
+    from tesseract_async.runtime.backend import ExpertBackend
+    from tesseract_async.server.server import TesseractServer
+
+logger = logging.getLogger(__name__)
+
+HAND_OVER_TIMEOUT: Final = 30.0
+"""Seconds for one expert, when this server leaves."""
+MAX_DISPUTES: Final = 1024
+"""Rivals that are told of once each."""
+
+
+@dataclass(slots=True)
+class _Memory:
+    """One expert with a bare name, and what this server remembers of its primaries."""
+
+    hosted: HostedState
+    primary_since: float
+    version_then: int | None
+    """None: any."""
+    primary: ExpertReplica | None = None
+    """The one that is followed."""
+    synced_from: PeerID | None = None
+    synced_at: float = 0.0
+    giver: PeerID | None = None
+    """The server that handed the expert over to this one..."""
+    giver_sequence: int = 0
+    """... and the last manifest in which it still calls itself primary."""
+    taken_from: PeerID | None = None
+    """The server whose silence made this one take over."""
+    waiting_since: float | None = None
+    others: list[ExpertReplica] = field(default_factory=list)
+    """Those that may be followed, as the network said last."""
+
+
+class _Round:
+    """The questions of one look: each server is asked once whether it is there."""
+
+    def __init__(self, node: TesseractNode, timeout: float) -> None:
+        self._node, self._timeout = node, timeout
+        self._asked: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
+
+    async def speaks(self, replica: ExpertReplica) -> bool:
+        """Return whether its server answered a question of this look."""
+        owner = owner_of(replica)
+        if owner not in self._asked:
+            asking = ask_info(self._node, replica.uid, replica, self._timeout)
+            self._asked[owner] = asyncio.get_running_loop().create_task(asking)
+        return await asyncio.shield(self._asked[owner]) is not None
+
+    async def contender(self, replica: ExpertReplica) -> Contender:
+        """Return what it says of its version now."""
+        info = None
+        if await self.speaks(replica):
+            info = await ask_info(self._node, replica.uid, replica, self._timeout)
+        return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
+
+    def close(self) -> None:
+        """Ask no more."""
+        for task in self._asked.values():
+            task.cancel()
+
+
+class BareNames:
+    """Settles the roles of these experts, and pulls the states of those that are followed."""
+
+    def __init__(
+        self,
+        server: TesseractServer,
+        uids: Iterable[str],
+        source: StateSource,
+        *,
+        settings: ReplicaSettings,
+        clock: Callable[[], float],
+        elapsed: Callable[[], float],
+    ) -> None:
+        """`source` sends the states of this server's experts. `clock` and `elapsed` are those of `ReplicaKeeper`."""
+        self._server, self._node, self._source = server, server.node, source
+        self._settings, self._clock, self._elapsed = settings, clock, elapsed
+        self._began = self._read_at = elapsed()
+        self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
+        self._heard: dict[PeerID, float] = {}
+        self._disputed: set[tuple[str, PeerID]] = set()
+
+    def primary(self, uid: str) -> PeerID | None:
+        """Return the server that is followed; None if there is none."""
+        primary = self._experts[uid].primary
+        return None if primary is None else owner_of(primary)
+
+    def forget(self, uid: str) -> None:
+        """Pull the expert's state in the next look, whenever it was pulled last."""
+        self._experts[uid].synced_from = None
+
+    async def read(self, uids: Iterable[str]) -> None:
+        """Read who else hosts these. Raises: TimeoutError if the network does not answer."""
+        async with asyncio.timeout(self._settings.call_timeout):
+            replicas = await read_replicas(self._node, uids, clock=self._clock)
+        for uid, others in replicas.items():
+            one = self._experts[uid]
+            one.others = [other for other in others if may_follow(self._node, other)]
+            if one.hosted.is_primary:
+                strange = [other for other in others if other.primary and other not in one.others]
+                self._tell_dispute(uid, [owner_of(other) for other in strange[:4]])
+
+    async def look(self) -> None:
+        """Settle all roles, and pull the states that are due. Raises: as `read`."""
+        settings = self._settings
+        await self.read(self._experts)
+        now = self._elapsed()
+        if now - self._read_at > settings.lease + settings.check_every:
+            # it was suspended, or cut off: another may have taken over meanwhile
+            for one in self._experts.values():
+                one.primary_since, one.version_then = now, None
+            self._heard.clear()
+        self._read_at = now
+        gate = asyncio.Semaphore(NUM_AT_ONCE)
+        round_ = _Round(self._node, settings.call_timeout / 5)
+
+        async def settle(one: _Memory) -> None:
+            async with gate:
+                try:
+                    await self._settle(one, round_)
+                except (TesseractError, TimeoutError) as error:
+                    logger.warning("replica of %s: %s", one.hosted.uid, describe(error))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for one in self._experts.values():
+                    if one.others or not one.hosted.is_primary:
+                        group.create_task(settle(one))
+        finally:
+            round_.close()
+
+    async def _settle(self, one: _Memory, round_: _Round) -> None:
+        uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version
+        listed, now = self._node.policy.storers is not None, self._elapsed()
+        rivals = [
+            other
+            for other in one.others
+            if other.primary and (owner_of(other) != one.giver or other.sequence > one.giver_sequence)
+        ]
+        if not is_primary:
+            rivals = await self._living(one, rivals, round_)
+        contenders = rivals if rivals or is_primary else [other for other in one.others if not other.primary]
+        if rivals and not is_primary and not (listed and len(rivals) > 1):
+            said = [Contender(owner_of(other), True, None) for other in rivals]  # whichever it is, no version matters
+        else:
+            said = await asyncio.gather(*map(round_.contender, contenders))
+        past = Past(
+            primary=self.primary(uid),
+            taken_from=one.taken_from,
+            is_new=now - one.primary_since < self._settings.lease and one.version_then in (None, version),
+            has_waited=one.waiting_since is not None and now - one.waiting_since >= self._settings.check_every,
+        )
+        role, chosen = decide(Contender(self._node.peer_id, is_primary, version), said, past, listed=listed)
+        if role is Role.WAIT:
+            one.waiting_since = now if one.waiting_since is None else one.waiting_since
+            return
+        one.waiting_since = None
+        if role is Role.FOLLOW:
+            one.primary = next(other for other, at in zip(contenders, said, strict=True) if at == chosen)
+            if is_primary:
+                logger.warning("%s has another primary, %s: this server follows it", uid, one.primary.peer.short)
+                self._node.metrics.count("experts_given_up")
+                await self._server.set_primary(uid, False)
+            await self._sync(one, one.primary, round_)
+        elif is_primary:
+            self._tell_dispute(uid, [at.owner for at in said if at.version is not None])
+        else:
+            logger.warning("%s has no primary any more: this server takes over at version %s", uid, version)
+            self._node.metrics.count("experts_taken_over")
+            one.taken_from = one.taken_from if one.primary is None else owner_of(one.primary)
+            await self._become_primary(one)
+
+    async def _living(self, one: _Memory, primaries: list[ExpertReplica], round_: _Round) -> list[ExpertReplica]:
+        """Those who answer, and for a lease the one that was followed and does not: it may be busy.
+
+        So a claim that nobody stands behind delays no takeover. Just after a start nobody is known yet: then for all.
+        """
+        speak = await asyncio.gather(*map(round_.speaks, primaries))
+        now, followed, living = self._elapsed(), self.primary(one.hosted.uid), []
+        for other, speaks in zip(primaries, speak, strict=True):
+            owner = owner_of(other)
+            if speaks:
+                self._heard[owner] = now
+            if owner == followed:
+                since = self._heard.setdefault(owner, now)
+            else:
+                since = self._began if followed is None else -math.inf
+            if speaks or now - since < self._settings.lease:
+                living.append(other)
+        return living
+
+    async def _become_primary(self, one: _Memory) -> None:
+        one.primary = None
+        one.primary_since, one.version_then = self._elapsed(), one.hosted.backend.version
+        await self._server.set_primary(one.hosted.uid, True)
+
+    def _tell_dispute(self, uid: str, rivals: list[PeerID]) -> None:
+        for rival in rivals:
+            if (uid, rival) not in self._disputed and len(self._disputed) < MAX_DISPUTES:
+                self._disputed.add((uid, rival))
+                self._node.metrics.count("primaries_disputed")
+                logger.warning(
+                    "%s calls itself the primary of %s, too; this server goes on, and they train apart. If both are "
+                    "yours, stop one of them, or list them all with --allow-file",
+                    rival.short,
+                    uid,
+                )
+
+    async def _sync(self, one: _Memory, primary: ExpertReplica, round_: _Round) -> None:
+        now, owner = self._elapsed(), owner_of(primary)
+        is_same = one.synced_from == owner
+        if is_same and now - one.synced_at < self._settings.sync_every:
+            return
+        if not await round_.speaks(primary):
+            return  # waiting for the state of one that is gone would put off that another takes over
+        # of a new primary whatever it has, even if that is less than the steps that were taken here
+        await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
+        one.synced_from, one.synced_at = owner, now
+
+    async def _pull(self, one: _Memory, primary: ExpertReplica, *, min_version: int) -> bytes | None:
+        """Take the primary's state. Returns its file; None before `min_version`."""
+        check_path(self._node, primary)
+        found = await fetch_fitting(
+            self._node,
+            primary.peer,
+            one.hosted.uid,
+            one.hosted.backend,
+            min_version=min_version,
+            timeout=self._settings.call_timeout,
+            aside=self._server.call_aside,
+        )
+        if found is None:
+            return None
+        file, state = found
+        await one.hosted.take(state)
+        self._node.metrics.count("states_pulled")
+        return file
+
+    # -- handing over --------------------------------------------------------------------------------------------------
+
+    async def hand_over(self, uid: str) -> bool:
+        """Have a follower take over, by what was read last. Returns whether one did; else the expert stays here."""
+        one = self._experts[uid]
+        heirs = [other for other in one.others if not other.primary]
+        if not heirs:
+            return False
+        # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
+        # network hears of it later: followers would take over by themselves, from an older state.
+        await self._server.set_primary(uid, False, announce=False)
+        await self._server.wait_backwards(uid)
+        self._source.drop(uid)
+        for heir in heirs:
+            try:
+                await self._give(uid, heir)
+            except (TesseractError, TimeoutError) as error:
+                logger.warning("%s could not be handed over to %s: %s", uid, heir.peer.short, describe(error))
+                continue
+            one.primary = heir
+            logger.info("%s was handed over to %s", uid, heir.peer.short)
+            return True
+        await self._server.set_primary(uid, True, announce=False)
+        return False
+
+    async def _give(self, uid: str, heir: ExpertReplica) -> None:
+        """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""
+        nonce = os.urandom(16)
+        body = messages.encode(messages.LeadRequest(uid, nonce))
+        reply = await self._node.call_expert(heir.peer, messages.LEAD, body, timeout=HAND_OVER_TIMEOUT)
+        proof = messages.decode(messages.LeadReply, reply.body).proof
+        file = self._source.copy_of(uid)
+        if file is None or proof != possession(file, nonce)[:16]:
+            raise ProtocolError("it says that it is the primary now, but has not fetched the state")
+
+    async def take_over(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+        """Answer ``expert.lead``, for the primary that this server follows. Raises: NotAllowed, RemoteError."""
+        request = messages.decode(messages.LeadRequest, call.body)
+        one = self._experts.get(uid)
+        primary = None if one is None else one.primary
+        if one is None or one.hosted.is_primary or primary is None or owner_of(primary) != call.peer_id:
+            raise NotAllowed(f"{call.peer_id.short} is not the primary of {uid} here")
+        try:
+            file = await self._pull(one, primary, min_version=0)
+        except (CheckpointError, ConnectionLost, PeerUnreachable, TimeoutError) as error:
+            raise RemoteError(f"{uid} was not taken over: {describe(error)}") from error
+        self.forget(uid)
+        one.giver, one.giver_sequence = call.peer_id, primary.sequence
+        await self._become_primary(one)
+        proof = None if file is None or request.nonce is None else possession(file, request.nonce)[:16]
+        return Message(messages.encode(messages.LeadReply(backend.version, proof)))

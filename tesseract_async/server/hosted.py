@@ -1,0 +1,130 @@
+"""HostedState: one expert of a server, with its role, its state and its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from tesseract_async.errors import CheckpointError, describe
+from tesseract_async.identity import PeerID
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.server.checkpoint import State
+from tesseract_async.server.state_files import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+"""What loading a state that does not fit may raise."""
+
+
+class Succession:
+    """Who is the primary of each of a server's experts, and whether this server may act as it.
+
+    This one leaves the roles as the server began with them. `ReplicaKeeper` is the one that changes them.
+    """
+
+    def may_step(self, uid: str) -> bool:
+        """Return whether a primary may take a step at this moment, or answer one: it is asked before each."""
+        return True
+
+    async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
+        """Return who trains an expert that this server only follows, or None, and the seconds until to ask again."""
+        return None, 1.0
+
+    def epochs(self) -> dict[str, int]:
+        """Return the epochs of experts of runs, as manifests carry them."""
+        return {}
+
+
+class HostedState:
+    """An expert's state on one server. The backend belongs to it: only its runtime touches the module."""
+
+    def __init__(
+        self,
+        uid: str,
+        backend: ExpertBackend,
+        runtime: TesseractRuntime,
+        *,
+        is_primary: bool,
+        store: CheckpointStore | None,
+        writer: TesseractRuntime,
+    ) -> None:
+        """`store` holds its checkpoints, which are written on the helper thread of `writer`."""
+        self.uid = uid
+        self.backend = backend
+        self.runtime = runtime
+        self.is_primary = is_primary
+        """Whether this server trains the expert."""
+        self.shared_version = 0
+        """The steps up to this one are in a state that other servers have, or can fetch."""
+        self._store, self._writer = store, writer
+        self._saved: tuple[int, int] | None = None  # how far the newest checkpoint is
+
+    async def snapshot(self) -> State:
+        """Return a copy of the state, taken between two batches."""
+        return await self.runtime.snapshot(self.backend)
+
+    async def restore(self) -> None:
+        """Load the newest checkpoint, if there is one, and move the expert to its device. Raises: CheckpointError."""
+        state = None if self._store is None else await self._writer.call_aside(partial(self._store.load, self.uid))
+
+        def load() -> None:
+            if state is not None:
+                self.backend.load_state(state)
+            self.backend.to(self.runtime.device)
+
+        try:
+            await self.runtime.call(load)
+        except UNFIT as error:
+            assert self._store is not None
+            raise CheckpointError(
+                f"the checkpoint of {self.uid} does not fit it ({describe(error)}): serve the expert that "
+                f"{self._store.directory} was written for, in the same size, or choose another folder"
+            ) from error
+        if state is not None:
+            self._saved = self.backend.progress
+            logger.info("%s continues at version %d", self.uid, self.backend.version)
+
+    async def save(self) -> bool:
+        """Write a checkpoint, unless nothing changed since the last one. Raises: CheckpointError."""
+        if self._store is None or self._saved == self.backend.progress:
+            return False
+        state = await self.snapshot()
+        await self._writer.call_aside(partial(self._store.save, self.uid, state, version=state["version"]))
+        self._saved = state["version"], state["num_accumulated"]
+        return True
+
+    async def take(self, state: State, *, aside: bool = False) -> None:
+        """Continue from a state that comes from elsewhere.
+
+        Steps beyond `shared_version`, and with `aside` any, are not in there: the state with them is written down
+        first, under a name that no checkpoint takes. Raises: CheckpointError.
+        """
+        if self._store is not None and (aside or self.backend.version > self.shared_version):
+            own = await self.snapshot()
+            path = await self._writer.call_aside(partial(self._store.set_aside, self.uid, own, version=own["version"]))
+            logger.warning("the steps that %s took here alone are kept in %s", self.uid, path)
+        await self.install(state)
+        self.shared_version = self.backend.version
+
+    async def install(self, state: State) -> None:
+        """Continue from `state`, between two batches.
+
+        Raises: CheckpointError if it does not fit; nothing changes then.
+        """
+        self._saved = None  # it may be another state of the same version
+
+        def load() -> None:
+            before = self.backend.state()
+            try:
+                self.backend.load_state(state)
+            except BaseException:  # a state may be anything: back to the one before
+                self.backend.load_state(before)
+                raise
+
+        try:
+            await self.runtime.call(load)
+            await self.snapshot()
+        except UNFIT as error:
+            raise CheckpointError(f"the state does not fit {self.uid}: {describe(error)}") from error

@@ -1,0 +1,270 @@
+"""The replicas of a server's experts at other servers: who hosts them, whether their word counts, and their states."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from tesseract_async.errors import (
+    CheckpointError,
+    NotAllowed,
+    PeerUnreachable,
+    ProtocolError,
+    TesseractError,
+    describe,
+)
+from tesseract_async.experts.directory import read_claims
+from tesseract_async.experts.grid import Claim, ExpertReplica, rank_replicas
+from tesseract_async.experts.manifest import MAGIC, split_uid
+from tesseract_async.experts.merkle import root_of
+from tesseract_async.experts.terms import Seal
+from tesseract_async.identity import PeerID
+from tesseract_async.server.checkpoint import State, check_state, difference, largest_state
+from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
+from tesseract_async.transport.address_scope import is_near
+from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.wire import messages
+from tesseract_async.wire import tensors as wire
+
+if TYPE_CHECKING:
+    from tesseract_async.network.network import Entry
+    from tesseract_async.node import TesseractNode
+    from tesseract_async.runtime.backend import ExpertBackend
+
+logger = logging.getLogger(__name__)
+
+MAX_SOURCES: Final = 4
+"""Servers that a newcomer asks for an expert's state, one after the other."""
+MAX_SHARDS_READ: Final = 16
+"""For more uids than lie in so many shards, the whole grid is read instead."""
+NUM_AT_ONCE: Final = 4
+"""Experts that are looked after at the same time."""
+SAME_KIND: Final = "start this server with the same --expert-class and --size"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """How closely replicas keep together. Times are seconds."""
+
+    sync_every: float = 30.0
+    """Period at which a follower pulls the primary's state: shorter loses fewer steps, and moves more bytes."""
+    check_every: float = 5.0
+    """Period at which roles are looked at: shorter notices a dead primary sooner, and asks more."""
+    lease: float = 30.0
+    """A primary that answers nobody for so long is replaced; one that stood still for so long asks who it is now."""
+    call_timeout: float = 10.0
+    """For a question to another replica, for each piece of a state, and for asking the network who hosts what; a fifth
+    of it for the question whether a replica is there. Slow links need more."""
+    max_copies_bytes: int = MAX_COPIES_BYTES
+    """Copies of states that are kept for transfers under way: less where memory is scarce."""
+
+    def __post_init__(self) -> None:
+        if min(self.sync_every, self.check_every, self.lease) <= 0:
+            raise ValueError("sync_every, check_every and lease are more than 0")
+
+
+DEFAULT_SETTINGS: Final = ReplicaSettings()
+
+
+class ReplicaMismatch(ValueError):
+    """An expert that this server would host is trained elsewhere as something else; the sentence names both."""
+
+
+def owner_of(replica: ExpertReplica) -> PeerID:
+    """Return the server that a replica is at."""
+    assert replica.peer.peer_id is not None, "manifests are read with their owners"
+    return replica.peer.peer_id
+
+
+async def claims_of_others(node: TesseractNode, entries: Iterable[Entry], prefix: str, *, now: float) -> list[Claim]:
+    """Return what the manifests of other nodes claim, among the entries of a key, as far as this node believes them."""
+
+    def dropped(entry: Entry, error: ProtocolError) -> None:
+        logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
+
+    manifests = [
+        entry
+        for entry in entries
+        if entry.owner != node.peer_id and type(entry.value) is bytes and entry.value.startswith(MAGIC)
+    ]
+    return await read_claims(manifests, prefix=prefix, now=now, dropped=dropped, trust=node.trust, scope=node.scope)
+
+
+async def read_replicas(
+    node: TesseractNode, uids: Iterable[str], *, clock: Callable[[], float] = time.time
+) -> dict[str, list[ExpertReplica]]:
+    """Return who else hosts these, by what the network says now: uid -> replicas, the primary first."""
+    by_key: defaultdict[str, list[str]] = defaultdict(list)
+    by_prefix: defaultdict[str, list[str]] = defaultdict(list)
+    for uid in uids:
+        by_key[node.trust.shard_key(uid)].append(uid)
+        by_prefix[split_uid(uid)[0]].append(uid)
+    if len(by_key) > MAX_SHARDS_READ:
+        by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
+    found: dict[str, list[ExpertReplica]] = {}
+
+    async def read(key: str, some: list[str]) -> None:
+        prefix, _ = split_uid(some[0])  # a key is of one grid
+        claims = await claims_of_others(node, await node.network.get_entries(key), prefix, now=clock())
+        for uid in some:
+            _, coords = split_uid(uid)
+            found[uid] = rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))
+
+    # at once: where nobody answers, each takes as long as the network waits
+    tasks = [asyncio.create_task(read(key, some)) for key, some in by_key.items()]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
+    """Return whether this node takes states from that replica, and gives way to it, where names are bare.
+
+    It does for those on its allow-list, if it has one; else for machines on its own network only: on public addresses
+    anybody may claim a bare name.
+    """
+    if node.policy.storers is not None:
+        return True  # others' manifests are not even read
+    return bool(replica.peer.addresses) and all(
+        is_near(split_host_port(address)[0]) for address in replica.peer.addresses
+    )
+
+
+def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
+    """Refuse a peer that names near addresses, but is connected from elsewhere, or by a relay.
+
+    Raises: PeerUnreachable.
+    """
+    paths = [one.path for one in node.endpoint.connections() if one.peer_id == replica.peer.peer_id]
+    for path in paths if node.policy.storers is None else []:
+        kind, _, address = path.partition(" ")
+        if kind != "tcp" or not address or not is_near(split_host_port(address)[0]):
+            raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})
+
+
+async def ask_info(node: TesseractNode, uid: str, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
+    """Return what the replica says of itself; None if it does not answer."""
+    try:
+        async with asyncio.timeout(timeout):
+            body = messages.encode(messages.InfoRequest(uid))
+            reply = await node.call_expert(replica.peer, messages.INFO, body, timeout=timeout, idempotent=True)
+        check_path(node, replica)
+        return messages.decode(messages.ExpertInfo, reply.body)
+    except (TesseractError, TimeoutError) as error:
+        logger.info("%s at %s does not answer: %s", uid, replica.peer.short, describe(error))
+        return None
+
+
+async def fetch_fitting(
+    node: TesseractNode,
+    peer: PeerAddress,
+    uid: str,
+    backend: ExpertBackend,
+    *,
+    seal: Seal | None = None,
+    min_version: int = 0,
+    timeout: float,
+    aside: Callable[[Callable[[], State]], Awaitable[State]],
+) -> tuple[bytes, State] | None:
+    """Return the file of an expert's state, and the state in it; None before `min_version`.
+
+    The file is no longer than one of this expert can be. With a `seal` it is the sealed one; `aside` runs the checks.
+
+    Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state, or not the sealed
+    one; what the call raises.
+    """
+    limit, root = min(MAX_STATE_BYTES, largest_state(backend)), None if seal is None else seal.root
+    if seal is not None and seal.size > limit:
+        raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {limit} are fetched")
+    file = await fetch_file(node, peer, uid, root=root, min_version=min_version, max_bytes=limit, timeout=timeout)
+    if file is None:
+        return None
+
+    def check() -> State:
+        if seal is not None and (len(file) != seal.size or root_of(file) != root):
+            raise ProtocolError(f"{uid}: not the file that was sealed")
+        return check_state(uid, file)
+
+    state = await aside(check)
+    if (wrong := difference(uid, backend, state)) is not None:
+        raise CheckpointError(wrong)
+    return file, state
+
+
+async def adopt_states(
+    node: TesseractNode, backends: dict[str, ExpertBackend], *, settings: ReplicaSettings = DEFAULT_SETTINGS
+) -> set[str]:
+    """Load the state of each expert that another server trains already; return those, which this one will follow.
+
+    For backends that no server has been given yet. Where nobody gives the state, this server begins by itself: the
+    others may be gone (or be this very server, before it was killed).
+
+    Raises: ReplicaMismatch if the expert is something else there.
+    """
+    # experts of a run are followed by their records (`server.tenures`)
+    followed = {uid for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
+    gate = asyncio.Semaphore(NUM_AT_ONCE)
+
+    async def here(check: Callable[[], State]) -> State:
+        return check()
+
+    async def take(uid: str, replica: ExpertReplica) -> bool:
+        backend = backends[uid]
+        check_path(node, replica)
+        try:
+            found = await fetch_fitting(node, replica.peer, uid, backend, timeout=settings.call_timeout, aside=here)
+        except CheckpointError as wrong:
+            if replica.primary:
+                raise ReplicaMismatch(f"{wrong}: {SAME_KIND} as its primary {replica.peer.peer_id}") from None
+            return False
+        if found is not None:
+            backend.name = uid
+            backend.load_state(found[1])
+        return found is not None
+
+    async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
+        async with gate:
+            infos = await asyncio.gather(*(ask_info(node, uid, one, settings.call_timeout) for one in replicas))
+            # the silent ones cost one time-out together; of the others the primary comes first
+            for replica, info in [(r, i) for r, i in zip(replicas, infos, strict=True) if i is not None][:MAX_SOURCES]:
+                if replica.primary:
+                    _check_schemas(uid, backends[uid], info, replica)
+                try:
+                    if await take(uid, replica):
+                        followed.add(uid)
+                        return
+                except ReplicaMismatch:
+                    raise
+                except (TesseractError, TimeoutError, RuntimeError, ValueError, LookupError, TypeError) as error:
+                    logger.warning("the state of %s at %s: %s", uid, replica.peer.short, describe(error))
+
+    replicas = await read_replicas(node, backends.keys() - followed)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for uid, some in replicas.items():
+                if some := [one for one in some if may_follow(node, one)]:
+                    group.create_task(adopt(uid, some))
+    except* ReplicaMismatch as errors:
+        raise errors.exceptions[0] from None
+    return followed
+
+
+def _check_schemas(uid: str, backend: ExpertBackend, info: messages.ExpertInfo, primary: ExpertReplica) -> None:
+    try:
+        theirs = [wire.decode_schema(one) for one in (info.args_schema, info.kwargs_schema, info.outputs_schema)]
+    except ProtocolError:
+        return
+    for there, here in zip(theirs, (backend.args_schema, backend.kwargs_schema, backend.outputs_schema), strict=True):
+        if there != here:
+            said = [wire.describe_schema(one)[:100] for one in (there, here)]
+            at = owner_of(primary).short
+            raise ReplicaMismatch(f"{uid} is {said[0]} at {at}, which trains it, and {said[1]} here: {SAME_KIND}")

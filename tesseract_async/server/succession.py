@@ -1,0 +1,183 @@
+"""ReplicaKeeper: has a server's experts follow their primaries elsewhere, take over from them and be handed over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tesseract_async.errors import TesseractError, describe
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.identity import PeerID
+from tesseract_async.server.bare_names import BareNames
+from tesseract_async.server.hosted import Succession
+from tesseract_async.server.other_replicas import DEFAULT_SETTINGS, NUM_AT_ONCE, ReplicaSettings
+from tesseract_async.server.state_transfer import REUSE_SECONDS, StateSource
+from tesseract_async.server.tenures import Tenures
+from tesseract_async.wire import messages
+
+if TYPE_CHECKING:
+    from tesseract_async.server.server import TesseractServer
+
+logger = logging.getLogger(__name__)
+
+
+def boottime() -> float:
+    """Return the seconds of a clock that nobody sets, and that runs through suspend where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class ReplicaKeeper(Succession):
+    """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
+
+    Entering takes one look, so that followers are in step. From then on other servers get states and are answered, and
+    callers that would train followed experts are told the primary. `Tenures` decide for experts of runs, `BareNames`
+    for the others.
+    """
+
+    def __init__(
+        self,
+        server: TesseractServer,
+        *,
+        settings: ReplicaSettings = DEFAULT_SETTINGS,
+        reuse: float = REUSE_SECONDS,
+        clock: Callable[[], float] = time.time,
+        elapsed: Callable[[], float] = boottime,
+    ) -> None:
+        """`reuse`: seconds for which a copy of a state counts as the newest.
+
+        `clock` gives wall-clock seconds, as manifests carry them; `elapsed` those of a clock such as `boottime`.
+        """
+        self.settings = settings
+        self._server, self._node = server, server.node
+        self._source = StateSource(
+            lambda uid: server.hosted[uid].snapshot(),
+            server.call_aside,
+            max_bytes=settings.max_copies_bytes,
+            reuse=reuse,
+        )
+        authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
+        self.tenures = Tenures(
+            server,
+            {uid: authority for uid, authority in authorities.items() if authority is not None},
+            call_timeout=settings.call_timeout,
+            clock=clock,
+            elapsed=elapsed,
+        )
+        self.bare = BareNames(
+            server,
+            [uid for uid, authority in authorities.items() if authority is None],
+            self._source,
+            settings=settings,
+            clock=clock,
+            elapsed=elapsed,
+        )
+        self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
+        self._looking = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> ReplicaKeeper:
+        self._server.succession = self
+        self._server.handle(messages.STATE, self._source.answer)
+        self._server.handle(messages.LEAD, self.bare.take_over)
+        self._server.handle(messages.TENURE, self.tenures.answer)
+        self._source.find_sealed = self.tenures.sealed
+        await self.tenures.start()
+        await self._look_and_log()
+        self._task = asyncio.create_task(self._keep(), name="server: replicas")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop looking. States are still sent, and trainers sent elsewhere, until the server closes."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        await self.tenures.aclose()
+        self._source.close()
+
+    def may_step(self, uid: str) -> bool:
+        """Return whether a primary may take a step at this moment: always where names are bare."""
+        return not self.tenures.has(uid) or self.tenures.may_step(uid)
+
+    def epochs(self) -> dict[str, int]:
+        """Return the epochs of experts of runs."""
+        return self.tenures.epochs()
+
+    def primary(self, uid: str) -> PeerID | None:
+        """Return the other server that trains the expert, as far as it is known."""
+        return self._of(uid).primary(uid)
+
+    async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
+        """Return `primary`, once a handover that is under way has ended, and the seconds until to ask again."""
+        if uid in self._moving:
+            await asyncio.shield(self._moving[uid])
+        return self.primary(uid), 1.0 if self.tenures.has(uid) else self.settings.check_every
+
+    def _of(self, uid: str) -> Tenures | BareNames:
+        return self.tenures if self.tenures.has(uid) else self.bare
+
+    async def come_back(self) -> None:
+        """Before a pause of the server ends: follow the present primaries of its experts, from their states."""
+        await self.look(even_paused=True)
+
+    async def look(self, *, even_paused: bool = False) -> None:
+        """Settle the roles of experts with bare names, and pull the states that are due.
+
+        Nothing is done while the server pauses, unless `even_paused`. Raises: TimeoutError if the network does not
+        answer.
+        """
+        if self._server.is_paused and not even_paused:
+            return
+        async with self._looking:
+            if await self._node.network.wait_joined(self.settings.check_every):
+                await self.bare.look()
+            # else alone for the moment: that nobody is seen says nothing
+
+    async def hand_over(self) -> int:
+        """Before this server leaves: have a follower take over each expert that has one. Returns how many moved.
+
+        From the moment that an expert is handed over, its backwards wait, and then go to the new primary: none is lost
+        and none is applied twice. What cannot be handed over stays. An expert that was on its way when this is
+        cancelled takes no more backwards here: nobody knows whether the follower has taken over.
+
+        Raises: TimeoutError if the network does not tell who follows.
+        """
+        if not await self._node.network.wait_joined(0.0):
+            return 0  # there is nobody
+        async with self._looking:
+            mine = [uid for uid in self._server.experts if self._server.is_primary(uid)]
+            for room in (self.bare, self.tenures):
+                if some := [uid for uid in mine if self._of(uid) is room]:
+                    await room.read(some)
+            gate = asyncio.Semaphore(NUM_AT_ONCE)
+
+            async def move(uid: str) -> bool:
+                async with gate:
+                    moved = self._moving[uid] = asyncio.get_running_loop().create_future()
+                    try:
+                        return await self._of(uid).hand_over(uid)
+                    finally:
+                        del self._moving[uid]
+                        moved.set_result(None)
+
+            num_moved = sum(await asyncio.gather(*map(move, mine)))
+            if num_moved:
+                await self._server.announce()
+            return num_moved
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.check_every)
+            await self._look_and_log()
+
+    async def _look_and_log(self) -> None:
+        try:
+            await self.look()
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.warning("could not look after the replicas: %s", describe(error))
