@@ -113,26 +113,13 @@ def find_code_here() -> None:
 def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:
     """What `TesseractNode` takes of the options about NATs. Raises: click.BadParameter."""
     from tesseract_async.nat.reach import ReachSettings
-    from tesseract_async.nat.ways import NatSettings
-    from tesseract_async.transport.base import split_host_port
+    from tesseract_async.nat.turn import TurnServer
 
-    nat = NatSettings()
     try:
-        for server in values["stun_servers"]:
-            split_host_port(server)
-        if values["turn_server"] is not None:
-            from tesseract_async.nat.webrtc.pipe import WebrtcSettings
-
-            user, at, server = values["turn_server"].rpartition("@")
-            name, colon, password = user.partition(":")
-            split_host_port(server)
-            if not (at and colon and name):
-                raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
-            webrtc = WebrtcSettings(turn_server=f"turn:{server}", turn_username=name, turn_password=password)
-            nat = NatSettings(webrtc=webrtc)
+        turn = TurnServer.parse(values["turn_server"]) if values["turn_server"] is not None else None
+        reach = ReachSettings(stun_servers=tuple(values["stun_servers"]), turn=turn)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--stun-server, --turn-server") from None
-    reach = ReachSettings(stun_servers=tuple(values["stun_servers"]), nat=nat)
     return {"upnp": values["upnp"], "relay": values["relay"], "reach": reach}
 
 

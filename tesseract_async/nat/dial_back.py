@@ -127,9 +127,7 @@ class DialBackClient:
             arrived.set()
         pipe.abort()
 
-    async def check_all(
-        self, helpers: Sequence[PeerAddress], ports: Mapping[int, int]
-    ) -> dict[int, tuple[bool, str]]:
+    async def check_all(self, helpers: Sequence[PeerAddress], ports: Mapping[int, int]) -> dict[int, tuple[bool, str]]:
         """Run `check` for each version of IP in `ports`, at its port. Returns its results by version, 4 first, where
         some helper could be asked: among `helpers`, and those that had named an address of that version."""
         found: dict[int, tuple[bool, str]] = {}
@@ -194,7 +192,7 @@ class DialBackClient:
             del self._expected[token]
 
     async def _speak_as(self, helper: PeerAddress) -> None:
-        """Make sure that the helper hears us by the version of IP of its address here: it dials back where we call from.
+        """Make sure that the helper hears us by the version of IP of its address here: it dials the host it hears.
 
         Raises: PeerUnreachable.
         """

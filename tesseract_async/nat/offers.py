@@ -212,8 +212,7 @@ def decode_offer(data: bytes, recipient: PeerID) -> Offer:
 
     Raises: ProtocolError for malformed bytes; InvalidRecord for a wrong signature or another recipient.
     """
-    sender, values = _open(data, "offer", recipient)
-    nonce, milliseconds, kind, body = values
+    sender, milliseconds, (nonce, kind, body) = _open(data, "offer", recipient)
     if type(nonce) is not bytes or len(nonce) != 16 or kind not in KINDS:
         raise ProtocolError("a malformed offer")
     return Offer(sender, recipient, kind, nonce, milliseconds / 1000, body, hashlib.sha256(data).digest())
@@ -232,8 +231,7 @@ def decode_answer(data: bytes, offer: bytes, *, sender: PeerID, recipient: PeerI
 
     Raises: ProtocolError for malformed bytes; InvalidRecord for a wrong signature, sender, recipient or offer.
     """
-    signer, values = _open(data, "answer", recipient)
-    offer_hash, _, kind, body = values
+    signer, _, (offer_hash, kind, body) = _open(data, "answer", recipient)
     if signer != sender:
         raise InvalidRecord("an answer that somebody else signed")
     if offer_hash != hashlib.sha256(offer).digest():
@@ -253,7 +251,7 @@ def _seal(identity: Identity, values: list[object]) -> bytes:
     return data
 
 
-def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, list[object]]:
+def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple[object, str, object]]:
     if type(data) is not bytes or len(data) < 96:
         raise ProtocolError(f"a malformed {what}")
     if len(data) > MAX_BYTES:
@@ -267,7 +265,7 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, list[objec
         raise InvalidRecord(f"an {what} for another peer")
     if not verify(data[64:96], data[:64], _CONTEXT + data[64:]):
         raise InvalidRecord(f"an {what} whose signature does not hold")
-    return PeerID.from_public_key(data[64:96]), values[2:]
+    return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 
 
 # ---------------------------------------------------------------------------------------------------- limits

@@ -60,7 +60,7 @@ class ReachSettings:
     relay: RelaySettings | None = field(default_factory=RelaySettings)
     """What this node relays for others where it is public; None for a node whose traffic is metered."""
     stun_servers: tuple[str, ...] = ()
-    """Outside STUN servers, ``host:port``, asked besides the public nodes of the swarm: for a swarm with few of them."""
+    """Outside STUN servers, ``host:port``, asked besides the swarm's public nodes: for a swarm with few of them."""
     turn: TurnServer | None = None
     """An outside TURN server for data channels: for a swarm whose nodes do not relay."""
     client: bool = False
@@ -72,7 +72,7 @@ class ReachSettings:
     watch_period: float = WATCH_PERIOD
     """Seconds between looks at this computer's addresses: longer to save a laptop's battery, shorter while moving."""
     dial_back_timeout: float = DIAL_TIMEOUT
-    """Seconds given to a dial that proves whether a node can be reached: longer for slow links, by satellite for one."""
+    """Seconds given to a dial that proves whether a node can be reached: longer for slow links, by satellite say."""
     offer_timeout: float = OFFER_TIMEOUT
     """Seconds for asking a peer through a rendezvous: longer for slow links, too."""
     head_start: float = HEAD_START
@@ -115,6 +115,7 @@ class Reach:
         self._on_change = on_change
         self._rng = random.Random()
         self._known = asyncio.Event()
+        self._is_running = False
         self._beginning: asyncio.Task[None] | None = None
         self._check: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -160,9 +161,7 @@ class Reach:
             scope=scope,
             throttle=throttle,
         )
-        self._server = RendezvousServer(
-            endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses
-        )
+        self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
         self._client = RendezvousClient(
             endpoint,
             contacts=lambda: network.public_contacts(NUM_CONTACTS),
@@ -203,8 +202,8 @@ class Reach:
             self._known.set()
         if not self.enabled:
             return
+        self._is_running = True
         self._dial_back_server.start()
-        self._client.listen()
         if self._is_declared_public:
             self._server.start()
         if self._mapper is not None:
@@ -222,6 +221,7 @@ class Reach:
 
     async def aclose(self) -> None:
         """End it all; the endpoint is closed after this."""
+        self._is_running = False
         if self._timer is not None:
             self._timer.cancel()
         for task in (self._beginning, self._check):
@@ -311,6 +311,8 @@ class Reach:
         self._cycle()
 
     def _cycle(self) -> None:
+        if not self._is_running:
+            return
         for event in self.role.events():
             if isinstance(event, Notice):
                 logger.log(logging.WARNING if event.is_warning else logging.INFO, "%s", event.text)

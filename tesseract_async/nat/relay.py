@@ -139,7 +139,7 @@ class RelayLedger:
         ]
 
     def account(self, splice: Splice, count: int, *, now: float) -> float | None:
-        """Count bytes that passed. Returns the seconds for which this end should not be read, or None: part the pair."""
+        """Count bytes that passed. Returns for how many seconds not to read this end, or None: part the pair."""
         splice.num_bytes += count
         splice.last_active = now
         if splice.num_bytes > self.settings.max_bytes:
@@ -151,9 +151,7 @@ class RelayLedger:
 class Relay:
     """Give it every accepted pipe that began with a relay's preamble."""
 
-    def __init__(
-        self, *, settings: RelaySettings, metrics: Metrics, waiting_timeout: float = WAITING_TIMEOUT
-    ) -> None:
+    def __init__(self, *, settings: RelaySettings, metrics: Metrics, waiting_timeout: float = WAITING_TIMEOUT) -> None:
         most = room_for(descriptor_limit()).splices
         self.ledger = RelayLedger(settings, max_splices=most, waiting_timeout=waiting_timeout)
         self.metrics = metrics

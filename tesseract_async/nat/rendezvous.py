@@ -249,8 +249,8 @@ class _Rendezvous(NamedTuple):
 class RendezvousClient:
     """Sends offers (`traversal.Signalling`), and while `start`ed keeps registered with a few public nodes.
 
-    `contacts` returns public nodes to choose from; `answer` answers the offers that they bring; `changed` is called when
-    `rendezvous` has changed. `own_origin` returns the host from which others hear this node.
+    `contacts` returns public nodes to choose from; `answer` answers the offers that they bring; `changed` is called
+    when `rendezvous` has changed. `own_origin` returns the host from which others hear this node.
     """
 
     def __init__(

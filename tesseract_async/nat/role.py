@@ -62,7 +62,9 @@ class Reachability:
                     f"To take full part, let UDP port {port} through, too.",
                 ]
             if closed_v6:
-                lines.append(f"It is not reached by IPv6 ({closed_v6[0]}): open the firewall for port {port} there, too.")
+                lines.append(
+                    f"By IPv6 ({closed_v6[0]}) it is not reached: open the firewall for port {port} there, too."
+                )
             return lines
         found = {
             "none": f"A firewall keeps others from dialling this node (seen as {self.host}).",
@@ -187,7 +189,9 @@ class RoleMachine:
     def public_addresses(self) -> tuple[str, ...]:
         """Where others can dial this node, if they can."""
         opened = self.address.at(self.reachability.open_hosts, mapped_port=self.mapped_port)
-        return self.address.announced_besides(opened, self.reachability.closed_hosts) if self.reachability.tcp else opened
+        return (
+            self.address.announced_besides(opened, self.reachability.closed_hosts) if self.reachability.tcp else opened
+        )
 
     def told_addresses(self, *, has_rendezvous: bool) -> tuple[str, ...]:
         """Return the addresses for records: what was announced, unless dial-back says better. A client names addresses
@@ -297,7 +301,9 @@ class RoleMachine:
     def _judge(self, seen: Observation) -> bool:
         before = self.reachability
         # IPv4 decides where there is both: everybody has it, and the DHT's contacts name one address
-        reached, host = seen.dialled.get(4) or seen.dialled.get(6) or (False if self._is_declared_client else None, None)
+        reached, host = (
+            seen.dialled.get(4) or seen.dialled.get(6) or (False if self._is_declared_client else None, None)
+        )
         if before.host is not None and ":" not in before.host and 4 not in seen.dialled:
             reached = None  # helpers that could have told are away: IPv6 alone says nothing of it
         found = Reachability(

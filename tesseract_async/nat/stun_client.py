@@ -37,6 +37,7 @@ class StunClient:
         outside_servers: Sequence[str] = (),
         contacts: Callable[[], Sequence[PeerAddress]],
         own_hosts: Callable[[], Sequence[str]],
+        fresh: float = FRESH,
     ) -> None:
         """`outside_servers`: each ``host:port``. `contacts` returns public nodes; they answer STUN at their first
         address. `own_hosts` returns the addresses of this computer."""
@@ -44,12 +45,13 @@ class StunClient:
         self._outside_servers = tuple(map(split_host_port, outside_servers))
         self._contacts = contacts
         self._own_hosts = own_hosts
+        self._fresh = fresh
         self._server: tuple[Address, float] | None = None
 
     async def server(self) -> Address | None:
-        """Return an IPv4 server that answered within a minute."""
+        """Return an IPv4 server that answered within `fresh` seconds."""
         now = asyncio.get_running_loop().time()
-        if self._server is None or now - self._server[1] > FRESH:
+        if self._server is None or now - self._server[1] > self._fresh:
             await self.look()
         return self._server[0] if self._server is not None else None
 

@@ -120,13 +120,15 @@ class TesseractNetwork(Uncopied):
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         checks: Sequence[RecordCheck] = (),
         scope: AddressScope | None = None,
+        on_role_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked beside the seeds.
 
         `policy` says whose records this node holds (action ``store``), and every one of `checks` that a record belongs
         where somebody wants it stored: the signature holds by then, but its value is anybody's, and a check returns
         False for what it does not like and True for what is not of its kind. `scope`: where this node may send on a
-        stranger's word; by default what suits the address that its socket is bound to.
+        stranger's word; by default what suits the address that its socket is bound to. `on_role_change` is called
+        on the loop whenever `role` has changed.
         """
         self.identity = identity
         self.settings = settings
@@ -145,8 +147,7 @@ class TesseractNetwork(Uncopied):
         self._checks = tuple(checks)
         self._scope = scope
         self._forced_client = False
-        self.on_role_change: Callable[[], None] | None = None
-        """Called on the loop whenever `role` has changed."""
+        self._on_role_change = on_role_change
 
     @property
     def peer_id(self) -> PeerID:
@@ -195,8 +196,7 @@ class TesseractNetwork(Uncopied):
             self._forced_client = forced
             if self._protocol is not None:
                 self._protocol.dialback.forced_client = forced
-            if self.on_role_change is not None:
-                self.on_role_change()
+            self._on_role_change()
 
     async def start(
         self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False
@@ -224,7 +224,7 @@ class TesseractNetwork(Uncopied):
             public=public or host == "::1" or host.startswith("127."),
         )
         protocol.dialback.forced_client = self._forced_client
-        driver = _Driver(protocol, loop, speaks=_families(sock), on_role_change=self._role_changed)
+        driver = _Driver(protocol, loop, speaks=_families(sock), on_role_change=self._on_role_change)
         protocol.address_bytes = tuple(FAMILY_BYTES[family] for family in driver.speaks)
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
@@ -407,10 +407,6 @@ class TesseractNetwork(Uncopied):
         return event.num_holders[0]
 
     # Inside
-
-    def _role_changed(self) -> None:
-        if self.on_role_change is not None:
-            self.on_role_change()
 
     def _remembered_peers(self) -> list[PeerAddress]:
         if self._peers_file is None or not self._peers_file.exists():

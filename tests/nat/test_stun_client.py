@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from tesseract_async.nat import stun_client
+from tesseract_async.nat.addresses import ListeningAddress
+from tesseract_async.nat.stun_client import FRESH, StunClient
+from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.wire import stun
 
 pytestmark = pytest.mark.both_loops
@@ -62,3 +67,45 @@ async def test_the_silent_are_left_out() -> None:
         answers = await stun_client.ask([silent, one], local_host="127.0.0.1", timeout=1.5)
         assert list(answers) == [one]
     assert await stun_client.ask([]) == {}
+
+
+def client(*contacts: tuple[str, int], outside: tuple[str, ...] = (), fresh: float = FRESH) -> StunClient:
+    peers = [PeerAddress(None, (join_host_port(*address),)) for address in contacts]
+    return StunClient(
+        ListeningAddress("127.0.0.1", 1, (), (4,)),
+        outside_servers=outside,
+        contacts=lambda: peers,
+        own_hosts=lambda: ["192.168.1.2"],
+        fresh=fresh,
+    )
+
+
+async def test_the_server_for_data_channels_is_one_that_answered_within_a_minute() -> None:
+    async with serving(("203.0.113.1", 1)) as (server, address):
+        made = client(address, ("::1", 9))  # aioice asks over IPv4 only
+        for _ in range(3):
+            assert await made.server() == address
+        assert server.num_asked == 1
+        made = client(address, fresh=0.0)
+        for _ in range(2):
+            assert await made.server() == address
+        assert server.num_asked == 3
+    assert await client(address).server() is None
+
+
+async def test_outside_servers_are_asked_besides_those_of_the_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def without_network(host: str, *args: Any, **kwargs: Any) -> Any:
+        """Resolvers take their time to say no where there is no network, and some never do."""
+        if host.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return await look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "getaddrinfo", without_network)
+    async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 1)) as (_, other):
+        made = client(one, outside=(join_host_port(*other), "no.such.host.invalid:1"))
+        assert await made.look() == ("keeping", "203.0.113.1")
+    async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2)) as (_, other):
+        assert await client(one, other).look() == ("symmetric", "203.0.113.1")

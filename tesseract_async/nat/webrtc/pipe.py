@@ -403,7 +403,9 @@ class DataChannelPipe:
                 logger.debug("%s: closed before everything was sent", self.description)
         try:
             await self._negotiation.aclose()
-        except Exception as failure:  # a failure to end the library's parts may not keep the receiver from hearing of ours
+        except (
+            Exception
+        ) as failure:  # a failure to end the library's parts may not keep the receiver from hearing of ours
             logger.warning("%s: %s", self.description, describe(failure))
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
