@@ -176,9 +176,8 @@ SETTINGS_OF = {
     "runtime": "Computing",
     "experts": "Experts in the network",
     "network": "The distributed hash table",
-    "reach": "Ways through NATs",
+    "nat": "Ways through NATs",
     "endpoint": "Calls between nodes",
-    "transport": "Connections",
 }
 
 
@@ -205,8 +204,9 @@ def settings() -> str:
     ]
     found = settings_classes()
     for room, title in SETTINGS_OF.items():
-        lines += [f"## {title}", ""]
-        for dotted in found.pop(room):
+        dotted_names = found.pop(room, [])
+        lines += [f"## {title}", ""] * bool(dotted_names)
+        for dotted in dotted_names:
             lines += [f"::: {dotted}", ""]
     assert not found, f"SETTINGS_OF lacks {sorted(found)}"
     return "\n".join(lines)

@@ -152,9 +152,11 @@ def make_model(args: argparse.Namespace, node: ta.TesseractNode | None, seed: in
             grid_size=(args.grid, args.grid),
             in_features=args.width,
             k_best=args.k_best,
-            forward_timeout=60.0,
-            backward_timeout=60.0,
-            patience=100.0,  # the only experts that fail here say so
+            settings=ta.MixtureSettings(
+                forward_timeout=60.0,
+                backward_timeout=60.0,
+                patience=100.0,  # the only experts that fail here say so
+            ),
         )
         gate.proj = NormedLinear(args.width, 2 * args.grid)
         layers.append(gate)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tesseract_async.client.gating_function import SwitchGatingFunction as SwitchGatingFunction
     from tesseract_async.client.isolated import isolated as isolated
     from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
+    from tesseract_async.client.settings import CallOptions as CallOptions
+    from tesseract_async.client.settings import MixtureSettings as MixtureSettings
     from tesseract_async.client.trainer import AsyncTrainer as AsyncTrainer
     from tesseract_async.identity import Identity as Identity
     from tesseract_async.identity import PeerID as PeerID
@@ -37,7 +39,9 @@ _HOMES = {
     "isolated": "client.isolated",
     "AsyncTrainer": "client.trainer",
     "BackgroundNode": "client.background",
+    "CallOptions": "client.settings",
     "GatingFunction": "client.gating_function",
+    "MixtureSettings": "client.settings",
     "SwitchGatingFunction": "client.gating_function",
     "RemoteExpert": "client.remote_expert",
     "Identity": "identity",

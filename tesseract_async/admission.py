@@ -1,4 +1,4 @@
-"""Who may do what at a node, and how much of it."""
+"""What each peer may do at a node, and how much of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Literal
 
 from tesseract_async.identity import PeerID
 
-Action = Literal["call", "train", "store"]
-"""``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``store``: put records, which
-is what servers do, and hand an expert over that one leads. Whoever may not store is not believed either: this node
-hears nothing that it says in the network, and sends it no rows, gradients or state.
-"""
+Action = Literal["call", "train", "host"]
+"""``call``: ask anything of this node; ``train``: change an expert's weights (backward); ``host``: be believed, as
+servers must be. A peer that may not host stores no records here, and hands over no expert; this node hears nothing that
+it says in the network, and sends it no rows, gradients or state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +48,14 @@ class Quota:
 class Policy:
     """For each action the peers that may take it, or None for everybody, which is the default; and peers' quotas.
 
-    Whoever may not call may not train either. In a run, the run's grants have to allow it as well (`experts.trust`).
-    Quotas are for peers that mean well and want much: identities cost nothing, so against those that mean ill the
-    answer is an allow-list, or a run.
+    A peer that may not call may not train either. In a run, the run's grants have to allow it as well
+    (`experts.trust`). Quotas share a node out among honest peers. They do not stop attackers, who can make as many
+    identities as they like: an allow-list does, or a run.
     """
 
     callers: Collection[PeerID] | None = None
     trainers: Collection[PeerID] | None = None
-    storers: Collection[PeerID] | None = None
+    hosts: Collection[PeerID] | None = None
     quota: Quota | None = None
     """What each peer may ask for in calls; None: no limit."""
     quotas: Mapping[PeerID, Quota | None] = field(default_factory=dict)
@@ -64,9 +63,9 @@ class Policy:
 
     @classmethod
     def only(cls, peers: Collection[PeerID]) -> Policy:
-        """The allow-list: these peers may do everything, all others nothing."""
+        """Return an allow-list: these peers may do everything, all others nothing."""
         allowed = frozenset(peers)
-        return cls(callers=allowed, trainers=allowed, storers=allowed)
+        return cls(callers=allowed, trainers=allowed, hosts=allowed)
 
     def quota_of(self, peer_id: PeerID) -> Quota | None:
         """What this peer may ask for; None: no limit."""
@@ -74,8 +73,8 @@ class Policy:
 
     def allows(self, peer_id: PeerID, action: Action) -> bool:
         """Whether `peer_id` may take this action."""
-        if action == "store":
-            return self.storers is None or peer_id in self.storers
+        if action == "host":
+            return self.hosts is None or peer_id in self.hosts
         if self.callers is not None and peer_id not in self.callers:
             return False
         return action == "call" or self.trainers is None or peer_id in self.trainers

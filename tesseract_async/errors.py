@@ -11,7 +11,7 @@
       PeerUnreachable          every transport failed; holds each one's error
       ConnectionLost           an established channel died during a call
       RemoteError              the peer said no
-        ExpertNotFound         nobody (or not this peer) hosts that uid
+        ExpertNotFound         no peer (or not this one) hosts that uid
         SchemaMismatch         the tensors do not fit the expert's schema
         Overloaded             no room, a quota used up, or the server rests; `retry_after` says when to come back
         ExpertFailed           the expert's module raised
@@ -72,7 +72,7 @@ class UnsupportedVersion(ProtocolError):
 
 
 class HandshakeFailed(ProtocolError):
-    """The peer did not prove who it is, is not who was expected, or took too long over it; the sentence says which."""
+    """The peer did not prove its identity, is not the expected one, or took too long; the sentence says which."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(reason, sentence)
@@ -147,8 +147,8 @@ class SchemaMismatch(RemoteError):
 
 
 class Overloaded(RemoteError):
-    """The server has no room, this node has used up its quota there, or the server rests or leaves; the sentence says
-    which. Come back after `retry_after` seconds, or ask another replica."""
+    """The server has no room, this node has used up its quota there, or the server is resting or leaving; the sentence
+    says which. Try again after `retry_after` seconds, or ask another replica."""
 
     code = "overloaded"
     retryable = True
@@ -163,7 +163,7 @@ class Overloaded(RemoteError):
 
 
 class ExpertFailed(RemoteError):
-    """The expert's module, loss of finiteness or optimizer raised; the sentence holds the remote error's."""
+    """The expert's module or optimizer raised, or a result was not finite; the sentence holds the remote error's."""
 
     code = "expert_failed"
 
@@ -186,13 +186,13 @@ class NotPrimary(RemoteError):
 
     @property
     def primary(self) -> bytes | None:
-        """The 32 bytes of its id; None while the server knows of none."""
+        """The 32 bytes of the primary's id; None while the server knows of none."""
         primary: bytes | None = self.details["primary"]
         return primary
 
     @property
     def retry_after(self) -> float:
-        """Seconds until the server expects to know of one."""
+        """Seconds until the server expects to know its primary."""
         return float(self.details["retry_after"])
 
 
@@ -209,15 +209,15 @@ class UnknownMethod(RemoteError):
 
 
 class TooStale(TesseractError):
-    """A follower's answer lacks more of its primary's steps than `max_staleness` allows, or nobody knows how many."""
+    """A follower's answer lacks more of its primary's steps than `max_staleness` allows, or an unknown number."""
 
     retryable = True
 
 
 class NotEnoughExperts(TesseractError):
-    """Fewer than `k_min` experts answered for some row, or none told what the grid's experts take (`num_rows` is 0
-    then). `errors` maps each uid that failed to its error; `num_live` experts were known; `what` was missing:
-    ``answers`` in forward, ``gradients`` in backward."""
+    """Fewer than `k_min` experts answered for some row, or none returned the schema of the grid's experts (then
+    `num_rows` is 0). `errors` maps each uid that failed to its error; `num_live` experts were known; `what` was
+    missing: ``answers`` in forward, ``gradients`` in backward."""
 
     retryable = True
 
@@ -245,8 +245,8 @@ class NotEnoughExperts(TesseractError):
         rows = "1 row has" if self.num_rows == 1 else f"{self.num_rows} rows have"
         least = "k_min" if self.what == "answers" else "backward_k_min"
         alive = "1 is alive" if self.num_live == 1 else f"{self.num_live} are alive"
-        nobody = f"no expert failed, but {alive}, and no other has room"
-        return f"{rows} fewer than {least}={self.k_min} {self.what}: {summarize(self.errors) or nobody}"
+        none_failed = f"no expert failed, but {alive}, and no other has room"
+        return f"{rows} fewer than {least}={self.k_min} {self.what}: {summarize(self.errors) or none_failed}"
 
 
 class CheckpointError(TesseractError):
@@ -254,22 +254,22 @@ class CheckpointError(TesseractError):
 
 
 def shortened(text: str, limit: int = 200) -> str:
-    """The text on one line, cut where it is longer than `limit` characters."""
+    """Return the text on one line, cut to at most `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 3].rstrip() + "..."
 
 
 def describe(error: BaseException) -> str:
-    """One line for an error inside another one's sentence: its class, and its message if there is one, `shortened`.
+    """Return one line for an error inside another error's sentence: its class, and its message if any, `shortened`.
 
-    Never raises, whatever somebody else's error does when it is read.
+    Never raises, even if reading a foreign error does.
     """
     name, message = text_of(lambda: type(error).__name__), shortened(text_of(lambda: str(error)))
     return f"{name}: {message}" if message else name
 
 
 def text_of(read: Callable[[], str]) -> str:
-    """The text that `read` returns, with lone surrogates, which UTF-8 cannot hold, escaped. Never raises."""
+    """Return what `read` returns, with lone surrogates, which UTF-8 cannot hold, escaped. Never raises."""
     try:
         return read().encode(errors="backslashreplace").decode()
     except BaseException as error:  # a module's own error may do anything
@@ -281,8 +281,8 @@ _SILENCE = (Overloaded, ExpertNotFound, ConnectionLost, PeerUnreachable, Timeout
 
 
 def summarize(errors: Mapping[str, BaseException]) -> str:
-    """Many errors in at most about 300 characters: one example of each type, those that tell most about a cause first,
-    with the names of two and the number of the others that have it. Empty if there are none."""
+    """Return many errors in about 300 characters: one example of each type, those that say most about a cause first,
+    with two names and the number of the others. Empty if there are none."""
     groups: dict[type[BaseException], list[str]] = {}
     for name, error in errors.items():
         groups.setdefault(type(error), []).append(name)

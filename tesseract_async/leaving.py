@@ -1,4 +1,4 @@
-"""How a program is told to leave: Ctrl-C, SIGTERM, SIGHUP. `run` is `asyncio.run` for programs that hold something."""
+"""Signals that ask a program to leave: Ctrl-C, SIGTERM, SIGHUP. `run` is `asyncio.run` for programs that save."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SIGNALS: Final = tuple(
 def run(
     main: Coroutine[Any, Any, Result], *, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
 ) -> Result:
-    """`asyncio.run` for programs that host experts: they leave, and save, however they are told to.
+    """Run `main` as `asyncio.run` does, for programs that host experts: they save whichever signal ends them.
 
-    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) cancel `main` once. While it leaves, a second Ctrl-C ends the program
-    at once; nothing else does. `loop_factory` makes the event loop, such as ``uvloop.new_event_loop``.
+    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) cancel `main` once. While it leaves, only a second Ctrl-C ends the
+    program at once. `loop_factory` makes the event loop, such as ``uvloop.new_event_loop``.
 
     Raises: SystemExit with 128 + the signal's number after a signal, else what `main` raises.
     """
@@ -59,8 +59,8 @@ def run(
 
 @contextlib.contextmanager
 def told_to_leave(loop: asyncio.AbstractEventLoop, leave: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Inside, the first signal that asks the program to leave is given to `leave`, in `loop`; further ones are ignored,
-    except a second Ctrl-C, which ends the program at once. SIGHUP stays ignored where it was, as under ``nohup``.
+    """Pass the first signal that asks the program to leave to `leave`, in `loop`; ignore further ones, except for a
+    second Ctrl-C, which ends the program at once. SIGHUP stays ignored if it was, as under ``nohup``.
 
     Outside of the main thread, where no signals arrive, it does nothing.
     """
@@ -95,7 +95,7 @@ def told_to_leave(loop: asyncio.AbstractEventLoop, leave: Callable[[signal.Signa
 
 
 def _forget_terminal() -> None:
-    """What is written to a terminal that is gone would be an error, in the middle of saving."""
+    """Send output elsewhere: writing to a terminal that is gone would be an error in the middle of saving."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (1, 2):
         with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 No I/O and no dependency: an exporter (Prometheus, the dashboard) reads the snapshot. Names are `snake_case` with the
 unit last (``endpoint_bytes_sent``, ``call_seconds``); a label set is a small tuple of strings that the code chooses,
-never something that a peer sent, so that nobody can grow the registry.
+never something that a peer sent, so no peer can grow the registry.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Metrics(Uncopied):
         self.histograms: dict[Key, Histogram] = {}
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Adds to a counter, such as ``count("datagrams_dropped", reason="garbage")``."""
+        """Add to a counter, such as ``count("datagrams_dropped", reason="garbage")``."""
         key = (name, tuple(labels.items()) if len(labels) < 2 else _sorted(labels))
         self.counters[key] = self.counters.get(key, 0) + amount
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        """Sets a gauge."""
+        """Set a gauge."""
         self.gauges[(name, _sorted(labels))] = value
 
     def observe(self, name: str, value: float, *, bounds: Sequence[float] = SECONDS_BUCKETS, **labels: str) -> None:
-        """Adds an observation to a histogram; `bounds` counts at its first observation only."""
+        """Add an observation to a histogram; `bounds` is read at its first observation only."""
         key = (name, tuple(labels.items()) if len(labels) < 2 else _sorted(labels))
         histogram = self.histograms.get(key)
         if histogram is None:
@@ -60,11 +60,11 @@ class Metrics(Uncopied):
         histogram.observe(value)
 
     def total(self, name: str) -> float:
-        """A counter's sum over all its labels."""
+        """Return a counter's sum over all its labels."""
         return sum(value for (key, _), value in self.counters.items() if key == name)
 
     def snapshot(self) -> dict[str, float]:
-        """Every figure by a printable name: ``datagrams_dropped{reason=garbage}``, ``call_seconds_count`` and so on."""
+        """Return every figure by a printable name: ``datagrams_dropped{reason=garbage}``, ``call_seconds_count``."""
         out: dict[str, float] = {}
         for source in (self.counters, self.gauges):
             for (name, labels), value in source.items():

@@ -1,4 +1,4 @@
-"""A node: one event loop's share of the swarm. It builds the parts (DHT, endpoint, directory) and joins them.
+"""A node: one event loop's share of the swarm. It builds the parts (DHT, endpoint, directory) and connects them.
 
 Concrete transports are named in `reach` only.
 """
@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.call_table import CallHandler, CallTable
+from tesseract_async.endpoint.call_table import CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
 from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
 from tesseract_async.experts import ExpertDirectory, split_uid
@@ -38,7 +38,7 @@ from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressSco
 from tesseract_async.transport.base import PeerAddress, ip_version, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD, STATE, TENURE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -46,17 +46,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_PORT_TRIES = 32
+MAX_RECEIVE_BYTES = 3 * 2**29
 # a primary that hands its expert over acts as a server: it need not be among those who train
 EXPERT_METHODS: dict[str, Action] = {
     INFO: "call",
     FORWARD: "call",
     BACKWARD: "train",
     STATE: "call",
-    LEAD: "store",
-    TENURE: "store",
+    TAKE_OVER: "host",
+    TENURE: "host",
 }
 # what each takes in a run; to be a member is enough for the others
-_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", LEAD: "host", TENURE: "host"}
+_ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +76,18 @@ class TesseractNode(Uncopied):
     UDP (the DHT) and TCP (expert calls) share one port number. Starting never waits for the seeds: the node keeps
     looking for them in the background, and look-ups made meanwhile wait a few seconds for it.
 
-    - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, from where only this
-      computer can be reached: joining others elsewhere is asked for, not stumbled into. ``"::"`` is every interface
-      by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
-    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: nobody
-      else is spoken to there), or several with commas between, as ``str(node.peer_address)`` gives them.
+    - `host`, `port`: what to listen on; port 0 takes any free one. The default host is loopback, where only this
+      computer can reach the node. ``"::"`` is every interface by IPv6 and IPv4, ``"0.0.0.0"`` by IPv4 only.
+    - `initial_peers`: seeds, each ``"host:port"`` (trusted on first use) or ``"host:port/PEER_ID"`` (checked: no other
+      peer is accepted there), or several separated by commas, as ``str(node.peer_address)`` gives them.
     - `identity`: an `Identity`, the path of one (created there if missing), or None for a new one each time.
-    - `announce`: the ``"host:port"`` that others should dial, where that differs from what this node listens on.
-    - `public`: the first node of a swarm beyond loopback says so itself.
-    - `upnp`: asks the router to let others in, as most home routers do if they are asked (``pip install
-      -e '.[upnp]'``). Others still have to prove that it does.
-    - `relay`: whether this node, where others can dial it, relays for those who cannot meet otherwise. What it gives is
-      limited (`RelaySettings`), and it can read nothing of it.
-    - `security`: ``"plain"`` proves and encrypts nothing; for a trusted local network, at both ends.
+    - `announce`: the ``"host:port"`` that others should dial, if it differs from what this node listens on.
+    - `public`: this is the first node of a swarm, and all others can reach it. Later nodes find out by themselves.
+    - `upnp`: asks the router to let others in, as most home routers do when asked (``pip install -e '.[upnp]'``).
+      Others still have to confirm that it does.
+    - `relay`: whether this node, if others can dial it, relays for peers that cannot connect otherwise. The traffic is
+      limited (`RelaySettings`), and encrypted between those peers.
+    - `security`: ``"plain"`` neither authenticates nor encrypts; for a trusted local network, at both ends.
     - `policy`: who may call, train and store here; everybody by default.
     """
 
@@ -107,9 +107,9 @@ class TesseractNode(Uncopied):
         refresh_period: float = 10.0,
         reach: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        max_receive_bytes: int = 3 * 2**29,
+        max_receive_bytes: int = MAX_RECEIVE_BYTES,
     ) -> None:
-        """Does no I/O, except that an `identity` given as a path is read or created.
+        """Do no I/O, except that an `identity` given as a path is read or created.
 
         `refresh_period`: seconds after which the directory of a grid in use is read again. `reach`: what is done about
         NATs. `throttle`: what all connections together keep to, a `transport.throttle.Throttle`.
@@ -134,11 +134,11 @@ class TesseractNode(Uncopied):
         self.metrics = Metrics()
         self.policy = policy if policy is not None else Policy()
         self.scope = AddressScope()
-        """Where this node may send on a stranger's word; known once it is started."""
+        """Which addresses learned from strangers this node may send to; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
         self.publisher_places: set[int] = set()
         """Those of its servers' `ExpertPublisher`s."""
-        """Whom this node believes about experts, and in which runs it takes part (`join_run`)."""
+        """Which peers this node believes about experts, and which runs it takes part in (`join_run`)."""
         self.network = TesseractNetwork(
             identity=identity,
             policy=self.policy,
@@ -165,7 +165,7 @@ class TesseractNode(Uncopied):
             self._reach_settings = replace(self._reach_settings, relay=None)
         self._address_watchers: list[Callable[[], None]] = []
         self.twin = asyncio.Event()
-        """Set once another node with the same identity was found that was started earlier: this one has withdrawn."""
+        """Set once a node with the same identity is found that was started earlier: this one has withdrawn."""
         self._presence: Presence | None = None
         if is_lasting:
             self._presence = Presence(self.network, on_older_twin=self._withdraw)
@@ -175,11 +175,13 @@ class TesseractNode(Uncopied):
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._closed = False
+        self.client_state: object = None
+        """What the client modules of this node keep in it (`client.experience`)."""
 
     # ------------------------------------------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Binds the port and starts the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.
+        """Bind the port, and start the DHT and the endpoint. Cancelled or failed, it leaves nothing behind.
 
         Raises: OSError with a sentence if the port is in use or the host is not this machine's; RuntimeError if
         the node was started before; ValueError if it listens on every interface and its own address can't be told.
@@ -203,7 +205,7 @@ class TesseractNode(Uncopied):
         logger.info("node %s listens on %s (UDP and TCP)", self.peer_id.short, self.address)
 
     async def aclose(self) -> None:
-        """Says farewell to the DHT, ends all calls and closes every socket. Safe to call twice."""
+        """Leave the DHT, end all calls and close every socket. Safe to call twice."""
         self._closed = True
         if self._watch_for_twin is not None:
             self._watch_for_twin.cancel()
@@ -217,16 +219,16 @@ class TesseractNode(Uncopied):
             await self._started.endpoint.aclose()
 
     def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Awaits ``aclose()`` when this node closes, before its connections end."""
+        """Await ``aclose()`` when this node closes, before its connections end."""
         self._at_close.append(aclose)
 
     def distrust(self, peer_id: PeerID, reason: str) -> None:
-        """Believes nothing more that this peer says about experts, and sends it nothing; until this node ends.
+        """Believe nothing more that this peer says about experts, and send it nothing, until this node ends.
 
         `trust.distrusted` lists such peers with the reason.
         """
         self.trust.distrusted[peer_id] = reason
-        logger.warning("nothing of %s is believed any more: %s", peer_id.short, reason)
+        logger.warning("nothing that %s says is believed any more: %s", peer_id.short, reason)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -272,8 +274,6 @@ class TesseractNode(Uncopied):
             settings=EndpointSettings(
                 security=self._security,
                 max_receive_bytes=self._max_receive_bytes,
-                max_reply_bytes=self._max_receive_bytes // 2,
-                max_call_bytes=self._max_receive_bytes // 4,
             ),
             policy=self.policy,
             metrics=self.metrics,
@@ -297,7 +297,7 @@ class TesseractNode(Uncopied):
         return _Started(asyncio.get_running_loop(), address, endpoint, reach)
 
     def _warn_of_seeds_elsewhere(self, own_host: str) -> None:
-        """A socket on loopback reaches nobody beyond this computer: seeds elsewhere would just seem to be silent."""
+        """Warn that a socket on loopback reaches only this computer: seeds elsewhere would just seem to be silent."""
         if not ipaddress.ip_address(own_host).is_loopback:
             return
         hosts = [(address, split_host_port(address)[0]) for peer in self.initial_peers for address in peer.addresses]
@@ -306,15 +306,15 @@ class TesseractNode(Uncopied):
         ]
         if beyond:
             logger.warning(
-                "this node listens on %s and reaches nobody beyond this computer: to join by %s it needs "
+                "this node listens on %s and reaches this computer only: to join by %s it needs "
                 "host='0.0.0.0' (--host 0.0.0.0)",
                 own_host,
                 ", ".join(beyond),
             )
 
     def _set_scope(self, own_host: str) -> None:
-        """Tell the scope where this node lives: what its user announces, else what it listens on. On loopback, this
-        computer's other private addresses count too: they lead back to it."""
+        """Set where this node lives: the announced addresses, else those it listens on. On loopback, this computer's
+        other private addresses count too: they lead back to it."""
         hosts = [own_host]
         if kind_of(own_host) == LOOPBACK:
             hosts += [host for host in own_addresses() if kind_of(host) != PUBLIC]
@@ -344,7 +344,7 @@ class TesseractNode(Uncopied):
 
     @property
     def address(self) -> str:
-        """``"host:port"`` that this node listens on, UDP and TCP. Raises: RuntimeError before `start`."""
+        """The ``"host:port"`` that this node listens on, UDP and TCP. Raises: RuntimeError before `start`."""
         if self._started is None:
             raise RuntimeError("the node has no address before it is started: use `async with TesseractNode(...)`")
         return join_host_port(self._started.address.host, self._started.address.port)
@@ -363,14 +363,14 @@ class TesseractNode(Uncopied):
         return self._started.reach
 
     async def wait_reachable(self, timeout: float = 10.0) -> bool:
-        """Waits until it is known how others reach this node, `timeout` seconds at most; whether it is known.
+        """Wait at most `timeout` seconds until it is known how others reach this node; return whether it is known.
 
-        On loopback that is so at once. Elsewhere other nodes are asked, which takes a second or two.
+        On loopback it is known at once. Elsewhere other nodes are asked, which takes a second or two.
         """
         return await self.reach.wait_known(timeout)
 
     def watch_address(self, watcher: Callable[[], None]) -> Callable[[], None]:
-        """Calls `watcher` on the loop whenever `peer_address` has changed. Returns what ends that."""
+        """Call `watcher` on the loop whenever `peer_address` has changed. Returns a function that ends this."""
         self._address_watchers.append(watcher)
         return lambda: self._address_watchers.remove(watcher)
 
@@ -382,13 +382,13 @@ class TesseractNode(Uncopied):
         return self._started.endpoint
 
     def is_connected(self, peer_id: PeerID) -> bool:
-        """Whether `peer_id` is this node or a peer with an open connection, whoever dialled it."""
+        """Return whether `peer_id` is this node or a peer with an open connection, dialled by either side."""
         return peer_id == self.peer_id or self.endpoint.is_connected(peer_id)
 
     # ------------------------------------------------------------------------------------------------ experts
 
     async def get_expert(self, uid: str) -> RemoteExpert:
-        """The expert `uid`, found through the DHT: a module whose call is awaited.
+        """Return the expert `uid`, found through the DHT: a module whose call is awaited.
 
         Raises: ExpertNotFound naming the uid if no live server hosts it; TimeoutError if no node of the network
         answered, which is not the same; ValueError for a malformed uid; RuntimeError if the node is not running.
@@ -404,12 +404,12 @@ class TesseractNode(Uncopied):
         return RemoteExpert(self, uid, replicas)
 
     async def join_run(self, run: str | SignedRun, *, grant: str | None = None) -> Authority:
-        """Takes part in the run ``NAME@OWNER``: uids of its prefix are that run's from now on, at this node.
+        """Take part in the run ``NAME@OWNER``: at this node, uids with its prefix mean that run's experts from now on.
 
-        Then nothing is believed of peers that may not host there, and nothing is sent to them. To train in a run that
-        is not open, the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an
-        invite); one that waits in the network is found without. Where the identity came from a file, what is learnt of
-        the run is kept beside it. Again is harmless. Returns what is known of the run: who may do what.
+        Peers that may not host there are then neither believed nor sent anything. To train in a run that is not open,
+        the node's identity needs a grant: `grant` is the text that the run's owner handed on (or an invite); a grant
+        that waits in the network is found without it. If the identity came from a file, what is learned of the run is
+        kept next to that file. Joining again is harmless. Returns what is known of the run: who may do what.
 
         Raises: RunNotFound if the network does not know the run; ValueError for a malformed name, a grant that is not
         this node's, or a second run with the same prefix.
@@ -430,8 +430,8 @@ class TesseractNode(Uncopied):
         return keeper.authority
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
-        """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
-        take; None where there is none, or nothing was measured. To this node itself it takes no time."""
+        """Return round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer`
+        would take; None if there is none, or nothing was measured. To this node itself it takes no time."""
         if peer.peer_id == self.peer_id:
             return 0.0, 0.0
         return self.endpoint.path(peer)
@@ -445,7 +445,7 @@ class TesseractNode(Uncopied):
         self._table.host(uid, handlers)
 
     def unhost_expert(self, uid: str) -> None:
-        """Ends `host_expert`; later calls are answered with ExpertNotFound."""
+        """End `host_expert`; later calls are answered with ExpertNotFound."""
         self._table.unhost(uid)
 
     async def call_expert(
@@ -459,9 +459,9 @@ class TesseractNode(Uncopied):
         idempotent: bool = False,
         priority: int = 0,
     ) -> Message:
-        """`Endpoint.call`, except that a call to this node itself goes straight to its handler, off the network.
+        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
 
-        Both end alike: in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
+        It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         Nothing is sent to a peer that may not host the expert that `body` names, by this node's policy and the run that
         it takes part in: that raises PeerUnreachable.
         Raises: RuntimeError on another event loop than the node's.
@@ -484,7 +484,7 @@ class TesseractNode(Uncopied):
             )
         check_priority(priority)  # as the endpoint does
         loop = asyncio.get_running_loop()
-        # Copies, as the network would make: neither side may see the other's later changes.
+        # copies, as the network would make: neither side may see the other's later changes
         call = IncomingCall(
             peer_id=self.peer_id,
             method=method,
@@ -495,10 +495,10 @@ class TesseractNode(Uncopied):
         )
         async with asyncio.timeout(timeout):
             try:
-                reply = await self._table.find(call)(call)
+                reply = await in_one(self._table.find(call)(call), method)
             except (RemoteError, TimeoutError, asyncio.CancelledError):
                 raise
-            except Exception as error:  # what a handler may raise is not ours to know: it arrives as it would by wire
+            except Exception as error:  # anything that a handler raises arrives as it would by the network
                 logger.exception("the handler of %s failed", method)
                 raise RemoteError(describe(error)) from error
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
@@ -516,7 +516,7 @@ class TesseractNode(Uncopied):
 
 
 def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
-    """One seed for each address of a list with commas. Raises: ValueError for what is no list of addresses."""
+    """Return one seed for each address of a list with commas. Raises: ValueError for anything but addresses."""
     if isinstance(peers, str | bytes | PeerAddress) or not isinstance(peers, Iterable):
         raise ValueError(f"initial_peers is a list of addresses, such as ['192.0.2.1:31337']; got {peers!r}")
     found: list[PeerAddress] = []
@@ -528,7 +528,7 @@ def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
 
 
 async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
-    """A listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
+    """Return a listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
     loop = asyncio.get_running_loop()
     if not host:  # everything that this machine has
         host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
@@ -559,7 +559,7 @@ async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]
             if error.errno == errno.EADDRINUSE and port == 0:
                 continue
             raise _bind_error(error, host, port) from None
-        except BaseException:  # whatever it was, the sockets have no owner yet
+        except BaseException:  # the sockets have no owner yet
             tcp.close()
             udp.close()
             raise
@@ -577,7 +577,7 @@ def _bind_error(error: OSError, host: str, port: int) -> OSError:
 
 
 def _outside_hosts(host: str, family: int, peers: Sequence[PeerAddress]) -> list[str]:
-    """The addresses that others see: `host`, or for a wildcard those of the interfaces that lead to the seeds."""
+    """Return the addresses that others see: `host`, or for a wildcard those of the interfaces towards the seeds."""
     if host not in WILDCARDS:
         return [host]
     known = [split_host_port(address) for peer in peers for address in peer.addresses]

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Self, SupportsIndex
 
 
 class Uncopied:
-    """Base of what holds sockets, threads or a private key: ``copy.deepcopy`` gives the object itself, and pickling
-    is refused."""
+    """Base class of objects that hold sockets, threads or a private key: ``copy.deepcopy`` returns the object itself,
+    and pickling is refused."""
 
     __slots__ = ()
     _called: ClassVar[str | None] = None
-    """By which name users know it, where that is not its class's."""
+    """The name that users know it by, if that is not its class's."""
 
     def __copy__(self) -> Self:
         return self

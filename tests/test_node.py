@@ -16,7 +16,7 @@ from tesseract_async.identity import PeerID
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.transport.base import PeerAddress
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, LEAD
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, TAKE_OVER
 
 pytestmark = pytest.mark.both_loops
 
@@ -176,7 +176,7 @@ async def test_errors_timeouts_and_cancellation_are_alike_here_and_from_afar() -
 async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
     server, trainer = ta.Identity.generate(), ta.Identity.generate()
     both = frozenset({server.peer_id, trainer.peer_id})
-    policy = Policy(callers=both, trainers=frozenset({trainer.peer_id}), storers=frozenset({server.peer_id}))
+    policy = Policy(callers=both, trainers=frozenset({trainer.peer_id}), hosts=frozenset({server.peer_id}))
     async with (
         ta.TesseractNode(policy=policy) as host,
         ta.TesseractNode(identity=server) as serving,
@@ -187,7 +187,10 @@ async def test_handing_an_expert_over_is_for_those_who_may_store() -> None:
         async def ask(node: ta.TesseractNode, method: str) -> Message:
             return await node.call_expert(host.peer_address, method, {"uid": "ffn.0"}, timeout=30.0)
 
-        for node, allowed, refused, action in ((serving, LEAD, BACKWARD, "train"), (training, BACKWARD, LEAD, "store")):
+        for node, allowed, refused, action in (
+            (serving, TAKE_OVER, BACKWARD, "train"),
+            (training, BACKWARD, TAKE_OVER, "host"),
+        ):
             await ask(node, allowed)
             await ask(node, FORWARD)
             with pytest.raises(errors.NotAllowed, match=f"does not let .* {action}"):
@@ -215,7 +218,7 @@ async def test_a_node_on_loopback_says_that_seeds_elsewhere_are_out_of_its_reach
     async with ta.TesseractNode() as seed, ta.TesseractNode(initial_peers=[seed.address, "localhost:9"]):
         assert not caplog.records
     async with ta.TesseractNode(initial_peers=[seed.address, "198.51.100.7:31337"]):
-        (said,) = [record.getMessage() for record in caplog.records if "beyond this computer" in record.getMessage()]
+        (said,) = [record.getMessage() for record in caplog.records if "this computer only" in record.getMessage()]
         assert "198.51.100.7:31337" in said and seed.address not in said and "--host 0.0.0.0" in said
 
 

@@ -38,13 +38,13 @@ async def test_a_copy_of_a_module_shares_what_exists_once() -> None:
             "background": ta.BackgroundNode(),
             "runtime": ta.TesseractRuntime(),
             "expert": await node.get_expert("f.0"),
-            "gate": ta.GatingFunction(node, "f", grid_size=(1,), in_features=4),
+            "gate": ta.GatingFunction(node, uid_prefix="f", grid_size=(1,), in_features=4),
         }
         model = Holder(**held)
         for twin in (copy.deepcopy(model), copy.copy(model)):
             for name in set(held) - {"expert", "gate"}:
                 assert twin.held[name] is held[name], name
-        assert copy.deepcopy(model).held["expert"]._shared.node is node  # type: ignore[attr-defined]
+        assert copy.deepcopy(model).held["expert"]._node is node  # type: ignore[attr-defined]
         trainer = ta.AsyncTrainer(model, torch.optim.SGD(model.parameters(), 0.1), in_flight=2)
 
         async def loss_of(replica: Holder, x: torch.Tensor) -> torch.Tensor:

@@ -1,97 +1,101 @@
-"""Who may ask what of a node, and how much, as options of a command."""
+"""Options about who may ask what of a node, and how much."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import click
 from click.core import ParameterSource
 
-from tesseract_async.cli.units import SECONDS, SIZE
+from tesseract_async.cli.options import grouped
+from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE
 
 if TYPE_CHECKING:
     from tesseract_async.admission import Policy
     from tesseract_async.identity import PeerID
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-OPTIONS = {
-    "allow": click.option(
-        "--allow",
-        multiple=True,
-        metavar="PEER_ID",
-        help="Only this peer may call, train and store here; may be given several times. Without one, everybody may.",
-    ),
-    "allow_file": click.option(
-        "--allow-file",
-        type=click.Path(path_type=Path),
-        help="The same for every peer id of this file, one a line; # begins a remark.",
-    ),
-    "peer_calls": click.option(
-        "--peer-calls", type=click.IntRange(1), help="Calls that one peer may make in --peer-period."
-    ),
-    "peer_bytes": click.option(
-        "--peer-bytes", type=SIZE, help="Bytes, such as '1 GiB', that one peer may send and be sent in --peer-period."
-    ),
-    "peer_concurrent": click.option(
-        "--peer-concurrent", type=click.IntRange(1), help="Calls that one peer may have under way at once."
-    ),
-    "peer_period": click.option(
-        "--peer-period", type=SECONDS, default=60.0, show_default=True, help="Of --peer-calls and --peer-bytes."
-    ),
-}
-TRAINING: Final = click.option(
-    "--allow-training",
-    multiple=True,
-    metavar="PEER_ID",
-    help="Only this peer may change weights; may be given several times. Others that may call may still ask forwards.",
-)
-
 LISTS: Final = ("allow", "allow_file", "allow_training")
 
 
-def access_options(command: Command) -> Command:
-    """Adds the lists and quotas as flags; `policy_of` makes the policy of their values."""
-    for option in reversed(OPTIONS.values()):
-        command = option(command)
-    return command
-
-
-def policy_of(values: dict[str, Any]) -> Policy | None:
-    """Takes the lists and quotas out of a command's `values`; None if there are none: everybody may do everything.
+def make_policy(
+    *,
+    allow: tuple[frozenset[PeerID], ...],
+    allow_file: frozenset[PeerID] | None,
+    allow_training: tuple[frozenset[PeerID], ...] = (),
+    peer_calls: int | None,
+    peer_bytes: int | None,
+    peer_concurrent: int | None,
+    peer_period: float,
+) -> Policy | None:
+    """Return the policy that the lists and quotas make; None if there are none: everybody may do everything.
 
     A list that was given but names nobody is refused, wherever it came from: it would let everybody in.
 
-    Raises: click.UsageError.
+    Raises: click.UsageError; ValueError.
     """
     from tesseract_async.admission import Policy, Quota
 
-    _refuse_empty_variables()
-    found = {name: values.pop(name) for name in (*OPTIONS, "allow_training") if name in values}
-    members = _listed("allow", found["allow"])
-    if found["allow_file"] is not None:
-        members = (members or frozenset()) | read_list(found["allow_file"])
-    trainers = _listed("allow_training", found.get("allow_training", ()))
+    _refuse_empty_lists()
+    members = frozenset().union(*allow, allow_file or ()) if allow or allow_file is not None else None
+    trainers = frozenset().union(*allow_training) if allow_training else None
     if members is not None and trainers is not None and not trainers <= members:
         names = ", ".join(sorted(peer_id.short for peer_id in trainers - members))
         raise click.UsageError(f"--allow-training names peers that --allow leaves out: {names}. Give them to both")
-    limits = {"calls": found["peer_calls"], "num_bytes": found["peer_bytes"], "concurrent": found["peer_concurrent"]}
     quota = None
-    try:
-        if any(limit is not None for limit in limits.values()):
-            quota = Quota(**limits, period=found["peer_period"])
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    if any(limit is not None for limit in (peer_calls, peer_bytes, peer_concurrent)):
+        quota = Quota(calls=peer_calls, num_bytes=peer_bytes, concurrent=peer_concurrent, period=peer_period)
     if members is None and trainers is None and quota is None:
         return None
-    return Policy(callers=members, storers=members, trainers=members if trainers is None else trainers, quota=quota)
+    return Policy(callers=members, hosts=members, trainers=members if trainers is None else trainers, quota=quota)
+
+
+access_options = grouped(
+    "policy",
+    make_policy,
+    click.option(
+        "--allow",
+        multiple=True,
+        type=PEERS,
+        metavar="PEER_ID",
+        help="Let only this peer call, train and store here, not everybody; may be given several times.",
+    ),
+    click.option(
+        "--allow-file",
+        type=PEER_FILE,
+        help="Let only the peers in this file call, train and store here: one peer id a line, # begins a comment.",
+    ),
+    click.option(
+        "--peer-calls", type=click.IntRange(1), help="Answer at most this many calls of each peer in --peer-period."
+    ),
+    click.option(
+        "--peer-bytes",
+        type=SIZE,
+        help="Exchange at most this much data with each peer in --peer-period, such as '1 GiB'.",
+    ),
+    click.option(
+        "--peer-concurrent", type=click.IntRange(1), help="Work on at most this many calls of each peer at once."
+    ),
+    click.option(
+        "--peer-period",
+        type=SECONDS,
+        default=60.0,
+        help="The time for which --peer-calls and --peer-bytes count, such as '1 h'; a plain number is seconds.",
+    ),
+)
+"""For commands that answer strangers: a policy, or None, as the argument `policy`."""
+
+training_option = click.option(
+    "--allow-training",
+    multiple=True,
+    type=PEERS,
+    metavar="PEER_ID",
+    help="Let only this peer change weights here; others may still ask for forward passes; may be given several times.",
+)
 
 
 def describe_policy(policy: Policy) -> list[str]:
-    """One line for each thing that is not open to all, for the person who starts the node."""
+    """Return one line for each thing that is not open to all, for the person who starts the node."""
     lines = []
     if policy.callers is not None:
         lines.append(f"only {_peers(len(policy.callers))} may call, train and store here")
@@ -106,42 +110,14 @@ def _peers(count: int) -> str:
     return "one peer" if count == 1 else f"{count} peers"
 
 
-def _refuse_empty_variables() -> None:
-    """To click, an environment variable that is set to nothing is not set: a list that was forgotten would open all."""
-    for option in click.get_current_context().command.params:
-        variable = option.envvar
-        if option.name in LISTS and isinstance(variable, str) and os.environ.get(variable) == "":
-            raise click.UsageError(f"{variable} lists nobody; unset it to let everybody in")
-
-
-def _listed(name: str, texts: tuple[str, ...]) -> frozenset[PeerID] | None:
-    flag = f"--{name.replace('_', '-')}"
-    if not texts:
-        source = click.get_current_context().get_parameter_source(name)
-        if source is not None and source is not ParameterSource.DEFAULT:
-            raise click.UsageError(f"{flag} lists nobody; leave it out to let everybody in")
-        return None
-    return _parse((part.strip() for text in texts for part in str(text).split(",")), flag)
-
-
-def read_list(path: Path) -> frozenset[PeerID]:
-    """The peer ids of a file, one a line. Raises: click.BadParameter, click.UsageError where it names nobody."""
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
-        raise click.BadParameter(f"{path} cannot be read ({reason})", param_hint="--allow-file") from None
-    lines = (line.partition("#")[0].strip() for line in text.splitlines())
-    return _parse((line for line in lines if line), f"--allow-file {path}")
-
-
-def _parse(texts: Iterable[str], where: str) -> frozenset[PeerID]:
-    from tesseract_async.identity import PeerID
-
-    try:
-        peers = frozenset(PeerID.parse(text) for text in texts)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=where) from None
-    if not peers:
-        raise click.UsageError(f"{where} lists nobody; leave it out to let everybody in")
-    return peers
+def _refuse_empty_lists() -> None:
+    """Refuse lists without a member: to click, a variable that is set to nothing is not set at all."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name not in LISTS:
+            continue
+        if isinstance(option.envvar, str) and os.environ.get(option.envvar) == "":
+            raise click.UsageError(f"{option.envvar} lists nobody; unset it to let everybody in")
+        source = context.get_parameter_source(option.name)
+        if context.params[option.name] == () and source not in (None, ParameterSource.DEFAULT):
+            raise click.UsageError(f"{option.opts[0]} lists nobody; leave it out to let everybody in")

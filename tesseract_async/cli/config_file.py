@@ -1,32 +1,52 @@
-"""``--config FILE``: a command's options from a TOML file. What stands on the command line goes before the file.
+"""``--config FILE``: a command's options from a TOML file.
 
-Each option may stand under its own name, without the dashes in front (``num-experts`` or ``num_experts``), in a table
-or at the top: tables are for the reader's eye.
+Each option stands under its own name, without the dashes in front (``num-experts`` or ``num_experts``), in any table or
+at the top: tables are for the reader's eye. A flag on the command line wins over the file.
 """
 
 from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+from tesseract_async.cli.types import EXISTING_FILE
 
 
-def config_option(command: Command) -> Command:
-    """Adds ``--config`` to a command."""
-    return click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_apply,
-        help="Take options from this TOML file; flags go before it.",
-    )(command)
+def read_config(path: Path, command: click.Command) -> dict[str, object]:
+    """Return the file's values by the parameter names of `command`.
+
+    Raises: ValueError with a sentence for a file that is not TOML, an unknown option, or one that stands twice.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    options = {
+        flag[2:].replace("-", "_"): option
+        for option in command.params
+        if isinstance(option, click.Option) and not option.is_eager
+        for flag in (*option.opts, *option.secondary_opts)
+        if flag.startswith("--")
+    }
+    found: dict[str, object] = {}
+    for key, value in data.items():
+        for name, one in value.items() if isinstance(value, dict) else [(key, value)]:
+            option = options.get(name.replace("-", "_"))
+            if option is None or option.name is None:
+                close = difflib.get_close_matches(name.replace("-", "_"), options, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{path}: {name} is not an option of this command{hint}")
+            if option.name in found:
+                raise ValueError(f"{path}: {name} stands twice")
+            if isinstance(one, list) and not option.multiple:
+                raise ValueError(f"{path}: {name} takes one value, not a list")
+            found[option.name] = [one] if option.multiple and not isinstance(one, list) else one
+    return found
 
 
 def _apply(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -38,42 +58,11 @@ def _apply(ctx: click.Context, param: click.Parameter, path: Path | None) -> Non
         raise click.BadParameter(str(error), ctx=ctx, param=param) from None
 
 
-def read_config(path: Path, command: click.Command) -> dict[str, Any]:
-    """The file's values by the parameter names of `command`.
-
-    Raises: ValueError with a sentence for a file that is no TOML, a key that is no option, or one that stands twice.
-    """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    options: dict[str, click.Option] = {}
-    for option in command.params:
-        if isinstance(option, click.Option) and not option.is_eager:
-            for flag in (*option.opts, *option.secondary_opts):
-                if flag.startswith("--"):
-                    options[flag[2:].replace("-", "_")] = option
-    found: dict[str, Any] = {}
-    for key, value in _flatten(data):
-        known = options.get(key.replace("-", "_"))
-        if known is None or known.name is None:
-            close = difflib.get_close_matches(key.replace("-", "_"), options, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{path}: {key} is no option of this command{hint}")
-        if known.name in found:
-            raise ValueError(f"{path}: {key} stands twice")
-        if isinstance(value, list) and not known.multiple:
-            raise ValueError(f"{path}: {key} takes one value, not a list")
-        if known.multiple and not isinstance(value, list):
-            value = [value]
-        found[known.name] = value
-    return found
-
-
-def _flatten(data: dict[str, Any]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        pairs += value.items() if isinstance(value, dict) else [(key, value)]
-    return pairs
+config_option = click.option(
+    "--config",
+    type=EXISTING_FILE,
+    is_eager=True,
+    expose_value=False,
+    callback=_apply,
+    help="Take options from this TOML file; flags on the command line win over it.",
+)

@@ -2,62 +2,66 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from tesseract_async.cli.options import enter, join, joining_options, patterns_argument, run_option, visiting_node
-from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
-from tesseract_async.cli.units import Number
+from tesseract_async.cli.options import (
+    Visit,
+    enter,
+    leave_with_parent_option,
+    patterns_argument,
+    run_option,
+    visit_options,
+)
+from tesseract_async.cli.running import asynchronous, say, until_told_to_leave
+from tesseract_async.cli.types import PORT, seconds
+
+if TYPE_CHECKING:
+    from tesseract_async.experts import ExpertPattern
 
 
 @click.command("dashboard")
 @patterns_argument
-@joining_options
+@visit_options
 @run_option
-@click.option("--bind", default="127.0.0.1", show_default=True, help="Address that the page is served on.")
-@click.option("--bind-port", default=8787, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--token", help="What visitors must know; made up if the page is not on loopback and none is given.")
-@click.option("--period", default=2.0, show_default=True, type=Number(0.1, 86400), help="Seconds between two looks.")
-@click.option("--leave-with-parent", is_flag=True, hidden=True)
-def command(
-    patterns: tuple[str, ...],
-    initial_peers: tuple[str, ...],
-    identity: str | None,
-    verbose: bool,
+@click.option("--bind", default="127.0.0.1", help="Serve the page on this address.")
+@click.option("--bind-port", default=8787, type=PORT, help="Serve the page on this port.")
+@click.option(
+    "--token", help="Show the page only to visitors who know this; off loopback, one is made up if none is given."
+)
+@click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm once in this many seconds.")
+@leave_with_parent_option
+@asynchronous
+async def command(
+    *,
+    patterns: tuple[ExpertPattern, ...],
+    visit: Visit,
     run_name: str | None,
     bind: str,
     bind_port: int,
     token: str | None,
     period: float,
-    leave_with_parent: bool,
-) -> None:
-    """Serve a web page that shows the swarm: experts on their grids, servers, throughput, what happened.
+) -> int:
+    """Serve a web page that shows the swarm: experts on their grids, servers, throughput, and recent events.
 
-    PATTERNS say which grids to show, such as 'ffn.[0:16].[0:16]'; without any, what the servers nearby host is shown.
-    The page binds to loopback; on any other address it asks for a token. Metrics for Prometheus are under /metrics.
+    PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the page shows what nearby servers host.
+    On any address but loopback the page asks for a token. Metrics for Prometheus are under /metrics.
     """
-    set_up_logging(verbose=verbose)
+    try:
+        from tesseract_async.monitoring.dashboard import Dashboard
+    except ImportError as error:
+        raise click.ClickException(
+            f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
+        ) from None
+    from tesseract_async.monitoring import SwarmObserver
 
-    async def main() -> int:
-        try:
-            from tesseract_async.monitoring.dashboard import Dashboard
-        except ImportError as error:
-            raise click.ClickException(
-                f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
-            ) from None
-        from tesseract_async.experts import ExpertPattern
-        from tesseract_async.monitoring import SwarmObserver
-
-        node = visiting_node(initial_peers, identity, refresh_period=period)
-        chosen = [ExpertPattern.parse(text) for text in patterns]
-        async with node:
-            await join(node)
-            grid = await enter(node, run_name)
-            async with (
-                SwarmObserver(node, patterns=chosen or grid, period=period) as observer,
-                Dashboard(observer, host=bind, port=bind_port, token=token) as page,
-            ):
-                click.echo(f"The dashboard is at {page.url}", err=True)
-                await until_told_to_leave(watch_stdin=leave_with_parent, tell_ready=lambda: say("ready", url=page.url))
-        return 0
-
-    run(main)
+    async with visit.node(refresh_period=period) as node:
+        grid = await enter(node, run_name)
+        async with (
+            SwarmObserver(node, patterns=list(patterns) or grid, period=period) as observer,
+            Dashboard(observer, host=bind, port=bind_port, token=token) as page,
+        ):
+            click.echo(f"The dashboard is at {page.url}", err=True)
+            await until_told_to_leave(tell_ready=lambda: say("ready", url=page.url))
+    return 0

@@ -2,69 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tesseract_async.cli.access import access_options, describe_policy, policy_of
+from tesseract_async.cli.access import access_options, describe_policy
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.options import node_options, outside_help, peers
-from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
-from tesseract_async.cli.waiting import sign
+from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions, node_options
+from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
 
-JOIN_TIMEOUT = 12.0
+if TYPE_CHECKING:
+    from tesseract_async.admission import Policy
 
 
 @click.command("dht")
 @access_options
 @node_options
 @config_option
-def command(
-    host: str,
-    port: int,
-    initial_peers: tuple[str, ...],
-    announce: str | None,
-    public: bool,
-    identity: str | None,
-    verbose: bool,
-    leave_with_parent: bool,
-    **outside: Any,
-) -> None:
+@asynchronous
+async def command(*, node: NodeOptions, policy: Policy | None) -> int:
     """Run a bootstrap node: a first address for others to join by.
 
     It stores and routes what others publish, and hosts no experts. Prints one line of JSON with its address on
     standard output, and ends with Ctrl-C.
     """
-    set_up_logging(verbose=verbose)
-    policy = policy_of(outside)
+    from tesseract_async.monitoring import StatusService
 
-    async def main() -> int:
-        from tesseract_async.monitoring import StatusService
-        from tesseract_async.node import TesseractNode
-
-        node = TesseractNode(
-            host,
-            port,
-            initial_peers=peers(initial_peers),
-            announce=announce,
-            public=public,
-            **outside_help(outside),
-            identity=identity,
-            policy=policy,
-        )
-        async with node, StatusService(node):
-            for line in describe_policy(node.policy):
-                click.echo(line, err=True)
-            with sign("joining the network"):
-                await node.network.wait_joined(JOIN_TIMEOUT)  # the node warns where nobody answers, and goes on asking
-            address = str(node.peer_address)
-            click.echo(f"bootstrap node {node.peer_id.short} is ready; others join with\n", err=True)
-            click.echo(f"    --initial-peers {address}\n", err=True)
-            reason = await until_told_to_leave(
-                watch_stdin=leave_with_parent,
-                tell_ready=lambda: say("ready", address=address, peer_id=str(node.peer_id)),
-            )
-            click.echo(f"leaving ({reason})", err=True)
-        return 0
-
-    run(main)
+    async with node.make(policy=policy) as running, StatusService(running):
+        for line in describe_policy(running.policy):
+            click.echo(line, err=True)
+        with spinner("joining the network"):
+            # the node warns where nobody answers, and keeps asking
+            await running.network.wait_joined(JOIN_TIMEOUT)
+        address, peer_id = str(running.peer_address), running.peer_id
+        click.echo(f"bootstrap node {peer_id.short} is ready; others join with\n", err=True)
+        click.echo(f"    --initial-peers {address}\n", err=True)
+        reason = await until_told_to_leave(tell_ready=lambda: say("ready", address=address, peer_id=str(peer_id)))
+        click.echo(f"leaving ({reason})", err=True)
+    return 0

@@ -4,96 +4,87 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tesseract_async.cli.options import allow_file_option, join, listed, node_options, outside_help, peers
-from tesseract_async.cli.running import run, say, set_up_logging
-from tesseract_async.cli.units import PERIOD, counted
-from tesseract_async.cli.waiting import bar
+from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options
+from tesseract_async.cli.running import asynchronous, progress_bar, say
+from tesseract_async.cli.types import FOLDER, PERIOD, counted
 from tesseract_async.errors import describe
 
 if TYPE_CHECKING:
-    from tesseract_async.experts import ExpertReplica
-    from tesseract_async.experts.run import RunManifest
-    from tesseract_async.node import TesseractNode
+    from tesseract_async.identity import PeerID
 
 
 @click.command("export")
-@click.option("--run", "run_name", required=True, metavar="NAME[@PEER_ID]", help="Whose weights.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder, made if missing.")
-@click.option("--num-at-once", default=4, show_default=True, type=click.IntRange(1, 64), help="Experts at a time.")
-@click.option("--timeout", default=60.0, show_default=True, type=PERIOD, help="Seconds for each piece of an expert.")
+@click.option(
+    "--run", "run_name", required=True, metavar="NAME[@PEER_ID]", help="Collect the weights of this training run."
+)
+@click.option("--out", required=True, type=FOLDER, help="Write the weights into this folder, made if missing.")
+@click.option(
+    "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
+)
+@click.option(
+    "--timeout",
+    default=60.0,
+    type=PERIOD,
+    help="Give up on an expert when a piece of it takes longer than this many seconds.",
+)
 @allow_file_option
 @node_options
-def command(run_name: str, out: Path, num_at_once: int, timeout: float, **values: Any) -> None:
+@asynchronous
+async def command(
+    *,
+    run_name: str,
+    out: Path,
+    num_at_once: int,
+    timeout: float,
+    members: frozenset[PeerID] | None,
+    node: NodeOptions,
+) -> int:
     """Collect the weights of every live expert of a run, as safetensors files with their versions.
 
-    The folder loads anywhere: `tesseract_async.server.export.load_export(FOLDER)["ffn.3.7"]` is an ordinary module. Run
-    it again to take only what is newer. Exit status 1: some experts could not be had.
+    The folder loads anywhere: `tesseract_async.server.export.load_export(FOLDER)["ffn.3.7"]` is an ordinary module.
+    Run the command again to download only what is newer. The exit status is 1 if an expert could not be downloaded.
     """
-    set_up_logging(verbose=values["verbose"])
-    if not values["initial_peers"]:
+    if not node.initial_peers:
         raise click.UsageError("say --initial-peers: whose swarm?")
 
-    async def main() -> int:
-        from tesseract_async.experts.run_directory import find_run
-        from tesseract_async.node import TesseractNode
-        from tesseract_async.server.export import export_experts
+    from tesseract_async.admission import Policy
+    from tesseract_async.experts.run_directory import find_run
+    from tesseract_async.server.export import export_experts
 
-        node = TesseractNode(
-            values["host"],
-            values["port"],
-            initial_peers=peers(values["initial_peers"]),
-            announce=values["announce"],
-            public=values["public"],
-            **outside_help(values),
-            identity=values["identity"],
-            policy=listed(),
-        )
-        async with node:
-            await join(node)
-            signed = await find_run(node.network, run_name, trust=node.trust)
-            if signed.tag is not None:
-                await node.join_run(signed)
-            replicas = await live_replicas(node, signed.manifest)
-            with bar("experts", total=len(replicas)) as advance:
-                report = await export_experts(
-                    node,
-                    signed,
-                    replicas,
-                    out,
-                    num_at_once=num_at_once,
-                    timeout=timeout,
-                    progress=lambda uid: advance(1),
-                )
-        for uid, error in sorted(report.failed.items()):
-            click.echo(f"{uid}: {describe(error)}", err=True)
-        size = math.prod(signed.manifest.grid_size)
-        click.echo(
-            f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
-            f"{len(report.failed)} failed; "
-            f"{len(replicas)} of the run's {size} are alive",
-            err=True,
-        )
-        say(
-            "exported",
-            run=signed.full_name,
-            folder=str(out),
-            taken=report.taken,
-            kept=report.kept,
-            failed=sorted(report.failed),
-        )
-        return 1 if report.failed or not replicas else 0
-
-    run(main)
-
-
-async def live_replicas(node: TesseractNode, manifest: RunManifest) -> dict[str, list[ExpertReplica]]:
-    """uid -> its servers, the primary first, of every live expert of the run."""
-    node.directory.watch(manifest.prefix, manifest.grid_size)
-    await node.directory.wait_warm(manifest.prefix)
-    view = node.directory.live(manifest.prefix)
-    assert view is not None
-    return {view.uid(row): view.replicas_at(row) for row in range(len(view))}
+    async with node.make(policy=None if members is None else Policy.only(members)) as joined:
+        await join(joined)
+        signed = await find_run(joined.network, run_name, trust=joined.trust)
+        if signed.tag is not None:
+            await joined.join_run(signed)
+        manifest = signed.manifest
+        replicas = await joined.directory.read_grid(manifest.prefix, manifest.grid_size)
+        with progress_bar("experts", total=len(replicas)) as advance:
+            report = await export_experts(
+                joined,
+                signed,
+                replicas,
+                out,
+                num_at_once=num_at_once,
+                timeout=timeout,
+                progress=lambda uid: advance(1),
+            )
+    for uid, error in sorted(report.failed.items()):
+        click.echo(f"{uid}: {describe(error)}", err=True)
+    click.echo(
+        f"{counted(len(report.taken), 'expert')} written, {len(report.kept)} were up to date, "
+        f"{len(report.failed)} failed; {len(replicas)} of the run's {math.prod(manifest.grid_size)} are alive",
+        err=True,
+    )
+    say(
+        "exported",
+        run=signed.full_name,
+        folder=str(out),
+        taken=report.taken,
+        kept=report.kept,
+        failed=sorted(report.failed),
+    )
+    return 1 if report.failed or not replicas else 0

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
+from tesseract_async.cli.types import FILE
+
 
 @click.command("keygen")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--show", is_flag=True, help="Print the peer id of an identity that exists.")
-def command(file: Path, show: bool) -> None:
-    """Make an identity: a new Ed25519 key in FILE, readable by its owner only. Prints its peer id.
+@click.argument("file", type=FILE)
+@click.option("--show", is_flag=True, help="Print the peer id of the key that is in FILE already.")
+def command(*, file: Path, show: bool) -> None:
+    """Make an identity: a new key in FILE, readable by you only. Prints its peer id.
 
-    A node with an identity keeps its name over restarts: give the file as --identity to `serve` or `dht`.
+    A node with an identity has the same peer id after a restart: give FILE as --identity to `serve` or `dht`.
     """
     from tesseract_async.identity import Identity
 

@@ -16,16 +16,16 @@ import tesseract_async
 # name: (module, the command in it, a sentence for the list)
 COMMANDS = {
     "bench": ("bench", "command", "Measure what this machine would contribute."),
-    "call": ("call", "command", "Try an expert: find it, call it, say what came and how fast."),
+    "call": ("call", "command", "Try an expert."),
     "dashboard": ("dashboard", "command", "Serve a web page that shows the swarm."),
     "demo": ("demo.command", "command", "Train a small mixture of experts with separate processes, on this machine."),
     "dht": ("dht", "command", "Run a bootstrap node: a first address for others to join by."),
     "doctor": ("doctor", "command", "Look for what would keep this machine from taking part."),
-    "export": ("export", "command", "Collect a run's weights into a folder that loads without the swarm."),
-    "get": ("records", "get", "Show what the network holds under a key."),
+    "export": ("export", "command", "Collect the weights of every live expert of a run."),
+    "get": ("records", "get", "Show every entry that the network holds under a key."),
     "keygen": ("keygen", "command", "Make an identity."),
     "put": ("records", "put", "Store a value under a key."),
-    "run": ("owning", "command", "Start a training run, and say who takes part in it."),
+    "run": ("owning", "command", "Start a training run, and manage who takes part in it."),
     "serve": ("serve", "command", "Lend this machine: host experts."),
     "top": ("top", "command", "Show the swarm live in the terminal."),
 }
@@ -34,6 +34,7 @@ COMMANDS = {
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
+    "show_default": True,
     # every option may be given as an environment variable: TESSERACT_SERVE_DEVICE=cuda
     "auto_envvar_prefix": "TESSERACT",
 }
@@ -43,7 +44,7 @@ class LazyGroup(click.Group):
     """Imports a subcommand's module when that subcommand is asked for."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """As of any group; help or a version that cannot be written, such as to a full disk, ends in a sentence."""
+        """Run the command; help that cannot be written, for instance to a full disk, ends in a sentence."""
         try:
             return super().main(*args, **extra)
         except OSError as error:
@@ -59,7 +60,7 @@ class LazyGroup(click.Group):
         module, name, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(f"tesseract_async.cli.{module}"), name)
         for option in command.params:
-            # by the flag that people know: --experts is TESSERACT_SERVE_EXPERTS, whatever the code calls it
+            # named after the flag that people know, not after the argument: --experts is TESSERACT_SERVE_EXPERTS
             if isinstance(option, click.Option) and option.envvar is None:
                 flag = max(option.opts, key=len).lstrip("-").replace("-", "_")
                 option.envvar = f"TESSERACT_{cmd_name}_{flag}".upper()
@@ -75,7 +76,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # from the table: asking every command for its own sentence would import them all
+        # from the table: asking each command for its sentence would import them all
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
 
@@ -85,8 +86,8 @@ class LazyGroup(click.Group):
 def main() -> None:
     """Train one large mixture-of-experts model on computers that volunteers lend.
 
-    Try `tesseract demo` first. To train across machines, run `tesseract dht` on one that all can reach, and
-    `tesseract serve` wherever experts shall live; `tesseract top` shows what goes on.
+    Try `tesseract demo` first. To train across machines, run `tesseract dht` on one that all others can reach, and
+    `tesseract serve` on each that is to host experts; `tesseract top` shows the swarm at work.
 
     Every option may also be given as an environment variable, such as TESSERACT_SERVE_DEVICE=cuda.
     """
@@ -94,14 +95,14 @@ def main() -> None:
 
 
 def _open_standard_files() -> None:
-    """Opens those of the three that are closed (``<&-``): else a socket takes their number, which libuv cannot bear."""
+    """Open those of the three that are closed (``<&-``), or a socket would take their number, which aborts libuv."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
-    for stream in (sys.stdout, sys.stderr):  # where the terminal's letters are few, a "?" is better than an error
+    for stream in (sys.stdout, sys.stderr):  # where the encoding lacks letters, a "?" is better than an error
         if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")

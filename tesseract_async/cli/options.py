@@ -1,145 +1,267 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what becomes of their values."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import ipaddress
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.running import LOG_FORMAT
-from tesseract_async.cli.waiting import sign
+from tesseract_async.cli.running import set_up_logging, spinner
+from tesseract_async.cli.types import (
+    ADDRESS,
+    FILE,
+    OPTIMIZERS,
+    PAIR,
+    PATTERN,
+    PEER_FILE,
+    PORT,
+    ROWS,
+    THREADS,
+    TURN_SERVER,
+)
 
 if TYPE_CHECKING:
     from tesseract_async.admission import Policy
     from tesseract_async.experts import ExpertPattern
+    from tesseract_async.identity import PeerID
+    from tesseract_async.nat.turn import TurnServer
     from tesseract_async.node import TesseractNode
+    from tesseract_async.transport.throttle import Throttle
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = Callable[..., object]
+Decorator = Callable[[Function], Function]
 
-MEMBERS = "tesseract_async.members"
-"""Where the commands' context keeps what `--allow-file` said, for those that visit a swarm."""
-
-
-def _keep_log_format(ctx: click.Context, param: click.Parameter, value: str) -> None:
-    ctx.meta[LOG_FORMAT] = value
+JOIN_TIMEOUT = 10.0
+"""Seconds that a command waits for the first answer of the network."""
 
 
-LOG_OPTIONS = [
+def with_options(*options: Decorator) -> Decorator:
+    """Return a decorator that adds `options` to a command, in the order in which its help lists them."""
+    return lambda function: functools.reduce(lambda command, option: option(command), reversed(options), function)
+
+
+def grouped(name: str | None, make: Callable[..., object], *options: Decorator) -> Decorator:
+    """Return a decorator that adds `options` to a command, and calls `make` with their values when the command runs.
+
+    The command gets what `make` returns as its argument `name`, in place of the values that `make` has parameters for.
+    Without a `name`, `make` is called for what it does. A ValueError that it raises is a usage error.
+    """
+    parameters = inspect.signature(make).parameters.keys()
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def command(**values: object) -> object:
+            taken = {one: values.pop(one) for one in parameters & values.keys()}
+            try:
+                made = make(**taken)
+            except ValueError as error:
+                raise click.UsageError(str(error)) from None
+            return function(**values, **({} if name is None else {name: made}))
+
+        return with_options(*options)(command)
+
+    return decorate
+
+
+log_options = grouped(
+    None,
+    set_up_logging,
     click.option("--verbose", "-v", is_flag=True, help="Log what goes on, not only what goes wrong."),
     click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),
         default="text",
-        show_default=True,
-        expose_value=False,
-        callback=_keep_log_format,
-        help="How log lines are written on standard error.",
+        help="Write log lines in this format, on standard error.",
     ),
-]
+)
 
 
-def node_options(command: Command) -> Command:
+def _split_at_commas(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def initial_peers_option(*, required: bool = False, help_text: str = "Join the swarm of this node") -> Decorator:
+    """Return the option ``--initial-peers``, whose value is a tuple of addresses."""
+    return click.option(
+        "--initial-peers",
+        "-p",
+        multiple=True,
+        required=required,
+        metavar="HOST:PORT[/PEER_ID]",
+        callback=_split_at_commas,
+        help=f"{help_text}; may be given several times, or as a list with commas.",
+    )
+
+
+leave_with_parent_option = click.option(
+    "--leave-with-parent", is_flag=True, hidden=True, help="Leave when standard input ends."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs.")
+run_option = click.option(
+    "--run", "run_name", metavar="NAME[@PEER_ID]", help="Look at the experts of this run, not at those outside of runs."
+)
+expert_class_option = click.option(
+    "--expert-class",
+    default="ffn",
+    help="Use experts of this kind: a ready-made class such as ffn, or your own as module:builder.",
+)
+sizes_option = click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    type=PAIR,
+    metavar="NAME=NUMBER",
+    help="Build the experts with this size, such as in_features=1024; may be given several times.",
+)
+optimizer_option = click.option(
+    "--optimizer",
+    default="adam",
+    type=OPTIMIZERS,
+    callback=lambda context, option, value: None if value == "none" else value,
+    help="Train the experts with this optimizer; none keeps their weights as they are.",
+)
+max_batch_size_option = click.option(
+    "--max-batch-size", default=4096, type=ROWS, help="Compute at most this many rows at once."
+)
+threads_option = click.option(
+    "--threads", default=1, type=THREADS, help="Use this many CPU threads for one computation."
+)
+patterns_argument = click.argument("patterns", nargs=-1, type=PATTERN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
     """How the node of a long-running command listens, and whom it joins."""
-    options = [
-        click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all."),
-        click.option("--port", default=0, type=click.IntRange(0, 65535), help="UDP and TCP port; 0 takes a free one."),
-        click.option(
-            "--initial-peers",
-            "-p",
-            multiple=True,
-            metavar="HOST:PORT[/PEER_ID]",
-            help="A node of the swarm to join; may be given several times, or as one list with commas.",
-        ),
-        click.option("--announce", metavar="HOST:PORT", help="What others should dial, if not what is listened on."),
-        click.option("--public", is_flag=True, help="This is the first node of a swarm and can be reached by all."),
-        click.option(
-            "--upnp",
-            is_flag=True,
-            help="Ask the router to let others in (pip install -e '.[upnp]').",
-        ),
-        click.option("--relay/--no-relay", default=True, show_default=True, help="Relay for others, where reachable."),
-        click.option(
-            "--stun-server",
-            "stun_servers",
-            multiple=True,
-            metavar="HOST:PORT",
-            help="Ask this one, too, how the internet sees this computer; may be given several times.",
-        ),
-        click.option(
-            "--turn-server",
-            metavar="USER:PASSWORD@HOST:PORT",
-            help="A TURN server for data channels that cannot be punched otherwise.",
-        ),
-        click.option(
-            "--identity",
-            type=click.Path(dir_okay=False),
-            help="File with this node's key, made if missing. Without one, the node is a new one at each start.",
-        ),
-        *LOG_OPTIONS,
-        click.option("--leave-with-parent", is_flag=True, hidden=True, help="Leave when standard input ends."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    initial_peers: Sequence[str] = ()
+    announce: str | None = None
+    public: bool = False
+    upnp: bool = False
+    relay: bool = True
+    stun_servers: Sequence[str] = ()
+    turn_server: TurnServer | None = None
+    identity: Path | None = None
+
+    def make(
+        self, *, policy: Policy | None = None, throttle: Throttle | None = None, max_receive_bytes: int | None = None
+    ) -> TesseractNode:
+        """Return the node, not started yet. Raises: what `TesseractNode` raises."""
+        from tesseract_async.nat.reach import ReachSettings
+        from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
+
+        return TesseractNode(
+            self.host,
+            self.port,
+            initial_peers=self.initial_peers,
+            identity=self.identity,
+            announce=self.announce,
+            public=self.public,
+            upnp=self.upnp,
+            relay=self.relay,
+            policy=policy,
+            reach=ReachSettings(stun_servers=tuple(self.stun_servers), turn=self.turn_server),
+            throttle=throttle,
+            max_receive_bytes=MAX_RECEIVE_BYTES if max_receive_bytes is None else max_receive_bytes,
+        )
 
 
-def check_folder(folder: Path, flag: str, *, make: bool = True) -> None:
-    """Says now what writing there would say later. Raises: click.BadParameter."""
-    try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = f"{folder} cannot be written ({error.strerror}): choose another folder"
-        raise click.BadParameter(reason, param_hint=flag) from None
+_node_group = grouped(
+    "node",
+    NodeOptions,
+    click.option(
+        "--host",
+        default="127.0.0.1",
+        help="Listen on this address: 127.0.0.1 to be reached from this computer only, 0.0.0.0 from all others, too.",
+    ),
+    click.option("--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."),
+    initial_peers_option(),
+    click.option("--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."),
+    click.option("--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."),
+    click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
+    click.option(
+        "--relay/--no-relay",
+        default=True,
+        help="Pass on traffic of nodes that cannot reach each other, where possible.",
+    ),
+    click.option(
+        "--stun-server",
+        "stun_servers",
+        multiple=True,
+        type=ADDRESS,
+        metavar="HOST:PORT",
+        help="Ask this server, too, how the internet sees this computer; may be given several times.",
+    ),
+    click.option(
+        "--turn-server",
+        type=TURN_SERVER,
+        metavar="USER:PASSWORD@HOST:PORT",
+        help="Use this TURN server where no direct connection can be made.",
+    ),
+    click.option(
+        "--identity", type=FILE, help="Use the key in this file, made if missing, so that a restart is the same node."
+    ),
+    leave_with_parent_option,
+)
+node_options = with_options(_node_group, log_options)
+"""For commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
+
+allow_file_option = click.option(
+    "--allow-file",
+    "members",
+    type=PEER_FILE,
+    help="Deal only with the peers in this file, one peer id a line: the members of a swarm that is closed by it.",
+)
 
 
-def find_code_here() -> None:
-    """Lets modules of the present folder be imported, as ``python -m`` does: one's own expert lies where one stands.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """How a command that only looks, or does one thing, takes part in a swarm."""
 
-    For commands whose user named such code: a run's manifest never brings it in unasked.
-    """
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    initial_peers: Sequence[str]
+    identity: Path | None = None
+    members: frozenset[PeerID] | None = None
 
+    @contextlib.asynccontextmanager
+    async def node(self, *, refresh_period: float = 10.0) -> AsyncIterator[TesseractNode]:
+        """Enter with a node that has joined. Raises: click.ClickException if none of its seeds answers."""
+        from tesseract_async.admission import Policy
+        from tesseract_async.node import TesseractNode
 
-def outside_help(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `TesseractNode` takes of the options about NATs. Raises: click.BadParameter."""
-    from tesseract_async.nat.reach import ReachSettings
-    from tesseract_async.nat.turn import TurnServer
-
-    try:
-        turn = TurnServer.parse(values["turn_server"]) if values["turn_server"] is not None else None
-        reach = ReachSettings(stun_servers=tuple(values["stun_servers"]), turn=turn)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--stun-server, --turn-server") from None
-    return {"upnp": values["upnp"], "relay": values["relay"], "reach": reach}
-
-
-def peers(values: tuple[str, ...]) -> list[str]:
-    """What `--initial-peers` gave, with lists taken apart."""
-    return [peer.strip() for value in values for peer in value.split(",") if peer.strip()]
+        async with TesseractNode(
+            host_towards(self.initial_peers),
+            initial_peers=self.initial_peers,
+            identity=self.identity,
+            policy=None if self.members is None else Policy.only(self.members),
+            refresh_period=refresh_period,
+        ) as node:
+            await join(node)
+            yield node
 
 
-def text_or_file(value: str | None) -> str | None:
-    """What an option holds, or what the file holds that it names."""
-    if value is None:
-        return None
-    try:
-        return Path(value).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError):  # too long for a name, for one
-        return value
+def identity_option(flag: str = "--identity") -> Decorator:
+    """Return the option that says which member of a closed swarm a visitor is."""
+    return click.option(flag, type=FILE, help="Join with the key in this file, if only members of a list may join.")
+
+
+visit_options = with_options(
+    grouped("visit", Visit, initial_peers_option(required=True), identity_option(), allow_file_option), log_options
+)
+"""For commands that join a swarm, do something and end: a `Visit` as the argument `visit`."""
 
 
 def host_towards(seeds: Sequence[str]) -> str:
-    """What to listen on where nobody said so: loopback if all seeds live there, else every interface.
+    """Return what to listen on where the user did not say: loopback if all seeds are there, else every interface.
 
     From a socket on loopback nothing leaves this computer. Raises: ValueError for a malformed seed.
     """
@@ -159,80 +281,37 @@ def host_towards(seeds: Sequence[str]) -> str:
     return "::" if speaks_v6 else "0.0.0.0"
 
 
-async def join(node: TesseractNode, *, timeout: float = 10.0) -> None:
-    """Waits until a started node knows another one. Raises: click.ClickException if none of its seeds answers."""
-    with sign("joining the network"):
-        if not await node.network.wait_joined(timeout):
-            raise click.ClickException(node.network.trouble or f"no answer in {timeout:.0f} s")
-
-
-def _keep_members(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
-    if value is not None:
-        from tesseract_async.admission import Policy
-        from tesseract_async.cli.access import read_list
-
-        ctx.meta[MEMBERS] = Policy.only(read_list(value))
-
-
-allow_file_option = click.option(
-    "--allow-file",
-    type=click.Path(path_type=Path),
-    expose_value=False,
-    callback=_keep_members,
-    help="Hear and call only the peers of this file, one a line, as the members of a swarm that is closed by it do.",
-)
-
-
-def visiting_node(initial_peers: tuple[str, ...], identity: str | None, **more: Any) -> TesseractNode:
-    """The node of a command that joins, looks and ends; it keeps to `--allow-file`."""
-    from tesseract_async.node import TesseractNode
-
-    seeds = peers(initial_peers)
-    return TesseractNode(host_towards(seeds), initial_peers=seeds, identity=identity, policy=listed(), **more)
-
-
-def listed() -> Policy | None:
-    """The policy of `--allow-file`; None without one."""
-    policy: Policy | None = click.get_current_context().meta.get(MEMBERS)
-    return policy
-
-
-def joining_options(command: Command) -> Command:
-    """For commands that join a swarm, do something and end: whom to join."""
-    options = [
-        click.option(
-            "--initial-peers",
-            "-p",
-            multiple=True,
-            required=True,
-            metavar="HOST:PORT[/PEER_ID]",
-            help="A node of the swarm to join; may be given several times, or as one list with commas.",
-        ),
-        click.option(
-            "--identity",
-            type=click.Path(dir_okay=False),
-            help="File with the key of a member, made if missing: closed swarms know theirs. Else it is nobody's.",
-        ),
-        allow_file_option,
-        *LOG_OPTIONS,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return config_option(command)
-
-
-run_option = click.option(
-    "--run", "run_name", metavar="NAME[@PEER_ID]", help="The run whose experts are meant; else those with bare uids."
-)
+async def join(node: TesseractNode) -> None:
+    """Wait until a started node knows another one. Raises: click.ClickException if none of its seeds answers."""
+    with spinner("joining the network"):
+        if not await node.network.wait_joined(JOIN_TIMEOUT):
+            raise click.ClickException(node.network.trouble or f"no answer in {JOIN_TIMEOUT:.0f} s")
 
 
 async def enter(node: TesseractNode, run_name: str | None) -> list[ExpertPattern]:
-    """Takes part in the run, if one is named; its grid, or nothing."""
+    """Take part in the run, if one is named; return its grid, or nothing."""
     if run_name is None:
         return []
     authority = await node.join_run(run_name)
     return [authority.run.manifest.pattern]
 
 
-patterns_argument = click.argument("patterns", nargs=-1)
-"""Which grids to show."""
+def check_folder(folder: Path, flag: str, *, make: bool = True) -> None:
+    """Check that files can be written in `folder`, before any work is done. Raises: click.BadParameter."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}): choose another folder"
+        raise click.BadParameter(reason, param_hint=flag) from None
+
+
+def find_code_here() -> None:
+    """Let modules of the working directory be imported, as ``python -m`` does.
+
+    For commands whose user named such code: a run's manifest never brings it in unasked.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")

@@ -4,85 +4,71 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
 
 import click
 
-from tesseract_async.cli.options import join, joining_options, visiting_node
-from tesseract_async.cli.running import run, set_up_logging
-from tesseract_async.cli.units import Number, counted
+from tesseract_async.cli.options import Visit, json_option, visit_options
+from tesseract_async.cli.running import asynchronous
+from tesseract_async.cli.types import counted, seconds
+
+YEAR = 365 * 86400.0
 
 
 @click.command("get")
 @click.argument("key")
-@joining_options
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per entry.")
-def get(key: str, initial_peers: tuple[str, ...], identity: str | None, verbose: bool, as_json: bool) -> None:
-    """Show every entry that the network holds under KEY: whose it is, until when it holds, and what it says.
+@visit_options
+@json_option
+@asynchronous
+async def get(*, key: str, visit: Visit, as_json: bool) -> int:
+    """Show every entry that the network holds under KEY: who owns it, how long it is kept, and its value.
 
-    The servers of a grid are under experts/PREFIX. The exit status is 1 where nothing is held.
+    The servers of a grid are under experts/PREFIX. The exit status is 1 if there is no entry.
     """
-    set_up_logging(verbose=verbose)
-
-    async def main() -> int:
-        async with visiting_node(initial_peers, identity) as node:
-            await join(node)
-            entries = await node.network.get_entries(key)
-        for entry in entries:
-            left = entry.expiration - time.time()
-            shown = _readable(key, entry.value)
-            if as_json:
-                facts = {"subkey": entry.subkey, "owner": str(entry.owner), "sequence": entry.sequence}
-                click.echo(json.dumps({**facts, "expires_in": round(left, 3), "value": shown}))
-            else:
-                subkey = "" if entry.subkey is None else f" [{entry.subkey}]"
-                click.echo(f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}")
-        if not entries:
-            click.echo(f"nothing is held under {key!r}", err=True)
-        return 0 if entries else 1
-
-    run(main)
+    async with visit.node() as node:
+        entries = await node.network.get_entries(key)
+    for entry in entries:
+        left = entry.expiration - time.time()
+        shown = _readable(key, entry.value)
+        if as_json:
+            facts = {"subkey": entry.subkey, "owner": str(entry.owner), "sequence": entry.sequence}
+            click.echo(json.dumps({**facts, "expires_in": round(left, 3), "value": shown}))
+        else:
+            subkey = "" if entry.subkey is None else f" [{entry.subkey}]"
+            click.echo(f"{entry.owner.short}{subkey}, for {left:.0f} s: {json.dumps(shown, ensure_ascii=False)}")
+    if not entries:
+        click.echo(f"nothing is held under {key!r}", err=True)
+    return 0 if entries else 1
 
 
 @click.command("put")
 @click.argument("key")
 @click.argument("value")
-@joining_options
-@click.option("--subkey", help="One owner may hold several entries under a key, told apart by this.")
+@visit_options
+@click.option("--subkey", help="Store the entry under this name within KEY, so that an owner can have several there.")
 @click.option(
-    "--ttl", default=300.0, show_default=True, type=Number(1, 86400 * 365), help="Seconds for which it holds."
+    "--ttl",
+    default=300.0,
+    type=seconds(1, YEAR),
+    help="Keep the entry for this long, such as '1 h'; a plain number is seconds.",
 )
-def put(
-    key: str,
-    value: str,
-    initial_peers: tuple[str, ...],
-    identity: str | None,
-    verbose: bool,
-    subkey: str | None,
-    ttl: float,
-) -> None:
-    """Store VALUE under KEY: JSON where it is JSON, else as text. It stays for `--ttl` seconds, unless renewed.
+@asynchronous
+async def put(*, key: str, value: str, visit: Visit, subkey: str | None, ttl: float) -> int:
+    """Store VALUE under KEY, as JSON if it is JSON, else as text.
 
-    The entry belongs to `--identity`: without one, nobody can change it later.
+    The entry belongs to --identity; without one, nobody can change it later.
     """
-    set_up_logging(verbose=verbose)
-
-    async def main() -> int:
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        async with visiting_node(initial_peers, identity) as node:
-            await join(node)
-            holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
-        click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)
-        return 0 if holders else 1
-
-    run(main)
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    async with visit.node() as node:
+        holders = await node.network.store(key, parsed, ttl=ttl, subkey=subkey)
+    click.echo(f"held by {counted(holders, 'node')} for {ttl:.0f} s", err=holders == 0)
+    return 0 if holders else 1
 
 
-def _readable(key: str, value: Any) -> Any:
-    """A value as JSON can show it; a manifest as what it says."""
+def _readable(key: str, value: object) -> object:
+    """Return what JSON can show of a value; of a manifest, its fields."""
     from tesseract_async.errors import ProtocolError
     from tesseract_async.experts.manifest import decode_manifest
 

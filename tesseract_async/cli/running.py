@@ -1,9 +1,10 @@
-"""How a long-running command starts, reports, and leaves: signals, the event loop, lines for programs."""
+"""Running a command: the event loop, signals, lines for programs, logging, and what people see while they wait."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -11,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import click
 
@@ -24,38 +24,38 @@ logger = logging.getLogger(__name__)
 MAX_SENTENCE = 400
 """Characters of an error that a command ends with."""
 
-LOG_FORMAT = "tesseract_async.log_format"
-"""Where the commands' context keeps what `--log-format` said."""
-
-_stdin_is_watched: ContextVar[bool] = ContextVar("stdin_is_watched", default=False)
-
 FAILED = 1
-"""The exit status of a mistake. After a signal it is 128 + the signal's number, as shells say it."""
+"""The exit status of a failure. After a signal it is 128 + the signal's number, as shells have it."""
+
+Main = Callable[[], Coroutine[None, None, int]]
 
 
-def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
-    """Runs `main()` in an event loop (uvloop where there is one) and exits with what it returns.
+def run(main: Main, *, leave_with_parent: bool = False) -> None:
+    """Run `main()` in an event loop (uvloop where it is installed) and exit with the status that it returns.
 
-    What goes wrong ends in a sentence and status 1; with ``--verbose`` the log says where it happened.
-    Ctrl-C, SIGTERM and SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; then
-    nothing but a second Ctrl-C cuts it short.
+    An error ends in a sentence and status 1; with ``--verbose`` the log says where it happened. Ctrl-C, SIGTERM and
+    SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; so does the end of standard
+    input with `leave_with_parent`, by which a process notices that the one that started it is gone. From then on only
+    a second Ctrl-C cuts it short.
     """
     raise_descriptor_limit()
-    context = click.get_current_context(silent=True)
-    with_parent = context is not None and bool(context.params.get("leave_with_parent"))
     told: list[int] = []
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            listener = _Listener()
+            leaving = _Leaving()
 
             def leave(number: signal.Signals) -> None:
-                told.append(number)
-                listener.leave(number.name)
+                told.append(128 + number)
+                leaving.begin(number.name)
+
+            def parent_ended() -> None:
+                told.append(0)
+                leaving.begin("the end of standard input")
 
             with told_to_leave(runner.get_loop(), leave):
-                status = runner.run(listener.run(_with_parent(main) if with_parent else main()))
+                status = runner.run(leaving.run(main, parent_ended if leave_with_parent else None))
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
-        status = 128 + (told or [signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM])[0]
+        status = told[0] if told else 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     except click.ClickException as error:
         error.show()
         status = error.exit_code
@@ -66,8 +66,18 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
     sys.exit(status)
 
 
+def asynchronous(function: Callable[..., Coroutine[None, None, int]]) -> Callable[..., None]:
+    """Make a command of a coroutine function that returns the exit status, as `run` describes."""
+
+    @functools.wraps(function)
+    def command(*, leave_with_parent: bool = False, **values: object) -> None:
+        run(lambda: function(**values), leave_with_parent=leave_with_parent)
+
+    return command
+
+
 def sentence_of(error: Exception) -> str:
-    """What happened to which file, without "[Errno 98]" before it; of several errors the first; not too long."""
+    """Return the error as one sentence of limited length: of a group its first, of an OSError without its number."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     sentence = str(error) or type(error).__name__
@@ -77,19 +87,28 @@ def sentence_of(error: Exception) -> str:
     return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[: MAX_SENTENCE - 4]} ..."
 
 
-class _Listener:
-    """Whom a signal is meant for: `until_told_to_leave` once it waits, the main task before."""
+class _Leaving:
+    """The command's main task, and what ends it: `until_told_to_leave` once it waits there, cancellation before."""
 
     def __init__(self) -> None:
         self.waiting: asyncio.Future[str] | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._task: asyncio.Task[int] | None = None
 
-    async def run(self, main: Coroutine[Any, Any, int]) -> int:
+    async def run(self, main: Main, parent_ended: Callable[[], None] | None) -> int:
         self._task = asyncio.current_task()
-        _listener.set(self)
-        return await main
+        _leaving.set(self)
+        if parent_ended is None:
+            return await main()
+        transport, watcher = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: _StandardInput(parent_ended), sys.stdin
+        )
+        try:
+            return await main()
+        finally:
+            watcher.at_end = None
+            transport.close()
 
-    def leave(self, reason: str) -> None:
+    def begin(self, reason: str) -> None:
         if self.waiting is None:
             if self._task is not None:
                 self._task.cancel()
@@ -97,30 +116,34 @@ class _Listener:
             self.waiting.set_result(reason)
 
 
-_listener: ContextVar[_Listener] = ContextVar("listener")
+_leaving: ContextVar[_Leaving] = ContextVar("leaving")
 
 
-async def _with_parent(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
-    """Runs `main()`, and cancels it when standard input ends, also in the middle of starting."""
-    loop = asyncio.get_running_loop()
-    gone: asyncio.Future[str] = loop.create_future()
-    stop_watching = await _at_end_of_stdin(gone)
-    _stdin_is_watched.set(True)
-    work = asyncio.create_task(main())
-    try:
-        waiting: set[asyncio.Future[Any]] = {work, gone}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work})
-        return 0 if work.cancelled() else work.result()
-    finally:
-        stop_watching()
+class _StandardInput(asyncio.Protocol):
+    def __init__(self, at_end: Callable[[], None]) -> None:
+        self.at_end: Callable[[], None] | None = at_end
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.at_end is not None:
+            self.at_end()
+
+
+async def until_told_to_leave(*, tell_ready: Callable[[], None] | None = None) -> str:
+    """Wait until the command is told to leave, as `run` describes; return what told it, such as ``SIGTERM``.
+
+    `tell_ready` is called once this listens: a reader of what it prints may send a signal at once.
+    """
+    told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    if (leaving := _leaving.get(None)) is not None:
+        leaving.waiting = told
+    if tell_ready is not None:
+        tell_ready()
+    return await told
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of torch: they make no garbage, and looking for it takes a sixth of their time."""
+    """Import torch without the garbage collector: imports make no garbage, and the search takes a sixth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -128,6 +151,16 @@ def importing() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def spare_the_collector() -> None:
+    """Leave all present objects out of later garbage collections, and make these rarer, in a program that has started.
+
+    PyTorch alone brings 350,000 objects: a search through them stops the loop for 0.2 to 1 s. Calls leave no cycles
+    behind, so the collector has little to do. It belongs to the process: a library must not do this.
+    """
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -142,48 +175,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
-def spare_the_collector() -> None:
-    """Leaves all that lives now out of later garbage collections, and makes them rarer. For a program that has started.
-
-    PyTorch alone brings 350,000 objects: looking through them stops the loop for 0.2 to 1 s each time. Calls leave no
-    cycles behind, so that the collector has little to do. It is the process's own: no library may do this.
-    """
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
-
-
-async def until_told_to_leave(*, watch_stdin: bool = False, tell_ready: Callable[[], None] | None = None) -> str:
-    """Waits for SIGINT, SIGTERM, SIGHUP, or (with `watch_stdin`) the end of standard input; says which it was.
-
-    `tell_ready` is called as soon as it listens: whoever is told may send a signal in the same moment.
-    The end of standard input is how a process notices that the one that started it is gone, however it died.
-    Signals reach it in a `main` that `run` runs; later ones are handled as said there.
-    """
-    told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    if (listener := _listener.get(None)) is not None:
-        listener.waiting = told
-    stop_watching = await _at_end_of_stdin(told) if watch_stdin and not _stdin_is_watched.get() else None
-    try:
-        if tell_ready is not None:
-            tell_ready()
-        return await told
-    finally:
-        if stop_watching is not None:
-            stop_watching()
-
-
-async def _at_end_of_stdin(told: asyncio.Future[str]) -> Callable[[], None]:
-    class Watcher(asyncio.Protocol):
-        def connection_lost(self, error: Exception | None) -> None:
-            if not told.done():
-                told.set_result("the end of standard input")
-
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(Watcher, sys.stdin)
-    return transport.close
-
-
-def say(event: str, **facts: Any) -> None:
-    """One line of JSON on standard output, for programs. People read standard error."""
+def say(event: str, **facts: object) -> None:
+    """Print one line of JSON on standard output, for programs. People read standard error."""
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
@@ -202,11 +195,35 @@ class JsonLines(logging.Formatter):
         return json.dumps(facts)
 
 
-def set_up_logging(*, verbose: bool) -> None:
-    """Logs to standard error: what went wrong, and with `verbose` also what went on; in the form of `--log-format`."""
-    context = click.get_current_context(silent=True)
-    form = context.meta.get(LOG_FORMAT, "text") if context is not None else "text"
+def set_up_logging(*, verbose: bool = False, log_format: str = "text") -> None:
+    """Log warnings to standard error, with `verbose` also what goes on; `log_format` is ``text`` or ``json``."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonLines() if form == "json" else text)
+    handler.setFormatter(JsonLines() if log_format == "json" else text)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, *, total: float) -> Iterator[Callable[[float], None]]:
+    """Draw a bar on standard error where that is a terminal. Yields the function that says how much more is done."""
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+@contextlib.contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """Draw a moving sign on standard error, where that is a terminal, while something takes an unknown time."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tesseract_async.cli.options import enter, join, joining_options, patterns_argument, run_option, visiting_node
-from tesseract_async.cli.running import run, set_up_logging, until_told_to_leave
-from tesseract_async.cli.units import Number, counted
-from tesseract_async.cli.waiting import sign
+from tesseract_async.cli.options import Visit, enter, patterns_argument, run_option, visit_options
+from tesseract_async.cli.running import asynchronous, spinner, until_told_to_leave
+from tesseract_async.cli.swarm_picture import draw, signs_for
+from tesseract_async.cli.types import seconds
 
 try:
     import termios
@@ -28,123 +25,95 @@ except ImportError:  # Windows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.text import Text
 
-MAX_ROWS = 64
-"""Of a grid, where the terminal's height is nobody's business."""
-MAX_EVENTS = 8
-SIGNS = {"alive": "●", "some": "◐", "silent": "○", "lost": "x", "nobody": "·"}
-ASCII_SIGNS = {"alive": "o", "some": "-", "silent": "?", "lost": "x", "nobody": "."}
+    from tesseract_async.experts import ExpertPattern
+
 MAX_LOOKS = 4
-"""That `--once` takes until it has met a server."""
-COLUMNS = {
-    **{"peer": 8, "path": 20, "round trip": 10, "experts": 7, "calls/s": 8, "rows/s": 9, "steps/s": 8, "load": 4},
-    **{"waiting": 7, "answered": 9},
-}
-"""Of the table of peers, with the width that each wants."""
-LEFT_OUT = ("waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
-"""Where the terminal is too narrow, one after the other; never whose line it is, nor the path."""
-COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
+"""How often `--once` looks at most until it has met a server."""
 
 
 @click.command("top")
 @patterns_argument
-@joining_options
+@visit_options
 @run_option
-@click.option("--period", default=2.0, show_default=True, type=Number(0.1, 86400), help="Seconds between two looks.")
-@click.option("--once", is_flag=True, help="Look twice (rates need two looks), print, and end.")
-@click.option("--json", "as_json", is_flag=True, help="With --once: print everything as one line of JSON.")
-def command(
-    patterns: tuple[str, ...],
-    initial_peers: tuple[str, ...],
-    identity: str | None,
-    verbose: bool,
+@click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look once in this many seconds.")
+@click.option("--once", is_flag=True, help="Print one picture and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs; needs --once.")
+@asynchronous
+async def command(
+    *,
+    patterns: tuple[ExpertPattern, ...],
+    visit: Visit,
     run_name: str | None,
     period: float,
     once: bool,
     as_json: bool,
-) -> None:
-    """Show the swarm live in the terminal: experts on their grids, versions, load, servers and paths, what happened.
+) -> int:
+    """Show the swarm live in the terminal: experts on their grids, servers, load, and recent events.
 
-    PATTERNS say which grids to show, such as 'ffn.[0:16].[0:16]'; without any, what the servers nearby host is shown.
-    Grids that are larger than the terminal are drawn in blocks. Ctrl-C or q ends it.
+    PATTERNS name the grids to show, such as 'ffn.[0:16].[0:16]'; without any, the picture shows what nearby servers
+    host. Grids that are larger than the terminal are drawn in blocks. Ctrl-C or q ends it.
     """
     if as_json and not once:
         raise click.UsageError("--json goes with --once")
-    set_up_logging(verbose=verbose)
 
-    async def main() -> int:
-        from rich.console import Console
-        from rich.live import Live
+    from rich.console import Console
+    from rich.live import Live
 
-        from tesseract_async.experts import ExpertPattern
-        from tesseract_async.monitoring import SwarmObserver
+    from tesseract_async.monitoring import SwarmObserver
 
-        node = visiting_node(initial_peers, identity, refresh_period=period)
-        chosen = [ExpertPattern.parse(text) for text in patterns]
-        console = Console()
-        signs, is_dumb = _signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal
-        async with node:
-            await join(node)
-            grid = await enter(node, run_name)
-            observer = SwarmObserver(node, patterns=chosen or grid, period=period)
-            if once:
-                with sign("looking"):
-                    for _ in range(MAX_LOOKS):  # who just joined may not know everybody yet
-                        await observer.look()
-                        if observer.peers:
-                            break
-                        await asyncio.sleep(0.2)
-                    # a second look shows how they are, a third one how fast
-                    for pause in (min(period, 1.0), 0.0):
-                        await observer.look()
-                        await asyncio.sleep(pause)
-                if as_json:
-                    click.echo(json.dumps(observer.state()))
-                else:
-                    console.print(draw(observer.state(), console.width, signs=signs))
-                return 0
-            async with observer:
+    console = Console()
+    signs, is_dumb = signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal
+    async with visit.node(refresh_period=period) as node:
+        grid = await enter(node, run_name)
+        observer = SwarmObserver(node, patterns=list(patterns) or grid, period=period)
+        if once:
+            with spinner("looking"):
+                for _ in range(MAX_LOOKS):  # a node that just joined may not know everybody yet
+                    await observer.look()
+                    if observer.peers:
+                        break
+                    await asyncio.sleep(0.2)
+                # the second look shows how they are, the third one how fast
+                for pause in (min(period, 1.0), 0.0):
+                    await observer.look()
+                    await asyncio.sleep(pause)
+            if as_json:
+                click.echo(json.dumps(observer.state()))
+            else:
+                console.print(draw(observer.state(), console.width, signs=signs))
+            return 0
+        async with observer:
 
-                def frame() -> RenderableType:
-                    height = console.height if console.is_terminal else None
-                    return draw(observer.state(), console.width, height, signs=signs)
+            def frame() -> RenderableType:
+                height = console.height if console.is_terminal else None
+                return draw(observer.state(), console.width, height, signs=signs)
 
-                leaving = asyncio.create_task(until_told_to_leave())
-                await asyncio.sleep(0)  # it listens before anything is shown
-                with (
-                    _keys("q", leaving.cancel),
-                    Live(
-                        None if is_dumb else frame(),
-                        console=console,
-                        screen=console.is_terminal and not is_dumb,
-                        auto_refresh=False,
-                    ) as live,
-                ):
-                    while not leaving.done():
-                        changed = asyncio.create_task(observer.wait_changed())
-                        await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
-                        changed.cancel()
-                        if is_dumb:  # it can only write on
-                            console.print(frame())
-                        else:
-                            live.update(frame(), refresh=True)
-        return 0
-
-    run(main)
-
-
-def _signs_for(encoding: str) -> dict[str, str]:
-    try:
-        "".join(SIGNS.values()).encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return ASCII_SIGNS
-    return SIGNS
+            leaving = asyncio.create_task(until_told_to_leave())
+            await asyncio.sleep(0)  # it must listen before anything is shown
+            with (
+                _keys("q", leaving.cancel),
+                Live(
+                    None if is_dumb else frame(),
+                    console=console,
+                    screen=console.is_terminal and not is_dumb,
+                    auto_refresh=False,
+                ) as live,
+            ):
+                while not leaving.done():
+                    changed = asyncio.create_task(observer.wait_changed())
+                    await asyncio.wait({leaving, changed}, return_when=asyncio.FIRST_COMPLETED)
+                    changed.cancel()
+                    if is_dumb:  # it cannot go back
+                        console.print(frame())
+                    else:
+                        live.update(frame(), refresh=True)
+    return 0
 
 
 @contextlib.contextmanager
 def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
-    """Inside, calls `pressed` when one of the `wanted` keys is pressed, where there is a keyboard."""
+    """Call `pressed` when one of the `wanted` keys is pressed, where there is a keyboard."""
     if termios is None or not sys.stdin.isatty() or os.tcgetpgrp(number := sys.stdin.fileno()) != os.getpgrp():
         yield
         return
@@ -157,7 +126,7 @@ def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
         if any(key in wanted for key in keys.decode(errors="replace").lower()):
             pressed()
 
-    tty.setcbreak(number, termios.TCSANOW)  # not a key that was pressed already is lost
+    tty.setcbreak(number, termios.TCSANOW)  # keeps a key that was pressed already
     loop.add_reader(number, read)
     try:
         yield
@@ -165,183 +134,3 @@ def _keys(wanted: str, pressed: Callable[[], object]) -> Iterator[None]:
         loop.remove_reader(number)
         with contextlib.suppress(termios.error):
             termios.tcsetattr(number, termios.TCSADRAIN, before)
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """How many lines each part of a frame gets, or how many of its things are shown."""
-
-    grids: int
-    grid_lines: int
-    peers: int
-    trainers: int
-    events: int
-
-    @classmethod
-    def divide(cls, state: dict[str, Any], height: int | None) -> _Room:
-        """Servers, legend and events stay in sight however large the grids are."""
-        num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
-        if height is None:
-            return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
-        # the head, and a blank line, a head and a word about the rest of each part
-        left = height - 5 - (num_trainers > 0)
-        trainers = min(num_trainers, max(1, left // 8))
-        events = max(1, min(MAX_EVENTS, left // 5))
-        peers = max(1, min(num_peers, left // 5))
-        left -= trainers + events + peers + (peers < num_peers)
-        grids = max(1, min(num_grids, left // 5))
-        left -= grids < num_grids
-        return cls(grids, max(1, left // grids - 3), peers, trainers, events)
-
-
-def draw(
-    state: dict[str, Any], width: int = 120, height: int | None = None, *, signs: dict[str, str] = SIGNS
-) -> RenderableType:
-    """One frame of what `SwarmObserver.state` says, on a terminal of so many columns and lines."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    totals, room = state["totals"], _Room.divide(state, height)
-    experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
-    head = Text.assemble(
-        ("tesseract top", "bold"),
-        f"   {experts} on {servers}"
-        f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
-        f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
-        f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
-        no_wrap=height is not None,
-        overflow="ellipsis",
-    )
-    parts: list[RenderableType] = [head]
-    for grid in state["grids"][: room.grids]:
-        parts += [Text(), _describe_grid(grid), _draw_grid(grid, state["peers"], width, room.grid_lines, signs)]
-    parts += _and_more(len(state["grids"]) - room.grids, "grid")
-    if not state["grids"]:
-        parts += [
-            Text(),
-            Text("No public node nearby hosts experts. Servers behind routers are found by the name of their grid:"),
-            Text(f"tesseract top 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
-            Text("Nobody serves yet? Start a server (on another computer with --host 0.0.0.0):"),
-            Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
-        ]
-        return Group(*parts)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    left_out: set[str] = set()
-    for column in LEFT_OUT:
-        if 2 * (len(COLUMNS) - len(left_out)) + sum(COLUMNS[one] for one in COLUMNS.keys() - left_out) <= width:
-            break
-        left_out.add(column)
-    shown = [column for column in COLUMNS if column not in left_out]
-    for column in shown:
-        left = column in ("peer", "path")
-        fold = column == "path" and height is None
-        table.add_column(
-            column, justify="left" if left else "right", no_wrap=not fold, overflow="fold" if fold else "ellipsis"
-        )
-    for peer in state["peers"][: room.peers]:
-        waiting = peer["waiting_rows"]
-        cells: dict[str, str | Text] = {
-            "peer": Text(peer["short"], style=_colour(peer)),
-            "path": Text(peer["error"] or peer["path"] or "-"),
-            "round trip": "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
-            "experts": str(peer["num_experts"]),
-            "calls/s": f"{peer['calls_per_second']:,.1f}",
-            "rows/s": f"{peer['rows_per_second']:,.0f}",
-            "steps/s": f"{peer['steps_per_second']:,.1f}",
-            "load": f"{peer['busy']:.0%}",
-            "waiting": "-" if waiting is None else str(waiting),
-            "answered": "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
-        }
-        table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
-    parts += [Text(), table, *_and_more(len(state["peers"]) - room.peers, "server")]
-    trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
-    if trainers:
-        parts += [Text(), Text("\n".join(trainers[: room.trainers]))]
-    lines = "\n".join(f"{_clock(when)}  {sentence}" for when, sentence, _ in state["log"][-room.events :])
-    return Group(*parts, Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis"))
-
-
-def _and_more(number: int, noun: str) -> list[RenderableType]:
-    from rich.text import Text
-
-    return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
-
-
-def _clock(when: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(when))
-
-
-def _colour(peer: dict[str, Any]) -> str:
-    return COLOURS[peer["number"] % len(COLOURS)]
-
-
-def _describe_grid(grid: dict[str, Any]) -> Text:
-    """``ffn  4x4  16 alive, versions 10 to 12, ...``: what the signs below do not say."""
-    from rich.text import Text
-
-    facts = [f"{len(grid['experts'])} alive"]
-    facts += [f"{len(grid['lost'])} lost"] if grid["lost"] else []
-    versions = [version for _, _, _, version, *_ in grid["experts"] if version is not None]
-    if versions:
-        low, high = min(versions), max(versions)
-        facts.append(f"version {low}" if low == high else f"versions {low} to {high}")
-    replicas = [number for _, _, number, *_ in grid["experts"]]
-    if max(replicas, default=1) > 1:
-        facts.append(f"{sum(replicas)} replicas, the slowest {max(cell[5] for cell in grid['experts'])} steps behind")
-    size = "x".join(map(str, grid["size"]))
-    return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
-
-
-def _draw_grid(
-    grid: dict[str, Any], peers: list[dict[str, Any]], width: int, height: int, signs: dict[str, str]
-) -> RenderableType:
-    """A sign for each expert, or for each block of them where they are more than fit."""
-    from rich.text import Text
-
-    size = grid["size"]
-    rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
-    down, across = math.ceil(rows / height), math.ceil(columns / width)
-
-    def place(coords: list[int]) -> tuple[int, int]:
-        row, column = (coords[0], 0) if len(size) > 1 else (0, coords[0])
-        for dimension, at in list(enumerate(coords))[1:]:
-            column = column * size[dimension] + at
-        return row // down, column // across
-
-    # different signs, not colours alone: terminals and eyes differ
-    blocks: dict[tuple[int, int], list[tuple[str, str]]] = {}
-    for coords in grid["lost"]:
-        blocks.setdefault(place(coords), []).append(("lost", "red"))
-    for coords, host, *_ in grid["experts"]:
-        peer = peers[host] if 0 <= host < len(peers) else None
-        silent = peer is not None and peer["error"]
-        cell = ("silent", "red") if silent else ("alive", "white" if peer is None else _colour(peer))
-        blocks.setdefault(place(coords), []).append(cell)
-    sheet = Text()
-    for row in range(math.ceil(rows / down)):
-        for column in range(math.ceil(columns / across)):
-            full = min(down, rows - row * down) * min(across, columns - column * across)
-            kind, style = _sign_of(blocks.get((row, column), []), full)
-            sheet.append(signs[kind], style=style)
-            sheet.append(" " if 2 * columns <= min(width, MAX_ROWS) else "")
-        sheet.append("\n")
-    if down * across == 1:
-        legend = "{alive} alive  {silent} its server does not answer  {lost} lost  {nobody} nobody yet"
-    else:
-        legend = "each {size}: {alive} alive  {some} some  {silent} silent  {lost} lost  {nobody} nobody"
-    sheet.append(legend.format(size=f"{down}x{across}", **signs), style="dim")
-    return sheet
-
-
-def _sign_of(cells: list[tuple[str, str]], full: int) -> tuple[str, str]:
-    """What a block of so many places is, and in which colour."""
-    if not cells:
-        return "nobody", "dim"
-    kinds, styles = {kind for kind, _ in cells}, {style for _, style in cells}
-    style = "red" if "red" in styles and kinds != {"alive"} else styles.pop() if len(styles) == 1 else "white"
-    if kinds == {"alive"} and len(cells) == full:
-        return "alive", style
-    if "alive" in kinds:
-        return "some", style
-    return ("silent" if "silent" in kinds else "lost"), style

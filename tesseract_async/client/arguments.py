@@ -1,16 +1,25 @@
-"""A call's arguments as they are when it is made: what is changed in place later is noticed, or was copied."""
+"""A call's arguments as they are when it is made: later changes in place are noticed, or do not reach a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from tesseract_async.client.expert_rpc import CallMode, ExpertSchema
+from tesseract_async.errors import SchemaMismatch
+from tesseract_async.wire.tensors import Schema, flatten, flatten_like, sequence_like
 
 _CHANGED = (
     "an input of a remote call was changed in place while the call was under way: await the call first, or give it a "
     "copy (x.clone())"
 )
+
+
+Structure = Any
+"""Tensors in nested tuples, lists and dicts, as the expert's schema has them."""
 
 
 class Versions:
@@ -29,7 +38,68 @@ class Versions:
             raise RuntimeError(_CHANGED)
 
 
-def arguments_now(structure: Any) -> tuple[Any, Versions]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Arguments:
+    """The arguments of one call and the modes in which it was made."""
+
+    args: tuple[Structure, ...]
+    kwargs: Mapping[str, Structure]
+    versions: Versions
+    mode: CallMode
+    casts: bool
+    """Autocast is on: floating-point tensors are cast to the schema's dtypes."""
+
+    @classmethod
+    def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> Arguments:
+        """Read grad mode and autocast, draw a seed if `training`, and hold the arguments (see `arguments_now`)."""
+        (taken, keywords), versions = arguments_now((args, kwargs))
+        mode = CallMode(training, draw_seed() if training else 0, torch.is_grad_enabled())
+        return cls(taken, keywords, versions, mode, under_autocast((taken, keywords)))
+
+    def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor]:
+        """The tensors in the order of `schema`. Raises: SchemaMismatch, which names `what`; TypeError."""
+        given = self.args, self.kwargs
+        if self.casts:
+            with torch.set_grad_enabled(self.mode.differentiable):
+                given = _cast_to(schema.args, self.args), _cast_to(schema.kwargs, self.kwargs)
+        return flatten_like(schema.inputs, given, what=what)
+
+    def fits(self, schema: ExpertSchema) -> bool:
+        """Return whether `fit` raises no SchemaMismatch."""
+        try:
+            self.fit(schema, "")
+        except SchemaMismatch:
+            return False
+        return True
+
+
+def draw_seed() -> int:
+    """A seed for one call's random numbers, drawn from torch's generator of the CPU: `torch.manual_seed`,
+    `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to local one."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
+
+
+def under_autocast(structure: Structure) -> bool:
+    """Return whether autocast is on where the structure's tensors are."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return False
+    devices = {leaf.device.type for leaf in flatten(structure) if isinstance(leaf, torch.Tensor)}
+    return any(torch.is_autocast_enabled(device) for device in devices)
+
+
+def _cast_to(schema: Schema, value: Structure) -> Structure:
+    """`value` with its floating-point tensors in the schema's dtypes; what does not fit is left for the check."""
+    if isinstance(schema, dict) and isinstance(value, Mapping):
+        return {key: _cast_to(schema[key], item) if key in schema else item for key, item in value.items()}
+    if isinstance(schema, tuple | list) and isinstance(value, tuple | list) and len(schema) == len(value):
+        return sequence_like(value, [_cast_to(part, item) for part, item in zip(schema, value, strict=True)])
+    both = isinstance(value, torch.Tensor) and not isinstance(schema, tuple | list | dict)
+    if both and value.is_floating_point() and schema.dtype.is_floating_point:
+        return value.to(schema.dtype)
+    return value
+
+
+def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
     """The structure in plain tuples, lists and dicts of its own, and its tensors' versions, for a check after use.
 
     Copied, in the caller's grad mode, is what may change without another version (inference tensors, memory shared with
@@ -39,7 +109,7 @@ def arguments_now(structure: Any) -> tuple[Any, Versions]:
     return _taken(structure, versions), versions
 
 
-def _taken(value: Any, versions: Versions) -> Any:
+def _taken(value: Structure, versions: Versions) -> Structure:
     if isinstance(value, torch.Tensor):
         if _may_change_unseen(value):
             return value.clone()

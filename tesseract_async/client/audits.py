@@ -15,17 +15,19 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
-from typing import Any, Final
+from typing import Final
 
 import torch
 
-from tesseract_async.client.expert_calls import Answer, Forward, call_forward
+from tesseract_async.client.expert_rpc import Forward, Receipt, call_forward
 from tesseract_async.client.ports import Node
 from tesseract_async.errors import TesseractError
+from tesseract_async.identity import PeerID
+from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire.codecs import settle
 
 logger = logging.getLogger(__name__)
@@ -63,12 +65,12 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AuditFinding:
     """Evidence of one audit that found a difference."""
 
     verdict: Verdict
     uid: str
-    peers: tuple[Any, ...]
+    peers: tuple[PeerID | None, ...]
     """Peer ids: the one that was caught, or both of a dispute."""
     version: int
     seed: int
@@ -82,21 +84,20 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    node: Node
     forward: Forward
-    peer: Any
+    receipt: Receipt
     inputs: Outputs
     outputs: Outputs
-    version: int
-    num_bytes: int
+    timeout: float
 
 
 class Audits:
     """Makes the forwards of one node's experts, and audits as many as their options say."""
 
-    def __init__(self, *, random: Random | None = None) -> None:
+    def __init__(self, node: Node, *, random: Random | None = None) -> None:
+        self._node = node
         self.outcomes: Counter[Verdict] = Counter()
-        self.findings: deque[Finding] = deque(maxlen=MAX_FINDINGS)
+        self.findings: deque[AuditFinding] = deque(maxlen=MAX_FINDINGS)
         """The latest differences, the newest last."""
         self._random = random or Random()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,22 +105,13 @@ class Audits:
         self._unrepeatable: set[tuple[str, bool]] = set()
         self._closes = False
 
-    def forward(
-        self, node: Node, forward: Forward, peer: Any, inputs: Outputs, *, timeout: float
-    ) -> Awaitable[tuple[list[torch.Tensor], Answer]]:
-        """`call_forward`, of which a share is audited in the background."""
-        if not forward.options.audit_share:
-            return call_forward(node, forward, peer, inputs, timeout=timeout)
-        return self._forward(node, forward, peer, inputs, timeout)
-
-    async def _forward(
-        self, node: Node, forward: Forward, peer: Any, inputs: Outputs, timeout: float
-    ) -> tuple[list[torch.Tensor], Answer]:
-        outputs, answer = await call_forward(node, forward, peer, inputs, timeout=timeout)
-        share = forward.options.audit_share
-        if self._random.random() < share and (forward.uid, forward.training) not in self._unrepeatable:
-            self._begin(node, forward, peer, inputs, outputs, answer.version)
-        return outputs, answer
+    def consider(
+        self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float
+    ) -> None:
+        """Audit this answer in the background with the probability that its options name."""
+        if self._random.random() < forward.options.audit_share:
+            if (forward.uid, forward.mode.training) not in self._unrepeatable:
+                self._begin(forward, receipt, inputs, outputs, timeout)
 
     async def wait(self) -> None:
         """Returns once the audits under way have ended."""
@@ -132,17 +124,18 @@ class Audits:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, node: Node, forward: Forward, peer: Any, inputs: Outputs, outputs: Outputs, version: int) -> None:
+    def _begin(self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, timeout: float) -> None:
         num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
-            self._count(node, Verdict.SKIPPED)
+            self._count(Verdict.SKIPPED)
             return
         if not self._closes:
             self._closes = True
-            node.at_close(self.aclose)
+            self._node.at_close(self.aclose)
         # copies: the caller may change its tensors as soon as it has the answer
         copies = [[x.detach().clone() for x in tensors] for tensors in (inputs, outputs)]
-        sample = _Sample(node, forward._replace(differentiable=False), peer, copies[0], copies[1], version, num_bytes)
+        forward = forward._replace(mode=forward.mode._replace(differentiable=False))
+        sample = _Sample(forward, receipt, copies[0], copies[1], timeout)
         self._num_pending_bytes += num_bytes
         task = asyncio.get_running_loop().create_task(self._audit(sample), name=f"client: audit of {forward.uid}")
         self._tasks.add(task)
@@ -152,13 +145,13 @@ class Audits:
         self._tasks.discard(task)
         self._num_pending_bytes -= num_bytes
 
-    def _count(self, node: Node, verdict: Verdict) -> None:
+    def _count(self, verdict: Verdict) -> None:
         self.outcomes[verdict] += 1
-        node.metrics.count("audits", verdict=verdict.value)
+        self._node.metrics.count("audits", verdict=verdict.value)
 
     async def _audit(self, sample: _Sample) -> None:
-        others = [replica.peer for replica in sample.node.directory.known(sample.forward.uid)]
-        others = [peer for peer in others if _id(peer) != _id(sample.peer)]
+        others = [replica.peer for replica in self._node.directory.known(sample.forward.uid)]
+        others = [peer for peer in others if peer.peer_id != sample.receipt.peer.peer_id]
         self._random.shuffle(others)
         while others:
             other = others.pop()
@@ -167,18 +160,20 @@ class Audits:
                 verdict = Verdict.AGREED
                 if _differ(sample, theirs):
                     verdict = await self._decide(sample, other, theirs, others)
-                self._count(sample.node, verdict)
+                self._count(verdict)
                 return
-        self._count(sample.node, Verdict.UNCHECKED)
+        self._count(Verdict.UNCHECKED)
 
-    async def _decide(self, sample: _Sample, other: Any, theirs: Outputs, others: Sequence[Any]) -> Verdict:
+    async def _decide(
+        self, sample: _Sample, other: PeerAddress, theirs: Outputs, others: Sequence[PeerAddress]
+    ) -> Verdict:
         """Who of two is wrong: the one that contradicts itself, or else the one that a third one contradicts."""
-        again, theirs_again = await asyncio.gather(self._ask(sample, sample.peer), self._ask(sample, other))
+        again, theirs_again = await asyncio.gather(self._ask(sample, sample.receipt.peer), self._ask(sample, other))
         lies = again is not None and _differ(sample, again)
         they_lie = theirs_again is not None and deviation(theirs, theirs_again) > tolerance(sample.forward, theirs)
         if lies and they_lie:
             # nobody repeats itself: the module draws numbers of its own
-            self._unrepeatable.add((sample.forward.uid, sample.forward.training))
+            self._unrepeatable.add((sample.forward.uid, sample.forward.mode.training))
             return Verdict.UNREPEATABLE
         if not lies and not they_lie:
             for third in others:
@@ -190,32 +185,33 @@ class Audits:
                     if lies or they_lie:
                         break
         if lies or they_lie:
-            culprit = _id(sample.peer if lies else other)
+            culprit = (sample.receipt.peer if lies else other).peer_id
             self._note(Verdict.CAUGHT, sample, theirs, (culprit,))
-            sample.node.distrust(culprit, f"it answered wrongly for {sample.forward.uid}")
+            if culprit is not None:
+                self._node.distrust(culprit, f"it answered wrongly for {sample.forward.uid}")
             return Verdict.CAUGHT
-        if sample.forward.training and await self._agree_in_eval_mode(sample, other):
+        if sample.forward.mode.training and await self._agree_in_eval_mode(sample, other):
             # their random numbers differ, as those of a CPU and a GPU do: no sign of a lie
             self._unrepeatable.add((sample.forward.uid, True))
             return Verdict.UNREPEATABLE
-        self._note(Verdict.DISPUTED, sample, theirs, (_id(sample.peer), _id(other)))
+        self._note(Verdict.DISPUTED, sample, theirs, (sample.receipt.peer.peer_id, other.peer_id))
         return Verdict.DISPUTED
 
-    async def _agree_in_eval_mode(self, sample: _Sample, other: Any) -> bool:
-        forward = sample.forward._replace(training=False)
-        calm = _Sample(sample.node, forward, sample.peer, sample.inputs, sample.outputs, sample.version, 0)
-        ours, theirs = await asyncio.gather(self._ask(calm, sample.peer), self._ask(calm, other))
+    async def _agree_in_eval_mode(self, sample: _Sample, other: PeerAddress) -> bool:
+        forward = sample.forward._replace(mode=sample.forward.mode._replace(training=False))
+        calm = replace(sample, forward=forward)
+        ours, theirs = await asyncio.gather(self._ask(calm, sample.receipt.peer), self._ask(calm, other))
         return ours is not None and theirs is not None and deviation(ours, theirs) <= tolerance(forward, ours)
 
-    def _note(self, verdict: Verdict, sample: _Sample, theirs: Outputs, peers: tuple[Any, ...]) -> None:
+    def _note(self, verdict: Verdict, sample: _Sample, theirs: Outputs, peers: tuple[PeerID | None, ...]) -> None:
         forward = sample.forward
-        finding = Finding(
+        finding = AuditFinding(
             verdict,
             forward.uid,
             peers,
-            sample.version,
-            forward.seed,
-            forward.training,
+            sample.receipt.version,
+            forward.mode.seed,
+            forward.mode.training,
             deviation(sample.outputs, theirs),
             tolerance(forward, sample.outputs),
             time.time(),
@@ -224,21 +220,21 @@ class Audits:
         logger.warning(
             "audit of %s at version %d: %s %s; the answers differ by %.2g of their size",
             forward.uid,
-            sample.version,
-            " and ".join(str(getattr(peer, "short", peer)) for peer in peers),
+            sample.receipt.version,
+            " and ".join("an unknown peer" if peer is None else peer.short for peer in peers),
             "answered wrongly" if verdict is Verdict.CAUGHT else "contradict each other",
             finding.deviation,
         )
 
-    async def _ask(self, sample: _Sample, peer: Any) -> Outputs | None:
+    async def _ask(self, sample: _Sample, peer: PeerAddress) -> Outputs | None:
         """The answer of this peer to the same question, at the same version; None without one."""
         try:
-            outputs, answer = await call_forward(
-                sample.node, sample.forward, peer, sample.inputs, timeout=sample.forward.options.timeout
+            outputs, receipt = await call_forward(
+                self._node, sample.forward, peer, sample.inputs, timeout=sample.timeout
             )
         except (TesseractError, TimeoutError, RuntimeError):
             return None
-        return outputs if answer.version == sample.version else None
+        return outputs if receipt.version == sample.receipt.version else None
 
 
 def deviation(left: Outputs, right: Outputs) -> float:
@@ -270,7 +266,3 @@ def tolerance(forward: Forward, outputs: Outputs) -> float:
 
 def _differ(sample: _Sample, answer: Outputs) -> bool:
     return deviation(sample.outputs, answer) > tolerance(sample.forward, sample.outputs)
-
-
-def _id(peer: Any) -> Any:
-    return getattr(peer, "peer_id", peer)

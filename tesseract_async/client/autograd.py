@@ -81,7 +81,7 @@ class Remote(Protocol):
         """The outputs: fresh tensors, no views of each other."""
 
     async def backward(
-        self, inputs: Sequence[torch.Tensor], output_grads: Sequence[torch.Tensor | None]
+        self, inputs: Sequence[torch.Tensor], output_gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """One gradient per input, each of its input's shape and dtype, or None."""
 

@@ -21,7 +21,7 @@ from tesseract_async.client.ports import PlainCalls
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.network.network import Entry, StoreItem
+from tesseract_async.network.entries import Entry, StoreItem
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import index
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
-from tesseract_async.client.beam_search import expert_scores
-from tesseract_async.client.expert_calls import ExpertSchema, check_max_staleness
+from tesseract_async.client.dispatch import ForwardDispatch
+from tesseract_async.client.experience import experience_of
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
-from tesseract_async.client.mixture_settings import MixtureSettings
-from tesseract_async.client.remote_expert import RemoteExpert, cast_to, draw_seed, under_autocast
+from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
+from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.client.routing import expert_scores, uid_at
+from tesseract_async.client.schema_vote import SchemaVote
+from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.experts.manifest import is_prefix
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten_like, sequence_like, unflatten
+from tesseract_async.wire.tensors import describe_schema, describe_structure, sequence_like, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixed:
-    """What one pass through a gate gave."""
+    """The result of one pass through a gate."""
 
     output: Any
     """As the experts' outputs are nested, each ``[rows, ...]``."""
@@ -63,47 +66,30 @@ class GatingFunction(nn.Module):
     Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learnt about experts.
     """
 
+    default_settings: ClassVar[MixtureSettings] = MixtureSettings()
+
     def __init__(
         self,
-        node: Any,
-        uid_prefix: str,
+        node: Node | PlainCalls,
         *,
+        uid_prefix: str,
         grid_size: Sequence[int],
         in_features: int,
         k_best: int = 4,
         k_min: int = 1,
-        spare: int = 1,
-        forward_timeout: float = 15.0,
-        timeout_after_k_min: float | None = None,
-        backward_timeout: float = 15.0,
-        backward_k_min: int = 0,
-        rescale_backward: bool = False,
-        patience: float | None = None,
-        refill: bool = True,
-        on_missing: Literal["raise", "zero"] = "raise",
         route: Literal["sample", "token"] = "sample",
-        search: Literal["exact", "beam"] = "exact",
-        load_balancing: bool = False,
-        latency_weight: float = 0.0,
-        jitter: float = 0.0,
-        capacity_factor: float | None = None,
-        priority: int = 0,
-        codec: str | Mapping[str, str] = "auto",
-        max_staleness: int | None = None,
-        audit_share: float = 0.0,
+        settings: MixtureSettings | None = None,
     ) -> None:
-        """Does no I/O. Arguments not named here: see `MixtureSettings`.
+        """Does no I/O.
 
         - `node`: a `TesseractNode`, or a `BackgroundNode`: then calls are plain, without ``await``.
         - `uid_prefix`, `grid_size`: the experts are ``uid_prefix.i.j...``, with ``0 <= i < grid_size[0]`` and so on.
         - `in_features`: the size of the last dimension of what is scored.
-        - `route`: whether a sequence goes to its experts as one row (``"sample"``) or each token as its own.
-        - `search`: ``"exact"`` reads the whole grid and keeps it fresh; ``"beam"`` asks the network about the best
-          cells of each batch, for grids too large to hold, and does as ``"exact"`` where few of these cells are hosted.
-        - `load_balancing`: whether each pass computes a load-balancing loss (see `load_balancing_loss`).
-        - `jitter`: in training mode, what is scored is multiplied by a random factor in ``[1 - jitter, 1 + jitter]``.
+        - `k_best`: experts asked for each row. `k_min`: answers that a row needs.
+        - `route`: a sequence goes to its experts as one row (``"sample"``), or each token as its own.
+        - `settings`: everything else; None: `default_settings`.
 
-        Raises: ValueError or TypeError for a prefix, a grid, a number or a time-out that makes no sense.
+        Raises: ValueError or TypeError for a prefix, a grid or a number that makes no sense.
         """
         super().__init__()
         self.uid_prefix = uid_prefix
@@ -114,39 +100,35 @@ class GatingFunction(nn.Module):
             raise ValueError(f"a grid has at least one dimension, and every size is positive: {self.grid_size}")
         if in_features < 1:
             raise ValueError(f"in_features is a positive number, not {in_features}")
-        if route not in ("sample", "token") or search not in ("exact", "beam"):
-            raise ValueError(f"route is 'sample' or 'token', search 'exact' or 'beam'; not {route!r} and {search!r}")
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter lies in [0, 1), not at {jitter}")
-        self.settings = MixtureSettings(
-            k_best=k_best,
-            k_min=k_min,
-            spare=spare,
-            forward_timeout=forward_timeout,
-            timeout_after_k_min=timeout_after_k_min,
-            backward_timeout=backward_timeout,
-            backward_k_min=backward_k_min,
-            rescale_backward=rescale_backward,
-            patience=patience,
-            refill=refill,
-            on_missing=on_missing,
-            capacity_factor=capacity_factor,
-            latency_weight=latency_weight,
-            priority=priority,
-            codec=codec,
-            max_staleness=max_staleness,
-            audit_share=audit_share,
-        )
-        self._eval_staleness: int | None = None
+        if route not in ("sample", "token"):
+            raise ValueError(f"route is 'sample' or 'token', not {route!r}")
+        self.settings = settings = self.default_settings if settings is None else settings
+        if type(k_best) is not int or k_best < 1:
+            raise ValueError(f"k_best is a whole number of at least 1, not {k_best!r}")
+        for name, number in (("k_min", k_min), ("backward_k_min", settings.backward_k_min)):
+            if type(number) is not int or not 0 <= number <= k_best:
+                raise ValueError(f"{name} is a whole number between 0 and k_best={k_best}, not {number!r}")
+        self.k_best = k_best
+        self.k_min = k_min
         self.route = route
-        self.search = search
-        self.load_balancing = load_balancing
-        self.jitter = jitter
+        self._eval_staleness: int | None = None
         with torch.inference_mode(False):  # a gate made inside such a block can be trained outside of it
             self.proj = nn.Linear(in_features, sum(self.grid_size))
         self.load_balancing_loss: torch.Tensor | None = None
-        """Of the latest pass that ended, if `load_balancing` is on. With several passes under way, use `mix`."""
-        self._search = GridSearch(node, uid_prefix, self.grid_size, k_best=k_best, timeout=forward_timeout)
+        """Of the latest pass that ended, if the settings ask for it. With several passes under way, use `mix`."""
+        self._node = node
+        self._experience = experience_of(node)
+        self._search = GridSearch(
+            self._experience,
+            uid_prefix,
+            self.grid_size,
+            k_best=k_best,
+            timeout=settings.forward_timeout,
+            search=settings.search,
+            latency_weight=settings.latency_weight,
+        )
+        self._schemas = SchemaVote(self._experience, timeout=settings.forward_timeout)
+        self._experts = ChosenExperts()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies no tensor that has a graph
@@ -154,24 +136,25 @@ class GatingFunction(nn.Module):
 
     def extra_repr(self) -> str:
         """Prefix and grid, for ``repr``."""
-        return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.settings.k_best}"
+        return f"{self.uid_prefix}, grid_size={self.grid_size}, k_best={self.k_best}"
 
     @uncompiled
     def choose(self, x: torch.Tensor) -> Any:
-        """For each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
+        """Return for each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
         A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if nobody lives.
         """
-        self._search.check()
+        check_running(self._node)
         with torch.no_grad():
             scores_RS = self._scores(self._rows((x,))[0][0])
-        chosen = self._choose(scores_RS, self._settings_now(), self.training)
-        return self._search.deliver(isolated(chosen, modes=NO_GRAD))
+        return deliver(
+            self._node, isolated(self._choose(scores_RS, self._settings_now(), self.training), modes=NO_GRAD)
+        )
 
     @property
     def audits(self) -> Audits:
         """What audits of this node's calls have found."""
-        return self._search.audits
+        return self._experience.audits
 
     def eval(self, *, max_staleness: int | None = None) -> Self:
         """Evaluation mode, as of any module. `max_staleness`: what holds in it, until `eval` is called again; None:
@@ -183,7 +166,7 @@ class GatingFunction(nn.Module):
     def _settings_now(self) -> MixtureSettings:
         if self.training or self._eval_staleness is None:
             return self.settings
-        return replace(self.settings, max_staleness=self._eval_staleness)
+        return replace(self.settings, calls=replace(self.settings.calls, max_staleness=self._eval_staleness))
 
     @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -202,16 +185,16 @@ class GatingFunction(nn.Module):
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema or
         their answers are not floating-point; NotEnoughExperts, which lists who failed and why.
         """
-        return self._search.deliver(isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
+        return deliver(self._node, isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
     @uncompiled
     def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
-        return self._search.deliver(self._start(x, args, kwargs))
+        return deliver(self._node, self._start(x, args, kwargs))
 
     # ---------------------------------------------------------------------------------------------- what is scored
 
-    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    def _rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
         """Arguments and keyword arguments with one routed row per line, and the shape that lines came from."""
         x = args[0]
         if not isinstance(x, torch.Tensor):
@@ -222,28 +205,28 @@ class GatingFunction(nn.Module):
             raise SchemaMismatch(f"the gate {self.uid_prefix} takes {wanted}; got {describe_structure((x,))}")
         if x.dim() == 2 or self.route == "sample":
             return args, kwargs or {}, None
-        lead = x.shape[:-1]
+        leading = x.shape[:-1]
 
         def flat(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                if value.shape[: len(lead)] != lead:
+                if value.shape[: len(leading)] != leading:
                     raise SchemaMismatch(
-                        f"routed by token, all arguments start with {tuple(lead)}; got {describe_structure(value)}"
+                        f"routed by token, all arguments start with {tuple(leading)}; got {describe_structure(value)}"
                     )
-                return value.flatten(0, len(lead) - 1)
+                return value.flatten(0, len(leading) - 1)
             if isinstance(value, tuple | list):
                 return sequence_like(value, map(flat, value))
             if isinstance(value, Mapping):
                 return {key: flat(item) for key, item in value.items()}
             return value
 
-        return flat(args), flat(kwargs or {}), lead
+        return flat(args), flat(kwargs or {}), leading
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, sum(grid_size)]``, in the graph, at least float32."""
         pooled = x if x.dim() == 2 else x.flatten(1, -2).mean(1)
-        if self.training and self.jitter:
-            pooled = pooled * (1 + self.jitter * (2 * torch.rand_like(pooled) - 1))
+        if self.training and self.settings.jitter:
+            pooled = pooled * (1 + self.settings.jitter * (2 * torch.rand_like(pooled) - 1))
         scores_RS: torch.Tensor = self.proj(pooled)
         return scores_RS if scores_RS.dtype == torch.float64 else scores_RS.float()
 
@@ -253,35 +236,25 @@ class GatingFunction(nn.Module):
         self, scores_RS: torch.Tensor, settings: MixtureSettings, training: bool
     ) -> list[list[RemoteExpert]]:
         scores_RS = _sound(scores_RS)
-        view = await self._search.view(scores_RS, beam=self.search == "beam")
-        if len(scores_RS) and not len(view.coords):
+        candidates = await self._search.candidates(scores_RS)
+        if len(scores_RS) and not len(candidates):
             raise NotEnoughExperts(1, len(scores_RS), {})
-        bias_N = self._search.bias(view, settings.latency_weight)
-        best_RK = self._search.grid(view).top_k(scores_RS, settings.k_best, bias_N=bias_N)
-        return self._search.experts(view, best_RK.numpy(), options=settings.call_options, training=training)
+        best_RK = candidates.grid.top_k(scores_RS, self.k_best, bias_N=candidates.bias_N)
+        experts = {
+            expert: self._experts.expert(self, candidates.coords(expert), training, settings)
+            for expert in set(best_RK.flatten().tolist())
+        }
+        return [[experts[expert] for expert in row] for row in best_RK.tolist()]
 
     def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
-        self._search.check()
-        (args, kwargs), versions = arguments_now(((x, *args), kwargs))
-        rows, kwrows, lead = self._rows(args, kwargs)
+        check_running(self._node)
+        arguments = Arguments.now((x, *args), kwargs, training=self.training)
+        rows, keyword_rows, leading_shape = self._rows(arguments.args, arguments.kwargs)
+        arguments = replace(arguments, args=rows, kwargs=keyword_rows)
         scores_RS = self._scores(rows[0])
-        seed = draw_seed() if self.training else 0
-        casts = under_autocast((rows, kwrows))
-        mixed = self._mix(
-            scores_RS,
-            rows,
-            kwrows,
-            versions,
-            lead,
-            torch.is_grad_enabled(),
-            casts,
-            self.training,
-            seed,
-            self._settings_now(),
-        )
-        return isolated(mixed, modes=NO_GRAD)
+        return isolated(self._mix(scores_RS, arguments, leading_shape, self._settings_now()), modes=NO_GRAD)
 
     @staticmethod
     async def _output(mixed: Coroutine[Any, Any, Mixed]) -> Any:
@@ -290,69 +263,47 @@ class GatingFunction(nn.Module):
     async def _mix(
         self,
         scores_RS: torch.Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        versions: Versions,
-        lead: torch.Size | None,
-        differentiable: bool,
-        casts: bool,
-        training: bool,
-        seed: int,
+        arguments: Arguments,
+        leading_shape: torch.Size | None,
         settings: MixtureSettings,
     ) -> Mixed:
-        sound_RS = _sound(scores_RS)
-        view = await self._search.view(sound_RS, beam=self.search == "beam")
-
-        def fitting(schema: ExpertSchema) -> list[torch.Tensor]:
-            given = args, kwargs
-            if casts:
-                with torch.set_grad_enabled(differentiable):
-                    given = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
-            return flatten_like(schema.inputs, given, what=f"the grid {self.uid_prefix}")
-
-        schema = await self._search.schema(sound_RS, view, fitting)
+        sound_RS, mode = _sound(scores_RS), arguments.mode
+        candidates = await self._search.candidates(sound_RS)
+        schema = await self._schemas.schema(candidates, sound_RS, arguments)
         if not all(spec.dtype.is_floating_point or spec.dtype.is_complex for spec in schema.output_specs):
             raise SchemaMismatch(
                 f"the experts of {self.uid_prefix} answer {describe_schema(schema.outputs)}: a mixture averages, "
                 "which whole numbers can't bear; call the experts that `choose` gives"
             )
-        inputs = fitting(schema)
-        settle(schema.codecs, settings.call_options.codecs)  # raises before anybody is asked
-        call = MixtureCall(
-            self._search,
-            view,
-            self._search.grid(view),
-            prefix=self.uid_prefix,
-            schema=schema,
-            scores=sound_RS,
-            bias=partial(self._search.bias, weight=settings.latency_weight),
-            newcomers=partial(self._search.newcomers, beam=self.search == "beam"),
-            settings=settings,
-            training=training,
-            seed=seed,
-            differentiable=differentiable,
+        inputs = arguments.fit(schema, f"the grid {self.uid_prefix}")
+        settle(schema.codecs, settings.calls.codecs)  # raises before anybody is asked
+        patience = self._experience.patience("forward", settings)
+        dispatch = ForwardDispatch(
+            candidates, sound_RS, k_best=self.k_best, k_min=self.k_min, settings=settings, patience=patience
         )
+        call = MixtureCall(dispatch, self._search, schema=schema, mode=mode, settings=settings)
         try:
-            answers = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
+            answers = await remote_call(call, inputs, versions=arguments.versions, differentiable=mode.differentiable)
         finally:
-            self._search.learn(call)
+            self._search.learned.learn(dispatch, schema.row_bytes)
+            if not dispatch.answers and any(isinstance(e, SchemaMismatch) for e in dispatch.errors.values()):
+                self._schemas.known = None
         device, num_rows = scores_RS.device, len(scores_RS)
-        rows_L, experts_L = (index.to(device) for index in call.lines())
-        num_answers_R = torch.from_numpy(call.num_answers).to(device)
-        with torch.set_grad_enabled(differentiable):
-            columns_ND = call.grid.columns_ND.to(device)
+        rows_L, experts_L = (index.to(device) for index in dispatch.lines())
+        num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
+        with torch.set_grad_enabled(mode.differentiable):
+            columns_ND = dispatch.candidates.grid.columns_ND.to(device)
             scores_L = expert_scores(scores_RS, rows_L, experts_L, columns_ND)
-            weights_L = self._weights(scores_L, scores_RS, rows_L)
-            weights_L = weights_L * (num_answers_R >= settings.k_min)[rows_L]
+            weights_L = self._weights(scores_L, scores_RS, rows_L) * (num_answers_R >= self.k_min)[rows_L]
             call.weights = weights_L.detach().cpu()
             outputs = [_weighted_sum(weights_L, answer, rows_L, num_rows) for answer in answers]
-            if lead is not None:
-                outputs = [output.reshape(*lead, *output.shape[1:]) for output in outputs]
+            if leading_shape is not None:
+                outputs = [output.reshape(*leading_shape, *output.shape[1:]) for output in outputs]
             loss = None
-            if self.load_balancing:
-                loss = self._load_balancing_loss(scores_RS, columns_ND[call.chosen.to(device)])
+            if settings.load_balancing:
+                loss = self._load_balancing_loss(scores_RS, columns_ND[dispatch.chosen_RK.to(device)])
         self.load_balancing_loss = loss
-        return Mixed(unflatten(schema.outputs, outputs), num_answers_R, call.errors, call.versions(), loss)
+        return Mixed(unflatten(schema.outputs, outputs), num_answers_R, dispatch.errors, call.versions, loss)
 
     def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
         """Softmax over the experts that answered each row."""
@@ -383,59 +334,61 @@ class SwitchGatingFunction(GatingFunction):
     expert's rows: those beyond go to their next-best expert, or, with ``refill=False``, get zeros as in the paper.
     """
 
+    default_settings = MixtureSettings(on_missing="zero", load_balancing=True, jitter=0.01)
+
     def __init__(
         self,
-        node: Any,
-        uid_prefix: str,
+        node: Node | PlainCalls,
         *,
+        uid_prefix: str,
         grid_size: Sequence[int],
         in_features: int,
-        forward_timeout: float = 15.0,
-        backward_timeout: float = 15.0,
-        backward_k_min: int = 0,
-        patience: float | None = None,
-        refill: bool = True,
-        on_missing: Literal["raise", "zero"] = "zero",
         route: Literal["sample", "token"] = "token",
-        search: Literal["exact", "beam"] = "exact",
-        load_balancing: bool = True,
-        latency_weight: float = 0.0,
-        jitter: float = 0.01,
-        capacity_factor: float | None = None,
-        priority: int = 0,
-        codec: str | Mapping[str, str] = "auto",
-        max_staleness: int | None = None,
-        audit_share: float = 0.0,
+        settings: MixtureSettings | None = None,
     ) -> None:
-        """See `GatingFunction`."""
+        """See `GatingFunction`; change the settings with ``dataclasses.replace(SwitchGatingFunction.default_settings,
+        capacity_factor=1.25)``."""
         super().__init__(
             node,
-            uid_prefix,
+            uid_prefix=uid_prefix,
             grid_size=grid_size,
             in_features=in_features,
             k_best=1,
-            k_min=1,
-            forward_timeout=forward_timeout,
-            backward_timeout=backward_timeout,
-            backward_k_min=backward_k_min,
-            patience=patience,
-            refill=refill,
-            on_missing=on_missing,
             route=route,
-            search=search,
-            load_balancing=load_balancing,
-            latency_weight=latency_weight,
-            jitter=jitter,
-            capacity_factor=capacity_factor,
-            priority=priority,
-            codec=codec,
-            max_staleness=max_staleness,
-            audit_share=audit_share,
+            settings=settings,
         )
 
     def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
         normalizers = [part.logsumexp(1) for part in torch.split(scores_RS, list(self.grid_size), dim=1)]
         return (scores_L - torch.stack(normalizers).sum(0)[rows_L]).exp()
+
+
+class ChosenExperts(Uncopied):
+    """The modules that `GatingFunction.choose` has given. Copies of a gate share it.
+
+    In one mode, an expert is always the same object, as long as nobody gives that another mode or options.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
+
+    def expert(
+        self, gate: GatingFunction, coords: tuple[int, ...], training: bool, settings: MixtureSettings
+    ) -> RemoteExpert:
+        """The expert there, in this mode and with these options."""
+        known = self._known.get((coords, training))
+        wanted = training, settings.calls, settings.forward_timeout, settings.backward_timeout
+        if known is None or wanted != (known.training, known.options, known.timeout, known.backward_timeout):
+            known = RemoteExpert(
+                gate._node,
+                uid_at(gate.uid_prefix, coords),
+                schema=gate._schemas.known,
+                options=settings.calls,
+                timeout=settings.forward_timeout,
+                backward_timeout=settings.backward_timeout,
+            ).train(training)
+            self._known[(coords, training)] = known
+        return known
 
 
 def _sound(scores_RS: torch.Tensor) -> torch.Tensor:

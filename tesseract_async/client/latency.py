@@ -20,6 +20,10 @@ _PATIENCE_MARGIN = 1.4
 MAX_GRACE_SECONDS = 1.0
 FIRST_GRACE_SECONDS = 3.0
 """For those that were never asked before: a first pass may load, compile and allocate."""
+ABANDON_SECONDS = 0.5
+"""A call that outlives its timeout by this much is abandoned."""
+BLOCK_SECONDS = 0.1
+"""For how long at least a server that was overloaded is not asked again."""
 _GRACE_SHARE = 0.05
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16

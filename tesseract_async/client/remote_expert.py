@@ -5,47 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Versions, arguments_now
+from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
-from tesseract_async.client.expert_calls import (
-    Answer,
-    CallOptions,
-    ExpertSchema,
-    Forward,
-    call_backward,
-    check_max_staleness,
-    fetch_schema,
-)
+from tesseract_async.client.exchanges import BackwardExchange, Exchange, ForwardExchange, SchemaExchange
+from tesseract_async.client.experience import experience_of
+from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt
+from tesseract_async.client.failover import ask_best, ask_primary
 from tesseract_async.client.isolated import NO_GRAD, isolated
-from tesseract_async.client.replicas import Attempt, Shared, ask_best, ask_primary
-from tesseract_async.client.staleness import Forwarded, fresh_enough
-from tesseract_async.errors import (
-    ConnectionLost,
-    ExpertNotFound,
-    PeerUnreachable,
-    SchemaMismatch,
-    TesseractError,
-)
+from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
+from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, check_max_staleness, check_timeout
+from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, SchemaMismatch, TesseractError
+from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.names import new_name
-from tesseract_async.wire.tensors import flatten, flatten_like, sequence_like, unflatten
+from tesseract_async.wire.tensors import unflatten
 
 T = TypeVar("T")
-
-DEFAULT_OPTIONS = CallOptions()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Known:
-    """What an expert and its twins with other options have learnt about it."""
+    """What an expert and its twins with other options have learned about it."""
 
     schema: ExpertSchema | None
 
@@ -66,21 +52,32 @@ class RemoteExpert(nn.Module):
 
     def __init__(
         self,
-        node: Any,
+        node: Node | PlainCalls,
         uid: str,
-        replicas: Sequence[Any] = (),
+        replicas: Sequence[ExpertReplica] = (),
         *,
         schema: ExpertSchema | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
+        timeout: float = 30.0,
+        backward_timeout: float | None = None,
     ) -> None:
-        """Does no I/O: the schema is fetched with the first call. `replicas`: who hosted it when it was found."""
+        """Does no I/O: the schema is fetched with the first call. `replicas`: those that hosted it when it was found.
+        `timeout`: seconds for one call, all attempts together; `backward_timeout`: for a backward, where that differs.
+
+        Raises: ValueError.
+        """
         super().__init__()
+        check_timeout("timeout", timeout)
         self.uid = uid
         self.options = options
+        self.timeout = timeout
+        self.backward_timeout = timeout if backward_timeout is None else backward_timeout
+        check_timeout("backward_timeout", self.backward_timeout)
         self.replicas = tuple(replicas)
         self.version: int | None = None
         """Optimizer steps that the expert had taken when it computed the latest answer here; None before."""
-        self._shared = Shared(node)
+        self._node = node
+        self._experience = experience_of(node)
         self._eval_staleness: int | None = None
         self._known = _Known(schema)
 
@@ -105,19 +102,17 @@ class RemoteExpert(nn.Module):
         too; 0: the primary answers. `audit_share`: share of forwards that another replica answers, too (see `audits`).
         Raises: ValueError.
         """
-        given = {
-            "timeout": timeout,
-            "priority": priority,
-            "codec": codec,
-            "max_staleness": max_staleness,
-            "audit_share": audit_share,
-        }
-        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if timeout is not None:
-            changes["backward_timeout"] = None
-        options = dataclasses.replace(self.options, **changes)
-        twin = RemoteExpert(self._shared.node, self.uid, self.replicas, options=options)
-        twin._shared, twin._known = self._shared, self._known
+        given = {"priority": priority, "codec": codec, "max_staleness": max_staleness, "audit_share": audit_share}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        twin = RemoteExpert(
+            self._node,
+            self.uid,
+            self.replicas,
+            options=dataclasses.replace(self.options, **changes),
+            timeout=self.timeout if timeout is None else timeout,
+            backward_timeout=self.backward_timeout if timeout is None else None,
+        )
+        twin._known = self._known
         twin.train(self.training)
         twin._eval_staleness = self._eval_staleness
         return twin
@@ -148,217 +143,124 @@ class RemoteExpert(nn.Module):
         ``torch.utils.checkpoint`` and the transforms of torch.func, and if the node is not running.
         """
         refuse_wrappers()
-        self._shared.check()
-        differentiable = torch.is_grad_enabled()
-        (args, kwargs), versions = arguments_now((args, kwargs))
-        casts = under_autocast((args, kwargs))
-        seed = draw_seed() if self.training else 0
-        options = self._options_now()
-        call = self._call(args, kwargs, versions, differentiable, casts, self.training, seed, options)
-        return self._shared.deliver(isolated(call, modes=NO_GRAD))
+        check_running(self._node)
+        call = self._call(Arguments.now(args, kwargs, training=self.training), self._options_now())
+        return deliver(self._node, isolated(call, modes=NO_GRAD))
 
     @property
     def audits(self) -> Audits:
         """What audits of this node's calls have found."""
-        return self._shared.audits
+        return self._experience.audits
 
     def info(self) -> Any:
         """What the expert takes and gives (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
-        self._shared.check()
-        return self._shared.deliver(self._info())
+        check_running(self._node)
+        return deliver(self._node, self._info())
 
     async def _info(self) -> ExpertSchema:
         if self._known.schema is None:
             self._known.schema = await self._fetch_schema()
         return self._known.schema
 
-    async def _call(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        versions: Versions,
-        differentiable: bool,
-        casts: bool,
-        training: bool,
-        seed: int,
-        options: CallOptions,
-    ) -> Any:
+    async def _call(self, arguments: Arguments, options: CallOptions) -> Any:
         schema = self._known.schema or await self._info()
-
-        def fitting(schema: ExpertSchema) -> list[torch.Tensor]:
-            given = args, kwargs
-            if casts:
-                with torch.set_grad_enabled(differentiable):
-                    given = cast_to(schema.args, args), cast_to(schema.kwargs, kwargs)
-            return flatten_like(schema.inputs, given, what=f"expert {self.uid}")
-
         try:
-            inputs = fitting(schema)
+            inputs = arguments.fit(schema, f"expert {self.uid}")
         except SchemaMismatch:
-            found = await self._other_schema(schema, fitting)
-            if found is None:
+            other = await self._other_schema(schema, arguments)
+            if other is None:
                 raise
-            schema, inputs = found
+            schema, inputs = other, arguments.fit(other, f"expert {self.uid}")
         settle(schema.codecs, options.codecs)  # raises before anybody is asked
-        call = _ExpertCall(self, Forward(self.uid, schema, training, seed, options, differentiable))
+        mode = arguments.mode
+        call = _ExpertCall(self, Forward(self.uid, schema, mode, options))
         try:
-            outputs = await remote_call(call, inputs, versions=versions, differentiable=differentiable)
+            outputs = await remote_call(call, inputs, versions=arguments.versions, differentiable=mode.differentiable)
         except SchemaMismatch:
             if self._known.schema is schema:
                 self._known.schema = None  # nobody takes what the schema says: it is another expert now
             raise
         return unflatten(schema.outputs, outputs)
 
-    async def _other_schema(
-        self, schema: ExpertSchema, fitting: Callable[[ExpertSchema], list[torch.Tensor]]
-    ) -> tuple[ExpertSchema, list[torch.Tensor]] | None:
-        """Another schema that the inputs fit, of a server that says that it is the primary, too, or of the expert as it
-        is now: two servers host different experts under this uid, or it changed."""
-        primaries = [replica for replica in await self.find() if replica.primary]
-        timeout = self.options.timeout / 2
+    async def _other_schema(self, schema: ExpertSchema, arguments: Arguments) -> ExpertSchema | None:
+        """Another schema that the arguments fit, of a server that says that it is the primary, too, or of the expert as
+        it is now: two servers host different experts under this uid, or it changed."""
+        exchange, timeout = SchemaExchange(self._experience, self.uid), self.timeout / 2
         told = await asyncio.gather(
-            *(fetch_schema(self._shared.node, self.uid, replica.peer, timeout=timeout) for replica in primaries),
+            *(exchange.send(replica.peer, timeout) for replica in await self.find() if replica.primary),
             return_exceptions=True,
         )
-        for answer in told:
-            if isinstance(answer, ExpertSchema) and answer.inputs != schema.inputs:
-                with contextlib.suppress(SchemaMismatch):
-                    inputs = fitting(answer)
-                    self._known.schema = answer
-                    return answer, inputs
+        for other in told:
+            if isinstance(other, ExpertSchema) and other.inputs != schema.inputs and arguments.fits(other):
+                self._known.schema = other
+                return other
         return None
 
     async def _fetch_schema(self) -> ExpertSchema:
         """The primary's word; that of the others if none answers in half the time."""
-
-        async def attempt(peer: Any, timeout: float) -> ExpertSchema:
-            return await fetch_schema(self._shared.node, self.uid, peer, timeout=timeout)
-
+        exchange = SchemaExchange(self._experience, self.uid)
         primaries = [replica for replica in await self.find() if replica.primary]
-        timeout = self.options.timeout
         if primaries:
             with contextlib.suppress(TesseractError, TimeoutError):
-                return await ask_best(self._shared, primaries, attempt, timeout=timeout / 2, observed=False)
-        return await self.ask(lambda replicas: (replicas, attempt), timeout=timeout, observed=False)
+                return await ask_best(self._experience, primaries, exchange, timeout=self.timeout / 2)
+        return await self.ask(exchange)
 
-    async def ask(
-        self,
-        choose: Callable[[Sequence[Any]], tuple[Sequence[Any], Attempt[T]]],
-        *,
-        timeout: float,
-        observed: bool = True,
-        num_bytes: float = 0,
-    ) -> T:
-        """`ask_best` of the replicas known; if none of them lives any more, of those that are found then. `choose` says
-        which of these are asked, and how.
+    async def ask(self, exchange: Exchange[T]) -> T:
+        """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.
 
         A server that came back at another address is known by its old one until a call there has failed.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
-        replicas, attempt = choose(await self.find())
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.timeout
+        replicas = exchange.eligible(await self.find())
         try:
-            return await ask_best(
-                self._shared, replicas, attempt, timeout=timeout, observed=observed, num_bytes=num_bytes
-            )
+            return await ask_best(self._experience, replicas, exchange, timeout=self.timeout)
         except (PeerUnreachable, ConnectionLost, ExpertNotFound):
-            left = deadline - asyncio.get_running_loop().time()
-            found = await self._shared.node.directory.find(self.uid)  # without those that just failed
-            if left <= 0 or not found:
+            time_left = deadline - loop.time()
+            found = await self._experience.node.directory.find(self.uid)  # without those that just failed
+            if time_left <= 0 or not found:
                 raise
-            replicas, attempt = choose(found)
-            return await ask_best(self._shared, replicas, attempt, timeout=left, observed=observed, num_bytes=num_bytes)
+            return await ask_best(self._experience, exchange.eligible(found), exchange, timeout=time_left)
 
-    async def find(self, *, even_failed: bool = True) -> Sequence[Any]:
-        """The live replicas, the primary first; unless told otherwise those that failed lately if there are no others,
-        for a server that stood still for a moment is there again long before it says so in the network.
+    async def find(self) -> Sequence[ExpertReplica]:
+        """The live replicas, the primary first; if there are none, those that failed lately: a server that stood still
+        for a moment is there again long before it says so in the network.
 
         Raises: ExpertNotFound if there is none; TimeoutError.
         """
-        directory = self._shared.node.directory
+        directory = self._experience.node.directory
         if known := directory.known(self.uid):
             return known
-        async with asyncio.timeout(self.options.timeout):
-            found = await directory.find(self.uid, even_failed=even_failed)
+        async with asyncio.timeout(self.timeout):
+            found = await directory.find(self.uid, even_failed=True)
         if not found:
             raise ExpertNotFound(f"no live server hosts the expert {self.uid}")
         return found
-
-
-def under_autocast(structure: Any) -> bool:
-    """Whether autocast is on where the structure's tensors are."""
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        return False
-    devices = {leaf.device.type for leaf in flatten(structure) if isinstance(leaf, torch.Tensor)}
-    return any(torch.is_autocast_enabled(device) for device in devices)
-
-
-def cast_to(schema: Any, value: Any) -> Any:
-    """`value` with its floating-point tensors in the schema's dtypes; what does not fit is left for the check."""
-    if isinstance(schema, dict) and isinstance(value, dict):
-        return {key: cast_to(schema[key], item) if key in schema else item for key, item in value.items()}
-    if isinstance(schema, tuple | list) and isinstance(value, tuple | list) and len(schema) == len(value):
-        return sequence_like(value, [cast_to(part, item) for part, item in zip(schema, value, strict=True)])
-    both = isinstance(value, torch.Tensor) and not isinstance(schema, tuple | list | dict)
-    if both and value.is_floating_point() and schema.dtype.is_floating_point:
-        return value.to(schema.dtype)
-    return value
-
-
-def draw_seed() -> int:
-    """A seed for one call's random numbers, drawn from torch's generator of the CPU: `torch.manual_seed`,
-    `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to local one."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
 
 class _ExpertCall:
     """One call of one expert: where its forward was answered, and how its backward goes (see `autograd.Remote`)."""
 
     def __init__(self, expert: RemoteExpert, forward: Forward) -> None:
-        options = forward.options
-        self.timeout = options.timeout if options.backward_timeout is None else options.backward_timeout
+        self.timeout = expert.backward_timeout
         self._expert = expert
-        self._shared = expert._shared
+        self._experience = expert._experience
         self._forward = forward
-        self._answer: Answer | None = None
+        self._receipt: Receipt | None = None
 
     async def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        def attempt(peer: Any, timeout: float) -> Awaitable[tuple[list[torch.Tensor], Answer]]:
-            return self._shared.audits.forward(self._shared.node, self._forward, peer, inputs, timeout=timeout)
-
-        num_bytes = inputs[0].shape[0] * self._forward.schema.row_bytes
-        options = self._forward.options
-
-        def choose(replicas: Sequence[Any]) -> tuple[Sequence[Any], Attempt[Forwarded]]:
-            return fresh_enough(self._shared, self._forward.uid, replicas, attempt, options.max_staleness)
-
-        outputs, answer = await self._expert.ask(choose, timeout=options.timeout, num_bytes=num_bytes)
-        self._answer, self._expert.version = answer, answer.version
+        outputs, receipt = await self._expert.ask(ForwardExchange(self._experience, self._forward, inputs))
+        self._receipt, self._expert.version = receipt, receipt.version
         device = inputs[0].device
         return outputs if device.type == "cpu" else [output.to(device) for output in outputs]
 
     async def backward(
-        self, inputs: Sequence[torch.Tensor], output_grads: Sequence[torch.Tensor | None]
+        self, inputs: Sequence[torch.Tensor], output_gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        if all(grad is None for grad in output_grads):
+        if all(gradient is None for gradient in output_gradients):
             return [None] * len(inputs)
-
-        self._shared.node.check_running()
-        call_id = new_name()
-        assert self._answer is not None
-        answer = self._answer
-
-        async def attempt(peer: Any, timeout: float) -> list[torch.Tensor | None]:
-            return await call_backward(
-                self._shared.node,
-                self._forward,
-                peer,
-                inputs,
-                output_grads,
-                answer=answer,
-                call_id=call_id,
-                timeout=timeout,
-            )
-
+        self._experience.node.check_running()
+        assert self._receipt is not None
+        exchange = BackwardExchange(self._experience, self._forward, self._receipt, inputs, output_gradients)
         replicas = await self._expert.find()
-        find_others = partial(self._expert.find, even_failed=False)
-        return await ask_primary(self._shared, replicas, find_others, attempt, timeout=self.timeout)
+        return await ask_primary(self._experience, replicas, exchange, timeout=self.timeout)

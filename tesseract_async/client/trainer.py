@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.endings import Endings
+from tesseract_async.client.completion_queue import CompletionQueue
 from tesseract_async.client.leaves import fire_post_accumulate_hooks, wait_for_accumulation
 from tesseract_async.client.scaling import Scaled
 from tesseract_async.errors import SchemaMismatch, TesseractError
@@ -162,7 +162,7 @@ class AsyncTrainer(Generic[M]):
         num_failures = 0
         num_taken = 0
         under_way: dict[asyncio.Task[StepReport], int] = {}
-        endings: Endings[StepReport] = Endings()
+        queue: CompletionQueue[StepReport] = CompletionQueue()
         source = _iterate(batches)
         exhausted = False
         try:
@@ -176,9 +176,9 @@ class AsyncTrainer(Generic[M]):
                     task = asyncio.create_task(self._try_step(loss_of, batch))
                     under_way[task] = num_taken
                     num_taken += 1
-                    endings.add(task)
+                    queue.add(task)
                 if under_way:
-                    done = await endings.wait(math.inf)
+                    done = await queue.wait(math.inf)
                     outcomes = await asyncio.gather(*done, return_exceptions=True)  # every error is asked for
                     reports: list[StepReport] = []
                     broken: dict[int, BaseException] = {}

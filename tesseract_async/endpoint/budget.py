@@ -2,19 +2,30 @@
 
 What counts is memory that is really in use: a large message counts as it arrives, however much it announced, since
 untouched memory costs nothing. So nobody waits for what a stranger announced and never sends. Where the bound is
-reached, a message of whoever holds most makes room: first of an address range, then of a peer.
+reached, a message of the peer that holds most makes room: the address range that holds most, and its largest peer.
+
+A grant or a message given up is noted in `NodeBudgets.changed`; the driver whose cycle caused it calls `deliver`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
-from typing import Final, NamedTuple
+from collections.abc import Hashable
+from typing import Final, NamedTuple, Protocol
+
+from tesseract_async.endpoint.lanes import Pace
 
 FLOOR: Final = 2 * 2**20
 """Bytes that a message counts from its begin on, if it has so many: pages of memory may be as large as this."""
 SHARE: Final = 1 / 8
 """Of a budget that one peer may announce, or leave waiting, at once. One message may always be larger."""
+
+
+class RoomHolder(Protocol):
+    """The driver of the connection that a reservation belongs to."""
+
+    def room_changed(self, room: Reservation) -> None:
+        """`room` was granted after waiting, or (`released`) is wanted for others and was taken back."""
 
 
 class Owner(NamedTuple):
@@ -23,48 +34,60 @@ class Owner(NamedTuple):
     group: Hashable
     """The peer's address range, or the peer itself where the range tells nothing (loopback)."""
     peer: Hashable
+    holder: RoomHolder | None = None
+    """Hears of changes of this owner's reservations."""
 
 
 class Reservation:
     """Room for one message of `size` bytes, until `release`. It may be filled once `granted`."""
 
-    __slots__ = ("size", "num_bytes", "granted", "give_up", "_owner", "_budget", "_told")
+    __slots__ = ("size", "num_bytes", "granted", "owner", "call", "_asked", "_budget")
 
-    def __init__(self, budget: Budget, owner: Owner, size: int, told: Callable[[], None] | None) -> None:
+    def __init__(self, budget: Budget, owner: Owner, size: int, call: object, *, asked: bool) -> None:
         self.size = size
         self.num_bytes = 0
         """What of it counts."""
-        self.granted = told is None
-        self.give_up: Callable[[], None] | None = None
-        """Called when others need the room; it must lead to `release`. None: the message stays whatever happens."""
-        self._owner = owner
+        self.granted = not asked
+        self.owner = owner
+        self.call = call
+        """The call that it is for, as its holder knows it."""
+        self._asked = asked
         self._budget: Budget | None = budget
-        self._told = told
 
     @property
     def released(self) -> bool:
-        """Whether `release` was called."""
+        """Whether `release` was called, or the room was taken back."""
         return self._budget is None
 
     def fill(self, num_bytes: int) -> bool:
-        """So many bytes of the message are here, or about to come. False: there is no room, and it must be given up."""
+        """So many bytes of the message are here, or about to come. False: there is no room, and it is given up."""
+        budget = self._budget
         more = min(self.size, max(num_bytes, FLOOR)) - self.num_bytes
-        if more <= 0 or self._budget is None:
-            return True
+        if budget is None or more <= 0 or self._add(budget, more):
+            return budget is not None
+        self.give_up()
+        return False
+
+    def _add(self, budget: Budget, more: int) -> bool:
         self.num_bytes += more
-        return self._budget._add(self, more)
+        return budget._add(self, more)
 
     def keep(self) -> None:
         """All of the message is here and in use: it is not given up any more."""
-        self.give_up = None
         if self._budget is not None:
-            self._budget._use(self._owner).taken.pop(self, None)
+            self._budget._use(self.owner).taken.pop(self, None)
+
+    def give_up(self) -> None:
+        """Gives the room back and notes it for the holder."""
+        budget = self._budget
+        self.release()
+        if budget is not None:
+            budget.changed.append(self)
 
     def release(self) -> None:
         """Gives the room back, or leaves the line. Repeating it does nothing."""
         budget, self._budget = self._budget, None
         if budget is not None:
-            self.give_up = None
             budget._leave(self)
 
 
@@ -83,15 +106,16 @@ class _Use:
 
 
 class Budget:
-    """At most `total` bytes, beside what came in one piece."""
+    """At most `total` bytes, not counting messages that came in one piece. `changed` takes what holders are to hear."""
 
-    def __init__(self, total: int, *, share: float = SHARE) -> None:
+    def __init__(self, total: int, *, share: float = SHARE, changed: deque[Reservation] | None = None) -> None:
         self.total = total
         self.share = int(total * share)
         self.used = 0
         self.windows = 0
-        """Bytes of standing windows: promises, which count in `used` as they are used."""
+        """Bytes of flow-control windows: promises, which count in `used` as they are used."""
         self.num_given_up = 0
+        self.changed: deque[Reservation] = deque() if changed is None else changed
         self._groups: dict[Hashable, dict[Hashable, _Use]] = {}
 
     @property
@@ -104,41 +128,42 @@ class Budget:
         peers = self._groups.get(owner.group, {})
         return peers[owner.peer].num_bytes if owner.peer in peers else 0
 
-    def ask(self, owner: Owner, size: int, told: Callable[[], None]) -> Reservation:
+    def ask(self, owner: Owner, size: int, call: object = None) -> Reservation:
         """Room for a message that was announced: granted at once, or as soon as the same peer's earlier ones leave its
-        share, when `told` is called.
+        share, which is noted in `changed`.
 
         Raises: ValueError for more than the whole budget.
         """
         self._check(size)
-        reservation = Reservation(self, owner, size, told)
+        reservation = Reservation(self, owner, size, call, asked=True)
         use = self._use(owner)
         use.num_reservations += 1
         use.line.append(reservation)
-        self._grant(use, quiet=reservation)
+        self._grant(use)
+        if reservation.granted:
+            self.changed.pop()  # the caller sees it
         return reservation
 
-    def begin(self, owner: Owner, size: int) -> Reservation:
+    def begin(self, owner: Owner, size: int, call: object = None) -> Reservation:
         """Room for a message that comes unasked, within a window or as an expected reply. Raises: ValueError."""
         self._check(size)
-        reservation = Reservation(self, owner, size, None)
+        reservation = Reservation(self, owner, size, call, asked=False)
         self._use(owner).num_reservations += 1
         return reservation
 
-    def keep(self, owner: Owner, size: int, give_up: Callable[[], None]) -> Reservation | None:
+    def keep(self, owner: Owner, size: int, call: object = None) -> Reservation | None:
         """Counts a message that is here already; None if it is beyond the peer's share, or there is no room."""
         held = self.used_by(owner)
         if size > self.total or (held and held + size > self.share):
             return None
-        reservation = self.begin(owner, size)
-        reservation.give_up = give_up
-        if not reservation.fill(size):
-            reservation.release()
-            return None
-        return reservation
+        reservation = self.begin(owner, size, call)
+        if reservation._add(self, size):
+            return reservation
+        reservation.release()
+        return None
 
     def open_window(self, owner: Owner, size: int) -> bool:
-        """Promises a standing window, or more of one, unless too many were promised, to all or to this range.
+        """Promises a flow-control window, or more of one, unless too many were promised, to all or to this range.
 
         `close_window` takes it back.
         """
@@ -179,17 +204,15 @@ class Budget:
 
     def _add(self, reservation: Reservation, more: int) -> bool:
         self.used += more
-        use = self._use(reservation._owner)
+        use = self._use(reservation.owner)
         use.num_bytes += more
-        if reservation.give_up is not None:
-            use.taken[reservation] = None
+        use.taken[reservation] = None
         while self.used > self.total:
             victim = self._victim()
-            if victim is None or victim is reservation or victim.give_up is None:
+            if victim is None or victim is reservation:
                 return False
             self.num_given_up += 1
             victim.give_up()
-            victim.release()
         return True
 
     def _victim(self) -> Reservation | None:
@@ -201,7 +224,7 @@ class Budget:
                     return next(reversed(use.taken))
         return None
 
-    def _grant(self, use: _Use, quiet: Reservation | None = None) -> None:
+    def _grant(self, use: _Use) -> None:
         while use.line:
             first = use.line[0]
             if use.announced and use.announced + first.size > self.share:
@@ -209,29 +232,27 @@ class Budget:
             use.line.popleft()
             use.announced += first.size
             first.granted = True
-            if first is not quiet and first._told is not None:
-                first._told()
+            self.changed.append(first)
 
     def _leave(self, reservation: Reservation) -> None:
-        owner = reservation._owner
-        use = self._use(owner)
+        use = self._use(reservation.owner)
         use.taken.pop(reservation, None)
         use.num_reservations -= 1
         use.num_bytes -= reservation.num_bytes
         self.used -= reservation.num_bytes
         if not reservation.granted:
             use.line.remove(reservation)
-        elif reservation._told is not None:
+        elif reservation._asked:
             use.announced -= reservation.size
             self._grant(use)
-        self._forget(owner, use)
+        self._forget(reservation.owner, use)
 
 
 class FairCount:
     """Bytes that cannot be taken back before their time, such as those of calls under way.
 
-    A range may hold as much as is free beside it, a peer half as much: so something is always left for the next one,
-    however many came before.
+    An address range may hold as much as it leaves free, a peer half as much: so something is always left for the next
+    one, however many came before.
     """
 
     def __init__(self, total: int) -> None:
@@ -258,3 +279,24 @@ class FairCount:
             counts[key] = counts.get(key, 0) - num_bytes
             if counts[key] <= 0:
                 del counts[key]
+
+
+class NodeBudgets:
+    """What all connections of a node share: of `max_receive_bytes`, replies get half and small calls a quarter."""
+
+    def __init__(self, max_receive_bytes: int) -> None:
+        self.changed: deque[Reservation] = deque()
+        self.messages = Budget(max_receive_bytes, changed=self.changed)
+        """Large messages, half received or being answered."""
+        self.replies = Budget(max_receive_bytes // 2, share=1 / 4, changed=self.changed)
+        """Replies that wait to be taken."""
+        self.small_calls = FairCount(max_receive_bytes // 4)
+        """Small calls under way."""
+        self.pace = Pace()
+
+    def deliver(self) -> None:
+        """Tells holders what has changed. Called at the end of a driver's cycle."""
+        while self.changed:
+            room = self.changed.popleft()
+            if room.owner.holder is not None:
+                room.owner.holder.room_changed(room)

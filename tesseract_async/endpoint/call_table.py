@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tesseract_async.admission import Action
-from tesseract_async.endpoint.connection import IncomingCall, Message
-from tesseract_async.errors import ExpertNotFound, UnknownMethod
+from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod
+from tesseract_async.identity import PeerID
 
-CallHandler = Callable[[IncomingCall], Awaitable[Message]]
+
+class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
+    """What a call carries each way."""
+
+    body: Any = None
+    """What msgpack can hold."""
+    buffers: tuple[memoryview, ...] = ()
+    """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
+
+
+@dataclass(slots=True)
+class IncomingCall:
+    """A call that a peer made here."""
+
+    peer_id: PeerID
+    method: str
+    body: Any
+    buffers: tuple[memoryview, ...]
+    deadline: float
+    """On this loop's clock: when the caller stops waiting."""
+    priority: int
+    origin: str = ""
+    """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
+    in_parts: bool = False
+    """Whether the caller takes a reply in parts: the handler may be an async generator then."""
+
+
+Answer = Awaitable[Message] | AsyncGenerator[Message, None]
+"""What a handler returns: a message to come, or one that comes in parts."""
+CallHandler = Callable[[IncomingCall], Answer]
+
+
+def in_one(answer: Answer, method: str) -> Awaitable[Message]:
+    """The answer to a caller that takes no parts. Raises: RemoteError for one in parts."""
+    if isinstance(answer, AsyncGenerator):
+        raise RemoteError(f"{method} replies in parts, which its caller does not take")
+    return answer
 
 
 class CallTable:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from typing import Final, NamedTuple
 
-from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
+from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
+from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
     CallFailed,
     CallReceived,
+    PartReceived,
+    PartWanted,
     PeerClosed,
     ReplyReceived,
 )
-from tesseract_async.endpoint.lanes import BULK, MAIN, Pace
+from tesseract_async.endpoint.handlers import Handlers
+from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
@@ -26,15 +29,13 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.channel import Channel
-from tesseract_async.wire.calls import Hello, RequestHead
 from tesseract_async.wire.frames import FrameReader
+from tesseract_async.wire.heads import Hello, RequestHead
 
 logger = logging.getLogger(__name__)
 
 FLUSH_BYTES: Final = 256 * 1024
 """Bytes encrypted and written before the loop may do something else."""
-STARTS_PER_TURN: Final = 128
-"""Handlers started in one turn of the loop."""
 UNCOUNTED_UNSENT: Final = 1024 * 1024
 """Bytes of small frames that may wait for a peer to read without counting among the node's replies."""
 UNREAD_TIMEOUT: Final = 20.0
@@ -43,32 +44,17 @@ LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
 
-class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
-    """What a call carries each way."""
-
-    body: Any = None
-    """What msgpack can hold."""
-    buffers: tuple[memoryview, ...] = ()
-    """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
-
-
-@dataclass(slots=True)
-class IncomingCall:
-    """A call that a peer made here."""
-
-    peer_id: PeerID
-    method: str
-    body: Any
-    buffers: tuple[memoryview, ...]
-    deadline: float
-    """On this loop's clock: when the caller stops waiting."""
-    priority: int
-    origin: str = ""
-    """The remote host as this end sees it, without the port; empty where it is none (a call to the own node)."""
+class _Part(NamedTuple):
+    message: Message
+    more: bool
 
 
 class Connection:
-    """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once."""
+    """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once.
+
+    `answer` finds and calls the handler of a received call. `group`: the address range that the peer counts in, for the
+    node's `budgets`.
+    """
 
     def __init__(
         self,
@@ -78,18 +64,15 @@ class Connection:
         dialled: PeerAddress | None,
         path: str,
         origin: str,
-        answer: Callable[[IncomingCall], Awaitable[Message]],
+        answer: Callable[[IncomingCall], Answer],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
-        budget: Budget,
+        budgets: NodeBudgets,
+        group: Hashable,
         settings: ProtocolSettings,
         metrics: Metrics,
         meter: Meter,
         refusal: Callable[[], RemoteError | None],
-        pace: Pace,
-        reply_budget: Budget,
-        small_budget: FairCount,
-        owner: Owner,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
@@ -105,37 +88,31 @@ class Connection:
         self.closed: asyncio.Future[None] = loop.create_future()
         self.last_used = loop.time()
         self._loop = loop
-        self._answer = answer
         self._open_bulk = open_bulk
         self._on_closed = on_closed
         self._metrics = metrics
         self._settings = settings
-        self._protocol = ConnectionProtocol(
+        self._budgets = budgets
+        self._owner = Owner(group, peer_id, self)
+        self.protocol = ConnectionProtocol(
             f"{peer_id.short} ({path})",
             hello,
             dialled=dialled is not None,
-            budget=budget,
+            budgets=budgets,
+            owner=self._owner,
             settings=settings,
             now=loop.time(),
-            wake=self._wake,
             meter=meter,
             refusal=refusal,
-            pace=pace,
-            reply_budget=reply_budget,
-            small_budget=small_budget,
-            owner=owner,
         )
-        self._reply_budget = reply_budget
-        self._owner = owner
         self._unsent: Reservation | None = None  # what small frames count that a peer does not read
         self._drained = [0, 0]  # bytes that had left each channel when it last moved ...
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
-        self._handlers: dict[int, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._started = 0  # handlers since the last flush
-        self._held: dict[int, CallReceived] = {}  # calls that wait until the peer has read earlier replies
+        self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
+        self._handlers = Handlers(self.protocol, answer, peer_id, origin, max_backlog=settings.max_backlog)
+        self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -145,11 +122,11 @@ class Connection:
         """Takes over a channel after its hello; `reader` may be in the middle of its bytes."""
         self._channels[lane] = channel
         port = _LanePort(self, lane, channel, reader)
-        reader.sink = self._protocol.lanes[lane]
-        self._protocol.lanes[lane].reader = reader
+        reader.sink = self.protocol.lanes[lane]
+        self.protocol.lanes[lane].reader = reader
         channel.receiver = port
         if lane == BULK:
-            self._protocol.transfers.bulk_opened()
+            self.protocol.transfers.bulk_opened()
         self._arm_timer()
 
     @property
@@ -161,26 +138,6 @@ class Connection:
     def has_bulk(self) -> bool:
         """Whether the bulk channel is there."""
         return self._channels[BULK] is not None
-
-    @property
-    def was_called(self) -> bool:
-        """Whether the peer has made a call."""
-        return self._protocol.was_called
-
-    @property
-    def num_calls(self) -> int:
-        """Calls under way in both directions."""
-        return self._protocol.num_calls
-
-    @property
-    def rtt(self) -> float | None:
-        """Seconds for a ping and its answer, smoothed; None until the first one came."""
-        return self._protocol.life.rtt
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Rate at which large messages last arrived; 0.0 if none did."""
-        return self._protocol.windows.bytes_per_second
 
     def count_bytes(self) -> None:
         """Adds the raw bytes since the last time to the metrics."""
@@ -197,6 +154,27 @@ class Connection:
 
     # ---- own calls
 
+    def _start_call(
+        self,
+        head: RequestHead,
+        buffers: tuple[memoryview, ...],
+        *,
+        deadline: float,
+        reserve_reply: bool,
+        in_parts: bool = False,
+    ) -> int:
+        if self._lost_reason is not None:
+            raise ConnectionLost(self.protocol.peer, self._lost_reason)
+        now = self._loop.time()
+        stream = self.protocol.start_call(
+            head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now, in_parts=in_parts
+        )
+        self.last_used = now
+        self._schedule_flush()
+        if self._timer is None or deadline < self._timer_at:
+            self._arm_timer()
+        return stream
+
     async def call(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
     ) -> Message:
@@ -204,27 +182,45 @@ class Connection:
 
         Raises: RemoteError, ConnectionLost, ProtocolError, TimeoutError; TypeError and ValueError for a bad body.
         """
-        if self._lost_reason is not None:
-            raise ConnectionLost(self._protocol.peer, self._lost_reason)
-        now = self._loop.time()
-        stream = self._protocol.start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, now=now)
+        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply)
         future: asyncio.Future[Message] = self._loop.create_future()
         self._futures[stream] = future
-        self.last_used = now
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
-        if self._timer is None or deadline < self._timer_at:
-            self._arm_timer()
         try:
             return await future
         except BaseException:  # cancelled or failed: the other end is told
-            self._protocol.cancel_call(stream)
-            self._wake()
-            await self._loan_ended()
+            await self._cancel_call(stream)
             raise
         finally:
             self._futures.pop(stream, None)
+
+    async def call_parts(
+        self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
+    ) -> AsyncGenerator[Message, None]:
+        """As `call`, for a reply that may come in parts: yields each as it comes. Closing it cancels the call."""
+        stream = self._start_call(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=True)
+        parts = self._parts[stream] = asyncio.Queue()
+        is_first = more = True
+        try:
+            while more:
+                part = await parts.get()
+                if isinstance(part, Exception):
+                    raise part
+                message, more = part
+                if more:
+                    self.protocol.outgoing.part_taken(stream)
+                    self._schedule_flush()
+                if more or is_first or message != Message():  # the end may be an empty one, where others came before
+                    yield message
+                is_first = False
+        finally:
+            del self._parts[stream]
+            if more:
+                await self._cancel_call(stream)
+
+    async def _cancel_call(self, stream: int) -> None:
+        self.protocol.cancel_call(stream)
+        self._wake()
+        await self._loan_ended()
 
     async def _loan_ended(self) -> None:
         """Waits, also while being cancelled, until no memory is on loan to a transport."""
@@ -246,16 +242,28 @@ class Connection:
 
     def _received(self, count: int) -> None:
         """After a lane's reader took `count` bytes."""
-        if self._protocol.has_events:
+        if self._budgets.changed:
+            self._budgets.deliver()
+        if self.protocol.has_events:
             self._handle_events()
-        if not self._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+        if not self._flush_scheduled and (self.protocol.has_data(MAIN) or self.protocol.has_data(BULK)):
             self._schedule_flush()
 
     def _wake(self) -> None:
-        if self._protocol.has_events:
+        if self._budgets.changed:
+            self._budgets.deliver()
+        if self.protocol.has_events:
             self._handle_events()
         self._schedule_flush()
         self._arm_timer()
+
+    def room_changed(self, room: Reservation) -> None:
+        """See `RoomHolder`."""
+        if room is self._unsent:
+            self._drop_unread()
+        elif self._lost_reason is None:
+            self.protocol.room_changed(room, self._loop.time())
+            self._wake()
 
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
@@ -264,7 +272,7 @@ class Connection:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        protocol = self._protocol
+        protocol = self.protocol
         try:
             for lane, channel in enumerate(self._channels):
                 if channel is None:
@@ -279,12 +287,11 @@ class Connection:
                     channel.write(pieces)
         except ProtocolError as error:
             self.abort(describe(error))
+        if self._budgets.changed:
+            self._budgets.deliver()
         if protocol.has_events:
             self._handle_events()
-        self._started = 0
-        while self._held and self._may_start():
-            self._start_handler(self._held.pop(next(iter(self._held))))
-        if self._held and protocol.backlog <= self._settings.max_backlog:
+        if self._handlers.flushed():
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
             self._count_unsent(protocol.unsent_bytes)
@@ -295,7 +302,7 @@ class Connection:
             self._unsent.release()
             self._unsent = None
         if num_bytes > UNCOUNTED_UNSENT:
-            self._unsent = self._reply_budget.keep(self._owner, num_bytes, self._drop_unread)
+            self._unsent = self._budgets.replies.keep(self._owner, num_bytes)
             if self._unsent is None or num_bytes > self._settings.max_unsent:
                 self._drop_unread()
 
@@ -321,93 +328,61 @@ class Connection:
     # ---- events
 
     def _handle_events(self) -> None:
-        for event in self._protocol.events():
+        for event in self.protocol.events():
             match event:
                 case ReplyReceived():
-                    future = self._futures.get(event.stream)
-                    if future is not None and not future.done():
-                        future.set_result(Message(event.body, event.buffers))
+                    self._reply_arrived(event, more=False)
+                case PartReceived():
+                    self._reply_arrived(event, more=True)
                 case CallReceived():
-                    if not self._held and self._may_start():
-                        self._start_handler(event)
-                    else:
-                        self._held[event.stream] = event
+                    self.last_used = self._loop.time()
+                    self._handlers.received(event, done=self._handler_done)
+                    if self._handlers.num_held:
                         self._schedule_flush()
+                    if self._timer is None or event.deadline < self._timer_at:
+                        self._arm_timer()
+                case PartWanted():
+                    self._handlers.part_wanted(event.stream)
                 case CallFailed():
+                    if (parts := self._parts.get(event.stream)) is not None:
+                        parts.put_nowait(event.error)
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
                         future.set_exception(event.error)
                 case CallCancelled():
-                    self._held.pop(event.stream, None)
-                    task = self._handlers.pop(event.stream, None)
-                    if task is not None:
-                        task.cancel()
+                    self._handlers.cancel(event.stream)
                 case BulkWanted():
-                    self._spawn(self._run_open_bulk())
+                    self._bulk_task = self._loop.create_task(self._run_open_bulk())
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
 
-    def _may_start(self) -> bool:
-        # a burst of calls is started in portions, so that its first replies show whether the peer reads them
-        return self._started < STARTS_PER_TURN and self._protocol.backlog <= self._settings.max_backlog
+    def _reply_arrived(self, event: ReplyReceived | PartReceived, *, more: bool) -> None:
+        message = Message(event.body, event.buffers)
+        future = self._futures.get(event.stream)
+        if future is not None and not future.done():
+            future.set_result(message)
+        elif (parts := self._parts.get(event.stream)) is not None:
+            parts.put_nowait(_Part(message, more))
 
-    def _start_handler(self, event: CallReceived) -> None:
-        self._started += 1
-        self.last_used = self._loop.time()
-        head = event.head
-        call = IncomingCall(
-            peer_id=self.peer_id,
-            method=head.method,
-            body=head.body,
-            buffers=event.buffers,
-            deadline=event.deadline,
-            priority=head.priority,
-            origin=self.origin,
-        )
-        self._handlers[event.stream] = self._spawn(self._run_handler(event.stream, call))
-        if self._timer is None or event.deadline < self._timer_at:
+    def _handler_done(self) -> None:
+        if not self._flush_scheduled:
+            self._schedule_flush()
+        if self.protocol.life.num_on_bulk:  # the other channel is looked after from here
             self._arm_timer()
-
-    async def _run_handler(self, stream: int, call: IncomingCall) -> None:
-        # nothing here holds on to the body: a handler that has read it may drop it
-        try:
-            message = await self._answer(call)
-            self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
-        except RemoteError as error:
-            self._protocol.fail(stream, error)
-        except asyncio.CancelledError:
-            if stream in self._handlers:  # not by us: the handler cancelled itself, or the program stops
-                self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
-            raise
-        except Exception as error:  # what a handler raises is not ours to know
-            logger.exception("%s, called by %s, failed", call.method, self.peer_id.short)
-            self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
-        finally:
-            self._handlers.pop(stream, None)
-            if not self._flush_scheduled:
-                self._schedule_flush()
-            if self._protocol.life.num_on_bulk:  # the other channel is looked after from here
-                self._arm_timer()
 
     async def _run_open_bulk(self) -> None:
         try:
             await self._open_bulk(self)
         except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
-            self._protocol.transfers.bulk_failed(self._loop.time())
-
-    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+            self.protocol.transfers.bulk_failed(self._loop.time())
 
     # ---- time
 
     def _arm_timer(self) -> None:
         if self._lost_reason is not None:
             return
-        due = self._protocol.timer_at()
+        due = self.protocol.timer_at()
         if self._timer is not None:
             if self._timer_at <= due:
                 return
@@ -419,7 +394,7 @@ class Connection:
         self._timer = None
         now = self._loop.time()
         try:
-            self._protocol.handle_timer(now, late=now - self._timer_at)
+            self.protocol.handle_timer(now, late=now - self._timer_at)
         except ConnectionLost as error:
             self._tell_dropped("silent", error.reason)
             self.abort(error.reason)
@@ -432,7 +407,7 @@ class Connection:
     def _tell_dropped(self, reason: str, why: str) -> None:
         """One line and one count for each peer that is dropped, never without the reason."""
         self._metrics.count("endpoint_connections_dropped", reason=reason)
-        logger.warning("connection to %s dropped: %s", self._protocol.peer, why)
+        logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 
     def abort(self, reason: str, error: Exception | None = None) -> None:
         """Ends the connection now: own calls fail with ConnectionLost, handlers are cancelled. Idempotent."""
@@ -441,9 +416,10 @@ class Connection:
         self._lost_reason = reason
         if self._timer is not None:
             self._timer.cancel()
-        self._protocol.connection_lost(reason)
+        self.protocol.connection_lost(reason)
         if self._unsent is not None:
             self._unsent.release()
+        self._budgets.deliver()
         self._handle_events()
         for channel in self._channels:
             if channel is not None:
@@ -453,7 +429,6 @@ class Connection:
         channel, self._channels[lane] = self._channels[lane], None
         if channel is not None:
             self._count_bytes(channel)
-        self._held.clear()
         if isinstance(error, ProtocolError):
             self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))
@@ -465,20 +440,22 @@ class Connection:
     async def aclose(self, reason: str = "farewell") -> None:
         """Says farewell, fails what is under way, and waits until tasks and channels are gone."""
         if self._lost_reason is None:
-            self._protocol.farewell(reason)
+            self.protocol.farewell(reason)
             self._flush()
             self._lost_reason = reason
             if self._timer is not None:
                 self._timer.cancel()
-            self._protocol.connection_lost(reason)
+            self.protocol.connection_lost(reason)
             if self._unsent is not None:
                 self._unsent.release()
+            self._budgets.deliver()
             self._handle_events()
             for channel in self._channels:
                 if channel is not None:
                     channel.close()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        tasks = {*self._handlers.tasks, *([] if self._bulk_task is None else [self._bulk_task])}
+        if tasks:
+            await asyncio.wait(tasks)
         await asyncio.wait([self.closed], timeout=1.0)
         for channel in self._channels:
             if channel is not None:
@@ -489,24 +466,12 @@ class Connection:
 class _LanePort:
     """One channel's receiver: bytes to the lane's reader, everything else to the connection."""
 
-    __slots__ = (
-        "_connection",
-        "_channel",
-        "_lane",
-        "_reader",
-        "_protocol",
-        "_time",
-        "_turn_bytes",
-        "_paused",
-        "get_buffer",
-    )
-
     def __init__(self, connection: Connection, lane: int, channel: Channel, reader: FrameReader) -> None:
         self._connection = connection
         self._channel = channel
         self._lane = lane
         self._reader = reader
-        self._protocol = connection._protocol
+        self._protocol = connection.protocol
         self._time = connection._loop.time
         self._turn_bytes = 0
         self._paused = False

@@ -1,4 +1,4 @@
-"""How connections come to be: paths are raced, channels greeted, and half-open ones kept few."""
+"""How connections come to be: paths are raced, handshakes made, and half-open ones kept few."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from tesseract_async.endpoint.connection import Connection
-from tesseract_async.endpoint.greeting import Greeting
+from tesseract_async.endpoint.connection_pool import ConnectionPool
+from tesseract_async.endpoint.handshake import Handshake
 from tesseract_async.endpoint.lanes import BULK, MAIN
-from tesseract_async.endpoint.pool import Pool
 from tesseract_async.endpoint.racing import race
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import (
@@ -31,8 +31,8 @@ from tesseract_async.transport.channel import Channel
 from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.transport.waiting_room import SETTLED, WaitingRoom
-from tesseract_async.wire.calls import Hello
 from tesseract_async.wire.frames import FrameReader
+from tesseract_async.wire.heads import Hello
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,11 @@ class Dialler:
         identity: Identity,
         transports: Sequence[Transport],
         settings: EndpointSettings,
-        pool: Pool,
+        pool: ConnectionPool,
         metrics: Metrics,
         make_connection: Callable[[PeerID, Hello, PeerAddress | None, Pipe], Connection],
         grants: Callable[[], Sequence[bytes]],
+        features: frozenset[str],
     ) -> None:
         self._peer_id = identity.peer_id
         self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
@@ -73,8 +74,9 @@ class Dialler:
         self._metrics = metrics
         self._make_connection = make_connection
         self._grants = grants
+        self._features = features
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
-        self._half_open: set[Greeting] = set()
+        self._half_open: set[Handshake] = set()
         room = room_for(descriptor_limit())
         most = min(settings.max_half_open, room.half_open)
         self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=settings.max_half_open_per_host)
@@ -87,10 +89,10 @@ class Dialler:
         dials = list(self._dials.values())
         for dial in dials:
             dial.cancel()
-        greetings = list(self._half_open)
-        for greeting in greetings:
-            greeting.abort()
-        waits: list[Awaitable[object]] = [*dials, *(greeting.done for greeting in greetings)]
+        handshakes = list(self._half_open)
+        for handshake in handshakes:
+            handshake.abort()
+        waits: list[Awaitable[object]] = [*dials, *(handshake.done for handshake in handshakes)]
         await asyncio.gather(*waits, return_exceptions=True)
 
     # ---- dialling
@@ -149,7 +151,7 @@ class Dialler:
                 connection.attach(MAIN, channel, reader)
                 made.append(connection)
 
-            await self._greet(await path.open(), peer.peer_id, self._hello(os.urandom(16), bulk=False), established)
+            await self._shake(await path.open(), peer.peer_id, self._hello(os.urandom(16), bulk=False), established)
             return made[0]
 
         connection, errors = await self._race(peer, paths, attempt)
@@ -168,7 +170,7 @@ class Dialler:
                     raise HandshakeFailed("late", "the connection needs no bulk channel any more")
                 connection.attach(BULK, channel, reader)
 
-            await self._greet(
+            await self._shake(
                 await path.open(), connection.peer_id, self._hello(connection.session, bulk=True), established
             )
             return True
@@ -192,13 +194,13 @@ class Dialler:
 
         return await race(paths, attempt, finished=finished)
 
-    async def _greet(self, pipe: Pipe, expected: PeerID | None, hello: Hello, established: Established) -> None:
+    async def _shake(self, pipe: Pipe, expected: PeerID | None, hello: Hello, established: Established) -> None:
         """Raises: OSError, ProtocolError."""
-        greeting = self._greeting(pipe, own=hello, expected=expected, established=established)
+        handshake = self._handshake(pipe, own=hello, expected=expected, established=established)
         try:
-            await asyncio.shield(greeting.done)
+            await asyncio.shield(handshake.done)
         except asyncio.CancelledError:
-            greeting.abort()
+            handshake.abort()
             raise
 
     # ---- accepting
@@ -214,7 +216,7 @@ class Dialler:
         if victim is not None:
             victim.abort()
         if welcome:
-            self._greeting(pipe, own=None, expected=None, established=self._accepted)
+            self._handshake(pipe, own=None, expected=None, established=self._accepted)
         else:
             pipe.abort()
 
@@ -250,11 +252,15 @@ class Dialler:
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
         now = asyncio.get_running_loop().time()
         found = groups.get(crowd, [])
-        patience = {True: IDLE_SECONDS, False: SETTLED}  # who has never called is not missed
-        idle = [one for one in found if not one.num_calls and now - one.last_used > patience[one.was_called]]
+
+        def is_idle(one: Connection) -> bool:
+            patience = IDLE_SECONDS if one.protocol.was_called else SETTLED  # who has never called is not missed
+            return not one.protocol.num_calls and now - one.last_used > patience
+
+        idle = [one for one in found if is_idle(one)]
         if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
             return False
-        victim = min(idle or found, key=lambda one: (one.was_called, one.last_used))
+        victim = min(idle or found, key=lambda one: (one.protocol.was_called, one.last_used))
         self._metrics.count("endpoint_connections_dropped", reason="crowd")
         victim.abort("it was idle, and there are too many")
         return True
@@ -263,18 +269,20 @@ class Dialler:
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
         bounds = self._settings.protocol
-        grants = () if bulk else tuple(self._grants())
-        return Hello(session, bulk, self._peer_id, bounds.max_calls, bounds.max_small, bounds.max_message, grants)
+        limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
+        if bulk:
+            return Hello(session, bulk, self._peer_id, *limits)
+        return Hello(session, bulk, self._peer_id, *limits, tuple(self._grants()), self._features)
 
-    def _greeting(
+    def _handshake(
         self, pipe: Pipe, *, own: Hello | None, expected: PeerID | None, established: Established
-    ) -> Greeting:
+    ) -> Handshake:
         tls = None
         if self._contexts is not None:
             dialling, accepting = self._contexts
             context = accepting if own is None else dialling
             tls = TlsMachine(context, server_side=own is None, expected=expected)
-        greeting = Greeting(
+        handshake = Handshake(
             pipe,
             tls,
             own=own,
@@ -283,18 +291,18 @@ class Dialler:
             established=established,
             timeout=self._settings.handshake_timeout,
         )
-        self._half_open.add(greeting)
-        greeting.done.add_done_callback(lambda done: self._greeted(greeting, pipe))
-        greeting.start()
-        return greeting
+        self._half_open.add(handshake)
+        handshake.done.add_done_callback(lambda done: self._handshake_ended(handshake, pipe))
+        handshake.start()
+        return handshake
 
-    def _greeted(self, greeting: Greeting, pipe: Pipe) -> None:
-        self._half_open.discard(greeting)
+    def _handshake_ended(self, handshake: Handshake, pipe: Pipe) -> None:
+        self._half_open.discard(handshake)
         self._callers.leave(pipe)
-        error = greeting.done.exception()
-        if error is not None and not greeting.dialled:
+        error = handshake.done.exception()
+        if error is not None and not handshake.dialled:
             self._metrics.count("endpoint_handshakes_failed", reason=reason_of(error))
-            logger.info("a handshake with %s failed: %s", greeting.description, describe(error))
+            logger.info("a handshake with %s failed: %s", handshake.description, describe(error))
 
 
 def group_of(origin: str) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.budget import Budget, FairCount, Owner
-from tesseract_async.endpoint.call_table import CallHandler, CallTable
-from tesseract_async.endpoint.connection import Connection, IncomingCall, Message
+from tesseract_async.endpoint.budget import NodeBudgets
+from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
+from tesseract_async.endpoint.connection import Connection
+from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
-from tesseract_async.endpoint.lanes import Pace
-from tesseract_async.endpoint.pool import Pool
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed
@@ -24,9 +24,9 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire import calls, frames
-from tesseract_async.wire.calls import Hello, RequestHead
+from tesseract_async.wire import frames, heads
 from tesseract_async.wire.frames import Buffer
+from tesseract_async.wire.heads import Hello, RequestHead
 
 __all__ = ["ConnectionInfo", "CallHandler", "CallTable", "Endpoint", "EndpointSettings", "IncomingCall", "Message"]
 
@@ -72,9 +72,11 @@ class Endpoint(Uncopied):
         grants: Callable[[], Sequence[bytes]] = tuple,
         on_grants: Callable[[PeerID, Sequence[bytes]], None] = lambda peer_id, grants: None,
         admits: Callable[[PeerID], bool] = lambda peer_id: True,
+        features: frozenset[str] = heads.FEATURES,
     ) -> None:
         """`grants`: what this node shows to each peer it meets (`Hello.grants`). `on_grants` is called with what a peer
-        shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests."""
+        shows, before any of its calls. `admits`: whether a peer that the policy allows may send large requests.
+        `features`: what this node says it understands."""
         self.identity = identity
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
@@ -82,13 +84,12 @@ class Endpoint(Uncopied):
         self._settings = settings = settings if settings is not None else EndpointSettings()
         self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
-        self._budget = Budget(settings.max_receive_bytes)
+        self._features = features
+        self.budgets = NodeBudgets(settings.max_receive_bytes)
+        """Memory that all connections share."""
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
-        self._pace = Pace()
-        self._reply_budget = Budget(settings.max_reply_bytes, share=1 / 4)
-        self._small_budget = FairCount(settings.max_call_bytes)
         self._rng = random.Random()
-        self._pool = Pool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
+        self._pool = ConnectionPool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
         self._dialler = Dialler(
             identity=identity,
             transports=self._transports,
@@ -97,6 +98,7 @@ class Endpoint(Uncopied):
             metrics=self.metrics,
             make_connection=self._make_connection,
             grants=grants,
+            features=features,
         )
         self._kept: set[PeerID] = set()
         self._tick_timer: asyncio.TimerHandle | None = None
@@ -156,7 +158,7 @@ class Endpoint(Uncopied):
     def _over_quota(self, reason: str) -> None:
         self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
-    def _answer(self, call: IncomingCall) -> Awaitable[Message]:
+    def _answer(self, call: IncomingCall) -> Answer:
         if (refusal := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
             raise refusal
         return self._table.find(call)(call)
@@ -194,22 +196,11 @@ class Endpoint(Uncopied):
         TimeoutError; ValueError or TypeError for what can't be sent.
         """
         loop = asyncio.get_running_loop()
-        _check_method(method)
-        if not 0 < timeout <= calls.MAX_TIMEOUT:
-            raise ValueError(f"a timeout is positive and at most {calls.MAX_TIMEOUT:.0f} s: {timeout}")
-        check_priority(priority)
-        views = tuple(map(frames.byte_view, buffers))
-        max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
-        deadline = loop.time() + timeout
+        head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._pool.find(peer)
-            if connection is None:
-                connection = await self._dialler.connect(peer, deadline=deadline, what=method)
-            elif peer is not connection.known and connection.known is not None:
-                self._peer_known(connection, peer)
-            left = max(deadline - loop.time(), 0.001)
-            head = RequestHead(method, left, priority, 0, max_reply, body)
+            connection = await self._connect(peer, method, deadline)
+            head = head._replace(time_left=max(deadline - loop.time(), 0.001))
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
             except ConnectionLost as error:
@@ -220,6 +211,58 @@ class Endpoint(Uncopied):
                     raise
                 self.metrics.count("endpoint_calls_repeated")
             await asyncio.sleep(wait)
+
+    async def call_parts(
+        self,
+        peer: PeerAddress,
+        method: str,
+        body: object = None,
+        buffers: Sequence[Buffer] = (),
+        *,
+        timeout: float,
+        max_reply_bytes: int | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Message, None]:
+        """As `call`, for a method whose reply may come in parts: yields them as they come, at least one.
+
+        A few parts are sent ahead; then the handler waits for this iteration, 30 seconds at most. `max_reply_bytes`
+        bounds all parts together. The call is not repeated. Close the generator (``contextlib.aclosing``) to cancel it
+        where it is not read to its end. A peer that knows no parts replies in one.
+
+        Raises: what `call` raises, also after some parts.
+        """
+        head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
+        connection = await self._connect(peer, method, deadline)
+        parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                yield part
+
+    def _request(
+        self,
+        method: str,
+        body: object,
+        buffers: Sequence[Buffer],
+        timeout: float,
+        max_reply_bytes: int | None,
+        priority: int,
+    ) -> tuple[RequestHead, tuple[memoryview, ...], float]:
+        """Checks what a caller gave; the head, the buffers, and the deadline."""
+        _check_method(method)
+        if not 0 < timeout <= heads.MAX_TIMEOUT:
+            raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
+        check_priority(priority)
+        max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
+        head = RequestHead(method, timeout, priority, 0, max_reply, body)
+        return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
+
+    async def _connect(self, peer: PeerAddress, method: str, deadline: float) -> Connection:
+        connection = self._pool.find(peer)
+        if connection is None:
+            return await self._dialler.connect(peer, deadline=deadline, what=method)
+        if peer is not connection.known and connection.known is not None:
+            self._peer_known(connection, peer)
+        return connection
 
     def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
         if peer != connection.known and peer.peer_id is not None:
@@ -232,7 +275,14 @@ class Endpoint(Uncopied):
     def connections(self) -> list[ConnectionInfo]:
         """Every open connection."""
         return [
-            ConnectionInfo(c.peer_id, c.path, c.dialled is not None, c.rtt, c.bytes_per_second, c.num_calls)
+            ConnectionInfo(
+                c.peer_id,
+                c.path,
+                c.dialled is not None,
+                c.protocol.life.rtt,
+                c.protocol.windows.bytes_per_second,
+                c.protocol.num_calls,
+            )
             for c in self._pool.connections()
             if c.is_open
         ]
@@ -245,9 +295,9 @@ class Endpoint(Uncopied):
         """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
         take; None where there is none, or nothing was measured."""
         connection = self._pool.find(peer)
-        if connection is None or connection.rtt is None:
+        if connection is None or connection.protocol.life.rtt is None:
             return None
-        return connection.rtt, connection.bytes_per_second
+        return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
 
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
@@ -284,22 +334,19 @@ class Endpoint(Uncopied):
     def _make_connection(self, peer_id: PeerID, hello: Hello, dialled: PeerAddress | None, pipe: Pipe) -> Connection:
         connection = Connection(
             peer_id,
-            hello,
+            replace(hello, features=hello.features & self._features),
             dialled=dialled,
             path=pipe.description,
             origin=pipe.origin,
             answer=self._answer,
             open_bulk=self._dialler.open_bulk,
             on_closed=self._pool.remove,
-            budget=self._budget,
+            budgets=self.budgets,
+            group=range_of(pipe.origin) or peer_id,
             settings=self._settings.protocol,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
             refusal=lambda: self._refusal(peer_id, "call", large=True),
-            pace=self._pace,
-            reply_budget=self._reply_budget,
-            small_budget=self._small_budget,
-            owner=Owner(range_of(pipe.origin) or peer_id, peer_id),
         )
         if hello.grants:
             self._on_grants(peer_id, hello.grants)
@@ -330,7 +377,7 @@ class Endpoint(Uncopied):
         self.metrics.set("endpoint_connections", len(connections))
         for connection in connections:
             connection.count_bytes()
-            if connection.dialled is None or not connection.is_open or connection.num_calls:
+            if connection.dialled is None or not connection.is_open or connection.protocol.num_calls:
                 continue
             idle = now - connection.last_used > self._settings.idle_timeout and connection.peer_id not in self._kept
             if idle or connection.retired:
@@ -350,5 +397,5 @@ def check_priority(priority: int) -> None:
 
 
 def _check_method(method: str) -> None:
-    if not 0 < len(method) <= calls.MAX_METHOD_LENGTH:
-        raise ValueError(f"a method's name has 1 to {calls.MAX_METHOD_LENGTH} characters")
+    if not 0 < len(method) <= heads.MAX_METHOD_LENGTH:
+        raise ValueError(f"a method's name has 1 to {heads.MAX_METHOD_LENGTH} characters")

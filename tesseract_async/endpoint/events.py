@@ -1,11 +1,11 @@
-"""What the machine of a connection (`protocol`) tells its driver."""
+"""Events of the machine of a connection (`protocol`) for its driver."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tesseract_async.errors import ConnectionLost
-from tesseract_async.wire.calls import RequestHead
+from tesseract_async.wire.heads import RequestHead
 
 
 class CallReceived(NamedTuple):
@@ -15,19 +15,35 @@ class CallReceived(NamedTuple):
     head: RequestHead
     buffers: tuple[memoryview, ...]
     deadline: float
+    in_parts: bool = False
+    """Whether the caller takes a reply in parts."""
 
 
 class CallCancelled(NamedTuple):
-    """Nobody waits for this received call any more (cancelled, or its deadline passed)."""
+    """This received call has ended early: it was cancelled, its deadline passed, or its reply was not taken."""
 
     stream: int
+
+
+class PartWanted(NamedTuple):
+    """The reply to this received call, which comes in parts, may go on."""
+
+    stream: int
+
+
+class PartReceived(NamedTuple):
+    """A part of the reply to an own call: tell `part_taken` once the caller has it. More follow, or `CallFailed`."""
+
+    stream: int
+    body: object
+    buffers: tuple[memoryview, ...]
 
 
 class ReplyReceived(NamedTuple):
-    """An own call ended with a result."""
+    """An own call ended with a result, or with the last part of one."""
 
     stream: int
-    body: Any
+    body: object
     buffers: tuple[memoryview, ...]
 
 
@@ -52,4 +68,4 @@ class PeerClosed(NamedTuple):
     reason: str
 
 
-Event = CallReceived | CallCancelled | ReplyReceived | CallFailed | BulkWanted | PeerClosed
+Event = CallReceived | CallCancelled | PartWanted | PartReceived | ReplyReceived | CallFailed | BulkWanted | PeerClosed

@@ -16,18 +16,14 @@ class ProtocolSettings:
     """Bytes of small requests that the peer may have under way at once."""
     max_message: int = 2**30
     """Bytes of the largest message that is accepted."""
-    standing_bytes: int = 16 * 2**20
-    """Room of the standing window: large messages within it need not ask first."""
+    window_bytes: int = 16 * 2**20
+    """Room of the flow-control window at first: large messages within it need not ask."""
     max_backlog: int = 32 * 2**20
     """Bytes of unsent replies beyond which further calls of the peer wait before they are handled."""
     max_replies: int = 256 * 2**20
     """Bytes of large replies that may wait for the peer to take them; what is beyond gets Overloaded (one may)."""
     max_unsent: int = 96 * 2**20
     """Bytes of small frames waiting for a peer that does not read, beyond which it is closed."""
-    max_idle_frames: int = 10_000
-    """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
-    idle_frames_per_second: float = 5_000.0
-    """... and how fast it may go on."""
     bulk_retry: float = 30.0
     """Seconds between attempts to open a bulk lane."""
     ping_after: float = 3.0
@@ -49,11 +45,8 @@ class EndpointSettings:
     """Bounds of each connection."""
     max_receive_bytes: int = 3 * 2**29
     """Bytes of large messages, half received or being answered, all connections together; one peer may announce an
-    eighth, or one message."""
-    max_reply_bytes: int = 3 * 2**28
-    """Bytes of replies that may wait to be taken, all connections together; of one peer a quarter, or one."""
-    max_call_bytes: int = 3 * 2**27
-    """Bytes that small calls under way may cost, all connections together; of one peer at most a third."""
+    eighth, or one message. Replies that wait to be taken may hold half as many (of one peer a quarter of these, or
+    one), small calls under way a quarter (of one peer at most a third of these)."""
     handshake_timeout: float = 5.0
     """Seconds for TLS and hello together."""
     max_half_open: int = 512

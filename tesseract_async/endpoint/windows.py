@@ -1,4 +1,4 @@
-"""Standing windows: large messages within them need not ask for room first, which saves a round trip. No I/O."""
+"""Flow-control windows: large messages within them need not ask for room first, which saves a round trip. No I/O."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tesseract_async.wire import frames
 class Windows:
     """The window that this end keeps for its peer, and the one that the peer keeps for it.
 
-    The own one is promised out of `budget`, opened by the first message that asks, and widened to what rate times delay
+    Ours is promised out of `budget`, opened by the first message that asks, and widened to what rate times delay
     need. `put` takes frames for the peer.
     """
 
     def __init__(
-        self, budget: Budget, owner: Owner, standing_bytes: int, *, put: Callable[[bytes], None], now: float
+        self, budget: Budget, owner: Owner, window_bytes: int, *, put: Callable[[bytes], None], now: float
     ) -> None:
         self.bytes_per_second = 0.0
         """Rate at which large messages last arrived, smoothed."""
@@ -31,7 +31,7 @@ class Windows:
         """The size of our window."""
         self._budget = budget
         self._owner = owner
-        self._standing_bytes = standing_bytes
+        self._first_bytes = window_bytes
         self._put = put
         self._burst_begin = now  # of chunks without a pause, for the rate
         self._burst_last = now
@@ -55,7 +55,7 @@ class Windows:
     def told(self, size: int) -> None:
         """The peer's window has `size` bytes from now on. Raises: ProtocolError."""
         if size < self.out_bytes or size > 2**48:
-            raise ProtocolError("a standing window never shrinks")
+            raise ProtocolError("a flow-control window never shrinks")
         self.out_bytes = size
 
     # ---- ours, for the peer
@@ -63,13 +63,13 @@ class Windows:
     def open(self) -> None:
         """Opens our window, if it is not open and the budget can spare it."""
         if not self.in_bytes:
-            self._widen(self._standing_bytes)
+            self._widen(self._first_bytes)
 
     def take(self, size: int) -> None:
         """The peer uses `size` bytes of ours. Raises: ProtocolError."""
         self.in_used += size
         if self.in_used > self.in_bytes:
-            raise ProtocolError("a message does not fit the standing window")
+            raise ProtocolError("a message does not fit the flow-control window")
 
     def give_back(self, size: int) -> None:
         """What `take` took is free again; the peer is told."""

@@ -23,7 +23,8 @@ from tesseract_async.experts.masks import Masks
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.network.network import Entry, TesseractNetwork
+from tesseract_async.network.entries import Entry
+from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.uncopied import Uncopied
 
@@ -250,6 +251,17 @@ class ExpertDirectory(Uncopied):
         if grid is None or not grid.warm.is_set() or (grid_size is not None and grid_size not in grid.sizes):
             return None
         return grid.view(grid.sizes[0] if grid_size is None else grid_size, self._clock())
+
+    async def read_grid(self, prefix: str, grid_size: tuple[int, ...]) -> dict[str, list[ExpertReplica]]:
+        """Read the grid and return the servers of each live expert by uid, the primary first.
+
+        Raises: as `wait_warm`.
+        """
+        self.watch(prefix, grid_size)
+        await self.wait_warm(prefix)
+        view = self.live(prefix, grid_size)
+        assert view is not None, "warm"
+        return {view.uid(row): view.replicas_at(row) for row in range(len(view))}
 
     def report_failure(self, replica: ExpertReplica, *, reason: str = "silent") -> None:
         """Hide the replica until its server renews its manifest, and after more failures for longer (see `Masks`), so

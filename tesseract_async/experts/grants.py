@@ -18,7 +18,7 @@ from tesseract_async.experts.manifest import RUN_ID_BYTES
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.signed import Format, listed, number, octets, optional, peer, peers
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.wire.calls import MAX_GRANT_BYTES
+from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 Role = Literal["host", "train", "share", "admit"]
 """``host``: lead and follow experts; ``train``: send gradients; ``share``: take part in the parameters that trainers

@@ -6,33 +6,25 @@ by epoch, never by version, so that nobody gains anything by naming a large one.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
-from tesseract_async.experts.grants import Appointment, Role
-from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, read_seal, read_term
 from tesseract_async.identity import PeerID
 
 SKEW: Final = 60
 """Seconds by which clocks may differ: a record from further in the future is refused."""
+MAX_KNOWN: Final = 256
+"""Records whose signatures are remembered as checked."""
 MAX_TERMS: Final = 64
 """Terms of one expert that are remembered."""
 MAX_TERMS_OF_ONE: Final = 8
 """Terms of one signer among them, besides those that lead to the one that holds."""
-
-
-class Authority(Protocol):
-    """What lineages need of `experts.authority.Authority`."""
-
-    @property
-    def run_id(self) -> bytes: ...
-    @property
-    def lease(self) -> float: ...
-    @property
-    def founder(self) -> PeerID | None: ...
-    def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool: ...
-    def appointment(self, uid: str) -> Appointment | None: ...
 
 
 class Lineage:
@@ -55,6 +47,7 @@ class Lineage:
         self.num_forks = 0
         """Terms that lost to a Term which does not descend from them."""
         self._authority = authority
+        self._known: dict[bytes, Term | Seal | None] = {}
         self._terms: dict[bytes, Term] = {}
         self._seals: dict[bytes, Seal] = {}  # by Term: the newest
         self._early: dict[bytes, Seal] = {}  # by Term: whose Term was not seen yet
@@ -62,15 +55,37 @@ class Lineage:
         self._hosts: Mapping[PeerID, int] = {}
         self._home: bytes | None = None
         self._is_home_old = False
+        self._home_since = 0.0
         self._best: Term | None = None
         self._is_stale = False
 
-    def add(self, record: Term | Seal, *, now: float, leads: bool = False) -> bool:
-        """Takes a record that was read. `now`: wall-clock seconds. Whether it was new and may count.
+    def read(self, blob: object) -> Term | Seal | None:
+        """Read a record, whose signature is checked once. None for what is no Term or Seal of the run. Untrusted."""
+        if type(blob) is not bytes or not blob:
+            return None
+        if blob not in self._known:
+            record: Term | Seal | None = None
+            for read in (read_seal, read_term):
+                with contextlib.suppress(ProtocolError):
+                    record = read(blob, self._authority.run_id)
+                    break
+            self._know(blob, record)
+        return self._known[blob]
+
+    def _know(self, blob: bytes, record: Term | Seal | None) -> None:
+        while len(self._known) >= MAX_KNOWN:
+            self._known.pop(next(iter(self._known)))
+        self._known[blob] = record
+
+    def add(self, record: Term | Seal, *, now: float, has_term: bool = False) -> bool:
+        """Take a record that was read, or that this server signed. `now`: wall-clock seconds. Whether it was new and
+        may count.
 
         A weak Term from the future counts once its time has come: until then the primary that it thinks dead, which
-        sees it at once (`leads`), could not show the contrary.
+        sees it at once (`has_term`: of its own), could not show the contrary.
         """
+        if record.blob not in self._known:
+            self._know(record.blob, record)
         if record.uid != self.uid or not self._may(record):
             return False
         appointment = self._authority.appointment(self.uid)
@@ -79,7 +94,7 @@ class Lineage:
         horizon = now - EPOCH_ZERO + SKEW
         if isinstance(record, Seal):
             return max(record.time, record.epoch) <= horizon and self._add_seal(record)
-        if record.is_weak and record.seal is not None and not leads:
+        if record.is_weak and record.seal is not None and not has_term:
             horizon = max(horizon - SKEW, record.seal.epoch + 1)
         if record.epoch > horizon or record.digest in self._terms or not self._is_founded(record):
             return False
@@ -130,8 +145,11 @@ class Lineage:
             self._hosts = dict(hosts)
             self._is_stale = True
 
-    def stay(self, term: Term, *, is_old: bool) -> None:
-        """This server goes by the tree of that Term, for long if `is_old`: then no single host's word moves it."""
+    def stay(self, term: Term, now: float) -> None:
+        """This server goes by the tree of that Term. After ten leases no single host's word moves it."""
+        if not self.is_home(term):
+            self._home_since = now
+        is_old = now - self._home_since > 10 * self._authority.lease
         if (term.digest, is_old) != (self._home, self._is_home_old):
             self._home, self._is_home_old, self._is_stale = term.digest, is_old, True
 
@@ -153,6 +171,16 @@ class Lineage:
             if before is not None and self._best is not None and before.digest not in self._ancestors(self._best):
                 self.num_forks += 1
         return self._best
+
+    @property
+    def primary(self) -> PeerID | None:
+        """The signer of that Term; None where it is exposed."""
+        return None if self.best is None or self.is_exposed(self.best) else self.best.primary
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of that Term; 0 before any is known."""
+        return 0 if self.best is None else self.best.epoch
 
     def refutes(self, time: float, term: Term) -> bool:
         """Whether a Seal of that time, of the line that a weak Term thought silent for a lease or two, proves it wrong.
@@ -180,11 +208,7 @@ class Lineage:
 
     def line(self, term: Term) -> list[bytes]:
         """The records that show where a Term comes from, as far as they are known, the oldest first; with its Seal."""
-        line: list[bytes] = []
-        step: Term | None = term
-        while step is not None and len(line) < MAX_TERMS_OF_ONE:
-            line.insert(0, step.blob)
-            step = None if step.seal is None else self._terms.get(step.seal.term)
+        line = [step.blob for step in itertools.islice(self._walk(term), MAX_TERMS_OF_ONE)][::-1]
         seal = self._seals.get(term.digest)
         return line if seal is None else [*line, seal.blob]
 
@@ -259,24 +283,21 @@ class Lineage:
                 return True
         return False
 
+    def _walk(self, term: Term) -> Iterator[Term]:
+        """The Term and those that it descends from, as far as they are known, the newest first."""
+        step: Term | None = term
+        while step is not None:  # each names the one before by its hash: no circle
+            yield step
+            step = None if step.seal is None else self._terms.get(step.seal.term)
+
     def _ancestors(self, term: Term) -> set[bytes]:
         """The digests of a Term and of those that it descends from, as far as they are known, and one beyond."""
-        line = {term.digest}
-        step: Term | None = term
-        while step is not None and step.seal is not None and step.seal.term not in line:
-            line.add(step.seal.term)
-            step = self._terms.get(step.seal.term)
-        return line
+        return {digest for step in self._walk(term) for digest in (step.digest, *_parent(step))}
 
     def _root(self, term: Term) -> bytes:
-        step, root, seen = term, term.digest, {term.digest}
-        while step.seal is not None and step.seal.term not in seen:
-            root = step.seal.term
-            seen.add(root)
-            if root not in self._terms:
-                break
-            step = self._terms[root]
-        return root
+        """The last of these digests."""
+        *_, last = self._walk(term)
+        return (last.digest, *_parent(last))[-1]
 
     def _prune(self) -> None:
         best = self._best
@@ -298,3 +319,7 @@ class Lineage:
         del self._terms[term.digest]
         self._seals.pop(term.digest, None)
         self._exposed.pop(term.digest, None)
+
+
+def _parent(term: Term) -> tuple[bytes, ...]:
+    return () if term.seal is None else (term.seal.term,)

@@ -49,7 +49,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 from tesseract_async.transport.base import split_host_port
-from tesseract_async.wire.calls import MAX_GRANT_BYTES
+from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 Coordinates = npt.NDArray[np.int64]
 """``[experts, dimensions]``, every row one expert's place on the grid."""

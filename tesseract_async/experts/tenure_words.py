@@ -1,4 +1,6 @@
-"""What a `Tenure` is, what servers ask each other about an expert, and what a driver does for it. No I/O."""
+"""The states of a `Tenure`, the questions that servers ask each other about an expert, and commands to the driver.
+No I/O.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from tesseract_async.identity import PeerID
 
 
 class State(Enum):
-    """What this server is to the expert."""
+    """The part that this server has in the expert."""
 
     ABSENT = "absent"
     """It has no state of it, or none that it may use."""
@@ -20,7 +22,7 @@ class State(Enum):
     """It holds a sealed file, and is no member."""
     CANDIDATE = "candidate"
     """It asks for votes, or reads its Term back."""
-    LEADING = "leading"
+    PRIMARY = "primary"
     YIELDING = "yielding"
     """It takes no more steps, and gives the expert to another."""
     FENCED = "fenced"
@@ -29,9 +31,9 @@ class State(Enum):
     """Another's Term outranks its own: its file is kept, and the other's fetched."""
 
 
-class Ask(NamedTuple):
-    """What one server asks another about an expert. `kind`: ``beat`` (I lead), ``rise`` (I would lead again), ``probe``
-    (do you lead?) or ``vote``."""
+class Question(NamedTuple):
+    """One server asks another about an expert. `kind`: ``beat`` (I am its primary), ``rise`` (I would be again),
+    ``probe`` (are you?) or ``vote``."""
 
     kind: str
     epoch: int
@@ -42,11 +44,11 @@ class Ask(NamedTuple):
     """Its newest Seal, or for a vote the one that the candidate holds."""
 
 
-class Answer(NamedTuple):
-    """What the other says."""
+class Response(NamedTuple):
+    """The answer to a `Question`."""
 
     agrees: bool
-    """To a beat: you are my primary. To a probe: I lead. To a vote: I have heard the primary just now."""
+    """To a beat: you are my primary. To a probe: I am. To a vote: I have heard the primary just now."""
     held: tuple[int, int]
     """The age of the Seal whose file it holds; (0, 0) for none."""
     term: bytes
@@ -71,13 +73,13 @@ class Publish(NamedTuple):
 
 
 class Send(NamedTuple):
-    """A question to a peer; answer with `Tenure.answered` or `Tenure.silent`, both with the time at which it was sent.
+    """A question to a peer; its answer goes to `Tenure.answered`.
 
     They go out side by side, and each is given up after a second.
     """
 
     peer: PeerID
-    ask: Ask
+    question: Question
 
 
 class Look(NamedTuple):
@@ -85,19 +87,19 @@ class Look(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """Get this Seal's file from one who has it, verify its root and install it; then `fetched`, or `not_fetched`."""
+    """Get this Seal's file from one of `sources`, verify its root, install it; then `fetched`, or `not_fetched`."""
 
     seal: Seal
     aside: bool
-    """The own file is of another line: it is kept, out of the way."""
+    """This server's file is of another line: it is kept, out of the way."""
     sources: tuple[PeerID, ...]
 
 
-class Role(NamedTuple):
-    """Whether this server trains the expert now, and else who does."""
+class RoleChanged(NamedTuple):
+    """Whether this server trains the expert from now on, and which one does."""
 
-    leads: bool
+    is_primary: bool
     primary: PeerID | None
 
 
-Command = Persist | Publish | Send | Look | Fetch | Role
+Command = Persist | Publish | Send | Look | Fetch | RoleChanged

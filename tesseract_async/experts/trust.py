@@ -15,8 +15,8 @@ from tesseract_async.experts.grants import GRANTS, ROLES, Role
 from tesseract_async.experts.lineage import SKEW
 from tesseract_async.experts.manifest import MAGIC, Manifest, RunTag, decode_manifest, grid_key, shard_key, split_uid
 from tesseract_async.identity import PeerID, SignedRecord
-from tesseract_async.network.network import key_digest
-from tesseract_async.wire.calls import MAX_GRANTS
+from tesseract_async.network.entries import key_digest
+from tesseract_async.wire.heads import MAX_GRANTS
 
 _BEGINNINGS = {0xC4: 2, 0xC5: 3}
 """Bytes of msgpack before those of a byte string: of up to 255, and of more."""
@@ -114,7 +114,7 @@ class Trust:
 
     def may_be_read(self, owner: PeerID) -> bool:
         """Whether the policy lets this peer say anything at all: a check before its words are decoded."""
-        return owner == self._peer_id or (owner not in self.distrusted and self.policy.allows(owner, "store"))
+        return owner == self._peer_id or (owner not in self.distrusted and self.policy.allows(owner, "host"))
 
     def believed(self, owner: PeerID, manifest: Manifest) -> Manifest:
         """Return what `owner` says about experts, as far as it may host them, and learn the grant that it shows.
@@ -150,7 +150,7 @@ class Trust:
             return True
         authority = self._runs.get(split_uid(uid)[0]) if self._runs else None
         if peer_id is None:
-            return authority is None and self.policy.storers is None
+            return authority is None and self.policy.hosts is None
         if not self.may_be_read(peer_id):
             return False
         return authority is None or authority.may(peer_id, "host", uid, now=self.clock() if anew else None)

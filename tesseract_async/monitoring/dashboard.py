@@ -23,7 +23,7 @@ FILES = {"": "index.html", "style.css": "style.css", "page.js": "page.js", "icon
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 COOKIE = "tesseract_token"
 
-# nothing from elsewhere, nothing inline: what strangers write into the swarm can at most be shown as text
+# nothing from elsewhere, nothing inline: text that strangers write into the swarm is shown as text
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -42,7 +42,7 @@ class Dashboard:
     def __init__(
         self, observer: SwarmObserver, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None
     ) -> None:
-        """`token`: what visitors must know; made up where none is given and `host` is not loopback."""
+        """`token`: the visitors' password; made up if none is given and `host` is not loopback."""
         if token is None and not _is_loopback(host):
             token = secrets.token_urlsafe(16)
         self.token = token
@@ -81,7 +81,7 @@ class Dashboard:
 
     @property
     def url(self) -> str:
-        """Where to point a browser, the token included."""
+        """The address for a browser, including the token."""
         assert self._runner is not None, "entered"
         host, port = self._runner.addresses[0][:2]
         host = f"[{host}]" if ":" in host else host
@@ -90,7 +90,7 @@ class Dashboard:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self.token is None:
-            # a page elsewhere could point its own name at this address; without a token the name must be ours
+            # a foreign page could point its own name at this address; without a token the name must be a loopback one
             if not _is_loopback(_host_of(request)):
                 raise web.HTTPForbidden(text="ask for this page by its own address\n")
         else:
@@ -139,9 +139,9 @@ class Dashboard:
 
 
 class _Told:
-    """What one visitor knows: the first message is the whole state, the next ones bring what is new.
+    """The messages for one visitor: the whole state first, then changes only.
 
-    A page open for an hour on a large swarm would else be sent the same history 1,800 times.
+    Otherwise a page open for an hour on a large swarm would be sent the same history 1,800 times.
     """
 
     def __init__(self) -> None:
@@ -151,8 +151,8 @@ class _Told:
         self._grids: dict[str, str] = {}
 
     def news(self, observer: SwarmObserver) -> str:
-        """The next message: JSON in one line. Its ``history`` and ``log`` follow on what was sent before, and grids
-        that did not change are left out; ``whole`` says that nothing was sent before."""
+        """Return the next message: JSON in one line. Its ``history`` and ``log`` continue those sent before, and grids
+        that did not change are left out; ``whole`` is true in the first message."""
         state, before = observer.state(), self.num_looks
         lines = observer.num_log_lines - self._num_lines
         self.num_looks, self._num_lines = observer.num_looks, observer.num_log_lines

@@ -1,4 +1,4 @@
-"""Keeps a picture of a swarm: who hosts what, what they compute, who joined, left and failed."""
+"""SwarmObserver: servers and their experts, what they compute, and who joined, left and failed."""
 
 from __future__ import annotations
 
@@ -23,54 +23,57 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+State = dict[str, Any]
+"""As JSON holds it."""
+
 NUM_CONTACTS_ASKED = 32
 NUM_ASKED_AT_ONCE = 16
 HISTORY_LENGTH = 600
 LOG_LENGTH = 200
 PROGRESS_TTL = 60.0
 FIRST_READ_TIMEOUT = 2.0
-"""Seconds that a look waits for a grid that was not read yet."""
+"""Seconds that `look` waits for a grid that was not read yet."""
 MAX_CELLS = 2**16
-"""Of a grid that is shown though nobody asked for it: its size follows from what strangers say that they host."""
+"""Of a grid that was discovered: its size follows from claims of strangers."""
 MAX_GRIDS = 16
-"""That are shown though nobody asked for them."""
+"""That are discovered and shown."""
 MAX_TRAINERS = 64
 MAX_SENTENCE = 240
+"""Characters of a line of the log, which may contain strangers' errors."""
 SHOW_DEAD_FOR = 60.0
-"""Seconds that a server which said no farewell is shown, greyed, after its manifests have expired."""
-"""Characters of a line of the log: strangers' errors stand in it."""
+"""Seconds that a server which left without a farewell is shown, greyed, after its manifests have expired."""
 
 
 @dataclass(slots=True)
 class Peer:
-    """A node that hosts experts, or that was met otherwise."""
+    """A node that hosts experts, or another one that was met."""
 
     address: PeerAddress
     number: int = 0
-    """In the order of meeting, never given twice: its colour."""
+    """In the order of meeting, never given twice: it chooses the color."""
     uids: set[str] = field(default_factory=set)
-    """What its manifests say that it hosts."""
+    """The experts that it hosts, by its manifests."""
     status: NodeStatus | None = None
-    """What it said last; None while it never answered."""
+    """Its latest answer; None before the first."""
     seen_at: float = 0.0
     """Loop time of `status`."""
     calls_per_second: float = 0.0
     rows_per_second: float = 0.0
     steps_per_second: float = 0.0
     busy: float = 0.0
-    """Share of the time that its devices compute (of all of them: 2.0 where two are busy)."""
+    """Share of the time that its devices compute, summed over them: 2.0 if two are always busy."""
     error: str | None = None
-    """Why it did not answer the last time."""
+    """The reason why it did not answer the last time."""
     is_gone: bool = False
-    """Nothing of it answered the last time: what it is said to host does not count."""
+    """True if it could not be reached the last time: its experts then do not count."""
     left_at: float | None = None
-    """Loop time at which its manifests had expired, if they have."""
+    """Loop time at which its manifests were found expired."""
 
 
 class SwarmObserver:
-    """Watches grids through a node, and asks their servers how they are. Use it as an async context manager.
+    """Watches grids through a node, and asks their servers for their status. Use it as an async context manager.
 
-    Without `patterns` it shows whatever the servers among the node's contacts host: enough for small swarms.
+    Without `patterns` it shows all grids of the servers among the node's contacts: enough for small swarms.
     """
 
     def __init__(self, node: TesseractNode, *, patterns: Sequence[ExpertPattern] = (), period: float = 2.0) -> None:
@@ -83,12 +86,12 @@ class SwarmObserver:
         self.log: deque[tuple[float, str, str]] = deque(maxlen=LOG_LENGTH)
         """(wall-clock time, sentence, kind): kinds are joined, left, failed and changed."""
         self.num_log_lines = 0
-        """That were ever written; `log` holds the last of them."""
+        """Lines ever written; `log` holds the last of them."""
         self.history: deque[dict[str, float]] = deque(maxlen=HISTORY_LENGTH)
         self.losses: dict[str, tuple[int, float]] = {}
-        """What trainers published, see `publish_progress`: trainer -> (step, loss)."""
+        """Trainers' progress (`publish_progress`): trainer -> (step, loss)."""
         self.lost: dict[str, set[tuple[int, ...]]] = {}
-        """prefix -> coordinates of the experts that were seen here, and that nobody hosts now."""
+        """prefix -> coordinates of experts that were seen before and are not hosted now."""
         self._seen: dict[str, set[tuple[int, ...]]] = {}
         self._num_met = 0
         self._grids: dict[str, tuple[int, ...]] = {}
@@ -109,11 +112,11 @@ class SwarmObserver:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def wait_changed(self) -> None:
-        """Returns after the next look."""
+        """Return after the next look."""
         await self._changed.wait()
 
     async def look(self) -> None:
-        """Looks once, beside the periodic looks. Takes about a period at most, and some seconds for a new grid."""
+        """Look once, in addition to the periodic looks. Takes a period at most, and some seconds for a new grid."""
         if self._discover:
             await self._meet_contacts()
         for prefix, size in self._grids.items():
@@ -136,8 +139,8 @@ class SwarmObserver:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def state(self) -> dict[str, Any]:
-        """The picture as JSON holds it; the dashboard's page and `tesseract top` draw it."""
+    def state(self) -> State:
+        """Return the picture for JSON; the dashboard's page and `tesseract top` draw it."""
         hosts = {peer_id: place for place, peer_id in enumerate(self.peers)}
         return {
             "time": time.time(),
@@ -173,7 +176,7 @@ class SwarmObserver:
             self.node.directory.watch(prefix, size)
 
     async def _meet_contacts(self) -> None:
-        """Learns of grids from the servers among this node's contacts."""
+        """Discover grids of the servers among this node's contacts."""
         limit = asyncio.Semaphore(NUM_ASKED_AT_ONCE)
         contacts = self.node.network.public_contacts(NUM_CONTACTS_ASKED)
         strangers = [Peer(one) for one in contacts if one.peer_id and self.node.trust.may_be_read(one.peer_id)]
@@ -297,10 +300,10 @@ class SwarmObserver:
     # ------------------------------------------------------------------------------------------------ showing
 
     def _seed(self) -> str:
-        """Where others join this swarm: as this node did, or by this node if it came first."""
+        """Return the address by which others join: this node's seed, or this node if it has none."""
         return str(self.node.initial_peers[0]) if self.node.initial_peers else str(self.node.peer_address)
 
-    def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> dict[str, Any]:
+    def _grid_state(self, prefix: str, size: tuple[int, ...], hosts: dict[PeerID, int]) -> State:
         view = self.node.directory.live(prefix, self._grids[prefix])
         return {
             "prefix": prefix,
@@ -309,10 +312,10 @@ class SwarmObserver:
             "lost": sorted(map(list, self.lost.get(prefix, ()))),
         }
 
-    def _cells(self, view: GridView, hosts: dict[PeerID, int]) -> list[list[Any]]:
-        """Per live expert: coordinates, place of its first host in the list of peers, replicas, version, busy, lag.
+    def _cells(self, view: GridView, hosts: dict[PeerID, int]) -> list[list[object]]:
+        """Return per live expert: coordinates, place of its first host among the peers, replicas, version, busy, lag.
 
-        The version is the highest that a replica said, the lag how many steps the last of them is behind it.
+        The version is the highest of its replicas; the lag is the number of steps that the last of them is behind it.
         """
         cells = []
         for row, coords in enumerate(view.coords.tolist()):
@@ -336,7 +339,7 @@ class SwarmObserver:
             )
         return cells
 
-    def _peer_state(self, peer_id: PeerID, peer: Peer) -> dict[str, Any]:
+    def _peer_state(self, peer_id: PeerID, peer: Peer) -> State:
         connections = [one for one in self.node.endpoint.connections() if one.peer_id == peer_id]
         rtts = [one.rtt for one in connections if one.rtt is not None]
         return {
@@ -361,9 +364,9 @@ class SwarmObserver:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a server did not answer, for people; the log of the node has the rest."""
+    """Return in plain words why a server did not answer; the node's log has the rest."""
     if isinstance(error, UnknownMethod):
-        return "it does not tell how it is"
+        return "it does not answer status calls"
     if isinstance(error, RemoteError):
         return str(error)
     if isinstance(error, TimeoutError):
@@ -375,8 +378,8 @@ def _experts(uids: set[str]) -> str:
     return "1 expert" if len(uids) == 1 else f"{len(uids)} experts"
 
 
-def _read_progress(value: Any) -> tuple[int, float] | None:
-    """(step, loss), or None for what nobody sensible published: it goes into JSON, which knows no infinity."""
+def _read_progress(value: object) -> tuple[int, float] | None:
+    """Return (step, loss), or None for a malformed value, such as an infinity, which JSON does not know."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         return None
     step, loss = value
@@ -390,7 +393,7 @@ def _progress_key(prefix: str) -> str:
 
 
 async def publish_progress(node: TesseractNode, prefix: str, *, step: int, loss: float, trainer: str = "") -> None:
-    """Lets observers see how the training of the grid `prefix` goes. Call it every few seconds, not at every step.
+    """Show observers the progress of training the grid `prefix`. Call it every few seconds, not at every step.
 
     `trainer` tells several trainers on one node apart.
     """

@@ -1,4 +1,4 @@
-"""A node's metrics in Prometheus' text format, by its naming conventions: prefix, unit, ``_total`` for counters."""
+"""A node's metrics in Prometheus' text format, with its naming conventions: prefix, unit, ``_total`` for counters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Collector:
 
 
 def render(metrics: Metrics) -> bytes:
-    """All figures of this moment as text."""
+    """Return all figures of this moment as text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(metrics))
     return generate_latest(registry)

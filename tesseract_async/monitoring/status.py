@@ -1,4 +1,4 @@
-"""What a node says about itself when asked: the call ``node.status``."""
+"""A node's figures, and the call ``node.status`` that asks for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METHOD = "node.status"
 MAX_STATUS_BYTES = 2**20
 MAX_EXPERTS = 2000
-"""Experts that one status tells of."""
+"""Experts in one status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,10 @@ class NodeStatus:
     """Its wall clock (`time.time`): what records expire by."""
     uptime: float
     """Seconds since it started."""
-    num_contacts: int
-    """Nodes in its routing table."""
-    num_connections: int
-    """Open channels to other nodes."""
     num_calls: int
     """Calls that its experts have been sent."""
     num_rows: int
     """Rows that its experts have computed."""
-    num_batches: int
     num_waiting_rows: int
     """Rows that wait to be computed."""
     busy_seconds: float
@@ -64,8 +59,6 @@ class NodeStatus:
 class _Statistics(Protocol):
     @property
     def num_rows(self) -> int: ...
-    @property
-    def num_batches(self) -> int: ...
     @property
     def num_waiting_rows(self) -> int: ...
 
@@ -82,7 +75,7 @@ class _Backend(Protocol):
 
 
 class Server(Protocol):
-    """What is read of a `TesseractServer`."""
+    """The part of a `TesseractServer` that is read here."""
 
     @property
     def experts(self) -> Mapping[str, _Backend]: ...
@@ -95,7 +88,7 @@ class StatusService:
     """Answers ``node.status`` for a node and the servers on it. Use it as an async context manager, or call `close`."""
 
     def __init__(self, node: TesseractNode, *servers: Server) -> None:
-        """From now on the node answers. Raises: RuntimeError before the node is started; ValueError if it has one."""
+        """Let the node answer. Raises: RuntimeError before the node is started; ValueError if it has one."""
         self._node = node
         self._servers = servers
         self._started_at = asyncio.get_running_loop().time()
@@ -108,22 +101,19 @@ class StatusService:
         self.close()
 
     def close(self) -> None:
-        """The node answers no longer."""
+        """Stop answering."""
         self._node.endpoint.unhandle(METHOD)
 
     def status(self) -> NodeStatus:
-        """This moment's."""
+        """Return the figures of this moment."""
         runtimes = [runtime for server in self._servers for runtime in server.runtimes]
         statistics = [runtime.statistics() for runtime in runtimes]
         return NodeStatus(
             software=tesseract_async.__version__,
             time=time.time(),
             uptime=asyncio.get_running_loop().time() - self._started_at,
-            num_contacts=self._node.network.num_contacts,
-            num_connections=len(self._node.endpoint.connections()),
             num_calls=int(self._node.metrics.total("expert_calls_answered")),
             num_rows=sum(one.num_rows for one in statistics),
-            num_batches=sum(one.num_batches for one in statistics),
             num_waiting_rows=sum(one.num_waiting_rows for one in statistics),
             busy_seconds=sum(runtime.busy_seconds for runtime in runtimes),
             experts={
@@ -137,19 +127,19 @@ class StatusService:
         return Message(encode_status(self.status()))
 
 
-def encode_status(status: NodeStatus) -> dict[str, Any]:
-    """As msgpack holds it."""
+def encode_status(status: NodeStatus) -> dict[str, object]:
+    """Return the status as a dictionary for msgpack."""
     body = {field.name: getattr(status, field.name) for field in dataclasses.fields(status)}
     uids = list(status.experts)
     if (last := len(uids) - 1) >= MAX_EXPERTS:
-        # evenly from the first to the last, so that they show how large the grid is
+        # evenly from the first to the last, so that they show the size of the grid
         uids = [uids[place * last // (MAX_EXPERTS - 1)] for place in range(MAX_EXPERTS)]
     body["experts"] = {uid: [status.experts[uid].version, status.experts[uid].primary] for uid in uids}
     return body
 
 
-def decode_status(body: Any) -> NodeStatus:
-    """Reads what `encode_status` made. Untrusted; unknown fields are ignored. Raises: ProtocolError."""
+def decode_status(body: object) -> NodeStatus:
+    """Read a status. Untrusted; unknown fields are ignored. Raises: ProtocolError."""
     if type(body) is not dict:
         raise ProtocolError("a status is a map")
     values: dict[str, Any] = {}
@@ -169,7 +159,7 @@ def decode_status(body: Any) -> NodeStatus:
     return NodeStatus(**values)
 
 
-def _experts(value: Any) -> dict[str, ExpertStatus]:
+def _experts(value: object) -> dict[str, ExpertStatus]:
     if type(value) is not dict or len(value) > MAX_EXPERTS:
         raise ProtocolError("status: experts is missing or malformed")
     experts = {}
@@ -186,7 +176,7 @@ def _experts(value: Any) -> dict[str, ExpertStatus]:
 
 
 async def ask_status(node: TesseractNode, peer: PeerAddress, *, timeout: float) -> NodeStatus:
-    """What `peer` says about itself. Raises: as `Endpoint.call`; UnknownMethod where it does not answer such calls."""
+    """Ask `peer` for its status. Raises: as `Endpoint.call`; UnknownMethod if it does not answer such calls."""
     reply = await node.endpoint.call(
         peer, METHOD, timeout=timeout, idempotent=True, max_reply_bytes=MAX_STATUS_BYTES, priority=-1
     )

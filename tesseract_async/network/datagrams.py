@@ -1,4 +1,4 @@
-"""What nodes say to each other, one datagram each: bytes to meaning and back. Pure.
+"""The datagrams that nodes exchange, as bytes and as values. Pure.
 
 ::
 
@@ -17,7 +17,7 @@
     STORE      ([key + record, ...])     -> (outcomes: a byte for each)
     LEAVE      ()                        no reply
     DIAL       (nonce)                   -> (whether it was passed on)
-    DIAL_FOR   (address, nonce)          no reply; see `network.dialback`
+    DIAL_FOR   (address, nonce)          no reply; see `network.dial_back`
     DIALED     (nonce)                   no reply
     COPY       (key + record)            no reply; see `network.caching`
 
@@ -31,18 +31,23 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 
 from tesseract_async.errors import ProtocolError, UnsupportedVersion
 from tesseract_async.identity import MAX_RECORD_BYTES, SignedRecord
 from tesseract_async.network.contacts import ID_BYTES, Address, pack_address, unpack_address
-from tesseract_async.network.settings import MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
-from tesseract_async.network.storage import NUM_RANGES, Outcome, Summary
+from tesseract_async.network.storage import NUM_RANGES, StoreOutcome, Summary
 
 MAGIC = 0x54
 VERSION = 1
+MAX_DATAGRAM_BYTES = 1200
+"""No datagram is longer: it fits every path of the internet without fragments (RFC 9000, section 14)."""
+MIN_REQUEST_BYTES = 400
+"""A request without a token is padded to this, so that a full reply is never more than 3 x what was sent."""
+AMPLIFICATION = 3
+"""Reply bytes per request byte towards an address that has proven nothing."""
 
 PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED, COPY = range(1, 11)
 ONE_WAY = (LEAVE, DIAL_FOR, COPY)
@@ -81,19 +86,19 @@ class Datagram(NamedTuple):
     flags: int
     transaction: bytes
     sender: bytes
-    body: list[Any]
+    body: list[object]
 
 
-class Request(NamedTuple):
-    """What every request holds."""
+class RpcRequest(NamedTuple):
+    """The fields that every request holds."""
 
     token: bytes
     challenge: bytes
-    arguments: list[Any]
+    arguments: list[object]
 
 
-class Reply(NamedTuple):
-    """What every reply holds."""
+class RpcReply(NamedTuple):
+    """The fields that every reply holds."""
 
     observed: Address
     """The address that the request came from."""
@@ -101,12 +106,12 @@ class Reply(NamedTuple):
     """For the next request to this node."""
     proof: bytes
     wall: float
-    results: list[Any]
+    results: list[object]
     flags: int
 
 
-def encode(kind: int, flags: int, transaction: bytes, sender: bytes, body: Sequence[Any]) -> bytes:
-    """One datagram."""
+def encode(kind: int, flags: int, transaction: bytes, sender: bytes, body: Sequence[object]) -> bytes:
+    """Encode one datagram."""
     return _HEAD.pack(MAGIC, VERSION, kind, flags, transaction, sender) + bytes(_pack(body))
 
 
@@ -118,12 +123,13 @@ def encode_request(
     *,
     token: bytes,
     challenge: bytes,
-    arguments: Sequence[Any],
+    arguments: Sequence[object],
+    padded: bool = True,
 ) -> bytes:
-    """A request, padded if it holds no token."""
+    """Encode a request, padded if it holds no token, unless `padded` is False."""
     data = encode(kind, flags, transaction, sender, (token, challenge, *arguments))
     missing = MIN_REQUEST_BYTES - len(data)
-    if not token and missing > 0:
+    if padded and not token and missing > 0:
         # msgpack puts at least 2 bytes before the padding itself
         padding = bytes(max(0, missing - 2))
         data = encode(kind, flags, transaction, sender, (token, challenge, *arguments, padding))
@@ -131,7 +137,7 @@ def encode_request(
 
 
 def decode(data: bytes) -> Datagram:
-    """Reads an untrusted datagram. Raises: ProtocolError."""
+    """Read an untrusted datagram. Raises: ProtocolError."""
     if len(data) > MAX_DATAGRAM_BYTES:
         raise ProtocolError("a datagram over 1,200 bytes")
     if len(data) <= _HEAD.size or data[0] != MAGIC:
@@ -148,8 +154,8 @@ def decode(data: bytes) -> Datagram:
     return Datagram(kind, flags, transaction, sender, body)
 
 
-def read_request(datagram: Datagram) -> Request:
-    """Raises: ProtocolError."""
+def read_request(datagram: Datagram) -> RpcRequest:
+    """Read the body of a request. Raises: ProtocolError."""
     body = datagram.body
     if len(body) < 2:
         raise ProtocolError("a request cut short")
@@ -158,11 +164,11 @@ def read_request(datagram: Datagram) -> Request:
         raise ProtocolError("a malformed token")
     if type(challenge) is not bytes or len(challenge) not in (0, CHALLENGE_BYTES):
         raise ProtocolError("a malformed challenge")
-    return Request(token, challenge, body[2:])
+    return RpcRequest(token, challenge, body[2:])
 
 
-def read_reply(datagram: Datagram) -> Reply:
-    """Raises: ProtocolError."""
+def read_reply(datagram: Datagram) -> RpcReply:
+    """Read the body of a reply. Raises: ProtocolError."""
     body = datagram.body
     if len(body) < 4:
         raise ProtocolError("a reply cut short")
@@ -173,23 +179,23 @@ def read_reply(datagram: Datagram) -> Reply:
         raise ProtocolError("a malformed proof")
     if type(wall) is not float or not math.isfinite(wall):
         raise ProtocolError("a malformed time")
-    return Reply(unpack_address(observed), token, proof, wall, body[4:], datagram.flags)
+    return RpcReply(unpack_address(observed), token, proof, wall, body[4:], datagram.flags)
 
 
 def proof_statement(challenge: bytes, asker: bytes, prover: bytes, observed: Address) -> bytes:
-    """What a node signs to prove its id: the asker's nonce, both ids, and the address that it sees the asker at."""
+    """Return what a node signs to prove its id: the asker's nonce, both ids, and where it sees the asker."""
     return PROOF_DOMAIN + challenge + asker + prover + pack_address(observed)
 
 
-def read_key(arguments: list[Any]) -> bytes:
-    """The 32-byte target of FIND and key of GET and PAGE. Raises: ProtocolError."""
+def read_key(arguments: list[object]) -> bytes:
+    """Read the 32-byte target of FIND and key of GET and PAGE. Raises: ProtocolError."""
     if not arguments or type(arguments[0]) is not bytes or len(arguments[0]) != ID_BYTES:
         raise ProtocolError("a key has 32 bytes")
     return arguments[0]
 
 
-def read_range(arguments: list[Any]) -> tuple[int, int]:
-    """Start and end of a PAGE request. Raises: ProtocolError."""
+def read_range(arguments: list[object]) -> tuple[int, int]:
+    """Read start and end of a PAGE request. Raises: ProtocolError."""
     if len(arguments) < 3 or type(arguments[1]) is not int or type(arguments[2]) is not int:
         raise ProtocolError("a page without its range")
     start, end = arguments[1], arguments[2]
@@ -199,36 +205,44 @@ def read_range(arguments: list[Any]) -> tuple[int, int]:
     return start, end
 
 
-def read_items(arguments: list[Any]) -> list[tuple[bytes, bytes]]:
-    """(key, record) of each item of a STORE. Raises: ProtocolError."""
+def read_items(arguments: list[object]) -> list[tuple[bytes, bytes]]:
+    """Read (key, record) of each item of a STORE. Raises: ProtocolError."""
     items = _byte_strings(arguments[0] if arguments else None)
     if any(len(item) <= ID_BYTES for item in items):
         raise ProtocolError("a record without its key")
     return [(item[:ID_BYTES], item[ID_BYTES:]) for item in items]
 
 
-def read_item(arguments: list[Any]) -> tuple[bytes, bytes]:
-    """The key and record of a COPY. Raises: ProtocolError."""
+def read_item(arguments: list[object]) -> tuple[bytes, bytes]:
+    """Read the key and record of a COPY. Raises: ProtocolError."""
     return read_items([arguments[:1]])[0]
 
 
-def read_outcomes(results: list[Any], count: int) -> list[Outcome]:
-    """What became of `count` stored records. Raises: ProtocolError."""
+def read_nonce(arguments: list[object]) -> bytes:
+    """Read the nonce of DIAL, DIAL_FOR (from its second argument on) and DIALED. Raises: ProtocolError."""
+    nonce = arguments[0] if arguments else None
+    if type(nonce) is not bytes or len(nonce) != TRANSACTION_BYTES:
+        raise ProtocolError("a dial-back without its nonce")
+    return nonce
+
+
+def read_outcomes(results: list[object], count: int) -> list[StoreOutcome]:
+    """Read the outcomes of `count` stored records. Raises: ProtocolError."""
     if not results or type(results[0]) is not bytes or len(results[0]) != count:
         raise ProtocolError("a store's reply of the wrong length")
     try:
-        return [Outcome(code) for code in results[0]]
+        return [StoreOutcome(code) for code in results[0]]
     except ValueError:
         raise ProtocolError("an outcome that does not exist") from None
 
 
 def write_summary(summary: Summary) -> tuple[int, bytes]:
-    """Count and digests as a GET reply holds them."""
+    """Return count and digests as a GET reply holds them."""
     return summary.count, _DIGESTS.pack(*summary.digests)
 
 
-def read_value(results: list[Any]) -> tuple[Summary | None, list[bytes]]:
-    """What a GET reply says of the key: its summary (None where nothing is held), and all records, if they fit.
+def read_value(results: list[object]) -> tuple[Summary | None, list[bytes]]:
+    """Read what a GET reply says of the key: its summary (None where nothing is held), and all records, if they fit.
 
     Raises: ProtocolError.
     """
@@ -249,20 +263,20 @@ def read_value(results: list[Any]) -> tuple[Summary | None, list[bytes]]:
     return Summary(count, _DIGESTS.unpack(packed)), []
 
 
-def is_copy(results: list[Any]) -> bool:
-    """Whether a GET reply's record is only a copy on the way to the holders."""
+def is_copy(results: list[object]) -> bool:
+    """Return True if a GET reply's record is only a copy on the way to the holders."""
     return len(results) > 5 and results[5] is True
 
 
-def read_page(results: list[Any]) -> tuple[int | None, list[bytes]]:
-    """Where to go on (None at the end of the range), and the records. Raises: ProtocolError."""
+def read_page(results: list[object]) -> tuple[int | None, list[bytes]]:
+    """Read where to go on (None at the end of the range), and the records. Raises: ProtocolError."""
     if len(results) < 2 or not (results[0] is None or (type(results[0]) is int and 0 <= results[0] < 2**64)):
         raise ProtocolError("a page without its cursor")
     return results[0], _byte_strings(results[1])
 
 
 def store_parts(records: Sequence[SignedRecord]) -> Iterator[range]:
-    """Slices of `records` that fit into one STORE each."""
+    """Yield slices of `records` that fit into one STORE each."""
     start, room = 0, STORE_ROOM
     for index, record in enumerate(records):
         size = ID_BYTES + len(record.body) + 3
@@ -275,12 +289,12 @@ def store_parts(records: Sequence[SignedRecord]) -> Iterator[range]:
 
 
 def store_items(records: Sequence[SignedRecord]) -> Iterator[list[bytes]]:
-    """The arguments of the STOREs that carry `records`."""
+    """Yield the arguments of the STOREs that carry `records`."""
     for part in store_parts(records):
         yield [records[index].key + records[index].body for index in part]
 
 
-def _byte_strings(value: Any) -> list[bytes]:
+def _byte_strings(value: object) -> list[bytes]:
     if type(value) is not list or len(value) > MAX_ITEMS:
         raise ProtocolError("records are a short list")
     for item in value:

@@ -1,221 +1,187 @@
-"""How a node comes among the others and stays there: seeds, its own neighbourhood, and the way back. Pure.
+"""How a node comes among the others and stays there: seeds, its own neighborhood, and the way back. Pure.
 
-Seeds are asked for ever: this is how two halves of a network find each other. Whoever turns up in the own neighbourhood
-starts a lookup of the own id.
+Seeds are asked forever: this is how two halves of a network find each other. An unknown node in this node's own
+neighborhood starts a lookup of this node's own id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
-from tesseract_async.errors import ProtocolError
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.calls import Call
 from tesseract_async.network.contacts import ID_BYTES, Address, Contact
-from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.core import AnyOf, Core
+from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import Isolated, Joined
-from tesseract_async.network.operations import Search, read_contacts
+from tesseract_async.network.lookup import Lookup
+from tesseract_async.network.operations import Search, probe_density, read_contacts, refresh
+from tesseract_async.network.routing import K
+from tesseract_async.network.rpcs import FIRST_TIMEOUT, Call, Caller
 
-if TYPE_CHECKING:
-    from tesseract_async.network.protocol import NetworkProtocol
-
+SEED_PERIOD = 60.0
+"""Seconds until seeds are asked again."""
+MAX_SEED_PERIODS = 5
+"""With others at hand, the wait until seeds are asked again doubles up to this many times `SEED_PERIOD`."""
+MIN_SEED_BACKOFF = 0.5
+"""First wait before seeds are asked again while nobody answers; doubles up to `SEED_PERIOD`."""
 MAX_REMEMBERED = 64
 """Addresses of lost contacts that are asked again once nobody else is left."""
-MAX_SEED_PERIODS = 5
-"""With others at hand, the wait until seeds are asked again doubles up to so many of `seed_period`."""
 SECOND_LOOKS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds, but for some chance, after which a newcomer that found fewer than k looks again. Those who start together
-find little but the seed: it has not yet made sure of anybody when they ask."""
-
+"""Seconds (on average) after which a newcomer that found fewer than k looks again. Nodes that start together find
+little but the seed, which has not yet made sure of anybody when they ask."""
 
 Seed = tuple[Address, PeerID | None]
-Ids = frozenset[PeerID] | None
-"""Who may answer at an address; None: whoever does."""
 
 
 class Membership:
-    """Whether and how one node belongs to the network."""
+    """Finds the network and keeps this node in it."""
 
-    def __init__(self, network: NetworkProtocol, *, public: bool) -> None:
-        self._network = network
-        self.joined = False
-        """Whether others are known, and the own neighbourhood was looked up."""
-        self.ever_joined = False
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self.timer_at = float("inf")
         """When `handle_timer` asks the seeds."""
-        self._seeds: dict[Address, Ids] = {}
-        self._asked_too: dict[Address, Ids] = {}
-        self._backoff = network.settings.min_seed_backoff
-        self._remembered: dict[Address, None] = {}
-        self._neighbourhood: Neighbourhood | None = None
+        self._backoff = MIN_SEED_BACKOFF
+        self._remembered: LRU[Address, None] = LRU(MAX_REMEMBERED)
+        self._is_looking = False
         self._num_second_looks = 0
-        self._dial_wait_until: float | None = float("-inf") if public else None
+        self._dial_wait_until = float("-inf") if core.public else None
 
     def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
-        """Whom to ask for the network, now and again for ever. An id is checked where given, else taken on trust.
+        """Set the seeds, which are asked for the network now and again forever. An id is checked where one is given.
 
         Where a seed has an id, nobody else is spoken to at its address. `remembered` are asked too, but may have gone.
         """
-        self._seeds = _by_address(seeds)
-        self._asked_too = {
-            address: ids for address, ids in _by_address(remembered).items() if address not in self._seeds
-        }
-        for contact in self._network.table.contacts():
-            if not self.admits(contact.peer_id, contact.address):
-                self._network.lost(contact, now)
-        self._backoff = self._network.settings.min_seed_backoff
+        core = self._core
+        core.expected_at = _by_address(remembered) | _by_address(seeds)
+        for contact in core.table.contacts():
+            if not core.admits(contact.peer_id, contact.address):
+                core.lost(contact, now)
+        self._backoff = MIN_SEED_BACKOFF
         self.timer_at = now
 
     def handle_timer(self, now: float) -> None:
-        """Asks the seeds, and those that were lost if nobody else is left."""
-        network = self._network
-        num_contacts = len(network.table)
-        addresses: dict[Address, Ids] = dict.fromkeys(self._remembered) if not num_contacts else {}
-        addresses |= self._asked_too | self._seeds
+        """Ask the seeds, and the contacts that were lost if nobody else is left."""
+        core = self._core
+        num_contacts = len(core.table)
+        addresses: dict[Address, AnyOf] = dict.fromkeys(self._remembered) if not num_contacts else {}
+        addresses |= core.expected_at
         if not addresses:
             self.timer_at = float("inf")
             return
-        Join(network, addresses, now)
+        _AskSeeds(self, addresses, now)
         self.timer_at = now + self._backoff * self._jitter()
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
-        longest = network.settings.seed_period * (MAX_SEED_PERIODS if num_contacts else 1)
+        longest = SEED_PERIOD * (MAX_SEED_PERIODS if num_contacts else 1)
         self._backoff = min(2 * self._backoff, longest)
 
-    def admits(self, peer_id: bytes, address: Address) -> bool:
-        """Whether somebody with that id may be a contact at that address: at a seed's, only who was named."""
-        ids = self._seeds.get(address) or self._asked_too.get(address)
-        return ids is None or peer_id in ids
-
-    def learn_neighbourhood(self, start: Iterable[Contact], now: float) -> None:
-        """Looks up the own id, unless that is under way."""
-        network = self._network
+    def look_up_neighborhood(self, start: Iterable[Contact], now: float) -> None:
+        """Look up this node's own id, unless that is in progress, so that it and those closest know each other."""
+        core = self._core
         if self._dial_wait_until is None:
-            # the first contact is asked to have this node dialled before it writes to anybody else (see `dialback`)
-            self._dial_wait_until = now + network.settings.first_timeout
-            network.dialback.handle_timer(now)
-            network.timers.start(self._dial_wait_until, self._look_again)
-        elif self._neighbourhood is None and now >= self._dial_wait_until:
-            self._neighbourhood = Neighbourhood(network, start, now)
-            self._neighbourhood.start(now)
+            # the first contact is asked to have this node dialed before it writes to anybody else (see `dial_back`)
+            self._dial_wait_until = now + FIRST_TIMEOUT
+            core.listener.first_contact_found(now)
+            core.timers.start(self._dial_wait_until, self._look_again)
+        elif not self._is_looking and now >= self._dial_wait_until:
+            self._is_looking = True
+            contacts = {contact.raw: contact for contact in start}
+            contacts.update((contact.raw, contact) for contact in core.table.closest(core.table.own_number, K))
+            Search(core, core.own_id, list(contacts.values()), now, on_end=self._looked_up).advance(now)
 
     def end_dial_wait(self) -> None:
         """The first dial-back came: there is nothing to wait for any longer."""
         self._dial_wait_until = float("-inf")
 
-    def neighbourhood_known(self, now: float) -> None:
-        """A lookup of the own id ended."""
-        network = self._network
-        self._neighbourhood = None
-        if not len(network.table):
-            return  # nobody is left to know: the seeds are asked as before
-        if not self.joined:
-            self.joined = self.ever_joined = True
-            self._num_second_looks = 0
-            network.emit(Joined(len(network.table)))
-        self._backoff = network.settings.seed_period
-        if self._seeds or self._asked_too:
-            self.timer_at = now + self._backoff * self._jitter()
-            if len(network.table) < network.settings.k and self._num_second_looks < len(SECOND_LOOKS):
-                network.timers.start(now + SECOND_LOOKS[self._num_second_looks] * self._jitter(), self._look_again)
-                self._num_second_looks += 1
-
-    def remember(self, contact: Contact) -> None:
-        """A listed contact was lost: once nobody else is left, it is asked again."""
-        self._remembered[contact.address] = None
-        if len(self._remembered) > MAX_REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
-
-    def contact_left(self) -> None:
-        """A contact was lost or said farewell: was it the last?"""
-        if self.joined and not len(self._network.table):
-            self.joined = False
-            self._network.emit(Isolated())
+    def contact_left(self, contact: Contact, *, ask_again: bool) -> None:
+        """A contact was lost or said farewell. `ask_again`: ask it once nobody else is left."""
+        core = self._core
+        if ask_again:
+            self._remembered[contact.address] = None
+        if core.joined and not len(core.table):
+            core.joined = False
+            core.outbox.emit(Isolated())
             self.timer_at = float("-inf")
-            self._backoff = self._network.settings.min_seed_backoff
+            self._backoff = MIN_SEED_BACKOFF
 
-    def _look_again(self, now: float) -> None:
-        self.learn_neighbourhood((), now)
-
-    def _jitter(self) -> float:
-        return 0.75 + 0.5 * self._network.random.random()
-
-
-class Neighbourhood:
-    """Looks up the own id, so that this node and those closest to it know each other; then fills far buckets."""
-
-    def __init__(self, network: NetworkProtocol, start: Iterable[Contact], now: float) -> None:
-        self.network = network
-        contacts = {contact.raw: contact for contact in start}
-        closest = network.table.closest(network.table.own_number, network.settings.k)
-        contacts.update((contact.raw, contact) for contact in closest)
-        self.search = Search(network, network.own_id, list(contacts.values()), now, on_end=self._end)
-
-    def start(self, now: float) -> None:
-        """Sends the first requests."""
-        self.search.advance(now)
-
-    def _end(self, now: float) -> None:
-        table = self.network.table
-        is_newcomer = not self.network.joined
-        self.network.membership.neighbourhood_known(now)
+    def _looked_up(self, lookup: Lookup, now: float) -> None:
+        core, table = self._core, self._core.table
+        is_newcomer = not core.joined
+        self._is_looking = False
+        if len(table):  # else nobody is left to know: the seeds are asked as before
+            self._neighborhood_known(now)
         if not is_newcomer:
             return
-        if len(table) >= table.k:
-            self.network.density.probe(now)
-        # section 2.3: refresh the buckets farther away than the closest neighbour, as far as they have room
+        if len(table) >= K:
+            probe_density(core, now)
+        # section 2.3: refresh the buckets farther away than the closest neighbor, as far as they have room
         for index, bucket in enumerate(table.buckets[:-1]):
-            if len(bucket.contacts) < table.k:
-                self.network.refresh_bucket(index, now)
+            if len(bucket.contacts) < K:
+                refresh(core, index, now)
+
+    def _neighborhood_known(self, now: float) -> None:
+        core = self._core
+        if not core.joined:
+            core.joined = True
+            self._num_second_looks = 0
+            core.outbox.emit(Joined(len(core.table)))
+        self._backoff = SEED_PERIOD
+        if core.expected_at:
+            self.timer_at = now + self._backoff * self._jitter()
+            if len(core.table) < K and self._num_second_looks < len(SECOND_LOOKS):
+                core.timers.start(now + SECOND_LOOKS[self._num_second_looks] * self._jitter(), self._look_again)
+                self._num_second_looks += 1
+
+    def _look_again(self, now: float) -> None:
+        self.look_up_neighborhood((), now)
+
+    def _jitter(self) -> float:
+        return 0.75 + 0.5 * self._core.random.random()
 
 
-class Join:
-    """Asks seeds for the own neighbourhood, again and again: this is how two halves of a network find each other.
+class _AskSeeds(Caller):
+    """Asks seeds for this node's own neighborhood.
 
-    A seed always names somebody unknown. To look up the own id each time would be most of what a large network sends;
-    a walk that ends at the first step that leads no nearer (`Walk`) tells as much.
+    A seed always names somebody unknown. To look up this node's own id each time would be most of what a large network
+    sends; a walk that ends at the first step that leads no nearer (`_Walk`) tells as much.
     """
 
-    def __init__(self, network: NetworkProtocol, addresses: Mapping[Address, Ids], now: float) -> None:
-        self.network = network
+    def __init__(self, membership: Membership, addresses: Mapping[Address, AnyOf], now: float) -> None:
+        self._membership = membership
+        core = membership._core
         for address, ids in addresses.items():
-            network.call_address(self, wire.FIND, (network.own_id,), address, now, expected=ids)
+            core.call_address(self, wire.FIND, (core.own_id,), address, now, expected=ids)
 
-    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         assert call.contact is not None
-        network = self.network
-        try:
-            found = read_contacts(network, call.contact, reply, now)
-        except ProtocolError:
-            network.drop("malformed")
-            return
-        if not network.joined:
-            network.membership.learn_neighbourhood([call.contact, *found], now)
+        core = self._membership._core
+        found = read_contacts(core, call.contact, reply, now)
+        if core.joined:
+            _Walk(self._membership).go_on(found, now)
         else:
-            Walk(network).go_on(found, now)
-
-    def call_stalled(self, call: Call, now: float) -> None:
-        pass
+            self._membership.look_up_neighborhood([call.contact, *found], now)
 
     def call_failed(self, call: Call, now: float) -> None:
-        self.network.metrics.count("network_seeds_silent")
+        if call.contact is None:
+            self._membership._core.metrics.count("network_seeds_silent")
 
 
-class Walk:
-    """Asks the unknown contact nearest to the own id for nearer ones, one after the other.
+class _Walk(Caller):
+    """Asks the unknown contact nearest to this node for nearer ones, one after the other.
 
-    If it comes to somebody who belongs to the own neighbourhood and was not known there, the own id is looked up anew.
+    If it comes to one that belongs to this node's neighborhood and was not known there, the neighborhood is looked up.
     """
 
-    def __init__(self, network: NetworkProtocol) -> None:
-        self.network = network
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+        self._core = membership._core
         self._nearest = 1 << (8 * ID_BYTES)
-        self._is_neighbour = False
+        self._is_neighbor = False
 
     def go_on(self, found: Iterable[Contact], now: float) -> None:
-        """Takes the next step, if there is one."""
-        table = self.network.table
+        """Take the next step, if there is one."""
+        core, table = self._core, self._core.table
         own = table.own_number
         contact = min(
             (item for item in found if item.peer_id not in table), key=lambda item: item.number ^ own, default=None
@@ -223,32 +189,22 @@ class Walk:
         if contact is None or contact.number ^ own >= self._nearest:
             return
         self._nearest = contact.number ^ own
-        neighbours = table.closest(own, table.k)
-        self._is_neighbour = len(neighbours) < table.k or self._nearest < neighbours[-1].number ^ own
-        self.network.call(self, wire.FIND, (self.network.own_id,), contact, now)
+        neighbors = table.closest(own, K)
+        self._is_neighbor = len(neighbors) < K or self._nearest < neighbors[-1].number ^ own
+        core.call(self, wire.FIND, (core.own_id,), contact, now)
 
-    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         assert call.contact is not None
-        try:
-            found = read_contacts(self.network, call.contact, reply, now)
-        except ProtocolError:
-            self.network.drop("malformed")
-            return
-        if self._is_neighbour:
-            self.network.membership.learn_neighbourhood([call.contact, *found], now)
+        found = read_contacts(self._core, call.contact, reply, now)
+        if self._is_neighbor:
+            self._membership.look_up_neighborhood([call.contact, *found], now)
         else:
             self.go_on(found, now)
 
-    def call_stalled(self, call: Call, now: float) -> None:
-        pass
 
-    def call_failed(self, call: Call, now: float) -> None:
-        pass
-
-
-def _by_address(seeds: Iterable[Seed]) -> dict[Address, Ids]:
-    """Those that were named at each address. A name counts, also where the address was given without one too."""
-    found: dict[Address, Ids] = {}
+def _by_address(seeds: Iterable[Seed]) -> dict[Address, AnyOf]:
+    """Return the ids that were named at each address. An id counts even if the address was also given without one."""
+    found: dict[Address, AnyOf] = {}
     for address, peer_id in seeds:
         known = found.get(address)
         found[address] = known if peer_id is None else (known or frozenset()) | {peer_id}

@@ -2,8 +2,8 @@
 
 The contacts known at the start are dealt to the paths in turn. Each contact is asked once, by one path, and what it
 answers is believed by that path alone: a liar leads astray one path of several. A path is finished when the k contacts
-nearest to the target that it has heard of have all answered, and the first few of its start too (else whoever is asked
-first could end it by naming k friends); failed ones do not count. The lookup knows nothing of
+nearest to the target that it has heard of have all answered, and the first few of its start too (else the first one
+asked could end it by naming k friends); failed ones do not count. The lookup knows nothing of
 datagrams: `to_ask` says whom to ask, and the caller reports `answered`, `stalled` or `failed`.
 """
 
@@ -18,11 +18,13 @@ from tesseract_async.network.contacts import Contact
 
 MAX_PER_PATH = 64
 MAX_ASKED_PER_PATH = 100
+MAX_PER_RANGE = 3
+"""Candidates of one address range on one path."""
 MAX_IN_VAIN = 4
 """Contacts of one teller that do not answer, and two more for each that does: then no other that it named is asked."""
 
 
-class State(enum.Enum):
+class CandidateState(enum.Enum):
     NEW = enum.auto()
     ASKED = enum.auto()
     STALLED = enum.auto()
@@ -31,26 +33,26 @@ class State(enum.Enum):
     FAILED = enum.auto()
 
 
-class Candidate:
+class LookupCandidate:
     """A contact as one lookup sees it."""
 
     __slots__ = ("contact", "distance", "num_in_vain", "path", "round", "state", "teller")
 
-    def __init__(self, contact: Contact, distance: int, round_number: int, teller: Candidate | None) -> None:
+    def __init__(self, contact: Contact, distance: int, round_number: int, teller: LookupCandidate | None) -> None:
         self.contact = contact
         self.distance = distance
-        self.state = State.NEW
+        self.state = CandidateState.NEW
         self.path = -1
         """Number of the path that asked it."""
         self.teller = teller
-        """Who named it, and is answerable for it."""
+        """The candidate that named it, and is answerable for it."""
         self.num_in_vain = 0
         """Contacts named by this one that did not answer, less two for each that did."""
         self.round = round_number
         """How many answers led here, itself included: 1 for a contact known at the start."""
 
 
-class Path:
+class LookupPath:
     """The candidates that one path has heard of, nearest first."""
 
     __slots__ = (
@@ -67,14 +69,14 @@ class Path:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.candidates: list[Candidate] = []
+        self.candidates: list[LookupCandidate] = []
         self.distances: list[int] = []
-        """Theirs, in the same order."""
-        self.starts: list[Candidate] = []
-        """Those known at the start that are asked in any case."""
+        """Their distances, in the same order."""
+        self.starts: list[LookupCandidate] = []
+        """The candidates known at the start that are asked in any case."""
         self.seen: set[bytes] = set()
-        self.ignored: set[Candidate] = set()
-        """Those that only a liar named, by all appearances."""
+        self.ignored: set[LookupCandidate] = set()
+        """Candidates that apparently only a liar named."""
         self.ranges: dict[bytes, int] = {}
         self.num_asked = 0
         """Now, without those that are late."""
@@ -84,7 +86,7 @@ class Path:
 class Lookup:
     """One search for the k contacts nearest to `target`.
 
-    Whatever it is told, a path remembers `MAX_PER_PATH` candidates at most, `max_per_range` of one address range, and
+    Whatever it is told, a path remembers `MAX_PER_PATH` candidates at most, `MAX_PER_RANGE` of one address range, and
     gives up after `MAX_ASKED_PER_PATH` questions.
     """
 
@@ -96,12 +98,11 @@ class Lookup:
         k: int,
         num_paths: int,
         alpha: int,
-        max_per_range: int = 3,
         radius: int = 0,
         random: Random | None = None,
     ) -> None:
         """`radius`: of those nearer to the target than that, any is as good as another, and `random` says which is
-        asked first: who comes nearest would be whoever has made ids for it."""
+        asked first: the nearest may have made ids for it."""
         self.target = target
         self.k = k
         self.num_rounds = 0
@@ -109,12 +110,11 @@ class Lookup:
         self.num_asked = 0
         self.num_answered = 0
         self.max_under_way = alpha
-        """Requests under way over all paths; may be changed between two calls of `to_ask`."""
-        self._max_per_range = max_per_range
+        """Requests in progress over all paths; may be changed between two calls of `to_ask`."""
         self._radius = radius
         self._random = random
-        self._candidates: dict[bytes, Candidate] = {}
-        self._paths = [Path(number) for number in range(num_paths)]
+        self._candidates: dict[bytes, LookupCandidate] = {}
+        self._paths = [LookupPath(number) for number in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
         for position, contact in enumerate(nearest_first):
             self._hear(self._paths[position % num_paths], contact, 1, None)
@@ -122,7 +122,7 @@ class Lookup:
             path.starts = path.candidates[: -(-alpha // num_paths)]
 
     def to_ask(self) -> list[Contact]:
-        """Contacts to ask now. Each is counted as asked."""
+        """Return the contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
         alpha = -(-self.max_under_way // len(self._paths))
         room = self.max_under_way - sum(path.num_asked for path in self._paths)
@@ -136,7 +136,7 @@ class Lookup:
             if path.num_asked >= alpha or path.num_asked_ever >= MAX_ASKED_PER_PATH:
                 continue
             for candidate in self._next(path, min(room, alpha - path.num_asked)):
-                candidate.state = State.ASKED
+                candidate.state = CandidateState.ASKED
                 candidate.path = path.number
                 path.num_asked += 1
                 path.num_asked_ever += 1
@@ -146,10 +146,10 @@ class Lookup:
         return asked
 
     def answered(self, contact: Contact, found: Iterable[Contact]) -> None:
-        """A contact proved itself and named those nearest to the target that it knows."""
+        """Note that a contact proved itself and named those nearest to the target that it knows."""
         candidate = self._candidates[contact.raw]
         path = self._leave(candidate)
-        candidate.state = State.ANSWERED
+        candidate.state = CandidateState.ANSWERED
         self.num_answered += 1
         self.num_rounds = max(self.num_rounds, candidate.round)
         if candidate.teller is not None:
@@ -158,44 +158,44 @@ class Lookup:
             self._hear(path, heard, candidate.round + 1, candidate)
 
     def stalled(self, contact: Contact) -> None:
-        """A contact is late: others may be asked beside it. Late again, it counts as failed until it answers."""
+        """Note that a contact is late: others may be asked, too. Late again, it counts as failed until it answers."""
         candidate = self._candidates[contact.raw]
-        if candidate.state is State.ASKED:
+        if candidate.state is CandidateState.ASKED:
             self._in_vain(candidate, self._leave(candidate))
-            candidate.state = State.STALLED
-        elif candidate.state is State.STALLED:
-            candidate.state = State.FAILED
+            candidate.state = CandidateState.STALLED
+        elif candidate.state is CandidateState.STALLED:
+            candidate.state = CandidateState.FAILED
 
     def failed(self, contact: Contact) -> None:
-        """A contact did not answer, or not as itself."""
+        """Note that a contact did not answer, or not as itself."""
         candidate = self._candidates[contact.raw]
         path = self._leave(candidate)
-        if candidate.state is State.ASKED:
+        if candidate.state is CandidateState.ASKED:
             self._in_vain(candidate, path)
-        candidate.state = State.FAILED
+        candidate.state = CandidateState.FAILED
 
     def knows(self, raw: bytes) -> bool:
-        """Whether some path has heard of the contact with that `raw`."""
+        """Return True if some path has heard of the contact with that `raw`."""
         return raw in self._candidates
 
     @property
     def finished(self) -> bool:
-        """Whether every path is: the k nearest that it may still count on have answered."""
+        """True once every path is: the k nearest that it may still count on have answered."""
         return all(self._path_finished(path) for path in self._paths)
 
     def answered_within(self, radius: int) -> list[Contact]:
-        """Everybody that answered and is nearer to the target than `radius`, nearest first."""
-        answered = [item for item in self._candidates.values() if item.state is State.ANSWERED]
+        """Return all contacts that answered and are nearer to the target than `radius`, nearest first."""
+        answered = [item for item in self._candidates.values() if item.state is CandidateState.ANSWERED]
         answered = sorted((item for item in answered if item.distance < radius), key=lambda item: item.distance)
         return [item.contact for item in answered]
 
     def heard_of(self) -> list[Contact]:
-        """Everybody, answered or not, but for those that failed."""
-        return [item.contact for item in self._candidates.values() if item.state is not State.FAILED]
+        """Return all contacts, answered or not, except those that failed."""
+        return [item.contact for item in self._candidates.values() if item.state is not CandidateState.FAILED]
 
     def closest(self, *, max_per_range: int | None = None) -> list[Contact]:
-        """The k nearest contacts that answered, nearest first; at most `max_per_range` of one address range."""
-        answered = [item for item in self._candidates.values() if item.state is State.ANSWERED]
+        """Return the k nearest contacts that answered, nearest first; at most `max_per_range` of one address range."""
+        answered = [item for item in self._candidates.values() if item.state is CandidateState.ANSWERED]
         answered.sort(key=lambda item: item.distance)
         closest: list[Contact] = []
         ranges: dict[bytes, int] = {}
@@ -210,13 +210,13 @@ class Lookup:
                 break
         return closest
 
-    def _next(self, path: Path, count: int) -> list[Candidate]:
-        """Up to `count` candidates that a path would ask."""
-        found: list[Candidate] = []
+    def _next(self, path: LookupPath, count: int) -> list[LookupCandidate]:
+        """Return up to `count` candidates that a path would ask."""
+        found: list[LookupCandidate] = []
         num_counted = 0
         for candidate in path.candidates:
-            if candidate.state is not State.FAILED and candidate not in path.ignored:
-                if candidate.state is State.NEW:
+            if candidate.state is not CandidateState.FAILED and candidate not in path.ignored:
+                if candidate.state is CandidateState.NEW:
                     if len(found) >= count and candidate.distance >= self._radius:
                         break
                     found.append(candidate)
@@ -225,44 +225,48 @@ class Lookup:
                     break
         if len(found) > count and self._random is not None:
             return self._random.sample(found, count)
-        return found[:count] or [candidate for candidate in path.starts if candidate.state is State.NEW][:count]
+        return (
+            found[:count] or [candidate for candidate in path.starts if candidate.state is CandidateState.NEW][:count]
+        )
 
-    def _path_finished(self, path: Path) -> bool:
+    def _path_finished(self, path: LookupPath) -> bool:
         given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH
-        if not given_up and any(item.state is State.NEW or item.state is State.ASKED for item in path.starts):
+        if not given_up and any(
+            item.state is CandidateState.NEW or item.state is CandidateState.ASKED for item in path.starts
+        ):
             return False
         num_counted = 0
         for candidate in path.candidates:
-            if candidate.state is State.ANSWERED:
+            if candidate.state is CandidateState.ANSWERED:
                 num_counted += 1
                 if num_counted == self.k:
                     return True
-            elif candidate.state is not State.FAILED and candidate not in path.ignored:
-                if not (given_up and candidate.state is State.NEW):
+            elif candidate.state is not CandidateState.FAILED and candidate not in path.ignored:
+                if not (given_up and candidate.state is CandidateState.NEW):
                     return False
         return True
 
-    def _in_vain(self, candidate: Candidate, path: Path) -> None:
-        """A contact is late for the first time, or failed: what else its teller named is worth less."""
+    def _in_vain(self, candidate: LookupCandidate, path: LookupPath) -> None:
+        """Note that a contact is late for the first time, or failed: what else its teller named is worth less."""
         teller = candidate.teller
         if teller is not None and not candidate.contact.proven:
             teller.num_in_vain += 1
             if teller.num_in_vain >= MAX_IN_VAIN:
                 path.ignored.update(
-                    other for other in path.candidates if other.teller is teller and other.state is State.NEW
+                    other for other in path.candidates if other.teller is teller and other.state is CandidateState.NEW
                 )
 
-    def _hear(self, path: Path, contact: Contact, round_number: int, teller: Candidate | None) -> None:
+    def _hear(self, path: LookupPath, contact: Contact, round_number: int, teller: LookupCandidate | None) -> None:
         if contact.raw in path.seen:
             path.ignored.discard(self._candidates[contact.raw])  # somebody else knows it, too
             return
         if contact.range is not None:
-            if path.ranges.get(contact.range, 0) >= self._max_per_range:
+            if path.ranges.get(contact.range, 0) >= MAX_PER_RANGE:
                 return
             path.ranges[contact.range] = path.ranges.get(contact.range, 0) + 1
         candidate = self._candidates.get(contact.raw)
         if candidate is None:
-            candidate = Candidate(contact, contact.number ^ self.target, round_number, teller)
+            candidate = LookupCandidate(contact, contact.number ^ self.target, round_number, teller)
             self._candidates[contact.raw] = candidate
         path.seen.add(contact.raw)
         position = bisect(path.distances, candidate.distance)
@@ -275,13 +279,13 @@ class Lookup:
             if dropped.range is not None:
                 path.ranges[dropped.range] -= 1
 
-    def _leave(self, candidate: Candidate) -> Path:
+    def _leave(self, candidate: LookupCandidate) -> LookupPath:
         assert candidate.path >= 0
         path = self._paths[candidate.path]
-        if candidate.state is State.ASKED:
+        if candidate.state is CandidateState.ASKED:
             path.num_asked -= 1
         return path
 
 
-def _num_asked_ever(path: Path) -> int:
+def _num_asked_ever(path: LookupPath) -> int:
     return path.num_asked_ever

@@ -1,106 +1,107 @@
-"""What a node does over several RPCs: searching, pinging, refreshing. Pure: each step is an answer coming in.
+"""Lookups as a node does them: a `Lookup` driven by calls. Pure: each step is a reply coming in.
 
-Operations (those of `reading`, `writing` and `joining` too) hold their own state and talk to one `NetworkProtocol`,
-which sends their calls and tells them how these ended.
+Operations (those of `reading`, `writing` and `joining` too) hold their own state and one `Core`, which sends their
+calls and tells them how these ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.calls import Call
 from tesseract_async.network.contacts import ID_BYTES, Contact
-from tesseract_async.network.datagrams import Reply
+from tesseract_async.network.core import Core
+from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.lookup import Lookup
+from tesseract_async.network.routing import K
+from tesseract_async.network.rpcs import Call, Caller
 
-if TYPE_CHECKING:
-    from tesseract_async.network.protocol import NetworkProtocol
-
-
+NUM_PATHS = 4
+"""Disjoint paths of a lookup (Baumgart & Mies 2007, section 4.4)."""
+ALPHA = 8
+"""Requests that one lookup has in progress, over all its paths."""
 REFRESH_K = 6
 """How many of the nearest a lookup for a bucket's refresh asks, on one path: nothing is believed that it finds before
 it has answered by itself, and over four paths the upkeep of a node would be four times what it is."""
+NUM_PROBES = 3
+"""Random ids that are looked up to learn the density of ids: the neighborhood alone could be one attacker's."""
 
 
-class Search:
+class Search(Caller):
     """Drives a `Lookup` with FIND or GET requests, and calls back when it ends."""
 
     def __init__(
         self,
-        network: NetworkProtocol,
+        core: Core,
         target: bytes,
         start: Sequence[Contact],
         now: float,
         *,
-        on_answer: Callable[[Contact, Reply, float], None] | None = None,
-        on_end: Callable[[float], None],
-        alpha: int | None = None,
-        k: int | None = None,
-        num_paths: int | None = None,
+        on_answer: Callable[[Contact, RpcReply, float], None] | None = None,
+        on_end: Callable[[Lookup, float], None] | None = None,
+        alpha: int = ALPHA,
+        k: int = K,
+        num_paths: int = NUM_PATHS,
         follow: bool = True,
     ) -> None:
-        """`follow`: whether contacts that are named are asked too, or only those at the start."""
-        settings = network.settings
-        self.network = network
+        """`on_answer` is called with each reply to GET; without it, FIND is asked. May raise ProtocolError.
+
+        `follow`: ask the contacts that are named too, or only those of the start.
+        """
+        self.core = core
         self.target = target
         number = int.from_bytes(target, "big")
-        # whatever is looked up, the bucket that it goes through needs no refresh of its own (section 2.3)
-        network.table.touch(number, now)
+        # the bucket that a lookup goes through needs no other refresh (section 2.3)
+        core.table.touch(number, now)
         self.lookup = Lookup(
             number,
             start,
-            k=settings.k if k is None else k,
-            num_paths=settings.num_paths if num_paths is None else num_paths,
-            alpha=settings.alpha if alpha is None else alpha,
-            max_per_range=settings.max_range_per_shortlist,
-            radius=network.density.radius(),
-            random=network.random,
+            k=k,
+            num_paths=num_paths,
+            alpha=alpha,
+            radius=core.density.radius(),
+            random=core.random,
         )
-        self._follow = follow
         self.ended = False
+        self._follow = follow
         self._on_answer = on_answer
         self._on_end = on_end
 
     def advance(self, now: float) -> None:
-        """Asks whom the lookup wants asked; ends when it is finished."""
+        """Ask the contacts that the lookup wants asked; end when it is finished."""
         if self.ended:
             return
         kind = wire.GET if self._on_answer is not None else wire.FIND
         while asked := self.lookup.to_ask():
             for contact in asked:
-                self.network.call(self, kind, (self.target,), contact, now)
+                self.core.call(self, kind, (self.target,), contact, now)
                 if contact.late:
-                    # with something else already: others are asked beside it at once
+                    # late with another request already: others are asked at once, too
                     self.lookup.stalled(contact)
         if self.lookup.finished:
             on_end = self._on_end
             self.stop()
-            on_end(now)
+            if on_end is not None:
+                on_end(self.lookup, now)
 
     def stop(self) -> None:
-        """Takes no further answers."""
+        """Take no further replies."""
         if not self.ended:
             self.ended = True
-            # these lead back here: let go, all of it is freed now and not some day by the garbage collector
-            self._on_answer, self._on_end = None, _nothing
-            self.network.metrics.observe("network_lookup_rounds", self.lookup.num_rounds, bounds=range(1, 10))
+            # these lead back here: without them all is freed now, not some day by the garbage collector
+            self._on_answer = self._on_end = None
+            self.core.metrics.observe("network_lookup_rounds", self.lookup.num_rounds, bounds=range(1, 10))
 
-    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
+    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         if self.ended:
             return
         assert call.contact is not None
-        try:
-            found = read_contacts(self.network, call.contact, reply, now, 3 if self._on_answer is not None else 0)
-            if self._on_answer is not None:
-                self._on_answer(call.contact, reply, now)
-        except ProtocolError:
-            self.network.drop("malformed")
-            self.lookup.failed(call.contact)
-        else:
-            self.lookup.answered(call.contact, found if self._follow else ())
+        found = read_contacts(self.core, call.contact, reply, now, 3 if self._on_answer is not None else 0)
+        if self._on_answer is not None:
+            self._on_answer(call.contact, reply, now)
+        self.lookup.answered(call.contact, found if self._follow else ())
         self.advance(now)
 
     def call_stalled(self, call: Call, now: float) -> None:
@@ -114,43 +115,29 @@ class Search:
             self.advance(now)
 
 
-def _nothing(now: float) -> None:
-    """What is left to do at the end of a lookup that was for its side effects."""
+def refresh(core: Core, index: int, now: float) -> None:
+    """Look up a random id of a bucket, so that the table learns contacts there."""
+    target = core.table.number_in_bucket(index, core.random.getrandbits(256))
+    # the bucket wants a few good contacts, not the complete neighborhood of a random id
+    Search(
+        core, target.to_bytes(ID_BYTES, "big"), core.table.closest(target, K), now, alpha=3, k=REFRESH_K, num_paths=1
+    ).advance(now)
 
 
-class Ping:
-    """Asks a contact whether it is there and itself: a newcomer, or the oldest of a full bucket."""
-
-    def __init__(self, network: NetworkProtocol, contact: Contact, now: float) -> None:
-        self.network = network
-        self.contact = contact
-        network.call(self, wire.PING, (), contact, now)
-
-    def call_answered(self, call: Call, reply: Reply, now: float) -> None:
-        self.network.verified(self.contact)
-
-    def call_stalled(self, call: Call, now: float) -> None:
-        pass
-
-    def call_failed(self, call: Call, now: float) -> None:
-        self.network.verified(self.contact)
+def probe_density(core: Core, now: float) -> None:
+    """Take samples of the density of ids at places that nobody could choose."""
+    for _ in range(NUM_PROBES):
+        target = core.random.randbytes(ID_BYTES)
+        start = core.table.closest(int.from_bytes(target, "big"), K)
+        Search(core, target, start, now, on_end=partial(_probed, core), num_paths=1).advance(now)
 
 
-class Refresh:
-    """A lookup for its side effect: the table learns contacts near `target`."""
-
-    def __init__(self, network: NetworkProtocol, target: bytes | int, now: float) -> None:
-        key = target if isinstance(target, bytes) else target.to_bytes(ID_BYTES, "big")
-        start = network.table.closest(int.from_bytes(key, "big"), network.settings.k)
-        # the bucket wants a few good contacts, not the complete neighbourhood of a random id
-        self.search = Search(network, key, start, now, on_end=_nothing, alpha=3, k=REFRESH_K, num_paths=1)
-        self.search.advance(now)
+def _probed(core: Core, lookup: Lookup, now: float) -> None:
+    core.density.note(lookup.target, lookup.closest())
 
 
-def read_contacts(
-    network: NetworkProtocol, teller: Contact, reply: Reply, now: float, offset: int = 0
-) -> list[Contact]:
-    """The contacts that a reply names, from the result number `offset` on. Raises: ProtocolError."""
+def read_contacts(core: Core, teller: Contact, reply: RpcReply, now: float, offset: int = 0) -> list[Contact]:
+    """Return the contacts that a reply names, from the result number `offset` on. Raises: ProtocolError."""
     if len(reply.results) < offset + 2:
         raise ProtocolError("a reply without contacts")
-    return network.contacts_from(teller, reply.results[offset], reply.results[offset + 1], now)
+    return core.contacts_from(teller, reply.results[offset], reply.results[offset + 1], now)

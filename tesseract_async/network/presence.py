@@ -1,7 +1,7 @@
 """Two nodes with one identity (a cloned machine, a key that is part of an image): each overwrites what the other says.
 
 A node with a lasting identity keeps an entry of its own in the network: when it was started, and a random number.
-Nobody else can sign it. So whoever reads a newer one than it wrote last has a twin, and of two the one that started
+Nobody else can sign it. So a node that reads a newer one than it wrote last has a twin, and of two the one that started
 later withdraws.
 """
 
@@ -13,10 +13,12 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.identity import PeerID
+from tesseract_async.network.entries import Entries
+from tesseract_async.network.values import Value
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +30,14 @@ ADVICE = "give each computer a key of its own (`tesseract keygen FILE`), or stop
 
 
 class PresentNetwork(Protocol):
-    """What is needed of `TesseractNetwork`."""
+    """The part of `TesseractNetwork` that is needed."""
 
     @property
     def peer_id(self) -> PeerID: ...
     async def wait_joined(self, timeout: float | None = None) -> bool: ...
-    async def get_entries(self, key: str) -> Any: ...
+    async def get_entries(self, key: str) -> Entries: ...
     def last_sequence(self, key: str) -> int: ...
-    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int: ...
+    async def store(self, key: str, value: Value, *, ttl: float, subkey: str | None = None) -> int: ...
 
 
 class Presence:
@@ -46,14 +48,14 @@ class Presence:
         self._network = network
         self._on_older_twin = on_older_twin
         self._period = period
-        self._own = [os.urandom(8), time.time()]
+        self._nonce, self._started = os.urandom(8), time.time()
         self._key = f"node/{network.peer_id}"
         self._sequence: int | None = None
-        """Of what was written last."""
+        """The sequence of the entry that was written last."""
         self._told: set[bytes] = set()
 
     async def run(self) -> None:
-        """Until cancelled, or an older twin was found."""
+        """Look until cancelled, or until an older twin was found."""
         await self._network.wait_joined()
         num_quick = 0
         while True:
@@ -69,28 +71,31 @@ class Presence:
             await asyncio.sleep(self._period * random.uniform(0.75, 1.25) / (6 if num_quick > 0 else 1))
 
     async def _look(self) -> str:
-        """Reads the entry, and writes it. What was found: ``older``, ``younger`` (a twin), ``before`` (an entry of
-        another run, which may be over) or nothing."""
+        """Read the entry, and write it.
+
+        Return what was found: ``older``, ``younger`` (a twin), ``before`` (an entry of another run, which may be over)
+        or nothing.
+        """
         found = ""
         for entry in await self._network.get_entries(self._key):
             if entry.owner != self._network.peer_id or entry.subkey is not None:
                 continue
             try:
                 nonce, started = entry.value
-                if nonce == self._own[0] or not isinstance(nonce, bytes):
+                if nonce == self._nonce or not isinstance(nonce, bytes):
                     continue
                 is_newer = self._sequence is not None and entry.sequence > self._sequence
                 found = self._tell(nonce, float(started)) if is_newer else "before"
             except (TypeError, ValueError):
                 continue
         if found != "older":
-            if await self._network.store(self._key, self._own, ttl=4 * self._period):
+            if await self._network.store(self._key, [self._nonce, self._started], ttl=4 * self._period):
                 self._sequence = self._network.last_sequence(self._key)
         return found
 
     def _tell(self, nonce: bytes, started: float) -> str:
         name = self._network.peer_id.short
-        if (started, nonce) > (self._own[1], self._own[0]):
+        if (started, nonce) > (self._started, self._nonce):
             if nonce not in self._told:
                 self._told.add(nonce)
                 logger.error("another node was started with the identity of this one, %s: %s", name, ADVICE)

@@ -1,6 +1,6 @@
-"""The routing table: buckets of contacts that split around the own id (Maymounkov & Mazieres 2002). Pure.
+"""The routing table: buckets of contacts that split around this node's id (Maymounkov & Mazieres 2002). Pure.
 
-Bucket i holds contacts whose ids share exactly i leading bits with the own one; the last bucket, the only one that
+Bucket i holds contacts whose ids share exactly i leading bits with this node's; the last bucket, the only one that
 splits, holds all that share more. The table never sends anything: where a ping decides who stays, `add` says whom to
 ping, and the caller reports what came of it (`seen` or `failed`).
 """
@@ -12,15 +12,22 @@ from collections.abc import Iterable
 from tesseract_async.network.contacts import Contact
 
 ID_BITS = 256
+K = 20
+"""Contacts per bucket, and holders per record (section 2.2). The same at all nodes of a network."""
+QUESTIONABLE_AFTER = 300.0
+"""Seconds of silence after which a contact is pinged before it keeps its place against a newcomer."""
+MAX_RANGE_PER_BUCKET = 2
+"""Contacts of one address range (/24, /48) in a bucket; loopback and private addresses are exempt from ranges."""
+MAX_RANGE_PER_TABLE = 10
 
 
 def common_prefix(one: int, other: int) -> int:
-    """How many leading bits two 256-bit ids share."""
+    """Return how many leading bits two 256-bit ids share."""
     return ID_BITS - (one ^ other).bit_length()
 
 
 class Bucket:
-    """At most k contacts, least recently seen first, and as many who wait for a place."""
+    """At most k contacts, least recently seen first, and as many that wait for a place."""
 
     __slots__ = ("contacts", "last_lookup", "replacements")
 
@@ -35,24 +42,12 @@ class Bucket:
 class RoutingTable:
     """Proven contacts of public nodes, by distance from `own_id`."""
 
-    def __init__(
-        self,
-        own_id: bytes,
-        *,
-        k: int,
-        questionable_after: float,
-        now: float,
-        max_range_per_bucket: int = 2,
-        max_range_per_table: int = 10,
-    ) -> None:
+    def __init__(self, own_id: bytes, *, now: float, k: int = K) -> None:
         self.own_id = own_id
         self.own_number = int.from_bytes(own_id, "big")
         self.k = k
-        self.questionable_after = questionable_after
         self.buckets = [Bucket(now)]
         self.num_contacts = 0
-        self._max_range_per_bucket = max_range_per_bucket
-        self._max_range_per_table = max_range_per_table
         self._ranges: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -62,15 +57,15 @@ class RoutingTable:
         return isinstance(peer_id, bytes) and peer_id in self._bucket_of(int.from_bytes(peer_id, "big")).contacts
 
     def contacts(self) -> list[Contact]:
-        """All contacts, farthest bucket first."""
+        """Return all contacts, farthest bucket first."""
         return [contact for bucket in self.buckets for contact in bucket.contacts.values()]
 
     def get(self, peer_id: bytes) -> Contact | None:
-        """The contact with that id, if the table holds one."""
+        """Return the contact with that id, if the table holds one."""
         return self._bucket_of(int.from_bytes(peer_id, "big")).contacts.get(peer_id)
 
     def wants(self, peer_id: bytes) -> bool:
-        """Whether a newcomer with that id would find a place at once: only then is it worth a ping."""
+        """Return True if a newcomer with that id would find a place at once: only then is it worth a ping."""
         number = int.from_bytes(peer_id, "big")
         bucket = self._bucket_of(number)
         if peer_id in bucket.contacts or number == self.own_number:
@@ -80,7 +75,7 @@ class RoutingTable:
         )
 
     def add(self, contact: Contact, now: float) -> Contact | None:
-        """Enters a proven contact that has just been heard from, or marks it as seen.
+        """Enter a proven contact that has just been heard from, or mark it as seen.
 
         In a full bucket it waits among the replacements; then the least recently seen contact is returned if it has
         been silent for long enough that the caller should ping it.
@@ -118,10 +113,10 @@ class RoutingTable:
         if len(bucket.replacements) > self.k:
             del bucket.replacements[next(iter(bucket.replacements))]
         oldest = next(iter(bucket.contacts.values()))
-        return oldest if now - oldest.last_seen >= self.questionable_after else None
+        return oldest if now - oldest.last_seen >= QUESTIONABLE_AFTER else None
 
     def remove(self, contact: Contact) -> Contact | None:
-        """Drops a contact that failed or left. Its place goes to the most recently seen replacement, which is returned.
+        """Drop a contact that failed or left. Its place goes to the most recently seen replacement, which is returned.
 
         Another contact with the same id (at another address) stays.
         """
@@ -141,7 +136,7 @@ class RoutingTable:
         return None
 
     def closest(self, target: int, count: int, *, without: bytes = b"") -> list[Contact]:
-        """The `count` contacts nearest to `target` by XOR, nearest first, but for the one with the id `without`."""
+        """Return the `count` contacts nearest to `target` by XOR, nearest first, but not the one with id `without`."""
         first = min(common_prefix(target, self.own_number), len(self.buckets) - 1)
         # contacts of bucket `first` share the most bits with the target; all deeper buckets share exactly `first` bits
         # with it, and each shallower one fewer: whole groups follow one another, so only groups need sorting
@@ -156,15 +151,15 @@ class RoutingTable:
         return found
 
     def touch(self, target: int, now: float) -> None:
-        """Notes that a lookup went through the bucket of `target`."""
+        """Note that a lookup went through the bucket of `target`."""
         self._bucket_of(target).last_lookup = now
 
     def stale_prefixes(self, before: float) -> list[int]:
-        """Indices of buckets that no lookup has touched since `before`."""
+        """Return the indices of buckets that no lookup has touched since `before`."""
         return [index for index, bucket in enumerate(self.buckets) if bucket.last_lookup <= before]
 
     def number_in_bucket(self, index: int, random_bits: int) -> int:
-        """An id that belongs into bucket `index`: the own prefix, one bit flipped, the rest from `random_bits`."""
+        """Return an id of bucket `index`: this node's prefix, one bit flipped, the rest from `random_bits`."""
         low = ID_BITS - 1 - index
         return ((self.own_number >> low) ^ 1) << low | random_bits & ((1 << low) - 1)
 
@@ -173,11 +168,11 @@ class RoutingTable:
         return self.buckets[shared] if shared < len(self.buckets) else self.buckets[-1]
 
     def _range_allows(self, bucket: Bucket, contact: Contact) -> bool:
-        """Whether the limits by address range leave room for one more."""
+        """Return True if the limits by address range leave room for one more."""
         if contact.range is None:
             return True
         in_bucket = sum(1 for item in bucket.contacts.values() if item.range == contact.range)
-        return in_bucket < self._max_range_per_bucket and self._ranges.get(contact.range, 0) < self._max_range_per_table
+        return in_bucket < MAX_RANGE_PER_BUCKET and self._ranges.get(contact.range, 0) < MAX_RANGE_PER_TABLE
 
     def _count(self, contact: Contact, change: int) -> None:
         self.num_contacts += change
@@ -187,8 +182,10 @@ class RoutingTable:
                 del self._ranges[contact.range]
 
     def _displaced(self, bucket: Bucket, number: int) -> Contact | None:
-        """Who leaves a full bucket for a newcomer that is one of the k nearest to the own id (section 2.4): a node
-        knows its neighbourhood completely, also where that spans several buckets."""
+        """Return the contact that leaves a full bucket for a newcomer among the k nearest to this node (section 2.4).
+
+        A node knows its neighborhood completely, also where that spans several buckets.
+        """
         if sum(len(item.contacts) for item in self.buckets[self.buckets.index(bucket) + 1 :]) >= self.k:
             return None
         farthest = max(bucket.contacts.values(), key=lambda contact: contact.number ^ self.own_number)

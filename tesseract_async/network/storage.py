@@ -1,4 +1,4 @@
-"""What a node holds for others: signed records by key, with digests and pages in hash order. Pure.
+"""A store of signed records by key, with digests and pages in hash order. Pure.
 
 A key's records form a dictionary whose entries are told apart by (subkey, owner). Every entry has a *slot*, 64 bits of
 a hash of that identity; pages and range digests follow the order of slots, so that they mean the same at every holder.
@@ -14,22 +14,34 @@ from dataclasses import dataclass
 from itertools import islice
 
 from tesseract_async.identity import PeerID, SignedRecord
-from tesseract_async.network.settings import CLOCK_SKEW, NetworkSettings
 from tesseract_async.network.shares import Shares, Source
 
+CLOCK_SKEW = 30.0
+"""Seconds by which the clocks of two nodes may differ without harm."""
+MAX_TTL = 86400.0
+"""Seconds; records that live longer are refused."""
+MAX_ENTRIES_PER_KEY = 16384
+MAX_ENTRIES_PER_OWNER = 1024
+"""Entries of one dictionary by the same owner."""
+MAX_ENTRIES_PER_RANGE = 1024
+"""Entries of one dictionary that came from one address range."""
+MAX_COPIES_PER_RANGE = 4096
+"""Entries of one dictionary that holders of one range copied here: these are others', and in good faith many."""
 NUM_RANGES = 16
 """Parts of a dictionary that have digests of their own."""
 RANGE_SIZE = 2**64 // NUM_RANGES
 ENTRY_OVERHEAD = 1000
-"""Bytes of memory that an entry costs beside its record."""
+"""Bytes of memory that an entry costs besides its record."""
 SMALL = 32
 """Entries up to which a dictionary does without an index."""
+NUM_WEIGHED = 32
+"""Entries of one source among which the one that goes is chosen."""
 
 EntryID = tuple[str | None, PeerID]
 
 
-class Outcome(enum.IntEnum):
-    """What a holder made of a record. Only the first two mean that it holds it."""
+class StoreOutcome(enum.IntEnum):
+    """The result of a STORE for one record. Only the first two mean that the node holds it."""
 
     STORED = 0
     ALREADY_HELD = 1
@@ -49,11 +61,7 @@ class Outcome(enum.IntEnum):
 
     @property
     def held(self) -> bool:
-        return self <= Outcome.ALREADY_HELD
-
-
-NUM_WEIGHED = 32
-"""Entries of one source among which the one that goes is chosen."""
+        return self <= StoreOutcome.ALREADY_HELD
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +74,13 @@ class Summary:
 
 
 class _Index:
-    """What makes a large dictionary quick; a small one is looked through."""
+    """Makes a large dictionary quick; a small one is looked through."""
 
     __slots__ = ("digests", "order", "owners")
 
     def __init__(self, entries: dict[EntryID, SignedRecord]) -> None:
         self.order = sorted(((record.slot, identity) for identity, record in entries.items()), key=_slot_of)
-        self.digests = list(summarise(list(entries.values())).digests)
+        self.digests = list(summarize(list(entries.values())).digests)
         self.owners: dict[PeerID, int] = {}
         for _, owner in entries:
             self.owners[owner] = self.owners.get(owner, 0) + 1
@@ -139,10 +147,10 @@ class _Dictionary:
     def summary(self) -> Summary:
         if self.index is not None:
             return Summary(len(self.entries), tuple(self.index.digests))
-        return summarise(list(self.entries.values()))
+        return summarize(list(self.entries.values()))
 
     def in_order(self, start: int) -> Iterator[tuple[int, SignedRecord]]:
-        """(slot, record) from the slot `start` on."""
+        """Yield (slot, record) from the slot `start` on."""
         if self.index is not None:
             order = self.index.order
             for position in range(bisect_left(order, start, key=_slot_of), len(order)):
@@ -156,9 +164,10 @@ class _Dictionary:
 class Storage:
     """The records of one node. Times are wall-clock seconds. Records must have been verified before `add`."""
 
-    def __init__(self, settings: NetworkSettings, *, own_number: int = 0) -> None:
+    def __init__(self, max_bytes: int, *, own_number: int = 0, max_entries_per_key: int = MAX_ENTRIES_PER_KEY) -> None:
         """`own_number`: the node's id; where there must be room, what is far from it goes first."""
-        self._settings = settings
+        self._max_bytes = max_bytes
+        self._max_entries_per_key = max_entries_per_key
         self._own_number = own_number
         self._shares = Shares()
         self._keys: dict[bytes, _Dictionary] = {}
@@ -169,62 +178,59 @@ class Storage:
         self.num_bytes = 0
 
     def keys(self) -> list[bytes]:
-        """Every key that has entries."""
+        """Return every key that has entries."""
         return list(self._keys)
 
-    def check(self, record: SignedRecord, wall: float, source: Source | None = None) -> Outcome | None:
-        """What `add` would answer without changing anything, or None where it would store: spares a verification.
+    def check(self, record: SignedRecord, wall: float, source: Source | None = None) -> StoreOutcome | None:
+        """Return what `add` would, but None where it would store, and change nothing: spares a verification.
 
-        `source` is who sent the record, None where ranges are not counted.
+        `source`: where the record came from, None where ranges are not counted.
         """
         if record.expiration + CLOCK_SKEW <= wall:
-            return Outcome.EXPIRED
+            return StoreOutcome.EXPIRED
         # a tombstone outlives what it hides by the skew
-        if record.expiration > wall + self._settings.max_ttl + CLOCK_SKEW * (1 + record.tombstone):
-            return Outcome.TOO_LONG
-        if record.sequence > (wall + CLOCK_SKEW + self._settings.max_ttl) * 1e6:
-            return Outcome.TOO_LONG
+        if record.expiration > wall + MAX_TTL + CLOCK_SKEW * (1 + record.tombstone):
+            return StoreOutcome.TOO_LONG
+        if record.sequence > (wall + CLOCK_SKEW + MAX_TTL) * 1e6:
+            return StoreOutcome.TOO_LONG
         dictionary = self._keys.get(record.key)
         held = dictionary.entries.get((record.subkey, record.owner)) if dictionary else None
         if held is not None:
             if held.body == record.body:
-                return Outcome.ALREADY_HELD
+                return StoreOutcome.ALREADY_HELD
             if not record.supersedes(held):
-                return Outcome.OUTDATED
+                return StoreOutcome.OUTDATED
             grows = len(record.body) - len(held.body)
-            return Outcome.FULL if 0 < grows > self._settings.max_storage_bytes - self.num_bytes else None
+            return StoreOutcome.FULL if 0 < grows > self._max_bytes - self.num_bytes else None
         size = len(record.body) + ENTRY_OVERHEAD
-        if not self._shares.allow(source, size, self._settings.max_storage_bytes):
-            return Outcome.FULL
-        if self.num_bytes + size > self._settings.max_storage_bytes and not self._shares.crowding(source, size):
-            return Outcome.FULL
+        if not self._shares.allow(source, size, self._max_bytes):
+            return StoreOutcome.FULL
+        if self.num_bytes + size > self._max_bytes and not self._shares.crowding(source, size):
+            return StoreOutcome.FULL
         if dictionary is not None:
-            if len(dictionary.entries) >= self._settings.max_entries_per_key and not _crowding(dictionary, source):
-                return Outcome.FULL
-            if dictionary.count_of_owner(record.owner) >= self._settings.max_entries_per_owner:
-                return Outcome.FULL
+            if len(dictionary.entries) >= self._max_entries_per_key and not _crowding(dictionary, source):
+                return StoreOutcome.FULL
+            if dictionary.count_of_owner(record.owner) >= MAX_ENTRIES_PER_OWNER:
+                return StoreOutcome.FULL
             if source is not None:
-                settings = self._settings
-                limit = settings.max_copies_per_range if source.copied else settings.max_entries_per_range
+                limit = MAX_COPIES_PER_RANGE if source.copied else MAX_ENTRIES_PER_RANGE
                 if dictionary.count_of_source(source) >= limit:
-                    return Outcome.FULL
+                    return StoreOutcome.FULL
         return None
 
-    def add(self, record: SignedRecord, wall: float, source: Source | None = None) -> Outcome:
-        """Keeps a verified record unless `check` objects."""
+    def add(self, record: SignedRecord, wall: float, source: Source | None = None) -> StoreOutcome:
+        """Keep a verified record unless `check` objects."""
         outcome = self.check(record, wall, source)
-        if outcome is None:
-            self.put(record, source)
-            return Outcome.STORED
-        return outcome
+        return self.put(record, source) if outcome is None else outcome
 
-    def put(self, record: SignedRecord, source: Source | None = None) -> None:
-        """Keeps a verified record to which `check` did not object. Where it is full, one of whoever has most goes."""
+    def put(self, record: SignedRecord, source: Source | None = None) -> StoreOutcome:
+        """Keep a verified record to which `check` did not object: STORED, or FULL where no room can be made for it."""
         identity = (record.subkey, record.owner)
         dictionary = self._keys.get(record.key)
         old = dictionary.entries.get(identity) if dictionary is not None else None
         if old is None:
-            self._make_room(record, source)
+            if not self._make_room(record, source):
+                return StoreOutcome.FULL
             dictionary = self._keys.get(record.key)  # it may have gone with its last entry
         if dictionary is None:
             dictionary = self._keys[record.key] = _Dictionary()
@@ -236,7 +242,7 @@ class Storage:
             self.num_bytes += len(record.body) - len(old.body)
         before = dictionary.sources.get(identity)
         if before is not None and (source is None or source.copied):
-            source = before  # who renews its own entry says where it comes from; who copies one does not
+            source = before  # an owner that renews its entry says where it comes from; a copier does not
         if source is not None or before is not None:
             if dictionary.sources is _NOTHING:
                 dictionary.sources = {}
@@ -253,24 +259,25 @@ class Storage:
             live = [(item.expiration + CLOCK_SKEW, number, item) for number, item in enumerate(self)]
             heapq.heapify(live)
             self._expirations, self._num_pushed = live, len(live)
+        return StoreOutcome.STORED
 
     def records(self, key: bytes) -> list[SignedRecord]:
-        """All records under `key`, tombstones included, in no order."""
+        """Return all records under `key`, tombstones included, in no order."""
         dictionary = self._keys.get(key)
         return list(dictionary.entries.values()) if dictionary else []
 
     def get(self, key: bytes, subkey: str | None, owner: PeerID) -> SignedRecord | None:
-        """One entry."""
+        """Return one entry, None if it is not held."""
         dictionary = self._keys.get(key)
         return dictionary.entries.get((subkey, owner)) if dictionary else None
 
     def summary(self, key: bytes) -> Summary | None:
-        """Count and range digests of `key`, or None where nothing is held."""
+        """Return the count and range digests of `key`, or None where nothing is held."""
         dictionary = self._keys.get(key)
         return dictionary.summary() if dictionary else None
 
     def bodies_if_fit(self, key: bytes, room: int) -> list[bytes] | None:
-        """The bodies of all records of `key` if they fit into `room` bytes of msgpack, else None."""
+        """Return the bodies of all records of `key` if they fit into `room` bytes of msgpack, else None."""
         dictionary = self._keys.get(key)
         if dictionary is None:
             return []
@@ -280,7 +287,7 @@ class Storage:
         return bodies if sum(len(body) + 3 for body in bodies) <= room else None
 
     def page(self, key: bytes, start: int, end: int, room: int) -> tuple[list[bytes], int | None]:
-        """Bodies with ``start <= slot < end`` in order of slots, as many as fit into `room` bytes of msgpack.
+        """Return bodies with ``start <= slot < end`` in order of slots, as many as fit into `room` bytes of msgpack.
 
         The second value is the slot to go on from, None at the end of the range. A page always advances: an entry that
         shares its slot with one on this page is on this page, or skipped (two SHA-256 hashes share 64 bits by chance
@@ -300,7 +307,7 @@ class Storage:
         return bodies, None
 
     def expire(self, wall: float) -> int:
-        """Drops what has expired (by more than the tolerated clock skew). Returns how many entries."""
+        """Drop what has expired (by more than the tolerated clock skew); return how many entries."""
         num_dropped = 0
         while self._expirations and self._expirations[0][0] <= wall:
             _, _, record = heapq.heappop(self._expirations)
@@ -312,27 +319,31 @@ class Storage:
         return num_dropped
 
     def timer_at(self) -> float | None:
-        """The wall-clock time at which `expire` next has something to look at."""
+        """Return the wall-clock time at which `expire` next has something to look at; None if there is none."""
         return self._expirations[0][0] if self._expirations else None
 
     def __iter__(self) -> Iterator[SignedRecord]:
         for dictionary in list(self._keys.values()):
             yield from list(dictionary.entries.values())
 
-    def _make_room(self, record: SignedRecord, source: Source | None) -> None:
-        """Drops entries of whoever has most, until the newcomer fits: far ones, of keys with one source, first."""
+    def _make_room(self, record: SignedRecord, source: Source | None) -> bool:
+        """Drop entries of the largest source until the newcomer fits: far ones, of keys with one source, first.
+
+        Return False if it does not fit without dropping entries of a source that has less.
+        """
         dictionary = self._keys.get(record.key)
-        if dictionary is not None and len(dictionary.entries) >= self._settings.max_entries_per_key:
+        if dictionary is not None and len(dictionary.entries) >= self._max_entries_per_key:
             crowding = _crowding(dictionary, source)
             if crowding is not None:
                 some = (identity for identity, other in dictionary.sources.items() if other == crowding)
                 self._drop_one([(record.key, identity) for identity in islice(some, NUM_WEIGHED)])
         size = len(record.body) + ENTRY_OVERHEAD
-        while self.num_bytes + size > self._settings.max_storage_bytes:
+        while self.num_bytes + size > self._max_bytes:
             crowding = self._shares.crowding(source, size)
             if crowding is None:
-                return
+                return False
             self._drop_one(self._shares.some_of(crowding, NUM_WEIGHED))
+        return True
 
     def _drop_one(self, weighed: list[tuple[bytes, EntryID]]) -> None:
         def weight(name: tuple[bytes, EntryID]) -> tuple[bool, int, float]:
@@ -357,8 +368,8 @@ class Storage:
             del self._keys[record.key]
 
 
-def summarise(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
-    """What a holder of exactly these records would report."""
+def summarize(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
+    """Return what a holder of exactly these records would report."""
     digests = [0] * NUM_RANGES
     count = 0
     for record in records:
@@ -369,7 +380,7 @@ def summarise(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
 
 
 def _crowding(dictionary: _Dictionary, source: Source | None) -> Source | None:
-    """The source with most entries, where that is more than the newcomer's would have with one more."""
+    """Return the source with most entries, if those are more than the newcomer's source would have with one more."""
     if not dictionary.counts or source is None:
         return None
     most = max(dictionary.counts, key=dictionary.counts.__getitem__)

@@ -1,4 +1,4 @@
-"""Tokens prove that whoever sends from an address also receives there (BEP 5). Pure."""
+"""Tokens prove that a node that sends from an address also receives there (BEP 5). Pure."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ import random as random_module
 
 from tesseract_async.network.datagrams import TOKEN_BYTES
 
+TOKEN_LIFETIME = 300.0
+"""Seconds for which a token is good at least; at most twice as long."""
+
 
 class Tokens:
-    """What one node gives out: a keyed hash of the address, so that nothing has to be remembered.
+    """The tokens that one node gives out: keyed hashes of addresses, so that nothing has to be remembered."""
 
-    A token is good for `lifetime` seconds at least and twice that at most.
-    """
-
-    def __init__(self, random: random_module.Random, *, lifetime: float, now: float) -> None:
+    def __init__(self, random: random_module.Random, *, now: float) -> None:
         self._random = random
-        self._lifetime = lifetime
         self._secrets = (random.randbytes(16), random.randbytes(16))
-        self._until = now + lifetime
+        self._until = now + TOKEN_LIFETIME
 
     def give(self, packed_address: bytes) -> bytes:
-        """The present token of an address."""
+        """Return the present token of an address."""
         return _token(self._secrets[0], packed_address)
 
     def holds(self, token: bytes, packed_address: bytes) -> bool:
-        """Whether `token` was given to the address under this secret or the one before."""
+        """Return True if `token` was given to the address under this secret or the one before."""
         return any(token == _token(secret, packed_address) for secret in self._secrets)
 
     def rotate(self, now: float) -> None:
-        """Changes the secret when its time has come."""
+        """Change the secret when its time has come."""
         if now >= self._until:
             self._secrets = (self._random.randbytes(16), self._secrets[0])
-            self._until = now + self._lifetime
+            self._until = now + TOKEN_LIFETIME
 
 
 def _token(secret: bytes, packed_address: bytes) -> bytes:

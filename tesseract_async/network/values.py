@@ -1,24 +1,26 @@
-"""Values of the network as bytes: what would not come back equal is refused before anything is sent. Pure."""
+"""Values of the network as bytes. One that would not come back equal is refused before anything is sent. Pure."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgpack
 
+Value: TypeAlias = Any
+"""None, a boolean, number, text or bytes, or a list or dictionary of these."""
 MAX_DEPTH = 64
 """Lists and dictionaries within one another."""
 
 
-def encode_value(value: Any) -> bytes:
-    """msgpack of `value`, for which `decode_value` gives an equal one.
+def encode_value(value: Value) -> bytes:
+    """Return msgpack of `value` that `decode_value` turns into an equal value.
 
     That holds for None, booleans, integers of 64 bits, floats (not-a-number comes back as itself), text, bytes, and
     lists and dictionaries of these. Subclasses come back as the plain type that they equal, `bytearray` as bytes.
 
     Raises: TypeError for other types: tuples (they would come back as lists), sets, arrays, and keys of dictionaries
-    that are no text, bytes or numbers; ValueError for a value that does not fit: integers beyond 64 bits, text with
+    other than text, bytes or numbers; ValueError for a value that does not fit: integers beyond 64 bits, text with
     lone surrogates, not-a-number as a key, and what is nested more than 64 deep, or in itself.
     """
     _check(value, MAX_DEPTH)
@@ -36,8 +38,8 @@ def encode_value(value: Any) -> bytes:
     return packed
 
 
-def decode_value(packed: bytes) -> Any:
-    """The inverse, for untrusted bytes: it gives only what `encode_value` takes.
+def decode_value(packed: bytes) -> Value:
+    """Return the value of untrusted bytes: only what `encode_value` takes.
 
     Raises: ValueError, TypeError, RecursionError, msgpack.UnpackException.
     """
@@ -46,7 +48,7 @@ def decode_value(packed: bytes) -> Any:
     return value
 
 
-def _check(value: Any, depth: int) -> None:
+def _check(value: object, depth: int) -> None:
     if value is None or isinstance(value, bool | float | str | bytes | bytearray | memoryview):
         return
     if isinstance(value, int):
@@ -67,7 +69,7 @@ def _check(value: Any, depth: int) -> None:
         raise TypeError(f"a value of type {type(value).__name__} cannot be stored: turn it into bytes, or numbers")
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Value, other: Value) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict):

@@ -65,28 +65,21 @@ _ACCOUNTS_REMEMBERED: Final = 1024
 _SPEED_WEIGHT: Final = 0.2
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class BatchQueue:
     """Requests that may be computed together. Made by `Batcher.add_queue`; a request names the queue it belongs to."""
 
-    __slots__ = ("name", "max_batch_size", "preferred_sizes", "head_start", "cost", "num_waiting_rows", "ready")
-
-    def __init__(
-        self, name: Hashable, max_batch_size: int, preferred_sizes: tuple[int, ...], head_start: float
-    ) -> None:
-        self.name = name
-        self.max_batch_size = max_batch_size
-        self.preferred_sizes = preferred_sizes
-        self.head_start = head_start
-        self.cost = BatchCost()
-        self.num_waiting_rows = 0
-        self.ready: dict[Account, _Heap] = {}
-        """Of each account with waiting requests here: the highest priority first, then in order of arrival."""
-
-    def __repr__(self) -> str:
-        return f"BatchQueue({self.name!r}, waiting={self.num_waiting_rows})"
+    name: Hashable
+    max_batch_size: int
+    preferred_sizes: tuple[int, ...]
+    head_start: float
+    cost: BatchCost = field(default_factory=BatchCost)
+    num_waiting_rows: int = 0
+    ready: dict[Account, _Heap] = field(default_factory=dict)
+    """Of each account with waiting requests here: the highest priority first, then in order of arrival."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class QueuedRequest:
     """Rows to compute for one caller. The fields up to `exclusive` are the caller's, the rest the batcher's."""
 
@@ -169,21 +162,19 @@ def _prune(heap: _Heap, num_waiting: int) -> None:
         heapq.heappop(heap)
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Account:
     """The waiting requests of one account, and the device time that it used. Made by the batcher."""
 
-    __slots__ = ("used", "num_bytes", "num_waiting", "classes", "deadlines", "_age")
-
-    def __init__(self) -> None:
-        self.used = 0.0
-        """Seconds, counted from where the account that used least stood when this one came."""
-        self.num_bytes = 0
-        self.num_waiting = 0
-        self.classes: dict[tuple[int, float], _Heap] = {}
-        """Requests by priority and head start, in order of arrival."""
-        self.deadlines: _Heap = []
-        """The earliest deadline first."""
-        self._age: float | None = None
+    used: float = 0.0
+    """Seconds, counted from where the account that used least stood when this one came."""
+    num_bytes: int = 0
+    num_waiting: int = 0
+    classes: dict[tuple[int, float], _Heap] = field(default_factory=dict)
+    """Requests by priority and head start, in order of arrival."""
+    deadlines: _Heap = field(default_factory=list)
+    """The earliest deadline first."""
+    _age: float | None = None
 
     def add(self, request: QueuedRequest) -> None:
         """Count a request that begins to wait."""

@@ -1,4 +1,4 @@
-"""What batches of one kind cost, learnt from those that ran: so much each, and so much per row. A pure machine."""
+"""The cost of batches of one kind, learnt from those that ran: so much each, and so much per row. A pure machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class BatchCost:
     """A straight line through (1 / rows, seconds / rows) of the last fifty batches or so, old ones weighing less.
 
     In these coordinates the errors of small and of large batches, which grow with their seconds, weigh the same. A
-    batch that took several times what the line says (something else had the machine) counts as three times of it.
+    batch that took several times what the line says (something else used the machine) counts as three times of it.
     """
 
     __slots__ = ("_count", "_x", "_y", "_xx", "_xy", "_each", "_per_row", "_is_known")
@@ -25,7 +25,7 @@ class BatchCost:
         self._is_known = False
 
     def add(self, num_rows: int, seconds: float) -> None:
-        """A batch has run."""
+        """Learn from a batch that has run."""
         x, y = 1 / num_rows, seconds / num_rows
         expected = self._per_row + self._each * x
         if expected > 0.0:
@@ -48,11 +48,11 @@ class BatchCost:
 
     @property
     def seconds_per_row(self) -> float:
-        """What a row took lately, on average over batches; next to nothing before the first batch."""
+        """Seconds that a row took lately, on average over batches; next to nothing before the first batch."""
         return self._y / self._count if self._count else 1e-9
 
     def rows_until(self, share: float) -> float:
-        """Rows at which what a batch costs whatever its rows is no more than this share of it; infinity if unknown."""
+        """Return the rows at which a batch's fixed cost is no more than this share of its cost; infinity if unknown."""
         if not self._is_known or share <= 0.0 or self._per_row <= 0.0:
             return math.inf
         return self._each / self._per_row * (1.0 - share) / share

@@ -18,6 +18,7 @@ import math
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import torch
@@ -42,45 +43,29 @@ Outcomes = dict[Work, WorkResult | BaseException]
 """How a batch went for its requests. One that is absent has more rows, in a later batch."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Attempt:
     """Slices of requests that are computed together once."""
 
-    __slots__ = (
-        "slices",
-        "works",
-        "work",
-        "upload",
-        "results",
-        "summed",
-        "norm",
-        "scales",
-        "error",
-        "halved",
-        "downloads",
-        "outcomes",
-    )
-
-    def __init__(self, slices: Sequence[RowSlice], *, halved: bool = False) -> None:
-        self.slices = slices
-        self.works: list[Work] = [one.request for one in slices]  # type: ignore[misc]
-        self.work = self.works[0]
-        """All are of this one's expert, direction and mode; what the others' gradients do is charged to its peer."""
-        self.upload: Transfer | None = None
-        self.results: Sequence[torch.Tensor | None] = ()
-        """Outputs, or gradients of the inputs, on the device."""
-        self.summed: Gradients | None = None
-        """Gradients of the parameters."""
-        self.norm = 0.0
-        """Of those, as they came."""
-        self.scales: torch.Tensor | None = None
-        """By which each row's gradients were weakened, as they are stale."""
-        self.error: BaseException | None = None
-        self.halved = halved
-        """True for half of a request that ran out of memory."""
-        self.downloads: list[tuple[Sequence[RowSlice], Transfer, int]] = []
-        """Of the attempts that this one came to: their slices, results and version."""
-        self.outcomes: Outcomes = {}
-        """Of the requests that failed."""
+    slices: Sequence[RowSlice]
+    works: list[Work]
+    """The slices' requests, all of one expert, direction and mode. The first one's peer answers for their gradients."""
+    halved: bool = False
+    """True for half of a request that ran out of memory."""
+    upload: Transfer | None = None
+    results: Sequence[torch.Tensor | None] = ()
+    """Outputs, or gradients of the inputs, on the device."""
+    summed: Gradients | None = None
+    """Gradients of the parameters."""
+    norm: float = 0.0
+    """Of those, as they came."""
+    scales: torch.Tensor | None = None
+    """By which each row's gradients were weakened, as they are stale."""
+    error: BaseException | None = None
+    downloads: list[tuple[Sequence[RowSlice], Transfer, int]] = field(default_factory=list)
+    """Of the attempts that this one came to: their slices, results and version."""
+    outcomes: Outcomes = field(default_factory=dict)
+    """Of the requests that failed."""
 
 
 class Executor:
@@ -94,7 +79,7 @@ class Executor:
 
     def stage(self, slices: Sequence[RowSlice], *, halved: bool = False) -> Attempt:
         """Gather the slices' rows and start copying them to the device."""
-        attempt = Attempt(slices, halved=halved)
+        attempt = Attempt(slices, [one.request for one in slices], halved)  # type: ignore[misc]
         try:
             attempt.upload = self.staging.upload(_columns(attempt))
         except BaseException as error:  # it fails its own batch
@@ -106,7 +91,8 @@ class Executor:
         if attempt.error is not None:
             return
         assert attempt.upload is not None
-        work, backend = attempt.work, attempt.work.backend
+        work = attempt.works[0]
+        backend = work.backend
         try:
             if backend in self._broken:
                 raise ExpertFailed(self._broken[backend])
@@ -142,8 +128,8 @@ class Executor:
         """Retry what failed, take the step, and start the results' way back."""
         try:
             good, attempt.outcomes = self._settle(attempt)
-            version = attempt.work.backend.version
-            if good and attempt.work.output_gradients is not None:
+            version = attempt.works[0].backend.version
+            if good and attempt.works[0].output_gradients is not None:
                 try:
                     version = self._step(good, version)
                 except BaseException as error:  # an optimizer may raise anything
@@ -206,7 +192,7 @@ class Executor:
             more_good, more_failed = self._again(slices[middle:])
             return good + more_good, failed | more_failed
         (one,) = slices
-        work = attempt.work
+        work = attempt.works[0]
         num_rows = one.stop - one.start
         if _is_out_of_memory(error):
             self.staging.release()
@@ -232,7 +218,7 @@ class Executor:
         summed = good[0].summed
         for one in good[1:]:
             summed = add_gradients(summed, one.summed)
-        work, first, last = good[0].work, good[0].slices[0], good[-1].slices[-1]
+        work, first, last = good[0].works[0], good[0].slices[0], good[-1].slices[-1]
         if first.request is last.request and not (first.start == 0 and last.is_last):
             # a chunk of a split request, which has a batch of its own
             summed = work.summed = add_gradients(work.summed, summed)
@@ -266,7 +252,7 @@ class Executor:
             grown = norm_of([x.detach() for x in backend.parameters])
             if not backend.is_sound() or grown > GROWTH * (weights + 1):
                 raise self._reload(backend, "this step made the expert's weights or its optimizer's moments overflow")
-        settled = any([norms.observe(one.work.peer, one.norm / len(one.slices)) for one in good])
+        settled = any([norms.observe(one.works[0].peer, one.norm / len(one.slices)) for one in good])
         if limited and settled and norms.first > UNDONE_ABOVE * (norms.usual or math.inf):
             raise self._reload(backend, "this expert's first gradient was far larger than all others")
 
@@ -306,7 +292,7 @@ class _GoodState(NamedTuple):
 
 def _columns(attempt: Attempt) -> Columns:
     """Return the rows of each slice, tensor by tensor: inputs, then output gradients."""
-    slices, works, work = attempt.slices, attempt.works, attempt.work
+    slices, works, work = attempt.slices, attempt.works, attempt.works[0]
     if len(slices) == 1 and slices[0].start == 0 and slices[0].is_last:
         return [None if x is None else (x,) for x in (*work.inputs, *(work.output_gradients or ()))]
     columns: list[list[torch.Tensor] | None] = []
@@ -352,7 +338,7 @@ def _joined(part: RowSlice, result: WorkResult) -> WorkResult | None:
 
 def _damp(attempt: Attempt, gradients: Gradients) -> Gradients:
     """Weaken stale gradients, row by row. Raises: ExpertFailed for those that are too stale."""
-    settings, version = attempt.work.backend.settings, attempt.work.backend.version
+    settings, version = attempt.works[0].backend.settings, attempt.works[0].backend.version
     ages = [0 if one.forward_version is None else max(0, version - one.forward_version) for one in attempt.works]
     if settings.max_staleness is not None and max(ages) > settings.max_staleness:
         raise ExpertFailed(
@@ -375,14 +361,14 @@ def _per_row(scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _limit_norm(attempt: Attempt, summed: Gradients) -> None:
     """Scale down parameter gradients that are unusually large. Raises: ExpertFailed for those no optimizer may see."""
-    backend = attempt.work.backend
+    backend = attempt.works[0].backend
     norm = attempt.norm = norm_of(summed)
     if not math.isfinite(norm) and not are_finite(summed):
         raise ExpertFailed("the gradients of the expert's parameters are not finite; no step was taken")
     limit, usual = backend.settings.max_gradient_norm, backend.norms.usual
     if limit == "adaptive":
         limit = math.sqrt(torch.finfo(torch.float32).max)
-        bound = backend.norms.bound(attempt.work.peer)
+        bound = backend.norms.bound(attempt.works[0].peer)
         if len(attempt.slices) > 1 and usual is not None:
             # each may be as large as one alone
             limit, bound = FAR_ABOVE * usual * len(attempt.slices), max(bound, usual) * len(attempt.slices)

@@ -1,41 +1,33 @@
 """Random numbers of one call, from its own seed: other threads' numbers are neither used nor disturbed.
 
-PyTorch's default generators belong to the process, while modules such as dropout name none. Inside `seeded`, a dispatch
-mode (which is the thread's own) hands each random operation a generator made for this call. What takes no generator,
-such as the fused attention kernels of a GPU, runs with the device's default one seeded and put back around that single
-operation.
+PyTorch's default generators belong to the process, and modules such as dropout draw from them. Inside `seeded`, a
+dispatch mode of this thread hands each random operation a generator made for this call. An operation that takes no
+generator, such as the fused attention kernels of a GPU, runs with the device's default generator seeded and put back
+around it.
 
-``torch.utils.checkpoint`` inside a module repeats numbers by the process's generator, which is not in use here: random
-layers inside of it would draw others when they are computed again, and gradients would silently be wrong. So it is
-refused: `seeded` for a backward raises where a random operation is computed again.
+``torch.utils.checkpoint`` inside a module would draw other numbers when it computes random layers again, and gradients
+would silently be wrong. So it is refused: `seeded` for a backward raises where a random operation is computed again.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten: Any = torch.ops.aten  # made at run time
+Value = Any  # an argument or result of an operation
 cuda: Any = torch.cuda  # its generators are untyped
 
 
-@contextlib.contextmanager
-def seeded(seed: int, *, backward: bool = False) -> Iterator[None]:
-    """Random operations of this thread follow from `seed`, on every device.
+class seeded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which random operations of this thread follow from `seed`, on every device.
 
-    `backward`: around the backward pass of what was computed so; operations that are computed again in it, instead of
-    kept, then raise RuntimeError if they are random.
+    `backward`: for the backward pass of what was computed so; random operations that are computed again in it, because
+    they were not kept, raise RuntimeError. Works below autograd, so that what a backward needs is saved as usual.
     """
-    with _OwnGenerators(seed, backward=backward):
-        yield
-
-
-class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation below autograd, so that what a backward needs of a random one is saved as usual."""
 
     def __init__(self, seed: int, *, backward: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -44,8 +36,8 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Sequence[Value] = (), kwargs: Mapping[str, Value] | None = None
+    ) -> Value:
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags or has_own_generator(kwargs):
             return func(*args, **kwargs)
@@ -55,7 +47,7 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "computed again; leave the checkpoint out, or the random layer outside of it"
             )
         device = _device_of(args, kwargs)
-        if func is aten.native_dropout.default:  # a GPU's, fused
+        if func is torch.ops.aten.native_dropout.default:  # a GPU's, fused
             return self._dropout(device, *args, **kwargs)
         variant = _with_generator(func)
         if variant is not None:
@@ -70,13 +62,15 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return found
 
-    def _dropout(self, device: torch.device, x: torch.Tensor, p: float, train: bool | None) -> Any:
+    def _dropout(self, device: torch.device, x: torch.Tensor, p: float, train: bool | None) -> Value:
         if train is False or p == 0:
             return x.clone(), torch.ones_like(x, dtype=torch.bool)
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=self._generator(device))
         return x * mask * (1 / (1 - p) if p < 1 else 0.0), mask
 
-    def _fused(self, func: Any, device: torch.device, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _fused(
+        self, func: OpOverload, device: torch.device, args: Sequence[Value], kwargs: Mapping[str, Value]
+    ) -> Value:
         default = torch.default_generator if device.type == "cpu" else cuda.default_generators[device.index or 0]
         seed = torch.randint(2**62, (), generator=self._generator(torch.device("cpu")))
         before = default.get_state()
@@ -87,32 +81,32 @@ class _OwnGenerators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             default.set_state(before)
 
 
-def has_own_generator(kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation with these arguments draws from a generator that is none of PyTorch's default ones."""
+def has_own_generator(kwargs: Mapping[str, Value]) -> bool:
+    """Return whether an operation with these arguments draws from a generator that is not one of PyTorch's defaults."""
     generator = kwargs.get("generator")
     defaults = (torch.default_generator, *cuda.default_generators)
     # an operation sees another object than its caller gave, of the same generator
     return generator is not None and all(generator._cdata != one._cdata for one in defaults)
 
 
-def _with_generator(func: Any) -> Any:
-    """The overload of this operation that takes a generator, if there is one."""
+def _with_generator(func: OpOverload) -> OpOverload | None:
+    """Return the overload of this operation that takes a generator, if there is one."""
     wanted = _arguments(func)
     if "generator" in wanted:
         return func
-    packet = func.overloadpacket
-    for other in (getattr(packet, name) for name in packet.overloads()):
+    for name in func.overloadpacket.overloads():
+        other: OpOverload = getattr(func.overloadpacket, name)
         arguments = _arguments(other)
         if arguments.pop("generator", None) is not None and arguments == wanted:
             return other
     return None
 
 
-def _arguments(func: Any) -> dict[str, str]:
+def _arguments(func: OpOverload) -> dict[str, str]:
     return {argument.name: str(argument.type) for argument in func._schema.arguments}
 
 
-def _device_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
+def _device_of(args: Sequence[Value], kwargs: Mapping[str, Value]) -> torch.device:
     device = kwargs.get("device")
     if device is None:
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "cpu")

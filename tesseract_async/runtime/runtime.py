@@ -344,8 +344,6 @@ class TesseractRuntime(Uncopied):
                 self.metrics.count("runtime_failures", direction=direction)
                 _set_error(work.answer, outcome)
             _forget(work)
-        self.metrics.count("runtime_batches", direction=direction)
-        self.metrics.count("runtime_rows", batch.num_rows, direction=direction)
         self.metrics.observe("runtime_batch_rows", batch.num_rows, bounds=ROWS_BUCKETS, direction=direction)
         self.metrics.observe("runtime_batch_seconds", seconds, direction=direction)
 

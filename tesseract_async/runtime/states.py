@@ -1,4 +1,4 @@
-"""States of experts: the dtypes and values that a checkpoint can hold, copies of them, and which fits a module."""
+"""States of experts: the dtypes and values that a checkpoint can hold, copies of them, and their fit to a module."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 State = dict[str, Any]
 """Of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
+
+JOURNAL_LENGTH: Final = 65536
+"""Backward calls that an expert remembers, so that none is applied twice: those of the last minutes under any load."""
 
 SAFETENSORS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -29,7 +33,7 @@ _STORED: Final = frozenset(SAFETENSORS.values())
 
 
 def copied(value: Any) -> Any:
-    """The same structure with every tensor copied to the CPU, so that training goes on while it is written."""
+    """Return the same structure with every tensor copied to the CPU, so that training can go on."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -39,7 +43,23 @@ def copied(value: Any) -> Any:
     return value
 
 
-def check_stored(value: Any, path: str) -> None:
+def check_module(module: nn.Module) -> None:
+    """Raises: ValueError for tensors that cannot be trained or written to a checkpoint."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: call the module once before it becomes an expert")
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), so that nothing can be learned: make the "
+                "module outside of it"
+            )
+    try:
+        check_stored(module.state_dict(), "its state")
+    except TypeError as error:
+        raise ValueError(f"{error}: a buffer of it takes persistent=False, an extra state another form") from None
+
+
+def check_stored(value: object, path: str) -> None:
     """Raises: TypeError, naming `path`, for what a checkpoint cannot hold."""
     if isinstance(value, torch.Tensor):
         if value.dtype not in _STORED or value.layout is not torch.strided:
@@ -56,7 +76,7 @@ def check_stored(value: Any, path: str) -> None:
         raise TypeError(f"{path}: a checkpoint cannot hold a {type(value).__name__}")
 
 
-def check_fits(module: nn.Module, state: Mapping[str, Any]) -> None:
+def check_fits(module: nn.Module, state: Mapping[str, object]) -> None:
     """Raises: ValueError, naming the first difference, if `state` has other names or shapes than this module's."""
     here = module.state_dict()
     for name, tensor in here.items():
@@ -70,11 +90,11 @@ def check_fits(module: nn.Module, state: Mapping[str, Any]) -> None:
             raise ValueError(f"its {name} is unknown to this module")
 
 
-def pack_gradients(gradients: Sequence[torch.Tensor | None] | None) -> list[Any] | None:
-    """Copies of gradients as a checkpoint holds them; a sparse one by its indices, values and shape."""
+def pack_gradients(gradients: Sequence[torch.Tensor | None] | None) -> list[object] | None:
+    """Return copies of gradients as a checkpoint holds them; a sparse one by its indices, values and shape."""
     if gradients is None:
         return None
-    packed: list[Any] = []
+    packed: list[object] = []
     for x in gradients:
         if x is not None and x.layout is torch.sparse_coo:
             x = x.detach().coalesce()
@@ -85,7 +105,7 @@ def pack_gradients(gradients: Sequence[torch.Tensor | None] | None) -> list[Any]
 
 
 def unpack_gradients(packed: Sequence[Any], device: torch.device) -> list[torch.Tensor | None]:
-    """The gradients that `pack_gradients` was given, copied to `device`."""
+    """Return copies on `device` of the gradients that `pack_gradients` was given."""
     found: list[torch.Tensor | None] = []
     for x in packed:
         if isinstance(x, Mapping):

@@ -1,8 +1,9 @@
-"""Finds by looking what a module does besides computing its outputs: it draws random numbers, it writes its inputs.
+"""Finds out what a module does besides computing its outputs: it draws random numbers, it writes its inputs.
 
-A *watched* call runs on copies of its inputs and sees each operation of this thread: it is sure, and slow. The first
-call in each mode is watched. The later ones are only glanced at: where a default generator has moved in training, which
-another thread may have done, the call is repeated, watched; where an input's version has risen, later ones get copies.
+A *watched* call runs on copies of its inputs and sees each operation of this thread: it is reliable, and slow. The
+first call in each mode is watched. After later ones two checks are made: where a default generator has moved in
+training, which another thread may have done, the call is repeated, watched; where an input's version has risen, later
+calls get copies.
 """
 
 from __future__ import annotations
@@ -13,37 +14,36 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tesseract_async.runtime.randomness import has_own_generator
+from tesseract_async.runtime.randomness import Value, cuda, has_own_generator
 from tesseract_async.wire.compression import flat_of
 
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-cuda: Any = torch.cuda  # its generators are untyped
-
 
 @dataclass(slots=True)
 class Habits:
-    """What is known of a module in one mode, training or evaluation."""
+    """The habits of a module in one mode, training or evaluation."""
 
     known: bool = False
-    """Set once it was watched."""
+    """True once it was watched."""
     draws: bool = False
     writes: bool = False
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Around one call of a module with `inputs`, which nobody else uses: notes what it does."""
+    """A context for one call of a module with `inputs`, which are used for nothing else."""
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,14 +55,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._before = generator_states()
         self._others_before = _other_states()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        # a module that seeds and puts back the generators by itself is no random one; one that puts them back only, is
+        # one that seeds the generators itself and puts them back afterwards is not random
         self.draws = self._own_generator or (self.draws and (not self._is_seeded or have_moved(self._before)))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Sequence[Value] = (), kwargs: Mapping[str, Value] | None = None
+    ) -> Value:
         kwargs = kwargs or {}
         for index, name in _written(func):
             value = args[index] if index < len(args) else kwargs.get(name)
@@ -83,11 +83,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def learn(
         self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str, is_alone: bool
     ) -> None:
-        """After the call: `given` are the copies of `inputs` that it was run on."""
+        """Note the habits after the call, which was run on `given`, copies of `inputs`."""
         # through NumPy's eyes, for example, inputs are written without an operation
         self.writes = self.writes or not all(map(_same_bytes, given, inputs))
         # on the device's thread this would tell nothing: the loop draws, too
-        if is_alone and not all(map(_equal, self._others_before, _other_states())):
+        if is_alone and self._others_before != _other_states():
             logger.warning(
                 "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward "
                 "pass: gradients may be of another function; let it draw from PyTorch",
@@ -110,9 +110,9 @@ def watched(
     *,
     is_alone: bool = False,
 ) -> Result:
-    """Calls a module, which `who` names, with copies of `inputs`, and learns its `habits`. Raises what it raises.
+    """Call a module, which `who` names, with copies of `inputs`, and learn its `habits`. Raises what it raises.
 
-    `is_alone`: whether no event loop runs beside this thread, so that Python's and NumPy's generators tell something.
+    `is_alone`: whether no event loop runs at the same time, so that Python's and NumPy's generators tell something.
     """
     given = copies(inputs)
     watch = Watch(given)
@@ -120,7 +120,7 @@ def watched(
         with watch:
             result = call(given)
     except (NotImplementedError, RuntimeError):
-        # some of what PyTorch has, such as torch.cond, does not run while it is watched: it is judged from outside
+        # some operations, such as torch.cond, do not run while they are watched: they are judged from outside
         _forget_compiled()
         before = generator_states()
         result = call(copies(inputs))
@@ -132,18 +132,18 @@ def watched(
 
 
 def _forget_compiled() -> None:
-    """PyTorch's compiler never looks again at what it has seen watched; after this it does."""
+    """Let PyTorch's compiler look again at what it has seen watched."""
     if (compiler := sys.modules.get("torch._dynamo")) is not None:
         compiler.reset()
 
 
 def copies(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same values, which may be written: where gradients are kept, they arrive."""
+    """Return copies that may be written, and that pass gradients on to `inputs`."""
     return [x.clone().requires_grad_(x.requires_grad) for x in inputs]
 
 
 def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
-    """PyTorch's default generators, those of the devices in use, and where they stand."""
+    """Return PyTorch's default generators of the devices in use, each with its state."""
     states = [(torch.default_generator, torch.default_generator.get_state())]
     if cuda.is_initialized():
         states += [(generator, generator.get_state()) for generator in cuda.default_generators]
@@ -151,7 +151,7 @@ def generator_states() -> list[tuple[torch.Generator, torch.Tensor]]:
 
 
 def have_moved(before: Sequence[tuple[torch.Generator, torch.Tensor]]) -> bool:
-    """Tells whether one of them has drawn since `generator_states` looked."""
+    """Return whether one of them has drawn since `generator_states` was called."""
     for generator, state in before:
         # as bytes: `torch.equal` takes twice as long, and this is asked in each call
         if state.numpy().tobytes() != generator.get_state().numpy().tobytes():
@@ -160,11 +160,11 @@ def have_moved(before: Sequence[tuple[torch.Generator, torch.Tensor]]) -> bool:
 
 
 class Undone:
-    """A context, for a try: leaves the module's buffers, and the default generators, as they were."""
+    """A context that leaves the module's buffers, and the default generators, as they were."""
 
     def __init__(self, module: nn.Module) -> None:
         self.changed: list[str] = []
-        """Afterwards, the buffers that had to be put back."""
+        """The buffers that had to be put back, once the context has ended."""
         self._buffers = [
             (part, name, buffer, buffer.clone(), buffer._version)
             for part in module.modules()
@@ -187,9 +187,21 @@ class Undone:
             generator.set_state(state)
 
 
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Return whether its outputs for one row depend on the other rows, or it learns from forward passes (BatchNorm)."""
+    return any(
+        isinstance(part, nn.modules.batchnorm._NormBase) and (part.track_running_stats or _is_batch_norm(part))
+        for part in module.modules()
+    )
+
+
+def _is_batch_norm(part: nn.Module) -> bool:
+    return isinstance(part, nn.modules.batchnorm._BatchNorm)
+
+
 @functools.cache
-def _written(func: Any) -> list[tuple[int, str]]:
-    """Place and name of each argument that this operation writes."""
+def _written(func: OpOverload) -> list[tuple[int, str]]:
+    """Return the place and name of each argument that this operation writes."""
     arguments = enumerate(func._schema.arguments)
     return [(index, one.name) for index, one in arguments if one.alias_info is not None and one.alias_info.is_write]
 
@@ -200,10 +212,6 @@ def _same_bytes(x: torch.Tensor, y: torch.Tensor) -> bool:
     return torch.equal(flat_of(x).view(torch.uint8), flat_of(y).view(torch.uint8))  # NaN equals itself here
 
 
-def _other_states() -> tuple[Any, Any]:
+def _other_states() -> tuple[object, object]:
     kind, keys, *rest = np.random.get_state(legacy=True)
     return random.getstate(), (kind, keys.tobytes(), *rest)  # type: ignore[union-attr]
-
-
-def _equal(x: Any, y: Any) -> bool:
-    return bool(x == y)

@@ -41,7 +41,6 @@ from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
-    from tesseract_async.runtime.backend import ExpertBackend
     from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
@@ -175,7 +174,7 @@ class BareNames:
 
     async def _settle(self, one: _Memory, round_: _Round) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version
-        listed, now = self._node.policy.storers is not None, self._elapsed()
+        listed, now = self._node.policy.hosts is not None, self._elapsed()
         rivals = [
             other
             for other in one.others
@@ -308,19 +307,19 @@ class BareNames:
     async def _give(self, uid: str, heir: ExpertReplica) -> None:
         """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""
         nonce = os.urandom(16)
-        body = messages.encode(messages.LeadRequest(uid, nonce))
-        reply = await self._node.call_expert(heir.peer, messages.LEAD, body, timeout=HAND_OVER_TIMEOUT)
-        proof = messages.decode(messages.LeadReply, reply.body).proof
+        body = messages.encode(messages.TakeOverRequest(uid, nonce))
+        reply = await self._node.call_expert(heir.peer, messages.TAKE_OVER, body, timeout=HAND_OVER_TIMEOUT)
+        proof = messages.decode(messages.TakeOverReply, reply.body).proof
         file = self._source.copy_of(uid)
         if file is None or proof != possession(file, nonce)[:16]:
             raise ProtocolError("it says that it is the primary now, but has not fetched the state")
 
-    async def take_over(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        """Answer ``expert.lead``, for the primary that this server follows. Raises: NotAllowed, RemoteError."""
-        request = messages.decode(messages.LeadRequest, call.body)
+    async def take_over(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answer ``expert.take_over``, for the primary that this server follows. Raises: NotAllowed, RemoteError."""
+        request, uid = messages.decode(messages.TakeOverRequest, call.body), hosted.uid
         one = self._experts.get(uid)
         primary = None if one is None else one.primary
-        if one is None or one.hosted.is_primary or primary is None or owner_of(primary) != call.peer_id:
+        if one is None or hosted.is_primary or primary is None or owner_of(primary) != call.peer_id:
             raise NotAllowed(f"{call.peer_id.short} is not the primary of {uid} here")
         try:
             file = await self._pull(one, primary, min_version=0)
@@ -330,4 +329,4 @@ class BareNames:
         one.giver, one.giver_sequence = call.peer_id, primary.sequence
         await self._become_primary(one)
         proof = None if file is None or request.nonce is None else possession(file, request.nonce)[:16]
-        return Message(messages.encode(messages.LeadReply(backend.version, proof)))
+        return Message(messages.encode(messages.TakeOverReply(hosted.backend.version, proof)))

@@ -16,7 +16,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import torch
@@ -29,7 +29,9 @@ from tesseract_async.wire.tensors import Schema, TensorSpec
 
 logger = logging.getLogger(__name__)
 
-Builder = Callable[..., tuple[nn.Module, tuple[Schema, ...]]]
+Built = tuple[nn.Module, tuple[Schema, ...]]
+"""A module and the schemas of its arguments."""
+Builder = Callable[..., Built]
 
 EXPERTS: Final[dict[str, Builder]] = {}
 _MARKED: Final[dict[str, Builder]] = {}
@@ -41,7 +43,7 @@ NUM_PLANNED_ROWS: Final = 4
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
-    """Decorates a builder, so that `build_module` finds it by `name`."""
+    """Decorate a builder, so that `build_module` finds it by `name`. Raises: ValueError if there is one."""
 
     def decorate(builder: Builder) -> Builder:
         if name in EXPERTS:
@@ -53,7 +55,7 @@ def register(name: str) -> Callable[[Builder], Builder]:
 
 
 def expert_builder(builder: Builder) -> Builder:
-    """Marks a function of your module as one that a run may name, as ``module:function``.
+    """Mark a function of your module as one that a run may name, as ``module:function``.
 
     The function takes sizes (numbers, text, truth values) as named arguments and returns a module and the schemas of
     its arguments. Volunteers that allow your module (``--allow-module``) run it with sizes that the run's author chose:
@@ -70,7 +72,7 @@ def expert_builder(builder: Builder) -> Builder:
 
 
 def find_builder(name: str, *, marked: bool = False) -> Builder:
-    """The builder of a registered name, or of ``package.module:function``.
+    """Return the builder of a registered name, or of ``package.module:function``.
 
     `marked`: of those by import path, only what `expert_builder` marked there. Raises: ValueError.
     """
@@ -94,38 +96,42 @@ def find_builder(name: str, *, marked: bool = False) -> Builder:
 
 
 def takes_seed(builder: Builder) -> bool:
-    """Whether the builder draws its weights from a ``seed``, and so may run on several threads at once."""
+    """Return whether the builder draws its weights from a ``seed``, and so may run on several threads at once."""
     return "seed" in _signature(builder).parameters
 
 
-def build(
-    builder: Builder,
-    sizes: Mapping[str, Any],
-    *,
+def build_module(
     name: str,
+    sizes: Mapping[str, object],
+    *,
     seed: int | None = None,
+    marked: bool = False,
     max_bytes: int | None = None,
-    num_states: int = 0,
-) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """Calls a builder, once its sizes are known to fit.
+    optimizer: str | None = None,
+) -> Built:
+    """Return a new module and its args_schema, once its sizes are known to fit.
 
-    `seed` decides the first weights, whatever was drawn before. `max_bytes`: of the expert, with `num_states` further
-    copies of what is trained (gradients and the optimizer's state); by default this computer's memory.
+    `name` is registered, or ``package.module:builder``; `marked` as for `find_builder`. `seed` decides the first
+    weights, whatever was drawn before. `max_bytes`: of the expert, with its gradients and that optimizer's state; by
+    default this computer's memory.
 
-    Raises: ValueError for sizes that the builder does not take, too large ones, or what is no builder's result.
+    Raises: ValueError for an unknown name, sizes that the builder does not take, too large ones, or a result that is no
+    builder's.
     """
+    builder = find_builder(name, marked=marked)
     _check_sizes(builder, sizes, name)
     limit = int(psutil.virtual_memory().total) if max_bytes is None else max_bytes
-    key = tuple(sorted(sizes.items()))
+    num_states = {None: 0, "sgd": 2}.get(optimizer, 3)  # numbers for each trained one: its gradient, and the state
+    plan = builder, tuple(sorted(sizes.items())), name, limit, num_states
     try:
-        is_planned = _plan(builder, key, name, limit, num_states)
+        is_planned = _check_plan(*plan)
     except TypeError:  # a size that cannot be hashed: not from a manifest
-        is_planned = _plan.__wrapped__(builder, key, name, limit, num_states)
+        is_planned = _check_plan.__wrapped__(*plan)
     with contextlib.nullcontext() if is_planned else Counting(limit):
         return _checked(_call(builder, sizes, name, seed), name)
 
 
-def _checked(built: Any, name: str) -> tuple[nn.Module, tuple[Schema, ...]]:
+def _checked(built: object, name: str) -> Built:
     if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
         raise ValueError(f"{name} returns a {type(built).__name__}, not a module and the schemas of its arguments")
     return built
@@ -138,7 +144,7 @@ def _signature(builder: Builder) -> inspect.Signature:
         return inspect.Signature()
 
 
-def _check_sizes(builder: Builder, sizes: Mapping[str, Any], name: str) -> None:
+def _check_sizes(builder: Builder, sizes: Mapping[str, object], name: str) -> None:
     parameters = {
         key: one
         for key, one in _signature(builder).parameters.items()
@@ -168,8 +174,8 @@ def _check_sizes(builder: Builder, sizes: Mapping[str, Any], name: str) -> None:
 _WORDS: Final = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value may be given where this is annotated; what is no plain type takes anything."""
+def _fits(value: object, hint: object) -> bool:
+    """Return whether a plain value may be given where this is annotated; what is no plain type takes anything."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if hint is types.NoneType:
@@ -180,8 +186,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(builder: Builder, sizes: tuple[tuple[str, Any], ...], name: str, limit: int, num_states: int) -> bool:
-    """Builds it on ``meta``, and runs a few rows through it there. False if it cannot be built there.
+def _check_plan(
+    builder: Builder, sizes: tuple[tuple[str, object], ...], name: str, limit: int, num_states: int
+) -> bool:
+    """Build it on ``meta``, and run a few rows through it there. False if it cannot be built there.
 
     Raises: ValueError if it takes more than `limit` bytes, or rows of no numbers.
     """
@@ -212,7 +220,7 @@ def _plan(builder: Builder, sizes: tuple[tuple[str, Any], ...], name: str, limit
     return True
 
 
-def _call(builder: Builder, sizes: Mapping[str, Any], name: str, seed: int | None) -> tuple[nn.Module, tuple[Any, ...]]:
+def _call(builder: Builder, sizes: Mapping[str, object], name: str, seed: int | None) -> Built:
     try:
         if seed is None:
             return builder(**sizes)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tesseract_async.errors import CheckpointError, ProtocolError, describe
-from tesseract_async.runtime.states import SAFETENSORS
+from tesseract_async.runtime.states import JOURNAL_LENGTH, SAFETENSORS
 from tesseract_async.wire.compression import flat_of
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def largest_state(backend: ExpertBackend) -> int:
     each (four times their size at most), gathered gradients, the journal, names."""
     tensors = [*backend.module.parameters(), *backend.module.buffers()]
     num_bytes = sum(max(4, x.element_size()) * x.numel() for x in tensors)
-    return 6 * num_bytes + 32 * backend.settings.journal_length + (4096 * len(tensors)) + (1 << 20)
+    return 6 * num_bytes + 32 * JOURNAL_LENGTH + (4096 * len(tensors)) + (1 << 20)
 
 
 def difference(uid: str, backend: ExpertBackend, state: State) -> str | None:

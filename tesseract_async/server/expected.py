@@ -17,6 +17,8 @@ from tesseract_async.identity import PeerID
 MAX_EXPECTED: Final = 65536
 """Entries; the oldest are no longer expected beyond that."""
 MAX_PEERS: Final = 1024
+EXPECT_SECONDS: Final = 60.0
+"""After so long no backward is expected any more: the longest that a trainer waits for one call by default."""
 MIN_PATIENCE: Final = 0.5
 PATIENCE: Final = 2.0
 """How many times as long as its slowest recent backward took a caller is waited for."""
@@ -40,9 +42,7 @@ class _Caller:
 class ExpectedBackwards:
     """Forwards that were answered and whose backward has not come. Times are seconds of one monotonic clock."""
 
-    def __init__(self, timeout: float) -> None:
-        """`timeout`: seconds after which no backward is expected any more, whoever called."""
-        self.timeout = timeout
+    def __init__(self) -> None:
         self._entries: OrderedDict[bytes, _Key] = OrderedDict()
         self._callers: OrderedDict[PeerID, _Caller] = OrderedDict()
         self._lag: float | None = None  # all callers'
@@ -108,7 +108,7 @@ class ExpectedBackwards:
 
     def _patience(self, caller: _Caller) -> float:
         lag = self._lag if caller.lag is None else caller.lag
-        return self.timeout if lag is None else min(self.timeout, PATIENCE * lag + MIN_PATIENCE)
+        return EXPECT_SECONDS if lag is None else min(EXPECT_SECONDS, PATIENCE * lag + MIN_PATIENCE)
 
     def _drop(self, name: bytes) -> float:
         uid, peer = self._entries.pop(name)

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.states import JOURNAL_LENGTH
+from tesseract_async.server.memory import trim_heap
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +86,9 @@ class MemoryPlan:
     queue: int
     """For `RuntimeSettings.max_queue_bytes`."""
     inputs: int
-    """For `CallSettings.max_inputs_bytes`."""
+    """For `ServerSettings.max_inputs_bytes`."""
     answers: int
-    """For `CallSettings.max_answers_bytes`."""
+    """For `ServerSettings.max_answers_bytes`."""
     received: int
     """For messages that are half received or being answered: `EndpointSettings.max_receive_bytes`."""
     replies: int
@@ -137,8 +141,8 @@ def measure(backend: ExpertBackend) -> Footprint:
         weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
         gradients=_num_bytes(backend.parameters),
         optimizer=optimizer,
-        journal=settings.journal_length * JOURNAL_ENTRY_BYTES,
-        copied_journal=settings.journal_length * COPIED_ENTRY_BYTES,
+        journal=JOURNAL_LENGTH * JOURNAL_ENTRY_BYTES,
+        copied_journal=JOURNAL_LENGTH * COPIED_ENTRY_BYTES,
         batch=0,
         num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
@@ -186,6 +190,34 @@ def _peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int
         backend.gradients(staged, gradients, training=True)
     peak: int = counting.peak
     return peak
+
+
+def process_bytes() -> int:
+    """Return the memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def fit_memory(limit: int, build: Callable[[], ExpertBackend], *, devices: Sequence[str]) -> MemoryPlan:
+    """Divide the memory `limit` of this process among experts like the one that `build` makes, and their callers.
+
+    One is built, measured and thrown away. Blocking. Raises: ValueError with the figures if not even one fits.
+    """
+    if process_bytes() >= limit:
+        raise ValueError(f"not even one expert fits --max-memory: the process itself has {size_text(process_bytes())}")
+    expert = measure(build())
+    expert = dataclasses.replace(expert, batch=expert.batch * len(devices))  # they compute at the same time
+    gc.collect()
+    trim_heap()
+    base = process_bytes()  # with everything in it that the first expert made PyTorch import
+    plan = plan_memory(limit, base=base, expert=expert, on_gpu=not any(one.startswith("cpu") for one in devices))
+    logger.info("memory: the process has %d bytes; %s; %s", base, expert, plan)
+    if not plan.num_experts:
+        raise ValueError(
+            f"not even one expert fits --max-memory: the process itself has {size_text(base)}, an expert takes "
+            f"{size_text(expert.resident)}, its largest batch {size_text(expert.batch)} while it is computed; with "
+            f"what must be kept for callers, one needs {size_text(plan.needed_for_one)}"
+        )
+    return plan
 
 
 def size_text(num_bytes: int) -> str:

@@ -59,7 +59,8 @@ class HostedState:
         self.shared_version = 0
         """The steps up to this one are in a state that other servers have, or can fetch."""
         self._store, self._writer = store, writer
-        self._saved: tuple[int, int] | None = None  # how far the newest checkpoint is
+        self.saved: tuple[int, int] | None = None
+        """How far the newest checkpoint is: the backend's `progress` then."""
 
     async def snapshot(self) -> State:
         """Return a copy of the state, taken between two batches."""
@@ -83,16 +84,16 @@ class HostedState:
                 f"{self._store.directory} was written for, in the same size, or choose another folder"
             ) from error
         if state is not None:
-            self._saved = self.backend.progress
+            self.saved = self.backend.progress
             logger.info("%s continues at version %d", self.uid, self.backend.version)
 
     async def save(self) -> bool:
         """Write a checkpoint, unless nothing changed since the last one. Raises: CheckpointError."""
-        if self._store is None or self._saved == self.backend.progress:
+        if self._store is None or self.saved == self.backend.progress:
             return False
         state = await self.snapshot()
         await self._writer.call_aside(partial(self._store.save, self.uid, state, version=state["version"]))
-        self._saved = state["version"], state["num_accumulated"]
+        self.saved = state["version"], state["num_accumulated"]
         return True
 
     async def take(self, state: State, *, aside: bool = False) -> None:
@@ -113,7 +114,7 @@ class HostedState:
 
         Raises: CheckpointError if it does not fit; nothing changes then.
         """
-        self._saved = None  # it may be another state of the same version
+        self.saved = None  # it may be another state of the same version
 
         def load() -> None:
             before = self.backend.state()

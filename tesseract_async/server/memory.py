@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final, Generic, TypeVar
 
-_TRIM: Any = None
+import torch
 
+from tesseract_async.runtime.work import WorkResult
 
-def trim_heap() -> None:
-    """Gives free memory back to the system, where the C library has a call for it (glibc)."""
-    global _TRIM
-    if _TRIM is None:
-        try:
-            _TRIM = ctypes.CDLL(None).malloc_trim
-        except (OSError, AttributeError, TypeError):  # macOS, Windows, musl: they do it by themselves, or never
-            _TRIM = _nothing
-    _TRIM(0)
+KEEP_SECONDS: Final = 300.0
+"""A trainer's step takes seconds; a caller that asks again for an answer does so within its time-out."""
+SMALL_BYTES: Final = 16 * 1024
+ENTRY_BYTES: Final = 1024
+TENSOR_BYTES: Final = 512
+"""The objects around what is remembered: measured at 550 bytes for an entry and 450 for a tensor, 1,300 in a server."""
 
-
-def _nothing(_: int) -> None:
-    return
-
+CallKey = tuple[str, bytes]
+"""A backward: the expert's uid, and what `journal_key` gives."""
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -93,3 +90,72 @@ class Memory(Generic[Key, Value]):
         self._owners.clear()
         self._held.clear()
         self.num_bytes = 0
+
+
+class CallerMemory:
+    """Inputs of forwards and answers of backwards, for `KEEP_SECONDS`. On the loop."""
+
+    def __init__(self, *, max_inputs_bytes: int, max_answers_bytes: int) -> None:
+        self.inputs: Memory[bytes, Sequence[torch.Tensor]] = Memory(max_inputs_bytes, _num_bytes, max_age=KEEP_SECONDS)
+        self.answers: Memory[CallKey, WorkResult] = Memory(
+            max_answers_bytes, lambda answer: _num_bytes(answer.tensors), max_age=KEEP_SECONDS
+        )
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def keep_inputs(self, name: bytes, inputs: Sequence[torch.Tensor], owner: Hashable) -> bool:
+        """Keep a forward's inputs. False if they are beyond the budget."""
+        self._sweep_later()
+        return self.inputs.put(name, [alone(x) for x in inputs], owner=owner, now=_now())
+
+    def keep_answer(self, key: CallKey, answer: WorkResult, owner: Hashable) -> None:
+        """Keep a backward's answer, if the budget allows it."""
+        owned = WorkResult([None if x is None else alone(x) for x in answer.tensors], answer.version)
+        self.answers.put(key, owned, owner=owner, now=_now())
+        self._sweep_later()
+
+    def forget(self) -> int:
+        """Drop everything: callers can send it again, or have it computed again. Returns the bytes."""
+        num_bytes = self.inputs.num_bytes + self.answers.num_bytes
+        self.inputs.clear()
+        self.answers.clear()
+        return num_bytes
+
+    def close(self) -> None:
+        """Drop everything, and leave no timer."""
+        self.forget()
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+    def _sweep_later(self) -> None:
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(KEEP_SECONDS / 8, self._sweep_now)
+
+    def _sweep_now(self) -> None:
+        self._sweep = None
+        self.inputs.expire(_now())
+        self.answers.expire(_now())
+        if self.inputs or self.answers:
+            self._sweep_later()
+
+
+def alone(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that keeps no more memory alive than its own: rows of a batch are copied, and small tensors,
+    which lie in a block with others."""
+    return x.clone() if x.nbytes < SMALL_BYTES or x.untyped_storage().nbytes() > x.nbytes else x
+
+
+def trim_heap() -> None:
+    """Give free memory back to the system, where the C library has a call for it (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # macOS, Windows, musl: they do it by themselves, or never
+        return
+
+
+def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
+    """Of remembering them: small tensors are mostly objects, and those of strangers may be empty."""
+    return ENTRY_BYTES + sum(TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -32,7 +32,7 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 if TYPE_CHECKING:
-    from tesseract_async.network.network import Entry
+    from tesseract_async.network.entries import Entry
     from tesseract_async.node import TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend
 
@@ -132,7 +132,7 @@ def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
     It does for those on its allow-list, if it has one; else for machines on its own network only: on public addresses
     anybody may claim a bare name.
     """
-    if node.policy.storers is not None:
+    if node.policy.hosts is not None:
         return True  # others' manifests are not even read
     return bool(replica.peer.addresses) and all(
         is_near(split_host_port(address)[0]) for address in replica.peer.addresses
@@ -145,7 +145,7 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
     Raises: PeerUnreachable.
     """
     paths = [one.path for one in node.endpoint.connections() if one.peer_id == replica.peer.peer_id]
-    for path in paths if node.policy.storers is None else []:
+    for path in paths if node.policy.hosts is None else []:
         kind, _, address = path.partition(" ")
         if kind != "tcp" or not address or not is_near(split_host_port(address)[0]):
             raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})

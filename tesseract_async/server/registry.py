@@ -1,49 +1,39 @@
-"""Ready-made experts by name, for `tesseract serve` and for examples; own ones by import path.
+"""Ready-made experts and optimizers by name, for `tesseract serve`, runs and examples.
 
-A builder takes sizes and returns a module and the schema of its arguments::
+::
 
-    module, args_schema = build_module("ffn", in_features=64, hidden_features=256)
-    backend = make_backend("ffn", in_features=64, learning_rate=1e-3)
+    module, args_schema = build_module("ffn", {"in_features": 64, "hidden_features": 256})
+    backend = make_backend("ffn", sizes={"in_features": 64}, learning_rate=1e-3)
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Final, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.experts.run import Value
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer
 from tesseract_async.server.builders import EXPERTS as EXPERTS
-from tesseract_async.server.builders import build, find_builder, register, takes_seed
+from tesseract_async.server.builders import build_module as build_module
+from tesseract_async.server.builders import register
 from tesseract_async.wire.tensors import Schema, TensorSpec
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: Final[Mapping[str, Callable[..., torch.optim.Optimizer]]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
-
-
-def build_module(name: str, *, seed: int | None = None, **sizes: Any) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """A new module and its args_schema. `name` is registered, or ``package.module:builder``.
-
-    `seed` decides its first weights, whatever was drawn before. Raises: ValueError for an unknown name, and for sizes
-    that the builder does not take, or that do not fit this computer's memory.
-    """
-    return build(find_builder(name), sizes, name=name, seed=seed)
-
-
-def draws_its_own(name: str) -> bool:
-    """Whether the builder takes a ``seed``, and so may run on several threads at once, with one for each.
-
-    Raises: ValueError for an unknown name.
-    """
-    return takes_seed(find_builder(name))
+OWN_BUSINESS: Final = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
+"""Arguments of optimizers that nobody gives by name: how a computer computes the same numbers."""
+BETAS: Final = ("beta1", "beta2")
+"""Adam's ``betas``, as plain values."""
 
 
 def make_backend(
@@ -53,52 +43,63 @@ def make_backend(
     learning_rate: float = 1e-3,
     max_batch_size: int = 4096,
     seed: int | None = None,
-    sizes: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, Value] | None = None,
     settings: BackendSettings | None = None,
     max_bytes: int | None = None,
 ) -> ExpertBackend:
-    """A backend of `build_module(name, seed=seed, **sizes)`; ``optimizer=None`` freezes it.
+    """Return a backend of `build_module(name, sizes, seed=seed)`; ``optimizer=None`` freezes it.
 
     The optimizer is made when it is first needed. `max_bytes`: of the expert with gradients and optimizer, by default
-    this computer's memory. Raises: as `build_module`, and ValueError for an unknown optimizer or such a rate.
+    this computer's memory. Raises: as `build_module` and `optimizer_maker`.
     """
-    states = num_states(optimizer)
-    builder = find_builder(name)
-    module, args_schema = build(builder, sizes or {}, name=name, seed=seed, max_bytes=max_bytes, num_states=states)
-    parameters = list(module.parameters())
-    made: Callable[[], torch.optim.Optimizer] | None = None
-    if optimizer is not None and parameters:
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"no optimizer named {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
-        if not 0 <= learning_rate < math.inf:
-            raise ValueError(f"a learning rate is a finite number, 0 or more, not {learning_rate}")
-        kind: Any = OPTIMIZERS[optimizer]
-        made = partial(kind, parameters, lr=learning_rate, fused=True)  # one kernel for all: a third of the time
+    module, args_schema = build_module(name, sizes or {}, seed=seed, max_bytes=max_bytes, optimizer=optimizer)
     return ExpertBackend(
         module,
-        optimizer=made,
+        optimizer=optimizer_maker(optimizer, module, {"learning_rate": learning_rate}),
         args_schema=args_schema,
         max_batch_size=max_batch_size,
         settings=settings or BackendSettings(),
     )
 
 
-def num_states(optimizer: str | None) -> int:
-    """How many numbers a trained one brings with it: its gradient, and what the optimizer keeps."""
-    return {None: 0, "sgd": 2}.get(optimizer, 3)
+def optimizer_maker(name: str | None, module: nn.Module, options: Mapping[str, Value]) -> MakesOptimizer | None:
+    """Return what makes the optimizer of that name; None without a name, or for a module without parameters.
+
+    `options` are plain values: ``learning_rate``, ``beta1`` and ``beta2``, and others by PyTorch's names. Raises:
+    ValueError for an unknown optimizer, or options that it does not take.
+    """
+    parameters = list(module.parameters())
+    if name is None or not parameters:
+        return None
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no optimizer named {name!r}; there are {', '.join(OPTIMIZERS)}")
+    if wrong := [key for key, value in options.items() if key in OWN_BUSINESS or type(value) is str]:
+        raise ValueError(f"{name} does not take its options: {', '.join(wrong)}")
+    given: dict[str, object] = {key: value for key, value in options.items() if key not in BETAS}
+    if "learning_rate" in given:
+        rate = given["lr"] = given.pop("learning_rate")
+        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise ValueError(f"{name} does not take its options: a learning rate is a finite number, 0 or more")
+    if any(key in options for key in BETAS):
+        given["betas"] = (options.get("beta1", 0.9), options.get("beta2", 0.999))
+    given.setdefault("fused", True)  # one kernel for all parameters: a third of the time on a CPU
+    kind = OPTIMIZERS[name]
+    try:
+        inspect.signature(kind).bind(parameters, **given)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take its options: {error}") from None
+    return partial(kind, parameters, **given)
 
 
 class _Linear(nn.Linear):
-    """`nn.Linear` with the distribution of its usual first weights, drawn by `draw` in less than half of the time.
-
-    A server of 16 wide experts draws 400 million of them before it can answer.
-    """
+    """`nn.Linear` with the distribution of its usual first weights, drawn by `draw` in less than half of the time: a
+    server of 16 wide experts draws 400 million of them before it can answer."""
 
     def reset_parameters(self) -> None:
         pass  # this is what would draw them, when it is made
 
     def draw(self, numbers: np.random.BitGenerator) -> Self:
-        """Lets other threads run meanwhile. Returns this layer."""
+        """Draw the weights; other threads run meanwhile. Returns this layer."""
         if self.weight.is_meta:
             return self
         bound = 1 / math.sqrt(self.in_features)
@@ -141,7 +142,7 @@ def ffn(
     *,
     seed: int | None = None,
 ) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """`FeedForward`; 4 x wider inside, and as wide outside as inside by default."""
+    """Return a `FeedForward`; by default 4 x wider inside, and as wide at its end as at its beginning."""
     hidden = hidden_features or 4 * in_features
     module = FeedForward(in_features, hidden, out_features or in_features, seed=seed)
     return module, (TensorSpec((in_features,)),)
@@ -151,7 +152,7 @@ def ffn(
 def transformer(
     in_features: int = 512, num_heads: int = 8, sequence_length: int = 128, dropout: float = 0.0
 ) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """One pre-norm transformer encoder layer over [rows, sequence_length, in_features]."""
+    """Return one pre-norm transformer encoder layer over [rows, sequence_length, in_features]."""
     layer = nn.TransformerEncoderLayer(
         in_features, num_heads, 4 * in_features, dropout=dropout, batch_first=True, norm_first=True, activation="gelu"
     )
@@ -160,11 +161,11 @@ def transformer(
 
 @register("linear")
 def linear(in_features: int = 1024, out_features: int | None = None) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """One `nn.Linear`."""
+    """Return one `nn.Linear`."""
     return nn.Linear(in_features, out_features or in_features), (TensorSpec((in_features,)),)
 
 
 @register("nop")
 def nop(in_features: int = 1024) -> tuple[nn.Module, tuple[Schema, ...]]:
-    """Returns its input: measures everything but the computing."""
+    """Return the identity, to measure everything but the computing."""
     return nn.Identity(), (TensorSpec((in_features,)),)

@@ -6,21 +6,20 @@ code by import path runs only where the volunteer allowed that module.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from typing import Any, Final
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Final
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from tesseract_async.experts.run import RunManifest, Value
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer, MakesScheduler
-from tesseract_async.server.builders import EXPERTS, build, find_builder
-from tesseract_async.server.registry import OPTIMIZERS, num_states
+from tesseract_async.experts.run import RunManifest, RunMismatch
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesScheduler
+from tesseract_async.server.builders import EXPERTS, Built, build_module
+from tesseract_async.server.registry import optimizer_maker
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 
@@ -40,12 +39,6 @@ TRAINING_OPTIONS: Final = frozenset(
 """What `RunManifest.training` may hold besides ``max_batch_size``: the `BackendSettings` that change what is learned.
 Others (compilation, graphs, journal) are each volunteer's own business."""
 
-OWN_BUSINESS: Final = frozenset({"fused", "foreach", "capturable", "differentiable", "params"})
-"""Arguments of optimizers that no manifest may give: how a computer computes the same numbers."""
-
-BETAS: Final = ("beta1", "beta2")
-"""How a manifest, whose values are plain, gives Adam's ``betas``."""
-
 
 def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> None:
     """Raises: ValueError if the run's expert is code by import path, and not from an allowed module."""
@@ -58,11 +51,12 @@ def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> No
 
 
 def build_run_module(manifest: RunManifest, uid: str, *, allowed_modules: Collection[str] = ()) -> nn.Module:
-    """The expert's module with its first weights, the same wherever it is built (on one kind of device).
+    """Return the expert's module with its first weights, the same wherever it is built (on one kind of device).
 
     Raises: ValueError if it is not allowed, or if this version has no such expert, or it does not take these sizes.
     """
-    return _build(manifest, uid, allowed_modules)[0]
+    with _naming(manifest):
+        return _build(manifest, uid, allowed_modules)[0]
 
 
 def build_run_backend(
@@ -70,10 +64,10 @@ def build_run_backend(
     uid: str,
     *,
     allowed_modules: Collection[str] = (),
-    computing: Mapping[str, Any] | None = None,
+    computing: Mapping[str, object] | None = None,
     max_bytes: int | None = None,
 ) -> ExpertBackend:
-    """The expert, ready to be hosted, checked against the manifest's schemas.
+    """Return the expert, ready to be hosted, checked against the manifest's schemas.
 
     `computing`: the `BackendSettings` that are each volunteer's own business, such as ``compile_mode``. `max_bytes`: of
     the expert with gradients and optimizer, by default this computer's memory.
@@ -81,33 +75,28 @@ def build_run_backend(
     Raises: ValueError if it is not allowed, is too large, or asks for what this version does not have; RunMismatch if
     its schemas are others.
     """
-    module, args_schema = _build(manifest, uid, allowed_modules, max_bytes)
-    optimizer = _optimizer(manifest, list(module.parameters()))
-    training = dict(manifest.training)
-    try:
-        codecs = CodecPolicy.only(manifest.codecs)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"the run {manifest.name}: {error}") from None
-    max_batch_size = training.pop("max_batch_size", 4096)
-    if unknown := training.keys() - TRAINING_OPTIONS:
-        raise ValueError(f"the run {manifest.name} asks for unknown training options: {', '.join(sorted(unknown))}")
-    try:
+    with _naming(manifest):
+        module, args_schema = _build(manifest, uid, allowed_modules, max_bytes)
+        optimizer = optimizer_maker(manifest.optimizer, module, manifest.optimizer_options)
+        options: dict[str, object] = {"max_batch_size": 4096, **manifest.training}
+        max_batch_size = options.pop("max_batch_size")
+        if unknown := options.keys() - TRAINING_OPTIONS:
+            raise ValueError(f"unknown training options: {', '.join(sorted(unknown))}")
+        options |= {**(computing or {}), "codecs": CodecPolicy.only(manifest.codecs)}  # type: ignore[arg-type]
         backend = ExpertBackend(
             module,
             optimizer=optimizer,
             scheduler=None if optimizer is None else _scheduler(manifest),
             args_schema=args_schema,
             max_batch_size=max_batch_size,  # type: ignore[arg-type]
-            settings=BackendSettings(**training, codecs=codecs, **(computing or {})),  # type: ignore[arg-type]
+            settings=BackendSettings(**options),  # type: ignore[arg-type]
         )
-    except TypeError as error:
-        raise ValueError(f"the run {manifest.name}: max_batch_size or another training option: {error}") from None
     manifest.check(schemas_of(backend))
     return backend
 
 
-def schemas_of(backend: ExpertBackend) -> dict[str, Any]:
-    """The manifest's fields that follow from the expert itself."""
+def schemas_of(backend: ExpertBackend) -> dict[str, object]:
+    """Return the manifest's fields that follow from the expert itself."""
     return {
         "args_schema": wire.encode_schema(backend.args_schema),
         "kwargs_schema": wire.encode_schema(backend.kwargs_schema),
@@ -116,14 +105,15 @@ def schemas_of(backend: ExpertBackend) -> dict[str, Any]:
 
 
 def complete(manifest: RunManifest, *, allowed_modules: Collection[str] = ()) -> RunManifest:
-    """The manifest with the schemas of the expert that it describes: what its author does before signing.
+    """Return the manifest with the schemas of the expert that it describes: its author does so before signing.
 
     Raises: as `build_run_backend`.
     """
     uid = next(iter(manifest.pattern))
-    module, args_schema = _build(manifest, uid, allowed_modules)
-    found = schemas_of(ExpertBackend(module, args_schema=args_schema))
-    done = dataclasses.replace(manifest, **found)
+    with _naming(manifest):
+        module, args_schema = _build(manifest, uid, allowed_modules)
+        found = schemas_of(ExpertBackend(module, args_schema=args_schema))
+    done = dataclasses.replace(manifest, **found)  # type: ignore[arg-type]
     # says now what a volunteer would be told later
     backend = build_run_backend(done, uid, allowed_modules=allowed_modules)
     try:
@@ -133,44 +123,37 @@ def complete(manifest: RunManifest, *, allowed_modules: Collection[str] = ()) ->
     return done
 
 
-def _build(
-    manifest: RunManifest, uid: str, allowed_modules: Collection[str], max_bytes: int | None = None
-) -> tuple[nn.Module, tuple[Any, ...]]:
+def _build(manifest: RunManifest, uid: str, allowed_modules: Collection[str], max_bytes: int | None = None) -> Built:
     check_allowed(manifest, allowed_modules)
     if ":" not in manifest.expert and manifest.expert not in EXPERTS:
         raise ValueError(
             f"the run {manifest.name} hosts experts called {manifest.expert!r}, which this version does not have: "
             "upgrade tesseract-async"
         )
-    seed, states = zlib.crc32(f"{manifest.seed}/{uid}".encode()), num_states(manifest.optimizer)
-    try:
-        builder = find_builder(manifest.expert, marked=True)
-        return build(builder, manifest.sizes, name=manifest.expert, seed=seed, max_bytes=max_bytes, num_states=states)
-    except ValueError as error:
-        raise ValueError(f"the run {manifest.name}: {error}") from None
+    return build_module(
+        manifest.expert,
+        manifest.sizes,
+        seed=zlib.crc32(f"{manifest.seed}/{uid}".encode()),
+        marked=True,
+        max_bytes=max_bytes,
+        optimizer=manifest.optimizer,
+    )
 
 
-def _optimizer(manifest: RunManifest, parameters: list[nn.Parameter]) -> MakesOptimizer | None:
-    if manifest.optimizer is None or not parameters:
-        return None
-    if manifest.optimizer not in OPTIMIZERS:
-        raise ValueError(f"the run {manifest.name} uses the optimizer {manifest.optimizer!r}, which is not known here")
-    kind: Any = OPTIMIZERS[manifest.optimizer]
-    if wrong := [
-        name for name, value in manifest.optimizer_options.items() if name in OWN_BUSINESS or type(value) is str
-    ]:
-        raise ValueError(f"the run {manifest.name}: {manifest.optimizer} does not take its options: {', '.join(wrong)}")
-    # one kernel for all parameters: a third of the time on a CPU
-    options = {"fused": True} | _optimizer_arguments(manifest.optimizer_options)
+@contextlib.contextmanager
+def _naming(manifest: RunManifest) -> Iterator[None]:
+    """Says of which run an error is."""
     try:
-        inspect.signature(kind).bind(parameters, **options)
-    except TypeError as error:
-        raise ValueError(f"the run {manifest.name}: {manifest.optimizer} does not take its options: {error}") from None
-    return partial(kind, parameters, **options)
+        yield
+    except (ValueError, TypeError) as error:
+        if isinstance(error, RunMismatch) or str(error).startswith("the run "):
+            raise
+        what = "max_batch_size or another training option: " if isinstance(error, TypeError) else ""
+        raise ValueError(f"the run {manifest.name}: {what}{error}") from None
 
 
 def _warmup(num_warmup_steps: int = 0, num_steps: int | None = None, least: float = 0.0) -> Callable[[int], float]:
-    """Linear from 0 over `num_warmup_steps`, then constant, or falling linearly to `least` at `num_steps`."""
+    """Return what rises linearly from 0 over `num_warmup_steps`, then stays, or falls to `least` at `num_steps`."""
     if num_warmup_steps < 0 or (num_steps is not None and num_steps <= num_warmup_steps):
         raise ValueError("num_warmup_steps is 0 or more, and less than num_steps")
 
@@ -185,7 +168,7 @@ def _warmup(num_warmup_steps: int = 0, num_steps: int | None = None, least: floa
 
 
 def _cosine(num_steps: int, num_warmup_steps: int = 0, least: float = 0.0) -> Callable[[int], float]:
-    """Linear from 0 over `num_warmup_steps`, then half a cosine down to `least` at `num_steps`."""
+    """Return what rises linearly over `num_warmup_steps`, then falls by half a cosine to `least` at `num_steps`."""
     rise = _warmup(num_warmup_steps, num_steps)
 
     def factor(step: int) -> float:
@@ -205,19 +188,10 @@ def _scheduler(manifest: RunManifest) -> MakesScheduler | None:
     if manifest.schedule is None or manifest.optimizer is None:
         return None
     if manifest.schedule not in SCHEDULES:
-        raise ValueError(f"the run {manifest.name} uses the schedule {manifest.schedule!r}, which is not known here")
+        raise ValueError(f"the schedule {manifest.schedule!r} is not known here")
     try:
         factor = SCHEDULES[manifest.schedule](**manifest.schedule_options)
         factor(0)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the run {manifest.name}: {manifest.schedule} does not take its options: {error}") from None
+        raise ValueError(f"{manifest.schedule} does not take its options: {error}") from None
     return lambda optimizer: LambdaLR(optimizer, factor)
-
-
-def _optimizer_arguments(options: Mapping[str, Value]) -> dict[str, Any]:
-    found: dict[str, Any] = {name: value for name, value in options.items() if name not in BETAS}
-    if "learning_rate" in found:
-        found["lr"] = found.pop("learning_rate")
-    if any(name in options for name in BETAS):
-        found["betas"] = (options.get("beta1", 0.9), options.get("beta2", 0.999))
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from tesseract_async.errors import (
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
-from tesseract_async.server.calls import CallSettings, ExpertCalls
+from tesseract_async.server.answering import ExpertCalls
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.hosted import HostedState, Succession
-from tesseract_async.server.memory import trim_heap
+from tesseract_async.server.memory import CallerMemory, trim_heap
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FAREWELL_TIMEOUT: Final = 2.0
+FAREWELL_TIMEOUT: Final = 2.0
+"""Seconds that withdrawing the experts may take after `drain`: a network that does not answer keeps no server."""
 
 Result = TypeVar("Result")
 
-ExpertHandler = Callable[[str, ExpertBackend, IncomingCall], Awaitable[Message]]
-"""Answers calls of one more method: takes the uid, its backend and the call."""
+ExpertHandler = Callable[[HostedState, IncomingCall], Awaitable[Message]]
+"""Answers calls of one ``expert.`` method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +52,14 @@ class ServerSettings:
     """How a server keeps its experts."""
 
     runtime: RuntimeSettings = RuntimeSettings()
-    calls: CallSettings = CallSettings()
-    keep_checkpoints: int = 3
-    """Files kept per expert."""
+    max_answers_bytes: int = 64 << 20
+    """Answers of backwards, for callers that ask again because the first one was lost: less where memory is scarce."""
+    max_inputs_bytes: int = 256 << 20
+    """Inputs of forwards that a backward will follow, so that it need not send them again: less where memory is scarce,
+    more where many trainers share a server."""
     drain_timeout: float = 5.0
-    """Seconds that leaving waits for running calls and for backwards of forwards that were answered."""
+    """Seconds that leaving waits for running calls and for backwards of forwards that were answered: more for slow
+    trainers, less where the machine must be free at once."""
 
 
 class TesseractServer(Uncopied):
@@ -116,7 +120,7 @@ class TesseractServer(Uncopied):
         )
         """One for each device."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-        store = None if directory is None else CheckpointStore(directory, keep=settings.keep_checkpoints)
+        store = None if directory is None else CheckpointStore(directory)
         self.hosted = {
             uid: HostedState(
                 uid,
@@ -130,23 +134,27 @@ class TesseractServer(Uncopied):
         }
         self.succession = Succession()
         """Who is the primary of each expert."""
-        runtime_of = {one.backend: one.runtime for one in self.hosted.values()}
-        self._calls = ExpertCalls(runtime_of.__getitem__, settings=settings.calls, metrics=node.metrics)
+        self._memory = CallerMemory(
+            max_inputs_bytes=settings.max_inputs_bytes, max_answers_bytes=settings.max_answers_bytes
+        )
+        self._calls = ExpertCalls(
+            self._memory,
+            metrics=node.metrics,
+            knows=node.trust.knows,
+            is_gone=lambda peer: not node.is_connected(peer),
+        )
         self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
-        self._calls.expects_backwards = self.is_primary
-        self._calls.is_gone = lambda peer: not node.is_connected(peer)
-        self._calls.knows = node.trust.knows
         self.handle(messages.INFO, self._calls.info)
         self.handle(messages.FORWARD, self._calls.forward)
         self.handle(messages.BACKWARD, self._step)
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()
-        self._unwatch: Callable[[], None] | None = None
-        self._address_updates: set[asyncio.Task[None]] = set()
-        self._background: list[asyncio.Task[None]] = []
+        self._unwatch: Callable[[], None] = lambda: None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._publisher_settings = publisher_settings or PublisherSettings()
         self._publisher: ExpertPublisher | None = None
-        self._is_paused = False
+        self.is_paused = False
+        """Between `pause` and `resume`."""
         self._is_started = False
         self._closed = False
 
@@ -162,7 +170,7 @@ class TesseractServer(Uncopied):
         await self.aclose(drain_timeout=None if kind is None else 0.0)
 
     async def start(self) -> None:
-        """What entering does.
+        """Do what entering does.
 
         Raises: CheckpointError if an expert has checkpoints and none of them fits it, none can be written, or another
         server keeps its own in the same folder; ValueError if the node hosts one of the uids already; RuntimeError if
@@ -190,7 +198,7 @@ class TesseractServer(Uncopied):
                 hosted.append(uid)
             await self.node.wait_reachable()
             peer = self.node.peer_address
-            self._unwatch = self.node.watch_address(self._address_changed)
+            self._unwatch = self.node.watch_address(lambda: self._spawn(self._update_addresses()))
             self._publisher = ExpertPublisher(
                 self.node.network,
                 addresses=peer.addresses,
@@ -203,9 +211,7 @@ class TesseractServer(Uncopied):
             await self._declare()
         except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
-            if self._unwatch is not None:
-                self._unwatch()
-            await asyncio.gather(*self._address_updates, return_exceptions=True)
+            await self._stop_tasks()
             for uid in hosted:
                 self.node.unhost_expert(uid)
             if self._publisher is not None:
@@ -213,8 +219,20 @@ class TesseractServer(Uncopied):
             await self._stop_runtimes()
             raise
         if self._lock is not None:
-            self._background.append(asyncio.create_task(self._save_periodically(), name="server: checkpoints"))
-        self._background.append(asyncio.create_task(self._make_optimizers(), name="server: optimizers"))
+            self._spawn(self._save_periodically())
+        self._spawn(self._make_optimizers())
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="server")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stop_tasks(self) -> None:
+        self._unwatch()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _stop_runtimes(self) -> None:
         try:
@@ -226,7 +244,7 @@ class TesseractServer(Uncopied):
                 self._lock.release()
 
     async def _make_optimizers(self) -> None:
-        """Makes those that are yet to be made: after the experts are found, before a backward needs them."""
+        """Make those that are yet to be made: after the experts are found, before a backward needs them."""
         if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
             return
         await self.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
@@ -236,21 +254,16 @@ class TesseractServer(Uncopied):
             except Exception as error:  # an optimizer may raise anything; its backwards will say so, too
                 logger.error("%s cannot be trained: its optimizer cannot be made: %s", one.uid, describe(error))
 
-    def _address_changed(self) -> None:
-        async def update() -> None:
-            peer = self.node.peer_address
-            if self._publisher is not None and (peer.addresses or peer.rendezvous):
-                try:
-                    await self._publisher.update_addresses(peer.addresses, peer.rendezvous)
-                except TesseractError as error:
-                    logger.warning("the new addresses could not be published yet: %s", describe(error))
-
-        task = asyncio.create_task(update(), name="server: addresses")
-        self._address_updates.add(task)
-        task.add_done_callback(self._address_updates.discard)
+    async def _update_addresses(self) -> None:
+        peer = self.node.peer_address
+        if self._publisher is not None and (peer.addresses or peer.rendezvous):
+            try:
+                await self._publisher.update_addresses(peer.addresses, peer.rendezvous)
+            except TesseractError as error:
+                logger.warning("the new addresses could not be published yet: %s", describe(error))
 
     async def aclose(self, *, drain_timeout: float | None = None) -> None:
-        """Leaves: `drain`, withdraw, save, stop. Closing twice is harmless.
+        """Leave: `drain`, withdraw, save, stop. Closing twice is harmless.
 
         `drain_timeout` overrides the settings'. Raises: CheckpointError, once all else is done, if what was learned
         since the last checkpoint could not be saved.
@@ -258,23 +271,21 @@ class TesseractServer(Uncopied):
         if self._closed:
             return
         self._closed = True
-        if self._unwatch is not None:
-            self._unwatch()
-        await asyncio.gather(*self._address_updates, return_exceptions=True)
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._stop_tasks()
         try:
             if self._node_runs():
                 await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
-                if self._publisher is not None:
-                    await self._say_farewell(self._publisher)
+                if self._publisher is not None:  # what `drain` had no time for
+                    async with asyncio.timeout(FAREWELL_TIMEOUT):
+                        await self._publisher.aclose()
             else:
                 logger.warning("the node was closed before its server: others learn late that its experts are gone")
+        except TimeoutError:
+            logger.warning("the network does not answer: this server's experts will expire there")
         finally:
             for uid in self.experts:
                 self.node.unhost_expert(uid)
-            self._calls.close()
+            self._memory.close()
             try:
                 await self.save_checkpoints()
             except CheckpointError as error:
@@ -289,45 +300,36 @@ class TesseractServer(Uncopied):
             return False
         return True
 
-    @staticmethod
-    async def _say_farewell(publisher: ExpertPublisher) -> None:
-        """Withdraws what `drain` had no time for."""
-        try:
-            async with asyncio.timeout(_FAREWELL_TIMEOUT):
-                await publisher.aclose()
-        except TimeoutError:
-            logger.warning("the network does not answer: this server's experts will expire there")
-
     async def drain(self, *, timeout: float) -> bool:
-        """Takes no new forwards, and tells the network so; waits for the calls under way and for the backwards of
-        forwards that were answered, which are still applied. False if they did not all come within `timeout` seconds.
+        """Take no new forwards, and tell the network so; wait for the calls under way and for the backwards of forwards
+        that were answered, which are still applied. False if they did not all come within `timeout` seconds.
         """
         self._calls.refuse_forwards = Overloaded("this server is leaving; ask another replica", retry_after=60.0)
         try:
             async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
                 if self._publisher is not None:
-                    # beside, not before: a network that does not answer must not cost the last backwards their time
+                    # not before: a network that does not answer must not cost the last backwards their time
                     group.create_task(self._publisher.withdraw())
-                group.create_task(self._calls.wait_quiet())
+                group.create_task(self._calls.wait_quiet(self.is_primary))
         except TimeoutError:
             return False
         return True
 
     async def pause(self, reason: str, *, retry_after: float) -> None:
-        """Refuses forwards with `reason` and withdraws the experts, but keeps them, and applies backwards that come."""
-        self._is_paused = True
+        """Refuse forwards with `reason` and withdraw the experts, but keep them, and apply the backwards that come."""
+        self.is_paused = True
         self._calls.refuse_forwards = Overloaded(reason, retry_after=retry_after)
         if self._publisher is not None:
             await self._publisher.withdraw()
 
     async def announce(self) -> None:
         """Publish the present roles, after `set_primary` without. Nothing is published while the server pauses."""
-        if not self._is_paused and not self._closed:
+        if not self.is_paused and not self._closed:
             await self._declare()
 
     async def resume(self) -> None:
-        """Ends `pause`; returns once the experts can be found again."""
-        self._is_paused = False
+        """End `pause`; return once the experts can be found again."""
+        self.is_paused = False
         self._calls.refuse_forwards = None
         await self._declare()
 
@@ -337,51 +339,46 @@ class TesseractServer(Uncopied):
             await self._publisher.declare(roles, epochs=self.succession.epochs())
 
     def free_memory(self) -> int:
-        """Forgets what was kept for callers, who send their inputs again, and gives free pages back to the system.
+        """Forget what was kept for callers, who send their inputs again, and give free pages back to the system.
 
         Returns the bytes of what was forgotten.
         """
-        num_bytes = self._calls.forget()
+        num_bytes = self._memory.forget()
         trim_heap()
         return num_bytes
-
-    @property
-    def is_paused(self) -> bool:
-        """Between `pause` and `resume`."""
-        return self._is_paused
 
     # -- Roles and states ------------------------------------------------------------------------------------------
 
     def is_primary(self, uid: str) -> bool:
-        """Whether this server trains the expert. Raises: KeyError if it does not host it."""
+        """Return whether this server trains the expert. Raises: KeyError if it does not host it."""
         return self.hosted[uid].is_primary
 
     async def set_primary(self, uid: str, primary: bool, *, announce: bool = True) -> None:
-        """Changes the role of one expert here, and unless told otherwise says so in the network. Raises: KeyError."""
+        """Change the role of one expert here, and unless told otherwise say so in the network. Raises: KeyError."""
         unchanged = self.is_primary(uid) == primary
         self.hosted[uid].is_primary = primary
         if announce and not unchanged:
             await self.announce()
 
     async def wait_backwards(self, uid: str) -> None:
-        """Returns once no backward of this expert is under way here: before its last state is copied, for example."""
+        """Return once no backward of this expert is under way here: before its last state is copied, for example."""
         await self._calls.wait_backwards(uid)
 
     async def call_aside(self, function: Callable[[], Result]) -> Result:
-        """Runs `function`, which touches files and no module, on a helper thread: one at a time, in order."""
+        """Run `function`, which touches files and no module, on a helper thread: one at a time, in order."""
         return await self.runtimes[0].call_aside(function)
 
     def handle(self, method: str, handler: ExpertHandler) -> None:
-        """Has calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
-        for uid, backend in self.experts.items():
-            self._handlers[uid][method] = partial(handler, uid, backend)
+        """Have calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
+        for uid, one in self.hosted.items():
+            self._handlers[uid][method] = partial(handler, one)
 
     # -- Checkpoints -----------------------------------------------------------------------------------------------
 
     async def save_checkpoints(self) -> int:
-        """Writes a checkpoint of each expert that changed since its last one. Returns how many.
+        """Write a checkpoint of each expert that changed since its last one. Returns how many.
 
-        States are copied between two batches, and written beside them. Raises: CheckpointError for the first that could
+        States are copied between two batches, and written meanwhile. Raises: CheckpointError for the first that could
         not be written, after trying all.
         """
         num_saved = 0
@@ -407,19 +404,17 @@ class TesseractServer(Uncopied):
 
     # -- Calls -----------------------------------------------------------------------------------------------------
 
-    async def _step(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        if not self._may_step(uid):
-            primary, retry_after = await self.succession.find_primary(uid)
-            if not self._may_step(uid):
+    async def _step(self, hosted: HostedState, call: IncomingCall) -> Message:
+        uid, succession = hosted.uid, self.succession
+        if not (hosted.is_primary and succession.may_step(uid)):
+            primary, retry_after = await succession.find_primary(uid)
+            if not (hosted.is_primary and succession.may_step(uid)):
                 raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
-        answer = await self._calls.backward(uid, backend, call)
-        if not self.succession.may_step(uid):
+        answer = await self._calls.backward(hosted, call)
+        if not succession.may_step(uid):
             # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
             raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)
         return answer
-
-    def _may_step(self, uid: str) -> bool:
-        return self.hosted[uid].is_primary and self.succession.may_step(uid)
 
 
 def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:

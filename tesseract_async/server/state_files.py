@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from tesseract_async.errors import CheckpointError, describe
 from tesseract_async.experts.merkle import root_of
@@ -26,12 +26,14 @@ from tesseract_async.server.checkpoint import State, decode, encode
 logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
+NUM_CHECKPOINTS: Final = 3
+"""Of each expert: one may be damaged, and one may hold what somebody wants back."""
 NUM_SEALED: Final = 2
 """Sealed files of each expert: somebody may be fetching the one before."""
 
 
 def expert_folder(directory: Path, uid: str) -> Path:
-    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. ``unquote`` inverts the name.
+    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
 
     Raises: CheckpointError for a uid that cannot name a folder.
     """
@@ -41,10 +43,17 @@ def expert_folder(directory: Path, uid: str) -> Path:
     return directory / name
 
 
+def stored_uids(directory: Path | None) -> list[str]:
+    """Return the uids of the experts that have a folder in `directory`."""
+    if directory is None or not directory.is_dir():
+        return []
+    return sorted(unquote(path.name) for path in directory.iterdir() if path.is_dir())
+
+
 class CheckpointStore:
     """Checkpoints: ``UID/VERSION.safetensors``, the newest `keep` of each expert."""
 
-    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
+    def __init__(self, directory: str | Path, *, keep: int = NUM_CHECKPOINTS) -> None:
         if keep < 1:
             raise ValueError(f"at least one checkpoint is kept, not {keep}")
         self.directory = Path(directory)

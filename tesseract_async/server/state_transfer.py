@@ -22,7 +22,7 @@ from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
-    from tesseract_async.runtime.backend import ExpertBackend
+    from tesseract_async.server.hosted import HostedState
 
 NO_DIGEST: Final = bytes(16)
 
@@ -58,18 +58,16 @@ class StateSource:
 
     def __init__(
         self,
-        snapshot: Callable[[str], Awaitable[State]],
         aside: Callable[[Callable[[], bytes]], Awaitable[bytes]],
         *,
         max_bytes: int = MAX_COPIES_BYTES,
         piece_bytes: int = PIECE_BYTES,
         reuse: float = REUSE_SECONDS,
     ) -> None:
-        """`snapshot` copies an expert's state between two batches; `aside` runs work where it stops nobody.
-        `max_bytes`: of copies for transfers under way; beyond them, newcomers are told to come back.
+        """`aside` runs work where it stops nobody. `max_bytes`: of copies that are kept; beyond it, newcomers are told
+        to come back.
         """
         self._max_bytes, self._piece_bytes, self._reuse = max_bytes, piece_bytes, reuse
-        self._snapshot = snapshot
         self._aside = aside
         self.find_sealed: Callable[[str, bytes], SealedFile | None] = lambda uid, digest: None
         """The sealed file of an expert of a run whose root begins so."""
@@ -83,8 +81,9 @@ class StateSource:
         copy = self._copies.get((uid, False))
         return None if copy is None else copy.data
 
-    async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """The next piece. Raises: ProtocolError for a malformed request; Overloaded if too much is being sent."""
+        uid, backend = hosted.uid, hosted.backend
         request = messages.decode(messages.StateRequest, call.body)
         # a whole state, which takes more leave than weights alone
         whole = not request.weights_only and request.digest != NO_DIGEST
@@ -100,7 +99,7 @@ class StateSource:
             copy = self._copies.get(key)
             now = asyncio.get_running_loop().time()
             if copy is None or not self._good(copy, request, now):
-                copy = self._copies[key] = await self._make(uid, request.weights_only)
+                copy = self._copies[key] = await self._make(hosted, request.weights_only)
             copy.used = now
         offset = request.offset if request.digest == copy.digest else 0
         piece = copy.data[offset : offset + self._piece_bytes]
@@ -124,11 +123,11 @@ class StateSource:
             return copy.digest == request.digest
         return copy.version >= request.min_version and now - copy.made <= self._reuse
 
-    async def _make(self, uid: str, weights_only: bool) -> _Copy:
-        held = sum(len(copy.data) for at, copy in self._copies.items() if at != (uid, weights_only))
+    async def _make(self, hosted: HostedState, weights_only: bool) -> _Copy:
+        held = sum(len(copy.data) for at, copy in self._copies.items() if at != (hosted.uid, weights_only))
         if held > self._max_bytes:
             raise Overloaded("too many experts' states are being sent already", retry_after=KEEP_SECONDS / 4)
-        state = await self._snapshot(uid)
+        state = await hosted.snapshot()
         if weights_only:
             state = {"module": state["module"], "version": state["version"]}
         data = await self._aside(lambda: b"".join(encode(state)))

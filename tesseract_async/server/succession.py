@@ -52,12 +52,7 @@ class ReplicaKeeper(Succession):
         """
         self.settings = settings
         self._server, self._node = server, server.node
-        self._source = StateSource(
-            lambda uid: server.hosted[uid].snapshot(),
-            server.call_aside,
-            max_bytes=settings.max_copies_bytes,
-            reuse=reuse,
-        )
+        self._source = StateSource(server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse)
         authorities = {uid: server.node.trust.authority(split_uid(uid)[0]) for uid in server.experts}
         self.tenures = Tenures(
             server,
@@ -81,7 +76,7 @@ class ReplicaKeeper(Succession):
     async def __aenter__(self) -> ReplicaKeeper:
         self._server.succession = self
         self._server.handle(messages.STATE, self._source.answer)
-        self._server.handle(messages.LEAD, self.bare.take_over)
+        self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)
         self._source.find_sealed = self.tenures.sealed
         await self.tenures.start()

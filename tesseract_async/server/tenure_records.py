@@ -15,7 +15,7 @@ from tesseract_async.server.other_replicas import MAX_SHARDS_READ, claims_of_oth
 from tesseract_async.transport.base import PeerAddress
 
 if TYPE_CHECKING:
-    from tesseract_async.network.network import Entry
+    from tesseract_async.network.entries import Entry
     from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,18 @@ from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, T
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.merkle import possession, root_of
 from tesseract_async.experts.tenure import Tenure
-from tesseract_async.experts.tenure_words import Answer, Ask, Command, Fetch, Look, Persist, Publish, Role, Send, State
+from tesseract_async.experts.tenure_words import (
+    Command,
+    Fetch,
+    Look,
+    Persist,
+    Publish,
+    Question,
+    Response,
+    RoleChanged,
+    Send,
+    State,
+)
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import encode
@@ -32,7 +43,6 @@ from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
-    from tesseract_async.runtime.backend import ExpertBackend
     from tesseract_async.server.server import TesseractServer
 
 logger = logging.getLogger(__name__)
@@ -124,8 +134,8 @@ class Tenures:
 
         def is_settled(tenure: Tenure) -> bool:
             # and what it is, it also says
-            says = self._server.is_primary(tenure.uid) == (tenure.state is State.LEADING)
-            return tenure.state in (State.LEADING, State.FOLLOWING, State.HOLDING) and says
+            says = self._server.is_primary(tenure.uid) == (tenure.state is State.PRIMARY)
+            return tenure.state in (State.PRIMARY, State.FOLLOWING, State.HOLDING) and says
 
         await asyncio.gather(*(expert.until(is_settled, self._call_timeout) for expert in self._experts.values()))
 
@@ -146,7 +156,7 @@ class Tenures:
     def may_step(self, uid: str) -> bool:
         """Return whether a step of this expert may be taken, or answered, at this moment."""
         expert = self._experts.get(uid)
-        return expert is None or (not self._closed and expert.tenure.leads(self._elapsed()))
+        return expert is None or (not self._closed and expert.tenure.is_primary(self._elapsed()))
 
     def epochs(self) -> dict[str, int]:
         """Return each expert's epoch."""
@@ -171,18 +181,18 @@ class Tenures:
 
     # -- questions of others -------------------------------------------------------------------------------------------
 
-    async def answer(self, uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
+    async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
         request = messages.decode(messages.TenureRequest, call.body)
-        expert = self._experts.get(uid)
+        expert = self._experts.get(hosted.uid)
         if expert is None:
-            raise NotAllowed(f"{uid} is of no run here")
-        if request.kind in ("take", "lead"):
+            raise NotAllowed(f"{hosted.uid} is of no run here")
+        if request.kind in ("prepare", "take_over"):
             agrees, proof = await self._take_over(expert, call.peer_id, request)
             return Message(messages.encode(messages.TenureReply(agrees, [0, 0], [b"", proof])))
         boot, term, seal = _check_records(request.records, 3)
-        ask = Ask(request.kind, request.epoch, boot, term, seal)
-        answer = expert.tenure.ask(call.peer_id, ask, *self._now())
+        question = Question(request.kind, request.epoch, boot, term, seal)
+        answer = expert.tenure.ask(call.peer_id, question, *self._now())
         await self._carry_out(expert)
         return Message(
             messages.encode(messages.TenureReply(answer.agrees, list(answer.held), [answer.term, answer.vote]))
@@ -193,7 +203,7 @@ class Tenures:
         if tenure.primary != peer:
             raise NotAllowed(f"{peer.short} is not the primary of {expert.uid} here")
         nonce_or_signature, blob = _check_records(request.records, 2)
-        if request.kind == "take":
+        if request.kind == "prepare":
             tenure.sight(blob, *self._now())
             await self._carry_out(expert)
             await expert.until(lambda tenure: tenure.held is not None and tenure.held.blob == blob, self._call_timeout)
@@ -205,7 +215,7 @@ class Tenures:
         took = tenure.take(nonce_or_signature, *self._now())
         await self._carry_out(expert)
         if took:
-            await expert.until(lambda tenure: tenure.state is State.LEADING, self._call_timeout)
+            await expert.until(lambda tenure: tenure.state is State.PRIMARY, self._call_timeout)
         return took, b""
 
     async def _read(self, uid: str, seal: Seal) -> bytes | None:
@@ -231,7 +241,7 @@ class Tenures:
             data = await self._read(uid, seal)
             for heir in heirs:
                 nonce = os.urandom(16)
-                reply = await self._call(uid, heir, "take", [nonce, seal.blob], timeout=self._call_timeout)
+                reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
                 if reply is None or data is None or reply.records[1] != possession(data, nonce):
                     logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
                     continue
@@ -239,7 +249,7 @@ class Tenures:
                     return False  # another has it meanwhile
                 signature, signed = tenure.hand_over(heir), True
                 await self._carry_out(expert)
-                reply = await self._call(uid, heir, "lead", [signature, b""], timeout=self._call_timeout)
+                reply = await self._call(uid, heir, "take_over", [signature, b""], timeout=self._call_timeout)
                 logger.info("%s was handed over to %s", uid, heir.short)
                 await self._see_term_of(expert, heir)
                 return reply is not None and reply.agrees
@@ -275,28 +285,26 @@ class Tenures:
                 await self._server.call_aside(partial(self._files.remember, expert.uid, stored))
             case Publish(records):
                 self._spawn(self._records.publish(expert.uid, records))
-            case Send(peer, ask):
-                self._spawn(self._send(expert, peer, ask))
+            case Send(peer, question):
+                self._spawn(self._send(expert, peer, question))
             case Look():
                 self._looks.add(expert.uid)
                 self._wants_look.set()
             case Fetch():
                 self._spawn(self._fetch(expert, command))
-            case Role(leads, _):
-                if leads != expert.hosted.is_primary:
-                    self._node.metrics.count("experts_taken_over" if leads else "experts_given_up")
-                await self._server.set_primary(expert.uid, leads, announce=False)
+            case RoleChanged(is_primary, _):
+                if is_primary != expert.hosted.is_primary:
+                    self._node.metrics.count("experts_taken_over" if is_primary else "experts_given_up")
+                await self._server.set_primary(expert.uid, is_primary, announce=False)
                 self._wants_announcement.set()
 
-    async def _send(self, expert: _Expert, peer: PeerID, ask: Ask) -> None:
-        sent = self._elapsed()
-        records = [ask.boot, ask.term, ask.seal]
-        reply = await self._call(expert.uid, peer, ask.kind, records, timeout=ASK_TIMEOUT, epoch=ask.epoch)
-        if reply is None:
-            expert.tenure.silent(peer, ask, *self._now())
-        else:
-            answer = Answer(reply.agrees, (reply.held[0], reply.held[1]), reply.records[0], reply.records[1])
-            expert.tenure.answered(peer, ask, answer, sent, *self._now())
+    async def _send(self, expert: _Expert, peer: PeerID, asked: Question) -> None:
+        sent, answer = self._elapsed(), None
+        records = [asked.boot, asked.term, asked.seal]
+        reply = await self._call(expert.uid, peer, asked.kind, records, timeout=ASK_TIMEOUT, epoch=asked.epoch)
+        if reply is not None:
+            answer = Response(reply.agrees, (reply.held[0], reply.held[1]), reply.records[0], reply.records[1])
+        expert.tenure.answered(peer, asked, answer, sent, *self._now())
         await self._carry_out(expert)
 
     async def _call(
@@ -329,7 +337,7 @@ class Tenures:
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.info("the state of %s at %s: %s", expert.uid, source.short, describe(error))
         else:
-            expert.tenure.not_fetched(command.seal)
+            expert.tenure.fetched(None, *self._now())
         await self._carry_out(expert)
 
     async def _pull(self, expert: _Expert, command: Fetch, source: PeerAddress) -> None:
@@ -364,7 +372,9 @@ class Tenures:
                 for expert in self._experts.values():
                     expert.tenure.authority_changed(*self._now())
                     await self._carry_out(expert)
-                self._node.metrics.set("lineage_forks", sum(one.tenure.num_forks for one in self._experts.values()))
+                self._node.metrics.set(
+                    "lineage_forks", sum(one.tenure.lineage.num_forks for one in self._experts.values())
+                )
             due = min(expert.tenure.timer_at() for expert in self._experts.values())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, max(0.01, due - now))):
@@ -406,7 +416,7 @@ class Tenures:
 
     def _has_changed(self, uid: str, hosts: Mapping[PeerID, int]) -> bool:
         tenure = self._experts[uid].tenure
-        return tenure.state not in (State.LEADING, State.FOLLOWING) or any(e != tenure.epoch for e in hosts.values())
+        return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(e != tenure.epoch for e in hosts.values())
 
     async def _seal_often(self) -> None:
         """Seal what changed, every `sync_every` of the run; at once what has no Seal yet."""
@@ -414,7 +424,7 @@ class Tenures:
             await asyncio.sleep(0.1)
             for expert in self._experts.values():
                 tenure, now = expert.tenure, self._elapsed()
-                if not tenure.leads(now):
+                if not tenure.is_primary(now):
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
                 if is_new or now - expert.sealed_at >= expert.authority.sync_every:

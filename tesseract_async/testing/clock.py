@@ -1,4 +1,4 @@
-"""Virtual time: things happen in order, and nobody waits."""
+"""Virtual time: actions happen in order, without waiting."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 class VirtualClock:
-    """A clock that jumps from one scheduled thing to the next.
+    """A clock that jumps from one scheduled action to the next.
 
-    `now` is in seconds and starts at 0. Things scheduled for the same moment happen in the order of scheduling.
+    `now` is in seconds and starts at 0. Actions for the same moment happen in the order of scheduling.
     """
 
     def __init__(self) -> None:
@@ -18,16 +18,16 @@ class VirtualClock:
         self._num_scheduled = 0
 
     def call_at(self, at: float, action: Callable[..., None], *arguments: object) -> None:
-        """Schedules ``action(*arguments)`` for the moment `at`; what lies in the past happens next."""
+        """Schedule ``action(*arguments)`` for the moment `at`; one in the past happens next."""
         self._num_scheduled += 1
         heapq.heappush(self._queue, (max(at, self.now), self._num_scheduled, action, arguments))
 
     def call_later(self, delay: float, action: Callable[..., None], *arguments: object) -> None:
-        """Schedules ``action(*arguments)`` in `delay` seconds."""
+        """Schedule ``action(*arguments)`` in `delay` seconds."""
         self.call_at(self.now + delay, action, *arguments)
 
     def step(self) -> bool:
-        """Does the next thing; False where there is none."""
+        """Do the next action. Returns False if there is none."""
         if not self._queue:
             return False
         self.now, _, action, arguments = heapq.heappop(self._queue)
@@ -35,14 +35,14 @@ class VirtualClock:
         return True
 
     def run(self, seconds: float) -> None:
-        """Does everything that is due within `seconds`, and ends exactly then."""
+        """Do all actions that are due within `seconds`, and end exactly then."""
         end = self.now + seconds
         while self._queue and self._queue[0][0] <= end:
             self.step()
         self.now = end
 
     def run_until(self, condition: Callable[[], bool], *, timeout: float) -> bool:
-        """Goes on until the condition holds; False if it does not within `timeout` seconds (of this clock)."""
+        """Run until the condition holds. Returns False if it does not within `timeout` seconds of this clock."""
         end = self.now + timeout
         while not condition():
             if not self._queue or self._queue[0][0] > end:

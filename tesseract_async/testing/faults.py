@@ -1,4 +1,4 @@
-"""Failures as data: what goes wrong in a simulated swarm, and when."""
+"""Failures as data: the faults of a simulated swarm, and their times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Fault(Protocol):
     """Something that happens to a network at one moment."""
 
     def happen(self, network: SimulatedNetwork) -> None:
-        """Does it."""
+        """Let the fault happen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A share of all living nodes vanishes without a word."""
+    """A share of all living nodes vanishes without a farewell."""
 
     share: float
 
@@ -84,7 +84,7 @@ class FaultScript:
     faults: Sequence[tuple[float, Fault]]
 
     def apply(self, network: SimulatedNetwork) -> None:
-        """Schedules all of them. `SimulatedNetwork.run` then lets them happen."""
+        """Schedule the faults. They happen as `SimulatedNetwork.run` lets time pass."""
         for delay, fault in self.faults:
             network.clock.call_later(delay, fault.happen, network)
 

@@ -1,7 +1,7 @@
-"""Many nodes of the real protocol over a made-up network: latency, loss, duplication, gateways, partitions, churn.
+"""Many nodes of the real protocol over a simulated network: latency, loss, duplication, gateways, partitions, churn.
 
-What is simulated is what lies between the machines, and the arithmetic of signatures (`SimulatedIdentity`). The
-machines are `network.protocol.NetworkProtocol`, the same code that `TesseractNetwork` drives.
+Only the network between the nodes and the signatures (`SimulatedIdentity`) are simulated. The nodes run
+`network.protocol.NetworkProtocol`, the same code that `TesseractNetwork` drives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.contacts import Address, Contact
 from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import NetworkProtocol
-from tesseract_async.network.routing import ID_BITS
+from tesseract_async.network.routing import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.testing.clock import VirtualClock
 from tesseract_async.transport.address_scope import AddressScope
@@ -35,7 +35,7 @@ GATEWAY_MEMORY = 120.0
 
 
 def log_normal_latency(*, median_rtt: float, sigma: float, jitter: float = 0.1) -> Latency:
-    """Round trips that are log-normal over pairs of nodes, constant for one pair but for a share of `jitter`."""
+    """Return round trips that are log-normal over pairs of nodes, and vary by a share of `jitter` for one pair."""
     steps = 4096
     normal = statistics.NormalDist()
     factors = [median_rtt / 2 * 2.718281828459045 ** (sigma * normal.inv_cdf((i + 0.5) / steps)) for i in range(steps)]
@@ -51,7 +51,7 @@ def log_normal_latency(*, median_rtt: float, sigma: float, jitter: float = 0.1) 
 class SimulatedIdentity(Identity):
     """An identity whose signatures are keyed hashes, 50 times faster than Ed25519.
 
-    Within one simulation they are as good: only the identity's own `sign` makes what `SimulatedNetwork.verify` accepts.
+    Within one simulation they are as good: `SimulatedNetwork.verify` accepts only what the identity signed.
     """
 
     __slots__ = ()
@@ -66,7 +66,7 @@ class SimulatedIdentity(Identity):
 
 
 class SimulatedNode:
-    """One node: a machine, its address, and what it waits for."""
+    """One node: a machine, its address, and its reads and writes in progress."""
 
     def __init__(
         self, network: SimulatedNetwork, protocol: NetworkProtocol, address: Address, *, gateway: bool
@@ -75,11 +75,11 @@ class SimulatedNode:
         self.protocol = protocol
         self.address = address
         self.gateway = gateway
-        """Whether it lives behind a gateway that lets in only answers from addresses that it wrote to."""
+        """True if it is behind a gateway that lets in only answers from addresses that it wrote to."""
         self.alive = True
         self.joined = False
         self.events: list[Event] = []
-        """Everything that happened, but for reads and writes."""
+        """All events except for ends of reads and writes."""
         self.num_sent = 0
         self.num_bytes_sent = 0
         self._armed_at = float("inf")
@@ -88,23 +88,23 @@ class SimulatedNode:
         self._sequence = 0
 
     def read(self, key: str, done: Callable[[ReadFinished], None]) -> None:
-        """Starts a read; `done` hears how it ended."""
+        """Start a read; `done` is called with its result."""
         self._waiting[self.protocol.read(_digest(key), self.network.clock.now)] = done
         self.cycle()
 
     def write(self, records: Sequence[SignedRecord], done: Callable[[WriteFinished], None]) -> None:
-        """Starts a write of own records of one key; `done` hears how it ended."""
+        """Start a write of this node's records of one key; `done` is called with its result."""
         self._waiting[self.protocol.write(records, self.network.clock.now)] = done
         self.cycle()
 
     def sign(
         self, key: str, value: Any, *, ttl: float, subkey: str | None = None, tombstone: bool = False
     ) -> SignedRecord:
-        """A record of this node's own, newer than all before."""
-        wall = self.protocol.wall(self.network.clock.now)
+        """Return a record of this node, newer than all before."""
+        wall = self.protocol.core.wall(self.network.clock.now)
         self._sequence = max(self._sequence + 1, int(wall * 1e6))
         return SignedRecord.sign(
-            self.protocol.identity,
+            self.protocol.core.identity,
             _digest(key),
             subkey=subkey,
             sequence=self._sequence,
@@ -114,7 +114,7 @@ class SimulatedNode:
         )
 
     def receive(self, data: bytes, source: Address) -> None:
-        """A datagram arrives from the simulated network."""
+        """Take a datagram from the simulated network."""
         if not self.alive:
             return
         now = self.network.clock.now
@@ -124,7 +124,7 @@ class SimulatedNode:
         self.cycle()
 
     def cycle(self) -> None:
-        """What a driver does after everything that it feeds its machine."""
+        """Pass on events and datagrams, and arm the timer: the driver's part after each input."""
         for event in self.protocol.events():
             if isinstance(event, ReadFinished | WriteFinished):
                 done = self._waiting.pop(event.operation, None)
@@ -132,7 +132,7 @@ class SimulatedNode:
                     done(event)
             else:
                 self.events.append(event)
-                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.joined)
+                self.joined = isinstance(event, Joined) or (self.joined and self.protocol.core.joined)
         for data, target in self.protocol.datagrams_to_send():
             self.num_sent += 1
             self.num_bytes_sent += len(data)
@@ -153,7 +153,7 @@ class SimulatedNode:
 
 
 class SimulatedNetwork:
-    """Nodes and what lies between them. All randomness comes from `seed`: the same calls give the same run."""
+    """Nodes and the network between them. All randomness comes from `seed`: the same calls give the same run."""
 
     def __init__(
         self,
@@ -175,9 +175,9 @@ class SimulatedNetwork:
         self.loss = loss
         self.duplication = duplication
         self.nodes: dict[Address, SimulatedNode] = {}
-        """Everybody who ever was, dead ones included, by address."""
+        """All nodes that ever were, dead ones included, by address."""
         self.trace = hashlib.blake2b(digest_size=16)
-        """A running hash over everything that was sent, with when and where to: two runs are equal if it is."""
+        """A running hash over all datagrams with their times and addresses: two runs are equal if it is."""
         self.num_datagrams = 0
         self._latency: Latency = latency if callable(latency) else lambda source, target, rng: latency
         self._groups: dict[Address, int] = {}
@@ -189,13 +189,13 @@ class SimulatedNetwork:
     # Nodes
 
     def identity(self) -> SimulatedIdentity:
-        """A new identity that this network's nodes can verify."""
+        """Return a new identity that this network's nodes can verify."""
         identity = SimulatedIdentity(b"%d/%d" % (self._seed, len(self._secrets)))
         self._secrets[identity.public_key] = identity._secret
         return identity
 
     def verify(self, public_key: bytes, signature: bytes, data: bytes) -> bool:
-        """What `identity.verify` is to Ed25519."""
+        """Verify a signature of a simulated identity, as `identity.verify` does for Ed25519."""
         secret = self._secrets.get(public_key)
         return secret is not None and hashlib.blake2b(data, key=secret, digest_size=64).digest() == signature
 
@@ -210,10 +210,10 @@ class SimulatedNetwork:
         identity: SimulatedIdentity | None = None,
         protocol: type[NetworkProtocol] = NetworkProtocol,
     ) -> SimulatedNode:
-        """A node that starts now and looks for the network through `seeds`.
+        """Add a node that starts now and looks for the network through `seeds`.
 
-        `public` says that it was declared so, as nodes on loopback are; else it has to find out by dial-back.
-        `clock_skew` is what its wall clock is ahead. `protocol` may be a subclass that misbehaves.
+        `public`: whether it was declared so, as nodes on loopback are; otherwise it has to find out by dial-back.
+        `clock_skew`: seconds that its wall clock is ahead. `protocol` may be a subclass that misbehaves.
         """
         if address is None:
             address = self._next_address()
@@ -237,7 +237,7 @@ class SimulatedNetwork:
         return node
 
     def add_swarm(self, count: int, *, interval: float = 0.05, settle: float = 30.0) -> list[SimulatedNode]:
-        """`count` nodes that join one after another, each through a random one before; returns when all have joined.
+        """Add `count` nodes, each through a random one added before, and return when all have joined.
 
         Raises: TimeoutError if some have not after `settle` seconds.
         """
@@ -245,27 +245,27 @@ class SimulatedNetwork:
         while len(nodes) < count:
             nodes.append(self.add_node([self.random.choice(nodes)]))
             self.clock.run(interval)
-        if not self.clock.run_until(lambda: all(node.protocol.joined for node in nodes) or count == 1, timeout=settle):
+        if not self.clock.run_until(lambda: count == 1 or all(node.joined for node in nodes), timeout=settle):
             raise TimeoutError(f"not all of {count} nodes have joined after {settle} s")
         return nodes
 
     def add_settled_swarm(
         self, count: int, *, protocol_of: Callable[[int], type[NetworkProtocol]] = lambda index: NetworkProtocol
     ) -> list[SimulatedNode]:
-        """`count` nodes whose routing tables hold what they would after long use: in each bucket k random nodes of all
-        that belong there, proven. Joining ten thousand nodes one by one takes an hour; this takes seconds.
+        """Add `count` nodes whose routing tables are as after long use: in each bucket k random, proven nodes.
+
+        Joining ten thousand nodes one by one takes an hour; this takes seconds.
         """
         nodes = [self.add_node(protocol=protocol_of(index)) for index in range(count)]
-        ordered = sorted(nodes, key=lambda node: node.protocol.table.own_number)
-        numbers = [node.protocol.table.own_number for node in ordered]
-        templates = [Contact(node.protocol.own_id, node.address) for node in ordered]
+        ordered = sorted(nodes, key=lambda node: node.protocol.core.table.own_number)
+        numbers = [node.protocol.core.table.own_number for node in ordered]
+        templates = [Contact(node.protocol.core.own_id, node.address) for node in ordered]
         samples = []
         for index in range(5):
-            target = _digest(f"sample {index}")
-            number, k = int.from_bytes(target, "big"), self.settings.k
-            samples.append((target, sorted(templates, key=lambda contact: contact.number ^ number)[:k]))  # noqa: B023
+            number = int.from_bytes(_digest(f"sample {index}"), "big")
+            samples.append((number, sorted(templates, key=lambda contact: contact.number ^ number)[:K]))  # noqa: B023
         for node in nodes:
-            table = node.protocol.table
+            table = node.protocol.core.table
             low, high = 0, count
             for depth in range(ID_BITS):
                 if high - low <= 1:
@@ -275,49 +275,49 @@ class SimulatedNetwork:
                     others, low = range(low, middle), middle
                 else:
                     others, high = range(middle, high), middle
-                if high - low > table.k:
-                    chosen = self.random.sample(others, min(table.k, len(others)))
+                if high - low > K:
+                    chosen = self.random.sample(others, min(K, len(others)))
                 else:
                     # a node knows its own neighbourhood completely
-                    chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[: table.k]
+                    chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[:K]
                 for index in chosen:
                     contact = templates[index].twin()
                     contact.proven = True
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
-            node.protocol.membership.joined = True
-            for target, closest in samples:
-                node.protocol.density.note(target, closest)
+            node.protocol.core.joined = True
+            for number, closest in samples:
+                node.protocol.core.density.note(number, closest)
         return nodes
 
     def kill(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
-        """They vanish without a word."""
+        """Let nodes vanish without a farewell."""
         for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
             node.alive = False
 
     def leave(self, nodes: SimulatedNode | Iterable[SimulatedNode]) -> None:
-        """They say farewell and go."""
+        """Let nodes leave with a farewell."""
         for node in [nodes] if isinstance(nodes, SimulatedNode) else nodes:
             node.protocol.leave(self.clock.now)
             node.cycle()
             node.alive = False
 
     def alive(self) -> list[SimulatedNode]:
-        """Everybody who lives, in order of joining."""
+        """Return all living nodes, in order of joining."""
         return [node for node in self.nodes.values() if node.alive]
 
-    # What lies between them
+    # The network
 
     def partition(self, *groups: Iterable[SimulatedNode]) -> None:
-        """Only nodes of the same group reach one another; those in no group reach nobody in one."""
+        """Let only nodes of the same group reach one another; those in no group form one more."""
         self._groups = {node.address: index for index, group in enumerate(groups, 1) for node in group}
 
     def heal(self) -> None:
-        """Everybody reaches everybody again."""
+        """End the partition."""
         self._groups = {}
 
     def transmit(self, data: bytes, source: Address, target: Address) -> None:
-        """One datagram leaves; it may be lost, late, or arrive twice."""
+        """Send one datagram; it may be lost, late, or arrive twice."""
         self.num_datagrams += 1
         self.trace.update(b"%r %b %b %b" % (self.clock.now, source[0].encode(), target[0].encode(), data))
         if self._groups and self._groups.get(source, 0) != self._groups.get(target, 0):
@@ -335,35 +335,35 @@ class SimulatedNetwork:
     # Whole operations, in virtual time
 
     def run(self, seconds: float) -> None:
-        """Lets time pass."""
+        """Let time pass."""
         self.clock.run(seconds)
 
     def store(
         self, node: SimulatedNode, key: str, value: Any, *, ttl: float, subkey: str | None = None, timeout: float = 60.0
     ) -> int:
-        """`TesseractNetwork.store` by one node. Raises: TimeoutError."""
+        """Do `TesseractNetwork.store` at one node. Raises: TimeoutError."""
         finished: list[WriteFinished] = []
         node.write([node.sign(key, value, ttl=ttl, subkey=subkey)], finished.append)
         self._wait(finished, timeout)
         return finished[0].num_holders[0]
 
     def withdraw(self, node: SimulatedNode, key: str, *, ttl: float, subkey: str | None = None) -> int:
-        """A tombstone over the node's own entry. Raises: TimeoutError."""
+        """Write a tombstone over the node's entry. Raises: TimeoutError."""
         finished: list[WriteFinished] = []
         node.write([node.sign(key, None, ttl=ttl, subkey=subkey, tombstone=True)], finished.append)
         self._wait(finished, 60.0)
         return finished[0].num_holders[0]
 
     def get(self, node: SimulatedNode, key: str, *, timeout: float = 60.0) -> Any:
-        """`TesseractNetwork.get` by one node. Raises: TimeoutError."""
+        """Do `TesseractNetwork.get` at one node. Raises: TimeoutError."""
         finished: list[ReadFinished] = []
         node.read(key, finished.append)
         self._wait(finished, timeout)
         return self.value_of(node, finished[0])
 
     def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Any:
-        """None, a single value, or a dictionary, as `TesseractNetwork.get` shows it."""
-        wall = node.protocol.wall(self.clock.now)
+        """Return None, a single value, or a dictionary, as `TesseractNetwork.get` does."""
+        wall = node.protocol.core.wall(self.clock.now)
         shown: dict[str | None, SignedRecord] = {}
         for record in finished.records:
             if not record.tombstone and record.expiration > wall:
@@ -383,7 +383,7 @@ class SimulatedNetwork:
         index = self._num_addresses
         if not self._public_addresses:
             return f"10.{index >> 16 & 255}.{index >> 8 & 255}.{index & 255}", 4000
-        # one /24 for each node, out of ranges that are nobody's private ones
+        # one /24 for each node, from ranges that are not private
         return f"{20 + (index >> 16 & 63)}.{index >> 8 & 255}.{index & 255}.{1 + index % 200}", 4000
 
 

@@ -32,6 +32,14 @@ class TokenBucket:
         self._level -= num_bytes
         return max(0.0, -self._level / self.rate)
 
+    def spend(self, amount: float, now: float) -> bool:
+        """Take `amount` if there is that much; return whether there was. Leaves no debt."""
+        self._refill(now)
+        if self._level < amount:
+            return False
+        self._level -= amount
+        return True
+
     def wait(self, now: float) -> float:
         """Seconds until bytes may pass again; 0 if they may now."""
         self._refill(now)

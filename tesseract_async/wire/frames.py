@@ -43,10 +43,18 @@ BULK: Final = 16
 
 ROOM_ASKED: Final = 0
 """Flag of a BEGIN frame: the sender waits for a GRANT."""
-ROOM_STANDING: Final = 1
-"""Flag of a BEGIN frame: the message fits the standing window; CREDIT gives its bytes back."""
+ROOM_WINDOW: Final = 1
+"""Flag of a BEGIN frame: the message fits the flow-control window; CREDIT gives its bytes back."""
 ROOM_RESERVED: Final = 2
 """Flag of BEGIN_REPLY: the reply fits the room that its request reserved."""
+
+MORE: Final = 4
+"""Flag of REPLY and BEGIN_REPLY: this is a part of a reply, and another one follows. Of REQUEST and BEGIN_REQUEST: the
+reply may come in parts. Of GRANT_REPLY: a part was taken, and one more may begin."""
+PARTS_AHEAD: Final = 4
+"""Parts of a reply that may begin beyond those that its caller has taken. The last one may always follow."""
+MAX_PARTS: Final = 1024
+"""Of one reply."""
 
 REPORT: Final = 1
 """Flag of a PONG that answers no PING: it only tells what arrives."""
@@ -103,11 +111,13 @@ def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
     return head_bytes, _SIZES[count].unpack_from(payload, _TABLE.size), end
 
 
-def encode_small(kind: int, stream: int, head: bytes, sizes: Sequence[int], buffers: Sequence[memoryview]) -> bytes:
+def encode_small(
+    kind: int, stream: int, head: bytes, sizes: Sequence[int], buffers: Sequence[memoryview], *, flags: int = 0
+) -> bytes:
     """A whole message as one frame; the caller has checked that it fits (`message_bytes` <= `MAX_SMALL`)."""
     head_bytes, count = len(head), len(sizes)
     length = _TABLE.size + 8 * count + head_bytes + sum(sizes)
-    return b"".join((_SMALL[count].pack(kind, 0, 0, length, stream, head_bytes, count, *sizes), head, *buffers))
+    return b"".join((_SMALL[count].pack(kind, flags, 0, length, stream, head_bytes, count, *sizes), head, *buffers))
 
 
 def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:

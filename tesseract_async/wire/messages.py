@@ -7,8 +7,8 @@ msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
 - ``expert.forward``: `ForwardRequest` + inputs -> `ForwardReply` + outputs
 - ``expert.backward``: `BackwardRequest` + inputs, then output gradients -> `BackwardReply` + input gradients
-- ``expert.lead``: `LeadRequest` -> `LeadReply`, from a primary that leaves to a follower
-- ``expert.tenure``: `TenureRequest` -> `TenureReply`, among the servers of a run's expert: who leads it
+- ``expert.take_over``: `TakeOverRequest` -> `TakeOverReply`, from a primary that leaves to a follower
+- ``expert.tenure``: `TenureRequest` -> `TenureReply`, among the servers of a run's expert
 - ``expert.state``: `StateRequest` -> `StateReply` + one buffer, a piece of the expert's state as a file
 """
 
@@ -23,7 +23,7 @@ INFO = "expert.info"
 FORWARD = "expert.forward"
 BACKWARD = "expert.backward"
 STATE = "expert.state"
-LEAD = "expert.lead"
+TAKE_OVER = "expert.take_over"
 TENURE = "expert.tenure"
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -1, 1
@@ -111,7 +111,7 @@ class BackwardReply(NamedTuple):
     version: int
 
 
-class LeadRequest(NamedTuple):
+class TakeOverRequest(NamedTuple):
     """Asks a follower to fetch the expert's last state from the caller, its primary, and to train it from then on."""
 
     uid: str
@@ -119,7 +119,7 @@ class LeadRequest(NamedTuple):
     """16 bytes, by which the follower proves that it has the state's file."""
 
 
-class LeadReply(NamedTuple):
+class TakeOverReply(NamedTuple):
     """The follower is the primary now."""
 
     version: int
@@ -128,19 +128,19 @@ class LeadReply(NamedTuple):
 
 
 class TenureRequest(NamedTuple):
-    """One server of an expert asks another who leads it (`experts.tenure_words.Ask`), or gives it the expert."""
+    """One server of an expert asks another about its primary (`experts.tenure_words.Question`), or hands it over."""
 
     uid: str
     kind: str
-    """``beat``, ``rise``, ``probe``, ``vote``; ``take`` (fetch this sealed state, and prove it) and ``lead`` (by this
-    signature)."""
+    """``beat``, ``rise``, ``probe``, ``vote``; ``prepare`` (fetch this sealed state, and prove it) and ``take_over``
+    (by this signature)."""
     epoch: int
     records: list[Any]
     """Bytes, each at most 1,024: boot nonce, Term and Seal; or a nonce and a Seal; or a signature."""
 
 
 class TenureReply(NamedTuple):
-    """`experts.tenure_words.Answer`."""
+    """The answer (`experts.tenure_words.Response`)."""
 
     agrees: bool
     held: list[Any]
@@ -183,8 +183,8 @@ Body = TypeVar(
     ForwardReply,
     BackwardRequest,
     BackwardReply,
-    LeadRequest,
-    LeadReply,
+    TakeOverRequest,
+    TakeOverReply,
     TenureRequest,
     TenureReply,
     StateRequest,

@@ -28,7 +28,14 @@ async def choosing(num_live: int, limit: float) -> None:
     async with ta.TesseractNode() as node:
         publisher = ExpertPublisher(node.network, addresses=node.peer_address.addresses)
         await publisher.declare({f"ffn.{row}.{column}": True for row, column in cells[:num_live]})
-        gate = ta.GatingFunction(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=K_BEST, forward_timeout=30.0)
+        gate = ta.GatingFunction(
+            node,
+            uid_prefix="ffn",
+            grid_size=GRID,
+            in_features=WIDTH,
+            k_best=K_BEST,
+            settings=ta.MixtureSettings(forward_timeout=30.0),
+        )
         batch = torch.randn(ROWS, WIDTH)
         seconds = []
         for _ in range(12):
@@ -48,7 +55,7 @@ async def failures() -> None:
     torch.manual_seed(3)
     async with hosting(uids, kind="nop", width=WIDTH) as node:
         rng = random.Random(3)
-        gate = ta.GatingFunction(node, "ffn", grid_size=grid, in_features=WIDTH, k_best=K_BEST)
+        gate = ta.GatingFunction(node, uid_prefix="ffn", grid_size=grid, in_features=WIDTH, k_best=K_BEST)
         times: dict[str, float] = {}
         num_lost = 0
 

@@ -123,7 +123,9 @@ async def _serve(calls: _Calls | None) -> None:
 
         async def steps(rows: int, width: int) -> Callable[[], Awaitable[None]]:
             torch.manual_seed(1)
-            gate = ta.GatingFunction(node, f"w{width}", grid_size=(NUM_EXPERTS,), in_features=width, k_best=K_BEST)
+            gate = ta.GatingFunction(
+                node, uid_prefix=f"w{width}", grid_size=(NUM_EXPERTS,), in_features=width, k_best=K_BEST
+            )
             optimizer = torch.optim.SGD(gate.parameters(), lr=1e-6)
             x, target = torch.randn(rows, width), torch.randn(rows, width)
 

@@ -47,7 +47,7 @@ def lookups(size: int) -> dict[str, float]:
     # upkeep: what one round of refreshing all buckets costs everybody, for one node
     before = sum(node.num_bytes_sent for node in nodes)
     for node in network.random.sample(nodes, NUM_REFRESHED):
-        for index in range(len(node.protocol.table.buckets)):
+        for index in range(len(node.protocol.core.table.buckets)):
             node.protocol.refresh_bucket(index, network.clock.now)
         node.cycle()
         network.run(0.1)
@@ -59,7 +59,7 @@ def lookups(size: int) -> dict[str, float]:
         "seconds": seconds / NUM_LOOKUPS,
         "datagrams": num_datagrams,
         "bytes_per_lookup": sent,
-        "contacts": sum(len(node.protocol.table) for node in nodes) / size,
+        "contacts": sum(len(node.protocol.core.table) for node in nodes) / size,
         "upkeep_bytes_per_second": refresh / network.settings.refresh_period,
     }
 

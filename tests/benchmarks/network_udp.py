@@ -16,7 +16,8 @@ import time
 
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
-from tesseract_async.network.network import TesseractNetwork, key_digest
+from tesseract_async.network.entries import key_digest
+from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 
@@ -108,7 +109,7 @@ async def grid(num_servers: int, max_seconds: float) -> None:
         )
         for holder in holders:
             assert holder._protocol is not None
-            holder._protocol.storage.put(record)
+            holder._protocol.core.storage.put(record)
     driver = client._driver
     assert driver is not None
     received = 0

@@ -28,7 +28,6 @@ from tests.benchmarks.swarm import run_on
 STEPS = 250
 TRAINERS = 4
 SEEDS = (0, 1, 2)
-TASK = plan.DemoSettings()
 PLAIN = BackendSettings(step_every=TRAINERS)
 TRIMMED = dataclasses.replace(PLAIN, trim_peers=1 / TRAINERS)
 
@@ -36,7 +35,7 @@ TRIMMED = dataclasses.replace(PLAIN, trim_peers=1 / TRAINERS)
 def make_backend(seed: int, settings: BackendSettings) -> ta.ExpertBackend:
     """One expert of the demo."""
     torch.manual_seed(seed)
-    sizes = plan.sizes(TASK)
+    sizes = plan.SIZES
     module = torch.nn.Sequential(
         torch.nn.Linear(sizes["in_features"], sizes["hidden_features"]),
         torch.nn.GELU(),
@@ -44,7 +43,7 @@ def make_backend(seed: int, settings: BackendSettings) -> ta.ExpertBackend:
     )
     return ta.ExpertBackend(
         module,
-        optimizer=torch.optim.Adam(module.parameters(), lr=TASK.expert_learning_rate),
+        optimizer=torch.optim.Adam(module.parameters(), lr=plan.EXPERT_LEARNING_RATE),
         args_schema=(ta.TensorSpec((plan.NUM_PIXELS,)),),
         settings=settings,
     )
@@ -66,12 +65,12 @@ async def loss_of(seed: int, settings: BackendSettings, *, honest: int, flipping
                 uid_prefix=plan.PREFIX,
                 grid_size=plan.GRID_SIZE,
                 in_features=plan.NUM_PIXELS,
-                k_best=TASK.k_best,
+                k_best=plan.K_BEST,
             )
-            optimizer = torch.optim.Adam(gate.parameters(), lr=TASK.gate_learning_rate)
+            optimizer = torch.optim.Adam(gate.parameters(), lr=plan.GATE_LEARNING_RATE)
             for _ in range(STEPS):
-                batch = torch.randint(0, len(x_train), (TASK.rows,), generator=random)
-                x = x_train[batch] + TASK.noise * torch.randn(TASK.rows, plan.NUM_PIXELS, generator=random)
+                batch = torch.randint(0, len(x_train), (plan.ROWS,), generator=random)
+                x = x_train[batch] + plan.NOISE * torch.randn(plan.ROWS, plan.NUM_PIXELS, generator=random)
                 with contextlib.suppress(TesseractError, TimeoutError):
                     optimizer.zero_grad()
                     await ta.backward(sign * F.cross_entropy(await gate(x), y_train[batch]))

@@ -35,7 +35,12 @@ async def measure(load: MixtureLoad, address: str, security: Security) -> None:
     async with CountingNode(security=security, initial_peers=[address]) as node:
         torch.manual_seed(load.seed)
         gate = ta.GatingFunction(
-            node, "ffn", grid_size=load.grid_size, in_features=load.width, k_best=load.k_best, forward_timeout=30.0
+            node,
+            uid_prefix="ffn",
+            grid_size=load.grid_size,
+            in_features=load.width,
+            k_best=load.k_best,
+            settings=ta.MixtureSettings(forward_timeout=30.0),
         )
         batch = torch.randn(load.rows, load.width)
         with torch.no_grad():

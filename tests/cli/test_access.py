@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -11,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import tesseract_async as ta
-from tesseract_async.cli.access import TRAINING, access_options, describe_policy, policy_of
+from tesseract_async.cli.access import access_options, describe_policy, training_option
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
@@ -29,10 +28,9 @@ def invoke(*flags: str, env: dict[str, str] | None = None) -> tuple[str, ta.Poli
     @click.command(context_settings={"auto_envvar_prefix": "T"})
     @config_option
     @access_options
-    @TRAINING
-    def command(**values: Any) -> None:
-        seen.append(policy_of(values))
-        assert not values
+    @training_option
+    def command(*, policy: ta.Policy | None) -> None:
+        seen.append(policy)
 
     result = CliRunner().invoke(command, flags, env=env)
     assert result.exit_code in (0, 2), result.output
@@ -58,9 +56,7 @@ def test_lists_come_from_flags_commas_files_and_the_environment(tmp_path: Path) 
         assert invoke(*flags) == ("", both)
     assert invoke(env={"T_ALLOW": f"{ONE} {TWO}"}) == ("", both)
     _, policy = invoke("--config", str(config))
-    assert policy == ta.Policy(
-        callers=both.callers, trainers=both.trainers, storers=both.storers, quota=ta.Quota(calls=7)
-    )
+    assert policy == ta.Policy(callers=both.callers, trainers=both.trainers, hosts=both.hosts, quota=ta.Quota(calls=7))
     assert describe_policy(policy) == [
         "only 2 peers may call, train and store here",
         "what each peer may ask for is limited",
@@ -71,11 +67,11 @@ def test_few_may_train_where_more_may_call() -> None:
     _, policy = invoke("--allow-training", str(ONE))
     assert policy is not None
     assert policy.allows(ONE, "train") and not policy.allows(TWO, "train")
-    assert policy.allows(TWO, "call") and policy.allows(TWO, "store")
+    assert policy.allows(TWO, "call") and policy.allows(TWO, "host")
     assert describe_policy(policy) == ["only one peer may change weights here"]
     _, policy = invoke("--allow-training", str(ONE), "--allow", f"{ONE},{TWO}")
     assert policy is not None
-    assert [policy.allows(TWO, action) for action in ("call", "train", "store")] == [True, False, True]
+    assert [policy.allows(TWO, action) for action in ("call", "train", "host")] == [True, False, True]
     assert not policy.allows(THREE, "call")
 
 
@@ -93,8 +89,8 @@ def test_quotas_take_units() -> None:
         (("--allow", ","), "not a peer id"),
         (("--allow-file", "none.txt"), "none.txt cannot be read (No such file or directory)"),
         (("--allow-file", "empty.txt"), "empty.txt lists nobody"),
-        (("--allow-file", "words.txt"), "--allow-file words.txt: not a peer id"),
-        (("--allow-file", "binary"), "binary cannot be read (no text)"),
+        (("--allow-file", "words.txt"), "words.txt: not a peer id"),
+        (("--allow-file", "binary"), "binary cannot be read (not text)"),
         (("--allow-file", ""), "cannot be read"),
         (("--config", "empty.toml"), "--allow lists nobody"),
         (("--allow", str(ONE), "--allow-training", str(TWO)), "names peers that --allow leaves out: 02020202"),

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from tesseract_async.cli.config_file import config_option
-from tesseract_async.cli.limits import limit_options, volunteer_settings
+from tesseract_async.cli.volunteer_options import volunteer_options
 from tesseract_async.server.contract import Hours, VolunteerSettings
 
 
@@ -22,9 +22,8 @@ def make() -> tuple[click.Command, list[dict[str, Any]]]:
     @click.option("--num-experts", type=int, default=1)
     @click.option("--initial-peers", "-p", multiple=True)
     @click.option("--public", is_flag=True)
-    @limit_options
+    @volunteer_options
     def command(**values: Any) -> None:
-        values["limits"] = volunteer_settings(values)
         seen.append(values)
 
     return command, seen
@@ -88,8 +87,8 @@ def test_one_value_may_stand_without_brackets(tmp_path: Path) -> None:
     [
         ("num-experts = ", "is not TOML"),
         ("num-expert = 3", "did you mean num_experts?"),
-        ("[limits]\nspeed = 3", "speed is no option of this command"),
-        ("config = 'other.toml'", "config is no option"),
+        ("[limits]\nspeed = 3", "speed is not an option of this command"),
+        ("config = 'other.toml'", "config is not an option"),
         ("num-experts = 3\n[join]\nnum_experts = 4", "stands twice"),
         ("num-experts = [3]", "takes one value"),
         ("num-experts = 'many'", "not a valid integer"),

@@ -3,6 +3,7 @@ nothing drawn where there is no terminal, and Ctrl-C."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import tesseract_async as ta
 from tesseract_async.cli import options, running
 from tesseract_async.cli.main import COMMANDS, main
-from tesseract_async.cli.waiting import bar, sign
+from tesseract_async.cli.running import progress_bar, spinner
 from tests.cli.processes import ENVIRONMENT, ROOT
 
 NOBODY = "127.0.0.1:1"
@@ -23,9 +25,7 @@ NOBODY = "127.0.0.1:1"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody answers after 0.3 s as well as after 10."""
-    patient = options.join
-    for module in ("call", "dashboard", "export", "records", "top"):
-        monkeypatch.setattr(f"tesseract_async.cli.{module}.join", lambda node: patient(node, timeout=0.3))
+    monkeypatch.setattr(options, "JOIN_TIMEOUT", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
             1,
             "it takes in_features, hidden_features",
         ),
-        (("serve", "--experts", "ffn.0", "--learning-rate", "nan"), 2, "nan is no finite number"),
+        (("serve", "--experts", "ffn.0", "--learning-rate", "nan"), 2, "nan is not a finite number"),
         (("serve", "--experts", "ffn.0", "--learning-rate", "-1"), 2, "not in the range x>=0"),
-        (("serve", "--experts", "ffn.0", "--checkpoint-period", "0"), 2, "not in the range 0<x"),
-        (("serve", "--experts", "ffn.0", "--ttl", "nan"), 2, "nan is no finite number"),
-        (("serve", "--experts", "ffn.0", "--report-period", "-1"), 2, "not in the range 0<x"),
-        (("serve", "--experts", "ffn.0", "--sync-every", "0"), 2, "0 is not above 0"),
+        (("serve", "--experts", "ffn.0", "--checkpoint-period", "0"), 2, "0 is not between 0.001 and"),
+        (("serve", "--experts", "ffn.0", "--ttl", "nan"), 2, "not a time, such as 90 s or 10 min: 'nan'"),
+        (("serve", "--experts", "ffn.0", "--report-period", "-1"), 2, "not a time, such as 90 s"),
+        (("serve", "--experts", "ffn.0", "--sync-every", "0"), 2, "0 is not between 0.001 and"),
         (("serve", "--experts", "ffn.0", "--threads", "99999999"), 2, "not in the range"),
         (("serve", "--experts", "ffn.0", "--max-memory", "9" * 400), 2, "not a size, such as 4 GiB"),
         (("serve", "--experts", "ffn.0", "--identity", "/proc/x/node.pem"), 1, "/proc/x/node.pem: "),
@@ -80,7 +80,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--learning-rate", "inf"),
             2,
-            "inf is no finite number",
+            "inf is not a finite number",
         ),
         (
             ("run", "create", "x", "--grid", "2", "--identity", "x.pem", "--expert-class", "os:system"),
@@ -90,7 +90,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         (("demo", "--plot", "/nosuch/a.png"), 2, "/nosuch cannot be written (No such file or directory)"),
         (("demo", "--plot", "a.txt"), 2, "a.txt does not end with one of .png"),
         (("demo", "--logs", "/proc/x", "--no-plot"), 2, "/proc/x cannot be written"),
-        (("bench", "--seconds", "nan"), 2, "nan is no finite number"),
+        (("bench", "--seconds", "nan"), 2, "nan is not a finite number"),
         (("bench", "--rows", "99999999999"), 2, "not in the range"),
         (("bench", "--expert-class", "os:path"), 1, "that is no function that builds one, but a module"),
     ],
@@ -106,18 +106,17 @@ def test_a_mistake_is_a_sentence_that_says_what_to_do(
     assert "Traceback" not in result.output and not result.output.startswith("Usage: main")
 
 
-def test_where_the_dashboard_cannot_listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def joined(node: object) -> None: ...
-
-    monkeypatch.setattr("tesseract_async.cli.dashboard.join", joined)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        result = CliRunner().invoke(main, ["dashboard", "-p", NOBODY, "--bind-port", port])
-    assert result.exit_code == 1 and f"port {port}: choose another port" in result.output
-    result = CliRunner().invoke(main, ["dashboard", "-p", NOBODY, "--bind", "192.0.2.1"])
-    assert result.exit_code == 1 and "is it an address of this machine?" in result.output
+async def test_where_the_dashboard_cannot_listen() -> None:
+    async with ta.TesseractNode() as seed:
+        ask = ["dashboard", "-p", seed.address]
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            result = await asyncio.to_thread(CliRunner().invoke, main, [*ask, "--bind-port", port])
+        assert result.exit_code == 1 and f"port {port}: choose another port" in result.output
+        result = await asyncio.to_thread(CliRunner().invoke, main, [*ask, "--bind", "192.0.2.1"])
+        assert result.exit_code == 1 and "is it an address of this machine?" in result.output
 
 
 def test_flags_go_before_the_environment_which_goes_before_the_file(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_flags_go_before_the_environment_which_goes_before_the_file(tmp_path: Pa
 
 
 def test_nothing_moves_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    with bar("experts", total=2) as advance, sign("looking"):
+    with progress_bar("experts", total=2) as advance, spinner("looking"):
         advance(1)
     assert capfd.readouterr() == ("", "")
 
@@ -157,9 +156,9 @@ def test_bars_are_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with bar("building experts", total=2) as advance:
+    with progress_bar("building experts", total=2) as advance:
         advance(2)
-    with sign("joining the network"):
+    with spinner("joining the network"):
         pass
     out, err = capsys.readouterr()
     assert "building experts" in err and "100%" in err and "joining the network" in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ from click.testing import CliRunner
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.cli.hosting import Hosting
 from tesseract_async.cli.main import main
 from tesseract_async.errors import NotAllowed
-from tesseract_async.experts import ExpertPattern
-from tesseract_async.experts.authority import Authority
-from tesseract_async.experts.grants import sign_grant
-from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.identity import Identity
 from tests.cli.processes import event, finish, tesseract
-from tests.cli.test_volunteering import plan
 from tests.stem import Stem
 
 SIZES = ("--size", "in_features=4", "--size", "hidden_features=8")
@@ -153,35 +146,3 @@ def test_mistakes_are_sentences(tmp_path: Path, arguments: tuple[str, ...], sent
     Identity.generate().save(key)
     result = CliRunner().invoke(main, ["run", *arguments, "--identity", str(key), "-p", "127.0.0.1:9"])
     assert result.exit_code != 0 and sentence in result.output
-
-
-async def test_an_expired_grant_hosts_what_it_hosted_and_nothing_more(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    owner = Identity.generate()
-    signed = sign_run(owner, RunManifest("digits", "ffn", (1, 4), "ffn"))
-
-    def hosting(*patterns: str, not_after: int, covers: str = "ffn.0.[0:3]") -> Hosting:
-        one = Hosting(plan("digits", "127.0.0.1:9", patterns=patterns, num_experts=None, checkpoint_dir=tmp_path))
-        one.run, one.authority = signed, Authority(signed)
-        grant = sign_grant(
-            *(owner, one.authority.run_id, one.node.peer_id, ["host"]),
-            serial=1,
-            not_after=not_after,
-            pattern=ExpertPattern.parse(covers),
-        )
-        assert one.authority.learn_grant(grant.blob)
-        return one
-
-    later = int(time.time()) + 1000
-    assert (await hosting("ffn.0.[0:2]", not_after=later)._choose())[0] == ["ffn.0.0", "ffn.0.1"]
-    with pytest.raises(ValueError, match="does not cover ffn.0.3"):
-        await hosting("ffn.0.3", not_after=later)._choose()
-    for patterns in ((), ("ffn.0.[0:2]",)):
-        with pytest.raises(ValueError, match="has expired: ask the run's owner to renew it"):
-            await hosting(*patterns, not_after=5)._choose()
-    (tmp_path / "ffn.0.1").mkdir()
-    assert (await hosting("ffn.0.[0:2]", not_after=5)._choose())[0] == ["ffn.0.1"]
-    assert "only what was hosted here before goes on" in capsys.readouterr().err
-    (tmp_path / "ffn.0.3").mkdir()
-    assert (await hosting(not_after=later)._choose())[0] == ["ffn.0.1"], "of what the grant covers"

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import tesseract_async as ta
-from tesseract_async.cli import top
+from tesseract_async.cli import swarm_picture as picture
 from tests.cli.processes import ENVIRONMENT, ROOT
 
 
@@ -49,10 +49,10 @@ def state(size: tuple[int, int], *, num_peers: int = 2, num_grids: int = 1) -> d
     }
 
 
-def shown(state: dict[str, Any], width: int, height: int | None, signs: dict[str, str] = top.SIGNS) -> list[str]:
+def shown(state: dict[str, Any], width: int, height: int | None, signs: dict[str, str] = picture.SIGNS) -> list[str]:
     console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        console.print(top.draw(state, width, height, signs=signs))
+        console.print(picture.draw(state, width, height, signs=signs))
     return captured.get().splitlines()
 
 
@@ -93,15 +93,15 @@ def test_blocks_of_one_kind_keep_its_sign() -> None:
         ([silent, lost], 4, ("silent", "red")),
         ([lost], 4, ("lost", "red")),
     ):
-        assert top._sign_of(cells, full) == expected
+        assert picture.sign_of(cells, full) == expected
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "cp1252", "nonsense"])
 def test_terminals_without_those_letters_get_others(encoding: str) -> None:
-    signs = top._signs_for(encoding)
+    signs = picture.signs_for(encoding)
     text = "\n".join(shown(state((4, 4)), 80, 24, signs))
     assert "●" not in text and "o o o o" in text and "o alive" in text
-    assert top._signs_for("utf-8") is top.SIGNS
+    assert picture.signs_for("utf-8") is picture.SIGNS
 
 
 @pytest.mark.parametrize(("key", "kind"), [(b"q", "xterm"), (b"Q", "xterm"), (b"\x03", "xterm"), (b"q", "dumb")])

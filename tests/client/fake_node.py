@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.settings import CallOptions, MixtureSettings
 from tesseract_async.errors import ExpertFailed, ExpertNotFound, InputsForgotten
 from tesseract_async.metrics import Metrics
+from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec, encode_schema, flatten, pack_tensors, unflatten, unpack_tensors
@@ -45,13 +49,30 @@ class Reply:
     buffers: Sequence[memoryview] = ()
 
 
+class FakePeer(str):
+    """The address and the id of a peer in one."""
+
+    @property
+    def peer_id(self) -> FakePeer:
+        return self
+
+    @property
+    def short(self) -> str:
+        return str(self)
+
+
 @dataclass(frozen=True)
 class FakeReplica:
     uid: str
     peer: str
+    """A `FakePeer` in fact."""
     primary: bool = True
     sequence: int = 1
     expiration: float = float("inf")
+    doubt: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peer", FakePeer(self.peer))
 
 
 class FakeView:
@@ -186,13 +207,14 @@ class Asked:
     body: Any = field(default=None, repr=False)
 
 
-class FakeNode:
+class FakeNode(Uncopied):
     """Hosts modules; `delay` and `backward_delay` are seconds, or functions of the uid. `fault` runs before each call
     (and may raise, or sleep for ever); `tamper` may change a reply."""
 
     def __init__(self) -> None:
         self.directory = FakeDirectory()
         self.metrics = Metrics()
+        self.client_state: object = None
         self.hosted: dict[str, Hosted] = {}
         self.delay: float | Callable[[str], float] = 0.0
         self.backward_delay: float | Callable[[str], float] | None = None
@@ -330,3 +352,19 @@ class FakeNode:
             return hosted.module(*args, **kwargs)
         except Exception as error:
             raise ExpertFailed(f"the expert raised {error!r}") from error
+
+
+def gate_with(
+    node: Any, uid_prefix: str, *, kind: type[GatingFunction] = GatingFunction, **arguments: Any
+) -> GatingFunction:
+    """A gate of this kind; what is not an argument of its is a field of its settings, or of their call options."""
+    calls = {name: arguments.pop(name) for name in _CALL_OPTIONS & arguments.keys()}
+    changed = {name: arguments.pop(name) for name in _SETTINGS & arguments.keys()}
+    if calls:
+        changed["calls"] = CallOptions(**calls)
+    settings = dataclasses.replace(kind.default_settings, **changed)
+    return kind(node, uid_prefix=uid_prefix, settings=settings, **arguments)
+
+
+_CALL_OPTIONS = {"priority", "codec", "max_staleness", "audit_share"}
+_SETTINGS = {field.name for field in dataclasses.fields(MixtureSettings)}

@@ -34,7 +34,7 @@ def layers(node: FakeNode) -> dict[str, Callable[[torch.Tensor], Any]]:
     node.host("ffn.0", nn.Identity())
     node.host("sum.0", Sums(), SPEC, {"more": [SPEC]}, outputs_schema=SPEC)
     expert, sums = RemoteExpert(node, "ffn.0"), RemoteExpert(node, "sum.0")
-    gates = {p: GatingFunction(node, p, grid_size=(1,), in_features=8, k_best=1) for p in ("ffn", "sum")}
+    gates = {p: GatingFunction(node, uid_prefix=p, grid_size=(1,), in_features=8, k_best=1) for p in ("ffn", "sum")}
     zeros = torch.zeros(2, 8)
     return {
         "expert": expert,

@@ -400,7 +400,7 @@ for block in (torch.inference_mode, torch.no_grad, Off, lambda: torch.device("me
         for name in ta.__all__ if block is torch.inference_mode else ("RemoteExpert", "AsyncTrainer"):
             getattr(ta, name)
         from tests.client.fake_node import FakeNode
-        gate = ta.GatingFunction(FakeNode(), "ffn", grid_size=(2,), in_features=4)
+        gate = ta.GatingFunction(FakeNode(), uid_prefix="ffn", grid_size=(2,), in_features=4)
     autograd = sys.modules["tesseract_async.client.autograd"]
     needed = autograd._always_needed
     assert needed.requires_grad and not needed.is_inference() and needed.device.type == "cpu", block

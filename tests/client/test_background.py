@@ -13,7 +13,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.errors import ExpertNotFound
-from tesseract_async.network.network import StoreItem
+from tesseract_async.network.entries import StoreItem
 from tests.client.forked import told_by_a_child
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseract_async.client.beam_search import BeamSearch, LiveGrid, best_cells, columns, group, within_capacity
+from tesseract_async.client.beam_search import BeamSearch, best_cells
+from tesseract_async.client.routing import LiveGrid, columns, group, within_capacity
 
 grids = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
 

@@ -18,14 +18,14 @@ from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire.messages import BACKWARD
-from tests.client.fake_node import FakeNode, until
+from tests.client.fake_node import FakeNode, gate_with, until
 
 
 async def make(node: FakeNode, **settings: Any) -> tuple[nn.Linear, GatingFunction, RemoteExpert]:
     torch.manual_seed(0)
     for i in range(4):
         node.host(f"ffn.{i}", nn.Linear(8, 8))
-    gate = GatingFunction(node, "ffn", grid_size=(4,), in_features=8, k_best=2, **settings)
+    gate = gate_with(node, "ffn", grid_size=(4,), in_features=8, k_best=2, **settings)
     return nn.Linear(8, 8), gate, RemoteExpert(node, "ffn.0")
 
 

@@ -49,7 +49,7 @@ def test_a_step_through_a_mixture_leaves_nothing_for_the_collector(fails: str, l
         node = FakeNode()
         for i, j in itertools.product(range(3), range(3)):
             node.host(f"ffn.{i}.{j}", nn.Identity())
-        gate = GatingFunction(node, "ffn", grid_size=(3, 3), in_features=WIDTH, k_best=4)
+        gate = GatingFunction(node, uid_prefix="ffn", grid_size=(3, 3), in_features=WIDTH, k_best=4)
 
         num_faults = 0
         failing = {"nobody": (), "some": ("ffn.0.0", "ffn.1.1", "ffn.2.2"), "all": node.hosted}[fails]

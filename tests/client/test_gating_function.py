@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.expert_calls import CallOptions
 from tesseract_async.client.gating_function import GatingFunction, SwitchGatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.client.settings import CallOptions
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, SchemaMismatch
-from tesseract_async.wire.messages import BACKWARD, FORWARD
-from tests.client.fake_node import FakeNode, until
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
+from tests.client.fake_node import FakeNode, gate_with, until
 from tests.client.virtual_time import in_made_up_time
 
 GRID = (4, 4)
@@ -26,7 +26,7 @@ def make_grid(node: FakeNode, coords: list[tuple[int, int]] | None = None, lr: f
 
 
 def make_gate(node: FakeNode, **settings: object) -> GatingFunction:
-    return GatingFunction(node, "ffn", grid_size=GRID, in_features=8, **{"k_best": 3, **settings})  # type: ignore[arg-type]
+    return gate_with(node, "ffn", grid_size=GRID, in_features=8, **{"k_best": 3, **settings})  # type: ignore[arg-type]
 
 
 def reference(
@@ -103,13 +103,13 @@ async def test_rows_short_of_answers_are_refilled(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node, k_best=1)
     x = torch.randn(1, 8)
-    best, second = [e.uid for e in (await make_gate_like(gate, 2).choose(x))[0]]
+    best, second = [e.uid for e in (await make_gate_like(node, gate, 2).choose(x))[0]]
     await kill(node, best)
     torch.testing.assert_close(await gate(x), node.hosted[second].module(x), rtol=0, atol=1e-6)
 
 
-def make_gate_like(gate: GatingFunction, k_best: int) -> GatingFunction:
-    other = GatingFunction(gate._search.node, "ffn", grid_size=GRID, in_features=8, k_best=k_best)
+def make_gate_like(node: FakeNode, gate: GatingFunction, k_best: int) -> GatingFunction:
+    other = GatingFunction(node, uid_prefix="ffn", grid_size=GRID, in_features=8, k_best=k_best)
     other.load_state_dict(gate.state_dict())
     return other
 
@@ -340,9 +340,10 @@ async def test_no_grad_and_copies(node: FakeNode) -> None:
     with torch.no_grad():
         assert not (await gate(torch.randn(2, 8))).requires_grad
     twin = copy.deepcopy(gate)
-    assert twin._search is gate._search
     x = torch.randn(2, 8)
+    asked = node.count(INFO)
     torch.testing.assert_close(await twin(x), await gate(x))
+    assert asked and node.count(INFO) == asked, "they share what was learned"
     assert set(gate.state_dict()) == {"proj.weight", "proj.bias"}
 
 
@@ -373,9 +374,10 @@ async def test_under_autocast_inputs_take_the_experts_dtype(node: FakeNode) -> N
 @pytest.mark.parametrize("kind", [GatingFunction, SwitchGatingFunction])
 async def test_chosen_experts_are_in_the_gates_mode_and_have_its_options(node: FakeNode, kind: Any) -> None:
     make_grid(node)
-    gate = kind(
+    gate = gate_with(
         node,
         "ffn",
+        kind=kind,
         grid_size=GRID,
         in_features=8,
         forward_timeout=3.0,
@@ -386,9 +388,10 @@ async def test_chosen_experts_are_in_the_gates_mode_and_have_its_options(node: F
     )
     model = nn.Sequential(nn.Linear(8, 8), gate)
     x = torch.randn(2, 8)
-    wanted = CallOptions(timeout=3.0, backward_timeout=4.0, codec={"outputs": "none"}, priority=1, max_staleness=7)
+    wanted = CallOptions(codec={"outputs": "none"}, priority=1, max_staleness=7)
     [before] = {expert for row in await gate.choose(x[:1]) for expert in row[:1]}
     assert before.training and before.options == wanted
+    assert (before.timeout, before.backward_timeout) == (3.0, 4.0)
     model.eval()
     for row in await gate.choose(x):
         assert all(not expert.training and expert.options == wanted for expert in row)
@@ -414,7 +417,7 @@ async def test_a_second_gate_of_another_grid_on_the_same_prefix_has_its_own(node
     seen = {}
     for size in ((2, 2), GRID, (1,), (2, 2)):
         for route in ("sample", "token"):
-            gate = GatingFunction(node, "ffn", grid_size=size, in_features=8, k_best=16, route=route)  # type: ignore[arg-type]
+            gate = GatingFunction(node, uid_prefix="ffn", grid_size=size, in_features=8, k_best=16, route=route)  # type: ignore[arg-type]
             [chosen] = await gate.choose(torch.randn(1, 8))
             seen[size] = {expert.uid for expert in chosen}
             assert (await gate(torch.randn(3, 8))).shape == (3, 8)

@@ -15,7 +15,7 @@ from tesseract_async.client.gating_function import GatingFunction, SwitchGatingF
 from tesseract_async.errors import ConnectionLost, NotEnoughExperts, SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, FakeReplica, Slope
+from tests.client.fake_node import FakeNode, FakeReplica, Slope, gate_with
 from tests.client.virtual_time import in_made_up_time, run_in_virtual_time
 
 UIDS = [f"ffn.{i}" for i in range(4)]
@@ -24,7 +24,7 @@ UIDS = [f"ffn.{i}" for i in range(4)]
 def make_gate(node: FakeNode, **settings: object) -> GatingFunction:
     for i, uid in enumerate(UIDS):
         node.host(uid, Slope(float(i + 1)), TensorSpec((2,)))
-    gate = GatingFunction(node, "ffn", grid_size=(4,), in_features=2, **settings)  # type: ignore[arg-type]
+    gate = gate_with(node, "ffn", grid_size=(4,), in_features=2, **settings)  # type: ignore[arg-type]
     gate.proj.requires_grad_(False)
     torch.manual_seed(1)
     nn.init.normal_(gate.proj.weight)
@@ -210,17 +210,18 @@ async def test_latency_aware_scores_prefer_the_fast(node: FakeNode) -> None:
     x = torch.randn(8, 2)
     node.delay = lambda uid: 0.05 if uid == UIDS[0] else 0.0
     await gate(x)
-    gate.settings = make_settings(gate, k_best=3)  # type: ignore[assignment]
+    gate.k_best = 3
     assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
 
 
+@in_made_up_time
 async def test_latency_aware_scores_count_the_way_there(node: FakeNode) -> None:
     """Of experts that answer equally fast, the one behind a slow relay loses; once its path is better, it does not."""
     gate = make_gate(node, k_best=3, latency_weight=1000.0)
     for number, uid in enumerate(UIDS):
         node.directory.replicas[uid] = [FakeReplica(uid, f"peer {number}")]
     x = torch.randn(8, 2)
-    gate._search._num_bytes = 1e6
+    await gate(torch.randn(100_000, 2))  # calls are large, as it learns
     relayed, direct = (0.05, 1e6), (0.01, 1e7)
     node.paths = {f"peer {number}": direct for number in range(len(UIDS))} | {"peer 0": relayed}
     assert all(expert.uid != UIDS[0] for row in await gate.choose(x) for expert in row)
@@ -251,7 +252,7 @@ async def test_a_grid_of_three_dimensions(node: FakeNode) -> None:
     cells = [cell for cell in itertools.product(range(2), range(3), range(2)) if sum(cell) % 3]
     for n, cell in enumerate(cells):
         node.host("cube." + ".".join(map(str, cell)), Slope(float(n + 1)), TensorSpec((2,)))
-    gate = GatingFunction(node, "cube", grid_size=(2, 3, 2), in_features=2, k_best=3, k_min=3)
+    gate = GatingFunction(node, uid_prefix="cube", grid_size=(2, 3, 2), in_features=2, k_best=3, k_min=3)
     x = torch.randn(6, 2)
     scores = gate.proj(x)
     joint = torch.stack([scores[:, i] + scores[:, 2 + j] + scores[:, 5 + k] for i, j, k in cells], dim=1)
@@ -298,7 +299,7 @@ async def test_sequences_by_sample_and_by_token(node: FakeNode) -> None:
         await gate(x, torch.zeros(3, 2))
     for i in range(4):
         node.host(f"seq.{i}", Slope(float(i + 1)), TensorSpec((5, 2)))
-    gate = GatingFunction(node, "seq", grid_size=(4,), in_features=2, k_best=1)
+    gate = GatingFunction(node, uid_prefix="seq", grid_size=(4,), in_features=2, k_best=1)
     y = await gate(x)
     best = gate.proj(x.mean(1)).argmax(1)
     torch.testing.assert_close(y, x * (best + 1)[:, None, None])
@@ -314,7 +315,7 @@ async def test_further_arguments_go_along(node: FakeNode) -> None:
     vector = TensorSpec((2,))
     for i in range(2):
         node.host(f"s.{i}", Scaled(), vector, vector, kwargs_schema={"plus": vector}, outputs_schema=(vector, vector))
-    gate = GatingFunction(node, "s", grid_size=(2,), in_features=2, k_best=2)
+    gate = GatingFunction(node, uid_prefix="s", grid_size=(2,), in_features=2, k_best=2)
     x, by, plus = (torch.randn(4, 2, requires_grad=True) for _ in range(3))
     product, total = await gate(x, by, plus=plus)
     torch.testing.assert_close(product, x * by)
@@ -327,7 +328,7 @@ async def test_further_arguments_go_along(node: FakeNode) -> None:
 async def test_switch_multiplies_by_the_probability(node: FakeNode) -> None:
     for i, j in itertools.product(range(2), range(2)):
         node.host(f"sw.{i}.{j}", Slope(float(1 + i + 2 * j)), TensorSpec((2,)))
-    gate = SwitchGatingFunction(node, "sw", grid_size=(2, 2), in_features=2)
+    gate = SwitchGatingFunction(node, uid_prefix="sw", grid_size=(2, 2), in_features=2)
     gate.eval()
     x = torch.randn(6, 2)
     scores = gate.proj(x)
@@ -343,8 +344,10 @@ async def test_switch_multiplies_by_the_probability(node: FakeNode) -> None:
 async def test_switch_drops_what_does_not_fit_as_the_paper_does(node: FakeNode) -> None:
     for i in range(2):
         node.host(f"sw.{i}", Slope(1.0), TensorSpec((2,)))
-    gate = SwitchGatingFunction(node, "sw", grid_size=(2,), in_features=2, capacity_factor=1.0, refill=False)
-    assert gate.jitter > 0 and gate.load_balancing and gate.route == "token"
+    gate = gate_with(
+        node, "sw", grid_size=(2,), in_features=2, capacity_factor=1.0, refill=False, kind=SwitchGatingFunction
+    )
+    assert gate.settings.jitter > 0 and gate.settings.load_balancing and gate.route == "token"
     with torch.no_grad():
         gate.proj.weight.zero_()
         gate.proj.bias.copy_(torch.tensor([1.0, 0.0]))  # all eight want the first, which takes four
@@ -359,9 +362,7 @@ async def test_switch_drops_what_does_not_fit_as_the_paper_does(node: FakeNode) 
 async def test_beam_gate_never_reads_the_grid(node: FakeNode) -> None:
     for i, j in [(0, 0), (1, 700), (999, 3), (500, 500)]:
         node.host(f"big.{i}.{j}", Slope(1.0), TensorSpec((2,)))
-    gate = GatingFunction(
-        node, "big", grid_size=(1000, 1000), in_features=2, k_best=1, search="beam", on_missing="zero"
-    )
+    gate = gate_with(node, "big", grid_size=(1000, 1000), in_features=2, k_best=1, search="beam", on_missing="zero")
     with torch.no_grad():
         gate.proj.weight.zero_()
         gate.proj.bias.zero_()
@@ -386,7 +387,7 @@ async def test_float64_gradcheck(node: FakeNode) -> None:
     for i, j in itertools.product(range(2), range(2)):
         module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
         node.host(f"g.{i}.{j}", module, TensorSpec((3,), torch.float64))
-    gate = GatingFunction(node, "g", grid_size=(2, 2), in_features=3, k_best=4).double()
+    gate = GatingFunction(node, uid_prefix="g", grid_size=(2, 2), in_features=3, k_best=4).double()
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     loop = asyncio.get_running_loop()
     weight, bias = gate.proj.weight, gate.proj.bias

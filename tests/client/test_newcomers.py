@@ -11,10 +11,11 @@ import torch
 
 from tesseract_async.client.autograd import backward
 from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
 from tesseract_async.wire.messages import FORWARD
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, FakeReplica, Hosted, Slope
+from tests.client.fake_node import FakeNode, FakeReplica, Hosted, Slope, gate_with
 from tests.client.virtual_time import run_in_virtual_time
 
 
@@ -31,7 +32,7 @@ def renew(node: FakeNode, number: int) -> None:
 
 def make_gate(node: FakeNode, **settings: Any) -> GatingFunction:
     torch.manual_seed(1)
-    return GatingFunction(node, "f", grid_size=(6,), in_features=2, **{"k_best": 2, **settings})
+    return gate_with(node, "f", grid_size=(6,), in_features=2, **{"k_best": 2, **settings})
 
 
 def failing(error: Callable[[], Exception], *uids: str) -> Callable[[str, str, int], Awaitable[None]]:
@@ -297,7 +298,7 @@ def test_refills_go_by_latency_too() -> None:
         gate = make_gate(node, k_best=3, latency_weight=1000.0)
         node.delay = lambda uid: 0.05 if uid == "f.1" else 0.0
         await gate(X)
-        gate.settings = type(gate.settings)(k_best=1, spare=0, latency_weight=1000.0)
+        gate.k_best, gate.settings = 1, MixtureSettings(spare=0, latency_weight=1000.0)
         with torch.no_grad():
             gate.proj.weight.zero_()
             gate.proj.bias.copy_(torch.tensor([9.0, 8.0, 7.0, 0.0, 0.0, 0.0]))

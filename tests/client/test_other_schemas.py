@@ -18,7 +18,7 @@ from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.wire import messages
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, Hosted
+from tests.client.fake_node import FakeNode, Hosted, gate_with
 from tests.client.virtual_time import in_made_up_time
 
 WRONG = "wrong"
@@ -111,7 +111,7 @@ async def test_a_gate_finds_the_experts_that_its_inputs_fit(order: tuple[tuple[s
         host(node, f"ffn.{i}.{j}", order)
     for i in range(2):
         host(node, f"ffn.{i}.2", ((WRONG, True),))
-    gate = GatingFunction(node, "ffn", grid_size=(2, 3), in_features=16, k_best=4, backward_k_min=1)
+    gate = gate_with(node, "ffn", grid_size=(2, 3), in_features=16, k_best=4, backward_k_min=1)
     for _ in range(5):
         mixed = await gate.mix(torch.randn(8, 16))
         assert mixed.num_answers.min() >= 1
@@ -127,7 +127,7 @@ async def test_what_fits_nobody_is_the_callers_mistake_and_masks_nobody() -> Non
     node = TwoModels()
     host(node, "f.0", ORDERS[1])
     host(node, "ffn.0", ORDERS[1])
-    gate = GatingFunction(node, "ffn", grid_size=(1,), in_features=7, k_best=1)
+    gate = GatingFunction(node, uid_prefix="ffn", grid_size=(1,), in_features=7, k_best=1)
     for _ in range(2):
         with pytest.raises(SchemaMismatch, match=r"the grid ffn takes .*got .*1, 7"):
             await gate(torch.ones(1, 7))

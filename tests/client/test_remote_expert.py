@@ -130,7 +130,7 @@ async def test_remote_dropout_follows_torchs_generator(node: FakeNode) -> None:
     """Whatever repeats or sets apart local dropout does so for remote one, of an expert and through a gate."""
     node.host("drop.0", nn.Dropout(0.5))
     expert, x = RemoteExpert(node, "drop.0"), torch.ones(8, 8)
-    gate = GatingFunction(node, "drop", grid_size=(1,), in_features=8, k_best=1)
+    gate = GatingFunction(node, uid_prefix="drop", grid_size=(1,), in_features=8, k_best=1)
 
     async def draw() -> torch.Tensor:
         tasks = [asyncio.create_task(layer(x)) for layer in (expert, expert, gate)]

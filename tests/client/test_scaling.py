@@ -41,7 +41,7 @@ class Model(nn.Module):
         super().__init__()
         with seeded(0):
             self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 1)
-            self.gate = GatingFunction(node, "ffn", grid_size=(2,), in_features=8, k_best=2, k_min=2)
+            self.gate = GatingFunction(node, uid_prefix="ffn", grid_size=(2,), in_features=8, k_best=2, k_min=2)
         self.expert = RemoteExpert(node, "ffn.0")
 
     async def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.errors import NotEnoughExperts
 from tesseract_async.wire.messages import FORWARD
-from tests.client.fake_node import FakeNode, Slope
+from tests.client.fake_node import FakeNode, Slope, gate_with
 from tests.client.virtual_time import run_in_virtual_time
 
 GRIDS = [(40,), (12, 12), (32, 32, 32), (7, 1000), (2, 3, 4, 5), (100, 100)]
@@ -42,7 +41,7 @@ def test_a_beam_finds_the_best_of_those_that_live(
     async def main() -> None:
         node, live = swarm(grid, num_live, seed)
         torch.manual_seed(seed)
-        gate = GatingFunction(node, "g", grid_size=grid, in_features=8, k_best=k, search="beam")
+        gate = gate_with(node, "g", grid_size=grid, in_features=8, k_best=k, search="beam")
         for _ in range(2):
             x = torch.randn(num_rows, 8)
             scores = torch.split(gate.proj(x).detach(), list(grid), dim=1)
@@ -64,7 +63,7 @@ def test_a_beam_finds_the_best_of_those_that_live(
 def test_rows_whose_experts_fail_get_the_next_best_of_a_sparse_grid() -> None:
     async def main() -> None:
         node, live = swarm((32, 32, 32), 60, 5)
-        gate = GatingFunction(node, "g", grid_size=(32, 32, 32), in_features=8, k_best=2, search="beam")
+        gate = gate_with(node, "g", grid_size=(32, 32, 32), in_features=8, k_best=2, search="beam")
         x = torch.randn(3, 8)
         dead = {expert.uid for row in await gate.choose(x) for expert in row}
 
@@ -90,9 +89,7 @@ def test_that_nobody_lives_is_said_only_where_it_is_known(joined: bool) -> None:
                 raise TimeoutError("no node of the network answered")
 
             node.directory.find = find  # type: ignore[assignment, method-assign]
-        gate = GatingFunction(
-            node, "g", grid_size=(32, 32, 32), in_features=8, k_best=2, search="beam", forward_timeout=5.0
-        )
+        gate = gate_with(node, "g", grid_size=(32, 32, 32), in_features=8, k_best=2, search="beam", forward_timeout=5.0)
         with pytest.raises(
             NotEnoughExperts, match="no expert is alive" if joined else "no node of the network answered"
         ):

@@ -13,7 +13,7 @@ from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, NotEnoughExperts, TooStale
 from tesseract_async.wire.messages import FORWARD, INFO
-from tests.client.fake_node import FakeNode
+from tests.client.fake_node import FakeNode, gate_with
 from tests.client.virtual_time import in_made_up_time
 
 VERSIONS = {"primary": 100, "fresh": 98, "stale": 90}
@@ -65,7 +65,7 @@ async def test_gates_and_eval_say_it_too() -> None:
         assert mixed.versions.keys() == {f"ffn.{i}.{j}" for i, j in itertools.product(range(2), range(2))}
         return set(mixed.versions.values())
 
-    gate = GatingFunction(node, "ffn", grid_size=(2, 2), in_features=8, k_best=4, max_staleness=5)
+    gate = gate_with(node, "ffn", grid_size=(2, 2), in_features=8, k_best=4, max_staleness=5)
     assert await versions(gate) == {98}
     assert await versions(gate.eval(max_staleness=0)) == {100}
     gate.train()
@@ -96,8 +96,9 @@ async def test_what_cannot_be_kept_is_said() -> None:
     with pytest.raises((TooStale, ConnectionLost)):
         await RemoteExpert(node, "f.0").with_options(max_staleness=20)(torch.ones(1, 8))
     assert {replica.peer for replica in node.directory.failed} <= {"primary"}
-    gate = GatingFunction(make("g.0"), "g", grid_size=(1,), in_features=8, k_best=1, max_staleness=0)
-    gate._search.node.directory.replicas["g.0"].pop(0)  # type: ignore[attr-defined]
+    other = make("g.0")
+    gate = gate_with(other, "g", grid_size=(1,), in_features=8, k_best=1, max_staleness=0)
+    other.directory.replicas["g.0"].pop(0)
     with pytest.raises(NotEnoughExperts, match="nobody is the primary of g.0"):
         await gate(torch.ones(1, 8))
     assert node.count(INFO) > 0
@@ -110,7 +111,7 @@ def test_it_counts_steps(steps: Any) -> None:
     for refuse in (
         lambda: expert.with_options(max_staleness=steps),
         lambda: expert.eval(max_staleness=steps),
-        lambda: GatingFunction(node, "f", grid_size=(1,), in_features=1, k_best=1, max_staleness=steps),
+        lambda: gate_with(node, "f", grid_size=(1,), in_features=1, k_best=1, max_staleness=steps),
     ):
         with pytest.raises(ValueError, match="max_staleness"):
             refuse()

@@ -15,13 +15,14 @@ from torch import nn
 import tesseract_async as ta
 from tesseract_async.client import autograd
 from tesseract_async.client.autograd import backward
-from tesseract_async.client.beam_search import LiveGrid, best_cells
+from tesseract_async.client.beam_search import best_cells
 from tesseract_async.client.gating_function import GatingFunction
 from tesseract_async.client.remote_expert import RemoteExpert
+from tesseract_async.client.routing import LiveGrid
 from tesseract_async.errors import SchemaMismatch
 from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.tensors import TensorSpec, pack_tensors, unpack_tensors
-from tests.client.fake_node import FakeNode, seeded
+from tests.client.fake_node import FakeNode, gate_with, seeded
 from tests.client.forked import told_by_a_child
 
 
@@ -106,9 +107,7 @@ async def test_another_default_device_changes_nothing(node: FakeNode, monkeypatc
     for i in range(4):
         node.host(f"ffn.{i}.{i}", nn.Linear(8, 8))
     expert = RemoteExpert(node, "ffn.0.0")
-    gate = GatingFunction(
-        node, "ffn", grid_size=(4, 4), in_features=8, k_best=2, latency_weight=0.1, rescale_backward=True
-    )
+    gate = gate_with(node, "ffn", grid_size=(4, 4), in_features=8, k_best=2, latency_weight=0.1, rescale_backward=True)
     tokens: list[torch.device] = []
     issue = autograd._Issue.apply
 
@@ -141,7 +140,7 @@ async def test_another_default_device_changes_nothing(node: FakeNode, monkeypatc
 
 async def test_transforms_of_torch_func_are_refused(node: FakeNode) -> None:
     expert, _ = expert_at(node)
-    gate = GatingFunction(node, "ffn", grid_size=(1, 1), in_features=8)
+    gate = GatingFunction(node, uid_prefix="ffn", grid_size=(1, 1), in_features=8)
     x = torch.randn(2, 8)
     for module in (expert, gate):
         for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
@@ -153,14 +152,14 @@ async def test_a_mixture_of_whole_numbers_is_refused(node: FakeNode) -> None:
     """Weights between 0 and 1 would all become 0."""
     for i in range(2):
         node.host(f"ffn.{i}", nn.Identity(), outputs_schema=TensorSpec((8,), torch.int64))
-    gate = GatingFunction(node, "ffn", grid_size=(2,), in_features=8, k_best=2)
+    gate = GatingFunction(node, uid_prefix="ffn", grid_size=(2,), in_features=8, k_best=2)
     with pytest.raises(SchemaMismatch, match=r"int64\[rows, 8\].*choose"):
         await gate(torch.randn(2, 8))
 
 
 async def test_pickling_says_what_to_save(node: FakeNode) -> None:
     expert, _ = expert_at(node)
-    gate = GatingFunction(node, "ffn", grid_size=(1, 1), in_features=8)
+    gate = GatingFunction(node, uid_prefix="ffn", grid_size=(1, 1), in_features=8)
     for module in (expert, nn.Sequential(gate)):
         with pytest.raises(TypeError, match="state_dict"):
             torch.save(module, io.BytesIO())
@@ -170,7 +169,7 @@ async def test_on_another_event_loop_a_node_says_where_it_is_awaited() -> None:
     backend = ta.ExpertBackend(nn.Linear(8, 8), args_schema=(ta.TensorSpec((8,)),))
     async with ta.TesseractNode() as node, ta.TesseractServer(node, {"ffn.0": backend}):
         expert, x = await node.get_expert("ffn.0"), torch.randn(2, 8)
-        gate = GatingFunction(node, "ffn", grid_size=(1,), in_features=8)
+        gate = GatingFunction(node, uid_prefix="ffn", grid_size=(1,), in_features=8)
         with torch.no_grad():
             await gate(x)
             await expert(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import itertools
 import math
@@ -24,7 +23,7 @@ from tesseract_async.client.trainer import AsyncTrainer
 from tesseract_async.errors import ConnectionLost, ExpertFailed, NotEnoughExperts, Overloaded
 from tesseract_async.wire.messages import BACKWARD, INFO
 from tesseract_async.wire.tensors import TensorSpec
-from tests.client.fake_node import FakeNode, Slope
+from tests.client.fake_node import FakeNode, Slope, gate_with
 from tests.client.virtual_time import run_in_virtual_time
 
 WIDTH = 8
@@ -59,7 +58,7 @@ def make_swarm(**settings: Any) -> tuple[FakeNode, GatingFunction]:
     node = FakeNode()
     for i, j in itertools.product(*map(range, GRID)):
         node.host(f"ffn.{i}.{j}", nn.Identity())
-    return node, GatingFunction(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
+    return node, gate_with(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=4, **settings)
 
 
 @pytest.mark.parametrize(("latency", "limit"), [("even", 1.55), ("scattered", 1.5)])
@@ -139,7 +138,7 @@ def test_with_a_spare_one_under_way_nobody_waits_for_one_that_hangs(spare: int) 
         node, gate = make_swarm(patience=4.0, spare=spare, timeout_after_k_min=0.0)
         node.delay = 0.05
         await steps(node, gate, 10)
-        gate.settings = dataclasses.replace(gate.settings, k_best=2)
+        gate.k_best = 2
         x = torch.randn(1, WIDTH)
         first, second = [expert.uid for expert in (await gate.choose(x))[0]]
 
@@ -186,7 +185,7 @@ def test_every_pattern_of_answers_failures_and_silence(k_best: int, k_min: int) 
         for i in range(4):
             node.host(f"f.{i}", Slope(i + 1.0), TensorSpec((2,)))
         node.delay = 0.1
-        gate = GatingFunction(
+        gate = gate_with(
             node, "f", grid_size=(4,), in_features=2, k_best=k_best, k_min=k_min, spare=0, on_missing="zero"
         )
         x = torch.randn(6, 2)
@@ -295,7 +294,7 @@ async def live_through(script: list[tuple[float, Fault]], *, num_steps: int, in_
         node.host(f"ffn.{i}.{j}", nn.Linear(WIDTH, WIDTH), lr=0.3)
     node.delay = lambda uid: 0.2 * swarm.dice.lognormvariate(0.0, 0.3)
     node.fault, node.tamper = swarm.fault, swarm.tamper
-    gate = GatingFunction(node, "ffn", grid_size=GRID, in_features=WIDTH, k_best=3)
+    gate = GatingFunction(node, uid_prefix="ffn", grid_size=GRID, in_features=WIDTH, k_best=3)
     model = Model(gate)
     trainer = AsyncTrainer(model, torch.optim.Adam(model.parameters(), 1e-2, betas=(0.0, 0.99)), in_flight=in_flight)
     target = torch.randn(WIDTH, WIDTH) / 3

@@ -6,7 +6,7 @@ import functools
 import random
 from typing import Any
 
-from tesseract_async.endpoint.budget import Budget, FairCount
+from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallReceived,
@@ -16,7 +16,7 @@ from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
 from tesseract_async.endpoint.settings import ProtocolSettings
-from tesseract_async.wire.calls import Hello, RequestHead
+from tesseract_async.wire.heads import FEATURES, Hello, RequestHead
 
 SETTINGS = ProtocolSettings()
 
@@ -34,37 +34,46 @@ class Side:
         self,
         theirs: ProtocolSettings,
         ours: ProtocolSettings,
-        budget: Budget,
+        budget: int,
         dialled: bool,
         meter: Meter | None = None,
-        small_budget: FairCount | None = None,
+        small_budget: int | None = None,
     ) -> None:
-        hello = Hello(bytes(16), False, bytes(32), theirs.max_calls, theirs.max_small, theirs.max_message)
-        self.budget = budget
-        self.woken = 0
+        limits = (theirs.max_calls, theirs.max_small, theirs.max_message)
+        hello = Hello(bytes(16), False, bytes(32), *limits, features=FEATURES)
+        self.budgets = NodeBudgets(budget)
+        self.budget = self.budgets.messages
+        if small_budget is not None:
+            self.budgets.small_calls.total = small_budget
+        self.now = 0.0
         self.machine = ConnectionProtocol(
             "peer",
             hello,
             dialled=dialled,
-            budget=budget,
+            budgets=self.budgets,
+            owner=Owner("range", "peer", self),
             settings=ours,
             now=0.0,
-            wake=self._wake,
             meter=meter,
-            small_budget=small_budget,
         )
         self.events: list[Event] = []
 
-    def _wake(self) -> None:
-        self.woken += 1
+    def room_changed(self, room: Reservation) -> None:
+        self.machine.room_changed(room, self.now)
+
+    def look(self) -> None:
+        """What a driver does at the end of its cycle."""
+        self.budgets.deliver()
+        self.events += self.machine.events()
 
     def take(self) -> list[Event]:
         """Events since the last time."""
-        self.events += self.machine.events()
+        self.look()
         events, self.events = self.events, []
         return events
 
     def receive(self, lane: int, data: bytes, now: float, step: int | None = None) -> None:
+        self.now = now
         reader = self.machine.lanes[lane].reader
         view = memoryview(data)
         while view:
@@ -74,7 +83,7 @@ class Side:
             view = view[count:]
             self.machine.received(count, now, lane=lane)
             reader.buffer_updated(count)
-        self.events += self.machine.events()
+            self.look()
 
 
 class Pair:
@@ -90,11 +99,11 @@ class Pair:
         bulk: bool = True,
         seed: int | None = None,
         meter: Meter | None = None,
-        small_budget: FairCount | None = None,
+        small_budget: int | None = None,
     ) -> None:
         self.now = 0.0
-        self.client = Side(server, client, Budget(client_budget), True)
-        self.server = Side(client, server, Budget(server_budget), False, meter, small_budget)
+        self.client = Side(server, client, client_budget, True)
+        self.server = Side(client, server, server_budget, False, meter, small_budget)
         self.bytes = {MAIN: 0, BULK: 0}
         self._pick = random.Random(seed) if seed is not None else None
         if bulk:
@@ -108,7 +117,7 @@ class Pair:
     def carry(self, side: Side, lane: int, room: int = 1) -> bool:
         """Brings what one side has for one lane to the other; whether there was anything."""
         data = b"".join(side.machine.data_to_send(lane, room))
-        side.events += side.machine.events()
+        side.look()
         self.bytes[lane] += len(data)
         step = self._pick.choice((1, 100, 4096, 100_000, 1 << 20)) if self._pick and len(data) < 3000 else None
         self.other(side).receive(lane, data, self.now, step)
@@ -122,7 +131,7 @@ class Pair:
             for side, lane in ways:
                 self.carry(side, lane)
         for side in (self.client, self.server):
-            side.events += side.machine.events()
+            side.look()
             side.events = [event for event in side.events if not isinstance(event, BulkWanted)]
 
     def call(self, *sizes: int, timeout: float = 10.0, max_reply: int | None = None, **head: Any) -> int:
@@ -130,7 +139,12 @@ class Pair:
         request = RequestHead("m", timeout, head.get("priority", 0), 0, max_reply or 2**30, head.get("body"))
         buffers = tuple(memoryview(contents(size)) for size in sizes)
         return self.client.machine.start_call(
-            request, buffers, deadline=self.now + timeout, reserve_reply=max_reply is not None, now=self.now
+            request,
+            buffers,
+            deadline=self.now + timeout,
+            reserve_reply=max_reply is not None,
+            now=self.now,
+            in_parts=head.get("in_parts", False),
         )
 
     def received(self) -> CallReceived:

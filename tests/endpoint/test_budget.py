@@ -8,24 +8,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tesseract_async.endpoint.budget import FLOOR, Budget, FairCount, Owner, Reservation
+from tesseract_async.endpoint.budget import FLOOR, Budget, FairCount, NodeBudgets, Owner, Reservation
 
 MIB = 2**20
+
+
+class Holder:
+    """Notes what it hears of its reservations."""
+
+    def __init__(self) -> None:
+        self.granted: list[Reservation] = []
+        self.given_up: list[Reservation] = []
+
+    def room_changed(self, room: Reservation) -> None:
+        (self.given_up if room.released else self.granted).append(room)
 
 
 def owner(peer: int, group: int | None = None) -> Owner:
     return Owner(f"range {peer if group is None else group}", peer)
 
 
-def arriving(budget: Budget, who: Owner, size: int, num_bytes: int, given_up: list[Owner]) -> Reservation:
-    """A message of which `num_bytes` have come; it notes when it is given up."""
+def given_up(budget: Budget) -> list[Owner]:
+    """Whose messages were given up since the last time."""
+    rooms = [room for room in budget.changed if room.released]
+    budget.changed.clear()
+    return [room.owner for room in rooms]
+
+
+def arriving(budget: Budget, who: Owner, size: int, num_bytes: int) -> Reservation:
+    """A message of which `num_bytes` have come."""
     reservation = budget.begin(who, size)
-
-    def give_up() -> None:
-        given_up.append(who)
-        reservation.release()
-
-    reservation.give_up = give_up
     assert reservation.fill(num_bytes)
     return reservation
 
@@ -33,73 +45,79 @@ def arriving(budget: Budget, who: Owner, size: int, num_bytes: int, given_up: li
 def test_what_is_announced_and_does_not_come_takes_nothing_from_others() -> None:
     budget = Budget(1024 * MIB)
     for peer in range(200):
-        reservation = budget.ask(owner(peer), 1000 * MIB, lambda: None)
+        reservation = budget.ask(owner(peer), 1000 * MIB)
         assert reservation.granted
     assert budget.used == 0
-    honest = budget.ask(owner(1000), 1000 * MIB, lambda: None)
+    honest = budget.ask(owner(1000), 1000 * MIB)
     assert honest.granted and honest.fill(1000 * MIB) and budget.used == 1000 * MIB
 
 
-def test_a_peers_wishes_beyond_its_share_wait_for_its_own_ones_only() -> None:
+def test_a_peers_messages_beyond_its_share_wait_for_its_own_ones_only() -> None:
     budget = Budget(80 * MIB)
-    told: list[str] = []
-    large = budget.ask(owner(1), 70 * MIB, lambda: told.append("large"))
-    second = budget.ask(owner(1), 6 * MIB, lambda: told.append("second"))
-    third = budget.ask(owner(1), 5 * MIB, lambda: told.append("third"))
-    fourth = budget.ask(owner(1), 4 * MIB, lambda: told.append("fourth"))
+    large = budget.ask(owner(1), 70 * MIB)
+    second = budget.ask(owner(1), 6 * MIB)
+    third = budget.ask(owner(1), 5 * MIB)
+    fourth = budget.ask(owner(1), 4 * MIB)
     assert large.granted and not second.granted and budget.num_waiting == 3
-    assert budget.ask(owner(2), 70 * MIB, lambda: told.append("another peer")).granted
+    assert budget.ask(owner(2), 70 * MIB).granted
     third.release()
     large.release()
-    assert told == ["second", "fourth"] and fourth.granted and budget.num_waiting == 0
+    assert list(budget.changed) == [second, fourth] and fourth.granted and budget.num_waiting == 0
     with pytest.raises(ValueError, match="never fit"):
-        budget.ask(owner(3), 81 * MIB, lambda: None)
+        budget.ask(owner(3), 81 * MIB)
+
+
+def test_holders_hear_of_grants_and_of_what_was_given_up_when_it_is_delivered() -> None:
+    budgets, first, second = NodeBudgets(32 * MIB), Holder(), Holder()
+    one = budgets.messages.ask(Owner("a", 1, first), 30 * MIB)
+    waiting = budgets.messages.ask(Owner("a", 1, first), 30 * MIB)
+    assert one.fill(30 * MIB) and not first.granted
+    late = budgets.messages.begin(Owner("b", 2, second), 5 * MIB)
+    assert late.fill(5 * MIB) and not first.given_up, "nobody is told before the cycle ends"
+    reply = budgets.replies.keep(Owner("b", 2, second), 16 * MIB)
+    assert reply is not None and budgets.replies.keep(Owner("c", 3, first), MIB) is not None
+    budgets.deliver()
+    assert first.given_up == [one] and first.granted == [waiting] and second.given_up == [reply]
+    assert not budgets.changed
 
 
 def test_who_holds_most_makes_room() -> None:
     budget = Budget(100 * MIB)
-    given_up: list[Owner] = []
     greedy, modest = owner(1), owner(2)
     for _ in range(4):
-        arriving(budget, greedy, 30 * MIB, 15 * MIB, given_up)
-    arriving(budget, modest, 30 * MIB, 30 * MIB, given_up)
-    assert not given_up
-    assert arriving(budget, modest, 10 * MIB, 10 * MIB, given_up).num_bytes == 10 * MIB
-    assert given_up == [] and budget.used == 100 * MIB
-    arriving(budget, owner(3), 10 * MIB, 5 * MIB, given_up)
-    assert given_up == [greedy] and budget.used == 90 * MIB
+        arriving(budget, greedy, 30 * MIB, 15 * MIB)
+    arriving(budget, modest, 30 * MIB, 30 * MIB)
+    assert not given_up(budget)
+    assert arriving(budget, modest, 10 * MIB, 10 * MIB).num_bytes == 10 * MIB
+    assert not given_up(budget) and budget.used == 100 * MIB
+    arriving(budget, owner(3), 10 * MIB, 5 * MIB)
+    assert given_up(budget) == [greedy] and budget.used == 90 * MIB
 
 
 def test_identities_of_one_range_count_together() -> None:
     budget = Budget(100 * MIB)
-    given_up: list[Owner] = []
     for peer in range(10):
-        arriving(budget, owner(peer, group=1), 6 * MIB, 6 * MIB, given_up)
-    arriving(budget, owner(20), 40 * MIB, 40 * MIB, given_up)
-    arriving(budget, owner(21), 6 * MIB, 6 * MIB, given_up)
-    assert [one.group for one in given_up] == ["range 1"]
+        arriving(budget, owner(peer, group=1), 6 * MIB, 6 * MIB)
+    arriving(budget, owner(20), 40 * MIB, 40 * MIB)
+    arriving(budget, owner(21), 6 * MIB, 6 * MIB)
+    assert [one.group for one in given_up(budget)] == ["range 1"]
 
 
 def test_who_holds_most_is_refused_rather_than_others() -> None:
     budget = Budget(100 * MIB)
-    given_up: list[Owner] = []
-    arriving(budget, owner(1), 40 * MIB, 40 * MIB, given_up)
+    arriving(budget, owner(1), 40 * MIB, 40 * MIB)
     greedy = budget.begin(owner(2), 90 * MIB)
-    greedy.give_up = lambda: given_up.append(owner(2))
-    assert greedy.fill(60 * MIB) and not greedy.fill(61 * MIB) and not given_up
-    greedy.release()
+    assert greedy.fill(60 * MIB) and not greedy.fill(61 * MIB)
+    assert given_up(budget) == [owner(2)]
     assert budget.used == 40 * MIB
 
 
 def test_what_has_arrived_whole_is_never_taken_back() -> None:
     budget = Budget(10 * MIB)
-    given_up: list[Owner] = []
-    whole = arriving(budget, owner(1), 8 * MIB, 8 * MIB, given_up)
+    whole = arriving(budget, owner(1), 8 * MIB, 8 * MIB)
     whole.keep()
     late = budget.begin(owner(2), 4 * MIB)
-    late.give_up = lambda: None
-    assert not late.fill(4 * MIB) and not given_up
-    late.release()
+    assert not late.fill(4 * MIB) and given_up(budget) == [owner(2)] and not whole.released
     assert budget.used == 8 * MIB
 
 
@@ -123,11 +141,11 @@ def test_windows_are_promises_and_no_range_gets_all_of_them() -> None:
 
 def test_replies_beyond_a_peers_share_are_refused_and_one_always_waits() -> None:
     budget = Budget(80 * MIB)
-    assert budget.keep(owner(1), 60 * MIB, lambda: None) is not None
-    assert budget.keep(owner(1), MIB, lambda: None) is None
-    assert budget.keep(owner(2), 10 * MIB, lambda: None) is not None
-    assert budget.keep(owner(2), MIB, lambda: None) is None
-    assert budget.keep(owner(3), 81 * MIB, lambda: None) is None
+    assert budget.keep(owner(1), 60 * MIB) is not None
+    assert budget.keep(owner(1), MIB) is None
+    assert budget.keep(owner(2), 10 * MIB) is not None
+    assert budget.keep(owner(2), MIB) is None
+    assert budget.keep(owner(3), 81 * MIB) is None
     assert budget.used == 70 * MIB
 
 
@@ -137,28 +155,18 @@ def test_the_bound_holds_and_nothing_leaks(seed: int) -> None:
     budget = Budget(40 * MIB)
     alive: list[Reservation] = []
 
-    def start(who: Owner) -> None:
-        reservation = budget.ask(who, pick.randrange(1, 40 * MIB), lambda: None)
-
-        def give_up() -> None:
-            alive.remove(reservation)
-            reservation.release()
-
-        reservation.give_up = give_up
-        alive.append(reservation)
-
     for _ in range(60):
         what = pick.random()
         if what < 0.4 or not alive:
             peer = pick.randrange(6)
-            start(owner(peer, group=peer // 2))
+            alive.append(budget.ask(owner(peer, group=peer // 2), pick.randrange(1, 40 * MIB)))
         elif what < 0.8:
             one = pick.choice(alive)
-            if one.granted and not one.fill(pick.randrange(one.size + 1)):
-                one.give_up and one.give_up()
+            if one.granted:
+                one.fill(pick.randrange(one.size + 1))
         else:
             pick.choice(alive).release() if pick.random() < 0.5 else alive.pop().release()
-            alive[:] = [one for one in alive if not one.released]
+        alive[:] = [one for one in alive if not one.released]
         assert 0 <= budget.used <= 40 * MIB
         assert budget.used == sum(one.num_bytes for one in alive)
     for one in list(alive):

@@ -60,9 +60,9 @@ def test_taken_names_are_refused_until_they_are_free() -> None:
     table.remove("status")
     table.remove("expert.a")
     table.unhost("e.1")
-    table.add("status", two, action="store")
+    table.add("status", two, action="host")
     table.host("e.1", {"expert.a": two})
-    assert table.action_of("status") == "store" and table.find(call("expert.a", {"uid": "e.1"})) is two
+    assert table.action_of("status") == "host" and table.find(call("expert.a", {"uid": "e.1"})) is two
 
 
 def test_callers_of_a_uid_are_checked_before_it_is_told_what_it_answers() -> None:

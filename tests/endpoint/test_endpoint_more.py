@@ -13,6 +13,7 @@ import pytest
 from tesseract_async.admission import Policy
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
+from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK
 from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
@@ -48,8 +49,8 @@ async def test_no_memory_is_taken_for_the_large_requests_of_who_may_not_call() -
             with pytest.raises(NotAllowed, match=stranger.peer_id.short):
                 await stranger.call(address, "echo", None, [bytes(2**20)], timeout=30)
         (connection,) = server._pool.connections()
-        assert server._budget.used == 0 and not connection._protocol.windows.in_bytes
-        assert connection._protocol.num_calls == 0 and server.metrics.total("endpoint_calls_refused") == 3
+        assert server.budgets.messages.used == 0 and not connection.protocol.windows.in_bytes
+        assert connection.protocol.num_calls == 0 and server.metrics.total("endpoint_calls_refused") == 3
         server.policy = Policy()
         assert len((await stranger.call(address, "echo", None, [bytes(2**20)], timeout=30)).buffers[0]) == 2**20
 
@@ -57,7 +58,7 @@ async def test_no_memory_is_taken_for_the_large_requests_of_who_may_not_call() -
 def test_an_allow_list_covers_every_action() -> None:
     friend, stranger = Identity.generate().peer_id, Identity.generate().peer_id
     policy = Policy.only([friend])
-    for action in ("call", "train", "store"):
+    for action in ("call", "train", "host"):
         assert policy.allows(friend, action) and not policy.allows(stranger, action)  # type: ignore[arg-type]
         assert Policy().allows(stranger, action)  # type: ignore[arg-type]
 
@@ -115,9 +116,9 @@ async def test_an_upgrade_moves_later_calls_and_leaves_running_ones() -> None:
         await client.call(address, "echo", timeout=30)
         (old,) = client._pool.connections()
         await client.upgrade(address, TcpTransport().paths(address, bulk=False))
-        before = old._protocol._next_stream
+        before = old.protocol.outgoing._next_stream
         await client.call(address, "echo", timeout=30)
-        assert old._protocol._next_stream == before and len(client.connections()) == 2
+        assert old.protocol.outgoing._next_stream == before and len(client.connections()) == 2
         client._tick()
         release.set()
         assert (await running).body == "waited"
@@ -136,7 +137,7 @@ async def test_a_reply_beyond_the_callers_bound_is_an_error() -> None:
         assert (
             len((await client.call(address, "big", 10**6, timeout=30, max_reply_bytes=2 * 10**6)).buffers[0]) == 10**6
         )
-        assert client._budget.used == 0, "room that was reserved is given back"
+        assert client.budgets.messages.used == 0, "room that was reserved is given back"
         with pytest.raises(RemoteError, match="more than the 500000"):
             await client.call(address, "big", 10**6, timeout=30, max_reply_bytes=500_000)
         with pytest.raises(MessageTooLarge):
@@ -196,12 +197,12 @@ async def test_another_wire_version_is_named_on_both_sides(monkeypatch: pytest.M
     encode = frames.pack
 
     async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
-        from tesseract_async.wire import calls
+        from tesseract_async.wire import heads
 
-        def future(hello: calls.Hello) -> bytes:
+        def future(hello: heads.Hello) -> bytes:
             return b"TSRA\x00\x07" + encode({"from": "the future"})
 
-        monkeypatch.setattr(calls, "encode_hello", future)
+        monkeypatch.setattr(heads, "encode_hello", future)
         with pytest.raises(PeerUnreachable, match="wire version 7, this node 1: upgrade this node"):
             await client.call(address, "echo", timeout=30)
         assert server.metrics.counters[("endpoint_handshakes_failed", (("reason", "version"),))] == 1
@@ -289,7 +290,7 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
-    slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(standing_bytes=64 * 2**20))
+    slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(window_bytes=64 * 2**20))
     async with serving(slow) as (server, address), client_of(slow) as client:
         has_bulk, on_loan = asyncio.Event(), asyncio.Event()
         attach, write = Connection.attach, TcpPipe.write
@@ -365,13 +366,13 @@ async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: py
         await client.call(address, "note", "first", timeout=30)
         (connection,) = server._pool.connections()
         with monkeypatch.context() as patch:
-            patch.setattr(Connection, "_may_start", lambda self: False)
+            patch.setattr(Handlers, "_may_start", lambda self: False)
             task = asyncio.create_task(client.call(address, "note", "cancelled", timeout=30))
             async with asyncio.timeout(30):
-                while not connection._held:  # noqa: ASYNC110 (nothing announces that a call waits)
+                while not connection._handlers.num_held:  # noqa: ASYNC110 (nothing announces that a call waits)
                     await asyncio.sleep(0)
                 task.cancel()
-                while connection.num_calls:  # noqa: ASYNC110 (nor that its cancel has come)
+                while connection.protocol.num_calls:  # noqa: ASYNC110 (nor that its cancel has come)
                     await asyncio.sleep(0)
         await client.call(address, "note", "last", timeout=30)
         assert handled == ["first", "last"]

@@ -51,7 +51,7 @@ class SlowLink:
                 queue = self._queues[side is pair.client, lane]
                 while len(queue) < self._kernel_bytes + HIGH_WATER and side.machine.has_data(lane):
                     queue += b"".join(side.machine.data_to_send(lane, 1))
-            side.events += side.machine.events()
+            side.look()
         for side in self.sides:
             busy = [lane for lane in (MAIN, BULK) if self._queues[side is pair.client, lane]]
             for lane in busy:
@@ -135,7 +135,7 @@ def test_a_way_that_is_dead_is_noticed_all_the_same(client_to_server: bool, lane
 
 
 def test_a_granted_reply_that_stalls_gives_its_room_back_and_the_connection_lives() -> None:
-    pair = Pair(client=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(client=dataclasses.replace(SETTINGS, window_bytes=0))
     pair.call(10, timeout=1000.0)
     pair.settle()
     pair.server.machine.reply(pair.received().stream, None, (memoryview(bytes(9 * MIB)),), now=0.0)
@@ -158,7 +158,7 @@ def test_a_granted_reply_that_stalls_gives_its_room_back_and_the_connection_live
 
 
 def test_parts_of_chunks_count_as_progress_and_nothing_ends_it_with_its_memory_let_go() -> None:
-    pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(server=dataclasses.replace(SETTINGS, window_bytes=0))
     pair.call(MIB, timeout=1000.0)
     pair.carry(pair.client, BULK)
     pair.carry(pair.server, MAIN)

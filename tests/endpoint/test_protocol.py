@@ -8,7 +8,6 @@ import tracemalloc
 
 import pytest
 
-from tesseract_async.endpoint.budget import FairCount
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -118,7 +117,7 @@ def test_large_replies_use_and_give_back_the_standing_window_too() -> None:
 
 
 def test_messages_beyond_a_peers_share_wait_whole_and_in_line() -> None:
-    pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=2**40), server_budget=32 * MIB)
+    pair = Pair(server=dataclasses.replace(SETTINGS, window_bytes=2**40), server_budget=32 * MIB)
     streams = [pair.call(2 * MIB - 1000) for _ in range(4)]
     for expected in (streams[:2], streams[2:]):
         pair.settle()
@@ -131,12 +130,12 @@ def test_messages_beyond_a_peers_share_wait_whole_and_in_line() -> None:
 
 
 def test_what_never_fits_the_budget_is_refused_not_waited_for() -> None:
-    pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0), server_budget=MIB)
+    pair = Pair(server=dataclasses.replace(SETTINGS, window_bytes=0), server_budget=MIB)
     pair.call(2 * MIB)
     pair.settle()
     (event,) = pair.client.take()
     assert isinstance(event, CallFailed) and isinstance(event.error, Overloaded) and clean(pair)
-    pair = Pair(client=dataclasses.replace(SETTINGS, standing_bytes=0), client_budget=MIB)
+    pair = Pair(client=dataclasses.replace(SETTINGS, window_bytes=0), client_budget=MIB)
     pair.call(1)
     pair.settle()
     pair.server.machine.reply(pair.received().stream, None, (memoryview(bytes(2 * MIB)),), now=0.0)
@@ -148,7 +147,7 @@ def test_what_never_fits_the_budget_is_refused_not_waited_for() -> None:
 
 
 def test_a_reserved_reply_comes_without_asking_and_its_room_is_given_back() -> None:
-    pair = Pair(client=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(client=dataclasses.replace(SETTINGS, window_bytes=0))
     pair.call(10, max_reply=3 * MIB)
     pair.settle()
     assert pair.client.budget.used == 0, "what is expected takes nothing yet"
@@ -252,7 +251,7 @@ def test_cancel_reaches_the_handler_once() -> None:
 
 
 def test_an_error_may_come_while_the_request_is_still_on_its_way() -> None:
-    pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(server=dataclasses.replace(SETTINGS, window_bytes=0))
     stream = pair.call(9 * MIB)
     pair.carry(pair.client, BULK)
     pair.carry(pair.server, MAIN)
@@ -300,11 +299,11 @@ def test_old_deadlines_are_forgotten() -> None:
         pair.server.machine.reply(pair.received().stream, None, (), now=0.0)
         pair.settle()
         pair.client.take()
-    assert all(len(side.machine._deadlines) <= 70 for side in (pair.client, pair.server))
+    assert all(len(side.machine._core.deadlines) <= 70 for side in (pair.client, pair.server))
 
 
 def test_higher_priority_goes_first_and_equals_share() -> None:
-    pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(server=dataclasses.replace(SETTINGS, window_bytes=0))
     low = [pair.call(5 * MIB, priority=-1) for _ in range(2)]
     high = pair.call(5 * MIB, priority=1)
     pair.carry(pair.client, BULK)
@@ -390,7 +389,7 @@ def test_a_main_lane_that_stands_still_is_noticed_while_bulk_lives() -> None:
 
 
 def test_half_received_requests_that_stall_are_given_up() -> None:
-    pair = Pair(server=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(server=dataclasses.replace(SETTINGS, window_bytes=0))
     pair.call(9 * MIB, timeout=1000.0)
     pair.carry(pair.client, BULK)
     pair.carry(pair.server, MAIN)
@@ -472,7 +471,7 @@ def begin(kind: int, size: int, flags: int, stream: int = 1) -> bytes:
     [
         begin(frames.BEGIN_REQUEST, 2**40, frames.ROOM_ASKED),
         begin(frames.BEGIN_REQUEST, 2**63, frames.ROOM_ASKED),
-        begin(frames.BEGIN_REQUEST, MIB, frames.ROOM_STANDING),
+        begin(frames.BEGIN_REQUEST, MIB, frames.ROOM_WINDOW),
         begin(frames.BEGIN_REQUEST, MIB, frames.ROOM_RESERVED),
         begin(frames.BEGIN_REQUEST, MIB, 77),
         begin(frames.BEGIN_REQUEST, 10, frames.ROOM_ASKED),
@@ -523,7 +522,7 @@ def test_a_message_keeps_to_its_lane(first: int) -> None:
 
 
 def test_a_flood_of_small_calls_that_are_refused_is_cut_off() -> None:
-    side = Pair(small_budget=FairCount(0)).server
+    side = Pair(small_budget=0).server
     head = frames.pack(("m", 1000, 0, 0, 5, None))
     with pytest.raises(ProtocolError, match="flood"):
         for stream in range(1, 20_000):

@@ -91,7 +91,7 @@ def failed(pair: Pair) -> Overloaded:
 
 def test_what_is_too_much_is_refused_before_anything_is_done_and_comes_back_with_time() -> None:
     quotas = Quotas(lambda _: Quota(num_bytes=4 * MIB, period=100.0))
-    pair = Pair(meter=quotas.meter(PEER), server=dataclasses.replace(SETTINGS, standing_bytes=0))
+    pair = Pair(meter=quotas.meter(PEER), server=dataclasses.replace(SETTINGS, window_bytes=0))
     for _ in range(2):
         pair.call(3 * MIB)
         pair.settle()

@@ -14,7 +14,7 @@ from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.grants import Appointment, sign_appointment
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.tenure import Tenure
-from tesseract_async.experts.tenure_words import Ask, Fetch, Look, Persist, Publish, Role, Send, State
+from tesseract_async.experts.tenure_words import Fetch, Look, Persist, Publish, Question, RoleChanged, Send, State
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, read_seal, sign_seal, sign_term
 from tesseract_async.identity import Identity, PeerID
 
@@ -99,9 +99,9 @@ class Server:
             self.world.after(self.stalled_until - self.world.now, self.live, life)
             return
         tenure = self.machine
-        if tenure.leads(self.world.now):
+        if tenure.is_primary(self.world.now):
             self.steps = (*self.steps, next(self.world.step_numbers))
-            if tenure.leads(self.world.now):
+            if tenure.is_primary(self.world.now):
                 assert tenure.term is not None
                 self.acknowledged.append((self.world.now, self.steps[-1], tenure.term.digest))
                 self.world.acknowledged.append((self.world.now, self, self.steps[-1]))
@@ -135,7 +135,7 @@ class Server:
 
     @property
     def leads(self) -> bool:
-        return self.is_up and self.machine.leads(self.world.now)
+        return self.is_up and self.machine.is_primary(self.world.now)
 
     def settle(self) -> None:
         """Carries out the commands, and sets the timer."""
@@ -162,13 +162,13 @@ class Server:
             for record in command.records:
                 world.publish(self.peer, record)
         elif isinstance(command, Send):
-            world.send(self, command.peer, command.ask)
+            world.send(self, command.peer, command.question)
         elif isinstance(command, Look):
             world.after(world.latency(), self.look, life)
         elif isinstance(command, Fetch):
             world.after(world.latency() * 4, self.fetch, command, life)
         else:
-            assert isinstance(command, Publish | Role)
+            assert isinstance(command, Publish | RoleChanged)
 
     def receive(self, life: int, action: Callable[..., None], *args: Any) -> None:
         """Runs when it may, which is later while it stands still."""
@@ -203,7 +203,7 @@ class Server:
                             self.files[command.seal.root] = steps
                             self.machine.fetched(command.seal, self.world.now, self.wall)
                             return
-            self.machine.not_fetched(command.seal)
+            self.machine.fetched(None, self.world.now, self.wall)
 
         self.receive(life, get)
 
@@ -293,7 +293,7 @@ class World:
             if server.declared is not None and self.reaches_directory(server)
         }
 
-    def send(self, sender: Server, peer: PeerID, ask: Ask) -> None:
+    def send(self, sender: Server, peer: PeerID, question: Question) -> None:
         sent, life = self.now, sender.life
         targets = [one for one in self.of(peer) if one.alive and one is not sender]
         answered: list[bool] = []
@@ -302,7 +302,7 @@ class World:
         def silent() -> None:
             if not answered:
                 answered.append(True)
-                machine.silent(peer, ask, self.now, sender.wall)
+                machine.answered(peer, question, None, sent, self.now, sender.wall)
 
         self.after(1.0, sender.receive, life, silent)
         fate = self.fates.pop(0) if self.fates and peer in {one.peer for one in self.up} else self.latency()
@@ -313,13 +313,13 @@ class World:
         target = self.random.choice(targets)
 
         def arrive() -> None:
-            answer = target.machine.ask(sender.peer, ask, self.now, target.wall)
+            answer = target.machine.ask(sender.peer, question, self.now, target.wall)
             target.settle()
 
             def come_back() -> None:
                 if not answered:
                     answered.append(True)
-                    machine.answered(peer, ask, answer, sent, self.now, sender.wall)
+                    machine.answered(peer, question, answer, sent, self.now, sender.wall)
 
             if self.linked(sender, target):
                 self.after(self.latency(), sender.receive, life, come_back)
@@ -405,7 +405,7 @@ class World:
     def has_members(self, num: int) -> bool:
         """Whether the primary and its successors are so many, and settled."""
         (leader,) = self.leaders
-        return leader.machine.is_settled and len(leader.machine.members) + 1 >= num
+        return leader.machine.is_content and len(leader.machine.members) + 1 >= num
 
     def describe(self) -> list[object]:
         return [(s.number, s.is_up and (s.machine.state.value, s.machine.epoch, s.leads)) for s in self.servers]

@@ -30,7 +30,7 @@ from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.experts.run import RUNS, RunManifest, SignedRun, sign_run
 from tesseract_async.experts.terms import EPOCH_ZERO
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.wire.calls import MAX_GRANT_BYTES
+from tesseract_async.wire.heads import MAX_GRANT_BYTES
 from tests.experts.raw_records import sign_body
 
 NOW = 1_800_000_000

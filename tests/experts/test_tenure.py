@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.experts.tenure_words import Ask, Fetch, Publish, Send, State
+from tesseract_async.experts.tenure_words import Fetch, Publish, Question, Send, State
 from tesseract_async.experts.terms import Kind, Seal, read_seal, sign_seal, sign_term
 from tests.experts.tenure_world import CREATED, RUN, UID, Server, World, appoint, identity
 
@@ -161,7 +161,7 @@ def test_a_handover_loses_and_doubles_nothing_wherever_it_ends(until: str) -> No
     machine = leader.machine
     epoch = machine.epoch
     before = [step for _, server, step in world.acknowledged if server is leader]
-    assert machine.leave() and not machine.leads(world.now) and not machine.leave()
+    assert machine.leave() and not machine.is_primary(world.now) and not machine.leave()
     heir = next(one for one in world.servers if one.peer == machine.heirs(world.now)[0])
     if until == "keep":
         machine.keep(world.now)
@@ -238,7 +238,7 @@ def test_strangers_change_nothing(noise: bytes, epoch: int, version: int) -> Non
         for blob in (noise, term.blob, seal.blob, None, 5, [term.blob]):
             assert not machine.sight(blob, world.now, server.wall)
         for kind in ("beat", "rise", "probe", "vote", "nonsense"):
-            ask = Ask(kind, epoch, noise[:8], term.blob, seal.blob)
+            ask = Question(kind, epoch, noise[:8], term.blob, seal.blob)
             answer = machine.ask(stranger.peer_id, ask, world.now, server.wall)
             assert not answer.agrees and not answer.vote and not answer.term
         machine.set_hosts(world.hosts() | {stranger.peer_id: min(epoch, 2**32 - 1)}, world.now, server.wall)
@@ -297,7 +297,7 @@ def test_a_member_votes_once_an_epoch_after_a_lease_of_silence_and_for_no_older_
     first = next(seal for seal in seals_of(world) if seal.age < held.age and candidate.peer in seal.members)
 
     def vote(epoch: int, *, seal: Seal = held, asker: Server = candidate, at: float = 0.0) -> bool:
-        ask = Ask("vote", epoch, bytes(8), b"", seal.blob)
+        ask = Question("vote", epoch, bytes(8), b"", seal.blob)
         return bool(machine.ask(asker.peer, ask, world.now + at, voter.wall).vote)
 
     epoch, later = machine.epoch + 1000, LEASE + 1.0
@@ -305,7 +305,7 @@ def test_a_member_votes_once_an_epoch_after_a_lease_of_silence_and_for_no_older_
     assert not vote(machine.epoch, at=later) and not vote(epoch, seal=first, at=later)
     assert vote(epoch, at=later) and vote(epoch, at=later)
     assert not vote(epoch, asker=leader, at=later) and not vote(epoch - 1, at=later)
-    beat = Ask("beat", machine.epoch, leader.machine._boot, b"", b"")
+    beat = Question("beat", machine.epoch, leader.machine._boot, b"", b"")
     assert not machine.ask(leader.peer, beat, world.now + later, voter.wall).agrees, "bound by its vote"
     assert machine.ask(leader.peer, beat, world.now + later + LEASE, voter.wall).agrees
 
@@ -629,7 +629,7 @@ def test_commands_come_in_the_order_in_which_they_must_be_done() -> None:
     later = world.now + 3 * LEASE
     machine.handle_timer(later, server.wall)
     (probe,) = [command for command in machine.commands() if isinstance(command, Send)]
-    machine.silent(probe.peer, probe.ask, later, server.wall)
+    machine.answered(probe.peer, probe.question, None, later, later, server.wall)
     commands = machine.commands()
     kinds = [type(command).__name__ for command in commands]
     assert kinds.index("Persist") < kinds.index("Send") and not any(isinstance(c, Publish | Fetch) for c in commands)

@@ -10,7 +10,7 @@ from tesseract_async.experts.grants import Role, sign_grant
 from tesseract_async.experts.manifest import MAGIC, RunTag, decode_manifest, encode_manifest, grid_key, shard_key
 from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import Identity, SignedRecord
-from tesseract_async.network.network import key_digest
+from tesseract_async.network.entries import key_digest
 
 ALICE = Identity.generate()
 UIDS = {(3, 7): True, (3, 8): False}

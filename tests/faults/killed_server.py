@@ -29,8 +29,9 @@ from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.server import server as server_module
-from tesseract_async.server.calls import journal_key
+from tesseract_async.server.answering import journal_key
 from tesseract_async.server.server import TesseractServer
+from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import TensorSpec
@@ -63,6 +64,7 @@ class Node:
     def __init__(self) -> None:
         self.metrics, self.network, self.trust = Metrics(), None, Trust()
         self.peer_address = SimpleNamespace(addresses=(), rendezvous=())
+        self.publisher_places: set[int] = set()
         self.handlers: Mapping[str, CallHandler] = {}
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
@@ -124,7 +126,9 @@ async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> Non
         async def save_checkpoints(self) -> int:
             num_saved = await super().save_checkpoints()
             if num_saved:
-                say("saved", self._saved["x.0"][0])
+                state = CheckpointStore(directory).load("x.0")
+                assert state is not None
+                say("saved", state["version"])
             return num_saved
 
     node, backend = Node(), make_backend()

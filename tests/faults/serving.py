@@ -12,8 +12,8 @@ from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, Incomi
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.wire import calls, frames
-from tesseract_async.wire.calls import Hello
+from tesseract_async.wire import frames, heads
+from tesseract_async.wire.heads import Hello
 
 
 async def echo(call: IncomingCall) -> Message:
@@ -21,12 +21,16 @@ async def echo(call: IncomingCall) -> Message:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: EndpointSettings | None = None) -> AsyncIterator[tuple[Endpoint, PeerAddress]]:
+async def serving(
+    settings: EndpointSettings | None = None, *, features: frozenset[str] = heads.FEATURES
+) -> AsyncIterator[tuple[Endpoint, PeerAddress]]:
     """An endpoint that echoes, and its address."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{sock.getsockname()[1]}"
-    endpoint = Endpoint(identity=Identity.generate(), transports=[TcpTransport(sock)], settings=settings)
+    endpoint = Endpoint(
+        identity=Identity.generate(), transports=[TcpTransport(sock)], settings=settings, features=features
+    )
     endpoint.handle("echo", echo)
     await endpoint.start()
     async with endpoint:
@@ -62,10 +66,10 @@ class RawPeer:
         try:
             if greet:
                 hello = Hello(os.urandom(16), False, os.urandom(32), 1024, 2**23, 2**30)
-                peer.writer.write(frames.frame(frames.HELLO, payload=calls.encode_hello(hello)))
+                peer.writer.write(frames.frame(frames.HELLO, payload=heads.encode_hello(hello)))
                 header = frames.HEADER.unpack(await reader.readexactly(16))
                 assert header[0] == frames.HELLO
-                calls.decode_hello(memoryview(await reader.readexactly(header[3])))
+                heads.decode_hello(memoryview(await reader.readexactly(header[3])))
             yield peer
         finally:
             writer.transport.abort()

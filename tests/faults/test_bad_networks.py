@@ -77,7 +77,7 @@ async def strike(settings: EndpointSettings, fault: Fault, *, timeout: float) ->
                     proxy.fault = None  # the network is good from now on
                 else:
                     raise AssertionError(f"after {fault}, calls go on to fail: {again}")
-                assert not client._budget.num_waiting
+                assert not client.budgets.messages.num_waiting
     return proxy.struck.is_set(), len(errors)
 
 

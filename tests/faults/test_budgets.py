@@ -17,8 +17,8 @@ from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.tcp import TcpTransport
-from tesseract_async.wire import calls, frames
-from tesseract_async.wire.calls import Hello
+from tesseract_async.wire import frames, heads
+from tesseract_async.wire.heads import Hello
 from tests.faults.serving import RawPeer, let_pass, serving, until
 
 PLAIN = EndpointSettings(security="plain")
@@ -53,11 +53,11 @@ async def test_announcing_a_gigabyte_takes_nothing_from_others(num_strangers: in
             for _ in range(num_strangers):
                 stranger = await stack.enter_async_context(RawPeer.connected(address))
                 stranger.writer.write(begin(1, GIB) + begin(2, GIB) + begin(3, MIB))
-            await until(lambda: server._budget.num_waiting == 2 * num_strangers)
-            assert server._budget.used <= 2 * MIB * num_strangers
+            await until(lambda: server.budgets.messages.num_waiting == 2 * num_strangers)
+            assert server.budgets.messages.used <= 2 * MIB * num_strangers
             await sends_large(old, address, MIB)
             await sends_large(new, address, 24 * MIB)
-        await until(lambda: server._budget.num_waiting == 0)
+        await until(lambda: server.budgets.messages.num_waiting == 0)
 
 
 @pytest.mark.slow
@@ -81,16 +81,16 @@ async def test_a_byte_now_and_then_holds_nothing_open() -> None:
     async with serving(PLAIN) as (server, address), client_of() as client:
         async with RawPeer.connected(address) as stranger:
             stranger.writer.write(begin(1, GIB) + frames.HEADER.pack(frames.CHUNK_REQUEST, 0, 0, MIB, 1))
-            await until(lambda: server._budget.used > 0)
+            await until(lambda: server.budgets.messages.used > 0)
             (connection,) = server._pool.connections()
             now = asyncio.get_running_loop().time()
             for second in range(0, 40, 2):
                 stranger.writer.write(b"x" + frames.HEADER.pack(frames.PING, 0, 0, 0, 0)[:0])
-                received = connection._protocol.lanes[0].bytes_received
-                await until(lambda: connection._protocol.lanes[0].bytes_received > received)  # noqa: B023
-                connection._protocol.life.received(1, now + second, 0)
-                connection._protocol.handle_timer(now + second)
-            assert server._budget.used == 0, "given up, although a byte came every other second"
+                received = connection.protocol.lanes[0].bytes_received
+                await until(lambda: connection.protocol.lanes[0].bytes_received > received)  # noqa: B023
+                connection.protocol.life.received(1, now + second, 0)
+                connection.protocol.handle_timer(now + second)
+            assert server.budgets.messages.used == 0, "given up, although a byte came every other second"
             await sends_large(client, address, 24 * MIB)
 
 
@@ -102,9 +102,9 @@ async def test_who_really_sends_most_makes_room_for_others() -> None:
             for stranger in strangers:  # each 12 of 13 MiB that it announced
                 chunk = frames.HEADER.pack(frames.CHUNK_REQUEST, 0, 0, MIB, 1) + bytes(MIB)
                 stranger.writer.write(begin(1, 13 * MIB) + 12 * chunk)
-            await until(lambda: server._budget.used == 24 * MIB)
+            await until(lambda: server.budgets.messages.used == 24 * MIB)
             await sends_large(client, address, 10 * MIB)
-            assert server._budget.num_given_up == 1 and server._budget.used <= 12 * MIB
+            assert server.budgets.messages.num_given_up == 1 and server.budgets.messages.used <= 12 * MIB
 
 
 class EvilServer:
@@ -126,9 +126,9 @@ class EvilServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             header = frames.HEADER.unpack(await reader.readexactly(16))
-            hello = calls.decode_hello(memoryview(await reader.readexactly(header[3])))
+            hello = heads.decode_hello(memoryview(await reader.readexactly(header[3])))
             mine = Hello(hello.session, hello.bulk, bytes(self.identity.peer_id), 1024, 2**23, 2**30)
-            writer.write(frames.frame(frames.HELLO, payload=calls.encode_hello(mine)))
+            writer.write(frames.frame(frames.HELLO, payload=heads.encode_hello(mine)))
             while True:
                 kind, _, _, length, stream = frames.HEADER.unpack(await reader.readexactly(16))
                 await reader.readexactly(length)
@@ -148,11 +148,11 @@ async def test_a_server_that_announces_a_reply_takes_nothing_from_calls_to_other
         await sends_large(client, address, 24 * MIB)
         reply = await client.call(address, "echo", None, [bytes(MIB)], timeout=30, max_reply_bytes=64 * MIB)
         assert len(reply.buffers[0]) == MIB
-        assert client._budget.used <= 8 * 2 * MIB
+        assert client.budgets.messages.used <= 8 * 2 * MIB
         for task in lost:
             task.cancel()
         await asyncio.gather(*lost, return_exceptions=True)
-        assert client._budget.used == 0
+        assert client.budgets.messages.used == 0
 
 
 @pytest.mark.parametrize("grant", [False, True], ids=["never granted", "granted and never read"])
@@ -169,15 +169,15 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
             for stream in range(1, 41):
                 head = frames.pack(("swell", 600_000_000, 0, 2**30 if grant else 0, 2**30, None))
                 stranger.writer.write(frames.encode_small(frames.REQUEST, stream, head, [], []))
-            await until(lambda: server._reply_budget.used > 30 * MIB)
+            await until(lambda: server.budgets.replies.used > 30 * MIB)
             let_pass(15.0)
             (connection,) = server._pool.connections()
             connection._wake()
-            assert server._reply_budget.used > 30 * MIB
+            assert server.budgets.replies.used > 30 * MIB
             for _ in range(4):
                 let_pass(16.0)
                 connection._timer_fired() if connection.is_open else None
-            assert server._reply_budget.used == 0
+            assert server.budgets.replies.used == 0
             await sends_large(client, address, 2 * MIB)
 
 
@@ -193,17 +193,17 @@ async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
             stranger.writer.transport.pause_reading()  # type: ignore[attr-defined]
             for stream in range(1, 400):
                 stranger.writer.write(stranger.request(stream, method="swell"))
-            await until(lambda: server._reply_budget.used > 4 * MIB)
+            await until(lambda: server.budgets.replies.used > 4 * MIB)
             (connection,) = server._pool.connections()
-            await until(lambda: not connection.num_calls and connection._channels[0].paused)
+            await until(lambda: not connection.protocol.num_calls and connection._channels[0].paused)
             for _ in range(3):
                 let_pass(12.0)
                 connection._timer_fired() if connection.is_open else None
-            assert not connection.is_open and server._reply_budget.used == 0
+            assert not connection.is_open and server.budgets.replies.used == 0
 
 
 async def test_one_who_takes_no_replies_leaves_room_for_those_of_others() -> None:
-    settings = dataclasses.replace(PLAIN, max_reply_bytes=16 * MIB)
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=32 * MIB)
 
     async def swell(call: IncomingCall) -> Message:
         return Message(None, (memoryview(bytearray(MIB)),))
@@ -215,14 +215,14 @@ async def test_one_who_takes_no_replies_leaves_room_for_those_of_others() -> Non
                 stranger = await stack.enter_async_context(RawPeer.connected(address))
                 for stream in range(1, 20):
                     stranger.writer.write(stranger.request(stream, method="swell"))
-            await until(lambda: server._reply_budget.num_given_up > 10)
-            assert server._reply_budget.used <= 16 * MIB
+            await until(lambda: server.budgets.replies.num_given_up > 10)
+            assert server.budgets.replies.used <= 16 * MIB
             for _ in range(3):
                 assert len((await client.call(address, "swell", timeout=30)).buffers[0]) == MIB
 
 
 async def test_heads_of_waiting_calls_are_bounded_by_what_they_cost() -> None:
-    settings = dataclasses.replace(PLAIN, max_call_bytes=6 * MIB)
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=24 * MIB)
     parked = asyncio.Event()
 
     async def park(call: IncomingCall) -> Message:
@@ -250,14 +250,14 @@ async def test_heads_of_waiting_calls_are_bounded_by_what_they_cost() -> None:
                         raise AssertionError("all were taken")
                     assert (await client.call(address, "echo", 1, timeout=30)).body == 1
                 assert tracemalloc.get_traced_memory()[0] - before < 12 * MIB
-                assert server._small_budget.used <= 6 * MIB
+                assert server.budgets.small_calls.used <= 6 * MIB
             parked.set()
         finally:
             tracemalloc.stop()
 
 
 async def test_a_crowd_of_calls_leaves_some_room_for_the_next_one() -> None:
-    settings = dataclasses.replace(PLAIN, max_call_bytes=24 * MIB)
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=96 * MIB)
     parked = asyncio.Event()
 
     async def park(call: IncomingCall) -> Message:
@@ -272,7 +272,7 @@ async def test_a_crowd_of_calls_leaves_some_room_for_the_next_one() -> None:
                 for stream in range(1, 1000):
                     stranger.writer.write(stranger.request(stream, method="park"))
                 await stranger.writer.drain()
-            await until(lambda: server._small_budget.used > 18 * MIB)
+            await until(lambda: server.budgets.small_calls.used > 18 * MIB)
             waiting = [asyncio.create_task(client.call(address, "park", timeout=30)) for _ in range(16)]
             echoes = await asyncio.gather(*(client.call(address, "echo", n, timeout=30) for n in range(8)))
             assert [reply.body for reply in echoes] == list(range(8))
@@ -287,10 +287,10 @@ async def test_a_storm_of_cancels_leaves_nothing_behind() -> None:
                 stranger.writer.write(begin(stream, GIB) + frames.frame(frames.CANCEL, stream=stream))
             stranger.writer.write(stranger.request(3000))
             await stranger.writer.drain()
-            await until(lambda: server._pool.connections()[0]._protocol._last_seen == 3000)
+            await until(lambda: server._pool.connections()[0].protocol.incoming.last_seen == 3000)
             await sends_large(client, address, 2 * MIB)
-            assert server._budget.num_waiting == 0
-        await until(lambda: server._budget.used == 0)
+            assert server.budgets.messages.num_waiting == 0
+        await until(lambda: server.budgets.messages.used == 0)
 
 
 async def test_a_flood_of_announcements_ends_the_connection_of_who_sends_it() -> None:
@@ -300,8 +300,8 @@ async def test_a_flood_of_announcements_ends_the_connection_of_who_sends_it() ->
             for stream in range(1, 20_000):
                 stranger.writer.write(begin(stream, 2 * MIB))
             await stranger.closed()
-        await sends_large(client, address, MIB // 2)
-        assert server._budget.used <= MIB
+        await sends_large(client, address, MIB // 4)
+        assert server.budgets.messages.used <= MIB
 
 
 async def test_errors_of_who_makes_room_can_be_tried_again() -> None:

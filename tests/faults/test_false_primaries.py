@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,13 +59,14 @@ class Stranger:
         self.silent = False
         state = self.backend.state()
 
-        async def snapshot(uid: str) -> dict[str, Any]:
+        async def snapshot() -> dict[str, Any]:
             return state
 
         async def aside(work: Callable[[], bytes]) -> bytes:
             return work()
 
-        self._source = StateSource(snapshot, aside)
+        self._source = StateSource(aside)
+        self._hosted: Any = SimpleNamespace(uid=UID, backend=self.backend, snapshot=snapshot)
         node.host_expert(UID, dict.fromkeys(EXPERT_METHODS, self._answer))
         self._publisher = ExpertPublisher(node.network, addresses=[node.address], settings=PUBLISHER)
 
@@ -80,9 +82,9 @@ class Stranger:
         if self.silent:
             await asyncio.Event().wait()
         if call.method == messages.STATE:
-            return await self._source.answer(UID, self.backend, call)
-        if call.method == messages.LEAD:
-            return Message(messages.encode(messages.LeadReply(50, os.urandom(16))))
+            return await self._source.answer(self._hosted, call)
+        if call.method == messages.TAKE_OVER:
+            return Message(messages.encode(messages.TakeOverReply(50, os.urandom(16))))
         schemas = (self.backend.args_schema, self.backend.kwargs_schema, self.backend.outputs_schema)
         encoded = [wire.encode_schema(one) for one in schemas]
         codecs = self.backend.settings.codecs.encode()
@@ -207,7 +209,7 @@ async def test_an_expert_is_given_to_nobody_who_did_not_fetch_it() -> None:
             await train(follower.node, 5)
             await evil.claim(primary=False)  # the newest manifest: the leaving primary asks it first
             assert await keeper.hand_over() == 1
-            assert evil.asked[messages.LEAD] == 1 and follower.is_primary(UID)
+            assert evil.asked[messages.TAKE_OVER] == 1 and follower.is_primary(UID)
             assert follower.experts[UID].version == 5, "no step was lost"
 
 
@@ -234,13 +236,13 @@ async def test_claims_that_nobody_stands_behind_delay_no_takeover(primary: bool)
 async def test_asking_a_server_to_lead_costs_it_no_look_at_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     async with server([]) as (honest, _), server([honest.node.address], follow=True) as (follower, _):
         async with ta.TesseractNode(initial_peers=[honest.node.address]) as evil:
-            body = messages.encode(messages.LeadRequest(UID, bytes(16)))
+            body = messages.encode(messages.TakeOverRequest(UID, bytes(16)))
             for victim in (honest, follower):
                 before = victim.node.metrics.total("network_lookups")
                 monkeypatch.setattr(victim.node.network, "get_entries", None)
                 for _ in range(5):
                     with pytest.raises(NotAllowed):
-                        await evil.call_expert(victim.node.peer_address, messages.LEAD, body, timeout=10.0)
+                        await evil.call_expert(victim.node.peer_address, messages.TAKE_OVER, body, timeout=10.0)
                 assert victim.node.metrics.total("network_lookups") == before
 
 

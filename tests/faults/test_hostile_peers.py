@@ -60,7 +60,7 @@ async def test_an_attack_costs_the_attacker_its_channel_only(attack: str, caplog
             while not server.metrics.total("endpoint_connections_dropped"):
                 await client.call(address, "echo", timeout=30)
         assert caplog.text.count("dropped: ") == 1, "one line for each peer dropped, with the reason"
-        assert server._budget.used <= PLAIN.protocol.standing_bytes, "no memory was taken for what never came"
+        assert server.budgets.messages.used <= PLAIN.protocol.window_bytes, "no memory was taken for what never came"
         assert len(server.connections()) == 1 and len(client.connections()) == 1
 
 
@@ -193,7 +193,7 @@ async def _never_read(settings: EndpointSettings, swell: CallHandler, computed: 
             async with asyncio.timeout(30):
                 while len(server.connections()) != 1 or not server.metrics.total("endpoint_connections_dropped"):
                     for connection in server._pool.connections():
-                        peak = max(peak, connection._protocol.unsent_bytes)
+                        peak = max(peak, connection.protocol.unsent_bytes)
                     await client.call(address, "echo", timeout=30)
             # two portions of replies beyond the bound on the backlog; the rest was held back and never computed
             assert 2**20 < peak <= 2**20 + 2 * 128 * 61_000, "replies that nobody reads"
@@ -204,7 +204,7 @@ async def _never_read(settings: EndpointSettings, swell: CallHandler, computed: 
 async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than_allowed() -> None:
     # these peers answer no ping, either: that is not what ends them here
     bounds = ProtocolSettings(max_replies=8 * 2**20, max_backlog=2**30, dead_after=120.0, stall_after=120.0)
-    settings = dataclasses.replace(PLAIN, protocol=bounds, max_reply_bytes=12 * 2**20)
+    settings = dataclasses.replace(PLAIN, protocol=bounds, max_receive_bytes=24 * 2**20)
     computed = 0
 
     async def swell(call: IncomingCall) -> Message:
@@ -213,6 +213,7 @@ async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than
         return Message(None, (memoryview(bytearray(2**20)),))
 
     async with serving(settings) as (server, address), client_of(settings) as client:
+        server.budgets.small_calls.total = 2**28
         server.handle("swell", swell)
         tracemalloc.start()
         try:
@@ -226,13 +227,13 @@ async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than
                         assert (await client.call(address, "echo", 1, timeout=30)).body == 1
                 # what waits, the replies of one turn's handlers, and the requests and refusals themselves
                 assert tracemalloc.get_traced_memory()[0] - before < 14 * 2**20
-                assert 4 * 2**20 < server._reply_budget.used <= 6 * 2**20, "of each at most a quarter of 12"
+                assert 4 * 2**20 < server.budgets.replies.used <= 6 * 2**20, "of each at most a quarter of 12"
                 reply = await client.call(address, "echo", 1, [bytes(300_000)], timeout=30)
                 assert len(reply.buffers[0]) == 300_000, "there is room for small ones of others"
             async with asyncio.timeout(30):
                 while len(server.connections()) > 1:
                     await client.call(address, "echo", timeout=30)
-            assert server._reply_budget.used == 0
+            assert server.budgets.replies.used == 0
         finally:
             tracemalloc.stop()
 
@@ -252,11 +253,11 @@ async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> N
         assert len(server.connections()) == len(client.connections()) == 1000
         loop = asyncio.get_running_loop()
         for connection in (*server._pool.connections(), *client._pool.connections()):
-            connection._protocol.handle_timer(loop.time() + PLAIN.protocol.ping_after)  # what the timer does then
+            connection.protocol.handle_timer(loop.time() + PLAIN.protocol.ping_after)  # what the timer does then
         scratch = sum(
             reader._scratch is not None
             for connection in (*server._pool.connections(), *client._pool.connections())
-            for reader in (lane.reader for lane in connection._protocol.lanes)
+            for reader in (lane.reader for lane in connection.protocol.lanes)
         )
         assert scratch < 100, "idle connections hold no scratch memory"
         assert (await client.call(address, "echo", 1, [bytes(300_000)], timeout=30)).body == 1

@@ -12,6 +12,7 @@ from torch import nn
 
 import tesseract_async as ta
 from tesseract_async.client.gating_function import GatingFunction
+from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.experts import ExpertPublisher
 from tesseract_async.metrics import Metrics
 from tesseract_async.node import EXPERT_METHODS
@@ -58,7 +59,12 @@ async def test_silent_claimers_cost_one_stall(how: str) -> None:
             module_of_trainer: nn.Module = (await trainer.get_expert(UID)).with_options(timeout=20.0)
         else:
             module_of_trainer = GatingFunction(
-                trainer, "ffn", grid_size=(1, 1), in_features=8, k_best=1, forward_timeout=20.0, backward_timeout=20.0
+                trainer,
+                uid_prefix="ffn",
+                grid_size=(1, 1),
+                in_features=8,
+                k_best=1,
+                settings=MixtureSettings(forward_timeout=20.0, backward_timeout=20.0),
             )
         num_failed = 0
 

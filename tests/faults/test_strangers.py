@@ -200,7 +200,7 @@ async def test_a_stranger_may_ask_nothing_of_members(kind: str) -> None:
             (messages.BACKWARD, body, buffers),
             (messages.STATE, messages.encode(state), ()),
             (messages.STATE, messages.encode(state._replace(weights_only=False)), ()),
-            (messages.LEAD, messages.encode(messages.LeadRequest(UID)), ()),
+            (messages.TAKE_OVER, messages.encode(messages.TakeOverRequest(UID)), ()),
         ]
         for method, request, some in asks:
             with pytest.raises(NotAllowed):
@@ -252,9 +252,10 @@ async def test_holders_refuse_what_a_stranger_says_about_a_run() -> None:
         assert {entry.owner for entry in entries if entry.owner != STRANGER.peer_id} == {SERVER.peer_id}
         for node in (swarm.node, swarm.trainer):
             protocol: Any = node.network._protocol
-            held = {record.owner for record in protocol.storage}
+            storage = protocol.core.storage
+            held = {record.owner for record in storage}
             assert SERVER.peer_id in held
-            manifests = [one for one in protocol.storage if one.owner == STRANGER.peer_id and TAG.owner in one.value]
+            manifests = [one for one in storage if one.owner == STRANGER.peer_id and TAG.owner in one.value]
             assert not manifests
 
 

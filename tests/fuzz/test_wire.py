@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tesseract_async.admission import Quota
-from tesseract_async.endpoint.budget import Budget
-from tesseract_async.endpoint.events import CallReceived
+from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
+from tesseract_async.endpoint.events import CallReceived, PartReceived, PartWanted
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.endpoint.settings import ProtocolSettings
@@ -20,12 +20,12 @@ from tesseract_async.errors import ConnectionLost, NotAllowed, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.tls import TlsMachine
-from tesseract_async.wire import calls, compression, frames, messages, tensors
-from tesseract_async.wire.calls import Hello, RequestHead
+from tesseract_async.wire import compression, frames, heads, messages, tensors
+from tesseract_async.wire.heads import Hello, RequestHead
 
 SETTINGS = ProtocolSettings(max_message=2**22, max_calls=50, max_replies=2**18)
-HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22)
-REQUEST = calls.encode_request(RequestHead("expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
+HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22, features=heads.FEATURES)
+REQUEST = heads.encode_request(RequestHead("expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
 PEER = Identity.from_seed(b"f" * 32).peer_id
 QUOTA = Quota(calls=2, num_bytes=2**20, concurrent=2)
 CONTEXTS = make_contexts(Identity.from_seed(b"f" * 32))
@@ -66,36 +66,47 @@ def value(pick: random.Random, depth: int = 0) -> Any:
     return pick.choice(kinds)()
 
 
+class Holder:
+    """The driver, as far as budgets know it."""
+
+    side: ConnectionProtocol
+
+    def room_changed(self, room: Reservation) -> None:
+        self.side.room_changed(room, 0.0)
+
+
 def fuzz_machine(pick: random.Random) -> None:
     """Both roles of a connection take mutated frames of every kind."""
     quotas = Quotas(lambda _: QUOTA)
-    replies = Budget(2**18)
-    side = ConnectionProtocol(
+    budgets = NodeBudgets(2**23)
+    budgets.replies.total = pick.choice((2**18, 2**22))
+    holder = Holder()
+    side = holder.side = ConnectionProtocol(
         "peer",
         HELLO,
         dialled=pick.random() < 0.5,
-        budget=Budget(2**23),
+        budgets=budgets,
+        owner=Owner("range", PEER, holder),
         settings=SETTINGS,
         now=0.0,
-        wake=lambda: None,
         meter=quotas.meter(PEER) if pick.random() < 0.3 else None,
         refusal=(lambda: NotAllowed("not here")) if pick.random() < 0.1 else None,
-        reply_budget=replies if pick.random() < 0.7 else None,
     )
     for _ in range(2):
         head = RequestHead("m", 5.0, 0, 0, 2**20, None)
-        side.start_call(
-            head, (memoryview(bytes(pick.choice((5, 70_000)))),), deadline=5.0, reserve_reply=False, now=0.0
-        )
+        payload = memoryview(bytes(pick.choice((5, 70_000))))
+        in_parts = pick.random() < 0.5
+        side.start_call(head, (payload,), deadline=5.0, reserve_reply=False, now=0.0, in_parts=in_parts)
     data = bytearray()
     if pick.random() < 0.3:  # whole calls, so that replies wait: what follows may grant, cancel, or end them
         if pick.random() < 0.5:
             data += frames.frame(frames.WINDOW, stream=2**18)
         for stream in range(1, pick.randrange(2, 8)):
             payload = frames.encode_table(len(REQUEST), []) + REQUEST
-            data += frames.frame(frames.REQUEST, stream=stream, payload=payload)
+            data += frames.frame(frames.REQUEST, stream=stream, flags=pick.choice((0, frames.MORE)), payload=payload)
             if pick.random() < 0.3:
-                data += frames.frame(pick.choice((frames.GRANT_REPLY, frames.CANCEL)), stream=stream)
+                kind, flags = pick.choice((frames.GRANT_REPLY, frames.CANCEL)), pick.choice((0, frames.MORE))
+                data += frames.frame(kind, stream=stream, flags=flags)
     for _ in range(pick.randrange(1, 8)):
         stream = pick.choice((1, 2, 3, 2**63))
         kind = pick.randrange(18)
@@ -104,7 +115,7 @@ def fuzz_machine(pick: random.Random) -> None:
             length = pick.choice((1, 4096, 70_000))
             data += frames.HEADER.pack(kind, 0, 0, length, stream) + bytes(length)
             continue
-        result = calls.encode_result(value(pick))
+        result = heads.encode_result(value(pick))
         payload = pick.choice(
             (
                 b"",
@@ -113,7 +124,7 @@ def fuzz_machine(pick: random.Random) -> None:
                 frames.encode_table(len(result), [3]) + result + b"abc",
             )
         )
-        data += mutate(pick, frames.frame(kind, stream=stream, flags=pick.randrange(4), payload=payload))
+        data += mutate(pick, frames.frame(kind, stream=stream, flags=pick.randrange(8), payload=payload))
     view, now = memoryview(bytes(data)), 0.0
     lane = pick.choice((0, 0, 1))
     try:
@@ -125,9 +136,17 @@ def fuzz_machine(pick: random.Random) -> None:
             view = view[count:]
             side.received(count, now, lane=lane)
             reader.buffer_updated(count)
+            budgets.deliver()
             for event in side.events():
-                if isinstance(event, CallReceived) and pick.random() < 0.8:
-                    side.reply(event.stream, None, (memoryview(bytes(pick.choice((5, 70_000, 200_000)))),), now=now)
+                if isinstance(event, CallReceived | PartWanted) and pick.random() < 0.8:
+                    buffers = (memoryview(bytes(pick.choice((5, 70_000, 200_000)))),)
+                    in_parts = isinstance(event, PartWanted) or event.in_parts
+                    while side.incoming.takes_part(event.stream):
+                        more = in_parts and pick.random() < 0.7
+                        if not side.reply(event.stream, None, buffers, now=now, more=more) or not more:
+                            break
+                elif isinstance(event, PartReceived) and pick.random() < 0.5:
+                    side.outgoing.part_taken(event.stream)
             side.data_to_send(lane, 1)
             if pick.random() < 0.1:
                 now += pick.choice((0.1, 8.0))
@@ -136,29 +155,29 @@ def fuzz_machine(pick: random.Random) -> None:
         pass
     side.events()
     side.connection_lost("the end")
-    assert side._budget.used == 0 and side.num_calls == 0 and replies.used == 0 and not side.backlog
+    assert budgets.messages.used == 0 and side.num_calls == 0 and budgets.replies.used == 0 and not side.backlog
     assert all(use.under_way == 0 for use in quotas._uses.values())
 
 
 def fuzz_frames(pick: random.Random) -> None:
     payload = frames.encode_table(len(REQUEST), [3, 0]) + REQUEST + b"abc"
-    calls.decode_request(frames.decode_small(memoryview(mutate(pick, payload)), frames.Arena())[0])
+    heads.decode_request(frames.decode_small(memoryview(mutate(pick, payload)), frames.Arena())[0])
 
 
 def fuzz_heads(pick: random.Random) -> None:
     anything = value(pick)
     if pick.random() < 0.5:
-        calls.decode_request(["m", 5, 0, 0, 5, None][: pick.randrange(7)] + [anything])
+        heads.decode_request(["m", 5, 0, 0, 5, None][: pick.randrange(7)] + [anything])
     elif pick.random() < 0.5:
-        calls.decode_reply(
+        heads.decode_reply(
             pick.choice(([0, anything], [1, "overloaded", "x", anything], [1, anything, "x", {}], anything))
         )
     else:
-        calls.decode_request(frames.unpack(mutate(pick, REQUEST)))
+        heads.decode_request(frames.unpack(mutate(pick, REQUEST)))
 
 
 def fuzz_hello(pick: random.Random) -> None:
-    calls.decode_hello(memoryview(mutate(pick, calls.encode_hello(HELLO))))
+    heads.decode_hello(memoryview(mutate(pick, heads.encode_hello(HELLO))))
 
 
 KINDS: list[Any] = [
@@ -168,8 +187,8 @@ KINDS: list[Any] = [
     messages.ForwardReply,
     messages.BackwardRequest,
     messages.BackwardReply,
-    messages.LeadRequest,
-    messages.LeadReply,
+    messages.TakeOverRequest,
+    messages.TakeOverReply,
     messages.TenureRequest,
     messages.TenureReply,
     messages.StateRequest,

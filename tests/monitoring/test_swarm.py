@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import tesseract_async as ta
-from tesseract_async.cli import top
+from tesseract_async.cli import swarm_picture as picture
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
@@ -77,7 +77,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
                     and state["totals"]["calls_per_second"] > 0
                 )
                 shown = print_top(state, 120)
-                assert all(column in shown for column in top.COLUMNS)
+                assert all(column in shown for column in picture.COLUMNS)
                 for width in (80, 40):  # whose line it is, and the path: whole on every terminal
                     assert f"{host.peer_id.short}  {peer['path']}  " in print_top(state, width)
                 [head] = [one for one in print_top(state, 80).splitlines() if one.startswith("peer ")]
@@ -92,7 +92,7 @@ async def test_an_observer_sees_who_hosts_computes_and_leaves() -> None:
 
 def print_top(state: dict[str, Any], width: int) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(top.draw(state, width))
+    console.print(picture.draw(state, width))
     return console.export_text()
 
 
@@ -139,7 +139,7 @@ async def test_a_server_that_does_not_answer_is_said_so_once() -> None:
         for _ in range(3):
             await observer.look()
         peer = only(observer.state()["peers"])
-        assert peer["error"] == "it does not tell how it is" and not peer["gone"]
+        assert peer["error"] == "it does not answer status calls" and not peer["gone"]
         assert observer.state()["totals"]["experts"] == 1, "it lives"
         assert [sentence for _, sentence, _ in observer.log if "does not answer" in sentence][1:] == []
 

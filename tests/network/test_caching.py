@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.caching import MAX_COPIES, PathCache, lifetime
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
-from tesseract_async.network.holding import Holder
+from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
-from tesseract_async.network.storage import Outcome
+from tesseract_async.network.storage import StoreOutcome
 from tesseract_async.testing import SimulatedNetwork, SimulatedNode
 
 WALL = 1_700_000_000.0
@@ -38,9 +37,9 @@ def contact(number: int) -> Contact:
 
 def test_a_copy_lives_half_as_long_with_each_doubling_of_the_nodes_between() -> None:
     closest = [contact(number) for number in range(1, 21)]  # the farthest is 20: five bits
-    lives = [lifetime(own, 0, closest, k=20, longest=32.0) for own in (19, 21, 31, 32, 64, 128, 1 << 9, 1 << 10)]
-    assert lives == [0.0, 32.0, 32.0, 16.0, 8.0, 4.0, 1.0, 0.0]
-    assert lifetime(1 << 9, 0, closest[:19], k=20, longest=32.0) == 0.0, "whoever knows fewer than k is a holder"
+    lives = [lifetime(own, 0, closest, k=20) for own in (19, 21, 31, 32, 64, 128, 1 << 8, 1 << 9)]
+    assert lives == [0.0, 30.0, 30.0, 15.0, 7.5, 3.75, 1.875, 0.0]
+    assert lifetime(1 << 8, 0, closest[:19], k=20) == 0.0, "whoever knows fewer than k is a holder"
 
 
 def test_the_cache_keeps_the_newest_single_values_for_a_while() -> None:
@@ -62,7 +61,7 @@ def test_the_cache_keeps_the_newest_single_values_for_a_while() -> None:
     assert len(cache) == MAX_COPIES // 2 - 1
 
 
-def far_node() -> NetworkProtocol:
+def far_node(*checks: RecordCheck) -> NetworkProtocol:
     """A node that knows 20 others nearer to the key than itself."""
     node = NetworkProtocol(
         identity=Identity.from_seed(bytes([1] * 32)),
@@ -72,11 +71,12 @@ def far_node() -> NetworkProtocol:
         now=0.0,
         wall_offset=WALL,
         public=True,
+        checks=checks,
     )
     for index in range(20):
-        near = contact((node.table.own_number >> 1) + index)
+        near = contact((node.core.table.own_number >> 1) + index)
         near.proven = True
-        node.table.add(near, 0.0)
+        node.core.table.add(near, 0.0)
     return node
 
 
@@ -99,31 +99,30 @@ def test_a_copy_is_served_as_such_and_only_what_may_be_copied_is_kept() -> None:
         (bytes(forged), "a forged one"),
     ):
         send(node, wire.COPY, KEY + body, token=token)
-        assert len(node.copies) == 0, what
+        assert len(node.holder.copies) == 0, what
     send(node, wire.COPY, KEY + record().body)
-    assert len(node.copies) == 0, "without a token"
+    assert len(node.holder.copies) == 0, "without a token"
     send(node, wire.COPY, KEY + record().body, token=token)
-    assert len(node.copies) == 1 and node.storage.num_entries == 0
+    assert len(node.holder.copies) == 1 and node.core.storage.num_entries == 0
     (answer,) = send(node, wire.GET, KEY, token=token)
     results = wire.read_reply(answer).results
     assert wire.read_value(results)[1] == [record().body] and wire.is_copy(results)
     send(node, wire.STORE, [KEY + record(sequence=2).body], token=token)
-    assert len(node.copies) == 0, "a holder keeps no copy"
+    assert len(node.holder.copies) == 0, "a holder keeps no copy"
     (answer,) = send(node, wire.GET, KEY, token=token)
     results = wire.read_reply(answer).results
     assert wire.read_value(results)[1] == [record(sequence=2).body] and not wire.is_copy(results)
 
 
 def test_a_check_that_the_node_was_given_stands_before_copies_and_records_alike() -> None:
-    node = far_node()
-    node.holder = Holder(node, policy=Policy(), checks=[lambda record: record.value != b"odd", lambda record: True])
+    node = far_node(lambda record: record.value != b"odd", lambda record: True)
     token = wire.read_reply(send(node, wire.PING)[0]).token
     odd = record(value=b"odd")
     send(node, wire.COPY, KEY + odd.body, token=token)
     (answer,) = send(node, wire.STORE, [KEY + odd.body, KEY + record(subkey="a").body], token=token)
-    assert wire.read_outcomes(wire.read_reply(answer).results, 2) == [Outcome.INVALID, Outcome.STORED]
-    assert len(node.copies) == 0 and node.storage.num_entries == 1
-    assert node.metrics.snapshot()["network_datagrams_dropped{reason=invalid_record}"] == 2
+    assert wire.read_outcomes(wire.read_reply(answer).results, 2) == [StoreOutcome.INVALID, StoreOutcome.STORED]
+    assert len(node.holder.copies) == 0 and node.core.storage.num_entries == 1
+    assert node.core.metrics.snapshot()["network_datagrams_dropped{reason=invalid_record}"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +139,11 @@ def read(network: SimulatedNetwork, node: SimulatedNode, key: str) -> ReadFinish
 
 
 def copies(nodes: list[SimulatedNode]) -> int:
-    return sum(len(node.protocol.copies) for node in nodes)
+    return sum(len(node.protocol.holder.copies) for node in nodes)
 
 
 def served(nodes: list[SimulatedNode]) -> float:
-    return sum(node.protocol.metrics.total("network_copies_served") for node in nodes)
+    return sum(node.protocol.core.metrics.total("network_copies_served") for node in nodes)
 
 
 def test_what_many_read_is_answered_on_the_way_and_a_replaced_value_never(
@@ -162,7 +161,7 @@ def test_what_many_read_is_answered_on_the_way_and_a_replaced_value_never(
     network.run(31.0)
     assert read(network, readers[0], "hot").num_holders >= 3
     network.run(31.0)
-    assert not any(node.protocol.copies.get(record().key, WALL) for node in nodes)
+    assert not any(node.protocol.holder.copies.get(record().key, WALL) for node in nodes)
 
 
 def test_dictionaries_are_never_copied(swarm: tuple[SimulatedNetwork, list[SimulatedNode]]) -> None:
@@ -182,11 +181,11 @@ def test_a_node_with_a_copy_still_gets_the_record_once_it_is_a_holder(
     network.store(nodes[7], "moving", 1, ttl=3600.0)
     key = nodes[7].sign("moving", 1, ttl=1.0).key
     number = int.from_bytes(key, "big")
-    in_order = sorted(nodes, key=lambda node: node.protocol.table.own_number ^ number)
+    in_order = sorted(nodes, key=lambda node: node.protocol.core.table.own_number ^ number)
     # the 21st holds a copy; then a holder vanishes, and it belongs among the k nearest
-    heir = next(node for node in in_order if not node.protocol.storage.records(key))
-    kept = in_order[0].protocol.storage.records(key)[0]
-    heir.protocol.copies.put(kept, heir.protocol.wall(network.clock.now) + 3000.0)
+    heir = next(node for node in in_order if not node.protocol.core.storage.records(key))
+    kept = in_order[0].protocol.core.storage.records(key)[0]
+    heir.protocol.holder.copies.put(kept, heir.protocol.core.wall(network.clock.now) + 3000.0)
     network.kill(in_order[5:8])
     network.run(2 * network.settings.republish_period)
-    assert heir.protocol.storage.records(key) == [kept]
+    assert heir.protocol.core.storage.records(key) == [kept]

@@ -149,7 +149,7 @@ def test_one_address_range_has_few_places_among_the_closest() -> None:
     crowd = [Contact(bytes(31) + bytes([index]), ("8.8.8.8", 4000 + index)) for index in range(1, 5)]
     crowd += [Contact(bytes(31) + bytes([index]), (f"2a01:db8:7:{index}::1", 4000)) for index in range(5, 9)]
     others = [Contact(bytes(30) + bytes([1, index]), (f"8.8.{index}.8", 4000)) for index in range(1, 5)]
-    lookup = Lookup(0, [*crowd, *others], k=6, num_paths=4, alpha=12, max_per_range=9)
+    lookup = Lookup(0, [*crowd, *others], k=6, num_paths=4, alpha=12)
     run(lookup, {item.raw: [] for item in [*crowd, *others]})
     assert lookup.closest() == crowd[:6]
     # two of the /24, two of the /48, whatever their ids, and then those who live elsewhere

@@ -14,14 +14,15 @@ import pytest
 from tesseract_async.admission import Policy
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.network import writing
-from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, StoreItem, TesseractNetwork, key_digest
+from tesseract_async.network.entries import StoreItem, key_digest
+from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, TesseractNetwork
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 from tests.loopback import needs_both_kinds_of_ip, needs_ipv6_loopback
 
-PATIENT = NetworkSettings(first_timeout=5.0, min_timeout=5.0, max_timeout=5.0, min_seed_backoff=0.05, join_timeout=10.0)
+PATIENT = NetworkSettings(min_timeout=5.0, join_timeout=10.0)
 """Nobody is taken for dead because the machine is busy."""
-QUICK = NetworkSettings(first_timeout=0.2, min_seed_backoff=0.05, join_timeout=2.0)
+QUICK = NetworkSettings(join_timeout=2.0)
 """Where somebody is dead."""
 
 
@@ -165,7 +166,7 @@ async def test_a_tombstone_outlives_everything_that_it_hides() -> None:
 
         def kept_until() -> float:
             assert nodes[1]._protocol is not None
-            record = nodes[1]._protocol.storage.get(key_digest("key"), None, identity.peer_id)
+            record = nodes[1]._protocol.core.storage.get(key_digest("key"), None, identity.peer_id)
             assert record is not None and record.tombstone
             return record.expiration - time.time()
 
@@ -226,7 +227,7 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         reader.set_client(True)  # it holds nothing itself
         await holder.store("key", 1, ttl=60.0)
         assert holder._driver is not None and holder._driver._transport is not None
-        storage = holder._driver.protocol.storage
+        storage = holder._driver.protocol.core.storage
         held = holder._driver._transport.get_extra_info("socket").dup()  # the port stays its own
         holder._driver._transport.abort()  # no farewell
         with pytest.raises(TimeoutError, match="no answer from 127.0.0.1"):
@@ -237,7 +238,8 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         await asyncio.sleep(0)
         async with node(sock=held, identity=holder.identity, settings=QUICK) as (back, _):
             assert back._driver is not None
-            back._driver.protocol.storage = storage
+            for held_record in storage:
+                back._driver.protocol.core.storage.put(held_record)
             assert await reading == 1
             assert await reader.get("absent") is None
 
@@ -274,8 +276,8 @@ async def test_nothing_is_said_to_a_seed_that_proves_to_be_another(caplog: pytes
                 await network.get("other")
             assert await nodes[1].get("key") is None and await nodes[0].store("theirs", 1, ttl=60.0) == 3
             assert network.num_contacts == 0 and network._protocol is not None
-            assert all(network.peer_id not in (n._protocol.table if n._protocol else ()) for n in nodes)
-            assert not network._protocol.storage.num_entries - 1, "nor does anything come from there"
+            assert all(network.peer_id not in (n._protocol.core.table if n._protocol else ()) for n in nodes)
+            assert not network._protocol.core.storage.num_entries - 1, "nor does anything come from there"
             assert f"the seed 127.0.0.1:{port}/{other} proves to be {first.peer_id}" in caplog.text
         finally:
             await network.aclose()
@@ -307,7 +309,7 @@ async def test_of_two_seeds_the_wrong_one_is_left_alone(order: int) -> None:
             await until(lambda: network.num_contacts == 2 and bool(network.wrong_seeds))
             assert await network.store("key", 1, ttl=60.0) == 3
             assert wrong.peer_id not in {contact.peer_id for contact in network.public_contacts(9)}
-            assert network._protocol is not None and network._protocol.dialback.is_public
+            assert network._protocol is not None and network._protocol.core.public
         finally:
             await network.aclose()
 
@@ -444,7 +446,7 @@ async def test_a_change_of_role_is_told() -> None:
 
 async def test_a_policy_says_whose_records_a_node_holds() -> None:
     friend = Identity.generate()
-    policy = Policy(storers=[friend.peer_id])
+    policy = Policy(hosts=[friend.peer_id])
     closed = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, policy=policy)
     await closed.start(bound())
     async with node(port_of(closed), identity=friend) as (known, _), node(port_of(closed)) as (stranger, _):
@@ -487,7 +489,7 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
         await until(lambda: old.num_contacts == new.num_contacts == 1)
         assert {peer.addresses[0].rpartition(":")[0] for peer in middle.public_contacts(9)} == {"127.0.0.1", "[::1]"}
         assert old._driver is not None
-        old._driver.protocol.send(b"x", ("::1", 9))  # should it ever want to
+        old._driver.protocol.core.outbox.send(b"x", ("::1", 9))  # should it ever want to
         old._driver.cycle()
     await middle.aclose()
 

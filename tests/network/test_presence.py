@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.network.network import Entry
+from tesseract_async.network.entries import Entry
 from tesseract_async.network.presence import Presence
 
 

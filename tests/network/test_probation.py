@@ -8,7 +8,7 @@ from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact, pack_address
-from tesseract_async.network.probation import MAX_PENDING, MAX_REMEMBERED
+from tesseract_async.network.dial_back import MAX_PENDING, MAX_REMEMBERED
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 
@@ -38,11 +38,17 @@ class Town:
         for address in (B, C):
             self.machines[address].set_seeds([(A, None)], 0.0)
         self.run(20.0)
-        assert all(len(self.machines[address].table) == 2 for address in (A, B, C))
+        assert all(len(self.machines[address].core.table) == 2 for address in (A, B, C))
         x = self.machines[X]
-        x.dialback.note_sent(A, self.now)
+        x.core.outbox.note_sent(A, self.now)
         data = wire.encode_request(
-            wire.PING, x.flags(), bytes(8), x.own_id, token=b"", challenge=bytes(wire.CHALLENGE_BYTES), arguments=()
+            wire.PING,
+            x.core.outbox.flags(),
+            bytes(8),
+            x.core.own_id,
+            token=b"",
+            challenge=bytes(wire.CHALLENGE_BYTES),
+            arguments=(),
         )
         self.machines[A].receive_datagram(data, X, self.now)
 
@@ -71,7 +77,7 @@ class Town:
 
     @property
     def listed(self) -> bool:
-        return self.machines[X].own_id in self.machines[A].table
+        return self.machines[X].core.own_id in self.machines[A].core.table
 
 
 def test_who_can_be_dialled_by_a_third_is_listed() -> None:
@@ -86,7 +92,7 @@ def test_who_lies_about_it_is_found_out_and_not_listed() -> None:
     town = Town(gateway=True)
     town.run(60.0)
     assert not town.listed
-    assert town.machines[A].metrics.total("network_contacts_dropped") == 1
+    assert town.machines[A].core.metrics.total("network_contacts_dropped") == 1
     assert not town.machines[A].probation._pending and not town.machines[A].probation._nonces
 
 
@@ -114,7 +120,7 @@ def test_who_fell_silent_before_it_was_dialled_is_not_listed_by_that() -> None:
     a = town.machines[A]
     (nonce,) = a.probation._nonces
     contact, _ = a.probation._pending[a.probation._nonces[nonce]]
-    a.lost(contact, town.now)
+    a.core.lost(contact, town.now)
     a.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), contact.peer_id, (b"", b"", nonce)), X, town.now)
     assert not town.listed
     assert not a.probation.holds(contact, town.now), "it is listed as soon as it proves its id again"
@@ -124,7 +130,7 @@ def test_nobody_is_made_to_write_to_third_parties() -> None:
     town = Town(gateway=False)
     x = town.machines[X]
     x.datagrams_to_send()
-    dialled = wire.encode(wire.DIALED, 0, bytes(8), x.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
+    dialled = wire.encode(wire.DIALED, 0, bytes(8), x.core.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
     x.receive_datagram(dialled, C, town.now)
     assert ("9.9.9.9", 9) not in [target for _, target in x.datagrams_to_send()]
 

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.network.contacts import Contact
-from tesseract_async.network.routing import RoutingTable, common_prefix
+from tesseract_async.network.routing import QUESTIONABLE_AFTER, RoutingTable, common_prefix
 
 MIDPOINT = 1 << 255
 OWN = 0x5A << 248
@@ -26,7 +26,7 @@ def contact(number: int, port: int = 4000) -> Contact:
 
 
 def table(k: int = 3) -> RoutingTable:
-    return RoutingTable(OWN.to_bytes(32, "big"), k=k, questionable_after=60.0, now=0.0)
+    return RoutingTable(OWN.to_bytes(32, "big"), k=k, now=0.0)
 
 
 @settings(deadline=None)
@@ -95,8 +95,8 @@ def test_a_silent_oldest_contact_is_to_be_pinged_and_a_lively_one_is_not() -> No
     routes = full_table()
     for item in routes.contacts():
         item.last_seen = 100.0
-    assert routes.add(far(3), 130.0) is None
-    doubtful = routes.add(far(4), 161.0)
+    assert routes.add(far(3), 99.0 + QUESTIONABLE_AFTER) is None
+    doubtful = routes.add(far(4), 101.0 + QUESTIONABLE_AFTER)
     assert doubtful is not None and doubtful.number == far(0).number
 
 
@@ -105,7 +105,7 @@ def test_whoever_is_seen_moves_to_the_tail() -> None:
     routes.add(far(0), 50.0)
     for item in routes.contacts():
         item.last_seen = 0.0
-    doubtful = routes.add(far(3), 100.0)
+    doubtful = routes.add(far(3), QUESTIONABLE_AFTER)
     assert doubtful is not None and doubtful.number == far(1).number
 
 

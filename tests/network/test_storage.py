@@ -10,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseract_async.identity import Identity, SignedRecord
-from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.shares import Source
-from tesseract_async.network.storage import ENTRY_OVERHEAD, Outcome, Storage, summarise
+from tesseract_async.network.storage import (
+    ENTRY_OVERHEAD,
+    MAX_COPIES_PER_RANGE,
+    MAX_ENTRIES_PER_OWNER,
+    MAX_ENTRIES_PER_RANGE,
+    MAX_TTL,
+    Storage,
+    StoreOutcome,
+    summarize,
+)
 
-OWNERS = [Identity.from_seed(bytes([index] * 32)) for index in range(4)]
+OWNERS = [Identity.from_seed(bytes([index] * 32)) for index in range(8)]
 KEY = bytes(32)
 WALL = 1_000_000.0
 
@@ -40,26 +48,26 @@ def record(
 
 
 def test_owners_never_collide_and_newer_replaces_older() -> None:
-    storage = Storage(NetworkSettings())
-    assert storage.add(record(0, "a"), WALL) is Outcome.STORED
-    assert storage.add(record(1, "a"), WALL) is Outcome.STORED
-    assert storage.add(record(0, "a"), WALL) is Outcome.ALREADY_HELD
-    assert storage.add(record(0, "a", sequence=3, value=b"new"), WALL) is Outcome.STORED
-    assert storage.add(record(0, "a", sequence=2, value=b"old"), WALL) is Outcome.OUTDATED
+    storage = Storage(1 << 20)
+    assert storage.add(record(0, "a"), WALL) is StoreOutcome.STORED
+    assert storage.add(record(1, "a"), WALL) is StoreOutcome.STORED
+    assert storage.add(record(0, "a"), WALL) is StoreOutcome.ALREADY_HELD
+    assert storage.add(record(0, "a", sequence=3, value=b"new"), WALL) is StoreOutcome.STORED
+    assert storage.add(record(0, "a", sequence=2, value=b"old"), WALL) is StoreOutcome.OUTDATED
     assert sorted(item.value for item in storage.records(KEY)) == [b"new", b"x"]
 
 
 def test_a_tombstone_hides_what_came_before_and_nothing_that_comes_later() -> None:
-    storage = Storage(NetworkSettings())
+    storage = Storage(1 << 20)
     storage.add(record(sequence=1), WALL)
-    assert storage.add(record(sequence=2, tombstone=True), WALL) is Outcome.STORED
-    assert storage.add(record(sequence=1), WALL) is Outcome.OUTDATED
+    assert storage.add(record(sequence=2, tombstone=True), WALL) is StoreOutcome.STORED
+    assert storage.add(record(sequence=1), WALL) is StoreOutcome.OUTDATED
     assert [item.tombstone for item in storage.records(KEY)] == [True]
-    assert storage.add(record(sequence=3), WALL) is Outcome.STORED
+    assert storage.add(record(sequence=3), WALL) is StoreOutcome.STORED
 
 
 def test_expired_records_go_after_the_tolerated_skew_and_leave_nothing_behind() -> None:
-    storage = Storage(NetworkSettings())
+    storage = Storage(1 << 20)
     for sequence, ttl in ((1, 10.0), (2, 60.0)):
         storage.add(record(sequence=sequence, ttl=ttl), WALL)
     storage.add(record(1, "s", ttl=20.0), WALL)
@@ -69,31 +77,30 @@ def test_expired_records_go_after_the_tolerated_skew_and_leave_nothing_behind() 
     assert storage.expire(WALL + 89.0) == 0
     assert storage.expire(WALL + 90.0) == 1
     assert (storage.num_entries, storage.num_bytes, storage.keys(), storage.timer_at()) == (0, 0, [], None)
-    assert storage.add(record(ttl=-31.0), WALL) is Outcome.EXPIRED
-    assert storage.add(record(ttl=-29.0), WALL) is Outcome.STORED
+    assert storage.add(record(ttl=-31.0), WALL) is StoreOutcome.EXPIRED
+    assert storage.add(record(ttl=-29.0), WALL) is StoreOutcome.STORED
 
 
 def test_records_that_live_too_long_are_refused() -> None:
-    storage = Storage(NetworkSettings(max_ttl=100.0))
-    assert storage.add(record(ttl=131.0), WALL) is Outcome.TOO_LONG
-    assert storage.add(record(ttl=129.0), WALL) is Outcome.STORED
-    assert storage.add(record(1, ttl=159.0, tombstone=True), WALL) is Outcome.STORED
-    assert storage.add(record(2, sequence=2**62), WALL) is Outcome.TOO_LONG
+    storage = Storage(1 << 20)
+    assert storage.add(record(ttl=MAX_TTL + 31.0), WALL) is StoreOutcome.TOO_LONG
+    assert storage.add(record(ttl=MAX_TTL + 29.0), WALL) is StoreOutcome.STORED
+    assert storage.add(record(1, ttl=MAX_TTL + 59.0, tombstone=True), WALL) is StoreOutcome.STORED
+    assert storage.add(record(2, sequence=2**62), WALL) is StoreOutcome.TOO_LONG
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "storage, most",
     [
-        NetworkSettings(max_entries_per_key=2),
-        NetworkSettings(max_entries_per_owner=2),
-        NetworkSettings(max_storage_bytes=2500),
+        (Storage(1 << 20, max_entries_per_key=2), 2),
+        (Storage(1 << 22), MAX_ENTRIES_PER_OWNER),
+        (Storage(2500), 2),
     ],
 )
-def test_quotas_hold(settings: NetworkSettings) -> None:
-    storage = Storage(settings)
-    outcomes = [storage.add(record(0, name), WALL) for name in "abc"]
-    assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
-    assert storage.add(record(0, "b", sequence=2), WALL) is Outcome.STORED
+def test_quotas_hold(storage: Storage, most: int) -> None:
+    outcomes = [storage.add(record(0, str(index)), WALL) for index in range(most + 1)]
+    assert outcomes == [StoreOutcome.STORED] * most + [StoreOutcome.FULL]
+    assert storage.add(record(0, "1", sequence=2), WALL) is StoreOutcome.STORED
 
 
 ENTRIES = st.tuples(st.integers(0, 3), st.text("ab", max_size=1), st.integers(1, 3), st.integers(0, 200))
@@ -110,7 +117,7 @@ def test_digests_and_pages_agree_with_recomputation(
 
 
 def check_against_recomputation(entries: list[tuple[int, str, int, int]], room: int, start: int) -> None:
-    storage = Storage(NetworkSettings())
+    storage = Storage(1 << 20)
     best: dict[tuple[int, str], SignedRecord] = {}
     for owner, subkey, sequence, size in entries:
         made = record(owner, subkey, sequence=sequence, value=bytes(size))
@@ -120,7 +127,7 @@ def check_against_recomputation(entries: list[tuple[int, str, int, int]], room: 
             best[owner, subkey] = made
     expected = list(best.values())
     assert sorted(item.body for item in storage.records(KEY)) == sorted(item.body for item in expected)
-    assert storage.summary(KEY) == (summarise(expected) if expected else None)
+    assert storage.summary(KEY) == (summarize(expected) if expected else None)
     read: list[bytes] = []
     cursor: int | None = start
     while cursor is not None:
@@ -136,28 +143,34 @@ def check_against_recomputation(entries: list[tuple[int, str, int, int]], room: 
 
 
 def test_replacing_an_entry_again_and_again_fills_no_memory() -> None:
-    storage = Storage(NetworkSettings())
+    storage = Storage(1 << 20)
     for sequence in range(1, 500):
-        assert storage.add(record(sequence=sequence), WALL) is Outcome.STORED
+        assert storage.add(record(sequence=sequence), WALL) is StoreOutcome.STORED
     assert len(storage._expirations) < 80
     assert storage.expire(WALL + 90.0) == 1 and storage.keys() == []
 
 
 def test_a_range_has_its_share_of_a_dictionary_and_no_more() -> None:
-    storage = Storage(NetworkSettings(max_entries_per_range=2))
+    storage = Storage(1 << 28)
     here, there = Source(b"\x08\x08\x08", copied=False), Source(b"\x08\x08\x09", copied=False)
-    outcomes = [storage.add(record(0, name), WALL, here) for name in "abc"]
-    assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
-    assert storage.add(record(0, "c"), WALL, there) is Outcome.STORED
-    assert storage.add(record(0, "d"), WALL, None) is Outcome.STORED
+    names = [(index % 2, str(index)) for index in range(MAX_ENTRIES_PER_RANGE + 1)]
+    outcomes = [storage.add(record(*name), WALL, here) for name in names]
+    assert outcomes == [StoreOutcome.STORED] * MAX_ENTRIES_PER_RANGE + [StoreOutcome.FULL]
+    assert storage.add(record(*names[-1]), WALL, there) is StoreOutcome.STORED
+    assert storage.add(record(2, "d"), WALL, None) is StoreOutcome.STORED
+
+
+def copies(count: int) -> list[SignedRecord]:
+    """Entries of one key, of several owners each."""
+    return [record(index % 8, str(index // 8)) for index in range(count)]
 
 
 def test_what_a_holder_copies_counts_by_itself() -> None:
-    storage = Storage(NetworkSettings(max_entries_per_range=1, max_copies_per_range=2))
+    storage = Storage(1 << 28)
     own, copied = Source(b"\x08\x08\x08", copied=False), Source(b"\x08\x08\x08", copied=True)
-    outcomes = [storage.add(record(owner, "a"), WALL, copied) for owner in range(3)]
-    assert outcomes == [Outcome.STORED, Outcome.STORED, Outcome.FULL]
-    assert [storage.add(record(3, name), WALL, own) for name in "ab"] == [Outcome.STORED, Outcome.FULL]
+    outcomes = [storage.add(one, WALL, copied) for one in copies(MAX_COPIES_PER_RANGE + 1)]
+    assert outcomes == [StoreOutcome.STORED] * MAX_COPIES_PER_RANGE + [StoreOutcome.FULL]
+    assert storage.add(record(3, "own"), WALL, own) is StoreOutcome.STORED
 
 
 def keyed(index: int, *, ttl: float = 60.0, owner: int = 0, subkey: str | None = None) -> SignedRecord:
@@ -177,61 +190,63 @@ def source(number: int, *, copied: bool = False) -> Source:
 
 
 def test_one_address_range_fills_a_32nd_of_a_holder_and_one_block_an_eighth() -> None:
-    storage = Storage(NetworkSettings(max_storage_bytes=640 * 1024))
-    held = [storage.add(keyed(index), WALL, source(1)) is Outcome.STORED for index in range(600)]
+    storage = Storage(640 * 1024)
+    held = [storage.add(keyed(index), WALL, source(1)) is StoreOutcome.STORED for index in range(600)]
     assert sum(held) == 20 * 1024 // (1000 + len(keyed(0).body))
     for number in range(100):  # of the same block
         for index in range(20):
             storage.add(keyed(1000 + 20 * number + index), WALL, Source(bytes([0, 1, 8 + number]), copied=False))
     assert 0.11 < storage.num_bytes / (640 * 1024) <= 0.125
-    assert storage.add(keyed(9999), WALL, source(2)) is Outcome.STORED, "there is room for others"
+    assert storage.add(keyed(9999), WALL, source(2)) is StoreOutcome.STORED, "there is room for others"
     storage.expire(WALL + 1000.0)  # what has expired counts no more
-    assert storage.add(keyed(0, ttl=2000.0), WALL + 1000.0, source(1)) is Outcome.STORED
+    assert storage.add(keyed(0, ttl=2000.0), WALL + 1000.0, source(1)) is StoreOutcome.STORED
     assert storage.num_entries == 1
 
 
 def test_a_full_holder_makes_room_for_those_who_have_little() -> None:
     """What goes is of whoever has most: far from the node, and long-lived, before the rest."""
-    storage = Storage(NetworkSettings(max_storage_bytes=640 * 1024))
+    storage = Storage(640 * 1024)
     for number in range(1, 40):
         for index in range(17):
             storage.add(keyed(20 * number + index, ttl=50000.0), WALL, source(256 * number))
-    assert storage.add(keyed(1, owner=1, subkey="late"), WALL, source(1)) is Outcome.STORED
-    assert storage.add(keyed(2, owner=1, subkey="late"), WALL, source(256)) is Outcome.FULL, "it has as much as any"
+    assert storage.add(keyed(1, owner=1, subkey="late"), WALL, source(1)) is StoreOutcome.STORED
+    assert storage.add(keyed(2, owner=1, subkey="late"), WALL, source(256)) is StoreOutcome.FULL, (
+        "it has as much as any"
+    )
     for index in range(10):
-        assert storage.add(keyed(index, owner=2, subkey="late"), WALL, source(1)) is Outcome.STORED
+        assert storage.add(keyed(index, owner=2, subkey="late"), WALL, source(1)) is StoreOutcome.STORED
     assert storage.num_bytes <= 640 * 1024
     assert all(storage.get(keyed(index).key, "late", OWNERS[2].peer_id) for index in range(10))
 
 
 def test_sixteen_ranges_do_not_fill_a_key_for_others() -> None:
-    storage = Storage(NetworkSettings(max_entries_per_key=160, max_entries_per_range=10))
+    storage = Storage(1 << 28, max_entries_per_key=160)
     for number in range(16):
         for index in range(10):
-            assert storage.add(record(0, f"{number}.{index}"), WALL, source(256 * number)) is Outcome.STORED
+            assert storage.add(record(0, f"{number}.{index}"), WALL, source(256 * number)) is StoreOutcome.STORED
     for number in range(16, 30):
-        assert storage.add(record(1, str(number), ttl=9.0), WALL, source(256 * number)) is Outcome.STORED
+        assert storage.add(record(1, str(number), ttl=9.0), WALL, source(256 * number)) is StoreOutcome.STORED
     assert len(storage.records(KEY)) == 160
-    assert len(storage.records(KEY)) == storage.num_entries and storage.summary(KEY) == summarise(storage.records(KEY))
+    assert len(storage.records(KEY)) == storage.num_entries and storage.summary(KEY) == summarize(storage.records(KEY))
     assert all(storage.get(KEY, str(number), OWNERS[1].peer_id) for number in range(16, 30))
-    assert storage.add(record(0, "more"), WALL, source(0)) is Outcome.FULL
+    assert storage.add(record(0, "more"), WALL, source(0)) is StoreOutcome.FULL
 
 
 def test_an_entry_that_its_owner_renews_is_no_copy_any_more() -> None:
-    storage = Storage(NetworkSettings(max_copies_per_range=2))
+    storage = Storage(1 << 28)
     copier = source(1, copied=True)
-    for index in range(2):
-        storage.add(record(0, str(index)), WALL, copier)
-    assert storage.add(record(0, "2"), WALL, copier) is Outcome.FULL
-    assert storage.add(record(0, "0", sequence=2), WALL, source(9)) is Outcome.STORED
-    assert storage.add(record(0, "2"), WALL, copier) is Outcome.STORED
-    assert storage.add(record(0, "0", sequence=3), WALL, copier) is Outcome.STORED
-    assert storage.add(record(0, "3"), WALL, copier) is Outcome.FULL, "copied again, it stays its owner's"
+    for one in copies(MAX_COPIES_PER_RANGE):
+        storage.add(one, WALL, copier)
+    assert storage.add(record(0, "x"), WALL, copier) is StoreOutcome.FULL
+    assert storage.add(record(0, "0", sequence=2), WALL, source(9)) is StoreOutcome.STORED
+    assert storage.add(record(0, "x"), WALL, copier) is StoreOutcome.STORED
+    assert storage.add(record(0, "0", sequence=3), WALL, copier) is StoreOutcome.STORED
+    assert storage.add(record(0, "y"), WALL, copier) is StoreOutcome.FULL, "copied again, it stays its owner's"
 
 
 def test_a_holder_s_accounts_agree_with_what_it_holds() -> None:
     rng = random.Random(1)
-    storage = Storage(NetworkSettings(max_storage_bytes=64 * 1100, max_entries_per_key=20, max_entries_per_range=50))
+    storage = Storage(64 * 1100, max_entries_per_key=20)
     for step in range(3000):
         wall = WALL + step / 10
         one = SignedRecord.sign(

@@ -269,7 +269,13 @@ async def test_the_gate_reaches_every_expert_and_trains() -> None:
     async with swarm({uid: linear_backend(module) for uid, module in modules.items()}) as (_, guest):
         # k_min: on a busy machine a slow expert would be left out, as it should
         gate = ta.GatingFunction(
-            guest, uid_prefix="ffn", grid_size=(2, 2), in_features=WIDTH, k_best=4, k_min=4, backward_k_min=4
+            guest,
+            uid_prefix="ffn",
+            grid_size=(2, 2),
+            in_features=WIDTH,
+            k_best=4,
+            k_min=4,
+            settings=ta.MixtureSettings(backward_k_min=4),
         )
         x = torch.randn(5, WIDTH, requires_grad=True)
         chosen = await gate.choose(x)
@@ -301,7 +307,15 @@ async def test_gradcheck_in_float64() -> None:
     async with swarm(experts) as (_, guest):
         expert = await guest.get_expert("g.0")
         # on a busy machine a slow expert would be left out, as it should
-        gate = ta.GatingFunction(guest, "g", grid_size=(2,), in_features=3, k_best=2, k_min=2, backward_k_min=2)
+        gate = ta.GatingFunction(
+            guest,
+            uid_prefix="g",
+            grid_size=(2,),
+            in_features=3,
+            k_best=2,
+            k_min=2,
+            settings=ta.MixtureSettings(backward_k_min=2),
+        )
         gate.double()
         loop = asyncio.get_running_loop()
         x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -403,7 +417,7 @@ async def test_what_a_closed_node_made_says_that_it_is_closed() -> None:
         async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
             async with ta.TesseractNode(initial_peers=[host.address]) as guest:
                 expert = await guest.get_expert("e.0")
-                gate = ta.GatingFunction(guest, "e", grid_size=(1,), in_features=WIDTH, k_best=1)
+                gate = ta.GatingFunction(guest, uid_prefix="e", grid_size=(1,), in_features=WIDTH, k_best=1)
                 x = torch.randn(1, WIDTH)
                 losses = [(await expert(x)).sum(), (await gate(x)).sum()]
             for late in (lambda: expert(x), lambda: gate(x), lambda: gate.choose(x), lambda: guest.get_expert("e.0")):
@@ -421,7 +435,14 @@ async def test_backward_ends_when_its_node_closes(what: str) -> None:
         async with ta.TesseractServer(host, {"e.0": linear_backend(nn.Linear(WIDTH, WIDTH))}, settings=BRIEF):
             guest = ta.TesseractNode(initial_peers=[host.address])
             await guest.start()
-            gate = ta.GatingFunction(guest, "e", grid_size=(1,), in_features=WIDTH, k_best=1, backward_k_min=1)
+            gate = ta.GatingFunction(
+                guest,
+                uid_prefix="e",
+                grid_size=(1,),
+                in_features=WIDTH,
+                k_best=1,
+                settings=ta.MixtureSettings(backward_k_min=1),
+            )
             layer = gate if what == "gate" else await guest.get_expert("e.0")
             x = torch.randn(1, WIDTH, requires_grad=True)
             y = await layer(x)

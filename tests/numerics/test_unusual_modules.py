@@ -273,7 +273,7 @@ async def test_named_tuples_pass_a_gate_that_routes_by_token() -> None:
         ta.TesseractNode(initial_peers=[host.address]) as guest,
     ):
         await guest.get_expert("g.1")
-        gate = ta.GatingFunction(guest, "g", grid_size=(2,), in_features=3, k_best=1, route="token")
+        gate = ta.GatingFunction(guest, uid_prefix="g", grid_size=(2,), in_features=3, k_best=1, route="token")
         x = torch.randn(2, 5, 3)
         y = await gate(x, Pair(x * 2, x * 3))
         torch.testing.assert_close(y, x * 6)

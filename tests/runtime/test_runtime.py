@@ -359,6 +359,6 @@ async def test_figures_reach_the_metrics(runtime: TesseractRuntime) -> None:
     with pytest.raises(ExpertFailed):
         await runtime.backward(backend, [torch.randn(2, 8)], [torch.full((2, 4), torch.nan)], call_id=b"1" * 16)
     snapshot = runtime.metrics.snapshot()
-    assert snapshot["runtime_rows{direction=forward}"] == 3
+    assert snapshot["runtime_batch_rows_sum{direction=forward}"] == 3
     assert snapshot["runtime_failures{direction=backward}"] == 1
     assert runtime.busy_seconds > 0

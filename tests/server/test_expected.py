@@ -18,7 +18,7 @@ def next_change(some: ExpectedBackwards, now: float, *, gone: Any = (), elsewher
 
 
 def test_a_stranger_is_waited_for_until_the_timeout() -> None:
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     assert next_change(some, 0.0) is None
     some.expect(b"1", "ffn.0", ANNA, 10.0)
     assert next_change(some, 10.0) == 70.0
@@ -27,7 +27,7 @@ def test_a_stranger_is_waited_for_until_the_timeout() -> None:
 
 
 def test_a_caller_is_waited_for_as_long_as_its_backwards_take() -> None:
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     for peer, lag in ((ANNA, 0.1), (BERT, 5.0)):
         for number in range(3):
             some.expect(b"%d" % number, "ffn.0", peer, 0.0)
@@ -45,7 +45,7 @@ def test_a_caller_is_waited_for_as_long_as_its_backwards_take() -> None:
 
 
 def test_patience_follows_the_slowest_and_forgets_it() -> None:
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     for number, lag in enumerate([8.0] + [0.1] * 60):
         some.expect(b"%d" % number, "ffn.0", ANNA, 0.0)
         some.came(b"%d" % number, "ffn.0", ANNA, lag)
@@ -57,7 +57,7 @@ def test_patience_follows_the_slowest_and_forgets_it() -> None:
 
 
 def test_a_caller_that_is_gone_is_waited_for_until_it_would_have_dialled_again() -> None:
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     some.expect(b"1", "ffn.0", ANNA, 0.0)
     some.expect(b"2", "ffn.0", BERT, 5.0)
     assert next_change(some, 6.0, gone=[ANNA]) == 6.0 + GONE_AFTER
@@ -67,13 +67,13 @@ def test_a_caller_that_is_gone_is_waited_for_until_it_would_have_dialled_again()
 
 
 def test_backwards_that_go_elsewhere_are_not_waited_for() -> None:
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     some.expect(b"1", "ffn.0", ANNA, 0.0)
     assert next_change(some, 0.0, elsewhere=["ffn.0"]) is None
 
 
 def test_a_backward_that_brings_its_inputs_counts_for_the_oldest_of_its_expert() -> None:
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     some.expect(b"1", "ffn.0", ANNA, 0.0)
     some.expect(b"2", "ffn.0", ANNA, 5.0)
     for uid, peer in (("ffn.1", ANNA), ("ffn.0", BERT)):
@@ -89,7 +89,7 @@ def test_a_backward_that_brings_its_inputs_counts_for_the_oldest_of_its_expert()
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expected, "MAX_EXPECTED", 10)
     monkeypatch.setattr(expected, "MAX_PEERS", 4)
-    some = ExpectedBackwards(60.0)
+    some = ExpectedBackwards()
     for number in range(100):
         some.expect(b"%d" % number, "ffn.0", PeerID(bytes([number % 7]) * 32), 0.0)
         assert len(some) <= 10 and len(some._callers) <= 4

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,13 +39,18 @@ class Swarm:
     def __init__(self, host: ta.TesseractNode, guest: ta.TesseractNode, run: SignedRun) -> None:
         self.host, self.guest = host, guest
         self.backends = {uid: build_run_backend(run.manifest, uid) for uid in UIDS}
-        self.source = StateSource(self.snapshot, self.aside)
+        self.source = StateSource(self.aside)
         self.num_calls = 0
         for uid in UIDS:
             host.host_expert(uid, {STATE: self.answer})
 
-    async def snapshot(self, uid: str) -> dict[str, Any]:
-        return self.backends[uid].state()
+    def hosted(self, uid: str) -> Any:
+        backend = self.backends[uid]
+
+        async def snapshot() -> dict[str, Any]:
+            return backend.state()
+
+        return SimpleNamespace(uid=uid, backend=backend, snapshot=snapshot)
 
     async def aside(self, work: Any) -> bytes:
         return bytes(work())
@@ -52,7 +58,7 @@ class Swarm:
     async def answer(self, call: IncomingCall) -> Message:
         self.num_calls += 1
         uid = call.body["uid"]
-        return await self.source.answer(uid, self.backends[uid], call)
+        return await self.source.answer(self.hosted(uid), call)
 
     def train(self, uid: str) -> None:
         _, gradients = self.backends[uid].gradients([torch.ones(1, 8)], [torch.ones(1, 8)])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
+from tesseract_async.runtime.states import JOURNAL_LENGTH
 from tesseract_async.server import footprint
 from tesseract_async.server.footprint import Footprint, measure, plan_memory
 from tesseract_async.server.registry import make_backend
@@ -28,13 +29,14 @@ def make(module: nn.Module, *, max_batch_size: int = 512, width: int = 64, **set
 
 
 def test_weights_gradients_optimizer_and_journal_are_counted() -> None:
-    expert = measure(make(nn.Linear(64, 64), journal_length=1000, step_every=2))
+    expert = measure(make(nn.Linear(64, 64), step_every=2))
     weights = 4 * (64 * 64 + 64)
     assert (expert.weights, expert.gradients) == (weights, weights)
     assert expert.optimizer == 2 * weights + 2 * 4, "two moments, and two counters of steps"
-    assert expert.journal == 1000 * footprint.JOURNAL_ENTRY_BYTES and expert.copied_journal == 24_000
-    assert expert.state == 4 * weights + 8 + 24_000, "gradients of half a step are saved, too"
-    assert expert.resident == 2 * (4 * weights + 8) + 24_000 + expert.journal
+    copied = 24 * JOURNAL_LENGTH
+    assert expert.journal == JOURNAL_LENGTH * footprint.JOURNAL_ENTRY_BYTES and expert.copied_journal == copied
+    assert expert.state == 4 * weights + 8 + copied, "gradients of half a step are saved, too"
+    assert expert.resident == 2 * (4 * weights + 8) + copied + expert.journal
     frozen = measure(ExpertBackend(nn.Linear(64, 64), args_schema=(TensorSpec((64,)),)))
     assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == weights
 

@@ -7,7 +7,7 @@ import torch
 
 from tesseract_async.server import registry
 
-SMALL = {
+SMALL: dict[str, dict[str, int]] = {
     "ffn": {"in_features": 8},
     "transformer": {"in_features": 8, "num_heads": 2, "sequence_length": 4},
     "linear": {"in_features": 8, "out_features": 3},
@@ -35,11 +35,11 @@ def test_optimizers_by_name_and_frozen_experts() -> None:
 
 
 def test_own_experts_by_import_path() -> None:
-    module, _ = registry.build_module("tesseract_async.server.registry:linear", in_features=2)
+    module, _ = registry.build_module("tesseract_async.server.registry:linear", {"in_features": 2})
     assert isinstance(module, torch.nn.Linear)
     for name in ("no such", "os:no_such", "no_such_module:x"):
         with pytest.raises(ValueError, match="no expert"):
-            registry.build_module(name)
+            registry.build_module(name, {})
 
 
 def test_names_are_unique() -> None:
@@ -52,14 +52,14 @@ def test_a_seed_decides_the_first_weights_and_nothing_else(name: str) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    one, again, other = (registry.build_module(name, seed=seed, **SMALL[name])[0].state_dict() for seed in (5, 5, 6))
+    one, again, other = (registry.build_module(name, SMALL[name], seed=seed)[0].state_dict() for seed in (5, 5, 6))
     assert torch.equal(torch.rand(3), expected), "the caller's random numbers go on as if nothing had been drawn"
     assert all(torch.equal(one[key], again[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_first_weights_are_distributed_as_those_of_a_linear_layer() -> None:
-    module, _ = registry.build_module("ffn", in_features=256, hidden_features=1024, seed=3)
+    module, _ = registry.build_module("ffn", {"in_features": 256, "hidden_features": 1024}, seed=3)
     usual = torch.nn.Linear(256, 1024).requires_grad_(False)
     for name, parameter in usual.named_parameters():
         drawn = dict(module.named_parameters())[f"layers.0.{name}"].detach()

@@ -375,7 +375,7 @@ async def test_a_follower_that_cannot_take_over_leaves_the_expert_where_it_is() 
         async def refuse(*_: Any) -> Any:
             raise NotAllowed("not today")
 
-        second.server.handle(messages.LEAD, refuse)
+        second.server.handle(messages.TAKE_OVER, refuse)
         waiting = asyncio.create_task(first.keeper.hand_over())
         assert await waiting == 0
         assert first.leads and await backward(first.node, first) == 1
@@ -384,10 +384,10 @@ async def test_a_follower_that_cannot_take_over_leaves_the_expert_where_it_is() 
 async def test_only_the_primary_may_hand_over() -> None:
     async with volunteer() as first, volunteer([first.node.address], follow=True) as second:
         async with ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
-            body = messages.encode(messages.LeadRequest(UID))
+            body = messages.encode(messages.TakeOverRequest(UID))
             for victim in (first, second):
                 with pytest.raises(NotAllowed, match="is not the primary"):
-                    await stranger.call_expert(victim.node.peer_address, messages.LEAD, body, timeout=30.0)
+                    await stranger.call_expert(victim.node.peer_address, messages.TAKE_OVER, body, timeout=30.0)
         assert first.leads and not second.leads
 
 

@@ -117,7 +117,7 @@ def test_other_schemas_than_the_runs_are_refused_with_both() -> None:
         ({"sizes": {"seed": 8}}, "takes no size seed"),
         ({"optimizer_options": {"fused": False}}, "does not take its options: fused"),
         ({"optimizer_options": {"eps": "x"}}, "does not take its options: eps"),
-        ({"optimizer": "lion"}, "'lion', which is not known here"),
+        ({"optimizer": "lion"}, "no optimizer named 'lion'"),
         ({"optimizer_options": {"speed": 3}}, "does not take its options"),
         ({"optimizer_options": {"learning_rate": -1.0}}, "does not take its options"),
         ({"schedule": "moon"}, "'moon'"),

@@ -9,7 +9,6 @@ import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 from torch import nn
 
 from tesseract_async import files
-from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
@@ -31,17 +29,12 @@ from tesseract_async.errors import (
     SchemaMismatch,
     UnknownMethod,
 )
-from tesseract_async.experts.trust import Trust
-from tesseract_async.identity import Identity, PeerID
-from tesseract_async.metrics import Metrics
-from tesseract_async.node import EXPERT_METHODS
+from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import calls as server_calls
 from tesseract_async.server import checkpoint, expected
 from tesseract_async.server import server as server_module
-from tesseract_async.server.calls import CallSettings
-from tesseract_async.server.hosted import Succession
-from tesseract_async.server.memory import Memory
+from tesseract_async.server.hosted import HostedState, Succession
+from tesseract_async.server.memory import KEEP_SECONDS, CallerMemory, alone
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import frames, messages
@@ -49,8 +42,7 @@ from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec
 from tests.faults.serving import let_pass
-
-PEER = Identity.from_seed(bytes(32)).peer_id
+from tests.server.serving_node import PEER, ServingNode
 
 
 class FakePublisher:
@@ -71,79 +63,6 @@ class FakePublisher:
         FakePublisher.declared = {}
 
 
-class FakeNode:
-    """What a server needs of a node; `call` is what the endpoint would do."""
-
-    def __init__(self) -> None:
-        self.table = CallTable("fake", uid_methods={**EXPERT_METHODS, "expert.age": "call"})
-        self.metrics = Metrics()
-        self.network = None
-        self.trust = Trust()
-        self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
-        self.connected = True
-        self.is_closed = False
-        self.publisher_places: set[int] = set()
-
-    def is_connected(self, peer_id: Any) -> bool:
-        return self.connected
-
-    def check_running(self) -> None:
-        if self.is_closed:
-            raise RuntimeError("this node is closed")
-
-    async def wait_reachable(self) -> bool:
-        return True
-
-    def watch_address(self, watcher: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None
-
-    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        self.table.host(uid, handlers)
-
-    def unhost_expert(self, uid: str) -> None:
-        self.table.unhost(uid)
-
-    async def call(self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0) -> Message:
-        _, buffers = wire.pack_tensors(tensors)
-        now = asyncio.get_running_loop().time()
-        received = tuple(memoryview(bytearray(buffer)) for buffer in buffers)
-        call = IncomingCall(
-            peer_id=PEER,
-            method=method,
-            body=body,
-            buffers=received,
-            deadline=now + timeout,
-            priority=0,
-        )
-        return await self.table.find(call)(call)
-
-    async def forward(self, uid: str, *inputs: torch.Tensor | None, **changes: Any) -> tuple[list[Any], int]:
-        metas, _ = wire.pack_tensors(inputs)
-        request = messages.ForwardRequest(uid=uid, tensors=metas, training=False, seed=0, reply_codec="none")
-        reply = await self.call(uid, messages.FORWARD, messages.encode(request) | changes, inputs)
-        body = messages.decode(messages.ForwardReply, reply.body)
-        return wire.unpack_tensors(body.tensors, reply.buffers), body.version
-
-    async def backward(
-        self, uid: str, inputs: list[torch.Tensor | None], gradients: list[torch.Tensor | None], **changes: Any
-    ) -> tuple[list[Any], int]:
-        together = [*inputs, *gradients]
-        metas, _ = wire.pack_tensors(together)
-        request = messages.BackwardRequest(
-            uid=uid,
-            call_id=os.urandom(16),
-            tensors=metas,
-            num_inputs=len(inputs),
-            training=False,
-            seed=0,
-            version=0,
-            reply_codec="none",
-        )
-        reply = await self.call(uid, messages.BACKWARD, messages.encode(request) | changes, together)
-        body = messages.decode(messages.BackwardReply, reply.body)
-        return wire.unpack_tensors(body.tensors, reply.buffers), body.version
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "ExpertPublisher", FakePublisher)
@@ -161,18 +80,18 @@ def make_backend(seed: int = 0, *, lr: float = 0.01) -> ExpertBackend:
 
 
 @pytest.fixture
-def node() -> FakeNode:
-    return FakeNode()
+def node() -> ServingNode:
+    return ServingNode()
 
 
 @pytest_asyncio.fixture
-async def server(node: FakeNode) -> AsyncIterator[TesseractServer]:
+async def server(node: ServingNode) -> AsyncIterator[TesseractServer]:
     experts = {"ffn.0": make_backend(0), "ffn.1": make_backend(1)}
     async with TesseractServer(node, experts, settings=ServerSettings(drain_timeout=0.0)) as server:  # type: ignore[arg-type]
         yield server
 
 
-async def test_it_declares_its_experts_and_withdraws_them(node: FakeNode) -> None:
+async def test_it_declares_its_experts_and_withdraws_them(node: ServingNode) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}):  # type: ignore[arg-type]
         assert FakePublisher.declared == {"ffn.0": True} and list(node.table.uids) == ["ffn.0"]
         async with TesseractServer(node, {"ffn.1": make_backend()}):  # type: ignore[arg-type]
@@ -180,7 +99,7 @@ async def test_it_declares_its_experts_and_withdraws_them(node: FakeNode) -> Non
     assert not FakePublisher.declared and not node.table.uids
 
 
-async def test_info_tells_the_schemas(node: FakeNode, server: TesseractServer) -> None:
+async def test_info_tells_the_schemas(node: ServingNode, server: TesseractServer) -> None:
     reply = await node.call("ffn.0", messages.INFO, {"uid": "ffn.0"})
     info = messages.decode(messages.ExpertInfo, reply.body)
     assert wire.decode_schema(info.args_schema) == (TensorSpec((8,)),)
@@ -189,7 +108,7 @@ async def test_info_tells_the_schemas(node: FakeNode, server: TesseractServer) -
 
 
 @pytest.mark.parametrize("num_rows", [1, 100])
-async def test_a_remote_step_equals_a_local_one(node: FakeNode, server: TesseractServer, num_rows: int) -> None:
+async def test_a_remote_step_equals_a_local_one(node: ServingNode, server: TesseractServer, num_rows: int) -> None:
     module = server.experts["ffn.0"].module
     reference = copy.deepcopy(module)
     optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
@@ -209,7 +128,7 @@ async def test_a_remote_step_equals_a_local_one(node: FakeNode, server: Tesserac
         torch.testing.assert_close(module.state_dict(), reference.state_dict(), atol=1e-6, rtol=1e-6)
 
 
-async def test_no_rows_are_answered_with_no_rows_and_no_step(node: FakeNode, server: TesseractServer) -> None:
+async def test_no_rows_are_answered_with_no_rows_and_no_step(node: ServingNode, server: TesseractServer) -> None:
     (y,), _ = await node.forward("ffn.0", torch.zeros(0, 8))
     assert y.shape == (0, 4)
     (x_gradient,), version = await node.backward("ffn.0", [torch.zeros(0, 8)], [torch.zeros(0, 4)])
@@ -230,13 +149,13 @@ async def test_no_rows_are_answered_with_no_rows_and_no_step(node: FakeNode, ser
     ids=["none", "width", "dims", "0-d", "dtype", "too many", "absent"],
 )
 async def test_inputs_that_do_not_fit_are_refused_with_both_schemas(
-    node: FakeNode, server: TesseractServer, inputs: tuple[torch.Tensor | None, ...]
+    node: ServingNode, server: TesseractServer, inputs: tuple[torch.Tensor | None, ...]
 ) -> None:
     with pytest.raises(SchemaMismatch, match=r"ffn.0 takes \(\(float32\[rows, 8\]\), \{\}\); got"):
         await node.forward("ffn.0", *inputs)
 
 
-async def test_inputs_of_different_numbers_of_rows_are_refused(node: FakeNode) -> None:
+async def test_inputs_of_different_numbers_of_rows_are_refused(node: ServingNode) -> None:
     backend = ExpertBackend(nn.Bilinear(8, 3, 4), args_schema=(TensorSpec((8,)), TensorSpec((3,))))
     async with TesseractServer(node, {"two.0": backend}):  # type: ignore[arg-type]
         assert (await node.forward("two.0", torch.zeros(2, 8), torch.zeros(2, 3)))[0][0].shape == (2, 4)
@@ -244,7 +163,7 @@ async def test_inputs_of_different_numbers_of_rows_are_refused(node: FakeNode) -
             await node.forward("two.0", torch.zeros(2, 8), torch.zeros(1, 3))
 
 
-async def test_gradients_that_do_not_fit_are_refused(node: FakeNode, server: TesseractServer) -> None:
+async def test_gradients_that_do_not_fit_are_refused(node: ServingNode, server: TesseractServer) -> None:
     for gradients in ([], [torch.zeros(3, 4)], [torch.zeros(2, 5)], [torch.zeros(2, 4, dtype=torch.float64)]):
         with pytest.raises(SchemaMismatch, match=r"backward of ffn.0, for 2 rows, takes float32\[rows, 4\]; got"):
             await node.backward("ffn.0", [torch.zeros(2, 8)], gradients)
@@ -253,7 +172,7 @@ async def test_gradients_that_do_not_fit_are_refused(node: FakeNode, server: Tes
 
 @pytest.mark.parametrize("dtype, width, codec", [("float64", 8, "uint8"), ("float32", 9, "bf16"), ("float32", 8, "x")])
 async def test_what_does_not_fit_is_not_unpacked_where_that_takes_more_memory(
-    node: FakeNode, server: TesseractServer, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int, codec: str
+    node: ServingNode, server: TesseractServer, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int, codec: str
 ) -> None:
     monkeypatch.setattr(wire.compression, "decode", None)
     meta = [dtype, [1000, width], codec]
@@ -271,7 +190,7 @@ async def test_what_does_not_fit_is_not_unpacked_where_that_takes_more_memory(
             await node.backward("ffn.0", [torch.zeros(1, 8)], [], num_inputs=num_inputs, tensors=metas)
 
 
-async def test_malformed_calls_are_refused(node: FakeNode, server: TesseractServer) -> None:
+async def test_malformed_calls_are_refused(node: ServingNode, server: TesseractServer) -> None:
     x = torch.zeros(2, 8)
     for changes in ({"tensors": 3}, {"tensors": [["float32", [2, 9], "none"]]}, {"training": 1}, {"seed": -1}):
         with pytest.raises(RemoteError):
@@ -286,7 +205,7 @@ async def test_malformed_calls_are_refused(node: FakeNode, server: TesseractServ
     await node.forward("ffn.0", x)
 
 
-async def test_a_repeated_backward_is_applied_once(node: FakeNode, server: TesseractServer) -> None:
+async def test_a_repeated_backward_is_applied_once(node: ServingNode, server: TesseractServer) -> None:
     module = server.experts["ffn.0"].module
     x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
     first = await node.backward("ffn.0", [x], [gradient], call_id=call_id)
@@ -295,24 +214,24 @@ async def test_a_repeated_backward_is_applied_once(node: FakeNode, server: Tesse
     torch.testing.assert_close(second, first)
     together = await asyncio.gather(*(node.backward("ffn.0", [x], [gradient], call_id=b"t" * 16) for _ in range(5)))
     assert {version for _, version in together} == {2} and server.experts["ffn.0"].version == 2
-    server._calls._answers = Memory(0, len)
+    server.free_memory()
     again, version = await node.backward("ffn.0", [x], [gradient], call_id=call_id)
     assert again[0].shape == (3, 8) and version == 1, "computed again, without a step"
     assert server.experts["ffn.0"].version == 2
     assert not all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
 
 
-async def test_small_tensors_are_not_remembered_without_end(node: FakeNode) -> None:
-    settings = ServerSettings(calls=CallSettings(max_answers_bytes=20_000, max_inputs_bytes=20_000), drain_timeout=0.0)
+async def test_small_tensors_are_not_remembered_without_end(node: ServingNode) -> None:
+    settings = ServerSettings(max_answers_bytes=20_000, max_inputs_bytes=20_000, drain_timeout=0.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         for _ in range(100):
             await node.forward("ffn.0", torch.zeros(0, 8), keep_inputs=True)
             await node.backward("ffn.0", [torch.zeros(1, 8)], [torch.zeros(1, 4)], call_id=os.urandom(16))
-        assert 0 < len(server._calls._answers) < 20 and 0 < len(server._calls._inputs) < 20
+        assert 20_000 < server.free_memory() <= 40_000, "of both kinds, by what they take with their objects"
 
 
-async def test_what_is_kept_holds_no_more_than_it_counts(node: FakeNode, server: TesseractServer) -> None:
-    arena = frames.Arena()
+async def test_what_is_kept_holds_no_more_than_it_counts() -> None:
+    arena, memory = frames.Arena(), CallerMemory(max_inputs_bytes=1 << 28, max_answers_bytes=1 << 26)
     tracemalloc.start()
     try:
         for _ in range(300):  # small inputs whose block is filled with what is of no use any more
@@ -320,33 +239,33 @@ async def test_what_is_kept_holds_no_more_than_it_counts(node: FakeNode, server:
             [arena.allocate((8000,), 8000) for _ in range(7)]
             part[:] = bytes(64)
             inputs = torch.from_numpy(np.frombuffer(part, np.float32).reshape(2, 8))
-            call = SimpleNamespace(peer_id=PEER, origin="")
-            assert server._calls._keep("ffn.0", [inputs], call) is not None  # type: ignore[arg-type]
+            assert memory.keep_inputs(os.urandom(16), [inputs], PEER)
         del part, inputs
         arena.release()
         assert tracemalloc.get_traced_memory()[0] < 2**20
     finally:
         tracemalloc.stop()
+        memory.close()
     batch = torch.zeros(4096, 64)
-    mine = server_calls._alone(batch[:1])
+    mine = alone(batch[:1])
     assert mine.untyped_storage().nbytes() == 256
     large = torch.zeros(4096, 64)
-    assert server_calls._alone(large) is large, "what stands alone already is not copied"
+    assert alone(large) is large, "what stands alone already is not copied"
 
 
-async def test_what_is_kept_ends(node: FakeNode) -> None:
-    settings = ServerSettings(calls=CallSettings(keep_seconds=0.01), drain_timeout=0.0)
+async def test_what_is_kept_ends(node: ServingNode) -> None:
+    settings = ServerSettings(drain_timeout=0.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         x = torch.zeros(1, 8)
         await node.forward("ffn.0", x, keep_inputs=True)
         await node.backward("ffn.0", [x], [torch.zeros(1, 4)], call_id=os.urandom(16))
-        async with asyncio.timeout(30):
-            while server._calls._inputs or server._calls._answers:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-        assert server._calls._sweep is None, "nothing is looked after any more"
+        let_pass(KEEP_SECONDS + 1)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert server.free_memory() == 0, "both have ended by themselves"
 
 
-async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, server: TesseractServer) -> None:
+async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: ServingNode, server: TesseractServer) -> None:
     x, gradient = torch.randn(3, 8), torch.randn(3, 4)
     for index in range(20):
         call_id = bytes([index]) * 16
@@ -360,7 +279,7 @@ async def test_a_caller_that_vanishes_and_asks_again_steps_once(node: FakeNode, 
     assert server.experts["ffn.0"].version == 20
 
 
-async def test_one_of_two_callers_of_a_backward_may_leave(node: FakeNode, server: TesseractServer) -> None:
+async def test_one_of_two_callers_of_a_backward_may_leave(node: ServingNode, server: TesseractServer) -> None:
     x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
     released = threading.Event()
     holding = asyncio.create_task(server.runtimes[0].call(lambda: released.wait(60)))
@@ -375,7 +294,7 @@ async def test_one_of_two_callers_of_a_backward_may_leave(node: FakeNode, server
     assert version == 1
 
 
-async def test_a_failed_backward_may_be_tried_again(node: FakeNode, server: TesseractServer) -> None:
+async def test_a_failed_backward_may_be_tried_again(node: ServingNode, server: TesseractServer) -> None:
     x, call_id = torch.randn(3, 8), os.urandom(16)
     with pytest.raises(ExpertFailed, match="not finite"):
         await node.backward("ffn.0", [x], [torch.full((3, 4), torch.nan)], call_id=call_id)
@@ -383,7 +302,7 @@ async def test_a_failed_backward_may_be_tried_again(node: FakeNode, server: Tess
     assert version == 1
 
 
-async def test_a_server_returns_with_its_weights_and_its_journal(node: FakeNode, tmp_path: Path) -> None:
+async def test_a_server_returns_with_its_weights_and_its_journal(node: ServingNode, tmp_path: Path) -> None:
     x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
     async with TesseractServer(node, {"ffn.0": make_backend(0)}, checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
         await node.backward("ffn.0", [x], [gradient])
@@ -400,7 +319,7 @@ async def test_a_server_returns_with_its_weights_and_its_journal(node: FakeNode,
 
 
 async def test_backwards_gathered_for_a_step_are_saved_although_no_step_was_taken(
-    node: FakeNode, tmp_path: Path
+    node: ServingNode, tmp_path: Path
 ) -> None:
     x, gradient, call_id = torch.randn(3, 8), torch.randn(3, 4), os.urandom(16)
 
@@ -421,7 +340,7 @@ async def test_backwards_gathered_for_a_step_are_saved_although_no_step_was_take
         assert server.experts["ffn.0"].progress == (1, 0)
 
 
-async def test_checkpoints_are_written_on_a_timer(node: FakeNode, tmp_path: Path) -> None:
+async def test_checkpoints_are_written_on_a_timer(node: ServingNode, tmp_path: Path) -> None:
     written = asyncio.Event()
 
     class Watched(TesseractServer):
@@ -439,7 +358,7 @@ async def test_checkpoints_are_written_on_a_timer(node: FakeNode, tmp_path: Path
 
 
 async def test_a_checkpoint_of_another_module_is_refused_and_nothing_is_left_open(
-    node: FakeNode, tmp_path: Path
+    node: ServingNode, tmp_path: Path
 ) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
         await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
@@ -450,7 +369,7 @@ async def test_a_checkpoint_of_another_module_is_refused_and_nothing_is_left_ope
     assert not node.table.uids
 
 
-async def test_the_first_checkpoint_is_written_before_anything_is_answered(node: FakeNode, tmp_path: Path) -> None:
+async def test_the_first_checkpoint_is_written_before_anything_is_answered(node: ServingNode, tmp_path: Path) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
         assert (tmp_path / "ffn.0" / "000000000000.safetensors").exists()
 
@@ -473,7 +392,7 @@ def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
     ("spoil", "sentence"), [(refuse_fsync, "No space left"), (refuse_open, "Read-only")], ids=["full", "read-only"]
 )
 async def test_a_disk_that_takes_nothing_stops_nothing(
-    node: FakeNode,
+    node: ServingNode,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     spoil: Callable[[pytest.MonkeyPatch], None],
@@ -506,7 +425,7 @@ async def test_a_disk_that_takes_nothing_stops_nothing(
     assert (tmp_path / "ffn.0" / "000000000002.safetensors").exists(), "it could be written again when it left"
 
 
-async def test_a_slow_disk_holds_up_no_call(node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_disk_holds_up_no_call(node: ServingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release, writing = threading.Event(), threading.Event()
 
     def slow(_: int) -> None:
@@ -528,7 +447,7 @@ async def test_a_slow_disk_holds_up_no_call(node: FakeNode, tmp_path: Path, monk
         assert saved is not None and saved["version"] == 1, "as it was when saving began"
 
 
-async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: FakeNode, tmp_path: Path) -> None:
+async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: ServingNode, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="file cannot be written"):
         async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path / "file"):  # type: ignore[arg-type]
@@ -537,7 +456,7 @@ async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: Fak
 
 
 async def test_what_could_not_be_saved_is_an_error_when_it_leaves(
-    node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: ServingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path)  # type: ignore[arg-type]
     await server.start()
@@ -551,7 +470,7 @@ async def test_what_could_not_be_saved_is_an_error_when_it_leaves(
         assert other.experts["ffn.0"].version == 0, "all was closed, the folder's lock too"
 
 
-async def test_one_folder_is_one_servers(node: FakeNode, tmp_path: Path) -> None:
+async def test_one_folder_is_one_servers(node: ServingNode, tmp_path: Path) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match="is used by another server of this process"):
             async with TesseractServer(node, {"ffn.1": make_backend()}, checkpoint_dir=f"{tmp_path}/."):  # type: ignore[arg-type]
@@ -561,7 +480,7 @@ async def test_one_folder_is_one_servers(node: FakeNode, tmp_path: Path) -> None
 
 
 async def test_a_server_is_started_once_and_on_a_running_node(
-    node: FakeNode, server: TesseractServer, caplog: pytest.LogCaptureFixture
+    node: ServingNode, server: TesseractServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(RuntimeError, match="started before; make a new one"):
         await server.start()
@@ -585,7 +504,7 @@ async def test_a_server_is_started_once_and_on_a_running_node(
             TesseractServer(node, experts, checkpoint_period=period)  # type: ignore[arg-type]
 
 
-async def test_any_uid_has_a_folder(node: FakeNode, tmp_path: Path) -> None:
+async def test_any_uid_has_a_folder(node: ServingNode, tmp_path: Path) -> None:
     uid = "größe/a+b.0"
     async with TesseractServer(node, {uid: make_backend()}, checkpoint_dir=tmp_path):  # type: ignore[arg-type]
         await node.backward(uid, [torch.randn(3, 8)], [torch.randn(3, 4)])
@@ -594,14 +513,14 @@ async def test_any_uid_has_a_folder(node: FakeNode, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".lock", "gr%C3%B6%C3%9Fe%2Fa%2Bb.0"]
 
 
-async def test_a_uid_that_is_hosted_already_is_an_error_at_start(node: FakeNode, server: TesseractServer) -> None:
+async def test_a_uid_that_is_hosted_already_is_an_error_at_start(node: ServingNode, server: TesseractServer) -> None:
     with pytest.raises(ValueError, match="hosts ffn.0 already"):
         async with TesseractServer(node, {"ffn.7": make_backend(), "ffn.0": make_backend()}):  # type: ignore[arg-type]
             pass
     assert sorted(node.table.uids) == ["ffn.0", "ffn.1"]
 
 
-async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: TesseractServer) -> None:
+async def test_kept_inputs_need_not_be_sent_again(node: ServingNode, server: TesseractServer) -> None:
     x, gradient = torch.randn(3, 8), torch.randn(3, 4)
     metas, _ = wire.pack_tensors([x])
     request = messages.ForwardRequest(
@@ -626,7 +545,7 @@ async def test_kept_inputs_need_not_be_sent_again(node: FakeNode, server: Tesser
 
 
 async def test_memory_that_is_needed_is_given_up_and_callers_send_again(
-    node: FakeNode, server: TesseractServer
+    node: ServingNode, server: TesseractServer
 ) -> None:
     x, gradient = torch.randn(3, 8), torch.randn(3, 4)
     name = await keep_inputs(node)
@@ -639,7 +558,7 @@ async def test_memory_that_is_needed_is_given_up_and_callers_send_again(
     assert version == server.experts["ffn.1"].version == 1, "computed again, not applied again"
 
 
-async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
+async def keep_inputs(node: ServingNode, uid: str = "ffn.0") -> bytes:
     """A forward that a backward will follow."""
     x = torch.randn(3, 8)
     metas, _ = wire.pack_tensors([x])
@@ -652,7 +571,7 @@ async def keep_inputs(node: FakeNode, uid: str = "ffn.0") -> bytes:
     return name
 
 
-async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode, server: TesseractServer) -> None:
+async def test_draining_refuses_forwards_and_waits_for_backwards(node: ServingNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     draining = asyncio.create_task(server.drain(timeout=10))
     for _ in range(3):  # its tasks begin
@@ -666,11 +585,15 @@ async def test_draining_refuses_forwards_and_waits_for_backwards(node: FakeNode,
     assert server.experts["ffn.0"].version == 1
 
 
-async def test_draining_does_not_wait_for_what_never_comes(node: FakeNode) -> None:
-    settings = ServerSettings(calls=CallSettings(backward_timeout=0.05))
+async def test_draining_does_not_wait_for_what_never_comes(node: ServingNode) -> None:
+    settings = ServerSettings(drain_timeout=1000.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
-        assert await server.drain(timeout=10), "its backward is no longer expected"
+        draining = asyncio.create_task(server.drain(timeout=1000.0))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        let_pass(expected.EXPECT_SECONDS)
+        assert await draining, "its backward is no longer expected"
     async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
         assert not await server.drain(timeout=0.05)
@@ -678,14 +601,14 @@ async def test_draining_does_not_wait_for_what_never_comes(node: FakeNode) -> No
 
 
 async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+    node: ServingNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def hang(_: FakePublisher) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(FakePublisher, "withdraw", hang)
     monkeypatch.setattr(FakePublisher, "aclose", hang)
-    monkeypatch.setattr(server_module, "_FAREWELL_TIMEOUT", 0.05)
+    monkeypatch.setattr(server_module, "FAREWELL_TIMEOUT", 0.05)
     settings = ServerSettings(drain_timeout=30.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         name = await keep_inputs(node)
@@ -700,7 +623,7 @@ async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
 
 
 async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+    node: ServingNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expected, "GONE_AFTER", 0.05)
     async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
@@ -712,7 +635,7 @@ async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
         assert await draining
 
 
-async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, server: TesseractServer) -> None:
+async def test_pausing_keeps_the_weights_and_applies_backwards(node: ServingNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     await server.pause("its owner is at the keyboard", retry_after=7.0)
     assert not FakePublisher.declared
@@ -727,12 +650,12 @@ async def test_pausing_keeps_the_weights_and_applies_backwards(node: FakeNode, s
     await node.forward("ffn.0", torch.randn(3, 8))
 
 
-async def test_a_bare_module_is_no_expert(node: FakeNode) -> None:
+async def test_a_bare_module_is_no_expert(node: ServingNode) -> None:
     with pytest.raises(TypeError, match="ffn.0 takes an ExpertBackend, .* got Linear"):
         TesseractServer(node, {"ffn.0": torch.nn.Linear(4, 4)})  # type: ignore[arg-type, dict-item]
 
 
-async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode) -> None:
+async def test_a_follower_answers_forwards_and_names_the_primary(node: ServingNode) -> None:
     with pytest.raises(ValueError, match="not so ffn.9"):
         TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.9"])  # type: ignore[arg-type]
     async with TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.0"]) as server:  # type: ignore[arg-type]
@@ -756,7 +679,7 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: FakeNode)
         assert version == 1
 
 
-async def test_a_state_can_be_taken_and_installed_while_it_serves(node: FakeNode, server: TesseractServer) -> None:
+async def test_a_state_can_be_taken_and_installed_while_it_serves(node: ServingNode, server: TesseractServer) -> None:
     await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
     state = await server.hosted["ffn.0"].snapshot()
     await server.hosted["ffn.1"].install(checkpoint.decode(b"".join(checkpoint.encode(state))))
@@ -773,15 +696,15 @@ def make_other() -> ExpertBackend:
     return ExpertBackend(nn.Linear(8, 8), args_schema=(TensorSpec((8,)),))
 
 
-async def test_further_methods_can_be_answered(node: FakeNode, server: TesseractServer) -> None:
-    async def handler(uid: str, backend: ExpertBackend, call: IncomingCall) -> Message:
-        return Message([uid, backend.version])
+async def test_further_methods_can_be_answered(node: ServingNode, server: TesseractServer) -> None:
+    async def handler(hosted: HostedState, call: IncomingCall) -> Message:
+        return Message([hosted.uid, hosted.backend.version])
 
     server.handle("expert.age", handler)
     assert (await node.call("ffn.0", "expert.age", {"uid": "ffn.0"})).body == ["ffn.0", 0]
 
 
-async def test_work_whose_deadline_passed_is_refused_unseen(node: FakeNode, server: TesseractServer) -> None:
+async def test_work_whose_deadline_passed_is_refused_unseen(node: ServingNode, server: TesseractServer) -> None:
     with pytest.raises(Overloaded, match="deadline"):
         await node.call("ffn.0", messages.FORWARD, messages.encode(_forward_request()), [torch.randn(3, 8)], timeout=-1)
 
@@ -791,7 +714,7 @@ def _forward_request() -> messages.ForwardRequest:
     return messages.ForwardRequest(uid="ffn.0", tensors=metas, training=False, seed=0, reply_codec="none")
 
 
-async def test_staleness_is_measured(node: FakeNode, server: TesseractServer) -> None:
+async def test_staleness_is_measured(node: ServingNode, server: TesseractServer) -> None:
     for _ in range(3):
         await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])  # all say that they saw version 0
     snapshot = node.metrics.snapshot()
@@ -807,7 +730,7 @@ def test_no_clock_that_can_jump_is_read() -> None:
 ALLOWED_WALL_CLOCKS: set[str] = set()
 
 
-async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: FakeNode) -> None:
+async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: ServingNode) -> None:
     codecs = CodecPolicy(inputs=("bf16",), outputs=("fp16", "none"), gradients=("none",))
     backend = ExpertBackend(
         nn.Linear(8, 4), args_schema=(TensorSpec((8,)),), settings=BackendSettings(codecs=codecs), max_batch_size=16
@@ -838,7 +761,7 @@ async def test_an_expert_says_which_codecs_it_takes_and_refuses_others(node: Fak
         assert backend.version == 0
 
 
-async def test_a_backend_stands_for_one_expert_of_one_server(node: FakeNode) -> None:
+async def test_a_backend_stands_for_one_expert_of_one_server(node: ServingNode) -> None:
     backend, other = make_backend(), make_backend()
     with pytest.raises(ValueError, match=r"ffn\.0 and ffn\.1 train the same weights"):
         TesseractServer(node, {"ffn.0": backend, "ffn.1": backend})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 
 from tesseract_async.errors import CheckpointError
 from tesseract_async.experts.merkle import root_of
-from tesseract_async.server.state_files import CheckpointStore, SealedFiles
+from tesseract_async.server.state_files import CheckpointStore, SealedFiles, stored_uids
 from tests.server.test_checkpoint import same, state
 
 
@@ -160,3 +160,11 @@ def test_without_a_folder_nothing_stays() -> None:
     assert found is not None and found.path.exists() and found.read() == b"state"
     files.close()
     assert not found.path.exists()
+
+
+def test_stored_experts_are_those_with_a_folder(tmp_path: Path) -> None:
+    for name in ("ffn.1.1", "ffn.0.1", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ffn.0.0").write_text("a file")
+    assert stored_uids(tmp_path) == ["ffn.0.1", "ffn.1.1", "other"]
+    assert stored_uids(tmp_path / "none") == stored_uids(None) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from tesseract_async.server.state_transfer import (
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tests.client.virtual_time import in_made_up_time
+from tests.server.serving_node import ServingNode
 
 NOBODY = PeerAddress(None, ("127.0.0.1:9",))
 PIECE = MIN_PIECE_BYTES
@@ -50,18 +52,24 @@ def train(backend: ta.ExpertBackend) -> None:
     backend.step(gradients, [bytes(16)])
 
 
-class FakeNode:
-    """Calls go to one source; `before` may look at each request, or raise."""
+class StateNode(ServingNode):
+    """Hosts the state of one expert; `before` may look at each request, or raise."""
 
     def __init__(self, *, piece_bytes: int = PIECE, max_bytes: int = 1 << 30) -> None:
+        super().__init__()
         self.backend = make_backend()
         self.num_snapshots = 0
         self.requests: list[messages.StateRequest] = []
         self.before: Callable[[messages.StateRequest], None] = lambda request: None
         self.after: Callable[[Message], Message] = lambda reply: reply
-        self.source = StateSource(self.snapshot, self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
+        self.source = StateSource(self.aside, max_bytes=max_bytes, piece_bytes=piece_bytes)
+        self.host_expert("ffn.0", {messages.STATE: self.answer})
 
-    async def snapshot(self, uid: str) -> dict[str, Any]:
+    @property
+    def hosted(self) -> Any:
+        return SimpleNamespace(uid="ffn.0", backend=self.backend, snapshot=self.snapshot)
+
+    async def snapshot(self) -> dict[str, Any]:
         self.num_snapshots += 1
         return self.backend.state()
 
@@ -69,22 +77,11 @@ class FakeNode:
         await asyncio.sleep(0)
         return work()
 
-    async def call_expert(
-        self, peer: PeerAddress, method: str, body: Any, *, timeout: float, idempotent: bool
-    ) -> Message:
-        assert method == messages.STATE and idempotent
-        request = messages.decode(messages.StateRequest, body)
+    async def answer(self, call: IncomingCall) -> Message:
+        request = messages.decode(messages.StateRequest, call.body)
         self.requests.append(request)
         self.before(request)
-        call = IncomingCall(
-            peer_id=ta.PeerID(bytes(32)),
-            method=method,
-            body=body,
-            buffers=(),
-            deadline=0.0,
-            priority=0,
-        )
-        return self.after(await self.source.answer(request.uid, self.backend, call))
+        return self.after(await self.source.answer(self.hosted, call))
 
     async def fetch(self, **changes: Any) -> dict[str, Any] | None:
         return await fetch_state(self, NOBODY, "ffn.0", **changes)  # type: ignore[arg-type]
@@ -92,24 +89,24 @@ class FakeNode:
 
 @pytest.fixture
 def node() -> Any:
-    node = FakeNode()
+    node = StateNode()
     yield node
     node.source.close()
 
 
 async def test_whoever_may_have_weights_alone_gets_no_sealed_state(tmp_path: Path) -> None:
-    node = FakeNode()
+    node = StateNode()
     (tmp_path / "file").write_bytes(b"file")
     node.source.find_sealed = lambda uid, digest: SealedFile(bytes(32), 4, tmp_path / "file")
     for weights_only in (False, True):
         request = messages.StateRequest("ffn.0", weights_only, 0, b"d" * 16, 0)
         body = messages.encode(request)
         call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, body, (), 0.0, 0)
-        reply = await node.source.answer("ffn.0", node.backend, call)
+        reply = await node.source.answer(node.hosted, call)
         assert (bytes(reply.buffers[0]) == b"file") is not weights_only
 
 
-async def test_a_state_arrives_whole_and_loads(node: FakeNode) -> None:
+async def test_a_state_arrives_whole_and_loads(node: StateNode) -> None:
     train(node.backend)
     state = await node.fetch()
     assert state is not None
@@ -125,20 +122,20 @@ async def test_a_state_arrives_whole_and_loads(node: FakeNode) -> None:
     node.source.close()
 
 
-async def test_weights_alone_are_smaller(node: FakeNode) -> None:
+async def test_weights_alone_are_smaller(node: StateNode) -> None:
     train(node.backend)
     state = await node.fetch(weights_only=True)
     assert state is not None and set(state) == {"module", "version"}
 
 
-async def test_nothing_is_sent_before_the_version_is_reached(node: FakeNode) -> None:
+async def test_nothing_is_sent_before_the_version_is_reached(node: StateNode) -> None:
     assert await node.fetch(min_version=1) is None
     assert node.num_snapshots == 0
     train(node.backend)
     assert (await node.fetch(min_version=1) or {})["version"] == 1
 
 
-async def test_a_broken_connection_goes_on_where_it_stopped(node: FakeNode) -> None:
+async def test_a_broken_connection_goes_on_where_it_stopped(node: StateNode) -> None:
     lost: list[int] = []
 
     def break_twice(request: messages.StateRequest) -> None:
@@ -154,7 +151,7 @@ async def test_a_broken_connection_goes_on_where_it_stopped(node: FakeNode) -> N
     assert node.num_snapshots == 1
 
 
-async def test_it_gives_up_after_some_broken_connections(node: FakeNode) -> None:
+async def test_it_gives_up_after_some_broken_connections(node: StateNode) -> None:
     def always(request: messages.StateRequest) -> None:
         raise ConnectionLost("the server", "for the test")
 
@@ -164,14 +161,14 @@ async def test_it_gives_up_after_some_broken_connections(node: FakeNode) -> None
     assert len(node.requests) == NUM_RETRIES + 1
 
 
-async def test_training_goes_on_meanwhile_and_does_not_mix_versions(node: FakeNode) -> None:
+async def test_training_goes_on_meanwhile_and_does_not_mix_versions(node: StateNode) -> None:
     node.before = lambda request: train(node.backend)
     state = await node.fetch()
     assert state is not None and state["version"] == 1
     assert node.num_snapshots == 1
 
 
-async def test_a_copy_that_is_gone_means_beginning_again(node: FakeNode) -> None:
+async def test_a_copy_that_is_gone_means_beginning_again(node: StateNode) -> None:
     def lose_it(request: messages.StateRequest) -> None:
         if len(node.requests) == 3:
             train(node.backend)
@@ -183,7 +180,7 @@ async def test_a_copy_that_is_gone_means_beginning_again(node: FakeNode) -> None
     assert [request.offset for request in node.requests[:4]] == [0, PIECE, 2 * PIECE, PIECE]
 
 
-async def test_a_server_that_always_begins_again_is_left(node: FakeNode) -> None:
+async def test_a_server_that_always_begins_again_is_left(node: StateNode) -> None:
     def lose_it(request: messages.StateRequest) -> None:
         if request.offset:
             train(node.backend)
@@ -194,7 +191,7 @@ async def test_a_server_that_always_begins_again_is_left(node: FakeNode) -> None
         await node.fetch()
 
 
-async def test_many_who_come_together_share_one_copy(node: FakeNode) -> None:
+async def test_many_who_come_together_share_one_copy(node: StateNode) -> None:
     states = await asyncio.gather(*(node.fetch() for _ in range(5)))
     assert all(state is not None for state in states)
     assert node.num_snapshots == 1
@@ -202,12 +199,12 @@ async def test_many_who_come_together_share_one_copy(node: FakeNode) -> None:
 
 @in_made_up_time
 async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
-    node = FakeNode()
+    node = StateNode()
     await node.fetch()
     assert node.source.copy_of("ffn.0") is not None
     await asyncio.sleep(4 * KEEP_SECONDS)  # made-up time
     assert node.source.copy_of("ffn.0") is None
-    full = FakeNode(max_bytes=1)
+    full = StateNode(max_bytes=1)
     await full.fetch()
     with pytest.raises(Overloaded):
         await full.fetch(weights_only=True)
@@ -225,13 +222,13 @@ async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
         ({"version": -1}, "malformed"),
     ],
 )
-async def test_a_lying_server_is_found_out(node: FakeNode, change: dict[str, Any], sentence: str) -> None:
+async def test_a_lying_server_is_found_out(node: StateNode, change: dict[str, Any], sentence: str) -> None:
     node.after = lambda reply: Message({**reply.body, **change}, reply.buffers)
     with pytest.raises(ProtocolError, match=sentence):
         await node.fetch()
 
 
-async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: FakeNode) -> None:
+async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: StateNode) -> None:
     def flip(reply: Message) -> Message:
         piece = bytearray(reply.buffers[0])
         piece[-1] ^= 1
@@ -242,7 +239,7 @@ async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: Fak
         await node.fetch()
 
 
-async def test_a_piece_too_many_or_empty_is_refused(node: FakeNode) -> None:
+async def test_a_piece_too_many_or_empty_is_refused(node: StateNode) -> None:
     node.after = lambda reply: Message(reply.body, (*reply.buffers, memoryview(b"more")))
     with pytest.raises(ProtocolError, match="does not fit"):
         await node.fetch()
@@ -299,11 +296,11 @@ def test_deep_nesting_raises_one_error_only() -> None:
 
 @pytest.mark.both_loops
 async def test_between_two_nodes() -> None:
-    fake = FakeNode(piece_bytes=100_000)
+    fake = StateNode(piece_bytes=100_000)
     async with ta.TesseractNode() as host, ta.TesseractNode() as guest:
 
         async def answer(call: IncomingCall) -> Message:
-            return await fake.source.answer("ffn.0", fake.backend, call)
+            return await fake.source.answer(fake.hosted, call)
 
         host.host_expert("ffn.0", {messages.STATE: answer})
         state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)
@@ -312,7 +309,7 @@ async def test_between_two_nodes() -> None:
     assert NO_DIGEST == bytes(16)
 
 
-async def test_a_source_that_drips_is_left(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_source_that_drips_is_left(node: StateNode, monkeypatch: pytest.MonkeyPatch) -> None:
     train(node.backend)
     node.after = lambda reply: Message(reply.body, (reply.buffers[0][:10],))
     with pytest.raises(ProtocolError, match="does not fit"):
@@ -332,7 +329,7 @@ async def test_a_source_that_drips_is_left(node: FakeNode, monkeypatch: pytest.M
     assert len(node.requests) < 8, "of the 19 pieces that it has"
 
 
-async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: FakeNode) -> None:
+async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: StateNode) -> None:
     for _ in range(3):
         train(node.backend)
     limit = largest_state(node.backend)
@@ -342,7 +339,7 @@ async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: Fak
         await fetch_file(node, NOBODY, "ffn.0", max_bytes=limit)  # type: ignore[arg-type]
 
 
-def test_the_first_difference_is_said_in_a_sentence(node: FakeNode) -> None:
+def test_the_first_difference_is_said_in_a_sentence(node: StateNode) -> None:
     state = node.backend.state()
     assert difference("ffn.0", node.backend, state) is None
     state["module"]["weight"] = torch.zeros(3, 320)

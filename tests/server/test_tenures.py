@@ -184,7 +184,7 @@ async def test_an_expert_that_another_has_meanwhile_is_not_handed_over() -> None
 
         async def and_another_leads(peer: PeerAddress, method: str, body: Any, **more: Any) -> Message:
             reply = await call(peer, method, body, **more)
-            if body.get("kind") == "take":
+            if body.get("kind") == "prepare":
                 first.tenure.state = State.ASIDE
             return reply
 
@@ -226,7 +226,7 @@ async def test_nobody_begins_anew_what_a_host_that_is_away_has_sealed(tmp_path: 
 async def test_a_stranger_cannot_ask_who_leads_nor_take_part() -> None:
     async with host(HOSTS[0], []) as first, ta.TesseractNode(initial_peers=[first.node.address]) as stranger:
         state = first.tenure.state, first.tenure.epoch
-        for kind in ("beat", "vote", "take", "lead", "x" * 200):
+        for kind in ("beat", "vote", "prepare", "take_over", "x" * 200):
             body = {"uid": UID, "kind": kind, "epoch": 2**40, "records": [b"", b"", b""]}
             try:
                 await stranger.call_expert(first.node.peer_address, "expert.tenure", body, timeout=10.0)

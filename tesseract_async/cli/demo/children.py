@@ -15,7 +15,8 @@ from typing import Any
 LEAVE_TIMEOUT = 8.0
 """Seconds that a process gets to leave by itself before it is killed."""
 
-Listener = Callable[[str, dict[str, Any]], None]
+Facts = dict[str, Any]
+Listener = Callable[[str, Facts], None]
 
 
 class ChildFailed(Exception):
@@ -23,90 +24,87 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """A process that says lines of JSON, each with an ``event``.
+    """A process that prints lines of JSON, each with an ``event``.
 
-    Its standard input is a pipe whose other end we hold: it ends when we do, however we do. It has a session of its
-    own, so that a Ctrl-C at the terminal reaches us only, and we tell it to leave.
+    Its standard input is a pipe whose other end we hold: it ends when we do, however that happens. It has a session of
+    its own, so a Ctrl-C at the terminal reaches us only, and we tell it to leave.
     """
 
-    def __init__(self, name: str, arguments: list[str], *, log: Path, on_event: Listener) -> None:
-        """`on_event(name, line)` is called in the loop for each line; `log` takes what it writes to standard error."""
+    def __init__(self, name: str, process: asyncio.subprocess.Process, *, log: Path, on_event: Listener) -> None:
+        """Use `start`."""
         self.name = name
-        self._arguments = arguments
+        self.process = process
         self._log = log
         self._on_event = on_event
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._ready: asyncio.Future[dict[str, Any]] | None = None
+        self._ready: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self._killed = False
+        self._reader = asyncio.create_task(self._read(), name=f"demo: hear {name}")
 
-    async def start(self) -> None:
-        """Starts the process; `ready` tells when it works."""
-        self._ready = asyncio.get_running_loop().create_future()
+    @classmethod
+    async def start(cls, name: str, arguments: list[str], *, log: Path, on_event: Listener) -> Child:
+        """Start Python with these arguments; `ready` tells when it works.
+
+        `on_event(name, line)` is called for each line; `log` takes what the process writes to standard error.
+        """
         # one thread each: five processes share a few cores, and threads of one would wait for another's
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
+        with log.open("ab") as file:
+            process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *self._arguments,
+                *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                stderr=log,
+                stderr=file,
                 env=environment,
                 limit=1 << 20,
                 start_new_session=True,
             )
-        self._reader = asyncio.create_task(self._read(), name=f"demo: hear {self.name}")
+        return cls(name, process, log=log, on_event=on_event)
 
-    async def ready(self, *, timeout: float) -> dict[str, Any]:
-        """Its ``ready`` line. Raises: ChildFailed if it ends before, or takes longer than `timeout` seconds."""
-        assert self._ready is not None, "started"
+    async def ready(self, *, timeout: float) -> Facts:
+        """Return its ``ready`` line. Raises: ChildFailed if it ends before, or takes longer than `timeout` seconds."""
         try:
             return await asyncio.wait_for(asyncio.shield(self._ready), timeout)
         except TimeoutError:
             raise ChildFailed(f"{self.name} was not ready after {timeout:.0f} s.\n{self._last_words()}") from None
 
     async def wait(self) -> None:
-        """Returns when it has ended well, or was killed by us. Raises: ChildFailed if it ended otherwise."""
-        assert self._process is not None and self._reader is not None, "started"
+        """Wait until it has ended well, or was killed by us. Raises: ChildFailed if it ended otherwise."""
         await asyncio.shield(self._reader)
-        status = await self._process.wait()
+        status = await self.process.wait()
         if status != 0 and not self._killed:
             raise ChildFailed(f"{self.name} ended with status {status}.\n{self._last_words()}")
 
     async def kill(self) -> None:
-        """SIGKILL: no farewell, nothing saved. Returns when it is gone."""
-        assert self._process is not None, "started"
+        """Kill it with SIGKILL: no farewell, nothing saved. Returns when it is gone."""
         self._killed = True
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self.process.kill()
         await self._gone()
 
     async def aclose(self) -> None:
-        """Tells it to leave, and kills it if it does not within `LEAVE_TIMEOUT`. Safe to call at any time."""
-        if self._process is None:
-            return
+        """Tell it to leave, and kill it if it does not within `LEAVE_TIMEOUT`. Safe to call at any time."""
         self._killed = True
-        if self._process.returncode is None:
+        if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
+                self.process.send_signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(self._process.wait(), LEAVE_TIMEOUT)
+                await asyncio.wait_for(self.process.wait(), LEAVE_TIMEOUT)
             except TimeoutError:
-                self._process.kill()
+                self.process.kill()
         await self._gone()
 
     async def _gone(self) -> None:
-        assert self._process is not None and self._reader is not None and self._process.stdin is not None
-        await self._process.wait()
+        assert self.process.stdin is not None
+        await self.process.wait()
         await self._reader
-        self._process.stdin.close()
+        self.process.stdin.close()
         with contextlib.suppress(OSError):
-            await self._process.stdin.wait_closed()
+            await self.process.stdin.wait_closed()
 
     async def _read(self) -> None:
-        assert self._process is not None and self._process.stdout is not None and self._ready is not None
-        async for line in self._process.stdout:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
             try:
                 facts = json.loads(line)
                 event = facts["event"]
@@ -116,9 +114,9 @@ class Child:
                 self._ready.set_result(facts)
             self._on_event(self.name, facts)
         if not self._ready.done():
-            await self._process.wait()
+            await self.process.wait()
             self._ready.set_exception(ChildFailed(f"{self.name} ended before it was ready.\n{self._last_words()}"))
-            self._ready.exception()  # whoever waits gets it; nobody has to
+            self._ready.exception()  # retrieved, so that it is no warning where nobody waits
 
     def _last_words(self, num_lines: int = 15) -> str:
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
@@ -127,7 +125,7 @@ class Child:
 
 @contextlib.asynccontextmanager
 async def children() -> AsyncIterator[list[Child]]:
-    """A list whose processes are all gone when the block ends, also by an error or Ctrl-C."""
+    """Enter with a list whose processes are all gone when the block ends, also by an error or Ctrl-C."""
     family: list[Child] = []
     try:
         yield family
@@ -136,10 +134,10 @@ async def children() -> AsyncIterator[list[Child]]:
         try:
             await asyncio.shield(leaving)
         except asyncio.CancelledError:
-            # told twice: no more patience, but still nobody is left behind
+            # told twice: no more patience, but still no process is left behind
             for child in family:
                 with contextlib.suppress(ProcessLookupError):
-                    if child._process is not None and child._process.returncode is None:
-                        child._process.kill()
+                    if child.process.returncode is None:
+                        child.process.kill()
             await leaving
             raise

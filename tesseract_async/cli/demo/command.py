@@ -12,46 +12,36 @@ from pathlib import Path
 import click
 
 from tesseract_async.cli.options import check_folder
-from tesseract_async.cli.running import run
+from tesseract_async.cli.running import asynchronous
+from tesseract_async.cli.types import FILE, FOLDER
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 
 
 @click.command("demo")
-@click.option(
-    "--steps", default=400, show_default=True, type=click.IntRange(1), help="Steps of each of the two trainers."
-)
-@click.option(
-    "--servers", default=3, show_default=True, type=click.IntRange(1, 16), help="Servers that share 16 experts."
-)
+@click.option("--steps", default=400, type=click.IntRange(1), help="Let each of the two trainers take so many steps.")
+@click.option("--servers", default=3, type=click.IntRange(1, 16), help="Spread the 16 experts over so many servers.")
 @click.option(
     "--seed",
     default=0,
-    show_default=True,
     type=click.IntRange(0, 2**32 - 1),
-    help="Of the batches and all first weights.",
+    help="Draw the batches and all first weights from this seed.",
 )
-@click.option("--freeze-experts", is_flag=True, help="The control: experts do not learn. Accuracy stays below 0.6.")
 @click.option(
-    "--plot",
-    "plot_path",
-    default="demo.png",
-    show_default=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the picture goes.",
+    "--freeze-experts", is_flag=True, help="Keep the experts from learning, for comparison: accuracy stays below 0.6."
 )
+@click.option("--plot", "plot_path", default="demo.png", type=FILE, help="Draw the accuracy into this file.")
 @click.option("--no-plot", is_flag=True, help="Draw no picture.")
-@click.option(
-    "--logs", type=click.Path(file_okay=False, path_type=Path), help="Keep logs and checkpoints in this folder."
-)
-def command(
-    steps: int, servers: int, seed: int, freeze_experts: bool, plot_path: Path, no_plot: bool, logs: Path | None
-) -> None:
+@click.option("--logs", type=FOLDER, help="Keep logs and checkpoints in this folder.")
+@asynchronous
+async def command(
+    *, steps: int, servers: int, seed: int, freeze_experts: bool, plot_path: Path, no_plot: bool, logs: Path | None
+) -> int:
     """Train a small mixture of experts with separate processes, on this machine.
 
     A bootstrap node, three expert servers and two trainers are started on loopback; they learn to read handwritten
     digits (part of scikit-learn: nothing is downloaded). A third of the way in, one server is killed; it returns later
-    with its weights. The trainers hold nothing that learns but their gates: the experts learn the digits.
+    with its weights. Nothing in the trainers learns but their gates: it is the experts that learn the digits.
 
     The exit status is 0 if every trainer's validation accuracy ends at 0.97 or more.
     """
@@ -68,47 +58,28 @@ def command(
     from tesseract_async.cli.demo.script import Script
     from tesseract_async.cli.demo.view import show
 
-    settings = plan.DemoSettings(
-        steps=steps,
-        num_servers=servers,
-        seed=seed,
-        freeze_experts=freeze_experts,
-        plot=None if no_plot else plot_path,
-    )
+    options = plan.DemoOptions(steps=steps, num_servers=servers, seed=seed, freeze_experts=freeze_experts)
     if logs is not None:
         check_folder(logs, "--logs")
-    if settings.plot is not None:  # said now, not after the training
-        if settings.plot.suffix.lower() not in PICTURES:
+    if not no_plot:  # reported now, not after the training
+        if plot_path.suffix.lower() not in PICTURES:
             raise click.BadParameter(f"{plot_path} does not end with one of {', '.join(PICTURES)}", param_hint="--plot")
-        check_folder(settings.plot.absolute().parent, "--plot", make=False)
-    console = Console()
-    started_at = time.monotonic()
-
-    async def play(folder: Path) -> Script:
-        script = Script(settings, folder)
+        check_folder(plot_path.parent, "--plot", make=False)
+    console, started_at = Console(), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tesseract-demo-")))
+        script = Script(options, folder)
         drawing = asyncio.create_task(show(script.progress, script.now, console))
         try:
             await script.run()
+        except ChildFailed as error:
+            raise click.ClickException(str(error)) from None
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
-        return script
-
-    async def main() -> int:
-        with contextlib.ExitStack() as stack:
-            if logs is None:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tesseract-demo-")))
-            else:
-                folder = logs
-            try:
-                script = await play(folder)
-            except ChildFailed as error:
-                raise click.ClickException(str(error)) from None
-        console.print(report.summary(script.progress))
-        if settings.plot is not None:
-            report.plot(script.progress, settings.plot)
-            console.print(f"The picture is in [bold]{settings.plot}[/bold].")
-        console.print(f"{report.verdict(script.progress)} It took {time.monotonic() - started_at:.0f} s in all.")
-        return 0 if script.progress.passed else 1
-
-    run(main)
+    console.print(report.summary(script.progress))
+    if not no_plot:
+        report.plot(script.progress, plot_path)
+        console.print(f"The picture is in [bold]{plot_path}[/bold].")
+    console.print(f"{report.verdict(script.progress)} It took {time.monotonic() - started_at:.0f} s in all.")
+    return 0 if script.progress.passed else 1

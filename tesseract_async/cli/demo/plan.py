@@ -1,24 +1,49 @@
-"""What the demo does: its settings, and which server hosts what. No I/O."""
+"""What the demo does: its options and constants, and which server hosts what. No I/O."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from tesseract_async.experts import ExpertPattern
 
 PREFIX = "digits"
 GRID_SIZE = (4, 4)
+PATTERN = ExpertPattern(PREFIX, tuple(range(size) for size in GRID_SIZE))
 NUM_PIXELS = 64
 NUM_CLASSES = 10
+HIDDEN_FEATURES = 128
 NUM_TRAINERS = 2
 REQUIRED_ACCURACY = 0.97
 
+KILL_AT = 1 / 3
+"""Share of the steps after which a server is killed."""
+RETURN_AT = 0.42
+"""Share of the steps after which it is started again."""
+WAIT_AT = 0.8
+"""Share of the steps after which trainers wait for the server that was killed, if it is not back yet."""
+
+ROWS = 64
+"""Rows of one step."""
+NOISE = 0.5
+"""Standard deviation of what is added to the training pixels (which have 1), so that 1,437 images suffice."""
+K_BEST = 4
+EXPERT_LEARNING_RATE = 2e-3
+GATE_LEARNING_RATE = 1e-3
+VALIDATE_EVERY = 10
+"""Steps between validations."""
+REFRESH_PERIOD = 1.0
+"""Seconds between a trainer's readings of the directory."""
+TTL = 6.0
+"""Seconds for which a server's manifest holds."""
+CHECKPOINT_PERIOD = 1.0
+"""Seconds between a server's checkpoints: what a killed server loses at most."""
+SIZES = {"in_features": NUM_PIXELS, "hidden_features": HIDDEN_FEATURES, "out_features": NUM_CLASSES}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoSettings:
+class DemoOptions:
     """One run of the demo."""
 
     steps: int = 400
@@ -27,37 +52,6 @@ class DemoSettings:
     seed: int = 0
     freeze_experts: bool = False
     """The control: experts without an optimizer. The accuracy then shows what gates alone can do."""
-    plot: Path | None = Path("demo.png")
-    kill_at: float = 1 / 3
-    """Share of the steps after which a server is killed."""
-    return_at: float = 0.42
-    """Share of the steps after which it is started again."""
-
-    wait_at: float = 0.8
-    """Share of the steps after which trainers wait for the server that was killed, if it is not back yet."""
-
-    rows: int = 64
-    """Rows of one step."""
-    noise: float = 0.5
-    """Standard deviation of what is added to the training pixels (whose own is 1), so that 1,437 images suffice."""
-    k_best: int = 4
-    hidden_features: int = 128
-    expert_learning_rate: float = 2e-3
-    gate_learning_rate: float = 1e-3
-    validate_every: int = 10
-    """Steps between validations."""
-    refresh_period: float = 1.0
-    """Seconds between a trainer's readings of the directory."""
-    ttl: float = 6.0
-    """Seconds for which a server's manifest holds."""
-    checkpoint_period: float = 1.0
-    """Seconds between a server's checkpoints: what a killed server loses at most."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_servers <= len(all_uids()):
-            raise ValueError(f"the demo has {len(all_uids())} experts, so 1 to as many servers, not {self.num_servers}")
-        if self.steps < 1:
-            raise ValueError("the demo takes at least one step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +63,8 @@ class TrainerTask:
     """Which trainer it is: each draws its own batches."""
     seed: int
     steps: int
-    rows: int
-    noise: float
-    k_best: int
-    gate_learning_rate: float
-    wait_at: int
-    """Before this step, the trainer waits until all experts live and the file `go_on` exists."""
     go_on: str
-    validate_every: int
-    refresh_period: float
+    """At `WAIT_AT`, the trainer waits until all experts live and this file exists."""
 
     def encode(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -89,37 +76,39 @@ class TrainerTask:
 
 
 def all_uids() -> list[str]:
-    """Every expert of the demo's grid."""
-    return list(ExpertPattern(PREFIX, tuple(range(size) for size in GRID_SIZE)))
+    """Return every expert of the demo's grid."""
+    return list(PATTERN)
 
 
 def assign(num_servers: int) -> list[list[str]]:
-    """Which server hosts which uids: dealt out like cards, so that a lost server leaves holes everywhere."""
+    """Return the uids of each server, dealt out like cards, so that a lost server leaves holes everywhere."""
     return [all_uids()[number::num_servers] for number in range(num_servers)]
 
 
-def sizes(settings: DemoSettings) -> dict[str, int]:
-    """Of the experts."""
-    return {"in_features": NUM_PIXELS, "hidden_features": settings.hidden_features, "out_features": NUM_CLASSES}
+def expert_arguments(options: DemoOptions) -> list[str]:
+    """Return the flags of `tesseract serve` by which every server builds the same experts."""
+    words = [word for name, size in SIZES.items() for word in ("--size", f"{name}={size}")]
+    return [
+        *words,
+        *(["--optimizer", "none"] if options.freeze_experts else ["--learning-rate", f"{EXPERT_LEARNING_RATE}"]),
+    ]
 
 
-def commands_to_join(settings: DemoSettings, address: str, program: str) -> list[str]:
-    """What to type into a second terminal while the demo runs: to look on, and to lend a hand."""
-    pattern = ExpertPattern(PREFIX, tuple(range(size) for size in GRID_SIZE))
-    words = " ".join(f"--size {name}={size}" for name, size in sizes(settings).items())
-    frozen = " --optimizer none" if settings.freeze_experts else f" --learning-rate {settings.expert_learning_rate}"
+def commands_to_join(options: DemoOptions, address: str, program: str) -> list[str]:
+    """Return what to type into a second terminal while the demo runs, to look on and to lend a hand."""
+    words = " ".join(expert_arguments(options))
     return [
         f"{program} top -p {address}",
         f"{program} dashboard -p {address}",
-        f"{program} serve -p {address} --experts '{pattern}' --num-experts 4 {words}{frozen}",
+        f"{program} serve -p {address} --experts '{PATTERN}' --num-experts 4 {words}",
     ]
 
 
 def server_name(number: int) -> str:
-    """How people call a server: ``server 1``."""
+    """Return ``server 1`` for number 0."""
     return f"server {number + 1}"
 
 
 def trainer_name(number: int) -> str:
-    """How people call a trainer: ``trainer 1``."""
+    """Return ``trainer 1`` for number 0."""
     return f"trainer {number + 1}"

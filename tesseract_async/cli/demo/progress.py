@@ -66,11 +66,11 @@ class Server:
 class Progress:
     """All of it. Times are seconds since the start of training."""
 
-    def __init__(self, settings: plan.DemoSettings) -> None:
-        self.settings = settings
+    def __init__(self, options: plan.DemoOptions) -> None:
+        self.options = options
         self.trainers = {plan.trainer_name(number): Trainer() for number in range(plan.NUM_TRAINERS)}
         self.servers = {
-            plan.server_name(number): Server(uids) for number, uids in enumerate(plan.assign(settings.num_servers))
+            plan.server_name(number): Server(uids) for number, uids in enumerate(plan.assign(options.num_servers))
         }
         self.log: list[tuple[float, str]] = []
         self.killed_at: float | None = None
@@ -111,7 +111,7 @@ class Progress:
     @property
     def share(self) -> float:
         """How much of the training is done, 0 to 1: that of the trainer that is behind."""
-        return min(trainer.step for trainer in self.trainers.values()) / self.settings.steps
+        return min(trainer.step for trainer in self.trainers.values()) / self.options.steps
 
     @property
     def done(self) -> bool:

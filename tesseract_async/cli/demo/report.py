@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.progress import Progress
-from tesseract_async.cli.units import counted
+from tesseract_async.cli.types import counted
 
 
 def summary(progress: Progress) -> Table:
@@ -19,14 +19,14 @@ def summary(progress: Progress) -> Table:
     duration = max((trainer.losses[-1][0] for trainer in progress.trainers.values() if trainer.losses), default=0.0)
     calls = sum(trainer.num_calls for trainer in progress.trainers.values())
     table.add_row("processes", f"{progress.num_processes} started")
-    table.add_row("training", f"{duration:.1f} s, {progress.settings.steps} steps per trainer")
+    table.add_row("training", f"{duration:.1f} s, {progress.options.steps} steps per trainer")
     table.add_row("calls to experts", f"{calls} ({calls / max(duration, 1e-9):.0f} per second)")
     for name, trainer in progress.trainers.items():
         if trainer.accuracy is not None:
             table.add_row(f"{name}, validation accuracy", f"{trainer.accuracy:.3f}")
     steps = sum(server.num_steps for server in progress.servers.values())
     table.add_row(
-        "experts' optimizer steps", "none: they are frozen" if progress.settings.freeze_experts else str(steps)
+        "experts' optimizer steps", "none: they are frozen" if progress.options.freeze_experts else str(steps)
     )
     table.add_row("steps that trainers lost", str(sum(len(trainer.errors) for trainer in progress.trainers.values())))
     for name, server in progress.servers.items():
@@ -45,7 +45,7 @@ def verdict(progress: Progress) -> str:
     if progress.accuracy is None:
         return "No trainer validated: the demo shows nothing."
     reached = f"{progress.accuracy:.3f}"
-    if progress.settings.freeze_experts:
+    if progress.options.freeze_experts:
         return f"With frozen experts the gates alone reach {reached}; the experts carry the rest."
     if progress.passed:
         return f"Validation accuracy {reached}, at least {plan.REQUIRED_ACCURACY} was asked for."
@@ -67,9 +67,9 @@ def plot(progress: Progress, path: Path) -> None:
         if at is not None:
             axes.axvline(at, color="black", linewidth=0.8, linestyle="--")
             axes.annotate(text, (at, 0.03), xytext=(4, 0), textcoords="offset points", fontsize=9)
-    kind = "frozen experts" if progress.settings.freeze_experts else "experts on three servers"
-    if progress.settings.num_servers != 3 and not progress.settings.freeze_experts:
-        kind = f"experts on {counted(progress.settings.num_servers, 'server')}"
+    kind = "frozen experts" if progress.options.freeze_experts else "experts on three servers"
+    if progress.options.num_servers != 3 and not progress.options.freeze_experts:
+        kind = f"experts on {counted(progress.options.num_servers, 'server')}"
     axes.set(
         xlabel="seconds of training",
         ylabel="validation accuracy",

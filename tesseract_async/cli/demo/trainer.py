@@ -3,13 +3,12 @@
 It holds nothing that learns but its gate: pixels go into the mixture, and what comes out are the logits. So whatever
 accuracy it reaches beyond what a gate over random experts does, the experts learned.
 
-Says what it does in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
+It reports in lines of JSON on standard output: ``ready``, one ``step`` after the other, ``done``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 import tesseract_async as ta
 from tesseract_async.cli.demo import plan
-from tesseract_async.cli.running import run, say, set_up_logging, until_told_to_leave
+from tesseract_async.cli.running import run, say, set_up_logging
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.monitoring import publish_progress
 
@@ -34,10 +33,9 @@ Digits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def load_digits() -> Digits:
-    """scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels to train on (80 %), and to validate on.
+    """Return scikit-learn's 1,797 handwritten digits, shuffled: pixels and labels for training (80 %) and validation.
 
-    Always the same split, so that runs of different seeds can be compared, and nobody's validation is another one's
-    training.
+    The split is always the same, so that runs of different seeds can be compared.
     """
     from sklearn.datasets import load_digits as load
 
@@ -51,33 +49,38 @@ def load_digits() -> Digits:
 
 
 WAIT_FOR_EVERYBODY = 30.0
-"""Seconds that a trainer waits at most for the server that was killed."""
+"""Seconds that a trainer waits at most for the killed server."""
 
 
-async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) -> None:
-    """Joins the swarm, trains, and reports until all steps are taken."""
+async def train(
+    task: plan.TrainerTask,
+    *,
+    report: Callable[..., None] = say,
+    rows: int = plan.ROWS,
+    validate_every: int = plan.VALIDATE_EVERY,
+) -> None:
+    """Join the swarm, train, and report until all steps are taken."""
+    wait_at = max(1, round(plan.WAIT_AT * task.steps))
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(task.seed * 1000 + task.number)
-    node = ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=task.refresh_period)
-    async with node, contextlib.aclosing(Publishing(node, plan.trainer_name(task.number))) as publishing:
+    node = ta.TesseractNode(initial_peers=task.initial_peers, refresh_period=plan.REFRESH_PERIOD)
+    losses: list[tuple[int, float]] = []
+    async with node, asyncio.TaskGroup() as group:
+        publishing = group.create_task(publish_losses(node, plan.trainer_name(task.number), losses))
         gate = ta.GatingFunction(
-            node,
-            uid_prefix=plan.PREFIX,
-            grid_size=plan.GRID_SIZE,
-            in_features=plan.NUM_PIXELS,
-            k_best=task.k_best,
+            node, uid_prefix=plan.PREFIX, grid_size=plan.GRID_SIZE, in_features=plan.NUM_PIXELS, k_best=plan.K_BEST
         )
-        optimizer = torch.optim.Adam(gate.parameters(), lr=task.gate_learning_rate)
+        optimizer = torch.optim.Adam(gate.parameters(), lr=plan.GATE_LEARNING_RATE)
         node.directory.watch(plan.PREFIX, plan.GRID_SIZE)
         await node.directory.wait_warm(plan.PREFIX)
         report("ready")
 
         for step in range(1, task.steps + 1):
-            if step == task.wait_at:
+            if step == wait_at:
                 await wait_for_everybody(node, Path(task.go_on).exists)
-            batch = torch.randint(0, len(x_train), (task.rows,))
+            batch = torch.randint(0, len(x_train), (rows,))
             x, y = x_train[batch], y_train[batch]
-            x = x + task.noise * torch.randn_like(x)
+            x = x + plan.NOISE * torch.randn_like(x)
             facts: dict[str, Any] = {"step": step}
             try:
                 loss = F.cross_entropy(await gate(x), y)
@@ -85,8 +88,8 @@ async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) ->
                 await ta.backward(loss)
                 optimizer.step()
                 facts["loss"] = loss.item()
-                publishing.take(step, facts["loss"])
-                if step % task.validate_every == 0 or step == task.steps:
+                losses.append((step, facts["loss"]))
+                if step % validate_every == 0 or step == task.steps:
                     with torch.no_grad():
                         logits = await gate(x_val)
                     facts["accuracy"] = (logits.argmax(1) == y_val).float().mean().item()
@@ -97,47 +100,30 @@ async def train(task: plan.TrainerTask, *, report: Callable[..., None] = say) ->
             view = node.directory.live(plan.PREFIX)
             facts["live"] = [] if view is None else [view.uid(row) for row in range(len(view))]
             report("step", **facts)
+        publishing.cancel()
         report("done")
 
 
-class Publishing:
-    """Lets `tesseract top` and the dashboard show the loss: the mean since the last time, beside the training."""
-
-    def __init__(self, node: ta.TesseractNode, name: str) -> None:
-        self._node = node
-        self._name = name
-        self._losses: list[float] = []
-        self._next_at = 0.0
-        self._task: asyncio.Task[None] | None = None
-
-    def take(self, step: int, loss: float) -> None:
-        """One step's loss. Publishes at most once in `PUBLISH_PERIOD`, and one at a time."""
-        self._losses.append(loss)
-        now = asyncio.get_running_loop().time()
-        if now >= self._next_at and (self._task is None or self._task.done()):
-            self._next_at = now + PUBLISH_PERIOD
-            mean = sum(self._losses) / len(self._losses)
-            self._losses.clear()
-            self._task = asyncio.create_task(self._publish(step, mean))
-
-    async def _publish(self, step: int, loss: float) -> None:
+async def publish_losses(node: ta.TesseractNode, trainer: str, losses: list[tuple[int, float]]) -> None:
+    """Let `tesseract top` and the dashboard show the mean loss since the last time, until cancelled."""
+    while True:
+        await asyncio.sleep(PUBLISH_PERIOD)
+        if not losses:
+            continue
+        step, mean = losses[-1][0], sum(loss for _, loss in losses) / len(losses)
+        losses.clear()
         try:
-            await publish_progress(self._node, plan.PREFIX, step=step, loss=loss, trainer=self._name)
+            await publish_progress(node, plan.PREFIX, step=step, loss=mean, trainer=trainer)
         except (TesseractError, TimeoutError) as error:
             logger.info("the loss could not be published: %s", describe(error))
-
-    async def aclose(self) -> None:
-        """Waits for what is being published."""
-        if self._task is not None:
-            await self._task
 
 
 async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], bool]) -> None:
     """Return once all experts live and `may_go_on` says so, or after `WAIT_FOR_EVERYBODY` seconds.
 
     On a fast machine the steps are taken before Python has started again on the server that was killed; but that it
-    takes part again is what the demo shows. The directory alone can't tell: for one time to live it shows a killed
-    server's experts as living.
+    takes part again is what the demo shows. The directory alone can't tell: it shows a killed server's experts as
+    living until their manifest expires.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + WAIT_FOR_EVERYBODY
@@ -149,20 +135,13 @@ async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], boo
 
 
 async def main(task: plan.TrainerTask) -> int:
-    """Trains until done, or until whoever started this process is gone or says so."""
+    """Train until done."""
     torch.set_num_threads(1)
-    training = asyncio.create_task(train(task))
-    leaving = asyncio.create_task(until_told_to_leave(watch_stdin=True))
-    await asyncio.wait({training, leaving}, return_when=asyncio.FIRST_COMPLETED)
-    for one in (training, leaving):
-        one.cancel()
-    results = await asyncio.gather(training, leaving, return_exceptions=True)
-    if isinstance(results[0], Exception):
-        raise results[0]
+    await train(task)
     return 0
 
 
 if __name__ == "__main__":
-    set_up_logging(verbose=False)
+    set_up_logging()
     given = plan.TrainerTask.decode(sys.argv[1])
-    run(lambda: main(given))
+    run(lambda: main(given), leave_with_parent=True)

@@ -19,7 +19,7 @@ from rich.text import Text
 from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.progress import Progress
 
-SERVER_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+SERVER_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 FRAMES_PER_SECOND = 4
 PLAIN_PERIOD = 5.0
 
@@ -63,7 +63,7 @@ def _tell_how_to_join(progress: Progress, console: Console) -> bool:
     if progress.address is None:
         return False
     console.print("Meanwhile, in a second terminal: look on, or lend a hand", highlight=False)
-    for line in plan.commands_to_join(progress.settings, progress.address, program_name()):
+    for line in plan.commands_to_join(progress.options, progress.address, program_name()):
         console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
     return True
 
@@ -100,7 +100,7 @@ def draw(progress: Progress, now: float) -> RenderableType:
     for name, trainer in progress.trainers.items():
         trainers.add_row(
             name,
-            f"{trainer.step}/{progress.settings.steps}",
+            f"{trainer.step}/{progress.options.steps}",
             _number(trainer.loss),
             _number(trainer.accuracy),
             f"{trainer.calls_per_second:.0f}",
@@ -112,24 +112,24 @@ def draw(progress: Progress, now: float) -> RenderableType:
 
 
 def draw_grid(progress: Progress) -> RenderableType:
-    """Each expert on its grid, in its server's colour: filled while the trainers see it."""
-    colour: dict[str, str] = {}
+    """Each expert on its grid, in its server's color: filled while the trainers see it."""
+    color: dict[str, str] = {}
     for number, server in enumerate(progress.servers.values()):
-        colour |= dict.fromkeys(server.uids, SERVER_COLOURS[number % len(SERVER_COLOURS)])
+        color |= dict.fromkeys(server.uids, SERVER_COLORS[number % len(SERVER_COLORS)])
     live = progress.live
     grid = Text()
     uids = plan.all_uids()
     for start in range(0, len(uids), plan.GRID_SIZE[-1]):
         for uid in uids[start : start + plan.GRID_SIZE[-1]]:
-            # different signs, not colours alone: terminals and eyes differ
-            grid.append("● " if uid in live else "· ", style=colour[uid] if uid in live else "dim")
+            # different signs, not colors alone: terminals and eyes differ
+            grid.append("● " if uid in live else "· ", style=color[uid] if uid in live else "dim")
         grid.append("\n")
     grid.rstrip()
 
     servers = Table.grid(padding=(0, 2, 0, 0))
     for number, (name, server) in enumerate(progress.servers.items()):
         state = Text("alive", style="green") if server.alive else Text("gone", style="bold red")
-        style = SERVER_COLOURS[number % len(SERVER_COLOURS)]
+        style = SERVER_COLORS[number % len(SERVER_COLORS)]
         servers.add_row(Text(name, style=style), state, f"{len(server.uids)} experts", f"{server.num_steps} steps")
     both = Table.grid(padding=(0, 4, 0, 0))
     both.add_row(grid, servers)

@@ -20,15 +20,14 @@ STAYS = READY + "sys.stdin.read()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + READY + "signal.pause()"
 
 
-def child(tmp_path: Path, code: str) -> tuple[Child, list[dict[str, Any]]]:
-    heard: list[dict[str, Any]] = []
-    made = Child("some process", ["-c", code], log=tmp_path / "log", on_event=lambda name, facts: heard.append(facts))
-    return made, heard
-
-
-def pid_of(subject: Child) -> int:
-    assert subject._process is not None
-    return subject._process.pid
+async def start(family: list[Child], tmp_path: Path, code: str, heard: list[dict[str, Any]] | None = None) -> Child:
+    lines = [] if heard is None else heard
+    words = ["-c", code]
+    made = await Child.start(
+        "some process", words, log=tmp_path / "log", on_event=lambda name, facts: lines.append(facts)
+    )
+    family.append(made)
+    return made
 
 
 def lives(pid: int) -> bool:
@@ -42,20 +41,17 @@ def lives(pid: int) -> bool:
 @pytest.mark.both_loops
 async def test_a_process_is_heard_and_leaves_when_told(tmp_path: Path) -> None:
     async with children() as family:
-        subject, heard = child(tmp_path, STAYS)
-        family.append(subject)
-        await subject.start()
+        heard: list[dict[str, Any]] = []
+        subject = await start(family, tmp_path, STAYS, heard)
         assert (await subject.ready(timeout=30))["pid"] == 1
         assert heard == [{"event": "ready", "pid": 1}]
-    assert not lives(pid_of(subject))
+    assert not lives(subject.process.pid)
     await subject.aclose()
 
 
 async def test_a_process_that_fails_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     async with children() as family:
-        subject, _ = child(tmp_path, "raise SystemExit('the disk is full')")
-        family.append(subject)
-        await subject.start()
+        subject = await start(family, tmp_path, "raise SystemExit('the disk is full')")
         with pytest.raises(ChildFailed, match="(?s)some process ended before it was ready.*the disk is full"):
             await subject.ready(timeout=30)
         with pytest.raises(ChildFailed, match="status 1"):
@@ -64,22 +60,18 @@ async def test_a_process_that_fails_is_an_error_with_its_last_words(tmp_path: Pa
 
 async def test_a_process_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
     async with children() as family:
-        subject, _ = child(tmp_path, "import sys; sys.stdin.read()")
-        family.append(subject)
-        await subject.start()
+        subject = await start(family, tmp_path, "import sys; sys.stdin.read()")
         with pytest.raises(ChildFailed, match="not ready after"):
             await subject.ready(timeout=0.05)
 
 
 async def test_a_killed_process_is_no_failure(tmp_path: Path) -> None:
     async with children() as family:
-        subject, _ = child(tmp_path, STAYS)
-        family.append(subject)
-        await subject.start()
+        subject = await start(family, tmp_path, STAYS)
         await subject.ready(timeout=30)
         waiting = asyncio.create_task(subject.wait())
         await subject.kill()
-        assert not lives(pid_of(subject))
+        assert not lives(subject.process.pid)
         await waiting
 
 
@@ -87,23 +79,20 @@ async def test_a_killed_process_is_no_failure(tmp_path: Path) -> None:
 async def test_who_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAVE_TIMEOUT", 0.1)
     async with children() as family:
-        subject, _ = child(tmp_path, STUBBORN)
-        family.append(subject)
-        await subject.start()
+        subject = await start(family, tmp_path, STUBBORN)
         await subject.ready(timeout=30)
-    assert not lives(pid_of(subject))
+    assert not lives(subject.process.pid)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 async def test_told_twice_nobody_is_left_either(tmp_path: Path) -> None:
-    subject, _ = child(tmp_path, STUBBORN)
     entered = asyncio.Event()
+    started: list[Child] = []
 
     async def hold() -> None:
         async with children() as family:
-            family.append(subject)
-            await subject.start()
-            await subject.ready(timeout=30)
+            started.append(await start(family, tmp_path, STUBBORN))
+            await started[0].ready(timeout=30)
             entered.set()
             await asyncio.Event().wait()
 
@@ -115,7 +104,7 @@ async def test_told_twice_nobody_is_left_either(tmp_path: Path) -> None:
     holding.cancel()
     with pytest.raises(asyncio.CancelledError):
         await holding
-    assert not lives(pid_of(subject))
+    assert not lives(started[0].process.pid)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

@@ -12,41 +12,27 @@ from tesseract_async.cli.demo import plan
 from tesseract_async.cli.demo.trainer import train
 from tesseract_async.server.registry import make_backend
 
-SETTINGS = plan.DemoSettings()
 LEARNING_RATE = 5e-3
 """Of the experts. With this and larger batches a sixth of the demo's steps is enough."""
-SIZES = {
-    "in_features": plan.NUM_PIXELS,
-    "hidden_features": SETTINGS.hidden_features,
-    "out_features": plan.NUM_CLASSES,
-}
 
 
 async def accuracy_after_training(optimizer: str | None, steps: int) -> float:
     torch.manual_seed(0)
     experts = {
-        uid: make_backend("ffn", optimizer=optimizer, learning_rate=LEARNING_RATE, sizes=SIZES)
+        uid: make_backend("ffn", optimizer=optimizer, learning_rate=LEARNING_RATE, sizes=plan.SIZES)
         for uid in plan.all_uids()
     }
     reports: list[dict[str, Any]] = []
     async with ta.TesseractNode() as host, ta.TesseractServer(host, experts):
-        task = plan.TrainerTask(
-            initial_peers=[host.address],
-            number=0,
-            seed=0,
-            steps=steps,
-            rows=256,  # larger steps, and fewer: two processes less to share them with
-            noise=SETTINGS.noise,
-            k_best=SETTINGS.k_best,
-            gate_learning_rate=SETTINGS.gate_learning_rate,
-            wait_at=1,
-            go_on=os.devnull,
-            validate_every=steps,
-            refresh_period=SETTINGS.refresh_period,
-        )
-        await train(task, report=lambda event, **facts: reports.append({"event": event, **facts}))
-    assert [report["event"] for report in (reports[0], reports[-1])] == ["ready", "done"]
-    assert not any("error" in report for report in reports)
+        task = plan.TrainerTask(initial_peers=[host.address], number=0, seed=0, steps=steps, go_on=os.devnull)
+
+        def report(event: str, **facts: Any) -> None:
+            reports.append({"event": event, **facts})
+
+        # larger steps, and fewer: two processes less to share them with
+        await train(task, report=report, rows=256, validate_every=steps)
+    assert [one["event"] for one in (reports[0], reports[-1])] == ["ready", "done"]
+    assert not any("error" in one for one in reports)
     accuracy = reports[-2]["accuracy"]
     assert isinstance(accuracy, float)
     return accuracy

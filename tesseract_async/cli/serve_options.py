@@ -1,0 +1,177 @@
+"""The options of `tesseract serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tesseract_async.cli.options import (
+    expert_class_option,
+    grouped,
+    max_batch_size_option,
+    optimizer_option,
+    sizes_option,
+    threads_option,
+)
+from tesseract_async.cli.types import FOLDER, LEARNING_RATE, PATTERN, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, Value
+
+if TYPE_CHECKING:
+    from tesseract_async.experts.pattern import ExpertPattern
+
+MAX_EXPERTS = 4096
+"""Experts that one server hosts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What to host, and how: the options as the user gave them."""
+
+    patterns: Sequence[ExpertPattern]
+    num_experts: int | None
+    run_name: str | None
+    grant: str | None
+    allowed_modules: Sequence[str]
+    expert_class: str
+    sizes: Sequence[tuple[str, Value]]
+    optimizer: str | None
+    learning_rate: float
+    max_batch_size: int
+    seed: int
+    devices: Sequence[str]
+    threads: int
+    autocast: str | None
+    compile_mode: str | None
+    cuda_graphs: bool
+    preferred_sizes: Sequence[int]
+    checkpoint_dir: Path | None
+    checkpoint_period: float
+    sync_every: float
+    ttl: float
+    stall_timeout: float
+    leave_within: float
+    report_period: float | None
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError, click.BadParameter."""
+        if not self.patterns and self.run_name is None:
+            raise ValueError("say what to host: --experts PATTERN, or --run NAME")
+        for pattern in self.patterns if self.num_experts is None else ():
+            if (size := pattern.num_uids) > MAX_EXPERTS:
+                raise click.BadParameter(
+                    f"{pattern} are {size} experts; one server hosts at most {MAX_EXPERTS}: say --num-experts to "
+                    "choose some",
+                    param_hint="--experts",
+                )
+
+
+serve_options = grouped(
+    "serving",
+    ServeOptions,
+    click.option(
+        "--experts",
+        "patterns",
+        multiple=True,
+        type=PATTERN,
+        metavar="PATTERN",
+        help="Host these experts, such as ffn.3.7 or 'ffn.[0:4].[0:16]'; may be given several times.",
+    ),
+    click.option(
+        "--num-experts",
+        type=click.IntRange(1, MAX_EXPERTS),
+        help="Host this many experts of the pattern or run, first those that no other server hosts.",
+    ),
+    click.option(
+        "--run",
+        "run_name",
+        metavar="NAME[@PEER_ID]",
+        help="Take part in this training run, whose owner decides everything about its experts.",
+    ),
+    click.option(
+        "--grant",
+        type=TEXT_OR_FILE,
+        metavar="TEXT|FILE",
+        help="Show this permission or invite from the run's owner; needed once, and not at all in open runs.",
+    ),
+    click.option(
+        "--allow-module",
+        "allowed_modules",
+        multiple=True,
+        metavar="MODULE",
+        help="Let a run use experts from this Python module, whose code then runs on this computer.",
+    ),
+    expert_class_option,
+    sizes_option,
+    optimizer_option,
+    click.option(
+        "--learning-rate",
+        default=1e-3,
+        type=LEARNING_RATE,
+        help="Train with this learning rate; if given, it also replaces the one in a checkpoint.",
+    ),
+    max_batch_size_option,
+    click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        default=("cpu",),
+        help="Compute on this device, such as cpu or cuda:1; given several times, the experts are spread over them.",
+    ),
+    threads_option,
+    click.option(
+        "--autocast",
+        type=click.Choice(["bf16", "fp16"]),
+        help="Compute in this shorter number type where PyTorch deems it safe; weights and answers keep theirs.",
+    ),
+    click.option(
+        "--compile",
+        "compile_mode",
+        metavar="MODE",
+        help="Compile the experts with torch.compile in this mode, such as default; needs a C++ compiler.",
+    ),
+    click.option(
+        "--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size as a CUDA graph, on a GPU."
+    ),
+    click.option(
+        "--preferred-size",
+        "preferred_sizes",
+        multiple=True,
+        type=ROWS,
+        help="Cut batches at this number of rows, and pad them to it with --compile or --cuda-graphs; may be given "
+        "several times.",
+    ),
+    click.option(
+        "--checkpoint-dir",
+        type=FOLDER,
+        help="Keep weights and optimizer states in this folder, from which a restart goes on.",
+    ),
+    click.option("--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts once in this many seconds."),
+    click.option(
+        "--sync-every",
+        type=PERIOD,
+        default=30.0,
+        help="Copy experts that another server trains once in this many seconds.",
+    ),
+    click.option(
+        "--ttl", default=45.0, type=PERIOD, help="Let others forget this server this many seconds after it vanished."
+    ),
+    click.option(
+        "--stall-timeout",
+        type=PERIOD,
+        default=60.0,
+        help="Take the device for hung, and send callers to other servers, after a batch took this many seconds.",
+    ),
+    click.option(
+        "--leave-within",
+        type=SECONDS,
+        default=30.0,
+        help="Finish running work for at most this many seconds when leaving; saving comes after.",
+    ),
+    click.option(
+        "--report-period", type=PERIOD, help="Print the experts' versions as a line of JSON once in this many seconds."
+    ),
+)

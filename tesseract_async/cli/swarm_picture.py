@@ -1,0 +1,216 @@
+"""One frame of `tesseract top`: a swarm's state drawn for a terminal. No I/O."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from tesseract_async.cli.types import counted
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+State = dict[str, Any]
+"""A part of `monitoring.SwarmObserver.state`."""
+
+MAX_ROWS = 64
+"""Lines of a grid where the output has no height, such as a file."""
+MAX_EVENTS = 8
+SIGNS = {"alive": "●", "some": "◐", "silent": "○", "lost": "x", "nobody": "·"}
+ASCII_SIGNS = {"alive": "o", "some": "-", "silent": "?", "lost": "x", "nobody": "."}
+COLUMNS = {
+    **{"peer": 8, "path": 20, "round trip": 10, "experts": 7, "calls/s": 8, "rows/s": 9, "steps/s": 8, "load": 4},
+    **{"waiting": 7, "answered": 9},
+}
+"""Columns of the table of servers, with the width that each wants."""
+LEFT_OUT = ("waiting", "rows/s", "steps/s", "answered", "experts", "load", "calls/s", "round trip")
+"""Columns that a narrow terminal does without, in this order; the peer and its path always stay."""
+COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white")
+
+
+def signs_for(encoding: str) -> dict[str, str]:
+    """Return the signs for experts that a terminal with this encoding can show."""
+    try:
+        "".join(SIGNS.values()).encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return ASCII_SIGNS
+    return SIGNS
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Lines for each part of a frame, or how many of its things are shown."""
+
+    grids: int
+    grid_lines: int
+    peers: int
+    trainers: int
+    events: int
+
+    @classmethod
+    def divide(cls, state: State, height: int | None) -> _Room:
+        """Divide so that servers, legend and events stay in sight however large the grids are."""
+        num_grids, num_peers, num_trainers = len(state["grids"]), len(state["peers"]), len(state["losses"])
+        if height is None:
+            return cls(num_grids, MAX_ROWS, num_peers, min(8, num_trainers), MAX_EVENTS)
+        # the head, and a blank line, a head and a word about the rest of each part
+        left = height - 5 - (num_trainers > 0)
+        trainers = min(num_trainers, max(1, left // 8))
+        events = max(1, min(MAX_EVENTS, left // 5))
+        peers = max(1, min(num_peers, left // 5))
+        left -= trainers + events + peers + (peers < num_peers)
+        grids = max(1, min(num_grids, left // 5))
+        left -= grids < num_grids
+        return cls(grids, max(1, left // grids - 3), peers, trainers, events)
+
+
+def draw(state: State, width: int = 120, height: int | None = None, *, signs: dict[str, str] = SIGNS) -> RenderableType:
+    """Return one frame of `SwarmObserver.state` for so many columns and lines (None: as many lines as it takes)."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    totals, room = state["totals"], _Room.divide(state, height)
+    experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
+    head = Text.assemble(
+        ("tesseract top", "bold"),
+        f"   {experts} on {servers}"
+        f"   {totals.get('calls_per_second', 0):,.1f} calls/s   {totals.get('rows_per_second', 0):,.0f} rows/s"
+        f"   {totals.get('steps_per_second', 0):,.1f} steps/s",
+        f"   loss {totals['loss']:.4f}" if "loss" in totals else "",
+        no_wrap=height is not None,
+        overflow="ellipsis",
+    )
+    parts: list[RenderableType] = [head]
+    for grid in state["grids"][: room.grids]:
+        parts += [Text(), _describe_grid(grid), _draw_grid(grid, state["peers"], width, room.grid_lines, signs)]
+    parts += _and_more(len(state["grids"]) - room.grids, "grid")
+    if not state["grids"]:
+        parts += [
+            Text(),
+            Text("No public node nearby hosts experts. Servers behind routers are found by the name of their grid:"),
+            Text(f"tesseract top 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
+            Text("No server runs yet? Start one (on another computer with --host 0.0.0.0):"),
+            Text(f"tesseract serve --experts 'ffn.[0:4].[0:4]' --initial-peers {state['node']['join']}"),
+        ]
+        return Group(*parts)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    left_out: set[str] = set()
+    for column in LEFT_OUT:
+        if 2 * (len(COLUMNS) - len(left_out)) + sum(COLUMNS[one] for one in COLUMNS.keys() - left_out) <= width:
+            break
+        left_out.add(column)
+    shown = [column for column in COLUMNS if column not in left_out]
+    for column in shown:
+        left = column in ("peer", "path")
+        fold = column == "path" and height is None
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=not fold, overflow="fold" if fold else "ellipsis"
+        )
+    for peer in state["peers"][: room.peers]:
+        waiting = peer["waiting_rows"]
+        cells: dict[str, str | Text] = {
+            "peer": Text(peer["short"], style=_color(peer)),
+            "path": Text(peer["error"] or peer["path"] or "-"),
+            "round trip": "-" if peer["rtt"] is None else f"{1000 * peer['rtt']:.1f} ms",
+            "experts": str(peer["num_experts"]),
+            "calls/s": f"{peer['calls_per_second']:,.1f}",
+            "rows/s": f"{peer['rows_per_second']:,.0f}",
+            "steps/s": f"{peer['steps_per_second']:,.1f}",
+            "load": f"{peer['busy']:.0%}",
+            "waiting": "-" if waiting is None else str(waiting),
+            "answered": "never" if peer["answered_ago"] is None else f"{peer['answered_ago']:.0f} s ago",
+        }
+        table.add_row(*(cells[column] for column in shown), style="red" if peer["error"] else None)
+    parts += [Text(), table, *_and_more(len(state["peers"]) - room.peers, "server")]
+    trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
+    if trainers:
+        parts += [Text(), Text("\n".join(trainers[: room.trainers]))]
+    lines = "\n".join(f"{_clock(when)}  {sentence}" for when, sentence, _ in state["log"][-room.events :])
+    return Group(*parts, Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis"))
+
+
+def _and_more(number: int, noun: str) -> list[RenderableType]:
+    from rich.text import Text
+
+    return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
+
+
+def _clock(when: float) -> str:
+    return f"{datetime.fromtimestamp(when):%H:%M:%S}"
+
+
+def _color(peer: State) -> str:
+    return COLORS[peer["number"] % len(COLORS)]
+
+
+def _describe_grid(grid: State) -> Text:
+    """Return ``ffn  4x4  16 alive, versions 10 to 12, ...``: what the signs do not show."""
+    from rich.text import Text
+
+    facts = [f"{len(grid['experts'])} alive"]
+    facts += [f"{len(grid['lost'])} lost"] if grid["lost"] else []
+    versions = [version for _, _, _, version, *_ in grid["experts"] if version is not None]
+    if versions:
+        low, high = min(versions), max(versions)
+        facts.append(f"version {low}" if low == high else f"versions {low} to {high}")
+    replicas = [number for _, _, number, *_ in grid["experts"]]
+    if max(replicas, default=1) > 1:
+        facts.append(f"{sum(replicas)} replicas, the slowest {max(cell[5] for cell in grid['experts'])} steps behind")
+    size = "x".join(map(str, grid["size"]))
+    return Text.assemble((f"{grid['prefix']}  {size}", "bold"), f"  {', '.join(facts)}")
+
+
+def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:
+    """Draw a sign for each expert, or for each block of them where there are too many."""
+    from rich.text import Text
+
+    size = grid["size"]
+    rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
+    down, across = math.ceil(rows / height), math.ceil(columns / width)
+
+    def place(coords: list[int]) -> tuple[int, int]:
+        row, column = (coords[0], 0) if len(size) > 1 else (0, coords[0])
+        for dimension, at in list(enumerate(coords))[1:]:
+            column = column * size[dimension] + at
+        return row // down, column // across
+
+    # different signs, not colors alone: terminals and eyes differ
+    blocks: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    for coords in grid["lost"]:
+        blocks.setdefault(place(coords), []).append(("lost", "red"))
+    for coords, host, *_ in grid["experts"]:
+        peer = peers[host] if 0 <= host < len(peers) else None
+        silent = peer is not None and peer["error"]
+        cell = ("silent", "red") if silent else ("alive", "white" if peer is None else _color(peer))
+        blocks.setdefault(place(coords), []).append(cell)
+    sheet = Text()
+    for row in range(math.ceil(rows / down)):
+        for column in range(math.ceil(columns / across)):
+            full = min(down, rows - row * down) * min(across, columns - column * across)
+            kind, style = sign_of(blocks.get((row, column), []), full)
+            sheet.append(signs[kind], style=style)
+            sheet.append(" " if 2 * columns <= min(width, MAX_ROWS) else "")
+        sheet.append("\n")
+    if down * across == 1:
+        legend = "{alive} alive  {silent} its server does not answer  {lost} lost  {nobody} nobody yet"
+    else:
+        legend = "each {size}: {alive} alive  {some} some  {silent} silent  {lost} lost  {nobody} nobody"
+    sheet.append(legend.format(size=f"{down}x{across}", **signs), style="dim")
+    return sheet
+
+
+def sign_of(cells: list[tuple[str, str]], full: int) -> tuple[str, str]:
+    """Return the kind of a block of `full` places, and its color."""
+    if not cells:
+        return "nobody", "dim"
+    kinds, styles = {kind for kind, _ in cells}, {style for _, style in cells}
+    style = "red" if "red" in styles and kinds != {"alive"} else styles.pop() if len(styles) == 1 else "white"
+    if kinds == {"alive"} and len(cells) == full:
+        return "alive", style
+    if "alive" in kinds:
+        return "some", style
+    return ("silent" if "silent" in kinds else "lost"), style

@@ -1,0 +1,63 @@
+"""Options about how much of this computer a volunteer lends, and when."""
+
+from __future__ import annotations
+
+import click
+
+from tesseract_async.cli.options import grouped
+from tesseract_async.cli.types import HOURS, RATE, SECONDS, SHARE, SIZE
+from tesseract_async.server.contract import PERIODS, VolunteerSettings
+
+volunteer_options = grouped(
+    "limits",
+    VolunteerSettings,
+    click.option(
+        "--max-memory",
+        "max_memory_bytes",
+        type=SIZE,
+        help="Use at most this much memory for the whole process, such as '4 GiB'.",
+    ),
+    click.option(
+        "--max-upload",
+        "max_upload_rate",
+        type=RATE,
+        help="Send at most this fast, to all peers together, such as '10 Mbit/s'.",
+    ),
+    click.option(
+        "--max-download",
+        "max_download_rate",
+        type=RATE,
+        help="Receive at most this fast, from all peers together, such as '50 Mbit/s'.",
+    ),
+    click.option(
+        "--data-quota",
+        "data_quota_bytes",
+        type=SIZE,
+        help="Rest until the next --quota-period once this much was sent and received, such as '200 GB'.",
+    ),
+    click.option(
+        "--quota-period", type=click.Choice(PERIODS), default="month", help="The time for which --data-quota counts."
+    ),
+    click.option(
+        "--hours",
+        multiple=True,
+        type=HOURS,
+        help="Serve only at these local times, such as '22:00-07:00' or 'sat,sun 00:00-24:00'; "
+        "may be given several times.",
+    ),
+    click.option(
+        "--pause-above-load",
+        type=SHARE,
+        help="Pause while other programs use more than this share of the processors, such as '30 %'.",
+    ),
+    click.option(
+        "--pause-after", type=SECONDS, default=5.0, help="Pause only after other programs were that busy for this long."
+    ),
+    click.option(
+        "--resume-after",
+        type=SECONDS,
+        default=60.0,
+        help="Resume only after other programs were less busy for this long.",
+    ),
+)
+"""For commands of volunteers: a `VolunteerSettings` as the argument `limits`."""

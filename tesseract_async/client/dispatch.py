@@ -1,0 +1,425 @@
+"""Which experts are asked for which rows, and when a pass of a mixture is over. Pure: no loop, no clock, no network.
+
+Two machines, one for each direction. Each is told what happened and when (`start`, `answered`, `failed`, and in forward
+`came`), and says which calls are to be sent (`calls_to_send`), when it wants to look at the clock again (`timer_at`)
+and whether the pass `is_over`. Times are points on the caller's clock, in seconds.
+
+An `ExpertCall` says everything about what is asked of whom: `calls_to_send` may group calls otherwise (by server, say)
+without touching the rules. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
+from tesseract_async.client.routing import Candidates, Indices, group, within_capacity
+from tesseract_async.client.settings import MixtureSettings
+from tesseract_async.errors import Overloaded
+
+Direction = Literal["forward", "backward"]
+
+_MIN_PATIENCE_SECONDS: Final = 0.02
+_MAX_SHARE: Final = 4.0
+"""A call with more rows than the others gets at most so many times their time."""
+
+
+_SENT: Final = {"forward": "answer", "backward": "gradient"}
+
+
+@dataclass(slots=True, eq=False)
+class ExpertCall:
+    """The rows of a batch that go to one expert."""
+
+    expert: int
+    """Its number among the candidates."""
+    rows: Indices
+    sent: float
+    expected: float | None = None
+    """Seconds that it usually takes, set by the sender; None if that is not known."""
+    grace: float = 0.0
+    """Seconds for which it is still waited for when it is slow and all rows have enough answers; set by the sender."""
+    is_slow: bool = False
+    """It takes longer than is usual: its rows are sent elsewhere, and only those wait for it that must."""
+    seconds: float = 0.0
+    """How long it took, or had taken when it was given up."""
+
+
+class CallsUnderWay:
+    """The calls of one pass: which have ended, and which take longer than is usual."""
+
+    direction: ClassVar[Direction]
+
+    def __init__(self, candidates: Candidates, num_rows: int, *, timeout: float, patience: float) -> None:
+        """`timeout`: seconds for the whole pass. A call is slow if it takes longer than what is usual by more than the
+        share `patience` of it."""
+        self.candidates = candidates
+        self.is_over = False
+        self.rows_in_need: torch.Tensor | None = None
+        """``bool[rows]``: the rows that have tried all experts, to no avail. `came` should be told of further ones."""
+        self.answers: list[ExpertCall] = []
+        self.given_up: list[ExpertCall] = []
+        """The calls that had not ended when the pass was over."""
+        self.num_answers_R: Indices = np.zeros(num_rows, dtype=np.int64)
+        self.errors: dict[str, BaseException] = {}
+        """By uid, the experts that failed or were given up, without those that answered after all."""
+        self.left_out: dict[str, BaseException] = {}
+        """By uid, the experts that failed or were too slow, with those that answered after all."""
+        self._timeout = timeout
+        self._patience = patience
+        self._fresh: list[ExpertCall] = []
+        self._under_way: dict[ExpertCall, None] = {}
+        self._num_first = 0
+        """Calls sent at the start."""
+        self._started = self._deadline = math.inf
+        self._stalled = 0.0
+        self._usual: tuple[float, float] | None = None
+        """Seconds and rows of the median answer, once half of those first asked (and not failed) have answered."""
+
+    def start(self, now: float) -> None:
+        """The pass begins. Once only."""
+        self._started, self._deadline = now, now + self._timeout
+
+    def answered(self, call: ExpertCall, now: float) -> None:
+        """An answer came. What follows from it, `calls_to_send` says."""
+        self._ended(call, now)
+        self.answers.append(call)
+        self.num_answers_R[call.rows] += 1
+        self.errors.pop(self.candidates.uid(call.expert), None)
+
+    def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
+        """A call ended without an answer."""
+        self._ended(call, now)
+        uid = self.candidates.uid(call.expert)
+        self.errors[uid] = self.left_out[uid] = error
+
+    def calls_to_send(self, now: float, *, stalled: float = 0.0) -> list[ExpertCall]:
+        """Decides, after any news or when the timer is due, and returns the calls that are to be sent now, each once.
+
+        `stalled`: seconds since the start in which the caller could not have heard anybody: they count against nobody.
+        """
+        self._stalled = stalled
+        if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
+            seconds = statistics.median([call.seconds for call in self.answers])
+            self._usual = seconds, statistics.median([len(call.rows) for call in self.answers])
+        else:
+            self._usual = None
+        if not self.is_over:
+            self._decide(now)
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def timer_at(self) -> float:
+        """When to ask `calls_to_send` if nothing happens before. Changes with every news."""
+        raise NotImplementedError
+
+    def usual_seconds(self, call: ExpertCall) -> float | None:
+        """Seconds that `call` may well take: as long as it usually does, and as others of its size took; None if
+        nothing is known."""
+        if self._usual is None:
+            return call.expected
+        seconds, num_rows = self._usual
+        of_others = seconds * min(_MAX_SHARE, max(1.0, len(call.rows) / num_rows))
+        return of_others if call.expected is None else max(call.expected, of_others)
+
+    @property
+    def late(self) -> list[ExpertCall]:
+        """The calls given up that took longer than is usual."""
+        return [call for call in self.given_up if call.is_slow]
+
+    def lines(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and expert of every line of the answers put one under the other, in their order. On the CPU."""
+        sizes = [len(call.rows) for call in self.answers]
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *(call.rows for call in self.answers)])
+        experts = np.repeat(np.array([call.expert for call in self.answers], dtype=np.int64), sizes)
+        return torch.from_numpy(rows), torch.from_numpy(experts)
+
+    def _decide(self, now: float) -> None:
+        raise NotImplementedError
+
+    def _send(self, call: ExpertCall) -> None:
+        self._fresh.append(call)
+        self._under_way[call] = None
+
+    def _ended(self, call: ExpertCall, now: float) -> None:
+        del self._under_way[call]
+        call.seconds = now - call.sent
+
+    def _late_at(self, call: ExpertCall) -> float:
+        usual = self.usual_seconds(call)
+        if usual is None:
+            return math.inf
+        return call.sent + usual + max(_MIN_PATIENCE_SECONDS, self._patience * usual) + self._stalled
+
+    def _give_up_at(self) -> float:
+        """When nobody is waited for any more, where all rows have enough answers."""
+        return max((self._late_at(call) + call.grace for call in self._under_way), default=-math.inf)
+
+    def _end(self, now: float, *, only_slow: bool = False) -> None:
+        """Gives up the calls under way; with `only_slow` the others are not counted as given up."""
+        self.is_over = True
+        for call in self._fresh:  # never sent
+            del self._under_way[call]
+        self._fresh.clear()
+        for call in self._under_way:
+            if only_slow and not call.is_slow:
+                continue
+            call.seconds = now - call.sent
+            self.given_up.append(call)
+            uid = self.candidates.uid(call.expert)
+            self.errors.setdefault(uid, TimeoutError(f"{uid} sent no {_SENT[self.direction]} in time"))
+            if call.is_slow:
+                self.left_out.setdefault(uid, self.errors[uid])
+
+
+class ForwardDispatch(CallsUnderWay):
+    """The forward of a batch: every row goes to its best experts, and to its next-best ones while it lacks answers."""
+
+    direction = "forward"
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        scores_RS: torch.Tensor,
+        *,
+        k_best: int,
+        k_min: int,
+        settings: MixtureSettings,
+        patience: float,
+    ) -> None:
+        """`scores_RS`: ``[rows, sum(grid_size)]``, on the CPU, outside of the graph, without NaN. `k_best` and
+        `k_min`: see `GatingFunction`."""
+        super().__init__(candidates, len(scores_RS), timeout=settings.forward_timeout, patience=patience)
+        self.chosen_RK = torch.empty(0, 0, dtype=torch.int64, device="cpu")
+        """The experts that were asked first."""
+        self.k_min = k_min
+        self.scores_RS = scores_RS
+        self._k_best = k_best
+        self._settings = settings
+        self._may_come = settings.refill and k_min > 0 and settings.capacity_factor is None
+        """Rows that have tried every expert wait for others; else they are given up."""
+        num_rows, num_live = len(scores_RS), len(candidates)
+        self._num_open_R: Indices = np.zeros(num_rows, dtype=np.int64)
+        """Calls under way, slow ones included."""
+        self._num_slow_R: Indices = np.zeros(num_rows, dtype=np.int64)
+        self._has_tried_all_R: npt.NDArray[np.bool_] = np.zeros(num_rows, dtype=np.bool_)
+        self._tried_RT: Indices = np.empty((num_rows, 0), dtype=np.int64)
+        """Experts that each row was sent to; -1 pads."""
+        self._is_excluded_N: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
+        self._failed_calls: list[ExpertCall] = []
+        self._full: list[tuple[float, int]] = []
+        """When experts that were overloaded may be asked again."""
+        self._free_at = math.inf
+        self._all_enough = False
+        self._room_N: Indices | None = None
+        if settings.capacity_factor is not None and num_live:
+            share = num_rows * min(k_best, num_live) / num_live
+            self._room_N = np.full(num_live, max(1, math.ceil(settings.capacity_factor * share)), dtype=np.int64)
+
+    @property
+    def num_short(self) -> int:
+        """Rows with fewer than `k_min` answers."""
+        return int((self.num_answers_R < self.k_min).sum())
+
+    @property
+    def num_tried(self) -> int:
+        """The most experts that a row has tried."""
+        return int(self._tried_RT.shape[1])
+
+    def start(self, now: float) -> None:
+        """See `CallsUnderWay.start`."""
+        super().start(now)
+        grid, bias_N = self.candidates.grid, self.candidates.bias_N
+        self.chosen_RK = grid.top_k(self.scores_RS, self._k_best, bias_N=bias_N)
+        best_RK = self.chosen_RK.numpy()
+        num_rows, k = best_RK.shape
+        self._assign(np.repeat(np.arange(num_rows), k), best_RK.reshape(-1), now)
+        self._refill(now)  # what did not fit into the capacity
+        self._num_first = len(self._fresh)
+
+    def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
+        """See `CallsUnderWay.failed`. The expert is asked no more in this pass, unless it comes back."""
+        super().failed(call, now, error)
+        self._is_excluded_N[call.expert] = True
+        self._failed_calls.append(call)
+        if isinstance(error, Overloaded):
+            self._full.append((now + max(error.retry_after, BLOCK_SECONDS), call.expert))
+
+    def came(self, candidates: Candidates, experts: Collection[int]) -> None:
+        """`candidates` are those of before, under the same numbers, and those that came; `experts` came or came back.
+
+        Where `experts` is empty nobody will come, and rows that have tried all are given up.
+        """
+        self.candidates = candidates
+        self._may_come = bool(experts)
+        self._is_excluded_N = np.pad(self._is_excluded_N, (0, len(candidates) - len(self._is_excluded_N)))
+        self._admit(experts)
+
+    def timer_at(self) -> float:
+        """See `CallsUnderWay.timer_at`."""
+        late_at = min((self._late_at(call) for call in self._under_way if not call.is_slow), default=math.inf)
+        give_up_at = self._give_up_at() if self._all_enough else math.inf
+        return min(self._deadline, give_up_at, late_at, self._free_at)
+
+    # ------------------------------------------------------------------------------------------------ decisions
+
+    def _decide(self, now: float) -> None:
+        self._mark_slow(now)
+        self._refill(now)
+        stuck_R = self._stuck_R()
+        if self._may_come and stuck_R.any() and self._admit({expert for at, expert in self._full if at <= now}):
+            self._refill(now)
+            stuck_R = self._stuck_R()
+        some_stuck = bool(stuck_R.any())
+        self.rows_in_need = torch.from_numpy(stuck_R) if some_stuck and self._may_come else None
+        self._free_at = math.inf if self.rows_in_need is None else min((at for at, _ in self._full), default=math.inf)
+        if some_stuck and not self._may_come and self.k_min and self._settings.on_missing == "raise":
+            self._end(now, only_slow=True)  # there is nothing to wait for any more
+            return
+        done_R = self._is_satisfied_R() if self._may_come else self._is_satisfied_R() | stuck_R
+        self._all_enough = bool(done_R.all())
+        if self._all_enough and self._settings.timeout_after_k_min is not None:
+            self._deadline = min(self._deadline, now + self._settings.timeout_after_k_min)
+        if now >= self._deadline or (self._all_enough and now >= self._give_up_at()):
+            self._end(now)
+
+    def _is_satisfied_R(self) -> npt.NDArray[np.bool_]:
+        # even where no answer is needed, one is worth waiting for
+        return self.num_answers_R >= max(1, self.k_min)
+
+    def _stuck_R(self) -> npt.NDArray[np.bool_]:
+        """Rows that lack answers, of which none is under way, and for which no expert is left."""
+        stuck_R: npt.NDArray[np.bool_] = self._has_tried_all_R & (self._num_open_R == 0) & ~self._is_satisfied_R()
+        return stuck_R
+
+    def _mark_slow(self, now: float) -> None:
+        for call in self._under_way:
+            if not call.is_slow and now >= self._late_at(call):
+                call.is_slow = True
+                self._num_slow_R[call.rows] += 1
+
+    def _ended(self, call: ExpertCall, now: float) -> None:
+        super()._ended(call, now)
+        self._num_open_R[call.rows] -= 1
+        if call.is_slow:
+            self._num_slow_R[call.rows] -= 1
+
+    def _end(self, now: float, *, only_slow: bool = False) -> None:
+        if now >= self._started + self._timeout:
+            for call in self._under_way:
+                call.is_slow = True
+        super()._end(now, only_slow=only_slow)
+
+    def _admit(self, experts: Collection[int]) -> bool:
+        """These may be asked again, also for the rows with which they failed. Returns whether there are any."""
+        if not experts:
+            return False
+        self._is_excluded_N[list(experts)] = False
+        self._full = [(at, expert) for at, expert in self._full if expert not in experts]
+        for call in self._failed_calls:
+            if call.expert in experts:
+                tried_LT = self._tried_RT[call.rows]
+                self._tried_RT[call.rows] = np.where(tried_LT == call.expert, -1, tried_LT)
+        self._failed_calls = [call for call in self._failed_calls if call.expert not in experts]
+        self._has_tried_all_R[:] = False
+        return True
+
+    def _refill(self, now: float) -> None:
+        """Sends the rows that have too few answers to come to their next-best experts."""
+        if not self._settings.refill:
+            self._has_tried_all_R[:] = True
+            return
+        target = min(max(1, self.k_min) + self._settings.spare, self._k_best)
+        while True:
+            is_open_R = ~self._is_satisfied_R() & ~self._has_tried_all_R
+            num_to_come_R = self.num_answers_R + self._num_open_R - self._num_slow_R
+            missing_R = np.where(is_open_R, target - num_to_come_R, 0)
+            rows = np.flatnonzero(missing_R > 0)
+            if not len(rows):
+                return
+            at_L, experts_L = self.candidates.grid.next_best(
+                self.scores_RS[torch.from_numpy(rows)],
+                tried_RT=self._tried_RT[rows],
+                excluded_N=self._is_excluded_N,
+                wanted_R=missing_R[rows],
+                bias_N=self.candidates.bias_N,
+            )
+            self._has_tried_all_R[np.delete(rows, at_L)] = True
+            self._assign(rows[at_L], experts_L, now)
+            if self._room_N is None:
+                return  # else some may not have fitted
+
+    def _assign(self, rows_L: Indices, experts_L: Indices, now: float) -> None:
+        """Makes calls of these pairs of a row and an expert and remembers them as tried, also those that do not fit."""
+        if not len(rows_L):
+            return
+        order = np.argsort(rows_L, kind="stable")
+        rows_L, experts_L = rows_L[order], experts_L[order]
+        at_L = np.arange(len(rows_L)) - np.searchsorted(rows_L, rows_L)
+        tried_RT = np.full((len(self._tried_RT), int(at_L.max()) + 1), -1, dtype=np.int64)
+        tried_RT[rows_L, at_L] = experts_L
+        self._tried_RT = np.concatenate([self._tried_RT, tried_RT], axis=1)
+        if self._room_N is not None:
+            columns_LD = self.candidates.grid.columns_ND.numpy()[experts_L]
+            scores_L = self.scores_RS.numpy()[rows_L[:, None], columns_LD].sum(1)
+            kept = within_capacity(rows_L, experts_L, scores_L, self._room_N)
+            rows_L, experts_L = rows_L[kept], experts_L[kept]
+            self._room_N -= np.bincount(experts_L, minlength=len(self._room_N))
+            self._is_excluded_N |= self._room_N <= 0
+        np.add.at(self._num_open_R, rows_L, 1)
+        for expert, rows in group(rows_L, experts_L):
+            self._send(ExpertCall(expert, rows, now))
+
+
+class BackwardDispatch(CallsUnderWay):
+    """The backward of a batch: all experts that answered are asked, and those that take too long are left out."""
+
+    direction = "backward"
+
+    def __init__(self, forward: ForwardDispatch, *, settings: MixtureSettings, patience: float) -> None:
+        super().__init__(
+            forward.candidates,
+            len(forward.num_answers_R),
+            timeout=settings.backward_timeout + ABANDON_SECONDS,
+            patience=patience,
+        )
+        self._forward = forward
+        self._needed_R: Indices = np.minimum(forward.num_answers_R, settings.backward_k_min)
+        self.forward_calls: dict[ExpertCall, ExpertCall] = {}
+        """By gradient call, the call whose answer it differentiates."""
+        self.forward_lines: dict[ExpertCall, slice] = {}
+        """By gradient call, the lines of that answer in `ForwardDispatch.lines`."""
+
+    @property
+    def num_short(self) -> int:
+        """Rows with fewer gradients than they need."""
+        return int((self.num_answers_R < self._needed_R).sum())
+
+    def start(self, now: float) -> None:
+        """See `CallsUnderWay.start`."""
+        super().start(now)
+        num_lines = 0
+        for answer in self._forward.answers:
+            call = ExpertCall(answer.expert, answer.rows, now)
+            self.forward_calls[call] = answer
+            self.forward_lines[call] = slice(num_lines, num_lines := num_lines + len(answer.rows))
+            self._send(call)
+        self._num_first = len(self._fresh)
+
+    def timer_at(self) -> float:
+        """See `CallsUnderWay.timer_at`."""
+        return self._deadline if self.num_short else min(self._deadline, self._give_up_at())
+
+    def _decide(self, now: float) -> None:
+        if not self._under_way or now >= self.timer_at():
+            for call in self._under_way:
+                call.is_slow = True
+            self._end(now)

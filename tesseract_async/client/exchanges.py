@@ -1,0 +1,212 @@
+"""The exchanges with an expert's servers that `failover` may try with one replica after another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+
+from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.experience import Experience
+from tesseract_async.client.expert_rpc import (
+    ExpertSchema,
+    Forward,
+    Receipt,
+    call_forward,
+    check_growth,
+    fetch_schema,
+    fetch_version,
+)
+from tesseract_async.errors import (
+    ExpertNotFound,
+    InputsForgotten,
+    ProtocolError,
+    TesseractError,
+    TooStale,
+    describe,
+)
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
+from tesseract_async.wire.codecs import settle
+from tesseract_async.wire.messages import BACKWARD
+from tesseract_async.wire.names import new_name
+from tesseract_async.wire.tensors import TensorSpec
+
+T_co = TypeVar("T_co", covariant=True)
+
+Forwarded = tuple[list[torch.Tensor], Receipt]
+
+
+class Exchange(Protocol[T_co]):
+    """A question to one expert, which any of some replicas may answer."""
+
+    is_timed: ClassVar[bool]
+    """How long it takes says how long a forward takes there."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What travels, both ways together, uncompressed."""
+
+    def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
+        """Those of `replicas` that may answer. Raises: ExpertNotFound."""
+
+    async def send(self, peer: PeerAddress, timeout: float) -> T_co:
+        """One call to one server."""
+
+
+@dataclass(slots=True, eq=False)
+class SchemaExchange:
+    """Asks what an expert takes and gives."""
+
+    experience: Experience
+    uid: str
+    is_timed: ClassVar[bool] = False
+    num_bytes: ClassVar[int] = 0
+
+    def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
+        """All of them."""
+        return replicas
+
+    async def send(self, peer: PeerAddress, timeout: float) -> ExpertSchema:
+        """See `fetch_schema`."""
+        return await fetch_schema(self.experience.node, self.uid, peer, timeout=timeout)
+
+
+@dataclass(slots=True, eq=False)
+class ForwardExchange:
+    """One forward, whose answer may be no older than its options say; a share of the answers is audited."""
+
+    experience: Experience
+    forward: Forward
+    inputs: Sequence[torch.Tensor]
+    """On the CPU; they fit the schema and must not change before the end."""
+    is_timed: ClassVar[bool] = True
+    _primaries: list[PeerAddress] = field(default_factory=list, init=False)
+    """The primaries, where the age of others' answers is to be checked."""
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Exchange`."""
+        return self.inputs[0].shape[0] * self.forward.schema.row_bytes
+
+    def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
+        """With ``max_staleness=0`` the primaries only. Raises: ExpertNotFound if none of them is the primary."""
+        max_staleness = self.forward.options.max_staleness
+        if max_staleness is None:
+            return replicas
+        primaries = [replica for replica in replicas if replica.primary]
+        if not primaries:
+            raise ExpertNotFound(
+                f"nobody is the primary of {self.forward.uid} now: max_staleness={max_staleness} can't be kept"
+            )
+        if max_staleness == 0:
+            return primaries
+        self._primaries = [replica.peer for replica in primaries]
+        return replicas
+
+    async def send(self, peer: PeerAddress, timeout: float) -> Forwarded:
+        """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""
+        if not self._primaries or peer in self._primaries:
+            return await self._call(peer, timeout)
+        uid, node = self.forward.uid, self.experience.node
+        asking = asyncio.ensure_future(fetch_version(node, uid, self._primaries[0], timeout=timeout))
+        try:
+            outputs, receipt = await self._call(peer, timeout)
+            try:
+                newest = await asking
+            except (TesseractError, TimeoutError) as error:
+                raise TooStale(
+                    f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"
+                ) from error
+        finally:
+            await cancel_all([asking])
+        max_staleness = self.forward.options.max_staleness
+        if max_staleness is not None and receipt.version + max_staleness < newest:
+            raise TooStale(
+                f"a follower of {uid} answered at version {receipt.version}, its primary is at {newest}: "
+                f"more than max_staleness={max_staleness} steps"
+            )
+        return outputs, receipt
+
+    async def _call(self, peer: PeerAddress, timeout: float) -> Forwarded:
+        outputs, receipt = await call_forward(self.experience.node, self.forward, peer, self.inputs, timeout=timeout)
+        if self.forward.options.audit_share:
+            self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
+        return outputs, receipt
+
+
+@dataclass(slots=True, eq=False)
+class BackwardExchange:
+    """The gradients of one forward; the expert takes one optimizer step, whichever replicas are asked however often."""
+
+    experience: Experience
+    forward: Forward
+    receipt: Receipt
+    inputs: Sequence[torch.Tensor]
+    output_gradients: Sequence[torch.Tensor | None]
+    call_id: bytes = field(default_factory=new_name)
+    is_timed: ClassVar[bool] = False
+    num_bytes: ClassVar[int] = 0
+
+    def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
+        """All of them: the primary comes first, and others refuse."""
+        return replicas
+
+    async def send(self, peer: PeerAddress, timeout: float) -> list[torch.Tensor | None]:
+        """The inputs' gradients (None where there is none), on the CPU.
+
+        Raises: what the call raises; ProtocolError if the answer does not fit the inputs.
+        """
+        cached = self.receipt.inputs_cached if peer == self.receipt.peer else None
+        if cached is not None:
+            try:
+                return await self._call(peer, timeout, cached)
+            except InputsForgotten:
+                pass  # then they travel once more
+        return await self._call(peer, timeout, None)
+
+    async def _call(self, peer: PeerAddress, timeout: float, cached: bytes | None) -> list[torch.Tensor | None]:
+        forward = self.forward
+        sent = [] if cached is not None else self.inputs
+        codecs = settle(forward.schema.codecs, forward.options.codecs)
+        names: str | list[str] = codecs.gradients
+        if sent and codecs.inputs != codecs.gradients:
+            names = [codecs.inputs] * len(sent) + [codecs.gradients] * len(self.output_gradients)
+        metas, buffers = await pack([*sent, *self.output_gradients], names)
+        request = messages.BackwardRequest(
+            uid=forward.uid,
+            call_id=self.call_id,
+            tensors=metas,
+            num_inputs=len(sent),
+            training=forward.mode.training,
+            seed=forward.mode.seed,
+            version=self.receipt.version,
+            reply_codec=codecs.gradients,
+            inputs_cached=cached,
+        )
+        reply = await self.experience.node.call_expert(
+            peer,
+            BACKWARD,
+            messages.encode(request),
+            buffers,
+            timeout=timeout,
+            idempotent=True,  # under one call id it is applied once
+            priority=forward.options.priority,
+        )
+        decoded = messages.decode(messages.BackwardReply, reply.body)
+        check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in self.inputs])
+        gradients = await unpack(decoded.tensors, reply.buffers)
+        if len(gradients) != len(self.inputs):
+            raise ProtocolError(f"{forward.uid} answered {len(gradients)} gradients for {len(self.inputs)} inputs")
+        for gradient, tensor in zip(gradients, self.inputs, strict=True):
+            if gradient is not None and (gradient.shape != tensor.shape or gradient.dtype != tensor.dtype):
+                raise ProtocolError(
+                    f"{forward.uid} answered a gradient of {gradient.dtype} and shape {tuple(gradient.shape)} "
+                    f"for an input of {tensor.dtype} and shape {tuple(tensor.shape)}"
+                )
+        return gradients

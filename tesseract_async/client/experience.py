@@ -1,0 +1,287 @@
+"""What the modules of one node have learned about the servers that they call, shared by all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from tesseract_async.client.audits import Audits
+from tesseract_async.client.coarse_timeouts import CoarseTimeouts
+from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
+from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
+from tesseract_async.client.ports import LiveView, Node, PlainCalls
+from tesseract_async.client.settings import MixtureSettings
+from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import split_uid
+from tesseract_async.metrics import Metrics
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.uncopied import Uncopied
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_SECONDS: Final = 0.05
+"""A stall shorter than this may go unseen."""
+SAY_EVERY_SECONDS: Final = 60.0
+_GONE = (PeerUnreachable, ConnectionLost)
+_MAX_IGNORED: Final = 256
+_MAX_STRIKES: Final = 3
+_STRIKE_SECONDS: Final = 1.0
+"""An expert that was waited for in vain so often on end, and for so long together, counts as failed."""
+_SMOOTHING: Final = 0.2
+
+
+def experience_of(given: Node | PlainCalls) -> Experience:
+    """The node's, made when it is first asked for."""
+    node = given.node if isinstance(given, PlainCalls) else given
+    if not isinstance(node.client_state, Experience):
+        node.client_state = Experience(node)
+    return node.client_state
+
+
+def replica_key(replica: ExpertReplica) -> tuple[str, object]:
+    """What latencies are kept by: the expert and the server, not its address."""
+    return replica.uid, replica.peer.peer_id
+
+
+class Experience(Uncopied):
+    """What all calls of one node have taught about replicas."""
+
+    _called = "a remote expert or a gate"
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.audits = Audits(node)
+        self.latencies = LatencyBook()
+        self.timeouts = CoarseTimeouts()
+        self.stalls = Stalls()
+        self.left_out = LeftOut(node.metrics)
+        self._ignored: dict[object, None] = {}
+        """Servers that host something else under a uid than others do; the latest ones."""
+
+    def path_seconds(self, replica: ExpertReplica, num_bytes: float) -> float:
+        """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
+        return path_seconds(self.node.path(replica.peer), num_bytes)
+
+    def usual_seconds(self, replicas: Sequence[ExpertReplica], *, num_bytes: float = 0) -> float | None:
+        """Seconds that the fastest of `replicas` usually takes for a forward; None if none ever answered."""
+        known = [
+            seconds
+            for r in replicas
+            if (seconds := self.latencies.usual(replica_key(r), path=self.path_seconds(r, num_bytes))) is not None
+        ]
+        return min(known, default=None)
+
+    def by_expectation(self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float) -> list[ExpertReplica]:
+        """Those not blocked and not in doubt first, then the fastest; unknown ones count as idle, so that they become
+        known."""
+
+        def order(replica: ExpertReplica) -> tuple[bool, int, float]:
+            key, path = replica_key(replica), self.path_seconds(replica, num_bytes)
+            expected = self.latencies.expected(key, path=path)
+            return self.latencies.is_blocked(key, now), replica.doubt, path if expected is None else expected
+
+        return sorted(replicas, key=order)
+
+    def ignore(self, replica: ExpertReplica, mismatch: SchemaMismatch) -> None:
+        """A replica hosts something else under its uid than what others answer for. One log line for each server."""
+        if (peer := replica.peer.peer_id) not in self._ignored:
+            logger.warning(
+                "ignoring the replica of %s at %s (and others there), which takes something else than the primary: %s",
+                replica.uid,
+                "an unknown peer" if peer is None else peer.short,
+                mismatch,
+            )
+            self._ignored[peer] = None
+            if len(self._ignored) > _MAX_IGNORED:
+                del self._ignored[next(iter(self._ignored))]
+        self.node.directory.report_failure(replica, reason="schema")
+
+    # ------------------------------------------------------------------------------------------------ mixtures
+
+    def patience(self, direction: Direction, settings: MixtureSettings) -> float:
+        """The share beyond what is usual after which a call is slow: as set, or as learned."""
+        known = settings.patience
+        return self.latencies.lateness[direction].patience if known is None else known
+
+    def expect_forward(
+        self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
+    ) -> None:
+        """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
+        call.expected = self.usual_seconds(replicas, num_bytes=num_bytes)
+        is_new = all(self.latencies.is_new(replica_key(replica)) for replica in replicas)
+        self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
+
+    def expect_backward(
+        self, call: ExpertCall, uid: str, replicas: Sequence[ExpertReplica], settings: MixtureSettings
+    ) -> None:
+        """The same for its gradient."""
+        call.expected = self.latencies.usual((uid, "backward"))
+        # of several that claim to be the primary, those that are silent are found out within the longer time
+        is_new = self.latencies.is_new((uid, "backward")) or sum(replica.primary for replica in replicas) > 1
+        self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
+
+    def _set_grace(
+        self, call: ExpertCall, direction: Direction, is_new: bool, settings: MixtureSettings, timeout: float
+    ) -> None:
+        if settings.patience is None:
+            learned = self.latencies.grace[direction].seconds
+            call.grace = min(FIRST_GRACE_SECONDS if is_new else learned, timeout / 3)
+
+    def learn(self, calls: CallsUnderWay, seconds: float) -> None:
+        """Takes in a pass that took so long: how far its answers scattered, and who was waited for in vain."""
+        direction, late = calls.direction, calls.late
+        for call in (*calls.answers, *late):
+            if (usual := calls.usual_seconds(call)) is not None:
+                self.latencies.lateness[direction].observe(call.seconds, usual)
+        if direction == "backward":
+            for ended, answered in ((calls.answers, True), (late, False)):
+                for call in ended:
+                    key = (calls.candidates.uid(call.expert), direction)
+                    self.latencies.observe(key, call.seconds, answered=answered)
+        if late:
+            self.latencies.grace[direction].spend()
+        elif not calls.given_up:
+            self.latencies.grace[direction].earn(seconds)
+        self.left_out.note(direction, calls.left_out)
+
+
+class GridExperience:
+    """What the copies of one gate have learned about the experts of its grid."""
+
+    def __init__(self, experience: Experience) -> None:
+        self._of_node = experience
+        self._seconds: dict[tuple[int, ...], float] = {}
+        """What a forward takes beyond the way there and back, by coordinates."""
+        self._num_bytes = 0.0
+        """Of one forward to one expert, both ways together."""
+        self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
+        """How often, and for how long together, experts were waited for in vain since their last answer."""
+
+    def bias(self, view: LiveView, weight: float) -> torch.Tensor | None:
+        """What to add to the live experts' scores: ``-weight`` for every second that each is expected to take."""
+        if not weight:
+            return None
+        paths: dict[PeerAddress, float] = {}  # many experts share a server
+        seconds = []
+        for coords in map(tuple, view.coords.tolist()):
+            for replica in view.replicas[coords]:
+                if replica.peer not in paths:
+                    paths[replica.peer] = self._of_node.path_seconds(replica, self._num_bytes)
+            fastest = min(paths[replica.peer] for replica in view.replicas[coords])
+            seconds.append(self._seconds.get(coords, 0.0) + fastest)
+        return torch.tensor(seconds, device="cpu") * -weight
+
+    def learn(self, calls: CallsUnderWay, row_bytes: int) -> None:
+        """Takes in how a forward went: latencies, replicas of another schema, and experts that never answer, which
+        count as failed in the end."""
+        candidates, directory = calls.candidates, self._of_node.node.directory
+        for ended, has_answered in ((calls.answers, True), (calls.given_up, False)):
+            for call in ended:
+                coords, num_bytes = candidates.coords(call.expert), row_bytes * len(call.rows)
+                paths = (self._of_node.path_seconds(r, num_bytes) for r in candidates.replicas_of(call.expert))
+                beyond = max(0.0, call.seconds - min(paths))
+                known = self._seconds.get(coords, beyond)
+                if not has_answered:
+                    beyond = max(beyond, known)  # it takes longer than that
+                self._seconds[coords] = known + _SMOOTHING * (beyond - known)
+                self._num_bytes += _SMOOTHING * (num_bytes - self._num_bytes)
+        for uid, error in calls.errors.items() if calls.answers else ():
+            if isinstance(error, SchemaMismatch):
+                for replica in candidates.replicas[split_uid(uid)[1]]:
+                    self._of_node.ignore(replica, error)
+        for call in calls.answers:
+            self._strikes.pop(candidates.coords(call.expert), None)
+        for call in calls.late:
+            coords = candidates.coords(call.expert)
+            num, seconds = self._strikes.get(coords, (0, 0.0))
+            self._strikes[coords] = num, seconds = num + 1, seconds + call.seconds
+            if num >= _MAX_STRIKES and seconds >= _STRIKE_SECONDS:
+                del self._strikes[coords]
+                for replica in candidates.replicas_of(call.expert):
+                    directory.report_failure(replica)
+
+
+class LeftOut:
+    """The answers and gradients that the mixtures of one node went on without: counted, and logged now and then."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._since: dict[int, Counter[str]] = {logging.INFO: Counter(), logging.WARNING: Counter()}
+        self._said_at = dict.fromkeys(self._since, -math.inf)
+
+    def note(self, direction: Direction, errors: Mapping[str, BaseException]) -> None:
+        """A pass ended without these experts: uid -> why.
+
+        Each counts in the metric ``answers_left_out``. At most once a minute the log gets a warning about experts that
+        live, yet failed or were late, and a line at level INFO about those whose server is gone, as happens in swarms.
+        """
+        for error in errors.values():
+            reason = "late" if isinstance(error, TimeoutError) else type(error).__name__
+            self._metrics.count("answers_left_out", way=direction, reason=reason)
+        gone = {uid: error for uid, error in errors.items() if isinstance(error, _GONE)}
+        self._say(logging.INFO, direction, gone)
+        self._say(logging.WARNING, direction, {uid: error for uid, error in errors.items() if uid not in gone})
+
+    def _say(self, level: int, direction: Direction, errors: Mapping[str, BaseException]) -> None:
+        since = self._since[level]
+        since[direction] += len(errors)
+        now = asyncio.get_running_loop().time()
+        if errors and now >= self._said_at[level] + SAY_EVERY_SECONDS:
+            answers, gradients = _counted(since["forward"], "answer"), _counted(since["backward"], "gradient")
+            went_without = " and ".join(filter(None, (answers, gradients)))
+            logger.log(level, "gates went on without %s: %s", went_without, summarize(errors))
+            since.clear()
+            self._said_at[level] = now
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}" if number else ""
+
+
+class Stalls:
+    """How long one event loop stood still, counted while somebody watches: nobody could have been heard meanwhile."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._num_watching = 0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it, `seconds` counts."""
+        self._num_watching += 1
+        if self._timer is None:
+            self._arm()
+        try:
+            yield
+        finally:
+            self._num_watching -= 1
+            if not self._num_watching and self._timer is not None:
+                self._seconds = self.seconds
+                self._timer.cancel()
+                self._timer = None
+
+    @property
+    def seconds(self) -> float:
+        """All stalls so far, the present one included: their sum grows while the loop stands still."""
+        if self._timer is None:
+            return self._seconds
+        return self._seconds + max(0.0, asyncio.get_running_loop().time() - self._due)
+
+    def _arm(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + LOOK_EVERY_SECONDS
+        self._timer = loop.call_at(self._due, self._look)
+
+    def _look(self) -> None:
+        self._seconds = self.seconds
+        self._arm()

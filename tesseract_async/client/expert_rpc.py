@@ -1,0 +1,154 @@
+"""The ``expert.*`` calls as coroutines over tensors. Replies are untrusted: each is checked against the schema.
+
+A reply that breaks the rules raises ProtocolError, so that a server that lies about its shapes is treated like one that
+is down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from tesseract_async.client.ports import Node
+from tesseract_async.client.settings import CallOptions
+from tesseract_async.errors import ProtocolError, shortened, text_of
+from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
+from tesseract_async.wire.codecs import CodecPolicy, settle
+from tesseract_async.wire.messages import FORWARD, INFO
+from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flatten, may_unpack
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSchema:
+    """What an expert takes and gives, decoded and checked."""
+
+    args: tuple[Schema, ...]
+    kwargs: dict[str, Schema]
+    outputs: Schema
+    max_batch_size: int
+    codecs: CodecPolicy
+    inputs: tuple[tuple[Schema, ...], dict[str, Schema]] = field(init=False)
+    """Positional and keyword arguments as one structure."""
+    output_specs: tuple[TensorSpec, ...] = field(init=False)
+    """The outputs, one after the other."""
+    row_bytes: int = field(init=False)
+    """Bytes of one row's inputs and outputs together, uncompressed."""
+
+    def __post_init__(self) -> None:
+        # asked for in every call
+        object.__setattr__(self, "inputs", (self.args, self.kwargs))
+        object.__setattr__(self, "output_specs", tuple(flatten(self.outputs)))
+        specs = (*flatten(self.inputs), *self.output_specs)
+        object.__setattr__(self, "row_bytes", sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs))
+
+    @classmethod
+    def decode(cls, info: messages.ExpertInfo) -> ExpertSchema:
+        """Read an untrusted info. Raises: ProtocolError."""
+        args, kwargs = decode_schema(info.args_schema), decode_schema(info.kwargs_schema)
+        outputs = decode_schema(info.outputs_schema)
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise ProtocolError("an expert's arguments are a tuple and a map of schemas")
+        if not flatten((args, kwargs)) or not flatten(outputs):
+            raise ProtocolError("an expert without tensors to take or to give")
+        return cls(args, kwargs, outputs, info.max_batch_size, CodecPolicy.decode(info.codecs))
+
+
+class CallMode(NamedTuple):
+    """What is settled the moment a module is called."""
+
+    training: bool
+    seed: int
+    """Of the expert's random numbers."""
+    differentiable: bool
+    """A backward may follow."""
+
+
+class Forward(NamedTuple):  # one is made for every call: a frozen dataclass takes 2 us
+    """One forward to one expert, as backward has to repeat it."""
+
+    uid: str
+    schema: ExpertSchema
+    mode: CallMode
+    options: CallOptions
+
+
+class Receipt(NamedTuple):
+    """What a forward brought back besides the outputs; its backward needs it."""
+
+    peer: PeerAddress
+    version: int
+    """Optimizer steps that the expert had taken."""
+    inputs_cached: bytes | None
+    """Names the inputs if that peer keeps them, so that they need not travel again."""
+
+
+async def fetch_schema(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> ExpertSchema:
+    """Ask the expert's server what it takes and gives. Raises: what the call raises; ProtocolError for nonsense."""
+    return ExpertSchema.decode(await _fetch_info(node, uid, peer, timeout=timeout))
+
+
+async def fetch_version(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> int:
+    """Ask how many steps the expert has taken there. Raises: as `fetch_schema`."""
+    return (await _fetch_info(node, uid, peer, timeout=timeout)).version
+
+
+async def _fetch_info(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> messages.ExpertInfo:
+    body = messages.encode(messages.InfoRequest(uid))
+    reply = await node.call_expert(peer, INFO, body, timeout=timeout, idempotent=True)
+    info = messages.decode(messages.ExpertInfo, reply.body)
+    if info.uid != uid:
+        raise ProtocolError(f"asked about {uid}, the peer answered about {info.uid[:80]!r}")
+    return info
+
+
+async def call_forward(
+    node: Node, forward: Forward, peer: PeerAddress, inputs: Sequence[torch.Tensor], *, timeout: float
+) -> tuple[list[torch.Tensor], Receipt]:
+    """The expert's outputs (on the CPU), and what its backward needs to know.
+
+    `inputs` fit the schema; they must not change before the call ends. Raises: what the call raises; ProtocolError if
+    the answer does not fit the schema; SchemaMismatch, before anything is sent, if the codecs can't be settled.
+    """
+    options, mode = forward.options, forward.mode
+    codecs = settle(forward.schema.codecs, options.codecs)
+    metas, buffers = await pack(inputs, codecs.inputs)
+    request = messages.ForwardRequest(forward.uid, metas, mode.training, mode.seed, codecs.outputs, mode.differentiable)
+    reply = await node.call_expert(
+        peer,
+        FORWARD,
+        messages.encode(request),
+        buffers,
+        timeout=timeout,
+        idempotent=True,
+        priority=options.priority,
+    )
+    decoded = messages.decode(messages.ForwardReply, reply.body)
+    specs = forward.schema.output_specs
+    check_growth(forward.uid, decoded.tensors, specs)
+    outputs = await unpack(decoded.tensors, reply.buffers)
+    if len(outputs) != len(specs):
+        raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
+    num_rows = inputs[0].shape[0]
+    checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
+    return checked, Receipt(peer, decoded.version, decoded.inputs_cached)
+
+
+def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:
+    """Refuse an answer that would take more memory, unpacked, than what fits. Raises: ProtocolError."""
+    if not may_unpack(metas, specs):
+        got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
+        takes = shortened(", ".join(map(str, specs)))
+        raise ProtocolError(f"{uid} answered {got} where its schema says {takes}")
+
+
+def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:
+    if output is None or output.dtype != spec.dtype or output.shape != (num_rows, *spec.shape):
+        got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
+        raise ProtocolError(f"{uid} answered {got} where its schema says {spec} with {num_rows} rows")
+    return output

@@ -1,0 +1,236 @@
+"""One exchange with an expert that several servers host: which of them is asked, and which next if that one fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Final, TypeVar
+
+import torch
+
+from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.exchanges import BackwardExchange, Exchange
+from tesseract_async.client.experience import Experience, replica_key
+from tesseract_async.client.expert_rpc import fetch_version
+from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
+from tesseract_async.errors import (
+    ConnectionLost,
+    ExpertNotFound,
+    NotAllowed,
+    NotPrimary,
+    Overloaded,
+    PeerUnreachable,
+    ProtocolError,
+    RemoteError,
+    SchemaMismatch,
+    TesseractError,
+    TooStale,
+)
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.transport.base import PeerAddress
+
+T = TypeVar("T")
+
+REPLICA_FAULTS: Final = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
+"""Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
+_REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "silent")
+_MAX_HANDOVERS: Final = 5
+_HEDGE_SECONDS: Final = 0.75
+"""Where it is not known how long a replica may take, the next one is asked after so long."""
+_PROBE_SECONDS: Final = 2.0
+"""A server that has not even answered a question by then, where another has, counts as silent."""
+
+
+def ask_best(
+    experience: Experience, replicas: Sequence[ExpertReplica], exchange: Exchange[T], *, timeout: float
+) -> Coroutine[object, object, T]:
+    """Ask the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
+
+    The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
+    directory, and those that refuse as SchemaMismatch what another one answers: they host something else under this
+    uid.
+
+    Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
+    TimeoutError.
+    """
+    if len(replicas) == 1:
+        return _ask(experience, replicas[0], exchange, timeout)
+    return _ask_several(experience, replicas, exchange, timeout)
+
+
+async def _ask_several(
+    experience: Experience, replicas: Sequence[ExpertReplica], exchange: Exchange[T], timeout: float
+) -> T:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    queue = experience.by_expectation(replicas, loop.time(), exchange.num_bytes)
+    tasks: dict[asyncio.Task[T], ExpertReplica] = {}
+    strange: list[tuple[ExpertReplica, SchemaMismatch]] = []
+    first_error: BaseException | None = None
+    try:
+        while queue or tasks:
+            now = loop.time()
+            if now >= deadline:
+                break
+            hedge_at = deadline
+            if queue:
+                # one more under way than before: at the start, after a failure, or because the last one is slow
+                replica = queue.pop(0)
+                tasks[loop.create_task(_ask(experience, replica, exchange, deadline - now))] = replica
+                if queue:
+                    p95 = experience.latencies.p95(replica_key(replica))
+                    hedge_at = now + (_HEDGE_SECONDS if p95 is None else p95)
+            while tasks:
+                wait_until = hedge_at if queue else deadline + ABANDON_SECONDS
+                done, _ = await asyncio.wait(
+                    tasks, timeout=max(0.0, wait_until - loop.time()), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    replica = tasks.pop(task)
+                    error = task.exception()
+                    if error is None:
+                        for other, mismatch in strange:
+                            experience.ignore(other, mismatch)
+                        return task.result()
+                    if isinstance(error, SchemaMismatch):
+                        strange.append((replica, error))
+                    elif not may_pass(error):
+                        raise error
+                    first_error = first_error or error
+                if queue and (done or loop.time() >= hedge_at):
+                    break
+                if not done and loop.time() >= wait_until:
+                    break
+        raise first_error or TimeoutError(f"no replica answered within {timeout} s")
+    finally:
+        await cancel_all(tasks)
+
+
+async def ask_primary(
+    experience: Experience, replicas: Sequence[ExpertReplica], exchange: BackwardExchange, *, timeout: float
+) -> list[torch.Tensor | None]:
+    """Ask the primary, and the next primary when that one fails: for calls that are safe to repeat elsewhere.
+
+    `replicas` are those known, the primary first; after a failure they are looked up anew. A server that is full is
+    asked again when it said. A follower names the primary. A primary that keeps silent where others claim the expert,
+    too, is given up as soon as it does not even answer a question that another one answers.
+
+    Raises: the first error if none answers; TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    first_error: Exception | None = None
+    strange: set[PeerAddress] = set()
+    redirected: set[object] = set()
+    for _ in range(_MAX_HANDOVERS):
+        left = deadline - loop.time()
+        replicas = [replica for replica in replicas if replica.peer not in strange]
+        if left <= 0 or not replicas:
+            break
+        try:
+            result = await _ask_watched(experience, replicas, exchange, left)
+        except SchemaMismatch as error:
+            first_error = first_error or error
+            strange.add(replicas[0].peer)
+            replicas = replicas[1:]
+            continue
+        except (*REPLICA_FAULTS, NotAllowed) as error:
+            first_error = first_error or error
+        except (Overloaded, NotPrimary) as error:
+            first_error = first_error or error
+            pause = max(error.retry_after, BLOCK_SECONDS)
+            if isinstance(error, NotPrimary):
+                named = [one for one in replicas[1:] if one.peer.peer_id == error.primary]
+                if named and error.primary not in redirected:
+                    # among those that the directory knows only: a server that lies leads nobody to strangers
+                    redirected.add(error.primary)
+                    replicas = [*named, *(one for one in replicas if one not in named)]
+                    continue
+                redirected.clear()
+            if loop.time() + pause >= deadline:
+                break
+            await asyncio.sleep(pause)
+        else:
+            return result
+        try:
+            async with asyncio.timeout_at(deadline):
+                replicas = await experience.node.directory.find(exchange.forward.uid)
+        except (TesseractError, TimeoutError):
+            break
+    raise first_error or TimeoutError(f"no answer within {timeout} s")
+
+
+async def _ask_watched(
+    experience: Experience, replicas: Sequence[ExpertReplica], exchange: Exchange[T], timeout: float
+) -> T:
+    """Ask the first of `replicas`. If it takes long and others say that they are the primary, too, all of these are
+    asked a small question at once: those that are silent then, where another one speaks, are reported, and if the first
+    is one of them, it is not waited for any more."""
+    asking = _ask(experience, replicas[0], exchange, timeout)
+    rivals = [replicas[0], *(replica for replica in replicas[1:] if replica.primary)]
+    if len(rivals) == 1:
+        return await asking
+    call = asyncio.ensure_future(asking)
+    probes: list[asyncio.Task[bool]] = []
+    try:
+        await asyncio.wait([call], timeout=_HEDGE_SECONDS)
+        if not call.done():
+            probes = [asyncio.ensure_future(_speaks(experience, replica)) for replica in rivals]
+            answering = asyncio.gather(*probes)
+            waiting: set[asyncio.Future[T] | asyncio.Future[list[bool]]] = {call, answering}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                speak = answering.result()
+                for replica, speaks in zip(rivals, speak, strict=True):
+                    if any(speak) and not speaks:
+                        experience.node.directory.report_failure(replica, reason="silent")
+                if any(speak) and not speak[0]:
+                    raise TimeoutError(f"{replicas[0].uid} is silent at the server that claims to be its primary")
+        return await call
+    except asyncio.CancelledError:
+        experience.node.directory.report_late(replicas[0])
+        raise
+    finally:
+        await cancel_all([call, *probes])
+
+
+async def _speaks(experience: Experience, replica: ExpertReplica) -> bool:
+    """Return whether its server answers a question, whatever the answer."""
+    try:
+        async with asyncio.timeout(_PROBE_SECONDS):
+            await fetch_version(experience.node, replica.uid, replica.peer, timeout=_PROBE_SECONDS)
+    except (TimeoutError, PeerUnreachable, ConnectionLost):
+        return False
+    except TesseractError:
+        pass
+    return True
+
+
+async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchange[T], timeout: float) -> T:
+    now, book, key = asyncio.get_running_loop().time, experience.latencies, replica_key(replica)
+    start = now()
+    try:
+        with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
+            result = await exchange.send(replica.peer, timeout)
+    except REPLICA_FAULTS as error:
+        kind = next(i for i, fault in enumerate(REPLICA_FAULTS) if isinstance(error, fault))
+        experience.node.directory.report_failure(replica, reason=_REASONS[kind])
+        raise
+    except Overloaded as error:
+        book.block(key, now() + max(error.retry_after, BLOCK_SECONDS))
+        raise
+    except asyncio.CancelledError:
+        path = experience.path_seconds(replica, exchange.num_bytes)
+        if exchange.is_timed and now() - start > (book.expected(key, path=path) or 0.0):
+            book.observe(key, now() - start, path=path, answered=False)  # it would have taken at least this long
+        raise
+    if exchange.is_timed:
+        path = experience.path_seconds(replica, exchange.num_bytes)
+        book.observe(key, now() - start, path=path)
+    experience.node.directory.report_answer(replica)
+    return result
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
+    return isinstance(error, (*REPLICA_FAULTS, TooStale)) or (isinstance(error, RemoteError) and error.retryable)

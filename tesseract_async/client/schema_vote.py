@@ -1,0 +1,122 @@
+"""What the experts of a grid take and give: the word of most of the first few that answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.experience import Experience
+from tesseract_async.client.expert_rpc import ExpertSchema, fetch_schema
+from tesseract_async.client.failover import REPLICA_FAULTS
+from tesseract_async.client.routing import Candidates
+from tesseract_async.errors import NotEnoughExperts, TesseractError
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.uncopied import Uncopied
+
+_NUM_WITNESSES: Final = 3
+_MOMENT_SECONDS: Final = 1.0
+
+
+class SchemaVote(Uncopied):
+    """The schema of one grid, asked for once. Copies of a gate share it."""
+
+    def __init__(self, experience: Experience, *, timeout: float) -> None:
+        """`timeout`: seconds for all that is asked."""
+        self.known: ExpertSchema | None = None
+        """None before the first call, and once no expert took what it says: they are other experts then."""
+        self._experience = experience
+        self._timeout = timeout
+        self._asking: asyncio.Lock | None = None
+
+    async def schema(self, candidates: Candidates, scores_RS: torch.Tensor, arguments: Arguments) -> ExpertSchema:
+        """The schema of most, among those that the arguments fit. If they fit none, the word of most, this once.
+
+        Raises: NotEnoughExperts if nobody answers in time, or nobody lives who could.
+        """
+        if self.known is not None:
+            return self.known
+        if not len(candidates):
+            raise NotEnoughExperts(1, len(scores_RS), {})
+        self._asking = self._asking or asyncio.Lock()
+        async with self._asking:
+            if self.known is None:
+                best = candidates.grid.top_k(scores_RS[:1], len(candidates)).reshape(-1).tolist()
+                schema, fits = await self._ask(candidates, best or list(range(len(candidates))), arguments)
+                if not fits:
+                    return schema
+                self.known = schema
+        return self.known
+
+    async def _ask(self, candidates: Candidates, experts: list[int], arguments: Arguments) -> tuple[ExpertSchema, bool]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+        errors: dict[str, BaseException] = {}
+        unfit: list[ExpertSchema] = []
+        for start in range(0, len(experts), _NUM_WITNESSES):
+            time_left = deadline - loop.time()
+            if time_left <= 0:
+                break
+            # half of the time is kept for the next ones, should these be silent
+            told = await self._witnesses(candidates, experts[start : start + _NUM_WITNESSES], time_left / 2, errors)
+            fit = [schema for schema in told if arguments.fits(schema)]
+            if fit:
+                return _most(fit), True
+            unfit += told
+            if unfit and start:
+                break  # two rounds that agree that it does not fit
+        if unfit:
+            return _most(unfit), False
+        raise NotEnoughExperts(1, 0, errors, num_live=len(experts))
+
+    async def _witnesses(
+        self, candidates: Candidates, experts: Sequence[int], timeout: float, errors: dict[str, BaseException]
+    ) -> list[ExpertSchema]:
+        """The answers of the primaries of these experts (of others where there is none); once one has answered, the
+        silent ones are waited for a moment only."""
+        loop = asyncio.get_running_loop()
+        tasks: dict[asyncio.Task[ExpertSchema], str] = {}
+        told: list[ExpertSchema] = []
+        deadline = loop.time() + timeout
+        try:
+            for expert in experts:
+                replicas = candidates.replicas_of(expert)
+                primaries = [replica for replica in replicas if replica.primary] or replicas
+                for replica in primaries[:_NUM_WITNESSES]:
+                    tasks[loop.create_task(self._ask_one(replica, timeout))] = replica.uid
+            waiting = set(tasks)
+            while waiting and loop.time() < deadline:
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in [task for task in tasks if task in done]:
+                    error = task.exception()
+                    if error is None:
+                        told.append(task.result())
+                        deadline = min(deadline, loop.time() + _MOMENT_SECONDS)
+                    elif isinstance(error, TesseractError | TimeoutError):
+                        errors[tasks[task]] = error
+                    else:
+                        raise error
+        finally:
+            await cancel_all(tasks)
+        return told
+
+    async def _ask_one(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
+        try:
+            async with asyncio.timeout(timeout):
+                return await fetch_schema(self._experience.node, replica.uid, replica.peer, timeout=timeout)
+        except REPLICA_FAULTS:
+            self._experience.node.directory.report_failure(replica)
+            raise
+
+
+def _most(schemas: Sequence[ExpertSchema]) -> ExpertSchema:
+    """The one that is there most often; of equals the first."""
+    votes = Counter(repr((schema.inputs, schema.outputs)) for schema in schemas)
+    return max(schemas, key=lambda schema: votes[repr((schema.inputs, schema.outputs))])

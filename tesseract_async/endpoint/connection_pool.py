@@ -1,0 +1,107 @@
+"""Which connections a node has, and which it is dialling: state only, whoever asks does the I/O."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tesseract_async.endpoint.connection import Connection
+from tesseract_async.identity import PeerID
+from tesseract_async.transport.base import PeerAddress
+
+
+@dataclass(slots=True)
+class Backoff:
+    """How often dialling a peer failed in a row, and when it may be tried again."""
+
+    failures: int = 0
+    retry_at: float = 0.0
+
+
+class ConnectionPool:
+    """Open connections by peer, and the back-off of peers that could not be dialled.
+
+    Back-off counts for a peer where it was said to be: one that came back elsewhere is dialled at once.
+    """
+
+    MAX_BACKOFFS = 4096
+
+    def __init__(self, *, backoff_base: float, backoff_max: float, rng: random.Random) -> None:
+        self._base = backoff_base
+        self._max = backoff_max
+        self._rng = rng
+        self._by_peer: dict[PeerID, list[Connection]] = {}
+        self._by_address: dict[str, PeerID] = {}
+        self._backoffs: dict[PeerAddress, Backoff] = {}
+
+    def find(self, peer: PeerAddress) -> Connection | None:
+        """An open connection to `peer`, not a retired one, whoever dialled it: the newest, those dialled here first."""
+        peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
+        for peer_id in peer_ids:
+            for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
+                if connection.is_open and not connection.retired:
+                    return connection
+        return None
+
+    def find_session(self, peer_id: PeerID, session: bytes) -> Connection | None:
+        """The open connection that a bulk channel wants to join."""
+        for connection in self._by_peer.get(peer_id, ()):
+            if connection.session == session and connection.is_open and connection.dialled is None:
+                return connection
+        return None
+
+    def add(self, connection: Connection) -> None:
+        """A connection was established."""
+        mine = self._by_peer.setdefault(connection.peer_id, [])
+        if connection.dialled is None:
+            # before older ones: when a NAT forgets its mapping, the peer comes back while its old connection
+            # looks alive for some time
+            mine.insert(sum(other.dialled is not None for other in mine), connection)
+        else:
+            mine.insert(0, connection)
+            for address in connection.dialled.addresses:
+                self._by_address[address] = connection.peer_id
+
+    def remove(self, connection: Connection) -> None:
+        """A connection has ended."""
+        mine = self._by_peer.get(connection.peer_id, [])
+        if connection in mine:
+            mine.remove(connection)
+        if not mine:
+            self._by_peer.pop(connection.peer_id, None)
+        if connection.dialled is not None and not any(other.dialled is not None for other in mine):
+            for address in connection.dialled.addresses:
+                if self._by_address.get(address) == connection.peer_id:
+                    del self._by_address[address]
+
+    def connections(self) -> list[Connection]:
+        """All that have not ended."""
+        return [connection for mine in self._by_peer.values() for connection in mine]
+
+    @property
+    def num_connections(self) -> int:
+        """How many have not ended."""
+        return sum(map(len, self._by_peer.values()))
+
+    def num_connections_with(self, peer_id: PeerID) -> int:
+        """How many this peer opened."""
+        return sum(connection.dialled is None for connection in self._by_peer.get(peer_id, ()))
+
+    def retry_at(self, peer: PeerAddress) -> float:
+        """The time before which this peer should not be dialled there again; 0.0 if there is none."""
+        backoff = self._backoffs.get(peer)
+        return backoff.retry_at if backoff is not None else 0.0
+
+    def dial_failed(self, peer: PeerAddress, now: float) -> None:
+        """Doubles the wait before the next dial, with jitter, so that a crowd does not come back at once."""
+        backoff = self._backoffs.pop(peer, None) or Backoff()
+        self._backoffs[peer] = backoff
+        if len(self._backoffs) > self.MAX_BACKOFFS:
+            del self._backoffs[next(iter(self._backoffs))]
+        wait = min(self._max, self._base * 2**backoff.failures)
+        backoff.failures = min(backoff.failures + 1, 32)
+        backoff.retry_at = now + wait * self._rng.uniform(0.5, 1.0)
+
+    def dial_succeeded(self, peer: PeerAddress) -> None:
+        """Forgets the failures."""
+        self._backoffs.pop(peer, None)

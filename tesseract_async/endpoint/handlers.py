@@ -1,0 +1,150 @@
+"""Runs the handlers of the calls that one peer makes, and sends what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Final
+
+from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message, in_one
+from tesseract_async.endpoint.events import CallReceived
+from tesseract_async.endpoint.protocol import ConnectionProtocol
+from tesseract_async.errors import RemoteError, describe
+from tesseract_async.identity import PeerID
+
+logger = logging.getLogger(__name__)
+
+STARTS_PER_TURN: Final = 128
+"""Handlers started in one turn of the loop: a burst of calls is started in portions, so that its first replies show
+whether the peer reads them."""
+
+
+class Handlers:
+    """Those of one connection, each in a task of its own. While `max_backlog` bytes of replies wait to be read, further
+    calls are held, and replies in parts pause.
+
+    `answer` finds and calls the handler of a call.
+    """
+
+    def __init__(
+        self,
+        protocol: ConnectionProtocol,
+        answer: Callable[[IncomingCall], Answer],
+        peer_id: PeerID,
+        origin: str,
+        *,
+        max_backlog: int,
+    ) -> None:
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Those that have not ended."""
+        self._protocol = protocol
+        self._answer = answer
+        self._peer_id = peer_id
+        self._origin = origin
+        self._max_backlog = max_backlog
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._held: dict[int, tuple[CallReceived, Callable[[], None]]] = {}
+        self._started = 0  # since the last flush
+        self._may_send: dict[int, asyncio.Event] = {}  # of replies in parts
+
+    @property
+    def num_held(self) -> int:
+        """Calls whose handlers have not been started."""
+        return len(self._held)
+
+    def received(self, event: CallReceived, *, done: Callable[[], None]) -> None:
+        """Starts the call's handler, now or after a flush. `done` is called when it has answered."""
+        if not self._held and self._may_start():
+            self._start(event, done)
+        else:
+            self._held[event.stream] = event, done
+
+    def cancel(self, stream: int) -> None:
+        """The call has ended: its handler is cancelled, or never started."""
+        self._held.pop(stream, None)
+        task = self._running.pop(stream, None)
+        if task is not None:
+            task.cancel()
+
+    def part_wanted(self, stream: int) -> None:
+        """The reply to this call, which comes in parts, may go on."""
+        if (may_send := self._may_send.get(stream)) is not None:
+            may_send.set()
+
+    def flushed(self) -> bool:
+        """Goes on with what waited for the peer to read. Whether more calls can be started after another flush."""
+        self._started = 0
+        while self._held and self._may_start():
+            self._start(*self._held.pop(next(iter(self._held))))
+        if not self._may_reply():
+            return False
+        for may_send in self._may_send.values():
+            may_send.set()
+        return bool(self._held)
+
+    def _may_reply(self) -> bool:
+        return self._protocol.backlog <= self._max_backlog
+
+    def _may_start(self) -> bool:
+        return self._started < STARTS_PER_TURN and self._may_reply()
+
+    def _start(self, event: CallReceived, done: Callable[[], None]) -> None:
+        self._started += 1
+        head = event.head
+        call = IncomingCall(
+            peer_id=self._peer_id,
+            method=head.method,
+            body=head.body,
+            buffers=event.buffers,
+            deadline=event.deadline,
+            priority=head.priority,
+            origin=self._origin,
+            in_parts=event.in_parts,
+        )
+        task = self._running[event.stream] = self._loop.create_task(self._run(event.stream, call, done))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, stream: int, call: IncomingCall, done: Callable[[], None]) -> None:
+        # nothing here holds on to the body: a handler that has read it may drop it
+        try:
+            answer = self._answer(call)
+            if call.in_parts and isinstance(answer, AsyncGenerator):
+                await self._send_parts(stream, answer, done)
+            else:
+                message = await in_one(answer, call.method)
+                self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
+        except RemoteError as error:
+            self._protocol.fail(stream, error)
+        except asyncio.CancelledError:
+            if stream in self._running:  # not by us: the handler cancelled itself, or the program stops
+                self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
+            raise
+        except Exception as error:  # what a handler raises is not ours to know
+            logger.exception("%s, called by %s, failed", call.method, self._peer_id.short)
+            self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
+        finally:
+            self._running.pop(stream, None)
+            done()
+
+    async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None], sent: Callable[[], None]) -> None:
+        """Asks the handler for one part after the other, each once the caller is ready for it."""
+        may_send = self._may_send[stream] = asyncio.Event()
+        try:
+            async with contextlib.aclosing(parts):
+                more = True
+                while more:
+                    while not self._protocol.incoming.takes_part(stream) or not self._may_reply():
+                        may_send.clear()
+                        await may_send.wait()
+                    message = await anext(parts, None)
+                    more = message is not None
+                    body, buffers = message or Message()
+                    if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
+                        return
+                    sent()
+        finally:
+            del self._may_send[stream]

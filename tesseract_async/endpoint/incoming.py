@@ -1,0 +1,422 @@
+"""The calls that a peer makes on a connection: requests in, replies out. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
+from tesseract_async.endpoint.core import ConnectionCore
+from tesseract_async.endpoint.events import CallCancelled, CallReceived, PartWanted
+from tesseract_async.endpoint.lanes import BULK, MAIN, Sending
+from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.transfers import Announced, CallState
+from tesseract_async.errors import Overloaded, ProtocolError, RemoteError
+from tesseract_async.wire import frames, heads, packed
+
+PATIENCE: Final = 30.0
+"""Seconds within which a caller must say that it has room, or take a part, and over which it is watched whether it
+takes anything."""
+LEAST_TAKEN: Final = 240 * 1024
+"""Bytes of its replies that a connection must take in `PATIENCE` seconds: 64 kbit/s."""
+CALL_BYTES: Final = 24 * 1024
+"""What a small call costs apart from its bytes: the block that its buffers are cut from, its task, and what remembers
+it."""
+STEP: Final = 256 * 1024
+"""Calls are counted in the node's budget in steps of so many bytes; the first of each connection is not."""
+
+
+class ReceivedCall(CallState):
+    """A call that the peer made."""
+
+    grant_kind = frames.GRANT_REQUEST
+    # defaults of the class: a small call sets few of them
+    delivered = False
+    """Whether the handler has it; its body is the handler's alone."""
+    in_parts = False
+    """Whether the caller takes a reply in parts."""
+    priority = 0
+    reply_room = 0
+    max_reply = 0
+    small = 0
+    cost = 0
+    """Bytes counted for a small request."""
+    metered = False
+    """Whether it counts against the peer's quota."""
+    reply_held: Reservation | None = None
+    """While a large reply, or a part of one, waits to be taken ..."""
+    reply_size = 0
+    reply_since = 0.0
+    """... of so many bytes, since then."""
+    more = False
+    """Whether what is being sent is not the reply's last part."""
+    num_parts = 0
+    """Parts that have begun ..."""
+    num_taken = 0
+    """... and those of them that the caller has taken ..."""
+    replied_bytes = 0
+    """... and the bytes of all."""
+
+
+class IncomingCalls:
+    """Those of one connection, by their number.
+
+    `meter` counts them against the peer's quota; `refusal` says why the peer may call nothing here, if so.
+    """
+
+    def __init__(
+        self,
+        core: ConnectionCore,
+        calls: dict[int, ReceivedCall],
+        *,
+        meter: Meter | None,
+        refusal: Callable[[], RemoteError | None] | None,
+    ) -> None:
+        self.last_seen = 0
+        """The highest number of a call that the peer has made."""
+        self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.settings.max_replies)
+        self.costs = SmallCallCosts(core.budgets.small_calls, core.owner)
+        self._core = core
+        self._calls = calls
+        self._meter = meter
+        self._refusal = refusal
+        self._small_bytes = 0
+
+    # ---- requests
+
+    def _begin(self, lane: int, flags: int, stream: int) -> ReceivedCall:
+        settings = self._core.settings
+        if stream in self._calls:
+            raise ProtocolError("a request's number is in use")
+        # twice: the peer counts a call as ended when it cancels, and its cancel may travel on the other lane
+        if len(self._calls) >= 2 * settings.max_calls:
+            raise ProtocolError(f"more than {settings.max_calls} calls at once")
+        if stream > self.last_seen:
+            self.last_seen = stream
+        call = self._calls[stream] = ReceivedCall(stream)
+        if flags & frames.MORE:
+            call.in_parts = True
+        if lane == BULK:
+            call.lane = lane
+            self._core.transfers.note_lane(call, lane, self._core.now)
+        return call
+
+    def request_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A REQUEST frame."""
+        core = self._core
+        call = self._begin(lane, flags, stream)
+        call.small = len(payload)
+        core.budgets.pace.small_at = core.now
+        self._small_bytes += call.small
+        if self._small_bytes > 2 * core.settings.max_small + frames.MAX_SMALL:
+            raise ProtocolError(f"more than {core.settings.max_small} bytes of small requests at once")
+        value, buffers = frames.decode_small(payload, core.arena)
+        if not self.costs.began(call, len(payload), buffers):
+            core.count_idle()
+            self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
+        elif self._meter is None or self._within_quota(self._meter, call, len(payload)):
+            self._deliver(call, value, buffers)
+
+    def request_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A BEGIN_REQUEST frame."""
+        core = self._core
+        announced = Announced(payload, flags, lane, max_message=core.settings.max_message)
+        call = self._begin(lane, flags, stream)
+        if announced.room == frames.ROOM_WINDOW:
+            core.windows.take(announced.size)
+            call.window_bytes = announced.size
+        error = self._refusal() if self._refusal is not None else None
+        if error is not None:  # small ones are refused when they are read: they cost nothing
+            core.count_idle()
+            self.fail(stream, error)
+            return
+        if self._meter is not None and not self._within_quota(self._meter, call, announced.size):
+            return  # chunks that are on their way are skipped
+        if announced.room not in (frames.ROOM_WINDOW, frames.ROOM_ASKED):
+            raise ProtocolError("malformed BEGIN")
+        try:
+            core.transfers.reserve(call, announced, core.now)
+        except ValueError:
+            sentence = f"{announced.size} bytes never fit this node's memory bound"
+            self.fail(stream, Overloaded(sentence, retry_after=60.0))
+        if call.room is None or call.room.released:
+            core.count_idle()
+
+    def _within_quota(self, meter: Meter, call: ReceivedCall, size: int) -> bool:
+        """Counts a request; one that is too much is answered at once, before anything is done or received for it."""
+        wait = meter.begin(size, self._core.now)
+        call.metered = wait == 0.0
+        if not wait:
+            return True
+        self._core.count_idle()
+        self.fail(call.stream, Overloaded("this peer has used up its quota here", retry_after=wait))
+        return False
+
+    def arrived(self, call: ReceivedCall) -> None:
+        """All chunks of a request are here."""
+        assert call.room is not None and call.arrival is not None
+        call.room.keep()
+        assembly, call.arrival = call.arrival.assembly, None
+        self._deliver(call, frames.unpack(assembly.head), assembly.buffers)
+
+    def _deliver(self, call: ReceivedCall, value: object, buffers: tuple[memoryview, ...]) -> None:
+        head = heads.decode_request(value)
+        call.delivered = True
+        call.priority, call.reply_room, call.max_reply = head.priority, head.reply_room, head.max_reply
+        deadline = self._core.now + head.time_left
+        self._core.deadlines.push(deadline, call.stream, own=False)
+        self._core.events.append(CallReceived(call.stream, head, buffers, deadline, call.in_parts))
+
+    def cancel_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A CANCEL frame."""
+        if stream in self._calls:
+            self.cancel(stream)
+        else:
+            self._core.count_idle()
+
+    def cancel(self, stream: int) -> None:
+        """Nobody waits for this call any more, if it is still under way."""
+        call = self._calls.get(stream)
+        if call is not None:
+            self._end(call)
+            if call.delivered:
+                self._core.events.append(CallCancelled(stream))
+
+    # ---- replies
+
+    def reply(
+        self, stream: int, body: object, buffers: tuple[memoryview, ...], *, now: float, more: bool = False
+    ) -> bool:
+        """Answers a received call, or with `more` sends a part of its reply, once `takes_part`. The buffers are on loan
+        until sent. False if the call has ended: nobody waits any more, or the reply was more than its caller accepts.
+
+        Raises: TypeError or ValueError for a body that msgpack cannot hold: answer with `fail` then.
+        """
+        core = self._core
+        core.now = now
+        call = self._calls.get(stream)
+        if call is None or not call.delivered or call.sending is not None:
+            return False
+        encoded = heads.encode_result(body)
+        if len(buffers) > frames.MAX_BUFFERS:
+            raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
+        sizes = [*map(len, buffers)]
+        size = frames.message_bytes(len(encoded), sizes)
+        limit = min(call.max_reply - call.replied_bytes, core.theirs.max_message)
+        if size > limit:
+            sentence = f"the reply has {size} bytes, more than the {limit} that its caller accepts"
+            return self.fail(stream, RemoteError(sentence))
+        if call.metered and self._meter is not None:
+            self._meter.charge(size, now)
+        if more or call.num_parts:
+            if call.num_parts + more >= frames.MAX_PARTS:
+                return self.fail(stream, RemoteError(f"the reply has more than {frames.MAX_PARTS} parts"))
+            if not call.num_parts:
+                call.lane = core.transfers.choose_lane(call, now)  # all parts of a reply keep to one lane
+                self.waiting.in_parts[stream] = call
+            call.num_parts += 1
+            call.replied_bytes += size
+            call.reply_since = now
+        call.more = more
+        flags = frames.MORE if more else 0
+        if size <= frames.MAX_SMALL:
+            lane = call.lane if call.num_parts else MAIN
+            core.lanes[lane].put(frames.encode_small(frames.REPLY, stream, encoded, sizes, buffers, flags=flags))
+            if not more:
+                self._end(call)
+        elif not self.waiting.hold(call, size, now=now):
+            return self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
+        else:
+            if not call.num_parts:
+                call.lane = core.transfers.choose_lane(call, now)
+            reserved = call.reply_room
+            core.transfers.begin(
+                frames.CHUNK_REPLY, call, encoded, buffers, priority=call.priority, reserved=reserved, flags=flags
+            )
+        return True
+
+    def takes_part(self, stream: int) -> bool:
+        """Whether `reply` may send something more for this call: what was sent before has left, and the caller has
+        taken enough of it. Else `PartWanted` follows, unless the call ends."""
+        call = self._calls.get(stream)
+        return call is None or _takes_part(call)
+
+    def sent(self, sending: Sending) -> None:
+        """The last byte of a large reply, or of a part of one, has left."""
+        if sending.kind != frames.CHUNK_REPLY:
+            return
+        call = self._calls[sending.stream]
+        if not call.more:
+            self._end(call)
+            return
+        self.waiting.drop(call)
+        call.sending = None
+        call.reply_since = self._core.now
+        self._want_part(call)
+
+    def reply_granted(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A GRANT_REPLY frame: there is room for a large reply, or one more part may come."""
+        call = self._calls.get(stream)
+        if call is None:
+            self._core.count_idle()
+        elif flags & frames.MORE:
+            if call.num_taken >= call.num_parts:
+                raise ProtocolError("a part was taken that was not sent")
+            call.num_taken += 1
+            call.reply_since = self._core.now
+            self._want_part(call)
+        else:
+            self._core.transfers.granted(call)
+
+    def _want_part(self, call: ReceivedCall) -> None:
+        if _takes_part(call):
+            self._core.events.append(PartWanted(call.stream))
+
+    def fail(self, stream: int, error: RemoteError) -> bool:
+        """Answers a received call with an error. Returns False: the call has ended."""
+        call = self._calls.get(stream)
+        if call is not None:
+            error_reply = frames.encode_small(frames.REPLY, stream, heads.encode_error(error), (), ())
+            self._core.lanes[MAIN].put(error_reply)
+            self._end(call)
+        return False
+
+    def stalled(self, call: ReceivedCall) -> None:
+        """The rest of the request does not come."""
+        self.fail(call.stream, Overloaded("the request stalled on its way", retry_after=1.0))
+
+    def _not_taken(self, call: ReceivedCall) -> None:
+        """The memory of a reply is wanted back."""
+        self.fail(call.stream, Overloaded("the reply was not taken in time", retry_after=1.0))
+        if call.num_parts:  # its handler has more of them
+            self._core.events.append(CallCancelled(call.stream))
+
+    def room_changed(self, call: ReceivedCall, room: Reservation) -> None:
+        """See `RoomHolder`: there is room for the request, or none any more, or the reply's is wanted back."""
+        if self._calls.get(call.stream) is not call:
+            return
+        if not room.released:
+            self._core.transfers.receive(call, self._core.now)
+        elif room is call.room:
+            self.fail(call.stream, Overloaded("there was no room for all of the request", retry_after=1.0))
+        elif room is call.reply_held:
+            self._not_taken(call)
+
+    def handle_timer(self, now: float) -> None:
+        """Ends replies that are not taken."""
+        for call in self.waiting.overdue(self._calls, now):
+            self._not_taken(call)
+        self.costs.settle()
+
+    def lost(self) -> None:
+        """The connection is gone: every call is cancelled."""
+        for stream in list(self._calls):
+            self.cancel(stream)
+        self.costs.settle()
+
+    def _end(self, call: ReceivedCall) -> None:
+        del self._calls[call.stream]
+        self._small_bytes -= call.small
+        self.costs.total -= call.cost
+        if call.metered and self._meter is not None:
+            self._meter.end()
+        self._core.transfers.end(call)
+        self.waiting.drop(call)
+        if call.num_parts:
+            del self.waiting.in_parts[call.stream]
+
+
+def _takes_part(call: ReceivedCall) -> bool:
+    return call.sending is None and call.num_parts - call.num_taken < frames.PARTS_AHEAD
+
+
+class WaitingReplies:
+    """Large replies of one connection that wait for their callers to take them: how many bytes, and for how long."""
+
+    def __init__(self, budget: Budget, owner: Owner, *, max_bytes: int) -> None:
+        self.num_bytes = 0
+        """That wait to be granted or sent."""
+        self.in_parts: dict[int, ReceivedCall] = {}
+        """Calls of whose replies a part has begun."""
+        self._budget = budget
+        self._owner = owner
+        self._max_bytes = max_bytes
+        self._added = 0  # bytes of all replies so far
+        self._taken = 0  # what of them had left at `_taken_at`
+        self._taken_at = 0.0
+
+    def hold(self, call: ReceivedCall, size: int, *, now: float) -> bool:
+        """Whether a reply of `size` bytes may wait here, within the bounds on such memory (one always may)."""
+        if self.num_bytes and self.num_bytes + size > self._max_bytes:
+            return False
+        call.reply_held = self._budget.keep(self._owner, size, call)
+        if call.reply_held is None:
+            return False
+        if not self.num_bytes:
+            self._taken, self._taken_at = self._added, now
+        self.num_bytes += size
+        self._added += size
+        call.reply_size, call.reply_since = size, now
+        return True
+
+    def drop(self, call: ReceivedCall) -> None:
+        """This call's reply has been taken or given up, if it had one that waited here."""
+        if call.reply_held is not None:
+            self.num_bytes -= call.reply_size
+            call.reply_held.release()
+            call.reply_held = None
+
+    def overdue(self, calls: Mapping[int, ReceivedCall], now: float) -> list[ReceivedCall]:
+        """The calls whose replies are not taken."""
+        overdue = [
+            call
+            for call in self.in_parts.values()
+            if call.sending is None and not _takes_part(call) and now - call.reply_since > PATIENCE
+        ]
+        if not self.num_bytes:
+            return overdue
+        waiting = [(call, call.sending) for call in calls.values() if call.reply_held is not None and call.sending]
+        taken = self._added - sum(sending.left for _, sending in waiting)
+        stands_still = False
+        if now - self._taken_at > PATIENCE:
+            stands_still = taken - self._taken < LEAST_TAKEN
+            self._taken, self._taken_at = taken, now
+        overdue += [
+            call
+            for call, sending in waiting
+            if now - call.reply_since > PATIENCE and (stands_still or not sending.granted)
+        ]
+        return overdue
+
+
+class SmallCallCosts:
+    """The memory of a connection's small calls under way: each costs far more than its bytes."""
+
+    def __init__(self, budget: FairCount, owner: Owner) -> None:
+        self.total = 0
+        """Of what is under way: each call's `cost` is taken off when it ends."""
+        self._budget = budget
+        self._owner = owner
+        self._counted = STEP
+
+    def began(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
+        """Whether a request of so many bytes may be under way here in addition to those that are."""
+        cost = CALL_BYTES + num_bytes
+        if num_bytes > packed.UNCOUNTED_BYTES:
+            cost += packed.BYTES_PER_ITEM * min(num_bytes - sum(map(len, buffers)), packed.MAX_ITEMS)
+        call.cost = cost
+        self.total += cost
+        if self.total <= self._counted:
+            return True
+        more = -(-(self.total - self._counted) // STEP) * STEP
+        if not self._budget.take(self._owner, more):
+            return False
+        self._counted += more
+        return True
+
+    def settle(self) -> None:
+        """Gives back what is counted beyond what is under way."""
+        less = (self._counted - max(self.total, STEP)) // STEP * STEP
+        if less > 0:
+            self._counted -= less
+            self._budget.give_back(self._owner, less)

@@ -1,0 +1,308 @@
+"""`Membership`: what a server knows of an expert's primary, for whom it voted, what it may do, and signs. No I/O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgpack
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.lineage import Lineage
+from tesseract_async.experts.own_term import NEVER, Age, OwnTerm
+from tesseract_async.experts.tenure_words import Question, Send, State
+from tesseract_async.experts.terms import (
+    EPOCH_ZERO,
+    Kind,
+    Seal,
+    Term,
+    Vote,
+    next_epoch,
+    read_vote,
+    sign_handover,
+    sign_seal,
+    sign_term,
+    sign_vote,
+)
+from tesseract_async.identity import Identity, PeerID
+
+
+@dataclass(slots=True)
+class Poll:
+    """Questions of one kind under way, of which all answers are waited for."""
+
+    kind: str
+    epoch: int
+    deadline: float
+    waiting: set[PeerID]
+    silent: set[PeerID] = field(default_factory=set)
+    votes: dict[PeerID, Vote] = field(default_factory=dict)
+    given: dict[PeerID, tuple[float, Age]] = field(default_factory=dict)
+    """For each vote, when it was asked for, and the age of the file that the voter holds."""
+    is_alive: bool = False
+    """Whether an answer said that there is a primary."""
+
+    def settles(self, peer: PeerID, question: Question) -> bool:
+        """Whether this peer's answer is waited for; it is not any more."""
+        if peer not in self.waiting or (question.kind, question.epoch) != (self.kind, self.epoch):
+            return False
+        self.waiting.discard(peer)
+        return True
+
+
+class Membership:
+    """One server among those of an expert."""
+
+    def __init__(
+        self, identity: Identity, uid: str, authority: Authority, *, boot: bytes, now: float, wall: float
+    ) -> None:
+        self.uid = uid
+        self.me = identity.peer_id
+        self.lineage = Lineage(uid, authority)
+        self.lease = authority.lease
+        self.held: Seal | None = None
+        """The Seal whose file is here."""
+        self.hosts: Mapping[PeerID, int] = {}
+        """Whose manifests name the expert, and the epoch in each."""
+        self.heard = now
+        """When the primary that it follows was heard, itself or through others."""
+        self.beaten = -math.inf
+        """The same, by its beats alone."""
+        self.agreed_at = now
+        """When it last agreed with a beat: no vote for a lease."""
+        self.vote_from = now
+        self.looked_at = NEVER
+        """When all that the network holds of the expert was read."""
+        self.retry_at = 0.0
+        """Before this it does not stand again."""
+        self.promised = 0
+        """The highest epoch voted in. For a lease after that, no beat of a lower one is agreed with."""
+        self.handed_over = 0
+        """The epoch of the newest Term that it signed over to another."""
+        self._voted_for = b""
+        self._promised_at = NEVER
+        self._identity = identity
+        self._authority = authority
+        self._run = authority.run_id
+        self._boot = boot
+        self._boots = {boot}
+        self._started = wall - EPOCH_ZERO
+
+    # -- what is seen --------------------------------------------------------------------------------------------------
+
+    def is_disproved(self, record: Term | Seal, state: State, now: float) -> bool:
+        """Whether it is an adoption which says that all members were silent for two leases, and this one was not."""
+        if not isinstance(record, Term) or record.kind is not Kind.ADOPTION or record.seal is None:
+            return False
+        best, held = self.lineage.best, self.held
+        if best is not None and self.hosts.get(best.primary, best.epoch) > best.epoch:
+            return False  # its primary goes by another Term itself
+        if state not in (State.FOLLOWING, State.CANDIDATE) or held is None or now > self.beaten + 2 * self.lease:
+            return False
+        return self.me in held.members and record.primary != self.me and record.seal.age <= held.age
+
+    def is_of_twin(self, record: Term | Seal) -> bool:
+        """Whether another process signed this with the same key, and not before this one started."""
+        if record.primary != self.me:
+            return False
+        if isinstance(record, Term):
+            return record.boot not in self._boots and record.epoch > self._started
+        term = self.lineage.term_of(record)
+        return term is not None and term.boot != self._boot and record.time > self._started
+
+    def is_beat(self, peer: PeerID, question: Question, now: float) -> bool:
+        """Whether this question comes from the primary, and no vote for another binds this server."""
+        best = self.lineage.best
+        if best is None or self.lineage.is_exposed(best) or self.is_bound(best, now):
+            return False
+        # not from the other of two processes with one key: nobody agrees with it
+        return (peer, question.epoch, question.boot) == (best.primary, best.epoch, best.boot) and peer != self.me
+
+    def is_free(self, now: float) -> bool:
+        """Whether nothing that the primary said binds this server any more: it may vote for another."""
+        best = self.lineage.best
+        exposed = best is not None and self.lineage.is_exposed(best)
+        return exposed or now >= max(self.heard, self.agreed_at) + self.lease
+
+    def silence_at(self, state: State) -> float:
+        """When the silence has been long enough to ask whether the primary is gone."""
+        best = self.lineage.best
+        exposed = best is not None and self.lineage.is_exposed(best)
+        if state is State.HOLDING:
+            wait = 2 * self.lease
+        else:
+            members = () if self.held is None else self.held.successors
+            rank = members.index(self.me) if self.me in members else 0
+            wait = 2.0 * rank + (0.0 if exposed else self.lease)
+        return max(self.heard + wait, self.agreed_at + self.lease, self.vote_from, self.retry_at)
+
+    def is_unsealed(self, now: float) -> bool:
+        """Whether nobody knows of a Seal, nor has lately said that it is about to make one."""
+        best = self.lineage.best
+        if best is None:
+            return True
+        gone = best.primary == self.me or now - self.heard > 2 * self.lease
+        return gone and self.lineage.seal_of(best) is None
+
+    def may_adopt(self, now: float, wall: float) -> bool:
+        """Whether the network answers here, so that the others' silence says something, and would believe it."""
+        best = self.lineage.best
+        seal = None if best is None else self.lineage.seal_of(best)
+        past = seal is None or wall - EPOCH_ZERO > seal.time + 1
+        return now - self.looked_at < self.lease / 2 and past
+
+    def ask(self, kind: str, others: set[PeerID], epoch: int, now: float) -> tuple[Poll, list[Send]]:
+        """Ask all of these the same."""
+        best, held = self.lineage.best, self.held
+        term = b"" if best is None or kind == "vote" else best.blob
+        question = Question(kind, epoch, self._boot, term, b"" if held is None else held.blob)
+        return Poll(kind, epoch, now + 2.0, set(others)), [Send(peer, question) for peer in sorted(others)]
+
+    # -- votes ---------------------------------------------------------------------------------------------------------
+
+    def promise(self, epoch: int, candidate: PeerID, now: float) -> None:
+        """Vote for this candidate, maybe itself. To be on the disk before it is said."""
+        self.promised, self._voted_for, self._promised_at = epoch, bytes(candidate), now
+
+    def take_back_own_vote(self) -> None:
+        """Nobody else can use it: the present primary is agreed with again."""
+        if self._voted_for == self.me:
+            self._promised_at = NEVER
+
+    def is_bound(self, term: Term, now: float) -> bool:
+        """Whether it voted for a successor of this Term, which comes forward within a lease, or never."""
+        return self.promised > term.epoch and now < self._promised_at + self.lease
+
+    def may_vote(self, peer: PeerID, epoch: int, seal: Seal, now: float) -> bool:
+        """Whether `peer`, which holds this Seal, may have its vote: one per epoch, for no Seal older than its own."""
+        best, held = self.lineage.best, self.held
+        if best is None or held is None or epoch <= best.epoch or now < self.vote_from or seal.age < held.age:
+            return False
+        if self.me not in seal.members or peer not in seal.members or peer == self.me:
+            return False
+        return epoch > self.promised or (epoch == self.promised and self._voted_for == peer)
+
+    def sign_vote(self, peer: PeerID, epoch: int) -> Vote:
+        """Sign the vote that was promised."""
+        assert self.held is not None
+        return sign_vote(self._identity, self._run, uid=self.uid, epoch=epoch, candidate=peer, seal=self.held.age)
+
+    def read_vote(self, peer: PeerID, blob: bytes, epoch: int) -> Vote | None:
+        """Read `peer`'s vote for this server; None if it is none. Untrusted."""
+        try:
+            vote = read_vote(blob, self._run)
+        except ProtocolError:
+            return None
+        assert self.held is not None
+        fits = (vote.voter, vote.uid, vote.epoch, vote.candidate) == (peer, self.uid, epoch, self.me)
+        return vote if fits and vote.seal <= self.held.age and peer in self.held.members else None
+
+    # -- what it may do, and signs -------------------------------------------------------------------------------------
+
+    def may_host(self, peer: PeerID) -> bool:
+        """Whether this peer may host the expert."""
+        return self._authority.may(peer, "host", self.uid, now=None)
+
+    def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
+        """Whether this server may begin a Term from this Seal, and nobody was appointed instead."""
+        appointment = self._authority.appointment(self.uid)
+        serial = 0 if seal is None else seal.serial
+        if appointment is not None and appointment.peer is not None and appointment.serial > serial:
+            return False
+        may_found = kind is not Kind.GENESIS or self._authority.founder in (None, self.me)
+        return may_found and self._authority.may(self.me, "host", self.uid, now=wall)
+
+    def is_appointed(self) -> bool:
+        """Whether the run's owner gives the expert to this server, which has not taken it yet, but may."""
+        appointment, best = self._authority.appointment(self.uid), self.lineage.best
+        if appointment is None or appointment.peer != self.me or (best and best.serial >= appointment.serial):
+            return False
+        return appointment.seal is None or (self.held is not None and self.held.digest == appointment.seal)
+
+    def next_epoch(self, parent: Seal | None, wall: float) -> int:
+        """The epoch of a Term that begins now, above all that is known here."""
+        known = (one.epoch for one in (self.lineage.best, parent) if one is not None)
+        return next_epoch(max(self.promised, *known, 0), wall - EPOCH_ZERO)
+
+    def sign_term(self, kind: Kind, seal: Seal | None, epoch: int, evidence: Poll | bytes) -> Term | None:
+        """Sign a Term; None if the evidence, votes or the signature of a handover, does not carry it."""
+        serial = 0 if seal is None else seal.serial
+        appointment = self._authority.appointment(self.uid)
+        if kind is Kind.APPOINTED and appointment is not None:
+            serial = appointment.serial
+        votes = list(evidence.votes.values()) if isinstance(evidence, Poll) and kind is Kind.TAKEOVER else []
+        try:
+            return sign_term(
+                self._identity,
+                self._run,
+                uid=self.uid,
+                epoch=epoch,
+                boot=self._boot,
+                kind=kind,
+                serial=serial,
+                seal=seal,
+                votes=votes,
+                handover=evidence if isinstance(evidence, bytes) else b"",
+            )
+        except ValueError:
+            return None
+
+    def sign_seal(
+        self, own: OwnTerm, root: bytes, size: int, version: int, *, successors: tuple[PeerID, ...], wall: float
+    ) -> Seal:
+        """Sign the state in this file, as the next one of this server's Term."""
+        return sign_seal(
+            self._identity,
+            self._run,
+            term=own.term,
+            number=own.number,
+            version=version,
+            root=root,
+            size=size,
+            time=max(0, int(wall - EPOCH_ZERO)),
+            successors=successors,
+        )
+
+    def sign_handover(self, heir: PeerID) -> bytes:
+        """Sign the expert over to `heir`, in the state whose file is here."""
+        assert self.held is not None
+        return sign_handover(self._identity, self._run, self.held, heir)
+
+    # -- what survives the process -------------------------------------------------------------------------------------
+
+    def stored(self, term: Term | None) -> bytes:
+        """What `restore` takes; `term`: the one that this server stands on, if that is its own."""
+        best = term or self.lineage.best
+        stored = {
+            "promised": self.promised,
+            "voted_for": self._voted_for,
+            "handed_over": self.handed_over,
+            "boot": self._boot,
+            "terms": [] if best is None else self.lineage.line(best),
+            "held": b"" if self.held is None else self.held.blob,
+        }
+        packed: bytes = msgpack.packb(stored)
+        return packed
+
+    def restore(self, stored: bytes, *, has_file: bool, now: float, wall: float) -> None:
+        """Take up what a former process stored: a lease passes first, for it may have answered a beat just before."""
+        try:
+            data = msgpack.unpackb(stored)
+            self.promised, self._voted_for = int(data["promised"]), bytes(data["voted_for"])
+            self.handed_over = int(data["handed_over"])
+            self._boots.add(bytes(data["boot"]))
+            records = [self.lineage.read(blob) for blob in (*data["terms"], data["held"])]
+        except (ValueError, LookupError, TypeError, msgpack.UnpackException):
+            return  # as if nothing had been stored: it may not vote or be primary before it has read the network
+        for record in records:
+            if record is not None:
+                self.lineage.add(record, now=wall)
+                if isinstance(record, Term) and record.primary == self.me:
+                    self._boots.add(record.boot)
+        self.vote_from = self.heard = now + self.lease
+        self._promised_at = now
+        held = records[-1]
+        if has_file and isinstance(held, Seal):
+            self.held = held

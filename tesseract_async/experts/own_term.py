@@ -1,0 +1,125 @@
+"""`OwnTerm`: the Term of this server, the members that decide with it, and its lease by their word. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from random import Random
+from typing import Final
+
+from tesseract_async.experts.tenure_words import Question, Send
+from tesseract_async.experts.terms import MAX_SUCCESSORS, Seal, Term, majority
+from tesseract_async.identity import PeerID
+
+NUM_SUCCESSORS: Final = 2
+"""Wanted for each expert: a primary and two successors outlive the death of any one by vote."""
+MAX_BEATS: Final = 6
+"""Hosts of an expert that hear from its primary at least: members, and those who may become one."""
+NEVER: Final = -1e9
+Age = tuple[int, int]
+
+
+class OwnTerm:
+    """One Term of this server, from its candidacy on."""
+
+    def __init__(
+        self, term: Term, others: tuple[PeerID, ...], votes: Mapping[PeerID, tuple[float, Age]], *, now: float
+    ) -> None:
+        """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age."""
+        self.term = term
+        self.number = 0
+        """Of its newest Seal."""
+        self.settled = others
+        """The other members that decide."""
+        self.named = others
+        """Those in the newest Seal, which decide as well until a majority of `settled` holds that."""
+        self.beat_at = now
+        self.fenced_at = 0.0
+        self.published_at = NEVER
+        self._age: Age = (0, 0)
+        self._began = now
+        self._agreed = {peer: sent for peer, (sent, _) in votes.items()}
+        self._holds = {peer: held for peer, (_, held) in votes.items()}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no change of members is under way."""
+        return self.settled == self.named
+
+    def is_content(self, hosts: Set[PeerID]) -> bool:
+        """Whether another Seal would name nobody new: these are settled, and enough or all of the `hosts`."""
+        return self.is_settled and (len(self.named) >= NUM_SUCCESSORS or hosts <= set(self.named))
+
+    def is_left(self, now: float, lease: float) -> bool:
+        """Whether its members have stopped to listen."""
+        return now >= self.fenced_at + lease and len(self.settled) > 1
+
+    def agreed(self, peer: PeerID, sent: float, held: Age) -> None:
+        """`peer` agreed with what was sent to it at that time, and holds the file of the Seal of this age."""
+        self._agreed[peer] = max(sent, self._agreed.get(peer, sent))
+        self._holds[peer] = held
+        self._settle()
+
+    def disagreed(self, peer: PeerID) -> None:
+        """`peer` did not: it may have started anew, and know nothing."""
+        self._holds.pop(peer, None)
+
+    def sealed(self, seal: Seal) -> None:
+        """Take in the newest Seal."""
+        self.named, self._age = seal.successors, seal.age
+        self._settle()
+
+    def lease_until(self, renewed: float, lease: float) -> float:
+        """When the lease ends: two thirds of one after a majority agreed, counted from sending.
+
+        One or two go on for a whole one after the network took their word: availability first.
+        """
+        return min(self._until(some, renewed, lease) for some in (self.settled, self.named))
+
+    def heirs(self, now: float, lease: float) -> list[PeerID]:
+        """The servers that agreed within a lease: successors first, then those with the newest file."""
+        alive = [peer for peer, at in self._agreed.items() if now - at < lease]
+        return sorted(alive, key=lambda peer: (peer in self.named, self._holds.get(peer, (0, 0))), reverse=True)
+
+    def choose(self, now: float, lease: float, may: Callable[[PeerID], bool]) -> tuple[PeerID, ...]:
+        """Choose the successors to name in the next Seal.
+
+        At most one more or fewer than before, so that a majority of either meets one of the other; none before the
+        last change is settled. A new one holds a file no older than the Term's parent.
+        """
+        if not self.is_settled:
+            return self.named
+        first = (0, 1) if self.term.seal is None else self.term.seal.age
+        live = {peer for peer, at in self._agreed.items() if now - at < lease and may(peer)}
+        gone = [p for p in self.named if not may(p) or now - self._agreed.get(p, self._began) > 2 * lease]
+        new = [peer for peer in live if peer not in self.named and self._holds.get(peer, (0, 0)) >= first]
+        num_good = len(self.named) - len(gone)
+        if new and num_good < NUM_SUCCESSORS and len(self.named) < MAX_SUCCESSORS:
+            return (*self.named, min(new))
+        if gone and (num_good >= NUM_SUCCESSORS or not new or len(self.named) == MAX_SUCCESSORS):
+            return tuple(peer for peer in self.named if peer != gone[-1])
+        return self.named
+
+    def beats(self, kind: str, boot: bytes, seal: Seal | None, hosts: list[PeerID], random: Random) -> list[Send]:
+        """Return questions to the members, and to some of the other `hosts`, each with what it does not know yet."""
+        targets = {*self.settled, *self.named}
+        more = [peer for peer in hosts if peer not in targets]
+        start = random.randrange(len(more)) if more else 0
+        targets |= set((more[start:] + more[:start])[: max(0, MAX_BEATS - len(targets))])
+        found = []
+        for peer in sorted(targets):
+            held = self._holds.get(peer)  # None: it does not know of this Term yet
+            term = self.term.blob if held is None else b""
+            news = b"" if seal is None or (held is not None and held >= seal.age) else seal.blob
+            found.append(Send(peer, Question(kind, self.term.epoch, boot, term, news)))
+        return found
+
+    def _until(self, others: tuple[PeerID, ...], renewed: float, lease: float) -> float:
+        if len(others) < 2:
+            return renewed + lease
+        agreed = sorted((self._agreed.get(peer, NEVER) for peer in others), reverse=True)
+        return agreed[majority(len(others) + 1) - 2] + lease * 2 / 3
+
+    def _settle(self) -> None:
+        have = sum(self._holds.get(peer, (0, 0)) >= self._age for peer in self.settled)
+        if have >= (0 if len(self.settled) < 2 else majority(len(self.settled) + 1) - 1):
+            self.settled = self.named

@@ -1,0 +1,279 @@
+"""Dial-back: finding out which nodes can be dialed, by having a third node try. Pure.
+
+A node that does not know whether others can dial it (`DialBack`)::
+
+    A  --DIAL-->  B           B replies whether it passed the question on
+                  B --DIAL_FOR(address of A, nonce)-->  C
+    A  <------------------------DIALED(nonce)--------  C
+
+A gateway that lets in only addresses that were written to drops the last datagram. So it counts only if it comes from
+an address that A has not written to for a while.
+
+A newcomer that says it is public and wrote first, perhaps through such a gateway, is dialed before it is listed
+(`Probation`)::
+
+    X  --any request-->  A                                 A has pinged it since
+                         A  --DIAL_FOR(X, nonce, A?)-->  C
+    X  <------------------------DIALED(nonce, A)-------  C    dropped, where X can't be dialed
+    X  --DIALED(nonce)-->  A                               so now A lists X
+
+X replies only to those it has written to: nobody is made to send anything to third parties.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tesseract_async.errors import ProtocolError
+from tesseract_async.lru import LRU
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.contacts import Address, Contact, pack_address, unpack_address
+from tesseract_async.network.core import Core
+from tesseract_async.network.datagrams import RpcReply
+from tesseract_async.network.events import RoleChanged
+from tesseract_async.network.outbox import FILTER_LIFETIME
+from tesseract_async.network.rate_limiter import RateLimiter
+from tesseract_async.network.routing import K
+from tesseract_async.network.rpcs import Call, Caller
+
+MIN_BACKOFF = 2.0
+MAX_BACKOFF = 120.0
+CONFIRM_PERIOD = 1800.0
+"""Seconds after which a node that was found public asks again."""
+MAX_UNANSWERED = {"unknown": 3, "public": 2}
+"""Questions in vain after which a node of that role takes itself for a client."""
+MAX_HELPERS = 64
+DIALS_PER_ASKER = 4.0
+"""Dials per second for contacts of one address range."""
+DIALS_PER_HOST = 1.0
+"""Dials per second to one address range or private host."""
+MAX_ERRANDS = 32
+"""Third nodes that are being pinged for their token."""
+PATIENCE = 2.0
+"""Seconds in which a third node's dial must have had its effect on a newcomer."""
+NUM_THIRDS = 3
+"""Third nodes that are asked to dial a newcomer, one after another."""
+MAX_PENDING = 256
+MAX_REMEMBERED = 8192
+
+
+class ThirdNodes:
+    """Asks third nodes to dial somebody."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.num_errands = 0
+
+    def ask(self, arguments: tuple[object, ...], third: Address, token: bytes, now: float) -> bool:
+        """Send DIAL_FOR to a third node. One without a token (a helper never gave one) is pinged for it first.
+
+        Return False where too many are being pinged for that already.
+        """
+        if token:
+            self.core.outbox.send_one_way(wire.DIAL_FOR, arguments, third, token, now)
+        elif self.num_errands < MAX_ERRANDS:
+            self.num_errands += 1
+            self.core.call_address(_Errand(self, arguments), wire.PING, (), third, now)
+        else:
+            return False
+        return True
+
+
+class _Errand(Caller):
+    """Sends DIAL_FOR to a third node as soon as it has given its token."""
+
+    def __init__(self, thirds: ThirdNodes, arguments: tuple[object, ...]) -> None:
+        self._thirds = thirds
+        self._arguments = arguments
+
+    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
+        self._thirds.num_errands -= 1
+        self._thirds.core.outbox.send_one_way(wire.DIAL_FOR, self._arguments, call.address, reply.token, now)
+
+    def call_failed(self, call: Call, now: float) -> None:
+        self._thirds.num_errands -= 1
+
+
+class DialBack(Caller):
+    """Finds out this node's role, and has its part in finding out that of others."""
+
+    def __init__(self, core: Core, thirds: ThirdNodes, now: float) -> None:
+        """A node that is public from the start never asks."""
+        self._core = core
+        self.thirds = thirds
+        self.timer_at = float("inf") if core.public else now
+        """When `handle_timer` asks."""
+        self._helpers: LRU[Address, None] = LRU(MAX_HELPERS)
+        """Clients heard from at a proven address: they too can dial."""
+        self._backoff = MIN_BACKOFF
+        self._nonce = b""
+        self._num_unanswered = 0
+        self._asked = RateLimiter(rate=DIALS_PER_ASKER, burst=16 * DIALS_PER_ASKER)
+        self._dialed = RateLimiter(rate=DIALS_PER_HOST, burst=16 * DIALS_PER_HOST)
+
+    def note_client(self, address: Address) -> None:
+        """A client asked something from a proven address: it can dial for others."""
+        self._helpers[address] = None
+
+    def handle_timer(self, now: float) -> None:
+        """Ask a random contact to have this node dialed, and arrange to ask another one later."""
+        core = self._core
+        contacts = core.table.contacts()
+        if not contacts:
+            self.timer_at = now + 1.0
+            return
+        contact = core.random.choice(contacts)
+        if self._num_unanswered >= MAX_UNANSWERED.get(core.outbox.role, float("inf")):
+            self._become("client", now)
+        self._num_unanswered += 1
+        self._nonce = core.random.randbytes(wire.TRANSACTION_BYTES)
+        self.timer_at = now + self._backoff
+        self._backoff = min(2 * self._backoff, MAX_BACKOFF)
+        core.call(self, wire.DIAL, (self._nonce,), contact, now)  # whatever it replies, only DIALED counts
+
+    def pass_on(self, asker: Address, arguments: list[object], now: float) -> bool:
+        """Handle DIAL: ask a third node to dial `asker`; return whether there was one. Raises: ProtocolError."""
+        nonce = wire.read_nonce(arguments)
+        table = self._core.table
+        # neighbors list one another: a node that is not listed is not dialed for
+        contacts = {item.address: item for item in table.closest(table.own_number, K)}
+        candidates = [*contacts, *(address for address in self._helpers if address not in contacts)]
+        candidates = [address for address in candidates if address[0] != asker[0]] or [
+            address for address in candidates if address != asker
+        ]
+        # a node known by the other kind of IP may speak no other
+        size = len(pack_address(asker))
+        candidates = [address for address in candidates if len(pack_address(address)) == size] or candidates
+        if not candidates:
+            return False
+        third = self._core.random.choice(candidates)
+        contact = contacts.get(third)
+        token = contact.token if contact is not None and contact.token_until > now else b""
+        return self.thirds.ask((pack_address(asker), nonce), third, token, now)
+
+    def dial(self, arguments: list[object], source: Address, now: float, *, trusted: bool) -> None:
+        """Handle DIAL_FOR: send one short datagram, so many per second for each asker and to each host.
+
+        With a third argument, true, the dialed node shall tell `source` of it (`Probation`). `trusted`: the asker is
+        listed, or about to be. Raises: ProtocolError.
+        """
+        nonce = wire.read_nonce(arguments[1:])
+        report = (pack_address(source),) if arguments[2:3] == [True] else ()
+        packed = arguments[0]
+        if type(packed) is not bytes:
+            raise ProtocolError("a dial-back without an address")
+        target = unpack_address(packed)
+        if not trusted or not self._core.scope.allows(target[0]):
+            self._core.outbox.drop("dial")
+        elif self._asked.allows(source, 1.0, now) and self._dialed.allows((target[0], 1), 1.0, now):
+            self._core.outbox.send_one_way(wire.DIALED, (nonce, *report), target, b"", now, padded=False)
+        else:
+            self._core.outbox.drop("rate")
+
+    def dialed(self, arguments: list[object], address: Address, now: float) -> None:
+        """Handle DIALED from a node at `address`. Raises: ProtocolError."""
+        nonce = wire.read_nonce(arguments)
+        outbox = self._core.outbox
+        if len(arguments) > 1 and type(arguments[1]) is bytes:
+            asker = unpack_address(arguments[1])
+            if outbox.has_written_to(asker, now):
+                outbox.send_one_way(wire.DIALED, (nonce,), asker, b"", now, padded=False)
+            return
+        if not self._nonce or nonce != self._nonce:
+            raise ProtocolError("a dial-back that was not asked for")
+        if outbox.has_written_to(address, now):
+            return
+        self._num_unanswered = 0
+        self._backoff = MIN_BACKOFF
+        self.timer_at = now + CONFIRM_PERIOD
+        self._become("public", now)
+
+    def _become(self, role: str, now: float) -> None:
+        if self._core.outbox.role != role:
+            self._core.outbox.role = role
+            self._core.outbox.emit(RoleChanged(role))
+            if role == "public":
+                self._core.listener.found_public(now)
+
+
+class Probation:
+    """The newcomers of one node that have yet to be dialed by a third one."""
+
+    def __init__(self, core: Core, thirds: ThirdNodes) -> None:
+        self._core = core
+        self._thirds = thirds
+        self._wrote_first: LRU[Address, float] = LRU(MAX_REMEMBERED)
+        self._verdicts: LRU[bytes, tuple[bool, float]] = LRU(MAX_REMEMBERED)
+        self._pending: dict[bytes, tuple[Contact, int]] = {}
+        """By `Contact.raw`, with how many thirds were asked."""
+        self._nonces: dict[bytes, bytes] = {}
+
+    def wrote(self, address: Address, now: float) -> None:
+        """A node that is not listed, and claims to be public, has sent a request.
+
+        It wrote first unless this node has written to it before: those that a newcomer finds ping it at once.
+        """
+        if address in self._wrote_first or not self._core.outbox.has_written_to(address, now):
+            self._wrote_first[address] = now
+
+    def holds(self, contact: Contact, now: float) -> bool:
+        """Return True if this proven contact must not be listed (yet): it is being dialed, or was in vain.
+
+        A contact that this node found by itself has answered to a stranger. Private addresses say nothing, and where
+        nobody else is known nobody can be asked.
+        """
+        wrote_at = self._wrote_first.get(contact.address)
+        if contact.range is None or wrote_at is None or wrote_at <= now - FILTER_LIFETIME:
+            return False
+        dialed, until = self._verdicts.get(contact.raw, (False, 0.0))
+        if until > now:
+            return not dialed
+        return contact.raw in self._pending or len(self._pending) >= MAX_PENDING or self._ask(contact, 1, now)
+
+    def is_dialing(self, raw: bytes) -> bool:
+        """Return True if a proven contact is being dialed just now, and will be listed if that gets through."""
+        return raw in self._pending
+
+    def confirmed(self, nonce: bytes, address: Address, now: float) -> bool:
+        """Handle DIALED; return True if it answered a question that was asked here."""
+        raw = self._nonces.get(nonce)
+        if raw is None or self._pending[raw][0].address != address:
+            return False
+        contact = self._end(raw, dialed=True, now=now)
+        if contact.proven:  # else it fell silent meanwhile: it is listed when it proves itself again
+            self._core.enter(contact, now)
+        return True
+
+    def _ask(self, contact: Contact, attempt: int, now: float) -> bool:
+        """Have a third node dial it; return whether there is one."""
+        core, table = self._core, self._core.table
+        size = len(pack_address(contact.address))
+        thirds = [
+            one
+            for one in table.closest(table.own_number, K)
+            if one.range != contact.range and len(pack_address(one.address)) == size
+        ]
+        if not thirds:
+            return False
+        third = core.random.choice(thirds)
+        nonce = core.random.randbytes(wire.TRANSACTION_BYTES)
+        self._pending[contact.raw] = (contact, attempt)
+        self._nonces[nonce] = contact.raw
+        token = third.token if third.token_until > now else b""
+        self._thirds.ask((pack_address(contact.address), nonce, True), third.address, token, now)
+        core.timers.start(now + PATIENCE, partial(self._waited, nonce))
+        return True
+
+    def _waited(self, nonce: bytes, now: float) -> None:
+        raw = self._nonces.pop(nonce, None)
+        if raw is None:
+            return
+        contact, attempt = self._pending[raw]
+        if attempt >= NUM_THIRDS or not self._ask(contact, attempt + 1, now):
+            self._end(raw, dialed=False, now=now)
+            self._core.metrics.count("network_contacts_dropped", reason="not_dialled")
+
+    def _end(self, raw: bytes, *, dialed: bool, now: float) -> Contact:
+        self._nonces = {nonce: other for nonce, other in self._nonces.items() if other != raw}
+        self._verdicts[raw] = (dialed, now + FILTER_LIFETIME)
+        return self._pending.pop(raw)[0]

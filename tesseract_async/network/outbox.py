@@ -1,0 +1,104 @@
+"""What one node has to say: datagrams and events on their way out. Pure."""
+
+from __future__ import annotations
+
+import random as random_module
+from collections import deque
+from collections.abc import Sequence
+
+from tesseract_async.lru import LRU
+from tesseract_async.metrics import Metrics
+from tesseract_async.network import datagrams as wire
+from tesseract_async.network.contacts import Address
+from tesseract_async.network.events import Event
+
+MAX_WRITTEN_TO = 8192
+FILTER_LIFETIME = 600.0
+"""Seconds after which a gateway has certainly forgotten that something was sent to an address (RFC 4787: mappings and
+filters live for minutes)."""
+
+
+class Outbox:
+    """Queues of datagrams and events, and what the head of each datagram says about this node."""
+
+    def __init__(self, *, own_id: bytes, random: random_module.Random, metrics: Metrics, public: bool) -> None:
+        self.own_id = own_id
+        self.random = random
+        self.metrics = metrics
+        self.role = "public" if public else "unknown"
+        """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
+        self.forced_client = False
+        """True where the node must be a client whatever its role."""
+        self._datagrams: deque[tuple[bytes, Address]] = deque()
+        self._events: deque[Event] = deque()
+        self._written_to: LRU[Address, float] = LRU(MAX_WRITTEN_TO)
+
+    @property
+    def public(self) -> bool:
+        """True if others may list this node in their routing tables and store records here."""
+        return self.role == "public" and not self.forced_client
+
+    def flags(self) -> int:
+        """The flags of a datagram's head."""
+        return 0 if self.public else wire.FLAG_CLIENT
+
+    def send(self, data: bytes, address: Address) -> None:
+        """Queue one datagram."""
+        assert len(data) <= wire.MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"
+        self._datagrams.append((data, address))
+        self.metrics.count("network_bytes_sent", len(data))
+
+    def send_one_way(
+        self, kind: int, arguments: Sequence[object], address: Address, token: bytes, now: float, *, padded: bool = True
+    ) -> None:
+        """Queue a request that nobody replies to. `padded`: bring it to the length of a request without a token."""
+        if not self.public:
+            self.note_sent(address, now)  # it opens this node's gateway, if there is one
+        data = wire.encode_request(
+            kind,
+            self.flags(),
+            self.new_transaction(),
+            self.own_id,
+            token=token,
+            challenge=b"",
+            arguments=arguments,
+            padded=padded,
+        )
+        self.send(data, address)
+
+    def new_transaction(self) -> bytes:
+        """Return 64 random bits, which only the receiver of a request can repeat."""
+        return self.random.randbytes(wire.TRANSACTION_BYTES)
+
+    def emit(self, event: Event) -> None:
+        """Queue an event for the driver."""
+        self._events.append(event)
+
+    def drop(self, reason: str) -> None:
+        """Count something that was dropped."""
+        self.metrics.count("network_datagrams_dropped", reason=reason)
+
+    def note_sent(self, address: Address, now: float) -> None:
+        """Remember that a request went there; from a node that is not public, also a one-way datagram."""
+        self._written_to[address] = now
+
+    def note_reply_sent(self, address: Address, now: float) -> None:
+        """Remember a reply only where a request was sent before: it keeps a gateway open, but did not open it."""
+        if address in self._written_to:
+            self._written_to[address] = now
+
+    def has_written_to(self, address: Address, now: float) -> bool:
+        """Return True if this node sent something there within what gateways remember."""
+        return now - self._written_to.get(address, float("-inf")) < FILTER_LIFETIME
+
+    def take_datagrams(self) -> list[tuple[bytes, Address]]:
+        """Return the queued datagrams in order, and forget them."""
+        taken = list(self._datagrams)
+        self._datagrams.clear()
+        return taken
+
+    def take_events(self) -> list[Event]:
+        """Return the queued events in order, and forget them."""
+        taken = list(self._events)
+        self._events.clear()
+        return taken

@@ -1,0 +1,261 @@
+"""Calls one module as an expert is called: with flat tensors, its own seed, autocast and padding, and under watch.
+
+``torch.compile`` and CUDA graphs like few, fixed numbers of rows; so a batch is padded up to the next preferred size
+with copies of its last row (never with zeros, which a module may divide by), and the padding's outputs are cut off.
+Copies get no gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tesseract_async.runtime import randomness
+from tesseract_async.runtime.watching import Habits, Undone, copies, generator_states, have_moved, watched
+from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.tensors import Schema, TensorSpec
+
+logger = logging.getLogger(__name__)
+
+
+class ModuleRunner:
+    """One module and its schemas.
+
+    - `outputs_schema`: what the module returns; found by running two rows of zeros if not given.
+    - `sizes`: rows that batches are padded up to, with `compile_mode` or `cuda_graphs`.
+    - `stochastic`: whether the module draws random numbers; None: wherever it was seen to draw.
+    - `keeps_buffers`: whether the module is expected to leave its buffers alone; a warning says if it does not.
+
+    Raises: ValueError if the module does not return as many rows as it was given, or for an unknown `compile_mode`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        inputs_schema: tuple[tuple[Schema, ...], dict[str, Schema]],
+        outputs_schema: Schema,
+        sizes: Sequence[int],
+        compile_mode: str | None,
+        cuda_graphs: bool,
+        autocast: torch.dtype | None,
+        stochastic: bool | None,
+        keeps_buffers: bool,
+    ) -> None:
+        self.name = type(module).__name__
+        self._module = module
+        self._callable: Callable[..., object] = module
+        if compile_mode is not None:
+            try:
+                self._callable = torch.compile(module, mode=compile_mode)
+            except RuntimeError as error:  # its sentence names the modes that there are
+                raise ValueError(f"torch.compile: {error}") from error
+        self._inputs_schema = inputs_schema
+        self._sizes = tuple(sorted(sizes))
+        self._pads = bool(sizes) and (compile_mode is not None or cuda_graphs)
+        self._cuda_graphs = cuda_graphs
+        self._graphs: dict[int, _Graph] = {}
+        self._autocast = autocast
+        self._stochastic = stochastic
+        self._keeps_buffers = keeps_buffers
+        args_schema, kwargs_schema = inputs_schema
+        self._is_flat = not kwargs_schema and all(isinstance(x, TensorSpec) for x in args_schema)
+        self._is_plain = self._is_flat and not self._pads and autocast is None
+        self._habits = {training: Habits() for training in (False, True)}
+        self.marks_inputs = True
+        """False for a module that refuses inputs that require gradients."""
+        self.outputs_schema: Schema = self._dry_run() if outputs_schema is None else outputs_schema
+        self.output_specs: list[TensorSpec] = wire.flatten(self.outputs_schema)
+
+    def is_stochastic(self, training: bool) -> bool:
+        """Return whether the module draws random numbers in this mode."""
+        return self._habits[training].draws if self._stochastic is None else self._stochastic
+
+    def run(
+        self, inputs: Sequence[torch.Tensor], *, training: bool, seed: int | None, gradients: bool
+    ) -> list[torch.Tensor]:
+        """Return the module's outputs for these rows, and leave the inputs as they are.
+
+        `gradients`: whether autograd records the call. With a `seed`, a stochastic module draws from it. Raises what
+        the module raises; SchemaMismatch if its outputs do not fit the schema.
+        """
+        if self._module.training != training:
+            self._module.train(training)
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(gradients)  # ``torch.set_grad_enabled`` takes five times as long
+        try:
+            outputs = self._run(inputs, training, seed)
+        finally:
+            torch._C._set_grad_enabled(before)
+        leaves = wire.flatten_like(self.outputs_schema, outputs, what="this expert's output")
+        if leaves[0].shape[0] != inputs[0].shape[0]:
+            raise ValueError(f"the module returned {leaves[0].shape[0]} rows for {inputs[0].shape[0]}")
+        return leaves
+
+    def forget_graphs(self) -> None:
+        """Drop recorded CUDA graphs: the module's tensors have moved."""
+        self._graphs.clear()
+
+    def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> object:
+        habits = self._habits[training]
+        if not habits.known:
+            return self._watch(inputs, training, seed)
+        draws = habits.draws if self._stochastic is None else self._stochastic
+        given = copies(inputs) if habits.writes else inputs
+        # in evaluation only the first call is looked at: all others would pay for it
+        states = generator_states() if training and self._stochastic is None and not draws else ()
+        versions = [x._version for x in given]
+        outputs = self._call(given, seed if draws else None, records=not draws)
+        habits.writes = habits.writes or versions != [x._version for x in given]
+        # perhaps another thread has drawn: a watched call tells
+        return self._watch(inputs, training, seed) if states and have_moved(states) else outputs
+
+    def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> object:
+        """Run the module, and find out what it does besides."""
+        habits, given_seed = self._habits[training], seed if self.is_stochastic(training) else None
+        outputs = watched(lambda given: self._call(given, given_seed, records=False), inputs, habits, self.name)
+        if not habits.draws or seed is None or self._stochastic is not None:
+            return outputs
+        return self._call(copies(inputs), seed, records=False)  # what was drawn so can't be drawn again
+
+    def _call(self, inputs: Sequence[torch.Tensor], seed: int | None, *, records: bool) -> object:
+        """Call the module, which draws from the `seed`, if any. `records`: whether a CUDA graph may stand for it."""
+        if seed is None and self._is_plain:
+            return self._callable(*inputs)
+        with contextlib.ExitStack() as stack:
+            if seed is not None:
+                stack.enter_context(randomness.seeded(seed))
+            if self._autocast is not None:
+                # a recorded graph must not remember autocast's copies of weights, which change with each step
+                caches, kind = not self._cuda_graphs, inputs[0].device.type
+                stack.enter_context(torch.autocast(kind, dtype=self._autocast, cache_enabled=caches))
+            if not self._pads:
+                return self._apply(inputs)
+            num_rows = inputs[0].shape[0]
+            size = next((size for size in self._sizes if size >= num_rows), num_rows)
+            padded = [_pad(x, size) for x in inputs]
+            if records and self._cuda_graphs and size in self._sizes and self._may_record(padded):
+                if size not in self._graphs:
+                    self._graphs[size] = _Graph(self._apply, padded)
+                outputs = self._graphs[size].replay(padded)
+            else:
+                outputs = self._apply(padded)
+            return outputs if size == num_rows else _map(outputs, lambda x: x[:num_rows])
+
+    def _apply(self, inputs: Sequence[torch.Tensor]) -> object:
+        """Call the module with flat inputs. Under autocast, outputs keep their schema's dtype."""
+        if self._is_flat:
+            outputs = self._callable(*inputs)
+        else:
+            args, kwargs = wire.unflatten(self._inputs_schema, inputs)
+            outputs = self._callable(*args, **kwargs)
+        if self._autocast is not None:
+            leaves = wire.flatten(outputs)
+            if len(leaves) == len(self.output_specs):
+                cast = [x.to(spec.dtype) for x, spec in zip(leaves, self.output_specs, strict=True)]
+                return wire.unflatten(outputs, cast)
+        return outputs
+
+    def _may_record(self, inputs: Sequence[torch.Tensor]) -> bool:
+        # a graph repeats its mode: only plain evaluation without gradients is recorded
+        return inputs[0].is_cuda and not torch.is_grad_enabled() and not self._module.training
+
+    def _dry_run(self) -> Schema:
+        device = device_of(self._module)
+        specs = wire.flatten(self._inputs_schema)
+        zeros = [torch.zeros(2, *spec.shape, dtype=spec.dtype, device=device) for spec in specs]
+        try:
+            outputs = self._try_out(zeros, training=False)
+        except NotImplementedError:  # it may compute only what is not differentiated
+            self.marks_inputs = False
+            outputs = self._try_out(zeros, training=False)
+        leaves = wire.flatten(outputs)
+        if any(isinstance(x, torch.Tensor) and (x.layout is not torch.strided or x.is_nested) for x in leaves):
+            raise ValueError(
+                "an expert returns dense tensors; this one's are sparse or nested: convert them (to_dense)"
+            )
+        if not leaves or not all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == 2 for x in leaves):
+            got = wire.describe_structure(outputs)
+            raise ValueError(
+                f"an expert returns dense tensors with as many rows as it was given; for 2 rows it gave {got}"
+            )
+        with contextlib.suppress(Exception):  # its first call in training says so, and is watched
+            self._try_out(zeros, training=True)
+        return wire.unflatten(outputs, [TensorSpec.of(leaf) for leaf in leaves])
+
+    def _try_out(self, inputs: Sequence[torch.Tensor], *, training: bool) -> object:
+        """Run the module once, watched, and leave it as it was."""
+        was_training = self._module.training
+        inputs = leaves_of(inputs) if self.marks_inputs else inputs
+
+        def call(given: Sequence[torch.Tensor]) -> object:
+            args, kwargs = wire.unflatten(self._inputs_schema, given)
+            return self._module.train(training)(*args, **kwargs)
+
+        try:
+            # whatever autocast the expert is made in: its runtime's thread has none (and torch none for "meta")
+            kind = "cuda" if device_of(self._module).type == "cuda" else "cpu"
+            with torch.no_grad(), torch.autocast(kind, enabled=False), Undone(self._module) as undone:
+                outputs = watched(call, inputs, self._habits[training], self.name, is_alone=True)
+        finally:
+            self._module.train(was_training)
+        if undone.changed and self._keeps_buffers:
+            logger.warning(
+                "%s changes its buffers in each forward pass (%s): an expert's is computed again in each backward, and "
+                "has other people's rows",
+                self.name,
+                ", ".join(undone.changed[:3]),
+            )
+        return outputs
+
+
+class _Graph:
+    """One recorded forward pass. The weights are read where they lie, so that it follows the optimizer's steps."""
+
+    def __init__(self, call: Callable[[Sequence[torch.Tensor]], object], example: Sequence[torch.Tensor]) -> None:
+        self._inputs = copies(example)
+        streams: Any = torch.cuda  # its classes are untyped
+        warm_up = streams.Stream(example[0].device)
+        warm_up.wait_stream(torch.cuda.current_stream(example[0].device))
+        with torch.cuda.stream(warm_up):
+            for _ in range(3):
+                call(self._inputs)
+        torch.cuda.current_stream(example[0].device).wait_stream(warm_up)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = call(self._inputs)
+
+    def replay(self, inputs: Sequence[torch.Tensor]) -> object:
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return _map(self._outputs, torch.clone)  # the next replay overwrites them
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where the module lives, by its first parameter or buffer."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def leaves_of(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the same tensors, requiring gradients where they can have some."""
+    return [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x.detach() for x in inputs]
+
+
+def _pad(x: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - x.shape[0]
+    if missing <= 0:
+        return x
+    padded = torch.cat([x, x[-1:].detach().expand(missing, *x.shape[1:])])
+    return padded.requires_grad_(x.requires_grad)  # without gradients, torch.cat forgets it
+
+
+def _map(structure: object, function: Callable[[torch.Tensor], torch.Tensor]) -> object:
+    return wire.unflatten(structure, map(function, wire.flatten(structure)))

@@ -1,0 +1,344 @@
+"""ExpertCalls: answers the calls that clients make to experts. Everything that arrives here is untrusted.
+
+A forward is computed. A backward is applied once, whatever happens to its caller: callers that ask again under the same
+call id share the running computation, get the remembered answer, or, if that was forgotten, have their gradients
+computed again without a step. What was applied is journalled by the backend, together with the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.errors import (
+    InputsForgotten,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+    SchemaMismatch,
+    shortened,
+    text_of,
+)
+from tesseract_async.identity import PeerID
+from tesseract_async.metrics import Metrics
+from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.runtime.encoding import pack, unpack
+from tesseract_async.runtime.gradients import Gradients
+from tesseract_async.runtime.runtime import TesseractRuntime
+from tesseract_async.runtime.work import Work, WorkResult
+from tesseract_async.server.expected import ExpectedBackwards
+from tesseract_async.server.hosted import HostedState
+from tesseract_async.server.memory import CallerMemory, CallKey
+from tesseract_async.transport.base import range_of
+from tesseract_async.wire import messages
+from tesseract_async.wire import tensors as wire
+from tesseract_async.wire.codecs import CODECS
+from tesseract_async.wire.names import new_name
+
+_LOOK_PERIOD = 0.1
+"""Seconds: connections end without telling us."""
+_LARGE_BYTES = 32 * 1024
+_STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
+
+
+@dataclass(slots=True)
+class _Backward:
+    """A backward under way, and how many callers wait for it."""
+
+    work: Work
+    runtime: TesseractRuntime
+    version: int | None
+    """The version that it led to when it was applied before; None if this is the first time."""
+    owner: Hashable
+    num_waiting: int = 0
+
+
+class ExpertCalls:
+    """Answers forward, backward and info calls through the experts' runtimes. Lives on the loop."""
+
+    def __init__(
+        self,
+        memory: CallerMemory,
+        *,
+        metrics: Metrics,
+        knows: Callable[[PeerID], bool],
+        is_gone: Callable[[PeerID], bool],
+    ) -> None:
+        """`knows`: whether a caller is listed or granted something, and so has a share of its own, wherever it comes
+        from. `is_gone`: whether it has no connection to this node any more.
+        """
+        self.refuse_forwards: Overloaded | None = None
+        """Raised to forwards while the server pauses or leaves."""
+        self._memory, self._metrics, self._knows, self._is_gone = memory, metrics, knows, is_gone
+        self._backwards: dict[CallKey, _Backward] = {}
+        self._expected = ExpectedBackwards()
+        self._num_active = 0
+        self._quiet = asyncio.Event()
+
+    async def forward(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answers ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            return await self._forward(hosted, call)
+
+    async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answers ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            return await self._backward(hosted, call)
+
+    async def info(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answers ``expert.info``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            return _info(hosted, call)
+
+    @contextlib.contextmanager
+    def _answering(self, call: IncomingCall) -> Iterator[None]:
+        self._num_active += 1
+        try:
+            yield
+        except ProtocolError as error:
+            raise RemoteError(f"malformed {call.method}: {error}") from None
+        except TimeoutError as error:
+            raise Overloaded(str(error), retry_after=0.0) from None
+        finally:
+            self._num_active -= 1
+            self._quiet.set()
+
+    async def wait_backwards(self, uid: str) -> None:
+        """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
+        while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:
+            await asyncio.wait(pending)
+
+    async def wait_quiet(self, expects: Callable[[str], bool]) -> None:
+        """Return when no call is under way, and no backward of an answered forward is worth waiting for any more.
+
+        `expects`: whether this server applies the backwards of an expert; else they go elsewhere.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            due = self._expected.next_change(now, is_gone=self._is_gone, expects=expects)
+            if not self._num_active and due is None:
+                return
+            self._quiet.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
+                    await self._quiet.wait()
+
+    async def _forward(self, hosted: HostedState, call: IncomingCall) -> Message:
+        uid, backend = hosted.uid, hosted.backend
+        request, call.body = messages.decode(messages.ForwardRequest, call.body), None
+        if self.refuse_forwards is not None:
+            raise self.refuse_forwards
+        codec = request.reply_codec
+        backend.settings.codecs.check("outputs", codec, expert=uid)
+        _check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
+        tensors = await unpack(request.tensors, call.buffers)
+        _check_codecs(uid, backend, "inputs", request.tensors, tensors)
+        inputs = check_inputs(uid, backend, tensors)
+        versions = [x._version for x in inputs]
+        if inputs[0].shape[0] == 0:
+            empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
+            answer = WorkResult(empty, backend.version)
+        else:
+            answer = await hosted.runtime.forward(
+                backend,
+                inputs,
+                training=request.training,
+                seed=request.seed,
+                deadline=call.deadline,
+                priority=_priority(call),
+                peer=self._owner(call),
+            )
+        # where a module wrote them, the backward brings them again
+        keeps = request.keep_inputs and versions == [x._version for x in inputs]
+        inputs_cached = self._keep(hosted, inputs, call) if keeps else None
+        metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
+        reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
+        return Message(messages.encode(reply), tuple(buffers))
+
+    async def _backward(self, hosted: HostedState, call: IncomingCall) -> Message:
+        uid, backend = hosted.uid, hosted.backend
+        request, call.body = messages.decode(messages.BackwardRequest, call.body), None
+        codec = request.reply_codec
+        backend.settings.codecs.check("gradients", codec, expert=uid)
+        key = (uid, journal_key(call.peer_id, request.call_id))
+        answer = self._memory.answers.get(key)
+        if answer is None:
+            specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+            _check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+            tensors = await unpack(request.tensors, call.buffers)
+            answer = self._memory.answers.get(key)  # the same call may have been answered meanwhile
+        if answer is None:
+            begun = self._backwards.get(key) or self._begin_backward(key, hosted, call, request, tensors)
+            answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
+        if request.inputs_cached is not None:
+            self._memory.inputs.pop(request.inputs_cached)
+        self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
+        self._metrics.observe(
+            "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
+        )
+        metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
+        return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
+
+    def _begin_backward(
+        self,
+        key: CallKey,
+        hosted: HostedState,
+        call: IncomingCall,
+        request: messages.BackwardRequest,
+        tensors: Sequence[torch.Tensor | None],
+    ) -> _Backward | WorkResult:
+        """Queues a backward, unless there is nothing to compute."""
+        uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
+        _check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
+        _check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
+        if request.inputs_cached is None:
+            inputs = check_inputs(uid, backend, tensors[:num_inputs])
+        else:
+            kept = self._memory.inputs.get(request.inputs_cached)
+            if kept is None:
+                raise InputsForgotten(f"the inputs of this backward of {uid} are no longer kept; send them again")
+            inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
+        gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
+        if inputs[0].shape[0] == 0:
+            return WorkResult([_zero_gradient(x) for x in inputs], backend.version)
+        version, owner = backend.led_to(key[1], request.call_id), self._owner(call)
+        work = hosted.runtime.submit(
+            backend,
+            inputs,
+            gradients,
+            training=request.training,
+            seed=request.seed,
+            # applied before, and its gradients were forgotten: compute them again, but take no step
+            call_id=key[1] if version is None else None,
+            forward_version=request.version if version is None else None,
+            deadline=call.deadline,
+            priority=_priority(call),
+            peer=owner,
+        )
+        backward = self._backwards[key] = _Backward(work, hosted.runtime, version, owner)
+        work.answer.add_done_callback(lambda _: self._end_backward(key))
+        return backward
+
+    async def _share(self, backward: _Backward) -> WorkResult:
+        """Waits for a backward together with all who asked for it."""
+        backward.num_waiting += 1
+        try:
+            answer: WorkResult = await asyncio.shield(backward.work.answer)
+        finally:
+            backward.num_waiting -= 1
+            if not backward.num_waiting and not backward.work.answer.done():
+                # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
+                backward.runtime.withdraw(backward.work)
+        return answer if backward.version is None else WorkResult(answer.tensors, backward.version)
+
+    def _end_backward(self, key: CallKey) -> None:
+        backward = self._backwards.pop(key)
+        answer = backward.work.answer
+        if not answer.cancelled() and answer.exception() is None:
+            result: WorkResult = answer.result()
+            version = result.version if backward.version is None else backward.version
+            self._memory.keep_answer(key, WorkResult(result.tensors, version), backward.owner)
+
+    def _owner(self, call: IncomingCall) -> Hashable:
+        """Whose share of memory and device time this takes: a known peer's, else an address range's, else (where
+        addresses tell nothing) the peer's."""
+        return call.peer_id if self._knows(call.peer_id) else range_of(call.origin) or call.peer_id
+
+    def _keep(self, hosted: HostedState, inputs: list[torch.Tensor], call: IncomingCall) -> bytes | None:
+        name = new_name()
+        if hosted.is_primary:
+            self._expected.expect(name, hosted.uid, call.peer_id, asyncio.get_running_loop().time())
+        return name if self._memory.keep_inputs(name, inputs, self._owner(call)) else None
+
+
+def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
+    """What a backward is remembered by: nobody can use up the id of another trainer's call."""
+    return hashlib.sha256(trainer + call_id).digest()[:16]
+
+
+def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The inputs of an untrusted call. Raises: SchemaMismatch (both schemas in the sentence)."""
+    specs = backend.input_specs
+    fitting: list[torch.Tensor] = []
+    for x, spec in zip(tensors, specs, strict=False):
+        # a 0-d tensor has no rows, and fits none
+        if x is not None and x.dtype == spec.dtype and x.dim() and x.shape[1:] == spec.shape:
+            fitting.append(x)
+    if len(tensors) == len(fitting) == len(specs):
+        if len(fitting) == 1 or len({x.shape[0] for x in fitting}) == 1:
+            return fitting
+    raise _mismatch(uid, backend.inputs_schema, tensors)
+
+
+def check_gradients(
+    uid: str, backend: ExpertBackend, inputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor | None]
+) -> Gradients:
+    """The output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
+    num_rows = inputs[0].shape[0]
+    fits = len(tensors) == len(backend.output_specs)
+    for tensor, spec in zip(tensors, backend.output_specs, strict=False):
+        if tensor is not None and (tensor.dtype != spec.dtype or tensor.shape != (num_rows, *spec.shape)):
+            fits = False
+    if not fits:
+        raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)
+    return tensors
+
+
+def _info(hosted: HostedState, call: IncomingCall) -> Message:
+    messages.decode(messages.InfoRequest, call.body)
+    backend = hosted.backend
+    info = messages.ExpertInfo(
+        uid=hosted.uid,
+        args_schema=wire.encode_schema(backend.args_schema),
+        kwargs_schema=wire.encode_schema(backend.kwargs_schema),
+        outputs_schema=wire.encode_schema(backend.outputs_schema),
+        max_batch_size=backend.max_batch_size,
+        version=backend.version,
+        codecs=backend.settings.codecs.encode(),
+    )
+    return Message(messages.encode(info))
+
+
+def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | None]) -> SchemaMismatch:
+    takes, got = wire.describe_schema(schema), wire.describe_structure(tuple(tensors))
+    return SchemaMismatch(f"{what} takes {takes}; got {got}")
+
+
+def _priority(call: IncomingCall) -> int:
+    """The call's priority within the few classes that a stranger may make the batcher keep."""
+    return max(messages.LOWEST_PRIORITY, min(call.priority, messages.HIGHEST_PRIORITY))
+
+
+def _check_codecs(
+    uid: str, backend: ExpertBackend, what: str, metas: Sequence[wire.Meta], tensors: Sequence[torch.Tensor | None]
+) -> None:
+    """Whether what came in (and was unpacked) may travel so. Raises: SchemaMismatch."""
+    policy = backend.settings.codecs
+    if len(getattr(policy, what)) == len(CODECS):
+        return
+    for meta, tensor in zip(metas, tensors, strict=True):
+        if meta is not None and tensor is not None and tensor.is_floating_point():
+            policy.check(what, meta[2], expert=uid)
+
+
+def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
+    """Refuses what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
+    if not wire.may_unpack(metas, specs):
+        got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
+        raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {got}")
+
+
+def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A part of an answer that may wait for long: not as a few rows that hold the outputs of a large batch."""
+    return x if x is None or x.nbytes < _LARGE_BYTES or x.untyped_storage().nbytes() <= 4 * x.nbytes else x.clone()
+
+
+def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:
+    return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None

@@ -1,0 +1,214 @@
+"""The heads of requests and replies, and the hello: the msgpack side of `wire.frames`.
+
+Everything that decodes takes untrusted values and raises only `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from tesseract_async.errors import (
+    ExpertFailed,
+    ExpertNotFound,
+    InputsForgotten,
+    NotAllowed,
+    NotPrimary,
+    Overloaded,
+    ProtocolError,
+    RemoteError,
+    SchemaMismatch,
+    UnknownMethod,
+    UnsupportedVersion,
+    text_of,
+)
+from tesseract_async.wire import frames
+
+MAX_METHOD_LENGTH: Final = 128
+MAX_SENTENCE_LENGTH: Final = 2000
+MAX_GRANTS: Final = 4
+"""That a hello shows."""
+MAX_GRANT_BYTES: Final = 480
+MAX_FEATURES: Final = 64
+MAX_FEATURE_LENGTH: Final = 32
+REPLY_PARTS: Final = "reply_parts"
+"""The feature of nodes that take replies in parts."""
+FEATURES: Final = frozenset({REPLY_PARTS})
+"""That this version speaks."""
+MAX_TIMEOUT: Final = 7 * 24 * 3600.0
+"""Seconds that a call may take at most: what the header can carry is bounded so that a deadline is always a time."""
+
+_ERRORS: dict[str, type[RemoteError]] = {
+    kind.code: kind
+    for kind in (
+        *(ExpertNotFound, SchemaMismatch, Overloaded, ExpertFailed),
+        *(InputsForgotten, NotPrimary, NotAllowed, UnknownMethod, RemoteError),
+    )
+}
+
+
+class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, and a frozen one takes 2 us
+    """What stands before a request's buffers."""
+
+    method: str
+    time_left: float
+    """Seconds until the caller stops waiting."""
+    priority: int
+    reply_room: int
+    """Bytes that the caller has reserved for the reply; 0: none, a large reply asks first."""
+    max_reply: int
+    """Bytes that the reply may have at most."""
+    body: Any
+
+
+def encode_request(head: RequestHead) -> bytes:
+    """Raises: TypeError or ValueError if the body is not what msgpack can hold."""
+    return frames.pack(
+        (
+            head.method,
+            int(head.time_left * 1000) + 1,
+            head.priority,
+            head.reply_room,
+            head.max_reply,
+            head.body,
+        )
+    )
+
+
+def decode_request(value: Any) -> RequestHead:
+    """Reads a request's unpacked head. Untrusted. Raises: ProtocolError."""
+    if type(value) is not list or len(value) != 6:
+        raise ProtocolError("a request's head is not a list of six")
+    method, milliseconds, priority, reply_room, max_reply, body = value
+    if type(method) is not str or not 0 < len(method) <= MAX_METHOD_LENGTH:
+        raise ProtocolError("malformed method name")
+    if type(milliseconds) is not int or not 0 < milliseconds <= MAX_TIMEOUT * 1000 + 1:
+        raise ProtocolError("malformed time-out")
+    if type(priority) is not int or not -128 <= priority <= 127:
+        raise ProtocolError("malformed priority")
+    if type(reply_room) is not int or type(max_reply) is not int or not 0 <= reply_room <= max_reply < 2**63:
+        raise ProtocolError("malformed reply limits")
+    return RequestHead(method, milliseconds / 1000, priority, reply_room, max_reply, body)
+
+
+def encode_result(body: Any) -> bytes:
+    """The head of a reply that holds a result. Raises: TypeError or ValueError, as `encode_request`."""
+    return frames.pack((0, body))
+
+
+def encode_error(error: RemoteError) -> bytes:
+    """The head of a reply that holds an error. Never raises: its caller waits for an answer.
+
+    Details that do not fit are left out; what UTF-8 cannot hold is escaped.
+    """
+    code, sentence = (text_of(lambda: error.code), text_of(lambda: str(error))[:MAX_SENTENCE_LENGTH])
+    try:
+        packed = frames.pack((1, code, sentence, error.details))
+    except Exception:  # details are the handler's: they may hold anything
+        packed = b""
+    return packed if 0 < len(packed) <= frames.MAX_SMALL // 2 else frames.pack((1, code, sentence, {}))
+
+
+def decode_reply(value: Any) -> tuple[Any, RemoteError | None]:
+    """Reads a reply's unpacked head: a body, or an error in its class by `code`. Untrusted. Raises: ProtocolError."""
+    if type(value) is list and len(value) == 2 and value[0] == 0:
+        return value[1], None
+    if type(value) is not list or len(value) != 4 or value[0] != 1:
+        raise ProtocolError("a reply's head is neither a result nor an error")
+    _, code, sentence, details = value
+    if type(code) is not str or type(sentence) is not str or type(details) is not dict:
+        raise ProtocolError("a reply holds a malformed error")
+    kind = _ERRORS.get(code, RemoteError)
+    error: RemoteError
+    if kind is Overloaded or kind is NotPrimary:
+        after = details.get("retry_after", 0.0)
+        after = float(after) if type(after) in (int, float) and 0 <= after <= 3600 else 0.0
+        if kind is Overloaded:
+            error = Overloaded(sentence[:MAX_SENTENCE_LENGTH], retry_after=after)
+        else:
+            primary = details.get("primary")
+            known = type(primary) is bytes and len(primary) == 32
+            error = NotPrimary(sentence[:MAX_SENTENCE_LENGTH], primary=primary if known else None, retry_after=after)
+    else:
+        error = kind(sentence[:MAX_SENTENCE_LENGTH])
+        error.details = {key: item for key, item in details.items() if type(key) is str}
+    return None, error
+
+
+_HELLO = struct.Struct(">4sH")
+_MAGIC: Final = b"TSRA"
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first frame in each direction on every channel."""
+
+    session: bytes
+    """16 random bytes of the dialler's choice; the channels of one connection share them."""
+    bulk: bool
+    """Whether this channel carries large messages of an existing connection."""
+    peer_id: bytes
+    """Who speaks. TLS has proven it already; on a plain channel it is a mere claim."""
+    max_calls: int
+    """Calls that the receiver of this hello may have under way at once."""
+    max_small: int
+    """Bytes of small requests that it may have under way at once."""
+    max_message: int
+    """Bytes of the largest message that it may send."""
+    grants: tuple[bytes, ...] = ()
+    """What the speaker may do in runs, by their owners' word: signed records, at most `MAX_GRANTS`."""
+    features: frozenset[str] = frozenset()
+    """What the speaker understands beyond the first version: what is not named here must not be sent to it."""
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """The payload of a HELLO frame: magic and wire version, readable for ever, then a map."""
+    values: dict[str, Any] = {
+        "session": hello.session,
+        "bulk": hello.bulk,
+        "peer_id": hello.peer_id,
+        "max_calls": hello.max_calls,
+        "max_small": hello.max_small,
+        "max_message": hello.max_message,
+    }
+    if hello.grants:
+        values["grants"] = hello.grants
+    if hello.features:
+        values["features"] = sorted(hello.features)
+    return _HELLO.pack(_MAGIC, frames.VERSION) + frames.pack(values)
+
+
+def decode_hello(payload: memoryview) -> Hello:
+    """Untrusted. Unknown fields are ignored. Raises: UnsupportedVersion, ProtocolError."""
+    if len(payload) < _HELLO.size:
+        raise ProtocolError("malformed hello")
+    magic, version = _HELLO.unpack_from(payload)
+    if magic != _MAGIC:
+        raise ProtocolError("the peer does not speak this protocol")
+    if version != frames.VERSION:
+        raise UnsupportedVersion(version, frames.VERSION)
+    values = frames.unpack(payload[_HELLO.size :])
+    if type(values) is not dict:
+        raise ProtocolError("malformed hello")
+    session, bulk, peer_id = values.get("session"), values.get("bulk"), values.get("peer_id")
+    limits: list[Any] = [values.get(name) for name in ("max_calls", "max_small", "max_message")]
+    if type(session) is not bytes or len(session) != 16 or type(bulk) is not bool:
+        raise ProtocolError("malformed hello")
+    if type(peer_id) is not bytes or len(peer_id) != 32:
+        raise ProtocolError("malformed hello")
+    if any(type(limit) is not int or not 0 < limit < 2**63 for limit in limits):
+        raise ProtocolError("malformed hello")
+    grants = values.get("grants", [])
+    if type(grants) is not list or len(grants) > MAX_GRANTS:
+        raise ProtocolError("malformed hello")
+    if any(type(grant) is not bytes or len(grant) > MAX_GRANT_BYTES for grant in grants):
+        raise ProtocolError("malformed hello")
+    features = values.get("features", [])
+    if type(features) is not list or len(features) > MAX_FEATURES:
+        raise ProtocolError("malformed hello")
+    if any(type(name) is not str or not 0 < len(name) <= MAX_FEATURE_LENGTH for name in features):
+        raise ProtocolError("malformed hello")
+    return Hello(
+        session, bulk, peer_id, limits[0], limits[1], limits[2], tuple(grants), FEATURES.intersection(features)
+    )

@@ -1,0 +1,205 @@
+"""A run from its signature to its export, with the commands as processes: what a volunteer and an organiser do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tesseract_async as ta
+from tesseract_async.cli import hosting as hosting_module
+from tesseract_async.cli.config_file import read_config
+from tesseract_async.cli.hosting import Hosting
+from tesseract_async.cli.main import main
+from tesseract_async.cli.options import NodeOptions
+from tesseract_async.cli.serve import command
+from tesseract_async.cli.serve_options import ServeOptions
+from tesseract_async.experts import ExpertReplica
+from tesseract_async.experts.run import RunMismatch
+from tesseract_async.server.contract import VolunteerSettings
+from tesseract_async.server.export import load_export
+from tests.cli.processes import event, finish, tesseract
+from tests.stem import Stem
+
+SIZES = ("--size", "in_features=4", "--size", "hidden_features=8")
+
+VOLUNTEER = """
+[join]
+run = "digits"
+initial-peers = ["{seed}"]
+num-experts = 3
+checkpoint-dir = "{folder}/checkpoints"
+identity = "{folder}/volunteer.pem"
+[limits]
+max-memory = "64 GiB"
+max-upload = "1 Gbit/s"
+data-quota = "1 TB"
+hours = "00:00-24:00"
+"""
+
+
+async def primary_of(node: ta.TesseractNode, uid: str) -> ExpertReplica:
+    """The uid's primary, read from the network as often as it takes."""
+    node.directory.watch("ffn", (2, 2))
+    await node.directory.wait_warm("ffn")
+    async with asyncio.timeout(60):
+        while not (found := [one for one in await node.directory.find(uid) if one.primary]):
+            await node.directory.refresh("ffn")
+    return found[0]
+
+
+def hosting(run: str, seed: str, *, given: dict[str, object] | None = None) -> Hosting:
+    """What `tesseract serve --run RUN -p SEED --num-experts 4 --sync-every 1` makes of its options."""
+    serving = ServeOptions(
+        patterns=(),
+        num_experts=4,
+        run_name=run,
+        grant=None,
+        allowed_modules=(),
+        expert_class="ffn",
+        sizes=(),
+        optimizer="adam",
+        learning_rate=0.1,
+        max_batch_size=1,
+        seed=99,
+        devices=("cpu",),
+        threads=1,
+        autocast=None,
+        compile_mode=None,
+        cuda_graphs=False,
+        preferred_sizes=(),
+        checkpoint_dir=None,
+        checkpoint_period=60.0,
+        sync_every=1.0,
+        ttl=45.0,
+        stall_timeout=60.0,
+        leave_within=30.0,
+        report_period=None,
+    )
+    return Hosting(serving, node=NodeOptions(initial_peers=(seed,)), limits=VolunteerSettings(), given=given)
+
+
+@contextlib.asynccontextmanager
+async def volunteer(hosting: Hosting) -> AsyncIterator[Hosting]:
+    """`tesseract serve` in this process, which saves importing torch once more."""
+    task = asyncio.create_task(hosting.main())
+    ready = asyncio.create_task(hosting.ready.wait())
+    try:
+        await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+        yield hosting
+    finally:
+        ready.cancel()
+        task.cancel()
+        await asyncio.gather(task, ready, return_exceptions=True)
+
+
+async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path) -> None:
+    config = tmp_path / "volunteer.toml"
+    author = ("--identity", str(tmp_path / "author.pem"))
+    x = torch.ones(3, 4)
+    async with tesseract(
+        stem, "run", "create", "digits", "--open", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author
+    ) as organiser:
+        started = await event(organiser, "run")
+        seed, full_name = started["address"], started["run"]
+        assert full_name == f"digits@{ta.Identity.load(tmp_path / 'author.pem').peer_id}"
+        config.write_text(VOLUNTEER.format(seed=seed, folder=tmp_path))
+        async with (
+            ta.TesseractNode(initial_peers=[seed], refresh_period=0.2) as node,
+            tesseract(stem, "serve", "--config", str(config)) as first,
+        ):
+            ready = await event(first, "ready")
+            assert ready["run"] == full_name and len(ready["uids"]) == 3 and "followed" not in ready
+            taught = ready["uids"][0]
+            await node.join_run(full_name)
+            expert = await node.get_expert(taught)
+            await ta.backward((await expert(x)).sum())
+
+            # who joins with the wrong flags does not start
+            with pytest.raises(RunMismatch, match="sizes.in_features is 4 in the run, but 5 here"):
+                async with volunteer(hosting(full_name, seed, given={"sizes.in_features": 5})):
+                    pass
+
+            async with volunteer(hosting("digits", seed)) as second:
+                assert second.server is not None
+                backends = second.server.experts
+                assert sorted(backends) == ["ffn.0.0", "ffn.0.1", "ffn.1.0", "ffn.1.1"]
+                assert sorted(uid for uid in backends if not second.server.is_primary(uid)) == sorted(ready["uids"])
+                await ta.backward((await expert(x)).sum())
+
+                # the first one leaves, and its experts go on at the second, with every step
+                first.send_signal(signal.SIGTERM)
+                assert (await event(first, "left"))["versions"][taught] == 2
+                assert await first.wait() == 0
+                assert all(second.server.is_primary(uid) for uid in backends)
+                assert backends[taught].version == 2
+                assert (await primary_of(node, taught)).peer.peer_id == second.node.peer_id
+                expert = await node.get_expert(taught)
+                await ta.backward((await expert(x)).sum())
+
+                out = tmp_path / "weights"
+                status, _, told = await finish(stem, "export", "--run", "digits", "-p", seed, "--out", str(out))
+                assert status == 0 and "4 experts written" in told
+                experts = load_export(out)
+                assert experts.index[taught].version == 3
+                assert experts.signed_run.full_name == full_name
+                with torch.no_grad():
+                    assert torch.equal(experts[taught](x), await expert(x))
+        organiser.send_signal(signal.SIGINT)
+        assert await organiser.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("serve",), "say what to host: --experts PATTERN, or --run NAME"),
+        (("serve", "--experts", "ffn.[0:9999]"), "say --num-experts to choose some"),
+        (("serve", "--run", "a/b"), "a run's name has"),
+        (("serve", "--run", "digits@12"), "not a peer id"),
+        (("serve", "--experts", "ffn.0", "--hours", "7-9"), "not hours"),
+        (("serve", "--experts", "ffn.0", "--max-memory", "1 MB"), "not even one|only 0 fit"),
+        (("serve", "--experts", "ffn.0", "--experts", "ffn.1", "--num-experts", "1"), "one pattern"),
+        (("serve", "--run", "digits"), "nobody in the network knows a run called digits"),
+        (("run", "create", "digits", "--grid", "2"), "--identity FILE"),
+        (("run", "create", "digits", "--grid", "2y2", "--identity", "x"), "is not like 32x32"),
+        (("run", "create", "digits", "--grid", "2", "--identity", "x", "--once"), "--once needs --initial-peers"),
+        (("run", "create", "digits", "--grid", "2", "--identity", "x", "--size", "wide"), "is not like name=value"),
+        (("run", "create", "di gits", "--grid", "2", "--identity", "x"), "a run's name has"),
+        (("run", "create", "digits", "--grid", "2", "--identity", "x", "--size", "wide=3"), "it takes in_features"),
+        (
+            ("run", "create", "digits", "--grid", "2", "--identity", "x", "--training", "magic=3"),
+            "training options",
+        ),
+        (("export", "--run", "digits", "--out", "x"), "whose swarm"),
+    ],
+)
+def test_mistakes_are_sentences(
+    arguments: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hosting_module, "FIND_ATTEMPTS", 1)
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code in (1, 2)
+    assert any(part in " ".join(result.output.split()) for part in sentence.split("|")), result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_sample_file_is_understood() -> None:
+    """Every line of examples/volunteer.toml is an option of `tesseract serve`, with a value that it takes."""
+    values = read_config(Path(__file__).parents[2] / "examples" / "volunteer.toml", command)
+    assert values["run_name"] == "digits" and values["num_experts"] == 4
+    given = command.make_context("serve", [], default_map=values).params
+    assert given["initial_peers"] == ("198.51.100.7:31337",)
+    assert given["max_upload_rate"] == 1.25e6 and given["data_quota_bytes"] == 200 * 10**9
+    assert len(given["hours"]) == 2 and given["pause_above_load"] == pytest.approx(0.3)
+    limits = {field.name for field in dataclasses.fields(VolunteerSettings)}
+    assert limits <= set(values), "the sample shows every limit"

@@ -1,0 +1,98 @@
+"""A node without a network for tests of servers, and of what they host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tesseract_async.endpoint.call_table import CallHandler, CallTable
+from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.experts.trust import Trust
+from tesseract_async.identity import Identity
+from tesseract_async.metrics import Metrics
+from tesseract_async.node import EXPERT_METHODS
+from tesseract_async.wire import messages
+from tesseract_async.wire import tensors as wire
+
+PEER = Identity.from_seed(bytes(32)).peer_id
+
+
+class ServingNode:
+    """The node of a server, without a network: calls arrive as from an endpoint, all from one peer."""
+
+    def __init__(self) -> None:
+        self.table = CallTable("fake", uid_methods={**EXPERT_METHODS, "expert.age": "call"})
+        self.metrics = Metrics()
+        self.network = None
+        self.trust = Trust()
+        self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
+        self.connected = True
+        self.is_closed = False
+        self.publisher_places: set[int] = set()
+
+    def is_connected(self, peer_id: Any) -> bool:
+        return self.connected
+
+    def check_running(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("this node is closed")
+
+    async def wait_reachable(self) -> bool:
+        return True
+
+    def watch_address(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
+        self.table.host(uid, handlers)
+
+    def unhost_expert(self, uid: str) -> None:
+        self.table.unhost(uid)
+
+    async def call(self, uid: str, method: str, body: Any, tensors: Any = (), *, timeout: float = 10.0) -> Message:
+        _, buffers = wire.pack_tensors(tensors)
+        now = asyncio.get_running_loop().time()
+        received = tuple(memoryview(bytearray(buffer)) for buffer in buffers)
+        call = IncomingCall(
+            peer_id=PEER,
+            method=method,
+            body=body,
+            buffers=received,
+            deadline=now + timeout,
+            priority=0,
+        )
+        return await self.table.find(call)(call)
+
+    async def call_expert(self, peer: Any, method: str, body: Any, *, timeout: float, idempotent: bool) -> Message:
+        return await self.call(body["uid"], method, body, timeout=timeout)
+
+    async def forward(self, uid: str, *inputs: torch.Tensor | None, **changes: Any) -> tuple[list[Any], int]:
+        metas, _ = wire.pack_tensors(inputs)
+        request = messages.ForwardRequest(uid=uid, tensors=metas, training=False, seed=0, reply_codec="none")
+        reply = await self.call(uid, messages.FORWARD, messages.encode(request) | changes, inputs)
+        body = messages.decode(messages.ForwardReply, reply.body)
+        return wire.unpack_tensors(body.tensors, reply.buffers), body.version
+
+    async def backward(
+        self, uid: str, inputs: list[torch.Tensor | None], gradients: list[torch.Tensor | None], **changes: Any
+    ) -> tuple[list[Any], int]:
+        together = [*inputs, *gradients]
+        metas, _ = wire.pack_tensors(together)
+        request = messages.BackwardRequest(
+            uid=uid,
+            call_id=os.urandom(16),
+            tensors=metas,
+            num_inputs=len(inputs),
+            training=False,
+            seed=0,
+            version=0,
+            reply_codec="none",
+        )
+        reply = await self.call(uid, messages.BACKWARD, messages.encode(request) | changes, together)
+        body = messages.decode(messages.BackwardReply, reply.body)
+        return wire.unpack_tensors(body.tensors, reply.buffers), body.version
