@@ -45,9 +45,11 @@ class Server(asyncio.DatagramProtocol):
 async def serving(seen: tuple[str, int], *, num_lost: int = 0) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
     loop = asyncio.get_running_loop()
     transport, server = await loop.create_datagram_endpoint(lambda: Server(seen, num_lost), local_addr=("127.0.0.1", 0))
-    yield server, transport.get_extra_info("sockname")
-    transport.close()
-    await server.gone.wait()
+    try:
+        yield server, transport.get_extra_info("sockname")
+    finally:
+        transport.close()
+        await server.gone.wait()
 
 
 async def test_each_server_tells_what_it_saw() -> None:
@@ -83,13 +85,15 @@ def client(*contacts: tuple[str, int], outside: tuple[str, ...] = (), fresh: flo
 async def test_the_server_for_data_channels_is_one_that_answered_within_a_minute() -> None:
     async with serving(("203.0.113.1", 1)) as (server, address):
         made = client(address, ("::1", 9))  # aioice asks over IPv4 only
-        for _ in range(3):
-            assert await made.server() == address
-        assert server.num_asked == 1
-        made = client(address, fresh=0.0)
+        assert await made.server() == address
+        before = server.num_asked
+        assert await made.server() == address
+        assert server.num_asked == before
+        made = client(address, fresh=-1.0)
         for _ in range(2):
+            before = server.num_asked
             assert await made.server() == address
-        assert server.num_asked == 3
+            assert server.num_asked > before
     assert await client(address).server() is None
 
 
