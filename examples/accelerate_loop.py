@@ -36,7 +36,7 @@ class Classifier(nn.Module):
 
 
 def make_experts() -> dict[str, ta.ExpertBackend]:
-    """Four small experts, each with its own optimizer."""
+    """Return four small experts, each with its own optimizer."""
     experts = {}
     for uid in (f"ffn.{i}.{j}" for i in range(2) for j in range(2)):
         module = nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, WIDTH))
@@ -46,7 +46,7 @@ def make_experts() -> dict[str, ta.ExpertBackend]:
 
 
 def two_moons(num_rows: int) -> TensorDataset:
-    """Two half circles, one in the other's mouth: not to be told apart by a line."""
+    """Return two interlocking half circles, which no line separates."""
     label = torch.arange(num_rows) % 2
     angle = torch.rand(num_rows) * torch.pi
     x = torch.stack([angle.cos() + label, angle.sin() * (1 - 2 * label) + 0.5 * label], dim=1)
@@ -54,7 +54,7 @@ def two_moons(num_rows: int) -> TensorDataset:
 
 
 def train(node: ta.BackgroundNode, args: argparse.Namespace) -> float:
-    """Accelerate's loop as its manual has it. Returns the accuracy in the end."""
+    """Train with Accelerate's loop from its manual. Returns the final accuracy."""
     accelerator = Accelerator(
         cpu=True, gradient_accumulation_steps=args.grad_steps, mixed_precision=args.mixed_precision
     )
@@ -104,5 +104,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # everything was closed on the way here
         raise SystemExit(130) from None
-    except (OSError, ValueError, ta.errors.TesseractError) as error:  # nobody answers, say: a sentence is enough
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # such as no answer: a sentence is enough
         raise SystemExit(f"accelerate_loop.py: {error}") from None

@@ -21,7 +21,7 @@ NODE = web.AppKey("node", ta.TesseractNode)
 
 
 async def apply(request: web.Request) -> web.Response:
-    """``{"rows": [[...], ...]}`` -> what the expert makes of them. Many requests at once share its batches."""
+    """Apply the expert to ``{"rows": [[...], ...]}``. Simultaneous requests share its batches."""
     try:
         rows = torch.tensor((await request.json())["rows"], dtype=torch.float32)
         with torch.no_grad():
@@ -83,5 +83,5 @@ async def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         ta.run(main(parse()))
-    except (OSError, ValueError, ta.errors.TesseractError) as error:  # a port in use, no expert: a sentence is enough
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # such as a port in use: a sentence is enough
         raise SystemExit(f"embed_in_web_app.py: {error}") from None

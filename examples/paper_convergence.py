@@ -1,14 +1,14 @@
 """The paper's convergence experiment (Ryabinin & Gusev 2020, section 4.2) on the real stack.
 
 Four mixture layers of 64 experts classify MNIST. Many steps are in flight at once, each delayed at random, and one
-call in ten fails, forwards and backwards; the experts live in another process. Two controls train beside: the same
+call in ten fails, forwards and backwards; the experts live in another process. There are two controls: the same
 model with frozen experts, and a dense model of equal active size.
 
     python examples/paper_convergence.py --images t10k-images-idx3-ubyte.gz --labels t10k-labels-idx1-ubyte.gz
 
 Everything is kept under --out: curves (CSV), settings (JSON), checkpoints, a plot (PNG; needs matplotlib). Ctrl-C
-stops; the same command goes on where it was. `--out FOLDER --summarize DOCS` only writes table, curves and plot of what
-is there: for the documentation, with `--summarize docs/data/paper_convergence --page docs/paper-experiment.md`.
+stops it; the same command resumes it. `--out FOLDER --summarize DOCS` only writes table, curves and plot of existing
+results: for the documentation, with `--summarize docs/data/paper_convergence --page docs/paper-experiment.md`.
 
 The paper's own curve had no failures, untrained gates and experts of 6.3 million parameters; these have about 17
 thousand each.
@@ -53,7 +53,7 @@ PUBLISHED = {5_120: 0.894, 10_240: 0.931, 20_480: 0.943}
 
 
 def read_idx(source: str) -> np.ndarray:
-    """An array from a gzipped IDX file: a path, or a URL that ends in ``#sha256=...``."""
+    """Read an array from a gzipped IDX file: a path, or a URL that ends in ``#sha256=...``."""
     if source.startswith(("http://", "https://")):
         url, _, wanted = source.partition("#sha256=")
         if not wanted:
@@ -70,7 +70,7 @@ def read_idx(source: str) -> np.ndarray:
 
 
 def load_data(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training images and labels, validation images and labels; the split is the same for all seeds."""
+    """Return training images and labels, validation images and labels; the split is the same for all seeds."""
     images = torch.from_numpy(read_idx(args.images).reshape(-1, 784).astype(np.float32))
     labels = torch.from_numpy(read_idx(args.labels).astype(np.int64))
     images = (images / 255 - 0.1307) / 0.3081
@@ -80,7 +80,7 @@ def load_data(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def batches(num_rows: int, batch_size: int, seed: int, skip: int) -> Iterator[torch.Tensor]:
-    """Row numbers, epoch after epoch; the first `skip` batches are left out."""
+    """Yield row numbers, epoch after epoch, without the first `skip` batches."""
     generator = torch.Generator().manual_seed(seed)
     number = 0
     while True:
@@ -110,7 +110,7 @@ class Expert(nn.Module):
 
 
 class NormedLinear(nn.Linear):
-    """Scores normalised inputs: the experts get the input itself."""
+    """A gate that scores normalized inputs; the experts get the input itself."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -172,7 +172,7 @@ def make_model(args: argparse.Namespace, node: ta.TesseractNode | None, seed: in
 
 
 async def serve(args: argparse.Namespace) -> None:
-    """Hosts all experts and prints the address; ends when standard input does."""
+    """Host all experts and print the address; end when standard input does."""
     torch.set_num_threads(1)
     torch.manual_seed(1000 + args.seeds[0])
     experts = {}
@@ -196,7 +196,7 @@ async def serve(args: argparse.Namespace) -> None:
 
 @contextlib.asynccontextmanager
 async def experts_process(args: argparse.Namespace, variant: str, seed: int, run: Path) -> AsyncIterator[str]:
-    """The address of a process that hosts the experts."""
+    """Enter with the address of a process that hosts the experts."""
     options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SERVER_OPTIONS]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, __file__, "--serve", variant, "--run", str(run), "--seeds", str(seed), *options),
@@ -224,7 +224,7 @@ in_training = contextvars.ContextVar("in_training", default=False)
 
 
 class UnreliableNode(ta.TesseractNode):
-    """Loses a share of the calls that training makes, forwards and backwards, before they are sent."""
+    """Lose a share of the calls that training makes, forwards and backwards, before they are sent."""
 
     failure_rate = 0.0
     dice = random.Random(0)
@@ -251,7 +251,7 @@ class Run:
         """Number of updates, validation accuracy, mean training loss since the last point, seconds."""
         self.num_updates = 0
         self.num_calls = 0
-        """Calls of experts that training made, those that failed included."""
+        """Calls to experts during training, failed ones included."""
         self.num_updates_uncounted = 0
         """Updates before the calls were counted."""
         self.snapshots: dict[int, Any] = {}
@@ -267,7 +267,7 @@ class Run:
                 setattr(self, name, self.state.get(name, getattr(self, name)))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the model and its optimizer where the run had stopped, if it had begun."""
+        """Restore the model and its optimizer to where the run stopped, if it had begun."""
         if self.state is not None:
             model.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
@@ -282,7 +282,7 @@ class Run:
         write_csv(self.folder / "curve.csv", ["updates", "validation_accuracy", "training_loss", "seconds"], self.curve)
 
     def accuracy_at(self, updates: int) -> float | None:
-        """The mean of the last four evaluations up to that point; None while one of them is missing."""
+        """Return the mean of the last four evaluations up to that point; None while one of them is missing."""
         every = self.settings["evaluate_every"]
         found = {at: accuracy for at, accuracy, _, _ in self.curve}
         wanted = [updates - i * every for i in range(4) if updates - i * every > 0]
@@ -290,7 +290,7 @@ class Run:
 
 
 async def train(args: argparse.Namespace, run: Run, data: Any, address: str | None) -> None:
-    """Trains to the end, evaluating and saving on the way."""
+    """Train to the end, evaluating and saving on the way."""
     train_x, train_y, valid_x, valid_y = data
     dice = random.Random(f"delays {run.seed} from {run.num_updates}")
     async with contextlib.AsyncExitStack() as stack:
@@ -372,7 +372,7 @@ def write_csv(path: Path, head: list[Any], rows: Iterable[Any]) -> None:
 
 
 def summarize(runs: list[Run], folder: Path, *, plot: bool = False, page: Path | None = None) -> None:
-    """Prints the table, and saves it with the curves, the settings and the plot; puts them into `page`, too."""
+    """Print the table, save it with the curves, the settings and the plot, and put them into `page`."""
     runs = [run for run in runs if run.curve]
     if not runs:
         return
@@ -420,7 +420,7 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def effort(runs: list[Run]) -> tuple[float, float]:
-    """Calls per update, and minutes in all."""
+    """Return calls per update, and minutes in all."""
     num_updates = sum(run.num_updates - run.num_updates_uncounted for run in runs)
     return round(sum(run.num_calls for run in runs) / max(1, num_updates), 1), round(
         sum(run.curve[-1][3] for run in runs) / 60, 1
@@ -428,7 +428,7 @@ def effort(runs: list[Run]) -> tuple[float, float]:
 
 
 def draw(runs: list[Run], updates: int, path: Path) -> None:
-    """Each run's evaluations, pale; the mean over seeds of the last four, as it is asked for; what was published."""
+    """Plot each run's evaluations (pale), the mean over seeds of the last four, and the published figures."""
     try:
         import matplotlib
 
@@ -461,7 +461,7 @@ def draw(runs: list[Run], updates: int, path: Path) -> None:
 
 
 def all_runs(args: argparse.Namespace) -> list[Run]:
-    """Everything that lies under --out, and what is to be trained now."""
+    """Return all runs under --out, and those to be trained now."""
     wanted = {(variant, seed) for seed in args.seeds for variant in args.variants} if args.summarize is None else set()
     for folder in Path(args.out).glob("*-*"):
         variant, _, seed = folder.name.rpartition("-")
@@ -496,14 +496,14 @@ async def main(args: argparse.Namespace) -> None:
 
 
 def spare_the_collector() -> None:
-    """Else the garbage collector takes a third of the time: it looks through PyTorch's 350,000 objects again and again.
-    A step leaves no cycles behind, so that it has little to do."""
+    """Spare the garbage collector, which would take a third of the time: it looks through PyTorch's 350,000 objects
+    again and again, although a step leaves no cycles behind."""
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
 
 
 def loop_factory() -> Any:
-    """uvloop's where it is installed: it costs less for each call."""
+    """Return uvloop's loop where it is installed: it costs less for each call."""
     try:
         import uvloop
     except ImportError:

@@ -2,8 +2,8 @@
 
 By default it reads the Python standard library's own sources, byte by byte; --text takes any text file, such as
 Shakespeare. The experts live in this process unless --initial-peers says where they are hosted. --local trains the
-same model without a network, --compare one after the other. Ctrl-C stops it cleanly; the same command goes on where it
-was.
+same model without a network, --compare one after the other. Ctrl-C stops it cleanly; the same command resumes
+it.
 
     python examples/train_lm.py --text input.txt --steps 500
 """
@@ -30,7 +30,7 @@ from tesseract_async.leaving import told_to_leave
 
 
 def read_text(path: str | None, max_bytes: int) -> torch.Tensor:
-    """Bytes as tokens: of the file, or of the standard library's modules."""
+    """Return the bytes of the file, or of the standard library's modules, as tokens."""
     if path is not None:
         raw = Path(path).read_bytes()[:max_bytes]
     else:
@@ -42,7 +42,7 @@ def read_text(path: str | None, max_bytes: int) -> torch.Tensor:
 def sample(
     tokens: torch.Tensor, args: argparse.Namespace, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random windows and the same, one token on: ``[batch, length]`` each."""
+    """Return random windows, and the same shifted by one token: ``[batch, length]`` each."""
     starts = torch.randint(len(tokens) - args.length - 1, (args.batch_size,), generator=generator)
     windows = torch.stack([tokens[start : start + args.length + 1] for start in starts.tolist()])
     return windows[:, :-1], windows[:, 1:]
@@ -52,7 +52,7 @@ def sample(
 
 
 class FeedForward(nn.Module):
-    """One expert: what a transformer's feed-forward layer is, for tokens as rows."""
+    """One expert: a transformer's feed-forward layer, with tokens as rows."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -130,14 +130,14 @@ async def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def make_experts(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """All experts by uid; the same ones whenever the seed is."""
+    """Return all experts by uid; equal seeds give equal experts."""
     torch.manual_seed(args.seed)
     cells = [(i, a, b) for i in range(args.layers) for a in range(args.grid) for b in range(args.grid)]
     return {f"layer{i}.{a}.{b}": FeedForward(args.width) for i, a, b in cells}
 
 
 def backends(experts: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, ta.ExpertBackend]:
-    """The experts as a server hosts them, each with an optimizer of its own."""
+    """The experts as a server hosts them, each with its own optimizer."""
     spec = ta.TensorSpec((args.width,))
     rows = args.batch_size * args.length
     return {
@@ -151,7 +151,7 @@ def backends(experts: dict[str, nn.Module], args: argparse.Namespace) -> dict[st
 async def train(
     args: argparse.Namespace, out: Path, model: nn.Module, optimizers: list[Any], stop: asyncio.Event
 ) -> float:
-    """Trains, saving on the way, and gives the perplexity; `optimizers` step what lives here (remote experts step
+    """Train, saving on the way, and return the perplexity; `optimizers` step local parameters (remote experts step
     themselves)."""
     tokens = read_text(args.text, args.max_bytes)
     split = int(0.9 * len(tokens))
@@ -226,7 +226,7 @@ async def run_all(args: argparse.Namespace, stop: asyncio.Event) -> None:
 
 
 async def run(args: argparse.Namespace, out: Path, stop: asyncio.Event, *, local: bool) -> float:
-    """Trains one model, with experts at hand (`local`) or remote ones; its perplexity."""
+    """Train one model, with local (`local`) or remote experts; return its perplexity."""
     experts = make_experts(args)
     async with contextlib.AsyncExitStack() as stack:
         optimizers: list[Any] = []

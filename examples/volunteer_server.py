@@ -1,11 +1,11 @@
-"""Lends this computer to a training run: hosts some experts, and keeps their weights.
+"""Lend this computer to a training run: host some experts, and keep their weights.
 
     python examples/volunteer_server.py
     python examples/volunteer_server.py --host 0.0.0.0 --port 31337 --public      (for other computers)
     python examples/volunteer_server.py --initial-peers 127.0.0.1:31337 --experts 'ffn.[2:4].[0:4]'
 
-The first prints the address that all others, servers and trainers, are given as ``--initial-peers``. This is what
-`tesseract serve` does, in the 30 lines that matter, for whoever wants an own expert in it.
+The first node prints the address that all others, servers and trainers, take as ``--initial-peers``. These are the 30
+lines of `tesseract serve` that matter, for hosting your own expert.
 """
 
 import argparse
@@ -48,6 +48,6 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-dir", default=None, help="where weights are kept, to go on from after a restart")
     try:
-        ta.run(main(parser.parse_args()))  # asyncio.run that is told to leave by SIGTERM and SIGHUP, too
+        ta.run(main(parser.parse_args()))  # asyncio.run that also leaves cleanly on SIGTERM and SIGHUP
     except (OSError, ValueError, ta.errors.TesseractError) as error:  # a port in use, say: a sentence is enough
         raise SystemExit(f"{parser.prog}: {error}") from None

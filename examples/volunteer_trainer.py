@@ -1,8 +1,8 @@
-"""Trains a mixture of experts that others host (start `volunteer_server.py` first, here or on another computer).
+"""Train a mixture of experts that others host (start `volunteer_server.py` first, here or on another computer).
 
     python examples/volunteer_trainer.py --initial-peers 127.0.0.1:31337
 
-The model learns to reverse its input vectors: the mixture is all that learns, besides this trainer's gate.
+The model learns to reverse its input vectors: only the mixture's experts and this trainer's gate learn.
 """
 
 import argparse
@@ -45,5 +45,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     try:
         ta.run(main(parser.parse_args()))
-    except (OSError, ValueError, ta.errors.TesseractError) as error:  # nobody answers, say: a sentence is enough
+    except (OSError, ValueError, ta.errors.TesseractError) as error:  # such as no answer: a sentence is enough
         raise SystemExit(f"{parser.prog}: {error}") from None

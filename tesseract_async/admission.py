@@ -1,4 +1,4 @@
-"""What each peer may do at a node, and how much of it."""
+"""`Policy` and `Quota`: what each peer may do at a node, and how much of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ it says in the network, and sends it no rows, gradients or state."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """How much one peer may ask of a node; None: as much as it likes.
+    """A limit to what one peer may ask of a node; None: as much as it likes.
 
     After a rest a peer may use a whole period's worth at once; what it used comes back evenly. So over any time t it
     gets at most ``1 + t / period`` times the figures below, and one message. What is more is refused with
@@ -57,7 +57,7 @@ class Policy:
     trainers: Collection[PeerID] | None = None
     hosts: Collection[PeerID] | None = None
     quota: Quota | None = None
-    """What each peer may ask for in calls; None: no limit."""
+    """The limit of each peer's calls; None: none."""
     quotas: Mapping[PeerID, Quota | None] = field(default_factory=dict)
     """The same for single peers, instead of `quota`."""
 
@@ -68,11 +68,11 @@ class Policy:
         return cls(callers=allowed, trainers=allowed, hosts=allowed)
 
     def quota_of(self, peer_id: PeerID) -> Quota | None:
-        """What this peer may ask for; None: no limit."""
+        """The limit of this peer's calls; None: none."""
         return self.quotas.get(peer_id, self.quota)
 
     def allows(self, peer_id: PeerID, action: Action) -> bool:
-        """Whether `peer_id` may take this action."""
+        """Return whether `peer_id` may take this action."""
         if action == "host":
             return self.hosts is None or peer_id in self.hosts
         if self.callers is not None and peer_id not in self.callers:

@@ -1,4 +1,4 @@
-"""Who a node is: an Ed25519 key, and the id that follows from it.
+"""Identities of nodes: an Ed25519 key, the id that follows from it, and records that its owner signed.
 
 A `PeerID` is the SHA-256 of the raw public key (as in S/Kademlia, Baumgart & Mies 2007, an id can't be chosen without
 finding a key for it). It is the node's name in the DHT and on every channel. A `SignedRecord` is what
@@ -48,7 +48,7 @@ class PeerID(bytes):
 
     @classmethod
     def parse(cls, text: str) -> PeerID:
-        """Reads what ``str()`` wrote. Raises: ValueError."""
+        """Read what ``str()`` wrote. Raises: ValueError."""
         try:
             return cls(bytes.fromhex(text))
         except (ValueError, ProtocolError):
@@ -89,7 +89,7 @@ class Identity(Uncopied):
 
     @classmethod
     def load(cls, path: str | Path) -> Identity:
-        """Reads a PEM file written by `save`; ``~`` is the home folder.
+        """Read a PEM file written by `save`; ``~`` is the home folder.
 
         A file that others on this computer may read is made its owner's alone, with a warning. Raises: OSError,
         ValueError if it holds no Ed25519 key.
@@ -123,14 +123,14 @@ class Identity(Uncopied):
 
     @classmethod
     def from_pem(cls, data: bytes, *, passphrase: bytes | None = None) -> Identity:
-        """Reads what `save` wrote. Raises: ValueError or TypeError if that passphrase opens no Ed25519 key there."""
+        """Read what `save` wrote. Raises: ValueError or TypeError if that passphrase opens no Ed25519 key there."""
         key = serialization.load_pem_private_key(data, password=passphrase)
         if not isinstance(key, Ed25519PrivateKey):
             raise ValueError("no Ed25519 key")
         return cls(key)
 
     def save(self, path: str | Path, *, passphrase: bytes | None = None) -> None:
-        """Writes the key as PKCS 8 PEM, readable by its owner only (0600), and encrypted if there is a `passphrase`.
+        """Write the key as PKCS 8 PEM, readable by its owner only (0600), and encrypted if there is a `passphrase`.
         Never overwrites.
 
         The file appears whole or not at all, even when the machine loses power. Raises: OSError.
@@ -185,7 +185,7 @@ def _rename_new(old: Path, new: Path) -> None:
 
 
 def _close_to_others(path: Path) -> None:
-    """Takes a key file's permissions from everybody but its owner, and says so."""
+    """Take a key file's permissions from everybody but its owner, and says so."""
     with contextlib.suppress(OSError):
         if os.name == "nt" or not path.stat().st_mode & 0o077:
             return
@@ -198,7 +198,7 @@ def _close_to_others(path: Path) -> None:
 
 
 def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
-    """Whether `signature` over `data` was made by the holder of this raw public key. Takes untrusted bytes."""
+    """Return whether `signature` over `data` was made by the holder of this raw public key. Takes untrusted bytes."""
     if len(signature) != 64:
         return False
     try:
@@ -230,7 +230,7 @@ class SignedRecord:
     key: bytes
     """32 bytes: where in the DHT it is stored."""
     subkey: str | None
-    """Which entry of a dictionary it is; None for a single value."""
+    """The name of an entry of a dictionary; None for a single value."""
     owner: PeerID
     sequence: int
     """Microseconds since 1970, or more."""
@@ -273,7 +273,7 @@ class SignedRecord:
 
     @classmethod
     def decode(cls, key: bytes, body: bytes, *, verify: Verifier = verify) -> SignedRecord:
-        """Reads and verifies an untrusted `body` that claims to belong under `key`.
+        """Read and verifies an untrusted `body` that claims to belong under `key`.
 
         Raises: InvalidRecord if it is malformed or the signature does not hold.
         """
@@ -288,7 +288,7 @@ class SignedRecord:
 
     @classmethod
     def decode_unverified(cls, key: bytes, body: bytes) -> SignedRecord:
-        """Reads an untrusted `body` without checking its signature: enough to see whether it is worth checking.
+        """Read an untrusted `body` without checking its signature: enough to see whether it is worth checking.
 
         Raises: InvalidRecord if it is malformed.
         """
@@ -313,7 +313,7 @@ class SignedRecord:
         return cls(key, subkey, owner, sequence, milliseconds / 1000, body[start:], tombstone, body)
 
     def supersedes(self, other: SignedRecord) -> bool:
-        """Which of two with the same identity counts; of equal sequences every node picks the same."""
+        """Return whether this one counts rather than `other`, which has the same identity: the same at every node."""
         return (self.sequence, self.body) > (other.sequence, other.body)
 
     @property

@@ -23,7 +23,7 @@ _SIGNALS: Final = tuple(
 
 
 def run(
-    main: Coroutine[Any, Any, Result], *, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    main: Coroutine[None, None, Result], *, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
 ) -> Result:
     """Run `main` as `asyncio.run` does, for programs that host experts: they save whichever signal ends them.
 

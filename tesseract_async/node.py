@@ -11,7 +11,7 @@ import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -173,7 +173,7 @@ class TesseractNode(Uncopied):
         self._started: _Started | None = None
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._keepers: list[RunKeeper] = []
-        self._at_close: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self.client_state: object = None
         """What the client modules of this node keep in it (`client.experience`)."""
@@ -218,7 +218,7 @@ class TesseractNode(Uncopied):
         if self._started is not None:
             await self._started.endpoint.aclose()
 
-    def at_close(self, aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def at_close(self, aclose: Callable[[], Awaitable[None]]) -> None:
         """Await ``aclose()`` when this node closes, before its connections end."""
         self._at_close.append(aclose)
 

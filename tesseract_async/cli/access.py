@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 from click.core import ParameterSource
 
+from tesseract_async.admission import Policy, Quota
 from tesseract_async.cli.options import grouped
 from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE
-
-if TYPE_CHECKING:
-    from tesseract_async.admission import Policy
-    from tesseract_async.identity import PeerID
+from tesseract_async.identity import PeerID
 
 LISTS: Final = ("allow", "allow_file", "allow_training")
 
@@ -34,8 +32,6 @@ def make_policy(
 
     Raises: click.UsageError; ValueError.
     """
-    from tesseract_async.admission import Policy, Quota
-
     _refuse_empty_lists()
     members = frozenset().union(*allow, allow_file or ()) if allow or allow_file is not None else None
     trainers = frozenset().union(*allow_training) if allow_training else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from tesseract_async.cli.options import (
@@ -16,9 +14,8 @@ from tesseract_async.cli.options import (
 )
 from tesseract_async.cli.running import asynchronous, say, until_told_to_leave
 from tesseract_async.cli.types import PORT, seconds
-
-if TYPE_CHECKING:
-    from tesseract_async.experts import ExpertPattern
+from tesseract_async.experts import ExpertPattern
+from tesseract_async.monitoring import SwarmObserver
 
 
 @click.command("dashboard")
@@ -54,8 +51,6 @@ async def command(
         raise click.ClickException(
             f"the dashboard needs {error.name}: pip install -e '.[dashboard]' in the clone"
         ) from None
-    from tesseract_async.monitoring import SwarmObserver
-
     async with visit.node(refresh_period=period) as node:
         grid = await enter(node, run_name)
         async with (

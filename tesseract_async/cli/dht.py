@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
+from tesseract_async.admission import Policy
 from tesseract_async.cli.access import access_options, describe_policy
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions, node_options
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
-
-if TYPE_CHECKING:
-    from tesseract_async.admission import Policy
+from tesseract_async.monitoring import StatusService
 
 
 @click.command("dht")
@@ -26,8 +23,6 @@ async def command(*, node: NodeOptions, policy: Policy | None) -> int:
     It stores and routes what others publish, and hosts no experts. Prints one line of JSON with its address on
     standard output, and ends with Ctrl-C.
     """
-    from tesseract_async.monitoring import StatusService
-
     async with node.make(policy=policy) as running, StatusService(running):
         for line in describe_policy(running.policy):
             click.echo(line, err=True)

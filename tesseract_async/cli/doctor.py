@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,9 @@ import click
 from tesseract_async.cli.options import host_towards, initial_peers_option, json_option
 from tesseract_async.cli.running import asynchronous, spinner
 from tesseract_async.cli.types import FOLDER, PORT, counted
+from tesseract_async.errors import NotAllowed, TesseractError, describe
+from tesseract_async.monitoring import ask_status
+from tesseract_async.node import TesseractNode, bind_pair
 
 MIN_FREE_BYTES = 10**9
 MIN_OPEN_FILES = 1024
@@ -42,10 +45,9 @@ class Check:
 @initial_peers_option(help_text="Try to reach this node, too")
 @click.option(
     "--host",
-    help="Check this address, on which a node would listen; by default 127.0.0.1, or all addresses where a node to "
-    "reach is on another computer.",
+    help="Check this address to listen on; by default 127.0.0.1, or all addresses if a node to reach is elsewhere.",
 )
-@click.option("--port", default=0, type=PORT, help="Check this port, on which a node would listen; 0 takes a free one.")
+@click.option("--port", default=0, type=PORT, help="Check this port to listen on; 0 takes a free one.")
 @click.option("--upnp", is_flag=True, help="Ask the router to let connections in, and check whether that helps.")
 @click.option("--checkpoint-dir", default=".", type=FOLDER, help="Check the free space of this folder.")
 @json_option
@@ -57,32 +59,36 @@ async def command(
 
     The exit status is 1 if something is bad; notes do not count.
     """
-    here = host_towards(initial_peers) if host is None else host
-    listening = await port_pair(here, port)
-    checks = [*software(), *room(checkpoint_dir), listening]
-    for check in checks:
-        _show(check, as_json)
-    if not initial_peers:
+    verdicts = set()
+    async for check in examine(initial_peers, host=host, port=port, upnp=upnp, checkpoint_dir=checkpoint_dir):
+        verdicts.add(check.verdict)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(check)))
+            continue
+        click.echo(f"{MARKS[check.verdict]}  {check.what}: {check.found}")
+        if check.advice:
+            click.echo(f"      {check.advice}")
+    return 1 if "bad" in verdicts else 0
+
+
+async def examine(
+    seeds: Sequence[str], *, host: str | None, port: int, upnp: bool, checkpoint_dir: Path
+) -> AsyncIterator[Check]:
+    """Check this computer, then what each seed sees of it."""
+    host = host_towards(seeds) if host is None else host
+    listening = await port_pair(host, port)
+    for check in (*software(), *room(checkpoint_dir), listening):
+        yield check
+    if not seeds:
         advice = "Checking them takes another node: give the address of one by --initial-peers."
-        _show(Check("note", "clock and NAT", "not checked", advice), as_json)
-    for peer in initial_peers:
+        yield Check("note", "clock and NAT", "not checked", advice)
+    for peer in seeds:
         with spinner(f"asking {peer}"):
             # a port that is taken, perhaps by the node in question, can't be tried: check the rest from another
             free = port if listening.verdict == "good" else 0
-            asked = [check async for check in reach(peer, here, free, upnp=upnp)]
-        checks += asked
+            asked = [check async for check in reach(peer, host, free, upnp=upnp)]
         for check in asked:
-            _show(check, as_json)
-    return 1 if any(check.verdict == "bad" for check in checks) else 0
-
-
-def _show(check: Check, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(check)))
-        return
-    click.echo(f"{MARKS[check.verdict]}  {check.what}: {check.found}")
-    if check.advice:
-        click.echo(f"      {check.advice}")
+            yield check
 
 
 def software() -> Iterator[Check]:
@@ -132,8 +138,6 @@ def room(folder: Path) -> Iterator[Check]:
 
 async def port_pair(host: str, port: int) -> Check:
     """Check that a node could listen: TCP and UDP on one port."""
-    from tesseract_async.node import bind_pair
-
     where = f"{host or 'every address'} port {port or '(any)'}"
     try:
         for sock in await bind_pair(host, port):
@@ -146,10 +150,6 @@ async def port_pair(host: str, port: int) -> Check:
 
 async def reach(peer: str, host: str, port: int, *, upnp: bool) -> AsyncIterator[Check]:
     """Check that this seed answers by UDP and by TCP, how far the clocks differ, and how others see `port` here."""
-    from tesseract_async.errors import NotAllowed, TesseractError, describe
-    from tesseract_async.monitoring import ask_status
-    from tesseract_async.node import TesseractNode
-
     async with TesseractNode(host, port, initial_peers=[peer], upnp=upnp) as node:
         if not await node.network.wait_joined(5.0):
             advice = "Does it run? Is UDP to its port let through, here and there?"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from tesseract_async.admission import Policy
 from tesseract_async.cli.options import NodeOptions, allow_file_option, join, node_options
 from tesseract_async.cli.running import asynchronous, progress_bar, say
 from tesseract_async.cli.types import FOLDER, PERIOD, counted
 from tesseract_async.errors import describe
-
-if TYPE_CHECKING:
-    from tesseract_async.identity import PeerID
+from tesseract_async.experts.run_directory import find_run
+from tesseract_async.identity import PeerID
 
 
 @click.command("export")
@@ -51,8 +50,6 @@ async def command(
     if not node.initial_peers:
         raise click.UsageError("say --initial-peers: whose swarm?")
 
-    from tesseract_async.admission import Policy
-    from tesseract_async.experts.run_directory import find_run
     from tesseract_async.server.export import export_experts
 
     async with node.make(policy=None if members is None else Policy.only(members)) as joined:

@@ -13,11 +13,12 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 import torch
 
+from tesseract_async.admission import Policy
 from tesseract_async.cli.access import describe_policy
 from tesseract_async.cli.options import NodeOptions
 from tesseract_async.cli.running import progress_bar, say, spare_the_collector, spinner, until_told_to_leave
@@ -25,12 +26,13 @@ from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
 from tesseract_async.errors import CheckpointError, TesseractError, describe
 from tesseract_async.experts import PublisherSettings
+from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import ExpertClaim, claim_experts
 from tesseract_async.experts.run import SignedRun
 from tesseract_async.experts.run_directory import BareRun, RunKeeper, RunNotFound
 from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
-from tesseract_async.runtime.backend import BackendSettings
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.builders import find_builder, takes_seed
 from tesseract_async.server.contract import Verdict, VolunteerSettings
@@ -44,11 +46,6 @@ from tesseract_async.server.state_files import stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
-
-if TYPE_CHECKING:
-    from tesseract_async.admission import Policy
-    from tesseract_async.experts.authority import Authority
-    from tesseract_async.runtime.backend import ExpertBackend
 
 logger = logging.getLogger(__name__)
 
@@ -270,18 +267,19 @@ class Hosting:
         settings = ServerSettings(drain_timeout=self._drain_timeout, runtime=runtime)
         if self._memory is None:
             return settings
+        budgets = self._memory.budgets
         return dataclasses.replace(
             settings,
-            runtime=dataclasses.replace(runtime, max_queue_bytes=self._memory.queue // len(self.serving.devices)),
-            max_inputs_bytes=self._memory.inputs,
-            max_answers_bytes=self._memory.answers,
+            runtime=dataclasses.replace(runtime, max_queue_bytes=budgets["queue"] // len(self.serving.devices)),
+            max_inputs_bytes=budgets["inputs"],
+            max_answers_bytes=budgets["answers"],
         )
 
     def _replica_settings(self) -> ReplicaSettings:
         sync_every, ttl = self.serving.sync_every, self.serving.ttl
         check_every = min(5.0, sync_every, ttl / 3)
         settings = ReplicaSettings(sync_every=sync_every, check_every=check_every, lease=min(30.0, ttl))
-        copies = settings.max_copies_bytes if self._memory is None else self._memory.copies
+        copies = settings.max_copies_bytes if self._memory is None else self._memory.budgets["copies"]
         return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:

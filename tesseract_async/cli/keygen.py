@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tesseract_async.cli.types import FILE
+from tesseract_async.identity import Identity
 
 
 @click.command("keygen")
@@ -17,8 +18,6 @@ def command(*, file: Path, show: bool) -> None:
 
     A node with an identity has the same peer id after a restart: give FILE as --identity to `serve` or `dht`.
     """
-    from tesseract_async.identity import Identity
-
     try:
         if show:
             identity = Identity.load(file)

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from tesseract_async.admission import Policy
 from tesseract_async.cli.running import set_up_logging, spinner
 from tesseract_async.cli.types import (
     ADDRESS,
@@ -28,14 +28,13 @@ from tesseract_async.cli.types import (
     THREADS,
     TURN_SERVER,
 )
-
-if TYPE_CHECKING:
-    from tesseract_async.admission import Policy
-    from tesseract_async.experts import ExpertPattern
-    from tesseract_async.identity import PeerID
-    from tesseract_async.nat.turn import TurnServer
-    from tesseract_async.node import TesseractNode
-    from tesseract_async.transport.throttle import Throttle
+from tesseract_async.experts import ExpertPattern
+from tesseract_async.identity import PeerID
+from tesseract_async.nat.reach import ReachSettings
+from tesseract_async.nat.turn import TurnServer
+from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
+from tesseract_async.transport.base import PeerAddress, split_host_port
+from tesseract_async.transport.throttle import Throttle
 
 Function = Callable[..., object]
 Decorator = Callable[[Function], Function]
@@ -157,9 +156,6 @@ class NodeOptions:
         self, *, policy: Policy | None = None, throttle: Throttle | None = None, max_receive_bytes: int | None = None
     ) -> TesseractNode:
         """Return the node, not started yet. Raises: what `TesseractNode` raises."""
-        from tesseract_async.nat.reach import ReachSettings
-        from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
-
         return TesseractNode(
             self.host,
             self.port,
@@ -220,7 +216,7 @@ allow_file_option = click.option(
     "--allow-file",
     "members",
     type=PEER_FILE,
-    help="Deal only with the peers in this file, one peer id a line: the members of a swarm that is closed by it.",
+    help="Deal only with the peers in this file, one peer id a line: the members of a closed swarm.",
 )
 
 
@@ -235,9 +231,6 @@ class Visit:
     @contextlib.asynccontextmanager
     async def node(self, *, refresh_period: float = 10.0) -> AsyncIterator[TesseractNode]:
         """Enter with a node that has joined. Raises: click.ClickException if none of its seeds answers."""
-        from tesseract_async.admission import Policy
-        from tesseract_async.node import TesseractNode
-
         async with TesseractNode(
             host_towards(self.initial_peers),
             initial_peers=self.initial_peers,
@@ -251,7 +244,7 @@ class Visit:
 
 def identity_option(flag: str = "--identity") -> Decorator:
     """Return the option that says which member of a closed swarm a visitor is."""
-    return click.option(flag, type=FILE, help="Join with the key in this file, if only members of a list may join.")
+    return click.option(flag, type=FILE, help="Join with the key in this file, if only listed members may join.")
 
 
 visit_options = with_options(
@@ -265,8 +258,6 @@ def host_towards(seeds: Sequence[str]) -> str:
 
     From a socket on loopback nothing leaves this computer. Raises: ValueError for a malformed seed.
     """
-    from tesseract_async.transport.base import PeerAddress, split_host_port
-
     hosts = [split_host_port(address)[0] for seed in seeds for address in PeerAddress.parse(seed).addresses]
     local, speaks_v6 = True, False
     for host in hosts:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -24,17 +23,15 @@ from tesseract_async.cli.options import (
 )
 from tesseract_async.cli.running import asynchronous, say
 from tesseract_async.cli.start_run import create
-from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted, parse_peer
+from tesseract_async.cli.types import EXISTING_FILE, FILE, PATTERN, PEER, Number, Parsed, counted
+from tesseract_async.experts.grants import Grant, Role, grant_text
+from tesseract_async.experts.ownership import MEMBER, RunOwner
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.run import split_run_name
+from tesseract_async.experts.run_directory import RunKeeper, enter_run
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.node import TesseractNode
 
-if TYPE_CHECKING:
-    from tesseract_async.experts.grants import Grant, Role
-    from tesseract_async.experts.ownership import RunOwner
-    from tesseract_async.experts.pattern import ExpertPattern
-    from tesseract_async.experts.run_directory import RunKeeper
-    from tesseract_async.identity import PeerID
-    from tesseract_async.node import TesseractNode
-
-ROLES = ("host", "train", "share")
 DAY = 86400
 FREE = "free"
 
@@ -46,7 +43,7 @@ def _digest(text: str) -> bytes:
 
 
 DIGEST = Parsed("digest", _digest)
-PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else parse_peer(text))
+PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else PeerID.parse(text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +58,6 @@ class Owner:
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[tuple[TesseractNode, RunKeeper]]:
         """Enter with a node in the swarm, and the run as the network and this computer know it."""
-        from tesseract_async.experts.run import split_run_name
-        from tesseract_async.experts.run_directory import enter_run
-        from tesseract_async.identity import Identity
-        from tesseract_async.node import TesseractNode
-
         split_run_name(self.name)  # reports a malformed one before joining
         identity = Identity.load(self.identity)
         # not as the owner, whose own node may be running
@@ -80,9 +72,6 @@ class Owner:
     @contextlib.asynccontextmanager
     async def acting(self) -> AsyncIterator[RunOwner]:
         """Enter with what the identity may do. Raises: ValueError if it has no say in the run."""
-        from tesseract_async.experts.ownership import RunOwner
-        from tesseract_async.identity import Identity
-
         async with self.opened() as (node, keeper):
             yield RunOwner(node.network, Identity.load(self.identity), keeper)
 
@@ -121,9 +110,9 @@ command.add_command(create)
     "--role",
     "roles",
     multiple=True,
-    type=click.Choice(ROLES),
-    default=ROLES,
-    help="Let them act as this; may be given several times.",
+    type=click.Choice(MEMBER),
+    default=MEMBER,
+    help="Let them host experts, train them, or share parameters; may be given several times.",
 )
 @click.option(
     "--experts", "pattern", type=PATTERN, help="Let them host or train these experts only, such as 'ffn.[0:4].[0:16]'."
@@ -151,8 +140,6 @@ async def grant(
     """
     if bool(members) + invite + renew != 1:
         raise click.UsageError("say whom to let in: PEER_IDs, or --invite, or --renew")
-    from tesseract_async.experts.grants import grant_text
-
     async with owner.acting() as acting:
         if renew:
             click.echo(f"{counted(len(await acting.renew()), 'grant')} renewed", err=True)
@@ -206,10 +193,10 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
 )
 @asynchronous
 async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: Owner) -> int:
-    """Choose the primary of the experts of PATTERN, such as 'ffn.[0:4].7': the server that trains them.
+    """Choose the server that trains the experts of PATTERN, such as 'ffn.[0:4].7'.
 
-    PEER_ID is a peer that may host them; `free` leaves the choice to their servers again. An appointment outranks what
-    the servers settled among themselves.
+    PEER_ID, a peer that may host them, becomes their primary; `free` leaves the choice to their servers again. An
+    appointment outranks what the servers settled among themselves.
     """
     primary = None if isinstance(member, str) else member
     async with owner.acting() as acting:
@@ -276,8 +263,6 @@ def backup_key(*, file: Path, identity: Path, restore: bool, passphrase: str) ->
 
     If you lose the key, you lose the run. OpenSSL reads the copy, too: openssl pkey -in FILE.
     """
-    from tesseract_async.identity import Identity
-
     secret = passphrase.encode()
     try:
         if restore:

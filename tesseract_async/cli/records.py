@@ -10,6 +10,8 @@ import click
 from tesseract_async.cli.options import Visit, json_option, visit_options
 from tesseract_async.cli.running import asynchronous
 from tesseract_async.cli.types import counted, seconds
+from tesseract_async.errors import ProtocolError
+from tesseract_async.experts.manifest import decode_manifest
 
 YEAR = 365 * 86400.0
 
@@ -69,9 +71,6 @@ async def put(*, key: str, value: str, visit: Visit, subkey: str | None, ttl: fl
 
 def _readable(key: str, value: object) -> object:
     """Return what JSON can show of a value; of a manifest, its fields."""
-    from tesseract_async.errors import ProtocolError
-    from tesseract_async.experts.manifest import decode_manifest
-
     if key.startswith("experts/"):
         try:
             manifest = decode_manifest(value)

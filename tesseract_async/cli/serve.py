@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
+from tesseract_async.admission import Policy
 from tesseract_async.cli.access import access_options, training_option
 from tesseract_async.cli.config_file import config_option
 from tesseract_async.cli.options import NodeOptions, check_folder, find_code_here, node_options
@@ -15,9 +15,6 @@ from tesseract_async.cli.running import asynchronous, importing, spinner
 from tesseract_async.cli.serve_options import ServeOptions, serve_options
 from tesseract_async.cli.volunteer_options import volunteer_options
 from tesseract_async.server.contract import VolunteerSettings
-
-if TYPE_CHECKING:
-    from tesseract_async.admission import Policy
 
 
 @click.command("serve")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,9 +17,7 @@ from tesseract_async.cli.options import (
     threads_option,
 )
 from tesseract_async.cli.types import FOLDER, LEARNING_RATE, PATTERN, PERIOD, ROWS, SECONDS, TEXT_OR_FILE, Value
-
-if TYPE_CHECKING:
-    from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.experts.pattern import ExpertPattern
 
 MAX_EXPERTS = 4096
 """Experts that one server hosts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import click
 
@@ -22,9 +21,10 @@ from tesseract_async.cli.options import (
 )
 from tesseract_async.cli.running import asynchronous, say, spinner, until_told_to_leave
 from tesseract_async.cli.types import GRID, LEARNING_RATE, PAIR, PEER, Value, counted, seconds
-
-if TYPE_CHECKING:
-    from tesseract_async.identity import PeerID
+from tesseract_async.experts.ownership import adopt_servers, with_delegates
+from tesseract_async.experts.run import RunManifest, sign_run
+from tesseract_async.experts.run_directory import publish_run
+from tesseract_async.identity import PeerID
 
 Pairs = tuple[tuple[str, Value], ...]
 
@@ -144,9 +144,6 @@ async def create(
     if ":" in expert_class:
         find_code_here()
 
-    from tesseract_async.experts.ownership import adopt_servers, with_delegates
-    from tesseract_async.experts.run import RunManifest, sign_run
-    from tesseract_async.experts.run_directory import publish_run
     from tesseract_async.server.run_experts import complete
 
     manifest = RunManifest(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from tesseract_async.cli.types import counted
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
 
 State = dict[str, Any]
 """A part of `monitoring.SwarmObserver.state`."""
@@ -69,10 +69,6 @@ class _Room:
 
 def draw(state: State, width: int = 120, height: int | None = None, *, signs: dict[str, str] = SIGNS) -> RenderableType:
     """Return one frame of `SwarmObserver.state` for so many columns and lines (None: as many lines as it takes)."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     totals, room = state["totals"], _Room.divide(state, height)
     experts, servers = (counted(round(totals.get(f"{noun}s", 0)), noun) for noun in ("expert", "server"))
     head = Text.assemble(
@@ -134,7 +130,6 @@ def draw(state: State, width: int = 120, height: int | None = None, *, signs: di
 
 
 def _and_more(number: int, noun: str) -> list[RenderableType]:
-    from rich.text import Text
 
     return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
 
@@ -149,8 +144,6 @@ def _color(peer: State) -> str:
 
 def _describe_grid(grid: State) -> Text:
     """Return ``ffn  4x4  16 alive, versions 10 to 12, ...``: what the signs do not show."""
-    from rich.text import Text
-
     facts = [f"{len(grid['experts'])} alive"]
     facts += [f"{len(grid['lost'])} lost"] if grid["lost"] else []
     versions = [version for _, _, _, version, *_ in grid["experts"] if version is not None]
@@ -166,8 +159,6 @@ def _describe_grid(grid: State) -> Text:
 
 def _draw_grid(grid: State, peers: list[State], width: int, height: int, signs: dict[str, str]) -> RenderableType:
     """Draw a sign for each expert, or for each block of them where there are too many."""
-    from rich.text import Text
-
     size = grid["size"]
     rows, columns = (size[0], math.prod(size[1:])) if len(size) > 1 else (1, size[0])
     down, across = math.ceil(rows / height), math.ceil(columns / width)

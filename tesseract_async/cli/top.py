@@ -8,25 +8,23 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console, RenderableType
+from rich.live import Live
 
 from tesseract_async.cli.options import Visit, enter, patterns_argument, run_option, visit_options
 from tesseract_async.cli.running import asynchronous, spinner, until_told_to_leave
 from tesseract_async.cli.swarm_picture import draw, signs_for
 from tesseract_async.cli.types import seconds
+from tesseract_async.experts import ExpertPattern
+from tesseract_async.monitoring import SwarmObserver
 
 try:
     import termios
     import tty
 except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from tesseract_async.experts import ExpertPattern
 
 MAX_LOOKS = 4
 """How often `--once` looks at most until it has met a server."""
@@ -56,11 +54,6 @@ async def command(
     """
     if as_json and not once:
         raise click.UsageError("--json goes with --once")
-
-    from rich.console import Console
-    from rich.live import Live
-
-    from tesseract_async.monitoring import SwarmObserver
 
     console = Console()
     signs, is_dumb = signs_for(console.encoding), console.is_terminal and console.is_dumb_terminal

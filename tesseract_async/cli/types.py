@@ -8,15 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
-if TYPE_CHECKING:
-    from tesseract_async.experts.pattern import ExpertPattern
-    from tesseract_async.identity import PeerID
-    from tesseract_async.nat.turn import TurnServer
-    from tesseract_async.server.contract import Hours
+from tesseract_async.experts.pattern import ExpertPattern
+from tesseract_async.identity import PeerID
+from tesseract_async.nat.turn import TurnServer
+from tesseract_async.server.contract import Hours
+from tesseract_async.transport.base import split_host_port
 
 Value = str | int | float | bool | None
 
@@ -80,28 +80,13 @@ def seconds(least: float = 0.0, most: float = 1e9) -> Parsed:
     return Parsed("time", partial(_amount, units=_SECONDS, what=what, least=least, most=most))
 
 
-def parse_peer(text: str) -> PeerID:
-    """Return the peer id. Raises: ValueError."""
-    from tesseract_async.identity import PeerID
-
-    return PeerID.parse(text.strip())
-
-
 def _address(text: str) -> str:
-    from tesseract_async.transport.base import split_host_port
-
     split_host_port(text)
     return text
 
 
-def _turn_server(text: str) -> TurnServer:
-    from tesseract_async.nat.turn import TurnServer
-
-    return TurnServer.parse(text)
-
-
 def _peers(text: str) -> frozenset[PeerID]:
-    return frozenset(map(parse_peer, text.split(",")))
+    return frozenset(PeerID.parse(part.strip()) for part in text.split(","))
 
 
 def _peer_file(text: str) -> frozenset[PeerID]:
@@ -114,7 +99,7 @@ def _peer_file(text: str) -> frozenset[PeerID]:
     if not texts:
         raise ValueError(f"{path} lists nobody; leave the option out to let everybody in")
     try:
-        return frozenset(map(parse_peer, texts))
+        return frozenset(map(PeerID.parse, texts))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -124,18 +109,6 @@ def _text_or_file(text: str) -> str:
         return Path(text).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError):  # too long for a name, for one
         return text
-
-
-def _pattern(text: str) -> ExpertPattern:
-    from tesseract_async.experts.pattern import ExpertPattern
-
-    return ExpertPattern.parse(text)
-
-
-def _hours(text: str) -> Hours:
-    from tesseract_async.server.contract import Hours
-
-    return Hours.parse(text)
 
 
 def _grid(text: str) -> tuple[int, ...]:
@@ -169,16 +142,16 @@ SECONDS: Final = seconds()
 PERIOD: Final = seconds(least=0.001)
 """Seconds between two of something."""
 ADDRESS: Final = Parsed("address", _address)
-TURN_SERVER: Final = Parsed("TURN server", _turn_server)
-PEER: Final = Parsed("peer", parse_peer)
+TURN_SERVER: Final = Parsed("TURN server", TurnServer.parse)
+PEER: Final = Parsed("peer", PeerID.parse)
 PEERS: Final = Parsed("peers", _peers)
 """A set of peer ids, written with commas between them."""
 PEER_FILE: Final = Parsed("file", _peer_file)
 """The set of peer ids that a file lists, one a line; ``#`` begins a comment."""
 TEXT_OR_FILE: Final = Parsed("text", _text_or_file)
 """Text, or the name of a file that holds it."""
-PATTERN: Final = Parsed("pattern", _pattern)
-HOURS: Final = Parsed("hours", _hours)
+PATTERN: Final = Parsed("pattern", ExpertPattern.parse)
+HOURS: Final = Parsed("hours", Hours.parse)
 GRID: Final = Parsed("grid", _grid)
 PAIR: Final = Parsed("pair", _pair)
 """A name and its value: a number, true, false, none, or else text."""

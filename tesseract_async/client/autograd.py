@@ -23,7 +23,8 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from types import FrameType
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -72,7 +73,7 @@ _CANCELLED_OUTSIDE = "a gradient request was cancelled, and not by its backward:
 
 
 class Remote(Protocol):
-    """What `remote_call` needs to know about one remote call. Both methods run on the loop, outside of autograd."""
+    """One remote call, as `remote_call` needs it. Both methods run on the loop, outside of autograd."""
 
     timeout: float
     """Seconds within which `backward` ends, one way or another."""
@@ -89,7 +90,7 @@ class Remote(Protocol):
 async def remote_call(
     remote: Remote, inputs: Sequence[torch.Tensor], *, versions: Versions, differentiable: bool
 ) -> list[torch.Tensor]:
-    """Runs `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
+    """Run `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
 
     It is differentiable even where no input requires grad: backward trains the expert. `inputs` are as `arguments_now`
     gives them. Raises: what `remote.forward` raises; RuntimeError if an input was changed in place since `versions`.
@@ -120,20 +121,20 @@ def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # the guard imports the compiler, which takes a second: where nobody has, nothing is being compiled
+        # the guard imports the compiler, which takes a second; while that is not imported, nothing is being compiled
         return guarded(*args, **kwargs) if "torch._dynamo" in sys.modules else method(*args, **kwargs)
 
     return call
 
 
 def refuse_wrappers() -> None:
-    """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint`` or a transform of torch.func.
+    """Raise RuntimeError if called inside ``torch.utils.checkpoint`` or a transform of torch.func.
 
-    The latter are their thread's: beside a BackgroundNode the graph is built in another one, and they would give zeros.
+    A transform belongs to its thread; with a BackgroundNode the graph is built in another one, and would give zeros.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_TRANSFORMED)
-    frame: Any = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             raise RuntimeError(_CHECKPOINTED)
@@ -215,7 +216,7 @@ class _Request:
             self.task.cancel()
 
     def wait(self) -> list[torch.Tensor | None]:
-        """Blocks an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
+        """Block an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
         while not self._done.wait(_POLL_SECONDS):
             if not self.call.is_loop_running():
                 raise RuntimeError(_LOOP_GONE)
@@ -227,7 +228,7 @@ class _Request:
 
 
 class _Call:
-    """What the two nodes of one remote call share."""
+    """The state that the two nodes of one remote call share."""
 
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
@@ -240,7 +241,7 @@ class _Call:
         """By graph task: the same graph may be gone through several times, at once even."""
 
     def is_loop_running(self) -> bool:
-        """Whether the loop runs in this process: its copy in a fork's child says so, too."""
+        """Return whether the loop runs in this process; its copy in a fork's child claims to run, too."""
         return self.loop.is_running() and os.getpid() == self._process
 
     def refuse_loop_thread(self) -> None:
@@ -248,22 +249,35 @@ class _Call:
             raise RuntimeError(_ON_THE_LOOP)
 
 
+class _Context(Protocol):
+    """The part of torch's context that the nodes below use, and what they keep in it."""
+
+    call: _Call
+    devices: list[torch.device]
+    step: _Step
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
+    def mark_non_differentiable(self, *outputs: torch.Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Await(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _Context, call: _Call, always_needed: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.devices = [tensor.device for tensor in inputs]
         return torch.zeros((), device="cpu")  # whatever torch.set_default_device says
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
         call: _Call = ctx.call
         request = call.requests.pop(torch._C._current_graph_task_id())
         try:
             call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
             results = request.wait()
-        except BaseException:  # nobody waits for the answer any more
+        except BaseException:  # the answer is not waited for any more
             request.cancel()
             raise
         moved = [None if grad is None else grad.to(device) for grad, device in zip(results, ctx.devices, strict=True)]
@@ -274,7 +288,7 @@ class _Await(torch.autograd.Function):
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: _Context, call: _Call, token: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(*inputs)
@@ -284,7 +298,7 @@ class _Issue(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_DOUBLE)
         call: _Call = ctx.call
@@ -294,7 +308,7 @@ class _Issue(torch.autograd.Function):
         step = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
         if step is None or step.scaling is None:
             scale = noted_scale(graph_task)
-        else:  # a backward in the midst of another one is a graph task of its own
+        else:  # a backward inside another one is a separate graph task
             scale = step.scaling.scale(graph_task if step.graph_task is None else step.graph_task)
         if scale is not None:
             grads = tuple(None if grad is None else grad / scale for grad in grads)
@@ -331,7 +345,7 @@ class _Step:
             self._requests.append(request)
 
     def cancel(self) -> None:
-        """Fails everything under way and to come, so that the engine's thread leaves."""
+        """Fail everything under way and to come, so that the engine's thread leaves."""
         with self._lock:
             self._cancelled = True
             requests = list(self._requests)
@@ -344,7 +358,7 @@ class _Step:
             raise _Cancelled("the step was cancelled")
 
     async def aclose(self) -> None:
-        """Waits until the tasks of cancelled requests have ended, those on the running loop."""
+        """Wait until the tasks of cancelled requests have ended, those on the running loop."""
         loop = asyncio.get_running_loop()
         tasks = [r.task for r in self._requests if r.task is not None and r.call.loop is loop and not r.task.done()]
         while tasks := [task for task in tasks if not task.done()]:
@@ -360,12 +374,12 @@ class _Root(torch.autograd.Function):
     """The first node of every `backward`: it learns the engine's graph task before anything else runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, step: _Step) -> torch.Tensor:
+    def forward(ctx: _Context, loss: torch.Tensor, step: _Step) -> torch.Tensor:
         ctx.step = step
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
         ctx.step.graph_task = torch._C._current_graph_task_id()
         _steps[ctx.step.graph_task] = ctx.step
         return grads[0], None
@@ -377,10 +391,10 @@ def backward(
     *,
     retain_graph: bool = False,
     scaler: Scaler | None = None,
-) -> Coroutine[Any, Any, None]:
-    """Backpropagates `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
+) -> Coroutine[object, object, None]:
+    """Backpropagate `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
 
-    The engine runs in a thread of its own; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
+    The engine runs in a separate thread; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
     turn of the loop and all or nothing: after an error or a cancellation every ``.grad`` is as before. Experts whose
     servers had answered by then have taken their step. Cancelling fails the gradient requests under way and returns
     once the thread has left, which waits for a local operation in progress but for nothing remote.
@@ -426,7 +440,7 @@ async def _backward(
         except asyncio.CancelledError as caught:
             cancelled = caught
             step.cancel()
-    error = outcome.exception()  # asked for in any case: an error that nobody looks at is logged
+    error = outcome.exception()  # asked for in any case: otherwise it is logged as lost
     failed = cancelled or error
     if failed is not None:
         step.cancel()
@@ -445,9 +459,9 @@ def _run_engine(
     gradient: torch.Tensor | None,
     retain_graph: bool,
     scaler: Scaler | None,
-    stream: Any,
+    stream: torch.cuda.Stream | None,
 ) -> _Outcome:
-    """In an engine thread: the leaves under `loss` and what is left to add to each, in memory of its own."""
+    """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
     _engine_thread.step = step
     try:
         with torch.cuda.stream(stream):  # of None: does nothing
@@ -481,19 +495,19 @@ class _EngineThreads:
         self.forget()
 
     def forget(self) -> None:
-        """There are no threads (any more): in a fork's child there are none."""
+        """Forget all threads: in a fork's child there are none."""
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
         self._num_busy = 0
         self._all_idle = threading.Condition(self._lock)
 
     def wait_idle(self, timeout: float) -> bool:
-        """Returns when no job runs, or after `timeout` seconds; whether none does."""
+        """Wait until no job runs, at most `timeout` seconds; return whether none does."""
         with self._all_idle:
             return self._all_idle.wait_for(lambda: not self._num_busy, timeout)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Runs `job`, which must not raise, in a thread at once."""
+        """Run `job`, which must not raise, in a thread at once."""
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
             self._num_busy += 1
@@ -523,23 +537,23 @@ class _EngineThreads:
 
 _threads = _EngineThreads()
 # A thread that comes back from PyTorch into an interpreter that is being taken down ends the process with SIGABRT.
-# Those that wait for a network whose loop has stopped never come back: they are not worth more than a moment.
+# Those that wait for a network whose loop has stopped never come back, so the exit waits for a second at most.
 atexit.register(_threads.wait_idle, 1.0)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.forget)
 
 
-def run_in_engine_thread(work: Callable[[], Any], outcome: asyncio.Future[Any]) -> None:
-    """Runs `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
+def run_in_engine_thread(work: Callable[[], R], outcome: asyncio.Future[R]) -> None:
+    """Run `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
     loop = outcome.get_loop()
 
-    def finish(result: Any, error: BaseException | None) -> None:
+    def finish(result: R | None, error: BaseException | None) -> None:
         if outcome.cancelled():
             return
         if error is not None:
             outcome.set_exception(error)
         else:
-            outcome.set_result(result)
+            outcome.set_result(result)  # type: ignore[arg-type]  # without an error there is one
 
     def job() -> None:
         result, error = None, None
@@ -549,7 +563,7 @@ def run_in_engine_thread(work: Callable[[], Any], outcome: asyncio.Future[Any]) 
             error = caught
         try:
             loop.call_soon_threadsafe(finish, result, error)
-        except RuntimeError:  # the loop is closed: nobody waits
+        except RuntimeError:  # the loop is closed, and with it the task that waited
             pass
 
     _threads.submit(job)

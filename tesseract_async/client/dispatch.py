@@ -41,6 +41,7 @@ class ExpertCall:
 
     expert: int
     """Its number among the candidates."""
+    uid: str
     rows: Indices
     sent: float
     expected: float | None = None
@@ -93,18 +94,17 @@ class CallsUnderWay:
         self._ended(call, now)
         self.answers.append(call)
         self.num_answers_R[call.rows] += 1
-        self.errors.pop(self.candidates.uid(call.expert), None)
+        self.errors.pop(call.uid, None)
 
     def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
         """A call ended without an answer."""
         self._ended(call, now)
-        uid = self.candidates.uid(call.expert)
-        self.errors[uid] = self.left_out[uid] = error
+        self.errors[call.uid] = self.left_out[call.uid] = error
 
     def calls_to_send(self, now: float, *, stalled: float = 0.0) -> list[ExpertCall]:
         """Decides, after any news or when the timer is due, and returns the calls that are to be sent now, each once.
 
-        `stalled`: seconds since the start in which the caller could not have heard anybody: they count against nobody.
+        `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
         self._stalled = stalled
         if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
@@ -160,7 +160,7 @@ class CallsUnderWay:
         return call.sent + usual + max(_MIN_PATIENCE_SECONDS, self._patience * usual) + self._stalled
 
     def _give_up_at(self) -> float:
-        """When nobody is waited for any more, where all rows have enough answers."""
+        """When waiting ends, if all rows have enough answers."""
         return max((self._late_at(call) + call.grace for call in self._under_way), default=-math.inf)
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
@@ -174,10 +174,9 @@ class CallsUnderWay:
                 continue
             call.seconds = now - call.sent
             self.given_up.append(call)
-            uid = self.candidates.uid(call.expert)
-            self.errors.setdefault(uid, TimeoutError(f"{uid} sent no {_SENT[self.direction]} in time"))
+            self.errors.setdefault(call.uid, TimeoutError(f"{call.uid} sent no {_SENT[self.direction]} in time"))
             if call.is_slow:
-                self.left_out.setdefault(uid, self.errors[uid])
+                self.left_out.setdefault(call.uid, self.errors[call.uid])
 
 
 class ForwardDispatch(CallsUnderWay):
@@ -215,7 +214,7 @@ class ForwardDispatch(CallsUnderWay):
         """Experts that each row was sent to; -1 pads."""
         self._is_excluded_N: npt.NDArray[np.bool_] = np.zeros(num_live, dtype=np.bool_)
         self._failed_calls: list[ExpertCall] = []
-        self._full: list[tuple[float, int]] = []
+        self._free_again: dict[int, float] = {}
         """When experts that were overloaded may be asked again."""
         self._free_at = math.inf
         self._all_enough = False
@@ -251,12 +250,13 @@ class ForwardDispatch(CallsUnderWay):
         self._is_excluded_N[call.expert] = True
         self._failed_calls.append(call)
         if isinstance(error, Overloaded):
-            self._full.append((now + max(error.retry_after, BLOCK_SECONDS), call.expert))
+            free_at = now + max(error.retry_after, BLOCK_SECONDS)
+            self._free_again[call.expert] = max(free_at, self._free_again.get(call.expert, free_at))
 
     def came(self, candidates: Candidates, experts: Collection[int]) -> None:
         """`candidates` are those of before, under the same numbers, and those that came; `experts` came or came back.
 
-        Where `experts` is empty nobody will come, and rows that have tried all are given up.
+        If `experts` is empty, rows that have tried all are given up.
         """
         self.candidates = candidates
         self._may_come = bool(experts)
@@ -275,12 +275,12 @@ class ForwardDispatch(CallsUnderWay):
         self._mark_slow(now)
         self._refill(now)
         stuck_R = self._stuck_R()
-        if self._may_come and stuck_R.any() and self._admit({expert for at, expert in self._full if at <= now}):
+        if self._may_come and stuck_R.any() and self._admit(self._free(now)):
             self._refill(now)
             stuck_R = self._stuck_R()
         some_stuck = bool(stuck_R.any())
         self.rows_in_need = torch.from_numpy(stuck_R) if some_stuck and self._may_come else None
-        self._free_at = math.inf if self.rows_in_need is None else min((at for at, _ in self._full), default=math.inf)
+        self._free_at = min(self._free_again.values(), default=math.inf) if self.rows_in_need is not None else math.inf
         if some_stuck and not self._may_come and self.k_min and self._settings.on_missing == "raise":
             self._end(now, only_slow=True)  # there is nothing to wait for any more
             return
@@ -299,6 +299,9 @@ class ForwardDispatch(CallsUnderWay):
         """Rows that lack answers, of which none is under way, and for which no expert is left."""
         stuck_R: npt.NDArray[np.bool_] = self._has_tried_all_R & (self._num_open_R == 0) & ~self._is_satisfied_R()
         return stuck_R
+
+    def _free(self, now: float) -> list[int]:
+        return [expert for expert, free_at in self._free_again.items() if free_at <= now]
 
     def _mark_slow(self, now: float) -> None:
         for call in self._under_way:
@@ -323,7 +326,8 @@ class ForwardDispatch(CallsUnderWay):
         if not experts:
             return False
         self._is_excluded_N[list(experts)] = False
-        self._full = [(at, expert) for at, expert in self._full if expert not in experts]
+        for expert in experts:
+            self._free_again.pop(expert, None)
         for call in self._failed_calls:
             if call.expert in experts:
                 tried_LT = self._tried_RT[call.rows]
@@ -376,7 +380,7 @@ class ForwardDispatch(CallsUnderWay):
             self._is_excluded_N |= self._room_N <= 0
         np.add.at(self._num_open_R, rows_L, 1)
         for expert, rows in group(rows_L, experts_L):
-            self._send(ExpertCall(expert, rows, now))
+            self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
 
 
 class BackwardDispatch(CallsUnderWay):
@@ -408,7 +412,7 @@ class BackwardDispatch(CallsUnderWay):
         super().start(now)
         num_lines = 0
         for answer in self._forward.answers:
-            call = ExpertCall(answer.expert, answer.rows, now)
+            call = ExpertCall(answer.expert, answer.uid, answer.rows, now)
             self.forward_calls[call] = answer
             self.forward_lines[call] = slice(num_lines, num_lines := num_lines + len(answer.rows))
             self._send(call)

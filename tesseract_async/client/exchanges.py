@@ -55,7 +55,7 @@ class Exchange(Protocol[T_co]):
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """Those of `replicas` that may answer. Raises: ExpertNotFound."""
 
-    async def send(self, peer: PeerAddress, timeout: float) -> T_co:
+    async def send(self, replica: ExpertReplica, timeout: float) -> T_co:
         """One call to one server."""
 
 
@@ -72,9 +72,9 @@ class SchemaExchange:
         """All of them."""
         return replicas
 
-    async def send(self, peer: PeerAddress, timeout: float) -> ExpertSchema:
+    async def send(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
         """See `fetch_schema`."""
-        return await fetch_schema(self.experience.node, self.uid, peer, timeout=timeout)
+        return await fetch_schema(self.experience.node, self.uid, replica.peer, timeout=timeout)
 
 
 @dataclass(slots=True, eq=False)
@@ -109,14 +109,14 @@ class ForwardExchange:
         self._primaries = [replica.peer for replica in primaries]
         return replicas
 
-    async def send(self, peer: PeerAddress, timeout: float) -> Forwarded:
+    async def send(self, replica: ExpertReplica, timeout: float) -> Forwarded:
         """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""
-        if not self._primaries or peer in self._primaries:
-            return await self._call(peer, timeout)
+        if not self._primaries or replica.peer in self._primaries:
+            return await self._call(replica, timeout)
         uid, node = self.forward.uid, self.experience.node
         asking = asyncio.ensure_future(fetch_version(node, uid, self._primaries[0], timeout=timeout))
         try:
-            outputs, receipt = await self._call(peer, timeout)
+            outputs, receipt = await self._call(replica, timeout)
             try:
                 newest = await asking
             except (TesseractError, TimeoutError) as error:
@@ -133,8 +133,11 @@ class ForwardExchange:
             )
         return outputs, receipt
 
-    async def _call(self, peer: PeerAddress, timeout: float) -> Forwarded:
-        outputs, receipt = await call_forward(self.experience.node, self.forward, peer, self.inputs, timeout=timeout)
+    async def _call(self, replica: ExpertReplica, timeout: float) -> Forwarded:
+        outputs, receipt = await call_forward(
+            self.experience.node, self.forward, replica.peer, self.inputs, timeout=timeout
+        )
+        self.experience.lineages.take(replica, receipt.epoch, receipt.version)
         if self.forward.options.audit_share:
             self.experience.audits.consider(self.forward, receipt, self.inputs, outputs, timeout=timeout)
         return outputs, receipt
@@ -157,20 +160,20 @@ class BackwardExchange:
         """All of them: the primary comes first, and others refuse."""
         return replicas
 
-    async def send(self, peer: PeerAddress, timeout: float) -> list[torch.Tensor | None]:
+    async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:
         """The inputs' gradients (None where there is none), on the CPU.
 
         Raises: what the call raises; ProtocolError if the answer does not fit the inputs.
         """
-        cached = self.receipt.inputs_cached if peer == self.receipt.peer else None
+        cached = self.receipt.inputs_cached if replica.peer == self.receipt.peer else None
         if cached is not None:
             try:
-                return await self._call(peer, timeout, cached)
+                return await self._call(replica, timeout, cached)
             except InputsForgotten:
                 pass  # then they travel once more
-        return await self._call(peer, timeout, None)
+        return await self._call(replica, timeout, None)
 
-    async def _call(self, peer: PeerAddress, timeout: float, cached: bytes | None) -> list[torch.Tensor | None]:
+    async def _call(self, replica: ExpertReplica, timeout: float, cached: bytes | None) -> list[torch.Tensor | None]:
         forward = self.forward
         sent = [] if cached is not None else self.inputs
         codecs = settle(forward.schema.codecs, forward.options.codecs)
@@ -190,7 +193,7 @@ class BackwardExchange:
             inputs_cached=cached,
         )
         reply = await self.experience.node.call_expert(
-            peer,
+            replica.peer,
             BACKWARD,
             messages.encode(request),
             buffers,
@@ -199,6 +202,7 @@ class BackwardExchange:
             priority=forward.options.priority,
         )
         decoded = messages.decode(messages.BackwardReply, reply.body)
+        self.experience.lineages.take(replica, decoded.epoch, decoded.version)
         check_growth(forward.uid, decoded.tensors, [TensorSpec.of(x) for x in self.inputs])
         gradients = await unpack(decoded.tensors, reply.buffers)
         if len(gradients) != len(self.inputs):

@@ -26,7 +26,7 @@ from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flat
 
 @dataclass(frozen=True, slots=True)
 class ExpertSchema:
-    """What an expert takes and gives, decoded and checked."""
+    """An expert's inputs and outputs, decoded and checked."""
 
     args: tuple[Schema, ...]
     kwargs: dict[str, Schema]
@@ -60,11 +60,11 @@ class ExpertSchema:
 
 
 class CallMode(NamedTuple):
-    """What is settled the moment a module is called."""
+    """The part of a call that is settled the moment a module is called."""
 
     training: bool
     seed: int
-    """Of the expert's random numbers."""
+    """Seeds the expert's random numbers."""
     differentiable: bool
     """A backward may follow."""
 
@@ -79,13 +79,15 @@ class Forward(NamedTuple):  # one is made for every call: a frozen dataclass tak
 
 
 class Receipt(NamedTuple):
-    """What a forward brought back besides the outputs; its backward needs it."""
+    """The part of a forward's answer, besides the outputs, that its backward needs."""
 
     peer: PeerAddress
     version: int
     """Optimizer steps that the expert had taken."""
     inputs_cached: bytes | None
     """Names the inputs if that peer keeps them, so that they need not travel again."""
+    epoch: int = 0
+    """The epoch of the expert's lineage there; 0 outside of runs."""
 
 
 async def fetch_schema(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> ExpertSchema:
@@ -136,7 +138,7 @@ async def call_forward(
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
     num_rows = inputs[0].shape[0]
     checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
-    return checked, Receipt(peer, decoded.version, decoded.inputs_cached)
+    return checked, Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
 
 
 def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:

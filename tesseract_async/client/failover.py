@@ -134,7 +134,7 @@ async def ask_primary(
             strange.add(replicas[0].peer)
             replicas = replicas[1:]
             continue
-        except (*REPLICA_FAULTS, NotAllowed) as error:
+        except (*REPLICA_FAULTS, NotAllowed, TooStale) as error:
             first_error = first_error or error
         except (Overloaded, NotPrimary) as error:
             first_error = first_error or error
@@ -142,7 +142,7 @@ async def ask_primary(
             if isinstance(error, NotPrimary):
                 named = [one for one in replicas[1:] if one.peer.peer_id == error.primary]
                 if named and error.primary not in redirected:
-                    # among those that the directory knows only: a server that lies leads nobody to strangers
+                    # only if the directory knows it, so that a server that lies can't send anybody to strangers
                     redirected.add(error.primary)
                     replicas = [*named, *(one for one in replicas if one not in named)]
                     continue
@@ -211,7 +211,7 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     start = now()
     try:
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
-            result = await exchange.send(replica.peer, timeout)
+            result = await exchange.send(replica, timeout)
     except REPLICA_FAULTS as error:
         kind = next(i for i, fault in enumerate(REPLICA_FAULTS) if isinstance(error, fault))
         experience.node.directory.report_failure(replica, reason=_REASONS[kind])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, Structure
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
@@ -34,7 +34,7 @@ from tesseract_async.wire.tensors import describe_schema, describe_structure, se
 class Mixed:
     """The result of one pass through a gate."""
 
-    output: Any
+    output: Structure
     """As the experts' outputs are nested, each ``[rows, ...]``."""
     num_answers: torch.Tensor
     """``int64[rows]``: experts that answered each row."""
@@ -63,7 +63,7 @@ class GatingFunction(nn.Module):
     Sequences ``[rows, length, features]`` are routed as a whole, by their mean (the experts then take ``[length,
     features]`` for a row), or token by token (`route`).
 
-    Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learnt about experts.
+    Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learned about experts.
     """
 
     default_settings: ClassVar[MixtureSettings] = MixtureSettings()
@@ -115,7 +115,7 @@ class GatingFunction(nn.Module):
         with torch.inference_mode(False):  # a gate made inside such a block can be trained outside of it
             self.proj = nn.Linear(in_features, sum(self.grid_size))
         self.load_balancing_loss: torch.Tensor | None = None
-        """Of the latest pass that ended, if the settings ask for it. With several passes under way, use `mix`."""
+        """The loss of the latest pass that ended, if the settings ask for it. With several under way, use `mix`."""
         self._node = node
         self._experience = experience_of(node)
         self._search = GridSearch(
@@ -130,7 +130,7 @@ class GatingFunction(nn.Module):
         self._schemas = SchemaVote(self._experience, timeout=settings.forward_timeout)
         self._experts = ChosenExperts()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # torch copies no tensor that has a graph
         return self.__dict__ | {"load_balancing_loss": None}
 
@@ -142,18 +142,18 @@ class GatingFunction(nn.Module):
     def choose(self, x: torch.Tensor) -> Any:
         """Return for each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
-        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if nobody lives.
+        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if no expert lives.
         """
         check_running(self._node)
         with torch.no_grad():
-            scores_RS = self._scores(self._rows((x,))[0][0])
+            scores_RS = self._scores(self._rows((x,), {})[0][0])
         return deliver(
             self._node, isolated(self._choose(scores_RS, self._settings_now(), self.training), modes=NO_GRAD)
         )
 
     @property
     def audits(self) -> Audits:
-        """What audits of this node's calls have found."""
+        """The audits of this node's calls and their findings."""
         return self._experience.audits
 
     def eval(self, *, max_staleness: int | None = None) -> Self:
@@ -169,17 +169,17 @@ class GatingFunction(nn.Module):
         return replace(self.settings, calls=replace(self.settings.calls, max_staleness=self._eval_staleness))
 
     @uncompiled
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
         `x`, ``[rows, in_features]`` or a sequence, is scored and is also the experts' first argument; further arguments
-        go to the experts beside it, row by row. Experts that fail or are slow are left out, and weights are
-        renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
+        go to the experts with it, row by row. Experts that fail or are slow are left out, and weights are
+        renormalized over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
         autocast, floating-point inputs are cast to the experts' dtypes. Cancelling cancels all calls under way.
 
         Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint
         and the transforms of torch.func, and if the node is not running.
-        While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
+        While no expert lives, the call waits for one, `forward_timeout` seconds at most; then `on_missing` decides.
         Rows whose experts all failed wait for others in the same way (see `MixtureSettings.forward_timeout`).
 
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema or
@@ -188,13 +188,15 @@ class GatingFunction(nn.Module):
         return deliver(self._node, isolated(self._output(self._start(x, args, kwargs)), modes=NO_GRAD))
 
     @uncompiled
-    def mix(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def mix(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
-        return deliver(self._node, self._start(x, args, kwargs))
+        return deliver(self._node, isolated(self._start(x, args, kwargs), modes=NO_GRAD))
 
     # ---------------------------------------------------------------------------------------------- what is scored
 
-    def _rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
+    def _rows(
+        self, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
+    ) -> tuple[tuple[Structure, ...], Mapping[str, Structure], torch.Size | None]:
         """Arguments and keyword arguments with one routed row per line, and the shape that lines came from."""
         x = args[0]
         if not isinstance(x, torch.Tensor):
@@ -204,10 +206,10 @@ class GatingFunction(nn.Module):
             wanted = f"(float32[rows, {in_features}]) or (float32[rows, length, {in_features}])"
             raise SchemaMismatch(f"the gate {self.uid_prefix} takes {wanted}; got {describe_structure((x,))}")
         if x.dim() == 2 or self.route == "sample":
-            return args, kwargs or {}, None
+            return args, kwargs, None
         leading = x.shape[:-1]
 
-        def flat(value: Any) -> Any:
+        def flat(value: Structure) -> Structure:
             if isinstance(value, torch.Tensor):
                 if value.shape[: len(leading)] != leading:
                     raise SchemaMismatch(
@@ -220,7 +222,7 @@ class GatingFunction(nn.Module):
                 return {key: flat(item) for key, item in value.items()}
             return value
 
-        return flat(args), flat(kwargs or {}), leading
+        return flat(args), flat(kwargs), leading
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, sum(grid_size)]``, in the graph, at least float32."""
@@ -246,7 +248,9 @@ class GatingFunction(nn.Module):
         }
         return [[experts[expert] for expert in row] for row in best_RK.tolist()]
 
-    def _start(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Mixed]:
+    def _start(
+        self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
+    ) -> Coroutine[object, object, Mixed]:
         """Everything that belongs to the moment of the call: scores, modes, seed."""
         refuse_wrappers()
         check_running(self._node)
@@ -254,10 +258,10 @@ class GatingFunction(nn.Module):
         rows, keyword_rows, leading_shape = self._rows(arguments.args, arguments.kwargs)
         arguments = replace(arguments, args=rows, kwargs=keyword_rows)
         scores_RS = self._scores(rows[0])
-        return isolated(self._mix(scores_RS, arguments, leading_shape, self._settings_now()), modes=NO_GRAD)
+        return self._mix(scores_RS, arguments, leading_shape, self._settings_now())
 
     @staticmethod
-    async def _output(mixed: Coroutine[Any, Any, Mixed]) -> Any:
+    async def _output(mixed: Coroutine[object, object, Mixed]) -> Structure:
         return (await mixed).output
 
     async def _mix(
@@ -328,7 +332,7 @@ class GatingFunction(nn.Module):
 class SwitchGatingFunction(GatingFunction):
     """The Switch layer (Fedus et al. 2021): each row goes to its one best expert, its answer times its probability.
 
-    As a single expert's renormalised weight is always 1, which would teach the gate nothing, the answer is multiplied
+    As a single expert's renormalized weight is always 1, which would teach the gate nothing, the answer is multiplied
     by the expert's probability, the product of its coordinates' softmaxes. By default with the paper's jitter and
     load-balancing loss; add ``0.01 * gate.load_balancing_loss`` to the loss. Set `capacity_factor` to bound an
     expert's rows: those beyond go to their next-best expert, or, with ``refill=False``, get zeros as in the paper.
@@ -366,7 +370,7 @@ class SwitchGatingFunction(GatingFunction):
 class ChosenExperts(Uncopied):
     """The modules that `GatingFunction.choose` has given. Copies of a gate share it.
 
-    In one mode, an expert is always the same object, as long as nobody gives that another mode or options.
+    In one mode, an expert is always the same object, unless it is given another mode or other options.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Torch's modes (grad mode, inference mode, autocast) belong to a thread; tasks that share the thread share them.
 
-A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for whoever runs meanwhile. `isolated`
+A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for tasks that run meanwhile. `isolated`
 swaps a coroutine's modes out at every suspension and back in when it goes on. The awaitables of this package are
-isolated already; a coroutine of one's own that awaits something else inside such a block is wrapped by its user.
+isolated already; your own coroutines that await something else inside such a block have to be wrapped.
 
 While an awaitable of this package is suspended the thread is in torch's default modes: a block around an ``await``
 cannot be told from a mode that was switched for the whole thread. A program that does the latter (say,
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import Coroutine, Generator
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -52,7 +52,7 @@ class _Switch:
     """Sets this thread's modes, for one coroutine that is swapped in and out."""
 
     # Inference mode can only be set by a guard, which restores what it found when it is left.
-    _guard: Any = None
+    _guard: torch.inference_mode | None = None
 
     def to(self, modes: Modes, *, now: Modes) -> None:
         """Sets `modes`, where `now` are the thread's."""
@@ -73,7 +73,7 @@ class _Switch:
 
     @staticmethod
     def _set_autocast(now: Modes, modes: Modes) -> None:
-        # The cache of cast weights lives as long as the nesting is not zero: without the nesting of its own, a task
+        # The cache of cast weights lives as long as the nesting is not zero: without separate nesting, a task
         # suspended in autocast would keep another task's weights in it beyond that one's optimizer step.
         if now.autocast and not modes.autocast:
             torch.autocast_decrement_nesting()
@@ -87,20 +87,20 @@ class _Switch:
                 torch.set_autocast_dtype(device, wanted[device])
 
 
-def isolated(coroutine: Coroutine[Any, Any, T], *, modes: Modes | None = None) -> Coroutine[Any, Any, T]:
-    """The same coroutine, with torch modes of its own: what it switches stays unseen by the tasks beside it.
+def isolated(coroutine: Coroutine[object, object, T], *, modes: Modes | None = None) -> Coroutine[object, object, T]:
+    """Return the same coroutine with separate torch modes: other tasks do not see what it switches.
 
     It starts in the modes of the moment when `isolated` is called (or in `modes`). While it is suspended the thread
     is in the modes that it was found in, or, where it is awaited inside a task, in torch's defaults; afterwards the
     awaiting code goes on in the modes that it had. Results, errors and cancellation pass through.
     """
-    own: list[Any] = []
+    own: list[object] = []
     wrapped = _isolate(coroutine, Modes.current() if modes is None else modes, own)
     own.append(wrapped)
     return wrapped
 
 
-async def _isolate(coroutine: Coroutine[Any, Any, T], mine: Modes, own: list[Any]) -> T:
+async def _isolate(coroutine: Coroutine[object, object, T], mine: Modes, own: list[object]) -> T:
     task = asyncio.current_task()
     is_task = task is not None and task.get_coro() is own[0]
     own.clear()  # it names this very coroutine: a cycle, left alone
@@ -108,11 +108,11 @@ async def _isolate(coroutine: Coroutine[Any, Any, T], mine: Modes, own: list[Any
 
 
 @types.coroutine
-def _trampoline(coroutine: Coroutine[Any, Any, T], mine: Modes, is_task: bool) -> Generator[Any, Any, T]:
+def _trampoline(coroutine: Coroutine[object, object, T], mine: Modes, is_task: bool) -> Generator[object, object, T]:
     switch = _Switch()
     now = entered = Modes.current()
     outside = entered if is_task else DEFAULT
-    value: Any = None
+    value: object = None
     error: BaseException | None = None
     while True:
         if now is not mine:

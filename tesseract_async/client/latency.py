@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 
+from tesseract_async.lru import LRU
+
 _WINDOW = 64
 _MIN_FOR_QUANTILE = 8
 _SMOOTHING = 0.2
@@ -51,7 +53,7 @@ class _Record:
 class Lateness:
     """How far answers scatter around what was expected of them: after what share beyond that one counts as hanging.
 
-    Learnt from the latest answers, those that were given up included, with what they had taken by then: nine in ten
+    Learned from the latest answers, those that were given up included, with what they had taken by then: nine in ten
     would have been within it. So servers that answer evenly are given up soon, and one that computes many experts one
     after another is left its time.
     """
@@ -68,8 +70,8 @@ class Lateness:
         if self._num_new >= _RELEARN_EVERY and len(self._recent) >= _MIN_FOR_PATIENCE:
             self._num_new = 0
             ordered = sorted(self._recent)
-            learnt = _PATIENCE_MARGIN * ordered[int(0.9 * (len(ordered) - 1))] - 1
-            self._patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learnt))
+            learned = _PATIENCE_MARGIN * ordered[int(0.9 * (len(ordered) - 1))] - 1
+            self._patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learned))
 
     @property
     def patience(self) -> float:
@@ -102,16 +104,13 @@ class LatencyBook:
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
-        """Of the calls of all mixtures together."""
+        """By direction, for the calls of all mixtures together."""
         self.grace = {"forward": Grace(), "backward": Grace()}
-        self._records: dict[Hashable, _Record] = {}
+        self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
     def _record(self, key: Hashable) -> _Record:
-        record = self._records.pop(key, None) or _Record()
-        self._records[key] = record  # to the end: the longest unused goes first
-        if len(self._records) > _MAX_KEYS:
-            del self._records[next(iter(self._records))]
+        record = self._records[key] = self._records.get(key) or _Record()
         return record
 
     def observe(self, key: Hashable, seconds: float, *, path: float = 0.0, answered: bool = True) -> None:
@@ -147,12 +146,12 @@ class LatencyBook:
         return None if record is None or record.usual is None else path + record.usual
 
     def is_new(self, key: Hashable) -> bool:
-        """Whether `key` was never called, or never long enough to learn anything."""
+        """Return whether `key` was never called, or never long enough to learn anything."""
         record = self._records.get(key)
         return record is None or record.beyond_path is None
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
-        """Whether `block` still holds."""
+        """Return whether `block` still holds."""
         record = self._records.get(key)
         return record is not None and record.blocked_until > now
 

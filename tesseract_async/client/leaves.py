@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
@@ -32,19 +31,19 @@ class Leaves:
         """Raises: RuntimeError if something in the graph works in torch's own backward only."""
         self.tensors: list[torch.Tensor] = []
         self.have_hooks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        """Whether hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
+        """Hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
         if self.have_hooks and _has_sharded_modules():
             raise _refusal("a program with layers under FSDP")
         if loss.grad_fn is None:
             self.tensors.append(loss)
             return
-        seen: set[Any] = {loss.grad_fn}
-        stack: list[Any] = [loss.grad_fn]
+        seen: set[torch.autograd.graph.Node] = {loss.grad_fn}
+        stack: list[torch.autograd.graph.Node] = [loss.grad_fn]
         while stack:
             node = stack.pop()
             if isinstance(node, _AccumulateGrad):
-                if node.variable.requires_grad:  # type: ignore[union-attr]
-                    self.tensors.append(node.variable)  # type: ignore[union-attr]
+                if node.variable.requires_grad:  # type: ignore[attr-defined]
+                    self.tensors.append(node.variable)  # type: ignore[attr-defined]
                     self.have_hooks = self.have_hooks or _has_hooks(node)
             elif (what := _REFUSED.get(type(node).__name__)) is not None:
                 raise _refusal(what)
@@ -62,13 +61,13 @@ class Leaves:
                 raise _refusal("a parameter with a hook of its own and others that wait for accumulation, as DDP's do,")
 
     def accumulate(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Adds them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
+        """Add them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
         pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None]
         if pairs:
             torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
 
     def add(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Adds them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
+        """Add them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
         for leaf, grad in zip(self.tensors, grads, strict=True):
             if grad is None:
                 continue
@@ -84,35 +83,36 @@ class Leaves:
 
 @torch.no_grad()
 def fire_post_accumulate_hooks(leaves: Iterable[torch.Tensor]) -> None:
-    """Calls what `register_post_accumulate_grad_hook` registered."""
+    """Call what `register_post_accumulate_grad_hook` registered."""
     for leaf in leaves:
         for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
             hook(leaf)
 
 
 def _has_sharded_modules() -> bool:
-    """Whether there are modules under `fully_shard`: it puts nothing into the graph where a layer's input is data."""
-    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    """Return whether there are modules under `fully_shard`: it leaves no trace in a graph that begins at data."""
+    composable: object = sys.modules.get("torch.distributed._composable_state")
     modules = list(getattr(composable, "_module_state_mapping", ()))
     return any(cls.__name__ == "FSDPModule" for module in modules for cls in type(module).__mro__)
 
 
 def wait_for_accumulation(leaf: torch.Tensor) -> bool:
-    """Whether hooks were registered in Python on the node that accumulates this leaf's gradient."""
+    """Return whether hooks were registered in Python on the node that accumulates this leaf's gradient."""
     with torch.inference_mode(False), torch.enable_grad():
         view = leaf.view_as(leaf)
-    return view.grad_fn is not None and _has_hooks(view.grad_fn.next_functions[0][0])
+    accumulates = None if view.grad_fn is None else view.grad_fn.next_functions[0][0]
+    return accumulates is not None and _has_hooks(accumulates)
 
 
-def _has_hooks(node: Any) -> bool:
+def _has_hooks(node: torch.autograd.graph.Node) -> bool:
     for register in (node.register_hook, node.register_prehook):
         handle = register(_nothing)
-        hooks = handle.hooks_dict_ref()  # all that were registered
+        hooks = handle.hooks_dict_ref() or {}  # all that were registered
         del hooks[handle.id]
         if hooks and any(hook is not _nothing for hook in list(hooks.values())):
             return True
     return False
 
 
-def _nothing(*_: Any) -> None:
+def _nothing(*_: object) -> None:
     pass

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments
+from tesseract_async.client.arguments import Arguments, Structure
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.exchanges import BackwardExchange, Exchange, ForwardExchange, SchemaExchange
@@ -31,13 +31,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Known:
-    """What an expert and its twins with other options have learned about it."""
+    """The state that an expert shares with its twins with other options."""
 
     schema: ExpertSchema | None
 
 
 class RemoteExpert(nn.Module):
-    """The expert `uid` as a torch module without parameters of its own: call it, and await the result.
+    """The expert `uid` as a torch module without local parameters: call it, and await the result.
 
     ::
 
@@ -130,7 +130,7 @@ class RemoteExpert(nn.Module):
         return dataclasses.replace(self.options, max_staleness=self._eval_staleness)
 
     @uncompiled
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Structure, **kwargs: Structure) -> Structure:
         """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
         Under autocast, floating-point inputs are cast to the schema's dtypes. Arguments must not be changed in place
@@ -149,11 +149,11 @@ class RemoteExpert(nn.Module):
 
     @property
     def audits(self) -> Audits:
-        """What audits of this node's calls have found."""
+        """The audits of this node's calls and their findings."""
         return self._experience.audits
 
     def info(self) -> Any:
-        """What the expert takes and gives (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
+        """The expert's inputs and outputs (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
         check_running(self._node)
         return deliver(self._node, self._info())
 
@@ -162,7 +162,7 @@ class RemoteExpert(nn.Module):
             self._known.schema = await self._fetch_schema()
         return self._known.schema
 
-    async def _call(self, arguments: Arguments, options: CallOptions) -> Any:
+    async def _call(self, arguments: Arguments, options: CallOptions) -> Structure:
         schema = self._known.schema or await self._info()
         try:
             inputs = arguments.fit(schema, f"expert {self.uid}")
@@ -178,7 +178,7 @@ class RemoteExpert(nn.Module):
             outputs = await remote_call(call, inputs, versions=arguments.versions, differentiable=mode.differentiable)
         except SchemaMismatch:
             if self._known.schema is schema:
-                self._known.schema = None  # nobody takes what the schema says: it is another expert now
+                self._known.schema = None  # its servers refuse what the schema says: it is another expert now
             raise
         return unflatten(schema.outputs, outputs)
 
@@ -187,7 +187,7 @@ class RemoteExpert(nn.Module):
         it is now: two servers host different experts under this uid, or it changed."""
         exchange, timeout = SchemaExchange(self._experience, self.uid), self.timeout / 2
         told = await asyncio.gather(
-            *(exchange.send(replica.peer, timeout) for replica in await self.find() if replica.primary),
+            *(exchange.send(replica, timeout) for replica in await self.find() if replica.primary),
             return_exceptions=True,
         )
         for other in told:

@@ -13,7 +13,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -35,7 +35,7 @@ class Scaler(Protocol):
         """By how much it multiplies."""
 
     def is_enabled(self) -> bool:
-        """Whether it does so at all."""
+        """Return whether it does so at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,10 @@ def _note(scale: torch.Tensor, _gradient: torch.Tensor) -> None:
             _noted.pop(next(iter(_noted)), None)
 
 
-def _hooked(scaler: torch.amp.GradScaler, scaled: Any) -> Any:
+Scale = Callable[[torch.amp.GradScaler, object], object]
+
+
+def _hooked(scaler: torch.amp.GradScaler, scaled: object) -> object:
     if isinstance(scaled, torch.Tensor):
         if scaled.requires_grad and scaler._scale is not None:
             note = functools.partial(_note, scaler._scale.detach().clone())
@@ -107,9 +110,9 @@ def _hooked(scaler: torch.amp.GradScaler, scaled: Any) -> Any:
     return (_hooked(scaler, item) for item in scaled) if isinstance(scaled, Iterable) else scaled
 
 
-def _watching(scale: Callable[..., Any]) -> Callable[..., Any]:
+def _watching(scale: Scale) -> Scale:
     @functools.wraps(scale)
-    def scale_and_note(self: torch.amp.GradScaler, outputs: Any) -> Any:
+    def scale_and_note(self: torch.amp.GradScaler, outputs: object) -> object:
         scaled = scale(self, outputs)
         if not self.is_enabled() or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
             return scaled
@@ -119,6 +122,6 @@ def _watching(scale: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # The one place where torch itself is changed: who scaled a loss can't be seen in its graph. It is changed once only.
-torch.amp.GradScaler.scale = _watching(  # type: ignore[method-assign]
-    getattr(torch.amp.GradScaler.scale, "__wrapped__", torch.amp.GradScaler.scale)
+torch.amp.GradScaler.scale = _watching(  # type: ignore[method-assign, assignment]
+    vars(torch.amp.GradScaler.scale).get("__wrapped__", torch.amp.GradScaler.scale)
 )

@@ -1,7 +1,7 @@
 """Bounds on bytes that all connections of a node share, so that no peer's use becomes another one's want. No I/O.
 
 What counts is memory that is really in use: a large message counts as it arrives, however much it announced, since
-untouched memory costs nothing. So nobody waits for what a stranger announced and never sends. Where the bound is
+untouched memory costs nothing. So no peer waits for what a stranger announces and never sends. Where the bound is
 reached, a message of the peer that holds most makes room: the address range that holds most, and its largest peer.
 
 A grant or a message given up is noted in `NodeBudgets.changed`; the driver whose cycle caused it calls `deliver`.
@@ -18,7 +18,7 @@ from tesseract_async.endpoint.lanes import Pace
 FLOOR: Final = 2 * 2**20
 """Bytes that a message counts from its begin on, if it has so many: pages of memory may be as large as this."""
 SHARE: Final = 1 / 8
-"""Of a budget that one peer may announce, or leave waiting, at once. One message may always be larger."""
+"""Share of a budget that one peer may announce, or leave waiting, at once. One message may always be larger."""
 
 
 class RoomHolder(Protocol):
@@ -46,7 +46,7 @@ class Reservation:
     def __init__(self, budget: Budget, owner: Owner, size: int, call: object, *, asked: bool) -> None:
         self.size = size
         self.num_bytes = 0
-        """What of it counts."""
+        """Bytes of it that count."""
         self.granted = not asked
         self.owner = owner
         self.call = call
@@ -56,7 +56,7 @@ class Reservation:
 
     @property
     def released(self) -> bool:
-        """Whether `release` was called, or the room was taken back."""
+        """True once `release` was called, or the room was taken back."""
         return self._budget is None
 
     def fill(self, num_bytes: int) -> bool:
@@ -92,7 +92,7 @@ class Reservation:
 
 
 class _Use:
-    """What one peer holds."""
+    """The bytes that one peer holds."""
 
     __slots__ = ("num_bytes", "announced", "windows", "line", "taken", "num_reservations")
 
@@ -122,6 +122,11 @@ class Budget:
     def num_waiting(self) -> int:
         """Reservations in the lines."""
         return sum(len(use.line) for peers in self._groups.values() for use in peers.values())
+
+    @property
+    def num_peers(self) -> int:
+        """Number of peers that hold, await or were promised anything."""
+        return sum(map(len, self._groups.values()))
 
     def used_by(self, owner: Owner) -> int:
         """Bytes that this peer holds."""
@@ -273,7 +278,7 @@ class FairCount:
         return True
 
     def give_back(self, owner: Owner, num_bytes: int) -> None:
-        """What `take` counted is over."""
+        """Ends the use of bytes that `take` counted."""
         self.used -= num_bytes
         for counts, key in ((self._groups, owner.group), (self._peers, owner.peer)):
             counts[key] = counts.get(key, 0) - num_bytes
@@ -282,7 +287,7 @@ class FairCount:
 
 
 class NodeBudgets:
-    """What all connections of a node share: of `max_receive_bytes`, replies get half and small calls a quarter."""
+    """The budgets that a node's connections share. Replies get half of `max_receive_bytes`, small calls a quarter."""
 
     def __init__(self, max_receive_bytes: int) -> None:
         self.changed: deque[Reservation] = deque()

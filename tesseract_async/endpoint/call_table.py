@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tesseract_async.admission import Action
 from tesseract_async.errors import ExpertNotFound, RemoteError, UnknownMethod
 from tesseract_async.identity import PeerID
+from tesseract_async.wire.packed import Value
 
 
 class Message(NamedTuple):  # two are made for every call: a frozen dataclass takes twice the time
-    """What a call carries each way."""
+    """The content of a request or a reply."""
 
-    body: Any = None
-    """What msgpack can hold."""
+    body: Value = None
+    """Any value that msgpack can hold."""
     buffers: tuple[memoryview, ...] = ()
     """Raw. When received: 64-byte aligned, writable, owned by the receiver."""
 
@@ -26,7 +27,7 @@ class IncomingCall:
 
     peer_id: PeerID
     method: str
-    body: Any
+    body: Value
     buffers: tuple[memoryview, ...]
     deadline: float
     """On this loop's clock: when the caller stops waiting."""
@@ -34,11 +35,11 @@ class IncomingCall:
     origin: str = ""
     """The remote host as this end sees it, without the port; empty for a node's calls to itself."""
     in_parts: bool = False
-    """Whether the caller takes a reply in parts: the handler may be an async generator then."""
+    """True if the caller takes a reply in parts: the handler may be an async generator then."""
 
 
 Answer = Awaitable[Message] | AsyncGenerator[Message, None]
-"""What a handler returns: a message to come, or one that comes in parts."""
+"""The result of calling a handler: an awaitable message, or the parts of one."""
 CallHandler = Callable[[IncomingCall], Answer]
 
 

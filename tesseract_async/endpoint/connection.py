@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final, NamedTuple
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
@@ -23,11 +24,10 @@ from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import PeerAddress
+from tesseract_async.transport.base import PeerAddress, Pipe, range_of
 from tesseract_async.transport.channel import Channel
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello, RequestHead
@@ -52,8 +52,7 @@ class _Part(NamedTuple):
 class Connection:
     """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once.
 
-    `answer` finds and calls the handler of a received call. `group`: the address range that the peer counts in, for the
-    node's `budgets`.
+    `answer` finds and calls the handler of a received call. `pipe` is that of the main channel.
     """
 
     def __init__(
@@ -62,14 +61,12 @@ class Connection:
         hello: Hello,
         *,
         dialled: PeerAddress | None,
-        path: str,
-        origin: str,
+        pipe: Pipe,
         answer: Callable[[IncomingCall], Answer],
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        group: Hashable,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         metrics: Metrics,
         meter: Meter,
         refusal: Callable[[], RemoteError | None],
@@ -78,29 +75,29 @@ class Connection:
         self.peer_id = peer_id
         self.session = hello.session
         self.dialled = dialled
-        """Where this end dialled, or None if the peer did."""
+        """The address that this end dialled, or None if the peer did."""
         self.known = dialled
-        """Where calls say that the peer is, which may have changed since."""
-        self.path = path
-        self.origin = origin
+        """The address that calls give for the peer, which may have changed since."""
+        self.path = pipe.description
+        self.origin = pipe.origin
         self.retired = False
-        """Whether a better connection has replaced this one, which ends with its last call."""
+        """True once a better connection has replaced this one, which ends with its last call."""
         self.closed: asyncio.Future[None] = loop.create_future()
         self.last_used = loop.time()
         self._loop = loop
         self._open_bulk = open_bulk
         self._on_closed = on_closed
         self._metrics = metrics
-        self._settings = settings
+        self._bounds = bounds
         self._budgets = budgets
-        self._owner = Owner(group, peer_id, self)
+        self._owner = Owner(range_of(pipe.origin) or peer_id, peer_id, self)
         self.protocol = ConnectionProtocol(
-            f"{peer_id.short} ({path})",
+            f"{peer_id.short} ({pipe.description})",
             hello,
             dialled=dialled is not None,
             budgets=budgets,
             owner=self._owner,
-            settings=settings,
+            bounds=bounds,
             now=loop.time(),
             meter=meter,
             refusal=refusal,
@@ -111,7 +108,7 @@ class Connection:
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
         self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
-        self._handlers = Handlers(self.protocol, answer, peer_id, origin, max_backlog=settings.max_backlog)
+        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog)
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -131,12 +128,12 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether calls may be started."""
+        """True while calls may be started."""
         return self._lost_reason is None
 
     @property
     def has_bulk(self) -> bool:
-        """Whether the bulk channel is there."""
+        """True while the bulk channel is there."""
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
@@ -152,7 +149,7 @@ class Connection:
         self._metrics.count("transport_bytes_received", received - old_received)
         self._metrics.count("transport_bytes_sent", sent - old_sent)
 
-    # ---- own calls
+    # ---- calls made here
 
     def _start_call(
         self,
@@ -240,20 +237,21 @@ class Connection:
 
     # ---- bytes
 
-    def _received(self, count: int) -> None:
-        """After a lane's reader took `count` bytes."""
-        if self._budgets.changed:
-            self._budgets.deliver()
-        if self.protocol.has_events:
-            self._handle_events()
+    def _received(self) -> None:
+        """After a lane's reader took some bytes."""
+        self._look()
         if not self._flush_scheduled and (self.protocol.has_data(MAIN) or self.protocol.has_data(BULK)):
             self._schedule_flush()
 
-    def _wake(self) -> None:
+    def _look(self) -> None:
+        """Handles what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
             self._budgets.deliver()
         if self.protocol.has_events:
             self._handle_events()
+
+    def _wake(self) -> None:
+        self._look()
         self._schedule_flush()
         self._arm_timer()
 
@@ -287,10 +285,7 @@ class Connection:
                     channel.write(pieces)
         except ProtocolError as error:
             self.abort(describe(error))
-        if self._budgets.changed:
-            self._budgets.deliver()
-        if protocol.has_events:
-            self._handle_events()
+        self._look()
         if self._handlers.flushed():
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
@@ -303,7 +298,7 @@ class Connection:
             self._unsent = None
         if num_bytes > UNCOUNTED_UNSENT:
             self._unsent = self._budgets.replies.keep(self._owner, num_bytes)
-            if self._unsent is None or num_bytes > self._settings.max_unsent:
+            if self._unsent is None or num_bytes > self._bounds.max_unsent:
                 self._drop_unread()
 
     def _drop_unread(self) -> None:
@@ -321,9 +316,6 @@ class Connection:
                 self._drained[lane], self._drained_at[lane] = drained, now
             elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
                 self._drop_unread()
-
-    def _channel_drained(self) -> None:
-        self._schedule_flush()
 
     # ---- events
 
@@ -410,20 +402,22 @@ class Connection:
         logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 
     def abort(self, reason: str, error: Exception | None = None) -> None:
-        """Ends the connection now: own calls fail with ConnectionLost, handlers are cancelled. Idempotent."""
+        """Ends the connection now: calls made here fail with ConnectionLost, handlers are cancelled. Idempotent."""
         if self._lost_reason is not None:
             return
         self._lost_reason = reason
-        if self._timer is not None:
-            self._timer.cancel()
-        self.protocol.connection_lost(reason)
-        if self._unsent is not None:
-            self._unsent.release()
-        self._budgets.deliver()
-        self._handle_events()
+        self._release()
         for channel in self._channels:
             if channel is not None:
                 channel.abort(error)
+
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.protocol.connection_lost(self._lost_reason or "")
+        if self._unsent is not None:
+            self._unsent.release()
+        self._look()
 
     def _channel_lost(self, lane: int, error: Exception | None) -> None:
         channel, self._channels[lane] = self._channels[lane], None
@@ -432,7 +426,7 @@ class Connection:
         if isinstance(error, ProtocolError):
             self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))
-        self._channel_drained()
+        self._schedule_flush()
         if not any(self._channels) and not self.closed.done():
             self.closed.set_result(None)
             self._on_closed(self)
@@ -443,13 +437,7 @@ class Connection:
             self.protocol.farewell(reason)
             self._flush()
             self._lost_reason = reason
-            if self._timer is not None:
-                self._timer.cancel()
-            self.protocol.connection_lost(reason)
-            if self._unsent is not None:
-                self._unsent.release()
-            self._budgets.deliver()
-            self._handle_events()
+            self._release()
             for channel in self._channels:
                 if channel is not None:
                     channel.close()
@@ -484,7 +472,7 @@ class _LanePort:
         now = self._time()
         self._protocol.received(count, now, lane=self._lane)
         self._reader.buffer_updated(count)
-        self._connection._received(count)
+        self._connection._received()
         if self._lane == BULK:
             if not self._turn_bytes:
                 self._connection._loop.call_soon(self._next_turn)
@@ -501,7 +489,7 @@ class _LanePort:
             self._channel.pipe.resume_reading()
 
     def channel_drained(self) -> None:
-        self._connection._channel_drained()
+        self._connection._schedule_flush()
 
     def channel_lost(self, error: Exception | None) -> None:
         self._connection._channel_lost(self._lane, error)

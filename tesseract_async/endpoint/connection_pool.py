@@ -1,4 +1,4 @@
-"""Which connections a node has, and which it is dialling: state only, whoever asks does the I/O."""
+"""The connections of a node, and how often dialling its peers has failed. No I/O."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.transport.base import PeerAddress
 
 
 @dataclass(slots=True)
 class Backoff:
-    """How often dialling a peer failed in a row, and when it may be tried again."""
+    """The number of failed dials in a row, and when the next one may be made."""
 
     failures: int = 0
     retry_at: float = 0.0
@@ -32,10 +33,10 @@ class ConnectionPool:
         self._rng = rng
         self._by_peer: dict[PeerID, list[Connection]] = {}
         self._by_address: dict[str, PeerID] = {}
-        self._backoffs: dict[PeerAddress, Backoff] = {}
+        self._backoffs: LRU[PeerAddress, Backoff] = LRU(self.MAX_BACKOFFS)
 
     def find(self, peer: PeerAddress) -> Connection | None:
-        """An open connection to `peer`, not a retired one, whoever dialled it: the newest, those dialled here first."""
+        """Return an open connection to `peer` that is not retired: the newest one dialled here, else the newest."""
         peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
         for peer_id in peer_ids:
             for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
@@ -80,11 +81,11 @@ class ConnectionPool:
 
     @property
     def num_connections(self) -> int:
-        """How many have not ended."""
+        """Number of connections that have not ended."""
         return sum(map(len, self._by_peer.values()))
 
     def num_connections_with(self, peer_id: PeerID) -> int:
-        """How many this peer opened."""
+        """Number of connections that this peer opened."""
         return sum(connection.dialled is None for connection in self._by_peer.get(peer_id, ()))
 
     def retry_at(self, peer: PeerAddress) -> float:
@@ -94,10 +95,7 @@ class ConnectionPool:
 
     def dial_failed(self, peer: PeerAddress, now: float) -> None:
         """Doubles the wait before the next dial, with jitter, so that a crowd does not come back at once."""
-        backoff = self._backoffs.pop(peer, None) or Backoff()
-        self._backoffs[peer] = backoff
-        if len(self._backoffs) > self.MAX_BACKOFFS:
-            del self._backoffs[next(iter(self._backoffs))]
+        backoff = self._backoffs[peer] = self._backoffs.get(peer) or Backoff()
         wait = min(self._max, self._base * 2**backoff.failures)
         backoff.failures = min(backoff.failures + 1, 32)
         backoff.retry_at = now + wait * self._rng.uniform(0.5, 1.0)

@@ -1,4 +1,4 @@
-"""How connections come to be: paths are raced, handshakes made, and half-open ones kept few."""
+"""Opens and accepts connections: races paths, makes handshakes, and keeps half-open ones few."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
+from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.handshake import Handshake
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.racing import race
-from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import (
     ConnectionLost,
     HandshakeFailed,
@@ -37,7 +37,7 @@ from tesseract_async.wire.heads import Hello
 logger = logging.getLogger(__name__)
 
 CROWD: Final = 32
-"""Connections up to which nobody looks where they come from."""
+"""Number of connections up to which their origins do not matter."""
 IDLE_SECONDS: Final = 5.0
 """Seconds without a call after which a connection may have to go for a new one, where there are too many."""
 
@@ -69,7 +69,7 @@ class Dialler:
         else:
             raise ValueError(f"security is 'tls' or 'plain', not {settings.security!r}")
         self._transports = transports
-        self._settings = settings
+        self._bounds = bounds = settings.bounds
         self._pool = pool
         self._metrics = metrics
         self._make_connection = make_connection
@@ -78,9 +78,9 @@ class Dialler:
         self._dials: dict[PeerAddress, asyncio.Task[Connection]] = {}
         self._half_open: set[Handshake] = set()
         room = room_for(descriptor_limit())
-        most = min(settings.max_half_open, room.half_open)
-        self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=settings.max_half_open_per_host)
-        self._max_connections = min(settings.max_connections, room.connections)
+        most = min(bounds.max_half_open, room.half_open)
+        self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=bounds.max_half_open_per_host)
+        self._max_connections = min(bounds.max_connections, room.connections)
         self._closed = False
 
     async def aclose(self) -> None:
@@ -121,7 +121,7 @@ class Dialler:
     def _dialled(self, peer: PeerAddress, task: asyncio.Task[Connection]) -> None:
         self._dials.pop(peer, None)
         if not task.cancelled():
-            task.exception()  # retrieved: maybe nobody waits any more
+            task.exception()  # retrieved: perhaps no caller waits any more
 
     async def _dial(self, peer: PeerAddress) -> Connection:
         loop = asyncio.get_running_loop()
@@ -206,7 +206,8 @@ class Dialler:
     # ---- accepting
 
     def accept(self, pipe: Pipe) -> None:
-        """Greets whoever opened this pipe; where too many are half open, an old one of a crowd has to go for it."""
+        """Begins the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest
+        crowd is dropped for it."""
         if self._closed:
             pipe.abort()
             return
@@ -232,13 +233,13 @@ class Dialler:
         self._make_connection(peer_id, hello, None, channel.pipe).attach(MAIN, channel, reader)
 
     def _has_room(self, peer_id: PeerID, origin: str) -> bool:
-        """Whether one more connection may be accepted. Where there are too many, one of the largest crowd goes for it,
-        and within a crowd an idle one."""
-        pool, settings = self._pool, self._settings
-        if pool.num_connections_with(peer_id) >= settings.max_connections_per_peer:
+        """Return whether one more connection may be accepted. Where there are too many, one of the largest crowd is
+        dropped for it, an idle one if there is one."""
+        pool, bounds = self._pool, self._bounds
+        if pool.num_connections_with(peer_id) >= bounds.max_connections_per_peer:
             return False
         full = pool.num_connections >= self._max_connections
-        if not full and pool.num_connections < min(CROWD, settings.max_connections_per_range):
+        if not full and pool.num_connections < min(CROWD, bounds.max_connections_per_range):
             return True
         groups: dict[str, list[Connection]] = {}
         for connection in pool.connections():
@@ -246,7 +247,7 @@ class Dialler:
                 groups.setdefault(group_of(connection.origin), []).append(connection)
         mine = group_of(origin)
         crowd = mine
-        if range_of(origin) is None or len(groups.get(mine, ())) < settings.max_connections_per_range:
+        if range_of(origin) is None or len(groups.get(mine, ())) < bounds.max_connections_per_range:
             if not full:
                 return True
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
@@ -254,7 +255,9 @@ class Dialler:
         found = groups.get(crowd, [])
 
         def is_idle(one: Connection) -> bool:
-            patience = IDLE_SECONDS if one.protocol.was_called else SETTLED  # who has never called is not missed
+            patience = (
+                IDLE_SECONDS if one.protocol.was_called else SETTLED
+            )  # a peer that has never called is not missed
             return not one.protocol.num_calls and now - one.last_used > patience
 
         idle = [one for one in found if is_idle(one)]
@@ -268,7 +271,7 @@ class Dialler:
     # ---- both
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
-        bounds = self._settings.protocol
+        bounds = self._bounds.connection
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
         if bulk:
             return Hello(session, bulk, self._peer_id, *limits)
@@ -289,7 +292,7 @@ class Dialler:
             answer_for=lambda hello: self._hello(hello.session, bulk=hello.bulk),
             expected=expected,
             established=established,
-            timeout=self._settings.handshake_timeout,
+            timeout=self._bounds.handshake_timeout,
         )
         self._half_open.add(handshake)
         handshake.done.add_done_callback(lambda done: self._handshake_ended(handshake, pipe))
@@ -306,7 +309,8 @@ class Dialler:
 
 
 def group_of(origin: str) -> str:
-    """Whom limits count together: an address range; on loopback, and where there is no address, the origin itself."""
+    """Return the group whose connections are counted together: an address range, or the origin itself on loopback and
+    where there is no address."""
     return range_of(origin) or origin
 
 

@@ -8,9 +8,10 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Final
 
 from tesseract_async.admission import Action, Policy
+from tesseract_async.endpoint.bounds import EndpointSettings
 from tesseract_async.endpoint.budget import NodeBudgets
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
 from tesseract_async.endpoint.connection import Connection
@@ -18,11 +19,10 @@ from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.dialling import Dialler
 from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
-from tesseract_async.endpoint.settings import EndpointSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.frames import Buffer
@@ -32,8 +32,10 @@ __all__ = ["ConnectionInfo", "CallHandler", "CallTable", "Endpoint", "EndpointSe
 
 logger = logging.getLogger(__name__)
 
-TICK: float = 1.0
+TICK: Final = 1.0
 """Seconds between rounds of housekeeping."""
+IDLE_TIMEOUT: Final = 300.0
+"""Seconds without a call after which a connection that was dialled here is closed: NATs forget TCP much later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class ConnectionInfo:
     path: str
     """As the pipe describes itself: ``tcp 10.0.0.1:4000``."""
     dialled: bool
-    """Whether this end opened it."""
+    """True if this end opened it."""
     rtt: float | None
     """Seconds for a ping and its answer, smoothed; None until the first one came."""
     bytes_per_second: float
@@ -81,7 +83,8 @@ class Endpoint(Uncopied):
         self.peer_id = identity.peer_id
         self.metrics = metrics if metrics is not None else Metrics()
         self.policy = policy if policy is not None else Policy()
-        self._settings = settings = settings if settings is not None else EndpointSettings()
+        settings = settings if settings is not None else EndpointSettings()
+        self._bounds = bounds = settings.bounds
         self._transports = list(transports)
         self._table = table if table is not None else CallTable(self.peer_id.short)
         self._features = features
@@ -89,20 +92,20 @@ class Endpoint(Uncopied):
         """Memory that all connections share."""
         self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
         self._rng = random.Random()
-        self._pool = ConnectionPool(backoff_base=settings.backoff_base, backoff_max=settings.backoff_max, rng=self._rng)
+        self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self._dialler = Dialler(
             identity=identity,
             transports=self._transports,
             settings=settings,
-            pool=self._pool,
+            pool=self.pool,
             metrics=self.metrics,
             make_connection=self._make_connection,
             grants=grants,
             features=features,
         )
         self._kept: set[PeerID] = set()
-        self._tick_timer: asyncio.TimerHandle | None = None
-        self._tick_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self._on_grants = on_grants
@@ -119,12 +122,12 @@ class Endpoint(Uncopied):
     async def aclose(self) -> None:
         """Cancels all calls in both directions, says farewell, and leaves no task, timer or socket."""
         self._closed = True
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for transport in self._transports:
             await transport.aclose()
         await self._dialler.aclose()
-        closes = [connection.aclose("the node is closing") for connection in self._pool.connections()]
+        closes = [connection.aclose("the node is closing") for connection in self.pool.connections()]
         await asyncio.gather(*closes, *self._closing, return_exceptions=True)
 
     async def __aenter__(self) -> Endpoint:
@@ -138,9 +141,10 @@ class Endpoint(Uncopied):
     def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
         """Answers calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
-        What the handler returns is on loan until it is sent: don't change its buffers. A RemoteError that it raises
-        reaches the caller; any other exception is logged, and reaches the caller as a plain RemoteError. Peers that
-        the policy does not let take `action` get NotAllowed.
+        A handler is a coroutine function that returns the reply, or an async generator function that yields its parts
+        (for callers with `IncomingCall.in_parts`). Buffers are on loan until they are sent: don't change them. A
+        RemoteError that it raises reaches the caller; any other exception is logged, and reaches the caller as a plain
+        RemoteError. Peers that the policy does not let take `action` get NotAllowed.
 
         Raises: ValueError if the method is taken.
         """
@@ -152,7 +156,7 @@ class Endpoint(Uncopied):
         self._table.remove(method)
 
     def accept(self, pipe: Pipe) -> None:
-        """Serves whoever is at the other end of this pipe: transports bring what others opened."""
+        """Serves the peer at the other end of a pipe that it opened."""
         self._dialler.accept(pipe)
 
     def _over_quota(self, reason: str) -> None:
@@ -164,7 +168,7 @@ class Endpoint(Uncopied):
         return self._table.find(call)(call)
 
     def _refusal(self, peer_id: PeerID, action: Action, *, large: bool = False) -> NotAllowed | None:
-        """Why `peer_id` may not take this action (by a large request), if so; it counts as refused then."""
+        """Return why `peer_id` may not take this action (by a large request), and count the refusal; None if it may."""
         if self.policy.allows(peer_id, action) and not (large and not self._admits(peer_id)):
             return None
         self.metrics.count("endpoint_calls_refused", action=action)
@@ -176,7 +180,7 @@ class Endpoint(Uncopied):
         self,
         peer: PeerAddress,
         method: str,
-        body: Any = None,
+        body: object = None,
         buffers: Sequence[Buffer] = (),
         *,
         timeout: float,
@@ -199,7 +203,7 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = await self._connect(peer, method, deadline)
+            connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
             head = head._replace(time_left=max(deadline - loop.time(), 0.001))
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
@@ -232,7 +236,7 @@ class Endpoint(Uncopied):
         Raises: what `call` raises, also after some parts.
         """
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
-        connection = await self._connect(peer, method, deadline)
+        connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
         parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
         async with contextlib.aclosing(parts):
             async for part in parts:
@@ -252,23 +256,18 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        max_reply = self._settings.protocol.max_message if max_reply_bytes is None else max_reply_bytes
+        max_reply = self._bounds.connection.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
 
-    async def _connect(self, peer: PeerAddress, method: str, deadline: float) -> Connection:
-        connection = self._pool.find(peer)
-        if connection is None:
-            return await self._dialler.connect(peer, deadline=deadline, what=method)
-        if peer is not connection.known and connection.known is not None:
-            self._peer_known(connection, peer)
+    def _find(self, peer: PeerAddress) -> Connection | None:
+        connection = self.pool.find(peer)
+        if connection is not None and peer is not connection.known and connection.known is not None:
+            if peer != connection.known and peer.peer_id is not None:
+                for transport in self._transports:
+                    transport.peer_known(peer)
+            connection.known = peer
         return connection
-
-    def _peer_known(self, connection: Connection, peer: PeerAddress) -> None:
-        if peer != connection.known and peer.peer_id is not None:
-            for transport in self._transports:
-                transport.peer_known(peer)
-        connection.known = peer
 
     # ---- connections
 
@@ -283,25 +282,25 @@ class Endpoint(Uncopied):
                 c.protocol.windows.bytes_per_second,
                 c.protocol.num_calls,
             )
-            for c in self._pool.connections()
+            for c in self.pool.connections()
             if c.is_open
         ]
 
     def is_connected(self, peer_id: PeerID) -> bool:
-        """Whether a connection to this peer is open, whoever dialled it."""
-        return self._pool.find(PeerAddress(peer_id, ())) is not None
+        """Return whether a connection with this peer is open."""
+        return self.pool.find(PeerAddress(peer_id, ())) is not None
 
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer` would
         take; None where there is none, or nothing was measured."""
-        connection = self._pool.find(peer)
+        connection = self.pool.find(peer)
         if connection is None or connection.protocol.life.rtt is None:
             return None
         return connection.protocol.life.rtt, connection.protocol.windows.bytes_per_second
 
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
-        connection = self._pool.find(PeerAddress(peer_id, ()))
+        connection = self.pool.find(PeerAddress(peer_id, ()))
         if connection is None or connection.dialled is None:
             return ""
         return connection.path.partition(" ")[0]
@@ -312,7 +311,7 @@ class Endpoint(Uncopied):
 
         Raises: PeerUnreachable.
         """
-        old = [c for c in self._pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
+        old = [c for c in self.pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
         await self._dialler.connect_through(peer, self._dialler.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
@@ -320,7 +319,7 @@ class Endpoint(Uncopied):
     def say_anew(self) -> None:
         """Dials anew for later calls, by which peers learn of grants that have changed since. Connections that others
         opened stay: those behind NATs could not be dialled."""
-        for connection in self._pool.connections():
+        for connection in self.pool.connections():
             connection.retired = connection.retired or connection.dialled is not None
 
     def keep(self, peer_id: PeerID) -> None:
@@ -336,58 +335,57 @@ class Endpoint(Uncopied):
             peer_id,
             replace(hello, features=hello.features & self._features),
             dialled=dialled,
-            path=pipe.description,
-            origin=pipe.origin,
+            pipe=pipe,
             answer=self._answer,
             open_bulk=self._dialler.open_bulk,
-            on_closed=self._pool.remove,
+            on_closed=self.pool.remove,
             budgets=self.budgets,
-            group=range_of(pipe.origin) or peer_id,
-            settings=self._settings.protocol,
+            bounds=self._bounds.connection,
             metrics=self.metrics,
             meter=self._quotas.meter(peer_id),
             refusal=lambda: self._refusal(peer_id, "call", large=True),
         )
         if hello.grants:
             self._on_grants(peer_id, hello.grants)
-        self._pool.add(connection)
+        self.pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(
             "endpoint_connections_opened", side="dialled" if dialled is not None else "accepted", path=kind
         )
-        if self._tick_timer is None and not self._closed:
-            self._arm_tick()
+        if self._timer is None and not self._closed:
+            self._arm_timer()
         return connection
 
     # ---- housekeeping
 
-    def _arm_tick(self) -> None:
+    def _arm_timer(self) -> None:
         loop = asyncio.get_running_loop()
-        self._tick_at = loop.time() + TICK
-        self._tick_timer = loop.call_at(self._tick_at, self._tick)
+        self._timer_at = loop.time() + TICK
+        self._timer = loop.call_at(self._timer_at, self.tick)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """A round of housekeeping: metrics, and closing connections that are idle or retired. Runs every `TICK`."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        lag = now - self._tick_at
+        lag = now - self._timer_at
         self.metrics.set("loop_lag_seconds", lag)
         if lag > 1.0:
             logger.warning("the event loop stood still for %.1f s: something blocks it", lag)
-        connections = self._pool.connections()
+        connections = self.pool.connections()
         self.metrics.set("endpoint_connections", len(connections))
         for connection in connections:
             connection.count_bytes()
             if connection.dialled is None or not connection.is_open or connection.protocol.num_calls:
                 continue
-            idle = now - connection.last_used > self._settings.idle_timeout and connection.peer_id not in self._kept
+            idle = now - connection.last_used > IDLE_TIMEOUT and connection.peer_id not in self._kept
             if idle or connection.retired:
                 task = loop.create_task(connection.aclose("idle"))
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
         if connections:
-            self._arm_tick()
+            self._arm_timer()
         else:
-            self._tick_timer = None
+            self._timer = None
 
 
 def check_priority(priority: int) -> None:

@@ -16,7 +16,7 @@ class CallReceived(NamedTuple):
     buffers: tuple[memoryview, ...]
     deadline: float
     in_parts: bool = False
-    """Whether the caller takes a reply in parts."""
+    """True if the caller takes a reply in parts."""
 
 
 class CallCancelled(NamedTuple):
@@ -26,13 +26,13 @@ class CallCancelled(NamedTuple):
 
 
 class PartWanted(NamedTuple):
-    """The reply to this received call, which comes in parts, may go on."""
+    """The next part of the reply to this received call may be sent."""
 
     stream: int
 
 
 class PartReceived(NamedTuple):
-    """A part of the reply to an own call: tell `part_taken` once the caller has it. More follow, or `CallFailed`."""
+    """A part of the reply to an outgoing call: `part_taken` once the caller has it. More follow, or `CallFailed`."""
 
     stream: int
     body: object
@@ -40,7 +40,7 @@ class PartReceived(NamedTuple):
 
 
 class ReplyReceived(NamedTuple):
-    """An own call ended with a result, or with the last part of one."""
+    """An outgoing call ended with a result, or with the last part of one."""
 
     stream: int
     body: object
@@ -48,7 +48,7 @@ class ReplyReceived(NamedTuple):
 
 
 class CallFailed(NamedTuple):
-    """An own call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
+    """An outgoing call ended with an error: a RemoteError, ProtocolError, TimeoutError or ConnectionLost."""
 
     stream: int
     error: Exception

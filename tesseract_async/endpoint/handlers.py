@@ -22,8 +22,9 @@ whether the peer reads them."""
 
 
 class Handlers:
-    """Those of one connection, each in a task of its own. While `max_backlog` bytes of replies wait to be read, further
-    calls are held, and replies in parts pause.
+    """The handlers of one connection, each in a task of its own.
+
+    While more than `max_backlog` bytes of replies wait to be read, further calls are held and replies in parts pause.
 
     `answer` finds and calls the handler of a call.
     """
@@ -38,7 +39,7 @@ class Handlers:
         max_backlog: int,
     ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
-        """Those that have not ended."""
+        """Tasks of handlers that have not ended."""
         self._protocol = protocol
         self._answer = answer
         self._peer_id = peer_id
@@ -70,12 +71,12 @@ class Handlers:
             task.cancel()
 
     def part_wanted(self, stream: int) -> None:
-        """The reply to this call, which comes in parts, may go on."""
+        """Lets the handler of a reply in parts send the next one."""
         if (may_send := self._may_send.get(stream)) is not None:
             may_send.set()
 
     def flushed(self) -> bool:
-        """Goes on with what waited for the peer to read. Whether more calls can be started after another flush."""
+        """Starts held calls, resumes replies in parts. Returns whether more calls may start after the next flush."""
         self._started = 0
         while self._held and self._may_start():
             self._start(*self._held.pop(next(iter(self._held))))

@@ -116,5 +116,5 @@ class Handshake:
         self._channel.write([frames.frame(frames.HELLO, payload=heads.encode_hello(hello))])
 
     def _refuse(self) -> None:
-        nobody = Hello(bytes(16), False, bytes(32), 1, 1, 1)
-        self._send(nobody)
+        made_up = Hello(bytes(16), False, bytes(32), 1, 1, 1)
+        self._send(made_up)

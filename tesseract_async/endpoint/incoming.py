@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
-from tesseract_async.endpoint.core import ConnectionCore
+from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallCancelled, CallReceived, PartWanted
 from tesseract_async.endpoint.lanes import BULK, MAIN, Sending
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.transfers import Announced, CallState
+from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError
 from tesseract_async.wire import frames, heads, packed
 
@@ -32,9 +32,9 @@ class ReceivedCall(CallState):
     grant_kind = frames.GRANT_REQUEST
     # defaults of the class: a small call sets few of them
     delivered = False
-    """Whether the handler has it; its body is the handler's alone."""
+    """True once the handler has it; its body is the handler's alone."""
     in_parts = False
-    """Whether the caller takes a reply in parts."""
+    """True if the caller takes a reply in parts."""
     priority = 0
     reply_room = 0
     max_reply = 0
@@ -42,14 +42,14 @@ class ReceivedCall(CallState):
     cost = 0
     """Bytes counted for a small request."""
     metered = False
-    """Whether it counts against the peer's quota."""
+    """True while it counts against the peer's quota."""
     reply_held: Reservation | None = None
     """While a large reply, or a part of one, waits to be taken ..."""
     reply_size = 0
     reply_since = 0.0
     """... of so many bytes, since then."""
     more = False
-    """Whether what is being sent is not the reply's last part."""
+    """True if what is being sent is not the reply's last part."""
     num_parts = 0
     """Parts that have begun ..."""
     num_taken = 0
@@ -59,7 +59,7 @@ class ReceivedCall(CallState):
 
 
 class IncomingCalls:
-    """Those of one connection, by their number.
+    """The peer's calls on one connection, by their number.
 
     `meter` counts them against the peer's quota; `refusal` says why the peer may call nothing here, if so.
     """
@@ -67,6 +67,7 @@ class IncomingCalls:
     def __init__(
         self,
         core: ConnectionCore,
+        transfers: Transfers,
         calls: dict[int, ReceivedCall],
         *,
         meter: Meter | None,
@@ -74,9 +75,10 @@ class IncomingCalls:
     ) -> None:
         self.last_seen = 0
         """The highest number of a call that the peer has made."""
-        self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.settings.max_replies)
+        self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.bounds.max_replies)
         self.costs = SmallCallCosts(core.budgets.small_calls, core.owner)
         self._core = core
+        self._transfers = transfers
         self._calls = calls
         self._meter = meter
         self._refusal = refusal
@@ -85,12 +87,12 @@ class IncomingCalls:
     # ---- requests
 
     def _begin(self, lane: int, flags: int, stream: int) -> ReceivedCall:
-        settings = self._core.settings
+        bounds = self._core.bounds
         if stream in self._calls:
             raise ProtocolError("a request's number is in use")
         # twice: the peer counts a call as ended when it cancels, and its cancel may travel on the other lane
-        if len(self._calls) >= 2 * settings.max_calls:
-            raise ProtocolError(f"more than {settings.max_calls} calls at once")
+        if len(self._calls) >= 2 * bounds.max_calls:
+            raise ProtocolError(f"more than {bounds.max_calls} calls at once")
         if stream > self.last_seen:
             self.last_seen = stream
         call = self._calls[stream] = ReceivedCall(stream)
@@ -98,7 +100,7 @@ class IncomingCalls:
             call.in_parts = True
         if lane == BULK:
             call.lane = lane
-            self._core.transfers.note_lane(call, lane, self._core.now)
+            self._transfers.note_lane(call, lane)
         return call
 
     def request_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -108,8 +110,8 @@ class IncomingCalls:
         call.small = len(payload)
         core.budgets.pace.small_at = core.now
         self._small_bytes += call.small
-        if self._small_bytes > 2 * core.settings.max_small + frames.MAX_SMALL:
-            raise ProtocolError(f"more than {core.settings.max_small} bytes of small requests at once")
+        if self._small_bytes > 2 * core.bounds.max_small + frames.MAX_SMALL:
+            raise ProtocolError(f"more than {core.bounds.max_small} bytes of small requests at once")
         value, buffers = frames.decode_small(payload, core.arena)
         if not self.costs.began(call, len(payload), buffers):
             core.count_idle()
@@ -120,7 +122,7 @@ class IncomingCalls:
     def request_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BEGIN_REQUEST frame."""
         core = self._core
-        announced = Announced(payload, flags, lane, max_message=core.settings.max_message)
+        announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._begin(lane, flags, stream)
         if announced.room == frames.ROOM_WINDOW:
             core.windows.take(announced.size)
@@ -135,7 +137,7 @@ class IncomingCalls:
         if announced.room not in (frames.ROOM_WINDOW, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
         try:
-            core.transfers.reserve(call, announced, core.now)
+            self._transfers.reserve(call, announced)
         except ValueError:
             sentence = f"{announced.size} bytes never fit this node's memory bound"
             self.fail(stream, Overloaded(sentence, retry_after=60.0))
@@ -175,7 +177,7 @@ class IncomingCalls:
             self._core.count_idle()
 
     def cancel(self, stream: int) -> None:
-        """Nobody waits for this call any more, if it is still under way."""
+        """Ends a call for which its caller does not wait any more, if it is still under way."""
         call = self._calls.get(stream)
         if call is not None:
             self._end(call)
@@ -188,7 +190,7 @@ class IncomingCalls:
         self, stream: int, body: object, buffers: tuple[memoryview, ...], *, now: float, more: bool = False
     ) -> bool:
         """Answers a received call, or with `more` sends a part of its reply, once `takes_part`. The buffers are on loan
-        until sent. False if the call has ended: nobody waits any more, or the reply was more than its caller accepts.
+        until sent. False if the call has ended: its caller does not wait any more, or accepts no reply of this size.
 
         Raises: TypeError or ValueError for a body that msgpack cannot hold: answer with `fail` then.
         """
@@ -212,7 +214,7 @@ class IncomingCalls:
             if call.num_parts + more >= frames.MAX_PARTS:
                 return self.fail(stream, RemoteError(f"the reply has more than {frames.MAX_PARTS} parts"))
             if not call.num_parts:
-                call.lane = core.transfers.choose_lane(call, now)  # all parts of a reply keep to one lane
+                call.lane = self._transfers.choose_lane(call)  # all parts of a reply keep to one lane
                 self.waiting.in_parts[stream] = call
             call.num_parts += 1
             call.replied_bytes += size
@@ -228,16 +230,16 @@ class IncomingCalls:
             return self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
             if not call.num_parts:
-                call.lane = core.transfers.choose_lane(call, now)
+                call.lane = self._transfers.choose_lane(call)
             reserved = call.reply_room
-            core.transfers.begin(
+            self._transfers.begin(
                 frames.CHUNK_REPLY, call, encoded, buffers, priority=call.priority, reserved=reserved, flags=flags
             )
         return True
 
     def takes_part(self, stream: int) -> bool:
-        """Whether `reply` may send something more for this call: what was sent before has left, and the caller has
-        taken enough of it. Else `PartWanted` follows, unless the call ends."""
+        """Return whether `reply` may send more for this call: earlier parts have left, and its caller has taken enough
+        of them. If not, `PartWanted` follows, unless the call ends."""
         call = self._calls.get(stream)
         return call is None or _takes_part(call)
 
@@ -266,7 +268,7 @@ class IncomingCalls:
             call.reply_since = self._core.now
             self._want_part(call)
         else:
-            self._core.transfers.granted(call)
+            self._transfers.granted(call)
 
     def _want_part(self, call: ReceivedCall) -> None:
         if _takes_part(call):
@@ -296,7 +298,7 @@ class IncomingCalls:
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:
-            self._core.transfers.receive(call, self._core.now)
+            self._transfers.receive(call)
         elif room is call.room:
             self.fail(call.stream, Overloaded("there was no room for all of the request", retry_after=1.0))
         elif room is call.reply_held:
@@ -320,8 +322,9 @@ class IncomingCalls:
         self.costs.total -= call.cost
         if call.metered and self._meter is not None:
             self._meter.end()
-        self._core.transfers.end(call)
-        self.waiting.drop(call)
+        self._transfers.end(call)
+        if call.reply_held is not None:
+            self.waiting.drop(call)
         if call.num_parts:
             del self.waiting.in_parts[call.stream]
 
@@ -346,7 +349,7 @@ class WaitingReplies:
         self._taken_at = 0.0
 
     def hold(self, call: ReceivedCall, size: int, *, now: float) -> bool:
-        """Whether a reply of `size` bytes may wait here, within the bounds on such memory (one always may)."""
+        """Counts a reply of `size` bytes that waits; False if it exceeds the bounds on such memory (one always may)."""
         if self.num_bytes and self.num_bytes + size > self._max_bytes:
             return False
         call.reply_held = self._budget.keep(self._owner, size, call)
@@ -394,13 +397,13 @@ class SmallCallCosts:
 
     def __init__(self, budget: FairCount, owner: Owner) -> None:
         self.total = 0
-        """Of what is under way: each call's `cost` is taken off when it ends."""
+        """Cost of the calls under way: each call's `cost` is taken off when it ends."""
         self._budget = budget
         self._owner = owner
         self._counted = STEP
 
     def began(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
-        """Whether a request of so many bytes may be under way here in addition to those that are."""
+        """Counts a request of so many bytes; False if it is more than may be under way here."""
         cost = CALL_BYTES + num_bytes
         if num_bytes > packed.UNCOUNTED_BYTES:
             cost += packed.BYTES_PER_ITEM * min(num_bytes - sum(map(len, buffers)), packed.MAX_ITEMS)

@@ -27,13 +27,13 @@ CALM: Final = 0.2
 
 
 class Pace:
-    """How much of large messages goes at once, in and out: little while any connection of the node has small calls."""
+    """The portions in which large messages are moved: small while any connection of the node has small calls."""
 
     __slots__ = ("small_at",)
 
     def __init__(self) -> None:
         self.small_at = float("-inf")
-        """When a small request or reply was last seen."""
+        """Time of the last small request."""
 
     def portion(self, now: float) -> int:
         """Bytes of large messages that one turn of the loop may move on one lane."""
@@ -122,7 +122,7 @@ class Lane:
 
     @property
     def has_data(self) -> bool:
-        """Whether `data_to_send` would give anything."""
+        """True if `data_to_send` would give anything."""
         return bool(self.small or self.large)
 
     def data_to_send(

@@ -1,23 +1,23 @@
-"""Whether the peer lives: pings, round-trip times, and when to give a silent connection up. No I/O."""
+"""Liveness of a peer: pings, round-trip times, and when to give a silent connection up. No I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import frames
 
 DATA_BYTES: Final = 128
-"""What is more than pings and their answers within the times that are judged here."""
+"""Bytes that are more than pings and their answers within the times that are judged here."""
 
 
 class Liveness:
     """Judges a connection by when its lanes were last heard of. `peer` is how errors name the other end."""
 
-    def __init__(self, peer: str, lanes: Sequence[Lane], *, settings: ProtocolSettings, now: float) -> None:
+    def __init__(self, peer: str, lanes: Sequence[Lane], *, bounds: ConnectionBounds, now: float) -> None:
         self.rtt: float | None = None
         """Seconds for a ping and its answer, smoothed; None until the first one came."""
         self.confirmed = now
@@ -26,7 +26,7 @@ class Liveness:
         """Calls that use the bulk lane: only then it is judged."""
         self._peer = peer
         self._lanes = lanes
-        self._settings = settings
+        self._bounds = bounds
         self._heard = now  # on any lane
         self._main_heard = now
         self._pinged = False
@@ -86,17 +86,17 @@ class Liveness:
             self.rtt = measured if self.rtt is None else 0.875 * self.rtt + 0.125 * measured  # RFC 6298, 2.3
 
     def timer_at(self) -> float:
-        """When `check` wants to be called."""
-        settings = self._settings
+        """Return the time at which to call `check`."""
+        bounds = self._bounds
         if self._pinged:
-            due = min(self._heard + settings.dead_after, self._main_heard + settings.stall_after)
+            due = min(self._heard + bounds.dead_after, self._main_heard + bounds.stall_after)
         else:
-            due = self._main_heard + settings.ping_after
+            due = self._main_heard + bounds.ping_after
         if self._untold >= DATA_BYTES:
-            due = min(due, self._told_at + settings.ping_after)
+            due = min(due, self._told_at + bounds.ping_after)
         if self.num_on_bulk:
             bulk = self._lanes[BULK]
-            due = min(due, bulk.moved + settings.stall_after * (1.0 if bulk.pinged else 0.5))
+            due = min(due, bulk.moved + bounds.stall_after * (1.0 if bulk.pinged else 0.5))
         return due
 
     def check(self, now: float, late: float) -> bool:
@@ -104,8 +104,8 @@ class Liveness:
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
-        if self._untold >= DATA_BYTES and now - self._told_at >= self._settings.ping_after:
-            # whoever sends a large message over a slow way hears nothing else for long
+        if self._untold >= DATA_BYTES and now - self._told_at >= self._bounds.ping_after:
+            # a peer that sends a large message over a slow path hears nothing else for long
             self.send_pong(now, flags=frames.REPORT)
         if self.num_on_bulk:
             self._check_bulk(now, late)
@@ -113,14 +113,14 @@ class Liveness:
 
     def _check_main(self, now: float, late: float) -> bool:
         """Judges sooner where the bulk lane is silent, too."""
-        settings = self._settings
+        bounds = self._bounds
         silent, main_silent = now - self._heard, now - self._main_heard
-        if self._pinged and (silent >= settings.dead_after or main_silent >= settings.stall_after):
-            if late < settings.dead_after / 8:
+        if self._pinged and (silent >= bounds.dead_after or main_silent >= bounds.stall_after):
+            if late < bounds.dead_after / 8:
                 raise ConnectionLost(self._peer, f"nothing was heard for {main_silent:.0f} s")
             # our own loop stood still: what the peer sent meanwhile is still in the socket, so read that first
-            self._heard = self._main_heard = now - settings.ping_after
-        elif main_silent >= settings.ping_after and not self._pinged:
+            self._heard = self._main_heard = now - bounds.ping_after
+        elif main_silent >= bounds.ping_after and not self._pinged:
             self._pinged = True
             self.send_ping(now)
             return True
@@ -128,7 +128,7 @@ class Liveness:
 
     def _check_bulk(self, now: float, late: float) -> None:
         """A bulk lane may stand still while main lives: some box on the way has forgotten one of two flows."""
-        bulk, limit = self._lanes[BULK], self._settings.stall_after
+        bulk, limit = self._lanes[BULK], self._bounds.stall_after
         quiet = now - bulk.moved
         if quiet >= limit / 2 and not bulk.pinged:
             bulk.pinged = True

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 from tesseract_async.endpoint.budget import Reservation
-from tesseract_async.endpoint.core import ConnectionCore
+from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallFailed, PartReceived, ReplyReceived, RequestUnseen
 from tesseract_async.endpoint.lanes import MAIN
-from tesseract_async.endpoint.transfers import Announced, CallState
+from tesseract_async.endpoint.transfers import Transfers
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError
 from tesseract_async.wire import frames, heads
 from tesseract_async.wire.heads import RequestHead
@@ -25,12 +25,12 @@ class OutgoingCall(CallState):
     """Bytes that the reply may have without asking."""
     sent = False
     in_parts = False
-    """Whether the reply may come in parts."""
+    """True if the reply may come in parts."""
     more = False
-    """Whether the large part that is arriving is not the last one."""
+    """True if the large part that is arriving is not the last one."""
     reply_lane = MAIN
     num_parts = 0
-    """Of the reply, that have begun ..."""
+    """Parts of the reply that have begun ..."""
     reply_bytes = 0
     """... and their size together."""
     untaken: deque[Reservation] | None = None
@@ -47,10 +47,11 @@ class OutgoingCall(CallState):
 
 
 class OutgoingCalls:
-    """Those of one connection, by their number. Some wait until the peer's limits allow their requests."""
+    """The calls made here on one connection, by number. Some wait until the peer's limits allow their requests."""
 
-    def __init__(self, core: ConnectionCore, calls: dict[int, OutgoingCall]) -> None:
+    def __init__(self, core: ConnectionCore, transfers: Transfers, calls: dict[int, OutgoingCall]) -> None:
         self._core = core
+        self._transfers = transfers
         self._calls = calls
         self._next_stream = 1
         self._waiting: deque[int] = deque()
@@ -64,6 +65,7 @@ class OutgoingCalls:
         *,
         deadline: float,
         reserve_reply: bool,
+        now: float,
         in_parts: bool = False,
     ) -> int:
         """Sends a request, now or when the peer's limits allow; the number that its events carry.
@@ -72,6 +74,7 @@ class OutgoingCalls:
         peer accepts, or for more room than this node could ever reserve.
         """
         core = self._core
+        core.now = now
         encoded = heads.encode_request(head)
         if len(buffers) > frames.MAX_BUFFERS:
             raise ValueError(f"a message has at most {frames.MAX_BUFFERS} buffers; got {len(buffers)}")
@@ -122,7 +125,7 @@ class OutgoingCalls:
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:
-            self._core.transfers.receive(call, self._core.now)
+            self._transfers.receive(call)
         elif room is call.room or (call.untaken and room in call.untaken):
             sentence = f"the memory for messages is in use: there was no room for the reply of {call.head.method}"
             self.fail(call, Overloaded(sentence, retry_after=1.0))
@@ -136,11 +139,6 @@ class OutgoingCalls:
             kind = ConnectionLost if seen and call.sent else RequestUnseen
             self._core.events.append(CallFailed(call.stream, kind(self._core.peer, reason)))
             self._end(call)
-
-    def in_flight(self, stream: int) -> bool:
-        """Whether bytes of this call's buffers may have been given to a transport."""
-        call = self._calls.get(stream)
-        return call is not None and call.sending is not None and call.sending.begun
 
     # ---- requests
 
@@ -171,9 +169,9 @@ class OutgoingCalls:
             core.lanes[MAIN].put(request)
             call.buffers = ()  # copied: no memory of the caller's is in use any more
         else:
-            call.lane = core.transfers.choose_lane(call, core.now)
+            call.lane = self._transfers.choose_lane(call)
             priority = call.head.priority
-            core.transfers.begin(frames.CHUNK_REQUEST, call, encoded, call.buffers, priority=priority, flags=flags)
+            self._transfers.begin(frames.CHUNK_REQUEST, call, encoded, call.buffers, priority=priority, flags=flags)
         call.sent = True
         self._num_sent += 1
         return True
@@ -183,10 +181,11 @@ class OutgoingCalls:
         self._small_bytes -= call.small
         if call.sent:
             self._num_sent -= 1
-        self._core.transfers.end(call)
+        self._transfers.end(call)
         if call.untaken:
             for room in call.untaken:
                 room.release()
+            call.untaken = None
         if self._waiting:
             self._send_waiting()
 
@@ -194,7 +193,7 @@ class OutgoingCalls:
         """A GRANT_REQUEST frame."""
         call = self._calls.get(stream)
         if call is not None:
-            self._core.transfers.granted(call)
+            self._transfers.granted(call)
         else:
             self._core.count_idle()
 
@@ -223,7 +222,7 @@ class OutgoingCalls:
     def reply_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BEGIN_REPLY frame."""
         core = self._core
-        announced = Announced(payload, flags, lane, max_message=core.settings.max_message)
+        announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
         call = self._calls.get(stream)
         if announced.room == frames.ROOM_WINDOW:
             core.windows.take(announced.size)
@@ -233,7 +232,7 @@ class OutgoingCalls:
             return  # cancelled or expired meanwhile: its chunks are skipped, or never asked for
         if not call.sent:
             raise ProtocolError("a reply to a request that was never sent")
-        core.transfers.note_lane(call, lane, core.now)
+        self._transfers.note_lane(call, lane)
         if announced.room == frames.ROOM_WINDOW:
             call.window_bytes = announced.size
         elif announced.room == frames.ROOM_RESERVED:
@@ -246,7 +245,7 @@ class OutgoingCalls:
         self._count_part(call, lane, announced.size, more=announced.more)
         call.more = announced.more
         try:
-            core.transfers.reserve(call, announced, core.now)
+            self._transfers.reserve(call, announced)
         except ValueError:
             self.fail(call, MessageTooLarge(announced.size, core.budgets.messages.total))
 
@@ -281,7 +280,7 @@ class OutgoingCalls:
         body, error = heads.decode_reply(frames.unpack(assembly.head))
         if more:
             call.arrival = None
-            self._core.transfers.give_window_back(call)
+            self._transfers.give_window_back(call)
         self._part_arrived(call, body, error, assembly.buffers, more=more)
 
     def _part_arrived(
@@ -293,7 +292,7 @@ class OutgoingCalls:
         *,
         more: bool,
     ) -> None:
-        # an error may come before all of the request has left: `_end` drops the rest, nobody waits for it
+        # an error may come before all of the request has left: `_end` drops the rest, its receiver has answered
         if error is not None:
             if more:
                 raise ProtocolError("an error ends a reply")

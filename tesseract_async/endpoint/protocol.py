@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
-from tesseract_async.endpoint.core import ConnectionCore, Deadlines
+from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
 from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
-from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.endpoint.transfers import Transfers
-from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import RemoteError
 from tesseract_async.wire import frames
-from tesseract_async.wire.heads import Hello, RequestHead
+from tesseract_async.wire.heads import Hello
 
 
 class ConnectionProtocol:
@@ -41,56 +39,42 @@ class ConnectionProtocol:
         dialled: bool,
         budgets: NodeBudgets,
         owner: Owner,
-        settings: ProtocolSettings,
+        bounds: ConnectionBounds,
         now: float,
         meter: Meter | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
     ) -> None:
         self.peer = peer
-        """How errors name the other end."""
+        """The other end's name in errors."""
         self.pace = budgets.pace
-        self._events: list[Event] = []
         self._pong_due = False
         self._peer_saw: int | None = None  # the highest number of our calls that the peer saw, once it has closed
-        self._outgoing: dict[int, OutgoingCall] = {}
-        self._incoming: dict[int, ReceivedCall] = {}
         handlers: dict[int, Callable[[int, int, int, memoryview], None]] = {}
         self.lanes = tuple(
             Lane(index, handlers=handlers, chunk_started=self._chunk_started, chunk_finished=self._chunk_finished)
             for index in (MAIN, BULK)
         )
-        self.life = Liveness(peer, self.lanes, settings=settings, now=now)
-        self.windows = Windows(budgets.messages, owner, settings.window_bytes, put=self.lanes[MAIN].put, now=now)
-        self.transfers = Transfers(
+        self._outgoing: dict[int, OutgoingCall] = {}
+        self._incoming: dict[int, ReceivedCall] = {}
+        self.core = core = ConnectionCore(
+            peer,
+            hello,
             self.lanes,
-            self.windows,
-            self.life,
-            budget=budgets.messages,
-            owner=owner,
-            events=self._events,
-            outgoing=self._outgoing,
-            incoming=self._incoming,
-            dialled=dialled,
-            bulk_retry=settings.bulk_retry,
-        )
-        self._core = core = ConnectionCore(
-            peer=peer,
-            theirs=hello,
-            settings=settings,
+            bounds=bounds,
             budgets=budgets,
             owner=owner,
             now=now,
-            lanes=self.lanes,
-            windows=self.windows,
-            life=self.life,
-            transfers=self.transfers,
-            deadlines=Deadlines(self._outgoing, self._incoming),
-            events=self._events,
+            outgoing=self._outgoing,
+            incoming=self._incoming,
         )
-        self.outgoing = OutgoingCalls(core, self._outgoing)
-        self.incoming = IncomingCalls(core, self._incoming, meter=meter, refusal=refusal)
+        self.life = core.life
+        self.windows = core.windows
+        self.transfers = Transfers(core, dialled=dialled)
+        self.outgoing = OutgoingCalls(core, self.transfers, self._outgoing)
+        self.incoming = IncomingCalls(core, self.transfers, self._incoming, meter=meter, refusal=refusal)
         self.reply = self.incoming.reply
         self.fail = self.incoming.fail
+        self.start_call = self.outgoing.start
         self.cancel_call = self.outgoing.cancel
         handlers |= {
             frames.REQUEST: self.incoming.request_received,
@@ -113,7 +97,7 @@ class ConnectionProtocol:
 
     @property
     def was_called(self) -> bool:
-        """Whether the peer has made a call."""
+        """True once the peer has made a call."""
         return self.incoming.last_seen > 0
 
     @property
@@ -121,23 +105,9 @@ class ConnectionProtocol:
         """Calls under way in both directions: an idle connection has none."""
         return len(self._outgoing) + len(self._incoming)
 
-    def start_call(
-        self,
-        head: RequestHead,
-        buffers: tuple[memoryview, ...],
-        *,
-        deadline: float,
-        reserve_reply: bool,
-        now: float,
-        in_parts: bool = False,
-    ) -> int:
-        """See `OutgoingCalls.start`."""
-        self._core.now = now
-        return self.outgoing.start(head, buffers, deadline=deadline, reserve_reply=reserve_reply, in_parts=in_parts)
-
     def room_changed(self, room: Reservation, now: float) -> None:
         """A reservation of one of this connection's calls was granted, or taken back."""
-        self._core.now = now
+        self.core.now = now
         call = room.call
         if isinstance(call, OutgoingCall):
             self.outgoing.room_changed(call, room)
@@ -147,18 +117,18 @@ class ConnectionProtocol:
     # ---- bytes
 
     def data_to_send(self, lane: int, room: int) -> list[bytes | memoryview]:
-        """What to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
+        """Return what to write to the lane's channel now, in order: small frames, then chunks of about `room` bytes.
 
         The memoryviews are on loan until the channel has drained.
         """
-        now = self._core.now
+        now = self.core.now
         if self._pong_due and lane == MAIN:
             self._pong_due = False
             self.life.send_pong(now)
         return self.lanes[lane].data_to_send(room, now, portion=self.pace.portion(now), sent=self.incoming.sent)
 
     def has_data(self, lane: int) -> bool:
-        """Whether `data_to_send` would give anything."""
+        """True if `data_to_send` would give anything."""
         return self.lanes[lane].has_data or (self._pong_due and lane == MAIN)
 
     @property
@@ -174,18 +144,17 @@ class ConnectionProtocol:
 
     def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
         """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
-        self._core.now = now
+        self.core.now = now
         self.life.received(count, now, lane)
 
     @property
     def has_events(self) -> bool:
-        """Whether `events` would give any."""
-        return bool(self._events)
+        """True if `events` would give any."""
+        return bool(self.core.events)
 
     def events(self) -> list[Event]:
-        """What happened since the last time."""
-        events = self._events.copy()
-        self._events.clear()
+        """Return the events since the last call."""
+        events, self.core.events = self.core.events, []
         return events
 
     # ---- frames
@@ -194,54 +163,54 @@ class ConnectionProtocol:
         return self.transfers.chunk_started(lane, kind, stream, length)
 
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
-        call = self.transfers.chunk_finished(kind, stream, length, self._core.now)
+        call = self.transfers.chunk_finished(kind, stream, length)
         if isinstance(call, OutgoingCall):
             self.outgoing.arrived(call)
         elif isinstance(call, ReceivedCall):
             self.incoming.arrived(call)
 
     def _credit(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         self.windows.credited(stream)
 
     def _window(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         self.windows.told(stream)
 
     def _ping(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         if lane == MAIN:
             self._pong_due = True  # one for however many
         else:
             self.lanes[lane].put(frames.frame(frames.PONG))
 
     def _pong(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
+        self.core.count_idle()
         if lane == MAIN:
-            self.life.pong_received(stream, self._core.now, answer=flags != frames.REPORT)
+            self.life.pong_received(stream, self.core.now, answer=flags != frames.REPORT)
         else:
-            self.life.bulk_moved(self._core.now)
+            self.life.bulk_moved(self.core.now)
 
     def _close(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         self._peer_saw = stream
-        self._events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
+        self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
     def _bulk(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self._core.count_idle()
-        self.transfers.bulk_asked(self._core.now)
+        self.core.count_idle()
+        self.transfers.bulk_asked()
 
     # ---- time and the end
 
     def timer_at(self) -> float:
-        """When `handle_timer` wants to be called."""
-        return min(self.life.timer_at(), self._core.deadlines.first)
+        """Return the time at which to call `handle_timer`."""
+        return min(self.life.timer_at(), self.core.deadlines.first)
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
         """Ends what is overdue, and pings. `late` tells by how many seconds the driver missed `timer_at`.
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
-        core = self._core
+        core = self.core
         core.now = now
         while core.deadlines.first <= now:
             stream, own = core.deadlines.pop()
@@ -249,7 +218,7 @@ class ConnectionProtocol:
                 self.outgoing.expire(stream)
             else:
                 self.incoming.cancel(stream)
-        for call in self.transfers.find_stalled(now, stall_after=core.settings.stall_after):
+        for call in self.transfers.find_stalled():
             if isinstance(call, OutgoingCall):
                 self.outgoing.stalled(call)
             elif isinstance(call, ReceivedCall):
@@ -266,7 +235,7 @@ class ConnectionProtocol:
         self.lanes[MAIN].put(close)
 
     def connection_lost(self, reason: str) -> None:
-        """The channels are gone: every own call fails, every received one is cancelled, all room is given back."""
+        """The channels are gone: outgoing calls fail, incoming ones are cancelled, all room is given back."""
         self.outgoing.lost(reason, peer_saw=self._peer_saw)
         self.incoming.lost()
         for lane in self.lanes:

@@ -1,4 +1,4 @@
-"""How much each peer has asked for lately, against its quota (`admission.Quota`). No I/O: time is given to it."""
+"""The recent use of each peer, against its quota (`admission.Quota`). No I/O: time is given to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUSY_RETRY: Final = 0.2
 
 
 class Use:
-    """What one peer used: it comes back evenly."""
+    """The use of one peer, which decays evenly."""
 
     __slots__ = ("calls", "num_bytes", "at", "under_way")
 
@@ -55,8 +55,13 @@ class Quotas:
     def __len__(self) -> int:
         return len(self._uses)
 
+    @property
+    def num_under_way(self) -> int:
+        """Calls that count until their `end`."""
+        return sum(use.under_way for use in self._uses.values())
+
     def meter(self, peer_id: PeerID) -> Meter:
-        """What one connection counts with."""
+        """Return the meter of one connection."""
         return Meter(self, peer_id)
 
     def begin(self, peer_id: PeerID, num_bytes: int, now: float) -> float | None:

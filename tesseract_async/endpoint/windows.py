@@ -26,7 +26,7 @@ class Windows:
         self.out_used = 0
         """... and what of it our messages use."""
         self.in_used = 0
-        """What the peer's messages use of ours."""
+        """Bytes of our window that the peer's messages use."""
         self.in_bytes = 0
         """The size of our window."""
         self._budget = budget
@@ -72,7 +72,7 @@ class Windows:
             raise ProtocolError("a message does not fit the flow-control window")
 
     def give_back(self, size: int) -> None:
-        """What `take` took is free again; the peer is told."""
+        """Gives back what `take` took, and tells the peer."""
         self.in_used -= size
         self._put(frames.frame(frames.CREDIT, stream=size))
 

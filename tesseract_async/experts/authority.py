@@ -1,4 +1,4 @@
-"""The view that a node holds of one run: who may do what in it. No I/O.
+"""`Authority`: a node's view of one run, and of what each peer may do in it. No I/O.
 
 All that it learns may come from anybody, in any order, as often as they like: what is older than what is known, or of
 another run, or signed by somebody whose word does not count there, changes nothing.
@@ -7,7 +7,7 @@ another run, or signed by somebody whose word does not count there, changes noth
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.experts.grants import (
@@ -36,7 +36,7 @@ _GRANT, _REVOCATIONS, _APPOINTMENT, _MANIFEST = b"g", b"r", b"a", b"m"
 
 
 class Authority:
-    """What a node knows of one run: its manifest, who may do what in it, who was revoked and appointed."""
+    """A node's knowledge of one run: its manifest, grants, revocations and appointments."""
 
     def __init__(self, run: SignedRun) -> None:
         """Raises: ValueError for a run of bare names, which nobody has authority over."""
@@ -51,7 +51,7 @@ class Authority:
         """16 bytes; see `RunTag.run_id`."""
         self.is_open = run.tag.mode == "open"
         self.delegates: dict[PeerID, Grant] = {}
-        """Who may grant, revoke and appoint beside the owner, and by which grant."""
+        """The peers that may grant, revoke and appoint besides the owner, each with its grant."""
         self._grants: dict[PeerID, Grant] = {}
         self._since: dict[PeerID, int] = {}
         self._invites: set[PeerID] = set()
@@ -67,12 +67,12 @@ class Authority:
 
     @property
     def lease(self) -> float:
-        """Seconds of silence after which another server may lead an expert."""
+        """Seconds of silence after which another server may become an expert's primary."""
         return self.run.manifest.lease
 
     @property
     def founder(self) -> PeerID | None:
-        """Who alone may begin experts of which nobody has a state; None: whoever hosts them."""
+        """The only peer that may begin experts of which nobody has a state; None: any host may."""
         kind, _, peer = self.run.manifest.genesis.partition(":")
         return PeerID.parse(peer) if kind == "founder" else None
 
@@ -84,7 +84,7 @@ class Authority:
     # ------------------------------------------------------------------------------------------------ who may
 
     def may(self, peer_id: PeerID, role: Role, uid: str | None = None, *, now: float | None) -> bool:
-        """Whether `peer_id` may act as `role`, for `uid` or (None) at all.
+        """Return whether `peer_id` may act as `role`, for `uid` or (None) at all.
 
         `now` (seconds since 1970) asks for something new: a claim, a Term, a call. With None, what goes on already is
         asked about, for which a grant that has expired meanwhile is good enough: an absent owner stops nobody.
@@ -97,7 +97,7 @@ class Authority:
         return uid is None or grant.pattern is None or uid in grant.pattern
 
     def is_member(self, peer_id: PeerID) -> bool:
-        """Whether it has any role but ``admit``, or had until it ended: enough to ask experts forward."""
+        """Return whether it has any role but ``admit``, or had until that ended: enough for forward calls."""
         return any(self.may(peer_id, role, now=None) for role in ("host", "train", "share"))
 
     def grant_of(self, peer_id: PeerID) -> Grant | None:
@@ -118,7 +118,7 @@ class Authority:
         return sorted(some, key=lambda one: (one.serial, one.digest))
 
     def is_revoked(self, peer_id: PeerID) -> bool:
-        """Whether it was revoked and has no newer grant."""
+        """Return whether it was revoked and has no newer grant."""
         return peer_id in self._since and peer_id not in self._grants
 
     def appointment(self, uid: str) -> Appointment | None:
@@ -134,8 +134,8 @@ class Authority:
 
     # ------------------------------------------------------------------------------------------------ learning
 
-    def learn_grant(self, blob: Any, peer_id: PeerID | None = None) -> bool:
-        """Takes in a grant, which must be `peer_id`'s if that is given; whether it holds (now, or a newer one does).
+    def learn_grant(self, blob: object, peer_id: PeerID | None = None) -> bool:
+        """Take in a grant, which must be `peer_id`'s if that is given. Return whether it, or a newer one, holds.
 
         Untrusted; False for anything that is wrong with it. One that is known costs a look-up.
         """
@@ -155,8 +155,8 @@ class Authority:
             self._forget_some()
         return True
 
-    def learn(self, record: Any) -> bool:
-        """Takes in what `records` gave somewhere else; whether it told anything new (of a grant, whether it holds).
+    def learn(self, record: object) -> bool:
+        """Take in what `records` gave elsewhere. Return whether it told anything new (of a grant, whether it holds).
 
         Untrusted. What this run's owner and delegates have not signed is dropped before its signature is checked.
         Raises: ProtocolError for what is malformed or does not belong here.
@@ -186,18 +186,18 @@ class Authority:
         return True
 
     def records(self) -> Iterator[bytes]:
-        """What every member spreads and keeps: revocations and appointments."""
+        """The records that every member spreads and keeps: revocations and appointments."""
         yield from (_REVOCATIONS + one.blob for one in self._revocations.values() if self.rules(one.signer))
         yield from (_APPOINTMENT + one.blob for one in self.appointments())
 
     def kept(self, peer_id: PeerID) -> list[bytes]:
-        """What a node keeps on disk of the run: the manifest first (`from_kept`), `records`, and its own grant; those
+        """The records that a node keeps on disk: the manifest first (`from_kept`), `records`, and its own grant; those
         who may grant keep every one."""
         grants = self.grants() if self.rules(peer_id) else [one for one in self.grants() if one.peer == peer_id]
         return [_MANIFEST + self.run.blob, *self.records(), *(_GRANT + one.blob for one in grants)]
 
     @classmethod
-    def from_kept(cls, records: Iterable[Any]) -> Authority:
+    def from_kept(cls, records: Iterable[object]) -> Authority:
         """The inverse of `kept`; what does not hold is left out. Raises: ProtocolError without a manifest first."""
         rest = iter(records)
         first = next(rest, None)
@@ -221,7 +221,7 @@ class Authority:
         return max(int(now), self._since.get(peer_id, 0), 0 if known is None else known.serial + 1)
 
     def learn_revocations(self, new: Revocations) -> bool:
-        """Takes in what one who rules has signed; whether it is new. Raises: InvalidRecord."""
+        """Take in what a peer that rules has signed. Return whether it is new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("revocations of another run")
         of_signer = sum(one.signer == new.signer for one in self._revocations.values())
@@ -232,7 +232,7 @@ class Authority:
         return True
 
     def learn_appointment(self, new: Appointment) -> bool:
-        """Takes in what one who rules has signed; whether it is new. Raises: InvalidRecord."""
+        """Take in what a peer that rules has signed. Return whether it is new. Raises: InvalidRecord."""
         if new.run_id != self.run_id:
             raise InvalidRecord("an appointment of another run")
         at = (new.signer, str(new.pattern))
@@ -274,7 +274,7 @@ class Authority:
                 self._invites.update(peer for peer in one.invites if peer not in safe)
 
     def rules(self, signer: PeerID) -> bool:
-        """Whether it may grant, revoke and appoint."""
+        """Return whether it may grant, revoke and appoint."""
         return signer == self.owner or signer in self.delegates
 
     def _counts(self, one: Appointment) -> bool:
@@ -282,13 +282,13 @@ class Authority:
         return one.signer == self.owner or (delegate is not None and is_within(one.pattern, delegate.pattern))
 
     def _holds(self, grant: Grant) -> bool:
-        """Whether a verified grant is of this run, and neither it nor the one behind it was revoked."""
+        """Return whether a verified grant is of this run, and neither it nor the one behind it was revoked."""
         if grant.run_id != self.run_id or grant.root != self.owner or grant.peer == self.owner:
             return False
         if grant.peer in self._invites or grant.serial < self._since.get(grant.peer, 0):
             return False
         if grant.via is not None and grant.peer in self._since and grant.signer not in self.delegates:
-            return False  # an invite lets nobody in again: whoever was revoked may have it still
+            return False  # an invite lets nobody in again: a revoked peer may have it still
         return grant.via is None or self._holds(grant.via)
 
     def _forget_some(self) -> None:
@@ -297,5 +297,5 @@ class Authority:
             del self._grants[next(invited, next(iter(self._grants)))]
 
     def _rank(self, grant: Grant) -> tuple[bool, int, bytes]:
-        """Which of a peer's grants counts: the owner's and delegates' before those of invites, then the latest."""
+        """The rank of a peer's grants: the owner's and delegates' before those of invites, then the latest."""
         return self.rules(grant.signer), grant.serial, grant.digest

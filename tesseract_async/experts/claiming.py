@@ -131,7 +131,7 @@ def encode_reservation(coords: Sequence[Coords]) -> list[bytes]:
 
 
 def decode_reservation(value: object) -> list[Coords]:
-    """Reads one part. Untrusted. Raises: ProtocolError."""
+    """Read one part. Untrusted. Raises: ProtocolError."""
     if type(value) is not bytes or not 1 < len(value) <= MAX_PART_BYTES:
         raise ProtocolError("a reservation consists of bytes, not too many of them")
     num_dims = value[0]

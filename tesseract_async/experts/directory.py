@@ -118,7 +118,7 @@ class _Grid:
 
 
 class ExpertDirectory(Uncopied):
-    """What a node knows about others' experts. One per node; used on the node's loop only.
+    """A node's knowledge of others' experts. One per node; used on the node's loop only.
 
     Everything that it reads was written by strangers: what does not decode is dropped and counted
     (``manifests_dropped``), and a wrong claim costs a failed call, after which `report_failure` hides it.
@@ -287,6 +287,12 @@ class ExpertDirectory(Uncopied):
         owner = replica.peer.peer_id
         if self._masks and owner is not None and self._masks.answered(owner, replica.uid):
             self._forget(replica.uid)
+
+    def report_outdated(self, uid: str) -> None:
+        """Note that the uid's lineage is further than its manifests say: they are read again soon."""
+        if (grid := self._grids.get(split_uid(uid)[0])) is not None:
+            grid.hurry.set()
+        self._found.pop(uid, None)
 
     def _forget(self, uid: str) -> None:
         self._found.pop(uid, None)

@@ -1,4 +1,4 @@
-"""What the owner of a run says of others, as signed records: grants, revocations and appointments. No I/O.
+"""Grants, revocations and appointments: the signed records by which a run's owner decides who may do what. No I/O.
 
 The run's owner signs, or one of the delegates that its manifest names; a grant may also be signed by an *invite's* key,
 which has a grant with the role ``admit`` itself and shows it along (`Grant.via`). Whose word counts in which run is for
@@ -21,8 +21,8 @@ from tesseract_async.identity import Identity, PeerID
 from tesseract_async.wire.heads import MAX_GRANT_BYTES
 
 Role = Literal["host", "train", "share", "admit"]
-"""``host``: lead and follow experts; ``train``: send gradients; ``share``: take part in the parameters that trainers
-share; ``admit``: sign others' grants."""
+"""``host``: hold experts, as primary or follower; ``train``: send gradients; ``share``: take part in the parameters
+that trainers share; ``admit``: sign others' grants."""
 
 ROLES: Final[dict[Role, int]] = {"host": 1, "train": 2, "share": 4, "admit": 8}
 """The bits that stand for them."""
@@ -32,15 +32,15 @@ RENEW_SECONDS: Final = 60 * 86400
 """A grant with less than this ahead is renewed, so that the owner may be away for as long."""
 MAX_PATTERN_BYTES: Final = 64
 MAX_RECORD_BYTES: Final = 850
-"""Of revocations and appointments: what fits one entry of the network."""
+"""Most bytes of a revocation or appointment: as much as fits an entry of the network."""
 PEERS_PER_PART: Final = 20
 MAX_SERIAL: Final = 2**40
-"""Of grants and revocations: whoever else may sign must not put a peer beyond the owner's reach."""
+"""Serials of grants and revocations are below this, so that no delegate puts a peer beyond the owner's reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What `peer` may do in a run, by the word of `signer`."""
+    """Permission for `peer` in a run, by the word of `signer`."""
 
     run_id: bytes
     peer: PeerID
@@ -71,7 +71,7 @@ class Grant:
 
     @property
     def root(self) -> PeerID:
-        """Whose word it is in the end: whoever checks it compares this with the run's owner."""
+        """The peer whose word it is in the end, to be compared with the run's owner."""
         return self.signer if self.via is None else self.via.signer
 
     @property
@@ -101,7 +101,7 @@ def sign_grant(
 
 
 def grant_text(grant: Grant, *, invite: Identity | None = None) -> str:
-    """A grant in letters and digits, to hand on. With `invite`, whose grant it is, whoever has the text may use it."""
+    """A grant in letters and digits, to hand on. With `invite`, whose grant it is, anybody may use it."""
     blob = b"g" + grant.blob if invite is None else b"i" + invite.seed + grant.blob
     return base64.urlsafe_b64encode(blob).decode().rstrip("=")
 
@@ -142,7 +142,7 @@ class Revocations:
 
     run_id: bytes
     number: int
-    """Which one of its signer's it is."""
+    """Its place among its signer's."""
     since: int
     """Seconds since 1970: a grant with this serial or a later one lets the peer in again."""
     peers: tuple[PeerID, ...]
@@ -173,12 +173,12 @@ def sign_revocations(
 
 @dataclass(frozen=True, slots=True)
 class Appointment:
-    """Who leads some experts from now on, by the owner's word: for when lineage alone does not settle it."""
+    """The primary of some experts from now on, by the owner's word: for when lineage alone does not settle it."""
 
     run_id: bytes
     pattern: ExpertPattern
     serial: int
-    """Of two appointments for a uid the one with the higher serial holds."""
+    """The appointment for a uid with the highest serial holds."""
     peer: PeerID | None
     """None: whom the others agree on, as if nobody had been appointed."""
     seal: bytes | None
@@ -202,7 +202,7 @@ def sign_appointment(
 
 
 def is_within(inner: ExpertPattern | None, outer: ExpertPattern | None) -> bool:
-    """Whether every uid of `inner` is one of `outer` (None: all)."""
+    """Return whether every uid of `inner` is one of `outer` (None: all)."""
     if outer is None or inner is None:
         return outer is None
     pairs = list(zip(inner.ranges, outer.ranges, strict=False))

@@ -28,15 +28,15 @@ class ExpertReplica:
     uid: str
     peer: PeerAddress
     sequence: int
-    """Of the manifest that names it; grows with every renewal."""
+    """The sequence of the manifest that names it; grows with every renewal."""
     expiration: float
     """Wall-clock seconds (`time.time`) until which that manifest holds."""
     primary: bool
-    """Whether this server trains the expert; others answer from pulled state."""
+    """True if this server trains the expert; others answer from pulled state."""
     doubt: int = field(default=0, compare=False)
     """Failures of this replica here since its last answer: the doubtful are asked last."""
     epoch: int = 0
-    """Of the expert's lineage, as its server says; of two that call themselves primary the higher one is believed."""
+    """The epoch of the expert's lineage, as its server says; of two primaries the one with the higher is believed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,16 +112,16 @@ class GridTable:
         """Coordinates left out because there was no room."""
         self.claims: list[Claim] = []
         self.owner_of: list[int] = []
-        """Of each claim: its owner's number in `owners`."""
+        """For each claim its owner's number in `owners`."""
         self.owners: dict[PeerID, int] = {}
         self.coords: Coordinates = np.empty((0, len(grid_size)), dtype=np.int64)
         """Ascending; once for each replica."""
         self.rows: npt.NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
-        """Which claim, and which row of its manifest, each comes from."""
+        """``[rows, 2]``: the claim, and the row of its manifest, that each comes from."""
         self.expirations = np.empty(0)
 
     def fill(self, claims: Sequence[Claim]) -> Iterator[None]:
-        """Takes in `claims`, in the order in which they get room: `MAX_ROWS` in all, `MAX_REPLICAS` (primaries first)
+        """Take in `claims`, in the order in which they get room: `MAX_ROWS` in all, `MAX_REPLICAS` (primaries first)
         for each uid. Iterate to the end; each step takes at most some 5 ms."""
         parts = [self.coords]
         rows = [self.rows]
@@ -169,7 +169,7 @@ class GridView:
     """A snapshot of a grid's live experts. Never changes; a later state of the grid is another view."""
 
     def __init__(self, table: GridTable, *, masks: Masks, now: float, version: int) -> None:
-        """What lives in `table` at `now` (wall clock) and is not hidden by `masks`."""
+        """Takes what lives in `table` at `now` (wall clock) and is not hidden by `masks`."""
         self.prefix = table.prefix
         self.grid_size = table.grid_size
         self.version = version
@@ -214,7 +214,7 @@ class GridView:
         return rows[0] if rows else None
 
     def replicas_at(self, row: int) -> list[ExpertReplica]:
-        """Who hosts the expert in this row of `coords`, best first (`rank_replicas`); never empty."""
+        """The replicas of the expert in this row of `coords`, best first (`rank_replicas`); never empty."""
         start = self._starts[row]
         stop = self._starts[row + 1] if row + 1 < len(self._starts) else len(self._rows)
         rows = self._rows[start:stop].tolist()
@@ -247,7 +247,7 @@ class _Replicas(Mapping[tuple[int, ...], list[ExpertReplica]]):
 
 
 def _firsts(ascending: Coordinates) -> npt.NDArray[np.bool_]:
-    """Which rows differ from the one before."""
+    """True for the rows that differ from the one before."""
     first = np.ones(len(ascending), dtype=bool)
     first[1:] = (ascending[1:] != ascending[:-1]).any(axis=1)
     return first

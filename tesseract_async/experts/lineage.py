@@ -1,4 +1,4 @@
-"""Which of several branches of an expert's Terms holds: `Lineage`. No I/O.
+"""`Lineage`: the branches of an expert's Terms, and the one that holds. No I/O.
 
 It keeps what was seen of one expert and says which Term holds; all who have seen the same records say the same. Rank is
 by epoch, never by version, so that nobody gains anything by naming a large one.
@@ -28,7 +28,7 @@ MAX_TERMS_OF_ONE: Final = 8
 
 
 class Lineage:
-    """What was seen of one expert's Terms and Seals, and which Term holds.
+    """The Terms and Seals of one expert that were seen, and the Term that holds.
 
     Only records of those who may host it are kept, so strangers change nothing. The Term that holds is the largest by
 
@@ -108,8 +108,8 @@ class Lineage:
         return record.digest in self._terms
 
     def _is_founded(self, term: Term) -> bool:
-        """Whether the appointment that it names is its signer's, or the run lets its signer begin. What once was stays,
-        also when another follows."""
+        """Return whether the appointment that it names is its signer's, or the run lets its signer begin. What once was
+        so stays, also when another appointment follows."""
         if term.kind is Kind.GENESIS:
             return self._authority.founder in (None, term.primary)
         appointment = self._authority.appointment(self.uid)
@@ -140,7 +140,7 @@ class Lineage:
         return True
 
     def set_hosts(self, hosts: Mapping[PeerID, int]) -> None:
-        """Of everybody whose manifest names this expert: the epoch that it says it follows."""
+        """Take the hosts whose manifests name this expert, each with the epoch that it says it follows."""
         if hosts != self._hosts:
             self._hosts = dict(hosts)
             self._is_stale = True
@@ -154,7 +154,7 @@ class Lineage:
             self._home, self._is_home_old, self._is_stale = term.digest, is_old, True
 
     def is_home(self, term: Term) -> bool:
-        """Whether it is of the tree that this server goes by."""
+        """Return whether it is of the tree that this server goes by."""
         home = None if self._home is None else self._terms.get(self._home)
         return home is not None and self._root(home) == self._root(term)
 
@@ -183,9 +183,9 @@ class Lineage:
         return 0 if self.best is None else self.best.epoch
 
     def refutes(self, time: float, term: Term) -> bool:
-        """Whether a Seal of that time, of the line that a weak Term thought silent for a lease or two, proves it wrong.
+        """Return whether a Seal of that time, of the line that a weak Term thought silent, proves it wrong.
 
-        Where clocks differ by more than that, a last Seal may do so in error: whoever stands waits until it is past.
+        Where clocks differ by more than that, a last Seal may do so in error: a candidate waits until it is past.
         """
         return time > term.epoch
 
@@ -203,7 +203,7 @@ class Lineage:
         return self._terms.get(seal.term)
 
     def is_in_line(self, seal: Seal, term: Term) -> bool:
-        """Whether the Term goes on from this Seal, or has it."""
+        """Return whether the Term goes on from this Seal, or has it."""
         return seal.term in self._ancestors(term)
 
     def line(self, term: Term) -> list[bytes]:
@@ -213,7 +213,7 @@ class Lineage:
         return line if seal is None else [*line, seal.blob]
 
     def is_exposed(self, term: Term) -> bool:
-        """Whether its primary signed two Seals of one number."""
+        """Return whether its primary signed two Seals of one number."""
         return term.digest in self._exposed
 
     def evidence(self, term: Term) -> tuple[Seal, Seal] | None:
@@ -264,7 +264,7 @@ class Lineage:
         return weights
 
     def _is_refuted(self, term: Term, lines: Mapping[bytes, set[bytes]]) -> bool:
-        """Whether the line that it thought dead went on after it, by the word of those who lead it.
+        """Return whether the line that it thought dead went on after it, by the word of its primaries.
 
         No adoption comes within a lease of a member's Term: members have the expert before others may adopt it.
         """

@@ -55,11 +55,11 @@ Coordinates = npt.NDArray[np.int64]
 """``[experts, dimensions]``, every row one expert's place on the grid."""
 
 MAGIC = b"tsm\3"
-"""What every manifest begins with; the last byte is its format."""
+"""The first bytes of every manifest; the last one is its format."""
 SEQUENCE_BYTES = 6
 RUN_ID_BYTES = 16
 MODES = ("bare", "granted", "open")
-"""Who may host: everybody; peers with a grant of the run's owner's; all but the revoked."""
+"""In which everybody may host; those with a grant of the run's owner's; all but the revoked."""
 MAX_PART_BYTES = 880
 MAX_ADDRESSES = 8
 MAX_PUBLIC_HOSTS = 2
@@ -101,13 +101,13 @@ def join_uid(prefix: str, coords: Sequence[int]) -> str:
 
 
 def is_prefix(text: str) -> bool:
-    """Whether `text` can stand before coordinates: printable, without spaces, dots only between parts, no number."""
+    """Return whether `text` can precede coordinates: printable, without spaces, dots between parts only, no number."""
     return all(part and part.isprintable() and " " not in part and not part.isdigit() for part in text.split("."))
 
 
 @dataclass(frozen=True, slots=True)
 class RunTag:
-    """Which run a server's experts belong to: all that a holder needs to tell whose word counts there."""
+    """The run that a server's experts belong to: all that a holder needs to tell whose word counts there."""
 
     owner: PeerID
     name: str
@@ -142,7 +142,7 @@ class Manifest:
     prefix: str
     """The grid's."""
     sequence: int
-    """Of two manifests of one server, the one with the higher sequence holds."""
+    """The manifest of a server with the highest sequence holds."""
     addresses: tuple[str, ...]
     """``host:port``, the preferred one first. Empty for a server that can be reached through `rendezvous` only."""
     rendezvous: tuple[str, ...]
@@ -273,7 +273,7 @@ def decode_manifest(value: object, *, prefix: str | None = None) -> Manifest:
 
 
 class _Reader:
-    """Takes untrusted bytes piece by piece. Raises: ProtocolError where they are cut short."""
+    """Take untrusted bytes piece by piece. Raises: ProtocolError where they are cut short."""
 
     def __init__(self, data: bytes, start: int) -> None:
         self._data = data
@@ -350,7 +350,7 @@ def _decode_tag(reader: _Reader) -> tuple[RunTag | None, bytes]:
 
 
 def _ascends(coords: Coordinates) -> bool:
-    """Whether each row is greater than the one before it."""
+    """Return whether each row is greater than the one before it."""
     change = np.diff(coords, axis=0)
     first = (change != 0).argmax(axis=1)  # the dimension that decides; 0 for equal rows, where the change is 0
     return bool((change[np.arange(len(change)), first] > 0).all())

@@ -1,8 +1,8 @@
-"""Which replicas have failed here lately: hidden for a while, and asked last until they answer again. Pure.
+"""Replicas that failed here lately: hidden for a while, and asked last until they answer again. No I/O.
 
-Kept for each server and replica, not for each manifest: whoever renews its claim every second is not believed anew each
-time. The first failure is forgiven with the server's next manifest, for a server that restarts says so by one. Every
-further one before an answer hides the replica for twice as long, whatever it publishes meanwhile.
+Kept for each server and replica, not for each manifest: a server that renews its claim every second is not believed
+anew each time. The first failure is forgiven with the server's next manifest, for a server that restarts says so by
+one. Every further one before an answer hides the replica for twice as long, whatever it publishes meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_MASKS = 512
 @dataclass(slots=True)
 class _Mask:
     sequence: int
-    """Of the manifest by which it was known when it failed last."""
+    """The sequence of the manifest by which it was known when it failed last."""
     until: float
     """Hidden until then (wall clock), even by a newer manifest."""
     num_failures: int
@@ -69,7 +69,7 @@ class Masks:
         return self._masks.pop((owner, uid), None) is not None
 
     def hides(self, owner: PeerID, uid: str, sequence: int, now: float) -> bool:
-        """Whether this replica, as a manifest of this sequence names it, is not to be asked now."""
+        """Return whether this replica, as a manifest of this sequence names it, is not to be asked now."""
         mask = self._masks.get((owner, uid))
         return mask is not None and self._hides(mask, sequence, now)
 

@@ -42,10 +42,10 @@ class Poll:
     given: dict[PeerID, tuple[float, Age]] = field(default_factory=dict)
     """For each vote, when it was asked for, and the age of the file that the voter holds."""
     is_alive: bool = False
-    """Whether an answer said that there is a primary."""
+    """True if an answer said that there is a primary."""
 
     def settles(self, peer: PeerID, question: Question) -> bool:
-        """Whether this peer's answer is waited for; it is not any more."""
+        """Return whether this peer's answer is waited for; it is not any more."""
         if peer not in self.waiting or (question.kind, question.epoch) != (self.kind, self.epoch):
             return False
         self.waiting.discard(peer)
@@ -93,7 +93,7 @@ class Membership:
     # -- what is seen --------------------------------------------------------------------------------------------------
 
     def is_disproved(self, record: Term | Seal, state: State, now: float) -> bool:
-        """Whether it is an adoption which says that all members were silent for two leases, and this one was not."""
+        """Return whether it is an adoption that claims two leases of silence of all members, and this one spoke."""
         if not isinstance(record, Term) or record.kind is not Kind.ADOPTION or record.seal is None:
             return False
         best, held = self.lineage.best, self.held
@@ -104,7 +104,7 @@ class Membership:
         return self.me in held.members and record.primary != self.me and record.seal.age <= held.age
 
     def is_of_twin(self, record: Term | Seal) -> bool:
-        """Whether another process signed this with the same key, and not before this one started."""
+        """Return whether another process signed this with the same key, and not before this one started."""
         if record.primary != self.me:
             return False
         if isinstance(record, Term):
@@ -113,7 +113,7 @@ class Membership:
         return term is not None and term.boot != self._boot and record.time > self._started
 
     def is_beat(self, peer: PeerID, question: Question, now: float) -> bool:
-        """Whether this question comes from the primary, and no vote for another binds this server."""
+        """Return whether this question comes from the primary, and no vote for another binds this server."""
         best = self.lineage.best
         if best is None or self.lineage.is_exposed(best) or self.is_bound(best, now):
             return False
@@ -121,7 +121,7 @@ class Membership:
         return (peer, question.epoch, question.boot) == (best.primary, best.epoch, best.boot) and peer != self.me
 
     def is_free(self, now: float) -> bool:
-        """Whether nothing that the primary said binds this server any more: it may vote for another."""
+        """Return whether nothing that the primary said binds this server any more: it may vote for another."""
         best = self.lineage.best
         exposed = best is not None and self.lineage.is_exposed(best)
         return exposed or now >= max(self.heard, self.agreed_at) + self.lease
@@ -139,7 +139,7 @@ class Membership:
         return max(self.heard + wait, self.agreed_at + self.lease, self.vote_from, self.retry_at)
 
     def is_unsealed(self, now: float) -> bool:
-        """Whether nobody knows of a Seal, nor has lately said that it is about to make one."""
+        """Return whether nobody knows of a Seal, nor has lately said that it is about to make one."""
         best = self.lineage.best
         if best is None:
             return True
@@ -147,7 +147,7 @@ class Membership:
         return gone and self.lineage.seal_of(best) is None
 
     def may_adopt(self, now: float, wall: float) -> bool:
-        """Whether the network answers here, so that the others' silence says something, and would believe it."""
+        """Return whether the network answers here, so that the others' silence says something, and would believe it."""
         best = self.lineage.best
         seal = None if best is None else self.lineage.seal_of(best)
         past = seal is None or wall - EPOCH_ZERO > seal.time + 1
@@ -172,11 +172,11 @@ class Membership:
             self._promised_at = NEVER
 
     def is_bound(self, term: Term, now: float) -> bool:
-        """Whether it voted for a successor of this Term, which comes forward within a lease, or never."""
+        """Return whether it voted for a successor of this Term, which comes forward within a lease, or never."""
         return self.promised > term.epoch and now < self._promised_at + self.lease
 
     def may_vote(self, peer: PeerID, epoch: int, seal: Seal, now: float) -> bool:
-        """Whether `peer`, which holds this Seal, may have its vote: one per epoch, for no Seal older than its own."""
+        """Return whether `peer`, which holds this Seal, may have its vote: one per epoch, and no older file."""
         best, held = self.lineage.best, self.held
         if best is None or held is None or epoch <= best.epoch or now < self.vote_from or seal.age < held.age:
             return False
@@ -202,11 +202,11 @@ class Membership:
     # -- what it may do, and signs -------------------------------------------------------------------------------------
 
     def may_host(self, peer: PeerID) -> bool:
-        """Whether this peer may host the expert."""
+        """Return whether this peer may host the expert."""
         return self._authority.may(peer, "host", self.uid, now=None)
 
     def may_stand(self, kind: Kind, seal: Seal | None, wall: float) -> bool:
-        """Whether this server may begin a Term from this Seal, and nobody was appointed instead."""
+        """Return whether this server may begin a Term from this Seal, and nobody was appointed instead."""
         appointment = self._authority.appointment(self.uid)
         serial = 0 if seal is None else seal.serial
         if appointment is not None and appointment.peer is not None and appointment.serial > serial:
@@ -215,7 +215,7 @@ class Membership:
         return may_found and self._authority.may(self.me, "host", self.uid, now=wall)
 
     def is_appointed(self) -> bool:
-        """Whether the run's owner gives the expert to this server, which has not taken it yet, but may."""
+        """Return whether the run's owner gives the expert to this server, which has not taken it yet, but may."""
         appointment, best = self._authority.appointment(self.uid), self.lineage.best
         if appointment is None or appointment.peer != self.me or (best and best.serial >= appointment.serial):
             return False
@@ -273,7 +273,7 @@ class Membership:
     # -- what survives the process -------------------------------------------------------------------------------------
 
     def stored(self, term: Term | None) -> bytes:
-        """What `restore` takes; `term`: the one that this server stands on, if that is its own."""
+        """Encode for `restore`. `term`: the one that this server stands on, if that is its own."""
         best = term or self.lineage.best
         stored = {
             "promised": self.promised,

@@ -27,7 +27,7 @@ class OwnTerm:
         """`others` decide at first. Their `votes` count as agreement: when each was asked, and its file's age."""
         self.term = term
         self.number = 0
-        """Of its newest Seal."""
+        """The number of its newest Seal."""
         self.settled = others
         """The other members that decide."""
         self.named = others
@@ -42,15 +42,15 @@ class OwnTerm:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no change of members is under way."""
+        """True if no change of members is under way."""
         return self.settled == self.named
 
     def is_content(self, hosts: Set[PeerID]) -> bool:
-        """Whether another Seal would name nobody new: these are settled, and enough or all of the `hosts`."""
+        """Return whether another Seal would name nobody new: these are settled, and enough or all of the `hosts`."""
         return self.is_settled and (len(self.named) >= NUM_SUCCESSORS or hosts <= set(self.named))
 
     def is_left(self, now: float, lease: float) -> bool:
-        """Whether its members have stopped to listen."""
+        """Return whether its members have stopped to listen."""
         return now >= self.fenced_at + lease and len(self.settled) > 1
 
     def agreed(self, peer: PeerID, sent: float, held: Age) -> None:

@@ -22,7 +22,7 @@ class ExpertPattern:
 
     @classmethod
     def parse(cls, text: str) -> ExpertPattern:
-        """Reads ``ffn.[0:4].7``: a prefix, then per dimension a number or ``[first:after last]``.
+        """Read ``ffn.[0:4].7``: a prefix, then per dimension a number or ``[first:after last]``.
 
         Raises: ValueError with a sentence that names the pattern.
         """

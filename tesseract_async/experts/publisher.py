@@ -1,4 +1,4 @@
-"""Keeps a server's manifests in the network: declares, renews before they expire, withdraws when it leaves."""
+"""How a server's manifests stay in the network: declared, renewed before they expire, withdrawn when it leaves."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ExpertPublisher:
 
     @property
     def uids(self) -> Mapping[str, bool]:
-        """What is declared: uid -> whether this server is its primary."""
+        """The declared experts: uid -> whether this server is its primary."""
         return dict(self._uids)
 
     async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
@@ -212,7 +212,7 @@ class ExpertPublisher:
             return 0
 
     async def _readable(self) -> bool:
-        """Whether the network gives back every part under its grid's key."""
+        """Return whether the network gives back every part under its grid's key."""
         wanted: dict[str, set[bytes]] = {}
         for prefix, _ in experts_by_grid(self._uids):
             key = self._trust.grid_key(prefix)

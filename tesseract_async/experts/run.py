@@ -1,9 +1,9 @@
-"""The run manifest: what one training run consists of, signed by whoever starts it. No I/O.
+"""The run manifest: what one training run consists of, signed by its owner. No I/O.
 
 A volunteer who joins by the run's name takes everything from it (expert class and sizes, optimizer, schedule, schemas,
 codecs, grid), so nobody can start with wrong flags. The manifest carries its own signature: any node may store a copy,
 and so the run outlives the computer that started it. A run's full name is ``NAME@PEER_ID`` of its signer, its *owner*;
-the bare name will do as long as only one signer uses it. Who may take part says `mode`, and `experts.authority` asks.
+the bare name will do as long as only one signer uses it. `mode` says who may take part (`experts.authority`).
 
 On the wire it is a signed record (`experts.signed`) whose body is a map. In the network it lies in numbered parts, each
 with the first bytes of the whole one's hash.
@@ -11,13 +11,14 @@ with the first bytes of the whole one's hash.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.manifest import MAX_COORDINATE, MAX_DIMS, MODES, RunTag, is_prefix
@@ -26,14 +27,14 @@ from tesseract_async.experts.signed import MAX_SIGNED_BYTES, Format
 from tesseract_async.identity import Identity, PeerID
 
 Value = str | int | float | bool | None
-"""What an option may be."""
+"""An option's value."""
 
 MAX_PART_BYTES: Final = 850
 MAX_OPTIONS: Final = 64
 MAX_TEXT: Final = 256
 MAX_DELEGATES: Final = 4
 MAX_SCHEMA_DEPTH: Final = 10
-"""Of schemas as data: two levels more than `wire.tensors` builds."""
+"""Most levels of a schema as data: two more than `wire.tensors` builds."""
 MAX_SCHEMA_ITEMS: Final = 2048
 
 _DIGEST: Final = 8
@@ -42,9 +43,9 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class RunMismatch(ValueError):
-    """What this node was told, or what it built, differs from the run's manifest; holds both values of each field."""
+    """This node's settings, or what it built, differ from the run's manifest; holds both values of each field."""
 
-    def __init__(self, run: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
+    def __init__(self, run: str, differences: Mapping[str, tuple[object, object]]) -> None:
         """`differences`: field -> (the run's value, this node's)."""
         super().__init__(run, differences)
         self.run = run
@@ -59,16 +60,16 @@ class RunMismatch(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RunManifest:
-    """What every server and trainer of a run must agree on. Schemas are as `wire.tensors.encode_schema` makes them."""
+    """All that a run's servers and trainers must agree on. Schemas are as `wire.tensors.encode_schema` makes them."""
 
     name: str
     prefix: str
-    """Of the experts' uids."""
+    """The first part of the experts' uids."""
     grid_size: tuple[int, ...]
     expert: str
     """A registered name, or ``module:builder``, which a volunteer must allow."""
     sizes: Mapping[str, Value] = field(default_factory=dict)
-    """What the expert's class is built with."""
+    """Arguments of the expert's class."""
     optimizer: str | None = "adam"
     """A registered name; None freezes the experts."""
     optimizer_options: Mapping[str, Value] = field(default_factory=dict)
@@ -78,38 +79,35 @@ class RunManifest:
     training: Mapping[str, Value] = field(default_factory=dict)
     """How steps are taken: ``max_batch_size``, ``clip_norm`` and the like."""
     codecs: Mapping[str, Value] = field(default_factory=dict)
-    """The one codec that ``inputs``, ``outputs`` or ``gradients`` travel in; what is not named may travel in any."""
+    """The one codec of ``inputs``, ``outputs`` or ``gradients``; what is not named may travel in any."""
     seed: int = 0
-    """Of the experts' first weights, together with their uids: two servers that start the same one start equal."""
-    args_schema: Sequence[Any] = ()
-    kwargs_schema: Mapping[str, Any] = field(default_factory=dict)
-    outputs_schema: Any = ()
+    """The first weights of an expert follow from this and its uid: two servers that start the same one start equal."""
+    args_schema: Sequence[object] = ()
+    kwargs_schema: Mapping[str, object] = field(default_factory=dict)
+    outputs_schema: object = ()
     created: int = 0
     """Milliseconds since 1970. Of two manifests of one signer under one name, the later one holds."""
     mode: str = "granted"
-    """``granted``: who hosts or trains has a grant of the owner's. ``open``: everybody may who is not revoked.
+    """``granted``: hosts and trainers need a grant of the owner's. ``open``: all but revoked peers may take part.
     ``bare``: a run of version 0.1, which says nothing of this; its experts are found by their bare names."""
     delegates: Sequence[bytes] = ()
-    """Grants with the role ``admit`` of those who may grant, revoke and appoint beside the owner."""
+    """Grants with the role ``admit`` of those who may grant, revoke and appoint besides the owner."""
     genesis: str = "seed"
     """Where an expert's first state comes from: ``seed``; ``founder:`` and the id of the peer that has it; ``file:``
     and the root of the checkpoint that it is."""
     num_replicas: int = 3
     """Servers that should hold each expert's state."""
     lease: float = 30.0
-    """Seconds of silence after which another server may lead an expert."""
+    """Seconds of silence after which another server may become an expert's primary."""
     sync_every: float = 30.0
     """Seconds between two states that an expert's other servers fetch."""
     may_restart: bool = True
-    """Whether an expert whose every copy is lost may begin again as `genesis` says."""
+    """True if an expert may begin again, as `genesis` says, once all copies are lost."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid_size", tuple(self.grid_size))
         object.__setattr__(self, "delegates", tuple(self.delegates))
-        try:
-            _check(self)
-        except ProtocolError as error:
-            raise ValueError(str(error)) from None
+        _check(self)
         # as they come back from the wire, so that what is equal there is equal here
         for name in ("args_schema", "kwargs_schema", "outputs_schema"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
@@ -119,9 +117,9 @@ class RunManifest:
         """All uids of the run."""
         return ExpertPattern(self.prefix, tuple(map(range, self.grid_size)))
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """Every single value by a printable name: ``grid_size``, ``sizes.in_features``, ``args_schema``."""
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Mapping) and not item.name.endswith("_schema"):
@@ -130,8 +128,8 @@ class RunManifest:
                 found[item.name] = value
         return found
 
-    def check(self, ours: Mapping[str, Any], *, run: str | None = None) -> None:
-        """Compares values by their names in `fields` with this manifest's; what it lacks counts as None.
+    def check(self, ours: Mapping[str, object], *, run: str | None = None) -> None:
+        """Compare values by their names in `fields` with this manifest's; what it lacks counts as None.
 
         Raises: RunMismatch with both values of each that differs.
         """
@@ -160,7 +158,7 @@ class SignedRun:
 
     @property
     def tag(self) -> RunTag | None:
-        """What names the run in its servers' manifests; None for a run of bare names."""
+        """The run's name in its servers' manifests; None for a run of bare names."""
         return None if self.manifest.mode == "bare" else RunTag(self.signer, self.manifest.name, self.manifest.mode)
 
 
@@ -199,45 +197,33 @@ def split_run(blob: bytes) -> list[bytes]:
     return [digest + bytes([number, len(chunks)]) + chunk for number, chunk in enumerate(chunks)]
 
 
-def join_run(parts: Iterable[Any]) -> list[SignedRun]:
+def join_run(parts: Iterable[object]) -> list[SignedRun]:
     """The signed runs that these parts of one owner make up. Untrusted: what does not fit or hold is left out."""
     chunks: dict[tuple[bytes, int], dict[int, bytes]] = {}
     for part in parts:
         if type(part) is bytes and _DIGEST + 2 < len(part) <= MAX_PART_BYTES:
             digest, number, total = part[:_DIGEST], part[_DIGEST], part[_DIGEST + 1]
-            if number < total:
-                chunks.setdefault((digest, total), {})[number] = part[_DIGEST + 2 :]
+            chunks.setdefault((digest, total), {})[number] = part[_DIGEST + 2 :]
     found = []
     for (digest, total), numbered in chunks.items():
-        if len(numbered) != total:
-            continue
-        blob = b"".join(numbered[number] for number in range(total))
-        if hashlib.sha256(blob).digest()[:_DIGEST] != digest:
-            continue
-        try:
-            found.append(RUNS.read(blob))
-        except ProtocolError:
-            continue
+        blob = b"".join(numbered.get(number, b"") for number in range(total))
+        if hashlib.sha256(blob).digest()[:_DIGEST] == digest:
+            with contextlib.suppress(ProtocolError):
+                found.append(RUNS.read(blob))
     return found
 
 
 def newest_by_signer(runs: Iterable[SignedRun], name: str) -> dict[PeerID, SignedRun]:
-    """Of each signer, the latest manifest of this name. (Equal times are decided the same way everywhere.)"""
-    found: dict[PeerID, SignedRun] = {}
-    for run in runs:
-        known = found.get(run.signer)
-        if run.manifest.name != name:
-            continue
-        if known is None or (run.manifest.created, run.blob) > (known.manifest.created, known.blob):
-            found[run.signer] = run
-    return found
+    """For each signer its latest manifest of this name. (Equal times are decided the same way everywhere.)"""
+    ordered = sorted(runs, key=lambda run: (run.manifest.created, run.blob))
+    return {run.signer: run for run in ordered if run.manifest.name == name}
 
 
 def split_run_name(text: str) -> tuple[str, PeerID | None]:
-    """``NAME`` or ``NAME@PEER_ID``. Raises: ValueError."""
+    """Split ``NAME`` or ``NAME@PEER_ID``. Raises: ValueError."""
     name, separator, signer = text.partition("@")
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"a run's name has 1 to 64 letters, digits, dots, dashes or underscores: {name!r}")
+    if not _is_name(name):
+        raise ValueError(f"a run's name {_NAME_RULE}: {name!r}")
     return name, PeerID.parse(signer) if separator else None
 
 
@@ -246,84 +232,104 @@ def run_key(name: str) -> str:
     return f"runs/{name}"
 
 
+# -- what fields may hold: in a manifest that is made here, and in what strangers wrote --------------------------------
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str and 0 < len(value) <= MAX_TEXT and value.isprintable()
+
+
+def _is_name(value: object) -> bool:
+    return type(value) is str and _NAME.fullmatch(value) is not None
+
+
+def _is_number(value: object, least: int = 0, most: int = 2**63 - 1) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_grid(value: object) -> bool:
+    if not isinstance(value, tuple) or not 0 < len(value) <= MAX_DIMS:
+        return False
+    return all(_is_number(size, 1, MAX_COORDINATE + 1) for size in value)
+
+
+def _is_option(value: object) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is str:
+        return value == "" or _is_text(value)
+    return value is None or type(value) is bool or _is_number(value, -(2**63))
+
+
+def _are_options(value: object) -> bool:
+    if not isinstance(value, Mapping) or len(value) > MAX_OPTIONS:
+        return False
+    names = (type(key) is str and key.isidentifier() and len(key) <= 64 for key in value)
+    return all(names) and all(map(_is_option, value.values()))
+
+
+def _are_delegates(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) <= MAX_DELEGATES and all(type(grant) is bytes for grant in value)
+
+
+def _are_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0.1 <= value <= 86400
+
+
+_NAME_RULE: Final = "has 1 to 64 letters, digits, dots, dashes or underscores"
+_OPTIONS = (
+    _are_options,
+    f"maps at most {MAX_OPTIONS} names, such as in_features, to texts, numbers or truth values",
+)
+_NAME_OR_NONE = (lambda value: value is None or _is_text(value), "is a name, or none")
+_RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    "name": (_is_name, _NAME_RULE),
+    "prefix": (lambda value: _is_text(value) and is_prefix(str(value)), "is the first part of uids, such as ffn"),
+    "grid_size": (_is_grid, f"is 1 to {MAX_DIMS} numbers above 0"),
+    "expert": (_is_text, "is a name"),
+    **dict.fromkeys(("optimizer", "schedule"), _NAME_OR_NONE),
+    **dict.fromkeys(("sizes", "optimizer_options", "schedule_options", "training", "codecs"), _OPTIONS),
+    **dict.fromkeys(("seed", "created"), (_is_number, "is a number, 0 or more")),
+    "mode": (lambda value: value in MODES, f"is one of {', '.join(MODES)}"),
+    "delegates": (_are_delegates, f"are at most {MAX_DELEGATES} signed grants"),
+    "genesis": (
+        lambda value: type(value) is str and _GENESIS.fullmatch(value) is not None,
+        "is seed, founder:PEER_ID or file:ROOT",
+    ),
+    "num_replicas": (lambda value: _is_number(value, 1, 16), "is 1 to 16"),
+    **dict.fromkeys(("lease", "sync_every"), (_are_seconds, "is 0.1 to 86,400 seconds")),
+    "may_restart": (lambda value: type(value) is bool, "is true or false"),
+    "args_schema": (lambda value: isinstance(value, list | tuple), "is a list"),
+    "kwargs_schema": (lambda value: isinstance(value, Mapping), "is a map"),
+}
+
+
 def _check(manifest: RunManifest) -> None:
-    """Types, sizes and ranges: of an own one, and of what strangers wrote. Raises: ProtocolError."""
-    if type(manifest.name) is not str or not _NAME.fullmatch(manifest.name):
-        raise ProtocolError("a run's name has 1 to 64 letters, digits, dots, dashes or underscores")
-    if not _is_text(manifest.prefix) or not is_prefix(manifest.prefix):
-        raise ProtocolError("a run's prefix is the first part of uids, such as ffn")
-    if not 0 < len(manifest.grid_size) <= MAX_DIMS or any(
-        type(size) is not int or not 0 < size <= MAX_COORDINATE + 1 for size in manifest.grid_size
-    ):
-        raise ProtocolError(f"a run's grid_size is 1 to {MAX_DIMS} numbers above 0")
-    if not _is_text(manifest.expert):
-        raise ProtocolError("a run's expert is a name")
-    for name in ("optimizer", "schedule"):
-        if getattr(manifest, name) is not None and not _is_text(getattr(manifest, name)):
-            raise ProtocolError(f"a run's {name} is a name, or none")
-    for name in ("sizes", "optimizer_options", "schedule_options", "training", "codecs"):
-        options = getattr(manifest, name)
-        if not isinstance(options, Mapping) or len(options) > MAX_OPTIONS:
-            raise ProtocolError(f"a run's {name} is a map of at most {MAX_OPTIONS} options")
-        for key, value in options.items():
-            if type(key) is not str or not key.isidentifier() or len(key) > 64:
-                raise ProtocolError(f"a run's {name} have names such as in_features")
-            if not _is_value(value):
-                raise ProtocolError(f"{name}.{key} of a run is no text, number or truth value")
-    for name in ("seed", "created"):
-        if type(getattr(manifest, name)) is not int or not 0 <= getattr(manifest, name) < 2**63:
-            raise ProtocolError(f"a run's {name} is a number, 0 or more")
-    if manifest.mode not in MODES:
-        raise ProtocolError(f"a run's mode is one of {', '.join(MODES)}")
-    if len(manifest.delegates) > MAX_DELEGATES or any(type(grant) is not bytes for grant in manifest.delegates):
-        raise ProtocolError(f"a run has at most {MAX_DELEGATES} delegates, each a signed grant")
-    if type(manifest.genesis) is not str or not _GENESIS.fullmatch(manifest.genesis):
-        raise ProtocolError("a run's genesis is seed, founder:PEER_ID or file:ROOT")
-    if type(manifest.num_replicas) is not int or not 0 < manifest.num_replicas <= 16:
-        raise ProtocolError("a run's num_replicas is 1 to 16")
-    for name in ("lease", "sync_every"):
-        if type(getattr(manifest, name)) not in (int, float) or not 0.1 <= getattr(manifest, name) <= 86400:
-            raise ProtocolError(f"a run's {name} is 0.1 to 86,400 seconds")
-    if type(manifest.may_restart) is not bool:
-        raise ProtocolError("a run's may_restart is true or false")
-    if not isinstance(manifest.args_schema, list | tuple) or not isinstance(manifest.kwargs_schema, Mapping):
-        raise ProtocolError("a run's args_schema is a list and its kwargs_schema a map")
+    """Raises: ValueError."""
+    for name, (holds, rule) in _RULES.items():
+        if not holds(getattr(manifest, name)):
+            raise ValueError(f"a run's {name} {rule}")
     budget = [MAX_SCHEMA_ITEMS]
     for schema in (manifest.args_schema, manifest.kwargs_schema, manifest.outputs_schema):
         _check_schema(schema, budget, MAX_SCHEMA_DEPTH)
 
 
-def _check_schema(part: Any, budget: list[int], depth: int) -> None:
+def _check_schema(part: object, budget: list[int], depth: int) -> None:
     budget[0] -= 1
     if depth == 0 or budget[0] < 0:
-        raise ProtocolError("a run's schema is too large")
-    if isinstance(part, Mapping):
-        if not all(_is_text(key) for key in part):
-            raise ProtocolError("a schema's keys are strings")
-        for item in part.values():
-            _check_schema(item, budget, depth - 1)
+        raise ValueError("a run's schema is too large")
+    items: Iterable[object] = ()
+    if isinstance(part, Mapping) and all(map(_is_text, part)):
+        items = part.values()
     elif isinstance(part, list | tuple):
-        for item in part:
-            _check_schema(item, budget, depth - 1)
+        items = part
     elif type(part) is not int and not _is_text(part):
-        raise ProtocolError("malformed schema")
+        raise ValueError("a run's schema consists of lists, maps with text keys, texts and numbers")
+    for item in items:
+        _check_schema(item, budget, depth - 1)
 
 
-def _is_text(value: Any) -> bool:
-    return type(value) is str and 0 < len(value) <= MAX_TEXT and value.isprintable()
-
-
-def _is_value(value: Any) -> bool:
-    if type(value) is float:
-        return math.isfinite(value)
-    if type(value) is int:
-        return -(2**63) <= value < 2**63
-    return (
-        value is None or type(value) is bool or (type(value) is str and len(value) <= MAX_TEXT and value.isprintable())
-    )
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Tuples as lists, any mapping as dict: as it comes back from the wire."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

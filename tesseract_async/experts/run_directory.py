@@ -217,7 +217,7 @@ async def enter_run(
 
 
 class RunKeeper:
-    """Keeps a run's records in the network while this node takes part, whoever signed them, and learns new ones.
+    """Keeps a run's records in the network while this node takes part, no matter who signed them, and learns new ones.
 
     With `authority`, the node's view of the run; without, its manifest alone is kept.
     """

@@ -89,7 +89,7 @@ class Tenure:
         return self._member.held
 
     def is_primary(self, now: float) -> bool:
-        """Whether a step may be taken, or the answer to one given, at this moment: ask before each."""
+        """Return whether a step may be taken, or the answer to one given, at this moment: ask before each."""
         return self.state is State.PRIMARY and now < self._lease_until()
 
     @property
@@ -99,7 +99,7 @@ class Tenure:
 
     @property
     def epoch(self) -> int:
-        """Of the Term that holds; 0 before any is known. What manifests carry."""
+        """The epoch of the Term that holds, for manifests; 0 before any is known."""
         return self.lineage.epoch
 
     @property
@@ -114,7 +114,7 @@ class Tenure:
 
     @property
     def is_content(self) -> bool:
-        """Whether another Seal of the same state would name nobody new: these are settled, and enough or everybody."""
+        """True if another Seal of the same state would name nobody new: these are settled, and enough or everybody."""
         return self._own is not None and self._own.is_content(self._member.hosts.keys() - {self.me})
 
     def commands(self) -> list[Command]:
@@ -537,7 +537,7 @@ class Tenure:
             self._commands.append(Fetch(seal, self._has_own_steps, sources))
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
-        """Whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
+        """Return whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
         if self.term is None or not best.is_weak or not self.is_primary(now) or best.seal is None:
             return False
         if not self.lineage.is_in_line(best.seal, self.term):

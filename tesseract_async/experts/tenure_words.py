@@ -19,7 +19,7 @@ class State(Enum):
     FOLLOWING = "following"
     """A member: it holds a sealed file, and may take over."""
     HOLDING = "holding"
-    """It holds a sealed file, and is no member."""
+    """It holds a sealed file, but is not a member."""
     CANDIDATE = "candidate"
     """It asks for votes, or reads its Term back."""
     PRIMARY = "primary"
@@ -96,7 +96,7 @@ class Fetch(NamedTuple):
 
 
 class RoleChanged(NamedTuple):
-    """Whether this server trains the expert from now on, and which one does."""
+    """True if this server trains the expert from now on, and which one does."""
 
     is_primary: bool
     primary: PeerID | None

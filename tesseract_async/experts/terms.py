@@ -26,10 +26,10 @@ from tesseract_async.identity import Identity, PeerID, verify
 EPOCH_ZERO: Final = 1_735_689_600
 """The start of 2025: epochs are seconds since then. A moment of the run's own would move when its owner signs anew."""
 MAX_BYTES: Final = 900
-"""Of one record: as much as fits an entry of the network."""
+"""Most bytes of one record: as much as fits an entry of the network."""
 MAX_SUCCESSORS: Final = 3
 HANDOVER_SECONDS: Final = 300
-"""For which a primary's signature over its last Seal is good: a former primary does not get an expert back by it."""
+"""How long a primary's signature over its last Seal is good: no former primary gets an expert back by an old one."""
 
 
 class Kind(IntEnum):
@@ -56,7 +56,7 @@ class Seal:
     number: int
     """Counts up within one Term, from 1."""
     serial: int
-    """Of the appointment that the branch stands on; 0 for none."""
+    """The serial of the appointment that the branch stands on; 0 for none."""
     version: int
     """Optimizer steps in that state: for people, and never compared."""
     root: bytes
@@ -125,7 +125,7 @@ class Term:
     blob: bytes
     digest: bytes
     is_weak: bool = field(init=False)
-    """No majority stands behind it: it gives way to a line that went on beside it (`Lineage`)."""
+    """No majority stands behind it: it gives way to a line that went on without it (`Lineage`)."""
 
     def __post_init__(self) -> None:
         lone = self.kind is Kind.ADOPTION
@@ -284,7 +284,7 @@ def _check_votes(
     evidence: object, run: bytes, uid: str, epoch: int, candidate: PeerID, seal: Seal | None
 ) -> tuple[PeerID, ...]:
     if seal is None or candidate not in seal.members:
-        raise InvalidRecord("a takeover by a server that is no member")
+        raise InvalidRecord("a takeover by a server that is not a member")
     if type(evidence) is not list or len(evidence) > MAX_SUCCESSORS:
         raise ProtocolError("a Term with malformed votes")
     voters: list[PeerID] = []

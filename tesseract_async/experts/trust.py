@@ -113,7 +113,7 @@ class Trust:
     # ------------------------------------------------------------------------------------------------ others' words
 
     def may_be_read(self, owner: PeerID) -> bool:
-        """Whether the policy lets this peer say anything at all: a check before its words are decoded."""
+        """Return whether the policy lets this peer say anything at all: a check before its words are decoded."""
         return owner == self._peer_id or (owner not in self.distrusted and self.policy.allows(owner, "host"))
 
     def believed(self, owner: PeerID, manifest: Manifest) -> Manifest:
@@ -142,7 +142,7 @@ class Trust:
         return manifest.only(inside.all(axis=1))
 
     def may_host(self, peer_id: PeerID | None, uid: str, *, anew: bool = False) -> bool:
-        """Whether this peer is believed to host `uid`, so that calls for it may go there; `anew`: to begin to host it.
+        """Return whether this peer may host `uid`, so that calls for it may go there; `anew`: whether it may begin to.
 
         None stands for a peer whose id is not known.
         """
@@ -156,7 +156,7 @@ class Trust:
         return authority is None or authority.may(peer_id, "host", uid, now=self.clock() if anew else None)
 
     def knows(self, peer_id: PeerID) -> bool:
-        """Whether a list of the policy names this peer, or a run grants it something."""
+        """Return whether a list of the policy names this peer, or a run grants it something."""
         policy = self.policy
         for some in (policy.quotas, policy.callers, policy.trainers):
             if some and peer_id in some:
@@ -164,7 +164,7 @@ class Trust:
         return bool(self._runs) and any(one.grant_of(peer_id) is not None for one in self._runs.values())
 
     def may_ask(self, peer_id: PeerID, role: Role | None, uid: str) -> bool:
-        """Whether this peer may make calls that take `role` in the run of `uid`; None: to be a member is enough.
+        """Return whether this peer may make calls that take `role` in the run of `uid`; None: to be a member is enough.
 
         Where uids are bare, the policy has decided already.
         """
@@ -176,6 +176,6 @@ class Trust:
         return authority.may(peer_id, role, uid, now=None if role == "host" else self.clock())
 
     def admits(self, peer_id: PeerID, uids: Collection[str]) -> bool:
-        """Whether this peer may call any of these experts (or there are none): one that may not takes no memory."""
+        """Return whether this peer may call any of these experts, or there are none: others must not take memory."""
         runs = (self._runs.get(split_uid(uid)[0]) for uid in uids)
         return not uids or any(run is None or run.is_member(peer_id) for run in runs)

@@ -13,6 +13,10 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
         "Answers that a gate went on without, by direction (`forward`, or `backward`: an expert's gradient) and reason "
         "(`late`, or the error's name).",
     ),
+    "steps_lost": (
+        "events",
+        "Times that an expert of a run continued under a new primary from an earlier version than this node had seen.",
+    ),
     "audits": (
         "audits",
         "Answers of experts compared with another replica's, by `verdict`: `agreed`, `caught`, `disputed` (two "

@@ -146,7 +146,7 @@ class _Told:
 
     def __init__(self) -> None:
         self.num_looks: int | None = None
-        """Of the observer, when this visitor was told last."""
+        """The observer's count when this visitor was told last."""
         self._num_lines = 0
         self._grids: dict[str, str] = {}
 

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 State = dict[str, Any]
 """As JSON holds it."""
 
+RATES = ("calls_per_second", "rows_per_second", "steps_per_second")
 NUM_CONTACTS_ASKED = 32
 NUM_ASKED_AT_ONCE = 16
 HISTORY_LENGTH = 600
@@ -34,9 +35,9 @@ PROGRESS_TTL = 60.0
 FIRST_READ_TIMEOUT = 2.0
 """Seconds that `look` waits for a grid that was not read yet."""
 MAX_CELLS = 2**16
-"""Of a grid that was discovered: its size follows from claims of strangers."""
+"""Largest size of a discovered grid, which follows from claims of strangers."""
 MAX_GRIDS = 16
-"""That are discovered and shown."""
+"""Grids that are discovered and shown, at most."""
 MAX_TRAINERS = 64
 MAX_SENTENCE = 240
 """Characters of a line of the log, which may contain strangers' errors."""
@@ -57,9 +58,7 @@ class Peer:
     """Its latest answer; None before the first."""
     seen_at: float = 0.0
     """Loop time of `status`."""
-    calls_per_second: float = 0.0
-    rows_per_second: float = 0.0
-    steps_per_second: float = 0.0
+    rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RATES, 0.0))
     busy: float = 0.0
     """Share of the time that its devices compute, summed over them: 2.0 if two are always busy."""
     error: str | None = None
@@ -247,20 +246,16 @@ class SwarmObserver:
             if peer.error is None and peer.uids and peer.address.peer_id is not None:
                 self._note(f"{peer.address.peer_id.short} does not answer: {sentence}", "failed")
             peer.error = sentence[:MAX_SENTENCE]
-            peer.calls_per_second = peer.rows_per_second = peer.steps_per_second = peer.busy = 0.0
+            peer.rates, peer.busy = dict.fromkeys(RATES, 0.0), 0.0
             return
         now, before = loop.time(), peer.status
         if before is not None and now > peer.seen_at and status.uptime >= before.uptime:
             seconds = now - peer.seen_at
-            peer.calls_per_second = max(0, status.num_calls - before.num_calls) / seconds
-            peer.rows_per_second = max(0, status.num_rows - before.num_rows) / seconds
+            both = status.experts.keys() & before.experts.keys()
+            steps = sum(status.experts[uid].version - before.experts[uid].version for uid in both)
+            done = (status.num_calls - before.num_calls, status.num_rows - before.num_rows, steps)
+            peer.rates = {name: max(0, amount) / seconds for name, amount in zip(RATES, done, strict=True)}
             peer.busy = max(0.0, status.busy_seconds - before.busy_seconds) / seconds
-            steps = (
-                expert.version - before.experts[uid].version
-                for uid, expert in status.experts.items()
-                if uid in before.experts
-            )
-            peer.steps_per_second = max(0, sum(steps)) / seconds
         if peer.error is not None and peer.uids and peer.address.peer_id is not None:
             self._note(f"{peer.address.peer_id.short} answers again", "joined")
         peer.status, peer.seen_at, peer.error, peer.is_gone = status, now, None, False
@@ -283,9 +278,7 @@ class SwarmObserver:
             "time": time.time(),
             "experts": float(len(set().union(*(peer.uids for peer in peers)))),
             "servers": float(len(peers)),
-            "calls_per_second": sum(peer.calls_per_second for peer in peers),
-            "rows_per_second": sum(peer.rows_per_second for peer in peers),
-            "steps_per_second": sum(peer.steps_per_second for peer in peers),
+            **{name: sum(peer.rates[name] for peer in peers) for name in RATES},
         }
         if losses:
             point["loss"] = sum(losses) / len(losses)
@@ -342,6 +335,7 @@ class SwarmObserver:
     def _peer_state(self, peer_id: PeerID, peer: Peer) -> State:
         connections = [one for one in self.node.endpoint.connections() if one.peer_id == peer_id]
         rtts = [one.rtt for one in connections if one.rtt is not None]
+        status = peer.status
         return {
             "peer_id": str(peer_id),
             "short": peer_id.short,
@@ -350,14 +344,12 @@ class SwarmObserver:
             "path": connections[0].path if connections else None,
             "rtt": round(min(rtts), 6) if rtts else None,
             "num_experts": len(peer.uids),
-            "calls_per_second": round(peer.calls_per_second, 1),
-            "rows_per_second": round(peer.rows_per_second, 1),
-            "steps_per_second": round(peer.steps_per_second, 1),
+            **{name: round(rate, 1) for name, rate in peer.rates.items()},
             "busy": round(peer.busy, 3),
-            "waiting_rows": peer.status.num_waiting_rows if peer.status is not None else None,
-            "uptime": peer.status.uptime if peer.status is not None else None,
-            "answered_ago": round(asyncio.get_running_loop().time() - peer.seen_at, 1) if peer.status else None,
-            "software": peer.status.software if peer.status is not None else None,
+            "waiting_rows": None if status is None else status.num_waiting_rows,
+            "uptime": None if status is None else status.uptime,
+            "answered_ago": None if status is None else round(asyncio.get_running_loop().time() - peer.seen_at, 1),
+            "software": None if status is None else status.software,
             "error": peer.error,
             "gone": peer.is_gone,
         }

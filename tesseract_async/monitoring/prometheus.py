@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from tesseract_async.metrics import Metrics
+from tesseract_async.metrics import Key, Metrics
 from tesseract_async.monitoring.catalogue import METRICS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tesseract_"
+
+Labels = tuple[tuple[str, str], ...]
+T = TypeVar("T")
 
 
 class _Collector:
@@ -29,10 +32,10 @@ class _Collector:
                     given = dict(pairs)
                     family.add_metric([given.get(label, "") for label in labels], value)
                 yield family
-        for name, items in _by_name(self._metrics.histograms).items():
-            labels = sorted({label for pairs, _ in items for label, _ in pairs})
+        for name, observed in _by_name(self._metrics.histograms).items():
+            labels = sorted({label for pairs, _ in observed for label, _ in pairs})
             histograms = HistogramMetricFamily(PREFIX + name, _help(name), labels=labels)
-            for pairs, histogram in items:
+            for pairs, histogram in observed:
                 given, total, buckets = dict(pairs), 0, []
                 for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
                     total += count
@@ -48,8 +51,8 @@ def render(metrics: Metrics) -> bytes:
     return generate_latest(registry)
 
 
-def _by_name(source: dict[Any, Any]) -> dict[str, list[tuple[tuple[tuple[str, str], ...], Any]]]:
-    grouped: dict[str, list[tuple[tuple[tuple[str, str], ...], Any]]] = defaultdict(list)
+def _by_name(source: Mapping[Key, T]) -> dict[str, list[tuple[Labels, T]]]:
+    grouped: dict[str, list[tuple[Labels, T]]] = defaultdict(list)
     for (name, labels), value in source.items():
         grouped[name].append((labels, value))
     return grouped

@@ -18,6 +18,7 @@ from typing import Final
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, describe
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.nat import preamble
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
@@ -104,7 +105,7 @@ class DialBackClient:
         self._scope = scope
         self._dial_timeout = dial_timeout
         self._expected: dict[bytes, asyncio.Event] = {}
-        self._learnt: dict[PeerID, tuple[str, ...]] = {}
+        self._learnt: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def also(self, version: int) -> list[PeerAddress]:
         """Return the nodes that have helped, at the addresses of this version of IP that they named (unproven)."""
@@ -208,7 +209,4 @@ class DialBackClient:
             return
         found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
         found = found if self._scope is None else self._scope.allowed(found)
-        self._learnt.pop(helper.peer_id, None)
         self._learnt[helper.peer_id] = found
-        if len(self._learnt) > MAX_LEARNT:
-            del self._learnt[next(iter(self._learnt))]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
@@ -96,7 +96,7 @@ class NatTransport:
         self._head_start = head_start
         self._offer_timeout = offer_timeout
         self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
-        self._best: OrderedDict[PeerID, str] = OrderedDict()
+        self._best: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
         self.upgrader = PathUpgrader(
             endpoint, better_paths=self._better_paths, metrics=metrics, upgrade_after=upgrade_after
         )
@@ -129,9 +129,6 @@ class NatTransport:
             return
         if error is None:
             self._best[peer_id] = kind
-            self._best.move_to_end(peer_id)
-            if len(self._best) > MAX_REMEMBERED:
-                self._best.popitem(last=False)
             if kind in IMPROVABLE:
                 self.upgrader.watch(peer, peer_id)
         elif self._best.get(peer_id) == kind:

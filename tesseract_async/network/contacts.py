@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tesseract_async.errors import ProtocolError
@@ -19,7 +21,7 @@ ID_BYTES = 32
 
 @lru_cache(maxsize=4096)
 def pack_address(address: Address) -> bytes:
-    """6 bytes for IPv4, 18 for IPv6: the address, then the port, in network order.
+    """Return 6 bytes for IPv4, 18 for IPv6: the address, then the port, in network order.
 
     An IPv4 address that a dual-stack socket shows as ``::ffff:a.b.c.d`` is packed as IPv4.
 
@@ -36,9 +38,9 @@ def pack_address(address: Address) -> bytes:
 
 @lru_cache(maxsize=4096)
 def unpack_address(raw: bytes) -> Address:
-    """The address that `pack_address` packed. Takes untrusted bytes.
+    """Return the address that `pack_address` packed. Takes untrusted bytes.
 
-    Raises: ProtocolError for another length, port 0, or an address that nobody can be dialled at.
+    Raises: ProtocolError for another length, port 0, or an address where nobody can be dialed.
     """
     if len(raw) not in (V4_BYTES, V6_BYTES):
         raise ProtocolError("a packed address has 6 or 18 bytes")
@@ -51,7 +53,7 @@ def unpack_address(raw: bytes) -> Address:
 
 @lru_cache(maxsize=4096)
 def address_range(address: Address) -> bytes | None:
-    """What limits count: the /24 of an IPv4 address, the /48 of an IPv6 one.
+    """Return the range by which limits count: the /24 of an IPv4 address, the /48 of an IPv6 one.
 
     None for loopback and private addresses, where one range says nothing about who is who.
     """
@@ -61,6 +63,7 @@ def address_range(address: Address) -> bytes | None:
     return packed[:3] if len(packed) == V4_BYTES else packed[:6]
 
 
+@dataclass(slots=True, eq=False)
 class Contact:
     """An id at an address, and what this node knows about it.
 
@@ -68,56 +71,31 @@ class Contact:
     contacts, of which only the true one can prove itself.
     """
 
-    __slots__ = (
-        "address",
-        "last_seen",
-        "late",
-        "number",
-        "peer_id",
-        "proven",
-        "range",
-        "raw",
-        "rtt",
-        "rtt_variation",
-        "token",
-        "token_until",
-    )
+    peer_id: bytes
+    address: Address
+    raw: bytes = field(init=False)
+    number: int = field(init=False)
+    range: bytes | None = field(init=False)
+    proven: bool = False
+    """True once it has shown, by a signed nonce from this address, that the id is its own."""
+    last_seen: float = float("-inf")
+    """Loop time of its last message that can't have been forged from off the path."""
+    token: bytes = b""
+    """The token that it gave this node, as proof of this node's address."""
+    token_until: float = float("-inf")
+    late: bool = False
+    """True if a request to it has passed its timeout and nothing was heard since."""
+    rtt: float | None = None
+    """Smoothed round trip in seconds (RFC 6298)."""
+    rtt_variation: float = 0.0
 
-    def __init__(self, peer_id: bytes, address: Address) -> None:
-        self.peer_id = peer_id
-        self.address = address
-        self.raw = peer_id + pack_address(address)
-        self.number = int.from_bytes(peer_id, "big")
-        self.range = address_range(address)
-        self.proven = False
-        """Whether it has shown, by a signed nonce from this address, that the id is its own."""
-        self.last_seen = float("-inf")
-        """Loop time of its last message that can't have been forged from off the path."""
-        self.token = b""
-        """What it wants to see in requests from this node, as proof of this node's address."""
-        self.token_until = float("-inf")
-        self.late = False
-        """Whether a request to it has passed its time-out and nothing was heard since."""
-        self.rtt: float | None = None
-        """Smoothed round trip and its variation (RFC 6298)."""
-        self.rtt_variation = 0.0
-
-    def twin(self) -> Contact:
-        """The same contact, as somebody else knows it who has not talked to it yet."""
-        twin = Contact.__new__(Contact)
-        twin.peer_id, twin.address, twin.raw, twin.number, twin.range = (
-            self.peer_id,
-            self.address,
-            self.raw,
-            self.number,
-            self.range,
-        )
-        twin.proven, twin.last_seen, twin.token, twin.token_until = False, float("-inf"), b"", float("-inf")
-        twin.late, twin.rtt, twin.rtt_variation = False, None, 0.0
-        return twin
+    def __post_init__(self) -> None:
+        self.raw = self.peer_id + pack_address(self.address)
+        self.number = int.from_bytes(self.peer_id, "big")
+        self.range = address_range(self.address)
 
     def observe_round_trip(self, seconds: float) -> None:
-        """Feeds the estimate with a round trip that had no retransmission (Karn's rule)."""
+        """Feed the estimate with a round trip that had no retransmission (Karn's rule)."""
         if self.rtt is None:
             self.rtt, self.rtt_variation = seconds, seconds / 2
         else:
@@ -128,8 +106,21 @@ class Contact:
         return f"Contact({self.peer_id.hex()[:8]}… at {self.address[0]}:{self.address[1]})"
 
 
+def few_per_range(contacts: Iterable[Contact], most: int) -> list[Contact]:
+    """Return the first `most` contacts of each address range, and all that have none, in order."""
+    ranges: Counter[bytes] = Counter()
+    few: list[Contact] = []
+    for contact in contacts:
+        if contact.range is not None:
+            ranges[contact.range] += 1
+            if ranges[contact.range] > most:
+                continue
+        few.append(contact)
+    return few
+
+
 def pack_contacts(contacts: Sequence[Contact], room: int) -> tuple[bytes, bytes]:
-    """The contacts that fit into `room` bytes, first ones first: those with IPv4 addresses, those with IPv6."""
+    """Return the first contacts that fit into `room` bytes: those with IPv4 addresses, those with IPv6."""
     raws = [contact.raw for contact in contacts]
     packed = b"".join(raws)
     if len(packed) == len(raws) * (ID_BYTES + V4_BYTES) <= room:
@@ -145,7 +136,7 @@ def pack_contacts(contacts: Sequence[Contact], room: int) -> tuple[bytes, bytes]
 
 
 def split_contacts(v4: object, v6: object, limit: int) -> list[bytes]:
-    """The `Contact.raw` of each packed contact. Takes untrusted values.
+    """Return the `Contact.raw` of each packed contact. Takes untrusted values.
 
     Raises: ProtocolError for another type, a broken length, or more than `limit` contacts.
     """

@@ -1,4 +1,4 @@
-"""What every part of a node builds on: contacts, records, timers, calls and the outbox. Pure.
+"""The core that all parts of a node build on: contacts, records, timers, calls and the outbox. Pure.
 
 The core imports none of the parts that use it (`joining`, `dial_back`, `holding`, `reading`, `writing`, `replication`).
 They hold the core; what one of them must hear from the core or from another goes through `Listener`.
@@ -27,11 +27,10 @@ from tesseract_async.network.contacts import (
     unpack_address,
 )
 from tesseract_async.network.datagrams import RpcReply
-from tesseract_async.network.density import Density
 from tesseract_async.network.events import ClockSkewed, WrongPeer
 from tesseract_async.network.outbox import Outbox
 from tesseract_async.network.rate_limiter import RateLimiter
-from tesseract_async.network.routing import K, RoutingTable
+from tesseract_async.network.routing import Density, K, RoutingTable
 from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
@@ -48,14 +47,14 @@ MAX_PINGS = 64
 UNREACHABLE_FOR = 60.0
 """Seconds for which a contact that failed is not asked again, unless it is heard from."""
 MAX_REQUEST_RATE = 4000.0
-"""What one range (or address and port) may ask for per second: 1 a request, 4 a signature made or checked."""
+"""Budget of one range (or address and port) per second: a request costs 1, a signature made or checked 4."""
 
 AnyOf = frozenset[PeerID] | None
 """The ids that may answer at an address; None: any."""
 
 
 class Listener(Protocol):
-    """What the parts of a node must hear at once, from the core or from one another."""
+    """The news that parts of a node must hear at once, from the core or from one another."""
 
     def contact_proved(self, contact: Contact, now: float) -> None:
         """A public contact that is not listed has proven its id: `Core.enter` lists it."""
@@ -67,7 +66,7 @@ class Listener(Protocol):
         """A contact is gone. `ask_again`: it was listed, and fell silent without a farewell."""
 
     def first_contact_found(self, now: float) -> None:
-        """Somebody is known who can have this node dialed, which has to be found out before anything else is sent."""
+        """A contact can have this node dialed, which comes before anything else is sent."""
 
     def found_public(self, now: float) -> None:
         """A third node has dialed this one."""
@@ -136,24 +135,28 @@ class Core:
         """Return the wall-clock time at loop time `now`."""
         return now + self.wall_offset
 
+    def jitter(self) -> float:
+        """Return a random factor around 1, so that nodes do not do the same at the same time."""
+        return 0.75 + 0.5 * self.random.random()
+
     # Calls
 
-    def call(self, caller: Caller, kind: int, arguments: Sequence[object], contact: Contact, now: float) -> None:
-        """Send a request to a contact; `caller` hears how it ends, never before this returns."""
-        self._rpcs.start(Call(caller, kind, arguments, contact.address, contact), now)
-
-    def call_address(
+    def call(
         self,
         caller: Caller,
         kind: int,
         arguments: Sequence[object],
-        address: Address,
+        to: Contact | Address,
         now: float,
         *,
         expected: AnyOf = None,
     ) -> None:
-        """Send a request to the node at an address, whose id must be among those `expected`."""
-        self._rpcs.start(Call(caller, kind, arguments, address, None, expected), now)
+        """Send a request to a contact, or to the node at an address, whose id must be among those `expected`.
+
+        `caller` hears how it ends, never before this returns.
+        """
+        contact, address = (to, to.address) if isinstance(to, Contact) else (None, to)
+        self._rpcs.start(Call(caller, kind, arguments, address, contact, expected), now)
 
     def ping(self, contact: Contact, now: float) -> None:
         """See whether a contact is there and itself, unless that, or too many other pings, are in progress."""
@@ -181,21 +184,15 @@ class Core:
                 self._rpcs.repeat(call, now)
             return False
         elif contact.peer_id != datagram.sender:
-            self.outbox.drop("wrong_id")
             self.lost(contact, now)
-            self._rpcs.end(call, None, now)
-            return False
+            return self._refuse(call, "wrong_id", now)
         if not contact.proven and not self._proof_holds(call, datagram.sender, reply):
-            self.outbox.drop("proof")
-            self._rpcs.end(call, None, now)
-            return False
+            return self._refuse(call, "proof", now)
         expected_here = call.expected is None or datagram.sender in call.expected
         if not expected_here or not self.admits(datagram.sender, address):
-            self.outbox.drop("wrong_id")
             self.metrics.count("network_seeds_with_another_id")
             self.outbox.emit(WrongPeer(address, PeerID(datagram.sender)))
-            self._rpcs.end(call, None, now)
-            return False
+            return self._refuse(call, "wrong_id", now)
         contact.proven = True
         contact.late = False
         contact.last_seen = now
@@ -212,6 +209,11 @@ class Core:
                 self.listener.contact_proved(contact, now)
         self._rpcs.end(call, reply, now)
         return True
+
+    def _refuse(self, call: Call, reason: str, now: float) -> bool:
+        self.outbox.drop(reason)
+        self._rpcs.end(call, None, now)
+        return False
 
     def _proof_holds(self, call: Call, sender: bytes, reply: RpcReply) -> bool:
         public_key, signature = reply.proof[:32], reply.proof[32:]

@@ -19,7 +19,7 @@
     DIAL       (nonce)                   -> (whether it was passed on)
     DIAL_FOR   (address, nonce)          no reply; see `network.dial_back`
     DIALED     (nonce)                   no reply
-    COPY       (key + record)            no reply; see `network.caching`
+    COPY       (key + record)            no reply; see `network.holding`
 
 The *token* in a request is one that its receiver gave to that address before (BEP 5): it proves the address. A request
 without one is padded, and its reply kept within three times its length. The *challenge* asks the receiver to sign it,
@@ -37,7 +37,7 @@ import msgpack
 
 from tesseract_async.errors import ProtocolError, UnsupportedVersion
 from tesseract_async.identity import MAX_RECORD_BYTES, SignedRecord
-from tesseract_async.network.contacts import ID_BYTES, Address, pack_address, unpack_address
+from tesseract_async.network.contacts import ID_BYTES, V4_BYTES, V6_BYTES, Address, pack_address, unpack_address
 from tesseract_async.network.storage import NUM_RANGES, StoreOutcome, Summary
 
 MAGIC = 0x54
@@ -51,12 +51,12 @@ AMPLIFICATION = 3
 
 PING, FIND, GET, PAGE, STORE, LEAVE, DIAL, DIAL_FOR, DIALED, COPY = range(1, 11)
 ONE_WAY = (LEAVE, DIAL_FOR, COPY)
-"""Nobody replies to these, so they are nothing without a token."""
+"""Requests that nobody replies to, so that a sender without a token would learn nothing: they are dropped."""
 REPLY = 0x80
 """Added to a request's kind in its reply."""
 
 FLAG_CLIENT = 1
-"""The sender cannot be dialled: serve it, but never list it."""
+"""The sender cannot be dialed: serve it, but never list it."""
 
 FLAG_AGAIN = 2
 """In a reply without results: the token is out of date (its giver restarted, say); ask again with this one."""
@@ -156,27 +156,18 @@ def decode(data: bytes) -> Datagram:
 
 def read_request(datagram: Datagram) -> RpcRequest:
     """Read the body of a request. Raises: ProtocolError."""
-    body = datagram.body
-    if len(body) < 2:
-        raise ProtocolError("a request cut short")
-    token, challenge = body[0], body[1]
-    if type(token) is not bytes or len(token) not in (0, TOKEN_BYTES):
-        raise ProtocolError("a malformed token")
-    if type(challenge) is not bytes or len(challenge) not in (0, CHALLENGE_BYTES):
-        raise ProtocolError("a malformed challenge")
-    return RpcRequest(token, challenge, body[2:])
+    token = _bytes_at(datagram.body, 0, "token", 0, TOKEN_BYTES)
+    challenge = _bytes_at(datagram.body, 1, "challenge", 0, CHALLENGE_BYTES)
+    return RpcRequest(token, challenge, datagram.body[2:])
 
 
 def read_reply(datagram: Datagram) -> RpcReply:
     """Read the body of a reply. Raises: ProtocolError."""
     body = datagram.body
-    if len(body) < 4:
-        raise ProtocolError("a reply cut short")
-    observed, token, proof, wall = body[0], body[1], body[2], body[3]
-    if type(observed) is not bytes or type(token) is not bytes or len(token) != TOKEN_BYTES:
-        raise ProtocolError("a malformed token or address")
-    if type(proof) is not bytes or len(proof) not in (0, PROOF_BYTES):
-        raise ProtocolError("a malformed proof")
+    observed = _bytes_at(body, 0, "address", V4_BYTES, V6_BYTES)
+    token = _bytes_at(body, 1, "token", TOKEN_BYTES)
+    proof = _bytes_at(body, 2, "proof", 0, PROOF_BYTES)
+    wall = body[3] if len(body) > 3 else None
     if type(wall) is not float or not math.isfinite(wall):
         raise ProtocolError("a malformed time")
     return RpcReply(unpack_address(observed), token, proof, wall, body[4:], datagram.flags)
@@ -189,9 +180,7 @@ def proof_statement(challenge: bytes, asker: bytes, prover: bytes, observed: Add
 
 def read_key(arguments: list[object]) -> bytes:
     """Read the 32-byte target of FIND and key of GET and PAGE. Raises: ProtocolError."""
-    if not arguments or type(arguments[0]) is not bytes or len(arguments[0]) != ID_BYTES:
-        raise ProtocolError("a key has 32 bytes")
-    return arguments[0]
+    return _bytes_at(arguments, 0, "key", ID_BYTES)
 
 
 def read_range(arguments: list[object]) -> tuple[int, int]:
@@ -220,18 +209,13 @@ def read_item(arguments: list[object]) -> tuple[bytes, bytes]:
 
 def read_nonce(arguments: list[object]) -> bytes:
     """Read the nonce of DIAL, DIAL_FOR (from its second argument on) and DIALED. Raises: ProtocolError."""
-    nonce = arguments[0] if arguments else None
-    if type(nonce) is not bytes or len(nonce) != TRANSACTION_BYTES:
-        raise ProtocolError("a dial-back without its nonce")
-    return nonce
+    return _bytes_at(arguments, 0, "nonce", TRANSACTION_BYTES)
 
 
 def read_outcomes(results: list[object], count: int) -> list[StoreOutcome]:
     """Read the outcomes of `count` stored records. Raises: ProtocolError."""
-    if not results or type(results[0]) is not bytes or len(results[0]) != count:
-        raise ProtocolError("a store's reply of the wrong length")
     try:
-        return [StoreOutcome(code) for code in results[0]]
+        return [StoreOutcome(code) for code in _bytes_at(results, 0, "list of outcomes", count)]
     except ValueError:
         raise ProtocolError("an outcome that does not exist") from None
 
@@ -292,6 +276,13 @@ def store_items(records: Sequence[SignedRecord]) -> Iterator[list[bytes]]:
     """Yield the arguments of the STOREs that carry `records`."""
     for part in store_parts(records):
         yield [records[index].key + records[index].body for index in part]
+
+
+def _bytes_at(values: list[object], index: int, name: str, *lengths: int) -> bytes:
+    value = values[index] if index < len(values) else None
+    if type(value) is not bytes or len(value) not in lengths:
+        raise ProtocolError(f"a malformed {name}")
+    return value
 
 
 def _byte_strings(value: object) -> list[bytes]:

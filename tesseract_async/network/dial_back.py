@@ -58,7 +58,7 @@ MAX_REMEMBERED = 8192
 
 
 class ThirdNodes:
-    """Asks third nodes to dial somebody."""
+    """Requests to third nodes that they dial another."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -73,14 +73,14 @@ class ThirdNodes:
             self.core.outbox.send_one_way(wire.DIAL_FOR, arguments, third, token, now)
         elif self.num_errands < MAX_ERRANDS:
             self.num_errands += 1
-            self.core.call_address(_Errand(self, arguments), wire.PING, (), third, now)
+            self.core.call(_Errand(self, arguments), wire.PING, (), third, now)
         else:
             return False
         return True
 
 
 class _Errand(Caller):
-    """Sends DIAL_FOR to a third node as soon as it has given its token."""
+    """A DIAL_FOR that is sent to a third node as soon as it has given its token."""
 
     def __init__(self, thirds: ThirdNodes, arguments: tuple[object, ...]) -> None:
         self._thirds = thirds
@@ -95,14 +95,13 @@ class _Errand(Caller):
 
 
 class DialBack(Caller):
-    """Finds out this node's role, and has its part in finding out that of others."""
+    """One node's part in finding out its own role and that of others."""
 
     def __init__(self, core: Core, thirds: ThirdNodes, now: float) -> None:
         """A node that is public from the start never asks."""
         self._core = core
         self.thirds = thirds
-        self.timer_at = float("inf") if core.public else now
-        """When `handle_timer` asks."""
+        self._timer = None if core.public else core.timers.start(now, self.ask)
         self._helpers: LRU[Address, None] = LRU(MAX_HELPERS)
         """Clients heard from at a proven address: they too can dial."""
         self._backoff = MIN_BACKOFF
@@ -115,19 +114,19 @@ class DialBack(Caller):
         """A client asked something from a proven address: it can dial for others."""
         self._helpers[address] = None
 
-    def handle_timer(self, now: float) -> None:
+    def ask(self, now: float) -> None:
         """Ask a random contact to have this node dialed, and arrange to ask another one later."""
         core = self._core
         contacts = core.table.contacts()
         if not contacts:
-            self.timer_at = now + 1.0
+            self._ask_at(now + 1.0)
             return
         contact = core.random.choice(contacts)
         if self._num_unanswered >= MAX_UNANSWERED.get(core.outbox.role, float("inf")):
             self._become("client", now)
         self._num_unanswered += 1
         self._nonce = core.random.randbytes(wire.TRANSACTION_BYTES)
-        self.timer_at = now + self._backoff
+        self._ask_at(now + self._backoff)
         self._backoff = min(2 * self._backoff, MAX_BACKOFF)
         core.call(self, wire.DIAL, (self._nonce,), contact, now)  # whatever it replies, only DIALED counts
 
@@ -185,8 +184,12 @@ class DialBack(Caller):
             return
         self._num_unanswered = 0
         self._backoff = MIN_BACKOFF
-        self.timer_at = now + CONFIRM_PERIOD
+        self._ask_at(now + CONFIRM_PERIOD)
         self._become("public", now)
+
+    def _ask_at(self, at: float) -> None:
+        self._core.timers.cancel(self._timer)
+        self._timer = self._core.timers.start(at, self.ask)
 
     def _become(self, role: str, now: float) -> None:
         if self._core.outbox.role != role:
@@ -202,19 +205,19 @@ class Probation:
     def __init__(self, core: Core, thirds: ThirdNodes) -> None:
         self._core = core
         self._thirds = thirds
-        self._wrote_first: LRU[Address, float] = LRU(MAX_REMEMBERED)
+        self.wrote_first: LRU[Address, float] = LRU(MAX_REMEMBERED)
         self._verdicts: LRU[bytes, tuple[bool, float]] = LRU(MAX_REMEMBERED)
-        self._pending: dict[bytes, tuple[Contact, int]] = {}
+        self.pending: dict[bytes, tuple[Contact, int]] = {}
         """By `Contact.raw`, with how many thirds were asked."""
-        self._nonces: dict[bytes, bytes] = {}
+        self.nonces: dict[bytes, bytes] = {}
 
     def wrote(self, address: Address, now: float) -> None:
         """A node that is not listed, and claims to be public, has sent a request.
 
         It wrote first unless this node has written to it before: those that a newcomer finds ping it at once.
         """
-        if address in self._wrote_first or not self._core.outbox.has_written_to(address, now):
-            self._wrote_first[address] = now
+        if address in self.wrote_first or not self._core.outbox.has_written_to(address, now):
+            self.wrote_first[address] = now
 
     def holds(self, contact: Contact, now: float) -> bool:
         """Return True if this proven contact must not be listed (yet): it is being dialed, or was in vain.
@@ -222,22 +225,22 @@ class Probation:
         A contact that this node found by itself has answered to a stranger. Private addresses say nothing, and where
         nobody else is known nobody can be asked.
         """
-        wrote_at = self._wrote_first.get(contact.address)
+        wrote_at = self.wrote_first.get(contact.address)
         if contact.range is None or wrote_at is None or wrote_at <= now - FILTER_LIFETIME:
             return False
         dialed, until = self._verdicts.get(contact.raw, (False, 0.0))
         if until > now:
             return not dialed
-        return contact.raw in self._pending or len(self._pending) >= MAX_PENDING or self._ask(contact, 1, now)
+        return contact.raw in self.pending or len(self.pending) >= MAX_PENDING or self._ask(contact, 1, now)
 
     def is_dialing(self, raw: bytes) -> bool:
         """Return True if a proven contact is being dialed just now, and will be listed if that gets through."""
-        return raw in self._pending
+        return raw in self.pending
 
     def confirmed(self, nonce: bytes, address: Address, now: float) -> bool:
         """Handle DIALED; return True if it answered a question that was asked here."""
-        raw = self._nonces.get(nonce)
-        if raw is None or self._pending[raw][0].address != address:
+        raw = self.nonces.get(nonce)
+        if raw is None or self.pending[raw][0].address != address:
             return False
         contact = self._end(raw, dialed=True, now=now)
         if contact.proven:  # else it fell silent meanwhile: it is listed when it proves itself again
@@ -257,23 +260,23 @@ class Probation:
             return False
         third = core.random.choice(thirds)
         nonce = core.random.randbytes(wire.TRANSACTION_BYTES)
-        self._pending[contact.raw] = (contact, attempt)
-        self._nonces[nonce] = contact.raw
+        self.pending[contact.raw] = (contact, attempt)
+        self.nonces[nonce] = contact.raw
         token = third.token if third.token_until > now else b""
         self._thirds.ask((pack_address(contact.address), nonce, True), third.address, token, now)
         core.timers.start(now + PATIENCE, partial(self._waited, nonce))
         return True
 
     def _waited(self, nonce: bytes, now: float) -> None:
-        raw = self._nonces.pop(nonce, None)
+        raw = self.nonces.pop(nonce, None)
         if raw is None:
             return
-        contact, attempt = self._pending[raw]
+        contact, attempt = self.pending[raw]
         if attempt >= NUM_THIRDS or not self._ask(contact, attempt + 1, now):
             self._end(raw, dialed=False, now=now)
-            self._core.metrics.count("network_contacts_dropped", reason="not_dialled")
+            self._core.metrics.count("network_contacts_dropped", reason="not_dialed")
 
     def _end(self, raw: bytes, *, dialed: bool, now: float) -> Contact:
-        self._nonces = {nonce: other for nonce, other in self._nonces.items() if other != raw}
+        self.nonces = {nonce: other for nonce, other in self.nonces.items() if other != raw}
         self._verdicts[raw] = (dialed, now + FILTER_LIFETIME)
-        return self._pending.pop(raw)[0]
+        return self.pending.pop(raw)[0]

@@ -1,4 +1,4 @@
-"""What the machine tells its driver. Pure."""
+"""The events that the machine has for its driver. Pure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ReadFinished:
     """The longest chain of answers that the lookup followed."""
     num_holders: int
     num_answers: int
-    """Contacts that answered at all: where nobody did, finding nothing says nothing."""
+    """Contacts that answered at all: if none did, finding no records says nothing."""
     complete: bool
-    """Whether everything that holders reported was also had from one of them."""
+    """True if everything that holders reported could be fetched from one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class WriteFinished:
     operation: int
     num_holders: list[int]
     num_outdated: list[int]
-    """Nodes that say they hold a newer record of the same owner. They may lie: read before believing them."""
+    """Nodes that claim to hold a newer record of the same owner. Unproven: read before believing it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The routing table is no longer empty, and the own neighbourhood is known."""
+    """The routing table is no longer empty, and this node's neighborhood is known."""
 
     num_contacts: int
 
@@ -47,7 +47,7 @@ class Isolated:
 
 @dataclass(frozen=True, slots=True)
 class RoleChanged:
-    """Others found out whether this node can be dialled: ``public`` or ``client``."""
+    """Others found out if this node can be dialed: ``public`` or ``client``."""
 
     role: str
 
@@ -61,7 +61,7 @@ class ClockSkewed:
 
 @dataclass(frozen=True, slots=True)
 class WrongPeer:
-    """Who lives at a seed's address has proven to be `found`, and not who was named. Nothing else is said there."""
+    """The node at a seed's address has proven to be `found`, not the one that was named. It is left alone."""
 
     address: Address
     found: PeerID

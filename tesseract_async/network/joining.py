@@ -6,7 +6,7 @@ neighborhood starts a lookup of this node's own id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
@@ -19,6 +19,7 @@ from tesseract_async.network.lookup import Lookup
 from tesseract_async.network.operations import Search, probe_density, read_contacts, refresh
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import FIRST_TIMEOUT, Call, Caller
+from tesseract_async.network.timers import Timer
 
 SEED_PERIOD = 60.0
 """Seconds until seeds are asked again."""
@@ -36,12 +37,12 @@ Seed = tuple[Address, PeerID | None]
 
 
 class Membership:
-    """Finds the network and keeps this node in it."""
+    """One node's way into the network, and back."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.timer_at = float("inf")
-        """When `handle_timer` asks the seeds."""
+        self._timer: Timer | None = None
+        """When the seeds are asked."""
         self._backoff = MIN_SEED_BACKOFF
         self._remembered: LRU[Address, None] = LRU(MAX_REMEMBERED)
         self._is_looking = False
@@ -59,19 +60,20 @@ class Membership:
             if not core.admits(contact.peer_id, contact.address):
                 core.lost(contact, now)
         self._backoff = MIN_SEED_BACKOFF
-        self.timer_at = now
+        self._ask_at(now)
 
-    def handle_timer(self, now: float) -> None:
+    def ask_seeds(self, now: float) -> None:
         """Ask the seeds, and the contacts that were lost if nobody else is left."""
         core = self._core
         num_contacts = len(core.table)
         addresses: dict[Address, AnyOf] = dict.fromkeys(self._remembered) if not num_contacts else {}
         addresses |= core.expected_at
         if not addresses:
-            self.timer_at = float("inf")
+            self._core.timers.cancel(self._timer)
             return
-        _AskSeeds(self, addresses, now)
-        self.timer_at = now + self._backoff * self._jitter()
+        for address, ids in addresses.items():
+            core.call(_Walk(self, core), wire.FIND, (core.own_id,), address, now, expected=ids)
+        self._ask_at(now + self._backoff * core.jitter())
         # with others at hand ever more rarely, until something happens: all nodes ask the same few seeds
         longest = SEED_PERIOD * (MAX_SEED_PERIODS if num_contacts else 1)
         self._backoff = min(2 * self._backoff, longest)
@@ -102,7 +104,7 @@ class Membership:
         if core.joined and not len(core.table):
             core.joined = False
             core.outbox.emit(Isolated())
-            self.timer_at = float("-inf")
+            self._ask_at(float("-inf"))
             self._backoff = MIN_SEED_BACKOFF
 
     def _looked_up(self, lookup: Lookup, now: float) -> None:
@@ -128,78 +130,52 @@ class Membership:
             core.outbox.emit(Joined(len(core.table)))
         self._backoff = SEED_PERIOD
         if core.expected_at:
-            self.timer_at = now + self._backoff * self._jitter()
+            self._ask_at(now + self._backoff * core.jitter())
             if len(core.table) < K and self._num_second_looks < len(SECOND_LOOKS):
-                core.timers.start(now + SECOND_LOOKS[self._num_second_looks] * self._jitter(), self._look_again)
+                core.timers.start(now + SECOND_LOOKS[self._num_second_looks] * core.jitter(), self._look_again)
                 self._num_second_looks += 1
 
     def _look_again(self, now: float) -> None:
         self.look_up_neighborhood((), now)
 
-    def _jitter(self) -> float:
-        return 0.75 + 0.5 * self._core.random.random()
-
-
-class _AskSeeds(Caller):
-    """Asks seeds for this node's own neighborhood.
-
-    A seed always names somebody unknown. To look up this node's own id each time would be most of what a large network
-    sends; a walk that ends at the first step that leads no nearer (`_Walk`) tells as much.
-    """
-
-    def __init__(self, membership: Membership, addresses: Mapping[Address, AnyOf], now: float) -> None:
-        self._membership = membership
-        core = membership._core
-        for address, ids in addresses.items():
-            core.call_address(self, wire.FIND, (core.own_id,), address, now, expected=ids)
-
-    def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
-        assert call.contact is not None
-        core = self._membership._core
-        found = read_contacts(core, call.contact, reply, now)
-        if core.joined:
-            _Walk(self._membership).go_on(found, now)
-        else:
-            self._membership.look_up_neighborhood([call.contact, *found], now)
-
-    def call_failed(self, call: Call, now: float) -> None:
-        if call.contact is None:
-            self._membership._core.metrics.count("network_seeds_silent")
+    def _ask_at(self, at: float) -> None:
+        self._core.timers.cancel(self._timer)
+        self._timer = self._core.timers.start(at, self.ask_seeds)
 
 
 class _Walk(Caller):
-    """Asks the unknown contact nearest to this node for nearer ones, one after the other.
+    """A walk from a seed to the unknown contact nearest to this node, then to the one nearest that it names, and so on.
 
-    If it comes to one that belongs to this node's neighborhood and was not known there, the neighborhood is looked up.
+    A seed always names contacts that are unknown. To look up this node's own id each time would be most of what a large
+    network sends; a walk that ends at the first step that leads no nearer tells as much. If it comes to a contact that
+    belongs to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
     """
 
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: Membership, core: Core) -> None:
         self._membership = membership
-        self._core = membership._core
+        self._core = core
         self._nearest = 1 << (8 * ID_BYTES)
         self._is_neighbor = False
 
-    def go_on(self, found: Iterable[Contact], now: float) -> None:
-        """Take the next step, if there is one."""
-        core, table = self._core, self._core.table
-        own = table.own_number
-        contact = min(
-            (item for item in found if item.peer_id not in table), key=lambda item: item.number ^ own, default=None
-        )
-        if contact is None or contact.number ^ own >= self._nearest:
-            return
-        self._nearest = contact.number ^ own
-        neighbors = table.closest(own, K)
-        self._is_neighbor = len(neighbors) < K or self._nearest < neighbors[-1].number ^ own
-        core.call(self, wire.FIND, (core.own_id,), contact, now)
-
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
+        core, table = self._core, self._core.table
         assert call.contact is not None
-        found = read_contacts(self._core, call.contact, reply, now)
-        if self._is_neighbor:
+        found = read_contacts(core, call.contact, reply, now)
+        if self._is_neighbor or not core.joined:
             self._membership.look_up_neighborhood([call.contact, *found], now)
-        else:
-            self.go_on(found, now)
+            return
+        own = table.own_number
+        unknown = (item for item in found if item.peer_id not in table)
+        contact = min(unknown, key=lambda item: item.number ^ own, default=None)
+        if contact is not None and contact.number ^ own < self._nearest:
+            self._nearest = contact.number ^ own
+            neighbors = table.closest(own, K)
+            self._is_neighbor = len(neighbors) < K or self._nearest < neighbors[-1].number ^ own
+            core.call(self, wire.FIND, (core.own_id,), contact, now)
+
+    def call_failed(self, call: Call, now: float) -> None:
+        if call.contact is None:
+            self._core.metrics.count("network_seeds_silent")
 
 
 def _by_address(seeds: Iterable[Seed]) -> dict[Address, AnyOf]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import enum
 from bisect import bisect
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from random import Random
 
-from tesseract_async.network.contacts import Contact
+from tesseract_async.network.contacts import Contact, few_per_range
 
 MAX_PER_PATH = 64
 MAX_ASKED_PER_PATH = 100
@@ -33,54 +34,39 @@ class CandidateState(enum.Enum):
     FAILED = enum.auto()
 
 
+@dataclass(slots=True, eq=False)
 class LookupCandidate:
     """A contact as one lookup sees it."""
 
-    __slots__ = ("contact", "distance", "num_in_vain", "path", "round", "state", "teller")
-
-    def __init__(self, contact: Contact, distance: int, round_number: int, teller: LookupCandidate | None) -> None:
-        self.contact = contact
-        self.distance = distance
-        self.state = CandidateState.NEW
-        self.path = -1
-        """Number of the path that asked it."""
-        self.teller = teller
-        """The candidate that named it, and is answerable for it."""
-        self.num_in_vain = 0
-        """Contacts named by this one that did not answer, less two for each that did."""
-        self.round = round_number
-        """How many answers led here, itself included: 1 for a contact known at the start."""
+    contact: Contact
+    distance: int
+    round: int
+    """How many answers led here, itself included: 1 for a contact known at the start."""
+    teller: LookupCandidate | None
+    """The candidate that named it, and is answerable for it."""
+    state: CandidateState = CandidateState.NEW
+    path: LookupPath | None = None
+    """The path that asked it."""
+    num_in_vain: int = 0
+    """Number of contacts named by this one that did not answer, less two for each that did."""
 
 
+@dataclass(slots=True, eq=False)
 class LookupPath:
     """The candidates that one path has heard of, nearest first."""
 
-    __slots__ = (
-        "candidates",
-        "distances",
-        "ignored",
-        "num_asked",
-        "num_asked_ever",
-        "number",
-        "ranges",
-        "seen",
-        "starts",
-    )
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.candidates: list[LookupCandidate] = []
-        self.distances: list[int] = []
-        """Their distances, in the same order."""
-        self.starts: list[LookupCandidate] = []
-        """The candidates known at the start that are asked in any case."""
-        self.seen: set[bytes] = set()
-        self.ignored: set[LookupCandidate] = set()
-        """Candidates that apparently only a liar named."""
-        self.ranges: dict[bytes, int] = {}
-        self.num_asked = 0
-        """Now, without those that are late."""
-        self.num_asked_ever = 0
+    candidates: list[LookupCandidate] = field(default_factory=list)
+    distances: list[int] = field(default_factory=list)
+    """Their distances, in the same order."""
+    starts: list[LookupCandidate] = field(default_factory=list)
+    """The candidates known at the start that are asked in any case."""
+    seen: set[bytes] = field(default_factory=set)
+    ignored: set[LookupCandidate] = field(default_factory=set)
+    """Candidates that apparently only a liar named."""
+    ranges: dict[bytes, int] = field(default_factory=dict)
+    num_asked: int = 0
+    """Now, without those that are late."""
+    num_asked_ever: int = 0
 
 
 class Lookup:
@@ -107,14 +93,13 @@ class Lookup:
         self.k = k
         self.num_rounds = 0
         """The longest chain of answers that was followed."""
-        self.num_asked = 0
         self.num_answered = 0
-        self.max_under_way = alpha
+        self.max_in_progress = alpha
         """Requests in progress over all paths; may be changed between two calls of `to_ask`."""
         self._radius = radius
         self._random = random
         self._candidates: dict[bytes, LookupCandidate] = {}
-        self._paths = [LookupPath(number) for number in range(num_paths)]
+        self._paths = [LookupPath() for _ in range(num_paths)]
         nearest_first = sorted(start, key=lambda contact: contact.number ^ target)
         for position, contact in enumerate(nearest_first):
             self._hear(self._paths[position % num_paths], contact, 1, None)
@@ -124,12 +109,12 @@ class Lookup:
     def to_ask(self) -> list[Contact]:
         """Return the contacts to ask now. Each is counted as asked."""
         asked: list[Contact] = []
-        alpha = -(-self.max_under_way // len(self._paths))
-        room = self.max_under_way - sum(path.num_asked for path in self._paths)
+        alpha = -(-self.max_in_progress // len(self._paths))
+        room = self.max_in_progress - sum(path.num_asked for path in self._paths)
         paths = self._paths
         if room < len(paths):
-            # whose turn it is: otherwise the last path would wait for ever
-            paths = sorted(paths, key=_num_asked_ever)
+            # whose turn it is: otherwise the last path would wait forever
+            paths = sorted(paths, key=lambda path: path.num_asked_ever)
         for path in paths:
             if room <= 0:
                 break
@@ -137,12 +122,11 @@ class Lookup:
                 continue
             for candidate in self._next(path, min(room, alpha - path.num_asked)):
                 candidate.state = CandidateState.ASKED
-                candidate.path = path.number
+                candidate.path = path
                 path.num_asked += 1
                 path.num_asked_ever += 1
                 asked.append(candidate.contact)
                 room -= 1
-        self.num_asked += len(asked)
         return asked
 
     def answered(self, contact: Contact, found: Iterable[Contact]) -> None:
@@ -183,11 +167,11 @@ class Lookup:
         """True once every path is: the k nearest that it may still count on have answered."""
         return all(self._path_finished(path) for path in self._paths)
 
-    def answered_within(self, radius: int) -> list[Contact]:
+    def answered_within(self, radius: int | None = None) -> list[Contact]:
         """Return all contacts that answered and are nearer to the target than `radius`, nearest first."""
         answered = [item for item in self._candidates.values() if item.state is CandidateState.ANSWERED]
-        answered = sorted((item for item in answered if item.distance < radius), key=lambda item: item.distance)
-        return [item.contact for item in answered]
+        answered.sort(key=lambda item: item.distance)
+        return [item.contact for item in answered if radius is None or item.distance < radius]
 
     def heard_of(self) -> list[Contact]:
         """Return all contacts, answered or not, except those that failed."""
@@ -195,20 +179,8 @@ class Lookup:
 
     def closest(self, *, max_per_range: int | None = None) -> list[Contact]:
         """Return the k nearest contacts that answered, nearest first; at most `max_per_range` of one address range."""
-        answered = [item for item in self._candidates.values() if item.state is CandidateState.ANSWERED]
-        answered.sort(key=lambda item: item.distance)
-        closest: list[Contact] = []
-        ranges: dict[bytes, int] = {}
-        for item in answered:
-            range_ = item.contact.range
-            if range_ is not None and max_per_range is not None:
-                if ranges.get(range_, 0) >= max_per_range:
-                    continue
-                ranges[range_] = ranges.get(range_, 0) + 1
-            closest.append(item.contact)
-            if len(closest) == self.k:
-                break
-        return closest
+        answered = self.answered_within()
+        return (answered if max_per_range is None else few_per_range(answered, max_per_range))[: self.k]
 
     def _next(self, path: LookupPath, count: int) -> list[LookupCandidate]:
         """Return up to `count` candidates that a path would ask."""
@@ -225,15 +197,11 @@ class Lookup:
                     break
         if len(found) > count and self._random is not None:
             return self._random.sample(found, count)
-        return (
-            found[:count] or [candidate for candidate in path.starts if candidate.state is CandidateState.NEW][:count]
-        )
+        return found[:count] or [item for item in path.starts if item.state is CandidateState.NEW][:count]
 
     def _path_finished(self, path: LookupPath) -> bool:
         given_up = path.num_asked_ever >= MAX_ASKED_PER_PATH
-        if not given_up and any(
-            item.state is CandidateState.NEW or item.state is CandidateState.ASKED for item in path.starts
-        ):
+        if not given_up and any(item.state in (CandidateState.NEW, CandidateState.ASKED) for item in path.starts):
             return False
         num_counted = 0
         for candidate in path.candidates:
@@ -258,7 +226,7 @@ class Lookup:
 
     def _hear(self, path: LookupPath, contact: Contact, round_number: int, teller: LookupCandidate | None) -> None:
         if contact.raw in path.seen:
-            path.ignored.discard(self._candidates[contact.raw])  # somebody else knows it, too
+            path.ignored.discard(self._candidates[contact.raw])  # another one knows it, too
             return
         if contact.range is not None:
             if path.ranges.get(contact.range, 0) >= MAX_PER_RANGE:
@@ -280,12 +248,8 @@ class Lookup:
                 path.ranges[dropped.range] -= 1
 
     def _leave(self, candidate: LookupCandidate) -> LookupPath:
-        assert candidate.path >= 0
-        path = self._paths[candidate.path]
+        path = candidate.path
+        assert path is not None
         if candidate.state is CandidateState.ASKED:
             path.num_asked -= 1
         return path
-
-
-def _num_asked_ever(path: LookupPath) -> int:
-    return path.num_asked_ever

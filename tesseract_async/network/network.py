@@ -14,6 +14,7 @@ import msgpack
 
 from tesseract_async.admission import Policy
 from tesseract_async.errors import describe
+from tesseract_async.files import write_whole
 from tesseract_async.identity import Identity, PeerID, SignedRecord
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
@@ -70,8 +71,8 @@ class TesseractNetwork(Uncopied):
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked besides the seeds.
 
-        `policy` says whose records this node holds (action ``host``). Each of `checks` is asked whether a record
-        belongs where somebody wants it stored: its signature holds by then, but its value may be anything; False
+        `policy` says whose records this node holds (action ``host``). Each of `checks` is asked if a record belongs
+        where it is to be stored: its signature holds by then, but its value may be anything; False
         refuses it, True passes it or leaves it to others. `scope`: where this node may send on a stranger's word; by
         default what suits the address that its socket is bound to. `on_role_change` is called on the loop whenever
         `role` has changed.
@@ -364,10 +365,7 @@ class TesseractNetwork(Uncopied):
         if self._peers_file is None or not contacts:
             return
         try:
-            self._peers_file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self._peers_file.with_suffix(".new")
-            fresh.write_text("".join(f"{peer}\n" for peer in contacts))
-            fresh.replace(self._peers_file)
+            write_whole(self._peers_file, [f"{peer}\n".encode() for peer in contacts])
         except OSError as error:
             logger.warning("the peers cannot be remembered in %s: %s", self._peers_file, describe(error))
 

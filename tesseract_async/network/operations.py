@@ -11,7 +11,7 @@ from functools import partial
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import ID_BYTES, Contact
+from tesseract_async.network.contacts import ID_BYTES, Contact, few_per_range
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.lookup import Lookup
@@ -28,9 +28,18 @@ it has answered by itself, and over four paths the upkeep of a node would be fou
 NUM_PROBES = 3
 """Random ids that are looked up to learn the density of ids: the neighborhood alone could be one attacker's."""
 
+REACH = 1.5
+"""How far the region reaches, in radii within which k nodes are expected."""
+NUM_LOOKUPS = 6
+"""Lookups of random ids in the region."""
+MAX_MEMBERS = 160
+"""Nodes of a region that are asked, or given a record."""
+MAX_RANGE_PER_HOLDER_SET = 2
+"""Holders of one address range among those of a record. In a read, those of one range count as one."""
+
 
 class Search(Caller):
-    """Drives a `Lookup` with FIND or GET requests, and calls back when it ends."""
+    """A `Lookup` that is driven by FIND or GET requests."""
 
     def __init__(
         self,
@@ -46,9 +55,10 @@ class Search(Caller):
         num_paths: int = NUM_PATHS,
         follow: bool = True,
     ) -> None:
-        """`on_answer` is called with each reply to GET; without it, FIND is asked. May raise ProtocolError.
+        """`on_end` is called with the finished lookup.
 
-        `follow`: ask the contacts that are named too, or only those of the start.
+        `on_answer` is called with each reply to GET, and may raise ProtocolError; without it, FIND is asked. `follow`:
+        ask the contacts that are named too, or only those of the start.
         """
         self.core = core
         self.target = target
@@ -113,6 +123,57 @@ class Search(Caller):
         if not self.ended and call.contact is not None:
             self.lookup.failed(call.contact)
             self.advance(now)
+
+
+class Region:
+    """A search for the nodes around a key, by lookups of random ids there.
+
+    Where a key's nearest nodes are nearer than chance would have it (`Density`), records go to everybody in the region
+    where k nodes are expected, and are looked for there: nodes that live in it by chance cannot be driven out, however
+    many ids lie nearer.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        lookup: Lookup,
+        now: float,
+        on_end: Callable[[list[Contact], float], None],
+    ) -> None:
+        """`lookup` found the key's neighborhood captured. `on_end` gets up to `MAX_MEMBERS`, nearest first."""
+        core.metrics.count("network_regions_searched")
+        self._core = core
+        self._number = lookup.target
+        self._radius = core.density.radius()
+        self._found = {contact.raw: contact for contact in lookup.answered_within(int(REACH * self._radius))}
+        self._on_end = on_end
+        self._num_searching = NUM_LOOKUPS
+        searches: list[Search] = []
+        for _ in range(NUM_LOOKUPS):
+            number = self._number ^ core.random.randrange(self._radius)
+            start = {contact.raw: contact for contact in (*core.table.closest(number, K), *lookup.closest())}
+            target = number.to_bytes(ID_BYTES, "big")
+            searches.append(Search(core, target, list(start.values()), now, on_end=self._ended, num_paths=2))
+        for search in searches:
+            search.advance(now)
+
+    def _ended(self, lookup: Lookup, now: float) -> None:
+        reach = int(REACH * self._radius)
+        for contact in lookup.closest():
+            if contact.number ^ self._number < reach:
+                self._found.setdefault(contact.raw, contact)
+        self._num_searching -= 1
+        if not self._num_searching:
+            self._on_end(self._members(), now)
+
+    def _members(self) -> list[Contact]:
+        """Return a few of each address range; of too many any, as the nearest may have chosen to be nearest."""
+        nearest_first = sorted(self._found.values(), key=lambda contact: contact.number ^ self._number)
+        members = few_per_range(nearest_first, MAX_RANGE_PER_HOLDER_SET)
+        if len(members) > MAX_MEMBERS:
+            members = self._core.random.sample(members, MAX_MEMBERS)
+            members.sort(key=lambda contact: contact.number ^ self._number)
+        return members
 
 
 def refresh(core: Core, index: int, now: float) -> None:

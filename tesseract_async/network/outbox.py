@@ -1,9 +1,8 @@
-"""What one node has to say: datagrams and events on their way out. Pure."""
+"""Datagrams and events on their way out of one node. Pure."""
 
 from __future__ import annotations
 
 import random as random_module
-from collections import deque
 from collections.abc import Sequence
 
 from tesseract_async.lru import LRU
@@ -29,8 +28,8 @@ class Outbox:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         self.forced_client = False
         """True where the node must be a client whatever its role."""
-        self._datagrams: deque[tuple[bytes, Address]] = deque()
-        self._events: deque[Event] = deque()
+        self.datagrams: list[tuple[bytes, Address]] = []
+        self.events: list[Event] = []
         self._written_to: LRU[Address, float] = LRU(MAX_WRITTEN_TO)
 
     @property
@@ -45,7 +44,7 @@ class Outbox:
     def send(self, data: bytes, address: Address) -> None:
         """Queue one datagram."""
         assert len(data) <= wire.MAX_DATAGRAM_BYTES, f"a datagram of {len(data)} bytes"
-        self._datagrams.append((data, address))
+        self.datagrams.append((data, address))
         self.metrics.count("network_bytes_sent", len(data))
 
     def send_one_way(
@@ -72,7 +71,7 @@ class Outbox:
 
     def emit(self, event: Event) -> None:
         """Queue an event for the driver."""
-        self._events.append(event)
+        self.events.append(event)
 
     def drop(self, reason: str) -> None:
         """Count something that was dropped."""
@@ -90,15 +89,3 @@ class Outbox:
     def has_written_to(self, address: Address, now: float) -> bool:
         """Return True if this node sent something there within what gateways remember."""
         return now - self._written_to.get(address, float("-inf")) < FILTER_LIFETIME
-
-    def take_datagrams(self) -> list[tuple[bytes, Address]]:
-        """Return the queued datagrams in order, and forget them."""
-        taken = list(self._datagrams)
-        self._datagrams.clear()
-        return taken
-
-    def take_events(self) -> list[Event]:
-        """Return the queued events in order, and forget them."""
-        taken = list(self._events)
-        self._events.clear()
-        return taken

@@ -13,12 +13,9 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from tesseract_async.errors import TesseractError, describe
-from tesseract_async.identity import PeerID
-from tesseract_async.network.entries import Entries
-from tesseract_async.network.values import Value
+from tesseract_async.network.network import TesseractNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +26,10 @@ NUM_QUICK_LOOKS = 10
 ADVICE = "give each computer a key of its own (`tesseract keygen FILE`), or stop one of the two"
 
 
-class PresentNetwork(Protocol):
-    """The part of `TesseractNetwork` that is needed."""
-
-    @property
-    def peer_id(self) -> PeerID: ...
-    async def wait_joined(self, timeout: float | None = None) -> bool: ...
-    async def get_entries(self, key: str) -> Entries: ...
-    def last_sequence(self, key: str) -> int: ...
-    async def store(self, key: str, value: Value, *, ttl: float, subkey: str | None = None) -> int: ...
-
-
 class Presence:
-    """Looks for a twin of one node, from `run` on."""
+    """The search for a twin of one node."""
 
-    def __init__(self, network: PresentNetwork, *, on_older_twin: Callable[[], None], period: float = PERIOD) -> None:
+    def __init__(self, network: TesseractNetwork, *, on_older_twin: Callable[[], None], period: float = PERIOD) -> None:
         """`on_older_twin` is called once, where this node is the one that has to withdraw."""
         self._network = network
         self._on_older_twin = on_older_twin
@@ -60,7 +46,7 @@ class Presence:
         num_quick = 0
         while True:
             try:
-                found = await self._look()
+                found = await self.look()
                 if found == "older":
                     return
                 if found == "before":
@@ -70,7 +56,7 @@ class Presence:
             num_quick -= 1
             await asyncio.sleep(self._period * random.uniform(0.75, 1.25) / (6 if num_quick > 0 else 1))
 
-    async def _look(self) -> str:
+    async def look(self) -> str:
         """Read the entry, and write it.
 
         Return what was found: ``older``, ``younger`` (a twin), ``before`` (an entry of another run, which may be over)

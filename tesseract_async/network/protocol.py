@@ -83,7 +83,7 @@ class NetworkProtocol:
         self.probation = Probation(core, thirds)
         self.membership = Membership(core)
         self._replicator = Replicator(core, now)
-        self._housekeeping_at = now + HOUSEKEEPING_PERIOD * random.random()
+        core.timers.start(now + HOUSEKEEPING_PERIOD * random.random(), self._keep_house)
         self._operations: dict[int, Read | Write] = {}
         self._num_operations = 0
 
@@ -128,6 +128,8 @@ class NetworkProtocol:
         """Take one datagram as it came from the network, from a numeric `address`."""
         core = self.core
         try:
+            if not address[1]:
+                raise ProtocolError("a datagram from port 0, where nobody can be answered")
             datagram = wire.decode(data)
             if datagram.sender == core.own_id:
                 core.outbox.drop("own_id")
@@ -147,24 +149,17 @@ class NetworkProtocol:
     def handle_timer(self, now: float) -> None:
         """Do what is due. Calling it early or late is harmless."""
         self.core.timers.run(now)
-        if self.membership.timer_at <= now:
-            self.membership.handle_timer(now)
-        if self.dial_back.timer_at <= now:
-            self.dial_back.handle_timer(now)
-        if self._replicator.timer_at() <= now:
-            self._replicator.handle_timer(now)
-        if self._housekeeping_at <= now:
-            self._keep_house(now)
 
     # Output
 
     def datagrams_to_send(self) -> list[tuple[bytes, Address]]:
         """Return the datagrams to send, in order; each is handed out once."""
-        return self.core.outbox.take_datagrams()
+        datagrams, self.core.outbox.datagrams = self.core.outbox.datagrams, []
+        return datagrams
 
     def events(self) -> list[Event]:
         """Return what happened since the last call, in order."""
-        events = self.core.outbox.take_events()
+        events, self.core.outbox.events = self.core.outbox.events, []
         for event in events:
             if isinstance(event, ReadFinished | WriteFinished):
                 self._operations.pop(event.operation, None)
@@ -172,8 +167,7 @@ class NetworkProtocol:
 
     def timer_at(self) -> float:
         """Return the loop time at which `handle_timer` has something to do. It may change with every input."""
-        own = (self.membership.timer_at, self._housekeeping_at, self.dial_back.timer_at, self._replicator.timer_at())
-        return min(*own, self.core.timers.next_at())
+        return self.core.timers.next_at()
 
     # News from one part for another (`core.Listener`)
 
@@ -188,7 +182,7 @@ class NetworkProtocol:
         self.membership.contact_left(contact, ask_again=ask_again)
 
     def first_contact_found(self, now: float) -> None:
-        self.dial_back.handle_timer(now)
+        self.dial_back.ask(now)
 
     def found_public(self, now: float) -> None:
         self.membership.end_dial_wait()
@@ -322,7 +316,7 @@ class NetworkProtocol:
 
     def _keep_house(self, now: float) -> None:
         core = self.core
-        self._housekeeping_at = now + HOUSEKEEPING_PERIOD * (0.75 + 0.5 * core.random.random())
+        core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
         core.keep_house(now)
         self.holder.copies.expire(core.wall(now))
         if len(core.table) >= K and not core.density.was_sampled:

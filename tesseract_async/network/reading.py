@@ -13,8 +13,7 @@ from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import ReadFinished
 from tesseract_async.network.lookup import Lookup
-from tesseract_async.network.operations import ALPHA, Search
-from tesseract_async.network.region import Region
+from tesseract_async.network.operations import ALPHA, Region, Search
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import Call, Caller
 from tesseract_async.network.storage import MAX_ENTRIES_PER_KEY, NUM_RANGES, RANGE_SIZE, EntryID, Summary, summarize
@@ -42,19 +41,19 @@ MAX_PARTS = 64
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """What one holder says that it holds of a dictionary."""
+    """A holder's report of what it holds of a dictionary."""
 
     contact: Contact | None
     """None for this node's own storage."""
     summary: Summary
     records: dict[EntryID, SignedRecord] | None
-    """What is known to be there; None while no record has been fetched."""
+    """The records known to be there; None while none has been fetched."""
     is_copy: bool = False
     """True if it only keeps a copy for a while, and is no holder."""
 
 
 class Read:
-    """Reads a dictionary: finds holders, compares their digests, fetches what differs once, merges, repairs.
+    """A read: it finds holders, compares their digests, fetches what differs once, merges, and repairs.
 
     It ends when `NUM_EQUAL_HOLDERS` report equal digests, else when the k nodes closest to the key have answered. At
     first it asks as many at a time as it still needs, and one to spare: nearly every question meets a holder once one
@@ -178,11 +177,11 @@ class Read:
 
     def _expect(self, num_answers: int) -> None:
         if self._narrow:
-            self._search.lookup.max_under_way = min(num_answers + 1, ALPHA)
+            self._search.lookup.max_in_progress = min(num_answers + 1, ALPHA)
 
     def _widen(self) -> None:
         self._narrow = False
-        self._search.lookup.max_under_way = ALPHA
+        self._search.lookup.max_in_progress = ALPHA
 
     def _hurry(self, now: float) -> None:
         if self.cancelled:
@@ -214,8 +213,7 @@ class Read:
         if self._settled or self.cancelled:
             return
         self._settled = True
-        if self._widens is not None:
-            self.core.timers.cancel(self._widens)
+        self.core.timers.cancel(self._widens)
         for index in range(NUM_RANGES):
             groups: dict[int, list[Holding]] = {}
             for holding in considered if considered is not None else self._holdings:
@@ -306,7 +304,7 @@ class Read:
                 self.core.call(Caller(), wire.STORE, (items,), holding.contact, now)
 
     def _leave_copy(self, now: float) -> None:
-        """Leave a copy of a single value with the nearest contact that had none (see `caching`)."""
+        """Leave a copy of a single value with the nearest contact that had none (see `holding.PathCache`)."""
         if len(self._merged) != 1 or not self._without:
             return
         (record,) = self._merged.values()
@@ -319,7 +317,7 @@ class Read:
 
 
 class _Fetch(Caller):
-    """Reads one part of a dictionary, page by page, from holders that report the same digest of it."""
+    """A part of a dictionary that is read page by page from holders that report the same digest of it."""
 
     def __init__(self, read: Read, start: int, last: int, sources: list[Contact]) -> None:
         self.read = read

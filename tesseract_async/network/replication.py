@@ -1,4 +1,4 @@
-"""Holders keep their dictionaries equal: with newcomers that are closer to a key, and among each other. Pure.
+"""Copying among the holders of a key, and to newcomers that are closer to it. Pure.
 
 Only owners renew: holders copy records verbatim, to nodes that have become close to the key. Of the k holders of a
 key the three nearest do the work, so that it is done about three times, not k times, and still done when one is gone.
@@ -17,6 +17,7 @@ from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import Call, Caller
 from tesseract_async.network.storage import RANGE_SIZE
+from tesseract_async.network.timers import Timer
 
 NUM_REPLICATORS = 3
 """Holders of a key that copy it to others."""
@@ -29,20 +30,17 @@ PING_TIME = 5.0
 
 
 class Replicator:
-    """Decides what this node copies to whom, in slices that never hold up the loop."""
+    """The choice of what this node copies to which others, made in slices that never hold up the loop."""
 
     def __init__(self, core: Core, now: float) -> None:
         self._core = core
         self._now = now
-        self._period_at = now + core.settings.republish_period * (0.5 + core.random.random())
         self._newcomers: deque[Contact] = deque(maxlen=MAX_NEWCOMERS)
         self._work: Iterator[float] | None = None
         """A round in progress; each step gives the seconds until the next."""
-        self._work_at = float("inf")
-
-    def timer_at(self) -> float:
-        """Return the loop time at which `handle_timer` has something to do."""
-        return min(self._period_at, self._work_at)
+        self._timer: Timer | None = None
+        """When its next step is due."""
+        core.timers.start(now + core.settings.republish_period * (0.5 + core.random.random()), self._begin_period)
 
     def newcomer(self, contact: Contact, now: float) -> None:
         """A contact entered the routing table. It may be nearer to some keys than their holders so far."""
@@ -56,29 +54,30 @@ class Replicator:
             if self._work is None:
                 self._begin(now)
 
-    def handle_timer(self, now: float) -> None:
-        """Work off a slice, or begin the periodic round."""
-        if self._period_at <= now:
-            period = self._core.settings.republish_period
-            self._period_at = now + period * (0.75 + 0.5 * self._core.random.random())
-            if self._core.storage.num_entries:
-                self._begin(now, everybody=True)
-        if self._work is not None and self._work_at <= now:
-            self._now = now
-            pause = next(self._work, None)
-            if pause is None:
-                self._work = None
-                self._work_at = float("inf")
-                if self._newcomers:
-                    self._begin(now)
-            else:
-                self._work_at = now + pause
+    def _begin_period(self, now: float) -> None:
+        core = self._core
+        core.timers.start(now + core.settings.republish_period * core.jitter(), self._begin_period)
+        if core.storage.num_entries:
+            self._begin(now, everybody=True)
 
     def _begin(self, now: float, *, everybody: bool = False) -> None:
         newcomers = None if everybody else list(self._newcomers)
         self._newcomers.clear()
         self._work = self._round(newcomers)
-        self._work_at = now
+        self._core.timers.cancel(self._timer)
+        self._timer = self._core.timers.start(now, self._step)
+
+    def _step(self, now: float) -> None:
+        """Work off a slice."""
+        assert self._work is not None
+        self._now = now
+        pause = next(self._work, None)
+        if pause is not None:
+            self._timer = self._core.timers.start(now + pause, self._step)
+        else:
+            self._work = None
+            if self._newcomers:
+                self._begin(now)
 
     def _ping_silent_neighbors(self) -> Iterator[float]:
         """Find out which neighbors are dead: else the three that should copy a key may all be among them.
@@ -121,7 +120,7 @@ class Replicator:
 
 
 class _Sync(Caller):
-    """Brings one contact's dictionary up to date with this node's: asks for its digests, sends what differs."""
+    """A comparison of one contact's dictionary with this node's: it asks for its digests, and sends what differs."""
 
     def __init__(self, core: Core, key: bytes, contact: Contact, now: float) -> None:
         self._core = core

@@ -3,12 +3,17 @@
 Bucket i holds contacts whose ids share exactly i leading bits with this node's; the last bucket, the only one that
 splits, holds all that share more. The table never sends anything: where a ping decides who stays, `add` says whom to
 ping, and the caller reports what came of it (`seen` or `failed`).
+
+Ids cost nothing: with some tens of thousands of them, anybody has the k nodes nearest to a key, and could hide what is
+stored there. But ids that were made for a key lie much nearer to it than k nodes of the network do on average:
+`Density` tells such keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from tesseract_async.lru import LRU
 from tesseract_async.network.contacts import Contact
 
 ID_BITS = 256
@@ -19,6 +24,9 @@ QUESTIONABLE_AFTER = 300.0
 MAX_RANGE_PER_BUCKET = 2
 """Contacts of one address range (/24, /48) in a bucket; loopback and private addresses are exempt from ranges."""
 MAX_RANGE_PER_TABLE = 10
+CAPTURED = 0.5
+"""k nodes within this share of the radius in which they are expected: by chance for one key of some hundred."""
+MAX_SAMPLES = 15
 
 
 def common_prefix(one: int, other: int) -> int:
@@ -199,6 +207,41 @@ class RoutingTable:
         for group, into in ((upper.contacts, lower.contacts), (upper.replacements, lower.replacements)):
             for peer_id in [key for key, item in group.items() if common_prefix(item.number, self.own_number) > index]:
                 into[peer_id] = group.pop(peer_id)
+
+
+class Density:
+    """How far from a key its k nearest nodes are to be expected."""
+
+    def __init__(self, table: RoutingTable) -> None:
+        self._table = table
+        self._samples: LRU[int, int] = LRU(MAX_SAMPLES)
+
+    @property
+    def was_sampled(self) -> bool:
+        """True if anything but this node's own neighborhood is known."""
+        return bool(self._samples)
+
+    def note(self, target: int, closest: Sequence[Contact]) -> None:
+        """Learn from a lookup that ended: these answered, nearest first."""
+        if len(closest) >= self._table.k:
+            self._samples[target] = closest[-1].number ^ target
+
+    def radius(self) -> int:
+        """Return the distance within which k nodes live; 0 while fewer than k are known: all are neighbors then.
+
+        It is the median of what lookups found, each key counted once, and of this node's own neighborhood.
+        """
+        table = self._table
+        if len(table) < table.k:
+            return 0
+        own = table.closest(table.own_number, table.k)[-1].number ^ table.own_number
+        samples = sorted([own, *self._samples.values()])
+        return samples[len(samples) // 2]
+
+    def is_captured(self, target: int, contacts: Sequence[Contact]) -> bool:
+        """Return True if so many of these are nearer to `target` than k nodes would be by chance."""
+        limit = int(CAPTURED * self.radius())
+        return sum(contact.number ^ target < limit for contact in contacts) >= self._table.k
 
 
 def _nearest(contacts: Iterable[Contact], target: int, count: int, without: bytes) -> list[Contact]:

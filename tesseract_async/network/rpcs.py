@@ -36,7 +36,7 @@ STRANGERS_PER_RANGE = 1.0
 
 
 class Caller:
-    """Makes calls and hears how each ends: `call_answered` or `call_failed`, once. Does nothing by itself."""
+    """Base of what makes calls and hears how each ends: `call_answered` or `call_failed`, once."""
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         """The contact replied, and its id is proven. `call.contact` is set, also where only an address was given.
@@ -127,8 +127,7 @@ class Rpcs:
 
     def end(self, call: Call, reply: RpcReply | None, now: float) -> None:
         """End a call as answered, or as failed (None): the next one's turn comes, then the caller hears of it."""
-        if call.timer is not None:
-            self._timers.cancel(call.timer)
+        self._timers.cancel(call.timer)
         del self.by_transaction[call.transaction]
         while self._waiting and len(self.by_transaction) < MAX_CALLS:
             self.start(self._waiting.popleft(), now)
@@ -152,7 +151,7 @@ class Rpcs:
             call.contact.observe_round_trip(seconds)
 
     def _timeout(self, call: Call) -> float:
-        """Seconds to wait for this attempt's reply: by the peer's round trips, else all peers', else a first guess."""
+        """Return the seconds to wait for this attempt's reply: from its round trips, else all peers', else a guess."""
         contact = call.contact
         if contact is not None and contact.rtt is not None:
             base = contact.rtt + 4 * contact.rtt_variation
@@ -171,8 +170,7 @@ class Rpcs:
         self._wait(call, now + self._timeout(call))
 
     def _wait(self, call: Call, due: float) -> None:
-        if call.timer is not None:
-            self._timers.cancel(call.timer)
+        self._timers.cancel(call.timer)
         call.timer = self._timers.start(due, partial(self._is_late, call, due))
 
     def _is_late(self, call: Call, due: float, now: float) -> None:

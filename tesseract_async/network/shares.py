@@ -1,4 +1,4 @@
-"""What each source has brought to a holder: nobody fills it alone, and a full one has room for others. Pure."""
+"""Accounts of what each source has brought to a holder, so that none fills it alone. Pure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Name = tuple[bytes, tuple[str | None, PeerID]]
 
 
 class Source(NamedTuple):
-    """Who sent a record, as far as that is proven."""
+    """The sender of a record, as far as that is proven."""
 
     range: bytes
     """An address range (`contacts.address_range`)."""
     copied: bool
-    """Whether it was a holder that copied another's record: such a one brings those of many owners."""
+    """True if it was a holder that copied another's record: such a one brings those of many owners."""
 
     @property
     def block(self) -> Source:
@@ -31,26 +31,41 @@ class Source(NamedTuple):
 
 
 class Shares:
-    """The entries of all sources that are counted."""
+    """The entries of all sources that are counted, in bytes and by key."""
 
     def __init__(self) -> None:
+        self._source_of: dict[Name, Source] = {}
         self._sizes: dict[Source, dict[Name, int]] = {}
         self._bytes: dict[Source, int] = {}
-        """Of ranges, and of blocks."""
+        """Sums of ranges, and of blocks."""
+        self._in_key: dict[bytes, dict[Source, int]] = {}
+        """Entries of each source under a key."""
 
-    def move(self, name: Name, size: int, before: Source | None, source: Source | None) -> None:
-        """An entry of `size` bytes is `source`'s now (nobody's, if None), and was `before`'s."""
+    def __len__(self) -> int:
+        return len(self._source_of)
+
+    def sources(self, key: bytes) -> dict[Source, int]:
+        """Return how many entries of a key came from each source."""
+        return self._in_key.get(key, {})
+
+    def source_of(self, name: Name) -> Source | None:
+        """Return where an entry came from."""
+        return self._source_of.get(name)
+
+    def move(self, name: Name, size: int, source: Source | None) -> None:
+        """An entry of `size` bytes is `source`'s now; None: it is gone, or came from where sources are not counted."""
+        before = self._source_of.pop(name, None)
         if before is not None:
-            old = self._sizes[before].pop(name)
+            self._count(name, before, -1, -self._sizes[before].pop(name))
             if not self._sizes[before]:
                 del self._sizes[before]
-            self._count(before, -old)
         if source is not None:
+            self._source_of[name] = source
             self._sizes.setdefault(source, {})[name] = size
-            self._count(source, size)
+            self._count(name, source, 1, size)
 
     def allow(self, source: Source | None, size: int, total: int) -> bool:
-        """Whether a source's share of `total` bytes has room for so many more."""
+        """Return True if a source's share of `total` bytes has room for so many more."""
         if source is None:
             return True
         most = total // (BLOCK_SHARE if source.copied else RANGE_SHARE)
@@ -58,20 +73,36 @@ class Shares:
         return self._bytes.get(source, 0) + size <= most and of_block + size <= total // BLOCK_SHARE
 
     def crowding(self, source: Source | None, size: int) -> Source | None:
-        """The source with most bytes, where that is more than `source` would have with `size` more: it has to yield."""
-        if source is None:
-            return None
+        """Return the source with most bytes if it has to yield: it has more than `source` with `size` more."""
         most = max(self._sizes, key=self._bytes.__getitem__, default=None)
-        if most is None or self._bytes[most] <= self._bytes.get(source, 0) + size:
+        if source is None or most is None or self._bytes[most] <= self._bytes.get(source, 0) + size:
+            return None
+        return most
+
+    def crowding_in(self, key: bytes, source: Source | None) -> Source | None:
+        """Return the source with most entries of a key if it has to yield: it has more than `source` with one more."""
+        counts = self.sources(key)
+        most = max(counts, key=counts.__getitem__, default=None)
+        if source is None or most is None or counts[most] <= counts.get(source, 0) + 1:
             return None
         return most
 
     def some_of(self, source: Source, count: int) -> list[Name]:
-        """The oldest entries of a source."""
+        """Return the oldest entries of a source."""
         return list(islice(self._sizes[source], count))
 
-    def _count(self, source: Source, change: int) -> None:
-        for one in (source, source.block):
-            self._bytes[one] = self._bytes.get(one, 0) + change
-            if not self._bytes[one]:
-                del self._bytes[one]
+    def _count(self, name: Name, source: Source, entries: int, size: int) -> None:
+        in_key = self._in_key.setdefault(name[0], {})
+        _add(in_key, source, entries)
+        if not in_key:
+            del self._in_key[name[0]]
+        _add(self._bytes, source, size)
+        _add(self._bytes, source.block, size)
+
+
+def _add(sums: dict[Source, int], source: Source, change: int) -> None:
+    total = sums.get(source, 0) + change
+    if total:
+        sums[source] = total
+    else:
+        sums.pop(source, None)

@@ -74,7 +74,7 @@ class Summary:
 
 
 class _Index:
-    """Makes a large dictionary quick; a small one is looked through."""
+    """An index for a large dictionary; a small one is looked through."""
 
     __slots__ = ("digests", "order", "owners")
 
@@ -108,41 +108,19 @@ class _Index:
         self.digests[index] = (self.digests[index] + change) % 2**64
 
 
-_NOTHING: dict[EntryID, Source] = {}
-"""Shared by all dictionaries without sources."""
-
-
 class _Dictionary:
-    """The entries of one key. Most keys have one, so everything else is made when it is needed."""
+    """The entries of one key. Most keys have one, so the index is made when it is needed."""
 
-    __slots__ = ("counts", "entries", "index", "sources")
+    __slots__ = ("entries", "index")
 
     def __init__(self) -> None:
         self.entries: dict[EntryID, SignedRecord] = {}
         self.index: _Index | None = None
-        self.sources: dict[EntryID, Source] = _NOTHING
-        """Where an entry came from, where ranges are counted."""
-        self.counts: dict[Source, int] = {}
-        """Entries of each source."""
 
     def count_of_owner(self, owner: PeerID) -> int:
         if self.index is not None:
             return self.index.owners.get(owner, 0)
         return sum(1 for _, other in self.entries if other == owner)
-
-    def count_of_source(self, source: Source) -> int:
-        return self.counts.get(source, 0)
-
-    def note_source(self, identity: EntryID, source: Source | None) -> None:
-        """An entry came from there, or (None) is gone."""
-        old = self.sources.pop(identity, None)
-        if old is not None:
-            self.counts[old] -= 1
-            if not self.counts[old]:
-                del self.counts[old]
-        if source is not None:
-            self.sources[identity] = source
-            self.counts[source] = self.counts.get(source, 0) + 1
 
     def summary(self) -> Summary:
         if self.index is not None:
@@ -169,7 +147,7 @@ class Storage:
         self._max_bytes = max_bytes
         self._max_entries_per_key = max_entries_per_key
         self._own_number = own_number
-        self._shares = Shares()
+        self.shares = Shares()
         self._keys: dict[bytes, _Dictionary] = {}
         self._expirations: list[tuple[float, int, SignedRecord]] = []
         """A heap of (removal time, number, record). Replaced records stay in it until it is rebuilt or they expire."""
@@ -203,18 +181,18 @@ class Storage:
             grows = len(record.body) - len(held.body)
             return StoreOutcome.FULL if 0 < grows > self._max_bytes - self.num_bytes else None
         size = len(record.body) + ENTRY_OVERHEAD
-        if not self._shares.allow(source, size, self._max_bytes):
+        if not self.shares.allow(source, size, self._max_bytes):
             return StoreOutcome.FULL
-        if self.num_bytes + size > self._max_bytes and not self._shares.crowding(source, size):
+        if self.num_bytes + size > self._max_bytes and not self.shares.crowding(source, size):
             return StoreOutcome.FULL
         if dictionary is not None:
-            if len(dictionary.entries) >= self._max_entries_per_key and not _crowding(dictionary, source):
+            if len(dictionary.entries) >= self._max_entries_per_key and not self.shares.crowding_in(record.key, source):
                 return StoreOutcome.FULL
             if dictionary.count_of_owner(record.owner) >= MAX_ENTRIES_PER_OWNER:
                 return StoreOutcome.FULL
             if source is not None:
                 limit = MAX_COPIES_PER_RANGE if source.copied else MAX_ENTRIES_PER_RANGE
-                if dictionary.count_of_source(source) >= limit:
+                if self.shares.sources(record.key).get(source, 0) >= limit:
                     return StoreOutcome.FULL
         return None
 
@@ -240,14 +218,10 @@ class Storage:
             self.num_bytes += len(record.body) + ENTRY_OVERHEAD
         else:
             self.num_bytes += len(record.body) - len(old.body)
-        before = dictionary.sources.get(identity)
-        if before is not None and (source is None or source.copied):
-            source = before  # an owner that renews its entry says where it comes from; a copier does not
-        if source is not None or before is not None:
-            if dictionary.sources is _NOTHING:
-                dictionary.sources = {}
-            dictionary.note_source(identity, source)
-            self._shares.move((record.key, identity), len(record.body) + ENTRY_OVERHEAD, before, source)
+        if source is None or source.copied:
+            # an owner that renews its entry says where it comes from; a copier does not
+            source = self.shares.source_of((record.key, identity)) or source
+        self.shares.move((record.key, identity), len(record.body) + ENTRY_OVERHEAD, source)
         if dictionary.index is not None:
             dictionary.index.add(identity, record, old)
         elif len(dictionary.entries) > SMALL:
@@ -318,10 +292,6 @@ class Storage:
             num_dropped += 1
         return num_dropped
 
-    def timer_at(self) -> float | None:
-        """Return the wall-clock time at which `expire` next has something to look at; None if there is none."""
-        return self._expirations[0][0] if self._expirations else None
-
     def __iter__(self) -> Iterator[SignedRecord]:
         for dictionary in list(self._keys.values()):
             yield from list(dictionary.entries.values())
@@ -333,23 +303,24 @@ class Storage:
         """
         dictionary = self._keys.get(record.key)
         if dictionary is not None and len(dictionary.entries) >= self._max_entries_per_key:
-            crowding = _crowding(dictionary, source)
+            crowding = self.shares.crowding_in(record.key, source)
             if crowding is not None:
-                some = (identity for identity, other in dictionary.sources.items() if other == crowding)
-                self._drop_one([(record.key, identity) for identity in islice(some, NUM_WEIGHED)])
+                names = ((record.key, identity) for identity in dictionary.entries)
+                some = (name for name in names if self.shares.source_of(name) == crowding)
+                self._drop_one(list(islice(some, NUM_WEIGHED)))
         size = len(record.body) + ENTRY_OVERHEAD
         while self.num_bytes + size > self._max_bytes:
-            crowding = self._shares.crowding(source, size)
+            crowding = self.shares.crowding(source, size)
             if crowding is None:
                 return False
-            self._drop_one(self._shares.some_of(crowding, NUM_WEIGHED))
+            self._drop_one(self.shares.some_of(crowding, NUM_WEIGHED))
         return True
 
     def _drop_one(self, weighed: list[tuple[bytes, EntryID]]) -> None:
         def weight(name: tuple[bytes, EntryID]) -> tuple[bool, int, float]:
             dictionary = self._keys[name[0]]
             far = (int.from_bytes(name[0], "big") ^ self._own_number).bit_length()
-            return len(dictionary.counts) == 1, far, dictionary.entries[name[1]].expiration
+            return len(self.shares.sources(name[0])) == 1, far, dictionary.entries[name[1]].expiration
 
         key, identity = max(weighed, key=weight)
         self._remove(self._keys[key], self._keys[key].entries[identity])
@@ -359,9 +330,7 @@ class Storage:
         del dictionary.entries[identity]
         if dictionary.index is not None:
             dictionary.index.remove(identity, record)
-        if (source := dictionary.sources.get(identity)) is not None:
-            dictionary.note_source(identity, None)
-            self._shares.move((record.key, identity), 0, source, None)
+        self.shares.move((record.key, identity), 0, None)
         self.num_entries -= 1
         self.num_bytes -= len(record.body) + ENTRY_OVERHEAD
         if not dictionary.entries:
@@ -377,14 +346,6 @@ def summarize(records: Iterator[SignedRecord] | list[SignedRecord]) -> Summary:
         digests[index] = (digests[index] + record.digest) % 2**64
         count += 1
     return Summary(count, tuple(digests))
-
-
-def _crowding(dictionary: _Dictionary, source: Source | None) -> Source | None:
-    """Return the source with most entries, if those are more than the newcomer's source would have with one more."""
-    if not dictionary.counts or source is None:
-        return None
-    most = max(dictionary.counts, key=dictionary.counts.__getitem__)
-    return most if dictionary.counts[most] > dictionary.counts.get(source, 0) + 1 else None
 
 
 def _slot_of(item: tuple[int, EntryID]) -> int:

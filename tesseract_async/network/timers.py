@@ -1,4 +1,4 @@
-"""What one node has to do later. Pure: times are handed in."""
+"""The timers of one node. Pure: times are handed in."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 Action = Callable[[float], None]
 
 SLACK = 64
-"""Cancelled timers that may lie about before they are swept out."""
+"""Canceled timers that may lie about before they are swept out."""
 
 
 class Timer:
-    """Something to be done at a time, unless it is cancelled before."""
+    """An action that is due at a time, unless it is canceled before."""
 
     __slots__ = ("action",)
 
@@ -23,8 +23,8 @@ class Timer:
 class Timers:
     """The timers of one node, in order of time; those of the same time in order of starting.
 
-    Most are time-outs of requests that are answered. A cancelled one lets go of its action at once: what hangs on
-    it would else stay in memory until its time comes, and make the garbage collector look at everything there is.
+    Most are timeouts of requests that are answered. A canceled one lets go of its action at once: what hangs on it
+    would else stay in memory until its time comes, and make the garbage collector look at everything there is.
     """
 
     def __init__(self) -> None:
@@ -36,15 +36,15 @@ class Timers:
         return len(self._heap) - self._num_cancelled
 
     def start(self, at: float, action: Action) -> Timer:
-        """Calls ``action(now)`` once `run` is called at `at` or later."""
+        """Call ``action(now)`` once `run` is called at `at` or later."""
         timer = Timer(action)
         self._num_started += 1
         heapq.heappush(self._heap, (at, self._num_started, timer))
         return timer
 
-    def cancel(self, timer: Timer) -> None:
-        """Forgets a timer. Harmless where it has been run or cancelled."""
-        if timer.action is not None:
+    def cancel(self, timer: Timer | None) -> None:
+        """Forget a timer. Harmless where it has been run or canceled, or is None."""
+        if timer is not None and timer.action is not None:
             timer.action = None
             self._num_cancelled += 1
             if self._num_cancelled > SLACK + len(self._heap) // 2:
@@ -53,7 +53,7 @@ class Timers:
                 self._num_cancelled = 0
 
     def run(self, now: float) -> None:
-        """Does what is due."""
+        """Do what is due."""
         while self._heap and self._heap[0][0] <= now:
             timer = heapq.heappop(self._heap)[2]
             action, timer.action = timer.action, None
@@ -63,7 +63,7 @@ class Timers:
                 action(now)
 
     def next_at(self) -> float:
-        """When the next one is due; infinity if there is none."""
+        """Return when the next one is due; infinity if there is none."""
         while self._heap and self._heap[0][2].action is None:
             heapq.heappop(self._heap)
             self._num_cancelled -= 1

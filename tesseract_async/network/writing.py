@@ -7,13 +7,12 @@ from functools import partial
 
 from tesseract_async.identity import SignedRecord
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.contacts import Contact, address_range
+from tesseract_async.network.contacts import Contact
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
 from tesseract_async.network.events import WriteFinished
 from tesseract_async.network.lookup import Lookup
-from tesseract_async.network.operations import Search
-from tesseract_async.network.region import MAX_RANGE_PER_HOLDER_SET, Region
+from tesseract_async.network.operations import MAX_RANGE_PER_HOLDER_SET, Region, Search
 from tesseract_async.network.routing import K
 from tesseract_async.network.rpcs import STALL, Call, Caller
 from tesseract_async.network.storage import StoreOutcome
@@ -25,7 +24,7 @@ SHORTEST_WAIT = 0.05
 
 
 class Write:
-    """Stores records, each on the k nodes closest to its key. Records that share a holder share datagrams.
+    """A write of records, each to the k nodes closest to its key. Records that share a holder share datagrams.
 
     It ends when every holder has answered. Once half of them have, those that are late are not waited for beyond
     `PATIENCE` times as long as these needed: a dead one would cost every writer a second. Once three quarters have,
@@ -140,7 +139,7 @@ def _at_hand(contact: Contact, now: float) -> bool:
 
     Elsewhere newcomers wait to be dialed by a third node (`dial_back`), and a short table may not be everybody.
     """
-    return contact.token_until > now and address_range(contact.address) is None
+    return contact.token_until > now and contact.range is None
 
 
 class _Store(Caller):

@@ -178,7 +178,7 @@ class ExpertBackend:
         """The first keys, so many, are bare call ids of any trainer, from a checkpoint of version 0.1."""
         self._bare: set[bytes] = set()
         self.norms = UsualNorms()
-        """Of the gradients that it got."""
+        """The usual norms of its gradients."""
         self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
         self._runner = ModuleRunner(
             module,

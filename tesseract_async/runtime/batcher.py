@@ -57,7 +57,7 @@ KEEPING_UP_SECONDS: Final = 0.5
 URGENT_SECONDS: Final = 0.2
 """A request whose deadline is closer than this overtakes all others of its account."""
 TURN_SECONDS: Final = 0.05
-"""Of device time: well above what most batches take, and well below what a caller would notice."""
+"""Device time: well above the seconds of most batches, and well below what a caller would notice."""
 DEFAULT_RETRY_AFTER: Final = 0.5
 """Seconds named in a refusal before any batch has run whose speed an estimate could rest on."""
 _SWEEP_ABOVE: Final = 64
@@ -76,7 +76,7 @@ class BatchQueue:
     cost: BatchCost = field(default_factory=BatchCost)
     num_waiting_rows: int = 0
     ready: dict[Account, _Heap] = field(default_factory=dict)
-    """Of each account with waiting requests here: the highest priority first, then in order of arrival."""
+    """The waiting requests by account: the highest priority first, then in order of arrival."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -87,7 +87,7 @@ class QueuedRequest:
     num_rows: int
     """At least 1."""
     num_bytes: int
-    """What the request holds in memory, for the byte budget."""
+    """Memory that the request holds, for the byte budget."""
     peer: Hashable = None
     """The account that the rows are charged to."""
     deadline: float = math.inf
@@ -103,9 +103,9 @@ class QueuedRequest:
     num_running: int = 0
     """Batches in progress that hold a part of this request."""
     alive: bool = False
-    """False once the request was finished, removed or expired: nobody takes the result of what still runs."""
+    """False once the request was finished, removed or expired: results of what still runs are dropped."""
     cell: list[QueuedRequest] = field(default_factory=list)
-    """Holds the request while some rows have not been dispatched; what queues keep of it, so that they pin nothing."""
+    """Holds the request until all rows are dispatched. Queues keep the cell only, so that they pin nothing."""
 
 
 class RowSlice(NamedTuple):
@@ -144,7 +144,7 @@ class BatcherStatistics:
     """Requests of which some rows have not been dispatched."""
     num_waiting_rows: int = 0
     num_bytes: int = 0
-    """Of all requests that wait or run."""
+    """Bytes of all requests that wait or run."""
     bytes_per_second: float = 0.0
     """How fast the device got through its work lately; 0 before the first batch."""
 
@@ -291,7 +291,7 @@ class Batcher:
         statistics.num_bytes += request.num_bytes
 
     def remove(self, request: QueuedRequest) -> bool:
-        """Drop the rows of a request that were not dispatched yet: nobody waits for them any more.
+        """Drop the rows of a request that were not dispatched yet.
 
         Returns False if all of them were dispatched, or the request has left before: its batch then runs to the end.
         """

@@ -58,14 +58,14 @@ class Attempt:
     summed: Gradients | None = None
     """Gradients of the parameters."""
     norm: float = 0.0
-    """Of those, as they came."""
+    """The norm of `summed` before it was scaled down."""
     scales: torch.Tensor | None = None
     """By which each row's gradients were weakened, as they are stale."""
     error: BaseException | None = None
-    downloads: list[tuple[Sequence[RowSlice], Transfer, int]] = field(default_factory=list)
-    """Of the attempts that this one came to: their slices, results and version."""
+    downloads: list[tuple[Sequence[RowSlice], list[Work], Transfer, int]] = field(default_factory=list)
+    """Slices, requests, results and version of each attempt without an error that this one came to."""
     outcomes: Outcomes = field(default_factory=dict)
-    """Of the requests that failed."""
+    """The errors of the requests that failed."""
 
 
 class Executor:
@@ -139,7 +139,7 @@ class Executor:
                 results = one.results
                 if one.scales is not None:  # callers get their gradients undamped: damping concerns the step
                     results = [None if x is None else x / _per_row(one.scales, x) for x in results]
-                attempt.downloads.append((one.slices, self.staging.download(results), version))
+                attempt.downloads.append((one.slices, one.works, self.staging.download(results), version))
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
 
@@ -147,16 +147,16 @@ class Executor:
         """Return the result or error of each request; waits for the results to arrive."""
         try:
             outcomes = dict(attempt.outcomes)
-            for slices, download, version in attempt.downloads:
+            for slices, works, download, version in attempt.downloads:
                 tensors = download.wait()
                 row = 0
-                for one in slices:
+                for one, work in zip(slices, works, strict=True):
                     stop = row + one.stop - one.start
                     share = tensors if len(slices) == 1 else [None if x is None else x[row:stop] for x in tensors]
                     row = stop
-                    result = _joined(one, WorkResult(share, version))
+                    result = _joined(one, work, WorkResult(share, version))
                     if result is not None:
-                        outcomes[one.request] = result  # type: ignore[index]
+                        outcomes[work] = result
             return outcomes
         except BaseException as error:  # the thread must live, and its callers must hear of it
             self._lose(attempt, error)
@@ -324,11 +324,10 @@ def _check_alone(work: Work) -> None:
         raise _DrawsAlone
 
 
-def _joined(part: RowSlice, result: WorkResult) -> WorkResult | None:
+def _joined(part: RowSlice, work: Work, result: WorkResult) -> WorkResult | None:
     """Return the request's whole result if this was its last slice, or its only one."""
     if part.start == 0 and part.is_last:
         return result
-    work: Work = part.request  # type: ignore[assignment]
     work.results.append(result)
     if not part.is_last:
         return None

@@ -62,7 +62,7 @@ class GatheredGradients:
     """Gradients of one expert's parameters that wait for its next step.
 
     `step_every`: batches that make a step. `trim_peers`: the share of peers left out at each end, coordinate by
-    coordinate; at 0, gradients are summed whoever sent them.
+    coordinate; at 0, gradients of all peers are summed.
     """
 
     def __init__(self, step_every: int, trim_peers: float) -> None:

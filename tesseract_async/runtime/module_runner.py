@@ -116,7 +116,7 @@ class ModuleRunner:
         return self._watch(inputs, training, seed) if states and have_moved(states) else outputs
 
     def _watch(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> object:
-        """Run the module, and find out what it does besides."""
+        """Run the module under watch, and learn its habits."""
         habits, given_seed = self._habits[training], seed if self.is_stochastic(training) else None
         outputs = watched(lambda given: self._call(given, given_seed, records=False), inputs, habits, self.name)
         if not habits.draws or seed is None or self._stochastic is not None:

@@ -20,7 +20,7 @@ percentile of the history; several times the median leaves ordinary steps alone.
 FAR_ABOVE: Final = 128.0
 """Times the usual norm: requests that come to that together are computed alone, lest one's gradients scale all down."""
 UNDONE_ABOVE: Final = 1024.0
-"""Times the usual norm, once that is settled: if the very first gradient was that large, what it did is undone."""
+"""Times the usual norm, once that is settled: if the very first gradient was that large, its step is undone."""
 CHECKED_ABOVE: Final = 4.0
 """Times the usual norm: after a step on such gradients the expert's state is checked."""
 NUM_FIRST: Final = 8

@@ -132,12 +132,11 @@ class TesseractRuntime(Uncopied):
             return
         with self._lock:
             self._closing = True
-            left = self._batcher.waiting()
+            left: list[Work] = self._batcher.waiting()  # type: ignore[assignment]
             for request in left:
                 self._batcher.remove(request)
             self._wake_thread()
-        for request in left:
-            _fail(request, _leaving())
+        _fail(left, _leaving)
         try:
             async with asyncio.timeout(self.settings.close_timeout):
                 await asyncio.shield(self._stopped)
@@ -217,7 +216,7 @@ class TesseractRuntime(Uncopied):
         The tensors must not change until then. Raises: Overloaded.
         """
         if (loop := self._loop) is None:
-            raise _not_started()
+            raise RuntimeError("this runtime was not started")
         now = time.monotonic()
         if self._busy_since is not None and now - self._busy_since > self.settings.stall_timeout:
             raise Overloaded(
@@ -260,7 +259,7 @@ class TesseractRuntime(Uncopied):
         return work
 
     def withdraw(self, work: Work) -> bool:
-        """Drop work that nobody waits for. Returns False if all of it is being computed, or was."""
+        """Drop work whose result is not needed. Returns False if all of it is being computed, or was."""
         with self._lock:
             if not self._batcher.remove(work):
                 return False
@@ -312,7 +311,7 @@ class TesseractRuntime(Uncopied):
 
         with self._lock:
             if self._closing or self._thread is None:
-                raise _not_started() if self._thread is None else RuntimeError("this runtime is closed")
+                raise RuntimeError("this runtime is closed, or was not started")
             self._jobs.append(job)
             self._wake_thread()
         return await future
@@ -333,10 +332,10 @@ class TesseractRuntime(Uncopied):
         )
         return queue
 
-    def _deliver(self, batch: Batch, outcomes: Outcomes, seconds: float) -> None:
-        direction = "backward" if batch.queue.name[1] else "forward"  # type: ignore[index]
-        for one in batch.slices:
-            work: Work = one.request  # type: ignore[assignment]
+    def _deliver(
+        self, works: Sequence[Work], outcomes: Outcomes, direction: str, num_rows: int, seconds: float
+    ) -> None:
+        for work in works:
             outcome = outcomes.get(work)
             if isinstance(outcome, WorkResult):
                 _set_result(work.answer, outcome)
@@ -344,7 +343,7 @@ class TesseractRuntime(Uncopied):
                 self.metrics.count("runtime_failures", direction=direction)
                 _set_error(work.answer, outcome)
             _forget(work)
-        self.metrics.observe("runtime_batch_rows", batch.num_rows, bounds=ROWS_BUCKETS, direction=direction)
+        self.metrics.observe("runtime_batch_rows", num_rows, bounds=ROWS_BUCKETS, direction=direction)
         self.metrics.observe("runtime_batch_seconds", seconds, direction=direction)
 
     # -- On the thread ---------------------------------------------------------------------------------------------
@@ -367,7 +366,7 @@ class TesseractRuntime(Uncopied):
         while True:
             job, batch, expired, closed = self._next(wait=running is None)
             if expired:
-                self._post(_expire, expired)
+                self._post(_fail, expired, _expired)
             staged = None if batch is None else (batch, executor.stage(batch.slices))
             if running is not None:
                 executor.complete(running[1])
@@ -409,7 +408,8 @@ class TesseractRuntime(Uncopied):
 
     def _finish(self, executor: Executor, batch: Batch, attempt: Attempt) -> None:
         """Hand out the results of a batch."""
-        outcomes = executor.outcomes(attempt)
+        outcomes, works = executor.outcomes(attempt), attempt.works
+        direction = "forward" if works[0].output_gradients is None else "backward"
         now = time.monotonic()
         with self._lock:
             for work, outcome in outcomes.items():
@@ -419,14 +419,14 @@ class TesseractRuntime(Uncopied):
             self._busy_seconds += now - (self._busy_since or now)
             self._num_running -= 1
             self._busy_since = now if self._num_running else None
-        self._post(self._deliver, batch, outcomes, now - batch.started)
+        self._post(self._deliver, works, outcomes, direction, batch.num_rows, now - batch.started)
 
     def _post(self, function: Callable[..., None], *args: object) -> None:
         """Let the loop call this. Waking it is a system call: what is posted until it looks shares one."""
         self._posted.append((function, args))
         if not self._delivers:
             self._delivers = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed without closing us: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop was closed before this runtime
                 assert self._loop is not None
                 self._loop.call_soon_threadsafe(self._call_posted)
 
@@ -449,19 +449,14 @@ def _leaving() -> Overloaded:
     return Overloaded("this server is leaving; ask another replica", retry_after=1.0)
 
 
-def _not_started() -> RuntimeError:
-    return RuntimeError("this runtime was not started")
+def _expired() -> TimeoutError:
+    return TimeoutError("the deadline passed before the expert was free")
 
 
-def _expire(requests: Sequence[QueuedRequest]) -> None:
-    for request in requests:
-        _fail(request, TimeoutError("the deadline passed before the expert was free"))
-
-
-def _fail(request: QueuedRequest, error: BaseException) -> None:
-    work: Work = request  # type: ignore[assignment]
-    _set_error(work.answer, error)
-    _forget(work)
+def _fail(works: Sequence[Work], error: Callable[[], BaseException]) -> None:
+    for work in works:
+        _set_error(work.answer, error())
+        _forget(work)
 
 
 def _forget(work: Work) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 State = dict[str, Any]
-"""Of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
+"""The state of an expert: nested dicts and lists of CPU tensors and plain values, as a checkpoint holds them."""
 
 JOURNAL_LENGTH: Final = 65536
 """Backward calls that an expert remembers, so that none is applied twice: those of the last minutes under any load."""

@@ -19,7 +19,7 @@ class WorkResult:
 
     tensors: Sequence[torch.Tensor | None]
     version: int
-    """Of a forward: the steps that the expert had taken. Of a backward: the steps after it was applied."""
+    """Steps that the expert had taken: before a forward, after a backward."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -39,6 +39,6 @@ class Work(QueuedRequest):
     answer: asyncio.Future[WorkResult]
     """Belongs to the runtime's loop."""
     results: list[WorkResult] = field(default_factory=list)
-    """Of the slices so far, if the request was split."""
+    """Results of the slices so far, if the request was split."""
     summed: Gradients | None = None
     """Gradients of the parameters, over the slices so far."""

@@ -54,7 +54,7 @@ class _Backward:
     work: Work
     runtime: TesseractRuntime
     version: int | None
-    """The version that it led to when it was applied before; None if this is the first time."""
+    """The version after it was applied the first time; None if this is the first time."""
     owner: Hashable
     num_waiting: int = 0
 
@@ -81,20 +81,31 @@ class ExpertCalls:
         self._num_active = 0
         self._quiet = asyncio.Event()
 
+    async def info(self, hosted: HostedState, call: IncomingCall) -> Message:
+        """Answer ``expert.info``. Raises only RemoteErrors, for the caller to see."""
+        with self._answering(call):
+            messages.decode(messages.InfoRequest, call.body)
+            backend = hosted.backend
+            info = messages.ExpertInfo(
+                uid=hosted.uid,
+                args_schema=wire.encode_schema(backend.args_schema),
+                kwargs_schema=wire.encode_schema(backend.kwargs_schema),
+                outputs_schema=wire.encode_schema(backend.outputs_schema),
+                max_batch_size=backend.max_batch_size,
+                version=backend.version,
+                codecs=backend.settings.codecs.encode(),
+            )
+            return Message(messages.encode(info))
+
     async def forward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answers ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
+        """Answer ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
             return await self._forward(hosted, call)
 
     async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answers ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
+        """Answer ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
             return await self._backward(hosted, call)
-
-    async def info(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """Answers ``expert.info``. Raises only RemoteErrors, for the caller to see."""
-        with self._answering(call):
-            return _info(hosted, call)
 
     @contextlib.contextmanager
     def _answering(self, call: IncomingCall) -> Iterator[None]:
@@ -110,7 +121,7 @@ class ExpertCalls:
             self._quiet.set()
 
     async def wait_backwards(self, uid: str) -> None:
-        """Returns once no backward of this expert is under way any more; new ones are the caller's business."""
+        """Return once no backward of this expert is under way any more; new ones are the caller's business."""
         while pending := [one.work.answer for (at, _), one in self._backwards.items() if at == uid]:
             await asyncio.wait(pending)
 
@@ -159,7 +170,7 @@ class ExpertCalls:
         keeps = request.keep_inputs and versions == [x._version for x in inputs]
         inputs_cached = self._keep(hosted, inputs, call) if keeps else None
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-        reply = messages.ForwardReply(tensors=metas, version=answer.version, inputs_cached=inputs_cached)
+        reply = messages.ForwardReply(metas, answer.version, inputs_cached, hosted.epoch)
         return Message(messages.encode(reply), tuple(buffers))
 
     async def _backward(self, hosted: HostedState, call: IncomingCall) -> Message:
@@ -184,7 +195,8 @@ class ExpertCalls:
             "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
         )
         metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-        return Message(messages.encode(messages.BackwardReply(metas, answer.version)), tuple(buffers))
+        reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
+        return Message(messages.encode(reply), tuple(buffers))
 
     def _begin_backward(
         self,
@@ -194,7 +206,7 @@ class ExpertCalls:
         request: messages.BackwardRequest,
         tensors: Sequence[torch.Tensor | None],
     ) -> _Backward | WorkResult:
-        """Queues a backward, unless there is nothing to compute."""
+        """Queue a backward, unless there is nothing to compute."""
         uid, backend, num_inputs = hosted.uid, hosted.backend, request.num_inputs
         _check_codecs(uid, backend, "inputs", request.tensors[:num_inputs], tensors[:num_inputs])
         _check_codecs(uid, backend, "gradients", request.tensors[num_inputs:], tensors[num_inputs:])
@@ -227,14 +239,14 @@ class ExpertCalls:
         return backward
 
     async def _share(self, backward: _Backward) -> WorkResult:
-        """Waits for a backward together with all who asked for it."""
+        """Wait for a backward together with all callers that asked for it."""
         backward.num_waiting += 1
         try:
             answer: WorkResult = await asyncio.shield(backward.work.answer)
         finally:
             backward.num_waiting -= 1
             if not backward.num_waiting and not backward.work.answer.done():
-                # nobody waits any more; once it runs its step stands, and whoever asks again gets its answer
+                # once it runs its step stands, and a caller that asks again gets its answer
                 backward.runtime.withdraw(backward.work)
         return answer if backward.version is None else WorkResult(answer.tensors, backward.version)
 
@@ -247,7 +259,7 @@ class ExpertCalls:
             self._memory.keep_answer(key, WorkResult(result.tensors, version), backward.owner)
 
     def _owner(self, call: IncomingCall) -> Hashable:
-        """Whose share of memory and device time this takes: a known peer's, else an address range's, else (where
+        """Return whose share of memory and device time this takes: a known peer's, else an address range's, else (where
         addresses tell nothing) the peer's."""
         return call.peer_id if self._knows(call.peer_id) else range_of(call.origin) or call.peer_id
 
@@ -259,12 +271,12 @@ class ExpertCalls:
 
 
 def journal_key(trainer: PeerID, call_id: bytes) -> bytes:
-    """What a backward is remembered by: nobody can use up the id of another trainer's call."""
+    """Return the journal's key of a backward: no trainer can use up the id of another one's call."""
     return hashlib.sha256(trainer + call_id).digest()[:16]
 
 
 def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The inputs of an untrusted call. Raises: SchemaMismatch (both schemas in the sentence)."""
+    """Return the inputs of an untrusted call. Raises: SchemaMismatch, with both schemas in the sentence."""
     specs = backend.input_specs
     fitting: list[torch.Tensor] = []
     for x, spec in zip(tensors, specs, strict=False):
@@ -280,30 +292,15 @@ def check_inputs(uid: str, backend: ExpertBackend, tensors: Sequence[torch.Tenso
 def check_gradients(
     uid: str, backend: ExpertBackend, inputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor | None]
 ) -> Gradients:
-    """The output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
+    """Return the output gradients of an untrusted call: each absent, or like the output. Raises: SchemaMismatch."""
     num_rows = inputs[0].shape[0]
-    fits = len(tensors) == len(backend.output_specs)
-    for tensor, spec in zip(tensors, backend.output_specs, strict=False):
-        if tensor is not None and (tensor.dtype != spec.dtype or tensor.shape != (num_rows, *spec.shape)):
-            fits = False
+    fits = len(tensors) == len(backend.output_specs) and all(
+        tensor is None or (tensor.dtype == spec.dtype and tensor.shape == (num_rows, *spec.shape))
+        for tensor, spec in zip(tensors, backend.output_specs, strict=True)
+    )
     if not fits:
         raise _mismatch(f"backward of {uid}, for {num_rows} rows,", backend.outputs_schema, tensors)
     return tensors
-
-
-def _info(hosted: HostedState, call: IncomingCall) -> Message:
-    messages.decode(messages.InfoRequest, call.body)
-    backend = hosted.backend
-    info = messages.ExpertInfo(
-        uid=hosted.uid,
-        args_schema=wire.encode_schema(backend.args_schema),
-        kwargs_schema=wire.encode_schema(backend.kwargs_schema),
-        outputs_schema=wire.encode_schema(backend.outputs_schema),
-        max_batch_size=backend.max_batch_size,
-        version=backend.version,
-        codecs=backend.settings.codecs.encode(),
-    )
-    return Message(messages.encode(info))
 
 
 def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | None]) -> SchemaMismatch:
@@ -312,14 +309,14 @@ def _mismatch(what: str, schema: wire.Schema, tensors: Sequence[torch.Tensor | N
 
 
 def _priority(call: IncomingCall) -> int:
-    """The call's priority within the few classes that a stranger may make the batcher keep."""
+    """Return the call's priority within the few classes that a stranger may make the batcher keep."""
     return max(messages.LOWEST_PRIORITY, min(call.priority, messages.HIGHEST_PRIORITY))
 
 
 def _check_codecs(
     uid: str, backend: ExpertBackend, what: str, metas: Sequence[wire.Meta], tensors: Sequence[torch.Tensor | None]
 ) -> None:
-    """Whether what came in (and was unpacked) may travel so. Raises: SchemaMismatch."""
+    """Check that these tensors may come in these codecs. Raises: SchemaMismatch."""
     policy = backend.settings.codecs
     if len(getattr(policy, what)) == len(CODECS):
         return
@@ -329,14 +326,14 @@ def _check_codecs(
 
 
 def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, specs: Sequence[wire.TensorSpec]) -> None:
-    """Refuses what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
+    """Refuse what would take more memory, unpacked, than what fits. Raises: SchemaMismatch."""
     if not wire.may_unpack(metas, specs):
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
         raise SchemaMismatch(f"{what} takes {wire.describe_schema(schema)}; got {got}")
 
 
 def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A part of an answer that may wait for long: not as a few rows that hold the outputs of a large batch."""
+    """Return a part of an answer that may wait for long: a few rows do not hold the outputs of a large batch."""
     return x if x is None or x.nbytes < _LARGE_BYTES or x.untyped_storage().nbytes() <= 4 * x.nbytes else x.clone()
 
 

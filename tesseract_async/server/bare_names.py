@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -71,39 +71,39 @@ class _Memory:
     """The server whose silence made this one take over."""
     waiting_since: float | None = None
     others: list[ExpertReplica] = field(default_factory=list)
-    """Those that may be followed, as the network said last."""
+    """The replicas elsewhere that may be followed, as the network said last."""
 
 
-class _Round:
+class _Look:
     """The questions of one look: each server is asked once whether it is there."""
 
     def __init__(self, node: TesseractNode, timeout: float) -> None:
         self._node, self._timeout = node, timeout
-        self._asked: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
+        self._speaks: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
+
+    def _ask(self, replica: ExpertReplica) -> Coroutine[None, None, messages.ExpertInfo | None]:
+        return ask_info(self._node, replica.uid, replica, self._timeout)
 
     async def speaks(self, replica: ExpertReplica) -> bool:
         """Return whether its server answered a question of this look."""
         owner = owner_of(replica)
-        if owner not in self._asked:
-            asking = ask_info(self._node, replica.uid, replica, self._timeout)
-            self._asked[owner] = asyncio.get_running_loop().create_task(asking)
-        return await asyncio.shield(self._asked[owner]) is not None
+        if owner not in self._speaks:
+            self._speaks[owner] = asyncio.get_running_loop().create_task(self._ask(replica))
+        return await asyncio.shield(self._speaks[owner]) is not None
 
     async def contender(self, replica: ExpertReplica) -> Contender:
-        """Return what it says of its version now."""
-        info = None
-        if await self.speaks(replica):
-            info = await ask_info(self._node, replica.uid, replica, self._timeout)
+        """Return the replica with its present version."""
+        info = await self._ask(replica) if await self.speaks(replica) else None
         return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
 
     def close(self) -> None:
         """Ask no more."""
-        for task in self._asked.values():
+        for task in self._speaks.values():
             task.cancel()
 
 
 class BareNames:
-    """Settles the roles of these experts, and pulls the states of those that are followed."""
+    """Settles the roles of these experts, and pulls the states of followed ones."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class BareNames:
         clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
-        """`source` sends the states of this server's experts. `clock` and `elapsed` are those of `ReplicaKeeper`."""
+        """`source` sends the states of this server's experts; the clocks are those of `ReplicaKeeper`."""
         self._server, self._node, self._source = server, server.node, source
         self._settings, self._clock, self._elapsed = settings, clock, elapsed
         self._began = self._read_at = elapsed()
@@ -155,12 +155,12 @@ class BareNames:
             self._heard.clear()
         self._read_at = now
         gate = asyncio.Semaphore(NUM_AT_ONCE)
-        round_ = _Round(self._node, settings.call_timeout / 5)
+        look = _Look(self._node, settings.call_timeout / 5)
 
         async def settle(one: _Memory) -> None:
             async with gate:
                 try:
-                    await self._settle(one, round_)
+                    await self._settle(one, look)
                 except (TesseractError, TimeoutError) as error:
                     logger.warning("replica of %s: %s", one.hosted.uid, describe(error))
 
@@ -170,9 +170,9 @@ class BareNames:
                     if one.others or not one.hosted.is_primary:
                         group.create_task(settle(one))
         finally:
-            round_.close()
+            look.close()
 
-    async def _settle(self, one: _Memory, round_: _Round) -> None:
+    async def _settle(self, one: _Memory, look: _Look) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version
         listed, now = self._node.policy.hosts is not None, self._elapsed()
         rivals = [
@@ -181,12 +181,12 @@ class BareNames:
             if other.primary and (owner_of(other) != one.giver or other.sequence > one.giver_sequence)
         ]
         if not is_primary:
-            rivals = await self._living(one, rivals, round_)
+            rivals = await self._living(one, rivals, look)
         contenders = rivals if rivals or is_primary else [other for other in one.others if not other.primary]
         if rivals and not is_primary and not (listed and len(rivals) > 1):
             said = [Contender(owner_of(other), True, None) for other in rivals]  # whichever it is, no version matters
         else:
-            said = await asyncio.gather(*map(round_.contender, contenders))
+            said = await asyncio.gather(*map(look.contender, contenders))
         past = Past(
             primary=self.primary(uid),
             taken_from=one.taken_from,
@@ -204,7 +204,7 @@ class BareNames:
                 logger.warning("%s has another primary, %s: this server follows it", uid, one.primary.peer.short)
                 self._node.metrics.count("experts_given_up")
                 await self._server.set_primary(uid, False)
-            await self._sync(one, one.primary, round_)
+            await self._sync(one, one.primary, look)
         elif is_primary:
             self._tell_dispute(uid, [at.owner for at in said if at.version is not None])
         else:
@@ -213,12 +213,12 @@ class BareNames:
             one.taken_from = one.taken_from if one.primary is None else owner_of(one.primary)
             await self._become_primary(one)
 
-    async def _living(self, one: _Memory, primaries: list[ExpertReplica], round_: _Round) -> list[ExpertReplica]:
-        """Those who answer, and for a lease the one that was followed and does not: it may be busy.
+    async def _living(self, one: _Memory, primaries: list[ExpertReplica], look: _Look) -> list[ExpertReplica]:
+        """Return those that answer, and for a lease the one that is followed and does not: it may be busy.
 
-        So a claim that nobody stands behind delays no takeover. Just after a start nobody is known yet: then for all.
+        So a claim that nobody stands behind delays no takeover. Just after a start, all have that lease.
         """
-        speak = await asyncio.gather(*map(round_.speaks, primaries))
+        speak = await asyncio.gather(*map(look.speaks, primaries))
         now, followed, living = self._elapsed(), self.primary(one.hosted.uid), []
         for other, speaks in zip(primaries, speak, strict=True):
             owner = owner_of(other)
@@ -249,12 +249,12 @@ class BareNames:
                     uid,
                 )
 
-    async def _sync(self, one: _Memory, primary: ExpertReplica, round_: _Round) -> None:
+    async def _sync(self, one: _Memory, primary: ExpertReplica, look: _Look) -> None:
         now, owner = self._elapsed(), owner_of(primary)
         is_same = one.synced_from == owner
         if is_same and now - one.synced_at < self._settings.sync_every:
             return
-        if not await round_.speaks(primary):
+        if not await look.speaks(primary):
             return  # waiting for the state of one that is gone would put off that another takes over
         # of a new primary whatever it has, even if that is less than the steps that were taken here
         await self._pull(one, primary, min_version=one.hosted.backend.version + 1 if is_same else 0)
@@ -305,7 +305,7 @@ class BareNames:
         return False
 
     async def _give(self, uid: str, heir: ExpertReplica) -> None:
-        """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""
+        """Have the heir take over. Raises: as the call; ProtocolError unless it proves that it has the last state."""
         nonce = os.urandom(16)
         body = messages.encode(messages.TakeOverRequest(uid, nonce))
         reply = await self._node.call_expert(heir.peer, messages.TAKE_OVER, body, timeout=HAND_OVER_TIMEOUT)

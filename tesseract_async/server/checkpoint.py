@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tesseract_async.runtime.backend import ExpertBackend
 
 State = dict[str, Any]
-"""What `ExpertBackend.state` returns: nested dicts and lists of CPU tensors and plain values."""
+"""A result of `ExpertBackend.state`: nested dicts and lists of CPU tensors and plain values."""
 
 FORMAT_VERSION: Final = 1
 MAX_HEADER_VALUES: Final = 1 << 20

@@ -1,8 +1,8 @@
-"""What a volunteer agreed to, and whether the server may work right now. No I/O: time and load are given to it.
+"""The limits that a volunteer set, and whether the server may work right now. No I/O: time and load are given to it.
 
-`VolunteerSettings` holds the limits, `VolunteerContract` applies them. The limits on rates are kept elsewhere, where
-the bytes pass (`transport.throttle`); everything else is decided here, so that "why does my machine not serve?" has
-one answer: `Verdict.reason`.
+`VolunteerSettings` holds the limits, `VolunteerContract` applies them. Rates are limited where the bytes pass
+(`transport.throttle`); everything else is decided here, so that "why does my machine not serve?" has one answer:
+`Verdict.reason`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Hours:
 
     @classmethod
     def parse(cls, text: str) -> Hours:
-        """Reads ``22:00-07:00``, ``sat,sun 00:00-24:00`` or ``mon-fri 18:30-23:00``. Raises: ValueError."""
+        """Read ``22:00-07:00``, ``sat,sun 00:00-24:00`` or ``mon-fri 18:30-23:00``. Raises: ValueError."""
         match = _WINDOW.fullmatch(text.strip().lower())
         if match is None:
             raise ValueError(f"not hours, such as '22:00-07:00' or 'mon-fri 18:00-23:30': {text!r}")
@@ -49,7 +49,7 @@ class Hours:
         return span if len(self.days) == 7 else ",".join(_DAYS[day] for day in sorted(self.days)) + " " + span
 
     def on(self, day: date, timezone: tzinfo | None) -> tuple[float, float] | None:
-        """Wall-clock seconds of its start and end, where it starts on `day` (None for the machine's own zone)."""
+        """Return its start and end in wall-clock seconds, if it starts on `day`. `timezone`: None for the machine's."""
         if day.weekday() not in self.days:
             return None
         last = day + timedelta(days=1) if self.end <= self.start else day
@@ -58,11 +58,11 @@ class Hours:
 
 @dataclass(frozen=True, slots=True)
 class VolunteerSettings:
-    """The limits that a volunteer sets. None and an empty list mean: no limit."""
+    """The limits of one volunteer. None and an empty tuple mean no limit."""
 
     max_memory_bytes: int | None = None
-    """Memory of the whole process. Fewer experts are hosted if they would not fit (`server.footprint`), and while the
-    process has more, no new work is taken."""
+    """Memory of the whole process. Only as many experts are hosted as fit (`server.footprint`), and while the process
+    has more, no new work is taken."""
     max_upload_rate: float | None = None
     """Bytes per second, sent to all peers together."""
     max_download_rate: float | None = None
@@ -95,7 +95,7 @@ class VolunteerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the server may work, and for how long that holds if nothing else is observed."""
+    """The decision whether the server may work, and how long it holds if nothing else is observed."""
 
     serve: bool
     reason: str
@@ -106,7 +106,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes used in the present quota period: what must outlive a restart."""
+    """Bytes used in the present quota period. They must outlive a restart."""
 
     period_start: float = 0.0
     """Wall-clock seconds at which the period of these bytes began."""
@@ -117,7 +117,7 @@ class VolunteerContract:
     """Applies `VolunteerSettings` to what it observes. Time is wall-clock seconds and may jump."""
 
     def __init__(self, settings: VolunteerSettings, *, timezone: tzinfo | None = None, usage: Usage = Usage()) -> None:
-        """`timezone`: whose hours and midnights count, None for the machine's; `usage`: from before a restart."""
+        """`timezone`: for hours and midnights, None for the machine's; `usage`: from before a restart."""
         self.settings = settings
         self._timezone = timezone
         self._usage = usage
@@ -128,7 +128,7 @@ class VolunteerContract:
         self._memory_short = False
 
     def usage(self, now: float) -> Usage:
-        """The bytes of the period that `now` lies in."""
+        """Return the bytes of the period that `now` lies in."""
         start, _ = _period(now, self.settings.quota_period, self._timezone)
         # a clock that was set back does not give the quota a second time
         if start > self._usage.period_start:
@@ -136,18 +136,18 @@ class VolunteerContract:
         return self._usage
 
     def count_bytes(self, num_bytes: int, now: float) -> None:
-        """`num_bytes` more were sent or received."""
+        """Count bytes that were sent or received."""
         usage = self.usage(now)
         self._usage = Usage(usage.period_start, usage.num_bytes + num_bytes)
 
     def observe_memory(self, num_bytes: int) -> None:
-        """The process holds `num_bytes` now. Once over the limit, it counts as short until 5 % below."""
+        """Note the memory that the process holds now. Once over the limit, it counts as short until 5 % below."""
         limit = self.settings.max_memory_bytes
         if limit is not None:
             self._memory_short = num_bytes > (0.95 * limit if self._memory_short else limit)
 
     def observe_load(self, load: float, now: float) -> None:
-        """Other programs use this share of all processors now."""
+        """Note the share of all processors that other programs use now."""
         limit = self.settings.pause_above_load
         if limit is None:
             return
@@ -162,7 +162,7 @@ class VolunteerContract:
                 self._calm_since = now
 
     def may_serve(self, now: float, load: float | None = None) -> Verdict:
-        """Whether the server may work at `now`; `load` is observed first, where given."""
+        """Decide whether the server may work at `now`; `load` is observed first, where given."""
         if load is not None:
             self.observe_load(load, now)
         closed: list[tuple[str, float | None]] = []
@@ -191,14 +191,10 @@ class VolunteerContract:
 
 
 def _hours_at(hours: Sequence[Hours], now: float, timezone: tzinfo | None) -> tuple[bool, float | None]:
-    """Whether `now` lies in any of `hours`, and when that changes; None if it never does."""
+    """Return whether `now` lies in any of `hours`, and when that changes; None if it never does."""
     today = datetime.fromtimestamp(now, timezone).date()
-    spans = []
-    for offset in range(-1, _HORIZON_DAYS):
-        for window in hours:
-            span = window.on(today + timedelta(days=offset), timezone)
-            if span is not None:
-                spans.append(span)
+    days = [today + timedelta(days=offset) for offset in range(-1, _HORIZON_DAYS)]
+    spans = [span for day in days for window in hours if (span := window.on(day, timezone)) is not None]
     horizon = _at(today + timedelta(days=_HORIZON_DAYS - 1), 0, timezone)
     end = now
     is_open = False
@@ -213,7 +209,7 @@ def _hours_at(hours: Sequence[Hours], now: float, timezone: tzinfo | None) -> tu
 
 
 def _period(now: float, period: str, timezone: tzinfo | None) -> tuple[float, float]:
-    """Wall-clock seconds of the start and the end of the period that `now` lies in."""
+    """Return the wall-clock seconds of the start and the end of the period that `now` lies in."""
     first = datetime.fromtimestamp(now, timezone).date()
     if period == "week":
         first -= timedelta(days=first.weekday())

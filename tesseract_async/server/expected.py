@@ -1,8 +1,7 @@
-"""Which backwards a leaving server should still wait for. No I/O: time and who is connected are given to it.
+"""The backwards that a leaving server should still wait for. No I/O: time and who is connected are given to it.
 
-A forward with ``keep_inputs`` announces a backward. Most of them come within a training step; some never do: the
-trainer died, only evaluated, or lost interest. So each caller is waited for as long as its own backwards have lately
-taken, and not at all once it is gone.
+A forward with ``keep_inputs`` announces a backward. Most come within a training step; some never do: the trainer died
+or only evaluated. So each caller is waited for as long as its own backwards have lately taken, and not once it is gone.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PATIENCE: Final = 2.0
 GONE_AFTER: Final = 1.0
 """Seconds without a connection after which a caller is gone: one that lost its connection dials again sooner."""
 DECAY: Final = 0.9
-"""What is left of the slowest one's weight with each that came sooner."""
+"""The slowest one's weight shrinks to this part with each that came sooner."""
 
 _Key = tuple[str, PeerID]
 
@@ -51,7 +50,7 @@ class ExpectedBackwards:
         return len(self._entries)
 
     def expect(self, name: bytes, uid: str, peer: PeerID, now: float) -> None:
-        """A forward was answered; `name` is whatever tells it apart."""
+        """Take note of an answered forward; `name` tells it apart."""
         caller = self._callers.setdefault(peer, _Caller())
         self._callers.move_to_end(peer)
         caller.names.setdefault(uid, OrderedDict())[name] = now
@@ -60,12 +59,11 @@ class ExpectedBackwards:
             self._drop(next(iter(self._entries)))
         if len(self._callers) > MAX_PEERS:
             _, oldest = self._callers.popitem(last=False)
-            for names in oldest.names.values():
-                for gone in names:
-                    del self._entries[gone]
+            for gone in [one for names in oldest.names.values() for one in names]:
+                del self._entries[gone]
 
     def came(self, name: bytes | None, uid: str, peer: PeerID, now: float) -> None:
-        """A backward has come: of the forward `name`, or, where it brings its inputs itself, of the caller's oldest."""
+        """Take note of a backward: of the forward `name`, or, where it brings its own inputs, the caller's oldest."""
         if name is None:
             caller = self._callers.get(peer)
             names = None if caller is None else caller.names.get(uid)
@@ -82,10 +80,10 @@ class ExpectedBackwards:
     def next_change(
         self, now: float, *, is_gone: Callable[[PeerID], bool], expects: Callable[[str], bool]
     ) -> float | None:
-        """When to look again, if nothing comes before; None if nothing is worth waiting for.
+        """Return when to look again, if nothing comes before; None if nothing is worth waiting for.
 
-        What is not is forgotten: of callers that are gone, of experts whose backwards go elsewhere (`expects`), and
-        what is later than its caller's usual.
+        Forgotten are those of callers that are gone, of experts whose backwards go elsewhere (`expects`), and those
+        that are later than usual for their callers.
         """
         soonest: float | None = None
         for peer, caller in self._callers.items():

@@ -6,7 +6,7 @@
       export.json                      the run's signed manifest, and each expert's file, version and checksum
       experts/ffn.3.7.safetensors      its weights; any safetensors reader loads them
 
-`export_experts` collects them from whoever hosts them now; a second run into the same folder takes only what is newer.
+`export_experts` collects them from their servers; a second export into the same folder takes only what is newer.
 `load_export` gives them back as ordinary modules::
 
     experts = load_export("folder")
@@ -23,7 +23,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote
 
 import safetensors
@@ -35,8 +35,9 @@ from tesseract_async.errors import CheckpointError, ProtocolError, TesseractErro
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.run import RUNS, RunManifest, SignedRun
 from tesseract_async.files import write_whole
+from tesseract_async.server.checkpoint import check_state
 from tesseract_async.server.run_experts import build_run_module
-from tesseract_async.server.state_transfer import fetch_state
+from tesseract_async.server.state_transfer import fetch_file
 
 if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode
@@ -47,8 +48,7 @@ FORMAT: Final = "tesseract export 1"
 INDEX: Final = "export.json"
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedExpert:
+class ExportedExpert(NamedTuple):
     """One line of the index."""
 
     file: str
@@ -56,19 +56,19 @@ class ExportedExpert:
     version: int
     """Optimizer steps taken."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file, in hexadecimal digits."""
 
 
 @dataclass(slots=True)
 class ExportReport:
-    """What an export did."""
+    """The outcome of an export."""
 
     taken: dict[str, int] = field(default_factory=dict)
-    """uid -> version, of what was written now."""
+    """uid -> version, of the experts that were written now."""
     kept: dict[str, int] = field(default_factory=dict)
-    """... of what the folder held already and nobody has newer."""
+    """... that the folder held already, and no server has newer."""
     failed: dict[str, BaseException] = field(default_factory=dict)
-    """uid -> the last error, of what no server gave. An older file of it, if there is one, stays."""
+    """uid -> the last error, of those that no server gave. An older file stays, if there is one."""
 
 
 async def export_experts(
@@ -81,7 +81,7 @@ async def export_experts(
     timeout: float = 60.0,
     progress: Callable[[str], None] = lambda uid: None,
 ) -> ExportReport:
-    """Writes the weights of `replicas` (uid -> its servers, the preferred one first) into `folder`.
+    """Write the weights of `replicas` (uid -> its servers, the preferred one first) into `folder`.
 
     `timeout` is for each piece of a state; `progress` is called with each uid that is done or failed. Interrupted, it
     leaves a folder that loads, and a later run goes on from there.
@@ -98,7 +98,7 @@ async def export_experts(
             error: BaseException = ProtocolError(f"nobody hosts {uid}")
             for replica in servers:
                 try:
-                    state = await fetch_state(
+                    file = await fetch_file(
                         node,
                         replica.peer,
                         uid,
@@ -106,7 +106,8 @@ async def export_experts(
                         min_version=0 if known is None else known.version + 1,
                         timeout=timeout,
                     )
-                    if state is not None:
+                    if file is not None:
+                        state = check_state(uid, file, weights_only=True)
                         store.put(uid, state["module"], state["version"])
                         report.taken[uid] = state["version"]
                     elif known is not None:
@@ -162,16 +163,13 @@ class _Folder:
             "sizes": dict(manifest.sizes),
             "grid_size": list(manifest.grid_size),
             "signed_manifest": base64.b64encode(self.run.blob).decode(),
-            "experts": {
-                uid: {"file": one.file, "version": one.version, "sha256": one.sha256}
-                for uid, one in sorted(self.experts.items())
-            },
+            "experts": {uid: one._asdict() for uid, one in sorted(self.experts.items())},
         }
         write_whole(self.path / INDEX, [json.dumps(index, indent=1).encode()])
 
 
 def read_index(folder: str | Path) -> tuple[SignedRun, dict[str, ExportedExpert]]:
-    """The run and the experts of an export. Raises: CheckpointError for what is none."""
+    """Return the run and the experts of an export. Raises: CheckpointError for a folder that is none."""
     path = Path(folder) / INDEX
     try:
         index = json.loads(path.read_bytes())
@@ -198,7 +196,7 @@ class ExportedExperts(Mapping[str, nn.Module]):
     """The experts of an export by uid: ordinary modules, in eval mode, made when they are asked for first."""
 
     def __init__(self, folder: str | Path, *, allowed_modules: Collection[str] = ()) -> None:
-        """`allowed_modules`: from which a run's own classes may be imported. Raises: CheckpointError."""
+        """`allowed_modules`: those from which a run's own builders may be imported. Raises: CheckpointError."""
         self.folder = Path(folder)
         self.signed_run, self.index = read_index(folder)
         self._allowed = tuple(allowed_modules)
@@ -206,11 +204,11 @@ class ExportedExperts(Mapping[str, nn.Module]):
 
     @property
     def run(self) -> RunManifest:
-        """What the swarm agreed on."""
+        """The run's manifest."""
         return self.signed_run.manifest
 
     def weights(self, uid: str) -> dict[str, torch.Tensor]:
-        """One expert's weights, without building it. Raises: KeyError; CheckpointError if the file is damaged."""
+        """Return an expert's weights without building it. Raises: KeyError; CheckpointError for a damaged file."""
         entry = self.index[uid]
         path = self.folder / entry.file
         try:
@@ -246,7 +244,7 @@ class ExportedExperts(Mapping[str, nn.Module]):
 
 
 def load_export(folder: str | Path, *, allowed_modules: Collection[str] = ()) -> ExportedExperts:
-    """The experts of an export; needs no network. See `ExportedExperts`.
+    """Return the experts of an export, without the network. See `ExportedExperts`.
 
     Raises: CheckpointError if the folder is no export.
     """

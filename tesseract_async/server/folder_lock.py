@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 NAME: Final = ".lock"
 
 _held: Final[dict[tuple[int, int], int]] = {}
-"""This process's own: device and inode of a folder -> the open lock file. Some network file systems' locks are a
-process's, not an open file's, and would not keep two of its servers apart."""
+"""Device and inode of each folder that this process holds -> the open lock file. Some network file systems' locks are a
+process's, not an open file's, and would not keep two servers of one process apart."""
 
 
 class FolderLock:
@@ -35,7 +35,7 @@ class FolderLock:
         self._key: tuple[int, int] | None = None
 
     def acquire(self) -> None:
-        """Makes the folder if there is none. Blocking file work, but it never waits.
+        """Take the folder, made if there is none. Blocking file work, but it never waits.
 
         Raises: CheckpointError if another server, here or on another computer, holds it, or if it cannot be written.
         """
@@ -69,7 +69,7 @@ class FolderLock:
                 self.folder,
                 error.strerror,
             )
-        with contextlib.suppress(OSError):  # a full disk: it is locked, namelessly
+        with contextlib.suppress(OSError):  # the disk may be full: then it is locked without a name
             since = time.strftime("%Y-%m-%d %H:%M:%S %z")
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
@@ -81,7 +81,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Lets others have the folder. Releasing twice is harmless."""
+        """Let others have the folder. Releasing twice is harmless."""
         if self._key is not None:
             handle = _held.pop(self._key, None)
             self._key = None
@@ -93,7 +93,7 @@ class FolderLock:
 
 
 def _close_all() -> None:
-    """A forked child must not hold on to its parent's folders when the parent is gone."""
+    """Close them in a forked child, which must not hold its parent's folders when the parent is gone."""
     while _held:
         os.close(_held.popitem()[1])
 

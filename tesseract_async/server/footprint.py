@@ -1,4 +1,4 @@
-"""What an expert costs in memory, measured, and what of a volunteer's limit goes where.
+"""The memory that an expert takes, measured, and how a volunteer's limit is divided.
 
 `measure` lets one expert take a step, and then run forward and backward with the largest batch on PyTorch's ``meta``
 device, which computes nothing and takes no memory, while every tensor that would be made is counted. `plan_memory`
@@ -16,7 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import torch
@@ -30,13 +30,13 @@ from tesseract_async.server.memory import trim_heap
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_ENTRY_BYTES: Final = 256
-"""A call id and a version as Python holds them: 170 to 250, the most when the journal's table has just grown."""
-COPIED_ENTRY_BYTES: Final = 24
+JOURNAL_BYTES: Final = 256 * JOURNAL_LENGTH
+"""A full one: Python takes 170 to 250 for a call id and a version, the most when the table has just grown."""
+COPIED_JOURNAL_BYTES: Final = 24 * JOURNAL_LENGTH
 NUM_PROBE_ROWS: Final = 4
 PROBE_MARGIN: Final = 2.0
-"""Where a module does not run on ``meta``, so many times what `NUM_PROBE_ROWS` more rows took is reckoned per row: with
-few rows, the peak is where the parameters' gradients meet, not where all activations do."""
+"""A module that does not run on ``meta`` is taken to need this many times the memory of each probed row: with few rows,
+the peak is where the parameters' gradients meet, not where all activations do."""
 
 MAX_OPERATIONS: Final = 20_000
 """On tensors, while an expert of somebody else's sizes is built."""
@@ -52,12 +52,9 @@ class Footprint:
     weights: int
     """Parameters and buffers."""
     gradients: int
-    """Of the parameters that are trained."""
+    """One for each parameter that is trained."""
     optimizer: int
     """Its state after the first step."""
-    journal: int
-    """When it is full."""
-    copied_journal: int
     batch: int
     """The most that a forward and backward of `max_batch_size` rows needs at once, gradients and staged rows included;
     only one expert of a device computes at a time."""
@@ -66,13 +63,13 @@ class Footprint:
 
     @property
     def state(self) -> int:
-        """A copy of what a checkpoint holds."""
-        return self.weights + self.optimizer + self.copied_journal + self.gradients * min(self.num_sums, 1)
+        """Bytes of a copy of what a checkpoint holds."""
+        return self.weights + self.optimizer + COPIED_JOURNAL_BYTES + self.gradients * min(self.num_sums, 1)
 
     @property
     def resident(self) -> int:
-        """What the expert holds as long as it is hosted: itself, and the state that a failed step goes back to."""
-        return self.weights + self.optimizer + self.journal + self.gradients * self.num_sums + self.state
+        """Bytes held as long as the expert is hosted: itself, and the state that a failed step goes back to."""
+        return self.weights + self.optimizer + JOURNAL_BYTES + self.gradients * self.num_sums + self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +80,24 @@ class MemoryPlan:
     """That fit. 0: not even one does."""
     needed_for_one: int
     """The least limit with which one expert fits."""
-    queue: int
-    """For `RuntimeSettings.max_queue_bytes`."""
-    inputs: int
-    """For `ServerSettings.max_inputs_bytes`."""
-    answers: int
-    """For `ServerSettings.max_answers_bytes`."""
-    received: int
-    """For messages that are half received or being answered: `EndpointSettings.max_receive_bytes`."""
-    replies: int
-    """For replies that wait to be taken."""
-    calls: int
-    """For small calls under way."""
-    copies: int
-    """For states that are being sent to followers."""
+    budgets: Mapping[str, int]
+    """Bytes that the server may keep for others, by the names of `SHARES`."""
 
 
 SHARES: Final[Mapping[str, tuple[float, int]]] = {
-    "queue": (1 / 8, 1 << 30),
-    "inputs": (1 / 16, 256 << 20),
-    "answers": (1 / 64, 64 << 20),
-    "received": (1 / 10, 3 << 29),
-    "replies": (1 / 20, 3 << 28),
-    "calls": (1 / 40, 3 << 27),
-    "copies": (1 / 16, 1 << 30),
+    "queue": (1 / 8, 1 << 30),  # rows that wait for the device
+    "inputs": (1 / 16, 256 << 20),  # kept for backwards
+    "answers": (1 / 64, 64 << 20),  # kept for callers that ask again
+    "received": (1 / 10, 3 << 29),  # messages that are half received or being answered
+    "replies": (1 / 20, 3 << 28),  # that wait to be taken
+    "calls": (1 / 40, 3 << 27),  # small ones under way
+    "copies": (1 / 16, 1 << 30),  # of states that are being sent to followers
 }
-"""Of the memory that a limit leaves beside the process itself, and the most that is ever needed."""
+"""Shares of the memory that a limit leaves besides the process itself, and the most bytes that are ever needed."""
 
 
 def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = False) -> MemoryPlan:
-    """Divides `limit` where the process holds `base` before its first expert.
+    """Divide `limit` where the process holds `base` before its first expert.
 
     `on_gpu`: experts live elsewhere, and only copies of their states here.
     """
@@ -120,17 +105,17 @@ def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = Fals
     budgets = {name: min(int(share * room), most) for name, (share, most) in SHARES.items()}
     # a checkpoint is copied while the copy before it is still held, and a state is sent as one piece of memory
     once = expert.batch + expert.state + expert.state
-    resident = expert.state + expert.journal if on_gpu else expert.resident
+    resident = expert.state + JOURNAL_BYTES if on_gpu else expert.resident
     left = room - sum(budgets.values()) - once
     share = sum(share for share, _ in SHARES.values())
     needed = base + math.ceil((once + resident) / (1 - share)) + 1
-    return MemoryPlan(max(0, left) // max(1, resident), needed, **budgets)
+    return MemoryPlan(max(0, left) // max(1, resident), needed, budgets)
 
 
 def measure(backend: ExpertBackend) -> Footprint:
-    """Takes a step: for a backend that is not used afterwards. Raises what its module raises."""
+    """Measure an expert by taking a step: for a backend that is not used afterwards. Raises what its module raises."""
     settings = backend.settings
-    few = _peak_of(backend, NUM_PROBE_ROWS, backend.device)
+    few = peak_of(backend, NUM_PROBE_ROWS, backend.device)
     found = backend.gradients(*_probe(backend, 1, backend.device), training=True)
     for _ in range(settings.step_every):
         backend.step(found[1])
@@ -141,17 +126,15 @@ def measure(backend: ExpertBackend) -> Footprint:
         weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
         gradients=_num_bytes(backend.parameters),
         optimizer=optimizer,
-        journal=JOURNAL_LENGTH * JOURNAL_ENTRY_BYTES,
-        copied_journal=JOURNAL_LENGTH * COPIED_ENTRY_BYTES,
         batch=0,
         num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
     )
     try:
-        batch = _peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
+        batch = peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         # it looks at the numbers themselves, or uses what ``meta`` does not have
         logger.info("%s does not run on meta (%s): its memory is estimated", type(backend.module).__name__, error)
-        more = _peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
+        more = peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
         row = PROBE_MARGIN * max(0, more - few) / NUM_PROBE_ROWS
         batch = more + int(row * max(0, backend.max_batch_size - 2 * NUM_PROBE_ROWS))
     return dataclasses.replace(footprint, batch=int(KERNEL_MARGIN * batch))
@@ -179,8 +162,8 @@ def _probe(backend: ExpertBackend, num_rows: int, device: torch.device) -> tuple
     return inputs, [x if x.is_floating_point() or x.is_complex() else None for x in gradients]
 
 
-def _peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
-    """Bytes of all tensors at the worst moment of a forward and a backward, the staged rows and answers among them."""
+def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
+    """Return the bytes of all tensors, staged rows and answers included, at the worst moment of both passes."""
     backend.prepare()
     with Counting() as counting:
         inputs, gradients = _probe(backend, num_rows, device)
@@ -230,7 +213,7 @@ class OutOfBudget(Exception):
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made in this thread, and are still alive.
+    """Count the bytes of all tensors that are made in this thread, and are still alive.
 
     With a `limit`, a tensor beyond it is not made: raises OutOfBudget; so does work without an end.
     """
@@ -244,15 +227,19 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def add(self, num_bytes: int) -> None:
-        """Counts what is yet to be made. Raises: OutOfBudget."""
+        """Count what is yet to be made. Raises: OutOfBudget."""
         self.num_bytes += num_bytes
         self.peak = max(self.peak, self.num_bytes)
         if self.limit is not None and self.num_bytes > self.limit:
             raise OutOfBudget(size_text(self.num_bytes))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         if self.limit is not None:
             self._num_operations += 1
@@ -266,7 +253,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see(tensor.untyped_storage())
         return result
 
-    def _foresee(self, planned: Any) -> None:
+    def _foresee(self, planned: object) -> None:
         num_bytes = sum(one.nbytes for one in tree_leaves(planned) if isinstance(one, torch.Tensor))
         self.add(num_bytes)
         self.num_bytes -= num_bytes
@@ -286,5 +273,5 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.add(num_bytes)
 
 
-def _num_bytes(values: Iterable[Any]) -> int:
+def _num_bytes(values: Iterable[object]) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

@@ -15,11 +15,11 @@ from tesseract_async.server.state_files import CheckpointStore
 logger = logging.getLogger(__name__)
 
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
-"""What loading a state that does not fit may raise."""
+"""Errors of loading a state that does not fit."""
 
 
 class Succession:
-    """Who is the primary of each of a server's experts, and whether this server may act as it.
+    """The seam that says who is the primary of each expert, and whether this server may act as it.
 
     This one leaves the roles as the server began with them. `ReplicaKeeper` is the one that changes them.
     """
@@ -31,10 +31,6 @@ class Succession:
     async def find_primary(self, uid: str) -> tuple[PeerID | None, float]:
         """Return who trains an expert that this server only follows, or None, and the seconds until to ask again."""
         return None, 1.0
-
-    def epochs(self) -> dict[str, int]:
-        """Return the epochs of experts of runs, as manifests carry them."""
-        return {}
 
 
 class HostedState:
@@ -55,7 +51,9 @@ class HostedState:
         self.backend = backend
         self.runtime = runtime
         self.is_primary = is_primary
-        """Whether this server trains the expert."""
+        """True if this server trains the expert."""
+        self.epoch = 0
+        """The epoch of the expert's lineage; 0 outside of runs."""
         self.shared_version = 0
         """The steps up to this one are in a state that other servers have, or can fetch."""
         self._store, self._writer = store, writer

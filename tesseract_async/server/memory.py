@@ -1,4 +1,4 @@
-"""What a server remembers for its callers, within byte budgets: answers, and inputs that a backward will need."""
+"""Answers, and inputs that a backward will need: remembered for callers, within byte budgets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Memory(Generic[Key, Value]):
         return None if entry is None else entry[0]
 
     def put(self, key: Key, value: Value, *, owner: Hashable = None, now: float = 0.0) -> bool:
-        """Remembers an entry as the newest. False if it is beyond the budget, alone or because of what is younger."""
+        """Remember an entry as the newest. False if it is beyond the budget, alone or because of younger entries."""
         self.pop(key)
         num_bytes = self._num_bytes_of(value)
         if num_bytes > self.max_bytes:
@@ -77,7 +77,7 @@ class Memory(Generic[Key, Value]):
         return value
 
     def expire(self, now: float) -> None:
-        """Forgets what is too old."""
+        """Forget the entries that are too old."""
         while self._entries:
             key, (_, _, since) = next(iter(self._entries.items()))
             if since > now - self.max_age:
@@ -85,7 +85,7 @@ class Memory(Generic[Key, Value]):
             self.pop(key)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forget everything."""
         self._entries.clear()
         self._owners.clear()
         self._held.clear()
@@ -153,7 +153,7 @@ def trim_heap() -> None:
 
 
 def _num_bytes(tensors: Sequence[torch.Tensor | None]) -> int:
-    """Of remembering them: small tensors are mostly objects, and those of strangers may be empty."""
+    """Return the bytes of remembering them: small tensors are mostly objects, and those of strangers may be empty."""
     return ENTRY_BYTES + sum(TENSOR_BYTES + tensor.nbytes for tensor in tensors if tensor is not None)
 
 

@@ -19,7 +19,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.experts.directory import read_claims
-from tesseract_async.experts.grid import Claim, ExpertReplica, rank_replicas
+from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.terms import Seal
@@ -32,7 +32,7 @@ from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
 
 if TYPE_CHECKING:
-    from tesseract_async.network.entries import Entry
+    from tesseract_async.network.entries import Entries, Entry
     from tesseract_async.node import TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend
 
@@ -81,36 +81,39 @@ def owner_of(replica: ExpertReplica) -> PeerID:
     return replica.peer.peer_id
 
 
-async def claims_of_others(node: TesseractNode, entries: Iterable[Entry], prefix: str, *, now: float) -> list[Claim]:
-    """Return what the manifests of other nodes claim, among the entries of a key, as far as this node believes them."""
-
-    def dropped(entry: Entry, error: ProtocolError) -> None:
-        logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
-
-    manifests = [
-        entry
-        for entry in entries
-        if entry.owner != node.peer_id and type(entry.value) is bytes and entry.value.startswith(MAGIC)
-    ]
-    return await read_claims(manifests, prefix=prefix, now=now, dropped=dropped, trust=node.trust, scope=node.scope)
-
-
 async def read_replicas(
-    node: TesseractNode, uids: Iterable[str], *, clock: Callable[[], float] = time.time
+    node: TesseractNode,
+    uids: Iterable[str],
+    *,
+    clock: Callable[[], float] = time.time,
+    by_shard: bool = False,
+    also: Callable[[Entries], None] = lambda entries: None,
 ) -> dict[str, list[ExpertReplica]]:
-    """Return who else hosts these, by what the network says now: uid -> replicas, the primary first."""
+    """Return who else hosts these, by what the network says now: uid -> replicas, the primary first.
+
+    Unless `by_shard`, more than lie in `MAX_SHARDS_READ` shards are read from their grid. `also` gets all that is read.
+    """
     by_key: defaultdict[str, list[str]] = defaultdict(list)
     by_prefix: defaultdict[str, list[str]] = defaultdict(list)
     for uid in uids:
         by_key[node.trust.shard_key(uid)].append(uid)
         by_prefix[split_uid(uid)[0]].append(uid)
-    if len(by_key) > MAX_SHARDS_READ:
+    if len(by_key) > MAX_SHARDS_READ and not by_shard:
         by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
     found: dict[str, list[ExpertReplica]] = {}
 
+    def dropped(entry: Entry, error: ProtocolError) -> None:
+        logger.debug("dropped a manifest of %s: %s", entry.owner.short, error)
+
     async def read(key: str, some: list[str]) -> None:
+        entries = await node.network.get_entries(key)
+        also(entries)
+        others = (entry for entry in entries if entry.owner != node.peer_id)
+        manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
         prefix, _ = split_uid(some[0])  # a key is of one grid
-        claims = await claims_of_others(node, await node.network.get_entries(key), prefix, now=clock())
+        claims = await read_claims(
+            manifests, prefix=prefix, now=clock(), dropped=dropped, trust=node.trust, scope=node.scope
+        )
         for uid in some:
             _, coords = split_uid(uid)
             found[uid] = rank_replicas(claim.replica(prefix, row) for claim in claims for row in claim.rows_of(coords))

@@ -1,4 +1,4 @@
-"""Who trains an expert with a bare name that several servers host. No I/O: what is known of the others is given to it.
+"""The choice of who trains an expert with a bare name that several servers host. No I/O: others' words are given to it.
 
 Bare names have no records that say who may train (`experts.lineage` has, for runs), so one server's word counts for
 little. A running primary gives way to no other for its large version: versions are compared only among servers that the
@@ -32,7 +32,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Past:
-    """What this server remembers of an expert."""
+    """The memory of this server about an expert."""
 
     primary: PeerID | None = None
     """The server that it follows."""
@@ -45,7 +45,7 @@ class Past:
 
 
 class Role(Enum):
-    """What a server should do about one expert."""
+    """The part that a server should play for one expert."""
 
     TRAIN = "train"
     """Be its primary."""

@@ -36,12 +36,12 @@ TRAINING_OPTIONS: Final = frozenset(
         "staleness_damping",
     }
 )
-"""What `RunManifest.training` may hold besides ``max_batch_size``: the `BackendSettings` that change what is learned.
+"""The keys of `RunManifest.training` besides ``max_batch_size``: the `BackendSettings` that change what is learned.
 Others (compilation, graphs, journal) are each volunteer's own business."""
 
 
 def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> None:
-    """Raises: ValueError if the run's expert is code by import path, and not from an allowed module."""
+    """Refuse a run whose expert is code by import path, and not from an allowed module. Raises: ValueError."""
     path, separator, _ = manifest.expert.partition(":")
     if separator and path not in allowed_modules:
         raise ValueError(
@@ -142,7 +142,7 @@ def _build(manifest: RunManifest, uid: str, allowed_modules: Collection[str], ma
 
 @contextlib.contextmanager
 def _naming(manifest: RunManifest) -> Iterator[None]:
-    """Says of which run an error is."""
+    """Say in errors which run they are about."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -181,7 +181,7 @@ def _cosine(num_steps: int, num_warmup_steps: int = 0, least: float = 0.0) -> Ca
 
 
 SCHEDULES: Final[Mapping[str, Callable[..., Callable[[int], float]]]] = {"linear": _warmup, "cosine": _cosine}
-"""What the learning rate is multiplied with at each step, by name."""
+"""Factors of the learning rate at each step, by name."""
 
 
 def _scheduler(manifest: RunManifest) -> MakesScheduler | None:

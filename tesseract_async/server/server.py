@@ -1,8 +1,9 @@
-"""TesseractServer: hosts experts on a node. Declares them, has their calls answered, keeps their checkpoints."""
+"""TesseractServer: hosts experts on a node. It declares them, has their calls answered and keeps their checkpoints."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,7 @@ import torch
 
 from tesseract_async.endpoint.call_table import CallHandler
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
-from tesseract_async.errors import (
-    CheckpointError,
-    NotPrimary,
-    Overloaded,
-    TesseractError,
-    describe,
-)
+from tesseract_async.errors import CheckpointError, NotPrimary, Overloaded, TesseractError, describe
 from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
@@ -90,7 +85,7 @@ class TesseractServer(Uncopied):
 
         Raises: ValueError if `followers` names an expert that is not among `experts`, for a backend that stands for two
         experts or that another server hosts, for no device, or a period that is not above 0; TypeError for an expert
-        that is no ExpertBackend, or a node that is no TesseractNode.
+        that is not an ExpertBackend, or a node that is not a TesseractNode.
         """
         if not hasattr(node, "host_expert"):
             raise TypeError(
@@ -101,10 +96,9 @@ class TesseractServer(Uncopied):
             raise TypeError("experts maps uids to ExpertBackends, such as {'ffn.3.7': backend}")
         if not checkpoint_period > 0:
             raise ValueError(f"checkpoint_period is a number of seconds above 0, not {checkpoint_period}")
-        for uid, backend in experts.items():
-            if not isinstance(backend, ExpertBackend):
-                kind = type(backend).__name__
-                raise TypeError(f"{uid} takes an ExpertBackend, which holds its module and schemas; got {kind}")
+        for uid, one in experts.items():
+            if not isinstance(one, ExpertBackend):
+                raise TypeError(f"{uid} takes an ExpertBackend, with module and schemas; got {type(one).__name__}")
         _check_separate(experts)
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
@@ -121,19 +115,13 @@ class TesseractServer(Uncopied):
         """One for each device."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         store = None if directory is None else CheckpointStore(directory)
+        writer = self.runtimes[0]
         self.hosted = {
-            uid: HostedState(
-                uid,
-                backend,
-                self.runtimes[number % len(devices)],
-                is_primary=uid not in followers,
-                store=store,
-                writer=self.runtimes[0],
-            )
-            for number, (uid, backend) in enumerate(self.experts.items())
+            uid: HostedState(uid, backend, runtime, is_primary=uid not in followers, store=store, writer=writer)
+            for (uid, backend), runtime in zip(experts.items(), itertools.cycle(self.runtimes), strict=False)
         }
         self.succession = Succession()
-        """Who is the primary of each expert."""
+        """The seam that says who is primary; `ReplicaKeeper` puts itself here."""
         self._memory = CallerMemory(
             max_inputs_bytes=settings.max_inputs_bytes, max_answers_bytes=settings.max_answers_bytes
         )
@@ -336,7 +324,7 @@ class TesseractServer(Uncopied):
     async def _declare(self) -> None:
         if self._publisher is not None:
             roles = {uid: one.is_primary for uid, one in self.hosted.items()}
-            await self._publisher.declare(roles, epochs=self.succession.epochs())
+            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
 
     def free_memory(self) -> int:
         """Forget what was kept for callers, who send their inputs again, and give free pages back to the system.
@@ -418,7 +406,7 @@ class TesseractServer(Uncopied):
 
 
 def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
-    """Raises: ValueError for a backend that another server hosts, and for two that train the same weights."""
+    """Refuse a backend that another server hosts, and two that train the same weights. Raises: ValueError."""
     owner: dict[int, str] = {}
     for trains in (True, False):
         for uid, backend in experts.items():
@@ -435,5 +423,5 @@ def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
 
 
 def _load_optimizers() -> None:
-    """PyTorch's first optimizer of a process imports its compiler."""
+    """Make the first optimizer of the process, which imports PyTorch's compiler."""
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

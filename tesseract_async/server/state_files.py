@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
 NUM_CHECKPOINTS: Final = 3
-"""Of each expert: one may be damaged, and one may hold what somebody wants back."""
+"""Checkpoints kept of each expert: the newest may be damaged, or its owner wants an older one back."""
 NUM_SEALED: Final = 2
 """Sealed files of each expert: somebody may be fetching the one before."""
 
 
 def expert_folder(directory: Path, uid: str) -> Path:
-    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
+    """Return an expert's folder: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
 
     Raises: CheckpointError for a uid that cannot name a folder.
     """
@@ -89,11 +89,8 @@ class CheckpointStore:
         Raises: CheckpointError.
         """
         path = self.save(uid, state, version=version)
-        target = path.with_suffix(".aside")
-        for number in itertools.count(1):
-            if not target.exists():
-                break
-            target = path.with_suffix(f".{number}.aside")
+        names = itertools.chain([".aside"], (f".{number}.aside" for number in itertools.count(1)))
+        target = next(one for name in names if not (one := path.with_suffix(name)).exists())
         try:
             os.replace(path, target)
         except OSError as error:
@@ -171,11 +168,8 @@ class SealedFiles:
         if self._directory is None:
             return None
         folder = expert_folder(self._directory, uid)
-        found: list[tuple[float, SealedFile]] = []
-        for path in folder.glob("*.sealed"):
-            data = path.read_bytes()
-            found.append((path.stat().st_mtime, SealedFile(root_of(data), len(data), path)))
-        self._files[uid] = [file for _, file in sorted(found, key=lambda item: item[0])]
+        paths = sorted(folder.glob("*.sealed"), key=lambda path: path.stat().st_mtime)
+        self._files[uid] = [SealedFile(root_of(data := path.read_bytes()), len(data), path) for path in paths]
         try:
             return (folder / "tenure").read_bytes()
         except OSError:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError
-from tesseract_async.server.checkpoint import State, check_state, encode
+from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -28,7 +28,7 @@ NO_DIGEST: Final = bytes(16)
 
 
 PIECE_BYTES: Final = 4 << 20
-"""Of one reply: large enough that round trips cost little, small enough to be sent again."""
+"""The size of one reply: large enough that round trips cost little, small enough to be sent again."""
 MIN_PIECE_BYTES: Final = 64 << 10
 """A source that sends less at a time, before the end, is left for another one."""
 MIN_RATE: Final = 32 << 10
@@ -77,25 +77,24 @@ class StateSource:
         self._sweep: asyncio.TimerHandle | None = None
 
     def copy_of(self, uid: str) -> memoryview | None:
-        """The file that was sent last of the whole state, if it is still here."""
+        """Return the file that was sent last of the whole state, if it is still here."""
         copy = self._copies.get((uid, False))
         return None if copy is None else copy.data
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """The next piece. Raises: ProtocolError for a malformed request; Overloaded if too much is being sent."""
+        """Answer with the next piece. Raises: ProtocolError for a malformed request; Overloaded for too many copies."""
         uid, backend = hosted.uid, hosted.backend
         request = messages.decode(messages.StateRequest, call.body)
         # a whole state, which takes more leave than weights alone
         whole = not request.weights_only and request.digest != NO_DIGEST
         if whole and (sealed := self.find_sealed(uid, request.digest)) is not None:
             part = await self._aside(lambda: sealed.read(request.offset, self._piece_bytes))
-            reply = messages.StateReply(backend.version, request.digest, sealed.size, request.offset)
-            return Message(messages.encode(reply), (memoryview(part),) if part else ())
+            return _piece(backend.version, request.digest, sealed.size, request.offset, memoryview(part))
         if backend.version < request.min_version:
-            return Message(messages.encode(messages.StateReply(backend.version, NO_DIGEST, 0, 0)))
+            return _piece(backend.version, NO_DIGEST, 0, 0, memoryview(b""))
         key = (uid, request.weights_only)
         lock = self._making.setdefault(key, asyncio.Lock())
-        async with lock:  # callers who come together share one copy
+        async with lock:  # callers that come together share one copy
             copy = self._copies.get(key)
             now = asyncio.get_running_loop().time()
             if copy is None or not self._good(copy, request, now):
@@ -103,16 +102,15 @@ class StateSource:
             copy.used = now
         offset = request.offset if request.digest == copy.digest else 0
         piece = copy.data[offset : offset + self._piece_bytes]
-        reply = messages.StateReply(copy.version, copy.digest, len(copy.data), offset)
-        return Message(messages.encode(reply), (piece,) if len(piece) else ())
+        return _piece(copy.version, copy.digest, len(copy.data), offset, piece)
 
     def drop(self, uid: str) -> None:
-        """Forgets the copies of one expert: whoever asks next gets its state of that moment, to the last gradient."""
+        """Forget the copies of one expert: the next caller gets its state of that moment, to the last gradient."""
         for key in ((uid, True), (uid, False)):
             self._copies.pop(key, None)
 
     def close(self) -> None:
-        """Drops every copy."""
+        """Drop every copy."""
         self._copies.clear()
         if self._sweep is not None:
             self._sweep.cancel()
@@ -143,23 +141,6 @@ class StateSource:
         self._making = {at: lock for at, lock in self._making.items() if at in self._copies or lock.locked()}
         if self._copies:
             self._sweep = loop.call_later(KEEP_SECONDS, self._drop_unused)
-
-
-async def fetch_state(
-    node: TesseractNode,
-    peer: PeerAddress,
-    uid: str,
-    *,
-    weights_only: bool = False,
-    min_version: int = 0,
-    timeout: float = 60.0,
-) -> State | None:
-    """Return the expert's state at that server, or its `module` and `version` only; None before `min_version`.
-
-    It was written by a stranger, and is checked as by `check_state`. Raises: as `fetch_file`, and as that.
-    """
-    file = await fetch_file(node, peer, uid, weights_only=weights_only, min_version=min_version, timeout=timeout)
-    return None if file is None else check_state(uid, file, weights_only=weights_only)
 
 
 async def fetch_file(
@@ -228,6 +209,11 @@ async def fetch_file(
     if root is None and _digest(file) != digest:
         raise ProtocolError(f"{uid}: its state was damaged on the way")
     return bytes(file)
+
+
+def _piece(version: int, digest: bytes, size: int, offset: int, piece: memoryview) -> Message:
+    head = messages.encode(messages.StateReply(version, digest, size, offset))
+    return Message(head, (piece,) if len(piece) else ())
 
 
 def _digest(data: bytes | bytearray) -> bytes:

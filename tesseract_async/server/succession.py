@@ -25,16 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 def boottime() -> float:
-    """Return the seconds of a clock that nobody sets, and that runs through suspend where there is one."""
+    """Return the seconds of a clock that is never set, and runs through suspend where there is such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class ReplicaKeeper(Succession):
     """Looks after the roles of one server's experts. Use it as an async context manager inside the server's.
 
-    Entering takes one look, so that followers are in step. From then on other servers get states and are answered, and
-    callers that would train followed experts are told the primary. `Tenures` decide for experts of runs, `BareNames`
-    for the others.
+    Entering takes one look, so that followers are in step. From then on other servers get states and answers, and
+    trainers the name of the primary. `Tenures` decide for experts of runs, `BareNames` for the others.
     """
 
     def __init__(
@@ -100,10 +99,6 @@ class ReplicaKeeper(Succession):
         """Return whether a primary may take a step at this moment: always where names are bare."""
         return not self.tenures.has(uid) or self.tenures.may_step(uid)
 
-    def epochs(self) -> dict[str, int]:
-        """Return the epochs of experts of runs."""
-        return self.tenures.epochs()
-
     def primary(self, uid: str) -> PeerID | None:
         """Return the other server that trains the expert, as far as it is known."""
         return self._of(uid).primary(uid)
@@ -118,7 +113,7 @@ class ReplicaKeeper(Succession):
         return self.tenures if self.tenures.has(uid) else self.bare
 
     async def come_back(self) -> None:
-        """Before a pause of the server ends: follow the present primaries of its experts, from their states."""
+        """Follow the present primaries of the experts, from their states, before a pause of the server ends."""
         await self.look(even_paused=True)
 
     async def look(self, *, even_paused: bool = False) -> None:
@@ -135,7 +130,7 @@ class ReplicaKeeper(Succession):
             # else alone for the moment: that nobody is seen says nothing
 
     async def hand_over(self) -> int:
-        """Before this server leaves: have a follower take over each expert that has one. Returns how many moved.
+        """Have a follower take over each expert that has one, before this server leaves. Returns how many moved.
 
         From the moment that an expert is handed over, its backwards wait, and then go to the new primary: none is lost
         and none is applied twice. What cannot be handed over stays. An expert that was on its way when this is

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.experts.claiming import GRANT_SUBKEY
-from tesseract_async.experts.grid import rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.identity import PeerID
-from tesseract_async.server.other_replicas import MAX_SHARDS_READ, claims_of_others
+from tesseract_async.server.other_replicas import MAX_SHARDS_READ, owner_of, read_replicas
 from tesseract_async.transport.base import PeerAddress
 
 if TYPE_CHECKING:
-    from tesseract_async.network.entries import Entry
+    from tesseract_async.network.entries import Entries
     from tesseract_async.node import TesseractNode
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ LONGEST_SUBKEY: Final = 120
 
 
 class Seen(NamedTuple):
-    """What the network holds of one expert."""
+    """One expert as the network shows it."""
 
     hosts: dict[PeerID, int]
     """The other servers that host it, and the epochs that they go by."""
@@ -66,39 +65,33 @@ class TenureRecords:
         Of more than lie in `MAX_SHARDS_READ` shards, the grid is read first, and then the shards of those for which
         `has_changed` says yes to their hosts.
         """
-        network, trust, now = self._node.network, self._node.trust, self._clock()
+        trust, now = self._node.trust, self._clock()
         seen = {uid: Seen({}, []) for uid in uids}
-        grids = {trust.grid_key(split_uid(uid)[0]): split_uid(uid)[0] for uid in uids}
-        shards = {trust.shard_key(uid) for uid in uids}
-        if len(shards) > MAX_SHARDS_READ:
-            for key, prefix in grids.items():
-                await self._read_hosts(await network.get_entries(key), prefix, seen)
-            shards = {trust.shard_key(uid) for uid in uids if has_changed(uid, seen[uid].hosts)}
         subkeys = {record_subkey(uid, number): uid for uid in uids for number in (0, 1)}
-        for key in shards:
-            entries = await network.get_entries(key)
-            for prefix in grids.values():
-                await self._read_hosts(entries, prefix, seen)
+
+        def take_records(entries: Entries) -> None:
             for entry in entries:
                 if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
                     trust.introduced(entry.owner, [entry.value])
             for entry in entries:
-                if entry.expiration > now and type(entry.value) is bytes and entry.subkey in subkeys:
-                    uid = subkeys[entry.subkey]
-                    # what others store costs no signature check
-                    if not entry.value.startswith(MAGIC) and trust.may_host(entry.owner, uid):
-                        seen[uid].records.append(entry.value)
-        return seen
+                uid = subkeys.get(entry.subkey or "")
+                if uid is None or entry.expiration <= now or type(entry.value) is not bytes:
+                    continue
+                # what others store costs no signature check
+                if not entry.value.startswith(MAGIC) and trust.may_host(entry.owner, uid):
+                    seen[uid].records.append(entry.value)
 
-    async def _read_hosts(self, entries: Sequence[Entry], prefix: str, seen: Mapping[str, Seen]) -> None:
-        claims = await claims_of_others(self._node, entries, prefix, now=self._clock())
-        for uid, (hosts, _) in seen.items():
-            for claim in claims:
-                for row in claim.rows_of(split_uid(uid)[1]):
-                    epochs = claim.manifest.epochs
-                    hosts[claim.owner] = 0 if epochs is None else int(epochs[row])
-                    (replica,) = rank_replicas([claim.replica(prefix, row)])
-                    self.addresses[claim.owner] = replica.peer
+        async def read(some: Collection[str], *, by_shard: bool) -> None:
+            replicas = await read_replicas(self._node, some, clock=self._clock, by_shard=by_shard, also=take_records)
+            for uid, others in replicas.items():
+                for one in others:
+                    seen[uid].hosts[owner_of(one)] = one.epoch
+                    self.addresses[owner_of(one)] = one.peer
+
+        await read(uids, by_shard=False)
+        if len({trust.shard_key(uid) for uid in uids}) > MAX_SHARDS_READ:
+            await read([uid for uid in uids if has_changed(uid, seen[uid].hosts)], by_shard=True)
+        return seen
 
 
 def record_subkey(uid: str, number: int) -> str:

@@ -1,4 +1,4 @@
-"""Keeps a server to its volunteer's contract: watches the machine, pauses and resumes."""
+"""VolunteerKeeper: keeps a server to its volunteer's contract. It watches the machine, pauses and resumes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ BYTE_COUNTERS: Final = (
     "network_bytes_received",
 )
 RETRY_AFTER: Final = 60.0
-"""Seconds that callers are told to wait where nobody knows when the pause ends."""
+"""Seconds that callers are told to wait if it is not known when the pause ends."""
 SAVE_PERIOD: Final = 30.0
 
 
 class Machine(Protocol):
-    """What is observed of the computer."""
+    """The computer, as far as it is observed."""
 
     def load(self) -> float:
-        """Share of all processors (0 to 1) that other programs used since the last call."""
+        """Return the share of all processors (0 to 1) that other programs used since the last call."""
 
     def memory(self) -> int:
-        """Bytes that this process holds."""
+        """Return the bytes that this process holds."""
 
 
 class ThisMachine:
@@ -100,7 +100,7 @@ class VolunteerKeeper:
         self._most_told = 0
 
     async def __aenter__(self) -> VolunteerKeeper:
-        """Looks once before it returns, so that a server outside of its hours begins with a pause."""
+        """Look once before returning, so that a server outside of its hours begins with a pause."""
         await self.look()
         self._task = asyncio.create_task(self._watch(), name="server: volunteer's contract")
         return self
@@ -113,7 +113,7 @@ class VolunteerKeeper:
         self._save_usage()
 
     async def look(self) -> Verdict:
-        """Observes, decides, and pauses or resumes the server where that changed."""
+        """Observe, decide, and pause or resume the server if that changed."""
         now = self._observe()
         verdict = self.contract.may_serve(now, self._machine.load())
         before, self.verdict = self.verdict, verdict  # even if what follows fails, it is not tried every second

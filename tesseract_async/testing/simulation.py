@@ -6,13 +6,13 @@ Only the network between the nodes and the signatures (`SimulatedIdentity`) are 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import statistics
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import msgpack
 
@@ -23,6 +23,7 @@ from tesseract_async.network.events import Event, Joined, ReadFinished, WriteFin
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.routing import ID_BITS, K
 from tesseract_async.network.settings import NetworkSettings
+from tesseract_async.network.values import Value
 from tesseract_async.testing.clock import VirtualClock
 from tesseract_async.transport.address_scope import AddressScope
 
@@ -83,7 +84,7 @@ class SimulatedNode:
         self.num_sent = 0
         self.num_bytes_sent = 0
         self._armed_at = float("inf")
-        self._waiting: dict[int, Callable[[Any], None]] = {}
+        self._waiting: dict[int, Callable[..., None]] = {}
         self._written_to: dict[Address, float] = {}
         self._sequence = 0
 
@@ -98,7 +99,7 @@ class SimulatedNode:
         self.cycle()
 
     def sign(
-        self, key: str, value: Any, *, ttl: float, subkey: str | None = None, tombstone: bool = False
+        self, key: str, value: Value, *, ttl: float, subkey: str | None = None, tombstone: bool = False
     ) -> SignedRecord:
         """Return a record of this node, newer than all before."""
         wall = self.protocol.core.wall(self.network.clock.now)
@@ -191,8 +192,12 @@ class SimulatedNetwork:
     def identity(self) -> SimulatedIdentity:
         """Return a new identity that this network's nodes can verify."""
         identity = SimulatedIdentity(b"%d/%d" % (self._seed, len(self._secrets)))
-        self._secrets[identity.public_key] = identity._secret
+        self.know(identity)
         return identity
+
+    def know(self, identity: SimulatedIdentity) -> None:
+        """Have this network's nodes accept what an identity signs."""
+        self._secrets[identity.public_key] = identity._secret
 
     def verify(self, public_key: bytes, signature: bytes, data: bytes) -> bool:
         """Verify a signature of a simulated identity, as `identity.verify` does for Ed25519."""
@@ -278,10 +283,10 @@ class SimulatedNetwork:
                 if high - low > K:
                     chosen = self.random.sample(others, min(K, len(others)))
                 else:
-                    # a node knows its own neighbourhood completely
+                    # a node knows its own neighborhood completely
                     chosen = sorted(others, key=lambda index: numbers[index] ^ table.own_number)[:K]
                 for index in chosen:
-                    contact = templates[index].twin()
+                    contact = copy.copy(templates[index])
                     contact.proven = True
                     contact.last_seen = self.clock.now
                     table.add(contact, self.clock.now)
@@ -339,7 +344,14 @@ class SimulatedNetwork:
         self.clock.run(seconds)
 
     def store(
-        self, node: SimulatedNode, key: str, value: Any, *, ttl: float, subkey: str | None = None, timeout: float = 60.0
+        self,
+        node: SimulatedNode,
+        key: str,
+        value: Value,
+        *,
+        ttl: float,
+        subkey: str | None = None,
+        timeout: float = 60.0,
     ) -> int:
         """Do `TesseractNetwork.store` at one node. Raises: TimeoutError."""
         finished: list[WriteFinished] = []
@@ -354,14 +366,14 @@ class SimulatedNetwork:
         self._wait(finished, 60.0)
         return finished[0].num_holders[0]
 
-    def get(self, node: SimulatedNode, key: str, *, timeout: float = 60.0) -> Any:
+    def get(self, node: SimulatedNode, key: str, *, timeout: float = 60.0) -> Value:
         """Do `TesseractNetwork.get` at one node. Raises: TimeoutError."""
         finished: list[ReadFinished] = []
         node.read(key, finished.append)
         self._wait(finished, timeout)
         return self.value_of(node, finished[0])
 
-    def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Any:
+    def value_of(self, node: SimulatedNode, finished: ReadFinished) -> Value:
         """Return None, a single value, or a dictionary, as `TesseractNetwork.get` does."""
         wall = node.protocol.core.wall(self.clock.now)
         shown: dict[str | None, SignedRecord] = {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict
 from typing import Final
 
+from tesseract_async.lru import LRU
 from tesseract_async.transport.base import split_host_port
 from tesseract_async.transport.token_bucket import TokenBucket
 
@@ -26,7 +26,7 @@ class DialBudget:
     """Counts failed dials. One that succeeds makes up for all before it."""
 
     def __init__(self) -> None:
-        self._failed: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._failed: LRU[str, TokenBucket] = LRU(MAX_TARGETS)
 
     def check(self, address: str, now: float) -> None:
         """Raises: DialledInVain if ``host:port`` may not be dialled now."""
@@ -44,8 +44,6 @@ class DialBudget:
                 bucket = bucket or TokenBucket(times * PER_SECOND, burst=times * BURST, now=now)
                 bucket.take(1, now)
                 self._failed[target] = bucket
-        while len(self._failed) > MAX_TARGETS:
-            self._failed.popitem(last=False)
 
 
 def _targets(address: str) -> dict[str, float]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Final, cast
 
 from tesseract_async.identity import PeerID
+from tesseract_async.lru import LRU
 from tesseract_async.transport.base import (
     DialPath,
     PeerAddress,
@@ -222,7 +222,7 @@ class TcpTransport:
         self._sock = sock
         self._throttle = throttle
         self._server: asyncio.Server | None = None
-        self._worked: OrderedDict[PeerID, str] = OrderedDict()
+        self._worked: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
         self._budget = DialBudget()
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
@@ -260,9 +260,6 @@ class TcpTransport:
             return
         if error is None and len(peer.addresses) > 1:
             self._worked[peer.peer_id] = address
-            self._worked.move_to_end(peer.peer_id)
-            if len(self._worked) > MAX_REMEMBERED:
-                self._worked.popitem(last=False)
         elif error is not None and self._worked.get(peer.peer_id) == address:
             del self._worked[peer.peer_id]
 

@@ -1,4 +1,4 @@
-"""Which codec tensors travel in: what an expert accepts, what a caller wishes, and what becomes of both. No torch.
+"""The codecs that tensors travel in: what an expert accepts, what a caller prefers, and how they are matched. No torch.
 
 Three things travel between a caller and an expert, each with codecs of its own: ``inputs`` towards the expert,
 ``outputs`` back, and ``gradients``, of the outputs towards it and of the inputs back. `wire.compression` encodes.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tesseract_async.errors import ProtocolError, SchemaMismatch
 
 CODECS: Final = ("none", "bf16", "fp16", "uint8", "uint8_blockwise")
 AUTO: Final = "auto"
-"""The wish of who has none: ``none`` where the expert accepts it, else what the expert names first."""
+"""The default preference: ``none`` where the expert accepts it, else the codec that the expert names first."""
 FALLBACKS: Final[Mapping[str, tuple[str, ...]]] = {
     "none": (),
     "bf16": ("none",),
@@ -23,7 +23,7 @@ FALLBACKS: Final[Mapping[str, tuple[str, ...]]] = {
     "uint8": ("uint8_blockwise", "none"),
     "uint8_blockwise": ("none",),
 }
-"""What a wish gives way to where the expert does not accept it: only what never loses more."""
+"""The codecs that replace a preferred one where the expert does not accept it: none of them loses more."""
 
 
 class Codecs(NamedTuple):
@@ -34,18 +34,18 @@ class Codecs(NamedTuple):
     gradients: str = AUTO
 
     @classmethod
-    def of(cls, wish: str | Mapping[str, str]) -> Codecs:
-        """A wish as callers write it: one name for all, or names by what travels; what is left out is `AUTO`.
+    def of(cls, preference: str | Mapping[str, str]) -> Codecs:
+        """A preference as callers write it: one name for all, or names by what travels; what is left out is `AUTO`.
 
         Raises: ValueError for a name that is not known.
         """
-        wishes = dict.fromkeys(cls._fields, wish) if isinstance(wish, str) else dict(wish)
-        if unknown := wishes.keys() - set(cls._fields):
+        preferences = dict.fromkeys(cls._fields, preference) if isinstance(preference, str) else dict(preference)
+        if unknown := preferences.keys() - set(cls._fields):
             raise ValueError(f"codecs are for {', '.join(cls._fields)}; not for {', '.join(map(repr, unknown))}")
-        for codec in wishes.values():
+        for codec in preferences.values():
             if codec != AUTO and codec not in CODECS:
                 raise ValueError(f"unknown codec {codec!r}; known: {AUTO}, {', '.join(CODECS)}")
-        return cls(**wishes)
+        return cls(**preferences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class CodecPolicy:
         return {name: list(getattr(self, name)) for name in Codecs._fields}
 
     @classmethod
-    def decode(cls, value: Any) -> CodecPolicy:
+    def decode(cls, value: object) -> CodecPolicy:
         """Untrusted. Codecs of later versions are left out. Raises: ProtocolError."""
         accepted: dict[str, tuple[str, ...]] = {}
         for name in Codecs._fields:
@@ -99,22 +99,22 @@ class CodecPolicy:
 
 
 @functools.lru_cache(maxsize=256)
-def settle(policy: CodecPolicy, wish: Codecs) -> Codecs:
-    """What travels how between a caller of this wish and an expert of this policy.
+def settle(policy: CodecPolicy, preference: Codecs) -> Codecs:
+    """Return the codecs between a caller of this preference and an expert of this policy.
 
     A codec that the expert does not accept gives way to one that loses no more (`FALLBACKS`).
 
     Raises: SchemaMismatch if there is none.
     """
-    return Codecs(*(_settle(name, getattr(policy, name), getattr(wish, name)) for name in Codecs._fields))
+    return Codecs(*(_settle(name, getattr(policy, name), getattr(preference, name)) for name in Codecs._fields))
 
 
-def _settle(name: str, accepted: tuple[str, ...], wish: str) -> str:
-    if wish == AUTO:
+def _settle(name: str, accepted: tuple[str, ...], preference: str) -> str:
+    if preference == AUTO:
         return "none" if "none" in accepted else accepted[0]
-    for codec in (wish, *FALLBACKS[wish]):
+    for codec in (preference, *FALLBACKS[preference]):
         if codec in accepted:
             return codec
     raise SchemaMismatch(
-        f"this expert's {name} travel in {', '.join(accepted)}, not in {wish}: wish for one of these, or for {AUTO!r}"
+        f"this expert's {name} travel in {', '.join(accepted)}, not in {preference}: use one of these, or {AUTO!r}"
     )

@@ -110,7 +110,7 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
             buffer = memoryview(bytearray(buffer))
         if codec == "none":
             if (known := _CASTABLE.get(dtype)) is not None:
-                # a view of a tensor would let go of the interpreter's lock: beside a busy device's thread, that is slow
+                # a view of a tensor would let go of the interpreter's lock: with a busy device thread, that is slow
                 return torch.from_numpy(np.ndarray(shape, known, buffer))
             return torch.frombuffer(buffer, dtype=dtype).view(shape)
         if codec in ("bf16", "fp16"):
@@ -118,7 +118,7 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
             return half.to(dtype).view(shape)
         flat = _dequantize(torch.frombuffer(buffer, dtype=torch.uint8), count, BLOCK if "block" in codec else count)
         return flat.to(dtype).view(shape)
-    except RuntimeError:  # sizes whose strides overflow, beside one that is 0
+    except RuntimeError:  # sizes whose strides overflow, next to one that is 0
         raise ProtocolError("a tensor's shape cannot be") from None
 
 

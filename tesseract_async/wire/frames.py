@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import msgpack
 import numpy as np
 
 from tesseract_async.errors import MessageTooLarge, ProtocolError
 from tesseract_async.wire import packed
+from tesseract_async.wire.packed import Value
 
 VERSION: Final = 1
 
@@ -54,7 +55,7 @@ reply may come in parts. Of GRANT_REPLY: a part was taken, and one more may begi
 PARTS_AHEAD: Final = 4
 """Parts of a reply that may begin beyond those that its caller has taken. The last one may always follow."""
 MAX_PARTS: Final = 1024
-"""Of one reply."""
+"""Parts of one reply, at most."""
 
 REPORT: Final = 1
 """Flag of a PONG that answers no PING: it only tells what arrives."""
@@ -125,7 +126,7 @@ def message_bytes(head_bytes: int, sizes: Sequence[int]) -> int:
     return _TABLE.size + 8 * len(sizes) + head_bytes + sum(sizes)
 
 
-def decode_small(payload: memoryview, arena: Arena) -> tuple[Any, tuple[memoryview, ...]]:
+def decode_small(payload: memoryview, arena: Arena) -> tuple[Value, tuple[memoryview, ...]]:
     """The head's value and the buffers, copied into memory of `arena`. Untrusted. Raises: ProtocolError."""
     head_bytes, sizes, begin = decode_table(payload)
     position = begin + head_bytes
@@ -193,7 +194,7 @@ class Arena:
         self._block = None
 
 
-def pack(value: Any) -> bytes:
+def pack(value: Value) -> bytes:
     """Packs a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
     try:
         data: bytes = msgpack.packb(value)
@@ -209,7 +210,7 @@ def pack(value: Any) -> bytes:
     return data
 
 
-def unpack(data: Buffer) -> Any:
+def unpack(data: Buffer) -> Value:
     """Reads a head. Untrusted. Raises: ProtocolError."""
     return packed.unpack(data, max_bytes=MAX_HEAD)
 
@@ -249,13 +250,13 @@ class Assembly:
 
 
 class FrameSink(Protocol):
-    """What a `FrameReader` reports to. All three may raise ProtocolError, which ends the channel."""
+    """The receiver of a `FrameReader`'s reports. All three methods may raise ProtocolError, which ends the channel."""
 
     def frame_received(self, kind: int, flags: int, stream: int, payload: memoryview) -> None:
         """A whole frame that is no chunk. `payload` is valid during this call only."""
 
     def chunk_started(self, kind: int, stream: int, length: int) -> Assembly | None:
-        """Where the chunk's `length` bytes go (it has that much left), or None to skip them."""
+        """Return the message to which the chunk's `length` bytes belong (it has that much left); None skips them."""
 
     def chunk_finished(self, kind: int, stream: int, length: int) -> None:
         """All `length` bytes of the chunk are where they belong."""
@@ -271,7 +272,7 @@ class FrameReader:
 
     def __init__(self, sink: FrameSink) -> None:
         self.sink = sink
-        """Whom frames are reported to; may be replaced from within its own methods (after a hello)."""
+        """The receiver of frames; may be replaced from within its methods (after a hello)."""
         self._scratch: memoryview | None = None
         self._start = 0
         self._end = 0
@@ -321,7 +322,7 @@ class FrameReader:
             self._start = self._end = 0
 
     def forget(self, assembly: Assembly) -> None:
-        """What still comes of this message is skipped; its memory is not held any more."""
+        """Skips what still comes of this message, and lets go of its memory."""
         if self._assembly is assembly:
             self._assembly = None
             self._direct = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from tesseract_async.errors import (
     ExpertFailed,
@@ -24,18 +24,19 @@ from tesseract_async.errors import (
     text_of,
 )
 from tesseract_async.wire import frames
+from tesseract_async.wire.packed import Value
 
 MAX_METHOD_LENGTH: Final = 128
 MAX_SENTENCE_LENGTH: Final = 2000
 MAX_GRANTS: Final = 4
-"""That a hello shows."""
+"""Grants in one hello, at most."""
 MAX_GRANT_BYTES: Final = 480
 MAX_FEATURES: Final = 64
 MAX_FEATURE_LENGTH: Final = 32
 REPLY_PARTS: Final = "reply_parts"
 """The feature of nodes that take replies in parts."""
 FEATURES: Final = frozenset({REPLY_PARTS})
-"""That this version speaks."""
+"""The features of this version."""
 MAX_TIMEOUT: Final = 7 * 24 * 3600.0
 """Seconds that a call may take at most: what the header can carry is bounded so that a deadline is always a time."""
 
@@ -49,7 +50,7 @@ _ERRORS: dict[str, type[RemoteError]] = {
 
 
 class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, and a frozen one takes 2 us
-    """What stands before a request's buffers."""
+    """The head of a request."""
 
     method: str
     time_left: float
@@ -59,7 +60,7 @@ class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, a
     """Bytes that the caller has reserved for the reply; 0: none, a large reply asks first."""
     max_reply: int
     """Bytes that the reply may have at most."""
-    body: Any
+    body: Value
 
 
 def encode_request(head: RequestHead) -> bytes:
@@ -76,7 +77,7 @@ def encode_request(head: RequestHead) -> bytes:
     )
 
 
-def decode_request(value: Any) -> RequestHead:
+def decode_request(value: Value) -> RequestHead:
     """Reads a request's unpacked head. Untrusted. Raises: ProtocolError."""
     if type(value) is not list or len(value) != 6:
         raise ProtocolError("a request's head is not a list of six")
@@ -92,7 +93,7 @@ def decode_request(value: Any) -> RequestHead:
     return RequestHead(method, milliseconds / 1000, priority, reply_room, max_reply, body)
 
 
-def encode_result(body: Any) -> bytes:
+def encode_result(body: Value) -> bytes:
     """The head of a reply that holds a result. Raises: TypeError or ValueError, as `encode_request`."""
     return frames.pack((0, body))
 
@@ -110,7 +111,7 @@ def encode_error(error: RemoteError) -> bytes:
     return packed if 0 < len(packed) <= frames.MAX_SMALL // 2 else frames.pack((1, code, sentence, {}))
 
 
-def decode_reply(value: Any) -> tuple[Any, RemoteError | None]:
+def decode_reply(value: Value) -> tuple[Value, RemoteError | None]:
     """Reads a reply's unpacked head: a body, or an error in its class by `code`. Untrusted. Raises: ProtocolError."""
     if type(value) is list and len(value) == 2 and value[0] == 0:
         return value[1], None
@@ -147,9 +148,9 @@ class Hello:
     session: bytes
     """16 random bytes of the dialler's choice; the channels of one connection share them."""
     bulk: bool
-    """Whether this channel carries large messages of an existing connection."""
+    """True if this channel carries large messages of an existing connection."""
     peer_id: bytes
-    """Who speaks. TLS has proven it already; on a plain channel it is a mere claim."""
+    """The speaker's id. TLS has proven it already; on a plain channel it is a mere claim."""
     max_calls: int
     """Calls that the receiver of this hello may have under way at once."""
     max_small: int
@@ -157,14 +158,14 @@ class Hello:
     max_message: int
     """Bytes of the largest message that it may send."""
     grants: tuple[bytes, ...] = ()
-    """What the speaker may do in runs, by their owners' word: signed records, at most `MAX_GRANTS`."""
+    """Grants that say what the speaker may do in runs: records signed by the runs' owners, at most `MAX_GRANTS`."""
     features: frozenset[str] = frozenset()
-    """What the speaker understands beyond the first version: what is not named here must not be sent to it."""
+    """Names of what the speaker understands beyond version 1. What is not named here must not be sent to it."""
 
 
 def encode_hello(hello: Hello) -> bytes:
     """The payload of a HELLO frame: magic and wire version, readable for ever, then a map."""
-    values: dict[str, Any] = {
+    values: dict[str, Value] = {
         "session": hello.session,
         "bulk": hello.bulk,
         "peer_id": hello.peer_id,
@@ -192,7 +193,7 @@ def decode_hello(payload: memoryview) -> Hello:
     if type(values) is not dict:
         raise ProtocolError("malformed hello")
     session, bulk, peer_id = values.get("session"), values.get("bulk"), values.get("peer_id")
-    limits: list[Any] = [values.get(name) for name in ("max_calls", "max_small", "max_message")]
+    limits: list[Value] = [values.get(name) for name in ("max_calls", "max_small", "max_message")]
     if type(session) is not bytes or len(session) != 16 or type(bulk) is not bool:
         raise ProtocolError("malformed hello")
     if type(peer_id) is not bytes or len(peer_id) != 32:

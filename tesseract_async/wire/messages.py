@@ -1,7 +1,7 @@
-"""What a client and a server say to each other about experts: the bodies of the ``expert.*`` calls.
+"""Messages between clients and servers about experts: the bodies of the ``expert.*`` calls.
 
 Each message is a named tuple (one is made for every call, and a frozen dataclass takes 2 to 4 us); `encode` gives the
-msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. Tensors travel beside the body
+msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. Tensors travel next to the body
 (`tensors` holds their metas, see `wire.tensors`).
 
 - ``expert.info``: `InfoRequest` -> `ExpertInfo`
@@ -15,9 +15,10 @@ msgpack body, `decode` reads an untrusted body and raises only `ProtocolError`. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from tesseract_async.errors import ProtocolError
+from tesseract_async.wire.packed import Value
 
 INFO = "expert.info"
 FORWARD = "expert.forward"
@@ -39,30 +40,30 @@ class InfoRequest(NamedTuple):
 
 
 class ExpertInfo(NamedTuple):
-    """What an expert takes and gives. Schemas are as `wire.tensors.encode_schema` makes them."""
+    """The inputs and outputs of an expert. Schemas are as `wire.tensors.encode_schema` makes them."""
 
     uid: str
-    args_schema: list[Any]
+    args_schema: list[Value]
     """Schema of the positional arguments (a tuple)."""
-    kwargs_schema: dict[str, Any]
+    kwargs_schema: dict[str, Value]
     """Schema of the keyword arguments (a dict)."""
-    outputs_schema: list[Any] | dict[str, Any]
+    outputs_schema: list[Value] | dict[str, Value]
     """Schema of what the module returns (a single spec for a bare tensor)."""
     max_batch_size: int
     """Rows that the server computes at once; larger requests are split by the server."""
     version: int
     """Optimizer steps taken so far."""
-    codecs: dict[str, Any]
+    codecs: dict[str, Value]
     """Codecs that the server accepts and answers with, as `wire.codecs.CodecPolicy` encodes them."""
 
 
 class ForwardRequest(NamedTuple):
-    """Apply the expert. The inputs travel beside: positional arguments first, then keyword ones, in schema order."""
+    """Apply the expert. The inputs travel as buffers: positional arguments, then keyword ones, in schema order."""
 
     uid: str
-    tensors: list[Any]
+    tensors: list[Value]
     training: bool
-    """Whether the module is in train mode (dropout and the like)."""
+    """True if the module is in train mode (dropout and the like)."""
     seed: int
     """Seeds the module's random numbers, so that backward's recomputation draws the same."""
     reply_codec: str
@@ -72,25 +73,27 @@ class ForwardRequest(NamedTuple):
 
 
 class ForwardReply(NamedTuple):
-    """The outputs travel beside, in the order of the outputs schema."""
+    """The outputs travel as buffers, in the order of the outputs schema."""
 
-    tensors: list[Any]
+    tensors: list[Value]
     version: int
     """Optimizer steps that the expert had taken when it computed this."""
     inputs_cached: bytes | None = None
     """Names the inputs that the server keeps for the backward; None if it keeps none."""
+    epoch: int = 0
+    """The epoch of the expert's lineage at that server; 0 outside of runs."""
 
 
 class BackwardRequest(NamedTuple):
     """Recompute the forward, backpropagate, take an optimizer step.
 
-    Beside it travel `num_inputs` inputs as in forward, then one gradient per output (absent where it got none).
+    With it travel `num_inputs` inputs as in forward, then one gradient per output (absent where it got none).
     """
 
     uid: str
     call_id: bytes
     """16 random bytes. A request repeated under the same id never steps the optimizer twice."""
-    tensors: list[Any]
+    tensors: list[Value]
     num_inputs: int
     training: bool
     seed: int
@@ -105,10 +108,12 @@ class BackwardRequest(NamedTuple):
 
 
 class BackwardReply(NamedTuple):
-    """One gradient per input travels beside, absent for inputs that have none (integers, unused ones)."""
+    """One gradient per input travels as a buffer, absent for inputs that have none (integers, unused ones)."""
 
-    tensors: list[Any]
+    tensors: list[Value]
     version: int
+    epoch: int = 0
+    """As in `ForwardReply`."""
 
 
 class TakeOverRequest(NamedTuple):
@@ -135,7 +140,7 @@ class TenureRequest(NamedTuple):
     """``beat``, ``rise``, ``probe``, ``vote``; ``prepare`` (fetch this sealed state, and prove it) and ``take_over``
     (by this signature)."""
     epoch: int
-    records: list[Any]
+    records: list[Value]
     """Bytes, each at most 1,024: boot nonce, Term and Seal; or a nonce and a Seal; or a signature."""
 
 
@@ -143,9 +148,9 @@ class TenureReply(NamedTuple):
     """The answer (`experts.tenure_words.Response`)."""
 
     agrees: bool
-    held: list[Any]
+    held: list[Value]
     """Epoch and number of the Seal whose file is there."""
-    records: list[Any]
+    records: list[Value]
     """Term, and vote or proof; empty where there is none."""
 
 
@@ -158,14 +163,14 @@ class StateRequest(NamedTuple):
     min_version: int
     """Send nothing while the expert has taken fewer steps: a follower asks for what is newer than its own."""
     digest: bytes
-    """Of the file that `offset` continues; 16 zero bytes for whichever is newest. Of a sealed file (in a run) the first
-    bytes of its root."""
+    """Digest of the file that `offset` continues; 16 zero bytes for the newest one. For a sealed file (in a run) the
+    first bytes of its root."""
     offset: int
     """Bytes of the file that the caller has."""
 
 
 class StateReply(NamedTuple):
-    """Beside it travels the piece that begins at `offset`; nothing where `size` is 0."""
+    """With it travels the piece that begins at `offset`; nothing where `size` is 0."""
 
     version: int
     digest: bytes
@@ -191,24 +196,24 @@ Body = TypeVar(
     StateReply,
 )
 
-_CHECKS: dict[str, Any] = {
+_CHECKS: dict[str, Callable[[Value], bool]] = {
     "str": lambda value: type(value) is str and len(value) <= MAX_UID_LENGTH,
     "int": lambda value: type(value) is int and 0 <= value < 2**63,
     "bool": lambda value: type(value) is bool,
     "bytes": lambda value: type(value) is bytes and len(value) == 16,
     "bytes | None": lambda value: value is None or (type(value) is bytes and len(value) == 16),
-    "list[Any]": lambda value: type(value) is list,
-    "list[Any] | dict[str, Any]": lambda value: (
+    "list[Value]": lambda value: type(value) is list,
+    "list[Value] | dict[str, Value]": lambda value: (
         type(value) is list or (type(value) is dict and all(type(key) is str for key in value))
     ),
-    "dict[str, Any]": lambda value: type(value) is dict and all(type(key) is str for key in value),
+    "dict[str, Value]": lambda value: type(value) is dict and all(type(key) is str for key in value),
 }
 
 
 _MISSING: Final = object()
-_SUFFICIENT: dict[str, type] = {"bool": bool, "list[Any]": list}
-"""Where the type alone says that a value is right, which is cheaper to see than what a check says."""
-_FIELDS: dict[type, list[tuple[str, Any, type | None, Callable[[Any], bool]]]] = {
+_SUFFICIENT: dict[str, type] = {"bool": bool, "list[Value]": list}
+"""Types that alone prove a value right, which is cheaper than a check."""
+_FIELDS: dict[type, list[tuple[str, Value, type | None, Callable[[Value], bool]]]] = {
     # name, default, sufficient type, check; the annotations are strings here, kept as forward references
     kind: [
         (name, kind._field_defaults.get(name, _MISSING), _SUFFICIENT.get(of), _CHECKS[of])
@@ -218,12 +223,12 @@ _FIELDS: dict[type, list[tuple[str, Any, type | None, Callable[[Any], bool]]]] =
 }
 
 
-def encode(message: Body) -> dict[str, Any]:
+def encode(message: Body) -> dict[str, Value]:
     """The message as a msgpack map from field names to values."""
     return message._asdict()
 
 
-def decode(kind: type[Body], body: Any) -> Body:
+def decode(kind: type[Body], body: Value) -> Body:
     """Reads an untrusted body as `kind`. Unknown fields are ignored, and fields with a default may be missing, so that
     later versions may add some.
 
@@ -231,7 +236,7 @@ def decode(kind: type[Body], body: Any) -> Body:
     """
     if type(body) is not dict:
         raise ProtocolError(f"{kind.__name__}: the body is not a map")
-    values = []
+    values: list[Value] = []
     for name, default, sufficient, check in _FIELDS[kind]:
         value = body.get(name, default)
         if type(value) is not sufficient and not check(value):

@@ -1,5 +1,5 @@
-"""Names that nobody guesses, for what a stranger may ask for by name: 16 random bytes each. No I/O but the system's
-random numbers, drawn for many names at once: the system call gives the interpreter's lock away, and beside a busy
+"""Unguessable names of 16 random bytes, for what a stranger may ask for by name. The system's random numbers are drawn
+for many names at once: the system call releases the interpreter's lock, and with a busy
 device's thread it takes long to come back.
 """
 

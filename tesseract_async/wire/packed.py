@@ -11,6 +11,9 @@ import msgpack
 
 from tesseract_async.errors import MessageTooLarge, ProtocolError
 
+Value = Any
+"""What msgpack holds: None, a bool, number, text or bytes, or a list or map of such. Unchecked where a peer sent it."""
+
 MAX_ITEMS: Final = 8192
 """Values in one piece of msgpack, containers and keys included: counting and making so many takes less than 5 ms."""
 MAX_DEPTH: Final = 32
@@ -52,7 +55,7 @@ for _code in range(256):
         _FIRST.append(None)
 
 
-def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int, any_keys: bool = True) -> Any:
+def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int, any_keys: bool = True) -> Value:
     """The value that `data` holds. `any_keys`: maps may have keys that are neither text nor bytes.
 
     Untrusted. Raises: ProtocolError (MessageTooLarge for more than `max_bytes`).
@@ -67,12 +70,12 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int, any_keys: bo
         raise ProtocolError(f"malformed msgpack: {type(error).__name__}") from None
 
 
-def _refuse(code: int, data: bytes) -> Any:
+def _refuse(code: int, data: bytes) -> None:
     raise ValueError("no extensions")
 
 
 def count_items(data: bytes | bytearray | memoryview) -> int:
-    """How many values are in it; nothing is made of them.
+    """Return the number of values in it, without making them.
 
     Raises: ProtocolError beyond `MAX_ITEMS` or `MAX_DEPTH`, for what is cut short, and for extension types.
     """

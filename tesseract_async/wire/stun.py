@@ -25,7 +25,7 @@ _FAMILIES: Final = {4: 1, 6: 2}
 
 
 def is_stun(data: bytes | memoryview) -> bool:
-    """Whether this datagram claims to be STUN: two zero bits first, and the magic cookie in its place."""
+    """Return whether this datagram claims to be STUN: two zero bits first, and the magic cookie in its place."""
     return len(data) >= 20 and data[0] < 0x40 and data[4:8] == b"\x21\x12\xa4\x42"
 
 
@@ -70,7 +70,7 @@ def decode_response(data: bytes) -> tuple[bytes, str, int]:
 
 
 def answer(data: bytes, source: tuple[str, int]) -> bytes | None:
-    """What to send back to `source` for this datagram; None if it deserves no answer (count it as dropped).
+    """Return the answer to `source` for this datagram; None if it deserves none (count it as dropped).
 
     The answer is at most 2.2 times as long as the question (1.6 times over IPv4), as RFC 8489 wants it.
     """

@@ -1,6 +1,6 @@
-"""Tensors as raw buffers beside a message, and the schemas that say which tensors an expert takes.
+"""Tensors as raw buffers of a message, and the schemas that say which tensors an expert takes.
 
-A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpack body, and one raw buffer beside it.
+A packed tensor is one *meta*, ``[dtype, shape, codec]``, in the message's msgpack body, and one raw buffer.
 `None` stands for an absent tensor (an output that got no gradient, say): its meta is nil and it has no buffer.
 
 Everything that decodes takes untrusted input and raises only `ProtocolError`; sizes are checked before memory is taken.
@@ -9,7 +9,7 @@ Everything that decodes takes untrusted input and raises only `ProtocolError`; s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from tesseract_async.errors import ProtocolError, SchemaMismatch, shortened
 from tesseract_async.wire import compression
+from tesseract_async.wire.packed import Value
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -32,7 +33,7 @@ MAX_DIMS = 16
 MAX_TENSORS = 256
 MAX_SCHEMA_DEPTH = 8
 
-Meta = list[Any] | None
+Meta = list[Value] | None
 """``[dtype name, shape, codec name]`` as msgpack holds it, or None for an absent tensor."""
 
 
@@ -66,16 +67,18 @@ class TensorSpec:
         return f"{DTYPE_NAMES[self.dtype]}[{', '.join(('rows', *map(str, self.shape)))}]"
 
 
-Schema = Any
-"""A `TensorSpec`, or tuples, lists and dicts (string keys) of schemas."""
+Structure = Any
+"""Nested tuples, lists and dicts (string keys) of leaves: of tensors in what a module takes and gives."""
+Schema = Structure
+"""A structure of `TensorSpec`s."""
 
 
 _SEQUENCES = (tuple, list)  # isinstance() makes a union anew each time it is given `tuple | list`: three times slower
 
 
-def flatten(structure: Any) -> list[Any]:
+def flatten(structure: Structure) -> list[Structure]:
     """The leaves of nested tuples, lists and dicts, in order (dicts by insertion)."""
-    leaves: list[Any] = []
+    leaves: list[Structure] = []
     _flatten_into(leaves, structure)
     return leaves
 
@@ -84,7 +87,7 @@ def flatten(structure: Any) -> list[Any]:
 # tensors of every call alive until the collector comes by.
 
 
-def _flatten_into(leaves: list[Any], structure: Any) -> None:
+def _flatten_into(leaves: list[Structure], structure: Structure) -> None:
     if isinstance(structure, _SEQUENCES):
         for item in structure:
             _flatten_into(leaves, item)
@@ -95,7 +98,7 @@ def _flatten_into(leaves: list[Any], structure: Any) -> None:
         leaves.append(structure)
 
 
-def sequence_like(part: Sequence[Any], items: Iterable[Any]) -> Any:
+def sequence_like(part: Sequence[Structure], items: Iterable[Structure]) -> Structure:
     """A list, tuple or named tuple of `items`, as `part` is one; of other kinds of tuples and lists, a plain one."""
     if type(part) is tuple or type(part) is list:
         return type(part)(items)
@@ -104,12 +107,12 @@ def sequence_like(part: Sequence[Any], items: Iterable[Any]) -> Any:
     return list(items)
 
 
-def unflatten(schema: Schema, leaves: Iterable[Any]) -> Any:
+def unflatten(schema: Schema, leaves: Iterable[Structure]) -> Structure:
     """The structure of `schema` with its specs replaced, in order, by `leaves`; the inverse of `flatten`."""
     return _unflatten_from(iter(leaves), schema)
 
 
-def _unflatten_from(leaves: Iterator[Any], part: Schema) -> Any:
+def _unflatten_from(leaves: Iterator[Structure], part: Schema) -> Structure:
     if isinstance(part, _SEQUENCES):
         return sequence_like(part, [_unflatten_from(leaves, item) for item in part])
     if not isinstance(part, _LEAVES) and isinstance(part, Mapping):
@@ -117,7 +120,7 @@ def _unflatten_from(leaves: Iterator[Any], part: Schema) -> Any:
     return next(leaves)
 
 
-def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Tensor]:
+def flatten_like(schema: Schema, structure: Structure, *, what: str) -> list[torch.Tensor]:
     """The tensors of `structure`, in the order of `schema`, each checked against its spec.
 
     Dict keys may come in any order. All tensors must have the same number of rows (dimension 0).
@@ -125,7 +128,7 @@ def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Ten
     Raises: SchemaMismatch (both schemas in the sentence) for another structure, shape or dtype; TypeError if a leaf is
     not a tensor.
     """
-    leaves: list[Any] = []
+    leaves: list[Structure] = []
     if not _flatten_fitting(leaves, schema, structure):
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
@@ -141,7 +144,7 @@ def flatten_like(schema: Schema, structure: Any, *, what: str) -> list[torch.Ten
     return leaves
 
 
-def _flatten_fitting(leaves: list[Any], part: Schema, value: Any) -> bool:
+def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure) -> bool:
     """Appends the leaves until one does not fit; then False, and the last leaf may be no tensor."""
     if type(part) is TensorSpec:
         if isinstance(value, torch.Tensor):
@@ -174,10 +177,10 @@ def describe_schema(schema: Schema) -> str:
     return _describe(schema, str)
 
 
-def describe_structure(structure: Any) -> str:
+def describe_structure(structure: Structure) -> str:
     """The same for tensors: ``(float32[4, 1024])``. Anything else is named by its type."""
 
-    def leaf(value: Any) -> str:
+    def leaf(value: object) -> str:
         if not isinstance(value, torch.Tensor):
             return type(value).__name__
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
@@ -185,15 +188,15 @@ def describe_structure(structure: Any) -> str:
     return _describe(structure, leaf)
 
 
-def _describe(part: Any, leaf: Any) -> str:
+def _describe(part: Structure, leaf: Callable[[Structure], str]) -> str:
     if isinstance(part, tuple | list):
         return f"({', '.join(_describe(item, leaf) for item in part)})"
     if isinstance(part, Mapping):
         return f"{{{', '.join(f'{key}: {_describe(item, leaf)}' for key, item in part.items())}}}"
-    return str(leaf(part))
+    return leaf(part)
 
 
-def encode_schema(schema: Schema) -> Any:
+def encode_schema(schema: Schema) -> Value:
     """A schema as msgpack can hold it; tuples and lists both become tagged lists."""
     if isinstance(schema, tuple | list):
         return ["t" if isinstance(schema, tuple) else "l", *map(encode_schema, schema)]
@@ -215,11 +218,11 @@ def check_schema(schema: Schema, *, what: str) -> None:
         raise ValueError(f"{what}: {error}") from None
 
 
-def decode_schema(data: Any) -> Schema:
+def decode_schema(data: Value) -> Schema:
     """Reads what `encode_schema` made. Untrusted. Raises: ProtocolError."""
     count = 0
 
-    def build(part: Any, depth: int) -> Schema:
+    def build(part: Value, depth: int) -> Schema:
         nonlocal count
         if depth > MAX_SCHEMA_DEPTH:
             raise ProtocolError(f"a schema is nested too deeply, more than {MAX_SCHEMA_DEPTH} levels")
@@ -266,8 +269,8 @@ def pack_tensors(
     return metas, buffers
 
 
-def may_unpack(metas: Any, specs: Sequence[TensorSpec]) -> bool:
-    """Whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
+def may_unpack(metas: Value, specs: Sequence[TensorSpec]) -> bool:
+    """Return whether unpacking these untrusted metas takes no more memory than tensors of `specs` would.
 
     A byte of a lossy codec becomes up to 12 while it is decoded, in a dtype that its sender names. So a tensor in such
     a codec may be unpacked only where its dtype and shape (but for the rows) are those of its spec.
@@ -281,7 +284,7 @@ def may_unpack(metas: Any, specs: Sequence[TensorSpec]) -> bool:
     return True
 
 
-def unpack_tensors(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:
+def unpack_tensors(metas: Value, buffers: Sequence[memoryview]) -> list[torch.Tensor | None]:
     """The tensors that `pack_tensors` packed. Codec ``none`` gives tensors that *own* no copy: they use `buffers`.
 
     Untrusted: metas and buffers must agree in number and size. Raises: ProtocolError.
@@ -305,14 +308,14 @@ def unpack_tensors(metas: Any, buffers: Sequence[memoryview]) -> list[torch.Tens
     return out
 
 
-def _dtype(name: Any) -> torch.dtype:
+def _dtype(name: object) -> torch.dtype:
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ProtocolError("unknown dtype")
     return dtype
 
 
-def _shape(sizes: Any) -> tuple[int, ...]:
+def _shape(sizes: Value) -> tuple[int, ...]:
     if type(sizes) is not list or len(sizes) >= MAX_DIMS:
         raise ProtocolError("malformed shape")
     for size in sizes:

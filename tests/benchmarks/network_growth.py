@@ -18,7 +18,8 @@ from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
-from tesseract_async.network.protocol import NetworkProtocol
+from tesseract_async.network.operations import refresh
+from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.testing import SimulatedNetwork, log_normal_latency
 
@@ -48,11 +49,11 @@ def lookups(size: int) -> dict[str, float]:
     before = sum(node.num_bytes_sent for node in nodes)
     for node in network.random.sample(nodes, NUM_REFRESHED):
         for index in range(len(node.protocol.core.table.buckets)):
-            node.protocol.refresh_bucket(index, network.clock.now)
+            refresh(node.protocol.core, index, network.clock.now)
         node.cycle()
         network.run(0.1)
     network.run(2.0)
-    refresh = (sum(node.num_bytes_sent for node in nodes) - before) / NUM_REFRESHED
+    refreshed = (sum(node.num_bytes_sent for node in nodes) - before) / NUM_REFRESHED
     return {
         "nodes": size,
         "rounds": rounds / NUM_LOOKUPS,
@@ -60,7 +61,7 @@ def lookups(size: int) -> dict[str, float]:
         "datagrams": num_datagrams,
         "bytes_per_lookup": sent,
         "contacts": sum(len(node.protocol.core.table) for node in nodes) / size,
-        "upkeep_bytes_per_second": refresh / network.settings.refresh_period,
+        "upkeep_bytes_per_second": refreshed / REFRESH_PERIOD,
     }
 
 
@@ -82,18 +83,18 @@ def memory(num_contacts_seen: int, num_records: int) -> tuple[float, int]:
     )
     for index in range(num_contacts_seen):
         peer_id = rng.randbytes(32)
-        if machine.table.wants(peer_id):
+        if machine.core.table.wants(peer_id):
             contact = Contact(peer_id, (f"10.{index >> 16}.{index >> 8 & 255}.{index & 255}", 4000))
             contact.proven = True
-            machine.table.add(contact, 0.0)
+            machine.core.table.add(contact, 0.0)
     for index in range(num_records):
         record = SignedRecord.sign(
             owners[index % 20], rng.randbytes(32), sequence=1, expiration=wall + 600, value=bytes(60)
         )
-        machine.storage.add(record, wall)
+        machine.core.storage.add(record, wall)
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    return used, len(machine.table)
+    return used, len(machine.core.table)
 
 
 def plot(rows: list[dict[str, float]], path: Path) -> None:

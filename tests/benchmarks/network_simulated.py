@@ -56,7 +56,7 @@ def lookups_under_loss(size: int, count: int) -> None:
 
 
 def cold_grid(size: int, num_servers: int = 512) -> None:
-    """What a cold client needs before it can choose among 64 x 64 experts: one complete merged read of the grid."""
+    """The read that a cold client needs before it can choose among 64 x 64 experts: complete and merged."""
     network = SimulatedNetwork(seed=2, latency=LATENCY)
     nodes = network.add_settled_swarm(size)
     for node in network.random.sample(nodes, min(num_servers, size)):

@@ -64,7 +64,7 @@ def test_an_owner_lets_members_in_and_out(tmp_path: Path) -> None:
                 other = str(trainer.node.peer_id)
                 status, text, _ = invoke("run", "grant", run, other, "--role", "train", *signed)
                 assert status == 0 and len(text.strip()) < 240
-                trainer.run(trainer.node._keepers[0].learn_once())  # it waits in the network
+                trainer.join_run(run)  # the grant waits in the network
                 expert(X).sum().backward()
 
                 status, out, _ = invoke("run", "status", run, "--json", *signed)
@@ -78,7 +78,7 @@ def test_an_owner_lets_members_in_and_out(tmp_path: Path) -> None:
                 assert status == 0 and last_json(out)["peer"] == str(me)
                 status, out, _ = invoke("run", "revoke", run, "--invite", invited, *signed)
                 assert status == 0 and last_json(out)["invites"] == [invited]
-                trainer.run(trainer.node._keepers[0].learn_once())
+                trainer.join_run(run)
                 assert not view.may(me, "host", now=None), "who came by the invite went with it"
                 appointed = view.appointment("ffn.0.1")
                 assert appointed is not None and appointed.peer == me

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import tesseract_async as ta
-import tesseract_async.node
+from tesseract_async.cli import doctor, options
 from tesseract_async.cli.main import main
 from tesseract_async.cli.options import host_towards
 from tesseract_async.cli.running import JsonLines
@@ -149,7 +149,8 @@ async def test_a_swarm_on_another_computer_can_be_looked_at(monkeypatch: pytest.
             hosts.append(host)
             raise OSError("far enough")
 
-    monkeypatch.setattr(tesseract_async.node, "TesseractNode", Node)
+    for module in (options, doctor):
+        monkeypatch.setattr(module, "TesseractNode", Node)
     result = await tesseract(*words, "-p", "198.51.100.7:31337")
     assert hosts == ["0.0.0.0"] and result.exit_code == 1, result.output
 

@@ -70,6 +70,7 @@ class FakeReplica:
     sequence: int = 1
     expiration: float = float("inf")
     doubt: int = 0
+    epoch: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "peer", FakePeer(self.peer))
@@ -94,6 +95,7 @@ class FakeDirectory:
         self.cold = False
         self.mute = False  # the network is not joined yet
         self.num_finds = 0
+        self.outdated: list[str] = []
         self.watched: dict[str, tuple[int, ...]] = {}
         self.version = 0
         self._views: dict[tuple[str, tuple[int, ...]], FakeView] = {}
@@ -102,8 +104,8 @@ class FakeDirectory:
         self.warm = asyncio.Event()
         self.came = asyncio.Event()
 
-    def add(self, uid: str, peer: str = "peer", *, primary: bool = True) -> None:
-        self.replicas.setdefault(uid, []).append(FakeReplica(uid, peer, primary))
+    def add(self, uid: str, peer: str = "peer", *, primary: bool = True, epoch: int = 0) -> None:
+        self.replicas.setdefault(uid, []).append(FakeReplica(uid, peer, primary, epoch=epoch))
         self._views.clear()
         self.version += 1
         self.came.set()
@@ -154,6 +156,9 @@ class FakeDirectory:
 
     def report_answer(self, replica: FakeReplica) -> None:
         pass
+
+    def report_outdated(self, uid: str) -> None:
+        self.outdated.append(uid)
 
     def report_failure(self, replica: FakeReplica, *, reason: str = "silent") -> None:
         self.masked.append((reason, replica))

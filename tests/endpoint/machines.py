@@ -6,6 +6,7 @@ import functools
 import random
 from typing import Any
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
@@ -15,10 +16,9 @@ from tesseract_async.endpoint.events import (
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.wire.heads import FEATURES, Hello, RequestHead
 
-SETTINGS = ProtocolSettings()
+SETTINGS = ConnectionBounds()
 
 
 @functools.cache
@@ -32,8 +32,8 @@ class Side:
 
     def __init__(
         self,
-        theirs: ProtocolSettings,
-        ours: ProtocolSettings,
+        theirs: ConnectionBounds,
+        ours: ConnectionBounds,
         budget: int,
         dialled: bool,
         meter: Meter | None = None,
@@ -52,7 +52,7 @@ class Side:
             dialled=dialled,
             budgets=self.budgets,
             owner=Owner("range", "peer", self),
-            settings=ours,
+            bounds=ours,
             now=0.0,
             meter=meter,
         )
@@ -92,8 +92,8 @@ class Pair:
     def __init__(
         self,
         *,
-        client: ProtocolSettings = SETTINGS,
-        server: ProtocolSettings = SETTINGS,
+        client: ConnectionBounds = SETTINGS,
+        server: ConnectionBounds = SETTINGS,
         client_budget: int = 2**30,
         server_budget: int = 2**30,
         bulk: bool = True,

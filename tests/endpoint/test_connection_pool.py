@@ -77,4 +77,5 @@ def test_waits_double_with_jitter_up_to_a_bound_and_end_with_success() -> None:
     assert state.retry_at(AT_ALICE) == 0.0
     for number in range(ConnectionPool.MAX_BACKOFFS + 10):
         state.dial_failed(PeerAddress(None, (f"h:{number}",)), 0.0)
-    assert len(state._backoffs) == ConnectionPool.MAX_BACKOFFS
+    waits = [state.retry_at(PeerAddress(None, (f"h:{number}",))) for number in range(ConnectionPool.MAX_BACKOFFS + 10)]
+    assert not any(waits[:10]) and all(waits[10:]), "the oldest are forgotten"

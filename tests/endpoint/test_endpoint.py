@@ -190,7 +190,7 @@ async def test_a_lost_connection_fails_calls_and_is_redialled(settings: Endpoint
         server.handle("forever", forever)
         task = asyncio.create_task(client.call(address, "forever", timeout=30))
         await started.wait()
-        for connection in server._pool.connections():
+        for connection in server.pool.connections():
             connection.abort("test")
         with pytest.raises(ConnectionLost):
             await task
@@ -203,7 +203,7 @@ async def test_an_idempotent_call_is_repeated(settings: EndpointSettings) -> Non
     async def once(call: IncomingCall) -> Message:
         calls.append(call.body)
         if len(calls) == 1:
-            for connection in server._pool.connections():
+            for connection in server.pool.connections():
                 connection.abort("test")
         return Message("done")
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tesseract_async.admission import Policy
+from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, NotAllowed, PeerUnreachable, RemoteError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
@@ -48,7 +48,7 @@ async def test_no_memory_is_taken_for_the_large_requests_of_who_may_not_call() -
         for _ in range(3):
             with pytest.raises(NotAllowed, match=stranger.peer_id.short):
                 await stranger.call(address, "echo", None, [bytes(2**20)], timeout=30)
-        (connection,) = server._pool.connections()
+        (connection,) = server.pool.connections()
         assert server.budgets.messages.used == 0 and not connection.protocol.windows.in_bytes
         assert connection.protocol.num_calls == 0 and server.metrics.total("endpoint_calls_refused") == 3
         server.policy = Policy()
@@ -85,16 +85,16 @@ async def test_one_dial_and_one_connection_serve_all_who_call_at_once() -> None:
 
 @pytest.mark.both_loops
 async def test_an_idle_connection_is_closed_and_comes_back() -> None:
-    settings = EndpointSettings(idle_timeout=0.01)
+    settings = EndpointSettings()
     async with serving() as (server, address), client_of(settings) as client:
         await client.call(address, "echo", timeout=30)
-        (connection,) = client._pool.connections()
+        (connection,) = client.pool.connections()
         client.keep(server.peer_id)
-        connection.last_used -= 1
-        client._tick()
+        connection.last_used -= 301
+        client.tick()
         assert client.connections(), "kept"
         client.unkeep(server.peer_id)
-        client._tick()
+        client.tick()
         await connection.closed
         assert not client.connections()
         await client.call(address, "echo", timeout=30)
@@ -114,15 +114,15 @@ async def test_an_upgrade_moves_later_calls_and_leaves_running_ones() -> None:
         server.handle("wait", wait)
         running = asyncio.create_task(client.call(address, "wait", timeout=30))
         await client.call(address, "echo", timeout=30)
-        (old,) = client._pool.connections()
+        (old,) = client.pool.connections()
         await client.upgrade(address, TcpTransport().paths(address, bulk=False))
-        before = old.protocol.outgoing._next_stream
+        before = old.last_used
         await client.call(address, "echo", timeout=30)
-        assert old.protocol.outgoing._next_stream == before and len(client.connections()) == 2
-        client._tick()
+        assert old.last_used == before and len(client.connections()) == 2
+        client.tick()
         release.set()
         assert (await running).body == "waited"
-        client._tick()
+        client.tick()
         await old.closed
         assert len(client.connections()) == 1
 
@@ -183,10 +183,10 @@ async def test_a_handlers_unsendable_reply_is_an_error_at_the_caller(caplog: pyt
 
 
 async def test_ends_with_different_security_do_not_understand_each_other_and_say_so() -> None:
-    quick = dataclasses.replace(PLAIN, handshake_timeout=0.5)
+    quick = dataclasses.replace(PLAIN, bounds=EndpointBounds(handshake_timeout=0.5))
     for mine, theirs in (
-        (quick, EndpointSettings(handshake_timeout=0.5)),
-        (EndpointSettings(handshake_timeout=0.5), quick),
+        (quick, EndpointSettings(bounds=EndpointBounds(handshake_timeout=0.5))),
+        (EndpointSettings(bounds=EndpointBounds(handshake_timeout=0.5)), quick),
     ):
         async with serving(theirs) as (_, address), client_of(mine) as client:
             with pytest.raises(PeerUnreachable):
@@ -209,7 +209,7 @@ async def test_another_wire_version_is_named_on_both_sides(monkeypatch: pytest.M
 
 
 async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() -> None:
-    settings = dataclasses.replace(PLAIN, backoff_base=0.05, backoff_max=0.2)
+    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(backoff_base=0.05, backoff_max=0.2))
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))  # nobody listens there yet, and nobody else is given the port
     identity = Identity.generate()
@@ -229,7 +229,7 @@ async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() ->
 
 async def test_a_peer_that_came_back_elsewhere_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed server's next process has another port: how often the old one failed says nothing of it."""
-    settings = dataclasses.replace(PLAIN, backoff_base=600.0, backoff_max=600.0)
+    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(backoff_base=600.0, backoff_max=600.0))
     with socket.socket() as old:
         old.bind(("127.0.0.1", 0))  # nobody listens there
         async with serving(PLAIN) as (_, address), client_of(settings) as client:
@@ -253,7 +253,7 @@ async def test_a_peer_that_never_answers_the_dial_ends_in_a_timeout() -> None:
         async with client_of() as client:
             with pytest.raises(TimeoutError, match="echo"):
                 await client.call(address, "echo", timeout=0.2)
-        async with client_of(EndpointSettings(handshake_timeout=0.2)) as client:
+        async with client_of(EndpointSettings(bounds=EndpointBounds(handshake_timeout=0.2))) as client:
             with pytest.raises(PeerUnreachable, match=r"within 0\.2 s"):
                 await client.call(address, "echo", timeout=30)
 
@@ -290,7 +290,7 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
-    slow = dataclasses.replace(PLAIN, protocol=ProtocolSettings(window_bytes=64 * 2**20))
+    slow = dataclasses.replace(PLAIN, bounds=EndpointBounds(connection=ConnectionBounds(window_bytes=64 * 2**20)))
     async with serving(slow) as (server, address), client_of(slow) as client:
         has_bulk, on_loan = asyncio.Event(), asyncio.Event()
         attach, write = Connection.attach, TcpPipe.write
@@ -310,11 +310,11 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
         await client.call(address, "echo", None, [bytes(100_000)], timeout=30)  # opens the window and the bulk lane
         await asyncio.wait_for(has_bulk.wait(), 30)
         payload = bytearray(30 * 2**20)
-        theirs = [channel for c in server._pool.connections() for channel in c._channels if channel is not None]
+        theirs = [channel for c in server.pool.connections() for channel in c._channels if channel is not None]
         for channel in theirs:
             channel.pipe.pause_reading()
         task = asyncio.create_task(client.call(address, "echo", None, [payload], timeout=20))
-        channels = [channel for c in client._pool.connections() for channel in c._channels if channel is not None]
+        channels = [channel for c in client.pool.connections() for channel in c._channels if channel is not None]
         await asyncio.wait_for(on_loan.wait(), 30)
         for _ in range(2):  # whoever cancels again does not get the memory any sooner
             task.cancel()
@@ -338,7 +338,7 @@ async def test_security_off_says_so_in_the_log(caplog: pytest.LogCaptureFixture)
 
 
 async def test_connections_are_limited_in_number_and_those_that_are_open_go_on() -> None:
-    settings = dataclasses.replace(PLAIN, max_connections=2)
+    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_connections=2))
     async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(client_of(PLAIN)) for _ in range(3)]
         for client in clients[:2]:
@@ -364,7 +364,7 @@ async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: py
     async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
         server.handle("note", note)
         await client.call(address, "note", "first", timeout=30)
-        (connection,) = server._pool.connections()
+        (connection,) = server.pool.connections()
         with monkeypatch.context() as patch:
             patch.setattr(Handlers, "_may_start", lambda self: False)
             task = asyncio.create_task(client.call(address, "note", "cancelled", timeout=30))
@@ -379,7 +379,7 @@ async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: py
 
 
 async def test_half_open_channels_are_limited_in_number() -> None:
-    settings = dataclasses.replace(PLAIN, max_half_open=3, handshake_timeout=60.0)
+    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_half_open=3, handshake_timeout=60.0))
     async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(RawPeer.connected(address, greet=False)) for _ in range(5)]
         await until(lambda: server.metrics.total("endpoint_handshakes_failed") == 2)
@@ -398,6 +398,6 @@ async def test_half_open_channels_are_limited_in_number() -> None:
 async def test_a_standing_still_loop_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as (server, address), client_of() as client:
         await client.call(address, "echo", timeout=30)
-        client._tick_at -= 5.0
-        client._tick()
+        let_pass(5.0)
+        client.tick()
         assert "stood still for" in caplog.text and client.metrics.gauges[("loop_lag_seconds", ())] > 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import tracemalloc
 
 import pytest
 
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -19,7 +21,6 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import (
     ConnectionLost,
     ExpertFailed,
@@ -299,7 +300,7 @@ def test_old_deadlines_are_forgotten() -> None:
         pair.server.machine.reply(pair.received().stream, None, (), now=0.0)
         pair.settle()
         pair.client.take()
-    assert all(len(side.machine._core.deadlines) <= 70 for side in (pair.client, pair.server))
+    assert all(len(side.machine.core.deadlines) <= 70 for side in (pair.client, pair.server))
 
 
 def test_higher_priority_goes_first_and_equals_share() -> None:
@@ -457,7 +458,7 @@ def test_a_fast_far_peer_gets_a_wider_window() -> None:
     assert pair.server.budget.windows == pair.client.machine.windows.out_bytes
 
 
-def hostile(settings: ProtocolSettings = SETTINGS) -> tuple[Side, ConnectionProtocol]:
+def hostile(settings: ConnectionBounds = SETTINGS) -> tuple[Side, ConnectionProtocol]:
     side = Pair(server=settings).server
     return side, side.machine
 
@@ -528,6 +529,35 @@ def test_a_flood_of_small_calls_that_are_refused_is_cut_off() -> None:
         for stream in range(1, 20_000):
             side.receive(MAIN, frames.encode_small(frames.REQUEST, stream, head, (), ()), 0.0)
     assert side.machine.num_calls < 20
+
+
+def test_memory_of_large_messages_is_free_without_the_collector() -> None:
+    pair = Pair()
+
+    def exchange() -> None:
+        pair.call(2 * MIB)
+        pair.call(5, in_parts=True, max_reply=9 * MIB)
+        pair.settle()
+        received = [event for event in pair.server.take() if isinstance(event, CallReceived)]
+        first, second = sorted(received, key=lambda event: event.stream)
+        pair.server.machine.reply(first.stream, None, first.buffers, now=0.0)
+        pair.server.machine.reply(second.stream, None, first.buffers, now=0.0, more=True)
+        pair.settle()
+        pair.server.machine.reply(second.stream, None, first.buffers, now=0.0)
+        pair.settle()
+        assert len(pair.client.take()) == 3 and clean(pair)
+
+    exchange()
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            exchange()
+        assert tracemalloc.get_traced_memory()[0] < MIB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_many_tiny_buffers_count_what_they_cost() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import itertools
 
@@ -41,10 +42,7 @@ def test_over_any_time_no_more_passes_than_promised(
         assert wait is not None
         if wait:
             # who comes back when told finds room, had nobody else asked; a copy tells without changing anything
-            later = Quotas(lambda _: Quota(calls=calls, num_bytes=num_bytes, period=period))
-            use, copy = quotas._uses[PEER], type(quotas._uses[PEER])(now)
-            copy.calls, copy.num_bytes = use.calls, use.num_bytes
-            later._uses[PEER] = copy
+            later = copy.deepcopy(quotas)
             assert later.begin(PEER, 1, now + wait + 0.002) == 0.0
             continue
         passed.append((now, request + reply))

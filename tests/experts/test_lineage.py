@@ -97,7 +97,7 @@ def test_evidence_is_needed_for_each_kind() -> None:
     for values in wrong:
         with pytest.raises(ValueError):
             sign_term(B, RUN, **({"uid": UID, "epoch": 200, "boot": bytes(8), "seal": seal} | values))
-    with pytest.raises(ValueError, match="no member"):
+    with pytest.raises(ValueError, match="not a member"):
         follows(D, seal, 200, voters=[B, C])
     with pytest.raises(ValueError, match="has none"):
         follows(B, seal, 200, voters=[D])

@@ -10,8 +10,8 @@ import logging
 
 import pytest
 
+from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import TesseractError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
@@ -20,12 +20,13 @@ from tesseract_async.wire import frames
 from tests.faults.proxy import Action, Fault, Proxy
 from tests.faults.serving import echo, serving
 
-QUICK = ProtocolSettings(ping_after=0.05, dead_after=0.2, stall_after=0.3, bulk_retry=0.0)
-PATIENT = ProtocolSettings(ping_after=0.5, dead_after=2.0, bulk_retry=0.0)
-PLAIN = EndpointSettings(security="plain", protocol=PATIENT, handshake_timeout=1.0, backoff_base=0.01)
-STALLING = EndpointSettings(security="plain", protocol=QUICK, handshake_timeout=0.3, backoff_base=0.01)
-TLS = dataclasses.replace(PLAIN, security="tls", handshake_timeout=3.0)
-GENTLE = EndpointSettings(security="plain", protocol=ProtocolSettings(bulk_retry=0.0))
+QUICK = ConnectionBounds(ping_after=0.05, dead_after=0.2, stall_after=0.3, bulk_retry=0.0)
+PATIENT = ConnectionBounds(ping_after=0.5, dead_after=2.0, bulk_retry=0.0)
+BOUNDS = EndpointBounds(connection=PATIENT, handshake_timeout=1.0, backoff_base=0.01)
+PLAIN = EndpointSettings(security="plain", bounds=BOUNDS)
+STALLING = dataclasses.replace(PLAIN, bounds=dataclasses.replace(BOUNDS, connection=QUICK, handshake_timeout=0.3))
+TLS = dataclasses.replace(PLAIN, security="tls", bounds=dataclasses.replace(BOUNDS, handshake_timeout=3.0))
+GENTLE = EndpointSettings(security="plain", bounds=EndpointBounds(connection=ConnectionBounds(bulk_retry=0.0)))
 """Where nothing may fail: the product's own time-outs, which a busy machine keeps."""
 
 
@@ -37,13 +38,15 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 SMALL, LARGE = b"s" * 500, b"L" * 200_000
 
 
-async def converse(client: Endpoint, address: PeerAddress, *, timeout: float) -> list[BaseException]:
+async def converse(
+    client: Endpoint, address: PeerAddress, *, timeout: float, secure: bool = False
+) -> list[BaseException]:
     """Two small calls and two large ones at once; the errors among their ends, all of them typed."""
 
     async def one(payload: bytes) -> None:
         reply = await client.call(address, "echo", len(payload), [payload], timeout=timeout)
         assert reply.body == len(payload) and len(reply.buffers[0]) == len(payload)
-        if client._settings.security == "tls":
+        if secure:
             assert reply.buffers[0] == payload
 
     results = await asyncio.gather(*(one(p) for p in (SMALL, LARGE, SMALL, LARGE)), return_exceptions=True)
@@ -65,13 +68,14 @@ def boundaries(data: bytes) -> list[int]:
 
 async def strike(settings: EndpointSettings, fault: Fault, *, timeout: float) -> tuple[bool, int]:
     """Whether the fault struck, and how many of the first calls failed."""
+    secure = settings.security == "tls"
     async with serving(settings) as (server, address):
         async with Proxy(address.addresses[0], fault) as proxy:
             through = PeerAddress(server.peer_id, (proxy.address,))
             async with Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=settings) as client:
-                errors = await converse(client, through, timeout=timeout)
+                errors = await converse(client, through, timeout=timeout, secure=secure)
                 for _ in range(20):
-                    again = await converse(client, through, timeout=2.0)
+                    again = await converse(client, through, timeout=2.0, secure=secure)
                     if not again:
                         break
                     proxy.fault = None  # the network is good from now on
@@ -135,7 +139,7 @@ async def test_cancelling_a_call_at_every_await_point() -> None:
         finally:
             running.discard(id(call))
 
-    for settings in (PLAIN, dataclasses.replace(TLS, handshake_timeout=5.0)):
+    for settings in (PLAIN, dataclasses.replace(TLS, bounds=dataclasses.replace(BOUNDS, handshake_timeout=5.0))):
         async with serving(settings) as (server, address):
             server.handle("slow", slow_echo)
             for payload in (SMALL, LARGE):

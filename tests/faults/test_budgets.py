@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.identity import Identity
 from tesseract_async.transport.base import PeerAddress
@@ -82,7 +82,7 @@ async def test_a_byte_now_and_then_holds_nothing_open() -> None:
         async with RawPeer.connected(address) as stranger:
             stranger.writer.write(begin(1, GIB) + frames.HEADER.pack(frames.CHUNK_REQUEST, 0, 0, MIB, 1))
             await until(lambda: server.budgets.messages.used > 0)
-            (connection,) = server._pool.connections()
+            (connection,) = server.pool.connections()
             now = asyncio.get_running_loop().time()
             for second in range(0, 40, 2):
                 stranger.writer.write(b"x" + frames.HEADER.pack(frames.PING, 0, 0, 0, 0)[:0])
@@ -155,10 +155,44 @@ async def test_a_server_that_announces_a_reply_takes_nothing_from_calls_to_other
         assert client.budgets.messages.used == 0
 
 
+@pytest.mark.parametrize("size", [10, 60_000])
+async def test_a_server_that_says_more_for_ever_is_cut_off(size: int) -> None:
+    identity = Identity.generate()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            header = frames.HEADER.unpack(await reader.readexactly(16))
+            hello = heads.decode_hello(memoryview(await reader.readexactly(header[3])))
+            limits = (1024, 2**23, 2**30)
+            mine = Hello(hello.session, hello.bulk, bytes(identity.peer_id), *limits, features=heads.FEATURES)
+            writer.write(frames.frame(frames.HELLO, payload=heads.encode_hello(mine)))
+            part = frames.encode_small(
+                frames.REPLY, 1, heads.encode_result(1), [size], [memoryview(bytes(size))], flags=frames.MORE
+            )
+            while (await reader.readexactly(16))[0] != frames.REQUEST:
+                pass
+            while True:
+                writer.write(part)
+                await writer.drain()
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    bad = PeerAddress(identity.peer_id, (f"127.0.0.1:{listener.sockets[0].getsockname()[1]}",))
+    async with serving(PLAIN) as (_, address), client_of() as client:
+        num_parts = 0
+        with pytest.raises(ConnectionLost):
+            async for _part in client.call_parts(bad, "m", timeout=30):
+                num_parts += 1
+                await client.call(address, "echo", timeout=30)  # takes its time
+        assert num_parts <= frames.MAX_PARTS and client.budgets.messages.used == 0
+        assert client.metrics.total("endpoint_connections_dropped") == 1
+    listener.close()
+
+
 @pytest.mark.parametrize("grant", [False, True], ids=["never granted", "granted and never read"])
 async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
-    bounds = ProtocolSettings(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
-    settings = dataclasses.replace(PLAIN, protocol=bounds)
+    bounds = ConnectionBounds(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
+    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(connection=bounds))
 
     async def swell(call: IncomingCall) -> Message:
         return Message(None, (memoryview(bytearray(MIB)),))
@@ -171,7 +205,7 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
                 stranger.writer.write(frames.encode_small(frames.REQUEST, stream, head, [], []))
             await until(lambda: server.budgets.replies.used > 30 * MIB)
             let_pass(15.0)
-            (connection,) = server._pool.connections()
+            (connection,) = server.pool.connections()
             connection._wake()
             assert server.budgets.replies.used > 30 * MIB
             for _ in range(4):
@@ -182,19 +216,19 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
 
 
 async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
-    bounds = ProtocolSettings(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
+    bounds = ConnectionBounds(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
 
     async def swell(call: IncomingCall) -> Message:
         return Message(None, (memoryview(bytes(60_000)),))
 
-    async with serving(dataclasses.replace(PLAIN, protocol=bounds)) as (server, address):
+    async with serving(dataclasses.replace(PLAIN, bounds=EndpointBounds(connection=bounds))) as (server, address):
         server.handle("swell", swell)
         async with RawPeer.connected(address) as stranger:
             stranger.writer.transport.pause_reading()  # type: ignore[attr-defined]
             for stream in range(1, 400):
                 stranger.writer.write(stranger.request(stream, method="swell"))
             await until(lambda: server.budgets.replies.used > 4 * MIB)
-            (connection,) = server._pool.connections()
+            (connection,) = server.pool.connections()
             await until(lambda: not connection.protocol.num_calls and connection._channels[0].paused)
             for _ in range(3):
                 let_pass(12.0)
@@ -287,7 +321,7 @@ async def test_a_storm_of_cancels_leaves_nothing_behind() -> None:
                 stranger.writer.write(begin(stream, GIB) + frames.frame(frames.CANCEL, stream=stream))
             stranger.writer.write(stranger.request(3000))
             await stranger.writer.drain()
-            await until(lambda: server._pool.connections()[0].protocol.incoming.last_seen == 3000)
+            await until(lambda: server.pool.connections()[0].protocol.incoming.last_seen == 3000)
             await sends_large(client, address, 2 * MIB)
             assert server.budgets.messages.num_waiting == 0
         await until(lambda: server.budgets.messages.used == 0)

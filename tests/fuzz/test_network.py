@@ -98,7 +98,7 @@ def bombard(seed: int, count: int) -> None:
     sources = [node.address for node in nodes] + [(f"9.8.{index}.7", 1000 + index) for index in range(40)]
     for number, data in enumerate(inputs(rng, corpus, count)):
         if number % 50 == 0:
-            # while it has questions of its own under way
+            # while it has questions of its own in progress
             victim.read(rng.randbytes(32), network.clock.now)
             network.clock.now += 0.5
             victim.handle_timer(network.clock.now)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tesseract_async.admission import Quota
+from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import CallReceived, PartReceived, PartWanted
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Quotas
-from tesseract_async.endpoint.settings import ProtocolSettings
 from tesseract_async.errors import ConnectionLost, NotAllowed, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.transport.certificates import make_contexts
@@ -23,7 +23,7 @@ from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire import compression, frames, heads, messages, tensors
 from tesseract_async.wire.heads import Hello, RequestHead
 
-SETTINGS = ProtocolSettings(max_message=2**22, max_calls=50, max_replies=2**18)
+SETTINGS = ConnectionBounds(max_message=2**22, max_calls=50, max_replies=2**18)
 HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22, features=heads.FEATURES)
 REQUEST = heads.encode_request(RequestHead("expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
 PEER = Identity.from_seed(b"f" * 32).peer_id
@@ -87,7 +87,7 @@ def fuzz_machine(pick: random.Random) -> None:
         dialled=pick.random() < 0.5,
         budgets=budgets,
         owner=Owner("range", PEER, holder),
-        settings=SETTINGS,
+        bounds=SETTINGS,
         now=0.0,
         meter=quotas.meter(PEER) if pick.random() < 0.3 else None,
         refusal=(lambda: NotAllowed("not here")) if pick.random() < 0.1 else None,
@@ -156,7 +156,7 @@ def fuzz_machine(pick: random.Random) -> None:
     side.events()
     side.connection_lost("the end")
     assert budgets.messages.used == 0 and side.num_calls == 0 and budgets.replies.used == 0 and not side.backlog
-    assert all(use.under_way == 0 for use in quotas._uses.values())
+    assert quotas.num_under_way == 0
 
 
 def fuzz_frames(pick: random.Random) -> None:

@@ -10,10 +10,9 @@ import pytest
 from tesseract_async.identity import Identity, SignedRecord
 from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
-from tesseract_async.network.caching import MAX_COPIES, PathCache, lifetime
 from tesseract_async.network.contacts import Contact
 from tesseract_async.network.events import ReadFinished
-from tesseract_async.network.holding import RecordCheck
+from tesseract_async.network.holding import MAX_COPIES, PathCache, RecordCheck, lifetime
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
@@ -39,7 +38,7 @@ def test_a_copy_lives_half_as_long_with_each_doubling_of_the_nodes_between() -> 
     closest = [contact(number) for number in range(1, 21)]  # the farthest is 20: five bits
     lives = [lifetime(own, 0, closest, k=20) for own in (19, 21, 31, 32, 64, 128, 1 << 8, 1 << 9)]
     assert lives == [0.0, 30.0, 30.0, 15.0, 7.5, 3.75, 1.875, 0.0]
-    assert lifetime(1 << 8, 0, closest[:19], k=20) == 0.0, "whoever knows fewer than k is a holder"
+    assert lifetime(1 << 8, 0, closest[:19], k=20) == 0.0, "a node that knows fewer than k is a holder"
 
 
 def test_the_cache_keeps_the_newest_single_values_for_a_while() -> None:

@@ -93,7 +93,7 @@ def test_a_dual_stack_socket_s_notation_is_the_same_address() -> None:
 @pytest.mark.parametrize(
     "raw", [b"", bytes(6), b"\x7f\0\0\x01\0\0", b"\xe0\0\0\x01\0\x05", b"\xff" * 6, bytes(18), bytes(7)]
 )
-def test_addresses_that_nobody_can_be_dialled_at_are_malformed(raw: bytes) -> None:
+def test_addresses_where_nobody_can_be_dialed_are_malformed(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         unpack(raw)
 

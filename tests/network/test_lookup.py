@@ -99,7 +99,7 @@ def test_a_path_that_asks_one_at_a_time_hears_a_second_opinion_before_it_ends() 
     # the four nearest of the start, and so the first question of each path, are liars
     far = nearest(everybody, ~target % 2**256, 16)
     lookup = Lookup(target, [*nearest(liars, target, 4), *far], k=8, num_paths=4, alpha=8)
-    lookup.max_under_way = 4
+    lookup.max_in_progress = 4
     asked: set[bytes] = set()
     while not lookup.finished:
         for item in lookup.to_ask():
@@ -110,13 +110,15 @@ def test_a_path_that_asks_one_at_a_time_hears_a_second_opinion_before_it_ends() 
 
 def test_a_narrow_lookup_spreads_its_questions_over_the_paths() -> None:
     rng = random.Random(6)
-    lookup = Lookup(rng.getrandbits(256), contacts(rng, 20), k=8, num_paths=4, alpha=8)
-    lookup.max_under_way = 4
+    target = rng.getrandbits(256)
+    start = sorted(contacts(rng, 20), key=lambda contact: contact.number ^ target)
+    lookup = Lookup(target, start, k=8, num_paths=4, alpha=8)
+    lookup.max_in_progress = 4
     first = lookup.to_ask()
     assert len(first) == 4 and lookup.to_ask() == []
-    paths = [lookup._candidates[item.raw].path for item in first]
-    assert sorted(paths) == [0, 1, 2, 3]
-    lookup.max_under_way = 8
+    # the contacts of the start are dealt to the paths in turn, nearest first
+    assert sorted(start.index(item) % 4 for item in first) == [0, 1, 2, 3]
+    lookup.max_in_progress = 8
     assert len(lookup.to_ask()) == 4, "as many again when the read is late"
 
 
@@ -157,7 +159,7 @@ def test_one_address_range_has_few_places_among_the_closest() -> None:
     assert lookup.closest(max_per_range=2) == expected
 
 
-def test_who_names_contacts_that_do_not_answer_is_believed_no_more() -> None:
+def test_a_teller_of_contacts_that_do_not_answer_is_believed_no_more() -> None:
     lookup = Lookup(0, [contact(2**200)], k=20, num_paths=1, alpha=2)
     (liar,) = lookup.to_ask()
     named = [contact(index) for index in range(1, 21)]
@@ -187,7 +189,7 @@ def test_what_somebody_else_names_too_is_asked_all_the_same() -> None:
     assert lookup.finished and there in lookup.closest()
 
 
-def test_a_teller_of_whom_some_answer_may_name_some_who_have_gone() -> None:
+def test_a_teller_may_name_some_contacts_that_have_gone_if_others_answer() -> None:
     lookup = Lookup(0, [contact(2**200)], k=20, num_paths=1, alpha=1)
     (teller,) = lookup.to_ask()
     named = [contact(index) for index in range(1, 21)]

@@ -27,7 +27,7 @@ QUICK = NetworkSettings(join_timeout=2.0)
 
 
 @pytest.fixture(autouse=True)
-def writers_wait_for_every_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+def writers_wait_forevery_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine the last of them is late, and a writer would go on without it (see `test_protocol`)."""
     monkeypatch.setattr(writing, "PATIENCE", 1e6)
 
@@ -250,7 +250,7 @@ async def test_nobody_is_asked_is_no_absence(caplog: pytest.LogCaptureFixture) -
     async with node(reserved.getsockname()[1], settings=settings) as (network, port):
         with pytest.raises(TimeoutError, match="no answer from 127.0.0.1:.*Does a node run there"):
             await network.get("key")
-        assert not caplog.records, "whoever asked was told"
+        assert not caplog.records, "the caller was told"
         assert await network.store("key", 1, ttl=60.0) == 1
         assert [record.message for record in caplog.records] == [network.trouble]
         await network.store("key", 2, ttl=60.0)

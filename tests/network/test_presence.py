@@ -22,7 +22,7 @@ class Board:
 
 
 class Node:
-    """What a node's presence sees of it."""
+    """The network as a node's presence sees it."""
 
     def __init__(self, board: Board, peer_id: PeerID) -> None:
         self.board = board
@@ -50,7 +50,7 @@ class Node:
 
     async def look(self) -> str:
         tick()
-        return await self.presence._look()
+        return await self.presence.look()
 
 
 _now = [1_700_000_000.0]

@@ -80,20 +80,20 @@ class Town:
         return self.machines[X].core.own_id in self.machines[A].core.table
 
 
-def test_who_can_be_dialled_by_a_third_is_listed() -> None:
+def test_a_newcomer_that_a_third_node_can_dial_is_listed() -> None:
     town = Town(gateway=False)
     town.run(1.0)
     assert town.listed
-    assert not town.machines[A].probation._pending and not town.machines[A].probation._nonces
+    assert not town.machines[A].probation.pending and not town.machines[A].probation.nonces
 
 
-def test_who_lies_about_it_is_found_out_and_not_listed() -> None:
+def test_a_newcomer_that_lies_about_it_is_not_listed() -> None:
     """A's own pings come back, through the hole that X has made by writing to A. That proves nothing."""
     town = Town(gateway=True)
     town.run(60.0)
     assert not town.listed
     assert town.machines[A].core.metrics.total("network_contacts_dropped") == 1
-    assert not town.machines[A].probation._pending and not town.machines[A].probation._nonces
+    assert not town.machines[A].probation.pending and not town.machines[A].probation.nonces
 
 
 def test_lost_datagrams_are_no_proof_of_a_lie() -> None:
@@ -103,23 +103,23 @@ def test_lost_datagrams_are_no_proof_of_a_lie() -> None:
     assert town.listed
 
 
-def test_only_the_dialled_one_can_say_so() -> None:
+def test_only_the_dialed_node_can_confirm_it() -> None:
     town = Town(gateway=True)
     town.run(0.1)
     a = town.machines[A]
-    (nonce,) = a.probation._nonces
+    (nonce,) = a.probation.nonces
     for origin in (B, ("23.0.0.1", 2)):
         assert not a.probation.confirmed(nonce, origin, town.now)
     assert not a.probation.confirmed(bytes(8), X, town.now)
     assert not town.listed
 
 
-def test_who_fell_silent_before_it_was_dialled_is_not_listed_by_that() -> None:
+def test_a_newcomer_that_fell_silent_before_it_was_dialed_is_not_listed_by_that() -> None:
     town = Town(gateway=True)
     town.run(0.1)
     a = town.machines[A]
-    (nonce,) = a.probation._nonces
-    contact, _ = a.probation._pending[a.probation._nonces[nonce]]
+    (nonce,) = a.probation.nonces
+    contact, _ = a.probation.pending[a.probation.nonces[nonce]]
     a.core.lost(contact, town.now)
     a.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), contact.peer_id, (b"", b"", nonce)), X, town.now)
     assert not town.listed
@@ -130,8 +130,8 @@ def test_nobody_is_made_to_write_to_third_parties() -> None:
     town = Town(gateway=False)
     x = town.machines[X]
     x.datagrams_to_send()
-    dialled = wire.encode(wire.DIALED, 0, bytes(8), x.core.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
-    x.receive_datagram(dialled, C, town.now)
+    dialed = wire.encode(wire.DIALED, 0, bytes(8), x.core.own_id, (b"", b"", bytes(8), pack_address(("9.9.9.9", 9))))
+    x.receive_datagram(dialed, C, town.now)
     assert ("9.9.9.9", 9) not in [target for _, target in x.datagrams_to_send()]
 
 
@@ -146,8 +146,8 @@ def test_memory_is_bounded() -> None:
         assert a.probation.holds(contact, town.now)
         assert a.probation.holds(contact, town.now), "asked once"
     a.datagrams_to_send()
-    assert len(a.probation._wrote_first) == MAX_REMEMBERED and len(a.probation._pending) == MAX_PENDING
+    assert len(a.probation.wrote_first) == MAX_REMEMBERED and len(a.probation.pending) == MAX_PENDING
     for _ in range(4):
         town.now += 3.0
         a.handle_timer(town.now)
-    assert not a.probation._pending and not a.probation._nonces
+    assert not a.probation.pending and not a.probation.nonces

@@ -13,7 +13,7 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, pack_contacts
 from tesseract_async.network.core import MAX_REQUEST_RATE
-from tesseract_async.network.dial_back import CONFIRM_PERIOD, MAX_ERRANDS
+from tesseract_async.network.dial_back import MAX_ERRANDS
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
 from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol
 from tesseract_async.network.reading import PAGES_IN_PROGRESS
@@ -159,7 +159,7 @@ def test_a_lost_request_is_sent_again_with_the_same_transaction_and_then_given_u
     assert len(pair.a.core.table) == 0
 
 
-def test_whoever_is_alone_asks_its_seeds_and_old_contacts_for_ever_and_comes_back() -> None:
+def test_a_node_alone_asks_its_seeds_and_old_contacts_forever_and_comes_back() -> None:
     pair = Pair()
     pair.join()
     pair.a.read(bytes(range(32)), 0.0)
@@ -274,7 +274,7 @@ def test_wrong_signatures_forged_replies_and_replies_nobody_asked_for_are_counte
     assert dropped(pair.a, "unasked") == 1
 
 
-def test_somebody_who_answers_in_another_s_name_never_enters_the_table() -> None:
+def test_a_node_that_answers_in_another_s_name_never_enters_the_table() -> None:
     a, liar = machine(1), machine(2)
     liar.core.own_id = bytes([9] * 32)  # it has no key for this id
     a.set_seeds([(B, None)], 0.0)
@@ -470,7 +470,7 @@ def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
 
 
 @pytest.mark.parametrize("role", ["client", "public"])
-def test_who_dialed_for_others_is_not_proven_by_the_one_it_dialed(role: str) -> None:
+def test_a_node_that_dialed_for_others_is_not_proven_by_those_it_dialed(role: str) -> None:
     """A client that dials opens its own gateway. For who is public that means nothing, and others could make it so."""
     node = machine(1, public=False)
     node.core.outbox.role = role
@@ -480,11 +480,15 @@ def test_who_dialed_for_others_is_not_proven_by_the_one_it_dialed(role: str) -> 
     order = request(wire.DIAL_FOR, pack_address(STRANGER), bytes(8), token=node.core.tokens.give(pack_address(B)))
     node.receive_datagram(order, B, 0.0)
     assert STRANGER in [to for _, to in node.datagrams_to_send()]
-    node.dial_back.handle_timer(0.0)
+    node.dial_back.ask(0.0)
     (asked,) = [wire.decode(data) for data, _ in node.datagrams_to_send()]
     (nonce,) = wire.read_request(asked).arguments[:1]
     node.receive_datagram(wire.encode(wire.DIALED, 0, bytes(8), bytes(32), (b"", b"", nonce)), STRANGER, 1.0)
-    assert (node.dial_back.timer_at == 1.0 + CONFIRM_PERIOD) == (role == "public")
+    while (now := node.timer_at()) < 3.0:
+        node.handle_timer(now)
+    sent = [wire.decode(data) for data, _ in node.datagrams_to_send()]
+    asks = [wire.read_request(one).arguments[0] for one in sent if one.kind == wire.DIAL]
+    assert any(one != nonce for one in asks) == (role == "client"), "one that is proven asks no more"
 
 
 def test_newly_closer_nodes_get_copies_and_only_of_what_they_lack() -> None:
@@ -587,7 +591,7 @@ def test_after_the_own_loop_stood_still_nobody_is_judged_before_the_socket_is_re
     assert len(pair.a.core.table) == 1
 
 
-def test_whoever_is_late_already_is_not_waited_for_again() -> None:
+def test_a_node_that_is_late_already_is_not_waited_for_again() -> None:
     nodes = {(f"10.0.1.{index}", 4000): machine(10 + index) for index in range(6)}
     addresses = list(nodes)
     now = 0.0
@@ -716,11 +720,11 @@ def test_a_seed_that_names_nobody_new_costs_one_rpc() -> None:
     listed = Contact(newcomer.core.own_id, ("10.0.1.99", 4000))
     listed.proven = True
     seed.core.table.add(listed, 0.0)
-    node.membership.handle_timer(0.0)
-    # it is new and near (so small a network is all neighbourhood): whom it knows is looked up
+    node.membership.ask_seeds(0.0)
+    # it is new and near (so small a network is all neighborhood): whom it knows is looked up
     assert exchange().count(wire.FIND) > 2
     assert newcomer.core.own_id in node.core.table
-    node.membership.handle_timer(0.0)
+    node.membership.ask_seeds(0.0)
     assert exchange() == [wire.FIND], "nobody new"
 
 
@@ -860,7 +864,7 @@ def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
     assert ask(bytes([7] * 32), ("7.7.7.7", 1), victim, 0.0) == 0, "a stranger"
     assert ask(liar.peer_id, ("7.7.7.7", 1), victim, 0.0) == 0, "another in a contact's name"
     for host in ("10.0.0.1", "169.254.169.254", "127.0.0.1", "192.168.1.255"):
-        assert ask(liar.peer_id, friend, (host, 80), 0.0) == 0, "nobody's business"
+        assert ask(liar.peer_id, friend, (host, 80), 0.0) == 0, "not for a stranger's sake"
     assert ask(liar.peer_id, friend, victim, 0.0) == 1
     to_one = sum(ask(liar.peer_id, friend, (victim[0], port), 0.0) for port in range(1, 1000))
     assert 0 < to_one <= 16, "whatever the port"
@@ -907,3 +911,10 @@ def test_a_node_holds_what_belongs_near_it_and_nothing_else() -> None:
     assert [store(key) for key in near] == [StoreOutcome.STORED] * 100
     far = [rng.randbytes(32) for _ in range(300)]
     assert sum(store(key) is StoreOutcome.STORED for key in far) <= 15
+
+
+def test_a_datagram_from_port_0_is_dropped() -> None:
+    holder = machine(1)
+    for kind in (wire.PING, wire.DIALED):
+        holder.receive_datagram(request(kind), ("8.8.8.8", 0), 0.0)
+    assert dropped(holder, "malformed") == 2 and not holder.datagrams_to_send()

@@ -10,7 +10,7 @@ from tesseract_async.network.routing import QUESTIONABLE_AFTER, RoutingTable, co
 
 MIDPOINT = 1 << 255
 OWN = 0x5A << 248
-# ids crowded around the own id, the midpoints and the edges, where an error by one shows
+# ids crowded around this node's id, the midpoints and the edges, where an error by one shows
 IDS = st.one_of(
     st.integers(0, 2**256 - 1),
     st.integers(0, 255).map(lambda bit: OWN ^ (1 << bit)),
@@ -64,7 +64,7 @@ def test_every_contact_lies_in_the_bucket_of_its_prefix(numbers: list[int]) -> N
 @settings(deadline=None)
 @given(st.lists(IDS, unique=True, max_size=200))
 def test_the_nearest_k_of_all_that_were_seen_are_kept(numbers: list[int]) -> None:
-    # section 2.4 of the paper: a node knows its own neighbourhood completely, whatever order it heard of it in
+    # section 2.4 of the paper: a node knows its own neighborhood completely, whatever order it heard of it in
     routes = table()
     for number in numbers:
         routes.add(contact(number), 0.0)
@@ -100,7 +100,7 @@ def test_a_silent_oldest_contact_is_to_be_pinged_and_a_lively_one_is_not() -> No
     assert doubtful is not None and doubtful.number == far(0).number
 
 
-def test_whoever_is_seen_moves_to_the_tail() -> None:
+def test_a_contact_that_is_seen_moves_to_the_tail() -> None:
     routes = full_table()
     routes.add(far(0), 50.0)
     for item in routes.contacts():

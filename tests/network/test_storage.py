@@ -71,12 +71,11 @@ def test_expired_records_go_after_the_tolerated_skew_and_leave_nothing_behind() 
     for sequence, ttl in ((1, 10.0), (2, 60.0)):
         storage.add(record(sequence=sequence, ttl=ttl), WALL)
     storage.add(record(1, "s", ttl=20.0), WALL)
-    assert storage.timer_at() == WALL + 40.0
     assert storage.expire(WALL + 45.0) == 0
     assert storage.expire(WALL + 50.0) == 1
     assert storage.expire(WALL + 89.0) == 0
     assert storage.expire(WALL + 90.0) == 1
-    assert (storage.num_entries, storage.num_bytes, storage.keys(), storage.timer_at()) == (0, 0, [], None)
+    assert (storage.num_entries, storage.num_bytes, storage.keys()) == (0, 0, [])
     assert storage.add(record(ttl=-31.0), WALL) is StoreOutcome.EXPIRED
     assert storage.add(record(ttl=-29.0), WALL) is StoreOutcome.STORED
 
@@ -203,8 +202,8 @@ def test_one_address_range_fills_a_32nd_of_a_holder_and_one_block_an_eighth() ->
     assert storage.num_entries == 1
 
 
-def test_a_full_holder_makes_room_for_those_who_have_little() -> None:
-    """What goes is of whoever has most: far from the node, and long-lived, before the rest."""
+def test_a_full_holder_makes_room_for_sources_that_have_little() -> None:
+    """Entries of the largest source go: those far from the node, and long-lived, first."""
     storage = Storage(640 * 1024)
     for number in range(1, 40):
         for index in range(17):
@@ -261,7 +260,8 @@ def test_a_holder_s_accounts_agree_with_what_it_holds() -> None:
         storage.add(one, wall, where)
         storage.expire(wall)
         assert storage.num_bytes == sum(len(item.body) + ENTRY_OVERHEAD for item in storage) <= 64 * 1100
-    counted = sum(len(names) for names in storage._shares._sizes.values())
-    assert counted == sum(len(dictionary.sources) for dictionary in storage._keys.values()) > 0
+    sources = [storage.shares.source_of((item.key, (item.subkey, item.owner))) for item in storage]
+    assert len(storage.shares) == sum(one is not None for one in sources) > 0
     storage.expire(WALL + 1e6)
-    assert not storage.num_entries and not storage._shares._bytes and not storage._shares._sizes
+    assert not storage.num_entries and not len(storage.shares)
+    assert storage.shares.crowding(source(1), 0) is None and storage.shares.crowding_in(KEY, source(1)) is None

@@ -1,4 +1,4 @@
-"""What may be stored comes back equal; what may not is refused with a sentence."""
+"""Values that may be stored come back equal; others are refused with a sentence."""
 
 from __future__ import annotations
 

@@ -358,16 +358,22 @@ def test_batches_are_cut_at_preferred_sizes() -> None:
     assert [batch.num_rows for batch in drain(batcher)] == [50], "but what fits is not split for it"
 
 
+class Peer:
+    """With room for weak references."""
+
+
 def test_the_queues_forget_what_has_passed() -> None:
     batcher = Batcher(max_queue_bytes=NO_LIMIT)
     pool = batcher.add_queue("a", max_batch_size=8)
+    peers: weakref.WeakSet[Peer] = weakref.WeakSet()
     for round_number in range(5000):
-        one = request(pool, deadline=1e9, peer=round_number)
+        one = request(pool, deadline=1e9, peer=Peer())
+        peers.add(one.peer)  # type: ignore[arg-type]
         batcher.add(one, now=float(round_number))
         if round_number % 3:
             batcher.remove(one)
         drain(batcher, now=float(round_number))
-    assert len(batcher._accounts) <= 1024 and not batcher._active and not pool.ready
+    assert len(peers) <= 1025 and not batcher.waiting() and not pool.ready
 
 
 def test_a_request_that_has_left_is_held_by_nothing() -> None:

@@ -34,9 +34,9 @@ def test_weights_gradients_optimizer_and_journal_are_counted() -> None:
     assert (expert.weights, expert.gradients) == (weights, weights)
     assert expert.optimizer == 2 * weights + 2 * 4, "two moments, and two counters of steps"
     copied = 24 * JOURNAL_LENGTH
-    assert expert.journal == JOURNAL_LENGTH * footprint.JOURNAL_ENTRY_BYTES and expert.copied_journal == copied
+    assert footprint.JOURNAL_BYTES == 256 * JOURNAL_LENGTH and footprint.COPIED_JOURNAL_BYTES == copied
     assert expert.state == 4 * weights + 8 + copied, "gradients of half a step are saved, too"
-    assert expert.resident == 2 * (4 * weights + 8) + copied + expert.journal
+    assert expert.resident == 2 * (4 * weights + 8) + copied + footprint.JOURNAL_BYTES
     frozen = measure(ExpertBackend(nn.Linear(64, 64), args_schema=(TensorSpec((64,)),)))
     assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == weights
 
@@ -52,7 +52,7 @@ def test_weights_gradients_optimizer_and_journal_are_counted() -> None:
 def test_the_largest_batch_is_what_it_really_makes(name: str, sizes: dict[str, Any], max_batch_size: int) -> None:
     expert = measure(make_backend(name, sizes=sizes, max_batch_size=max_batch_size))
     real = make_backend(name, sizes=sizes, max_batch_size=max_batch_size)
-    made = footprint._peak_of(real, max_batch_size, torch.device("cpu"))
+    made = footprint.peak_of(real, max_batch_size, torch.device("cpu"))
     assert made <= expert.batch <= 1.2 * made
 
 
@@ -67,7 +67,7 @@ def test_a_module_that_looks_at_its_numbers_is_estimated_and_not_too_low() -> No
             return result
 
     expert = measure(make(Looks()))
-    assert footprint._peak_of(make(Looks()), 512, torch.device("cpu")) <= expert.batch
+    assert footprint.peak_of(make(Looks()), 512, torch.device("cpu")) <= expert.batch
 
 
 def test_measuring_holds_nothing_afterwards() -> None:
@@ -94,25 +94,25 @@ def test_measuring_holds_nothing_afterwards() -> None:
 def test_everything_together_stays_within_the_limit(
     limit: int, base: int, weights: int, batch: int, on_gpu: bool
 ) -> None:
-    expert = Footprint(weights, weights, 2 * weights, 1 << 24, 1 << 20, batch)
+    expert = Footprint(weights, weights, 2 * weights, batch)
     plan = plan_memory(limit, base=base, expert=expert, on_gpu=on_gpu)
-    one = expert.state + expert.journal if on_gpu else expert.resident
+    one = expert.state + footprint.JOURNAL_BYTES if on_gpu else expert.resident
     rest = (
         base
-        + plan.queue
-        + plan.inputs
-        + plan.answers
-        + plan.received
-        + plan.replies
-        + plan.calls
-        + plan.copies
+        + plan.budgets["queue"]
+        + plan.budgets["inputs"]
+        + plan.budgets["answers"]
+        + plan.budgets["received"]
+        + plan.budgets["replies"]
+        + plan.budgets["calls"]
+        + plan.budgets["copies"]
         + batch
         + 2 * expert.state
     )
     if plan.num_experts:
         assert rest + plan.num_experts * one <= limit < rest + (plan.num_experts + 1) * one
-        assert limit >= plan.needed_for_one or plan.queue == 1 << 30
-    elif plan.queue < 1 << 30:
+        assert limit >= plan.needed_for_one or plan.budgets["queue"] == 1 << 30
+    elif plan.budgets["queue"] < 1 << 30:
         assert limit < plan.needed_for_one
     if plan.needed_for_one - base < 4 << 30:  # below what makes the shares reach their most
         assert plan_memory(plan.needed_for_one, base=base, expert=expert, on_gpu=on_gpu).num_experts >= 1

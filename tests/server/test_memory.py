@@ -49,4 +49,4 @@ def test_what_is_old_is_forgotten() -> None:
     memory.expire(15.0)
     assert memory.get(1) == "c" and memory.get(2) is None and memory.num_bytes == 1
     memory.expire(100.0)
-    assert not len(memory) and not memory._owners and not memory._held
+    assert not len(memory) and memory.num_bytes == 0

@@ -27,7 +27,6 @@ from tesseract_async.server.state_transfer import (
     NUM_RETRIES,
     StateSource,
     fetch_file,
-    fetch_state,
 )
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -50,6 +49,13 @@ def train(backend: ta.ExpertBackend) -> None:
     (spec,) = backend.input_specs
     _, gradients = backend.gradients([torch.ones(1, *spec.shape)], [torch.ones(1, *spec.shape)])
     backend.step(gradients, [bytes(16)])
+
+
+async def fetch_state(
+    node: Any, peer: PeerAddress, *, weights_only: bool = False, **changes: Any
+) -> dict[str, Any] | None:
+    file = await fetch_file(node, peer, "ffn.0", weights_only=weights_only, **changes)
+    return None if file is None else check_state("ffn.0", file, weights_only=weights_only)
 
 
 class StateNode(ServingNode):
@@ -84,7 +90,7 @@ class StateNode(ServingNode):
         return self.after(await self.source.answer(self.hosted, call))
 
     async def fetch(self, **changes: Any) -> dict[str, Any] | None:
-        return await fetch_state(self, NOBODY, "ffn.0", **changes)  # type: ignore[arg-type]
+        return await fetch_state(self, NOBODY, **changes)
 
 
 @pytest.fixture
@@ -303,7 +309,7 @@ async def test_between_two_nodes() -> None:
             return await fake.source.answer(fake.hosted, call)
 
         host.host_expert("ffn.0", {messages.STATE: answer})
-        state = await fetch_state(guest, host.peer_address, "ffn.0", timeout=30.0)
+        state = await fetch_state(guest, host.peer_address, timeout=30.0)
         assert state is not None and torch.equal(state["module"]["weight"], fake.backend.module.weight)  # type: ignore[arg-type]
         fake.source.close()
     assert NO_DIGEST == bytes(16)

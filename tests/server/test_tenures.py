@@ -29,6 +29,8 @@ from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.tenure_records import record_subkey
 from tesseract_async.transport.base import PeerAddress
+from tesseract_async.wire import messages
+from tesseract_async.wire import tensors as wire
 
 UID = "ffn.0.0"
 OWNER, *HOSTS = (ta.Identity.from_seed(bytes([n]) * 32) for n in range(21, 26))
@@ -103,6 +105,15 @@ async def train(node: ta.TesseractNode, num_steps: int) -> None:
         await ta.backward((await expert(X)).sum())
 
 
+async def epoch_of_answer(node: ta.TesseractNode, server: Host) -> int:
+    metas, buffers = wire.pack_tensors([X])
+    request = messages.ForwardRequest(UID, metas, False, 0, "none", False)
+    reply = await node.call_expert(
+        server.node.peer_address, messages.FORWARD, messages.encode(request), buffers, timeout=30.0, idempotent=True
+    )
+    return messages.decode(messages.ForwardReply, reply.body).epoch
+
+
 async def test_one_leads_and_another_follows_it_by_its_seals() -> None:
     async with host(HOSTS[0], []) as first:
         assert first.leads and first.tenure.term is not None and first.tenure.term.kind is Kind.GENESIS
@@ -142,6 +153,7 @@ async def test_a_killed_primary_is_replaced_within_a_lease_and_stays_aside_when_
             await killed.aclose()
         await train(trainer, 2)
         assert second.version == 5
+        assert await epoch_of_answer(trainer, second) == second.tenure.epoch
         again = await stack.enter_async_context(host(HOSTS[0], [seed.address], tmp_path / "a"))
         await until(lambda: again.tenure.state in (State.FOLLOWING, State.HOLDING))
         await until(lambda: again.version == 5)

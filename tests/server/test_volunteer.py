@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,10 +88,10 @@ async def test_load_pauses_and_calm_resumes() -> None:
 
 async def test_callers_are_told_when_to_come_back() -> None:
     server, machine = FakeServer(), FakeMachine()
-    hour = int((machine.now % 86400) // 3600)
-    closed = Hours((hour + 2) % 24 * 60, (hour + 3) % 24 * 60)
+    here = datetime.fromtimestamp(machine.now)  # in the machine's zone, as the contract
+    minutes = 60 * here.hour + here.minute
+    closed = Hours((minutes + 120) % 1440, (minutes + 180) % 1440)
     one = keeper(server, machine, VolunteerSettings(hours=(closed,)))
-    one.contract._timezone = UTC
     await one.look()
     ((reason, retry_after),) = server.told
     assert "outside of its hours" in reason

@@ -30,10 +30,9 @@ class Siege:
         class Conspiracy(LyingProtocol):
             accomplices: list[Contact] = []
 
-            def _answer(self, datagram: wire.Datagram, request: wire.Request, *rest: Any) -> Any:
-                if datagram.kind == wire.PAGE:
-                    return super(LyingProtocol, self)._answer(datagram, request, *rest)
-                return super()._answer(datagram, request, *rest)
+            def answer(self, datagram: wire.Datagram, request: wire.RpcRequest, **how: Any) -> Any:
+                liar: Any = super(LyingProtocol, self) if datagram.kind == wire.PAGE else super()
+                return liar.answer(datagram, request, **how)
 
         self.liar = Conspiracy
 
@@ -50,7 +49,7 @@ class Siege:
             identity = SimulatedIdentity(b"liar %d" % self.num_hashes)
             if common_prefix(int.from_bytes(identity.peer_id, "big"), TARGET) <= nearest:
                 continue
-            network._secrets[identity.public_key] = identity._secret
+            network.know(identity)
             address = (f"{90 + len(liars) // 400}.{len(liars) // 2 % 200}.7.{1 + len(liars) % 2}", 4000)
             seed = self.random.choice(self.honest)
             liars.append(network.add_node([seed], identity=identity, address=address, protocol=self.liar))
@@ -60,18 +59,18 @@ class Siege:
         return liars
 
     def seen(self, subkey: str) -> list[object]:
-        """What ten honest nodes read."""
+        """Return what ten honest nodes read."""
         readers = self.random.sample(self.honest, 10)
         return [(self.network.get(reader, KEY) or {}).get(subkey) for reader in readers]
 
     def newcomer(self, *, near: bool) -> SimulatedNode:
-        """One that joined seconds ago, by chance or `near` the key, with liars as its neighbours."""
+        """One that joined seconds ago, by chance or `near` the key, with liars as its neighbors."""
         while True:
             self.num_hashes += 1
             identity = SimulatedIdentity(b"newcomer %d" % self.num_hashes)
             if (common_prefix(int.from_bytes(identity.peer_id, "big"), TARGET) >= 8) == near:
                 break
-        self.network._secrets[identity.public_key] = identity._secret
+        self.network.know(identity)
         node = self.network.add_node([self.random.choice(self.honest)], identity=identity)
         self.network.run(10.0)
         return node
@@ -130,7 +129,7 @@ def test_no_region_is_searched_where_ids_are_chance() -> None:
     assert searched <= 3, "of 300 lookups"
 
 
-def test_those_who_were_there_first_sample_the_network_once_it_has_grown() -> None:
+def test_the_first_nodes_sample_the_network_once_it_has_grown() -> None:
     network = SimulatedNetwork(seed=1, latency=0.02, public_addresses=True)
     nodes = network.add_swarm(60)
     network.run(60.0)

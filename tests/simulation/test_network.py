@@ -30,7 +30,7 @@ QUICK = NetworkSettings(republish_period=30.0)
 
 
 def together(nodes: list[SimulatedNode]) -> bool:
-    """Whether everybody can reach everybody by following contacts."""
+    """Return True if every node can reach every other by following contacts."""
     by_id = {node.protocol.core.own_id: node for node in nodes}
     reached = {nodes[0].protocol.core.own_id}
     border = [nodes[0]]
@@ -235,7 +235,7 @@ def test_behind_one_declared_node_all_others_find_out_what_they_are(public_addre
 
 
 @pytest.mark.parametrize("public_addresses, seed", [(False, 1), (True, 1), (True, 2)])
-def test_those_who_start_together_know_each_other_after_seconds(public_addresses: bool, seed: int) -> None:
+def test_nodes_that_start_together_know_each_other_after_seconds(public_addresses: bool, seed: int) -> None:
     latency = log_normal_latency(median_rtt=0.08, sigma=0.5)
     network = SimulatedNetwork(seed=seed, latency=latency, public_addresses=public_addresses)
     first = network.add_node()
@@ -260,7 +260,7 @@ def test_a_newcomer_lists_many_although_its_seed_has_no_place_for_it(latency: fl
         assert not newcomer.protocol.core.metrics.total("network_contacts_dropped")
 
 
-def test_who_is_cut_off_while_it_would_look_again_comes_back_as_soon_as_ever() -> None:
+def test_a_node_that_is_cut_off_while_it_would_look_again_comes_back_as_soon() -> None:
     network = SimulatedNetwork(seed=4, latency=0.02)
     first = network.add_node()
     node = network.add_node([first])

@@ -19,8 +19,8 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 
 
 @click.command("demo")
-@click.option("--steps", default=400, type=click.IntRange(1), help="Let each of the two trainers take so many steps.")
-@click.option("--servers", default=3, type=click.IntRange(1, 16), help="Spread the 16 experts over so many servers.")
+@click.option("--steps", default=400, type=click.IntRange(1), help="Let each of the two trainers take this many steps.")
+@click.option("--servers", default=3, type=click.IntRange(1, 16), help="Spread the 16 experts over this many servers.")
 @click.option(
     "--seed",
     default=0,

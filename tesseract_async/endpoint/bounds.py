@@ -1,4 +1,4 @@
-"""How an endpoint behaves, and the bounds that it keeps."""
+"""Bounds that an endpoint keeps. Users have no reason to change them: they are arguments where machines are built."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class ProtocolSettings:
+class ConnectionBounds:
     """Bounds of one connection."""
 
     max_calls: int = 1024
@@ -36,17 +36,11 @@ class ProtocolSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointSettings:
-    """How an `Endpoint` behaves."""
+class EndpointBounds:
+    """Bounds of an endpoint."""
 
-    security: Literal["tls", "plain"] = "tls"
-    """``plain`` proves and encrypts nothing: for a trusted local network only. Both ends must agree."""
-    protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
+    connection: ConnectionBounds = field(default_factory=ConnectionBounds)
     """Bounds of each connection."""
-    max_receive_bytes: int = 3 * 2**29
-    """Bytes of large messages, half received or being answered, all connections together; one peer may announce an
-    eighth, or one message. Replies that wait to be taken may hold half as many (of one peer a quarter of these, or
-    one), small calls under way a quarter (of one peer at most a third of these)."""
     handshake_timeout: float = 5.0
     """Seconds for TLS and hello together."""
     max_half_open: int = 512
@@ -59,8 +53,19 @@ class EndpointSettings:
     """Connections that one address range may have opened to this node. (Loopback is none.)"""
     max_connections_per_peer: int = 16
     """Connections that one peer may have opened to this node."""
-    idle_timeout: float = 300.0
-    """Seconds without a call after which a connection that was dialled here is closed."""
     backoff_base: float = 0.1
     """Seconds before a failed dial is repeated, doubled by each failure."""
     backoff_max: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """Settings of an `Endpoint`."""
+
+    security: Literal["tls", "plain"] = "tls"
+    """``plain`` proves and encrypts nothing: for a trusted local network only. Both ends must agree."""
+    max_receive_bytes: int = 3 * 2**29
+    """Memory for messages, to be lowered on small machines: bytes of large ones, half received or being answered, of
+    all connections together; one peer may announce an eighth, or one message. Replies that wait to be taken may hold
+    half as many (one peer's a quarter of these, or one), small calls under way a quarter (one peer's a third)."""
+    bounds: EndpointBounds = field(default_factory=EndpointBounds)
