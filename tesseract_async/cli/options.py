@@ -31,7 +31,7 @@ from tesseract_async.cli.types import (
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.ways import NatSettings
+from tesseract_async.nat.turn import TurnServer
 from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.transport.throttle import Throttle
@@ -144,22 +144,13 @@ class NodeOptions:
     upnp: bool = False
     relay: bool = True
     stun_servers: Sequence[str] = ()
-    turn_server: tuple[str, str, str] | None = None
-    """Its address, and a user's name and password there."""
+    turn_server: TurnServer | None = None
     identity: Path | None = None
 
     def make(
         self, *, policy: Policy | None = None, throttle: Throttle | None = None, max_receive_bytes: int | None = None
     ) -> TesseractNode:
         """Return the node, not started yet. Raises: what `TesseractNode` raises."""
-        nat = NatSettings()
-        if self.turn_server is not None:
-            from tesseract_async.nat.webrtc.pipe import WebrtcSettings
-
-            server, name, password = self.turn_server
-            nat = NatSettings(
-                webrtc=WebrtcSettings(turn_server=f"turn:{server}", turn_username=name, turn_password=password)
-            )
         return TesseractNode(
             self.host,
             self.port,
@@ -170,7 +161,7 @@ class NodeOptions:
             upnp=self.upnp,
             relay=self.relay,
             policy=policy,
-            reach=ReachSettings(stun_servers=tuple(self.stun_servers), nat=nat),
+            reach=ReachSettings(stun_servers=tuple(self.stun_servers), turn=self.turn_server),
             throttle=throttle,
             max_receive_bytes=MAX_RECEIVE_BYTES if max_receive_bytes is None else max_receive_bytes,
         )
