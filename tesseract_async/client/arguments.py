@@ -100,7 +100,7 @@ def _cast_to(schema: Schema, value: Structure) -> Structure:
 
 
 def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
-    """The structure in plain tuples, lists and dicts of its own, and its tensors' versions, for a check after use.
+    """Return the structure in new plain tuples, lists and dicts, and its tensors' versions, for a check after use.
 
     Copied, in the caller's grad mode, is what may change without another version (inference tensors, memory shared with
     NumPy or another process), and the part of a buffer whose other parts may be filled meanwhile.

@@ -1,11 +1,11 @@
-"""Has a share of the answers that experts give computed again elsewhere, and finds out who answers wrongly.
+"""Audits: a share of the experts' answers is computed again elsewhere, to find servers that answer wrongly.
 
-A forward names everything that its answer depends on: rows, mode, seed; its reply names the weights' version. So
-another replica at the same version must answer the same, but for rounding. Where two differ, both are asked again: who
-then contradicts itself is caught, and else a third replica decides. What cannot be decided is kept as disputed.
+A forward names everything that its answer depends on (rows, mode, seed), and its reply names the weights' version. So
+another replica at the same version must answer the same, but for rounding. If two differ, both are asked again: the one
+that contradicts itself is caught; otherwise a third replica decides. What can't be decided is kept as disputed.
 
-Only replicas at one version can be compared: frozen experts always, followers of one primary mostly, and a primary that
-trains in the moments in which a follower has just pulled its weights. An answer that nobody can check is counted.
+Only replicas at one version can be compared: frozen experts always, followers of one primary mostly, and a training
+primary only just after a follower has pulled its weights. Answers that can't be checked are counted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TOLERANCES: Final = {
 """By the codec that the outputs came in. Kernels, threads, devices and autocast to bf16 stay below .01; see
 `tests/benchmarks/client_audits.py`."""
 _HALF_TOLERANCE: Final = 0.04
-"""Of outputs that are 16 bits wide."""
+"""For outputs that are 16 bits wide."""
 
 
 class Verdict(Enum):
@@ -76,7 +76,7 @@ class AuditFinding:
     seed: int
     training: bool
     deviation: float
-    """Of the answers from each other, as `deviation` measures."""
+    """How far the answers are apart, as `deviation` measures."""
     tolerance: float
     when: float
     """Seconds since 1970."""
@@ -92,7 +92,7 @@ class _Sample:
 
 
 class Audits:
-    """Makes the forwards of one node's experts, and audits as many as their options say."""
+    """The audits of one node's calls: as many as the calls' options say."""
 
     def __init__(self, node: Node, *, random: Random | None = None) -> None:
         self._node = node
@@ -114,12 +114,12 @@ class Audits:
                 self._begin(forward, receipt, inputs, outputs, timeout)
 
     async def wait(self) -> None:
-        """Returns once the audits under way have ended."""
+        """Return once the audits under way have ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     async def aclose(self) -> None:
-        """Gives up the audits under way."""
+        """Give up the audits under way."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -167,12 +167,12 @@ class Audits:
     async def _decide(
         self, sample: _Sample, other: PeerAddress, theirs: Outputs, others: Sequence[PeerAddress]
     ) -> Verdict:
-        """Who of two is wrong: the one that contradicts itself, or else the one that a third one contradicts."""
+        """Decide which of two is wrong: the one that contradicts itself, or else the one that a third contradicts."""
         again, theirs_again = await asyncio.gather(self._ask(sample, sample.receipt.peer), self._ask(sample, other))
         lies = again is not None and _differ(sample, again)
         they_lie = theirs_again is not None and deviation(theirs, theirs_again) > tolerance(sample.forward, theirs)
         if lies and they_lie:
-            # nobody repeats itself: the module draws numbers of its own
+            # neither repeats itself: the module draws random numbers that the seed does not set
             self._unrepeatable.add((sample.forward.uid, sample.forward.mode.training))
             return Verdict.UNREPEATABLE
         if not lies and not they_lie:
@@ -238,7 +238,7 @@ class Audits:
 
 
 def deviation(left: Outputs, right: Outputs) -> float:
-    """How far two answers are apart: over all rows, the largest distance relative to the size of the row and of rows in
+    """Return how far two answers are apart: the largest distance of a row, relative to its size and that of rows in
     general. So neither a single wrong row is lost among many, nor does a row near zero count for much.
     """
     worst = 0.0

@@ -73,7 +73,7 @@ _CANCELLED_OUTSIDE = "a gradient request was cancelled, and not by its backward:
 
 
 class Remote(Protocol):
-    """What `remote_call` needs to know about one remote call. Both methods run on the loop, outside of autograd."""
+    """One remote call, as `remote_call` needs it. Both methods run on the loop, outside of autograd."""
 
     timeout: float
     """Seconds within which `backward` ends, one way or another."""
@@ -90,7 +90,7 @@ class Remote(Protocol):
 async def remote_call(
     remote: Remote, inputs: Sequence[torch.Tensor], *, versions: Versions, differentiable: bool
 ) -> list[torch.Tensor]:
-    """Runs `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
+    """Run `remote.forward` and, if `differentiable`, puts the call into the graph of `inputs`.
 
     It is differentiable even where no input requires grad: backward trains the expert. `inputs` are as `arguments_now`
     gives them. Raises: what `remote.forward` raises; RuntimeError if an input was changed in place since `versions`.
@@ -121,16 +121,16 @@ def uncompiled(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # the guard imports the compiler, which takes a second: where nobody has, nothing is being compiled
+        # the guard imports the compiler, which takes a second; while that is not imported, nothing is being compiled
         return guarded(*args, **kwargs) if "torch._dynamo" in sys.modules else method(*args, **kwargs)
 
     return call
 
 
 def refuse_wrappers() -> None:
-    """Raises RuntimeError with a sentence if called inside ``torch.utils.checkpoint`` or a transform of torch.func.
+    """Raise RuntimeError if called inside ``torch.utils.checkpoint`` or a transform of torch.func.
 
-    The latter are their thread's: beside a BackgroundNode the graph is built in another one, and they would give zeros.
+    A transform belongs to its thread; with a BackgroundNode the graph is built in another one, and would give zeros.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_TRANSFORMED)
@@ -152,7 +152,7 @@ class _Cancelled(Exception):
     """The step that this gradient request belongs to was cancelled. Never reaches a user."""
 
 
-class _Request:
+class _GradientRequest:
     """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
 
     def __init__(self, call: _Call, scale: float | None) -> None:
@@ -166,12 +166,12 @@ class _Request:
         self._result: list[torch.Tensor | None] | None = None
         self._error: BaseException | None = None
 
-    def start(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+    def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         """In an engine's thread. Raises: RuntimeError if the loop is not running."""
         if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
-        self._versions = Versions(tensor for tensor in (*inputs, *grads) if tensor is not None)
-        self.call.loop.call_soon_threadsafe(self._begin, inputs, grads, context=self.call.context)
+        self._versions = Versions(tensor for tensor in (*inputs, *gradients) if tensor is not None)
+        self.call.loop.call_soon_threadsafe(self._begin, inputs, gradients, context=self.call.context)
 
     def skip(self, inputs: Sequence[torch.Tensor]) -> None:
         """Instead of `start`, where scaled gradients overflowed: gives NaN, at which the scaler skips its step."""
@@ -179,17 +179,17 @@ class _Request:
         self._result = [None if tensor is None else torch.full_like(tensor, torch.nan) for tensor in numbers]
         self._done.set()
 
-    def _begin(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+    def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         if self._done.is_set():  # cancelled before it began
             return
-        self.task = self.call.loop.create_task(isolated(self._carry(inputs, grads), modes=DEFAULT))
+        self.task = self.call.loop.create_task(isolated(self._carry(inputs, gradients), modes=DEFAULT))
         self.task.add_done_callback(self._finish)
 
     async def _carry(
-        self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         with torch.no_grad():
-            return await self.call.remote.backward(inputs, grads)
+            return await self.call.remote.backward(inputs, gradients)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
         if task.cancelled():
@@ -216,7 +216,7 @@ class _Request:
             self.task.cancel()
 
     def wait(self) -> list[torch.Tensor | None]:
-        """Blocks an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
+        """Block an engine's thread. Raises: what the remote backward raised; RuntimeError if the loop has ended."""
         while not self._done.wait(_POLL_SECONDS):
             if not self.call.is_loop_running():
                 raise RuntimeError(_LOOP_GONE)
@@ -228,7 +228,7 @@ class _Request:
 
 
 class _Call:
-    """What the two nodes of one remote call share."""
+    """The state that the two nodes of one remote call share."""
 
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
@@ -237,11 +237,11 @@ class _Call:
         self._process = os.getpid()
         self.context = contextvars.copy_context()
         self.outputs: list[torch.Tensor] | None = None
-        self.requests: dict[int, _Request] = {}
+        self.requests: dict[int, _GradientRequest] = {}
         """By graph task: the same graph may be gone through several times, at once even."""
 
     def is_loop_running(self) -> bool:
-        """Whether the loop runs in this process: its copy in a fork's child says so, too."""
+        """Return whether the loop runs in this process; its copy in a fork's child claims to run, too."""
         return self.loop.is_running() and os.getpid() == self._process
 
     def refuse_loop_thread(self) -> None:
@@ -271,13 +271,13 @@ class _Await(torch.autograd.Function):
         return torch.zeros((), device="cpu")  # whatever torch.set_default_device says
 
     @staticmethod
-    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         call: _Call = ctx.call
         request = call.requests.pop(torch._C._current_graph_task_id())
         try:
             call.refuse_loop_thread()  # here too: on a GPU, _Issue runs in the device's thread
             results = request.wait()
-        except BaseException:  # nobody waits for the answer any more
+        except BaseException:  # the answer is not waited for any more
             request.cancel()
             raise
         moved = [None if grad is None else grad.to(device) for grad, device in zip(results, ctx.devices, strict=True)]
@@ -298,7 +298,7 @@ class _Issue(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_DOUBLE)
         call: _Call = ctx.call
@@ -308,15 +308,15 @@ class _Issue(torch.autograd.Function):
         step = _steps.get(graph_task) or getattr(_engine_thread, "step", None)
         if step is None or step.scaling is None:
             scale = noted_scale(graph_task)
-        else:  # a backward in the midst of another one is a graph task of its own
+        else:  # a backward inside another one is a separate graph task
             scale = step.scaling.scale(graph_task if step.graph_task is None else step.graph_task)
         if scale is not None:
-            grads = tuple(None if grad is None else grad / scale for grad in grads)
-        request = _Request(call, scale)
+            gradients = tuple(None if grad is None else grad / scale for grad in gradients)
+        request = _GradientRequest(call, scale)
         if step is not None:
             step.add(request)
-        if are_finite(grads):
-            request.start(inputs, grads)
+        if are_finite(gradients):
+            request.start(inputs, gradients)
         elif scale is not None:
             request.skip(inputs)
         else:
@@ -336,16 +336,16 @@ class _Step:
         self.scaling: Scaling | None = None
         self._lock = threading.Lock()
         self._cancelled = False
-        self._requests: list[_Request] = []
+        self._requests: list[_GradientRequest] = []
 
-    def add(self, request: _Request) -> None:
+    def add(self, request: _GradientRequest) -> None:
         """In an engine's thread."""
         with self._lock:
             self.refuse_if_cancelled()
             self._requests.append(request)
 
     def cancel(self) -> None:
-        """Fails everything under way and to come, so that the engine's thread leaves."""
+        """Fail everything under way and to come, so that the engine's thread leaves."""
         with self._lock:
             self._cancelled = True
             requests = list(self._requests)
@@ -358,7 +358,7 @@ class _Step:
             raise _Cancelled("the step was cancelled")
 
     async def aclose(self) -> None:
-        """Waits until the tasks of cancelled requests have ended, those on the running loop."""
+        """Wait until the tasks of cancelled requests have ended, those on the running loop."""
         loop = asyncio.get_running_loop()
         tasks = [r.task for r in self._requests if r.task is not None and r.call.loop is loop and not r.task.done()]
         while tasks := [task for task in tasks if not task.done()]:
@@ -379,10 +379,10 @@ class _Root(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         ctx.step.graph_task = torch._C._current_graph_task_id()
         _steps[ctx.step.graph_task] = ctx.step
-        return grads[0], None
+        return gradients[0], None
 
 
 def backward(
@@ -392,9 +392,9 @@ def backward(
     retain_graph: bool = False,
     scaler: Scaler | None = None,
 ) -> Coroutine[object, object, None]:
-    """Backpropagates `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
+    """Backpropagate `loss` while the loop stays free; await it. Like ``loss.backward()``, it adds to ``.grad``.
 
-    The engine runs in a thread of its own; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
+    The engine runs in a separate thread; gradients are added to the leaves' ``.grad`` in the awaiting task, in one
     turn of the loop and all or nothing: after an error or a cancellation every ``.grad`` is as before. Experts whose
     servers had answered by then have taken their step. Cancelling fails the gradient requests under way and returns
     once the thread has left, which waits for a local operation in progress but for nothing remote.
@@ -431,7 +431,7 @@ async def _backward(
         raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
     step = _Step()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    outcome: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[_EngineResult] = asyncio.get_running_loop().create_future()
     run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, scaler, stream), outcome)
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
@@ -440,17 +440,17 @@ async def _backward(
         except asyncio.CancelledError as caught:
             cancelled = caught
             step.cancel()
-    error = outcome.exception()  # asked for in any case: an error that nobody looks at is logged
+    error = outcome.exception()  # asked for in any case: otherwise it is logged as lost
     failed = cancelled or error
     if failed is not None:
         step.cancel()
         await step.aclose()
         raise failed
-    leaves, grads = outcome.result()
-    leaves.add(grads)
+    leaves, gradients = outcome.result()
+    leaves.add(gradients)
 
 
-_Outcome = tuple[Leaves, list[torch.Tensor | None]]
+_EngineResult = tuple[Leaves, list[torch.Tensor | None]]
 
 
 def _run_engine(
@@ -460,21 +460,23 @@ def _run_engine(
     retain_graph: bool,
     scaler: Scaler | None,
     stream: torch.cuda.Stream | None,
-) -> _Outcome:
-    """In an engine thread: the leaves under `loss` and what is left to add to each, in memory of its own."""
+) -> _EngineResult:
+    """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
     _engine_thread.step = step
     try:
         with torch.cuda.stream(stream):  # of None: does nothing
             leaves = Leaves(loss)
             step.scaling = Scaling(scaler, could_be_noted=gradient is None)
             root = _Root.apply(loss, step)  # type: ignore[no-untyped-call]
-            grads = torch.autograd.grad(root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True)
+            gradients = torch.autograd.grad(
+                root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True
+            )
             if leaves.have_hooks:
                 step.refuse_if_cancelled()
-                leaves.accumulate(grads)
-                return leaves, [None for _ in grads]
+                leaves.accumulate(gradients)
+                return leaves, [None for _ in gradients]
             # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
-            return leaves, [None if grad is None else grad.detach().clone() for grad in grads]
+            return leaves, [None if grad is None else grad.detach().clone() for grad in gradients]
     finally:
         _engine_thread.step = None
         if step.graph_task is not None:
@@ -495,19 +497,19 @@ class _EngineThreads:
         self.forget()
 
     def forget(self) -> None:
-        """There are no threads (any more): in a fork's child there are none."""
+        """Forget all threads: in a fork's child there are none."""
         self._lock = threading.Lock()
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
         self._num_busy = 0
         self._all_idle = threading.Condition(self._lock)
 
     def wait_idle(self, timeout: float) -> bool:
-        """Returns when no job runs, or after `timeout` seconds; whether none does."""
+        """Wait until no job runs, at most `timeout` seconds; return whether none does."""
         with self._all_idle:
             return self._all_idle.wait_for(lambda: not self._num_busy, timeout)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Runs `job`, which must not raise, in a thread at once."""
+        """Run `job`, which must not raise, in a thread at once."""
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
             self._num_busy += 1
@@ -537,14 +539,14 @@ class _EngineThreads:
 
 _threads = _EngineThreads()
 # A thread that comes back from PyTorch into an interpreter that is being taken down ends the process with SIGABRT.
-# Those that wait for a network whose loop has stopped never come back: they are not worth more than a moment.
+# Those that wait for a network whose loop has stopped never come back, so the exit waits for a second at most.
 atexit.register(_threads.wait_idle, 1.0)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.forget)
 
 
 def run_in_engine_thread(work: Callable[[], R], outcome: asyncio.Future[R]) -> None:
-    """Runs `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
+    """Run `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
     loop = outcome.get_loop()
 
     def finish(result: R | None, error: BaseException | None) -> None:
@@ -563,7 +565,7 @@ def run_in_engine_thread(work: Callable[[], R], outcome: asyncio.Future[R]) -> N
             error = caught
         try:
             loop.call_soon_threadsafe(finish, result, error)
-        except RuntimeError:  # the loop is closed: nobody waits
+        except RuntimeError:  # the loop is closed, and with it the task that waited
             pass
 
     _threads.submit(job)

@@ -1,6 +1,6 @@
 """`BackgroundNode`: a node for scripts and notebooks. One of three files that cross threads.
 
-The node runs on an event loop in a thread of its own. The package's modules notice that their node is such a one, and
+The node runs on an event loop in a separate thread. The package's modules notice that their node is such a one, and
 give results instead of awaitables; ``loss.backward()`` works as always, as it does not run on the loop's thread.
 """
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class BackgroundNode(PlainCalls):
-    """A `TesseractNode` on a loop of its own, for code that has none: the same names, with plain calls.
+    """A `TesseractNode` that brings its event loop, for code that has none: the same names, with plain calls.
 
     ::
 
@@ -79,7 +79,7 @@ class BackgroundNode(PlainCalls):
     # ------------------------------------------------------------------------------------------------ life
 
     def start(self) -> Self:
-        """Starts the thread and the node in it. Raises: RuntimeError if started before; as `TesseractNode.start`."""
+        """Start the thread and the node in it. Raises: RuntimeError if started before; as `TesseractNode.start`."""
         if self._thread is not None:
             raise RuntimeError("this node was started before; make a new one")
         started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
@@ -94,7 +94,7 @@ class BackgroundNode(PlainCalls):
         return self
 
     def close(self) -> None:
-        """Says farewell and stops the loop and its thread; calls under way in other threads fail. Twice is fine.
+        """Say farewell and stop the loop and its thread; calls under way in other threads fail. Twice is fine.
 
         Raises: RuntimeError on the node's own thread.
         """
@@ -147,7 +147,7 @@ class BackgroundNode(PlainCalls):
         return self._loop
 
     def run(self, coroutine: Coroutine[object, object, T]) -> T:
-        """Runs any coroutine on the node's loop and returns its result; blocks meanwhile. Interrupting cancels it.
+        """Run any coroutine on the node's loop and return its result; blocks meanwhile. Interrupting cancels it.
 
         Raises: what the coroutine raises; RuntimeError if the node is not running, or on the node's own thread.
         """
@@ -189,7 +189,7 @@ class BackgroundNode(PlainCalls):
 
     @property
     def metrics(self) -> Metrics:
-        """What the node counts; any thread may take a snapshot."""
+        """The node's counters; any thread may take a snapshot."""
         return self._inner.metrics
 
     def wait_reachable(self, timeout: float = 10.0) -> bool:
@@ -207,12 +207,12 @@ class BackgroundNode(PlainCalls):
         return RemoteExpert(self, uid, found.replicas)
 
     def join_run(self, run: str, *, grant: str | None = None) -> Authority:
-        """Takes part in the run ``NAME@OWNER``. Raises: as `TesseractNode.join_run`."""
+        """Take part in the run ``NAME@OWNER``. Raises: as `TesseractNode.join_run`."""
         return self.run(self._inner.join_run(run, grant=grant))
 
     @contextlib.contextmanager
     def entered(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:
-        """Enters an asynchronous context manager on the node's loop for the length of a ``with`` block::
+        """Enter an asynchronous context manager on the node's loop for the length of a ``with`` block::
 
         with node.entered(ta.TesseractServer(node.node, {"ffn.3.7": backend})) as server:
             ...

@@ -15,7 +15,7 @@ _CELLS_AT_ONCE = 64
 
 
 def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> torch.Tensor:
-    """The `k` best cells of the whole grid for every row, whoever lives there: coordinates ``[R, K, D]``, best first.
+    """The `k` best cells of the whole grid for every row, hosted or not: coordinates ``[R, K, D]``, best first.
 
     A beam of width `k` over the dimensions; as scores add up, it is exact. For grids too large to hold.
     """
@@ -48,7 +48,7 @@ class BeamSearch:
         self._beam = k
         self._alive: dict[tuple[int, ...], bool] = {}
         self.is_exact = not len(scores_RS)
-        """Whether `found` holds the `k` best that live of every row, or all that live if these are fewer."""
+        """`found` holds the `k` best live ones of every row, or all that live if these are fewer."""
 
     def wanted(self, limit: int = 64) -> list[tuple[int, ...]]:
         """At most `limit` cells to ask about next, those that most rows need first; empty once the search is over."""
@@ -76,7 +76,7 @@ class BeamSearch:
         return []
 
     def learn(self, cell: tuple[int, ...], alive: bool) -> None:
-        """Whether anybody hosts `cell`."""
+        """Take in whether `cell` is hosted."""
         self._alive[cell] = alive
 
     @property

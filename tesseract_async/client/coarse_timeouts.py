@@ -24,13 +24,6 @@ class CoarseTimeouts:
         """
         return _Timeout(self, deadline)
 
-    def _add(self, timeout: _Timeout) -> None:
-        self._open.add(timeout)
-        loop = asyncio.get_running_loop()
-        if self._looks_on is not loop:
-            self._looks_on = loop
-            loop.call_later(PERIOD, self._look, loop)
-
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
         for timeout in list(self._open):
@@ -61,7 +54,11 @@ class _Timeout:
             raise RuntimeError("a call is awaited inside a task")
         self._task = task
         self._cancelling = task.cancelling()
-        self._timeouts._add(self)
+        timeouts, loop = self._timeouts, task.get_loop()
+        timeouts._open.add(self)
+        if timeouts._looks_on is not loop:
+            timeouts._looks_on = loop
+            loop.call_later(PERIOD, timeouts._look, loop)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -41,6 +41,7 @@ class ExpertCall:
 
     expert: int
     """Its number among the candidates."""
+    uid: str
     rows: Indices
     sent: float
     expected: float | None = None
@@ -93,18 +94,17 @@ class CallsUnderWay:
         self._ended(call, now)
         self.answers.append(call)
         self.num_answers_R[call.rows] += 1
-        self.errors.pop(self.candidates.uid(call.expert), None)
+        self.errors.pop(call.uid, None)
 
     def failed(self, call: ExpertCall, now: float, error: BaseException) -> None:
         """A call ended without an answer."""
         self._ended(call, now)
-        uid = self.candidates.uid(call.expert)
-        self.errors[uid] = self.left_out[uid] = error
+        self.errors[call.uid] = self.left_out[call.uid] = error
 
     def calls_to_send(self, now: float, *, stalled: float = 0.0) -> list[ExpertCall]:
         """Decides, after any news or when the timer is due, and returns the calls that are to be sent now, each once.
 
-        `stalled`: seconds since the start in which the caller could not have heard anybody: they count against nobody.
+        `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
         self._stalled = stalled
         if self.answers and 2 * len(self.answers) >= self._num_first - len(self.left_out):
@@ -160,7 +160,7 @@ class CallsUnderWay:
         return call.sent + usual + max(_MIN_PATIENCE_SECONDS, self._patience * usual) + self._stalled
 
     def _give_up_at(self) -> float:
-        """When nobody is waited for any more, where all rows have enough answers."""
+        """When waiting ends, if all rows have enough answers."""
         return max((self._late_at(call) + call.grace for call in self._under_way), default=-math.inf)
 
     def _end(self, now: float, *, only_slow: bool = False) -> None:
@@ -174,10 +174,9 @@ class CallsUnderWay:
                 continue
             call.seconds = now - call.sent
             self.given_up.append(call)
-            uid = self.candidates.uid(call.expert)
-            self.errors.setdefault(uid, TimeoutError(f"{uid} sent no {_SENT[self.direction]} in time"))
+            self.errors.setdefault(call.uid, TimeoutError(f"{call.uid} sent no {_SENT[self.direction]} in time"))
             if call.is_slow:
-                self.left_out.setdefault(uid, self.errors[uid])
+                self.left_out.setdefault(call.uid, self.errors[call.uid])
 
 
 class ForwardDispatch(CallsUnderWay):
@@ -257,7 +256,7 @@ class ForwardDispatch(CallsUnderWay):
     def came(self, candidates: Candidates, experts: Collection[int]) -> None:
         """`candidates` are those of before, under the same numbers, and those that came; `experts` came or came back.
 
-        Where `experts` is empty nobody will come, and rows that have tried all are given up.
+        If `experts` is empty, rows that have tried all are given up.
         """
         self.candidates = candidates
         self._may_come = bool(experts)
@@ -381,7 +380,7 @@ class ForwardDispatch(CallsUnderWay):
             self._is_excluded_N |= self._room_N <= 0
         np.add.at(self._num_open_R, rows_L, 1)
         for expert, rows in group(rows_L, experts_L):
-            self._send(ExpertCall(expert, rows, now))
+            self._send(ExpertCall(expert, self.candidates.uid(expert), rows, now))
 
 
 class BackwardDispatch(CallsUnderWay):
@@ -413,7 +412,7 @@ class BackwardDispatch(CallsUnderWay):
         super().start(now)
         num_lines = 0
         for answer in self._forward.answers:
-            call = ExpertCall(answer.expert, answer.rows, now)
+            call = ExpertCall(answer.expert, answer.uid, answer.rows, now)
             self.forward_calls[call] = answer
             self.forward_lines[call] = slice(num_lines, num_lines := num_lines + len(answer.rows))
             self._send(call)

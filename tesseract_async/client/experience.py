@@ -1,4 +1,4 @@
-"""What the modules of one node have learned about the servers that they call, shared by all of them."""
+"""Experience: the things that one node's calls have taught about servers, shared by its modules."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def experience_of(given: Node | PlainCalls) -> Experience:
 
 
 def replica_key(replica: ExpertReplica) -> tuple[str, object]:
-    """What latencies are kept by: the expert and the server, not its address."""
+    """The key of a replica's latencies: the expert and the server, not its address."""
     return replica.uid, replica.peer.peer_id
 
 
 class Experience(Uncopied):
-    """What all calls of one node have taught about replicas."""
+    """The lessons of all calls of one node."""
 
     _called = "a remote expert or a gate"
 
@@ -120,13 +120,12 @@ class Experience(Uncopied):
         is_new = all(self.latencies.is_new(replica_key(replica)) for replica in replicas)
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
-    def expect_backward(
-        self, call: ExpertCall, uid: str, replicas: Sequence[ExpertReplica], settings: MixtureSettings
-    ) -> None:
+    def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
         """The same for its gradient."""
-        call.expected = self.latencies.usual((uid, "backward"))
+        key = call.uid, "backward"
+        call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
-        is_new = self.latencies.is_new((uid, "backward")) or sum(replica.primary for replica in replicas) > 1
+        is_new = self.latencies.is_new(key) or sum(replica.primary for replica in replicas) > 1
         self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
 
     def _set_grace(
@@ -145,8 +144,7 @@ class Experience(Uncopied):
         if direction == "backward":
             for ended, answered in ((calls.answers, True), (late, False)):
                 for call in ended:
-                    key = (calls.candidates.uid(call.expert), direction)
-                    self.latencies.observe(key, call.seconds, answered=answered)
+                    self.latencies.observe((call.uid, direction), call.seconds, answered=answered)
         if late:
             self.latencies.grace[direction].spend()
         elif not calls.given_up:
@@ -155,19 +153,19 @@ class Experience(Uncopied):
 
 
 class GridExperience:
-    """What the copies of one gate have learned about the experts of its grid."""
+    """The lessons of one gate and its copies about the experts of their grid."""
 
     def __init__(self, experience: Experience) -> None:
         self._of_node = experience
         self._seconds: dict[tuple[int, ...], float] = {}
-        """What a forward takes beyond the way there and back, by coordinates."""
+        """By coordinates, how long a forward takes beyond the way there and back."""
         self._num_bytes = 0.0
-        """Of one forward to one expert, both ways together."""
+        """The usual size of one forward to one expert, both ways together."""
         self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
         """How often, and for how long together, experts were waited for in vain since their last answer."""
 
     def bias(self, view: LiveView, weight: float) -> torch.Tensor | None:
-        """What to add to the live experts' scores: ``-weight`` for every second that each is expected to take."""
+        """The bias of the live experts' scores: ``-weight`` for every second that each is expected to take."""
         if not weight:
             return None
         paths: dict[PeerAddress, float] = {}  # many experts share a server
@@ -248,7 +246,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 class Stalls:
-    """How long one event loop stood still, counted while somebody watches: nobody could have been heard meanwhile."""
+    """How long one event loop stood still, counted while somebody watches: no answer could be heard."""
 
     def __init__(self) -> None:
         self._seconds = 0.0

@@ -26,7 +26,7 @@ from tesseract_async.wire.tensors import Schema, TensorSpec, decode_schema, flat
 
 @dataclass(frozen=True, slots=True)
 class ExpertSchema:
-    """What an expert takes and gives, decoded and checked."""
+    """An expert's inputs and outputs, decoded and checked."""
 
     args: tuple[Schema, ...]
     kwargs: dict[str, Schema]
@@ -60,11 +60,11 @@ class ExpertSchema:
 
 
 class CallMode(NamedTuple):
-    """What is settled the moment a module is called."""
+    """The part of a call that is settled the moment a module is called."""
 
     training: bool
     seed: int
-    """Of the expert's random numbers."""
+    """Seeds the expert's random numbers."""
     differentiable: bool
     """A backward may follow."""
 
@@ -79,7 +79,7 @@ class Forward(NamedTuple):  # one is made for every call: a frozen dataclass tak
 
 
 class Receipt(NamedTuple):
-    """What a forward brought back besides the outputs; its backward needs it."""
+    """The part of a forward's answer, besides the outputs, that its backward needs."""
 
     peer: PeerAddress
     version: int

@@ -123,12 +123,12 @@ async def ask_primary(
     strange: set[PeerAddress] = set()
     redirected: set[object] = set()
     for _ in range(_MAX_HANDOVERS):
-        left = deadline - loop.time()
+        time_left = deadline - loop.time()
         replicas = [replica for replica in replicas if replica.peer not in strange]
-        if left <= 0 or not replicas:
+        if time_left <= 0 or not replicas:
             break
         try:
-            result = await _ask_watched(experience, replicas, exchange, left)
+            result = await _ask_watched(experience, replicas, exchange, time_left)
         except SchemaMismatch as error:
             first_error = first_error or error
             strange.add(replicas[0].peer)
@@ -142,7 +142,7 @@ async def ask_primary(
             if isinstance(error, NotPrimary):
                 named = [one for one in replicas[1:] if one.peer.peer_id == error.primary]
                 if named and error.primary not in redirected:
-                    # among those that the directory knows only: a server that lies leads nobody to strangers
+                    # only if the directory knows it, so that a server that lies can't send anybody to strangers
                     redirected.add(error.primary)
                     replicas = [*named, *(one for one in replicas if one not in named)]
                     continue

@@ -63,7 +63,7 @@ class GatingFunction(nn.Module):
     Sequences ``[rows, length, features]`` are routed as a whole, by their mean (the experts then take ``[length,
     features]`` for a row), or token by token (`route`).
 
-    Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learnt about experts.
+    Use on the node's loop only. Copies made with ``copy.deepcopy`` share the node and what was learned about experts.
     """
 
     default_settings: ClassVar[MixtureSettings] = MixtureSettings()
@@ -115,7 +115,7 @@ class GatingFunction(nn.Module):
         with torch.inference_mode(False):  # a gate made inside such a block can be trained outside of it
             self.proj = nn.Linear(in_features, sum(self.grid_size))
         self.load_balancing_loss: torch.Tensor | None = None
-        """Of the latest pass that ended, if the settings ask for it. With several passes under way, use `mix`."""
+        """The loss of the latest pass that ended, if the settings ask for it. With several under way, use `mix`."""
         self._node = node
         self._experience = experience_of(node)
         self._search = GridSearch(
@@ -142,7 +142,7 @@ class GatingFunction(nn.Module):
     def choose(self, x: torch.Tensor) -> Any:
         """Return for each row of `x` its best live experts, best first, as a list of lists of `RemoteExpert`; await it.
 
-        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if nobody lives.
+        A row gets fewer than `k_best` only where fewer live. Raises: as `forward`; NotEnoughExperts if no expert lives.
         """
         check_running(self._node)
         with torch.no_grad():
@@ -153,7 +153,7 @@ class GatingFunction(nn.Module):
 
     @property
     def audits(self) -> Audits:
-        """What audits of this node's calls have found."""
+        """The audits of this node's calls and their findings."""
         return self._experience.audits
 
     def eval(self, *, max_staleness: int | None = None) -> Self:
@@ -173,13 +173,13 @@ class GatingFunction(nn.Module):
         """The mixture of the chosen experts' answers for every row of `x`; await it.
 
         `x`, ``[rows, in_features]`` or a sequence, is scored and is also the experts' first argument; further arguments
-        go to the experts beside it, row by row. Experts that fail or are slow are left out, and weights are
-        renormalised over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
+        go to the experts with it, row by row. Experts that fail or are slow are left out, and weights are
+        renormalized over those that answered. Reads grad mode, autocast and `training` now, not when awaited; under
         autocast, floating-point inputs are cast to the experts' dtypes. Cancelling cancels all calls under way.
 
         Raises at once: SchemaMismatch if `x` does not fit `in_features`; RuntimeError inside torch.utils.checkpoint
         and the transforms of torch.func, and if the node is not running.
-        While no expert lives, somebody is waited for, `forward_timeout` seconds at most; then `on_missing` decides.
+        While no expert lives, the call waits for one, `forward_timeout` seconds at most; then `on_missing` decides.
         Rows whose experts all failed wait for others in the same way (see `MixtureSettings.forward_timeout`).
 
         The awaitable raises: SchemaMismatch before anything is sent, if the arguments do not fit the experts' schema or
@@ -190,7 +190,7 @@ class GatingFunction(nn.Module):
     @uncompiled
     def mix(self, x: torch.Tensor, *args: Structure, **kwargs: Structure) -> Structure:
         """As `forward`, but gives a `Mixed`: the output, and how it came about."""
-        return deliver(self._node, self._start(x, args, kwargs))
+        return deliver(self._node, isolated(self._start(x, args, kwargs), modes=NO_GRAD))
 
     # ---------------------------------------------------------------------------------------------- what is scored
 
@@ -258,7 +258,7 @@ class GatingFunction(nn.Module):
         rows, keyword_rows, leading_shape = self._rows(arguments.args, arguments.kwargs)
         arguments = replace(arguments, args=rows, kwargs=keyword_rows)
         scores_RS = self._scores(rows[0])
-        return isolated(self._mix(scores_RS, arguments, leading_shape, self._settings_now()), modes=NO_GRAD)
+        return self._mix(scores_RS, arguments, leading_shape, self._settings_now())
 
     @staticmethod
     async def _output(mixed: Coroutine[object, object, Mixed]) -> Structure:
@@ -332,7 +332,7 @@ class GatingFunction(nn.Module):
 class SwitchGatingFunction(GatingFunction):
     """The Switch layer (Fedus et al. 2021): each row goes to its one best expert, its answer times its probability.
 
-    As a single expert's renormalised weight is always 1, which would teach the gate nothing, the answer is multiplied
+    As a single expert's renormalized weight is always 1, which would teach the gate nothing, the answer is multiplied
     by the expert's probability, the product of its coordinates' softmaxes. By default with the paper's jitter and
     load-balancing loss; add ``0.01 * gate.load_balancing_loss`` to the loss. Set `capacity_factor` to bound an
     expert's rows: those beyond go to their next-best expert, or, with ``refill=False``, get zeros as in the paper.
@@ -370,7 +370,7 @@ class SwitchGatingFunction(GatingFunction):
 class ChosenExperts(Uncopied):
     """The modules that `GatingFunction.choose` has given. Copies of a gate share it.
 
-    In one mode, an expert is always the same object, as long as nobody gives that another mode or options.
+    In one mode, an expert is always the same object, unless it is given another mode or other options.
     """
 
     def __init__(self) -> None:

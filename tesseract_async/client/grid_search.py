@@ -35,7 +35,7 @@ class FoundView:
     is_exact: bool
     """These are the best live ones of every row: the search came to its end."""
     trouble: dict[str, BaseException]
-    """What the network did not tell, by uid, and why."""
+    """By uid, the experts that could not be looked up, and why."""
 
 
 class GridSearch(Uncopied):
@@ -69,7 +69,7 @@ class GridSearch(Uncopied):
 
         While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
         ``search="beam"`` there is only the search, until it meets a grid so sparse that reading it is less work; what
-        it found in time counts. While nobody lives, somebody is waited for; in the end there may be none.
+        it found in time counts. While no expert lives, one is waited for; in the end there may be none.
 
         Raises: NotEnoughExperts if the directory could not be read in time.
         """

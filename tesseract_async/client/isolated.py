@@ -1,8 +1,8 @@
 """Torch's modes (grad mode, inference mode, autocast) belong to a thread; tasks that share the thread share them.
 
-A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for whoever runs meanwhile. `isolated`
+A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for tasks that run meanwhile. `isolated`
 swaps a coroutine's modes out at every suspension and back in when it goes on. The awaitables of this package are
-isolated already; a coroutine of one's own that awaits something else inside such a block is wrapped by its user.
+isolated already; your own coroutines that await something else inside such a block have to be wrapped.
 
 While an awaitable of this package is suspended the thread is in torch's default modes: a block around an ``await``
 cannot be told from a mode that was switched for the whole thread. A program that does the latter (say,
@@ -73,7 +73,7 @@ class _Switch:
 
     @staticmethod
     def _set_autocast(now: Modes, modes: Modes) -> None:
-        # The cache of cast weights lives as long as the nesting is not zero: without the nesting of its own, a task
+        # The cache of cast weights lives as long as the nesting is not zero: without separate nesting, a task
         # suspended in autocast would keep another task's weights in it beyond that one's optimizer step.
         if now.autocast and not modes.autocast:
             torch.autocast_decrement_nesting()
@@ -88,7 +88,7 @@ class _Switch:
 
 
 def isolated(coroutine: Coroutine[object, object, T], *, modes: Modes | None = None) -> Coroutine[object, object, T]:
-    """The same coroutine, with torch modes of its own: what it switches stays unseen by the tasks beside it.
+    """Return the same coroutine with separate torch modes: other tasks do not see what it switches.
 
     It starts in the modes of the moment when `isolated` is called (or in `modes`). While it is suspended the thread
     is in the modes that it was found in, or, where it is awaited inside a task, in torch's defaults; afterwards the

@@ -31,7 +31,7 @@ class Leaves:
         """Raises: RuntimeError if something in the graph works in torch's own backward only."""
         self.tensors: list[torch.Tensor] = []
         self.have_hooks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        """Whether hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
+        """Hooks may wait for the accumulation itself: those of DDP, in C++, can't be seen."""
         if self.have_hooks and _has_sharded_modules():
             raise _refusal("a program with layers under FSDP")
         if loss.grad_fn is None:
@@ -60,15 +60,15 @@ class Leaves:
             if self.have_hooks and own:
                 raise _refusal("a parameter with a hook of its own and others that wait for accumulation, as DDP's do,")
 
-    def accumulate(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Adds them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
-        pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None]
+    def accumulate(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
+        pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None]
         if pairs:
             torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
 
-    def add(self, grads: Sequence[torch.Tensor | None]) -> None:
-        """Adds them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
-        for leaf, grad in zip(self.tensors, grads, strict=True):
+    def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
+        for leaf, grad in zip(self.tensors, gradients, strict=True):
             if grad is None:
                 continue
             if leaf.grad is None:
@@ -78,26 +78,26 @@ class Leaves:
                 leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
             else:
                 leaf.grad.add_(grad)
-        fire_post_accumulate_hooks(leaf for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None)
+        fire_post_accumulate_hooks(leaf for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None)
 
 
 @torch.no_grad()
 def fire_post_accumulate_hooks(leaves: Iterable[torch.Tensor]) -> None:
-    """Calls what `register_post_accumulate_grad_hook` registered."""
+    """Call what `register_post_accumulate_grad_hook` registered."""
     for leaf in leaves:
         for hook in list((leaf._post_accumulate_grad_hooks or {}).values()):
             hook(leaf)
 
 
 def _has_sharded_modules() -> bool:
-    """Whether there are modules under `fully_shard`: it puts nothing into the graph where a layer's input is data."""
+    """Return whether there are modules under `fully_shard`: it leaves no trace in a graph that begins at data."""
     composable: object = sys.modules.get("torch.distributed._composable_state")
     modules = list(getattr(composable, "_module_state_mapping", ()))
     return any(cls.__name__ == "FSDPModule" for module in modules for cls in type(module).__mro__)
 
 
 def wait_for_accumulation(leaf: torch.Tensor) -> bool:
-    """Whether hooks were registered in Python on the node that accumulates this leaf's gradient."""
+    """Return whether hooks were registered in Python on the node that accumulates this leaf's gradient."""
     with torch.inference_mode(False), torch.enable_grad():
         view = leaf.view_as(leaf)
     accumulates = None if view.grad_fn is None else view.grad_fn.next_functions[0][0]

@@ -22,7 +22,6 @@ from tesseract_async.client.failover import ask_best, ask_primary, may_pass
 from tesseract_async.client.grid_search import GridSearch
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ExpertFailed, NotEnoughExperts, TesseractError
-from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.gradients import are_finite
 from tesseract_async.wire.tensors import flatten
 
@@ -76,7 +75,7 @@ async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experienc
             await cancel_all(tasks)
 
 
-class _Reply(NamedTuple):
+class _ExpertAnswer(NamedTuple):
     forward: Forward
     outputs: list[torch.Tensor]
     receipt: Receipt
@@ -105,7 +104,7 @@ class MixtureCall:
         self._settings = settings
         self._inputs: Sequence[torch.Tensor] = ()
         self._deadline = 0.0
-        self._replies: dict[ExpertCall, _Reply] = {}
+        self._replies: dict[ExpertCall, _ExpertAnswer] = {}
 
     @property
     def versions(self) -> dict[str, int]:
@@ -166,14 +165,14 @@ class MixtureCall:
     async def send(self, call: ExpertCall) -> None:
         """See `_Sender`."""
         candidates, rows = self.dispatch.candidates, torch.from_numpy(call.rows)
-        forward = Forward(candidates.uid(call.expert), self._schema, self._mode, self._settings.calls)
+        forward = Forward(call.uid, self._schema, self._mode, self._settings.calls)
         exchange = ForwardExchange(self._experience, forward, [x.index_select(0, rows) for x in self._inputs])
         replicas = exchange.eligible(candidates.replicas_of(call.expert))
         time_left = max(self._deadline - asyncio.get_running_loop().time(), 1e-3)
         outputs, receipt = await ask_best(self._experience, replicas, exchange, timeout=time_left)
         if not are_finite(outputs):
-            raise ExpertFailed(f"{forward.uid} answered numbers that are not finite")
-        self._replies[call] = _Reply(forward, outputs, receipt)
+            raise ExpertFailed(f"{call.uid} answered numbers that are not finite")
+        self._replies[call] = _ExpertAnswer(forward, outputs, receipt)
 
     async def find_more(self) -> None:
         """See `_Sender`. If all that failed said no themselves, only experts that are there already help."""
@@ -190,8 +189,8 @@ class _GradientSender:
     experience: Experience
     settings: MixtureSettings
     dispatch: BackwardDispatch
-    replies: Mapping[ExpertCall, _Reply]
-    """Of the forward."""
+    replies: Mapping[ExpertCall, _ExpertAnswer]
+    """The forward's."""
     inputs: Sequence[torch.Tensor]
     output_gradients: Sequence[torch.Tensor | None]
     gradients: dict[ExpertCall, Gradients] = field(default_factory=dict)
@@ -199,12 +198,12 @@ class _GradientSender:
 
     def expect(self, call: ExpertCall) -> None:
         """See `_Sender`."""
-        uid, replicas = self._expert(call)
-        self.experience.expect_backward(call, uid, replicas, self.settings)
+        replicas = self.dispatch.candidates.replicas_of(call.expert)
+        self.experience.expect_backward(call, replicas, self.settings)
 
     async def send(self, call: ExpertCall) -> None:
         """See `_Sender`."""
-        uid, replicas = self._expert(call)
+        replicas = self.dispatch.candidates.replicas_of(call.expert)
         reply = self.replies[self.dispatch.forward_calls[call]]
         lines, rows = self.dispatch.forward_lines[call], torch.from_numpy(call.rows)
         exchange = BackwardExchange(
@@ -217,7 +216,7 @@ class _GradientSender:
         timeout = self.settings.backward_timeout
         gradients = await ask_primary(self.experience, replicas, exchange, timeout=timeout)
         if not are_finite(gradients):
-            raise ExpertFailed(f"{uid} answered gradients that are not finite")
+            raise ExpertFailed(f"{call.uid} answered gradients that are not finite")
         self.gradients[call] = gradients
 
     async def find_more(self) -> None:
@@ -248,10 +247,6 @@ class _GradientSender:
             None if total is None else total * scale.to(total.dtype).reshape(-1, *[1] * (total.dim() - 1))
             for total in sums
         ]
-
-    def _expert(self, call: ExpertCall) -> tuple[str, Sequence[ExpertReplica]]:
-        candidates = self.dispatch.candidates
-        return candidates.uid(call.expert), candidates.replicas_of(call.expert)
 
 
 def _without_frames(error: BaseException) -> BaseException:

@@ -1,4 +1,4 @@
-"""What the client needs of a node: one way to call and one directory to ask. Tests give it a small fake."""
+"""The client's view of a node: one way to call and one directory to ask."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class CallReply(Protocol):
-    """What a call brings back."""
+    """The answer to a call."""
 
     @property
     def body(self) -> object:
-        """What msgpack can hold."""
+        """Any value that msgpack can hold."""
 
     @property
     def buffers(self) -> Sequence[memoryview]:
@@ -107,7 +107,7 @@ class PlainCalls(Uncopied):
 
     @property
     def node(self) -> Node:
-        """The node that makes the calls, on a loop of its own."""
+        """The node that makes the calls, on its own loop."""
         raise NotImplementedError
 
     def check(self) -> object:
@@ -128,5 +128,5 @@ def check_running(given: Node | PlainCalls) -> None:
 
 
 def deliver(given: Node | PlainCalls, coroutine: Coroutine[object, object, T]) -> Coroutine[object, object, T] | T:
-    """What a module's call returns: the coroutine, to be awaited, or its result where calls are plain."""
+    """Return what a module's call gives: the coroutine, to be awaited, or its result where calls are plain."""
     return given.run(coroutine) if isinstance(given, PlainCalls) else coroutine

@@ -31,13 +31,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Known:
-    """What an expert and its twins with other options have learned about it."""
+    """The state that an expert shares with its twins with other options."""
 
     schema: ExpertSchema | None
 
 
 class RemoteExpert(nn.Module):
-    """The expert `uid` as a torch module without parameters of its own: call it, and await the result.
+    """The expert `uid` as a torch module without local parameters: call it, and await the result.
 
     ::
 
@@ -149,11 +149,11 @@ class RemoteExpert(nn.Module):
 
     @property
     def audits(self) -> Audits:
-        """What audits of this node's calls have found."""
+        """The audits of this node's calls and their findings."""
         return self._experience.audits
 
     def info(self) -> Any:
-        """What the expert takes and gives (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
+        """The expert's inputs and outputs (`ExpertSchema`), asked of its server once; await it. Raises: as a call."""
         check_running(self._node)
         return deliver(self._node, self._info())
 
@@ -178,7 +178,7 @@ class RemoteExpert(nn.Module):
             outputs = await remote_call(call, inputs, versions=arguments.versions, differentiable=mode.differentiable)
         except SchemaMismatch:
             if self._known.schema is schema:
-                self._known.schema = None  # nobody takes what the schema says: it is another expert now
+                self._known.schema = None  # its servers refuse what the schema says: it is another expert now
             raise
         return unflatten(schema.outputs, outputs)
 

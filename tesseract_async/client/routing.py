@@ -100,8 +100,8 @@ class LiveGrid:
     def _table(
         self, bias_N: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What to add to a cell's score, ``[P, M]``, minus infinity where nobody lives; its distinct rows, and which of
-        them each prefix has (a prefix all of whose children live is like any other such)."""
+        """Additions to the cells' scores, ``[P, M]``, minus infinity where no expert lives; its distinct rows, and
+        which of them each prefix has (a prefix all of whose children live is like any other such)."""
         if bias_N is None and dtype in self._tables:
             return self._tables[dtype]
         assert self._by_prefix is not None

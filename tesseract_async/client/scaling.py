@@ -35,7 +35,7 @@ class Scaler(Protocol):
         """By how much it multiplies."""
 
     def is_enabled(self) -> bool:
-        """Whether it does so at all."""
+        """Return whether it does so at all."""
 
 
 @dataclass(frozen=True, slots=True)

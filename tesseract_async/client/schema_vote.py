@@ -1,4 +1,4 @@
-"""What the experts of a grid take and give: the word of most of the first few that answer."""
+"""The schema of a grid's experts: the word of most of the first few that answer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SchemaVote(Uncopied):
     async def schema(self, candidates: Candidates, scores_RS: torch.Tensor, arguments: Arguments) -> ExpertSchema:
         """The schema of most, among those that the arguments fit. If they fit none, the word of most, this once.
 
-        Raises: NotEnoughExperts if nobody answers in time, or nobody lives who could.
+        Raises: NotEnoughExperts if no expert lives, or none answers in time.
         """
         if self.known is not None:
             return self.known

@@ -62,8 +62,8 @@ class MixtureSettings:
     under way keeps a row from waiting for one that hangs. 0: fewer calls, for swarms where hardly any hang."""
     forward_timeout: float = 15.0
     """For a row to get its `k_min` answers, refills included. Rows that have tried every live expert wait until then
-    for those that come, come back, or were overloaded; not where all that failed said no themselves (`ExpertFailed` and
-    the like), and not with a `capacity_factor`."""
+    for those that come, come back, or were overloaded; not if all failed by their own word (`ExpertFailed` and the
+    like), and not with a `capacity_factor`."""
     timeout_after_k_min: float | None = None
     """Once every row has `k_min` answers, how much longer the others are waited for at most; None: by `patience`, and
     beyond it for a second, or three in an expert's first pass, as long as that was not in vain lately."""
@@ -83,7 +83,7 @@ class MixtureSettings:
     """Input gradients are divided by the share of the row's weight whose gradients arrived, so that their size does not
     depend on who was left out."""
     on_missing: Literal["raise", "zero"] = "raise"
-    """What becomes of a row short of `k_min` answers in the end: NotEnoughExperts, or an output of zeros."""
+    """A row short of `k_min` answers in the end raises NotEnoughExperts, or gets an output of zeros."""
     capacity_factor: float | None = None
     """An expert takes at most this many times its fair share of the rows, the best-scored first; None: no limit."""
     latency_weight: float = 0.0

@@ -37,7 +37,7 @@ class StepReport:
     seconds: float
     """From the look at the parameters to the optimizer's step, waiting for the staleness bound included."""
     error: BaseException | None = None
-    """Why the step failed; then nothing changed here, and its batch was not learnt from."""
+    """Why the step failed; then nothing changed here, and its batch taught nothing."""
     batch: int | None = None
     """Which batch of its `AsyncTrainer.run` it was, counted from 0; None outside of one."""
 
@@ -45,7 +45,7 @@ class StepReport:
 class AsyncTrainer(Generic[M]):
     """Trains `module` with up to `in_flight` steps under way at once, so that remote experts' delays overlap.
 
-    Each step runs on a copy of the module of its own, refreshed from the master when it starts; torch would refuse a
+    Each step runs on a separate copy of the module, refreshed from the master when it starts; torch would refuse a
     backward over parameters that another step's optimizer has changed meanwhile. When a step's backward is done its
     gradients move to the master and the optimizer steps, in one turn of the loop. Gradients are thus up to
     ``in_flight - 1`` steps stale, and more where steps differ in length. `max_staleness` bounds that: at most
@@ -291,7 +291,7 @@ class _Copy(Generic[M]):
                 module.training = master.training
 
     def give_gradients(self) -> None:
-        """They are the master's from now on, in place of its own; its parameters' hooks fire, which copies have not."""
+        """Hand the gradients to the master, in place of its own, and fire its parameters' hooks, which copies lack."""
         for mine, own in self._parameters:
             grad, mine.grad = mine.grad, None
             if grad is not None:

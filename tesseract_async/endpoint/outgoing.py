@@ -185,6 +185,7 @@ class OutgoingCalls:
         if call.untaken:
             for room in call.untaken:
                 room.release()
+            call.untaken = None
         if self._waiting:
             self._send_waiting()
 

@@ -158,8 +158,10 @@ class Transfers:
             self._core.lanes[call.lane].drop(call.sending)
         if call.arrival is not None:
             call.arrival.lane.reader.forget(call.arrival.assembly)
+            call.arrival = None
         if call.room is not None:
             call.room.release()
+            call.room = None  # it refers to the call: a cycle would keep the message's memory until it is collected
         if call.window_bytes:
             self.give_window_back(call)
 

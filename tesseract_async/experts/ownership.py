@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from tesseract_async.experts.authority import Authority
@@ -33,13 +33,21 @@ DELEGATE_SECONDS: Final = 40 * GRANT_SECONDS
 class RunOwner:
     """The owner of a run, or a delegate, at work: what it signs is kept by `keeper` and published in `network`."""
 
-    def __init__(self, network: TesseractNetwork, identity: Identity, keeper: RunKeeper) -> None:
-        """Raises: ValueError if the identity has no say in the run."""
+    def __init__(
+        self,
+        network: TesseractNetwork,
+        identity: Identity,
+        keeper: RunKeeper,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives seconds since 1970. Raises: ValueError if the identity has no say in the run."""
         assert keeper.authority is not None
         self.authority: Authority = keeper.authority
         self._network = network
         self._identity = identity
         self._keeper = keeper
+        self._clock = clock
         if not self.authority.rules(identity.peer_id):
             name = self.authority.run.full_name
             raise ValueError(f"{identity.peer_id} has no say in {name}: only its owner and the delegates have")
@@ -69,7 +77,7 @@ class RunOwner:
         return grant, key
 
     def _grant(self, peer_id: PeerID, roles: Sequence[Role], seconds: float, pattern: ExpertPattern | None) -> Grant:
-        now = time.time()
+        now = self._clock()
         via = self.authority.delegates.get(self._identity.peer_id)
         last = int(now + seconds)
         grant = sign_grant(
@@ -96,7 +104,7 @@ class RunOwner:
 
         Raises: ValueError for the owner, and for delegates unless the owner revokes them; what the network raises.
         """
-        authority, me, now = self.authority, self._identity.peer_id, time.time()
+        authority, me, now = self.authority, self._identity.peer_id, self._clock()
         safe = {authority.owner} if me == authority.owner else {authority.owner, *authority.delegates}
         if kept := safe & set(peers):
             raise ValueError(f"{kept.pop()} stays: nobody revokes the owner, and only the owner revokes delegates")
@@ -121,7 +129,7 @@ class RunOwner:
         Raises: ValueError if these are more than the identity may appoint for; what the network raises.
         """
         authority = self.authority
-        serial = max([int(time.time()), *(one.serial + 1 for one in authority.appointments())])
+        serial = max([int(self._clock()), *(one.serial + 1 for one in authority.appointments())])
         signed = sign_appointment(self._identity, authority.run_id, pattern, serial=serial, peer=peer_id, seal=seal)
         if not authority.learn_appointment(signed) or authority.appointment(next(iter(pattern))) != signed:
             raise ValueError(f"{pattern} is more than this identity may appoint for")

@@ -305,7 +305,7 @@ class BareNames:
         return False
 
     async def _give(self, uid: str, heir: ExpertReplica) -> None:
-        """Raises: what the call raises; ProtocolError if the heir does not prove that it has the last state."""
+        """Have the heir take over. Raises: as the call; ProtocolError unless it proves that it has the last state."""
         nonce = os.urandom(16)
         body = messages.encode(messages.TakeOverRequest(uid, nonce))
         reply = await self._node.call_expert(heir.peer, messages.TAKE_OVER, body, timeout=HAND_OVER_TIMEOUT)

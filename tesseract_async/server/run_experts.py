@@ -41,7 +41,7 @@ Others (compilation, graphs, journal) are each volunteer's own business."""
 
 
 def check_allowed(manifest: RunManifest, allowed_modules: Collection[str]) -> None:
-    """Raises: ValueError if the run's expert is code by import path, and not from an allowed module."""
+    """Refuse a run whose expert is code by import path, and not from an allowed module. Raises: ValueError."""
     path, separator, _ = manifest.expert.partition(":")
     if separator and path not in allowed_modules:
         raise ValueError(

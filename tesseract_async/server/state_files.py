@@ -33,7 +33,7 @@ NUM_SEALED: Final = 2
 
 
 def expert_folder(directory: Path, uid: str) -> Path:
-    """The folder of an expert: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
+    """Return an expert's folder: its uid, with what is not plain ASCII as in a URL. `stored_uids` inverts the name.
 
     Raises: CheckpointError for a uid that cannot name a folder.
     """

@@ -77,25 +77,24 @@ class StateSource:
         self._sweep: asyncio.TimerHandle | None = None
 
     def copy_of(self, uid: str) -> memoryview | None:
-        """The file that was sent last of the whole state, if it is still here."""
+        """Return the file that was sent last of the whole state, if it is still here."""
         copy = self._copies.get((uid, False))
         return None if copy is None else copy.data
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
-        """The next piece. Raises: ProtocolError for a malformed request; Overloaded if too much is being sent."""
+        """Answer with the next piece. Raises: ProtocolError for a malformed request; Overloaded for too many copies."""
         uid, backend = hosted.uid, hosted.backend
         request = messages.decode(messages.StateRequest, call.body)
         # a whole state, which takes more leave than weights alone
         whole = not request.weights_only and request.digest != NO_DIGEST
         if whole and (sealed := self.find_sealed(uid, request.digest)) is not None:
             part = await self._aside(lambda: sealed.read(request.offset, self._piece_bytes))
-            reply = messages.StateReply(backend.version, request.digest, sealed.size, request.offset)
-            return Message(messages.encode(reply), (memoryview(part),) if part else ())
+            return _piece(backend.version, request.digest, sealed.size, request.offset, memoryview(part))
         if backend.version < request.min_version:
-            return Message(messages.encode(messages.StateReply(backend.version, NO_DIGEST, 0, 0)))
+            return _piece(backend.version, NO_DIGEST, 0, 0, memoryview(b""))
         key = (uid, request.weights_only)
         lock = self._making.setdefault(key, asyncio.Lock())
-        async with lock:  # callers who come together share one copy
+        async with lock:  # callers that come together share one copy
             copy = self._copies.get(key)
             now = asyncio.get_running_loop().time()
             if copy is None or not self._good(copy, request, now):
@@ -103,8 +102,7 @@ class StateSource:
             copy.used = now
         offset = request.offset if request.digest == copy.digest else 0
         piece = copy.data[offset : offset + self._piece_bytes]
-        reply = messages.StateReply(copy.version, copy.digest, len(copy.data), offset)
-        return Message(messages.encode(reply), (piece,) if len(piece) else ())
+        return _piece(copy.version, copy.digest, len(copy.data), offset, piece)
 
     def drop(self, uid: str) -> None:
         """Forget the copies of one expert: the next caller gets its state of that moment, to the last gradient."""
@@ -112,7 +110,7 @@ class StateSource:
             self._copies.pop(key, None)
 
     def close(self) -> None:
-        """Drops every copy."""
+        """Drop every copy."""
         self._copies.clear()
         if self._sweep is not None:
             self._sweep.cancel()
@@ -211,6 +209,11 @@ async def fetch_file(
     if root is None and _digest(file) != digest:
         raise ProtocolError(f"{uid}: its state was damaged on the way")
     return bytes(file)
+
+
+def _piece(version: int, digest: bytes, size: int, offset: int, piece: memoryview) -> Message:
+    head = messages.encode(messages.StateReply(version, digest, size, offset))
+    return Message(head, (piece,) if len(piece) else ())
 
 
 def _digest(data: bytes | bytearray) -> bytes:

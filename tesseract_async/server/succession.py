@@ -113,7 +113,7 @@ class ReplicaKeeper(Succession):
         return self.tenures if self.tenures.has(uid) else self.bare
 
     async def come_back(self) -> None:
-        """Before a pause of the server ends: follow the present primaries of its experts, from their states."""
+        """Follow the present primaries of the experts, from their states, before a pause of the server ends."""
         await self.look(even_paused=True)
 
     async def look(self, *, even_paused: bool = False) -> None:
@@ -130,7 +130,7 @@ class ReplicaKeeper(Succession):
             # else alone for the moment: that nobody is seen says nothing
 
     async def hand_over(self) -> int:
-        """Before this server leaves: have a follower take over each expert that has one. Returns how many moved.
+        """Have a follower take over each expert that has one, before this server leaves. Returns how many moved.
 
         From the moment that an expert is handed over, its backwards wait, and then go to the new primary: none is lost
         and none is applied twice. What cannot be handed over stays. An expert that was on its way when this is

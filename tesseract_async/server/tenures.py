@@ -307,7 +307,7 @@ class Tenures:
     async def _call(
         self, uid: str, peer: PeerID, kind: str, records: list[bytes], *, timeout: float, epoch: int = 0
     ) -> messages.TenureReply | None:
-        """None if the peer does not answer, or not what was asked."""
+        """Ask a peer. None if it does not answer, or not what was asked."""
         address = self._records.addresses.get(peer)
         if address is None:
             return None
@@ -338,7 +338,7 @@ class Tenures:
         await self._carry_out(expert)
 
     async def _pull(self, expert: _Expert, command: Fetch, source: PeerAddress) -> None:
-        """Raises: ProtocolError, CheckpointError and what the call raises; then everything is as before."""
+        """Take the sealed state. Raises: ProtocolError, CheckpointError and as the call; then nothing has changed."""
         hosted, seal = expert.hosted, command.seal
         found = await fetch_fitting(
             self._node,
@@ -468,7 +468,7 @@ class Tenures:
 
 
 def _check_records(records: list[bytes], num: int) -> list[bytes]:
-    """Raises: ProtocolError unless these are so many records of at most 1 KiB."""
+    """Check that these are so many records of at most 1 KiB. Raises: ProtocolError."""
     if len(records) != num or any(type(one) is not bytes or len(one) > MAX_RECORD_BYTES for one in records):
         raise ProtocolError("malformed records about who is primary")
     return records

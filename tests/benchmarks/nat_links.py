@@ -26,7 +26,7 @@ from aiortc import RTCSctpTransport, rtcsctptransport
 
 from tesseract_async.nat.webrtc import association
 from tesseract_async.nat.webrtc.association import MAX_GAPS, Association
-from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation
 from tesseract_async.testing import VirtualClock
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Link:
     """One direction: `rate` in bytes per second (None: any), `delay` in seconds, `loss` as a share of the packets."""
 
     def __init__(self, *, rate: float | None, delay: float, loss: float, seed: int) -> None:
-        self._rate, self._delay, self._loss = rate, delay, loss
+        self._rate, self._delay, self.loss = rate, delay, loss
         self._free_at = 0.0
         self._rng = random.Random(seed)
         self.num_dropped = 0
@@ -91,7 +91,7 @@ class Link:
         loop = asyncio.get_running_loop()
         now = loop.time()
         start = max(now, self._free_at)
-        if start - now > 0.1 or self._rng.random() < self._loss:
+        if start - now > 0.1 or self._rng.random() < self.loss:
             self.num_dropped += 1
             return
         # never the same moment twice: asyncio would let the later one overtake
@@ -158,8 +158,9 @@ class Total:
             self.complete_at = asyncio.get_running_loop().time()
 
 
-async def open_pipe(out: Link, back: Link, rule: str = "own rule") -> tuple[DataChannelPipe, DataChannelPipe]:
-    association.Association = RULES[rule]  # type: ignore[misc]
+async def open_pipe(out: Link, back: Link, kind: Any = Association) -> tuple[DataChannelPipe, DataChannelPipe]:
+    """A pipe over two links; `kind` makes its two associations."""
+    association.Association = kind  # type: ignore[misc]
     try:
         return await _open_pipe(out, back)
     finally:
@@ -171,7 +172,7 @@ async def _open_pipe(out: Link, back: Link) -> tuple[DataChannelPipe, DataChanne
     mine.other, theirs.other = theirs, mine
     made = []
     for ice in (mine, theirs):
-        one = Negotiation(controlling=ice is mine, addresses=[], stun_server=None, settings=WebrtcSettings())
+        one = Negotiation(controlling=ice is mine, addresses=[], stun_server=None)
         await one._ice.close()
         one._ice = ice  # type: ignore[assignment]
         made.append(one)
@@ -187,8 +188,8 @@ async def measure(
     loop = asyncio.get_running_loop()
     out = Link(rate=rate, delay=round_trip / 2, loss=0.0, seed=seed)
     back = Link(rate=None, delay=round_trip / 2, loss=0.0, seed=seed + 1)
-    pipes = [await open_pipe(out, back, rule) for rule in rules]
-    out._loss = loss
+    pipes = [await open_pipe(out, back, RULES[rule]) for rule in rules]
+    out.loss = loss
     together, unused = Total(), Total()
     totals = [Total() for _ in rules]
     data = bytes(2**16)

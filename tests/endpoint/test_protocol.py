@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import tracemalloc
 
@@ -528,6 +529,35 @@ def test_a_flood_of_small_calls_that_are_refused_is_cut_off() -> None:
         for stream in range(1, 20_000):
             side.receive(MAIN, frames.encode_small(frames.REQUEST, stream, head, (), ()), 0.0)
     assert side.machine.num_calls < 20
+
+
+def test_memory_of_large_messages_is_free_without_the_collector() -> None:
+    pair = Pair()
+
+    def exchange() -> None:
+        pair.call(2 * MIB)
+        pair.call(5, in_parts=True, max_reply=9 * MIB)
+        pair.settle()
+        received = [event for event in pair.server.take() if isinstance(event, CallReceived)]
+        first, second = sorted(received, key=lambda event: event.stream)
+        pair.server.machine.reply(first.stream, None, first.buffers, now=0.0)
+        pair.server.machine.reply(second.stream, None, first.buffers, now=0.0, more=True)
+        pair.settle()
+        pair.server.machine.reply(second.stream, None, first.buffers, now=0.0)
+        pair.settle()
+        assert len(pair.client.take()) == 3 and clean(pair)
+
+    exchange()
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            exchange()
+        assert tracemalloc.get_traced_memory()[0] < MIB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_many_tiny_buffers_count_what_they_cost() -> None:

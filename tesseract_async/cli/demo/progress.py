@@ -1,4 +1,4 @@
-"""What is known of a running demo: fed with the processes' lines, read by the view and the report. No I/O."""
+"""The state of a running demo: fed with the processes' lines, read by the view and the report. No I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RATE_WINDOW = 3.0
 
 @dataclass(slots=True)
 class Trainer:
-    """One trainer as its lines show it."""
+    """What one trainer reported."""
 
     step: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -22,12 +22,11 @@ class Trainer:
     accuracies: list[tuple[float, float]] = field(default_factory=list)
     """(seconds since the start, validation accuracy)"""
     errors: list[str] = field(default_factory=list)
-    """Sentences of steps that were lost."""
+    """Sentences about steps that were lost."""
     num_calls: int = 0
     """Calls to experts so far."""
     live: frozenset[str] = frozenset()
     """The experts that its directory shows."""
-    done: bool = False
     recent: deque[tuple[float, int]] = field(default_factory=deque)
 
     @property
@@ -49,13 +48,13 @@ class Trainer:
 
 @dataclass(slots=True)
 class Server:
-    """One server: what it hosts, whether it lives, and how often its experts stepped."""
+    """One server: what it hosts, if it lives, and the steps of its experts."""
 
     uids: list[str]
     alive: bool = False
     versions: dict[str, int] = field(default_factory=dict)
     versions_at_return: dict[str, int] | None = None
-    """What it had in its checkpoints when it came back from being killed."""
+    """The versions in its checkpoints when it came back."""
 
     @property
     def num_steps(self) -> int:
@@ -64,7 +63,7 @@ class Server:
 
 
 class Progress:
-    """All of it. Times are seconds since the start of training."""
+    """The whole demo. Times are seconds since the start of training."""
 
     def __init__(self, options: plan.DemoOptions) -> None:
         self.options = options
@@ -77,22 +76,20 @@ class Progress:
         self.returned_at: float | None = None
         self.num_processes = 0
         self.address: str | None = None
-        """By which others may join, or look on; known once the bootstrap node is ready."""
+        """The address for others to join; known once the bootstrap node is ready."""
 
     def note(self, now: float, sentence: str) -> None:
-        """Adds a line to the log that the user sees."""
+        """Add a line to the log that the user sees."""
         self.log.append((now, sentence))
 
     def take(self, name: str, facts: dict[str, Any], now: float) -> None:
-        """A process said a line."""
+        """Take a line that a process printed."""
         if name in self.trainers:
             self._take_trainer(self.trainers[name], facts, now)
         elif name in self.servers and "versions" in facts:
             self.servers[name].versions = facts["versions"]
 
     def _take_trainer(self, trainer: Trainer, facts: dict[str, Any], now: float) -> None:
-        if facts["event"] == "done":
-            trainer.done = True
         if facts["event"] != "step":
             return
         trainer.step = facts["step"]
@@ -110,12 +107,8 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """How much of the training is done, 0 to 1: that of the trainer that is behind."""
+        """The share of the training that is done, 0 to 1, by the slower trainer."""
         return min(trainer.step for trainer in self.trainers.values()) / self.options.steps
-
-    @property
-    def done(self) -> bool:
-        return all(trainer.done for trainer in self.trainers.values())
 
     @property
     def live(self) -> frozenset[str]:
@@ -130,5 +123,5 @@ class Progress:
 
     @property
     def passed(self) -> bool:
-        """Whether the demo shows what it promises."""
+        """True if the demo shows what it promises."""
         return self.accuracy is not None and self.accuracy >= plan.REQUIRED_ACCURACY

@@ -1,4 +1,4 @@
-"""What the demo showed: a table for the terminal, and a picture."""
+"""The results of the demo: a table for the terminal, and a picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tesseract_async.cli.types import counted
 
 
 def summary(progress: Progress) -> Table:
-    """The figures of a finished run."""
+    """Return the figures of a finished run."""
     table = Table(title="What happened", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -41,19 +41,19 @@ def summary(progress: Progress) -> Table:
 
 
 def verdict(progress: Progress) -> str:
-    """One sentence: whether the demo showed what it promises, or what the control showed."""
+    """Return one sentence on the result of the demo, or of the control."""
     if progress.accuracy is None:
         return "No trainer validated: the demo shows nothing."
     reached = f"{progress.accuracy:.3f}"
     if progress.options.freeze_experts:
         return f"With frozen experts the gates alone reach {reached}; the experts carry the rest."
     if progress.passed:
-        return f"Validation accuracy {reached}, at least {plan.REQUIRED_ACCURACY} was asked for."
-    return f"Validation accuracy {reached} is less than the {plan.REQUIRED_ACCURACY} that was asked for."
+        return f"Validation accuracy {reached}, the goal was {plan.REQUIRED_ACCURACY}."
+    return f"Validation accuracy {reached} is less than the goal of {plan.REQUIRED_ACCURACY}."
 
 
 def plot(progress: Progress, path: Path) -> None:
-    """Draws accuracy over time into a PNG, with the kill and the return marked. Raises: OSError."""
+    """Draw accuracy over time into a file, with the kill and the return marked. Raises: OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

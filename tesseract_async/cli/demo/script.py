@@ -1,4 +1,4 @@
-"""The demo's course: start everything, kill a server on the way, start it again, wait for the end."""
+"""The course of the demo: start everything, kill a server on the way, start it again, wait for the end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ VICTIM = 1
 
 
 class Script:
-    """Runs the demo once; `progress` holds what is known of it at any moment."""
+    """One run of the demo; `progress` holds its present state."""
 
     def __init__(self, options: plan.DemoOptions, folder: Path) -> None:
-        """`folder` takes logs, identities and checkpoints."""
+        """Use `folder` for logs, identities and checkpoints."""
         self.options = options
         self.progress = Progress(options)
         self._folder = folder
@@ -29,11 +29,11 @@ class Script:
         self._started_at: float | None = None
 
     def now(self) -> float:
-        """Seconds since training began; 0 before."""
+        """Return the seconds since training began; 0 before."""
         return 0.0 if self._started_at is None else asyncio.get_running_loop().time() - self._started_at
 
     async def run(self) -> None:
-        """Returns when all trainers took all steps; leaves no process behind, whatever happens.
+        """Run until all trainers took all steps; leave no process behind, whatever happens.
 
         Raises: ChildFailed if a process ended that should not have.
         """
@@ -57,7 +57,7 @@ class Script:
             await self._train(family, servers, trainers)
 
     async def _train(self, family: list[Child], servers: list[Child], trainers: list[Child]) -> None:
-        """Raises the first failure of any process; returns when the trainers are done."""
+        """Wait for the trainers. Raises: ChildFailed for the first process that fails."""
         try:
             async with asyncio.TaskGroup() as group:
                 guards = [group.create_task(child.wait()) for child in (*family[:1], *servers)]

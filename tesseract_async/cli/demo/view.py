@@ -25,7 +25,7 @@ PLAIN_PERIOD = 5.0
 
 
 async def show(progress: Progress, now: Callable[[], float], console: Console) -> None:
-    """Draws until cancelled."""
+    """Draw until cancelled."""
     if not console.is_terminal:
         await _show_plain(progress, now, console)
         return
@@ -58,18 +58,18 @@ async def _show_plain(progress: Progress, now: Callable[[], float], console: Con
 
 
 def _tell_how_to_join(progress: Progress, console: Console) -> bool:
-    """Prints the commands for a second terminal once there is an address; outside the picture, so that they can be
-    copied. Returns whether it did."""
+    """Print the commands for a second terminal once there is an address, outside the picture, so that they can be
+    copied. Returns True if it did."""
     if progress.address is None:
         return False
-    console.print("Meanwhile, in a second terminal: look on, or lend a hand", highlight=False)
+    console.print("Meanwhile, in a second terminal: watch, or lend a hand", highlight=False)
     for line in plan.commands_to_join(progress.options, progress.address, program_name()):
         console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
     return True
 
 
 def program_name() -> str:
-    """How this command is called from the present folder: ``tesseract``, or ``.venv/bin/tesseract`` and the like."""
+    """Return how this command is called from the working directory, such as ``.venv/bin/tesseract``."""
     path = Path(sys.argv[0])
     if not path.name.startswith("tesseract"):
         return "python -m tesseract_async.cli"
@@ -80,7 +80,7 @@ def program_name() -> str:
 
 
 def describe(progress: Progress) -> str:
-    """The state of training in one line."""
+    """Return the state of training in one line."""
     parts = [
         f"{name}: step {one.step}, loss {_number(one.loss)}, accuracy {_number(one.accuracy)}"
         for name, one in progress.trainers.items()
@@ -89,7 +89,7 @@ def describe(progress: Progress) -> str:
 
 
 def draw(progress: Progress, now: float) -> RenderableType:
-    """One frame."""
+    """Return one frame."""
     share = progress.share
     bar = Table.grid(padding=(0, 1))
     bar.add_row("training", ProgressBar(total=1.0, completed=share, width=40), f"{share:4.0%}", f"{now:5.1f} s")
@@ -112,7 +112,7 @@ def draw(progress: Progress, now: float) -> RenderableType:
 
 
 def draw_grid(progress: Progress) -> RenderableType:
-    """Each expert on its grid, in its server's color: filled while the trainers see it."""
+    """Draw each expert on its grid in its server's color, filled while the trainers see it."""
     color: dict[str, str] = {}
     for number, server in enumerate(progress.servers.values()):
         color |= dict.fromkeys(server.uids, SERVER_COLORS[number % len(SERVER_COLORS)])

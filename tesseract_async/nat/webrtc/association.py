@@ -54,9 +54,12 @@ class Association(RTCSctpTransport):
     after that is looked at.
     """
 
-    def __init__(self, dtls: Any, port: int, on_garbage: Callable[[ProtocolError], None]) -> None:
+    def __init__(
+        self, dtls: Any, port: int, on_garbage: Callable[[ProtocolError], None], *, max_held: int = MAX_HELD
+    ) -> None:
         super().__init__(dtls, port)
         self._on_garbage = on_garbage
+        self._max_held = max_held
         self._broken = False
         self._time = asyncio.get_running_loop().time
         self._window = CongestionWindow(USERDATA_MAX_LENGTH)
@@ -91,13 +94,13 @@ class Association(RTCSctpTransport):
         if chunk.stream_id != CHANNEL or chunk.protocol == WEBRTC_DCEP:
             raise ProtocolError("the peer uses a data channel that was not agreed on")
         last = self._last_received_tsn
-        if last is None or MAX_HELD < (chunk.tsn - last) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2:
+        if last is None or self._max_held < (chunk.tsn - last) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2:
             return  # too far ahead: as if it had been lost
         await super()._receive_data_chunk(chunk)
         held = len(self._get_inbound_stream(CHANNEL).reassembly)
         if held - len(self._sack_misordered) > MAX_FRAGMENTS:
             raise ProtocolError("a message without an end")
-        if max(held - MAX_FRAGMENTS, len(self._sack_misordered)) > MAX_HELD:
+        if max(held - MAX_FRAGMENTS, len(self._sack_misordered)) > self._max_held:
             raise ProtocolError("the peer begins anew again and again")  # which moves what is too far ahead
 
     async def _receive_forward_tsn_chunk(self, chunk: Any) -> None:
@@ -121,7 +124,7 @@ class Association(RTCSctpTransport):
     # ---- what is under way
 
     async def _data_channel_flush(self) -> None:
-        if len(self._sent_queue) < MAX_HELD:  # else with the next acknowledgement
+        if len(self._sent_queue) < self._max_held:  # else with the next acknowledgement
             await super()._data_channel_flush()
 
     async def _transmit(self) -> None:
