@@ -38,8 +38,8 @@ class ListeningAddress:
         return tuple(join_host_port(host, self.port if ":" in host else mapped_port or self.port) for host in hosts)
 
     def announced_besides(self, opened: Sequence[str], closed_hosts: Sequence[str]) -> tuple[str, ...]:
-        """Return where a public node is dialled: addresses in `opened`, at which it was dialled although it did not
-        announce their hosts, then what it announced, without the hosts at which it could not be dialled."""
+        """Return where a public node is dialed: addresses in `opened`, at which it was dialed although it did not
+        announce their hosts, then what it announced, without the hosts at which it could not be dialed."""
         known = {split_host_port(text)[0] for text in self.announced}
         news = [text for text in opened if split_host_port(text)[0] not in known]
         left = [text for text in self.announced if split_host_port(text)[0] not in closed_hosts]

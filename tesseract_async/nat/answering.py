@@ -101,7 +101,7 @@ class OfferAnswerer:
             # never dial a third party because a stranger wants it
             addresses = [address for address in reverse.addresses if split_host_port(address)[0] == origin]
             if not addresses or not self._scope.allows(origin):
-                raise NotAllowed(f"you speak from {origin}, and want to be dialled elsewhere")
+                raise NotAllowed(f"you speak from {origin}, and want to be dialed elsewhere")
             self.tasks.spawn(self._dial(addresses[0], reverse.token))
             return {}
         if offer.kind == offers.RELAY:

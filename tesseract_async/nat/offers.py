@@ -276,7 +276,7 @@ MAX_SKEW: Final = 120.0
 MAX_PER_SENDER: Final = 20
 """Offers of one peer per minute."""
 MAX_PER_TARGET: Final = 12
-"""Offers per minute that have this node send to one host, whoever makes them."""
+"""Offers per minute that have this node send to one host, all senders together."""
 MAX_PER_MINUTE: Final = 300
 """Offers of all peers per minute."""
 

@@ -36,7 +36,7 @@ class Reachability:
     """Its address as others see it."""
     nat: NatKind = "unknown"
     open_hosts: tuple[str, ...] = ()
-    """Its addresses at which others have dialled it: at most one of IPv4 and one of IPv6."""
+    """Its addresses at which others have dialed it: at most one of IPv4 and one of IPv6."""
     closed_hosts: tuple[str, ...] = ()
     """Its addresses, as others see them, at which they could not."""
 
@@ -67,7 +67,7 @@ class Reachability:
                 )
             return lines
         found = {
-            "none": f"A firewall keeps others from dialling this node (seen as {self.host}).",
+            "none": f"A firewall keeps others from dialing this node (seen as {self.host}).",
             "keeping": f"This node is behind a NAT that keeps ports (seen as {self.host}): holes can be punched.",
             "symmetric": f"This node is behind a symmetric NAT (seen as {self.host}): most peers need a relay.",
             "unknown": f"Others cannot dial this node (seen as {self.host or 'nothing'}).",
@@ -75,7 +75,7 @@ class Reachability:
         return [
             found,
             *(f"Peers that have IPv6 dial it directly at {address}." for address in v6[:1]),
-            f"To be dialled directly, forward TCP and UDP port {port} in the router to this computer, or open the "
+            f"To be dialed directly, forward TCP and UDP port {port} in the router to this computer, or open the "
             f"firewall for it, and start the node with that port. Many routers do so if the node asks (--upnp).",
         ]
 
@@ -287,7 +287,7 @@ class RoleMachine:
             dialled = join_host_port(host, split_host_port(announced)[1])
             elsewhere = "" if dialled == announced else f", as which others see it (it announces {announced})"
             doubt = (
-                f"This node was started as public, but others that dialled {dialled}{elsewhere} did not get through: "
+                f"This node was started as public, but others that dialed {dialled}{elsewhere} did not get through: "
                 f"let TCP and UDP to this port in, or start it without that claim, and it finds the other ways by "
                 f"itself."
             )

@@ -83,7 +83,7 @@ class NatTransport:
         offer_timeout: float = OFFER_TIMEOUT,
         upgrade_after: Sequence[float] = UPGRADE_AFTER,
     ) -> None:
-        """`endpoint`: what paths are improved of (see `upgrades`). `direct_paths`: the ways that need nobody's help.
+        """`endpoint`: what paths are improved of (see `upgrades`). `direct_paths`: the ways that need no third node.
         `scope`: where this node may send on a stranger's word."""
         self._identity = identity
         self._signalling = signalling

@@ -76,7 +76,7 @@ class PathUpgrader:
                 one.again.set()
 
     def place_changed(self) -> None:
-        """This node can be dialled now, or no longer: what was no path before may be one."""
+        """This node can be dialed now, or no longer: what was no path before may be one."""
         for one in self._watched.values():
             one.again.set()
 
