@@ -75,7 +75,7 @@ async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experienc
             await cancel_all(tasks)
 
 
-class _Reply(NamedTuple):
+class _ExpertAnswer(NamedTuple):
     forward: Forward
     outputs: list[torch.Tensor]
     receipt: Receipt
@@ -104,7 +104,7 @@ class MixtureCall:
         self._settings = settings
         self._inputs: Sequence[torch.Tensor] = ()
         self._deadline = 0.0
-        self._replies: dict[ExpertCall, _Reply] = {}
+        self._replies: dict[ExpertCall, _ExpertAnswer] = {}
 
     @property
     def versions(self) -> dict[str, int]:
@@ -172,7 +172,7 @@ class MixtureCall:
         outputs, receipt = await ask_best(self._experience, replicas, exchange, timeout=time_left)
         if not are_finite(outputs):
             raise ExpertFailed(f"{call.uid} answered numbers that are not finite")
-        self._replies[call] = _Reply(forward, outputs, receipt)
+        self._replies[call] = _ExpertAnswer(forward, outputs, receipt)
 
     async def find_more(self) -> None:
         """See `_Sender`. If all that failed said no themselves, only experts that are there already help."""
@@ -189,7 +189,7 @@ class _GradientSender:
     experience: Experience
     settings: MixtureSettings
     dispatch: BackwardDispatch
-    replies: Mapping[ExpertCall, _Reply]
+    replies: Mapping[ExpertCall, _ExpertAnswer]
     """The forward's."""
     inputs: Sequence[torch.Tensor]
     output_gradients: Sequence[torch.Tensor | None]

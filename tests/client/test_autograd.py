@@ -39,7 +39,7 @@ class VirtualDelays:
         self.now = 0.0
         self._due: list[tuple[float, int, asyncio.Event]] = []
         self._waits_for: list[Any] = []
-        wait = autograd._Request.wait
+        wait = autograd._GradientRequest.wait
 
         def watched_wait(request: Any) -> Any:
             self._waits_for[:] = [request]
@@ -51,7 +51,7 @@ class VirtualDelays:
                 heapq.heappush(self._due, (self.now + int(uid.split(".")[-1]) / 1000, number, answered))
                 await answered.wait()
 
-        monkeypatch.setattr(autograd._Request, "wait", watched_wait)
+        monkeypatch.setattr(autograd._GradientRequest, "wait", watched_wait)
         node.fault = fault
 
     async def run(self, coroutine: Any, *, engine: bool = False) -> Any:
