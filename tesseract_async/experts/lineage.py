@@ -38,7 +38,8 @@ class Lineage:
     4. its epoch, the number of its newest Seal, its hash.
 
     A Term that no majority stands behind (an adoption, one half of a pair) does not count once a Seal shows that those
-    whom it thought dead went on. A primary that signed two Seals of one number is exposed: its
+    whom it thought dead went on. Nor do those of a primary whose newest file nobody could show this server for two
+    leases (`missed`), while there are others. A primary that signed two Seals of one number is exposed: its
     Term still counts as the one that others go on from, but nobody listens to it.
     """
 
@@ -52,6 +53,8 @@ class Lineage:
         self._seals: dict[bytes, Seal] = {}  # by Term: the newest
         self._early: dict[bytes, Seal] = {}  # by Term: whose Term was not seen yet
         self._exposed: dict[bytes, tuple[Seal, Seal]] = {}
+        self._missed: dict[PeerID, float] = {}  # since when a file of its Terms has been wanted in vain
+        self._unshown: set[PeerID] = set()
         self._hosts: Mapping[PeerID, int] = {}
         self._home: bytes | None = None
         self._is_home_old = False
@@ -158,6 +161,25 @@ class Lineage:
         home = None if self._home is None else self._terms.get(self._home)
         return home is not None and self._root(home) == self._root(term)
 
+    def missed(self, term: Term, now: float) -> None:
+        """Nobody handed out the file of its newest Seal. After two leases of that, its signer's Terms do not count."""
+        if now - self._missed.setdefault(term.primary, now) >= 2 * self._authority.lease:
+            self._unshown.add(term.primary)
+            self._is_stale = True
+
+    def shown(self, term: Term) -> None:
+        """Its file can be had."""
+        self._missed.clear()
+        if term.primary in self._unshown:
+            self._unshown.discard(term.primary)
+            self._is_stale = True
+
+    @property
+    def unshown(self) -> Term | None:
+        """The Term that would hold if its file could be had; None where that makes no difference."""
+        term = self._find_best(everybody=True) if self._unshown else None
+        return None if term is self.best else term
+
     def authority_changed(self) -> None:
         """Grants, revocations or appointments may be others now."""
         self._is_stale = True
@@ -218,16 +240,18 @@ class Lineage:
         now = EPOCH_ZERO + record.epoch if isinstance(record, Term) else None
         return self._authority.may(record.primary, "host", self.uid, now=now)
 
-    def _find_best(self) -> Term | None:
-        standing = [term for term in self._terms.values() if self._may(term)]
-        if not standing:
+    def _find_best(self, *, everybody: bool = False) -> Term | None:
+        terms = [term for term in self._terms.values() if self._may(term)]
+        if not terms:
             return None
-        lines = {term.digest: self._ancestors(term) for term in standing}
-        refuted = {term.digest for term in standing if term.is_weak and self._is_refuted(term, lines)}
-        standing = [term for term in standing if not refuted & lines[term.digest]] or standing
+        lines = {term.digest: self._ancestors(term) for term in terms}
         # lines end in their beginning, known or not: those that share it are one tree
-        roots = {term.digest: self._root(term) for term in standing}
-        weights = self._weigh(standing, roots)
+        roots = {term.digest: self._root(term) for term in terms}
+        weights = self._weigh(terms, roots)
+        refuted = {term.digest for term in terms if term.is_weak and self._is_refuted(term, lines)}
+        standing = [term for term in terms if not refuted & lines[term.digest]] or terms
+        if not everybody:
+            standing = [term for term in standing if term.primary not in self._unshown] or standing
         home = None if self._home is None or not self._is_home_old else roots.get(self._home)
 
         def rank(term: Term) -> tuple[int, int, bool, int, int, bytes]:
@@ -238,8 +262,8 @@ class Lineage:
 
         return max(standing, key=rank)
 
-    def _weigh(self, standing: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
-        """How many hosts follow each tree, by the epochs that they name.
+    def _weigh(self, terms: Sequence[Term], roots: Mapping[bytes, bytes]) -> Counter[bytes]:
+        """How many hosts follow each tree, by the epochs that they name, be it of a Term that does not count any more.
 
         Anybody may begin a tree with an epoch that stands in another. Then it is that of who names it for the Term that
         it signed itself, and else of the tree that this server goes by.
@@ -249,7 +273,7 @@ class Lineage:
         for peer, epoch in self._hosts.items():
             if not self._authority.may(peer, "host", self.uid, now=None):
                 continue
-            named = [term for term in standing if term.epoch == epoch]
+            named = [term for term in terms if term.epoch == epoch]
             trees = {roots[term.digest] for term in named}
             if len(trees) > 1:
                 trees = {roots[term.digest] for term in named if term.primary == peer} or trees & {home} or trees

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
+from typing import Final
 
 import msgpack
 
@@ -27,6 +29,9 @@ from tesseract_async.experts.terms import (
     sign_vote,
 )
 from tesseract_async.identity import Identity, PeerID
+
+MAX_OTHER_SOURCES: Final = 4
+"""Hosts that are asked for a file besides the Seal's members, which may all be gone."""
 
 
 @dataclass(slots=True)
@@ -159,6 +164,12 @@ class Membership:
         term = b"" if best is None or kind == "vote" else best.blob
         question = Question(kind, epoch, self._boot, term, b"" if held is None else held.blob)
         return Poll(kind, epoch, now + 2.0, set(others)), [Send(peer, question) for peer in sorted(others)]
+
+    def sources(self, term: Term, seal: Seal, random: Random) -> tuple[PeerID, ...]:
+        """From whom to fetch a Seal of that Term's line: its members, then some of those that host the expert."""
+        hosts = [peer for peer in sorted(self.hosts) if self.may_host(peer)]
+        some = random.sample(hosts, min(MAX_OTHER_SOURCES, len(hosts)))
+        return tuple(dict.fromkeys(peer for peer in (term.primary, *seal.members, *some) if peer != self.me))
 
     # -- votes ---------------------------------------------------------------------------------------------------------
 

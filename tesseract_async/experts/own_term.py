@@ -14,6 +14,8 @@ NUM_SUCCESSORS: Final = 2
 """Wanted for each expert: a primary and two successors outlive the death of any one by vote."""
 MAX_BEATS: Final = 6
 """Hosts of an expert that hear from its primary at least: members, and those who may become one."""
+PUBLISH_EVERY: Final = 600.0
+"""Seconds between Seals in the network, where nothing but the state changed; its members hear of each at once."""
 NEVER: Final = -1e9
 Age = tuple[int, int]
 
@@ -75,10 +77,14 @@ class OwnTerm:
         """
         return min(self._until(some, renewed, lease) for some in (self.settled, self.named))
 
-    def heirs(self, now: float, lease: float) -> list[PeerID]:
-        """The servers that agreed within a lease: successors first, then those with the newest file."""
-        alive = [peer for peer, at in self._agreed.items() if now - at < lease]
-        return sorted(alive, key=lambda peer: (peer in self.named, self._holds.get(peer, (0, 0))), reverse=True)
+    def heirs(self, hosts: Set[PeerID], now: float, lease: float) -> list[PeerID]:
+        """Sort the hosts: first those that agreed within a lease, successors before others, then the newest file."""
+
+        def merit(peer: PeerID) -> tuple[bool, bool, Age]:
+            is_alive = now - self._agreed.get(peer, NEVER) < lease
+            return is_alive, is_alive and peer in self.named, self._holds.get(peer, (0, 0)) if is_alive else (0, 0)
+
+        return sorted(sorted(hosts), key=merit, reverse=True)
 
     def choose(self, now: float, lease: float, may: Callable[[PeerID], bool]) -> tuple[PeerID, ...]:
         """Choose the successors to name in the next Seal.

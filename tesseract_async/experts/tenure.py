@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from random import Random
-from typing import Final
 
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.membership import Membership, Poll
-from tesseract_async.experts.own_term import NEVER, OwnTerm
+from tesseract_async.experts.own_term import NEVER, PUBLISH_EVERY, OwnTerm
 from tesseract_async.experts.tenure_words import (
     Command,
     Fetch,
@@ -29,9 +28,6 @@ from tesseract_async.experts.tenure_words import (
 )
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, Term, majority
 from tesseract_async.identity import Identity, PeerID
-
-PUBLISH_EVERY: Final = 600.0
-"""Seconds between Seals in the network, where nothing but the state changed; its members hear of each at once."""
 
 
 class Tenure:
@@ -69,7 +65,7 @@ class Tenure:
         self._renewed = NEVER
         self._look_at = now
         self._was_alone = False
-        self._fetching: bytes | None = None
+        self._fetching: set[bool] = set()  # `Fetch.check` of those under way: one to follow, one to look
         self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
         self._role: RoleChanged | None = None
@@ -176,6 +172,8 @@ class Tenure:
         elif self.state is State.ABSENT and self._member.is_unsealed(now):
             self._stand(Kind.GENESIS, None, now, wall)
         self._appoint(now, wall)
+        if (unshown := self.lineage.unshown) is not None and (seal := self.lineage.seal_of(unshown)) is not None:
+            self._fetch(unshown, seal, check=True)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -185,8 +183,7 @@ class Tenure:
             return Response(False, (0, 0), b"", b"")
         self.sight(question.term, now, wall)
         self.sight(question.seal, now, wall)
-        best, member = self.lineage.best, self._member
-        agrees, vote = False, b""
+        best, member, agrees, vote = self.lineage.best, self._member, False, b""
         if question.kind in ("beat", "rise") and member.is_beat(peer, question, now):
             # for a lease, a primary that lost touch may come back; then others stand
             agrees = question.kind == "beat" or now < member.heard + self._lease
@@ -194,6 +191,8 @@ class Tenure:
                 member.heard = member.beaten = now
             member.agreed_at = now if agrees else member.agreed_at
             self._review(now, wall)  # a file that could not be had is asked for again
+        elif question.kind == "beat" and now >= self._look_at:
+            self._look(now)  # what leads to that Term may be in the network
         elif question.kind == "probe":
             agrees = self.is_primary(now)
         elif question.kind == "vote":
@@ -281,10 +280,8 @@ class Tenure:
         return True
 
     def heirs(self, now: float) -> list[PeerID]:
-        """To whom it may be given: hosts that answered within a lease, members first, those with the newest file; then
-        the others."""
-        best = [] if self._own is None else [p for p in self._own.heirs(now, self._lease) if p in self._member.hosts]
-        return best + [peer for peer in sorted(self._member.hosts) if peer not in best and peer != self.me]
+        """To whom it may be given, the best first."""
+        return [] if self._own is None else self._own.heirs(self._member.hosts.keys() - {self.me}, now, self._lease)
 
     def hand_over(self, heir: PeerID) -> bytes:
         """Sign the expert over to `heir`, which proved that it has the last Seal's file.
@@ -311,18 +308,21 @@ class Tenure:
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
-    def fetched(self, seal: Seal | None, now: float, wall: float) -> None:
-        """The file of this Seal is here, whole, and what the expert goes on from. None: it could not be had now."""
-        self._fetching = None
-        if seal is None:
-            return
-        self._has_own_steps = False
-        self._member.held = seal
-        self._member.heard = max(self._member.heard, now) if self.state is State.HOLDING else self._member.heard
-        if self.state in (State.ABSENT, State.ASIDE):
-            self.state, self._member.heard = State.HOLDING, now
-        self._persist()
-        self._review(now, wall)
+    def fetched(self, fetch: Fetch, found: bool, now: float, wall: float) -> None:
+        """Take how it went: the file is here, whole, and what the expert goes on from; or it could not be had now."""
+        self._fetching.discard(fetch.check)
+        member, is_waiting = self._member, self.state in (State.ABSENT, State.ASIDE)
+        if found:
+            self.lineage.shown(fetch.term)
+        elif is_waiting and not fetch.check:
+            self.lineage.missed(fetch.term, now)
+        if found and not fetch.check:
+            self._has_own_steps, member.held = False, fetch.seal
+            if is_waiting or self.state is State.HOLDING:
+                self.state, member.heard = State.HOLDING, max(member.heard, now)
+            self._persist()
+        if found or self.lineage.best is not fetch.term:
+            self._review(now, wall)
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
@@ -362,6 +362,8 @@ class Tenure:
             self._retry(now)
             return
         others = {best.primary, *(held.members if self.state is State.HOLDING else ())} - {self.me}
+        if (unshown := self.lineage.unshown) is not None and self.lineage.is_home(unshown):
+            others.add(unshown.primary)  # while it is alive, nobody stands against it for want of a file
         if not others or (self.state is State.FOLLOWING and self.lineage.is_exposed(best)):
             self._stand(Kind.TAKEOVER, held, now, wall)
             return
@@ -502,14 +504,12 @@ class Tenure:
         if best is None:
             return
         self.lineage.stay(best, now)
-        if best is self.term:
-            if self.lineage.is_exposed(best) and self.state in (State.PRIMARY, State.YIELDING):
-                self._find_twin(now, wall)
+        if best is self.term and self.lineage.is_exposed(best) and self.state in (State.PRIMARY, State.YIELDING):
+            self._find_twin(now, wall)
+        if best is self.term or self._withstands(best, now, wall):
             return
-        if self._withstands(best, now, wall):
-            return
-        if self.state in (State.PRIMARY, State.FENCED, State.YIELDING, State.CANDIDATE):
-            was_candidate = self.state is State.CANDIDATE
+        was_candidate = self.state is State.CANDIDATE
+        if was_candidate or self.state in (State.PRIMARY, State.FENCED, State.YIELDING):
             self._poll, self._settle_at, self._own = None, None, None
             self._member.take_back_own_vote()
             self.state = State.ASIDE if not was_candidate else State.ABSENT if self.held is None else State.HOLDING
@@ -518,35 +518,36 @@ class Tenure:
             if (evidence := self.lineage.evidence(best)) is not None:
                 self._commands.append(Publish(tuple(seal.blob for seal in evidence)))
         self._say_role()
-        seal = self.lineage.seal_of(best)
         if best.primary == self.me:
             # of before this process: it goes on from there, if it is a member still
             self.state = State.FOLLOWING if self.held is not None else State.ABSENT
-        elif seal is not None:
+        elif (seal := self.lineage.seal_of(best)) is not None:
             self._follow(best, seal)
 
     def _follow(self, best: Term, seal: Seal) -> None:
         """Another server's Term holds, and this is its newest Seal."""
-        in_line = self.held is not None and self.lineage.is_in_line(self.held, best)
-        if self.held is not None and self.state is not State.ASIDE:
+        held = self.held
+        in_line = held is not None and self.lineage.is_in_line(held, best)
+        if held is not None and (self.state is not State.ASIDE or (in_line and not self._has_own_steps)):
             member = State.FOLLOWING if self.me in seal.members else State.HOLDING
             self.state = member if in_line else State.ASIDE
-        is_newer = not in_line or self.held is None or self.held.age < seal.age
-        if (self.state is State.ASIDE or is_newer) and self._fetching is None:
-            self._fetching = seal.digest
-            sources = tuple(dict.fromkeys(p for p in (best.primary, *seal.members) if p != self.me))
-            self._commands.append(Fetch(seal, self._has_own_steps, sources))
+        is_newer = held is None or not in_line or held.age < seal.age
+        if self.state is State.ASIDE or is_newer:
+            self._fetch(best, seal if held is None or is_newer else held, check=False)
+
+    def _fetch(self, term: Term, seal: Seal, *, check: bool) -> None:
+        if check not in self._fetching:
+            self._fetching.add(check)
+            sources = self._member.sources(term, seal, self._random)
+            self._commands.append(Fetch(term, seal, sources, aside=self._has_own_steps, check=check))
 
     def _withstands(self, best: Term, now: float, wall: float) -> bool:
         """Return whether a weak Term thinks this primary dead, which is not: it says so with a Seal, and goes on."""
-        if self.term is None or not best.is_weak or not self.is_primary(now) or best.seal is None:
+        own, seal = self.term, best.seal
+        if own is None or seal is None or not (best.is_weak and self.is_primary(now)):
             return False
-        if not self.lineage.is_in_line(best.seal, self.term):
-            return False
-        # it has seen that Term, whatever its own clock says
-        if not self._seal_again(now, max(wall, EPOCH_ZERO + best.epoch + 1)):
-            return False
-        return self.lineage.best is self.term
+        at = max(wall, EPOCH_ZERO + best.epoch + 1)  # it has seen that Term, whatever its own clock says
+        return self.lineage.is_in_line(seal, own) and self._seal_again(now, at) and self.lineage.best is own
 
     def _seal_again(self, now: float, wall: float) -> bool:
         """Say in the network that this server is the primary still."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from tesseract_async.experts.terms import Seal
+from tesseract_async.experts.terms import Seal, Term
 from tesseract_async.identity import PeerID
 
 
@@ -87,12 +87,16 @@ class Look(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """Get this Seal's file from one of `sources`, verify its root, install it; then `fetched`, or `not_fetched`."""
+    """Get this Seal's file, from this server's own or one of `sources`, verify its root, install it; then `fetched`."""
 
+    term: Term
+    """The Term for which it is fetched."""
     seal: Seal
+    sources: tuple[PeerID, ...]
     aside: bool
     """This server's file is of another line: it is kept, out of the way."""
-    sources: tuple[PeerID, ...]
+    check: bool
+    """Only look whether the file can be had: nothing is installed."""
 
 
 class RoleChanged(NamedTuple):

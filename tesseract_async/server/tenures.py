@@ -34,12 +34,12 @@ from tesseract_async.experts.tenure_words import (
 )
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
-from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.checkpoint import State as ExpertState
+from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import fetch_fitting
 from tesseract_async.server.state_files import SealedFile, SealedFiles
 from tesseract_async.server.tenure_records import TenureRecords
-from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
@@ -325,37 +325,39 @@ class Tenures:
             return None
 
     async def _fetch(self, expert: _Expert, command: Fetch) -> None:
-        for source in command.sources:
+        found = False
+        for source in (self._node.peer_id, *command.sources):
             try:
-                if (address := self._records.addresses.get(source)) is not None:
-                    await self._pull(expert, command, address)
-                    expert.tenure.fetched(command.seal, *self._now())
-                    break
+                found = await self._pull(expert, command, source)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.info("the state of %s at %s: %s", expert.uid, source.short, describe(error))
-        else:
-            expert.tenure.fetched(None, *self._now())
+            if found:
+                break
+        expert.tenure.fetched(command, found, *self._now())
         await self._carry_out(expert)
 
-    async def _pull(self, expert: _Expert, command: Fetch, source: PeerAddress) -> None:
-        """Take the sealed state. Raises: ProtocolError, CheckpointError and as the call; then nothing has changed."""
-        hosted, seal = expert.hosted, command.seal
-        found = await fetch_fitting(
-            self._node,
-            source,
-            expert.uid,
-            hosted.backend,
-            seal=seal,
-            timeout=self._call_timeout,
-            aside=self._server.call_aside,
-        )
-        if found is None:
-            raise ProtocolError(f"{expert.uid}: not the file that was sealed")
+    async def _pull(self, expert: _Expert, command: Fetch, source: PeerID) -> bool:
+        """Take the sealed state from that server, maybe this one. False if it is not to be had there.
+
+        Raises: ProtocolError, CheckpointError and as the call; then nothing has changed.
+        """
+        hosted, seal, aside = expert.hosted, command.seal, self._server.call_aside
+        found: tuple[bytes, ExpertState] | None = None
+        if source == self._node.peer_id:
+            if (data := await self._read(expert.uid, seal)) is not None:
+                found = data, await aside(partial(check_state, expert.uid, data))
+        elif (address := self._records.addresses.get(source)) is not None:
+            found = await fetch_fitting(
+                self._node, address, expert.uid, hosted.backend, seal=seal, timeout=self._call_timeout, aside=aside
+            )
+        if found is None or command.check:
+            return found is not None
         file, state = found
         await hosted.take(state, aside=command.aside)
         expert.progress = hosted.backend.progress
-        await self._server.call_aside(partial(self._files.keep, expert.uid, seal.root, file))
+        await aside(partial(self._files.keep, expert.uid, seal.root, file))
         self._node.metrics.count("states_pulled")
+        return True
 
     # -- in the background ---------------------------------------------------------------------------------------------
 

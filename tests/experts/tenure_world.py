@@ -17,6 +17,7 @@ from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import Fetch, Look, Persist, Publish, Question, RoleChanged, Send, State
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, Seal, read_seal, sign_seal, sign_term
 from tesseract_async.identity import Identity, PeerID
+from tesseract_async.server.state_files import NUM_SEALED
 
 UID = "ffn.0.0"
 RUN = b"r" * 16
@@ -116,9 +117,16 @@ class Server:
         root = hashlib.sha256(repr(self.steps).encode()).digest()
         seal = self.machine.seal(root, 1, len(self.steps), self.world.now, self.wall)
         if seal is not None:
-            self.files[root] = self.steps
+            self.keep(root)
             self.world.synced[self.number] = self.world.now
         return seal is not None
+
+    def keep(self, root: bytes) -> None:
+        """Write the state to a file; the two newest are kept, as a server's driver does."""
+        self.files.pop(root, None)
+        self.files[root] = self.steps
+        for old in list(self.files)[:-NUM_SEALED]:
+            del self.files[old]
 
     @property
     def machine(self) -> Tenure:
@@ -192,18 +200,15 @@ class Server:
 
     def fetch(self, command: Fetch, life: int) -> None:
         def get() -> None:
-            for source in command.sources:
-                for other in self.world.of(source):
-                    if other is not self and other.is_up and self.world.linked(self, other):
-                        steps = other.files.get(command.seal.root)
-                        if steps is not None:
-                            if command.aside and self.steps:
-                                self.aside.append(self.steps)
-                            self.steps = steps
-                            self.files[command.seal.root] = steps
-                            self.machine.fetched(command.seal, self.world.now, self.wall)
-                            return
-            self.machine.fetched(None, self.world.now, self.wall)
+            others = [other for source in command.sources for other in self.world.of(source)]
+            near = [other for other in others if other.is_up and self.world.linked(self, other)]
+            found = [files for one in (self, *near) if (files := one.files.get(command.seal.root)) is not None]
+            if found and not command.check:
+                if command.aside and self.steps:
+                    self.aside.append(self.steps)
+                self.steps = found[0]
+                self.keep(command.seal.root)
+            self.machine.fetched(command, bool(found), self.world.now, self.wall)
 
         self.receive(life, get)
 

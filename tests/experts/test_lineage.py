@@ -247,3 +247,35 @@ def test_a_hosts_flood_stays_small_and_pushes_nothing_out() -> None:
         found.add(flood[-1], now=NOW)
     remembered = {term.digest for one in flood if (term := found.term_of(one)) is not None}
     assert found.best is second and len(remembered) <= 10
+
+
+def test_who_names_a_term_that_was_refuted_still_follows_its_tree() -> None:
+    first = genesis()
+    seal = sealed(A, first, B, number=2, time=150)
+    lie = follows(D, seal, 200, Kind.ADOPTION)
+    other = genesis(C, 250)
+    found = lineage(first, seal, lie, other, sealed(C, other))
+    found.set_hosts({A.peer_id: 200, B.peer_id: 200, C.peer_id: 250})
+    assert found.best is lie
+    found.add(sealed(A, first, B, number=3, time=300), now=NOW)  # it was alive
+    assert found.best is first
+
+
+def test_a_primary_whose_file_nobody_shows_counts_for_nothing_until_one_does() -> None:
+    first, other = genesis(A, 100), genesis(B, 200)
+    found = lineage(first, sealed(A, first), other, sealed(B, other))
+    assert found.best is other and found.unshown is None
+    found.missed(other, 0.0)
+    found.missed(other, 59.0)
+    assert found.best is other
+    found.missed(other, 60.0)
+    assert found.best is first and found.unshown is other
+    found.add(again := genesis(B, 300), now=NOW)
+    assert found.best is first and found.unshown is again
+    found.shown(again)
+    assert found.best is again and found.unshown is None
+    found.missed(again, 70.0)
+    found.missed(again, 200.0)
+    found.missed(first, 70.0)
+    found.missed(first, 200.0)
+    assert found.best is again, "of those that nobody shows, as if there were no doubt"

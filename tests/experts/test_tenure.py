@@ -379,105 +379,6 @@ def test_a_primary_with_two_tongues_is_left_by_everybody() -> None:
     assert world.run_until(lambda: world.leaders not in ([], [leader]), 6 * LEASE), world.describe()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_one_host_that_is_no_member_cannot_seize_an_expert(seed: int) -> None:
-    world = World(seed, 4)
-    leader = world.begin()
-    liar = next(one for one in world.up if one.peer not in (leader.peer, *leader.machine.members))
-    liar.kill()
-    seal = leader.machine.held
-    assert seal is not None
-    now = int(world.now)
-    world.strangers = [
-        sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal).blob,
-        (fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now + 1, boot=bytes(8), kind=Kind.GENESIS)).blob,
-        sign_seal(
-            liar.identity,
-            RUN,
-            term=fresh,
-            number=999,
-            version=2**62,
-            root=bytes(32),
-            size=1,
-            time=now + 50,
-            successors=[one.peer for one in world.up][:3],
-        ).blob,
-    ]
-    world.ghosts[liar.peer] = now + 1
-    world.run(4 * LEASE)
-    assert world.leaders == [leader], world.describe()
-    assert all(one.machine.primary == leader.peer for one in world.up)
-
-
-def lie(world: World, liar: Server, leader: Server, how: str) -> None:
-    """One granted host shows everybody what it has made up just now, and says that it follows that."""
-    now, seal = int(world.now), leader.last_seal
-    assert seal is not None
-    if how == "an adoption":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
-    elif how == "an adoption that is to come":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
-    elif how == "a beginning":
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.GENESIS)]
-    else:  # with the epoch that honest hosts name in their manifests
-        epoch, boot = seal.epoch, bytes(8)
-        said = [sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=boot, kind=Kind.GENESIS)]
-        own = {"number": 2**60, "version": 2**62, "root": bytes(32), "size": 1, "time": now, "successors": []}
-        fresh = sign_seal(liar.identity, RUN, term=said[0], **own)
-        said.append(sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=Kind.TAKEOVER, seal=fresh))
-    world.ghosts[liar.peer] = said[-1].epoch
-    blobs = [term.blob for term in said]
-    world.strangers = [*world.strangers, *blobs][-20:]
-    for one in world.up:
-        for blob in blobs:
-            one.machine.sight(blob, world.now, one.wall)
-        one.settle()
-
-
-LIES = ("an adoption", "an adoption that is to come", "a beginning", "a beginning of the same epoch")
-
-
-def settled(num_servers: int, *, skew: float) -> tuple[World, Server, Server]:
-    """A world whose expert has been led for long, its primary, and one with a grant that hosts nothing."""
-    world = World(5, num_servers, skew=skew)
-    if num_servers == 1:
-        world.servers[0].start()
-        assert world.run_until(world.is_led, 10 * LEASE)
-    else:
-        world.begin()
-    world.run(11 * LEASE)
-    liar = Server(world, 50)
-    world.authority.granted.add(liar.peer)
-    (leader,) = world.leaders
-    leader.last_seal = leader.machine.held
-    return world, leader, liar
-
-
-@pytest.mark.parametrize("num_servers", [1, 2, 3, 4])
-@pytest.mark.parametrize("how", LIES)
-def test_no_lie_of_one_granted_host_stops_a_primary(how: str, num_servers: int) -> None:
-    world, leader, liar = settled(num_servers, skew=20.0)
-    for _ in range(30):
-        lie(world, liar, leader, how)
-        world.run(3.0)
-        assert world.leaders == [leader], world.describe()
-        leader.last_seal = leader.machine.held
-    assert leader.machine.primary == leader.peer
-
-
-@pytest.mark.parametrize("num_servers", [2, 3, 4])
-@pytest.mark.parametrize("how", LIES)
-def test_no_lie_of_one_granted_host_delays_a_takeover(how: str, num_servers: int) -> None:
-    world, leader, liar = settled(num_servers, skew=0.0)
-    leader.kill()
-    for _ in range(15):
-        lie(world, liar, leader, how)
-        world.run(3.0)
-    (new,) = world.leaders
-    assert new is not leader and new.machine.lineage.best is new.machine.term
-    assert new.machine.term is not None and new.machine.term.kind is Kind.TAKEOVER
-
-
 # -- 10. adopters, and everybody's return -----------------------------------------------------------------------------
 
 
@@ -593,32 +494,6 @@ def test_every_order_of_a_few_messages_ends_in_one_primary() -> None:
 @pytest.mark.slow
 def test_every_order_of_more_messages_ends_in_one_primary() -> None:
     every_order(7)
-
-
-@pytest.mark.slow
-def test_lineage_survives_a_day_of_churn_with_liars() -> None:
-    """24 hours; of 20 servers 2 lie; one in ten goes or comes every 5 minutes."""
-    world = World(19, 20)
-    liars = world.servers[-2:]
-    world.servers = world.servers[:-2]
-    world.sync_every = 60.0
-    world.step_period = 10.0
-    world.begin()
-    for _ in range(24 * 12):
-        for one in world.random.sample(world.servers, 2):
-            if one.alive and len(world.up) > 6 and one not in world.leaders[:0]:
-                one.kill()
-            elif not one.alive:
-                one.start()
-        for liar in liars:
-            world.strangers += world.lies(liar)
-        world.strangers = world.strangers[-40:]
-        world.run(300.0)
-    assert world.run_until(world.agree, 10 * LEASE), world.describe()
-    (leader,) = world.leaders
-    assert leader in world.servers
-    taken = sum(one.acknowledged[-1][0] > world.now - 600 for one in world.servers if one.acknowledged)
-    assert taken and len(leader.steps) >= 0.9 * len(world.acknowledged)
 
 
 def test_commands_come_in_the_order_in_which_they_must_be_done() -> None:

@@ -1,0 +1,259 @@
+"""Hosts with a grant that lie, against `Tenure`, in virtual time: none of what they say stops an expert."""
+
+from __future__ import annotations
+
+import pytest
+
+from tesseract_async.experts.tenure_words import State
+from tesseract_async.experts.terms import Kind, Seal, Term, sign_seal, sign_term
+from tests.experts.tenure_world import RUN, UID, Server, World
+
+LEASE = 30.0
+
+
+def adoption(liar: Server, seal: Seal, epoch: int) -> Term:
+    return sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)
+
+
+def beginning(liar: Server, epoch: int, *, number: int = 7, root: bytes = bytes(32)) -> list[bytes]:
+    """Another beginning of the expert, and a Seal there."""
+    term = sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=bytes(8), kind=Kind.GENESIS)
+    state = {"number": number, "version": 2**62, "root": root, "size": 1, "time": epoch, "successors": []}
+    return [term.blob, sign_seal(liar.identity, RUN, term=term, **state).blob]
+
+
+# -- one liar ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_host_that_is_no_member_cannot_seize_an_expert(seed: int) -> None:
+    world = World(seed, 4)
+    leader = world.begin()
+    liar = next(one for one in world.up if one.peer not in (leader.peer, *leader.machine.members))
+    liar.kill()
+    seal = leader.machine.held
+    assert seal is not None
+    now = int(world.now)
+    world.strangers = [
+        sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal).blob,
+        (fresh := sign_term(liar.identity, RUN, uid=UID, epoch=now + 1, boot=bytes(8), kind=Kind.GENESIS)).blob,
+        sign_seal(
+            liar.identity,
+            RUN,
+            term=fresh,
+            number=999,
+            version=2**62,
+            root=bytes(32),
+            size=1,
+            time=now + 50,
+            successors=[one.peer for one in world.up][:3],
+        ).blob,
+    ]
+    world.ghosts[liar.peer] = now + 1
+    world.run(4 * LEASE)
+    assert world.leaders == [leader], world.describe()
+    assert all(one.machine.primary == leader.peer for one in world.up)
+
+
+def lie(world: World, liar: Server, leader: Server, how: str) -> None:
+    """One granted host shows everybody what it has made up just now, and says that it follows that."""
+    now, seal = int(world.now), leader.last_seal
+    assert seal is not None
+    if how == "an adoption":
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
+    elif how == "an adoption that is to come":
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)]
+    elif how == "a beginning":
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=now + 59, boot=bytes(8), kind=Kind.GENESIS)]
+    else:  # with the epoch that honest hosts name in their manifests
+        epoch, boot = seal.epoch, bytes(8)
+        said = [sign_term(liar.identity, RUN, uid=UID, epoch=epoch, boot=boot, kind=Kind.GENESIS)]
+        own = {"number": 2**60, "version": 2**62, "root": bytes(32), "size": 1, "time": now, "successors": []}
+        fresh = sign_seal(liar.identity, RUN, term=said[0], **own)
+        said.append(sign_term(liar.identity, RUN, uid=UID, epoch=epoch + 1, boot=boot, kind=Kind.TAKEOVER, seal=fresh))
+    world.ghosts[liar.peer] = said[-1].epoch
+    blobs = [term.blob for term in said]
+    world.strangers = [*world.strangers, *blobs][-20:]
+    for one in world.up:
+        for blob in blobs:
+            one.machine.sight(blob, world.now, one.wall)
+        one.settle()
+
+
+LIES = ("an adoption", "an adoption that is to come", "a beginning", "a beginning of the same epoch")
+
+
+def settled(num_servers: int, *, skew: float) -> tuple[World, Server, Server]:
+    """A world whose expert has been led for long, its primary, and one with a grant that hosts nothing."""
+    world = World(5, num_servers, skew=skew)
+    if num_servers == 1:
+        world.servers[0].start()
+        assert world.run_until(world.is_led, 10 * LEASE)
+    else:
+        world.begin()
+    world.run(11 * LEASE)
+    liar = Server(world, 50)
+    world.authority.granted.add(liar.peer)
+    (leader,) = world.leaders
+    leader.last_seal = leader.machine.held
+    return world, leader, liar
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 3, 4])
+@pytest.mark.parametrize("how", LIES)
+def test_no_lie_of_one_granted_host_stops_a_primary(how: str, num_servers: int) -> None:
+    world, leader, liar = settled(num_servers, skew=20.0)
+    for _ in range(30):
+        lie(world, liar, leader, how)
+        world.run(3.0)
+        assert world.leaders == [leader], world.describe()
+        leader.last_seal = leader.machine.held
+    assert leader.machine.primary == leader.peer
+
+
+@pytest.mark.parametrize("num_servers", [2, 3, 4])
+@pytest.mark.parametrize("how", LIES)
+def test_no_lie_of_one_granted_host_delays_a_takeover(how: str, num_servers: int) -> None:
+    world, leader, liar = settled(num_servers, skew=0.0)
+    leader.kill()
+    for _ in range(15):
+        lie(world, liar, leader, how)
+        world.run(3.0)
+    (new,) = world.leaders
+    assert new is not leader and new.machine.lineage.best is new.machine.term
+    assert new.machine.term is not None and new.machine.term.kind is Kind.TAKEOVER
+
+
+def test_an_adoption_does_not_stop_the_only_member_that_is_left() -> None:
+    world = World(2, 6)
+    leader = world.begin()
+    liar = Server(world, 50)
+    world.authority.granted.add(liar.peer)
+    world.run(2 * LEASE)
+    for one in world.up:
+        if one.peer in leader.machine.members:
+            one.kill()
+    world.run(LEASE)
+    assert leader.machine.state is not State.PRIMARY and leader.machine.held is not None
+    term = adoption(liar, leader.machine.held, int(world.now))
+    world.strangers = [term.blob]
+    leader.machine.sight(term.blob, world.now, leader.wall)
+    assert leader.machine.state is State.ASIDE
+    leader.settle()
+    # neither the liar nor a member hands the file out, but this server and others have it
+    assert world.run_until(world.agree, 6 * LEASE), world.describe()
+    assert len(world.leaders[0].steps) >= len(leader.steps) - 1 or leader.aside
+
+
+# -- two liars --------------------------------------------------------------------------------------------------------
+
+
+def outvoted(seed: int) -> tuple[World, Server, list[Server]]:
+    """A world of one honest server, which has been the primary for long, and two liars."""
+    world = World(seed, 1)
+    leader = world.servers[0]
+    leader.start()
+    assert world.run_until(world.is_led, LEASE)
+    world.run(12 * LEASE)
+    liars = [Server(world, number) for number in (50, 51)]
+    world.authority.granted |= {liar.peer for liar in liars}
+    return world, leader, liars
+
+
+def claim(world: World, liars: list[Server], *, root: bytes = bytes(32)) -> None:
+    """One of them begins the expert anew, and all say that they follow that."""
+    epoch = int(world.now)
+    world.strangers = [*world.strangers, *beginning(world.random.choice(liars), epoch, root=root)][-20:]
+    world.ghosts |= {liar.peer: epoch for liar in liars}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tree_whose_file_nobody_shows_is_left_after_two_leases_for_good(seed: int) -> None:
+    world, leader, liars = outvoted(seed)
+    steps = leader.steps
+    claim(world, liars)
+    assert world.run_until(lambda: leader.machine.state is State.ASIDE, LEASE)
+    claimed = world.now
+    assert world.run_until(lambda: leader.leads, 8 * LEASE), world.describe()
+    assert world.now - claimed >= 2 * LEASE and leader.steps[: len(steps)] == steps
+    for _ in range(30):  # whatever else these say
+        claim(world, liars)
+        world.run(LEASE / 3)
+    for _ in range(30):
+        claim(world, liars)
+        world.run(LEASE / 3)
+        assert leader.leads, world.describe()
+
+
+def test_it_counts_again_once_its_file_is_shown() -> None:
+    world, leader, liars = outvoted(4)
+    claim(world, liars, root=b"a" * 32)
+    assert not world.run_until(lambda: bool(leader.aside), 6 * LEASE)
+    assert world.run_until(lambda: leader.leads, 4 * LEASE)
+    steps = leader.steps
+    late = liars[0]
+    late.files[b"a" * 32] = (7, 7)
+    late.start()
+    world.servers.append(late)
+    assert world.run_until(lambda: bool(leader.aside), 3 * LEASE), world.describe()
+    assert leader.aside[-1][: len(steps)] == steps and leader.steps[:2] == (7, 7)
+
+
+def test_hosts_of_a_line_count_for_its_tree_even_if_the_last_term_of_it_was_a_lie() -> None:
+    world = World(3, 6)
+    leader = world.begin()
+    liars = [Server(world, number) for number in (50, 51)]
+    world.authority.granted |= {liar.peer for liar in liars}
+    world.run(11 * LEASE)
+    members = (leader.peer, *leader.machine.members)
+    for one in world.up:
+        if one.peer in members:
+            one.kill()
+    held = next(one.machine.held for one in world.up)
+    assert held is not None
+    term = adoption(liars[0], held, int(world.now) + 1)
+    world.strangers = [term.blob]
+    claim(world, liars)
+    # all follow the lie, and say so in their manifests, until one of them adopts the expert
+    assert world.run_until(world.agree, 12 * LEASE), world.describe()
+    for _ in range(20):
+        claim(world, liars)
+        world.run(LEASE / 2)
+        assert world.agree(), world.describe()
+
+
+def survive(seed: int, *, hours: float) -> None:
+    """Of 20 servers 2 lie; one in ten goes or comes every 5 minutes. The expert has a primary at each of these."""
+    world = World(seed, 20)
+    liars = world.servers[-2:]
+    world.servers = world.servers[:-2]
+    world.sync_every = 60.0
+    world.step_period = 10.0
+    world.begin()
+    for _ in range(int(hours * 12)):
+        for one in world.random.sample(world.servers, 2):
+            if one.alive and len(world.up) > 6:
+                one.kill()
+            elif not one.alive:
+                one.start()
+        for liar in liars:
+            world.strangers += world.lies(liar)
+        world.strangers = world.strangers[-40:]
+        world.run(300.0)
+        assert world.leaders, world.describe()
+    assert world.run_until(world.agree, 10 * LEASE), world.describe()
+    (leader,) = world.leaders
+    assert leader in world.servers
+    taken = sum(one.acknowledged[-1][0] > world.now - 600 for one in world.servers if one.acknowledged)
+    assert taken and len(leader.steps) >= 0.9 * len(world.acknowledged)
+
+
+@pytest.mark.slow
+def test_lineage_survives_a_day_of_churn_with_liars() -> None:
+    survive(19, hours=24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [14, 17, 18, 27])
+def test_lineage_survives_hours_of_churn_in_which_members_die_as_liars_adopt(seed: int) -> None:
+    survive(seed, hours=2)
