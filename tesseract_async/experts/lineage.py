@@ -169,7 +169,7 @@ class Lineage:
 
     def shown(self, term: Term) -> None:
         """Its file can be had."""
-        self._missed.clear()
+        self._missed.pop(term.primary, None)
         if term.primary in self._unshown:
             self._unshown.discard(term.primary)
             self._is_stale = True
@@ -212,6 +212,10 @@ class Lineage:
         if term.digest in self._exposed:
             return term.seal
         return self._seals.get(term.digest, term.seal)
+
+    def own_seal_of(self, term: Term) -> Seal | None:
+        """The newest Seal of this very Term."""
+        return self._seals.get(term.digest)
 
     def term_of(self, seal: Seal) -> Term | None:
         """The Term that a Seal belongs to, if that was seen."""

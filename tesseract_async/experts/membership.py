@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
@@ -164,6 +164,21 @@ class Membership:
         term = b"" if best is None or kind == "vote" else best.blob
         question = Question(kind, epoch, self._boot, term, b"" if held is None else held.blob)
         return Poll(kind, epoch, now + 2.0, set(others)), [Send(peer, question) for peer in sorted(others)]
+
+    def primaries(self, best: Term, members: Iterable[PeerID]) -> set[PeerID]:
+        """Whom to ask, besides these, whether the expert has a primary: while one is alive whose file could not be had,
+        nobody stands against it in its own tree."""
+        unshown = self.lineage.unshown
+        found = {best.primary, *members}
+        if unshown is not None and self.lineage.is_home(unshown):
+            found.add(unshown.primary)
+        return found - {self.me}
+
+    def note_silence(self, poll: Poll, now: float) -> None:
+        """An adoption whose signer does not answer shows no state: otherwise it could be repeated forever."""
+        best = self.lineage.best
+        if best is not None and best.kind is Kind.ADOPTION and best.primary in poll.silent:
+            self.lineage.missed(best, now)
 
     def sources(self, term: Term, seal: Seal, random: Random) -> tuple[PeerID, ...]:
         """From whom to fetch a Seal of that Term's line: its members, then some of those that host the expert."""

@@ -172,8 +172,8 @@ class Tenure:
         elif self.state is State.ABSENT and self._member.is_unsealed(now):
             self._stand(Kind.GENESIS, None, now, wall)
         self._appoint(now, wall)
-        if (unshown := self.lineage.unshown) is not None and (seal := self.lineage.seal_of(unshown)) is not None:
-            self._fetch(unshown, seal, check=True)
+        if (term := self.lineage.unshown) is not None and (seal := self.lineage.own_seal_of(term)) is not None:
+            self._fetch(term, seal, check=True)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
@@ -312,9 +312,9 @@ class Tenure:
         """Take how it went: the file is here, whole, and what the expert goes on from; or it could not be had now."""
         self._fetching.discard(fetch.check)
         member, is_waiting = self._member, self.state in (State.ABSENT, State.ASIDE)
-        if found:
+        if found and fetch.seal.term == fetch.term.digest:
             self.lineage.shown(fetch.term)
-        elif is_waiting and not fetch.check:
+        elif is_waiting and not found and not fetch.check:
             self.lineage.missed(fetch.term, now)
         if found and not fetch.check:
             self._has_own_steps, member.held = False, fetch.seal
@@ -361,9 +361,7 @@ class Tenure:
         if best is None or held is None or self.is_twin:
             self._retry(now)
             return
-        others = {best.primary, *(held.members if self.state is State.HOLDING else ())} - {self.me}
-        if (unshown := self.lineage.unshown) is not None and self.lineage.is_home(unshown):
-            others.add(unshown.primary)  # while it is alive, nobody stands against it for want of a file
+        others = self._member.primaries(best, held.members if self.state is State.HOLDING else ())
         if not others or (self.state is State.FOLLOWING and self.lineage.is_exposed(best)):
             self._stand(Kind.TAKEOVER, held, now, wall)
             return
@@ -383,6 +381,7 @@ class Tenure:
                 self._give_up(now)
             elif not poll.waiting:
                 self._poll = None
+                self._member.note_silence(poll, now)
                 if self.state is State.CANDIDATE:
                     self._become_primary(now)
                 elif self.state is State.FOLLOWING:
@@ -514,7 +513,9 @@ class Tenure:
             self._member.take_back_own_vote()
             self.state = State.ASIDE if not was_candidate else State.ABSENT if self.held is None else State.HOLDING
         if best.digest != self._followed:
-            self._followed, self._member.heard, self._poll = best.digest, now, None
+            self._followed, self._poll = best.digest, None
+            if best.kind is not Kind.ADOPTION:
+                self._member.heard = now
             if (evidence := self.lineage.evidence(best)) is not None:
                 self._commands.append(Publish(tuple(seal.blob for seal in evidence)))
         self._say_role()
@@ -592,9 +593,8 @@ class Tenure:
 
     def _publish(self, own: OwnTerm, now: float) -> None:
         own.published_at = now
-        seal = self.lineage.seal_of(own.term)
-        own_seal = (seal.blob,) if seal is not None and seal.term == own.term.digest else ()
-        self._commands.append(Publish((own.term.blob, *own_seal)))
+        seal = self.lineage.own_seal_of(own.term)
+        self._commands.append(Publish((own.term.blob, *(() if seal is None else (seal.blob,)))))
 
     def _persist(self) -> None:
         self._commands.append(Persist(self._member.stored(self.term)))

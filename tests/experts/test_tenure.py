@@ -67,6 +67,9 @@ def check_nothing_is_gone(world: World) -> None:
 @example(15, 3)
 @example(40, 3)
 @example(224, 4)
+@example(39, 7)
+@example(113, 6)
+@example(188, 6)
 def test_all_agree_soon_after_any_faults(seed: int, num_servers: int) -> None:
     world = World(seed, num_servers)
     world.begin()

@@ -145,6 +145,32 @@ def test_an_adoption_does_not_stop_the_only_member_that_is_left() -> None:
     assert len(world.leaders[0].steps) >= len(leader.steps) - 1 or leader.aside
 
 
+@pytest.mark.parametrize("period", [5.0, 20.0])
+def test_adoptions_said_again_and_again_are_left_once_their_signer_was_silent_for_long(period: float) -> None:
+    world, leader, liar = settled(6, skew=0.0)
+    members = (leader.peer, *leader.machine.members)
+    for one in world.up:
+        if one.peer in members:
+            one.kill()
+    held = world.up[0].machine.held
+    assert held is not None
+
+    def lie_for(leases: int) -> None:
+        for _ in range(int(leases * LEASE / period)):
+            term = adoption(liar, held, int(world.now))
+            world.strangers, world.ghosts[liar.peer] = [term.blob], term.epoch
+            for one in world.up:
+                one.machine.sight(term.blob, world.now, one.wall)
+                one.settle()
+            world.run(period)
+
+    lie_for(10)
+    leaders = world.leaders
+    assert leaders, world.describe()
+    lie_for(5)
+    assert world.leaders == leaders and world.agree(), world.describe()
+
+
 # -- two liars --------------------------------------------------------------------------------------------------------
 
 
