@@ -352,6 +352,8 @@ class Tenures:
             )
         if found is None or command.check:
             return found is not None
+        if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
+            return False  # it was long on its way: this server has become the primary, or is about to
         file, state = found
         await hosted.take(state, aside=command.aside)
         expert.progress = hosted.backend.progress

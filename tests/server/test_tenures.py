@@ -24,7 +24,7 @@ from tesseract_async.experts.manifest import RunTag
 from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
-from tesseract_async.experts.terms import Kind
+from tesseract_async.experts.terms import EPOCH_ZERO, Kind, sign_term
 from tesseract_async.server.other_replicas import ReplicaSettings
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.tenure_records import record_subkey
@@ -215,6 +215,23 @@ async def test_one_alone_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert again.tenure.epoch > epoch and torch.equal(before, again.weight())
         await train(again.node, 1)
         assert again.version == 4
+
+
+async def test_put_aside_by_a_silent_adopter_it_goes_on_from_its_own_sealed_file(tmp_path: Path) -> None:
+    liar, now = HOSTS[3], int(time.time())
+    grant = sign_grant(OWNER, RUN_ID, liar.peer_id, ("host",), serial=now, not_after=now + GRANT_SECONDS)
+    async with host(HOSTS[0], [], tmp_path) as first, member(HOSTS[2], [first.node.address]) as trainer:
+        await train(trainer, 3)
+        await until(lambda: first.tenure.held is not None and first.tenure.held.version == 3)
+        tenure, seal = first.tenure, first.tenure.held
+        first.node.trust.introduced(liar.peer_id, [grant.blob])
+        assert tenure.leave()  # that a lease ended would take longer
+        at = now + 30
+        term = sign_term(liar, RUN_ID, uid=UID, epoch=at - EPOCH_ZERO, boot=bytes(8), kind=Kind.ADOPTION, seal=seal)
+        assert tenure.sight(term.blob, time.monotonic(), time.time())
+        assert tenure.state is State.ASIDE and tenure.primary == liar.peer_id
+        await until(lambda: first.leads)
+        assert first.version == 3 and list(tmp_path.rglob("*.aside"))  # noqa: ASYNC240  (once)
 
 
 async def test_nobody_begins_anew_what_a_host_that_is_away_has_sealed(tmp_path: Path) -> None:
