@@ -178,7 +178,6 @@ SETTINGS_OF = {
     "network": "The distributed hash table",
     "nat": "Ways through NATs",
     "endpoint": "Calls between nodes",
-    "transport": "Connections",
 }
 
 

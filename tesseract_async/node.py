@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -29,12 +29,13 @@ from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.interfaces import own_addresses
+from tesseract_async.nat.addresses import WILDCARDS, ListeningAddress
+from tesseract_async.nat.interfaces import address_towards, own_addresses
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
-from tesseract_async.transport.base import PeerAddress, ip_version, split_host_port
+from tesseract_async.transport.base import PeerAddress, ip_version, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WILDCARDS = ("0.0.0.0", "::", "")
 NUM_PORT_TRIES = 32
 MAX_RECEIVE_BYTES = 3 * 2**29
 # a primary that hands its expert over acts as a server: it need not be among those who train
@@ -58,6 +58,16 @@ EXPERT_METHODS: dict[str, Action] = {
 }
 # what each takes in a run; to be a member is enough for the others
 _ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", TENURE: "host"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """What a node consists of once it is started."""
+
+    loop: asyncio.AbstractEventLoop
+    address: ListeningAddress
+    endpoint: Endpoint
+    reach: Reach
 
 
 class TesseractNode(Uncopied):
@@ -135,6 +145,7 @@ class TesseractNode(Uncopied):
             metrics=self.metrics,
             checks=[belongs_under_its_key],
             scope=self.scope,
+            on_role_change=self._role_changed,
         )
         self.directory = ExpertDirectory(
             self.network, refresh_period=refresh_period, metrics=self.metrics, trust=self.trust, scope=self.scope
@@ -152,18 +163,14 @@ class TesseractNode(Uncopied):
         self._reach_settings = reach if reach is not None else ReachSettings()
         if not relay:
             self._reach_settings = replace(self._reach_settings, relay=None)
-        self._reach: Reach | None = None
         self._address_watchers: list[Callable[[], None]] = []
-        self._endpoint: Endpoint | None = None
         self.twin = asyncio.Event()
         """Set once a node with the same identity is found that was started earlier: this one has withdrawn."""
         self._presence: Presence | None = None
         if is_lasting:
             self._presence = Presence(self.network, on_older_twin=self._withdraw)
         self._watch_for_twin: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._bound: tuple[str, int] | None = None
-        self._says_where = False
+        self._started: _Started | None = None
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Awaitable[None]]] = []
@@ -179,22 +186,15 @@ class TesseractNode(Uncopied):
         Raises: OSError with a sentence if the port is in use or the host is not this machine's; RuntimeError if
         the node was started before; ValueError if it listens on every interface and its own address can't be told.
         """
-        if self._endpoint is not None:
+        if self._started is not None:
             raise RuntimeError("this node was started before; make a new one")
-        self._loop = asyncio.get_running_loop()
         tcp, udp = await bind_pair(self._host, self._port)
         try:
-            self._bound = tcp.getsockname()[:2]
-            self._warn_of_seeds_elsewhere()
-            self._says_where = bool(self._announce)
-            self._set_scope()
-            if not self._announce:
-                hosts = _outside_hosts(self._bound[0], tcp.family, self.initial_peers)
-                self._announce = tuple(_join(host, self._bound[1]) for host in hosts)
-            self._endpoint = endpoint = self._build_endpoint(tcp)
-            await endpoint.start()
+            self._warn_of_seeds_elsewhere(tcp.getsockname()[0])
+            self._started = started = self._build(tcp)
+            await started.endpoint.start(started.reach.transports)
             await self.network.start(udp, initial_peers=self.initial_peers, public=self._public)
-            await self.reach.start(endpoint)
+            started.reach.start()
             if self._presence is not None:
                 self._watch_for_twin = asyncio.create_task(self._presence.run(), name="node: twin")
         except BaseException:  # cancelled, too: nothing half started stays
@@ -212,11 +212,11 @@ class TesseractNode(Uncopied):
             await asyncio.gather(self._watch_for_twin, return_exceptions=True)
         await asyncio.gather(*(aclose() for aclose in self._at_close))
         await self.directory.aclose()
-        if self._reach is not None:
-            await self._reach.aclose()
+        if self._started is not None:
+            await self._started.reach.aclose()
         await self.network.aclose()
-        if self._endpoint is not None:
-            await self._endpoint.aclose()
+        if self._started is not None:
+            await self._started.endpoint.aclose()
 
     def at_close(self, aclose: Callable[[], Awaitable[None]]) -> None:
         """Await ``aclose()`` when this node closes, before its connections end."""
@@ -250,33 +250,27 @@ class TesseractNode(Uncopied):
                 "this node is closed: its experts and gates, and the losses made with them, can be used inside its "
                 "`async with` only"
             )
-        if self._endpoint is None:
+        if self._started is None:
             raise RuntimeError("this node is not started: use `async with TesseractNode(...)`, or await node.start()")
 
     def _check_loop(self) -> None:
-        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
+        if self._started is not None and asyncio.get_running_loop() is not self._started.loop:
             raise RuntimeError(
                 "this node runs on another event loop than this call: await it there (for instance by "
                 "asyncio.run_coroutine_threadsafe), or give each loop a node of its own"
             )
 
-    def _build_endpoint(self, tcp: socket.socket) -> Endpoint:
-        self._reach = Reach(
+    def _build(self, sock: socket.socket) -> _Started:
+        host, port = sock.getsockname()[:2]
+        self._set_scope(host)
+        announced = self._announce
+        if not announced:
+            hosts = _outside_hosts(host, sock.family, self.initial_peers)
+            announced = tuple(join_host_port(one, port) for one in hosts)
+        v6 = (4, 6) if host == "::" else (6,)
+        address = ListeningAddress(host, port, announced, versions=v6 if sock.family == socket.AF_INET6 else (4,))
+        endpoint = Endpoint(
             identity=self.identity,
-            network=self.network,
-            sock=tcp,
-            metrics=self.metrics,
-            announced=self._announce,
-            public=self._public,
-            upnp=self._upnp,
-            settings=self._reach_settings,
-            throttle=self._throttle,
-            scope=self.scope,
-        )
-        self._reach.on_change = self._addresses_changed
-        return Endpoint(
-            identity=self.identity,
-            transports=self._reach.transports,
             settings=EndpointSettings(
                 security=self._security,
                 max_receive_bytes=self._max_receive_bytes,
@@ -288,11 +282,23 @@ class TesseractNode(Uncopied):
             on_grants=self.trust.introduced,
             admits=lambda peer_id: self.trust.admits(peer_id, self._table.uids),
         )
+        reach = Reach(
+            endpoint=endpoint,
+            network=self.network,
+            address=address,
+            sock=sock,
+            scope=self.scope,
+            on_change=self._addresses_changed,
+            public=self._public,
+            upnp=self._upnp,
+            settings=self._reach_settings,
+            throttle=self._throttle,
+        )
+        return _Started(asyncio.get_running_loop(), address, endpoint, reach)
 
-    def _warn_of_seeds_elsewhere(self) -> None:
+    def _warn_of_seeds_elsewhere(self, own_host: str) -> None:
         """Warn that a socket on loopback reaches only this computer: seeds elsewhere would just seem to be silent."""
-        assert self._bound is not None
-        if not ipaddress.ip_address(self._bound[0]).is_loopback:
+        if not ipaddress.ip_address(own_host).is_loopback:
             return
         hosts = [(address, split_host_port(address)[0]) for peer in self.initial_peers for address in peer.addresses]
         beyond = [
@@ -302,26 +308,30 @@ class TesseractNode(Uncopied):
             logger.warning(
                 "this node listens on %s and reaches this computer only: to join by %s it needs "
                 "host='0.0.0.0' (--host 0.0.0.0)",
-                self._bound[0],
+                own_host,
                 ", ".join(beyond),
             )
 
-    def _set_scope(self) -> None:
+    def _set_scope(self, own_host: str) -> None:
         """Set where this node lives: the announced addresses, else those it listens on. On loopback, this computer's
         other private addresses count too: they lead back to it."""
-        assert self._bound is not None
-        hosts = [self._bound[0]]
-        if kind_of(hosts[0]) == LOOPBACK:
+        hosts = [own_host]
+        if kind_of(own_host) == LOOPBACK:
             hosts += [host for host in own_addresses() if kind_of(host) != PUBLIC]
-        elif self._says_where:
+        elif self._announce:
             hosts = [split_host_port(address)[0] for address in self._announce]
-        elif hosts[0] in WILDCARDS:
+        elif own_host in WILDCARDS:
             hosts = own_addresses()
         seeds = [split_host_port(address)[0] for peer in self.initial_peers for address in peer.addresses]
         self.scope.set_own(hosts, seeds=seeds)
 
+    def _role_changed(self) -> None:
+        if self._started is not None:
+            self._started.reach.look_again()
+
     def _addresses_changed(self) -> None:
-        self._set_scope()
+        assert self._started is not None
+        self._set_scope(self._started.address.host)
         for watcher in list(self._address_watchers):
             watcher()
 
@@ -335,9 +345,9 @@ class TesseractNode(Uncopied):
     @property
     def address(self) -> str:
         """The ``"host:port"`` that this node listens on, UDP and TCP. Raises: RuntimeError before `start`."""
-        if self._bound is None:
+        if self._started is None:
             raise RuntimeError("the node has no address before it is started: use `async with TesseractNode(...)`")
-        return _join(*self._bound)
+        return join_host_port(self._started.address.host, self._started.address.port)
 
     @property
     def peer_address(self) -> PeerAddress:
@@ -348,9 +358,9 @@ class TesseractNode(Uncopied):
     @property
     def reach(self) -> Reach:
         """What is known about the ways to and from this node. Raises: RuntimeError before `start`."""
-        if self._reach is None:
+        if self._started is None:
             raise RuntimeError("the node has no place yet before it is started: use `async with TesseractNode(...)`")
-        return self._reach
+        return self._started.reach
 
     async def wait_reachable(self, timeout: float = 10.0) -> bool:
         """Wait at most `timeout` seconds until it is known how others reach this node; return whether it is known.
@@ -367,9 +377,9 @@ class TesseractNode(Uncopied):
     @property
     def endpoint(self) -> Endpoint:
         """The TCP side. Raises: RuntimeError before `start`."""
-        if self._endpoint is None:
+        if self._started is None:
             raise RuntimeError("the node has no endpoint before it is started: use `async with TesseractNode(...)`")
-        return self._endpoint
+        return self._started.endpoint
 
     def is_connected(self, peer_id: PeerID) -> bool:
         """Return whether `peer_id` is this node or a peer with an open connection, dialled by either side."""
@@ -517,10 +527,6 @@ def _parse_peers(peers: Sequence[str | PeerAddress]) -> tuple[PeerAddress, ...]:
     return tuple(found)
 
 
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
     """Return a listening TCP socket and a UDP socket that share one port number; with port 0 the pair is retried."""
     loop = asyncio.get_running_loop()
@@ -575,20 +581,8 @@ def _outside_hosts(host: str, family: int, peers: Sequence[PeerAddress]) -> list
     if host not in WILDCARDS:
         return [host]
     known = [split_host_port(address) for peer in peers for address in peer.addresses]
-    # documentation's addresses (RFC 5737, RFC 3849): never answer, but lead out
-    somewhere = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
-    found = []
-    for version in (socket.AF_INET, socket.AF_INET6) if family == socket.AF_INET6 else (socket.AF_INET,):
-        for target in [*known, somewhere[version]]:
-            with socket.socket(version, socket.SOCK_DGRAM) as probe:
-                try:
-                    probe.connect(target)  # sends nothing: it only asks the routing table
-                except OSError:
-                    continue
-                own = str(probe.getsockname()[0])
-            if not ipaddress.ip_address(own).is_link_local:
-                found.append(own)
-                break
+    families = (socket.AF_INET, socket.AF_INET6) if family == socket.AF_INET6 else (socket.AF_INET,)
+    found = [own for one in families if (own := address_towards(one, known)) is not None]
     if not found:
         raise ValueError(f"listening on {host} does not tell others where to dial: say announce='host:port'")
     return found

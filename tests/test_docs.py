@@ -112,6 +112,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)`", text_of(page)):
+        assert (ROOT / "tesseract_async" / name).exists() or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_blocks_are_what_they_say(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

@@ -15,23 +15,19 @@ import pytest
 import torch
 
 import tesseract_async as ta
-from tesseract_async.nat.dial_back import ReachabilitySettings
-from tesseract_async.nat.reach import Reach, ReachSettings
-from tesseract_async.nat.rendezvous import RendezvousSettings
-from tesseract_async.nat.ways import NatSettings
+from tesseract_async.nat.reach import ReachSettings
 
 pytestmark = pytest.mark.both_loops
 
-# one: whoever still looks for a third one dials the trainer as soon as others can, and needs no other way any more
-QUICK = RendezvousSettings(check_period=0.05, num_rendezvous=1)
-# on a busy machine aiortc alone takes seconds to import: which way comes first is not to be a race against that
-PATIENT = NatSettings(offer_timeout=30.0, reverse_timeout=30.0, relay_head_start=60.0, relay_head_start_symmetric=60.0)
 HERE = ReachSettings(
     on_loopback=True,
-    rendezvous=QUICK,
+    # one: a node that still looks for a third one dials the trainer as soon as others can, and needs no other way then
+    num_rendezvous=1,
     watch_period=0.05,
-    nat=PATIENT,
-    reachability=ReachabilitySettings(dial_timeout=30.0),
+    # on a busy machine aiortc alone takes seconds to import: which way comes first is not to be a race against that
+    offer_timeout=30.0,
+    head_start=60.0,
+    dial_back_timeout=30.0,
 )
 BEHIND_NAT = replace(HERE, client=True, watch_period=ReachSettings().watch_period)
 
@@ -79,15 +75,13 @@ async def train(trainer: ta.TesseractNode, host: ta.TesseractNode) -> set[str]:
 
 
 @pytest.mark.parametrize("way", ["reverse", "datachannel", "relay"])
-async def test_a_swarm_trains_and_leaves_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "relay":
-        monkeypatch.setattr(Reach, "can_punch", False)
+async def test_a_swarm_trains_and_leaves_nothing(way: str) -> None:
     async with public_nodes(3) as (seed, *_), server(seed) as host:
-        assert host.reach.finding.role == "client" and host.peer_address.rendezvous
-        settings = HERE if way == "reverse" else BEHIND_NAT
+        assert host.reach.reachability.role == "client" and host.peer_address.rendezvous
+        settings = HERE if way == "reverse" else replace(BEHIND_NAT, punch_holes=way == "datachannel")
         async with ta.TesseractNode(initial_peers=[seed.address], reach=settings) as trainer:
             assert await trainer.wait_reachable(40.0)
-            assert trainer.reach.finding.role == ("public" if way == "reverse" else "client")
+            assert trainer.reach.reachability.role == ("public" if way == "reverse" else "client")
             assert await train(trainer, host) == {way}
 
 
@@ -96,12 +90,12 @@ async def test_nodes_that_others_can_dial_find_it_out() -> None:
         async with asyncio.timeout(100):
             for node in nodes[1:]:
                 assert await node.wait_reachable(40.0)
-                assert node.reach.finding.role == "public" and node.reach.finding.tcp
+                assert node.reach.reachability.role == "public" and node.reach.reachability.tcp
 
 
 async def test_who_knows_that_it_cannot_be_dialled_has_a_rendezvous_as_soon_as_it_knows_anybody() -> None:
     """It starts before it knows anybody: it may not wait for the next look."""
-    settings = ReachSettings(on_loopback=True, client=True, rendezvous=RendezvousSettings(check_period=3600.0))
+    settings = ReachSettings(on_loopback=True, client=True)
     async with public_nodes(1) as (seed,), ta.TesseractNode(initial_peers=[seed.address], reach=settings) as node:
         assert await node.wait_reachable(40.0)
         assert node.reach.rendezvous

@@ -180,5 +180,5 @@ async def reach(peer: str, host: str, port: int, *, upnp: bool) -> AsyncIterator
         yield Check("bad" if far else "good", "clock", f"{offset:+.1f} s from that of {peer}", advice)
         known = await node.wait_reachable(15.0)
         found, *advised = node.reach.report()
-        reached = node.reach.finding.role == "public" or not node.reach.enabled
+        reached = node.reach.reachability.role == "public" or not node.reach.enabled
         yield Check("good" if known and reached else "note", "seen from outside", found, " ".join(advised))

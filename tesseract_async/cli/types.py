@@ -14,6 +14,7 @@ import click
 
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
+from tesseract_async.nat.turn import TurnServer
 from tesseract_async.server.contract import Hours
 from tesseract_async.transport.base import split_host_port
 
@@ -84,14 +85,6 @@ def _address(text: str) -> str:
     return text
 
 
-def _turn_server(text: str) -> tuple[str, str, str]:
-    user, at, server = text.rpartition("@")
-    name, colon, password = user.partition(":")
-    if not (at and colon and name):
-        raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
-    return _address(server), name, password
-
-
 def _peers(text: str) -> frozenset[PeerID]:
     return frozenset(PeerID.parse(part.strip()) for part in text.split(","))
 
@@ -149,8 +142,7 @@ SECONDS: Final = seconds()
 PERIOD: Final = seconds(least=0.001)
 """Seconds between two of something."""
 ADDRESS: Final = Parsed("address", _address)
-TURN_SERVER: Final = Parsed("TURN server", _turn_server)
-"""Address, user name and password."""
+TURN_SERVER: Final = Parsed("TURN server", TurnServer.parse)
 PEER: Final = Parsed("peer", PeerID.parse)
 PEERS: Final = Parsed("peers", _peers)
 """A set of peer ids, written with commas between them."""

@@ -152,7 +152,7 @@ class _Cancelled(Exception):
     """The step that this gradient request belongs to was cancelled. Never reaches a user."""
 
 
-class _Request:
+class _GradientRequest:
     """One gradient request under way: started by an engine thread, carried by the loop, awaited by an engine thread."""
 
     def __init__(self, call: _Call, scale: float | None) -> None:
@@ -166,12 +166,12 @@ class _Request:
         self._result: list[torch.Tensor | None] | None = None
         self._error: BaseException | None = None
 
-    def start(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+    def start(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         """In an engine's thread. Raises: RuntimeError if the loop is not running."""
         if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
-        self._versions = Versions(tensor for tensor in (*inputs, *grads) if tensor is not None)
-        self.call.loop.call_soon_threadsafe(self._begin, inputs, grads, context=self.call.context)
+        self._versions = Versions(tensor for tensor in (*inputs, *gradients) if tensor is not None)
+        self.call.loop.call_soon_threadsafe(self._begin, inputs, gradients, context=self.call.context)
 
     def skip(self, inputs: Sequence[torch.Tensor]) -> None:
         """Instead of `start`, where scaled gradients overflowed: gives NaN, at which the scaler skips its step."""
@@ -179,17 +179,17 @@ class _Request:
         self._result = [None if tensor is None else torch.full_like(tensor, torch.nan) for tensor in numbers]
         self._done.set()
 
-    def _begin(self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]) -> None:
+    def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         if self._done.is_set():  # cancelled before it began
             return
-        self.task = self.call.loop.create_task(isolated(self._carry(inputs, grads), modes=DEFAULT))
+        self.task = self.call.loop.create_task(isolated(self._carry(inputs, gradients), modes=DEFAULT))
         self.task.add_done_callback(self._finish)
 
     async def _carry(
-        self, inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
+        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         with torch.no_grad():
-            return await self.call.remote.backward(inputs, grads)
+            return await self.call.remote.backward(inputs, gradients)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
         if task.cancelled():
@@ -237,7 +237,7 @@ class _Call:
         self._process = os.getpid()
         self.context = contextvars.copy_context()
         self.outputs: list[torch.Tensor] | None = None
-        self.requests: dict[int, _Request] = {}
+        self.requests: dict[int, _GradientRequest] = {}
         """By graph task: the same graph may be gone through several times, at once even."""
 
     def is_loop_running(self) -> bool:
@@ -271,7 +271,7 @@ class _Await(torch.autograd.Function):
         return torch.zeros((), device="cpu")  # whatever torch.set_default_device says
 
     @staticmethod
-    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         call: _Call = ctx.call
         request = call.requests.pop(torch._C._current_graph_task_id())
         try:
@@ -298,7 +298,7 @@ class _Issue(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(_DOUBLE)
         call: _Call = ctx.call
@@ -311,12 +311,12 @@ class _Issue(torch.autograd.Function):
         else:  # a backward inside another one is a separate graph task
             scale = step.scaling.scale(graph_task if step.graph_task is None else step.graph_task)
         if scale is not None:
-            grads = tuple(None if grad is None else grad / scale for grad in grads)
-        request = _Request(call, scale)
+            gradients = tuple(None if grad is None else grad / scale for grad in gradients)
+        request = _GradientRequest(call, scale)
         if step is not None:
             step.add(request)
-        if are_finite(grads):
-            request.start(inputs, grads)
+        if are_finite(gradients):
+            request.start(inputs, gradients)
         elif scale is not None:
             request.skip(inputs)
         else:
@@ -336,9 +336,9 @@ class _Step:
         self.scaling: Scaling | None = None
         self._lock = threading.Lock()
         self._cancelled = False
-        self._requests: list[_Request] = []
+        self._requests: list[_GradientRequest] = []
 
-    def add(self, request: _Request) -> None:
+    def add(self, request: _GradientRequest) -> None:
         """In an engine's thread."""
         with self._lock:
             self.refuse_if_cancelled()
@@ -379,10 +379,10 @@ class _Root(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: _Context, *grads: torch.Tensor | None) -> tuple[object, ...]:
+    def backward(ctx: _Context, *gradients: torch.Tensor | None) -> tuple[object, ...]:
         ctx.step.graph_task = torch._C._current_graph_task_id()
         _steps[ctx.step.graph_task] = ctx.step
-        return grads[0], None
+        return gradients[0], None
 
 
 def num_steps() -> int:
@@ -436,7 +436,7 @@ async def _backward(
         raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
     step = _Step()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    outcome: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[_EngineResult] = asyncio.get_running_loop().create_future()
     run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, scaler, stream), outcome)
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
@@ -451,11 +451,11 @@ async def _backward(
         step.cancel()
         await step.aclose()
         raise failed
-    leaves, grads = outcome.result()
-    leaves.add(grads)
+    leaves, gradients = outcome.result()
+    leaves.add(gradients)
 
 
-_Outcome = tuple[Leaves, list[torch.Tensor | None]]
+_EngineResult = tuple[Leaves, list[torch.Tensor | None]]
 
 
 def _run_engine(
@@ -465,7 +465,7 @@ def _run_engine(
     retain_graph: bool,
     scaler: Scaler | None,
     stream: torch.cuda.Stream | None,
-) -> _Outcome:
+) -> _EngineResult:
     """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
     _engine_thread.step = step
     try:
@@ -473,13 +473,15 @@ def _run_engine(
             leaves = Leaves(loss)
             step.scaling = Scaling(scaler, could_be_noted=gradient is None)
             root = _Root.apply(loss, step)  # type: ignore[no-untyped-call]
-            grads = torch.autograd.grad(root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True)
+            gradients = torch.autograd.grad(
+                root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True
+            )
             if leaves.have_hooks:
                 step.refuse_if_cancelled()
-                leaves.accumulate(grads)
-                return leaves, [None for _ in grads]
+                leaves.accumulate(gradients)
+                return leaves, [None for _ in gradients]
             # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
-            return leaves, [None if grad is None else grad.detach().clone() for grad in grads]
+            return leaves, [None if grad is None else grad.detach().clone() for grad in gradients]
     finally:
         _engine_thread.step = None
         if step.graph_task is not None:

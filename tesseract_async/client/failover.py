@@ -123,12 +123,12 @@ async def ask_primary(
     strange: set[PeerAddress] = set()
     redirected: set[object] = set()
     for _ in range(_MAX_HANDOVERS):
-        left = deadline - loop.time()
+        time_left = deadline - loop.time()
         replicas = [replica for replica in replicas if replica.peer not in strange]
-        if left <= 0 or not replicas:
+        if time_left <= 0 or not replicas:
             break
         try:
-            result = await _ask_watched(experience, replicas, exchange, left)
+            result = await _ask_watched(experience, replicas, exchange, time_left)
         except SchemaMismatch as error:
             first_error = first_error or error
             strange.add(replicas[0].peer)

@@ -1,8 +1,8 @@
-"""How fast replicas have answered: what choosing among them, hedging and latency-aware gating go by. Pure.
+"""How fast replicas have answered, for choosing among them, hedging and latency-aware gating. Pure.
 
-What a call is expected to take is the way there and back (`path_seconds`: round trip and bytes over bandwidth, of the
-path in use *now*) and what it took beyond that so far: the server's queue and its work. So a replica whose path gets
-better or worse is judged anew before it is called.
+A call is expected to take the way there and back (`path_seconds`: round trip and bytes over bandwidth, of the path in
+use *now*) plus what calls took beyond that so far: the server's queue and its work. So a replica whose path gets better
+or worse is judged anew before it is called.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Record:
 
 
 class Lateness:
-    """How far answers scatter around what was expected of them: after what share beyond that one counts as hanging.
+    """How far answers scatter around what was expected of them, and so when a call counts as hanging.
 
     Learned from the latest answers, those that were given up included, with what they had taken by then: nine in ten
     would have been within it. So servers that answer evenly are given up soon, and one that computes many experts one
@@ -61,7 +61,8 @@ class Lateness:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=4 * _WINDOW)
         self._num_new = 0
-        self._patience = MAX_PATIENCE
+        self.patience = MAX_PATIENCE
+        """The share beyond what is expected, between `MIN_PATIENCE` and `MAX_PATIENCE`."""
 
     def observe(self, seconds: float, expected: float) -> None:
         """An answer took so long, or had taken it when it was given up, where `expected` was usual."""
@@ -71,36 +72,29 @@ class Lateness:
             self._num_new = 0
             ordered = sorted(self._recent)
             learned = _PATIENCE_MARGIN * ordered[int(0.9 * (len(ordered) - 1))] - 1
-            self._patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learned))
-
-    @property
-    def patience(self) -> float:
-        """The share beyond what is expected, between `MIN_PATIENCE` and `MAX_PATIENCE`, which it is at first."""
-        return self._patience
+            self.patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learned))
 
 
 class Grace:
-    """Seconds for which answers are waited for that take longer than is usual: `MAX_GRACE_SECONDS`, until somebody was
-    waited for in vain. Then none, and each pass in which everybody answered gives a twentieth of its time back.
-
-    So where all is well, one that is late is waited for, and where some hang in every pass, waiting for them costs a
-    twentieth of the time at most.
+    """Seconds for which late answers are waited for: `MAX_GRACE_SECONDS`, until one was waited for in vain. Then none,
+    and each pass in which all experts answered gives a twentieth of its time back, so that experts that hang in every
+    pass cost a twentieth of the time at most.
     """
 
     def __init__(self) -> None:
         self.seconds = MAX_GRACE_SECONDS
 
     def spend(self) -> None:
-        """Somebody was waited for who did not answer."""
+        """An expert was waited for in vain."""
         self.seconds = 0.0
 
     def earn(self, seconds: float) -> None:
-        """In a pass that took so long, everybody answered."""
+        """In a pass that took so long, all experts answered."""
         self.seconds = min(MAX_GRACE_SECONDS, self.seconds + _GRACE_SHARE * seconds)
 
 
 class LatencyBook:
-    """Seconds that calls took, by replica. They include the server's queue: that is the point."""
+    """Seconds that calls took, by replica, with the time in the server's queue."""
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}

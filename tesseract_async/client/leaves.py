@@ -60,15 +60,15 @@ class Leaves:
             if self.have_hooks and own:
                 raise _refusal("a parameter with a hook of its own and others that wait for accumulation, as DDP's do,")
 
-    def accumulate(self, grads: Sequence[torch.Tensor | None]) -> None:
+    def accumulate(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add them to ``.grad`` as the engine does, and its hooks fire; in an engine's thread, for they may block."""
-        pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None]
+        pairs = [(leaf, grad) for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None]
         if pairs:
             torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
 
-    def add(self, grads: Sequence[torch.Tensor | None]) -> None:
+    def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add them to ``.grad``, or makes them it, and then calls the hooks that fire after accumulation."""
-        for leaf, grad in zip(self.tensors, grads, strict=True):
+        for leaf, grad in zip(self.tensors, gradients, strict=True):
             if grad is None:
                 continue
             if leaf.grad is None:
@@ -78,7 +78,7 @@ class Leaves:
                 leaf.grad = grad + leaf.grad if leaf.grad.is_sparse else leaf.grad + grad
             else:
                 leaf.grad.add_(grad)
-        fire_post_accumulate_hooks(leaf for leaf, grad in zip(self.tensors, grads, strict=True) if grad is not None)
+        fire_post_accumulate_hooks(leaf for leaf, grad in zip(self.tensors, gradients, strict=True) if grad is not None)
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ class _Sender(Protocol):
     async def send(self, call: ExpertCall) -> None:
         """Makes the call and keeps what it brings. Raises: as a call to an expert."""
 
-    async def find_more(self) -> None:
-        """Looks for experts for the dispatch's `rows_in_need` and tells it."""
+    async def find_more(self, rows: torch.Tensor) -> None:
+        """Looks for experts for these rows (see `CallsUnderWay.rows_in_need`) and tells the dispatch."""
 
 
 async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experience) -> None:
@@ -59,7 +59,7 @@ async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experienc
                 if dispatch.is_over:
                     break
                 if dispatch.rows_in_need is not None and None not in tasks.values():
-                    task = loop.create_task(sender.find_more())
+                    task = loop.create_task(sender.find_more(dispatch.rows_in_need))
                     tasks[task] = None
                     queue.add(task)
                 for task in await queue.wait(dispatch.timer_at()):
@@ -75,7 +75,7 @@ async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experienc
             await cancel_all(tasks)
 
 
-class _Reply(NamedTuple):
+class _ExpertAnswer(NamedTuple):
     forward: Forward
     outputs: list[torch.Tensor]
     receipt: Receipt
@@ -104,7 +104,7 @@ class MixtureCall:
         self._settings = settings
         self._inputs: Sequence[torch.Tensor] = ()
         self._deadline = 0.0
-        self._replies: dict[ExpertCall, _Reply] = {}
+        self._replies: dict[ExpertCall, _ExpertAnswer] = {}
 
     @property
     def versions(self) -> dict[str, int]:
@@ -172,13 +172,13 @@ class MixtureCall:
         outputs, receipt = await ask_best(self._experience, replicas, exchange, timeout=time_left)
         if not are_finite(outputs):
             raise ExpertFailed(f"{call.uid} answered numbers that are not finite")
-        self._replies[call] = _Reply(forward, outputs, receipt)
+        self._replies[call] = _ExpertAnswer(forward, outputs, receipt)
 
-    async def find_more(self) -> None:
+    async def find_more(self, rows: torch.Tensor) -> None:
         """See `_Sender`. If all that failed said no themselves, only experts that are there already help."""
         dispatch = self.dispatch
         errors = dispatch.errors.values()
-        candidates, experts = await self._search.more(dispatch, wait=not errors or any(map(may_pass, errors)))
+        candidates, experts = await self._search.more(dispatch, rows, wait=not errors or any(map(may_pass, errors)))
         dispatch.came(candidates, experts)
 
 
@@ -189,7 +189,7 @@ class _GradientSender:
     experience: Experience
     settings: MixtureSettings
     dispatch: BackwardDispatch
-    replies: Mapping[ExpertCall, _Reply]
+    replies: Mapping[ExpertCall, _ExpertAnswer]
     """The forward's."""
     inputs: Sequence[torch.Tensor]
     output_gradients: Sequence[torch.Tensor | None]
@@ -219,7 +219,7 @@ class _GradientSender:
             raise ExpertFailed(f"{call.uid} answered gradients that are not finite")
         self.gradients[call] = gradients
 
-    async def find_more(self) -> None:
+    async def find_more(self, rows: torch.Tensor) -> None:
         """See `_Sender`. Nobody else can tell these gradients."""
 
     def sums(self, weights: torch.Tensor | None) -> Gradients:

@@ -491,7 +491,8 @@ class Tenure:
             return
         free = not self._member.is_bound(best, now)
         if self._member.looked_at >= own.fenced_at and now < self._lease_until() and free:
-            self._become_primary(now)
+            self.state, self._has_own_steps = State.PRIMARY, True
+            self._say_role()
 
     # -- giving way ----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""Tells accepted connections apart by their first bytes: ordinary ones go on, those with a `preamble` go elsewhere."""
+"""The preamble demultiplexer: tells accepted connections apart by their first bytes (`preamble`)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from tesseract_async.errors import ProtocolError
@@ -17,29 +17,39 @@ from tesseract_async.transport.waiting_room import WaitingRoom
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""
 MAX_WAITING: Final = 512
+"""Connections whose first bytes have not come yet ..."""
 MAX_WAITING_PER_RANGE: Final = 64
+"""... of one address range."""
+
+PipeHandler = Callable[[bytes, Pipe], None]
+"""Takes a token, and the pipe that began with it."""
 
 
 class PreambleDemultiplexer:
-    """A `base.Transport` around a listening one. Pipes with a preamble go to `special(kind, token, pipe)`."""
+    """A `base.Transport` around a listening one.
+
+    Pipes with a preamble go to the handler of its kind, others on to the endpoint. `timeout`: seconds until the first
+    bytes must have arrived; `max_per_range`: connections of one address range that may wait for theirs.
+    """
 
     def __init__(
         self,
         transport: TcpTransport,
         *,
-        special: Callable[[int, bytes, Pipe], None],
+        handlers: Mapping[int, PipeHandler],
         metrics: Metrics,
+        timeout: float = TIMEOUT,
+        max_per_range: int = MAX_WAITING_PER_RANGE,
     ) -> None:
         self._inner = transport
-        self._special = special
+        self._handlers = handlers
         self._metrics = metrics
-        self._accept: Callable[[Pipe], None] | None = None
+        self._timeout = timeout
         most = min(MAX_WAITING, room_for(descriptor_limit()).half_open)
-        self._visitors: WaitingRoom[_Visitor] = WaitingRoom(most=most, most_per_group=MAX_WAITING_PER_RANGE)
+        self._visitors: WaitingRoom[_Visitor] = WaitingRoom(most=most, most_per_group=max_per_range)
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
-        self._accept = accept
-        await self._inner.listen(self._pipe_accepted)
+        await self._inner.listen(lambda pipe: self._pipe_accepted(pipe, accept))
 
     def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
         return self._inner.paths(peer, bulk=bulk)
@@ -55,10 +65,10 @@ class PreambleDemultiplexer:
             self._refuse(visitor, "closing")
         await self._inner.aclose()
 
-    def _pipe_accepted(self, pipe: Pipe) -> None:
-        """Waits for the first bytes, within the limits."""
+    def _pipe_accepted(self, pipe: Pipe, accept: Callable[[Pipe], None]) -> None:
+        """Wait for the first bytes, within the limits."""
         assert isinstance(pipe, TcpPipe)
-        visitor = _Visitor(self, pipe)
+        visitor = _Visitor(self, pipe, accept, self._timeout)
         now = asyncio.get_running_loop().time()
         welcome, victim = self._visitors.enter(visitor, range_of(pipe.origin) or pipe.origin, now)
         if victim is not None:
@@ -71,17 +81,19 @@ class PreambleDemultiplexer:
     def _decide(self, visitor: _Visitor, data: bytes) -> None:
         if data[:1] != preamble.MAGIC[:1]:
             self._gone(visitor)
-            assert self._accept is not None
             visitor.pipe.unread(data)
-            self._accept(visitor.pipe)
+            visitor.accept(visitor.pipe)
         elif len(data) == preamble.LENGTH:
             try:
                 kind, token = preamble.decode_preamble(data)
             except ProtocolError:
                 self._refuse(visitor, "malformed")
                 return
+            if kind not in self._handlers:
+                self._refuse(visitor, "unsupported")
+                return
             self._gone(visitor)
-            self._special(kind, token, visitor.pipe)
+            self._handlers[kind](token, visitor.pipe)
 
     def _refuse(self, visitor: _Visitor, reason: str) -> None:
         self._metrics.count("demultiplexer_refused", reason=reason)
@@ -97,9 +109,12 @@ class PreambleDemultiplexer:
 class _Visitor:
     """Receives the first bytes of one pipe, and never one too many."""
 
-    def __init__(self, demultiplexer: PreambleDemultiplexer, pipe: TcpPipe) -> None:
+    def __init__(
+        self, demultiplexer: PreambleDemultiplexer, pipe: TcpPipe, accept: Callable[[Pipe], None], timeout: float
+    ) -> None:
         self.pipe = pipe
-        self.timer = asyncio.get_running_loop().call_later(TIMEOUT, demultiplexer._refuse, self, "silent")
+        self.accept = accept
+        self.timer = asyncio.get_running_loop().call_later(timeout, demultiplexer._refuse, self, "silent")
         self._demultiplexer = demultiplexer
         self._buffer = memoryview(bytearray(preamble.LENGTH))
         self._count = 0

@@ -1,9 +1,9 @@
-"""Can others dial this node? It asks some of them to try, and believes only what arrives.
+"""Dial-back: helpers try whether others can dial this node, and it believes only what arrives.
 
-``nat.dial_back`` {"port": number, "token": bytes} -> {"host": str}: the called node dials the host from which the call
-came (no other one: nobody shall be dialled at a stranger's wish) at that port, says the token there (`preamble`), and
-answers which host that was, and at which ``addresses`` it can be reached itself: whoever has IPv4 and IPv6 asks over
-both.
+``nat.dial_back`` {"port": number, "token": bytes} -> {"host": str, "addresses": [...]}: the called node dials the host
+from which the call came (no other one, or strangers could have anybody dialed) at that port, sends the token there
+(`preamble`), and answers which host that was, and at which addresses it can be reached itself: a node that has IPv4
+and IPv6 asks over both.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import asyncio
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, TesseractError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.nat import preamble
+from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Pipe, ip_version, join_host_port
 
@@ -30,154 +30,85 @@ DIAL_BACK: Final = "nat.dial_back"
 MAX_ADDRESSES: Final = 4
 MAX_LEARNT: Final = 64
 """Helpers whose addresses are remembered."""
-
-Role = Literal["unknown", "client", "public"]
-NatKind = Literal["unknown", "none", "keeping", "symmetric"]
-
-
-@dataclass(frozen=True, slots=True)
-class ReachabilitySettings:
-    """How often and how hard a node finds out whether it can be reached."""
-
-    num_helpers: int = 2
-    """Nodes that are asked to dial back; where two disagree, a third decides."""
-    dial_timeout: float = 3.0
-    """Seconds that a helper gives to its dial."""
-    max_dials: int = 16
-    """Dials at the wish of others that may be under way at once ..."""
-    max_dials_per_host: int = 2
-    """... to one host ..."""
-    max_dials_per_minute: int = 120
-    """... and in one minute."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a node knows about its own place in the network."""
-
-    tcp: bool | None = None
-    """Whether others can dial it; None: nobody was there to try."""
-    udp: bool | None = None
-    """Whether the DHT's socket was reached by nodes that it had not contacted."""
-    host: str | None = None
-    """Its address as others see it."""
-    nat: NatKind = "unknown"
-    """``keeping``: the NAT keeps ports, holes can be punched; ``symmetric``: they most likely cannot."""
-    open_hosts: tuple[str, ...] = ()
-    """Its addresses at which others have dialled it: at most one of IPv4 and one of IPv6."""
-    closed_hosts: tuple[str, ...] = ()
-    """Its addresses, as others see them, at which they could not."""
-
-    @property
-    def role(self) -> Role:
-        """``public``: serves the DHT and is a rendezvous; ``client``: uses them."""
-        if self.tcp is False or self.udp is False:
-            return "client"
-        return "public" if self.tcp else "unknown"
-
-    def sentences(self, port: int) -> list[str]:
-        """What was found, and what the user can do about it."""
-        where = f"{join_host_port(self.host, port) if self.host else f'port {port}'}"
-        v6 = [join_host_port(host, port) for host in self.open_hosts if ":" in host and host != self.host]
-        closed_v6 = [host for host in self.closed_hosts if ":" in host and host != self.host]
-        if self.tcp:
-            lines = [f"Others reach this node at {' and '.join([where, *v6])}: it takes full part in the network."]
-            if self.udp is False:
-                lines = [
-                    f"Others reach this node at {where} by TCP, but not by UDP: it serves experts and holds no keys.",
-                    f"To take full part, let UDP port {port} through, too.",
-                ]
-            if closed_v6:
-                lines.append(
-                    f"By IPv6 ({closed_v6[0]}) it is not reached: open the firewall for port {port} there, too."
-                )
-            return lines
-        if self.tcp is None:
-            return ["No other node has tried yet whether this one can be reached."]
-        found = {
-            "none": f"A firewall keeps others from dialling this node (seen as {self.host}).",
-            "keeping": f"This node is behind a NAT that keeps ports (seen as {self.host}): holes can be punched.",
-            "symmetric": f"This node is behind a symmetric NAT (seen as {self.host}): most peers need a relay.",
-            "unknown": f"Others cannot dial this node (seen as {self.host or 'nothing'}).",
-        }[self.nat]
-        open_v6 = f"Those who have IPv6 dial it directly at {v6[0]}." if v6 else ""
-        return [
-            found,
-            *filter(None, [open_v6]),
-            f"To be dialled directly, forward TCP and UDP port {port} in the router to this computer, or open the "
-            f"firewall for it, and start the node with that port. Many routers do so if the node asks (--upnp).",
-        ]
+NUM_HELPERS: Final = 2
+"""Nodes that are asked to dial back; where two disagree, a third decides."""
+MAX_ASKED: Final = 6
+"""Helpers that are tried in one check and version of IP."""
+DIAL_TIMEOUT: Final = 3.0
+"""Seconds that a helper gives to its dial."""
+MAX_DIALS: Final = 16
+"""Dials for others that may be under way at once ..."""
+MAX_DIALS_PER_HOST: Final = 2
+"""... to one host ..."""
+MAX_DIALS_PER_MINUTE: Final = 120
+"""... and in one minute."""
 
 
 class DialBackServer:
-    """Dials others back at their wish, within limits. `connect` dials ``host:port``."""
+    """Dials others back when they ask, within limits. `dial_timeout`: seconds for one dial."""
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        connect: Callable[[str], Awaitable[Pipe]],
-        own_addresses: Callable[[], Sequence[str]] = lambda: (),
-        settings: ReachabilitySettings,
+        self, endpoint: Endpoint, *, own_addresses: Callable[[], Sequence[str]], dial_timeout: float = DIAL_TIMEOUT
     ) -> None:
-        self._metrics = endpoint.metrics
+        self._endpoint = endpoint
         self._own_addresses = own_addresses
-        self._connect = connect
-        self._settings = settings
+        self._dial_timeout = dial_timeout
         self._dialling: Counter[str] = Counter()
         self._recent: deque[float] = deque()
-        endpoint.handle(DIAL_BACK, self._dial_back)
+
+    def start(self) -> None:
+        """Answer calls from now on."""
+        self._endpoint.handle(DIAL_BACK, self._dial_back)
 
     async def _dial_back(self, call: IncomingCall) -> Message:
-        settings = self._settings
         now = asyncio.get_running_loop().time()
         body = call.body if type(call.body) is dict else {}
         port, token = body.get("port"), body.get("token")
         if type(port) is not int or not 0 < port < 65536 or type(token) is not bytes or len(token) != 16:
-            raise NotAllowed("dialling back takes a port and a token of 16 bytes")
+            raise NotAllowed("dialing back takes a port and a token of 16 bytes")
         if not call.origin:
             raise NotAllowed("you have no address")
         while self._recent and self._recent[0] <= now - 60:
             self._recent.popleft()
         if (
-            self._dialling.total() >= settings.max_dials
-            or self._dialling[call.origin] >= settings.max_dials_per_host
-            or len(self._recent) >= settings.max_dials_per_minute
+            self._dialling.total() >= MAX_DIALS
+            or self._dialling[call.origin] >= MAX_DIALS_PER_HOST
+            or len(self._recent) >= MAX_DIALS_PER_MINUTE
         ):
-            self._metrics.count("dial_backs_refused", reason="too_many")
-            raise Overloaded("too many nodes want to be dialled back", retry_after=10.0)
+            self._endpoint.metrics.count("dial_backs_refused", reason="too_many")
+            raise Overloaded("too many nodes want to be dialed back", retry_after=10.0)
         self._recent.append(now)
         self._dialling[call.origin] += 1
         try:
-            async with asyncio.timeout(settings.dial_timeout):
-                pipe = await self._connect(join_host_port(call.origin, port))
+            async with asyncio.timeout(self._dial_timeout):
+                pipe = await tcp.connect(join_host_port(call.origin, port))
         except (OSError, TesseractError) as error:
-            logger.debug("%s cannot be dialled back: %s", call.peer_id.short, describe(error))
+            logger.debug("%s cannot be dialed back: %s", call.peer_id.short, describe(error))
         else:
             pipe.write(preamble.encode_preamble(preamble.PROBE, token))
             pipe.close()
         finally:
             self._dialling[call.origin] -= 1
             self._dialling += Counter()  # drops zeros
-        self._metrics.count("dial_backs")
+        self._endpoint.metrics.count("dial_backs")
         return Message({"host": call.origin, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
 
 
-class Reachability:
-    """Asks other nodes to dial this one at `port`. Give `pipe_arrived` every pipe with a probe's preamble."""
+class DialBackClient:
+    """Asks other nodes to dial this one. Give `pipe_arrived` every pipe with a probe's preamble."""
 
     def __init__(
-        self, endpoint: Endpoint, *, settings: ReachabilitySettings, scope: AddressScope | None = None
+        self, endpoint: Endpoint, *, scope: AddressScope | None = None, dial_timeout: float = DIAL_TIMEOUT
     ) -> None:
         """`scope`: where this node may send on a stranger's word; None: anywhere."""
         self._endpoint = endpoint
         self._scope = scope
-        self._settings = settings
+        self._dial_timeout = dial_timeout
         self._expected: dict[bytes, asyncio.Event] = {}
         self._learnt: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def also(self, version: int) -> list[PeerAddress]:
-        """Nodes that have helped, at the addresses of this kind (4 or 6) that they named: by word only."""
+        """Return the nodes that have helped, at the addresses of this version of IP that they named (unproven)."""
         return [
             PeerAddress(peer_id, (address,))
             for peer_id, addresses in self._learnt.items()
@@ -186,29 +117,44 @@ class Reachability:
         ]
 
     async def learn(self, helpers: Sequence[PeerAddress], *, port: int) -> None:
-        """Has those of `helpers` that were not asked yet, four at most, name their addresses."""
+        """Have up to four of `helpers` that were not asked yet name their addresses."""
         unheard = [helper for helper in helpers if helper.peer_id not in self._learnt]
         await asyncio.gather(*(self._ask(helper, port) for helper in unheard[:4]))
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """Somebody dialled back."""
+        """Somebody dialed back."""
         arrived = self._expected.get(token)
         if arrived is not None:
             arrived.set()
         pipe.abort()
 
-    async def check(self, helpers: Sequence[PeerAddress], *, port: int) -> tuple[bool | None, str | None]:
-        """Whether two of `helpers` (a third, where they disagree) reach this node, and the address they see.
+    async def check_all(self, helpers: Sequence[PeerAddress], ports: Mapping[int, int]) -> dict[int, tuple[bool, str]]:
+        """Run `check` for each version of IP in `ports`, at its port. Returns its results by version, 4 first, where
+        some helper could be asked: among `helpers`, and those that had named an address of that version."""
+        found: dict[int, tuple[bool, str]] = {}
 
-        None: nobody could be asked.
-        """
+        async def ask(version: int) -> None:
+            fit = [peer for peer in helpers if ip_version(peer.addresses[0]) == version] + self.also(version)
+            result = await self.check(fit[:MAX_ASKED], port=ports[version])
+            if result is not None:
+                found[ip_version(join_host_port(result[1], 1)) or version] = result
+
+        await asyncio.gather(*map(ask, ports))
+        for version in ports:
+            if version not in found:  # helpers by the other version may have named their addresses meanwhile
+                await ask(version)
+        return dict(sorted(found.items()))
+
+    async def check(self, helpers: Sequence[PeerAddress], *, port: int) -> tuple[bool, str] | None:
+        """Return whether two of `helpers` (a third, where they disagree) reach this node at `port`, and the host that
+        they see; None if none could be asked."""
         votes: list[bool] = []
         hosts: Counter[str] = Counter()
         queue = list(helpers)
         while queue:
-            missing = self._settings.num_helpers - len(votes)
+            missing = NUM_HELPERS - len(votes)
             if missing <= 0:
-                if len(set(votes)) == 1 or len(votes) > self._settings.num_helpers:
+                if len(set(votes)) == 1 or len(votes) > NUM_HELPERS:
                     break
                 missing = 1
             asked, queue = queue[:missing], queue[missing:]
@@ -218,13 +164,13 @@ class Reachability:
                     votes.append(reached)
                     hosts[host] += 1
         if not votes:
-            return None, None
+            return None
         return sum(votes) * 2 > len(votes), hosts.most_common(1)[0][0]
 
     async def _ask(self, helper: PeerAddress, port: int) -> tuple[bool, str] | None:
         token = os.urandom(16)
         self._expected[token] = arrived = asyncio.Event()
-        timeout = self._settings.dial_timeout + 3.0
+        timeout = self._dial_timeout + 3.0
         try:
             await self._speak_as(helper)
             body = {"port": port, "token": token}
@@ -234,7 +180,7 @@ class Reachability:
                 return None
             self._learn(helper, reply.body.get("addresses"))
             try:
-                # the answer travels beside the proof, and may be faster
+                # the reply and the proof travel on different connections
                 async with asyncio.timeout(1.0):
                     await arrived.wait()
             except TimeoutError:
@@ -247,7 +193,7 @@ class Reachability:
             del self._expected[token]
 
     async def _speak_as(self, helper: PeerAddress) -> None:
-        """Makes sure that the helper hears us by the kind of IP of its address here: it dials back where we call from.
+        """Make sure that the helper hears us by the version of IP of its address here: it dials the host it hears.
 
         Raises: PeerUnreachable.
         """
@@ -258,7 +204,7 @@ class Reachability:
             await self._endpoint.upgrade(helper)
 
     def _learn(self, helper: PeerAddress, addresses: object) -> None:
-        """Untrusted: whoever answers there has to prove its id."""
+        """Remember the addresses that a helper named. Untrusted: the node that answers there has to prove its id."""
         if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
             return
         found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)

@@ -1,7 +1,7 @@
-"""What two nodes tell each other, through a third one that they need not trust, to get a pipe between them. No I/O.
+"""Offers and answers, by which two nodes get a pipe between them through a third one that they need not trust. Pure.
 
 An *offer* says: I want a pipe to you, and this is how (`kind`); the *answer* accepts or declines. Both are signed, name
-their recipient and are fresh; an answer holds its offer's hash. So whoever carries them can lose them, and no more.
+their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them, and no more.
 
 Layout: 64 bytes of Ed25519 signature, 32 bytes of the sender's public key, then a msgpack list:
 ``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `_CONTEXT`
@@ -15,12 +15,13 @@ import ipaddress
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import msgpack
 
 from tesseract_async.errors import InvalidRecord, MessageTooLarge, ProtocolError
 from tesseract_async.identity import Identity, PeerID, verify
+from tesseract_async.nat.fields import field
 from tesseract_async.transport.base import join_host_port, split_host_port
 from tesseract_async.wire import packed
 
@@ -66,8 +67,8 @@ class Description:
     """SHA-256 of the DTLS certificate."""
     candidates: tuple[Candidate, ...]
 
-    def pack(self) -> dict[str, Any]:
-        """As msgpack can hold it."""
+    def pack(self) -> dict[str, object]:
+        """Return it as msgpack can hold it."""
         return {
             "username": self.username,
             "password": self.password,
@@ -76,10 +77,10 @@ class Description:
         }
 
     @classmethod
-    def unpack(cls, body: Any) -> Description:
+    def unpack(cls, body: object) -> Description:
         """Untrusted. Addresses are literal and could belong to a peer. Raises: ProtocolError."""
         username, password = _ice_text(body, "username", 4), _ice_text(body, "password", 22)
-        fingerprint, raw = _field(body, "fingerprint", bytes), _field(body, "candidates", list)
+        fingerprint, raw = field(body, "fingerprint", bytes), field(body, "candidates", list)
         if len(fingerprint) != 32:
             raise ProtocolError("a fingerprint has 32 bytes")
         if len(raw) > MAX_CANDIDATES:
@@ -94,14 +95,14 @@ class ReverseBody:
     addresses: tuple[str, ...]
     token: bytes
 
-    def pack(self) -> dict[str, Any]:
-        """As msgpack can hold it."""
+    def pack(self) -> dict[str, object]:
+        """Return it as msgpack can hold it."""
         return {"addresses": list(self.addresses), "token": self.token}
 
     @classmethod
-    def unpack(cls, body: Any) -> ReverseBody:
+    def unpack(cls, body: object) -> ReverseBody:
         """Untrusted. Raises: ProtocolError."""
-        addresses = _field(body, "addresses", list)
+        addresses = field(body, "addresses", list)
         if not 0 < len(addresses) <= MAX_ADDRESSES:
             raise ProtocolError(f"1 to {MAX_ADDRESSES} addresses are given, not {len(addresses)}")
         return cls(tuple(_address(one) for one in addresses), _token(body))
@@ -114,38 +115,31 @@ class RelayBody:
     relay: PeerID
     token: bytes
 
-    def pack(self) -> dict[str, Any]:
-        """As msgpack can hold it."""
+    def pack(self) -> dict[str, object]:
+        """Return it as msgpack can hold it."""
         return {"relay": bytes(self.relay), "token": self.token}
 
     @classmethod
-    def unpack(cls, body: Any) -> RelayBody:
+    def unpack(cls, body: object) -> RelayBody:
         """Untrusted. Raises: ProtocolError."""
-        return cls(PeerID(_field(body, "relay", bytes)), _token(body))
+        return cls(PeerID(field(body, "relay", bytes)), _token(body))
 
 
-def _field(body: Any, name: str, kind: type[Any]) -> Any:
-    value = body.get(name) if type(body) is dict else None
-    if type(value) is not kind:
-        raise ProtocolError(f"an offer's {name} is missing or malformed")
-    return value
-
-
-def _token(body: Any) -> bytes:
-    token: bytes = _field(body, "token", bytes)
+def _token(body: object) -> bytes:
+    token = field(body, "token", bytes)
     if len(token) != TOKEN_BYTES:
         raise ProtocolError(f"a token has {TOKEN_BYTES} bytes")
     return token
 
 
-def _ice_text(body: Any, name: str, least: int) -> str:
-    text: str = _field(body, name, str)
+def _ice_text(body: object, name: str, least: int) -> str:
+    text = field(body, name, str)
     if not least <= len(text) <= 256 or not text.isascii() or not all(one.isalnum() or one in "+/" for one in text):
         raise ProtocolError(f"an offer's {name} is not as RFC 8445 wants it")
     return text
 
 
-def _candidate(raw: Any) -> Candidate:
+def _candidate(raw: object) -> Candidate:
     if type(raw) is not list or [type(value) for value in raw] != [str, str, int, int, str]:
         raise ProtocolError("a malformed candidate")
     kind, host, port, priority, foundation = raw
@@ -166,7 +160,7 @@ def _ip(text: str) -> str:
     return str(ip)
 
 
-def _address(raw: Any) -> str:
+def _address(raw: object) -> str:
     if type(raw) is not str or len(raw) > 64:
         raise ProtocolError("a malformed address in an offer")
     try:
@@ -191,67 +185,65 @@ class Offer:
     nonce: bytes
     time: float
     """Wall-clock seconds at the sender."""
-    body: Any
+    body: object
     hash: bytes
     """SHA-256 of the whole offer: what the answer refers to."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class OfferAnswer:
     """An answer whose signature holds and which belongs to the offer that it was checked against."""
 
     accepted: bool
     reason: str
     """Why it was declined, for people."""
-    body: Any
+    body: object
 
 
 def encode_offer(
-    identity: Identity, recipient: PeerID, *, kind: str, body: Mapping[str, Any], nonce: bytes, now: float
+    identity: Identity, recipient: PeerID, *, kind: str, body: Mapping[str, object], nonce: bytes, now: float
 ) -> bytes:
-    """`nonce`: 16 random bytes. `now`: wall-clock seconds. Raises: ValueError if it gets too long."""
+    """Sign an offer. `nonce`: 16 random bytes; `now`: wall-clock seconds. Raises: ValueError if it gets too long."""
     return _seal(identity, ["offer", bytes(recipient), nonce, int(now * 1000), kind, dict(body)])
 
 
 def decode_offer(data: bytes, recipient: PeerID) -> Offer:
-    """Untrusted. Whether it is fresh and new, `OfferGuard` says.
+    """Read an offer. Untrusted; whether it is fresh and new, `OfferGuard` says.
 
     Raises: ProtocolError for malformed bytes; InvalidRecord for a wrong signature or another recipient.
     """
-    sender, values = _open(data, "offer", recipient)
-    nonce, milliseconds, kind, body = values
+    sender, milliseconds, (nonce, kind, body) = _open(data, "offer", recipient)
     if type(nonce) is not bytes or len(nonce) != 16 or kind not in KINDS:
         raise ProtocolError("a malformed offer")
     return Offer(sender, recipient, kind, nonce, milliseconds / 1000, body, hashlib.sha256(data).digest())
 
 
 def encode_answer(
-    identity: Identity, offer: Offer, *, body: Mapping[str, Any] | None, reason: str = "", now: float
+    identity: Identity, offer: Offer, *, body: Mapping[str, object] | None, reason: str = "", now: float
 ) -> bytes:
-    """Accepts `offer` with `body`, or declines it (None) and says why."""
+    """Accept `offer` with `body`, or decline it (None) and say why."""
     kind, packed = ("yes", dict(body)) if body is not None else ("no", {"reason": reason[:MAX_REASON]})
     return _seal(identity, ["answer", bytes(offer.sender), offer.hash, int(now * 1000), kind, packed])
 
 
-def decode_answer(data: bytes, offer: bytes, *, sender: PeerID, recipient: PeerID) -> Answer:
-    """Reads `sender`'s answer to the encoded `offer` that `recipient` made. Untrusted.
+def decode_answer(data: bytes, offer: bytes, *, sender: PeerID, recipient: PeerID) -> OfferAnswer:
+    """Read `sender`'s answer to the encoded `offer` that `recipient` made. Untrusted.
 
     Raises: ProtocolError for malformed bytes; InvalidRecord for a wrong signature, sender, recipient or offer.
     """
-    signer, values = _open(data, "answer", recipient)
-    offer_hash, _, kind, body = values
+    signer, _, (offer_hash, kind, body) = _open(data, "answer", recipient)
     if signer != sender:
         raise InvalidRecord("an answer that somebody else signed")
     if offer_hash != hashlib.sha256(offer).digest():
         raise InvalidRecord("an answer to another offer")
     if kind == "yes":
-        return Answer(True, "", body)
+        return OfferAnswer(True, "", body)
     if kind != "no":
         raise ProtocolError("a malformed answer")
-    return Answer(False, str(_field(body, "reason", str))[:MAX_REASON], None)
+    return OfferAnswer(False, field(body, "reason", str)[:MAX_REASON], None)
 
 
-def _seal(identity: Identity, values: list[Any]) -> bytes:
+def _seal(identity: Identity, values: list[object]) -> bytes:
     payload: bytes = identity.public_key + msgpack.packb(values)
     data = identity.sign(_CONTEXT + payload) + payload
     if len(data) > MAX_BYTES:
@@ -259,7 +251,7 @@ def _seal(identity: Identity, values: list[Any]) -> bytes:
     return data
 
 
-def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, list[Any]]:
+def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple[object, str, object]]:
     if type(data) is not bytes or len(data) < 96:
         raise ProtocolError(f"a malformed {what}")
     if len(data) > MAX_BYTES:
@@ -273,53 +265,47 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, list[Any]]
         raise InvalidRecord(f"an {what} for another peer")
     if not verify(data[64:96], data[:64], _CONTEXT + data[64:]):
         raise InvalidRecord(f"an {what} whose signature does not hold")
-    return PeerID.from_public_key(data[64:96]), values[2:]
+    return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 
 
 # ---------------------------------------------------------------------------------------------------- limits
 
 
-@dataclass(frozen=True, slots=True)
-class GuardSettings:
-    """How many offers a node listens to."""
-
-    max_skew: float = 120.0
-    """Seconds by which the sender's clock and travel time may differ from ours."""
-    per_sender: int = 20
-    """Offers of one peer per minute."""
-    per_target: int = 12
-    """Offers per minute that have this node send to one host, whoever makes them."""
-    total: int = 300
-    """Offers of all peers per minute."""
+MAX_SKEW: Final = 120.0
+"""Seconds by which the sender's clock and travel time may differ from ours."""
+MAX_PER_SENDER: Final = 20
+"""Offers of one peer per minute."""
+MAX_PER_TARGET: Final = 12
+"""Offers per minute that have this node send to one host, all senders together."""
+MAX_PER_MINUTE: Final = 300
+"""Offers of all peers per minute."""
 
 
 class OfferGuard:
-    """Decides which offers are worth work: fresh, never seen, and not too many. Bounded by `total` per minute."""
+    """Decides which offers are worth work: fresh, never seen, and not too many. Bounded by `MAX_PER_MINUTE`."""
 
-    def __init__(self, settings: GuardSettings) -> None:
-        self._settings = settings
+    def __init__(self) -> None:
         self._seen: OrderedDict[bytes, float] = OrderedDict()
         self._recent: deque[tuple[float, PeerID, str]] = deque()
         self._counts: Counter[PeerID | str] = Counter()  # of senders, and of targets
 
     def refuse(self, offer: Offer, *, now: float, wall: float, target: str = "") -> str | None:
-        """Why not (a label for counters), or None: then the offer counts. `wall`: wall-clock seconds. `target`: the
-        host that this node would send to.
+        """Return why not (a label for counters), or None: then the offer counts. `wall`: wall-clock seconds. `target`:
+        the host that this node would send to.
         """
-        settings = self._settings
         while self._recent and self._recent[0][0] <= now - 60:
             _, sender, past = self._recent.popleft()
             self._counts.subtract((sender, past))
             self._counts += Counter()  # drops zeros
-        while self._seen and next(iter(self._seen.values())) <= now - 2 * settings.max_skew:
+        while self._seen and next(iter(self._seen.values())) <= now - 2 * MAX_SKEW:
             self._seen.popitem(last=False)
-        if abs(offer.time - wall) > settings.max_skew:
+        if abs(offer.time - wall) > MAX_SKEW:
             return "stale"
         if offer.hash in self._seen:
             return "replayed"
-        if len(self._recent) >= settings.total or self._counts[offer.sender] >= settings.per_sender:
+        if len(self._recent) >= MAX_PER_MINUTE or self._counts[offer.sender] >= MAX_PER_SENDER:
             return "too_many"
-        if target and self._counts[target] >= settings.per_target:
+        if target and self._counts[target] >= MAX_PER_TARGET:
             return "too_many"
         self._seen[offer.hash] = now
         self._recent.append((now, offer.sender, target))

@@ -1,7 +1,7 @@
-"""Keeps a hole in the home router's wall: asks it to pass a port on to this computer, and takes that back on leaving.
+"""Keeps a port mapping: asks the home router to pass a port on to this computer, and takes that back on leaving.
 
-What speaks with the router is a `Gateway` (`upnp`, an optional extra). A mapping that the router has promised proves
-nothing: there may be a second NAT behind it. Whether others get through, dial-back finds out as for any address.
+A `Gateway` speaks with the router (`upnp`, an optional extra). A mapping that the router has promised proves nothing:
+there may be a second NAT behind it. Whether others get through, dial-back finds out as for any address.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 from tesseract_async.metrics import Metrics
@@ -19,6 +18,14 @@ from tesseract_async.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 PROTOCOLS: Final = ("TCP", "UDP")
+LEASE: Final = 3600.0
+"""Seconds for which the router promises a mapping; it is renewed after half of them."""
+RETRY_AFTER: Final = 300.0
+"""Seconds after which a router that was not found, or refused, is asked again."""
+NUM_PORTS: Final = 4
+"""Outside ports that are tried: this node's own, then random ones."""
+FAREWELL_TIMEOUT: Final = 3.0
+"""Seconds that taking a mapping back may take."""
 
 
 class GatewayRefused(Exception):
@@ -26,41 +33,27 @@ class GatewayRefused(Exception):
 
 
 class PortTaken(GatewayRefused):
-    """That port leads to somebody else."""
+    """That port leads to another computer."""
 
 
 class Gateway(Protocol):
     """A router that maps ports if it is asked. All of it may raise GatewayRefused."""
 
     async def add(self, protocol: str, outside_port: int, host: str, port: int, *, lease: float) -> None:
-        """Passes what arrives at `outside_port` on to `host` (this computer's IPv4 address) for `lease` seconds.
+        """Pass what arrives at `outside_port` on to `host` (this computer's IPv4 address) for `lease` seconds.
 
         Raises: PortTaken.
         """
 
     async def remove(self, protocol: str, outside_port: int) -> None:
-        """Ends `add`."""
-
-
-@dataclass(frozen=True, slots=True)
-class PortMappingSettings:
-    """How a port mapping is kept."""
-
-    lease: float = 3600.0
-    """Seconds for which the router promises a mapping; it is renewed after half of them."""
-    retry_after: float = 300.0
-    """Seconds after which a router that was not found, or refused, is asked again."""
-    num_ports: int = 4
-    """Outside ports that are tried: this node's own, then random ones."""
-    farewell_timeout: float = 3.0
-    """Seconds that taking a mapping back may take."""
+        """End `add`."""
 
 
 class PortMapper:
     """Keeps one outside port mapped to the node's own, TCP and UDP.
 
-    `find` looks for the router (None: there is none); `own_host` tells this computer's IPv4 address in its network.
-    `changed` is called when `outside_port` has changed.
+    `find` looks for the router (None: there is none); `own_host` returns this computer's IPv4 address in its network.
+    `changed` is called with `outside_port` when that has changed.
     """
 
     def __init__(
@@ -69,16 +62,20 @@ class PortMapper:
         *,
         port: int,
         own_host: Callable[[], str | None],
-        changed: Callable[[], None],
+        changed: Callable[[int | None], None],
         metrics: Metrics,
-        settings: PortMappingSettings | None = None,
+        lease: float = LEASE,
+        retry_after: float = RETRY_AFTER,
+        farewell_timeout: float = FAREWELL_TIMEOUT,
     ) -> None:
         self._find = find
         self._port = port
         self._own_host = own_host
         self._changed = changed
         self._metrics = metrics
-        self._settings = settings if settings is not None else PortMappingSettings()
+        self._lease = lease
+        self._retry_after = retry_after
+        self._farewell_timeout = farewell_timeout
         self._gateway: Gateway | None = None
         self._host: str | None = None
         self._rng = random.Random()
@@ -92,25 +89,25 @@ class PortMapper:
         """Why there is no mapping, for people."""
 
     def start(self) -> None:
-        """Asks for the mapping in the background, and keeps it."""
+        """Ask for the mapping in the background, and keep it."""
         self._task = asyncio.get_running_loop().create_task(self._keep())
 
     def renew(self) -> None:
-        """Asks again now: the network may have changed, or the router forgotten."""
+        """Ask again now: the network may have changed, or the router forgotten."""
         self._again.set()
 
     async def aclose(self) -> None:
-        """Takes the mapping back."""
+        """Take the mapping back."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
         with contextlib.suppress(TimeoutError):  # the lease ends by itself
-            async with asyncio.timeout(self._settings.farewell_timeout):
+            async with asyncio.timeout(self._farewell_timeout):
                 await self._remove()
 
     def sentence(self) -> str:
-        """What came of it, for people."""
+        """Say what came of it."""
         if self.outside_port is not None:
             return f"The router maps its port {self.outside_port} to this node."
         return self.trouble
@@ -129,9 +126,8 @@ class PortMapper:
                 logger.info("%s", self.sentence())
             self.tried.set()
             if self.outside_port != before:
-                self._changed()
-            settings = self._settings
-            wait = settings.lease / 2 if self.outside_port is not None else settings.retry_after
+                self._changed(self.outside_port)
+            wait = self._lease / 2 if self.outside_port is not None else self._retry_after
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._again.wait()
@@ -146,17 +142,16 @@ class PortMapper:
         self._gateway = self._gateway or await self._find(host)
         if self._gateway is None:
             raise GatewayRefused("No router that maps ports (UPnP) was found: it may be switched off there.")
-        settings = self._settings
-        wishes = [self.outside_port or self._port]
-        wishes += [self._rng.randrange(20_000, 60_000) for _ in range(settings.num_ports - 1)]
-        for wish in wishes:
+        ports = [self.outside_port or self._port]
+        ports += [self._rng.randrange(20_000, 60_000) for _ in range(NUM_PORTS - 1)]
+        for port in ports:
             try:
                 for protocol in PROTOCOLS:
-                    await self._gateway.add(protocol, wish, host, self._port, lease=settings.lease)
+                    await self._gateway.add(protocol, port, host, self._port, lease=self._lease)
             except PortTaken as error:
                 self.trouble = str(error)
                 continue
-            self.outside_port = wish
+            self.outside_port = port
             return
         raise GatewayRefused(self.trouble)
 

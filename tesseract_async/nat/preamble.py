@@ -1,4 +1,4 @@
-"""The first bytes of a TCP connection that is not dialled in the ordinary way. No I/O.
+"""The first bytes of a TCP connection that is not dialed in the ordinary way. No I/O.
 
 A connection on which the *other* side will open TLS (reverse dial), both connections that meet at a relay, and a mere
 proof of reachability begin with 24 plain bytes that say so: ``"TSRP"``, one byte version, one byte kind, two zero
@@ -19,20 +19,20 @@ LENGTH: Final = 24
 REVERSE: Final = 1
 """You asked me to dial you: the token is yours, and you open TLS."""
 RELAY: Final = 2
-"""Join me with whoever holds the other token of this pair."""
+"""Join me with the holder of the other token of this pair."""
 PROBE: Final = 3
 """You asked whether you can be reached: you can. Nothing follows."""
 KINDS: Final = (REVERSE, RELAY, PROBE)
 
 
 def encode_preamble(kind: int, token: bytes) -> bytes:
-    """`token`: 16 bytes."""
+    """Return the preamble of this kind. `token`: 16 bytes."""
     assert kind in KINDS and len(token) == 16
     return MAGIC + bytes((VERSION, kind, 0, 0)) + token
 
 
 def decode_preamble(data: bytes) -> tuple[int, bytes]:
-    """Kind and token of `LENGTH` bytes. Untrusted. Raises: ProtocolError, UnsupportedVersion."""
+    """Return kind and token of `LENGTH` bytes. Untrusted. Raises: ProtocolError, UnsupportedVersion."""
     if len(data) != LENGTH or data[:4] != MAGIC:
         raise ProtocolError("a malformed preamble")
     if data[4] != VERSION:

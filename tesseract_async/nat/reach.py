@@ -1,55 +1,56 @@
-"""How a node reaches others and is reached, beyond plain TCP: its role, its rendezvous nodes, its paths.
+"""How a node reaches others and is reached, beyond plain TCP: builds the parts, and drives the `role` machine.
 
-`Reach` builds the transports that a node gives to its endpoint and joins them with the network: it finds out by
-dial-back whether others can dial this node. If they can, the node carries offers, answers STUN and relays for others;
-if not, it keeps a connection with a few such nodes and names them in its records.
+If others can dial this node, it carries offers, answers STUN and relays for others. If not, it keeps a connection with
+a few such nodes and names them in its records.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import random
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from tesseract_async.endpoint.endpoint import Endpoint
-from tesseract_async.identity import Identity, PeerID
-from tesseract_async.metrics import Metrics
-from tesseract_async.nat import preamble, stun_client
-from tesseract_async.nat.demux import PreambleDemultiplexer
-from tesseract_async.nat.dial_back import (
-    DialBackServer,
-    Finding,
-    NatKind,
-    Reachability,
-    ReachabilitySettings,
-)
-from tesseract_async.nat.interfaces import VIRTUAL_INTERFACES, own_addresses
-from tesseract_async.nat.port_mapping import Gateway, PortMapper, PortMappingSettings
+from tesseract_async.nat import preamble
+from tesseract_async.nat.addresses import ListeningAddress
+from tesseract_async.nat.answering import OfferAnswerer
+from tesseract_async.nat.demux import PipeHandler, PreambleDemultiplexer
+from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBackClient, DialBackServer
+from tesseract_async.nat.hole_punching import HolePuncher
+from tesseract_async.nat.interfaces import address_towards, own_addresses
+from tesseract_async.nat.port_mapping import Gateway, PortMapper
 from tesseract_async.nat.relay import Relay, RelaySettings
-from tesseract_async.nat.rendezvous import RendezvousClient, RendezvousServer, RendezvousSettings
-from tesseract_async.nat.ways import NatSettings, NatTransport
-from tesseract_async.network.network import TesseractNetwork
-from tesseract_async.transport import tcp
-from tesseract_async.transport.address_scope import AddressScope
-from tesseract_async.transport.base import (
-    PeerAddress,
-    Pipe,
-    Transport,
-    ip_version,
-    join_host_port,
-    split_host_port,
+from tesseract_async.nat.rendezvous import NUM_RENDEZVOUS, RendezvousClient, RendezvousServer
+from tesseract_async.nat.role import (
+    WATCH_PERIOD,
+    CheckDue,
+    HostsChanged,
+    MappingDoubted,
+    Notice,
+    Observation,
+    Reachability,
+    RoleFound,
+    RoleMachine,
 )
+from tesseract_async.nat.stun_client import StunClient
+from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
+from tesseract_async.nat.turn import TurnServer
+from tesseract_async.network.network import TesseractNetwork
+from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
+from tesseract_async.transport.tcp import TcpTransport
 from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
-WILDCARDS = ("0.0.0.0", "::", "")
-MAX_RENDEZVOUS_TEXTS = 4
-"""That a record may hold."""
+MAX_RENDEZVOUS_TEXTS: Final = 4
+"""Rendezvous addresses that a record may hold."""
+NUM_CONTACTS: Final = 20
+"""Public nodes that helpers and rendezvous nodes are chosen from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +58,27 @@ class ReachSettings:
     """What a node does so that nodes behind NATs can take part, itself included."""
 
     relay: RelaySettings | None = field(default_factory=RelaySettings)
-    """What this node relays for others where it is public; None: nothing."""
+    """What this node relays for others where it is public; None for a node whose traffic is metered."""
     stun_servers: tuple[str, ...] = ()
-    """Outside STUN servers, ``host:port``, asked beside the public nodes of the swarm."""
-    period: float = 600.0
-    """Seconds after which the node finds out anew whether it can be reached."""
-    watch_period: float = 5.0
-    """Seconds between looks at this computer's own addresses: a change of network is noticed so soon."""
-    skip_interfaces: tuple[str, ...] = VIRTUAL_INTERFACES
-    """Beginnings of names of network interfaces whose addresses are of no use to others."""
-    stun_fresh: float = 60.0
-    """Seconds for which a STUN server that answered counts as alive."""
+    """Outside STUN servers, ``host:port``, asked besides the swarm's public nodes: for a swarm with few of them."""
+    turn: TurnServer | None = None
+    """An outside TURN server for data channels: for a swarm whose nodes do not relay."""
     client: bool = False
-    """This node knows that it can't be dialled: it does not ask, and uses rendezvous nodes from the start."""
+    """This node is known not to be dialable (a strict firewall): it does not ask, and uses rendezvous nodes at once."""
+    punch_holes: bool = True
+    """Make data channels: False where UDP is blocked, so that relays are used at once."""
+    num_rendezvous: int = NUM_RENDEZVOUS
+    """Public nodes with which a client node keeps a connection: more where public nodes come and go."""
+    watch_period: float = WATCH_PERIOD
+    """Seconds between looks at this computer's addresses: longer to save a laptop's battery, shorter while moving."""
+    dial_back_timeout: float = DIAL_TIMEOUT
+    """Seconds given to a dial that proves whether a node can be reached: longer for slow links, by satellite say."""
+    offer_timeout: float = OFFER_TIMEOUT
+    """Seconds for asking a peer through a rendezvous: longer for slow links, too."""
+    head_start: float = HEAD_START
+    """Seconds that a hole gets before a relay is tried: longer where relayed traffic is dear."""
     on_loopback: bool = False
-    """Do all this on a loopback address, too: for tests. There, everybody reaches everybody anyway."""
-    port_mapping: PortMappingSettings = field(default_factory=PortMappingSettings)
-    nat: NatSettings = field(default_factory=NatSettings)
-    rendezvous: RendezvousSettings = field(default_factory=RendezvousSettings)
-    reachability: ReachabilitySettings = field(default_factory=ReachabilitySettings)
+    """Do all this on a loopback address, too, where everybody reaches everybody anyway: to rehearse."""
 
     def __post_init__(self) -> None:
         """Raises: ValueError for a malformed STUN server."""
@@ -89,134 +92,179 @@ class Reach:
     def __init__(
         self,
         *,
-        identity: Identity,
+        endpoint: Endpoint,
         network: TesseractNetwork,
+        address: ListeningAddress,
         sock: socket.socket,
-        metrics: Metrics,
-        announced: tuple[str, ...],
-        public: bool,
+        scope: AddressScope,
+        on_change: Callable[[], None],
+        public: bool = False,
         upnp: bool = False,
         settings: ReachSettings | None = None,
         throttle: Throttle | None = None,
-        scope: AddressScope | None = None,
     ) -> None:
-        """`sock`: the bound TCP socket. `announced`: what others should dial, if they can. `public`: they can. `upnp`:
-        the router is asked to let them. `scope`: where this node may send on a stranger's word."""
-        self._settings = settings = settings if settings is not None else ReachSettings()
+        """`sock`: the TCP socket that is bound to `address`. `scope`: where this node may send on a stranger's word.
+        `on_change` is called on the loop when `addresses` or `rendezvous_texts` have changed. `public`: the user says
+        that others can dial this node. `upnp`: the router is asked to let them."""
+        settings = settings if settings is not None else ReachSettings()
+        self._endpoint = endpoint
         self._network = network
-        self._scope = scope
-        self._metrics = metrics
-        self._announced = announced
-        self._host, self._port = sock.getsockname()[:2]
-        self._speaks_v6 = sock.family == socket.AF_INET6
-        self._speaks_v4 = not self._speaks_v6 or self._host == "::"
+        self._metrics = metrics = endpoint.metrics
+        self._address = address
+        self._is_declared_public = public
+        self._on_change = on_change
         self._rng = random.Random()
-        self._endpoint: Endpoint | None = None
-        self._client: RendezvousClient | None = None
-        self._server: RendezvousServer | None = None
-        self._reachability: Reachability | None = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._again = asyncio.Event()
         self._known = asyncio.Event()
-        self._stun: tuple[tuple[str, int], float] | None = None
-        self._declared_public = public
-        self._doubt = ""
-        self._throttle = throttle
-        self.finding = Finding(tcp=True) if public else Finding()
-        self.on_change: Callable[[], None] | None = None
-        """Called on the loop when `addresses` or `rendezvous_texts` have changed."""
-        loopback = self._host not in WILDCARDS and ipaddress.ip_address(self._host).is_loopback
-        self.enabled = settings.on_loopback or not loopback
-        self._listener = listener = tcp.TcpTransport(sock, throttle=throttle)
-        self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
+        self._is_running = False
+        self._beginning: asyncio.Task[None] | None = None
+        self._check: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.enabled = settings.on_loopback or not address.is_loopback
+        """Whether any of this is done: not on loopback."""
+        self.role = RoleMachine(
+            address,
+            is_declared_public=public,
+            is_declared_client=settings.client and self.enabled,
+            check_all_versions=settings.on_loopback,
+            watch_period=settings.watch_period,
+        )
+        listener = TcpTransport(sock, throttle=throttle)
         self._mapper: PortMapper | None = None
-        if upnp and self.enabled and self._speaks_v4 and not public:
+        if upnp and self.enabled and 4 in address.versions and not public:
             self._mapper = PortMapper(
-                _find_router,
-                port=self._port,
-                own_host=self._own_v4,
-                changed=self._role_changed,
-                metrics=metrics,
-                settings=settings.port_mapping,
+                _find_router, port=address.port, own_host=self._own_v4, changed=self._port_mapped, metrics=metrics
             )
-        self.nat: NatTransport | None = None
+        self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
+        self._dial_back = DialBackClient(endpoint, scope=scope, dial_timeout=settings.dial_back_timeout)
+        self._dial_back_server = DialBackServer(
+            endpoint, own_addresses=lambda: self.role.public_addresses, dial_timeout=settings.dial_back_timeout
+        )
+        self._stun = StunClient(
+            address,
+            outside_servers=settings.stun_servers,
+            contacts=lambda: [*network.public_contacts(4), *self._dial_back.also(4)[:4]],
+            own_hosts=self._own_hosts,
+        )
+        puncher = HolePuncher(
+            own_hosts=self._own_hosts,
+            stun_server=self._stun.server,
+            turn=settings.turn,
+            throttle=throttle,
+            enabled=settings.punch_holes,
+        )
+        self._puncher = puncher
+        self._answerer = OfferAnswerer(
+            identity=endpoint.identity,
+            accept=endpoint.accept,
+            puncher=puncher,
+            metrics=metrics,
+            scope=scope,
+            throttle=throttle,
+        )
+        self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
+        self._client = RendezvousClient(
+            endpoint,
+            contacts=lambda: network.public_contacts(NUM_CONTACTS),
+            answer=self._answerer.answer,
+            changed=self._changed,
+            own_origin=lambda: next((split_host_port(text)[0] for text in self.role.public_addresses), ""),
+            scope=scope,
+            num_rendezvous=settings.num_rendezvous,
+        )
+        self._traversal = NatTransport(
+            identity=endpoint.identity,
+            endpoint=endpoint,
+            signalling=self._client,
+            place=self.role,
+            puncher=puncher,
+            direct_paths=lambda peer: listener.paths(peer, bulk=False),
+            metrics=metrics,
+            scope=scope,
+            throttle=throttle,
+            head_start=settings.head_start,
+            offer_timeout=settings.offer_timeout,
+        )
+        handlers: dict[int, PipeHandler] = {
+            preamble.REVERSE: self._traversal.pipe_arrived,
+            preamble.PROBE: self._dial_back.pipe_arrived,
+        }
+        if self._relay is not None:
+            handlers[preamble.RELAY] = self._relay.pipe_arrived
         self.transports: tuple[Transport, ...] = (listener,)
         if self.enabled:
-            self.nat = NatTransport(
-                identity=identity,
-                signalling=self,
-                surroundings=self,
-                metrics=metrics,
-                settings=settings.nat,
-                throttle=throttle,
-                scope=scope,
-            )
-            self.transports = (PreambleDemultiplexer(listener, special=self._special, metrics=metrics), self.nat)
-        else:
-            self._known.set()
+            self.transports = (PreambleDemultiplexer(listener, handlers=handlers, metrics=metrics), self._traversal)
 
     # ---- life
 
-    async def start(self, endpoint: Endpoint) -> None:
-        """Begins to find out, in the background. The endpoint and the network have been started."""
-        if not self.enabled or self.nat is None:
-            return
-        settings = self._settings
-        self._endpoint = endpoint
-        self._client = RendezvousClient(
-            endpoint,
-            contacts=lambda: self._network.public_contacts(20),
-            answer=self.nat.answer_offer,
-            changed=self._changed,
-            own_origin=lambda: split_host_port(self.public_addresses[0])[0] if self.public_addresses else "",
-            settings=settings.rendezvous,
-            scope=self._scope,
-        )
-        self._server = RendezvousServer(
-            endpoint,
-            relay=self._relay,
-            own_addresses=lambda: self.public_addresses,
-            settings=settings.rendezvous,
-        )
-        self._reachability = Reachability(endpoint, settings=settings.reachability, scope=self._scope)
-        DialBackServer(
-            endpoint,
-            connect=lambda address: tcp.connect(address),
-            own_addresses=lambda: self.public_addresses,
-            settings=settings.reachability,
-        )
-        self.nat.upgrade = endpoint.upgrade
-        self.nat.path_kind = endpoint.path_kind
-        self.nat.direct_paths = lambda peer: self._listener.paths(peer, bulk=False)
-        self._network.on_role_change = self._role_changed
-        if self._declared_public:
-            self._server.start()
+    def start(self) -> None:
+        """Begin to find out, in the background. The endpoint and the network have been started."""
+        if not self.enabled or self._is_declared_public:
             self._known.set()
-            self._watcher = asyncio.get_running_loop().create_task(self._watch_claim())
-        else:
-            if self._mapper is not None:
-                self._mapper.start()
-            if settings.client:
-                self._apply(self.finding, Finding(tcp=False))
-            self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        if not self.enabled:
+            return
+        self._is_running = True
+        self._dial_back_server.start()
+        if self._is_declared_public:
+            self._server.start()
+        if self._mapper is not None:
+            self._mapper.start()
+        self._cycle()
+        self._beginning = asyncio.get_running_loop().create_task(self._begin())
+
+    async def _begin(self) -> None:
+        await self._network.wait_joined()
+        self._client.look()  # it was started before anybody was known
+        if self._mapper is not None:
+            await self._mapper.tried.wait()
+        self.role.joined(self._own_hosts(), self._now())
+        self._cycle()
 
     async def aclose(self) -> None:
-        """Ends it all; the endpoint is closed after this."""
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            watcher.cancel()
-            await asyncio.wait([watcher])
+        """End it all; the endpoint is closed after this."""
+        self._is_running = False
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in (self._beginning, self._check):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         if self._mapper is not None:
             await self._mapper.aclose()
-        if self._client is not None:
-            await self._client.stop()
-        if self._server is not None:
-            self._server.stop()
+        await self._client.stop()
+        self._server.stop()
+        await self._answerer.aclose()
         if self._relay is not None:
             await self._relay.aclose()
 
+    # ---- what is known
+
+    @property
+    def reachability(self) -> Reachability:
+        """How others reach this node."""
+        return self.role.reachability
+
+    @property
+    def rendezvous(self) -> tuple[PeerAddress, ...]:
+        """The nodes through which others can send offers to this one."""
+        return self._client.rendezvous
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can dial this node: only where dial-back got through, if it did or a rendezvous helps."""
+        return self.role.told_addresses(has_rendezvous=bool(self.rendezvous))
+
+    @property
+    def rendezvous_texts(self) -> tuple[str, ...]:
+        """`rendezvous` as records name them: ``host:port/PEER_ID``, once for each address of a node that has several,
+        but one address of each node first, IPv4 where there is a choice."""
+        texts: list[tuple[int, str]] = []
+        for peer in self.rendezvous:
+            ordered = sorted(peer.addresses, key=lambda address: ip_version(address) == 6)
+            texts += [(min(place, 1), str(replace(peer, addresses=(one,)))) for place, one in enumerate(ordered)]
+        return tuple(text for _, text in sorted(texts, key=lambda text: text[0])[:MAX_RENDEZVOUS_TEXTS])
+
     async def wait_known(self, timeout: float) -> bool:
-        """Waits until the role is known, and a client node has a rendezvous; whether that came in time."""
+        """Wait until the role is known, and a client node has a rendezvous. Returns whether that came in time."""
         try:
             async with asyncio.timeout(timeout):
                 await self._known.wait()
@@ -224,381 +272,127 @@ class Reach:
             return False
         return True
 
-    def find_out(self) -> None:
-        """Looks anew whether others can dial this node, instead of waiting for the next time (`ReachSettings.period`):
-        after a change in the router, for one."""
-        if self._mapper is not None:
-            self._mapper.renew()
-        self._again.set()
-
-    # ---- what others should know
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node: only where dial-back got through, if it did or a rendezvous helps."""
-        if self.finding.tcp is False and (self.rendezvous or self.finding.open_hosts):
-            return self._open_addresses()
-        return self._outside_addresses()
-
-    @property
-    def rendezvous_texts(self) -> tuple[str, ...]:
-        """The nodes through which others can send offers, as records name them: ``host:port/PEER_ID``, once for each
-        address of a node that has several."""
-        texts: list[str] = []
-        for wanted in (True, False):  # one address of each first, IPv4 where there is a choice
-            for peer in self.rendezvous:
-                ordered = sorted(peer.addresses, key=lambda address: ip_version(address) == 6)
-                texts += [str(replace(peer, addresses=(one,))) for one in (ordered[:1] if wanted else ordered[1:])]
-        return tuple(texts[:MAX_RENDEZVOUS_TEXTS])
-
     def report(self) -> list[str]:
-        """What was found about this node's reachability, and what the user can do about it."""
+        """Say what was found about this node's reachability, and what the user can do about it."""
         if not self.enabled:
-            return [f"This node listens on {self._host}: it serves this computer only."]
-        if self._doubt:
-            return [self._doubt]
-        lines = self.finding.sentences(self._outside_port)
+            return [f"This node listens on {self._address.host}: it serves this computer only."]
+        if self.role.doubt:
+            return [self.role.doubt]
+        is_client = self.reachability.tcp is False
+        lines = self.reachability.sentences(self.role.outside_port)
         if self._mapper is not None:
             lines.append(self._mapper.sentence())
-            if self._mapper.outside_port is not None and self.finding.tcp is False:
+            if self._mapper.outside_port is not None and is_client:
                 lines.append("Others do not get through that, though: there may be a second NAT, your provider's.")
-        if self.finding.tcp is False:
+        if is_client:
             names = ", ".join(peer.short for peer in self.rendezvous)
             lines.append(f"Others find it through {names}." if names else "No node carries offers for it yet.")
         return lines
 
-    # ---- transport.nat.Surroundings
+    # ---- the cycle: feed the machine, act on its events, arm one timer
 
-    @property
-    def public_addresses(self) -> tuple[str, ...]:
-        """See `transport.nat.Surroundings`."""
-        return self._outside_addresses() if self.finding.tcp else self._open_addresses()
+    def look_again(self) -> None:
+        """Find out now whether others can dial this node: something may have changed."""
+        self.role.look_again(self._now())
+        self._cycle()
 
-    @property
-    def behind_nat(self) -> bool:
-        """See `transport.nat.Surroundings`."""
-        return not self.finding.tcp
-
-    @property
-    def rendezvous(self) -> tuple[PeerAddress, ...]:
-        """See `transport.nat.Surroundings`."""
-        return self._client.rendezvous if self._client is not None else ()
-
-    @property
-    def symmetric(self) -> bool:
-        """See `transport.nat.Surroundings`."""
-        return self.finding.nat == "symmetric"
-
-    @property
-    def can_punch(self) -> bool:
-        """See `transport.nat.Surroundings`."""
-        return self.enabled
-
-    async def stun_server(self) -> tuple[str, int] | None:
-        """See `transport.nat.Surroundings`: the one that answered last, asked again once a minute."""
-        now = asyncio.get_running_loop().time()
-        if self._stun is None or now - self._stun[1] > self._settings.stun_fresh:
-            await self._ask_stun()
-        return self._stun[0] if self._stun is not None else None
-
-    def channel_addresses(self) -> list[str]:
-        """See `transport.nat.Surroundings`."""
-        return self._own_addresses()
-
-    # ---- transport.nat.Signalling
-
-    async def send_offer(self, via: PeerAddress, recipient: PeerID, offer: bytes, *, timeout: float) -> bytes:
-        """See `transport.nat.Signalling`."""
-        assert self._client is not None
-        return await self._client.send_offer(via, recipient, offer, timeout=timeout)
-
-    async def reserve_relay(self, via: PeerAddress, *, timeout: float) -> tuple[bytes, bytes]:
-        """See `transport.nat.Signalling`."""
-        assert self._client is not None
-        return await self._client.reserve_relay(via, timeout=timeout)
-
-    # ---- finding out
-
-    def _special(self, kind: int, token: bytes, pipe: Pipe) -> None:
-        """An accepted pipe began with a preamble."""
-        if kind == preamble.REVERSE and self.nat is not None:
-            self.nat.pipe_arrived(token, pipe)
-        elif kind == preamble.RELAY and self._relay is not None:
-            self._relay.pipe_arrived(token, pipe)
-        elif kind == preamble.PROBE and self._reachability is not None:
-            self._reachability.pipe_arrived(token, pipe)
-        else:
-            pipe.abort()
-
-    def _role_changed(self) -> None:
-        self._again.set()
-
-    def _changed(self) -> None:
-        if self._client is not None and self._client.rendezvous:
-            self._known.set()
-        if self.on_change is not None:
-            self.on_change()
-
-    async def _watch(self) -> None:
-        settings = self._settings
-        loop = asyncio.get_running_loop()
-        await self._network.wait_joined()
-        if settings.client and self._client is not None:
-            self._client.look()  # it was started before anybody was known
+    def find_out(self) -> None:
+        """`look_again`, and have the router asked anew for its port mapping: after a change there, for one."""
         if self._mapper is not None:
-            await self._mapper.tried.wait()
-        addresses = self._own_addresses()
-        while True:
-            await self._check()
-            due = loop.time() + (settings.period if self.finding.tcp is not None else settings.watch_period)
-            while loop.time() < due and not self._again.is_set():
-                try:
-                    async with asyncio.timeout(settings.watch_period):
-                        await self._again.wait()
-                except TimeoutError:
-                    pass
-                if self._own_addresses() != addresses:
-                    addresses = self._own_addresses()
-                    if self._mapper is not None:
-                        self._mapper.renew()
-                    logger.info("this computer's addresses have changed: finding out anew what can be reached")
-                    self._changed()
-                    break
-            self._again.clear()
+            self._mapper.renew()
+        self.look_again()
 
-    async def _check(self) -> None:
-        assert self._endpoint is not None and self._reachability is not None
-        contacts = self._helpers()
-        client = self._settings.client  # whoever knows that it can't be reached asks for the NAT's kind only
-        dialling = _nowhere() if client else self._dialled_back(contacts)
-        if self._speaks_v6:  # those who dialled back have named the IPv4 addresses at which they answer STUN
-            dialled, (nat, seen) = await dialling, await self._ask_stun()
-            if nat == "unknown" and not client and self._own_v4() is not None:
-                # those who were asked may all have IPv6 alone
-                await self._reachability.learn(contacts, port=self._port)
-                nat, seen = await self._ask_stun()
-        else:
-            dialled, (nat, seen) = await asyncio.gather(dialling, self._ask_stun())
-        # IPv4 decides where there is both: everybody has it, and the DHT's contacts name one address
-        reached, host = dialled.get(4) or dialled.get(6) or (False if client else None, None)
-        if self.finding.host is not None and _is_ipv4(self.finding.host) and 4 not in dialled:
-            reached = None  # who could have told is away: IPv6 alone says nothing of it
-        host = host or seen
-        udp = {"public": True, "client": False}.get(self._network.role)
-        if self.finding.tcp is False:
-            udp = None  # the network only repeats what it was told
-        found = Finding(
-            tcp=reached,
-            udp=udp,
-            host=host,
-            nat=nat,
-            open_hosts=tuple(host for reached, host in dialled.values() if reached),
-            closed_hosts=tuple(host for reached, host in dialled.values() if not reached),
-        )
-        if found.tcp is False and self.finding.tcp and self._mapper is not None:
-            self._mapper.renew()  # the router may have forgotten it
-        if found.tcp is None and self.finding.tcp is not None:
-            found = replace(self.finding, nat=nat)  # nobody answered: what was known stands
-        self._apply(self.finding, found)
+    def _port_mapped(self, port: int | None) -> None:
+        self.role.mapped(port, self._now())
+        self._cycle()
 
-    def _helpers(self) -> list[PeerAddress]:
-        """Public nodes; those that we have no connection with first: they see us as any stranger would."""
-        assert self._endpoint is not None
-        contacts = self._network.public_contacts(20)
-        connected = {info.peer_id for info in self._endpoint.connections()}
-        self._rng.shuffle(contacts)
-        contacts.sort(key=lambda peer: peer.peer_id in connected)
-        return contacts
+    def _timer_fired(self) -> None:
+        self.role.handle_timer(self._own_hosts(), self._now())
+        self._cycle()
 
-    async def _watch_claim(self) -> None:
-        """Has others dial a node whose owner says that they can. It stays public: who says so may know better. But its
-        owner is told."""
-        settings, loop = self._settings, asyncio.get_running_loop()
-        _, port = split_host_port(self._announced[0])
-        await self._network.wait_joined()
-        while True:
-            assert self._reachability is not None
-            version = ip_version(self._announced[0]) or (4 if self._speaks_v4 else 6)
-            helpers = [peer for peer in self._helpers() if ip_version(peer.addresses[0]) == version]
-            reached, host = await self._reachability.check(helpers[:6], port=port)
-            if reached is not None and host is not None:
-                doubt = "" if reached else _claim_doubted(join_host_port(host, port), self._announced[0])
-                if doubt and not self._doubt:
-                    logger.warning("%s", doubt)
-                elif self._doubt and not doubt:
-                    logger.info("others reach this node at %s now", join_host_port(host, port))
-                self._doubt = doubt
-                self._metrics.set("reachable_by_tcp", float(reached))
-            due = loop.time() + (settings.watch_period if reached is None else settings.period)
-            try:
-                async with asyncio.timeout_at(due):
-                    await self._again.wait()
-            except TimeoutError:
-                pass
-            self._again.clear()
-
-    async def _dialled_back(self, contacts: list[PeerAddress]) -> dict[int, tuple[bool, str]]:
-        """For IPv4 and IPv6, where somebody could be asked: whether others reach this node, and under which host."""
-        own = {ip_version(join_host_port(host, 1)) for host in self._own_addresses()}
-        wished = [version for version, speaks in ((4, self._speaks_v4), (6, self._speaks_v6)) if speaks]
-        wished = [version for version in wished if version in own or self._settings.on_loopback]
-        found: dict[int, tuple[bool, str]] = {}
-
-        async def ask(version: int) -> None:
-            assert self._reachability is not None
-            helpers = [peer for peer in contacts if ip_version(peer.addresses[0]) == version]
-            # contacts are known by one address each; those who helped by the other kind of IP have named theirs
-            helpers += self._reachability.also(version)
-            port = self._outside_port if version == 4 else self._port
-            reached, host = await self._reachability.check(helpers[:6], port=port)
-            if reached is not None and host is not None:
-                found[ip_version(join_host_port(host, port)) or version] = (reached, host)
-
-        await asyncio.gather(*map(ask, wished))
-        for version in wished:
-            if version not in found:
-                await ask(version)
-        return dict(sorted(found.items()))
-
-    def _apply(self, before: Finding, found: Finding) -> None:
-        """Takes the role that was found."""
-        self.finding = found
-        assert self._client is not None and self._server is not None
-        if found != before:
-            for line in self.report():
-                logger.info("%s", line)
-        if found.tcp is None:
+    def _cycle(self) -> None:
+        if not self._is_running:
             return
-        self._metrics.set("reachable_by_tcp", float(found.tcp))
-        self._network.set_client(not found.tcp)
-        if found.tcp:
+        for event in self.role.events():
+            if isinstance(event, Notice):
+                logger.log(logging.WARNING if event.is_warning else logging.INFO, "%s", event.text)
+            elif isinstance(event, MappingDoubted):
+                if self._mapper is not None:
+                    self._mapper.renew()
+            elif isinstance(event, HostsChanged):
+                self._changed()
+            elif isinstance(event, RoleFound):
+                self._take_role(event)
+            else:
+                self._check = asyncio.get_running_loop().create_task(self._run_check(event))
+        if self._timer is not None:
+            self._timer.cancel()
+        at = self.role.timer_at()
+        self._timer = asyncio.get_running_loop().call_at(at, self._timer_fired) if at is not None else None
+
+    def _take_role(self, found: RoleFound) -> None:
+        is_public = bool(self.reachability.tcp)
+        self._metrics.set("reachable_by_tcp", float(is_public))
+        self._network.set_client(not is_public)
+        if is_public:
             self._server.start()
             self._known.set()
-            if not any(map(_is_ipv4, found.open_hosts)):
-                self._client.start()  # those who have IPv4 only still need somebody in between
         else:
             self._server.stop()
-            self._client.start()
-            if before.tcp is not False:
-                self._load_aiortc()
-        if replace(found, nat=before.nat, udp=before.udp) != before:
+        if not any(":" not in host for host in self.reachability.open_hosts):
+            self._client.start()  # a public node's too, if it has IPv6 only: peers without need a go-between
+        if found.became_client:
+            # importing aiortc takes a while, better now than when somebody waits
+            self._answerer.tasks.spawn(self._puncher.load())
+        if found.is_news:
             self._changed()
-            if self.nat is not None:
-                self.nat.surroundings_changed()
+            self._traversal.upgrader.place_changed()
 
-    def _load_aiortc(self) -> None:
-        """A client node will need it: importing takes a while, better now than when somebody waits."""
-        from tesseract_async.nat.webrtc import pipe as webrtc
+    def _changed(self) -> None:
+        if self.rendezvous:
+            self._known.set()
+        self._on_change()
 
-        assert self.nat is not None
-        self.nat.spawn(webrtc.load())
+    async def _run_check(self, check: CheckDue) -> None:
+        contacts = self._network.public_contacts(NUM_CONTACTS)
+        self._rng.shuffle(contacts)
+        connected = {info.peer_id for info in self._endpoint.connections()}
+        # nodes without a connection first: they see this one as any stranger would
+        contacts.sort(key=lambda peer: peer.peer_id in connected)
+        dialling = self._dial_back.check_all(contacts, check.ports)
+        if not check.stun:
+            found = Observation(await dialling)
+        elif 6 not in self._address.versions:
+            dialled, (nat, seen_host) = await asyncio.gather(dialling, self._stun.look())
+            found = Observation(dialled, nat, seen_host)
+        else:  # helpers by IPv6 have named the IPv4 addresses at which they answer STUN
+            dialled, (nat, seen_host) = await dialling, await self._stun.look()
+            if nat == "unknown" and check.ports and self._own_v4() is not None:
+                await self._dial_back.learn(contacts, port=self._address.port)  # they may all have IPv6 alone
+                nat, seen_host = await self._stun.look()
+            found = Observation(dialled, nat, seen_host)
+        udp = {"public": True, "client": False}.get(self._network.role)
+        self.role.checked(replace(found, udp=udp), self._now())
+        if self._is_declared_public and found.dialled:
+            self._metrics.set("reachable_by_tcp", float(not self.role.doubt))
+        self._cycle()
 
-    async def _ask_stun(self) -> tuple[NatKind, str | None]:
-        """Renews the choice of a STUN server; what the answers tell of our NAT, and our host as they see it."""
-        contacts = self._network.public_contacts(4)
-        if self._reachability is not None:
-            contacts += self._reachability.also(4)[:4]
-        servers = list(dict.fromkeys(split_host_port(peer.addresses[0]) for peer in contacts))
-        for text in self._settings.stun_servers:
-            servers += await _resolve(*split_host_port(text))
-        answers: dict[tuple[str, int], tuple[str, int]] = {}
-        if self._speaks_v4 or any(_is_ipv4(host) for host in self._own_addresses()):
-            answers = await self._ask_stun_over(servers, v6=False)
-            if answers:  # aioice asks over IPv4 only
-                self._stun = (next(iter(answers)), asyncio.get_running_loop().time())
-        if not answers and self._speaks_v6:
-            answers = await self._ask_stun_over(servers, v6=True)
-        seen = set(answers.values())
-        if not answers:
-            return "unknown", None
-        host = next(iter(seen))[0]
-        if {host for host, _ in seen} <= set(self._own_addresses()):
-            return "none", host
-        if len(answers) < 2:
-            return "unknown", host
-        return ("keeping" if len(seen) == 1 else "symmetric"), host
+    # ---- this computer
 
-    async def _ask_stun_over(
-        self, servers: Sequence[tuple[str, int]], *, v6: bool
-    ) -> dict[tuple[str, int], tuple[str, int]]:
-        asked = [server for server in servers if _is_ipv4(server[0]) != v6]
-        local = self._host if _is_ipv4(self._host) != v6 and self._host else ("::" if v6 else "0.0.0.0")
-        try:
-            return await stun_client.ask(asked, local_host=local)
-        except OSError as error:
-            logger.debug("no STUN server can be asked: %s", error)
-            return {}
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
-    @property
-    def _outside_port(self) -> int:
-        """Where others dial this node by IPv4: its own port, or the router's that leads to it."""
-        mapped = self._mapper.outside_port if self._mapper is not None else None
-        return mapped if mapped is not None else self._port
-
-    def _open_addresses(self) -> tuple[str, ...]:
-        """Where dial-back got through."""
-        return tuple(
-            join_host_port(host, self._port if ":" in host else self._outside_port) for host in self.finding.open_hosts
-        )
-
-    def _outside_addresses(self) -> tuple[str, ...]:
-        """What was announced; with what others see, where this node itself did not know it, or knew it wrong."""
-        if not self.finding.tcp:
-            return self._announced
-        found = self._open_addresses()
-        known = {split_host_port(text)[0] for text in self._announced}
-        opened = [text for text in found if split_host_port(text)[0] not in known]
-        left = [text for text in self._announced if split_host_port(text)[0] not in self.finding.closed_hosts]
-        return tuple(dict.fromkeys((*opened, *left)))
+    def _own_hosts(self) -> list[str]:
+        return own_addresses() if self._address.is_wildcard else [self._address.host]
 
     def _own_v4(self) -> str | None:
-        """This computer's address in the router's network."""
-        if _is_ipv4(self._host) and self._host not in WILDCARDS:
-            return str(self._host)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(("192.0.2.1", 9))  # RFC 5737: sends nothing, asks the routing table which way leads out
-            except OSError:
-                return next(filter(_is_ipv4, self._own_addresses()), None)
-            return str(probe.getsockname()[0])
-
-    def _own_addresses(self) -> list[str]:
-        if self._host not in WILDCARDS:
-            return [str(self._host)]
-        return own_addresses(self._settings.skip_interfaces)
-
-
-def _claim_doubted(dialled: str, announced: str) -> str:
-    elsewhere = "" if dialled == announced else f", as which others see it (it announces {announced})"
-    return (
-        f"This node was started as public, but others that dialled {dialled}{elsewhere} did not get through: let TCP "
-        f"and UDP to this port in, or start it without that claim, and it finds the other ways by itself."
-    )
-
-
-async def _nowhere() -> dict[int, tuple[bool, str]]:
-    return {}
+        """Return this computer's address in the router's network."""
+        if not self._address.is_wildcard and ":" not in self._address.host:
+            return self._address.host
+        return address_towards(socket.AF_INET) or next((host for host in self._own_hosts() if ":" not in host), None)
 
 
 async def _find_router(own_host: str) -> Gateway | None:
     from tesseract_async.nat import upnp  # an optional extra
 
     return await upnp.find(own_host)
-
-
-async def _resolve(host: str, port: int) -> list[tuple[str, int]]:
-    """The addresses of a server that was configured by name, one of each kind of IP; nothing where it has none."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        logger.warning("the STUN server %s is unknown: %s", host, error)
-        return []
-    first = {family: str(address[0]) for family, *_, address in reversed(found)}
-    return [(host, port) for host in first.values()]
-
-
-def _is_ipv4(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).version == 4
-    except ValueError:
-        return False

@@ -1,7 +1,7 @@
 """Joins the connections of two nodes that cannot reach one another. The relay reads nothing: TLS runs end to end.
 
-`RelayLedger` is pure: who may join whom, and how much. `Relay` moves the bytes. A token is good for one connection:
-whoever reserves a splice gets one token for itself and one for the peer.
+`RelayLedger` decides who may join whom, and how much. `Relay` moves the bytes. A token is good for one connection: the
+peer that reserves a splice gets one token for itself and one for the other peer. Both go there by `meet_at_relay`.
 """
 
 from __future__ import annotations
@@ -13,35 +13,40 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from tesseract_async.errors import Overloaded
+from tesseract_async.errors import Overloaded, PeerUnreachable
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.transport.base import Pipe, range_of
+from tesseract_async.nat import preamble
+from tesseract_async.transport import tcp
+from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.transport.base import PeerAddress, Pipe, range_of, split_host_port
 from tesseract_async.transport.descriptors import descriptor_limit, room_for
+from tesseract_async.transport.throttle import Throttle
+from tesseract_async.transport.token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES: Final = 256 * 1024
+MAX_PER_PEER: Final = 32
+"""Splices that one peer has reserved."""
+MAX_PER_RANGE: Final = 64
+"""Splices that the peers of one address range have reserved. (Loopback is none.)"""
+WAITING_TIMEOUT: Final = 10.0
+"""Seconds within which both ends must have come."""
+SILENT_TIMEOUT: Final = 60.0
+"""Seconds without a byte after which a pair is parted; endpoints exchange pings every few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    """What a public node gives to others."""
+    """What a public node gives to others. To give more or less is up to its owner, who pays for the traffic."""
 
     max_splices: int = 256
     """Joined pairs, waiting ones included; fewer where the process may not open so many files."""
-    max_per_peer: int = 32
-    """... that one peer has reserved."""
-    max_per_range: int = 64
-    """... that the peers of one address range have reserved. (Loopback is none.)"""
     max_bytes: int = 64 * 2**30
     """Bytes that one pair may exchange."""
     max_rate: float | None = 25e6
     """Bytes per second that all pairs together may exchange, or None for no limit."""
-    waiting_timeout: float = 10.0
-    """Seconds within which both ends must have come."""
-    silent_timeout: float = 60.0
-    """Seconds without a byte after which a pair is parted; endpoints exchange pings every few seconds."""
 
 
 class Splice:
@@ -60,16 +65,18 @@ class Splice:
 
 
 class RelayLedger:
-    """Who may join whom, and how much. The caller gives the time; `remove` every splice that ends."""
+    """Who may join whom, and how much. The caller gives the time, and must `remove` every splice that ends."""
 
-    def __init__(self, settings: RelaySettings) -> None:
+    def __init__(
+        self, settings: RelaySettings, *, max_splices: int | None = None, waiting_timeout: float = WAITING_TIMEOUT
+    ) -> None:
+        """`max_splices`: what the process's limit on open files leaves."""
         self.settings = settings
+        self._max_splices = min(settings.max_splices, max_splices or settings.max_splices)
+        self._waiting_timeout = waiting_timeout
         self._by_token: dict[bytes, Splice] = {}
         self._splices: set[Splice] = set()
-        self._allowance = settings.max_rate or 0.0
-        self._allowance_at = 0.0
-        self.max_by_descriptors = settings.max_splices
-        """What the process's limit on open files leaves for pairs."""
+        self._rate = TokenBucket(settings.max_rate, burst=settings.max_rate) if settings.max_rate is not None else None
         self.pushed_out: list[Splice] = []
         """Pairs that had to go for others: part them, and empty this."""
 
@@ -80,19 +87,19 @@ class RelayLedger:
         return splice in self._splices
 
     def reserve(self, owner: PeerID, tokens: tuple[bytes, bytes], *, now: float, origin: str = "") -> Splice:
-        """Makes room for a pair. `tokens`: two times 16 random bytes; `origin`: the host that the owner calls from.
+        """Make room for a pair. `tokens`: two times 16 random bytes; `origin`: the host that the owner calls from.
 
-        Where all places are taken, the newest pair that is not complete goes, of the range or else peer with most.
+        Where all places are taken, the newest incomplete pair of the range (or peer) that holds most has to go.
         Raises: Overloaded.
         """
-        settings, group = self.settings, range_of(origin)
-        if sum(splice.owner == owner for splice in self._splices) >= settings.max_per_peer:
-            raise Overloaded(f"this relay serves one peer at most {settings.max_per_peer} times", retry_after=5.0)
-        if group and sum(splice.group == group for splice in self._splices) >= settings.max_per_range:
-            raise Overloaded(f"this relay serves one network at most {settings.max_per_range} times", retry_after=5.0)
-        if len(self._splices) >= min(settings.max_splices, self.max_by_descriptors):
+        group = range_of(origin)
+        if sum(splice.owner == owner for splice in self._splices) >= MAX_PER_PEER:
+            raise Overloaded(f"this relay serves one peer at most {MAX_PER_PEER} times", retry_after=5.0)
+        if group and sum(splice.group == group for splice in self._splices) >= MAX_PER_RANGE:
+            raise Overloaded(f"this relay serves one network at most {MAX_PER_RANGE} times", retry_after=5.0)
+        if len(self._splices) >= self._max_splices:
             self._make_room(group or owner)
-        splice = Splice(owner, group, tokens, now + settings.waiting_timeout)
+        splice = Splice(owner, group, tokens, now + self._waiting_timeout)
         self._splices.add(splice)
         for token in tokens:
             self._by_token[token] = splice
@@ -103,12 +110,12 @@ class RelayLedger:
         waiting = [splice for splice in self._splices if splice.num_arrived < 2]
         victim = max(waiting, key=lambda one: (counts[one.group or one.owner], one.expires_at), default=None)
         if victim is None or counts[victim.group or victim.owner] <= counts[whose] + 1:
-            raise Overloaded("this relay is full", retry_after=self.settings.waiting_timeout)
+            raise Overloaded("this relay is full", retry_after=self._waiting_timeout)
         self.remove(victim)
         self.pushed_out.append(victim)
 
     def arrive(self, token: bytes, *, now: float) -> Splice | None:
-        """Uses up a token: its splice, or None if nobody knows it (any more)."""
+        """Use up a token. Returns its splice, or None if it is unknown or has expired."""
         splice = self._by_token.pop(token, None)
         if splice is None or splice.expires_at <= now:
             return None
@@ -123,8 +130,8 @@ class RelayLedger:
             self._by_token.pop(token, None)
 
     def expired(self, *, now: float) -> list[Splice]:
-        """Splices that nobody completed, or that are silent."""
-        silent_before = now - self.settings.silent_timeout
+        """Return the splices that were not completed in time, or are silent."""
+        silent_before = now - SILENT_TIMEOUT
         return [
             splice
             for splice in self._splices
@@ -132,26 +139,21 @@ class RelayLedger:
         ]
 
     def account(self, splice: Splice, count: int, *, now: float) -> float | None:
-        """`count` bytes passed. Seconds for which this end should not be read (0.0: go on), or None: part the pair."""
+        """Count bytes that passed. Returns for how many seconds not to read this end, or None: part the pair."""
         splice.num_bytes += count
         splice.last_active = now
         if splice.num_bytes > self.settings.max_bytes:
             return None
-        rate = self.settings.max_rate
-        if rate is None:
-            return 0.0
-        # a bucket of one second's bytes; it may be overdrawn by what has been received already
-        self._allowance = min(rate, self._allowance + (now - self._allowance_at) * rate) - count
-        self._allowance_at = now
-        return max(0.0, -self._allowance / rate)
+        # a second's worth may pass at once; what has been received already may overdraw it
+        return self._rate.take(count, now) if self._rate is not None else 0.0
 
 
 class Relay:
     """Give it every accepted pipe that began with a relay's preamble."""
 
-    def __init__(self, *, settings: RelaySettings, metrics: Metrics) -> None:
-        self.ledger = RelayLedger(settings)
-        self.ledger.max_by_descriptors = room_for(descriptor_limit()).splices
+    def __init__(self, *, settings: RelaySettings, metrics: Metrics, waiting_timeout: float = WAITING_TIMEOUT) -> None:
+        most = room_for(descriptor_limit()).splices
+        self.ledger = RelayLedger(settings, max_splices=most, waiting_timeout=waiting_timeout)
         self.metrics = metrics
         # received bytes are copied within the call that tells of them, so one block serves all halves
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
@@ -160,7 +162,7 @@ class Relay:
         self._closed = False
 
     def reserve(self, owner: PeerID, *, origin: str = "") -> tuple[bytes, bytes]:
-        """Two tokens: one for `owner`, who calls from `origin`, one for its peer. Raises: Overloaded."""
+        """Return two tokens: one for `owner`, who calls from `origin`, one for its peer. Raises: Overloaded."""
         tokens = secrets.token_bytes(16), secrets.token_bytes(16)
         loop = asyncio.get_running_loop()
         try:
@@ -176,7 +178,7 @@ class Relay:
         return tokens
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """One end has come; joins it with the other one, if that has come before."""
+        """One end has come: join it with the other one, if that has come before."""
         splice = self.ledger.arrive(token, now=asyncio.get_running_loop().time())
         if splice is None or self._closed:
             self.metrics.count("relay_refused", reason="unknown_token")
@@ -196,7 +198,7 @@ class Relay:
         self.metrics.count("relay_joined")
 
     async def aclose(self) -> None:
-        """Parts all pairs; what they have not sent is lost."""
+        """Part all pairs; what they have not sent is lost."""
         self._closed = True
         if self._sweep is not None:
             self._sweep.cancel()
@@ -270,7 +272,24 @@ class _Half:
         self.end()
 
     def end(self) -> None:
-        """Sends what was taken over already, and closes."""
+        """Send what was taken over already, and close."""
         if self._resume is not None:
             self._resume.cancel()
         self.pipe.close()
+
+
+async def meet_at_relay(
+    relay: PeerAddress, token: bytes, *, scope: AddressScope, throttle: Throttle | None = None
+) -> Pipe:
+    """Return a pipe to the holder of the other token of this pair. Raises: PeerUnreachable, OSError."""
+    errors: dict[str, BaseException] = {}
+    for address in (one for one in relay.addresses if scope.allows(split_host_port(one)[0])):
+        try:
+            pipe = await tcp.connect(address, throttle=throttle)
+        except OSError as error:
+            errors[address] = error
+            continue
+        pipe.write(preamble.encode_preamble(preamble.RELAY, token))
+        pipe.description = f"relay {address}"
+        return pipe
+    raise PeerUnreachable(relay.short, errors)

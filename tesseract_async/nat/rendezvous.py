@@ -1,7 +1,7 @@
 """Public nodes help the others to find together: they carry offers to nodes that keep a connection with them.
 
 - ``nat.register`` {} -> {"relay": bool, "addresses": [...]}: the caller wants offers for it to be brought over this
-  connection; where others find this node, who may have another kind of IP than the caller
+  connection; the addresses at which others find this node, who may have another version of IP than the caller
 - ``nat.offer`` {"to": peer id, "offer": bytes} -> {"answer": bytes}: brings an offer to a registered node
 - ``nat.deliver`` {"offer": bytes, "origin": host} -> {"answer": bytes}: what the rendezvous calls there
 - ``nat.relay`` {} -> {"mine": token, "theirs": token}: room for one relayed connection
@@ -15,9 +15,9 @@ import asyncio
 import logging
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from tesseract_async.endpoint.budget import FairCount, Owner
@@ -33,6 +33,7 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import PeerID
+from tesseract_async.nat.fields import field
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
@@ -47,46 +48,115 @@ MAX_ADDRESSES: Final = 4
 MAX_OFFER_BYTES: Final = 4096
 MAX_REPLY_BYTES: Final = 16 * 1024
 
-
-@dataclass(frozen=True, slots=True)
-class RendezvousSettings:
-    """Bounds of the public side, and habits of the other."""
-
-    max_clients: int = 1024
-    """Nodes that may be registered at one public node."""
-    max_clients_per_range: int = 64
-    """... from one address range. (Loopback is none.)"""
-    registration_ttl: float = 120.0
-    """Seconds after which a registration that was not renewed ends."""
-    max_offers: int = 256
-    """Offers that a public node carries at once ..."""
-    max_offers_per_sender: int = 32
-    """... for one sender ..."""
-    max_offers_per_client: int = 32
-    """... to one registered node."""
-    offer_timeout: float = 10.0
-    """Seconds that a public node waits for an answer."""
-    max_own_offers: int = 16
-    """Offers that this node sends through one public node at once; more wait for their turn."""
-    num_rendezvous: int = 3
-    """Public nodes with which a client node keeps a connection."""
-    renew_period: float = 30.0
-    """Seconds between renewals of a registration."""
-    check_period: float = 2.0
-    """Seconds between looks at whether the connections are still there."""
-    register_timeout: float = 5.0
+MAX_CLIENTS: Final = 1024
+"""Nodes that may be registered at one public node."""
+MAX_CLIENTS_PER_RANGE: Final = 64
+"""... from one address range. (Loopback is none.)"""
+REGISTRATION_TTL: Final = 120.0
+"""Seconds after which a registration that was not renewed ends."""
+MAX_OFFERS: Final = 256
+"""Offers that a public node carries at once ..."""
+MAX_OFFERS_PER_SENDER: Final = 32
+"""... for one sender ..."""
+MAX_OFFERS_PER_CLIENT: Final = 32
+"""... to one registered node."""
+CARRY_TIMEOUT: Final = 10.0
+"""Seconds that a public node waits for an answer."""
+MAX_OWN_OFFERS: Final = 16
+"""Offers that this node sends through one public node at once; more wait for their turn."""
+NUM_RENDEZVOUS: Final = 3
+"""Public nodes with which a client node keeps a connection."""
+RENEW_PERIOD: Final = 30.0
+"""Seconds between renewals of a registration."""
+CHECK_PERIOD: Final = 2.0
+"""Seconds between looks at whether the connections are still there."""
+REGISTER_TIMEOUT: Final = 5.0
+"""Seconds for one registration."""
+RETRY_UNREACHABLE: Final = 10.0
+"""Seconds after which a node that was not reached is asked again: it may come back soon ..."""
+RETRY_REFUSED: Final = 60.0
+"""... and one that refused."""
 
 
 class RelayRoom(Protocol):
     """What `RendezvousServer` wants of a relay."""
 
     def reserve(self, owner: PeerID, *, origin: str) -> tuple[bytes, bytes]:
-        """Two tokens. Raises: Overloaded."""
+        """Return two tokens. Raises: Overloaded."""
 
 
-class _Client(NamedTuple):
+class _Registration(NamedTuple):
     until: float
     group: str | None
+
+
+class RendezvousLedger:
+    """Who is registered at a public node, and whose offers are under way. The caller gives the time."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[PeerID, _Registration] = OrderedDict()  # in the order of renewal
+        self._shares = FairCount(MAX_OFFERS)
+        self._senders: Counter[PeerID] = Counter()
+        self._recipients: Counter[PeerID] = Counter()
+
+    def __len__(self) -> int:
+        """Registered nodes."""
+        return len(self._clients)
+
+    @property
+    def num_offers(self) -> int:
+        """Offers under way."""
+        return self._shares.used
+
+    def register(self, peer_id: PeerID, origin: str, *, is_connected: Callable[[PeerID], bool], now: float) -> bool:
+        """Register `peer_id`, which calls from the host `origin`, or renew that; return whether there was room. Where
+        there is none, nodes that are not connected lose their place: they cannot be told of offers either."""
+        while self._clients and next(iter(self._clients.values())).until <= now:
+            self._clients.popitem(last=False)
+        group = range_of(origin)
+        if peer_id not in self._clients and not self._has_room(group):
+            for other in [one for one in self._clients if not is_connected(one)]:
+                del self._clients[other]
+            if not self._has_room(group):
+                return False
+        self._clients[peer_id] = _Registration(now + REGISTRATION_TTL, group)
+        self._clients.move_to_end(peer_id)
+        return True
+
+    def _has_room(self, group: str | None) -> bool:
+        if len(self._clients) >= MAX_CLIENTS:
+            return False
+        neighbors = sum(client.group == group for client in self._clients.values()) if group else 0
+        return neighbors < MAX_CLIENTS_PER_RANGE
+
+    def is_registered(self, peer_id: PeerID, *, now: float) -> bool:
+        """Whether offers are carried to this node."""
+        client = self._clients.get(peer_id)
+        return client is not None and client.until > now
+
+    def begin_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> bool:
+        """Count an offer from `sender`, which calls from `origin`, unless there are too many. `end_offer` follows."""
+        if (
+            self._senders[sender] >= MAX_OFFERS_PER_SENDER
+            or self._recipients[recipient] >= MAX_OFFERS_PER_CLIENT
+            or not self._shares.take(Owner(range_of(origin) or sender, sender), 1)
+        ):
+            return False
+        self._senders[sender] += 1
+        self._recipients[recipient] += 1
+        return True
+
+    def end_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> None:
+        """Take back `begin_offer`."""
+        self._shares.give_back(Owner(range_of(origin) or sender, sender), 1)
+        for counter, key in ((self._senders, sender), (self._recipients, recipient)):
+            counter[key] -= 1
+            if not counter[key]:
+                del counter[key]
+
+    def clear(self) -> None:
+        """Forget all registrations."""
+        self._clients.clear()
 
 
 class RendezvousServer:
@@ -98,92 +168,57 @@ class RendezvousServer:
         *,
         relay: RelayRoom | None,
         own_addresses: Callable[[], Sequence[str]] = lambda: (),
-        settings: RendezvousSettings,
+        carry_timeout: float = CARRY_TIMEOUT,
     ) -> None:
         self._endpoint = endpoint
         self._relay = relay
         self._own_addresses = own_addresses
-        self._settings = settings
-        self._clients: OrderedDict[PeerID, _Client] = OrderedDict()  # in the order of renewal
-        self._senders = FairCount(settings.max_offers)
-        self._sending: Counter[PeerID] = Counter()
-        self._recipients: Counter[PeerID] = Counter()
-        self._running = False
-
-    @property
-    def num_clients(self) -> int:
-        """Registered nodes."""
-        return len(self._clients)
+        self._carry_timeout = carry_timeout
+        self.ledger = RendezvousLedger()
+        self._is_running = False
 
     def start(self) -> None:
-        """Answers the methods from now on. Repeating it does nothing."""
-        if not self._running:
-            self._running = True
+        """Answer the methods from now on. Repeating it does nothing."""
+        if not self._is_running:
+            self._is_running = True
             self._endpoint.handle(REGISTER, self._register)
             self._endpoint.handle(OFFER, self._carry)
             self._endpoint.handle(RELAY, self._reserve)
 
     def stop(self) -> None:
-        """Ends `start`."""
-        if self._running:
-            self._running = False
+        """End `start`."""
+        if self._is_running:
+            self._is_running = False
             for method in (REGISTER, OFFER, RELAY):
                 self._endpoint.unhandle(method)
-            self._clients.clear()
+            self.ledger.clear()
 
     async def _register(self, call: IncomingCall) -> Message:
         now = asyncio.get_running_loop().time()
-        while self._clients and next(iter(self._clients.values())).until <= now:
-            self._clients.popitem(last=False)
-        group = range_of(call.origin)
-        if call.peer_id not in self._clients and not self._has_place(group):
-            # who is not connected cannot be told of offers, either
-            for peer_id in [one for one in self._clients if not self._endpoint.is_connected(one)]:
-                del self._clients[peer_id]
-            if not self._has_place(group):
-                raise self._refused("full", Overloaded("this rendezvous node is full", retry_after=60.0))
-        self._clients[call.peer_id] = _Client(now + self._settings.registration_ttl, group)
-        self._clients.move_to_end(call.peer_id)
-        self._endpoint.metrics.set("rendezvous_clients", len(self._clients))
+        if not self.ledger.register(call.peer_id, call.origin, is_connected=self._endpoint.is_connected, now=now):
+            raise self._refused("full", Overloaded("this rendezvous node is full", retry_after=60.0))
+        self._endpoint.metrics.set("rendezvous_clients", len(self.ledger))
         return Message({"relay": self._relay is not None, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
 
-    def _has_place(self, group: str | None) -> bool:
-        if len(self._clients) >= self._settings.max_clients:
-            return False
-        neighbours = sum(client.group == group for client in self._clients.values()) if group else 0
-        return neighbours < self._settings.max_clients_per_range
-
     async def _carry(self, call: IncomingCall) -> Message:
-        settings, sender = self._settings, call.peer_id
         try:
-            recipient = PeerID(_field(call.body, "to", bytes))
-            offer = _field(call.body, "offer", bytes)
+            recipient = PeerID(field(call.body, "to", bytes))
+            offer = field(call.body, "offer", bytes)
         except ProtocolError as error:
             raise self._refused("malformed", NotAllowed(str(error))) from None
         if len(offer) > MAX_OFFER_BYTES:
             raise self._refused("too_large", NotAllowed(f"an offer has at most {MAX_OFFER_BYTES} bytes"))
-        client = self._clients.get(recipient)
-        if client is None or client.until <= asyncio.get_running_loop().time():
+        if not self.ledger.is_registered(recipient, now=asyncio.get_running_loop().time()):
             raise self._refused("unknown_client", NotAllowed(f"{recipient.short} is not registered here"))
-        owner = Owner(range_of(call.origin) or sender, sender)
-        if (
-            self._sending[sender] >= settings.max_offers_per_sender
-            or self._recipients[recipient] >= settings.max_offers_per_client
-            or not self._senders.take(owner, 1)
-        ):
+        if not self.ledger.begin_offer(call.peer_id, call.origin, recipient):
             raise self._refused("too_many", Overloaded("too many offers are under way", retry_after=1.0))
-        self._sending[sender] += 1
-        self._recipients[recipient] += 1
         try:
-            body = {"offer": offer, "origin": call.origin}
-            answer = await _deliver(self._endpoint, recipient, body, timeout=settings.offer_timeout)
+            answer = await _deliver(self._endpoint, recipient, offer, origin=call.origin, timeout=self._carry_timeout)
         except (PeerUnreachable, ConnectionLost, TimeoutError, ProtocolError) as error:
             self._endpoint.metrics.count("rendezvous_offers_lost")
             raise RemoteError(f"{recipient.short} did not answer: {describe(error)}") from None
         finally:
-            self._senders.give_back(owner, 1)
-            _decrement(self._sending, sender)
-            _decrement(self._recipients, recipient)
+            self.ledger.end_offer(call.peer_id, call.origin, recipient)
         self._endpoint.metrics.count("rendezvous_offers_carried")
         return Message({"answer": answer})
 
@@ -198,15 +233,24 @@ class RendezvousServer:
         return error
 
 
-Answerer = Callable[..., Awaitable[bytes]]
-"""``(offer, *, origin) -> answer``, as `transport.nat.NatTransport.answer_offer`."""
+class AnswerOffer(Protocol):
+    """`answering.OfferAnswerer.answer`."""
+
+    async def __call__(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
+        """Return the encoded answer to an encoded offer."""
+
+
+class _Rendezvous(NamedTuple):
+    peer: PeerAddress
+    renew_at: float
+    relays: bool
 
 
 class RendezvousClient:
-    """Sends offers (`transport.nat.Signalling`), and while `start`ed keeps registered with a few public nodes.
+    """Sends offers (`traversal.Signalling`), and while `start`ed keeps registered with a few public nodes.
 
-    `contacts` gives public nodes to choose from; `answer` answers the offers that they bring; `changed` is called when
-    `rendezvous` has changed.
+    `contacts` returns public nodes to choose from; `answer` answers the offers that they bring; `changed` is called
+    when `rendezvous` has changed. `own_origin` returns the host from which others hear this node.
     """
 
     def __init__(
@@ -214,21 +258,23 @@ class RendezvousClient:
         endpoint: Endpoint,
         *,
         contacts: Callable[[], Sequence[PeerAddress]],
-        answer: Answerer,
+        answer: AnswerOffer,
         changed: Callable[[], None],
         own_origin: Callable[[], str],
-        settings: RendezvousSettings,
-        scope: AddressScope | None = None,
+        scope: AddressScope,
+        num_rendezvous: int = NUM_RENDEZVOUS,
+        check_period: float = CHECK_PERIOD,
     ) -> None:
-        """`scope`: where this node may send on a stranger's word; None: anywhere."""
+        """`scope`: where this node may send on a stranger's word."""
         self._endpoint = endpoint
         self._scope = scope
         self._contacts = contacts
         self._answer = answer
         self._changed = changed
         self._own_origin = own_origin
-        self._settings = settings
-        self._registered: dict[PeerID, tuple[PeerAddress, float, bool]] = {}  # until when to renew; whether it relays
+        self._num_rendezvous = num_rendezvous
+        self._check_period = check_period
+        self._registered: dict[PeerID, _Rendezvous] = {}
         self._failed: dict[PeerID, float] = {}
         self._turns: WeakValueDictionary[PeerAddress, asyncio.Semaphore] = WeakValueDictionary()
         self._keeper: asyncio.Task[None] | None = None
@@ -239,28 +285,26 @@ class RendezvousClient:
     @property
     def rendezvous(self) -> tuple[PeerAddress, ...]:
         """Where this node is registered now; those that relay first."""
-        ordered = sorted(self._registered.values(), key=lambda entry: not entry[2])
-        return tuple(peer for peer, _, _ in ordered)
+        return tuple(one.peer for one in sorted(self._registered.values(), key=lambda one: not one.relays))
 
-    # ---- transport.nat.Signalling
+    # ---- traversal.Signalling
 
     async def send_offer(self, via: PeerAddress, recipient: PeerID, offer: bytes, *, timeout: float) -> bytes:
-        """See `transport.nat.Signalling`."""
+        """See `traversal.Signalling`."""
         if via.peer_id == self._endpoint.peer_id:  # the peer is registered with this very node
-            body = {"offer": offer, "origin": self._own_origin()}
-            return await _deliver(self._endpoint, recipient, body, timeout=timeout)
+            return await _deliver(self._endpoint, recipient, offer, origin=self._own_origin(), timeout=timeout)
         body = {"to": bytes(recipient), "offer": offer}
         turn = self._turns.get(via)
         if turn is None:
-            turn = self._turns[via] = asyncio.Semaphore(self._settings.max_own_offers)
+            turn = self._turns[via] = asyncio.Semaphore(MAX_OWN_OFFERS)
         async with asyncio.timeout(timeout), turn:
             reply = await self._endpoint.call(via, OFFER, body, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES)
-        return bytes(_field(reply.body, "answer", bytes))
+        return field(reply.body, "answer", bytes)
 
     async def reserve_relay(self, via: PeerAddress, *, timeout: float) -> tuple[bytes, bytes]:
-        """See `transport.nat.Signalling`."""
+        """See `traversal.Signalling`."""
         reply = await self._endpoint.call(via, RELAY, {}, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES)
-        mine, theirs = (_field(reply.body, name, bytes) for name in ("mine", "theirs"))
+        mine, theirs = (field(reply.body, name, bytes) for name in ("mine", "theirs"))
         if len(mine) != 16 or len(theirs) != 16:
             raise ProtocolError("a relay's token has 16 bytes")
         return mine, theirs
@@ -269,24 +313,24 @@ class RendezvousClient:
         if call.peer_id not in self._registered:
             raise NotAllowed("this node did not register there")
         try:
-            offer, origin = _field(call.body, "offer", bytes), _field(call.body, "origin", str)
-            return Message({"answer": await self._answer(offer, origin=origin)})
+            offer, origin = field(call.body, "offer", bytes), field(call.body, "origin", str)
+            return Message({"answer": await self._answer(offer, origin=origin, relays=self.rendezvous)})
         except ProtocolError as error:  # already counted; the sender's fault, nothing to log here
             raise NotAllowed(describe(error)) from None
 
     # ---- registrations
 
     def start(self) -> None:
-        """Keeps registered from now on. Repeating it does nothing."""
+        """Keep registered from now on. Repeating it does nothing."""
         if self._keeper is None:
             self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     def look(self) -> None:
-        """There may be new contacts: what is missing is looked for now, not after `check_period`."""
+        """Look for missing rendezvous nodes now, not after `check_period`: there may be new contacts."""
         self._look_now.set()
 
     async def stop(self) -> None:
-        """Ends `start`; registrations end by themselves."""
+        """End `start`; registrations end by themselves."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.cancel()
@@ -305,22 +349,22 @@ class RendezvousClient:
                 self._endpoint.metrics.set("rendezvous_nodes", len(self._registered))
                 self._changed()
             try:
-                async with asyncio.timeout(self._settings.check_period):
+                async with asyncio.timeout(self._check_period):
                     await self._look_now.wait()
             except TimeoutError:
                 pass
 
     async def _renew(self) -> None:
-        """One round: renews what is due or has lost its connection, and fills up from the contacts."""
-        loop, settings = asyncio.get_running_loop(), self._settings
+        """Renew what is due or has lost its connection, and fill up from the contacts."""
+        loop = asyncio.get_running_loop()
         connected = {info.peer_id for info in self._endpoint.connections()}
         due = [
-            peer
-            for peer_id, (peer, renew_at, _) in self._registered.items()
-            if renew_at <= loop.time() or peer_id not in connected
+            one.peer
+            for peer_id, one in self._registered.items()
+            if one.renew_at <= loop.time() or peer_id not in connected
         ]
         await asyncio.gather(*map(self._register, due))
-        missing = settings.num_rendezvous - len(self._registered)
+        missing = self._num_rendezvous - len(self._registered)
         if missing > 0:
             self._failed = {peer_id: until for peer_id, until in self._failed.items() if until > loop.time()}
             known = self._registered.keys() | self._failed.keys() | {self._endpoint.peer_id}
@@ -329,21 +373,20 @@ class RendezvousClient:
 
     async def _register(self, peer: PeerAddress) -> None:
         assert peer.peer_id is not None
-        loop, settings = asyncio.get_running_loop(), self._settings
+        loop = asyncio.get_running_loop()
         try:
             reply = await self._endpoint.call(
-                peer, REGISTER, {}, timeout=settings.register_timeout, max_reply_bytes=MAX_REPLY_BYTES
+                peer, REGISTER, {}, timeout=REGISTER_TIMEOUT, max_reply_bytes=MAX_REPLY_BYTES
             )
-            relays = _field(reply.body, "relay", bool)
+            relays = field(reply.body, "relay", bool)
         except (TesseractError, TimeoutError) as error:
-            logger.info("%s is no rendezvous for this node: %s", peer.short, describe(error))
+            logger.info("%s is not a rendezvous for this node: %s", peer.short, describe(error))
             self._forget(peer.peer_id)
-            # an unreachable node may come back soon, one that refuses will not
-            gone = isinstance(error, PeerUnreachable | TimeoutError)
-            self._failed[peer.peer_id] = loop.time() + (10.0 if gone else 60.0)
+            is_gone = isinstance(error, PeerUnreachable | TimeoutError)
+            self._failed[peer.peer_id] = loop.time() + (RETRY_UNREACHABLE if is_gone else RETRY_REFUSED)
         else:
-            known = _with_other_kind(peer, reply.body.get("addresses"), self._scope)
-            self._registered[peer.peer_id] = (known, loop.time() + settings.renew_period, relays)
+            known = _with_other_version(peer, reply.body.get("addresses"), self._scope)
+            self._registered[peer.peer_id] = _Rendezvous(known, loop.time() + RENEW_PERIOD, relays)
             self._endpoint.keep(peer.peer_id)
 
     def _forget(self, peer_id: PeerID) -> None:
@@ -351,36 +394,20 @@ class RendezvousClient:
             self._endpoint.unkeep(peer_id)
 
 
-async def _deliver(endpoint: Endpoint, recipient: PeerID, body: dict[str, Any], *, timeout: float) -> bytes:
-    reply = await endpoint.call(
-        PeerAddress(recipient, ()), DELIVER, body, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES
-    )
-    answer = _field(reply.body, "answer", bytes)
+async def _deliver(endpoint: Endpoint, recipient: PeerID, offer: bytes, *, origin: str, timeout: float) -> bytes:
+    peer, body = PeerAddress(recipient, ()), {"offer": offer, "origin": origin}
+    reply = await endpoint.call(peer, DELIVER, body, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES)
+    answer = field(reply.body, "answer", bytes)
     if len(answer) > MAX_OFFER_BYTES:
         raise ProtocolError("an answer is too long")
-    return bytes(answer)
+    return answer
 
 
-def _with_other_kind(peer: PeerAddress, told: object, scope: AddressScope | None) -> PeerAddress:
-    """`peer` with one more address, of the other kind of IP than the known one, which others may lack. Untrusted."""
+def _with_other_version(peer: PeerAddress, told: object, scope: AddressScope) -> PeerAddress:
+    """Return `peer` with one more address, of the version of IP that its known one lacks, as others may. Untrusted."""
     known = ip_version(peer.addresses[0])
     if type(told) is list and known is not None and len(told) <= MAX_ADDRESSES:
         for text in told:
-            if type(text) is not str or ip_version(text) in (None, known):
-                continue
-            if scope is None or scope.allowed([text]):
+            if type(text) is str and ip_version(text) not in (None, known) and scope.allowed([text]):
                 return replace(peer, addresses=(peer.addresses[0], text))
     return peer
-
-
-def _field(body: Any, name: str, kind: type[Any]) -> Any:
-    value = body.get(name) if type(body) is dict else None
-    if type(value) is not kind:
-        raise ProtocolError(f"{name} is missing or malformed")
-    return value
-
-
-def _decrement(counter: Counter[PeerID], key: PeerID) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]

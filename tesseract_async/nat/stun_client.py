@@ -1,19 +1,85 @@
-"""Asks STUN servers where we seem to be: which of them answer, and what kind of NAT lies in between."""
+"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from tesseract_async.errors import ProtocolError
+from tesseract_async.nat.addresses import ListeningAddress
+from tesseract_async.nat.role import NatKind, kind_of_nat
+from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import stun
+
+logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 
 RETRANSMIT_AFTER: Final = 0.25
 """Seconds without an answer after which the question is sent again."""
+TIMEOUT: Final = 1.0
+"""Seconds within which servers must have answered."""
+FRESH: Final = 60.0
+"""Seconds for which a server that answered counts as alive."""
+
+
+class StunClient:
+    """Asks the public nodes of the swarm and a few outside servers."""
+
+    def __init__(
+        self,
+        address: ListeningAddress,
+        *,
+        outside_servers: Sequence[str] = (),
+        contacts: Callable[[], Sequence[PeerAddress]],
+        own_hosts: Callable[[], Sequence[str]],
+        fresh: float = FRESH,
+    ) -> None:
+        """`outside_servers`: each ``host:port``. `contacts` returns public nodes; they answer STUN at their first
+        address. `own_hosts` returns the addresses of this computer."""
+        self._address = address
+        self._outside_servers = tuple(map(split_host_port, outside_servers))
+        self._contacts = contacts
+        self._own_hosts = own_hosts
+        self._fresh = fresh
+        self._server: tuple[Address, float] | None = None
+
+    async def server(self) -> Address | None:
+        """Return an IPv4 server that answered within `fresh` seconds."""
+        now = asyncio.get_running_loop().time()
+        if self._server is None or now - self._server[1] > self._fresh:
+            await self.look()
+        return self._server[0] if self._server is not None else None
+
+    async def look(self) -> tuple[NatKind, str | None]:
+        """Return what the servers' answers tell of the NAT, and this node's host as they see it. IPv4 is asked first:
+        data channels use it only."""
+        servers = [split_host_port(peer.addresses[0]) for peer in self._contacts()]
+        for server in self._outside_servers:
+            servers += await _resolve(*server)
+        answers: dict[Address, Address] = {}
+        if 4 in self._address.versions:
+            answers = await self._ask(servers, any_host="0.0.0.0")
+            if answers:
+                self._server = next(iter(answers)), asyncio.get_running_loop().time()
+        if not answers and 6 in self._address.versions:
+            answers = await self._ask(servers, any_host="::")
+        seen = list(answers.values())
+        return kind_of_nat(seen, self._own_hosts()), seen[0][0] if seen else None
+
+    async def _ask(self, servers: Sequence[Address], *, any_host: str) -> dict[Address, Address]:
+        is_v6 = ":" in any_host
+        asked = list(dict.fromkeys(server for server in servers if (":" in server[0]) == is_v6))
+        here = self._address.host
+        try:
+            return await ask(asked, local_host=here if here and (":" in here) == is_v6 else any_host)
+        except OSError as error:
+            logger.debug("no STUN server can be asked: %s", error)
+            return {}
 
 
 class _Asker(asyncio.DatagramProtocol):
@@ -42,12 +108,12 @@ class _Asker(asyncio.DatagramProtocol):
 
 
 async def ask(
-    servers: Sequence[Address], *, local_host: str = "0.0.0.0", timeout: float = 1.0
+    servers: Sequence[Address], *, local_host: str = "0.0.0.0", timeout: float = TIMEOUT
 ) -> dict[Address, Address]:
-    """From one new socket asks each server, for `timeout` seconds at most. Servers and `local_host` are IP addresses of
-    one kind, IPv4 or IPv6.
+    """Ask each server from one new socket, for `timeout` seconds at most. Servers and `local_host` are IP addresses of
+    one version.
 
-    Returns what those who answered saw, in the order of their answers: the quickest one first. Raises: OSError.
+    Returns what those that answered saw, the quickest first. Raises: OSError.
     """
     protocol = _Asker({os.urandom(12): server for server in servers})
     if not servers:
@@ -56,17 +122,27 @@ async def ask(
     transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
     try:
         async with asyncio.timeout(timeout):
-            while True:
+            while not protocol.complete.is_set():
                 for transaction_id, server in list(protocol.questions.items()):
                     transport.sendto(stun.encode_request(transaction_id), server)
                 try:
                     await asyncio.wait_for(protocol.complete.wait(), RETRANSMIT_AFTER)
                 except TimeoutError:
                     continue
-                break
     except TimeoutError:
-        pass  # whoever has not answered by now is not listed
+        pass  # servers that have not answered by now are not listed
     finally:
         transport.close()
         await protocol.closed.wait()
     return protocol.answers
+
+
+async def _resolve(host: str, port: int) -> list[Address]:
+    """Return the addresses of a server that was configured by name, one of each version of IP."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        logger.warning("the STUN server %s is unknown: %s", host, error)
+        return []
+    first = {family: str(address[0]) for family, *_, address in reversed(found)}
+    return [(host, port) for host in first.values()]

@@ -67,13 +67,15 @@ class TesseractNetwork(Uncopied):
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         checks: Sequence[RecordCheck] = (),
         scope: AddressScope | None = None,
+        on_role_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`peers_file` is where contacts are remembered from one run to the next; they are asked besides the seeds.
 
         `policy` says whose records this node holds (action ``host``). Each of `checks` is asked if a record belongs
         where it is to be stored: its signature holds by then, but its value may be anything; False
         refuses it, True passes it or leaves it to others. `scope`: where this node may send on a stranger's word; by
-        default what suits the address that its socket is bound to.
+        default what suits the address that its socket is bound to. `on_role_change` is called on the loop whenever
+        `role` has changed.
         """
         self.identity = identity
         self.settings = settings
@@ -92,8 +94,7 @@ class TesseractNetwork(Uncopied):
         self._checks = tuple(checks)
         self._scope = scope
         self._forced_client = False
-        self.on_role_change: Callable[[], None] | None = None
-        """Called on the loop whenever `role` has changed."""
+        self._on_role_change = on_role_change
 
     @property
     def peer_id(self) -> PeerID:
@@ -144,7 +145,7 @@ class TesseractNetwork(Uncopied):
             self._forced_client = forced
             if self._protocol is not None:
                 self._protocol.set_client(forced)
-            self._role_changed()
+            self._on_role_change()
 
     async def start(
         self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False
@@ -177,7 +178,7 @@ class TesseractNetwork(Uncopied):
         remembered = self._remembered_peers()
         self._has_seeds = bool(self._seeds or remembered)
         driver = NetworkDriver(
-            protocol, loop, speaks=speaks, has_seeds=self._has_seeds, on_role_change=self._role_changed
+            protocol, loop, speaks=speaks, has_seeds=self._has_seeds, on_role_change=self._on_role_change
         )
         await loop.create_datagram_endpoint(lambda: driver, sock=sock)
         self._protocol, self._driver = protocol, driver
@@ -349,10 +350,6 @@ class TesseractNetwork(Uncopied):
         return event.num_holders[0]
 
     # Inside
-
-    def _role_changed(self) -> None:
-        if self.on_role_change is not None:
-            self.on_role_change()
 
     def _remembered_peers(self) -> list[PeerAddress]:
         if self._peers_file is None or not self._peers_file.exists():

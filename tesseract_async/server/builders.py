@@ -7,16 +7,18 @@ takes memory.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib
 import inspect
 import logging
 import math
+import os
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeVar
 
 import psutil
 import torch
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 Built = tuple[nn.Module, tuple[Schema, ...]]
 """A module and the schemas of its arguments."""
 Builder = Callable[..., Built]
+Expert = TypeVar("Expert")
 
 EXPERTS: Final[dict[str, Builder]] = {}
 _MARKED: Final[dict[str, Builder]] = {}
@@ -129,6 +132,31 @@ def build_module(
         is_planned = _check_plan.__wrapped__(*plan)
     with contextlib.nullcontext() if is_planned else Counting(limit):
         return _checked(_call(builder, sizes, name, seed), name)
+
+
+async def build_all(
+    name: str, uids: Sequence[str], build: Callable[[str], Expert], *, on_built: Callable[[], None]
+) -> dict[str, Expert]:
+    """Build many experts of the class `name`, on all cores where the class takes a seed; call `on_built` after each.
+
+    Meanwhile the event loop is free where the class takes a seed. Raises: ValueError as `build` does.
+    """
+    if ":" in name or not takes_seed(find_builder(name)):
+        return {uid: build(uid) for uid in uids}
+    limit = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def build_one(uid: str) -> Expert:
+        async with limit:
+            built = await asyncio.to_thread(build, uid)
+        on_built()
+        return built
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = {uid: group.create_task(build_one(uid)) for uid in uids}
+    except* ValueError as errors:
+        raise errors.exceptions[0] from None
+    return {uid: task.result() for uid, task in tasks.items()}
 
 
 def _checked(built: object, name: str) -> Built:

@@ -1,7 +1,7 @@
 """Which addresses a node may send to on a stranger's word. Pure.
 
-Contacts in replies, addresses in manifests, rendezvous nodes, relays and ICE candidates all name addresses, and whoever
-names one has others send there. So a node on public addresses sends to public ones only, a node in a private network
+Contacts in replies, addresses in manifests, rendezvous nodes, relays and ICE candidates all name addresses, and to
+name one has others send there. So a node on public addresses sends to public ones only, a node in a private network
 also to those of the same kind of network, and only a node on loopback to loopback. What the user typed is not a
 stranger's word.
 """
@@ -31,7 +31,7 @@ _LABORATORY: Final = tuple(
         ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20"),
     )
 )
-# Nobody's, everybody's, or the link's own (169.254.169.254 hands out a cloud machine's secrets).
+# Unspecified, multicast, reserved, or of one link (169.254.169.254 hands out a cloud machine's secrets).
 _NEVER: Final = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -119,7 +119,7 @@ class AddressScope:
         return self.allows(host) or kind == LOOPBACK or (kind is not None and _version(host) in self._enclosed)
 
     def allowed(self, addresses: Iterable[str]) -> tuple[str, ...]:
-        """Those of the ``host:port`` that may be dialled. Names stay: what they stand for is asked about when known."""
+        """Those of the ``host:port`` that may be dialed. Names stay: what they stand for is asked about when known."""
         hosts = ((text, split_host_port(text)[0]) for text in addresses)
         return tuple(text for text, host in hosts if self.allows(host) or _is_name(host))
 

@@ -16,10 +16,10 @@ CIPHERTEXT_BYTES: Final = 256 * 1024
 FAREWELL_TIMEOUT: Final = 1.0
 """Seconds in which a closed channel may send what is queued."""
 SMALL_PIECE: Final = 8 * 1024
-"""Neighbouring pieces up to this size are joined: a system call costs more than their copy."""
+"""Neighboring pieces up to this size are joined: a system call costs more than their copy."""
 
 # One block serves all channels of an event loop: ciphertext is consumed within the call that tells of it. The loops of
-# other threads (a BackgroundNode beside a node of one's own) receive at the same time, and need blocks of their own.
+# other threads (a BackgroundNode next to another node) receive at the same time, and need blocks of their own.
 _blocks: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
 
 

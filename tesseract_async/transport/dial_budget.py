@@ -29,10 +29,10 @@ class DialBudget:
         self._failed: LRU[str, TokenBucket] = LRU(MAX_TARGETS)
 
     def check(self, address: str, now: float) -> None:
-        """Raises: DialledInVain if ``host:port`` may not be dialled now."""
+        """Raises: DialledInVain if ``host:port`` may not be dialed now."""
         wait = max((self._failed[one].wait(now) for one in _targets(address) if one in self._failed), default=0.0)
         if wait > 0:
-            raise DialledInVain(f"it was dialled in vain too often; it may be again in {wait:.1f} s")
+            raise DialledInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
 
     def finished(self, address: str, error: BaseException | None, now: float) -> None:
         """A dial has ended: nobody answered, or another one than was looked for, or (None) the right one."""

@@ -1,4 +1,4 @@
-"""Who may wait at a door: so many in all, so many of one address range, and nobody for ever. No I/O."""
+"""Limits on connections that are not established yet: in all, and for one address range. No I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Generic, TypeVar
 Guest = TypeVar("Guest", bound=Hashable)
 
 SETTLED: Final = 1.0
-"""Seconds after which a guest may have to go for one of its own group; whoever means to come in is in by then."""
+"""Seconds after which a guest may have to go for one of its own group; an honest one is in by then."""
 
 
 class WaitingRoom(Generic[Guest]):

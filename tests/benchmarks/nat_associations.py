@@ -23,7 +23,7 @@ from typing import Any
 import uvloop
 
 from tesseract_async.nat.webrtc import pipe as webrtc
-from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation
 
 COUNTS = (1, 2, 4)
 FIRST = 2**20
@@ -78,11 +78,7 @@ class End:
 
 
 async def open_pipes(line: Connection, count: int, *, controlling: bool) -> list[DataChannelPipe]:
-    settings = WebrtcSettings()
-    made = [
-        Negotiation(controlling=controlling, addresses=["127.0.0.1"], stun_server=None, settings=settings)
-        for _ in range(count)
-    ]
+    made = [Negotiation(controlling=controlling, addresses=["127.0.0.1"], stun_server=None) for _ in range(count)]
     line.send(await asyncio.gather(*(one.gather() for one in made)))
     theirs = await asyncio.to_thread(line.recv)
     return list(await asyncio.gather(*(one.connect(other) for one, other in zip(made, theirs, strict=True))))

@@ -27,7 +27,7 @@ from tesseract_async.nat import preamble
 from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.relay import Relay, RelaySettings
 from tesseract_async.nat.webrtc.message_stream import MESSAGE_BYTES
-from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc.pipe import Negotiation
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 
@@ -117,9 +117,8 @@ async def channel_endpoints() -> AsyncIterator[tuple[Endpoint, PeerID]]:
     server.handle("swallow", swallow)
 
     async def open_pipe() -> Pipe:
-        settings = WebrtcSettings()
         one, other = (
-            Negotiation(controlling=controlling, addresses=["127.0.0.1"], stun_server=None, settings=settings)
+            Negotiation(controlling=controlling, addresses=["127.0.0.1"], stun_server=None)
             for controlling in (True, False)
         )
         mine, theirs = await asyncio.gather(one.gather(), other.gather())

@@ -26,7 +26,7 @@ from aiortc import RTCSctpTransport, rtcsctptransport
 
 from tesseract_async.nat.webrtc import association
 from tesseract_async.nat.webrtc.association import MAX_GAPS, Association
-from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc.pipe import DataChannelPipe, Negotiation
 from tesseract_async.testing import VirtualClock
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ async def _open_pipe(out: Link, back: Link) -> tuple[DataChannelPipe, DataChanne
     mine.other, theirs.other = theirs, mine
     made = []
     for ice in (mine, theirs):
-        one = Negotiation(controlling=ice is mine, addresses=[], stun_server=None, settings=WebrtcSettings())
+        one = Negotiation(controlling=ice is mine, addresses=[], stun_server=None)
         await one._ice.close()
         one._ice = ice  # type: ignore[assignment]
         made.append(one)

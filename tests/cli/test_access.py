@@ -68,7 +68,7 @@ def test_few_may_train_where_more_may_call() -> None:
     assert policy is not None
     assert policy.allows(ONE, "train") and not policy.allows(TWO, "train")
     assert policy.allows(TWO, "call") and policy.allows(TWO, "host")
-    assert describe_policy(policy) == ["only one peer may change weights here"]
+    assert describe_policy(policy) == ["only 1 peer may change weights here"]
     _, policy = invoke("--allow-training", str(ONE), "--allow", f"{ONE},{TWO}")
     assert policy is not None
     assert [policy.allows(TWO, action) for action in ("call", "train", "host")] == [True, False, True]

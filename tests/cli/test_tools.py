@@ -198,7 +198,7 @@ async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
 @pytest.mark.parametrize("reached", [True, False])
 async def test_the_doctor_tells_what_others_see_of_the_port(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
     """Off loopback: a node on that very port asks to be dialled back."""
-    monkeypatch.setattr(reach, "own_addresses", lambda skip: ["127.0.0.1"])
+    monkeypatch.setattr(reach, "own_addresses", lambda: ["127.0.0.1"])
     port = free_port()
     async with ta.TesseractNode(public=True, reach=ReachSettings(on_loopback=True)) as seed, StatusService(seed):
         if not reached:
@@ -221,7 +221,7 @@ async def test_the_doctor_tells_what_others_see_of_the_port(monkeypatch: pytest.
 
 async def test_the_doctor_asks_the_router_and_gives_back_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
     router = Router()
-    monkeypatch.setattr(reach, "own_addresses", lambda skip: ["127.0.0.1"])
+    monkeypatch.setattr(reach, "own_addresses", lambda: ["127.0.0.1"])
     monkeypatch.setattr(reach, "_find_router", router.find)
     port = free_port()
     asked = ["doctor", "--host", "0.0.0.0", "--port", str(port), "--json"]

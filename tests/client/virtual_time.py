@@ -28,7 +28,7 @@ class Engine:
         self.num_jobs = 0
         self.most_jobs = 0
         self._waiting: list[Any] = []
-        submit, wait = autograd.run_in_engine_thread, autograd._Request.wait
+        submit, wait = autograd.run_in_engine_thread, autograd._GradientRequest.wait
 
         def counted_submit(work: Any, outcome: asyncio.Future[Any]) -> None:
             self.num_jobs += 1
@@ -44,7 +44,7 @@ class Engine:
                 self._waiting.remove(request)
 
         monkeypatch.setattr(autograd, "run_in_engine_thread", counted_submit)
-        monkeypatch.setattr(autograd._Request, "wait", watched_wait)
+        monkeypatch.setattr(autograd._GradientRequest, "wait", watched_wait)
 
     def _ended(self, outcome: object) -> None:
         self.num_jobs -= 1

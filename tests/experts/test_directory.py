@@ -226,9 +226,8 @@ async def test_the_dead_leave_the_view_without_another_read() -> None:
 @in_made_up_time
 async def test_a_grid_is_not_warm_before_the_network_is_joined() -> None:
     swarm = FakeSwarm()
-    subject = directory(swarm, QUICK)
-    network = subject._network
-    assert isinstance(network, FakeNetwork)
+    network = FakeNetwork(swarm, peer(0))
+    subject = ExpertDirectory(network, refresh_period=QUICK, clock=swarm.clock)
     network.joined = False
     asked = 0
 

@@ -15,14 +15,9 @@ from tests.experts.fake_network import FakeNetwork, FakeSwarm, peer
 UIDS = {"ffn.3.7": True, "ffn.3.8": False, "attention.1": True}
 
 
-def publisher(swarm: FakeSwarm) -> ExpertPublisher:
-    network = FakeNetwork(swarm, peer(1))
+def publisher(swarm: FakeSwarm, network: FakeNetwork | None = None) -> ExpertPublisher:
+    network = network or FakeNetwork(swarm, peer(1))
     return ExpertPublisher(network, addresses=["127.0.0.1:4000"], clock=swarm.clock)
-
-
-def network_of(subject: ExpertPublisher) -> FakeNetwork:
-    assert isinstance(subject._network, FakeNetwork)
-    return subject._network
 
 
 async def test_a_manifest_lies_under_its_grid_and_under_every_uids_shard() -> None:
@@ -81,8 +76,9 @@ async def test_several_servers_on_one_node_stand_side_by_side() -> None:
 @in_made_up_time
 async def test_declare_looks_for_more_holders_until_there_are_enough() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm)
-    network_of(subject).holders = [1, 2, 2, 3]
+    network = FakeNetwork(swarm, peer(1))
+    subject = publisher(swarm, network)
+    network.holders = [1, 2, 2, 3]
     assert await subject.declare({"ffn.1": True}) == 3
     assert swarm.stores[grid_key("ffn")] == 3
     await subject.aclose()
@@ -90,8 +86,9 @@ async def test_declare_looks_for_more_holders_until_there_are_enough() -> None:
 
 async def test_a_lonely_node_is_satisfied_with_itself() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm)
-    network_of(subject).num_contacts, network_of(subject).holders = 0, [1]
+    network = FakeNetwork(swarm, peer(1))
+    subject = publisher(swarm, network)
+    network.num_contacts, network.holders = 0, [1]
     assert await subject.declare({"ffn.1": True}) == 1
     await subject.aclose()
 
@@ -99,11 +96,12 @@ async def test_a_lonely_node_is_satisfied_with_itself() -> None:
 @in_made_up_time
 async def test_declare_ends_with_what_was_achieved_and_goes_on_in_the_background() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm)
-    network_of(subject).failure = ConnectionLost("peer", "gone")
+    network = FakeNetwork(swarm, peer(1))
+    subject = publisher(swarm, network)
+    network.failure = ConnectionLost("peer", "gone")
     assert await subject.declare({"ffn.1": True}) == 0
     assert subject.metrics.total("manifest_stores_failed") > 0
-    network_of(subject).failure = None
+    network.failure = None
     await swarm.until(lambda: bool(swarm.entries))
     await subject.aclose()
     assert not swarm.entries
@@ -139,15 +137,16 @@ async def test_a_server_that_lost_its_memory_goes_on_upwards() -> None:
 @in_made_up_time
 async def test_cancelling_declare_leaves_nothing_after_closing() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm)
-    network_of(subject).holders = [0]
+    network = FakeNetwork(swarm, peer(1))
+    subject = publisher(swarm, network)
+    network.holders = [0]
     declaring = asyncio.create_task(subject.declare({"ffn.1": True}))
     await swarm.until(lambda: swarm.stores[grid_key("ffn")] > 1)
     declaring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await declaring
     await subject.aclose()
-    assert (grid_key("ffn"), "0") in network_of(subject).withdrawn
+    assert (grid_key("ffn"), "0") in network.withdrawn
 
 
 async def test_a_server_may_move() -> None:
@@ -181,9 +180,10 @@ async def test_nothing_is_sent_for_a_malformed_uid_or_after_closing() -> None:
 
 async def test_a_farewell_that_fails_is_only_logged() -> None:
     swarm = FakeSwarm()
-    subject = publisher(swarm)
+    network = FakeNetwork(swarm, peer(1))
+    subject = publisher(swarm, network)
     await subject.declare({"ffn.1": True})
-    network_of(subject).failure = ConnectionLost("peer", "gone")
+    network.failure = ConnectionLost("peer", "gone")
     await subject.aclose()
 
 

@@ -305,7 +305,8 @@ def test_a_member_votes_once_an_epoch_after_a_lease_of_silence_and_for_no_older_
     assert not vote(machine.epoch, at=later) and not vote(epoch, seal=first, at=later)
     assert vote(epoch, at=later) and vote(epoch, at=later)
     assert not vote(epoch, asker=leader, at=later) and not vote(epoch - 1, at=later)
-    beat = Question("beat", machine.epoch, leader.machine._boot, b"", b"")
+    assert leader.machine.term is not None
+    beat = Question("beat", machine.epoch, leader.machine.term.boot, b"", b"")
     assert not machine.ask(leader.peer, beat, world.now + later, voter.wall).agrees, "bound by its vote"
     assert machine.ask(leader.peer, beat, world.now + later + LEASE, voter.wall).agrees
 

@@ -105,7 +105,7 @@ async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncI
     address = f"127.0.0.1:{sock.getsockname()[1]}"
     demultiplexer = PreambleDemultiplexer(
         tcp.TcpTransport(sock),
-        special=lambda kind, token, pipe: relay.pipe_arrived(token, SpoiledPipe(pipe, spoiler)),  # type: ignore[arg-type]
+        handlers={preamble.RELAY: lambda token, pipe: relay.pipe_arrived(token, SpoiledPipe(pipe, spoiler))},  # type: ignore[arg-type]
         metrics=Metrics(),
     )
     await demultiplexer.listen(lambda pipe: pipe.abort())

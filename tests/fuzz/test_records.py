@@ -16,7 +16,7 @@ from tesseract_async.experts.trust import belongs_under_its_key
 from tesseract_async.identity import SignedRecord
 from tesseract_async.monitoring import status
 from tesseract_async.nat import offers, preamble
-from tesseract_async.nat.webrtc.message_stream import MessageStream, StreamSettings
+from tesseract_async.nat.webrtc.message_stream import MessageStream
 from tesseract_async.server import checkpoint
 from tesseract_async.wire import stun
 from tesseract_async.wire.codecs import CodecPolicy
@@ -134,7 +134,7 @@ def fuzz_preamble(pick: random.Random) -> None:
 
 
 def fuzz_stream(pick: random.Random) -> None:
-    one, other = (MessageStream(StreamSettings(), now=0.0) for _ in range(2))
+    one, other = (MessageStream(now=0.0) for _ in range(2))
     one.write(pick.randbytes(pick.choice((1, 5000))))
     if pick.random() < 0.3:
         one.finish()

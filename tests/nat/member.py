@@ -18,10 +18,8 @@ from typing import Any
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID
-from tesseract_async.nat.dial_back import ReachabilitySettings
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.ways import NatSettings
-from tesseract_async.nat.webrtc.pipe import WebrtcSettings
+from tesseract_async.nat.turn import TurnServer
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 
@@ -30,14 +28,13 @@ PORT = 31337
 
 class Member:
     def __init__(self, host: str, seeds: list[str], options: dict[str, Any]) -> None:
-        # there is no distance here: who does not answer a dial within a second never will
-        quick = ReachabilitySettings(dial_timeout=1.0)
-        nat = NatSettings()
-        if turn := options.pop("turn", None):
-            webrtc = WebrtcSettings(turn_server=turn, turn_username="name", turn_password="word")
-            nat = NatSettings(webrtc=webrtc)
-        stun = tuple(options.pop("stun_servers", ()))
-        reach = ReachSettings(reachability=quick, nat=nat, stun_servers=stun)
+        turn = options.pop("turn", None)
+        reach = ReachSettings(
+            # there is no distance here: a node that does not answer a dial within a second never will
+            dial_back_timeout=1.0,
+            turn=TurnServer.parse(turn) if turn else None,
+            stun_servers=tuple(options.pop("stun_servers", ())),
+        )
         self.own_tasks: set[Any] = set()
         self.node = TesseractNode(host, PORT, initial_peers=seeds, reach=reach, **options)
         self.servers: list[Any] = []
@@ -56,7 +53,7 @@ class Member:
 
     async def do_wait_reachable(self) -> Any:
         known = await self.node.wait_reachable(20.0)
-        return {"known": known, "role": self.node.reach.finding.role, "report": self.node.reach.report()}
+        return {"known": known, "role": self.node.reach.reachability.role, "report": self.node.reach.report()}
 
     async def do_report(self) -> list[str]:
         return self.node.reach.report()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 
 import pytest
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat import demux, preamble
-from tesseract_async.nat.demux import PreambleDemultiplexer
+from tesseract_async.nat import preamble
+from tesseract_async.nat.demux import MAX_WAITING_PER_RANGE, TIMEOUT, PreambleDemultiplexer
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import PeerAddress, Pipe
 from tests.transport.pipes import Receiver, bound_socket
@@ -17,24 +18,28 @@ pytestmark = pytest.mark.both_loops
 
 
 class House:
-    def __init__(self) -> None:
+    def __init__(self, timeout: float, max_per_range: int) -> None:
         self.sock = bound_socket()
         self.address = f"127.0.0.1:{self.sock.getsockname()[1]}"
         self.metrics = Metrics()
         self.ordinary: asyncio.Queue[Pipe] = asyncio.Queue()
         self.special: asyncio.Queue[tuple[int, bytes, Pipe]] = asyncio.Queue()
         transport = tcp.TcpTransport(self.sock)
+        handlers = {kind: functools.partial(self.arrived, kind) for kind in preamble.KINDS}
         self.demultiplexer = PreambleDemultiplexer(
-            transport, special=lambda *visit: self.special.put_nowait(visit), metrics=self.metrics
+            transport, handlers=handlers, metrics=self.metrics, timeout=timeout, max_per_range=max_per_range
         )
+
+    def arrived(self, kind: int, token: bytes, pipe: Pipe) -> None:
+        self.special.put_nowait((kind, token, pipe))
 
     def refused(self, reason: str) -> float:
         return self.metrics.snapshot().get(f"demultiplexer_refused{{reason={reason}}}", 0)
 
 
 @contextlib.asynccontextmanager
-async def open_house() -> AsyncIterator[House]:
-    house = House()
+async def open_house(*, timeout: float = TIMEOUT, max_per_range: int = MAX_WAITING_PER_RANGE) -> AsyncIterator[House]:
+    house = House(timeout, max_per_range)
     await house.demultiplexer.listen(house.ordinary.put_nowait)
     yield house
     await house.demultiplexer.aclose()
@@ -87,17 +92,20 @@ async def test_a_malformed_preamble_is_sent_away() -> None:
         assert house.refused("malformed") == 1
 
 
-async def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demux, "TIMEOUT", 0.05)
-    async with open_house() as house, visit(house) as (pipe, receiver):
+async def test_a_silent_connection_is_sent_away() -> None:
+    async with open_house(timeout=0.05) as house, visit(house) as (pipe, receiver):
         pipe.write(b"TSR")
         await receiver.until_lost()
         assert house.refused("silent") == 1
 
 
-async def test_few_may_wait_and_fewer_of_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demux, "MAX_WAITING_PER_RANGE", 2)
-    async with open_house() as house, visit(house), visit(house) as (second, gone), visit(house) as (_, third):
+async def test_few_may_wait_and_fewer_of_one_host() -> None:
+    async with (
+        open_house(max_per_range=2) as house,
+        visit(house),
+        visit(house) as (second, gone),
+        visit(house) as (_, third),
+    ):
         await third.until_lost()
         assert house.refused("too_many") == 1
         second.abort()

@@ -36,16 +36,8 @@ def test_virtual_interfaces_and_useless_addresses_are_left_out(monkeypatch: pyte
         wlan0=["192.168.1.6", "169.254.3.3", "0.0.0.0", "192.168.1.5"],
     )
     assert own_addresses() == ["192.168.1.5", "192.168.1.6", "2001:db8::7"]
-    assert own_addresses(("eth",)) == [
-        "172.17.0.1",
-        "172.18.0.1",
-        "10.1.0.1",
-        "192.168.56.1",
-        "192.168.1.6",
-        "192.168.1.5",
-    ]
 
 
 def test_there_may_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, eth0=[f"10.0.0.{number}" for number in range(1, 50)])
-    assert len(own_addresses()) == 8 and len(own_addresses(most=3)) == 3
+    assert len(own_addresses()) == 8

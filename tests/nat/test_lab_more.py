@@ -101,7 +101,7 @@ def test_outside_servers_help_where_the_swarm_does_not(tmp_path: Path) -> None:
             *("--lt-cred-mech", "--user", "name:word", "--realm", "lab", "--no-tls", "--no-dtls", "--no-cli"),
             *("--log-file", "/dev/null", "--pidfile", lab.write("turn.pid", ""), "--userdb", lab.write("turn.db", "")),
         )
-        turn: dict[str, Any] = {"turn": f"turn:{server}", "stun_servers": [server]}
+        turn: dict[str, Any] = {"turn": f"name:word@{server}", "stun_servers": [server]}
         options: dict[str, dict[str, Any]] = {"r1": {"relay": False}, "k": {"stun_servers": [server]}}
         options |= {"s": turn, "t": turn}
         with Swarm(lab, tmp_path, public=("r1",), options=options) as swarm:

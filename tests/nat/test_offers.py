@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from tesseract_async.errors import InvalidRecord, ProtocolError
 from tesseract_async.identity import Identity
 from tesseract_async.nat import offers
-from tesseract_async.nat.offers import Candidate, Description, GuardSettings, OfferGuard, RelayBody, ReverseBody
+from tesseract_async.nat.offers import (
+    MAX_PER_MINUTE,
+    MAX_PER_SENDER,
+    MAX_PER_TARGET,
+    Candidate,
+    Description,
+    OfferGuard,
+    RelayBody,
+    ReverseBody,
+)
 
 ALICE, BOB, EVE = (Identity.from_seed(bytes([number]) * 32) for number in (1, 2, 3))
 NOW = 1_700_000_000.0
@@ -148,39 +157,36 @@ def test_what_is_too_long_is_refused_at_both_ends() -> None:
 
 
 def test_the_guard_counts_those_who_would_be_sent_to() -> None:
-    guard = OfferGuard(GuardSettings(per_sender=100, total=100, per_target=3))
+    guard = OfferGuard()
     answers = []
-    for number in range(5):
+    for number in range(MAX_PER_TARGET + 2):
         sender = Identity.from_seed(bytes([number + 50]) * 32)
         data = offers.encode_offer(
             sender, BOB.peer_id, kind=offers.CHANNEL, body={}, nonce=bytes([number]) * 16, now=NOW
         )
         offer = offers.decode_offer(data, BOB.peer_id)
         answers.append(guard.refuse(offer, now=float(number), wall=NOW, target="8.8.8.8"))
-    assert answers == [None] * 3 + ["too_many"] * 2
-    assert guard.refuse(offer, now=5.0, wall=NOW, target="8.8.4.4") is None
+    assert answers == [None] * MAX_PER_TARGET + ["too_many"] * 2
+    assert guard.refuse(offer, now=20.0, wall=NOW, target="8.8.4.4") is None
     late = offers.decode_offer(data, BOB.peer_id)
     assert guard.refuse(late, now=100.0, wall=NOW, target="8.8.8.8") == "replayed"
-    assert not guard._counts
 
 
 def test_the_guard_refuses_old_repeated_and_too_many_offers() -> None:
-    guard = OfferGuard(GuardSettings(max_skew=100.0, per_sender=3, total=5))
+    guard = OfferGuard()
 
     def refuse(identity: Identity, number: int, *, time: float = NOW, now: float = 0.0) -> str | None:
         data = offer(identity, nonce=number.to_bytes(16, "big"), now=time)
         return guard.refuse(offers.decode_offer(data, BOB.peer_id), now=now, wall=NOW + now)
 
-    assert refuse(ALICE, 0, time=NOW - 101) == "stale"
-    assert refuse(ALICE, 0, time=NOW + 101) == "stale"
+    assert refuse(ALICE, 0, time=NOW - 121) == "stale"
+    assert refuse(ALICE, 0, time=NOW + 121) == "stale"
     assert refuse(ALICE, 1) is None
     assert refuse(ALICE, 1) == "replayed"
-    assert refuse(ALICE, 2) is None and refuse(ALICE, 3) is None
-    assert refuse(ALICE, 4) == "too_many"
-    assert refuse(EVE, 1) is None and refuse(EVE, 2) is None
-    assert refuse(EVE, 3) == "too_many"
+    assert [refuse(ALICE, number) for number in range(2, MAX_PER_SENDER + 1)] == [None] * (MAX_PER_SENDER - 1)
+    assert refuse(ALICE, 100) == "too_many"
+    others = [Identity.from_seed(number.to_bytes(32, "big")) for number in range(MAX_PER_MINUTE // MAX_PER_SENDER)]
+    answers = [refuse(other, number) for other in others for number in range(MAX_PER_SENDER)]
+    assert answers == [None] * (MAX_PER_MINUTE - MAX_PER_SENDER) + ["too_many"] * MAX_PER_SENDER
     assert refuse(ALICE, 1, now=61.0) == "replayed"
-    assert refuse(ALICE, 4, now=61.0) is None
-    for minute in range(2, 60):
-        refuse(ALICE, 100 + minute, time=NOW + 61.0 * minute, now=61.0 * minute)
-    assert len(guard._seen) <= 5 and len(guard._recent) <= 5
+    assert refuse(ALICE, 100, now=61.0) is None

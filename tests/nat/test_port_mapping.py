@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.port_mapping import Gateway, GatewayRefused, PortMapper, PortMappingSettings, PortTaken
+from tesseract_async.nat.port_mapping import Gateway, GatewayRefused, PortMapper, PortTaken
 
 PORT = 4000
 
@@ -45,7 +45,7 @@ class Router:
 
 
 class Home:
-    def __init__(self, router: Router, settings: PortMappingSettings) -> None:
+    def __init__(self, router: Router, lease: float, retry_after: float, farewell_timeout: float) -> None:
         self.host: str | None = "10.0.0.2"
         self.changes: list[int | None] = []
         self.changed = asyncio.Event()
@@ -55,11 +55,13 @@ class Home:
             own_host=lambda: self.host,
             changed=self.note,
             metrics=Metrics(),
-            settings=settings,
+            lease=lease,
+            retry_after=retry_after,
+            farewell_timeout=farewell_timeout,
         )
 
-    def note(self) -> None:
-        self.changes.append(self.mapper.outside_port)
+    def note(self, port: int | None) -> None:
+        self.changes.append(port)
         self.changed.set()
 
     async def next_change(self) -> None:
@@ -69,8 +71,10 @@ class Home:
 
 
 @contextlib.asynccontextmanager
-async def home(router: Router, settings: PortMappingSettings = PortMappingSettings()) -> AsyncIterator[Home]:  # noqa: B008 (frozen)
-    made = Home(router, settings)
+async def home(
+    router: Router, *, lease: float = 3600.0, retry_after: float = 300.0, farewell_timeout: float = 3.0
+) -> AsyncIterator[Home]:
+    made = Home(router, lease, retry_after, farewell_timeout)
     made.mapper.start()
     async with asyncio.timeout(30):
         await made.mapper.tried.wait()
@@ -89,7 +93,7 @@ async def test_a_mapping_is_made_and_taken_back() -> None:
 
 async def test_it_is_renewed_before_the_lease_ends() -> None:
     router = Router()
-    async with home(router, PortMappingSettings(lease=0.02)):
+    async with home(router, lease=0.02):
         async with asyncio.timeout(30):
             while router.num_adds < 6:  # noqa: ASYNC110 (the router announces nothing)
                 await asyncio.sleep(0)
@@ -109,7 +113,7 @@ async def test_another_port_where_the_own_one_is_taken() -> None:
 async def test_a_router_that_refuses_is_asked_again_later() -> None:
     router = Router()
     router.refusal = "The router does not want to."
-    async with home(router, PortMappingSettings(retry_after=0.01)) as node:
+    async with home(router, retry_after=0.01) as node:
         assert node.mapper.outside_port is None and node.mapper.sentence() == router.refusal
         router.refusal = ""
         await node.next_change()
@@ -147,5 +151,5 @@ async def test_no_router_is_no_reason_to_wait() -> None:
 async def test_leaving_does_not_wait_for_a_silent_router() -> None:
     router = Router()
     router.silent = True
-    async with home(router, PortMappingSettings(farewell_timeout=0.01)) as node:
+    async with home(router, farewell_timeout=0.01) as node:
         assert node.mapper.outside_port == PORT

@@ -8,7 +8,7 @@ import pytest
 from tesseract_async.errors import Overloaded
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.relay import Relay, RelayLedger, RelaySettings
+from tesseract_async.nat.relay import MAX_PER_PEER, Relay, RelayLedger, RelaySettings
 from tesseract_async.transport.base import PipeReceiver
 from tests.transport.pipes import relay_pair, started
 
@@ -33,7 +33,7 @@ def test_a_token_is_good_for_one_connection() -> None:
 
 
 def test_a_token_expires() -> None:
-    ledger = RelayLedger(RelaySettings(waiting_timeout=10.0))
+    ledger = RelayLedger(RelaySettings())
     splice = ledger.reserve(ALICE, tokens(1), now=0.0)
     ledger.arrive(tokens(1)[0], now=9.0)
     assert ledger.expired(now=9.9) == []
@@ -41,33 +41,34 @@ def test_a_token_expires() -> None:
     assert ledger.expired(now=10.0) == [splice]
     ledger.remove(splice)
     ledger.remove(splice)
-    assert len(ledger) == 0 and not ledger._by_token
+    assert len(ledger) == 0
 
 
 def test_the_number_of_splices_is_limited_in_all_and_for_one_peer() -> None:
-    ledger = RelayLedger(RelaySettings(max_splices=3, max_per_peer=2))
-    first = ledger.reserve(ALICE, tokens(1), now=0.0)
-    ledger.reserve(ALICE, tokens(2), now=0.0)
-    with pytest.raises(Overloaded):
-        ledger.reserve(ALICE, tokens(3), now=0.0)
-    ledger.reserve(BOB, tokens(3), now=0.0)
-    with pytest.raises(Overloaded):
-        ledger.reserve(BOB, tokens(4), now=0.0)
+    ledger = RelayLedger(RelaySettings(max_splices=MAX_PER_PEER + 1))
+    first, *_ = [ledger.reserve(ALICE, tokens(number), now=0.0) for number in range(MAX_PER_PEER)]
+    with pytest.raises(Overloaded, match="one peer"):
+        ledger.reserve(ALICE, tokens(100), now=0.0)
+    for splice in (first, ledger.reserve(BOB, tokens(101), now=0.0)):
+        splice.num_arrived = 2
     ledger.remove(first)
-    ledger.reserve(BOB, tokens(4), now=0.0)
+    ledger.reserve(BOB, tokens(102), now=0.0)
+    assert len(ledger) == MAX_PER_PEER + 1
 
 
 def test_identities_that_take_all_places_leave_one_to_the_next() -> None:
     ledger = RelayLedger(RelaySettings())
-    for number in range(8 * 32):
+    kept = [
         ledger.reserve(Identity.from_seed(bytes([number // 32]) * 32).peer_id, tokens(number), now=0.0)
+        for number in range(8 * 32)
+    ]
     honest = Identity.from_seed(bytes([200]) * 32).peer_id
     mine = [ledger.reserve(honest, tokens(5000 + number), now=1.0) for number in range(20)]
     assert len(ledger) == 256 and len(ledger.pushed_out) == 20
     assert not any(splice in ledger.pushed_out for splice in mine)
     gone = ledger.pushed_out[0]
     assert ledger.arrive(gone.tokens[0], now=1.0) is None, "what was pushed out is worth nothing any more"
-    for splice in ledger._splices:
+    for splice in (*kept, *mine):
         splice.num_arrived = 2
     with pytest.raises(Overloaded):  # pairs that are in use stay
         ledger.reserve(honest, tokens(6000), now=1.0)
@@ -84,7 +85,7 @@ def test_the_peers_of_one_range_share_a_part() -> None:
 
 
 def test_bytes_and_rate_are_limited() -> None:
-    ledger = RelayLedger(RelaySettings(max_bytes=5000, max_rate=1000.0, silent_timeout=60.0))
+    ledger = RelayLedger(RelaySettings(max_bytes=5000, max_rate=1000.0))
     splice = ledger.reserve(ALICE, tokens(1), now=0.0)
     for token in tokens(1):
         ledger.arrive(token, now=0.0)
@@ -227,13 +228,13 @@ async def test_an_unknown_token_is_sent_away() -> None:
 
 @pytest.mark.both_loops
 async def test_nobody_comes_to_a_reserved_place() -> None:
-    relay = Relay(settings=RelaySettings(waiting_timeout=0.01), metrics=Metrics())
+    relay = Relay(settings=RelaySettings(), metrics=Metrics(), waiting_timeout=0.01)
     mine, _ = relay.reserve(ALICE)
     pipe = FakePipe()
     relay.pipe_arrived(mine, pipe)
     await pipe.gone.wait()  # the sweep comes once a second
     assert pipe.ended == "closed"
-    assert len(relay.ledger) == 0 and relay._sweep is None
+    assert len(relay.ledger) == 0
     await relay.aclose()
 
 

@@ -5,30 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
-from tesseract_async.endpoint.endpoint import Endpoint
+from tesseract_async.endpoint.endpoint import Endpoint, IncomingCall, Message
 from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError, RemoteError
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.nat import rendezvous as rendezvous_module
 from tesseract_async.nat.rendezvous import (
+    CARRY_TIMEOUT,
     DELIVER,
+    MAX_CLIENTS,
+    MAX_CLIENTS_PER_RANGE,
+    MAX_OFFERS_PER_CLIENT,
+    MAX_OFFERS_PER_SENDER,
+    MAX_OWN_OFFERS,
+    NUM_RENDEZVOUS,
     OFFER,
     REGISTER,
+    REGISTRATION_TTL,
     RELAY,
     RendezvousClient,
+    RendezvousLedger,
     RendezvousServer,
-    RendezvousSettings,
 )
+from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.transport.tcp import TcpTransport
 
 pytestmark = pytest.mark.both_loops
 
-SETTINGS = RendezvousSettings(check_period=0.02)
+SCOPE = AddressScope(["127.0.0.1", "203.0.113.9", "2001:db8::9"])
 
 
 class Room:
@@ -55,14 +62,16 @@ class Public:
 
 
 @contextlib.asynccontextmanager
-async def public(*, settings: RendezvousSettings = SETTINGS, relay: Room | None = None) -> AsyncIterator[Public]:
+async def public(
+    *, relay: Room | None = None, named: Sequence[str] = (), carry_timeout: float = CARRY_TIMEOUT
+) -> AsyncIterator[Public]:
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     endpoint = Endpoint(identity=Identity.generate(), transports=[TcpTransport(sock)])
     address = PeerAddress(endpoint.peer_id, (f"127.0.0.1:{sock.getsockname()[1]}",))
     await endpoint.start()
     async with endpoint:
-        server = RendezvousServer(endpoint, relay=relay, settings=settings)
+        server = RendezvousServer(endpoint, relay=relay, own_addresses=lambda: named, carry_timeout=carry_timeout)
         server.start()
         yield Public(endpoint, address, server)
 
@@ -70,7 +79,7 @@ async def public(*, settings: RendezvousSettings = SETTINGS, relay: Room | None 
 class Client:
     """A node that nobody can dial."""
 
-    def __init__(self, contacts: list[PeerAddress], settings: RendezvousSettings) -> None:
+    def __init__(self, contacts: list[PeerAddress], num_rendezvous: int) -> None:
         self.endpoint = Endpoint(identity=Identity.generate(), transports=[TcpTransport()])
         self.peer_id = self.endpoint.peer_id
         self.heard: list[tuple[bytes, str]] = []
@@ -82,15 +91,17 @@ class Client:
             answer=self.answer_offer,
             changed=self.changed.set,
             own_origin=lambda: "127.0.0.1",
-            settings=settings,
+            scope=SCOPE,
+            num_rendezvous=num_rendezvous,
+            check_period=0.02,
         )
 
     async def echo(self, offer: bytes) -> bytes:
         return b"answer to " + offer
 
-    async def answer_offer(self, offer: bytes, *, origin: str) -> bytes:
-        self.heard.append((offer, origin))
-        return await self.answer(offer)
+    async def answer_offer(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
+        self.heard.append((data, origin))
+        return await self.answer(data)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(30):
@@ -100,12 +111,12 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def client(*contacts: PeerAddress, settings: RendezvousSettings = SETTINGS) -> AsyncIterator[Client]:
-    made = Client(list(contacts), settings)
+async def client(*contacts: PeerAddress, num_rendezvous: int = NUM_RENDEZVOUS) -> AsyncIterator[Client]:
+    made = Client(list(contacts), num_rendezvous)
     async with made.endpoint:
         if contacts:
             made.rendezvous.start()
-            await made.until(lambda: len(made.rendezvous.rendezvous) == min(len(contacts), settings.num_rendezvous))
+            await made.until(lambda: len(made.rendezvous.rendezvous) == min(len(contacts), num_rendezvous))
         yield made
         await made.rendezvous.stop()
 
@@ -122,7 +133,7 @@ async def test_an_offer_and_its_answer_are_carried() -> None:
             answer=asked.answer_offer,
             changed=lambda: None,
             own_origin=lambda: "203.0.113.1",
-            settings=SETTINGS,
+            scope=SCOPE,
         )
         assert await own.send_offer(house.peer, asked.peer_id, b"mine", timeout=30) == b"answer to mine"
         assert asked.heard[-1] == (b"mine", "203.0.113.1")
@@ -130,8 +141,6 @@ async def test_an_offer_and_its_answer_are_carried() -> None:
 
 async def test_only_those_who_registered_are_disturbed() -> None:
     async with public() as house, client() as stranger, client() as asker:
-        await stranger.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        del house.server._clients[stranger.peer_id]
         with pytest.raises(NotAllowed, match="not registered"):
             await asker.rendezvous.send_offer(house.peer, stranger.peer_id, b"offer", timeout=30)
         assert house.refused("unknown_client") == 1
@@ -147,7 +156,7 @@ async def test_a_client_listens_to_its_own_rendezvous_only() -> None:
 
 
 async def test_a_silent_client_is_a_typed_error() -> None:
-    async with public(settings=replace(SETTINGS, offer_timeout=0.05)) as house, client(house.peer) as asked:
+    async with public(carry_timeout=0.05) as house, client(house.peer) as asked:
 
         async def never(offer: bytes) -> bytes:
             await asyncio.Event().wait()
@@ -158,7 +167,7 @@ async def test_a_silent_client_is_a_typed_error() -> None:
             with pytest.raises(RemoteError, match="did not answer"):
                 await asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30)
             assert house.endpoint.metrics.total("rendezvous_offers_lost") == 1
-            assert not house.server._senders.used and not house.server._sending and not house.server._recipients
+            assert not house.server.ledger.num_offers
 
 
 @pytest.mark.parametrize(
@@ -171,85 +180,81 @@ async def test_malformed_wishes(body: object) -> None:
         assert house.refused("malformed") == 1
 
 
-async def test_offers_under_way_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(SETTINGS, max_offers_per_sender=3, max_own_offers=10)
-    async with public(settings=settings) as house, client(house.peer) as asked:
-        go_on = asyncio.Event()
-        started = asyncio.Event()
-
-        async def wait(offer: bytes) -> bytes:
-            if len(asked.heard) == 3:
-                started.set()
-            await go_on.wait()
-            return offer
-
-        asked.answer = wait
-        async with client(settings=settings) as asker:
-
-            def send() -> asyncio.Task[bytes]:
-                coroutine = asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30)
-                return asyncio.get_running_loop().create_task(coroutine)
-
-            tasks = [send() for _ in range(3)]
-            await started.wait()
-            with pytest.raises(Overloaded):
-                await send()
-            assert house.refused("too_many") == 1
-            with pytest.raises(NotAllowed):
-                body = {"to": bytes(asked.peer_id), "offer": bytes(5000)}
-                await asker.endpoint.call(house.peer, OFFER, body, timeout=30)
-            assert house.refused("too_large") == 1
-            go_on.set()
-            assert await asyncio.gather(*tasks) == [b"offer"] * 3
+async def test_an_offer_that_is_too_large() -> None:
+    async with public() as house, client() as asker:
+        with pytest.raises(NotAllowed):
+            body = {"to": bytes(asker.peer_id), "offer": bytes(5000)}
+            await asker.endpoint.call(house.peer, OFFER, body, timeout=30)
+        assert house.refused("too_large") == 1
 
 
 async def test_a_sender_waits_for_its_turn() -> None:
     """With more offers than it may have under way, it queues them itself instead of being refused."""
-    settings = replace(SETTINGS, max_offers_per_sender=2, max_own_offers=2)
-    async with public(settings=settings) as house, client(house.peer) as asked, client(settings=settings) as asker:
-        sends = (asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30) for _ in range(10))
-        assert len(await asyncio.gather(*sends)) == 10
+    async with public() as house, client(house.peer) as asked, client() as asker:
+        num_offers = 2 * MAX_OFFERS_PER_SENDER
+        assert num_offers > MAX_OWN_OFFERS
+        sends = (
+            asker.rendezvous.send_offer(house.peer, asked.peer_id, b"offer", timeout=30) for _ in range(num_offers)
+        )
+        assert len(await asyncio.gather(*sends)) == num_offers
+
+
+async def test_a_full_rendezvous_refuses() -> None:
+    async with public() as house, client() as honest:
+        for number in range(MAX_CLIENTS):
+            house.server.ledger.register(peer(number), "127.0.0.1", is_connected=lambda one: True, now=time())
+        await honest.endpoint.call(house.peer, REGISTER, {}, timeout=30)
+        assert len(house.server.ledger) == 1, "those that are not connected any more leave their places to others"
+
+
+def peer(number: int) -> PeerID:
+    return PeerID(number.to_bytes(32, "big"))
+
+
+def time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def register(ledger: RendezvousLedger, number: int, *, origin: str = "", now: float = 0.0) -> bool:
+    return ledger.register(peer(number), origin, is_connected=lambda one: True, now=now)
 
 
 async def test_registrations_are_bounded_and_end() -> None:
-    settings = replace(SETTINGS, max_clients=2, registration_ttl=1000.0)
-    async with public(settings=settings) as house, client() as one, client() as two, client() as three:
-        for member in (one, two, one):
-            await member.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        with pytest.raises(Overloaded):
-            await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        assert house.server.num_clients == 2
-        for peer_id in house.server._clients:
-            house.server._clients[peer_id] = house.server._clients[peer_id]._replace(until=0.0)
-        await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        assert house.server.num_clients == 1
+    ledger = RendezvousLedger()
+    assert all(register(ledger, number) for number in range(MAX_CLIENTS))
+    assert register(ledger, 5, now=1.0), "renewed"
+    assert not register(ledger, MAX_CLIENTS)
+    assert register(ledger, MAX_CLIENTS, now=REGISTRATION_TTL) and len(ledger) == 2
+    assert ledger.is_registered(peer(5), now=REGISTRATION_TTL)
+    assert not ledger.is_registered(peer(5), now=REGISTRATION_TTL + 1.0)
+    assert not ledger.is_registered(peer(6), now=0.0)
 
 
-async def test_who_is_not_connected_any_more_leaves_its_place_to_others() -> None:
-    settings = replace(SETTINGS, max_clients=8, registration_ttl=1000.0)
-    async with public(settings=settings) as house, client() as honest:
-        for _ in range(8):
-            async with client() as stranger:
-                await stranger.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        await honest.until(lambda: not house.endpoint.connections())
-        await honest.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        assert house.server.num_clients == 1
+async def test_neighbors_get_a_part_of_the_places() -> None:
+    ledger = RendezvousLedger()
+    assert all(register(ledger, number, origin=f"8.8.8.{number}") for number in range(MAX_CLIENTS_PER_RANGE))
+    assert register(ledger, 0, origin="8.8.8.0"), "renewed"
+    assert not register(ledger, 100, origin="8.8.8.100")
+    assert register(ledger, 100, origin="8.8.9.100")
 
 
-async def test_neighbours_get_a_part_of_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous_module, "range_of", lambda origin: "8.8.8.0/24")
-    settings = replace(SETTINGS, max_clients_per_range=2, registration_ttl=1000.0)
-    async with public(settings=settings) as house, client() as one, client() as two, client() as three:
-        for member in (one, two, one):
-            await member.endpoint.call(house.peer, REGISTER, {}, timeout=30)
-        with pytest.raises(Overloaded):
-            await three.endpoint.call(house.peer, REGISTER, {}, timeout=30)
+async def test_offers_under_way_are_few() -> None:
+    ledger = RendezvousLedger()
+    for number in range(MAX_OFFERS_PER_SENDER):
+        assert ledger.begin_offer(peer(0), "", peer(100 + number))
+    assert not ledger.begin_offer(peer(0), "", peer(200))
+    for number in range(1, MAX_OFFERS_PER_CLIENT):
+        assert ledger.begin_offer(peer(number), "", peer(100))
+    assert not ledger.begin_offer(peer(99), "", peer(100))
+    ledger.end_offer(peer(0), "", peer(100))
+    assert ledger.begin_offer(peer(99), "", peer(100))
+    assert ledger.num_offers == MAX_OFFERS_PER_SENDER + MAX_OFFERS_PER_CLIENT - 1
 
 
 async def test_a_rendezvous_that_dies_is_replaced() -> None:
     async with contextlib.AsyncExitStack() as stack:
         houses = [await stack.enter_async_context(public()) for _ in range(3)]
-        async with client(*(house.peer for house in houses), settings=replace(SETTINGS, num_rendezvous=2)) as member:
+        async with client(*(house.peer for house in houses), num_rendezvous=2) as member:
             first = member.rendezvous.rendezvous[0]
             [dying] = [house for house in houses if house.peer == first]
             await dying.endpoint.aclose()
@@ -274,8 +279,6 @@ async def test_relays_are_reserved_or_refused() -> None:
 
 
 async def test_a_rendezvous_that_answers_nonsense() -> None:
-    from tesseract_async.endpoint.endpoint import IncomingCall, Message
-
     async def nonsense(call: IncomingCall) -> Message:
         return Message({"answer": 5, "mine": b"short", "theirs": None, "relay": "yes"})
 
@@ -287,27 +290,42 @@ async def test_a_rendezvous_that_answers_nonsense() -> None:
             await member.rendezvous.send_offer(house.peer, member.peer_id, b"offer", timeout=30)
         with pytest.raises(ProtocolError):
             await member.rendezvous.reserve_relay(house.peer, timeout=30)
-        await member.rendezvous._register(house.peer)
-        assert member.rendezvous.rendezvous == ()
+    asked = asyncio.Event()
+
+    async def registered(call: IncomingCall) -> Message:
+        asked.set()
+        return await nonsense(call)
+
+    async with public() as house:
+        house.server.stop()
+        house.endpoint.handle(REGISTER, registered)
+        member = Client([house.peer], 1)
+        async with member.endpoint:
+            member.rendezvous.start()
+            await asked.wait()
+            await member.rendezvous.stop()
+            assert member.rendezvous.rendezvous == ()
 
 
-async def test_a_rendezvous_names_its_other_kind_of_address() -> None:
-    """Others may lack the kind of IP by which this node knows it."""
-    async with public() as house, client() as member:
-        for told, expected in (
-            (["203.0.113.1:5", "[2001:db8::1]:5"], (house.peer.addresses[0], "[2001:db8::1]:5")),
-            (["203.0.113.1:5"], house.peer.addresses),
-            (["[2001:db8::1]:5", 5, None], (house.peer.addresses[0], "[2001:db8::1]:5")),
-            ([None, "nonsense", "[::]:5"], house.peer.addresses),
-            (["[2001:db8::1]:5"] * 5, house.peer.addresses),
-        ):
-            house.server._own_addresses = lambda told=told: _Told(told)  # type: ignore[misc, assignment, return-value]
-            await member.rendezvous._register(house.peer)
-            assert member.rendezvous.rendezvous[0].addresses == expected
+@pytest.mark.parametrize(
+    ("told", "more"),
+    [
+        (["203.0.113.1:5", "[2001:db8::1]:5"], ("[2001:db8::1]:5",)),
+        (["203.0.113.1:5"], ()),
+        (["[2001:db8::1]:5", 5, None], ("[2001:db8::1]:5",)),
+        ([None, "nonsense", "[::]:5"], ()),
+        (["[2001:db8::1]:5"] * 5, ()),
+        (["[fd00::1]:5"], ()),  # out of this node's scope
+    ],
+)
+async def test_a_rendezvous_names_its_other_address(told: list[object], more: tuple[str, ...]) -> None:
+    """Others may lack the version of IP by which this node knows it."""
 
+    async def register(call: IncomingCall) -> Message:
+        return Message({"relay": False, "addresses": told})
 
-class _Told(list[object]):
-    """A list that a server does not shorten."""
-
-    def __getitem__(self, key: object) -> object:  # type: ignore[override]
-        return self
+    async with public() as house:
+        house.endpoint.unhandle(REGISTER)
+        house.endpoint.handle(REGISTER, register)
+        async with client(house.peer) as member:
+            assert member.rendezvous.rendezvous[0].addresses == (*house.peer.addresses, *more)

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from tesseract_async.nat import stun_client
+from tesseract_async.nat.addresses import ListeningAddress
+from tesseract_async.nat.stun_client import FRESH, StunClient
+from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.wire import stun
 
 pytestmark = pytest.mark.both_loops
@@ -40,9 +45,11 @@ class Server(asyncio.DatagramProtocol):
 async def serving(seen: tuple[str, int], *, num_lost: int = 0) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
     loop = asyncio.get_running_loop()
     transport, server = await loop.create_datagram_endpoint(lambda: Server(seen, num_lost), local_addr=("127.0.0.1", 0))
-    yield server, transport.get_extra_info("sockname")
-    transport.close()
-    await server.gone.wait()
+    try:
+        yield server, transport.get_extra_info("sockname")
+    finally:
+        transport.close()
+        await server.gone.wait()
 
 
 async def test_each_server_tells_what_it_saw() -> None:
@@ -62,3 +69,47 @@ async def test_the_silent_are_left_out() -> None:
         answers = await stun_client.ask([silent, one], local_host="127.0.0.1", timeout=1.5)
         assert list(answers) == [one]
     assert await stun_client.ask([]) == {}
+
+
+def client(*contacts: tuple[str, int], outside: tuple[str, ...] = (), fresh: float = FRESH) -> StunClient:
+    peers = [PeerAddress(None, (join_host_port(*address),)) for address in contacts]
+    return StunClient(
+        ListeningAddress("127.0.0.1", 1, (), (4,)),
+        outside_servers=outside,
+        contacts=lambda: peers,
+        own_hosts=lambda: ["192.168.1.2"],
+        fresh=fresh,
+    )
+
+
+async def test_the_server_for_data_channels_is_one_that_answered_within_a_minute() -> None:
+    async with serving(("203.0.113.1", 1)) as (server, address):
+        made = client(address, ("::1", 9))  # aioice asks over IPv4 only
+        assert await made.server() == address
+        before = server.num_asked
+        assert await made.server() == address
+        assert server.num_asked == before
+        made = client(address, fresh=-1.0)
+        for _ in range(2):
+            before = server.num_asked
+            assert await made.server() == address
+            assert server.num_asked > before
+    assert await client(address).server() is None
+
+
+async def test_outside_servers_are_asked_besides_those_of_the_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def without_network(host: str, *args: Any, **kwargs: Any) -> Any:
+        """Resolvers take their time to say no where there is no network, and some never do."""
+        if host.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return await look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "getaddrinfo", without_network)
+    async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 1)) as (_, other):
+        made = client(one, outside=(join_host_port(*other), "no.such.host.invalid:1"))
+        assert await made.look() == ("keeping", "203.0.113.1")
+    async with serving(("203.0.113.1", 1)) as (_, one), serving(("203.0.113.1", 2)) as (_, other):
+        assert await client(one, other).look() == ("symmetric", "203.0.113.1")

@@ -435,12 +435,17 @@ async def test_roles_addresses_and_contacts_can_be_asked_for() -> None:
         assert set(observed) <= {network.peer_id for network in nodes}
         contacts = nodes[1].public_contacts(10)
         assert {int(peer.addresses[0].rpartition(":")[2]) for peer in contacts} == ports - {nodes[1].port}
-        changes: list[str] = []
-        nodes[1].on_role_change = lambda: changes.append(nodes[1].role)
-        nodes[1].set_client(True)
-        nodes[1].set_client(True)
-        nodes[1].set_client(False)
-        assert changes == ["client", "public"]
+
+
+async def test_a_change_of_role_is_told() -> None:
+    changes: list[str] = []
+    network = Node(identity=Identity.generate(), settings=PATIENT, on_role_change=lambda: changes.append(network.role))
+    await network.start(bound())
+    network.set_client(True)
+    network.set_client(True)
+    network.set_client(False)
+    assert changes == ["client", "public"]
+    await network.aclose()
 
 
 async def test_a_policy_says_whose_records_a_node_holds() -> None:

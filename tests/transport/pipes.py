@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
-from tesseract_async.nat.demux import PreambleDemultiplexer
+from tesseract_async.nat.demux import PipeHandler, PreambleDemultiplexer
 from tesseract_async.nat.relay import Relay, RelaySettings
-from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
+from tesseract_async.nat.webrtc.pipe import Negotiation
 from tesseract_async.transport import tcp
 from tesseract_async.transport.base import Pipe
 
@@ -70,15 +70,16 @@ class Receiver:
 
 @contextlib.asynccontextmanager
 async def _listening(
-    special: Callable[[int, bytes, Pipe], None] | None = None,
+    handler: PipeHandler | None = None,
 ) -> AsyncIterator[tuple[str, asyncio.Queue[Pipe]]]:
     """An address that accepts connections, and the ordinary pipes that came."""
     sock = bound_socket()
     address = f"127.0.0.1:{sock.getsockname()[1]}"
     accepted: asyncio.Queue[Pipe] = asyncio.Queue()
     transport: tcp.TcpTransport | PreambleDemultiplexer = tcp.TcpTransport(sock)
-    if special is not None:
-        transport = PreambleDemultiplexer(tcp.TcpTransport(sock), special=special, metrics=Metrics())
+    if handler is not None:
+        handlers = dict.fromkeys(preamble.KINDS, handler)
+        transport = PreambleDemultiplexer(tcp.TcpTransport(sock), handlers=handlers, metrics=Metrics())
     await transport.listen(accepted.put_nowait)
     yield address, accepted
     await transport.aclose()
@@ -93,8 +94,8 @@ async def tcp_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
 
 @contextlib.asynccontextmanager
 async def guarded_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
-    """TCP through a demultiplexer, whose first byte must be that of an ordinary connection."""
-    async with _listening(lambda kind, token, pipe: pipe.abort()) as (address, accepted):
+    """TCP through a preamble demultiplexer, whose first byte must be that of an ordinary connection."""
+    async with _listening(lambda token, pipe: pipe.abort()) as (address, accepted):
         dialled = await tcp.connect(address)
         dialled.write(b"\x16")
         other = await accepted.get()
@@ -108,7 +109,7 @@ async def guarded_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
 async def reverse_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
     """The first pipe was accepted, the second one dialled."""
     arrived: asyncio.Queue[Pipe] = asyncio.Queue()
-    async with _listening(lambda kind, token, pipe: arrived.put_nowait(pipe)) as (address, _):
+    async with _listening(lambda token, pipe: arrived.put_nowait(pipe)) as (address, _):
         dialled = await tcp.connect(address)
         dialled.write(preamble.encode_preamble(preamble.REVERSE, bytes(16)))
         yield await arrived.get(), dialled
@@ -117,7 +118,7 @@ async def reverse_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
 @contextlib.asynccontextmanager
 async def relay_pair(settings: RelaySettings = UNLIMITED) -> AsyncIterator[tuple[Pipe, Pipe]]:
     relay = Relay(settings=settings, metrics=Metrics())
-    async with _listening(lambda kind, token, pipe: relay.pipe_arrived(token, pipe)) as (address, _):
+    async with _listening(relay.pipe_arrived) as (address, _):
         pipes = []
         for token in relay.reserve(Identity.from_seed(os.urandom(32)).peer_id):
             pipe = await tcp.connect(address)
@@ -128,11 +129,9 @@ async def relay_pair(settings: RelaySettings = UNLIMITED) -> AsyncIterator[tuple
 
 
 @contextlib.asynccontextmanager
-async def datachannel_pair(settings: WebrtcSettings | None = None) -> AsyncIterator[tuple[Pipe, Pipe]]:
-    settings = settings if settings is not None else WebrtcSettings()
+async def datachannel_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
     one, other = (
-        Negotiation(controlling=controlling, addresses=["127.0.0.1"], stun_server=None, settings=settings)
-        for controlling in (True, False)
+        Negotiation(controlling=controlling, addresses=["127.0.0.1"], stun_server=None) for controlling in (True, False)
     )
     mine, theirs = await asyncio.gather(one.gather(), other.gather())
     yield await _both(one.connect(theirs), other.connect(mine))

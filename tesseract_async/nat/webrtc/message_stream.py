@@ -11,7 +11,6 @@ for the answer ``q``, and ``f`` says that no more bytes follow.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
 from tesseract_async.errors import ConnectionLost, ProtocolError
@@ -24,25 +23,22 @@ MAX_CONTROL: Final = 16
 """Characters of the longest text message."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamSettings:
-    """Bounds of one stream."""
-
-    window_bytes: int = 2 * 2**20
-    """Bytes that the peer may send before they are consumed here; at most so many are held. >= `INITIAL_CREDIT`."""
-    high_water: int = 256 * 1024
-    """Bytes written but not sent beyond which the stream is paused."""
-    ping_after: float = 2.0
-    """Seconds without a received message after which the peer is asked whether it lives."""
-    dead_after: float = 7.0
-    """Seconds without a received message after which it counts as dead."""
+WINDOW_BYTES: Final = 2 * 2**20
+"""Bytes that the peer may send before they are consumed here; at most so many are held."""
+HIGH_WATER: Final = 256 * 1024
+"""Bytes written but not sent beyond which the stream is paused."""
+PING_AFTER: Final = 2.0
+"""Seconds without a received message after which the peer is asked whether it lives."""
+DEAD_AFTER: Final = 7.0
+"""Seconds without a received message after which it counts as dead."""
 
 
 class MessageStream:
     """One end. Feed `receive` and `handle_timer`; send what `messages_to_send` gives; hand on what `read` gives."""
 
-    def __init__(self, settings: StreamSettings, *, now: float) -> None:
-        self.settings = settings
+    def __init__(self, *, now: float, window_bytes: int = WINDOW_BYTES) -> None:
+        """`window_bytes`: at least `INITIAL_CREDIT`."""
+        self._window_bytes = window_bytes
         self.unsent = 0
         """Bytes written that `messages_to_send` has not given yet."""
         self.ended = False
@@ -52,23 +48,23 @@ class MessageStream:
         self.rtt: float | None = None
         """Seconds from the last ping to its answer."""
         self._outgoing: deque[bytes] = deque()
-        self._control = [f"w{settings.window_bytes - INITIAL_CREDIT}"]
+        self._control = [f"w{window_bytes - INITIAL_CREDIT}"]
         self._incoming: deque[memoryview] = deque()
         self._credit = INITIAL_CREDIT
-        self._room = settings.window_bytes
+        self._room = window_bytes
         self._consumed = 0
         self._finishing = False
         self._said_all = False
         self._last_received = now
         self._ping_sent: float | None = None
-        self._timer_at = now + settings.ping_after
+        self._timer_at = now + PING_AFTER
 
     # ---- outward
 
     @property
     def paused(self) -> bool:
         """Whether enough is waiting."""
-        return self.unsent > self.settings.high_water
+        return self.unsent > HIGH_WATER
 
     def write(self, data: bytes | memoryview) -> None:
         """Queues a copy of `data`. Nothing may follow `finish`."""
@@ -148,7 +144,7 @@ class MessageStream:
                 self._incoming[0] = view[len(part) :]
         self.held -= count
         self._consumed += count
-        if self._consumed >= self.settings.window_bytes // 4:
+        if self._consumed >= self._window_bytes // 4:
             self._control.append(f"w{self._consumed}")
             self._room += self._consumed
             self._consumed = 0
@@ -161,19 +157,18 @@ class MessageStream:
         return self._timer_at
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
-        """`late`: how long after `timer_at` this comes: while the own loop stalled, nobody is judged.
+        """`late`: how long after `timer_at` this comes: while this loop stalled, nobody is judged.
 
         Raises: ConnectionLost if the peer is silent for too long.
         """
-        settings = self.settings
         if late > 1.0:
-            self._last_received = max(self._last_received, now - settings.ping_after)
+            self._last_received = max(self._last_received, now - PING_AFTER)
         silent = now - self._last_received
-        if silent >= settings.dead_after:
+        if silent >= DEAD_AFTER:
             raise ConnectionLost("the peer", f"nothing was received for {silent:.0f} s")
-        if silent >= settings.ping_after - 0.001:
+        if silent >= PING_AFTER - 0.001:
             self._control.append("p")
             self._ping_sent = now
-            self._timer_at = min(now + settings.ping_after, self._last_received + settings.dead_after)
+            self._timer_at = min(now + PING_AFTER, self._last_received + DEAD_AFTER)
         else:
-            self._timer_at = self._last_received + settings.ping_after
+            self._timer_at = self._last_received + PING_AFTER

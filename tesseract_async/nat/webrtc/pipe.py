@@ -12,14 +12,14 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import aioice
 
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
 from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
-from tesseract_async.nat.webrtc.message_stream import MessageStream, StreamSettings
+from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.webrtc.message_stream import MessageStream
 from tesseract_async.transport.base import PipeReceiver, join_host_port
 from tesseract_async.transport.throttle import Throttle
 
@@ -35,25 +35,14 @@ BUFFERED_LOW: Final = 128 * 1024
 """... until it has fallen to this."""
 CLOSE_TIMEOUT: Final = 2.0
 """Seconds that `close` gives to what was written."""
-
-
-@dataclass(frozen=True, slots=True)
-class WebrtcSettings:
-    """How data channels are made."""
-
-    gathering_timeout: float = 1.0
-    """Seconds given to the STUN and TURN servers; what has not answered by then is left out."""
-    connect_timeout: float = 8.0
-    """Seconds for punching, DTLS and SCTP together. Where it works, it takes one or two."""
-    turn_server: str | None = None
-    """``"turn:host:port"`` of an outside TURN server, if one shall be used."""
-    turn_username: str | None = None
-    turn_password: str | None = None
-    stream: StreamSettings = field(default_factory=StreamSettings)
+GATHERING_TIMEOUT: Final = 1.0
+"""Seconds given to the STUN and TURN servers; what has not answered by then is left out."""
+CONNECT_TIMEOUT: Final = 8.0
+"""Seconds for punching, DTLS and SCTP together. Where it works, it takes one or two."""
 
 
 async def load() -> None:
-    """Imports aiortc without holding up the loop. The first connection does it, too.
+    """Import aiortc without holding up the loop. The first connection does it, too.
 
     Raises: ConnectionLost where it can't be imported, or in another version: relays and direct paths remain.
     """
@@ -69,8 +58,22 @@ async def load() -> None:
 class _Ice(aioice.Connection):
     """An ICE connection that gathers on given addresses, for a given time."""
 
-    def __init__(self, *, addresses: Sequence[str], gathering_timeout: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        controlling: bool,
+        addresses: Sequence[str],
+        stun_server: tuple[str, int] | None,
+        turn: TurnServer | None,
+        gathering_timeout: float,
+    ) -> None:
+        super().__init__(
+            ice_controlling=controlling,
+            stun_server=stun_server,
+            turn_server=(turn.host, turn.port) if turn is not None else None,
+            turn_username=turn.username if turn is not None else None,
+            turn_password=turn.password if turn is not None else None,
+        )
         self._addresses = list(addresses)
         self._gathering_timeout = gathering_timeout
 
@@ -82,7 +85,7 @@ class _Ice(aioice.Connection):
 
 
 class _IcePort:
-    """What aiortc's DTLS wants to stand on."""
+    """The transport below aiortc's DTLS."""
 
     def __init__(self, ice: _Ice, role: str) -> None:
         self._recv = ice.recv
@@ -104,33 +107,35 @@ class Negotiation:
         controlling: bool,
         addresses: Sequence[str],
         stun_server: tuple[str, int] | None,
-        settings: WebrtcSettings,
+        turn: TurnServer | None = None,
         throttle: Throttle | None = None,
+        gathering_timeout: float = GATHERING_TIMEOUT,
     ) -> None:
-        turn: dict[str, Any] = {}
-        if settings.turn_server is not None:
-            host, _, port = settings.turn_server.removeprefix("turn:").partition(":")
-            turn = {
-                "turn_server": (host, int(port or 3478)),
-                "turn_username": settings.turn_username,
-                "turn_password": settings.turn_password,
-            }
-        self._settings = settings
         self._throttle = throttle
         self._controlling = controlling
         self._ice = _Ice(
+            controlling=controlling,
             addresses=addresses,
-            gathering_timeout=settings.gathering_timeout,
-            ice_controlling=controlling,
             stun_server=stun_server,
-            **turn,
+            turn=turn,
+            gathering_timeout=gathering_timeout,
         )
+        self._certificate: RTCCertificate | None = None
         self._dtls: Any = None
         self._sctp: Any = None
 
+    async def _own_certificate(self) -> RTCCertificate:
+        """Return this side's DTLS certificate. It proves nothing: the signed offer or answer holds its fingerprint."""
+        if self._certificate is None:
+            await load()
+            import aiortc
+
+            self._certificate = aiortc.RTCCertificate.generateCertificate()
+        return self._certificate
+
     async def gather(self) -> Description:
-        """Finds out under which addresses this side may be reached: this side of the offer or answer."""
-        certificate = await _certificate()
+        """Find out under which addresses this side may be reached. Returns its half of the offer and answer."""
+        certificate = await self._own_certificate()
         await self._ice.gather_candidates()
         [fingerprint] = [f for f in certificate.getFingerprints() if f.algorithm == "sha-256"]
         candidates = [
@@ -145,12 +150,12 @@ class Negotiation:
         )
 
     async def connect(self, remote: Description) -> DataChannelPipe:
-        """Punches the hole and opens the channel. Closes this negotiation when it fails or is cancelled.
+        """Punch the hole and open the channel. Closes this negotiation when it fails or is cancelled.
 
-        Raises: ConnectionLost if no path was found; TimeoutError after `connect_timeout` seconds.
+        Raises: ConnectionLost if no path was found; TimeoutError after `CONNECT_TIMEOUT` seconds.
         """
         try:
-            async with asyncio.timeout(self._settings.connect_timeout):
+            async with asyncio.timeout(CONNECT_TIMEOUT):
                 return await self._connect(remote)
         except BaseException:  # cancelled, too: sockets are closed
             await self.aclose()
@@ -183,7 +188,7 @@ class Negotiation:
         except ConnectionError:
             raise ConnectionLost("the peer", "no hole could be punched") from None
         port = _IcePort(ice, "controlling" if self._controlling else "controlled")
-        self._dtls = dtls = aiortc.RTCDtlsTransport(port, [await _certificate()])  # type: ignore[arg-type]
+        self._dtls = dtls = aiortc.RTCDtlsTransport(port, [await self._own_certificate()])  # type: ignore[arg-type]
         value = ":".join(f"{byte:02X}" for byte in remote.fingerprint)
         fingerprint = aiortc.RTCDtlsFingerprint(algorithm="sha-256", value=value)
         await dtls.start(aiortc.RTCDtlsParameters(fingerprints=[fingerprint]))
@@ -196,7 +201,7 @@ class Negotiation:
         channel.once("open", opened.set)
         channel.once("close", opened.set)
         # messages may follow the opening at once: the pipe must listen before
-        pipe = DataChannelPipe(self, channel, sctp, dtls, self._settings.stream, throttle=self._throttle)
+        pipe = DataChannelPipe(self, channel, sctp, dtls, throttle=self._throttle)
         await sctp.start(aiortc.RTCSctpCapabilities(maxMessageSize=LOCAL_MAX_MESSAGE_SIZE), SCTP_PORT)
         await opened.wait()
         if channel.readyState != "open":
@@ -208,7 +213,7 @@ class Negotiation:
         return pipe
 
     async def aclose(self) -> None:
-        """Ends everything; no task or socket is left. Safe to repeat."""
+        """End everything; no task or socket is left. Safe to repeat."""
         sctp, self._sctp = self._sctp, None
         dtls, self._dtls = self._dtls, None
         if sctp is not None:
@@ -221,20 +226,6 @@ class Negotiation:
         await self._ice.close()
 
 
-_own_certificate: RTCCertificate | None = None
-
-
-async def _certificate() -> RTCCertificate:
-    """The DTLS certificate of this process: it proves nothing, the signed offer holds its fingerprint."""
-    global _own_certificate
-    if _own_certificate is None:
-        await load()
-        import aiortc
-
-        _own_certificate = _own_certificate or aiortc.RTCCertificate.generateCertificate()
-    return _own_certificate
-
-
 class DataChannelPipe:
     """A `base.Pipe` over an open data channel. Made by `Negotiation.connect`."""
 
@@ -244,7 +235,6 @@ class DataChannelPipe:
         channel: Any,
         sctp: Any,
         dtls: Any,
-        settings: StreamSettings,
         *,
         throttle: Throttle | None = None,
     ) -> None:
@@ -252,7 +242,7 @@ class DataChannelPipe:
         self._negotiation = negotiation
         self._channel = channel
         self._sctp = sctp
-        self._stream = MessageStream(settings, now=self._loop.time())
+        self._stream = MessageStream(now=self._loop.time())
         self._receiver: PipeReceiver | None = None
         self._reading = True
         self.paused = False
@@ -413,7 +403,9 @@ class DataChannelPipe:
                 logger.debug("%s: closed before everything was sent", self.description)
         try:
             await self._negotiation.aclose()
-        except Exception as failure:  # the library's own end may not keep the receiver from hearing of ours
+        except (
+            Exception
+        ) as failure:  # a failure to end the library's parts may not keep the receiver from hearing of ours
             logger.warning("%s: %s", self.description, describe(failure))
         receiver, self._receiver = self._receiver, None
         if receiver is not None:

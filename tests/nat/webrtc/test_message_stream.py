@@ -7,13 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.errors import ConnectionLost, ProtocolError
-from tesseract_async.nat.webrtc.message_stream import INITIAL_CREDIT, MESSAGE_BYTES, MessageStream, StreamSettings
-
-SMALL = StreamSettings(window_bytes=INITIAL_CREDIT, high_water=50_000)
+from tesseract_async.nat.webrtc.message_stream import DEAD_AFTER, INITIAL_CREDIT, MESSAGE_BYTES, MessageStream
 
 
-def make(settings: StreamSettings = SMALL) -> MessageStream:
-    return MessageStream(settings, now=0.0)
+def make(window_bytes: int = INITIAL_CREDIT) -> MessageStream:
+    return MessageStream(now=0.0, window_bytes=window_bytes)
 
 
 def carry(sender: MessageStream, receiver: MessageStream, room: int = 2**30, now: float = 0.0) -> int:
@@ -63,7 +61,7 @@ def test_a_reader_that_stops_stops_the_writer() -> None:
 
 
 def test_a_larger_window_is_granted_at_the_start() -> None:
-    one, other = make(), make(StreamSettings(window_bytes=4 * INITIAL_CREDIT))
+    one, other = make(), make(4 * INITIAL_CREDIT)
     one.write(bytes(10 * INITIAL_CREDIT))
     carry(other, one)
     carry(one, other)
@@ -123,7 +121,7 @@ def test_a_silent_peer_is_asked_and_then_given_up() -> None:
         for _ in range(10):
             now = one.timer_at()
             one.handle_timer(now)
-    assert now == pytest.approx(2.25 + SMALL.dead_after)
+    assert now == pytest.approx(2.25 + DEAD_AFTER)
 
 
 def test_a_loop_that_stalled_judges_nobody() -> None:

@@ -7,21 +7,28 @@ import socket
 
 import pytest
 
-from tesseract_async.nat.webrtc.pipe import Negotiation, WebrtcSettings
+from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.webrtc.pipe import Negotiation
 from tests.loopback import needs_ipv6_loopback
 from tests.nat.test_stun_client import serving
 
-QUICK = WebrtcSettings(gathering_timeout=0.1)
-PATIENT = WebrtcSettings(gathering_timeout=30.0)
-"""For what is answered."""
+QUICK, PATIENT = 0.1, 30.0
+"""Seconds to gather: for what is not answered, and for what is."""
 
 
 def negotiation(
     stun_server: tuple[str, int] | None = None,
-    settings: WebrtcSettings = QUICK,
+    gathering_timeout: float = QUICK,
     addresses: tuple[str, ...] = ("127.0.0.1",),
+    turn: TurnServer | None = None,
 ) -> Negotiation:
-    return Negotiation(controlling=True, addresses=list(addresses), stun_server=stun_server, settings=settings)
+    return Negotiation(
+        controlling=True,
+        addresses=addresses,
+        stun_server=stun_server,
+        turn=turn,
+        gathering_timeout=gathering_timeout,
+    )
 
 
 async def test_without_servers_nobody_is_asked() -> None:
@@ -49,13 +56,8 @@ async def test_a_dead_server_holds_up_nobody(kind: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
         address = silent.getsockname()
-        settings = WebrtcSettings(
-            gathering_timeout=0.1,
-            turn_server=f"turn:127.0.0.1:{address[1]}" if kind == "turn" else None,
-            turn_username="name",
-            turn_password="word",
-        )
-        made = negotiation(address if kind == "stun" else None, settings)
+        turn = TurnServer("127.0.0.1", address[1], "name", "word")
+        made = negotiation(address) if kind == "stun" else negotiation(turn=turn)
         begun = loop.time()
         found = await made.gather()
         assert loop.time() - begun < 4.0

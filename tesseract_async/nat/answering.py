@@ -1,0 +1,151 @@
+"""Answers the offers of peers that cannot dial this node: dials them, meets them at a relay, or punches a hole.
+
+Offers come through a rendezvous, and neither it nor their senders are trusted: this node sends only to the host that an
+offer's sender speaks from and to its own rendezvous nodes, and not often. On the pipe that results, the sender opens
+TLS, and the ordinary handshake decides who is at the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError
+from tesseract_async.identity import Identity
+from tesseract_async.metrics import Metrics
+from tesseract_async.nat import offers, preamble
+from tesseract_async.nat.background import BackgroundTasks
+from tesseract_async.nat.hole_punching import HolePuncher, plausible
+from tesseract_async.nat.offers import Description, Offer, OfferGuard, RelayBody, ReverseBody
+from tesseract_async.nat.relay import meet_at_relay
+from tesseract_async.transport import tcp
+from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.transport.base import PeerAddress, Pipe, split_host_port
+from tesseract_async.transport.throttle import Throttle
+
+if TYPE_CHECKING:
+    from tesseract_async.nat.webrtc.pipe import Negotiation
+
+MAX_NEGOTIATIONS: Final = 16
+"""Data channels that may be under negotiation because others asked for them."""
+
+
+class OfferAnswerer:
+    """See the module. `accept` is given the pipes that come of it."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        accept: Callable[[Pipe], None],
+        puncher: HolePuncher,
+        metrics: Metrics,
+        scope: AddressScope,
+        throttle: Throttle | None = None,
+        max_negotiations: int = MAX_NEGOTIATIONS,
+    ) -> None:
+        """`scope`: where this node may send on a stranger's word."""
+        self._identity = identity
+        self._accept = accept
+        self._puncher = puncher
+        self._metrics = metrics
+        self._scope = scope
+        self._throttle = throttle
+        self._max_negotiations = max_negotiations
+        self._guard = OfferGuard()
+        self.num_negotiations = 0
+        """Data channels under negotiation."""
+        self.tasks = BackgroundTasks(metrics)
+        """What accepted offers have led to."""
+
+    async def answer(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
+        """Return the encoded answer to an offer that came through a rendezvous, and do what it asks. Untrusted.
+
+        `origin`: the host from which the rendezvous heard the offer's sender. `relays`: this node's rendezvous nodes.
+
+        Raises: ProtocolError for an offer that is malformed, forged or for another peer; Overloaded, NotAllowed.
+        """
+        try:
+            offer = offers.decode_offer(data, self._identity.peer_id)
+        except ProtocolError:
+            self._metrics.count("nat_offers_refused", reason="malformed")
+            raise
+        target = "" if offer.kind == offers.RELAY else origin
+        reason = self._guard.refuse(offer, now=asyncio.get_running_loop().time(), wall=time.time(), target=target)
+        if reason is not None:
+            self._metrics.count("nat_offers_refused", reason=reason)
+            if reason == "too_many":
+                raise Overloaded("too many offers", retry_after=10.0)
+            raise NotAllowed(f"the offer is {reason}")
+        self._metrics.count("nat_offers_accepted", kind=offer.kind)
+        try:
+            body = await self._act(offer, origin, relays)
+        except ProtocolError:
+            self._metrics.count("nat_offers_refused", reason="malformed")
+            raise
+        except NotAllowed as error:
+            self._metrics.count("nat_offers_refused", reason="declined")
+            return offers.encode_answer(self._identity, offer, body=None, reason=str(error), now=time.time())
+        return offers.encode_answer(self._identity, offer, body=body, now=time.time())
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+        await self.tasks.aclose()
+
+    async def _act(self, offer: Offer, origin: str, relays: Sequence[PeerAddress]) -> Mapping[str, object]:
+        """Return the body of the answer. Raises: NotAllowed, ProtocolError."""
+        if offer.kind == offers.REVERSE:
+            reverse = ReverseBody.unpack(offer.body)
+            # never dial a third party because a stranger wants it
+            addresses = [address for address in reverse.addresses if split_host_port(address)[0] == origin]
+            if not addresses or not self._scope.allows(origin):
+                raise NotAllowed(f"you speak from {origin}, and want to be dialed elsewhere")
+            self.tasks.spawn(self._dial(addresses[0], reverse.token))
+            return {}
+        if offer.kind == offers.RELAY:
+            meeting = RelayBody.unpack(offer.body)
+            for relay in relays:
+                if relay.peer_id == meeting.relay:
+                    self.tasks.spawn(self._meet(relay, meeting.token))
+                    return {}
+            raise NotAllowed("that relay is none of my rendezvous nodes")
+        return await self._negotiate(Description.unpack(offer.body), origin)
+
+    async def _negotiate(self, remote: Description, origin: str) -> Mapping[str, object]:
+        if not self._puncher.enabled:
+            raise NotAllowed("this node makes no data channels")
+        if self.num_negotiations >= self._max_negotiations:
+            raise NotAllowed("too many data channels are under negotiation")
+        self.num_negotiations += 1
+        try:
+            negotiation = await self._puncher.negotiation(controlling=False)
+            try:
+                own = await negotiation.gather()
+                remote = plausible(remote, own, origin=origin, allows=self._scope.allows)
+                if not remote.candidates:
+                    raise NotAllowed(f"you speak from {origin}, and name no address there")
+            except BaseException:  # cancelled, too: sockets are closed
+                await negotiation.aclose()
+                raise
+        except BaseException:  # cancelled, too: the place is free again
+            self.num_negotiations -= 1
+            raise
+        self.tasks.spawn(self._connect(negotiation, remote))
+        return own.pack()
+
+    async def _connect(self, negotiation: Negotiation, remote: Description) -> None:
+        try:
+            self._accept(await negotiation.connect(remote))
+        finally:
+            self.num_negotiations -= 1
+
+    async def _dial(self, address: str, token: bytes) -> None:
+        pipe = await tcp.connect(address, throttle=self._throttle)
+        pipe.write(preamble.encode_preamble(preamble.REVERSE, token))
+        pipe.description = f"reverse {address}"
+        self._accept(pipe)
+
+    async def _meet(self, relay: PeerAddress, token: bytes) -> None:
+        self._accept(await meet_at_relay(relay, token, scope=self._scope, throttle=self._throttle))

@@ -1,0 +1,58 @@
+"""Work that nobody waits for: its failures are counted, and it ends with its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from tesseract_async.errors import ConnectionLost, TesseractError, describe
+from tesseract_async.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class BackgroundTasks:
+    """Tasks that may fail with TesseractError, OSError or TimeoutError: metric ``nat_offers_failed``."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Run `work` in a task; not at all after `aclose`."""
+        if self._closed:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._run(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except (TesseractError, OSError) as error:
+            logger.debug("a peer's offer came to nothing: %s", describe(error))
+            self._metrics.count("nat_offers_failed", reason=_reason(error))
+
+    async def wait_done(self) -> None:
+        """Wait until no task is left."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def aclose(self) -> None:
+        """Cancel all tasks."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await self.wait_done()
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    return "lost" if isinstance(error, ConnectionLost) else "io" if isinstance(error, OSError) else "protocol"

@@ -1,0 +1,237 @@
+"""Ways to a peer behind a NAT: it dials this node (reverse), a hole is punched, or both meet at a relay.
+
+All three need a node that can reach the peer, its *rendezvous*: `Signalling` carries a signed offer there and brings
+the answer back (`answering`). Whichever way the bytes take, the side that wants the call opens TLS, and the ordinary
+handshake decides who is at the other end. So nothing here needs to be trusted: at worst there is no connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
+from tesseract_async.identity import Identity, PeerID
+from tesseract_async.lru import LRU
+from tesseract_async.metrics import Metrics
+from tesseract_async.nat import offers
+from tesseract_async.nat.hole_punching import HolePuncher, plausible
+from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
+from tesseract_async.nat.relay import meet_at_relay
+from tesseract_async.nat.upgrades import IMPROVABLE, UPGRADE_AFTER, PathUpgrader, Upgradable
+from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
+from tesseract_async.transport.throttle import Throttle
+
+DIRECT_HEAD_START: Final = 0.5
+"""Seconds for a peer's direct addresses, where it has some."""
+HEAD_START: Final = 1.5
+"""Seconds that a way gets before the next one is tried: a hole before a relay ..."""
+HEAD_START_SYMMETRIC: Final = 0.25
+"""... and if this node's own NAT makes punching unlikely."""
+OFFER_TIMEOUT: Final = 5.0
+"""Seconds for an offer's way to the peer and the answer's way back; also for a reverse dial, offer included."""
+MAX_REMEMBERED: Final = 4096
+"""Peers whose best path is remembered."""
+
+
+class Signalling(Protocol):
+    """How offers travel. All of it may raise any TesseractError, OSError or TimeoutError."""
+
+    async def send_offer(self, via: PeerAddress, recipient: PeerID, offer: bytes, *, timeout: float) -> bytes:
+        """Send an encoded offer through the node `via`; returns the encoded answer."""
+
+    async def reserve_relay(self, via: PeerAddress, *, timeout: float) -> tuple[bytes, bytes]:
+        """Have the node `via` reserve a relayed pair; returns the token for this node and the one for its peer."""
+
+
+class Place(Protocol):
+    """How others reach this node at the moment: a `role.RoleMachine`."""
+
+    @property
+    def public_addresses(self) -> tuple[str, ...]:
+        """Where others can dial this node, if they can."""
+
+    @property
+    def behind_nat(self) -> bool:
+        """Whether there are peers that cannot dial this node: all, or those without IPv6."""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether this node's NAT takes another port for each destination."""
+
+
+class NatTransport:
+    """See `base.Transport` and the module."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        endpoint: Upgradable,
+        signalling: Signalling,
+        place: Place,
+        puncher: HolePuncher,
+        direct_paths: Callable[[PeerAddress], Sequence[DialPath]],
+        metrics: Metrics,
+        scope: AddressScope,
+        throttle: Throttle | None = None,
+        head_start: float = HEAD_START,
+        offer_timeout: float = OFFER_TIMEOUT,
+        upgrade_after: Sequence[float] = UPGRADE_AFTER,
+    ) -> None:
+        """`endpoint`: what paths are improved of (see `upgrades`). `direct_paths`: the ways that need no third node.
+        `scope`: where this node may send on a stranger's word."""
+        self._identity = identity
+        self._signalling = signalling
+        self._place = place
+        self._puncher = puncher
+        self._direct_paths = direct_paths
+        self._metrics = metrics
+        self._scope = scope
+        self._throttle = throttle
+        self._head_start = head_start
+        self._offer_timeout = offer_timeout
+        self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
+        self._best: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
+        self.upgrader = PathUpgrader(
+            endpoint, better_paths=self._better_paths, metrics=metrics, upgrade_after=upgrade_after
+        )
+
+    # ---- base.Transport
+
+    async def listen(self, accept: Callable[[Pipe], None]) -> None:
+        pass  # what others ask for comes to `answering`
+
+    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+        peer_id = peer.peer_id
+        if peer_id is None or not peer.rendezvous or peer_id == self._identity.peer_id:
+            return []
+        here, best = self._place, self._best.get(peer_id)
+        paths: list[DialPath] = []
+        start = DIRECT_HEAD_START if peer.addresses else 0.0
+        if here.public_addresses:
+            paths.append(self._reverse(peer, peer_id, start))
+            start += self._head_start
+        if self._puncher.enabled and best != "relay" and (here.behind_nat or not here.public_addresses):
+            paths.append(self._data_channel(peer, peer_id, start))
+            unlikely = best != "datachannel" and here.symmetric
+            start += HEAD_START_SYMMETRIC if unlikely else self._head_start
+        paths.append(DialPath("relay", start, lambda: self._open_relay(peer, peer_id)))
+        return paths
+
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+        peer_id, kind = peer.peer_id, path.name.partition(" ")[0]
+        if peer_id is None:
+            return
+        if error is None:
+            self._best[peer_id] = kind
+            if kind in IMPROVABLE:
+                self.upgrader.watch(peer, peer_id)
+        elif self._best.get(peer_id) == kind:
+            del self._best[peer_id]
+
+    def peer_known(self, peer: PeerAddress) -> None:
+        self.upgrader.peer_known(peer)
+
+    async def aclose(self) -> None:
+        await self.upgrader.aclose()
+
+    # ---- paths
+
+    def _reverse(self, peer: PeerAddress, peer_id: PeerID, delay: float) -> DialPath:
+        return DialPath("reverse", delay, lambda: self._open_reverse(peer, peer_id))
+
+    def _data_channel(self, peer: PeerAddress, peer_id: PeerID, delay: float) -> DialPath:
+        return DialPath("datachannel", delay, lambda: self._open_channel(peer, peer_id))
+
+    def _better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[DialPath]:
+        """Return what is better than a path of this kind, and possible."""
+        paths = list(self._direct_paths(peer))
+        if peer.rendezvous and self._place.public_addresses:
+            paths.append(self._reverse(peer, peer_id, 0.0))
+        if kind == "relay" and peer.rendezvous and self._puncher.enabled:
+            paths.append(self._data_channel(peer, peer_id, self._head_start if paths else 0.0))
+        return paths
+
+    async def _open_reverse(self, peer: PeerAddress, peer_id: PeerID) -> Pipe:
+        """Ask the peer to dial us. What arrives with our token is the pipe on which we open TLS."""
+        token = os.urandom(offers.TOKEN_BYTES)
+        arrived: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
+        self._expected[token] = arrived
+        try:
+            async with asyncio.timeout(self._offer_timeout):
+                body = ReverseBody(self._place.public_addresses[: offers.MAX_ADDRESSES], token)
+                await self._offer(peer, peer_id, offers.REVERSE, body.pack())
+                pipe = await arrived
+        except BaseException:  # cancelled, too: the pipe has no owner
+            if arrived.done() and not arrived.cancelled():
+                arrived.result().abort()
+            raise
+        finally:
+            del self._expected[token]
+        pipe.description = f"reverse {pipe.description.partition(' ')[2]}"
+        return pipe
+
+    def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
+        """A connection came in that begins with the preamble of a reverse dial."""
+        arrived = self._expected.get(token)
+        if arrived is None or arrived.done():
+            self._metrics.count("nat_refused", reason="unknown_token")
+            pipe.abort()
+        else:
+            arrived.set_result(pipe)
+
+    async def _open_channel(self, peer: PeerAddress, peer_id: PeerID) -> Pipe:
+        negotiation = await self._puncher.negotiation(controlling=True)
+        try:
+            own = await negotiation.gather()
+            answer = await self._offer(peer, peer_id, offers.CHANNEL, own.pack())
+            remote = plausible(Description.unpack(answer.body), own, origin=None, allows=self._scope.allows)
+            return await negotiation.connect(remote)
+        except BaseException:  # cancelled, too: sockets are closed
+            await negotiation.aclose()
+            raise
+
+    async def _open_relay(self, peer: PeerAddress, peer_id: PeerID) -> Pipe:
+        """Meet the peer at one of its rendezvous nodes."""
+        errors: dict[str, BaseException] = {}
+        for text in peer.rendezvous:
+            via = PeerAddress.parse(text)
+            if via.peer_id is None or via.peer_id == self._identity.peer_id:
+                continue
+            try:
+                mine, theirs = await self._signalling.reserve_relay(via, timeout=self._offer_timeout)
+                pipe = await meet_at_relay(via, mine, scope=self._scope, throttle=self._throttle)
+                try:
+                    body = RelayBody(via.peer_id, theirs)
+                    await self._offer(peer, peer_id, offers.RELAY, body.pack(), via=[via])
+                except BaseException:  # cancelled, too: the pipe has no owner
+                    pipe.abort()
+                    raise
+                return pipe
+            except (TesseractError, OSError) as error:
+                errors[f"relay {via.short}"] = error
+        raise PeerUnreachable(peer.short, errors)
+
+    async def _offer(
+        self, peer: PeerAddress, peer_id: PeerID, kind: str, body: Mapping[str, object], via: Sequence[PeerAddress] = ()
+    ) -> OfferAnswer:
+        """Return the peer's answer, over the first rendezvous that reaches it. Raises: PeerUnreachable, NotAllowed."""
+        nonce = os.urandom(16)
+        data = offers.encode_offer(self._identity, peer_id, kind=kind, body=body, nonce=nonce, now=time.time())
+        errors: dict[str, BaseException] = {}
+        for carrier in via or map(PeerAddress.parse, peer.rendezvous):
+            try:
+                reply = await self._signalling.send_offer(carrier, peer_id, data, timeout=self._offer_timeout)
+                answer = offers.decode_answer(reply, data, sender=peer_id, recipient=self._identity.peer_id)
+            except (TesseractError, OSError) as error:
+                errors[f"offer through {carrier.short}"] = error
+                continue
+            if not answer.accepted:
+                raise NotAllowed(f"{peer_id.short} declined: {answer.reason}")
+            return answer
+        raise PeerUnreachable(peer.short, errors)
