@@ -79,15 +79,15 @@ class GridSearch(Uncopied):
         bias_N = self.learned.bias(view, self._latency_weight)
         return Candidates(self.prefix, self._prepared[1], view.replicas, bias_N)
 
-    async def more(self, dispatch: ForwardDispatch, *, wait: bool) -> tuple[Candidates, list[int]]:
-        """The candidates of `dispatch` and those that have come since, and the numbers of those that came or whose
-        servers have said something since.
+    async def more(self, dispatch: ForwardDispatch, rows: torch.Tensor, *, wait: bool) -> tuple[Candidates, list[int]]:
+        """Return the candidates of `dispatch` with those that have come since, and the numbers of those that came or
+        whose servers have said something since. A beam search looks for what is best for `rows` (``bool[rows]``).
 
         Returns as soon as there are any; without `wait`, also when there are none.
         """
         known = dispatch.candidates
         while True:
-            came = await self._newcomers(dispatch)
+            came = await self._newcomers(dispatch, rows)
             if came or not wait:
                 break
             if self._cell_by_cell:
@@ -107,11 +107,12 @@ class GridSearch(Uncopied):
         bias_N = self.learned.bias(FoundView(coords_ND, replicas, False, {}), self._latency_weight)
         return replace(known, grid=grid, replicas=replicas, bias_N=bias_N), [number[coords] for coords in came]
 
-    async def _newcomers(self, dispatch: ForwardDispatch) -> dict[tuple[int, ...], Sequence[ExpertReplica]]:
-        known, rows = dispatch.candidates.replicas, dispatch.rows_in_need
+    async def _newcomers(
+        self, dispatch: ForwardDispatch, rows: torch.Tensor
+    ) -> dict[tuple[int, ...], Sequence[ExpertReplica]]:
+        known = dispatch.candidates.replicas
         view: LiveView | None
         if self._cell_by_cell:
-            assert rows is not None
             view = await self._search(dispatch.scores_RS[rows], math.inf, k=self._k_best + dispatch.num_tried)
         else:
             self.experience.node.directory.watch(self.prefix, self.grid_size)

@@ -37,8 +37,8 @@ class _Sender(Protocol):
     async def send(self, call: ExpertCall) -> None:
         """Makes the call and keeps what it brings. Raises: as a call to an expert."""
 
-    async def find_more(self) -> None:
-        """Looks for experts for the dispatch's `rows_in_need` and tells it."""
+    async def find_more(self, rows: torch.Tensor) -> None:
+        """Looks for experts for these rows (see `CallsUnderWay.rows_in_need`) and tells the dispatch."""
 
 
 async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experience) -> None:
@@ -59,7 +59,7 @@ async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experienc
                 if dispatch.is_over:
                     break
                 if dispatch.rows_in_need is not None and None not in tasks.values():
-                    task = loop.create_task(sender.find_more())
+                    task = loop.create_task(sender.find_more(dispatch.rows_in_need))
                     tasks[task] = None
                     queue.add(task)
                 for task in await queue.wait(dispatch.timer_at()):
@@ -174,11 +174,11 @@ class MixtureCall:
             raise ExpertFailed(f"{call.uid} answered numbers that are not finite")
         self._replies[call] = _ExpertAnswer(forward, outputs, receipt)
 
-    async def find_more(self) -> None:
+    async def find_more(self, rows: torch.Tensor) -> None:
         """See `_Sender`. If all that failed said no themselves, only experts that are there already help."""
         dispatch = self.dispatch
         errors = dispatch.errors.values()
-        candidates, experts = await self._search.more(dispatch, wait=not errors or any(map(may_pass, errors)))
+        candidates, experts = await self._search.more(dispatch, rows, wait=not errors or any(map(may_pass, errors)))
         dispatch.came(candidates, experts)
 
 
@@ -219,7 +219,7 @@ class _GradientSender:
             raise ExpertFailed(f"{call.uid} answered gradients that are not finite")
         self.gradients[call] = gradients
 
-    async def find_more(self) -> None:
+    async def find_more(self, rows: torch.Tensor) -> None:
         """See `_Sender`. Nobody else can tell these gradients."""
 
     def sums(self, weights: torch.Tensor | None) -> Gradients:

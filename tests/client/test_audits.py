@@ -156,7 +156,7 @@ async def test_the_share_is_kept_and_nothing_costs_anything_without_one() -> Non
     expert = expert_of(node, share=0.0)
     await ask(expert, 50)
     assert node.count(messages.FORWARD) == 50 and not expert.audits.outcomes and not node.closing
-    expert.audits._random = Random(0)
+    expert.audits.random = Random(0)
     await ask(expert.with_options(audit_share=0.25), 400)
     assert 70 < sum(expert.audits.outcomes.values()) < 130
 
@@ -165,7 +165,7 @@ async def test_five_percent_of_wrong_answers_are_noticed_within_ten_thousand_cal
     """At a share of 1 %: the chance that 100 audits miss all of it is .95 ** 100 = 0.6 %. Here one such run."""
     node = Swarm(a=sometimes(0.05, 3), b=None)
     expert = expert_of(node, share=0.01).eval()
-    expert.audits._random = Random(5)
+    expert.audits.random = Random(5)
     node.directory.replicas["x.0"] = [FakeReplica("x.0", "a"), FakeReplica("x.0", "b", primary=False)]
     x = torch.randn(1, 8)
     with torch.no_grad():
