@@ -386,6 +386,11 @@ class _Root(torch.autograd.Function):
         return gradients[0], None
 
 
+def num_steps() -> int:
+    """Return how many `backward`s of this process are under way in an engine's thread."""
+    return len(_steps)
+
+
 def backward(
     loss: torch.Tensor,
     gradient: torch.Tensor | None = None,
