@@ -153,14 +153,7 @@ class Reach:
             enabled=settings.punch_holes,
         )
         self._puncher = puncher
-        self._answerer = OfferAnswerer(
-            identity=endpoint.identity,
-            accept=endpoint.accept,
-            puncher=puncher,
-            metrics=metrics,
-            scope=scope,
-            throttle=throttle,
-        )
+        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope, throttle=throttle)
         self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
         self._client = RendezvousClient(
             endpoint,
@@ -172,13 +165,11 @@ class Reach:
             num_rendezvous=settings.num_rendezvous,
         )
         self._traversal = NatTransport(
-            identity=endpoint.identity,
-            endpoint=endpoint,
+            endpoint,
             signalling=self._client,
-            place=self.role,
+            role=self.role,
             puncher=puncher,
             direct_paths=lambda peer: listener.paths(peer, bulk=False),
-            metrics=metrics,
             scope=scope,
             throttle=throttle,
             head_start=settings.head_start,
