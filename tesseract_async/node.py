@@ -437,7 +437,7 @@ class TesseractNode(Uncopied):
         return self.endpoint.path(peer)
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        """Has ``expert.*`` calls for `uid`, from the network or from this node, answered by their method's handler.
+        """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
 
         `handlers` is read at each call. Raises: ValueError if this node hosts the uid already or the uid is malformed.
         """

@@ -100,7 +100,7 @@ class Audits:
         self.findings: deque[AuditFinding] = deque(maxlen=MAX_FINDINGS)
         """The latest differences, the newest last."""
         self.random = random or Random()
-        """Draws which answers are audited."""
+        """Decides which answers are audited: a seeded one makes an experiment repeatable."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_pending_bytes = 0
         self._unrepeatable: set[tuple[str, bool]] = set()

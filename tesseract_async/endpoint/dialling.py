@@ -82,6 +82,11 @@ class Dialler:
         self._max_connections = min(bounds.max_connections, room.connections)
         self._closed = False
 
+    @property
+    def num_callers(self) -> int:
+        """Pipes that came in and whose handshake is not done."""
+        return len(self._callers)
+
     async def aclose(self) -> None:
         """Gives up every dial and every half-open channel."""
         self._closed = True

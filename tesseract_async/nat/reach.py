@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -99,12 +99,13 @@ class Reach:
         on_change: Callable[[], None],
         public: bool = False,
         upnp: bool = False,
+        find_router: Callable[[str], Awaitable[Gateway | None]] | None = None,
         settings: ReachSettings | None = None,
         throttle: Throttle | None = None,
     ) -> None:
         """`sock`: the TCP socket that is bound to `address`. `scope`: where this node may send on a stranger's word.
         `on_change` is called on the loop when `addresses` or `rendezvous_texts` have changed. `public`: the user says
-        that others can dial this node. `upnp`: the router is asked to let them."""
+        that others can dial this node. `upnp`: the router is asked to let them. `find_router`: by default by UPnP."""
         settings = settings if settings is not None else ReachSettings()
         self._endpoint = endpoint
         self._network = network
@@ -131,7 +132,11 @@ class Reach:
         self._mapper: PortMapper | None = None
         if upnp and self.enabled and 4 in address.versions and not public:
             self._mapper = PortMapper(
-                _find_router, port=address.port, own_host=self._own_v4, changed=self._port_mapped, metrics=metrics
+                find_router or _find_router,
+                port=address.port,
+                own_host=self._own_v4,
+                changed=self._port_mapped,
+                metrics=metrics,
             )
         self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
         self._dial_back = DialBackClient(endpoint, scope=scope, dial_timeout=settings.dial_back_timeout)
