@@ -1,4 +1,4 @@
-"""What `tesseract serve` does: finds the run, claims experts, hosts them, keeps to the limits, leaves."""
+"""The course of `tesseract serve`: find the run, claim experts, host them, keep to the limits, leave."""
 
 from __future__ import annotations
 

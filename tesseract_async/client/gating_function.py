@@ -123,9 +123,7 @@ class GatingFunction(nn.Module):
             uid_prefix,
             self.grid_size,
             k_best=k_best,
-            timeout=settings.forward_timeout,
-            search=settings.search,
-            latency_weight=settings.latency_weight,
+            settings=settings,
         )
         self._schemas = SchemaVote(self._experience, timeout=settings.forward_timeout)
         self._experts = ChosenExperts()

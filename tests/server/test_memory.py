@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.identity import PeerID
-from tesseract_async.server import memory
-from tesseract_async.server.memory import GONE_AFTER, ExpectedBackwards, Memory
+from tesseract_async.server.memory import GONE_AFTER, MAX_EXPECTED, MAX_PEERS, ExpectedBackwards, Memory
 
 ANNA, BERT = PeerID(b"a" * 32), PeerID(b"b" * 32)
 
@@ -133,12 +132,13 @@ def test_a_backward_that_brings_its_inputs_counts_for_the_oldest_of_its_expert()
     assert next_change(some, 6.0) is None
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "MAX_EXPECTED", 10)
-    monkeypatch.setattr(memory, "MAX_PEERS", 4)
+def test_what_is_remembered_is_bounded() -> None:
     some = ExpectedBackwards()
-    for number in range(100):
-        some.expect(b"%d" % number, "ffn.0", PeerID(bytes([number % 7]) * 32), 0.0)
-        assert len(some) <= 10 and len(some._callers) <= 4
-        assert sum(len(names) for one in some._callers.values() for names in one.names.values()) == len(some)
+    for number in range(2 * MAX_PEERS):
+        some.expect(b"%d" % number, "ffn.0", PeerID(number.to_bytes(32, "big")), 0.0)
+        assert len(some) == min(number + 1, MAX_PEERS), "one of each"
+    for number in range(MAX_EXPECTED + 10):
+        some.expect(b"Anna's %d" % number, "ffn.0", ANNA, 0.0)
+        assert len(some) <= MAX_EXPECTED
+    assert len(some) == MAX_EXPECTED
     assert next_change(some, 60.0) is None and len(some) == 0
