@@ -9,10 +9,9 @@ from typing import Final
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
+from tesseract_async.transport.admission import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
-from tesseract_async.transport.waiting_room import WaitingRoom
 
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""

@@ -15,13 +15,12 @@ import ipaddress
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import msgpack
 
 from tesseract_async.errors import InvalidRecord, MessageTooLarge, ProtocolError
 from tesseract_async.identity import Identity, PeerID, verify
-from tesseract_async.nat.fields import field
 from tesseract_async.transport.base import join_host_port, split_host_port
 from tesseract_async.wire import packed
 
@@ -40,6 +39,16 @@ MAX_REASON: Final = 200
 TOKEN_BYTES: Final = 16
 
 _CONTEXT: Final = b"tesseract offer 1\0"
+
+T = TypeVar("T")
+
+
+def field(body: object, name: str, kind: type[T]) -> T:
+    """Return `body[name]`, of exactly this type. Untrusted. Raises: ProtocolError."""
+    value = body.get(name) if type(body) is dict else None
+    if type(value) is not kind:
+        raise ProtocolError(f"{name} is missing or malformed")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------- bodies

@@ -16,7 +16,6 @@ from typing import Final
 
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.nat import preamble
-from tesseract_async.nat.addresses import ListeningAddress
 from tesseract_async.nat.answering import OfferAnswerer
 from tesseract_async.nat.demux import PipeHandler, PreambleDemultiplexer
 from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBackClient, DialBackServer
@@ -29,6 +28,7 @@ from tesseract_async.nat.role import (
     WATCH_PERIOD,
     CheckDue,
     HostsChanged,
+    ListeningAddress,
     MappingDoubted,
     Notice,
     Observation,
@@ -36,9 +36,8 @@ from tesseract_async.nat.role import (
     RoleFound,
     RoleMachine,
 )
-from tesseract_async.nat.stun_client import StunClient
+from tesseract_async.nat.stun_client import StunClient, TurnServer
 from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
-from tesseract_async.nat.turn import TurnServer
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
@@ -158,32 +157,23 @@ class Reach:
             enabled=settings.punch_holes,
         )
         self._puncher = puncher
-        self._answerer = OfferAnswerer(
-            identity=endpoint.identity,
-            accept=endpoint.accept,
-            puncher=puncher,
-            metrics=metrics,
-            scope=scope,
-            throttle=throttle,
-        )
+        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope, throttle=throttle)
         self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
         self._client = RendezvousClient(
             endpoint,
             contacts=lambda: network.public_contacts(NUM_CONTACTS),
-            answer=self._answerer.answer,
+            answer=self._answer,
             changed=self._changed,
             own_origin=lambda: next((split_host_port(text)[0] for text in self.role.public_addresses), ""),
             scope=scope,
             num_rendezvous=settings.num_rendezvous,
         )
         self._traversal = NatTransport(
-            identity=endpoint.identity,
-            endpoint=endpoint,
+            endpoint,
             signalling=self._client,
-            place=self.role,
+            role=self.role,
             puncher=puncher,
             direct_paths=lambda peer: listener.paths(peer, bulk=False),
-            metrics=metrics,
             scope=scope,
             throttle=throttle,
             head_start=settings.head_start,
@@ -381,6 +371,9 @@ class Reach:
         if self._is_declared_public and found.dialled:
             self._metrics.set("reachable_by_tcp", float(not self.role.doubt))
         self._cycle()
+
+    async def _answer(self, offer: bytes, origin: str) -> bytes:
+        return await self._answerer.answer(offer, origin=origin, relays=self.rendezvous)
 
     # ---- this computer
 

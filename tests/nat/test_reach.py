@@ -14,11 +14,10 @@ import pytest
 
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity
-from tesseract_async.nat.addresses import ListeningAddress
 from tesseract_async.nat.dial_back import DialBackServer
 from tesseract_async.nat.port_mapping import PortTaken
 from tesseract_async.nat.reach import Reach, ReachSettings
-from tesseract_async.nat.role import Reachability
+from tesseract_async.nat.role import ListeningAddress, Reachability
 from tesseract_async.nat.webrtc import pipe as webrtc
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.address_scope import AddressScope

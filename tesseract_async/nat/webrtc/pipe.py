@@ -18,7 +18,7 @@ import aioice
 
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
 from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.nat.webrtc.message_stream import MessageStream
 from tesseract_async.transport.base import PipeReceiver, join_host_port
 from tesseract_async.transport.throttle import Throttle
