@@ -31,7 +31,7 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import checkpoint, memory
+from tesseract_async.server import checkpoint
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import EXPECT_SECONDS, GONE_AFTER, KEEP_SECONDS, CallerMemory, alone
 from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, TesseractServer
