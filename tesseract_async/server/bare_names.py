@@ -184,12 +184,11 @@ class BareNames:
         source: StateSource,
         *,
         settings: ReplicaSettings,
-        clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
-        """`source` sends the states of this server's experts; the clocks are those of `ReplicaKeeper`."""
+        """`source` sends the states of this server's experts; `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node, self._source = server, server.node, source
-        self._settings, self._clock, self._elapsed = settings, clock, elapsed
+        self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
         self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
         self._heard: dict[PeerID, float] = {}
@@ -207,7 +206,7 @@ class BareNames:
     async def read(self, uids: Iterable[str]) -> None:
         """Read who else hosts these. Raises: TimeoutError if the network does not answer."""
         async with asyncio.timeout(self._settings.call_timeout):
-            replicas = await read_replicas(self._node, uids, clock=self._clock)
+            replicas = await read_replicas(self._node, uids)
         for uid, others in replicas.items():
             one = self._experts[uid]
             one.others = [other for other in others if may_follow(self._node, other)]
@@ -364,7 +363,7 @@ class BareNames:
         # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
         # network hears of it later: followers would take over by themselves, from an older state.
         await self._server.set_primary(uid, False, announce=False)
-        await self._server.wait_backwards(uid)
+        await self._server.calls.wait_backwards(uid)
         self._source.drop(uid)
         for heir in heirs:
             try:

@@ -89,7 +89,6 @@ async def read_replicas(
     node: TesseractNode,
     uids: Iterable[str],
     *,
-    clock: Callable[[], float] = time.time,
     by_shard: bool = False,
     also: Callable[[Entries], None] = lambda entries: None,
 ) -> dict[str, list[ExpertReplica]]:
@@ -116,7 +115,7 @@ async def read_replicas(
         manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
         prefix, _ = split_uid(some[0])  # a key is of one grid
         claims = await read_claims(
-            manifests, prefix=prefix, now=clock(), dropped=dropped, trust=node.trust, scope=node.scope
+            manifests, prefix=prefix, now=time.time(), dropped=dropped, trust=node.trust, scope=node.scope
         )
         for uid in some:
             _, coords = split_uid(uid)
@@ -145,10 +144,10 @@ class Seen(NamedTuple):
 class TenureRecords:
     """Publishes and reads them under the experts' shard keys."""
 
-    def __init__(self, node: TesseractNode, *, clock: Callable[[], float], elapsed: Callable[[], float]) -> None:
+    def __init__(self, node: TesseractNode, *, elapsed: Callable[[], float]) -> None:
         self.addresses: dict[PeerID, PeerAddress] = {}
         """Servers that were found to host one of the experts."""
-        self._node, self._clock, self._elapsed = node, clock, elapsed
+        self._node, self._elapsed = node, elapsed
         self._shown: dict[str, tuple[bytes, float]] = {}  # by key: the grant that lies there, and until when
 
     async def publish(self, uid: str, records: Sequence[bytes]) -> None:
@@ -175,7 +174,7 @@ class TenureRecords:
         Of more than lie in `MAX_SHARDS_READ` shards, the grid is read first, and then the shards of those for which
         `has_changed` says yes to their hosts.
         """
-        trust, now = self._node.trust, self._clock()
+        trust, now = self._node.trust, time.time()
         seen = {uid: Seen({}, []) for uid in uids}
         subkeys = {record_subkey(uid, number): uid for uid in uids for number in (0, 1)}
 
@@ -192,7 +191,7 @@ class TenureRecords:
                     seen[uid].records.append(entry.value)
 
         async def read(some: Collection[str], *, by_shard: bool) -> None:
-            replicas = await read_replicas(self._node, some, clock=self._clock, by_shard=by_shard, also=take_records)
+            replicas = await read_replicas(self._node, some, by_shard=by_shard, also=take_records)
             for uid, others in replicas.items():
                 for one in others:
                     seen[uid].hosts[owner_of(one)] = one.epoch
