@@ -17,7 +17,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -153,19 +153,16 @@ class _Look:
         self._node, self._timeout = node, timeout
         self._speaks: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
 
-    def _ask(self, replica: ExpertReplica) -> Coroutine[None, None, messages.ExpertInfo | None]:
-        return ask_info(self._node, replica.uid, replica, self._timeout)
-
     async def speaks(self, replica: ExpertReplica) -> bool:
         """Return whether its server answered a question of this look."""
         owner = owner_of(replica)
         if owner not in self._speaks:
-            self._speaks[owner] = asyncio.get_running_loop().create_task(self._ask(replica))
+            self._speaks[owner] = asyncio.get_running_loop().create_task(ask_info(self._node, replica, self._timeout))
         return await asyncio.shield(self._speaks[owner]) is not None
 
     async def contender(self, replica: ExpertReplica) -> Contender:
         """Return the replica with its present version."""
-        info = await self._ask(replica) if await self.speaks(replica) else None
+        info = await ask_info(self._node, replica, self._timeout) if await self.speaks(replica) else None
         return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
 
     def close(self) -> None:
@@ -268,7 +265,7 @@ class BareNames:
         )
         role, chosen = decide(Contender(self._node.peer_id, is_primary, version), said, past, listed=listed)
         if role is Role.WAIT:
-            one.waiting_since = now if one.waiting_since is None else one.waiting_since
+            one.waiting_since = one.waiting_since or now
             return
         one.waiting_since = None
         if role is Role.FOLLOW:
@@ -351,8 +348,6 @@ class BareNames:
         await one.hosted.take(state)
         self._node.metrics.count("states_pulled")
         return file
-
-    # -- handing over --------------------------------------------------------------------------------------------------
 
     async def hand_over(self, uid: str) -> bool:
         """Have a follower take over, by what was read last. Returns whether one did; else the expert stays here."""

@@ -144,8 +144,6 @@ class TesseractServer(Uncopied):
         self._is_started = False
         self._closed = False
 
-    # -- Life ------------------------------------------------------------------------------------------------------
-
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -192,7 +190,7 @@ class TesseractServer(Uncopied):
                 trust=self.node.trust,
                 places=self.node.publisher_places,
             )
-            await self._declare()
+            await self.announce()
         except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             await self._stop_tasks()
@@ -311,19 +309,15 @@ class TesseractServer(Uncopied):
 
     async def announce(self) -> None:
         """Publish the present roles, after `set_primary` without. Nothing is published while the server pauses."""
-        if not self.is_paused and not self._closed:
-            await self._declare()
+        if self._publisher is not None and not self.is_paused and not self._closed:
+            roles = {uid: one.is_primary for uid, one in self.hosted.items()}
+            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
 
     async def resume(self) -> None:
         """End `pause`; return once the experts can be found again."""
         self.is_paused = False
         self.calls.refuse_forwards = None
-        await self._declare()
-
-    async def _declare(self) -> None:
-        if self._publisher is not None:
-            roles = {uid: one.is_primary for uid, one in self.hosted.items()}
-            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
+        await self.announce()
 
     def free_memory(self) -> int:
         """Forget what was kept for callers, who send their inputs again, and give free pages back to the system.
@@ -333,8 +327,6 @@ class TesseractServer(Uncopied):
         num_bytes = self._memory.forget()
         trim_heap()
         return num_bytes
-
-    # -- Roles and states ------------------------------------------------------------------------------------------
 
     def is_primary(self, uid: str) -> bool:
         """Return whether this server trains the expert. Raises: KeyError if it does not host it."""
@@ -354,8 +346,6 @@ class TesseractServer(Uncopied):
         """Have calls of an ``expert.`` method answered by `handler`, for every expert of this server."""
         for uid, one in self.hosted.items():
             self._handlers[uid][method] = partial(handler, one)
-
-    # -- Checkpoints -----------------------------------------------------------------------------------------------
 
     async def save_checkpoints(self) -> int:
         """Write a checkpoint of each expert that changed since its last one. Returns how many.
@@ -382,8 +372,6 @@ class TesseractServer(Uncopied):
             except CheckpointError as error:
                 logger.error("%s", error)
                 self.node.metrics.count("checkpoints_failed")
-
-    # -- Calls -----------------------------------------------------------------------------------------------------
 
     async def _step(self, hosted: HostedState, call: IncomingCall) -> Message:
         uid, succession = hosted.uid, self.succession

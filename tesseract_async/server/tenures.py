@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from random import Random
@@ -37,7 +36,7 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import TenureRecords, fetch_fitting
+from tesseract_async.server.other_replicas import TenureRecords, fetch_fitting, wall_clock
 from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -115,7 +114,7 @@ class Tenures:
                 authority,
                 boot=boot,
                 now=self._elapsed(),
-                wall=time.time(),
+                wall=wall_clock(),
                 stored=await self._server.call_aside(partial(self.files.load, uid)),
                 random=random,
             )
@@ -175,9 +174,7 @@ class Tenures:
         return self._experts[uid].tenure
 
     def _now(self) -> tuple[float, float]:
-        return self._elapsed(), time.time()
-
-    # -- questions of others -------------------------------------------------------------------------------------------
+        return self._elapsed(), wall_clock()
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
@@ -219,8 +216,6 @@ class Tenures:
     async def _read(self, uid: str, seal: Seal) -> bytes | None:
         file = self.files.find(uid, seal.root)
         return None if file is None else await self._server.call_aside(file.read)
-
-    # -- handing over --------------------------------------------------------------------------------------------------
 
     async def hand_over(self, uid: str) -> bool:
         """Give the expert to one of its successors. Returns whether one took it; it stays here otherwise."""
@@ -265,8 +260,6 @@ class Tenures:
         if reply is not None:
             expert.tenure.sight(reply.records[0], *self._now())
         await self._carry_out(expert)
-
-    # -- commands ------------------------------------------------------------------------------------------------------
 
     async def _carry_out(self, expert: _Expert) -> None:
         """Carry out each command before the next: what is to be on disk is there before anything that depends on it."""
@@ -358,8 +351,6 @@ class Tenures:
         expert.progress = hosted.backend.progress
         await self._server.call_aside(partial(self.files.keep, expert.uid, seal.root, file))
         self._node.metrics.count("states_pulled")
-
-    # -- in the background ---------------------------------------------------------------------------------------------
 
     async def _turn(self) -> None:
         """Let each machine act when it is due."""
