@@ -97,16 +97,14 @@ class Identity(Uncopied):
         path = Path(path).expanduser()
         data = path.read_bytes()
         try:
-            key = serialization.load_pem_private_key(data, password=None)
+            identity = cls.from_pem(data)
         except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted
-            key = None
-        if not isinstance(key, Ed25519PrivateKey):
             state = "is empty" if not data.strip() else "holds no Ed25519 key"
             raise ValueError(
                 f"{path} {state}: move it away, and a new key is made there (`tesseract keygen FILE` does it, too)"
-            )
+            ) from None
         _close_to_others(path)
-        return cls(key)
+        return identity
 
     @classmethod
     def load_or_create(cls, path: str | Path) -> Identity:

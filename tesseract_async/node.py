@@ -29,9 +29,9 @@ from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.addresses import WILDCARDS, ListeningAddress
 from tesseract_async.nat.interfaces import address_towards, own_addresses
 from tesseract_async.nat.reach import Reach, ReachSettings
+from tesseract_async.nat.role import WILDCARDS, ListeningAddress
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
@@ -437,7 +437,7 @@ class TesseractNode(Uncopied):
         return self.endpoint.path(peer)
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        """Has ``expert.*`` calls for `uid`, from the network or from this node, answered by their method's handler.
+        """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
 
         `handlers` is read at each call. Raises: ValueError if this node hosts the uid already or the uid is malformed.
         """

@@ -12,6 +12,7 @@ import pytest
 
 import tesseract_async as ta
 from tesseract_async import identity as module
+from tests.disks import full_disk
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
 
@@ -55,17 +56,13 @@ def test_another_one_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_key_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
     def no_links(old: object, new: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     if not links:
         monkeypatch.setattr(module.os, "link", no_links)
     path = tmp_path / "node.pem"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*node\.pem"):
-        patch.setattr(module.os, "fsync", no_space)
+    with full_disk(), pytest.raises(OSError, match=r"No space left on device: .*node\.pem"):
         ta.Identity.generate().save(path)
     assert not list(tmp_path.iterdir())
     ta.Identity.generate().save(path)

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from tesseract_async.admission import Policy, Quota
 from tesseract_async.cli.options import grouped
-from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE
+from tesseract_async.cli.types import PEER_FILE, PEERS, SECONDS, SIZE, counted
 from tesseract_async.identity import PeerID
 
 LISTS: Final = ("allow", "allow_file", "allow_training")
@@ -59,24 +59,19 @@ access_options = grouped(
     click.option(
         "--allow-file",
         type=PEER_FILE,
-        help="Let only the peers in this file call, train and store here: one peer id a line, # begins a comment.",
+        help="Let only the peers in this file call, train and store here, one id a line.",
     ),
     click.option(
         "--peer-calls", type=click.IntRange(1), help="Answer at most this many calls of each peer in --peer-period."
     ),
     click.option(
-        "--peer-bytes",
-        type=SIZE,
-        help="Exchange at most this much data with each peer in --peer-period, such as '1 GiB'.",
+        "--peer-bytes", type=SIZE, help="Exchange at most this much with each peer in --peer-period, such as '1 GiB'."
     ),
     click.option(
         "--peer-concurrent", type=click.IntRange(1), help="Work on at most this many calls of each peer at once."
     ),
     click.option(
-        "--peer-period",
-        type=SECONDS,
-        default=60.0,
-        help="The time for which --peer-calls and --peer-bytes count, such as '1 h'; a plain number is seconds.",
+        "--peer-period", type=SECONDS, default=60.0, help="Count --peer-calls and --peer-bytes over this time."
     ),
 )
 """For commands that answer strangers: a policy, or None, as the argument `policy`."""
@@ -94,16 +89,12 @@ def describe_policy(policy: Policy) -> list[str]:
     """Return one line for each thing that is not open to all, for the person who starts the node."""
     lines = []
     if policy.callers is not None:
-        lines.append(f"only {_peers(len(policy.callers))} may call, train and store here")
+        lines.append(f"only {counted(len(policy.callers), 'peer')} may call, train and store here")
     if policy.trainers is not None and policy.trainers != policy.callers:
-        lines.append(f"only {_peers(len(policy.trainers))} may change weights here")
+        lines.append(f"only {counted(len(policy.trainers), 'peer')} may change weights here")
     if policy.quota is not None:
         lines.append("what each peer may ask for is limited")
     return lines
-
-
-def _peers(count: int) -> str:
-    return "one peer" if count == 1 else f"{count} peers"
 
 
 def _refuse_empty_lists() -> None:

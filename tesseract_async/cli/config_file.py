@@ -64,5 +64,5 @@ config_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_apply,
-    help="Take options from this TOML file; flags on the command line win over it.",
+    help="Take options from this TOML file; flags win over it.",
 )

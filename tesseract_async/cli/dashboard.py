@@ -27,7 +27,7 @@ from tesseract_async.monitoring import SwarmObserver
 @click.option(
     "--token", help="Show the page only to visitors who know this; off loopback, one is made up if none is given."
 )
-@click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm once in this many seconds.")
+@click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm this often.")
 @leave_with_parent_option
 @asynchronous
 async def command(

@@ -24,12 +24,7 @@ from tesseract_async.identity import PeerID
 @click.option(
     "--num-at-once", default=4, type=click.IntRange(1, 64), help="Download this many experts at the same time."
 )
-@click.option(
-    "--timeout",
-    default=60.0,
-    type=PERIOD,
-    help="Give up on an expert when a piece of it takes longer than this many seconds.",
-)
+@click.option("--timeout", default=60.0, type=PERIOD, help="Wait at most this long for each piece of an expert.")
 @allow_file_option
 @node_options
 @asynchronous

@@ -1,4 +1,4 @@
-"""What `tesseract serve` does: finds the run, claims experts, hosts them, keeps to the limits, leaves."""
+"""The course of `tesseract serve`: find the run, claim experts, host them, keep to the limits, leave."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import random
 import signal
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ import torch
 
 from tesseract_async.admission import Policy
 from tesseract_async.cli.access import describe_policy
-from tesseract_async.cli.options import NodeOptions
+from tesseract_async.cli.options import JOIN_TIMEOUT, NodeOptions
 from tesseract_async.cli.running import progress_bar, say, spare_the_collector, spinner, until_told_to_leave
 from tesseract_async.cli.serve_options import ServeOptions
 from tesseract_async.cli.types import counted
@@ -34,12 +33,11 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.builders import find_builder, takes_seed
 from tesseract_async.server.contract import Verdict, VolunteerSettings
 from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
-from tesseract_async.server.registry import make_backend
+from tesseract_async.server.registry import build_all, make_backend
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
 from tesseract_async.server.state_files import stored_uids
@@ -49,7 +47,6 @@ from tesseract_async.transport.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
-JOIN_TIMEOUT: Final = 10.0
 FIND_ATTEMPTS: Final = 5
 AUTOCAST: Final = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -283,25 +280,9 @@ class Hosting:
         return dataclasses.replace(settings, max_copies_bytes=copies)
 
     async def _build_all(self, uids: Sequence[str]) -> dict[str, ExpertBackend]:
-        """Build on all cores where the class allows it; the loop is free meanwhile to join the network."""
         name = self.serving.expert_class if self._run is None else self._run.manifest.expert
-        if ":" in name or not takes_seed(find_builder(name)):
-            return {uid: self._build(uid) for uid in uids}
-        limit = asyncio.Semaphore(os.cpu_count() or 1)
-
-        async def build(uid: str, advance: Callable[[float], None]) -> ExpertBackend:
-            async with limit:
-                backend = await asyncio.to_thread(self._build, uid)
-            advance(1)
-            return backend
-
-        try:
-            with progress_bar("building experts", total=len(uids)) as advance:
-                async with asyncio.TaskGroup() as group:
-                    tasks = {uid: group.create_task(build(uid, advance)) for uid in uids}
-        except* ValueError as errors:
-            raise errors.exceptions[0] from None
-        return {uid: task.result() for uid, task in tasks.items()}
+        with progress_bar("building experts", total=len(uids)) as advance:
+            return await build_all(name, uids, self._build, on_built=lambda: advance(1))
 
     def _build(self, uid: str) -> ExpertBackend:
         serving = self.serving

@@ -31,7 +31,7 @@ from tesseract_async.cli.types import (
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.transport.throttle import Throttle
@@ -76,10 +76,7 @@ log_options = grouped(
     set_up_logging,
     click.option("--verbose", "-v", is_flag=True, help="Log what goes on, not only what goes wrong."),
     click.option(
-        "--log-format",
-        type=click.Choice(["text", "json"]),
-        default="text",
-        help="Write log lines in this format, on standard error.",
+        "--log-format", type=click.Choice(["text", "json"]), default="text", help="Write the log in this format."
     ),
 )
 
@@ -109,9 +106,7 @@ run_option = click.option(
     "--run", "run_name", metavar="NAME[@PEER_ID]", help="Look at the experts of this run, not at those outside of runs."
 )
 expert_class_option = click.option(
-    "--expert-class",
-    default="ffn",
-    help="Use experts of this kind: a ready-made class such as ffn, or your own as module:builder.",
+    "--expert-class", default="ffn", help="Use this kind of expert, ready-made or your own (module:builder)."
 )
 sizes_option = click.option(
     "--size",
@@ -119,7 +114,7 @@ sizes_option = click.option(
     multiple=True,
     type=PAIR,
     metavar="NAME=NUMBER",
-    help="Build the experts with this size, such as in_features=1024; may be given several times.",
+    help="Set a size of the experts, such as in_features=1024; may be given several times.",
 )
 optimizer_option = click.option(
     "--optimizer",
@@ -176,20 +171,14 @@ _node_group = grouped(
     "node",
     NodeOptions,
     click.option(
-        "--host",
-        default="127.0.0.1",
-        help="Listen on this address: 127.0.0.1 to be reached from this computer only, 0.0.0.0 from all others, too.",
+        "--host", default="127.0.0.1", help="Listen on this address; 0.0.0.0 lets other computers reach this one."
     ),
     click.option("--port", default=0, type=PORT, help="Listen on this port, by UDP and by TCP; 0 takes a free one."),
     initial_peers_option(),
     click.option("--announce", metavar="HOST:PORT", help="Tell others to dial this address, not the one of --host."),
     click.option("--public", is_flag=True, help="Be the first node of a swarm: all others can reach this computer."),
     click.option("--upnp", is_flag=True, help="Ask the router to let others in (pip install -e '.[upnp]')."),
-    click.option(
-        "--relay/--no-relay",
-        default=True,
-        help="Pass on traffic of nodes that cannot reach each other, where possible.",
-    ),
+    click.option("--relay/--no-relay", default=True, help="Pass on traffic between nodes that cannot meet."),
     click.option(
         "--stun-server",
         "stun_servers",
@@ -202,7 +191,7 @@ _node_group = grouped(
         "--turn-server",
         type=TURN_SERVER,
         metavar="USER:PASSWORD@HOST:PORT",
-        help="Use this TURN server where no direct connection can be made.",
+        help="Use this TURN server if all else fails.",
     ),
     click.option(
         "--identity", type=FILE, help="Use the key in this file, made if missing, so that a restart is the same node."
@@ -213,10 +202,7 @@ node_options = with_options(_node_group, log_options)
 """For commands that run a node until they are told to leave: a `NodeOptions` as the argument `node`."""
 
 allow_file_option = click.option(
-    "--allow-file",
-    "members",
-    type=PEER_FILE,
-    help="Deal only with the peers in this file, one peer id a line: the members of a closed swarm.",
+    "--allow-file", "members", type=PEER_FILE, help="Deal only with the peers in this file, one id a line."
 )
 
 

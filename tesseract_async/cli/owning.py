@@ -76,22 +76,17 @@ class Owner:
             yield RunOwner(node.network, Identity.load(self.identity), keeper)
 
 
-owner_options = with_options(
-    grouped(
-        "owner",
-        Owner,
-        click.argument("name", metavar="NAME[@PEER_ID]"),
-        click.option(
-            "--identity",
-            required=True,
-            type=EXISTING_FILE,
-            help="Sign with the key in this file, which belongs to the run's owner or to a delegate.",
-        ),
-        initial_peers_option(required=True),
-        identity_option("--join-as"),
+_owner_group = grouped(
+    "owner",
+    Owner,
+    click.argument("name", metavar="NAME[@PEER_ID]"),
+    click.option(
+        "--identity", required=True, type=EXISTING_FILE, help="Sign with this key file, of the owner or a delegate."
     ),
-    log_options,
+    initial_peers_option(required=True),
+    identity_option("--join-as"),
 )
+owner_options = with_options(_owner_group, log_options)
 """For what the owner of a run or a delegate does: an `Owner` as the argument `owner`."""
 
 
@@ -186,11 +181,7 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
 @owner_options
 @click.argument("experts", type=PATTERN, metavar="PATTERN")
 @click.argument("member", type=PEER_OR_FREE, metavar="PEER_ID|free")
-@click.option(
-    "--seal",
-    type=DIGEST,
-    help="Go on from the sealed state with this digest (64 hexadecimal digits), not from the latest state.",
-)
+@click.option("--seal", type=DIGEST, help="Go on from the sealed state with this digest, not from the latest one.")
 @asynchronous
 async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: Owner) -> int:
     """Choose the server that trains the experts of PATTERN, such as 'ffn.[0:4].7'.

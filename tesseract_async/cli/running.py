@@ -17,7 +17,7 @@ import click
 
 from tesseract_async.errors import TesseractError
 from tesseract_async.leaving import told_to_leave
-from tesseract_async.transport.descriptors import raise_descriptor_limit
+from tesseract_async.transport.admission import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
 

@@ -79,19 +79,16 @@ serve_options = grouped(
     click.option(
         "--num-experts",
         type=click.IntRange(1, MAX_EXPERTS),
-        help="Host this many experts of the pattern or run, first those that no other server hosts.",
+        help="Host this many experts of the pattern or run, free ones first.",
     ),
     click.option(
         "--run",
         "run_name",
         metavar="NAME[@PEER_ID]",
-        help="Take part in this training run, whose owner decides everything about its experts.",
+        help="Take part in this training run, whose owner sets its experts.",
     ),
     click.option(
-        "--grant",
-        type=TEXT_OR_FILE,
-        metavar="TEXT|FILE",
-        help="Show this permission or invite from the run's owner; needed once, and not at all in open runs.",
+        "--grant", type=TEXT_OR_FILE, metavar="TEXT|FILE", help="Show this grant or invite of the run's owner, once."
     ),
     click.option(
         "--allow-module",
@@ -107,7 +104,7 @@ serve_options = grouped(
         "--learning-rate",
         default=1e-3,
         type=LEARNING_RATE,
-        help="Train with this learning rate; if given, it also replaces the one in a checkpoint.",
+        help="Train at this rate; if given, it replaces a checkpoint's.",
     ),
     max_batch_size_option,
     click.option("--seed", default=0, help="Draw the experts' first weights from this seed and their uids."),
@@ -120,16 +117,9 @@ serve_options = grouped(
     ),
     threads_option,
     click.option(
-        "--autocast",
-        type=click.Choice(["bf16", "fp16"]),
-        help="Compute in this shorter number type where PyTorch deems it safe; weights and answers keep theirs.",
+        "--autocast", type=click.Choice(["bf16", "fp16"]), help="Compute in this shorter number type where it is safe."
     ),
-    click.option(
-        "--compile",
-        "compile_mode",
-        metavar="MODE",
-        help="Compile the experts with torch.compile in this mode, such as default; needs a C++ compiler.",
-    ),
+    click.option("--compile", "compile_mode", metavar="MODE", help="Use torch.compile in this mode, such as default."),
     click.option(
         "--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size as a CUDA graph, on a GPU."
     ),
@@ -142,33 +132,16 @@ serve_options = grouped(
         "several times.",
     ),
     click.option(
-        "--checkpoint-dir",
-        type=FOLDER,
-        help="Keep weights and optimizer states in this folder, from which a restart goes on.",
-    ),
-    click.option("--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts once in this many seconds."),
-    click.option(
-        "--sync-every",
-        type=PERIOD,
-        default=30.0,
-        help="Copy experts that another server trains once in this many seconds.",
+        "--checkpoint-dir", type=FOLDER, help="Keep the experts in this folder, and go on from there after a restart."
     ),
     click.option(
-        "--ttl", default=45.0, type=PERIOD, help="Let others forget this server this many seconds after it vanished."
+        "--checkpoint-period", default=60.0, type=PERIOD, help="Save the experts this often, such as '5 min'."
     ),
+    click.option("--sync-every", type=PERIOD, default=30.0, help="Copy experts that other servers train this often."),
+    click.option("--ttl", default=45.0, type=PERIOD, help="Let others forget this server this long after it vanished."),
     click.option(
-        "--stall-timeout",
-        type=PERIOD,
-        default=60.0,
-        help="Take the device for hung, and send callers to other servers, after a batch took this many seconds.",
+        "--stall-timeout", type=PERIOD, default=60.0, help="Take a device for hung after a batch took this long."
     ),
-    click.option(
-        "--leave-within",
-        type=SECONDS,
-        default=30.0,
-        help="Finish running work for at most this many seconds when leaving; saving comes after.",
-    ),
-    click.option(
-        "--report-period", type=PERIOD, help="Print the experts' versions as a line of JSON once in this many seconds."
-    ),
+    click.option("--leave-within", type=SECONDS, default=30.0, help="Finish work for at most this long when leaving."),
+    click.option("--report-period", type=PERIOD, help="Print the experts' versions as a line of JSON this often."),
 )

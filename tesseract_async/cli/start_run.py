@@ -43,33 +43,20 @@ def _pairs_option(name: str, help_text: str) -> Decorator:
 @click.command("create")
 @click.argument("name")
 @click.option("--prefix", default="ffn", help="Begin the experts' uids with this word.")
-@click.option(
-    "--grid",
-    required=True,
-    type=GRID,
-    metavar="32x32",
-    help="Arrange the experts in a grid of this size, whose product is how many experts there are.",
-)
+@click.option("--grid", required=True, type=GRID, metavar="32x32", help="Make this many experts in each dimension.")
 @expert_class_option
 @sizes_option
 @optimizer_option
 @click.option("--learning-rate", default=1e-3, type=LEARNING_RATE, help="Train with this learning rate.")
 @_pairs_option("optimizer-option", "Give this to the optimizer, such as weight_decay=0.01 or beta1=0")
 @click.option(
-    "--schedule",
-    type=click.Choice(["linear", "cosine"]),
-    help="Change the learning rate over the steps in this shape; without one it stays the same.",
+    "--schedule", type=click.Choice(["linear", "cosine"]), help="Change the learning rate over time in this shape."
 )
 @_pairs_option("schedule-option", "Give this to the schedule, such as num_warmup_steps=100 or num_steps=10000")
 @max_batch_size_option
 @_pairs_option("training", "Change how steps are taken, such as clip_gradient_norm=1 or merge_backward=false")
 @_pairs_option("codec", "Shorten the numbers of inputs, outputs or gradients on the wire, such as inputs=bf16")
-@click.option(
-    "--seed",
-    default=0,
-    type=click.IntRange(0, 2**63 - 1),
-    help="Draw the experts' first weights from this seed and their uids.",
-)
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Draw first weights from this seed.")
 @click.option("--open", "is_open", is_flag=True, help="Let everybody host and train, not only those with a grant.")
 @click.option(
     "--delegate",
@@ -80,22 +67,10 @@ def _pairs_option(name: str, help_text: str) -> Decorator:
     help="Let this peer grant, revoke and appoint as you do; may be given several times.",
 )
 @click.option("--replicas", default=3, type=click.IntRange(1, 16), help="Keep each expert on this many servers.")
+@click.option("--lease", default=30.0, type=seconds(1, 86400), help="Replace a primary that is silent for this long.")
+@click.option("--sync-every", default=30.0, type=seconds(1, 86400), help="Copy each expert to its replicas this often.")
 @click.option(
-    "--lease",
-    default=30.0,
-    type=seconds(1, 86400),
-    help="Let another server train an expert when its own was silent for this many seconds.",
-)
-@click.option(
-    "--sync-every",
-    default=30.0,
-    type=seconds(1, 86400),
-    help="Copy each expert from the server that trains it to its other servers once in this many seconds.",
-)
-@click.option(
-    "--adopt",
-    is_flag=True,
-    help="Take over the experts that servers host outside of runs under the same prefix: each server gets a grant.",
+    "--adopt", is_flag=True, help="Take over the experts that servers host under this prefix outside of runs."
 )
 @click.option(
     "--once", is_flag=True, help="Store the manifest and end; a server must take part within the hour to keep it known."

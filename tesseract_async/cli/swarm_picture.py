@@ -125,17 +125,15 @@ def draw(state: State, width: int = 120, height: int | None = None, *, signs: di
     trainers = [f"{name}: step {step}, loss {loss:.4f}" for name, (step, loss) in state["losses"].items()]
     if trainers:
         parts += [Text(), Text("\n".join(trainers[: room.trainers]))]
-    lines = "\n".join(f"{_clock(when)}  {sentence}" for when, sentence, _ in state["log"][-room.events :])
+    lines = "\n".join(
+        f"{datetime.fromtimestamp(when):%H:%M:%S}  {sentence}" for when, sentence, _ in state["log"][-room.events :]
+    )
     return Group(*parts, Text(), Text(lines, style="dim", no_wrap=height is not None, overflow="ellipsis"))
 
 
 def _and_more(number: int, noun: str) -> list[RenderableType]:
 
     return [Text(f"and {counted(number, noun)} more", style="dim")] if number > 0 else []
-
-
-def _clock(when: float) -> str:
-    return f"{datetime.fromtimestamp(when):%H:%M:%S}"
 
 
 def _color(peer: State) -> str:

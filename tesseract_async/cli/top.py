@@ -34,7 +34,7 @@ MAX_LOOKS = 4
 @patterns_argument
 @visit_options
 @run_option
-@click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look once in this many seconds.")
+@click.option("--period", default=2.0, type=seconds(0.1, 86400), help="Look at the swarm this often.")
 @click.option("--once", is_flag=True, help="Print one picture and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, for programs; needs --once.")
 @asynchronous

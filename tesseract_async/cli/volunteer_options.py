@@ -11,29 +11,13 @@ from tesseract_async.server.contract import PERIODS, VolunteerSettings
 volunteer_options = grouped(
     "limits",
     VolunteerSettings,
+    click.option("--max-memory", "max_memory_bytes", type=SIZE, help="Use at most this much memory, such as '4 GiB'."),
+    click.option("--max-upload", "max_upload_rate", type=RATE, help="Send at most this fast, such as '10 Mbit/s'."),
     click.option(
-        "--max-memory",
-        "max_memory_bytes",
-        type=SIZE,
-        help="Use at most this much memory for the whole process, such as '4 GiB'.",
+        "--max-download", "max_download_rate", type=RATE, help="Receive at most this fast, such as '50 Mbit/s'."
     ),
     click.option(
-        "--max-upload",
-        "max_upload_rate",
-        type=RATE,
-        help="Send at most this fast, to all peers together, such as '10 Mbit/s'.",
-    ),
-    click.option(
-        "--max-download",
-        "max_download_rate",
-        type=RATE,
-        help="Receive at most this fast, from all peers together, such as '50 Mbit/s'.",
-    ),
-    click.option(
-        "--data-quota",
-        "data_quota_bytes",
-        type=SIZE,
-        help="Rest until the next --quota-period once this much was sent and received, such as '200 GB'.",
+        "--data-quota", "data_quota_bytes", type=SIZE, help="Rest after this much traffic in a --quota-period."
     ),
     click.option(
         "--quota-period", type=click.Choice(PERIODS), default="month", help="The time for which --data-quota counts."
@@ -50,14 +34,7 @@ volunteer_options = grouped(
         type=SHARE,
         help="Pause while other programs use more than this share of the processors, such as '30 %'.",
     ),
-    click.option(
-        "--pause-after", type=SECONDS, default=5.0, help="Pause only after other programs were that busy for this long."
-    ),
-    click.option(
-        "--resume-after",
-        type=SECONDS,
-        default=60.0,
-        help="Resume only after other programs were less busy for this long.",
-    ),
+    click.option("--pause-after", type=SECONDS, default=5.0, help="Pause after they were that busy for this long."),
+    click.option("--resume-after", type=SECONDS, default=60.0, help="Resume after they were less busy for this long."),
 )
 """For commands of volunteers: a `VolunteerSettings` as the argument `limits`."""

@@ -99,7 +99,8 @@ class Audits:
         self.outcomes: Counter[Verdict] = Counter()
         self.findings: deque[AuditFinding] = deque(maxlen=MAX_FINDINGS)
         """The latest differences, the newest last."""
-        self._random = random or Random()
+        self.random = random or Random()
+        """Decides which answers are audited: a seeded one makes an experiment repeatable."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_pending_bytes = 0
         self._unrepeatable: set[tuple[str, bool]] = set()
@@ -109,7 +110,7 @@ class Audits:
         self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float
     ) -> None:
         """Audit this answer in the background with the probability that its options name."""
-        if self._random.random() < forward.options.audit_share:
+        if self.random.random() < forward.options.audit_share:
             if (forward.uid, forward.mode.training) not in self._unrepeatable:
                 self._begin(forward, receipt, inputs, outputs, timeout)
 
@@ -152,7 +153,7 @@ class Audits:
     async def _audit(self, sample: _Sample) -> None:
         others = [replica.peer for replica in self._node.directory.known(sample.forward.uid)]
         others = [peer for peer in others if peer.peer_id != sample.receipt.peer.peer_id]
-        self._random.shuffle(others)
+        self.random.shuffle(others)
         while others:
             other = others.pop()
             theirs = await self._ask(sample, other)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import contextvars
 import functools
 import os
@@ -385,6 +386,11 @@ class _Root(torch.autograd.Function):
         return gradients[0], None
 
 
+def num_steps() -> int:
+    """Return how many `backward`s of this process are under way in an engine's thread."""
+    return len(_steps)
+
+
 def backward(
     loss: torch.Tensor,
     gradient: torch.Tensor | None = None,
@@ -490,7 +496,7 @@ class _EngineThreads:
     """Threads that grow with the work in flight: a backward that waits for its experts never keeps another waiting.
 
     Python's executors have a fixed size, at which steps would queue (or deadlock, nested); and their threads are
-    joined at exit. A thread is used again, the latest first, and ends after `IDLE_SECONDS` without work.
+    joined at exit. A thread is used again, and ends after `IDLE_SECONDS` without work.
     """
 
     def __init__(self) -> None:
@@ -498,43 +504,40 @@ class _EngineThreads:
 
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
-        self._lock = threading.Lock()
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
-        self._num_busy = 0
-        self._all_idle = threading.Condition(self._lock)
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._num_threads = self._num_jobs = 0
 
-    def wait_idle(self, timeout: float) -> bool:
-        """Wait until no job runs, at most `timeout` seconds; return whether none does."""
-        with self._all_idle:
-            return self._all_idle.wait_for(lambda: not self._num_busy, timeout)
+    def wait_idle(self, timeout: float) -> None:
+        """Wait until no job runs, at most `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_jobs, timeout)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job`, which must not raise, in a thread at once."""
-        with self._lock:
-            inbox = self._idle.pop() if self._idle else None
-            self._num_busy += 1
-        if inbox is not None:
-            inbox.put(job)
-        else:
-            threading.Thread(target=self._run, args=(job,), name="tesseract-backward", daemon=True).start()
+        with self._changed:
+            self._jobs.put(job)
+            self._num_jobs += 1
+            is_short = self._num_threads < self._num_jobs
+            self._num_threads += is_short
+        if is_short:
+            threading.Thread(target=self._run, name="tesseract-backward", daemon=True).start()
 
-    def _run(self, job: Callable[[], None] | None) -> None:
-        inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        while job is not None:
-            job()
-            job = None  # an idle thread must not keep a graph alive
-            with self._lock:
-                self._idle.append(inbox)
-                self._num_busy -= 1
-                self._all_idle.notify_all()
+    def _run(self) -> None:
+        while True:
             try:
-                job = inbox.get(timeout=IDLE_SECONDS)
+                job = self._jobs.get(timeout=IDLE_SECONDS)
             except queue.Empty:
-                with self._lock:
-                    if inbox in self._idle:
-                        self._idle.remove(inbox)
+                with self._changed:
+                    if self._num_threads > self._num_jobs:  # else one is on its way
+                        self._num_threads -= 1
                         return
-                job = inbox.get()  # it was taken in this very moment: its job is on the way
+                continue
+            job()
+            del job  # an idle thread must not keep a graph alive
+            with self._changed:
+                self._num_jobs -= 1
+                self._changed.notify_all()
 
 
 _threads = _EngineThreads()
@@ -549,23 +552,13 @@ def run_in_engine_thread(work: Callable[[], R], outcome: asyncio.Future[R]) -> N
     """Run `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
     loop = outcome.get_loop()
 
-    def finish(result: R | None, error: BaseException | None) -> None:
-        if outcome.cancelled():
-            return
-        if error is not None:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(result)  # type: ignore[arg-type]  # without an error there is one
-
     def job() -> None:
-        result, error = None, None
+        finish: Callable[[], None]
         try:
-            result = work()
-        except BaseException as caught:  # it is handed to the awaiting task, whatever it is
-            error = caught
-        try:
-            loop.call_soon_threadsafe(finish, result, error)
-        except RuntimeError:  # the loop is closed, and with it the task that waited
-            pass
+            finish = functools.partial(outcome.set_result, work())
+        except BaseException as error:  # it is handed to the awaiting task, whatever it is
+            finish = functools.partial(outcome.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the task that waited
+            loop.call_soon_threadsafe(lambda: None if outcome.cancelled() else finish())
 
     _threads.submit(job)

@@ -17,7 +17,8 @@ from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
-from tesseract_async.client.ports import LiveView, Node, PlainCalls
+from tesseract_async.client.ports import Node, PlainCalls
+from tesseract_async.client.routing import Coordinates
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
 from tesseract_async.experts.grid import ExpertReplica
@@ -117,7 +118,7 @@ class Experience(Uncopied):
     ) -> None:
         """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
         call.expected = self.usual_seconds(replicas, num_bytes=num_bytes)
-        is_new = all(self.latencies.is_new(replica_key(replica)) for replica in replicas)
+        is_new = all(self.latencies.expected(replica_key(replica)) is None for replica in replicas)
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
     def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
@@ -125,7 +126,7 @@ class Experience(Uncopied):
         key = call.uid, "backward"
         call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
-        is_new = self.latencies.is_new(key) or sum(replica.primary for replica in replicas) > 1
+        is_new = self.latencies.expected(key) is None or sum(replica.primary for replica in replicas) > 1
         self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
 
     def _set_grace(
@@ -164,17 +165,19 @@ class GridExperience:
         self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
         """How often, and for how long together, experts were waited for in vain since their last answer."""
 
-    def bias(self, view: LiveView, weight: float) -> torch.Tensor | None:
+    def bias(
+        self, coords_ND: Coordinates, replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]], weight: float
+    ) -> torch.Tensor | None:
         """The bias of the live experts' scores: ``-weight`` for every second that each is expected to take."""
         if not weight:
             return None
         paths: dict[PeerAddress, float] = {}  # many experts share a server
         seconds = []
-        for coords in map(tuple, view.coords.tolist()):
-            for replica in view.replicas[coords]:
+        for coords in map(tuple, coords_ND.tolist()):
+            for replica in replicas[coords]:
                 if replica.peer not in paths:
                     paths[replica.peer] = self._of_node.path_seconds(replica, self._num_bytes)
-            fastest = min(paths[replica.peer] for replica in view.replicas[coords])
+            fastest = min(paths[replica.peer] for replica in replicas[coords])
             seconds.append(self._seconds.get(coords, 0.0) + fastest)
         return torch.tensor(seconds, device="cpu") * -weight
 

@@ -25,12 +25,11 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.transport.admission import SETTLED, WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tls import TlsMachine
-from tesseract_async.transport.waiting_room import SETTLED, WaitingRoom
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello
 
@@ -82,6 +81,11 @@ class Dialler:
         self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=bounds.max_half_open_per_host)
         self._max_connections = min(bounds.max_connections, room.connections)
         self._closed = False
+
+    @property
+    def num_callers(self) -> int:
+        """Pipes that came in and whose handshake is not done."""
+        return len(self._callers)
 
     async def aclose(self) -> None:
         """Gives up every dial and every half-open channel."""

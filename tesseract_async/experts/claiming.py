@@ -51,31 +51,29 @@ class ExpertClaim:
         self._trust = Trust() if trust is None else trust
         self._prefix = prefix
         self._key = claims_key(prefix, self._trust.tag(prefix))
-        self._num_parts = 0
+        self._subkeys: set[str] = set()
         self.uids: dict[str, bool] = {}
         """uid -> whether nobody hosted it when it was chosen, so that this node will train it."""
 
     async def reserve(self, coords: Sequence[Coords]) -> None:
         """Say in the network that these are taken, in place of what was said before."""
-        parts = encode_reservation(coords)
+        values = {str(number): part for number, part in enumerate(encode_reservation(coords))}
         if grant := self._trust.own_grant(self._prefix):
-            await self._network.store(self._key, grant, ttl=RESERVATION_TTL, subkey=GRANT_SUBKEY)
-        for number, part in enumerate(parts):
-            await self._network.store(self._key, part, ttl=RESERVATION_TTL, subkey=str(number))
-        gone = range(len(parts), self._num_parts)
-        self._num_parts = len(parts)
-        for number in gone:
-            await self._network.withdraw(self._key, subkey=str(number))
+            values[GRANT_SUBKEY] = grant
+        gone, self._subkeys = self._subkeys - values.keys(), set(values)
+        for subkey, value in values.items():
+            await self._network.store(self._key, value, ttl=RESERVATION_TTL, subkey=subkey)
+        for subkey in gone:
+            await self._network.withdraw(self._key, subkey=subkey)
 
     async def release(self) -> None:
         """Withdraw the reservation; if that fails, it expires."""
-        shown = [GRANT_SUBKEY] if self._trust.own_grant(self._prefix) else []
-        for subkey in [*map(str, range(self._num_parts)), *shown]:
+        gone, self._subkeys = self._subkeys, set()
+        for subkey in gone:
             try:
                 await self._network.withdraw(self._key, subkey=subkey)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.info("a reservation could not be withdrawn, it will expire: %s", describe(error))
-        self._num_parts = 0
 
 
 async def claim_experts(

@@ -38,7 +38,7 @@ class Lineage:
     4. its epoch, the number of its newest Seal, its hash.
 
     A Term that no majority stands behind (an adoption, one half of a pair) does not count once a Seal shows that those
-    whom it thought dead went on (`refutes`). A primary that signed two Seals of one number is exposed: its
+    whom it thought dead went on. A primary that signed two Seals of one number is exposed: its
     Term still counts as the one that others go on from, but nobody listens to it.
     """
 
@@ -182,13 +182,6 @@ class Lineage:
         """The epoch of that Term; 0 before any is known."""
         return 0 if self.best is None else self.best.epoch
 
-    def refutes(self, time: float, term: Term) -> bool:
-        """Return whether a Seal of that time, of the line that a weak Term thought silent, proves it wrong.
-
-        Where clocks differ by more than that, a last Seal may do so in error: a candidate waits until it is past.
-        """
-        return time > term.epoch
-
     def seal_of(self, term: Term) -> Seal | None:
         """The newest Seal of a Term, or its parent where it has none yet: the state that others have of it.
 
@@ -275,7 +268,8 @@ class Lineage:
                 continue
             seal, one = self._seals.get(digest), self._terms[digest]
             took = one.kind in (Kind.TAKEOVER, Kind.HANDOVER) and adopts and digest != term.seal.term
-            lives = seal is not None and self.refutes(seal.time, term)
+            # where clocks differ by more, a last Seal may say so in error: a candidate waits until it is past
+            lives = seal is not None and seal.time > term.epoch
             if not lives and not (took and one.epoch > term.epoch - self._authority.lease):
                 continue
             between = [self._terms[d] for d in line - lines.get(term.seal.term, {term.seal.term}) if d in self._terms]

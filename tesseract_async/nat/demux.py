@@ -9,10 +9,9 @@ from typing import Final
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
+from tesseract_async.transport.admission import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
-from tesseract_async.transport.waiting_room import WaitingRoom
 
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""
@@ -26,11 +25,7 @@ PipeHandler = Callable[[bytes, Pipe], None]
 
 
 class PreambleDemultiplexer:
-    """A `base.Transport` around a listening one.
-
-    Pipes with a preamble go to the handler of its kind, others on to the endpoint. `timeout`: seconds until the first
-    bytes must have arrived; `max_per_range`: connections of one address range that may wait for theirs.
-    """
+    """A `base.Transport` around a listening one: pipes with a preamble go to the handler of its kind, others on."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Dial-back: helpers try whether others can dial this node, and it believes only what arrives.
 
 ``nat.dial_back`` {"port": number, "token": bytes} -> {"host": str, "addresses": [...]}: the called node dials the host
-from which the call came (no other one, or strangers could have anybody dialled) at that port, sends the token there
+from which the call came (no other one, or strangers could have anybody dialed) at that port, sends the token there
 (`preamble`), and answers which host that was, and at which addresses it can be reached itself: a node that has IPv4
 and IPv6 asks over both.
 """
@@ -65,7 +65,7 @@ class DialBackServer:
         body = call.body if type(call.body) is dict else {}
         port, token = body.get("port"), body.get("token")
         if type(port) is not int or not 0 < port < 65536 or type(token) is not bytes or len(token) != 16:
-            raise NotAllowed("dialling back takes a port and a token of 16 bytes")
+            raise NotAllowed("dialing back takes a port and a token of 16 bytes")
         if not call.origin:
             raise NotAllowed("you have no address")
         while self._recent and self._recent[0] <= now - 60:
@@ -76,14 +76,14 @@ class DialBackServer:
             or len(self._recent) >= MAX_DIALS_PER_MINUTE
         ):
             self._endpoint.metrics.count("dial_backs_refused", reason="too_many")
-            raise Overloaded("too many nodes want to be dialled back", retry_after=10.0)
+            raise Overloaded("too many nodes want to be dialed back", retry_after=10.0)
         self._recent.append(now)
         self._dialling[call.origin] += 1
         try:
             async with asyncio.timeout(self._dial_timeout):
                 pipe = await tcp.connect(join_host_port(call.origin, port))
         except (OSError, TesseractError) as error:
-            logger.debug("%s cannot be dialled back: %s", call.peer_id.short, describe(error))
+            logger.debug("%s cannot be dialed back: %s", call.peer_id.short, describe(error))
         else:
             pipe.write(preamble.encode_preamble(preamble.PROBE, token))
             pipe.close()
@@ -97,10 +97,8 @@ class DialBackServer:
 class DialBackClient:
     """Asks other nodes to dial this one. Give `pipe_arrived` every pipe with a probe's preamble."""
 
-    def __init__(
-        self, endpoint: Endpoint, *, scope: AddressScope | None = None, dial_timeout: float = DIAL_TIMEOUT
-    ) -> None:
-        """`scope`: where this node may send on a stranger's word; None: anywhere."""
+    def __init__(self, endpoint: Endpoint, *, scope: AddressScope, dial_timeout: float = DIAL_TIMEOUT) -> None:
+        """`scope`: where this node may send on a stranger's word."""
         self._endpoint = endpoint
         self._scope = scope
         self._dial_timeout = dial_timeout
@@ -122,7 +120,7 @@ class DialBackClient:
         await asyncio.gather(*(self._ask(helper, port) for helper in unheard[:4]))
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """Somebody dialled back."""
+        """Somebody dialed back."""
         arrived = self._expected.get(token)
         if arrived is not None:
             arrived.set()
@@ -198,8 +196,8 @@ class DialBackClient:
         Raises: PeerUnreachable.
         """
         version = ip_version(helper.addresses[0])
-        mine = [info.path for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
-        spoken = [ip_version(path.rpartition(" ")[2]) for path in mine]
+        connections = [info for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
+        spoken = [ip_version(info.path.rpartition(" ")[2]) for info in connections]
         if version is not None and spoken and version not in spoken:
             await self._endpoint.upgrade(helper)
 
@@ -207,6 +205,5 @@ class DialBackClient:
         """Remember the addresses that a helper named. Untrusted: the node that answers there has to prove its id."""
         if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
             return
-        found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
-        found = found if self._scope is None else self._scope.allowed(found)
-        self._learnt[helper.peer_id] = found
+        found = (text for text in addresses if type(text) is str and ip_version(text) is not None)
+        self._learnt[helper.peer_id] = self._scope.allowed(found)

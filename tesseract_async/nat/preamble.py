@@ -1,4 +1,4 @@
-"""The first bytes of a TCP connection that is not dialled in the ordinary way. No I/O.
+"""The first bytes of a TCP connection that is not dialed in the ordinary way. No I/O.
 
 A connection on which the *other* side will open TLS (reverse dial), both connections that meet at a relay, and a mere
 proof of reachability begin with 24 plain bytes that say so: ``"TSRP"``, one byte version, one byte kind, two zero

@@ -6,12 +6,12 @@ when to look again. Its driver is `reach`.
 
 from __future__ import annotations
 
+import ipaddress
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from tesseract_async.nat.addresses import ListeningAddress
 from tesseract_async.transport.base import ip_version, join_host_port, split_host_port
 
 CHECK_PERIOD: Final = 600.0
@@ -19,9 +19,33 @@ CHECK_PERIOD: Final = 600.0
 WATCH_PERIOD: Final = 5.0
 """Seconds between looks at the addresses of this computer, and between checks while nobody could be asked."""
 
+WILDCARDS: Final = ("0.0.0.0", "::", "")
+
 Role = Literal["unknown", "client", "public"]
 NatKind = Literal["unknown", "none", "keeping", "symmetric"]
 """``keeping``: the NAT keeps ports, holes can be punched; ``symmetric``: most likely they cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListeningAddress:
+    """What a node's sockets are bound to, and what it announces."""
+
+    host: str
+    port: int
+    announced: tuple[str, ...]
+    """``host:port`` that others should dial, as far as the node or its user knows."""
+    versions: tuple[int, ...]
+    """Versions of IP that the sockets speak: 4, 6 or both."""
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether the sockets listen on every interface."""
+        return self.host in WILDCARDS
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this computer can reach the sockets."""
+        return not self.is_wildcard and ipaddress.ip_address(self.host).is_loopback
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +60,7 @@ class Reachability:
     """Its address as others see it."""
     nat: NatKind = "unknown"
     open_hosts: tuple[str, ...] = ()
-    """Its addresses at which others have dialled it: at most one of IPv4 and one of IPv6."""
+    """Its addresses at which others have dialed it: at most one of IPv4 and one of IPv6."""
     closed_hosts: tuple[str, ...] = ()
     """Its addresses, as others see them, at which they could not."""
 
@@ -67,7 +91,7 @@ class Reachability:
                 )
             return lines
         found = {
-            "none": f"A firewall keeps others from dialling this node (seen as {self.host}).",
+            "none": f"A firewall keeps others from dialing this node (seen as {self.host}).",
             "keeping": f"This node is behind a NAT that keeps ports (seen as {self.host}): holes can be punched.",
             "symmetric": f"This node is behind a symmetric NAT (seen as {self.host}): most peers need a relay.",
             "unknown": f"Others cannot dial this node (seen as {self.host or 'nothing'}).",
@@ -75,7 +99,7 @@ class Reachability:
         return [
             found,
             *(f"Peers that have IPv6 dial it directly at {address}." for address in v6[:1]),
-            f"To be dialled directly, forward TCP and UDP port {port} in the router to this computer, or open the "
+            f"To be dialed directly, forward TCP and UDP port {port} in the router to this computer, or open the "
             f"firewall for it, and start the node with that port. Many routers do so if the node asks (--upnp).",
         ]
 
@@ -187,11 +211,16 @@ class RoleMachine:
 
     @property
     def public_addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node, if they can."""
-        opened = self.address.at(self.reachability.open_hosts, mapped_port=self.mapped_port)
-        return (
-            self.address.announced_besides(opened, self.reachability.closed_hosts) if self.reachability.tcp else opened
-        )
+        """Where others can dial this node, if they can: addresses at which it was dialed although it did not announce
+        their hosts, then what it announced, without the hosts at which it could not be dialed."""
+        hosts = self.reachability.open_hosts
+        opened = tuple(join_host_port(host, self.address.port if ":" in host else self.outside_port) for host in hosts)
+        if not self.reachability.tcp:
+            return opened
+        announced = {text: split_host_port(text)[0] for text in self.address.announced}
+        news = [text for text in opened if split_host_port(text)[0] not in announced.values()]
+        left = [text for text, host in announced.items() if host not in self.reachability.closed_hosts]
+        return tuple(dict.fromkeys((*news, *left)))
 
     def told_addresses(self, *, has_rendezvous: bool) -> tuple[str, ...]:
         """Return the addresses for records: what was announced, unless dial-back says better. A client names addresses
@@ -287,7 +316,7 @@ class RoleMachine:
             dialled = join_host_port(host, split_host_port(announced)[1])
             elsewhere = "" if dialled == announced else f", as which others see it (it announces {announced})"
             doubt = (
-                f"This node was started as public, but others that dialled {dialled}{elsewhere} did not get through: "
+                f"This node was started as public, but others that dialed {dialled}{elsewhere} did not get through: "
                 f"let TCP and UDP to this port in, or start it without that claim, and it finds the other ways by "
                 f"itself."
             )

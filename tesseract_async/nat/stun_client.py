@@ -1,4 +1,7 @@
-"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between."""
+"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between.
+
+An outside TURN server is only described here.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.nat.addresses import ListeningAddress
-from tesseract_async.nat.role import NatKind, kind_of_nat
+from tesseract_async.nat.role import ListeningAddress, NatKind, kind_of_nat
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import stun
 
@@ -25,6 +28,26 @@ TIMEOUT: Final = 1.0
 """Seconds within which servers must have answered."""
 FRESH: Final = 60.0
 """Seconds for which a server that answered counts as alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnServer:
+    """An outside TURN server (RFC 8656), through which a data channel may run where nothing else works."""
+
+    host: str
+    port: int
+    username: str
+    password: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``USER:PASSWORD@HOST:PORT``. Raises: ValueError."""
+        user, at, server = text.rpartition("@")
+        name, colon, password = user.partition(":")
+        host, port = split_host_port(server)
+        if not (at and colon and name):
+            raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
+        return cls(host, port, name, password)
 
 
 class StunClient:
@@ -115,9 +138,9 @@ async def ask(
 
     Returns what those that answered saw, the quickest first. Raises: OSError.
     """
-    protocol = _Asker({os.urandom(12): server for server in servers})
     if not servers:
         return {}
+    protocol = _Asker({os.urandom(12): server for server in servers})
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
     try:

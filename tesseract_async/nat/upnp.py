@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from ipaddress import IPv4Address
 from typing import Any, Final
@@ -41,9 +42,12 @@ ONLY_PERMANENT: Final = 725
 ANYWHERE: Final = IPv4Address("0.0.0.0")
 
 
-async def find(own_host: str) -> Gateway | None:
+Search = Callable[[str], Awaitable[list[tuple[str, str]]]]
+
+
+async def find(own_host: str, *, search: Search | None = None) -> Gateway | None:
     """The first router that answers in the network of `own_host` and can map ports; None if none does."""
-    for location, address in await _search(own_host):
+    for location, address in await (search or search_network)(own_host):
         try:
             async with asyncio.timeout(2 * CALL_TIMEOUT):
                 device = await UpnpFactory(_Requester(address), non_strict=True).async_create_device(location)
@@ -56,7 +60,7 @@ async def find(own_host: str) -> Gateway | None:
     return None
 
 
-async def _search(own_host: str) -> list[tuple[str, str]]:
+async def search_network(own_host: str) -> list[tuple[str, str]]:
     """Where routers describe themselves, and the address that they answered from."""
     found: dict[str, str] = {}
     first = asyncio.Event()
@@ -98,14 +102,11 @@ class _UpnpGateway:
 
     async def add(self, protocol: str, outside_port: int, host: str, port: int, *, lease: float) -> None:
         try:
-            try:
-                await self._add(protocol, outside_port, host, port, lease)
-            except UpnpActionError as error:
-                if error.error_code != ONLY_PERMANENT:
-                    raise
-                await self._add(protocol, outside_port, host, port, 0.0)
+            await self._add(protocol, outside_port, host, port, lease)
         except Exception as error:  # a router's nonsense makes the library raise whatever
-            raise _refusal(error, outside_port) from None
+            if not lease or not isinstance(error, UpnpActionError) or error.error_code != ONLY_PERMANENT:
+                raise _refusal(error, outside_port) from None
+            await self.add(protocol, outside_port, host, port, lease=0.0)
 
     async def _add(self, protocol: str, outside_port: int, host: str, port: int, lease: float) -> None:
         await self._device.async_add_port_mapping(

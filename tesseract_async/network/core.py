@@ -35,7 +35,7 @@ from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
-from tesseract_async.network.tokens import TOKEN_LIFETIME, Tokens
+from tesseract_async.network.tokens import TOKEN_LIFETIME
 from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 
 MAX_KNOWN = 2048
@@ -115,7 +115,6 @@ class Core:
         self.table = RoutingTable(self.own_id, now=now)
         self.density = Density(self.table)
         self.storage = Storage(settings.max_storage_bytes, own_number=self.table.own_number)
-        self.tokens = Tokens(random, now=now)
         self.timers = Timers()
         self.limiter = RateLimiter(rate=MAX_REQUEST_RATE, burst=2 * MAX_REQUEST_RATE)
         self.outbox = Outbox(own_id=self.own_id, random=random, metrics=metrics, public=public)
@@ -307,7 +306,6 @@ class Core:
     def keep_house(self, now: float) -> None:
         """Forget what is over, and look at the clock. Due every few seconds."""
         self.storage.expire(self.wall(now))
-        self.tokens.rotate(now)
         for raw in [raw for raw, until in self._unreachable.items() if until <= now]:
             del self._unreachable[raw]
         self._check_clock()

@@ -32,6 +32,7 @@ from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
+from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 from tesseract_async.transport.address_scope import AddressScope
 
@@ -84,6 +85,7 @@ class NetworkProtocol:
         self.membership = Membership(core)
         self._replicator = Replicator(core, now)
         core.timers.start(now + HOUSEKEEPING_PERIOD * random.random(), self._keep_house)
+        self.tokens = Tokens(random, now=now)
         self._operations: dict[int, Read | Write] = {}
         self._num_operations = 0
 
@@ -195,7 +197,7 @@ class NetworkProtocol:
         core = self.core
         request = wire.read_request(datagram)
         packed_address = pack_address(address)
-        address_proven = bool(request.token) and core.tokens.holds(request.token, packed_address)
+        address_proven = bool(request.token) and self.tokens.holds(request.token, packed_address)
         if not core.limiter.allows(address, 5.0 if request.challenge else 1.0, now):
             core.outbox.drop("rate")
             return
@@ -282,7 +284,7 @@ class NetworkProtocol:
         now: float,
     ) -> None:
         core, packed = self.core, pack_address(address)
-        body = (packed, core.tokens.give(packed), proof, core.wall(now), *results)
+        body = (packed, self.tokens.give(packed), proof, core.wall(now), *results)
         flags |= core.outbox.flags()
         kind = datagram.kind | wire.REPLY
         core.outbox.send(wire.encode(kind, flags, datagram.transaction, core.own_id, body), address)
@@ -318,6 +320,7 @@ class NetworkProtocol:
         core = self.core
         core.timers.start(now + HOUSEKEEPING_PERIOD * core.jitter(), self._keep_house)
         core.keep_house(now)
+        self.tokens.rotate(now)
         self.holder.copies.expire(core.wall(now))
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)

@@ -268,6 +268,8 @@ class TesseractServer(Uncopied):
                         await self._publisher.aclose()
             else:
                 logger.warning("the node was closed before its server: others learn late that its experts are gone")
+                if self._publisher is not None:
+                    await self._publisher.stop_renewing()
         except TimeoutError:
             logger.warning("the network does not answer: this server's experts will expire there")
         finally:

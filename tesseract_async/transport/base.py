@@ -44,7 +44,7 @@ def ip_version(address: str) -> int | None:
 
 @lru_cache(maxsize=4096)
 def range_of(host: str) -> str | None:
-    """The neighbours with whom a host shares its limits: the /24 of a public IPv4 address, the /64 of an IPv6 one.
+    """The neighbors with whom a host shares its limits: the /24 of a public IPv4 address, the /64 of an IPv6 one.
 
     In a private network, the host itself. None where the address tells nothing: on loopback, and for what is none.
     """
@@ -63,12 +63,12 @@ def range_of(host: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
-    """Where a peer can be dialled, best address first, and who must answer there (None: whoever does)."""
+    """Where a peer can be dialed, best address first, and who must answer there (None: anyone)."""
 
     peer_id: PeerID | None
     addresses: tuple[str, ...]
     rendezvous: tuple[str, ...] = ()
-    """Public nodes (``host:port/PEER_ID``) through which a peer that can't be dialled is asked to call back."""
+    """Public nodes (``host:port/PEER_ID``) through which a peer that can't be dialed is asked to call back."""
 
     def __post_init__(self) -> None:
         for address in self.addresses:
@@ -185,7 +185,7 @@ class Transport(Protocol):
         """How an attempt on one of `paths` ended; `error` is None for the one that won."""
 
     def peer_known(self, peer: PeerAddress) -> None:
-        """A call names this peer at other addresses than those at which it was dialled."""
+        """A call names this peer at other addresses than those at which it was dialed."""
 
     async def aclose(self) -> None:
-        """Stops listening. Pipes live on: whoever took them closes them."""
+        """Stop listening. Pipes live on; their receivers close them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -68,7 +69,7 @@ def test_few_may_train_where_more_may_call() -> None:
     assert policy is not None
     assert policy.allows(ONE, "train") and not policy.allows(TWO, "train")
     assert policy.allows(TWO, "call") and policy.allows(TWO, "host")
-    assert describe_policy(policy) == ["only one peer may change weights here"]
+    assert describe_policy(policy) == ["only 1 peer may change weights here"]
     _, policy = invoke("--allow-training", str(ONE), "--allow", f"{ONE},{TWO}")
     assert policy is not None
     assert [policy.allows(TWO, action) for action in ("call", "train", "host")] == [True, False, True]
@@ -101,14 +102,14 @@ def test_quotas_take_units() -> None:
     ],
 )
 def test_mistakes_are_sentences_and_never_let_everybody_in(
-    flags: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], sentence: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text("# nobody yet\n")
-    Path("words.txt").write_text("alice\n")
-    Path("binary").write_bytes(b"\xff\xfe\x00")
-    Path("empty.toml").write_text("allow = []\n")
-    output, policy = invoke(*flags)
+    (tmp_path / "empty.txt").write_text("# nobody yet\n")
+    (tmp_path / "words.txt").write_text("alice\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.toml").write_text("allow = []\n")
+    with contextlib.chdir(tmp_path):
+        output, policy = invoke(*flags)
     assert policy is None and sentence in output
 
 

@@ -75,6 +75,9 @@ class FakeNetwork:
         self.unreadable: set[PeerID] = set()
         """Whose entries cannot be had from any holder."""
         self.withdrawn: list[tuple[str, str | None]] = []
+        self.silent = False
+        """Withdrawals are never answered."""
+        self.num_unanswered = 0
 
     async def wait_joined(self, timeout: float | None = None) -> bool:
         self.swarm.touch()
@@ -106,6 +109,10 @@ class FakeNetwork:
     async def withdraw(self, key: str, *, subkey: str | None = None) -> int:
         self.withdrawn.append((key, subkey))
         self.swarm.touch()
+        if self.silent:
+            self.num_unanswered += 1
+            self.swarm.touch()
+            await asyncio.Event().wait()
         if self.failure is not None:
             raise self.failure
         return self.swarm.entries.pop((key, subkey, self.peer_id), None) is not None

@@ -7,7 +7,9 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import cast
 
+from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
@@ -15,6 +17,8 @@ from tesseract_async.nat.answering import MAX_NEGOTIATIONS, OfferAnswerer
 from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.hole_punching import HolePuncher
 from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.nat.rendezvous import RendezvousClient
+from tesseract_async.nat.role import RoleMachine
 from tesseract_async.nat.traversal import NatTransport
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
@@ -46,21 +50,17 @@ class Place:
         self.puncher = HolePuncher(own_hosts=lambda: ["127.0.0.1"], stun_server=self.no_stun_server)
         scope = AddressScope(["127.0.0.1"])
         self.answerer = OfferAnswerer(
-            identity=self.identity,
-            accept=self.accepted.put_nowait,
+            cast(Endpoint, self),
             puncher=self.puncher,
-            metrics=self.metrics,
             scope=scope,
             max_negotiations=max_negotiations,
         )
         self.nat = NatTransport(
-            identity=self.identity,
-            endpoint=self,
-            signalling=self,
-            place=self,
+            cast(Endpoint, self),
+            signalling=cast(RendezvousClient, self),
+            role=cast(RoleMachine, self),
             puncher=self.puncher,
             direct_paths=lambda peer: (),
-            metrics=self.metrics,
             scope=scope,
         )
         handlers = {preamble.RELAY: self.relay.pipe_arrived, preamble.REVERSE: self.nat.pipe_arrived}
@@ -69,10 +69,13 @@ class Place:
     async def no_stun_server(self) -> tuple[str, int] | None:
         return None
 
-    # an endpoint: see `upgrades.Upgradable`
+    # an endpoint
 
     def path_kind(self, peer_id: PeerID) -> str:
         return ""
+
+    def accept(self, pipe: Pipe) -> None:
+        self.accepted.put_nowait(pipe)
 
     async def upgrade(self, peer: PeerAddress, paths: Sequence[DialPath]) -> None:
         raise AssertionError("there is no connection")
@@ -110,7 +113,7 @@ class Place:
     async def aclose(self) -> None:
         await self.demultiplexer.aclose()
         await self.nat.aclose()
-        await self.answerer.aclose()
+        await self.answerer.tasks.aclose()
         await self.relay.aclose()
 
 

@@ -189,7 +189,7 @@ def test_a_farewell_needs_a_token() -> None:
         pair.a.receive_datagram(forged, B, 0.0)
     assert len(pair.a.core.table) == 1 and dropped(pair.a, "token") == 2
     # a token proves an address, not an id: nobody says farewell in another's name
-    token = pair.a.core.tokens.give(pack_address(STRANGER))
+    token = pair.a.tokens.give(pack_address(STRANGER))
     forged = wire.encode_request(wire.LEAVE, 0, bytes(8), pair.b.core.own_id, token=token, challenge=b"", arguments=())
     pair.a.receive_datagram(forged, STRANGER, 0.0)
     assert len(pair.a.core.table) == 1
@@ -230,7 +230,7 @@ def test_a_holder_that_restarted_gives_a_new_token_and_the_call_goes_on() -> Non
     pair = Pair()
     pair.join()
     pair.b = machine(2)
-    pair.b.core.tokens = Tokens(random.Random(99), now=0.0)
+    pair.b.tokens = Tokens(random.Random(99), now=0.0)
     number = pair.a.write([record(pair.a)], 0.0)
     pair.exchange()
     assert WriteFinished(number, [2], [0]) in pair.a.events()
@@ -336,7 +336,7 @@ def test_a_client_is_served_and_never_listed_and_holds_nothing() -> None:
     assert pair.a.core.storage.num_entries == 0
     # also not where somebody insists
     item = record(pair.b)
-    stores = request(wire.STORE, [item.key + item.body], token=pair.a.core.tokens.give(pack_address(STRANGER)))
+    stores = request(wire.STORE, [item.key + item.body], token=pair.a.tokens.give(pack_address(STRANGER)))
     pair.a.receive_datagram(stores, STRANGER, 0.0)
     assert wire.read_outcomes(reply_of(pair.a).results, 1) == [StoreOutcome.REFUSED]
     assert pair.a.core.storage.num_entries == 0
@@ -443,7 +443,7 @@ def test_a_node_behind_a_gateway_becomes_a_client_and_is_listed_by_nobody() -> N
 def test_a_client_is_asked_for_its_token_before_it_dials_and_a_flood_of_that_is_bounded() -> None:
     b = machine(2)
     b.dial_back.note_client(STRANGER)
-    token = b.core.tokens.give(pack_address(A))
+    token = b.tokens.give(pack_address(A))
     for number in range(MAX_ERRANDS + 50):
         b.receive_datagram(request(wire.DIAL, number.to_bytes(8, "big"), token=token), A, 0.0)
     pings = [data for data, to in b.datagrams_to_send() if to == STRANGER]
@@ -458,7 +458,7 @@ def test_a_client_is_asked_for_its_token_before_it_dials_and_a_flood_of_that_is_
     sent = [wire.decode(data) for data, to in b.datagrams_to_send() if to == STRANGER]
     (order,) = [item for item in sent if item.kind == wire.DIAL_FOR]
     assert b.dial_back.thirds.num_errands == MAX_ERRANDS - 1
-    assert helper.core.tokens.holds(wire.read_request(order).token, pack_address(B))
+    assert helper.tokens.holds(wire.read_request(order).token, pack_address(B))
 
 
 def test_a_third_node_it_wrote_to_before_proves_nothing() -> None:
@@ -477,7 +477,7 @@ def test_a_node_that_dialed_for_others_is_not_proven_by_those_it_dialed(role: st
     listed = Contact(bytes([7] * 32), B)
     listed.proven = True
     node.core.table.add(listed, 0.0)
-    order = request(wire.DIAL_FOR, pack_address(STRANGER), bytes(8), token=node.core.tokens.give(pack_address(B)))
+    order = request(wire.DIAL_FOR, pack_address(STRANGER), bytes(8), token=node.tokens.give(pack_address(B)))
     node.receive_datagram(order, B, 0.0)
     assert STRANGER in [to for _, to in node.datagrams_to_send()]
     node.dial_back.ask(0.0)
@@ -819,7 +819,7 @@ def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -
     node.core.address_bytes = (V4_BYTES, V6_BYTES)
     friend = ("9.9.9.9", 4000)
     (liar,) = table_of(node, friend)
-    token = node.core.tokens.give(pack_address(friend))
+    token = node.tokens.give(pack_address(friend))
     dial_for = (pack_address(target), bytes(8))
     node.receive_datagram(
         wire.encode_request(wire.DIAL_FOR, 0, bytes(8), liar.peer_id, token=token, challenge=b"", arguments=dial_for),
@@ -854,7 +854,7 @@ def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
             0,
             bytes(8),
             sender,
-            token=node.core.tokens.give(pack_address(source)),
+            token=node.tokens.give(pack_address(source)),
             challenge=b"",
             arguments=(pack_address(target), bytes(8)),
         )

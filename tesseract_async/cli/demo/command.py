@@ -22,10 +22,7 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 @click.option("--steps", default=400, type=click.IntRange(1), help="Let each of the two trainers take this many steps.")
 @click.option("--servers", default=3, type=click.IntRange(1, 16), help="Spread the 16 experts over this many servers.")
 @click.option(
-    "--seed",
-    default=0,
-    type=click.IntRange(0, 2**32 - 1),
-    help="Draw the batches and all first weights from this seed.",
+    "--seed", default=0, type=click.IntRange(0, 2**32 - 1), help="Draw batches and first weights from this seed."
 )
 @click.option(
     "--freeze-experts", is_flag=True, help="Keep the experts from learning, for comparison: accuracy stays below 0.6."

@@ -1,0 +1,56 @@
+"""Disks that fail, which no test can have otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tesseract_async import files
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Inside, nothing written stays: the system says so when it is asked to make sure."""
+
+    def refuse(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        yield
+
+
+@contextlib.contextmanager
+def read_only_disk() -> Iterator[None]:
+    """Inside, the package opens no file for writing."""
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "open", refuse, raising=False)
+        yield
+
+
+class SlowDisk:
+    """What is written waits until it is let go on."""
+
+    def __init__(self) -> None:
+        self.release, self.writing = threading.Event(), threading.Event()
+
+    def wait(self, _: int) -> None:
+        self.writing.set()
+        assert self.release.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def slow_disk() -> Iterator[SlowDisk]:
+    with pytest.MonkeyPatch.context() as patch:
+        disk = SlowDisk()
+        patch.setattr(os, "fsync", disk.wait)
+        yield disk
