@@ -434,6 +434,9 @@ class Tenure:
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
         self.lineage.add(term, now=wall, has_term=True)
+        if kind is Kind.GENESIS:
+            # its own word counts for what it begins, not for an earlier beginning of its own that never had a Seal
+            self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
         self._publish(self._own, now)
         if kind is Kind.ADOPTION:

@@ -32,9 +32,8 @@ from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
-from tesseract_async.server.expected import ExpectedBackwards
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.memory import CallerMemory, CallKey
+from tesseract_async.server.memory import CallerMemory, CallKey, ExpectedBackwards
 from tesseract_async.transport.base import range_of
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire

@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tesseract_async.experts.run import RunManifest, RunMismatch
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesScheduler
-from tesseract_async.server.builders import EXPERTS, Built, build_module
-from tesseract_async.server.registry import optimizer_maker
+from tesseract_async.server.registry import EXPERTS, Built, build_module, optimizer_maker
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 

@@ -36,9 +36,8 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import fetch_fitting
+from tesseract_async.server.other_replicas import TenureRecords, fetch_fitting
 from tesseract_async.server.state_files import SealedFile, SealedFiles
-from tesseract_async.server.tenure_records import TenureRecords
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -142,10 +141,17 @@ class Tenures:
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
         self._closed = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with contextlib.AsyncExitStack() as stack:
+            for expert in self._experts.values():  # no command is cut off
+                await stack.enter_async_context(expert.carrying)
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for expert in self._experts.values():
+                for command in expert.tenure.commands():
+                    if isinstance(command, Persist):
+                        await self._do(expert, command)
         if self._experts:
             await self._server.call_aside(self._files.close)
 

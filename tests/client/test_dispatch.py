@@ -395,7 +395,8 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
 
 def test_an_expert_that_answered_on_its_second_chance_is_not_asked_again() -> None:
     chosen = MixtureSettings(spare=0, patience=1.0)
-    machine = ForwardDispatch(candidates_of(2), torch.rand(1, GRID), k_best=2, k_min=2, settings=chosen, patience=1.0)
+    scores = -torch.arange(GRID, dtype=torch.float32).reshape(1, GRID)  # expert 0 is the better one
+    machine = ForwardDispatch(candidates_of(2), scores, k_best=2, k_min=2, settings=chosen, patience=1.0)
     machine.start(0.0)
     for call in machine.calls_to_send(0.0):
         machine.failed(call, 0.0, ConnectionLost("peer", "script"))

@@ -132,6 +132,27 @@ async def backward_patterns(node: FakeNode, rescale: bool, backward_k_min: int) 
 
 
 @in_made_up_time
+async def test_an_expert_asked_twice_in_one_pass_is_rescaled_row_by_row(node: FakeNode) -> None:
+    gate = make_gate(node, k_best=2, rescale_backward=True)
+    with torch.no_grad():
+        gate.proj.weight.zero_()
+        gate.proj.bias.fill_(-9.0)
+        gate.proj.bias[:3] = torch.tensor([0.0, 0.0, 1.0])
+        gate.proj.weight[0, 0], gate.proj.weight[1, 1] = 0.5, 2.0
+    x = torch.eye(2).requires_grad_()  # the first row goes to experts 0 and 2, the second to 1 and 2
+    node.delay = 0.05
+    fail(node, forward=(UIDS[1],), backward=(UIDS[2],))
+    mixed = await gate.mix(x)
+    assert mixed.num_answers.tolist() == [2, 2] and sum(asked.uid == UIDS[0] for asked in node.calls[1:]) >= 2
+    await backward(mixed.output.sum())
+    twin = torch.eye(2).requires_grad_()
+    weights = gate.proj(twin)[:, [0, 2]].softmax(1)
+    local = (weights * torch.tensor([1.0, 3.0]) * twin.detach().sum(1, keepdim=True)).sum()
+    (of_weights,) = torch.autograd.grad(local, twin)
+    torch.testing.assert_close(x.grad, of_weights + 1.0)  # expert 0 stands for all that arrived: its slope is 1
+
+
+@in_made_up_time
 async def test_a_row_whose_experts_all_hang_is_refilled(node: FakeNode) -> None:
     gate = make_gate(node, k_best=1)
     x = torch.randn(16, 2)

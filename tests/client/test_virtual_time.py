@@ -359,10 +359,9 @@ def test_training_lives_through_a_fault_script(num_steps: int) -> None:
     assert threading.active_count() <= before + 8 + 1
 
 
-def test_the_loop_finds_deadlocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.client.virtual_time._STUCK_SECONDS", 0.0)
+def test_the_loop_finds_deadlocks() -> None:
     with pytest.raises(AssertionError, match="deadlock"):
-        run_in_virtual_time(asyncio.Event().wait())
+        run_in_virtual_time(asyncio.Event().wait(), stuck_seconds=0.0)
 
 
 def test_silence_takes_no_real_time() -> None:

@@ -193,18 +193,21 @@ async def test_ends_with_different_security_do_not_understand_each_other_and_say
                 await client.call(address, "echo", timeout=30)
 
 
-async def test_another_wire_version_is_named_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = frames.pack
+async def test_another_wire_version_is_named_by_both_sides() -> None:
+    future = frames.frame(frames.HELLO, payload=b"TSRA\x00\x07" + frames.pack({"from": "the future"}))
 
-    async with serving(PLAIN) as (server, address), client_of(PLAIN) as client:
-        from tesseract_async.wire import heads
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(future)
+        await reader.read()
+        writer.close()
 
-        def future(hello: heads.Hello) -> bytes:
-            return b"TSRA\x00\x07" + encode({"from": "the future"})
-
-        monkeypatch.setattr(heads, "encode_hello", future)
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as newer, client_of(PLAIN) as client:
+        address = PeerAddress.parse(f"127.0.0.1:{newer.sockets[0].getsockname()[1]}")
         with pytest.raises(PeerUnreachable, match="wire version 7, this node 1: upgrade this node"):
             await client.call(address, "echo", timeout=30)
+    async with serving(PLAIN) as (server, address), RawPeer.connected(address, greet=False) as peer:
+        peer.writer.write(future)
+        await peer.closed()
         assert server.metrics.counters[("endpoint_handshakes_failed", (("reason", "version"),))] == 1
 
 

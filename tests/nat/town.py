@@ -113,7 +113,7 @@ class Place:
     async def aclose(self) -> None:
         await self.demultiplexer.aclose()
         await self.nat.aclose()
-        await self.answerer.aclose()
+        await self.answerer.tasks.aclose()
         await self.relay.aclose()
 
 

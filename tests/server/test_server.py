@@ -31,9 +31,9 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import checkpoint, expected
+from tesseract_async.server import checkpoint
 from tesseract_async.server.hosted import HostedState, Succession
-from tesseract_async.server.memory import KEEP_SECONDS, CallerMemory, alone
+from tesseract_async.server.memory import EXPECT_SECONDS, GONE_AFTER, KEEP_SECONDS, CallerMemory, alone
 from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import frames, messages
@@ -542,7 +542,7 @@ async def test_draining_does_not_wait_for_what_never_comes(node: ServingNode) ->
         draining = asyncio.create_task(server.drain(timeout=1000.0))
         await asyncio.sleep(0)
         assert not draining.done()
-        let_pass(expected.EXPECT_SECONDS)
+        let_pass(EXPECT_SECONDS)
         assert await draining, "its backward is no longer expected"
     async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
@@ -575,7 +575,7 @@ async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(node: Ser
         assert not draining.done()
         node.connected = False
         await node.asked_for_connection.wait()
-        let_pass(expected.GONE_AFTER)
+        let_pass(GONE_AFTER)
         assert await draining
 
 
