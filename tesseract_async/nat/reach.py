@@ -54,10 +54,10 @@ NUM_CONTACTS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class ReachSettings:
-    """What a node does so that nodes behind NATs can take part, itself included."""
+    """The part a node takes so that nodes behind NATs, itself included, can join."""
 
     relay: RelaySettings | None = field(default_factory=RelaySettings)
-    """What this node relays for others where it is public; None for a node whose traffic is metered."""
+    """The room for relayed connections of others where this node is public; None where traffic is metered."""
     stun_servers: tuple[str, ...] = ()
     """Outside STUN servers, ``host:port``, asked besides the swarm's public nodes: for a swarm with few of them."""
     turn: TurnServer | None = None
