@@ -33,7 +33,7 @@ def _block_of_this_loop() -> memoryview:
 
 
 class ChannelReceiver(Protocol):
-    """The receiver of a channel's bytes. `channel_opened` and `buffer_updated` may raise ProtocolError, which ends it."""
+    """The receiver of a channel's bytes. `channel_opened` and `buffer_updated` may raise ProtocolError to end it."""
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
         """The handshake is done; who the peer is (None on a plain channel, which proves nothing)."""
