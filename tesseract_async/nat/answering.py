@@ -71,6 +71,8 @@ class OfferAnswerer:
             raise
         target = "" if offer.kind == offers.RELAY else origin
         reason = self._guard.refuse(offer, now=asyncio.get_running_loop().time(), wall=time.time(), target=target)
+        if reason is None and self.tasks.is_closed:
+            reason = "closing"
         if reason is not None:
             self._metrics.count("nat_offers_refused", reason=reason)
             if reason == "too_many":
@@ -86,10 +88,6 @@ class OfferAnswerer:
             self._metrics.count("nat_offers_refused", reason="declined")
             return offers.encode_answer(self._identity, offer, body=None, reason=str(error), now=time.time())
         return offers.encode_answer(self._identity, offer, body=body, now=time.time())
-
-    async def aclose(self) -> None:
-        """Cancel what is under way."""
-        await self.tasks.aclose()
 
     async def _act(self, offer: Offer, origin: str, relays: Sequence[PeerAddress]) -> Mapping[str, object]:
         """Return the body of the answer. Raises: NotAllowed, ProtocolError."""
@@ -116,18 +114,19 @@ class OfferAnswerer:
         if self.num_negotiations >= self._max_negotiations:
             raise NotAllowed("too many data channels are under negotiation")
         self.num_negotiations += 1
+        negotiation = None
         try:
             negotiation = await self._puncher.negotiation(controlling=False)
-            try:
-                own = await negotiation.gather()
-                remote = plausible(remote, own, origin=origin, allows=self._scope.allows)
-                if not remote.candidates:
-                    raise NotAllowed(f"you speak from {origin}, and name no address there")
-            except BaseException:  # cancelled, too: sockets are closed
-                await negotiation.aclose()
-                raise
-        except BaseException:  # cancelled, too: the place is free again
+            own = await negotiation.gather()
+            remote = plausible(remote, own, origin=origin, allows=self._scope.allows)
+            if not remote.candidates:
+                raise NotAllowed(f"you speak from {origin}, and name no address there")
+            if self.tasks.is_closed:
+                raise NotAllowed("this node is closing")
+        except BaseException:  # cancelled, too: the place is free again, sockets are closed
             self.num_negotiations -= 1
+            if negotiation is not None:
+                await negotiation.aclose()
             raise
         self.tasks.spawn(self._connect(negotiation, remote))
         return own.pack()

@@ -25,11 +25,7 @@ PipeHandler = Callable[[bytes, Pipe], None]
 
 
 class PreambleDemultiplexer:
-    """A `base.Transport` around a listening one.
-
-    Pipes with a preamble go to the handler of its kind, others on to the endpoint. `timeout`: seconds until the first
-    bytes must have arrived; `max_per_range`: connections of one address range that may wait for theirs.
-    """
+    """A `base.Transport` around a listening one: pipes with a preamble go to the handler of its kind, others on."""
 
     def __init__(
         self,

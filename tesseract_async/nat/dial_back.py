@@ -97,10 +97,8 @@ class DialBackServer:
 class DialBackClient:
     """Asks other nodes to dial this one. Give `pipe_arrived` every pipe with a probe's preamble."""
 
-    def __init__(
-        self, endpoint: Endpoint, *, scope: AddressScope | None = None, dial_timeout: float = DIAL_TIMEOUT
-    ) -> None:
-        """`scope`: where this node may send on a stranger's word; None: anywhere."""
+    def __init__(self, endpoint: Endpoint, *, scope: AddressScope, dial_timeout: float = DIAL_TIMEOUT) -> None:
+        """`scope`: where this node may send on a stranger's word."""
         self._endpoint = endpoint
         self._scope = scope
         self._dial_timeout = dial_timeout
@@ -198,8 +196,8 @@ class DialBackClient:
         Raises: PeerUnreachable.
         """
         version = ip_version(helper.addresses[0])
-        mine = [info.path for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
-        spoken = [ip_version(path.rpartition(" ")[2]) for path in mine]
+        connections = [info for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
+        spoken = [ip_version(info.path.rpartition(" ")[2]) for info in connections]
         if version is not None and spoken and version not in spoken:
             await self._endpoint.upgrade(helper)
 
@@ -207,6 +205,5 @@ class DialBackClient:
         """Remember the addresses that a helper named. Untrusted: the node that answers there has to prove its id."""
         if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
             return
-        found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
-        found = found if self._scope is None else self._scope.allowed(found)
-        self._learnt[helper.peer_id] = found
+        found = (text for text in addresses if type(text) is str and ip_version(text) is not None)
+        self._learnt[helper.peer_id] = self._scope.allowed(found)

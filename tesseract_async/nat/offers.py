@@ -51,7 +51,7 @@ def field(body: object, name: str, kind: type[T]) -> T:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------- bodies
+# ---- bodies
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +152,9 @@ def _candidate(raw: object) -> Candidate:
     if type(raw) is not list or [type(value) for value in raw] != [str, str, int, int, str]:
         raise ProtocolError("a malformed candidate")
     kind, host, port, priority, foundation = raw
-    if kind not in ("host", "srflx", "relay") or not 0 < port < 65536 or not 0 <= priority < 2**32:
-        raise ProtocolError("a malformed candidate")
-    if not 0 < len(foundation) <= 32 or not foundation.isascii() or not foundation.isprintable():
+    numbers_fit = 0 < port < 65536 and 0 <= priority < 2**32
+    text_fits = 0 < len(foundation) <= 32 and foundation.isascii() and foundation.isprintable()
+    if kind not in ("host", "srflx", "relay") or not numbers_fit or not text_fits:
         raise ProtocolError("a malformed candidate")
     return Candidate(kind, _ip(host), port, priority, foundation)
 
@@ -170,18 +170,16 @@ def _ip(text: str) -> str:
 
 
 def _address(raw: object) -> str:
-    if type(raw) is not str or len(raw) > 64:
-        raise ProtocolError("a malformed address in an offer")
     try:
-        host, port = split_host_port(raw)
+        host, port = split_host_port(raw) if type(raw) is str and len(raw) <= 64 else ("", 0)
     except ValueError:
-        raise ProtocolError("a malformed address in an offer") from None
+        port = 0
     if port == 0:
         raise ProtocolError("a malformed address in an offer")
     return join_host_port(_ip(host), port)
 
 
-# ---------------------------------------------------------------------------------------------------- envelopes
+# ---- envelopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,8 +275,7 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple
     return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 
 
-# ---------------------------------------------------------------------------------------------------- limits
-
+# ---- limits
 
 MAX_SKEW: Final = 120.0
 """Seconds by which the sender's clock and travel time may differ from ours."""

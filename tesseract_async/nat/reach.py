@@ -227,7 +227,7 @@ class Reach:
             await self._mapper.aclose()
         await self._client.stop()
         self._server.stop()
-        await self._answerer.aclose()
+        await self._answerer.tasks.aclose()
         if self._relay is not None:
             await self._relay.aclose()
 
@@ -290,12 +290,6 @@ class Reach:
         """Find out now whether others can dial this node: something may have changed."""
         self.role.look_again(self._now())
         self._cycle()
-
-    def find_out(self) -> None:
-        """`look_again`, and have the router asked anew for its port mapping: after a change there, for one."""
-        if self._mapper is not None:
-            self._mapper.renew()
-        self.look_again()
 
     def _port_mapped(self, port: int | None) -> None:
         self.role.mapped(port, self._now())

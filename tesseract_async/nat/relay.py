@@ -7,7 +7,6 @@ peer that reserves a splice gets one token for itself and one for the other peer
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections import Counter
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from tesseract_async.transport.admission import descriptor_limit, room_for
 from tesseract_async.transport.base import PeerAddress, Pipe, range_of, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.token_bucket import TokenBucket
-
-logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES: Final = 256 * 1024
 MAX_PER_PEER: Final = 32
@@ -49,19 +46,17 @@ class RelaySettings:
     """Bytes per second that all pairs together may exchange, or None for no limit."""
 
 
+@dataclass(slots=True, eq=False)
 class Splice:
     """One reserved pair, as the ledger sees it."""
 
-    __slots__ = ("owner", "group", "tokens", "expires_at", "num_arrived", "num_bytes", "last_active")
-
-    def __init__(self, owner: PeerID, group: str | None, tokens: tuple[bytes, bytes], expires_at: float) -> None:
-        self.owner = owner
-        self.group = group
-        self.tokens = tokens
-        self.expires_at = expires_at
-        self.num_arrived = 0
-        self.num_bytes = 0
-        self.last_active = expires_at
+    owner: PeerID
+    group: str | None
+    tokens: tuple[bytes, bytes]
+    expires_at: float
+    num_arrived: int = 0
+    num_bytes: int = 0
+    last_active: float = 0.0
 
 
 class RelayLedger:

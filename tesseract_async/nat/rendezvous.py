@@ -143,10 +143,8 @@ class RendezvousLedger:
     def end_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> None:
         """Take back `begin_offer`."""
         self._shares.give_back(Owner(range_of(origin) or sender, sender), 1)
-        for counter, key in ((self._senders, sender), (self._recipients, recipient)):
-            counter[key] -= 1
-            if not counter[key]:
-                del counter[key]
+        self._senders -= Counter((sender,))
+        self._recipients -= Counter((recipient,))
 
     def clear(self) -> None:
         """Forget all registrations."""

@@ -138,9 +138,9 @@ async def ask(
 
     Returns what those that answered saw, the quickest first. Raises: OSError.
     """
-    protocol = _Asker({os.urandom(12): server for server in servers})
     if not servers:
         return {}
+    protocol = _Asker({os.urandom(12): server for server in servers})
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
     try:

@@ -102,14 +102,11 @@ class _UpnpGateway:
 
     async def add(self, protocol: str, outside_port: int, host: str, port: int, *, lease: float) -> None:
         try:
-            try:
-                await self._add(protocol, outside_port, host, port, lease)
-            except UpnpActionError as error:
-                if error.error_code != ONLY_PERMANENT:
-                    raise
-                await self._add(protocol, outside_port, host, port, 0.0)
+            await self._add(protocol, outside_port, host, port, lease)
         except Exception as error:  # a router's nonsense makes the library raise whatever
-            raise _refusal(error, outside_port) from None
+            if not lease or not isinstance(error, UpnpActionError) or error.error_code != ONLY_PERMANENT:
+                raise _refusal(error, outside_port) from None
+            await self.add(protocol, outside_port, host, port, lease=0.0)
 
     async def _add(self, protocol: str, outside_port: int, host: str, port: int, lease: float) -> None:
         await self._device.async_add_port_mapping(

@@ -19,25 +19,22 @@ PUBLIC: Final = "public"
 LOOPBACK: Final = "loopback"
 LABORATORY: Final = "laboratory"
 
+
+def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
 # Networks whose addresses mean something inside of them only.
-_PRIVATE: Final = tuple(
-    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
-)
+_PRIVATE: Final = _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 # Documentation and benchmark ranges: laboratories use them for an internet of their own; elsewhere nobody has an
 # address there.
-_LABORATORY: Final = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20"),
-    )
+_LABORATORY: Final = _networks(
+    *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20")
 )
 # Unspecified, multicast, reserved, or of one link (169.254.169.254 hands out a cloud machine's secrets).
-_NEVER: Final = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *("0.0.0.0/8", "169.254.0.0/16", "192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        "2001::/23",  # Teredo, ORCHID, benchmarks: what is inside cannot be seen or is no host
-    )
+_NEVER: Final = _networks(
+    *("0.0.0.0/8", "169.254.0.0/16", "192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+    "2001::/23",  # Teredo, ORCHID, benchmarks: what is inside cannot be seen or is no host
 )
 _UNICAST_V6: Final = ipaddress.ip_network("2000::/3")
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
@@ -64,9 +61,9 @@ def kind_of(host: str) -> str | None:
             return PUBLIC if kind_of(str(inner)) == PUBLIC else None
     if ip.is_loopback:
         return LOOPBACK
-    for network in _PRIVATE:
-        if ip in network:
-            return str(network)
+    private = next((str(network) for network in _PRIVATE if ip in network), None)
+    if private is not None:
+        return private
     if any(ip in network for network in _LABORATORY):
         return LABORATORY
     if any(ip in network for network in _NEVER) or (ip.version == 6 and ip not in _UNICAST_V6):

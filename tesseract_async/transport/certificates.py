@@ -45,12 +45,8 @@ def _certificate(subject: str, key: Ed25519PublicKey, *, ca: bool) -> x509.Certi
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
     if ca:
-        only_signs = {"key_cert_sign": True}
-        usages = (
-            *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
-            *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
-        )
-        usage = x509.KeyUsage(**{usage: only_signs.get(usage, False) for usage in usages})
+        # of the nine usages, in order, it only signs certificates
+        usage = x509.KeyUsage(*(number == 5 for number in range(9)))
         builder = builder.add_extension(usage, critical=True)
     else:
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(_CA_KEY.public_key())

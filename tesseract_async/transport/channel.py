@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Final, Protocol
 from weakref import WeakKeyDictionary
 
@@ -69,11 +70,14 @@ class Channel:
     def start(self) -> None:
         """Begins the handshake."""
         self.pipe.start(self)
-        if self._tls is None:
-            self._open = True
-            self._guarded(lambda: self.receiver.channel_opened(None))
-        else:
-            self._guarded(self._handshake)
+        try:
+            if self._tls is not None:
+                self._handshake()
+            else:
+                self._open = True
+                self.receiver.channel_opened(None)
+        except ProtocolError as error:
+            self._fail(error)
 
     @property
     def paused(self) -> bool:
@@ -92,31 +96,11 @@ class Channel:
         """Sends the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
         if self._closed:
             return
+        target = self.pipe if self._tls is None else self._tls
+        for piece in _joined(pieces) if len(pieces) > 1 else pieces:
+            target.write(piece)
         if self._tls is not None:
-            for piece in self._joined(pieces):
-                self._tls.write(piece)
             self.pipe.write(self._tls.data_to_send())
-        else:
-            for piece in self._joined(pieces):
-                self.pipe.write(piece)
-
-    @staticmethod
-    def _joined(pieces: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
-        if len(pieces) < 2:
-            return pieces
-        out: list[bytes | memoryview] = []
-        small: list[bytes | memoryview] = []
-        for piece in pieces:
-            if len(piece) <= SMALL_PIECE:
-                small.append(piece)
-                continue
-            if small:
-                out.append(b"".join(small) if len(small) > 1 else small[0])
-                small = []
-            out.append(piece)
-        if small:
-            out.append(b"".join(small))
-        return out
 
     def close(self) -> None:
         """Says farewell, sends what was written, ends. Repeating it does nothing."""
@@ -187,12 +171,6 @@ class Channel:
             self._open = True
             self.receiver.channel_opened(self._tls.peer_id)
 
-    def _guarded(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except ProtocolError as error:
-            self._fail(error)
-
     def _fail(self, error: ProtocolError) -> None:
         self._error = error
         self._closed = True
@@ -209,3 +187,11 @@ class Channel:
         if reason is None and not self._open:
             reason = HandshakeFailed("eof", "the peer hung up during the handshake")
         self.receiver.channel_lost(reason)
+
+
+def _joined(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    for is_small, group in groupby(pieces, key=lambda piece: len(piece) <= SMALL_PIECE):
+        if is_small:
+            yield b"".join(group)
+        else:
+            yield from group

@@ -62,7 +62,7 @@ class Member:
         """Looks anew whether it can be reached: the address that others are told then."""
         changed = asyncio.Event()
         stop = self.node.watch_address(changed.set)
-        self.node.reach.find_out()
+        self.node.reach.look_again()
         async with asyncio.timeout(20):
             await changed.wait()
         stop()
