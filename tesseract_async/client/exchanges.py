@@ -17,8 +17,7 @@ from tesseract_async.client.expert_rpc import (
     Receipt,
     call_forward,
     check_growth,
-    fetch_schema,
-    fetch_version,
+    fetch_info,
 )
 from tesseract_async.errors import (
     ExpertNotFound,
@@ -70,8 +69,8 @@ class SchemaExchange(Exchange[ExpertSchema]):
     uid: str
 
     async def send(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
-        """See `fetch_schema`."""
-        return await fetch_schema(self.experience.node, self.uid, replica.peer, timeout=timeout)
+        """See `fetch_info`."""
+        return ExpertSchema.decode(await fetch_info(self.experience.node, self.uid, replica.peer, timeout=timeout))
 
 
 @dataclass(slots=True, eq=False)
@@ -111,11 +110,11 @@ class ForwardExchange(Exchange[Forwarded]):
         if not self._primaries or replica.peer in self._primaries:
             return await self._call(replica, timeout)
         uid, node = self.forward.uid, self.experience.node
-        asking = asyncio.ensure_future(fetch_version(node, uid, self._primaries[0], timeout=timeout))
+        asking = asyncio.ensure_future(fetch_info(node, uid, self._primaries[0], timeout=timeout))
         try:
             outputs, receipt = await self._call(replica, timeout)
             try:
-                newest = await asking
+                newest = (await asking).version
             except (TesseractError, TimeoutError) as error:
                 raise TooStale(
                     f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"

@@ -118,7 +118,7 @@ class Experience(Uncopied):
     ) -> None:
         """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
         call.expected = self.usual_seconds(replicas, num_bytes=num_bytes)
-        is_new = all(self.latencies.is_new(replica_key(replica)) for replica in replicas)
+        is_new = all(self.latencies.expected(replica_key(replica)) is None for replica in replicas)
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
     def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
@@ -126,7 +126,7 @@ class Experience(Uncopied):
         key = call.uid, "backward"
         call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
-        is_new = self.latencies.is_new(key) or sum(replica.primary for replica in replicas) > 1
+        is_new = self.latencies.expected(key) is None or sum(replica.primary for replica in replicas) > 1
         self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
 
     def _set_grace(

@@ -27,7 +27,7 @@ from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.experts.manifest import is_prefix
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, sequence_like, unflatten
+from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,20 +207,17 @@ class GatingFunction(nn.Module):
             return args, kwargs, None
         leading = x.shape[:-1]
 
-        def flat(value: Structure) -> Structure:
-            if isinstance(value, torch.Tensor):
-                if value.shape[: len(leading)] != leading:
-                    raise SchemaMismatch(
-                        f"routed by token, all arguments start with {tuple(leading)}; got {describe_structure(value)}"
-                    )
-                return value.flatten(0, len(leading) - 1)
-            if isinstance(value, tuple | list):
-                return sequence_like(value, map(flat, value))
-            if isinstance(value, Mapping):
-                return {key: flat(item) for key, item in value.items()}
-            return value
+        def flat(leaf: object) -> object:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if leaf.shape[: len(leading)] != leading:
+                raise SchemaMismatch(
+                    f"routed by token, all arguments start with {tuple(leading)}; got {describe_structure(leaf)}"
+                )
+            return leaf.flatten(0, len(leading) - 1)
 
-        return flat(args), flat(kwargs), leading
+        given = args, kwargs
+        return *unflatten(given, map(flat, flatten(given))), leading
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, sum(grid_size)]``, in the graph, at least float32."""

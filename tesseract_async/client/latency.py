@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from tesseract_async.lru import LRU
 
@@ -39,15 +40,13 @@ def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
     return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
 
+@dataclass(slots=True)
 class _Record:
-    __slots__ = ("answered", "usual", "beyond_path", "recent", "blocked_until")
-
-    def __init__(self) -> None:
-        self.beyond_path: float | None = None
-        self.answered: float | None = None
-        self.usual: float | None = None
-        self.recent: deque[float] = deque(maxlen=_WINDOW)
-        self.blocked_until = 0.0
+    beyond_path: float | None = None
+    answered: float | None = None
+    usual: float | None = None
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    blocked_until: float = 0.0
 
 
 class Lateness:
@@ -138,11 +137,6 @@ class LatencyBook:
         """Seconds that `key` usually takes to answer; those given up count little. None if it never answered."""
         record = self._records.get(key)
         return None if record is None or record.usual is None else path + record.usual
-
-    def is_new(self, key: Hashable) -> bool:
-        """Return whether `key` was never called, or never long enough to learn anything."""
-        record = self._records.get(key)
-        return record is None or record.beyond_path is None
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
         """Return whether `block` still holds."""

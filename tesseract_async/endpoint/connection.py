@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from tesseract_async.endpoint.bounds import ConnectionBounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
@@ -42,11 +42,6 @@ UNREAD_TIMEOUT: Final = 20.0
 """Seconds for which bytes may wait on a channel from which none leave."""
 LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
-
-
-class _Part(NamedTuple):
-    message: Message
-    more: bool
 
 
 class Connection:
@@ -107,7 +102,9 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
-        self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
+        self._parts: dict[
+            int, asyncio.Queue[PartReceived | ReplyReceived | Exception]
+        ] = {}  # of replies that may come in parts
         self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog)
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
@@ -123,7 +120,7 @@ class Connection:
         self.protocol.lanes[lane].reader = reader
         channel.receiver = port
         if lane == BULK:
-            self.protocol.transfers.bulk_opened()
+            self.protocol.lanes[BULK].open = True
         self._arm_timer()
 
     @property
@@ -202,12 +199,14 @@ class Connection:
                 part = await parts.get()
                 if isinstance(part, Exception):
                     raise part
-                message, more = part
+                message, more = Message(part.body, part.buffers), isinstance(part, PartReceived)
+                del part  # while the next one is awaited, its memory is the caller's alone
                 if more:
                     self.protocol.outgoing.part_taken(stream)
                     self._schedule_flush()
                 if more or is_first or message != Message():  # the end may be an empty one, where others came before
                     yield message
+                del message
                 is_first = False
         finally:
             del self._parts[stream]
@@ -247,7 +246,7 @@ class Connection:
         """Handles what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
             self._budgets.deliver()
-        if self.protocol.has_events:
+        if self.protocol.core.events:
             self._handle_events()
 
     def _wake(self) -> None:
@@ -290,6 +289,7 @@ class Connection:
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
             self._count_unsent(protocol.unsent_bytes)
+            self._look()  # others may have lost their room to it
 
     def _count_unsent(self, num_bytes: int) -> None:
         """Small frames that a peer does not read count like large replies that it does not take."""
@@ -322,10 +322,12 @@ class Connection:
     def _handle_events(self) -> None:
         for event in self.protocol.events():
             match event:
-                case ReplyReceived():
-                    self._reply_arrived(event, more=False)
-                case PartReceived():
-                    self._reply_arrived(event, more=True)
+                case ReplyReceived() | PartReceived():
+                    future = self._futures.get(event.stream)
+                    if future is not None and not future.done():
+                        future.set_result(Message(event.body, event.buffers))
+                    elif (parts := self._parts.get(event.stream)) is not None:
+                        parts.put_nowait(event)
                 case CallReceived():
                     self.last_used = self._loop.time()
                     self._handlers.received(event, done=self._handler_done)
@@ -337,6 +339,8 @@ class Connection:
                     self._handlers.part_wanted(event.stream)
                 case CallFailed():
                     if (parts := self._parts.get(event.stream)) is not None:
+                        while event.drops_parts and not parts.empty():
+                            parts.get_nowait()
                         parts.put_nowait(event.error)
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
@@ -347,14 +351,6 @@ class Connection:
                     self._bulk_task = self._loop.create_task(self._run_open_bulk())
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
-
-    def _reply_arrived(self, event: ReplyReceived | PartReceived, *, more: bool) -> None:
-        message = Message(event.body, event.buffers)
-        future = self._futures.get(event.stream)
-        if future is not None and not future.done():
-            future.set_result(message)
-        elif (parts := self._parts.get(event.stream)) is not None:
-            parts.put_nowait(_Part(message, more))
 
     def _handler_done(self) -> None:
         if not self._flush_scheduled:
@@ -367,7 +363,7 @@ class Connection:
             await self._open_bulk(self)
         except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
-            self.protocol.transfers.bulk_failed(self._loop.time())
+            self.protocol.core.bulk_failed(self._loop.time())
 
     # ---- time
 

@@ -121,14 +121,17 @@ class Handlers:
         except RemoteError as error:
             self._protocol.fail(stream, error)
         except asyncio.CancelledError:
-            if stream in self._running:  # not by us: the handler cancelled itself, or the program stops
+            if (
+                self._running.get(stream) is asyncio.current_task()
+            ):  # not by us: the handler cancelled itself, or the program stops
                 self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
             raise
         except Exception as error:  # what a handler raises is not ours to know
             logger.exception("%s, called by %s, failed", call.method, self._peer_id.short)
             self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
         finally:
-            self._running.pop(stream, None)
+            if self._running.get(stream) is asyncio.current_task():  # a peer may use its number anew meanwhile
+                del self._running[stream]
             done()
 
     async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None], sent: Callable[[], None]) -> None:
@@ -148,4 +151,5 @@ class Handlers:
                         return
                     sent()
         finally:
-            del self._may_send[stream]
+            if self._may_send.get(stream) is may_send:
+                del self._may_send[stream]

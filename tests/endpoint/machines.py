@@ -107,8 +107,8 @@ class Pair:
         self.bytes = {MAIN: 0, BULK: 0}
         self._pick = random.Random(seed) if seed is not None else None
         if bulk:
-            self.client.machine.transfers.bulk_opened()
-            self.server.machine.transfers.bulk_opened()
+            self.client.machine.lanes[BULK].open = True
+            self.server.machine.lanes[BULK].open = True
         self.settle()
 
     def other(self, side: Side) -> Side:
