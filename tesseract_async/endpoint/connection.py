@@ -285,6 +285,7 @@ class Connection:
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
             self._count_unsent(protocol.unsent_bytes)
+            self._look()  # others may have lost their room to it
 
     def _count_unsent(self, num_bytes: int) -> None:
         """Small frames that a peer does not read count like large replies that it does not take."""
