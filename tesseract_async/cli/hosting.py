@@ -142,7 +142,7 @@ class Hosting:
                 self._limits,
                 usage_file=None if serving.checkpoint_dir is None else serving.checkpoint_dir / "usage.json",
                 before_pause=partial(_hand_over, replicas),
-                before_resume=replicas.come_back,
+                before_resume=partial(replicas.look, even_paused=True),
                 tell=_tell,
             )
             await stack.enter_async_context(volunteer)

@@ -71,6 +71,8 @@ class OfferAnswerer:
             raise
         target = "" if offer.kind == offers.RELAY else origin
         reason = self._guard.refuse(offer, now=asyncio.get_running_loop().time(), wall=time.time(), target=target)
+        if reason is None and self.tasks.is_closed:
+            reason = "closing"
         if reason is not None:
             self._metrics.count("nat_offers_refused", reason=reason)
             if reason == "too_many":
@@ -119,6 +121,8 @@ class OfferAnswerer:
             remote = plausible(remote, own, origin=origin, allows=self._scope.allows)
             if not remote.candidates:
                 raise NotAllowed(f"you speak from {origin}, and name no address there")
+            if self.tasks.is_closed:
+                raise NotAllowed("this node is closing")
         except BaseException:  # cancelled, too: the place is free again, sockets are closed
             self.num_negotiations -= 1
             if negotiation is not None:

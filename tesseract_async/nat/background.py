@@ -21,14 +21,14 @@ class BackgroundTasks:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self.is_closed = False
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
         """Run `work` in a task; not at all after `aclose`."""
-        if self._closed:
+        if self.is_closed:
             work.close()
             return
         task = asyncio.get_running_loop().create_task(self._run(work))
@@ -50,7 +50,7 @@ class BackgroundTasks:
 
     async def aclose(self) -> None:
         """Cancel all tasks."""
-        self._closed = True
+        self.is_closed = True
         for task in self._tasks:
             task.cancel()
         await self.wait_done()

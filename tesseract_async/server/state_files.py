@@ -89,8 +89,8 @@ class CheckpointStore:
         Raises: CheckpointError.
         """
         path = self.save(uid, state, version=version)
-        names = itertools.chain([".aside"], (f".{number}.aside" for number in itertools.count(1)))
-        target = next(one for name in names if not (one := path.with_suffix(name)).exists())
+        suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(1)))
+        target = next(one for suffix in suffixes if not (one := path.with_suffix(f"{suffix}.aside")).exists())
         try:
             os.replace(path, target)
         except OSError as error:
@@ -182,10 +182,10 @@ class SealedFiles:
 
     def keep(self, uid: str, root: bytes, data: bytes) -> None:
         """Keep a file, and the one before. Raises: OSError."""
-        if self._directory is None:
+        directory = self._directory
+        if directory is None:
             self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
-        directory = Path(self._temporary.name) if self._temporary is not None else self._directory
-        assert directory is not None
+            directory = Path(self._temporary.name)
         path = expert_folder(directory, uid) / f"{root.hex()[:16]}.sealed"
         write_whole(path, [data])
         files = [file for file in self._files.get(uid, []) if file.root != root]

@@ -321,7 +321,7 @@ def test_the_dialler_opens_the_bulk_lane_when_either_side_needs_it() -> None:
     pair = Pair(bulk=False)
     pair.call(MIB)
     assert BulkWanted() in pair.client.machine.events()
-    pair.client.machine.transfers.bulk_failed(0.0)
+    pair.client.machine.core.bulk_failed(0.0)
     pair.settle()
     call = pair.received()
     pair.server.machine.reply(call.stream, None, call.buffers, now=0.0)

@@ -13,6 +13,7 @@ import pytest
 
 from tesseract_async.endpoint import dialling
 from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
+from tesseract_async.endpoint.budget import Owner, Reservation
 from tesseract_async.endpoint.endpoint import CallHandler, Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.identity import Identity
@@ -203,6 +204,28 @@ async def _never_read(settings: EndpointSettings, swell: CallHandler, computed: 
             assert 2**20 < peak <= 2**20 + 2 * 128 * 61_000, "replies that nobody reads"
             assert computed() < 500
             assert server.metrics.total("endpoint_connections_dropped") == 1
+
+
+async def test_the_holder_of_a_reply_hears_at_once_that_its_room_went_to_a_peer_that_does_not_read() -> None:
+    class Holder:
+        heard: list[Reservation] = []
+
+        def room_changed(self, room: Reservation) -> None:
+            self.heard.append(room)
+
+    async def swell(call: IncomingCall) -> Message:
+        return Message(None, (memoryview(bytes(60_000)),))
+
+    async with serving(dataclasses.replace(PLAIN, max_receive_bytes=2**25)) as (server, address):
+        server.budgets.small_calls.total = 2**28
+        server.handle("swell", swell)
+        room = server.budgets.replies.keep(Owner("elsewhere", "a peer", Holder()), 2**24)
+        assert room is not None
+        async with RawPeer.connected(address) as peer:
+            for stream in range(1, 500):
+                peer.writer.write(peer.request(stream, method="swell"))
+            await until(lambda: room.released)
+            assert Holder.heard == [room]
 
 
 async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than_allowed() -> None:

@@ -29,7 +29,7 @@ from tests.transport.pipes import bound_socket
 class Place:
     """One node: where it is in the network, and signalling to the others."""
 
-    def __init__(self, places: dict[PeerID, Place], *, max_negotiations: int = MAX_NEGOTIATIONS) -> None:
+    def __init__(self, places: dict[PeerID, Place], *, max_negotiations: int, puncher: HolePuncher | None) -> None:
         self.identity = Identity.generate()
         self.peer_id = self.identity.peer_id
         self.metrics = Metrics()
@@ -47,7 +47,7 @@ class Place:
         places[self.peer_id] = self
         sock = bound_socket()
         self.address = f"127.0.0.1:{sock.getsockname()[1]}"
-        self.puncher = HolePuncher(own_hosts=lambda: ["127.0.0.1"], stun_server=self.no_stun_server)
+        self.puncher = puncher or HolePuncher(own_hosts=lambda: ["127.0.0.1"], stun_server=self.no_stun_server)
         scope = AddressScope(["127.0.0.1"])
         self.answerer = OfferAnswerer(
             cast(Endpoint, self),
@@ -118,10 +118,12 @@ class Place:
 
 
 @contextlib.asynccontextmanager
-async def town(count: int, *, max_negotiations: int = MAX_NEGOTIATIONS) -> AsyncIterator[list[Place]]:
+async def town(
+    count: int, *, max_negotiations: int = MAX_NEGOTIATIONS, puncher: HolePuncher | None = None
+) -> AsyncIterator[list[Place]]:
     """The last place is everybody's rendezvous and relay."""
     places: dict[PeerID, Place] = {}
-    made = [Place(places, max_negotiations=max_negotiations) for _ in range(count)]
+    made = [Place(places, max_negotiations=max_negotiations, puncher=puncher) for _ in range(count)]
     relay = made[-1]
     for place in made:
         place.rendezvous = (PeerAddress(relay.peer_id, (relay.address,)),)
