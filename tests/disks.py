@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,30 @@ def read_only_disk() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "open", refuse, raising=False)
+        yield
+
+
+@contextlib.contextmanager
+def disk_without_links() -> Iterator[None]:
+    """Inside, no file gets a second name."""
+
+    def refuse(old: object, new: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        yield
+
+
+@contextlib.contextmanager
+def disk_of_fixed_modes() -> Iterator[None]:
+    """Inside, no file's mode can be changed."""
+
+    def refuse(path: Path, mode: int) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "chmod", refuse)
         yield
 
 

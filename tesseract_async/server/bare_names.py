@@ -17,7 +17,7 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -153,19 +153,16 @@ class _Look:
         self._node, self._timeout = node, timeout
         self._speaks: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
 
-    def _ask(self, replica: ExpertReplica) -> Coroutine[None, None, messages.ExpertInfo | None]:
-        return ask_info(self._node, replica.uid, replica, self._timeout)
-
     async def speaks(self, replica: ExpertReplica) -> bool:
         """Return whether its server answered a question of this look."""
         owner = owner_of(replica)
         if owner not in self._speaks:
-            self._speaks[owner] = asyncio.get_running_loop().create_task(self._ask(replica))
+            self._speaks[owner] = asyncio.get_running_loop().create_task(ask_info(self._node, replica, self._timeout))
         return await asyncio.shield(self._speaks[owner]) is not None
 
     async def contender(self, replica: ExpertReplica) -> Contender:
         """Return the replica with its present version."""
-        info = await self._ask(replica) if await self.speaks(replica) else None
+        info = await ask_info(self._node, replica, self._timeout) if await self.speaks(replica) else None
         return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
 
     def close(self) -> None:
@@ -184,12 +181,11 @@ class BareNames:
         source: StateSource,
         *,
         settings: ReplicaSettings,
-        clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
-        """`source` sends the states of this server's experts; the clocks are those of `ReplicaKeeper`."""
+        """`source` sends the states of this server's experts; `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node, self._source = server, server.node, source
-        self._settings, self._clock, self._elapsed = settings, clock, elapsed
+        self._settings, self._elapsed = settings, elapsed
         self._began = self._read_at = self._looked_at = elapsed()
         self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
         self._heard: dict[PeerID, float] = {}
@@ -207,7 +203,7 @@ class BareNames:
     async def read(self, uids: Iterable[str]) -> None:
         """Read who else hosts these. Raises: TimeoutError if the network does not answer."""
         async with asyncio.timeout(self._settings.call_timeout):
-            replicas = await read_replicas(self._node, uids, clock=self._clock)
+            replicas = await read_replicas(self._node, uids)
         for uid, others in replicas.items():
             one = self._experts[uid]
             one.others = [other for other in others if may_follow(self._node, other)]
@@ -269,7 +265,7 @@ class BareNames:
         )
         role, chosen = decide(Contender(self._node.peer_id, is_primary, version), said, past, listed=listed)
         if role is Role.WAIT:
-            one.waiting_since = now if one.waiting_since is None else one.waiting_since
+            one.waiting_since = one.waiting_since or now
             return
         one.waiting_since = None
         if role is Role.FOLLOW:
@@ -353,8 +349,6 @@ class BareNames:
         self._node.metrics.count("states_pulled")
         return file
 
-    # -- handing over --------------------------------------------------------------------------------------------------
-
     async def hand_over(self, uid: str) -> bool:
         """Have a follower take over, by what was read last. Returns whether one did; else the expert stays here."""
         one = self._experts[uid]
@@ -364,7 +358,7 @@ class BareNames:
         # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
         # network hears of it later: followers would take over by themselves, from an older state.
         await self._server.set_primary(uid, False, announce=False)
-        await self._server.wait_backwards(uid)
+        await self._server.calls.wait_backwards(uid)
         self._source.drop(uid)
         for heir in heirs:
             try:

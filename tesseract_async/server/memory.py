@@ -1,9 +1,10 @@
-"""What a server remembers for its callers: answers, inputs that a backward will need, and which backwards may come."""
+"""A server's memory for its callers: answers, inputs that a backward will need, and which backwards may come."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -47,9 +48,8 @@ class Memory(Generic[Key, Value]):
     Entries older than `max_age` seconds are forgotten by `expire`.
     """
 
-    def __init__(self, max_bytes: int, num_bytes_of: Callable[[Value], int], *, max_age: float = float("inf")) -> None:
-        self.max_bytes = max_bytes
-        self.max_age = max_age
+    def __init__(self, max_bytes: int, num_bytes_of: Callable[[Value], int], *, max_age: float = math.inf) -> None:
+        self.max_bytes, self.max_age = max_bytes, max_age
         self.num_bytes = 0
         self._num_bytes_of = num_bytes_of
         self._entries: OrderedDict[Key, tuple[Value, Hashable, float]] = OrderedDict()
@@ -99,12 +99,13 @@ class Memory(Generic[Key, Value]):
                 return
             self.pop(key)
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def clear(self) -> int:
+        """Forget everything. Returns the bytes."""
+        num_bytes, self.num_bytes = self.num_bytes, 0
         self._entries.clear()
         self._owners.clear()
         self._held.clear()
-        self.num_bytes = 0
+        return num_bytes
 
 
 class CallerMemory:
@@ -130,10 +131,7 @@ class CallerMemory:
 
     def forget(self) -> int:
         """Drop everything: callers can send it again, or have it computed again. Returns the bytes."""
-        num_bytes = self.inputs.num_bytes + self.answers.num_bytes
-        self.inputs.clear()
-        self.answers.clear()
-        return num_bytes
+        return self.inputs.clear() + self.answers.clear()
 
     def close(self) -> None:
         """Drop everything, and leave no timer."""
@@ -193,18 +191,15 @@ class ExpectedBackwards:
 
     def came(self, name: bytes | None, uid: str, peer: PeerID, now: float) -> None:
         """Take note of a backward: of the forward `name`, or, where it brings its own inputs, the caller's oldest."""
-        if name is None:
-            caller = self._callers.get(peer)
-            names = None if caller is None else caller.names.get(uid)
-            name = next(iter(names)) if names else None
+        caller = self._callers.get(peer)
+        if name is None and caller is not None:
+            name = next(iter(caller.names.get(uid, ())), None)
         if name is None or name not in self._entries:
             return
-        answered = self._drop(name)
-        owner = self._callers.get(peer)
-        lag = now - answered
-        self._lag = lag if self._lag is None else max(lag, DECAY * self._lag + (1 - DECAY) * lag)
-        if owner is not None:
-            owner.lag = lag if owner.lag is None else max(lag, DECAY * owner.lag + (1 - DECAY) * lag)
+        lag = now - self._drop(name)
+        self._lag = _slowest(self._lag, lag)
+        if caller is not None:
+            caller.lag = _slowest(caller.lag, lag)
 
     def next_change(
         self, now: float, *, is_gone: Callable[[PeerID], bool], expects: Callable[[str], bool]
@@ -214,7 +209,7 @@ class ExpectedBackwards:
         Forgotten are those of callers that are gone, of experts whose backwards go elsewhere (`expects`), and those
         that are later than usual for their callers.
         """
-        soonest: float | None = None
+        soonest = math.inf
         for peer, caller in self._callers.items():
             if not caller.names:
                 continue
@@ -222,20 +217,17 @@ class ExpectedBackwards:
                 caller.gone_since = None
             elif caller.gone_since is None:
                 caller.gone_since = now
-            leaves = None if caller.gone_since is None else caller.gone_since + GONE_AFTER
-            patience = self._patience(caller)
+            leaves = math.inf if caller.gone_since is None else caller.gone_since + GONE_AFTER
+            lag = self._lag if caller.lag is None else caller.lag
+            patience = EXPECT_SECONDS if lag is None else min(EXPECT_SECONDS, PATIENCE * lag + MIN_PATIENCE)
             for uid, names in list(caller.names.items()):
                 for name, answered in list(names.items()):
-                    due = answered + patience if leaves is None else min(leaves, answered + patience)
+                    due = min(leaves, answered + patience)
                     if due <= now or not expects(uid):
                         self._drop(name)
                     else:
-                        soonest = due if soonest is None else min(soonest, due)
-        return soonest
-
-    def _patience(self, caller: _Caller) -> float:
-        lag = self._lag if caller.lag is None else caller.lag
-        return EXPECT_SECONDS if lag is None else min(EXPECT_SECONDS, PATIENCE * lag + MIN_PATIENCE)
+                        soonest = min(soonest, due)
+        return None if soonest == math.inf else soonest
 
     def _drop(self, name: bytes) -> float:
         uid, peer = self._entries.pop(name)
@@ -244,6 +236,10 @@ class ExpectedBackwards:
         if not names[uid]:
             del names[uid]
         return answered
+
+
+def _slowest(before: float | None, lag: float) -> float:
+    return lag if before is None else max(lag, DECAY * before + (1 - DECAY) * lag)
 
 
 def alone(x: torch.Tensor) -> torch.Tensor:

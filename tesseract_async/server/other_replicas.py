@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from tesseract_async.errors import (
     CheckpointError,
@@ -48,6 +48,8 @@ NUM_AT_ONCE: Final = 4
 """Experts that are looked after at the same time."""
 RECORDS_TTL: Final = 24 * 3600.0
 LONGEST_SUBKEY: Final = 120
+wall_clock: Final = time.time
+"""Seconds since 1970, which may jump: for the times in manifests and records, and for nothing else."""
 SAME_KIND: Final = "start this server with the same --expert-class and --size"
 
 
@@ -89,7 +91,6 @@ async def read_replicas(
     node: TesseractNode,
     uids: Iterable[str],
     *,
-    clock: Callable[[], float] = time.time,
     by_shard: bool = False,
     also: Callable[[Entries], None] = lambda entries: None,
 ) -> dict[str, list[ExpertReplica]]:
@@ -116,7 +117,7 @@ async def read_replicas(
         manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
         prefix, _ = split_uid(some[0])  # a key is of one grid
         claims = await read_claims(
-            manifests, prefix=prefix, now=clock(), dropped=dropped, trust=node.trust, scope=node.scope
+            manifests, prefix=prefix, now=wall_clock(), dropped=dropped, trust=node.trust, scope=node.scope
         )
         for uid in some:
             _, coords = split_uid(uid)
@@ -133,22 +134,13 @@ async def read_replicas(
     return found
 
 
-class Seen(NamedTuple):
-    """One expert as the network shows it."""
-
-    hosts: dict[PeerID, int]
-    """The other servers that host it, and the epochs that they go by."""
-    records: list[bytes]
-    """Terms and Seals, unchecked, of servers that may host it."""
-
-
 class TenureRecords:
     """Publishes and reads them under the experts' shard keys."""
 
-    def __init__(self, node: TesseractNode, *, clock: Callable[[], float], elapsed: Callable[[], float]) -> None:
+    def __init__(self, node: TesseractNode, *, elapsed: Callable[[], float]) -> None:
         self.addresses: dict[PeerID, PeerAddress] = {}
         """Servers that were found to host one of the experts."""
-        self._node, self._clock, self._elapsed = node, clock, elapsed
+        self._node, self._elapsed = node, elapsed
         self._shown: dict[str, tuple[bytes, float]] = {}  # by key: the grant that lies there, and until when
 
     async def publish(self, uid: str, records: Sequence[bytes]) -> None:
@@ -169,14 +161,16 @@ class TenureRecords:
 
     async def read(
         self, uids: Collection[str], has_changed: Callable[[str, Mapping[PeerID, int]], bool]
-    ) -> dict[str, Seen]:
-        """Return what the network holds of these experts.
+    ) -> dict[str, tuple[dict[PeerID, int], list[bytes]]]:
+        """Return what the network holds of these experts: the other servers that host each, with the epochs that they
+        go by, and Terms and Seals, unchecked, of servers that may host it.
 
         Of more than lie in `MAX_SHARDS_READ` shards, the grid is read first, and then the shards of those for which
         `has_changed` says yes to their hosts.
         """
-        trust, now = self._node.trust, self._clock()
-        seen = {uid: Seen({}, []) for uid in uids}
+        trust, now = self._node.trust, wall_clock()
+        hosts: dict[str, dict[PeerID, int]] = {uid: {} for uid in uids}
+        records: dict[str, list[bytes]] = {uid: [] for uid in uids}
         subkeys = {record_subkey(uid, number): uid for uid in uids for number in (0, 1)}
 
         def take_records(entries: Entries) -> None:
@@ -189,19 +183,19 @@ class TenureRecords:
                     continue
                 # what others store costs no signature check
                 if not entry.value.startswith(MAGIC) and trust.may_host(entry.owner, uid):
-                    seen[uid].records.append(entry.value)
+                    records[uid].append(entry.value)
 
         async def read(some: Collection[str], *, by_shard: bool) -> None:
-            replicas = await read_replicas(self._node, some, clock=self._clock, by_shard=by_shard, also=take_records)
+            replicas = await read_replicas(self._node, some, by_shard=by_shard, also=take_records)
             for uid, others in replicas.items():
                 for one in others:
-                    seen[uid].hosts[owner_of(one)] = one.epoch
+                    hosts[uid][owner_of(one)] = one.epoch
                     self.addresses[owner_of(one)] = one.peer
 
         await read(uids, by_shard=False)
         if len({trust.shard_key(uid) for uid in uids}) > MAX_SHARDS_READ:
-            await read([uid for uid in uids if has_changed(uid, seen[uid].hosts)], by_shard=True)
-        return seen
+            await read([uid for uid in uids if has_changed(uid, hosts[uid])], by_shard=True)
+        return {uid: (hosts[uid], records[uid]) for uid in uids}
 
 
 def record_subkey(uid: str, number: int) -> str:
@@ -234,16 +228,16 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
             raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})
 
 
-async def ask_info(node: TesseractNode, uid: str, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
+async def ask_info(node: TesseractNode, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
     """Return what the replica says of itself; None if it does not answer."""
     try:
         async with asyncio.timeout(timeout):
-            body = messages.encode(messages.InfoRequest(uid))
+            body = messages.encode(messages.InfoRequest(replica.uid))
             reply = await node.call_expert(replica.peer, messages.INFO, body, timeout=timeout, idempotent=True)
         check_path(node, replica)
         return messages.decode(messages.ExpertInfo, reply.body)
     except (TesseractError, TimeoutError) as error:
-        logger.info("%s at %s does not answer: %s", uid, replica.peer.short, describe(error))
+        logger.info("%s at %s does not answer: %s", replica.uid, replica.peer.short, describe(error))
         return None
 
 
@@ -256,11 +250,12 @@ async def fetch_fitting(
     seal: Seal | None = None,
     min_version: int = 0,
     timeout: float,
-    aside: Callable[[Callable[[], State]], Awaitable[State]],
+    aside: Callable[[Callable[[], State]], Awaitable[State]] | None = None,
 ) -> tuple[bytes, State] | None:
     """Return the file of an expert's state, and the state in it; None before `min_version`.
 
-    The file is no longer than one of this expert can be. With a `seal` it is the sealed one; `aside` runs the checks.
+    The file is no longer than one of this expert can be. With a `seal` it is the sealed one. `aside` runs the checks,
+    here by default.
 
     Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state, or not the sealed
     one; what the call raises.
@@ -277,7 +272,7 @@ async def fetch_fitting(
             raise ProtocolError(f"{uid}: not the file that was sealed")
         return check_state(uid, file)
 
-    state = await aside(check)
+    state = check() if aside is None else await aside(check)
     if (wrong := difference(uid, backend, state)) is not None:
         raise CheckpointError(wrong)
     return file, state
@@ -297,14 +292,11 @@ async def adopt_states(
     followed = {uid for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
     gate = asyncio.Semaphore(NUM_AT_ONCE)
 
-    async def here(check: Callable[[], State]) -> State:
-        return check()
-
     async def take(uid: str, replica: ExpertReplica) -> bool:
         backend = backends[uid]
         check_path(node, replica)
         try:
-            found = await fetch_fitting(node, replica.peer, uid, backend, timeout=settings.call_timeout, aside=here)
+            found = await fetch_fitting(node, replica.peer, uid, backend, timeout=settings.call_timeout)
         except CheckpointError as wrong:
             if replica.primary:
                 raise ReplicaMismatch(f"{wrong}: {SAME_KIND} as its primary {replica.peer.peer_id}") from None
@@ -316,7 +308,7 @@ async def adopt_states(
 
     async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
         async with gate:
-            infos = await asyncio.gather(*(ask_info(node, uid, one, settings.call_timeout) for one in replicas))
+            infos = await asyncio.gather(*(ask_info(node, one, settings.call_timeout) for one in replicas))
             # the silent ones cost one time-out together; of the others the primary comes first
             for replica, info in [(r, i) for r, i in zip(replicas, infos, strict=True) if i is not None][:MAX_SOURCES]:
                 if replica.primary:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -36,8 +38,8 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import TenureRecords, fetch_fitting
-from tesseract_async.server.state_files import SealedFile, SealedFiles
+from tesseract_async.server.other_replicas import TenureRecords, fetch_fitting, wall_clock
+from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -53,20 +55,20 @@ AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
 
+@dataclass(slots=True)
 class _Expert:
     """One expert of a run, hosted here."""
 
-    def __init__(self, hosted: HostedState, authority: Authority, tenure: Tenure) -> None:
-        self.uid = hosted.uid
-        self.hosted = hosted
-        self.authority = authority
-        self.tenure = tenure
-        self.carrying = asyncio.Lock()
-        self.changed = asyncio.Event()
-        """Set after every command; those who wait for something look again, and clear it."""
-        self.progress: tuple[int, int] | None = None
-        """How far the sealed file is."""
-        self.sealed_at = -1e9
+    uid: str
+    hosted: HostedState
+    authority: Authority
+    tenure: Tenure
+    carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after every command; those who wait for something look again, and clear it."""
+    progress: tuple[int, int] | None = None
+    """How far the sealed file is."""
+    sealed_at: float = -math.inf
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
@@ -87,16 +89,15 @@ class Tenures:
         authorities: Mapping[str, Authority],
         *,
         call_timeout: float,
-        clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
-        """`authorities`: uid -> its run's. `clock` and `elapsed` are those of `ReplicaKeeper`."""
+        """`authorities`: uid -> its run's. `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node = server, server.node
-        self._call_timeout, self._clock, self._elapsed = call_timeout, clock, elapsed
+        self._call_timeout, self._elapsed = call_timeout, elapsed
         self._authorities = authorities
         self._experts: dict[str, _Expert] = {}
-        self._files = SealedFiles(server.checkpoint_dir)
-        self._records = TenureRecords(server.node, clock=clock, elapsed=elapsed)
+        self.files = SealedFiles(server.checkpoint_dir)
+        self._records = TenureRecords(server.node, elapsed=elapsed)
         self._looks: set[str] = set()
         self._wants_look, self._wants_announcement, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,15 +116,15 @@ class Tenures:
                 authority,
                 boot=boot,
                 now=self._elapsed(),
-                wall=self._clock(),
-                stored=await self._server.call_aside(partial(self._files.load, uid)),
+                wall=wall_clock(),
+                stored=await self._server.call_aside(partial(self.files.load, uid)),
                 random=random,
             )
             tenure = make(has_file=True)
             held = tenure.held
-            if held is not None and held.primary != self._node.peer_id and self._files.find(uid, held.root) is None:
+            if held is not None and held.primary != self._node.peer_id and self.files.find(uid, held.root) is None:
                 tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
-            self._experts[uid] = _Expert(self._server.hosted[uid], authority, tenure)
+            self._experts[uid] = _Expert(uid, self._server.hosted[uid], authority, tenure)
         self._spawn(self._turn())
         self._spawn(self._whenever(self._wants_look, self._look_at_wanted))
         self._spawn(self._whenever(self._wants_announcement, self._server.announce))
@@ -153,7 +154,7 @@ class Tenures:
                     if isinstance(command, Persist):
                         await self._do(expert, command)
         if self._experts:
-            await self._server.call_aside(self._files.close)
+            await self._server.call_aside(self.files.close)
 
     def has(self, uid: str) -> bool:
         """Return whether it looks after this expert."""
@@ -174,14 +175,8 @@ class Tenures:
         """Return the machine of one expert, to look at."""
         return self._experts[uid].tenure
 
-    def sealed(self, uid: str, digest: bytes) -> SealedFile | None:
-        """Return the sealed file whose root begins so, for `StateSource`; None if it is not here."""
-        return self._files.find(uid, digest)
-
     def _now(self) -> tuple[float, float]:
-        return self._elapsed(), self._clock()
-
-    # -- questions of others -------------------------------------------------------------------------------------------
+        return self._elapsed(), wall_clock()
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
@@ -221,10 +216,8 @@ class Tenures:
         return took, b""
 
     async def _read(self, uid: str, seal: Seal) -> bytes | None:
-        file = self._files.find(uid, seal.root)
+        file = self.files.find(uid, seal.root)
         return None if file is None else await self._server.call_aside(file.read)
-
-    # -- handing over --------------------------------------------------------------------------------------------------
 
     async def hand_over(self, uid: str) -> bool:
         """Give the expert to one of its successors. Returns whether one took it; it stays here otherwise."""
@@ -236,7 +229,7 @@ class Tenures:
         signed = False
         try:
             await self._carry_out(expert)
-            await self._server.wait_backwards(uid)
+            await self._server.calls.wait_backwards(uid)
             seal = await self._seal(expert)
             if seal is None:
                 return False
@@ -270,8 +263,6 @@ class Tenures:
             expert.tenure.sight(reply.records[0], *self._now())
         await self._carry_out(expert)
 
-    # -- commands ------------------------------------------------------------------------------------------------------
-
     async def _carry_out(self, expert: _Expert) -> None:
         """Carry out each command before the next: what is to be on disk is there before anything that depends on it."""
         async with expert.carrying:
@@ -285,7 +276,7 @@ class Tenures:
     async def _do(self, expert: _Expert, command: Command) -> None:
         match command:
             case Persist(stored):
-                await self._server.call_aside(partial(self._files.remember, expert.uid, stored))
+                await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
             case Publish(records):
                 self._spawn(self._records.publish(expert.uid, records))
             case Send(peer, question):
@@ -360,10 +351,8 @@ class Tenures:
         file, state = found
         await hosted.take(state, aside=command.aside)
         expert.progress = hosted.backend.progress
-        await self._server.call_aside(partial(self._files.keep, expert.uid, seal.root, file))
+        await self._server.call_aside(partial(self.files.keep, expert.uid, seal.root, file))
         self._node.metrics.count("states_pulled")
-
-    # -- in the background ---------------------------------------------------------------------------------------------
 
     async def _turn(self) -> None:
         """Let each machine act when it is due."""
@@ -444,13 +433,13 @@ class Tenures:
         """Write the state down, and sign for it."""
         uid, tenure, hosted, held = expert.uid, expert.tenure, expert.hosted, expert.tenure.held
         expert.sealed_at = self._elapsed()
-        if held is None or expert.progress != hosted.backend.progress or self._files.find(uid, held.root) is None:
+        if held is None or expert.progress != hosted.backend.progress or self.files.find(uid, held.root) is None:
             state = await hosted.snapshot()
 
             def write() -> tuple[bytes, int]:
                 data = b"".join(encode(state))
                 root = root_of(data)
-                self._files.keep(uid, root, data)
+                self.files.keep(uid, root, data)
                 return root, len(data)
 
             root, size = await self._server.call_aside(write)

@@ -159,7 +159,7 @@ async def test_a_row_whose_experts_all_hang_is_refilled(node: FakeNode) -> None:
     best = (await gate.choose(x))[0][0].uid
     await gate(x)
     fail(node, forward=(best,), hang=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         mixed = await gate.mix(x)
     assert (mixed.num_answers == 1).all() and best in mixed.errors
     assert node.num_open == 0
@@ -180,7 +180,7 @@ async def test_most_experts_hang_and_the_others_fail(node: FakeNode, method: str
             await asyncio.Event().wait()
 
     node.fault = fault
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         x = torch.randn(8, 2, requires_grad=True)
         await backward((await gate(x)).sum() + x.sum())
     assert node.num_open == 0
@@ -192,7 +192,7 @@ async def test_an_expert_that_never_answers_is_masked_in_the_end(node: FakeNode)
     x = torch.randn(16, 2)
     await gate(x)
     fail(node, forward=(UIDS[0],), hang=True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not node.directory.failed:
             await gate(x)
     assert {replica.uid for replica in node.directory.failed} == {UIDS[0]}
@@ -205,7 +205,7 @@ async def test_backward_goes_on_without_one_that_hangs(node: FakeNode) -> None:
     x = torch.randn(8, 2, requires_grad=True)
     y = await gate(x)
     fail(node, backward=(UIDS[2],), hang=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await backward(y.sum())
     assert x.grad is not None and node.num_open == 0
 

@@ -122,7 +122,7 @@ async def test_a_negotiation_that_the_end_of_the_node_overtakes_keeps_no_socket(
         data = asker.offer(asked.peer_id, offers.CHANNEL, body)
         answering = asyncio.create_task(asked.answer(data))
         await puncher.gathering.wait()
-        await asked.answerer.aclose()
+        await asked.answerer.tasks.aclose()
         puncher.go_on.set()
         read = offers.decode_answer(await answering, data, sender=asked.peer_id, recipient=asker.peer_id)
         assert not read.accepted
