@@ -30,7 +30,7 @@ class HolePuncher:
     turn: TurnServer | None = None
     throttle: Throttle | None = None
     enabled: bool = True
-    """Whether this node makes data channels at all."""
+    """True if this node makes data channels at all."""
 
     async def load(self) -> None:
         """Import aiortc without holding up the loop. Raises: ConnectionLost where that is not possible."""

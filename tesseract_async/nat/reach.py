@@ -18,7 +18,7 @@ from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.nat import preamble
 from tesseract_async.nat.answering import OfferAnswerer
 from tesseract_async.nat.demux import PipeHandler, PreambleDemultiplexer
-from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBackClient, DialBackServer
+from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBack
 from tesseract_async.nat.hole_punching import HolePuncher
 from tesseract_async.nat.interfaces import address_towards, own_addresses
 from tesseract_async.nat.port_mapping import Gateway, PortMapper
@@ -54,10 +54,10 @@ NUM_CONTACTS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class ReachSettings:
-    """What a node does so that nodes behind NATs can take part, itself included."""
+    """The part a node takes so that nodes behind NATs, itself included, can join."""
 
     relay: RelaySettings | None = field(default_factory=RelaySettings)
-    """What this node relays for others where it is public; None for a node whose traffic is metered."""
+    """The room for relayed connections of others where this node is public; None where traffic is metered."""
     stun_servers: tuple[str, ...] = ()
     """Outside STUN servers, ``host:port``, asked besides the swarm's public nodes: for a swarm with few of them."""
     turn: TurnServer | None = None
@@ -139,9 +139,11 @@ class Reach:
                 metrics=metrics,
             )
         self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
-        self._dial_back = DialBackClient(endpoint, scope=scope, dial_timeout=settings.dial_back_timeout)
-        self._dial_back_server = DialBackServer(
-            endpoint, own_addresses=lambda: self.role.public_addresses, dial_timeout=settings.dial_back_timeout
+        self._dial_back = DialBack(
+            endpoint,
+            own_addresses=lambda: self.role.public_addresses,
+            scope=scope,
+            dial_timeout=settings.dial_back_timeout,
         )
         self._stun = StunClient(
             address,
@@ -198,7 +200,7 @@ class Reach:
         if not self.enabled:
             return
         self._is_running = True
-        self._dial_back_server.start()
+        self._dial_back.start()
         if self._is_declared_public:
             self._server.start()
         if self._mapper is not None:

@@ -36,7 +36,7 @@ SILENT_TIMEOUT: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    """What a public node gives to others. To give more or less is up to its owner, who pays for the traffic."""
+    """The traffic that a public node gives to others: as much as its owner wants to pay for."""
 
     max_splices: int = 256
     """Joined pairs, waiting ones included; fewer where the process may not open so many files."""
@@ -60,7 +60,7 @@ class Splice:
 
 
 class RelayLedger:
-    """Who may join whom, and how much. The caller gives the time, and must `remove` every splice that ends."""
+    """The reserved pairs and their limits. The caller gives the time, and must `remove` every splice that ends."""
 
     def __init__(
         self, settings: RelaySettings, *, max_splices: int | None = None, waiting_timeout: float = WAITING_TIMEOUT
@@ -119,7 +119,7 @@ class RelayLedger:
         return splice
 
     def remove(self, splice: Splice) -> None:
-        """The splice has ended. Repeating it does nothing."""
+        """Forget a splice that has ended. Repeating it does nothing."""
         self._splices.discard(splice)
         for token in splice.tokens:
             self._by_token.pop(token, None)

@@ -85,7 +85,7 @@ class _Registration(NamedTuple):
 
 
 class RendezvousLedger:
-    """Who is registered at a public node, and whose offers are under way. The caller gives the time."""
+    """The nodes that are registered at a public node, and the offers under way. The caller gives the time."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[PeerID, _Registration] = OrderedDict()  # in the order of renewal
@@ -124,7 +124,7 @@ class RendezvousLedger:
         return neighbors < MAX_CLIENTS_PER_RANGE
 
     def is_registered(self, peer_id: PeerID, *, now: float) -> bool:
-        """Whether offers are carried to this node."""
+        """Return whether offers are carried to this node."""
         client = self._clients.get(peer_id)
         return client is not None and client.until > now
 

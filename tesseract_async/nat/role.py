@@ -28,7 +28,7 @@ NatKind = Literal["unknown", "none", "keeping", "symmetric"]
 
 @dataclass(frozen=True, slots=True)
 class ListeningAddress:
-    """What a node's sockets are bound to, and what it announces."""
+    """The address that a node's sockets are bound to, and those that it announces."""
 
     host: str
     port: int
@@ -39,23 +39,23 @@ class ListeningAddress:
 
     @property
     def is_wildcard(self) -> bool:
-        """Whether the sockets listen on every interface."""
+        """Return whether the sockets listen on every interface."""
         return self.host in WILDCARDS
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this computer can reach the sockets."""
+        """Return whether only this computer can reach the sockets."""
         return not self.is_wildcard and ipaddress.ip_address(self.host).is_loopback
 
 
 @dataclass(frozen=True, slots=True)
 class Reachability:
-    """What a node knows about how others reach it."""
+    """The ways in which others reach a node, as far as it knows."""
 
     tcp: bool | None = None
-    """Whether others can dial it; None: nobody was there to try."""
+    """True if others can dial it; None: nobody was there to try."""
     udp: bool | None = None
-    """Whether the DHT's socket was reached by nodes that it had not contacted."""
+    """True if the DHT's socket was reached by nodes that it had not contacted."""
     host: str | None = None
     """Its address as others see it."""
     nat: NatKind = "unknown"
@@ -117,7 +117,7 @@ def kind_of_nat(seen: Sequence[tuple[str, int]], own_hosts: Sequence[str]) -> Na
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one check brought."""
+    """The result of one check."""
 
     dialled: Mapping[int, tuple[bool, str]]
     """By version of IP, where a helper could be asked: whether this node was reached, and the host that helpers see."""
@@ -125,7 +125,7 @@ class Observation:
     seen_host: str | None = None
     """This node's host as STUN servers see it."""
     udp: bool | None = None
-    """Whether the DHT was reached; None: unknown."""
+    """True if the DHT was reached; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class CheckDue:
     ports: Mapping[int, int]
     """Versions of IP by which helpers are asked to dial this node back, and the port that they should dial."""
     stun: bool
-    """Whether STUN servers are asked, too."""
+    """True if STUN servers are asked, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class RoleFound:
 
     became_client: bool
     is_news: bool
-    """Whether peers may reach this node in another way than before."""
+    """True if peers may reach this node in another way than before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +233,12 @@ class RoleMachine:
 
     @property
     def behind_nat(self) -> bool:
-        """Whether there are peers that cannot dial this node: all, or those without IPv6."""
+        """Return whether there are peers that cannot dial this node: all, or those without IPv6."""
         return not self.reachability.tcp
 
     @property
     def symmetric(self) -> bool:
-        """Whether this node's NAT takes another port for each destination."""
+        """Return whether this node's NAT takes another port for each destination."""
         return self.reachability.nat == "symmetric"
 
     # ---- the cycle
@@ -255,7 +255,7 @@ class RoleMachine:
         return self._check_at if self._is_declared_public else min(self._check_at, self._watch_at)
 
     def joined(self, hosts: Sequence[str], now: float) -> None:
-        """The network was joined, the first check can be made. `hosts`: the addresses of this computer."""
+        """Make the first check: the network was joined. `hosts`: the addresses of this computer."""
         self._hosts = tuple(hosts)
         self._check_at = now
         self.handle_timer(hosts, now)
@@ -285,12 +285,12 @@ class RoleMachine:
             self._check_at = now
 
     def mapped(self, port: int | None, now: float) -> None:
-        """The router's port that leads to this node has changed; None: there is none."""
+        """Take note that the router's port that leads to this node has changed; None: there is none."""
         self.mapped_port = port
         self.look_again(now)
 
     def checked(self, found: Observation, now: float) -> None:
-        """The check of `CheckDue` has ended."""
+        """Take the result of the check that `CheckDue` asked for."""
         self._is_checking = False
         is_known = self._judge_claim(found) if self._is_declared_public else self._judge(found)
         wait = CHECK_PERIOD if is_known else self._watch_period

@@ -156,7 +156,7 @@ class NatTransport:
         return pipe
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """A connection came in that begins with the preamble of a reverse dial."""
+        """Take a connection that begins with the preamble of a reverse dial."""
         arrived = self._expected.get(token)
         if arrived is None or arrived.done():
             self._metrics.count("nat_refused", reason="unknown_token")
@@ -242,13 +242,13 @@ class PathUpgrader:
         self.tasks = BackgroundTasks(endpoint.metrics)
 
     def watch(self, peer: PeerAddress, peer_id: PeerID) -> None:
-        """A path that could be better was opened to this peer."""
+        """Look for a better path to this peer from now on."""
         if peer_id not in self._watched:
             one = self._watched[peer_id] = _Watched(peer)
             self.tasks.spawn(self._improve(one, peer_id))
 
     def peer_known(self, peer: PeerAddress) -> None:
-        """This peer is known at other addresses than before: maybe there is a better path now."""
+        """Look now if this peer is known at other addresses than before."""
         one = self._watched.get(peer.peer_id) if peer.peer_id is not None else None
         if one is not None and peer != one.peer:
             is_news = bool(set(peer.addresses) - set(one.peer.addresses))
@@ -257,7 +257,7 @@ class PathUpgrader:
                 one.again.set()
 
     def place_changed(self) -> None:
-        """This node can be dialed now, or no longer: what was no path before may be one."""
+        """Look now: this node can be dialed, or no longer can."""
         for one in self._watched.values():
             one.again.set()
 

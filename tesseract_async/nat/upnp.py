@@ -31,7 +31,7 @@ SEARCH_TIMEOUT: Final = 2.0
 """Seconds in which routers must have answered; they may wait for one."""
 CALL_TIMEOUT: Final = 5.0
 MAX_BYTES: Final = 2**20
-"""Of one answer of a router."""
+"""Longest answer of a router."""
 MAX_ROUTERS: Final = 4
 SEARCH_TARGET: Final = "urn:schemas-upnp-org:device:InternetGatewayDevice:1"
 """Newer gateways answer to it, too (UDA 1.1, section 1.3)."""
@@ -46,7 +46,7 @@ Search = Callable[[str], Awaitable[list[tuple[str, str]]]]
 
 
 async def find(own_host: str, *, search: Search | None = None) -> Gateway | None:
-    """The first router that answers in the network of `own_host` and can map ports; None if none does."""
+    """Return the first router that answers in the network of `own_host` and can map ports; None if none does."""
     for location, address in await (search or search_network)(own_host):
         try:
             async with asyncio.timeout(2 * CALL_TIMEOUT):
@@ -61,7 +61,7 @@ async def find(own_host: str, *, search: Search | None = None) -> Gateway | None
 
 
 async def search_network(own_host: str) -> list[tuple[str, str]]:
-    """Where routers describe themselves, and the address that they answered from."""
+    """Return where routers describe themselves, and the addresses that they answered from."""
     found: dict[str, str] = {}
     first = asyncio.Event()
 

@@ -71,8 +71,6 @@ _HEAD = struct.Struct(">BBBB8s32s")
 _DIGESTS = struct.Struct(f">{NUM_RANGES}Q")
 _pack = msgpack.Packer(use_bin_type=True).pack
 
-MAX_GET_RECORDS = 16
-"""Records that a GET reply may hold; larger dictionaries are read in pages."""
 MAX_ITEMS = 16
 """Records in one STORE or one page: what fits, with room to spare."""
 STORE_ROOM = 1080

@@ -71,7 +71,7 @@ class NetworkProtocol:
             metrics=metrics,
             now=now,
             wall_offset=wall_offset,
-            public=public,
+            is_declared_public=public,
             verify=verify,
             policy=policy,
             scope=scope if scope is not None else AddressScope(),
@@ -93,10 +93,6 @@ class NetworkProtocol:
     def role(self) -> str:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         return self.core.outbox.role
-
-    def set_client(self, forced: bool) -> None:
-        """Make this node a client whatever its role, or no longer."""
-        self.core.outbox.forced_client = forced
 
     # Requests of the driver
 
@@ -223,7 +219,7 @@ class NetworkProtocol:
                 asker = core.table.get(datagram.sender)
                 # nodes that start together list one another within seconds
                 trusted = asker is not None and asker.address == address
-                trusted = trusted or self.probation.is_dialing(datagram.sender + packed_address)
+                trusted = trusted or datagram.sender + packed_address in self.probation.pending
                 self.dial_back.dial(request.arguments, address, now, trusted=trusted)
             return
         # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
@@ -325,8 +321,10 @@ class NetworkProtocol:
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)
         if core.joined:
-            for index in core.table.stale_prefixes(now - REFRESH_PERIOD):
-                refresh(core, index, now)
+            last_lookups = [bucket.last_lookup for bucket in core.table.buckets]
+            for index, last_lookup in enumerate(last_lookups):
+                if last_lookup <= now - REFRESH_PERIOD:
+                    refresh(core, index, now)
 
     def _start(self, operation: Read | Write, now: float) -> int:
         self._num_operations += 1

@@ -72,12 +72,12 @@ def kind_of(host: str) -> str | None:
 
 
 def is_near(host: str) -> bool:
-    """Whether a numeric host is on this computer or in a private network."""
+    """Return whether a numeric host is on this computer or in a private network."""
     return kind_of(host) in (LOOPBACK, *map(str, _PRIVATE))
 
 
 class AddressScope:
-    """What one node may send to, shared by all its parts. It starts with public addresses alone."""
+    """The addresses that one node may send to, shared by all its parts: at first public ones alone."""
 
     def __init__(self, own: Iterable[str] = ()) -> None:
         """`own`: see `set_own`."""
@@ -86,7 +86,7 @@ class AddressScope:
         self.set_own(own)
 
     def set_own(self, own: Iterable[str], *, seeds: Iterable[str] = ()) -> None:
-        """Says where the node lives: the numeric hosts that it has, and those its user gave as seeds.
+        """Say where the node lives: the numeric hosts that it has, and those its user gave as seeds.
 
         A public address excludes the private networks of its version of IP. Seeds extend a private node's scope (the
         user says that there is a way), but never to loopback, and never a public node's.
@@ -103,12 +103,12 @@ class AddressScope:
         self._enclosed = frozenset(enclosed)
 
     def allows(self, host: str) -> bool:
-        """Whether the numeric `host` may be sent to. False for a name: look it up, and ask about what it stands for."""
+        """Return whether the numeric `host` may be sent to. False for a name: look it up first."""
         kind = kind_of(host)
         return kind == PUBLIC or kind in self._kinds
 
     def answers(self, host: str) -> bool:
-        """Whether a newcomer that wrote from `host` may be written to unasked.
+        """Return whether a newcomer that wrote from `host` may be written to unasked.
 
         Nobody elsewhere can write from loopback; in a private network, who wrote from another one showed the way to it.
         """
@@ -116,7 +116,7 @@ class AddressScope:
         return self.allows(host) or kind == LOOPBACK or (kind is not None and _version(host) in self._enclosed)
 
     def allowed(self, addresses: Iterable[str]) -> tuple[str, ...]:
-        """Those of the ``host:port`` that may be dialed. Names stay: what they stand for is asked about when known."""
+        """Return those of the ``host:port`` that may be dialed, names among them: these are looked up first."""
         hosts = ((text, split_host_port(text)[0]) for text in addresses)
         return tuple(text for text, host in hosts if self.allows(host) or _is_name(host))
 

@@ -9,7 +9,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 Guest = TypeVar("Guest", bound=Hashable)
 
 KEPT: Final = 1 / 4
-"""Of the process's descriptors that connections of others never take."""
+"""Share of the process's descriptors that connections of others never take."""
 SETTLED: Final = 1.0
 """Seconds after which a guest may have to go for one of its own group; an honest one is in by then."""
 
@@ -24,13 +24,13 @@ class Room(NamedTuple):
 
 
 def room_for(limit: int) -> Room:
-    """How `limit` descriptors are divided."""
+    """Divide `limit` descriptors."""
     usable = int(limit * (1 - KEPT))
     return Room(max(4, usable // 3), max(4, usable // 12), max(1, usable // 12))
 
 
 def descriptor_limit() -> int:
-    """Files and sockets that this process may have open now; a large number where the system sets no such limit."""
+    """Return how many files and sockets this process may have open; a large number where there is no limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -40,7 +40,7 @@ def descriptor_limit() -> int:
 
 
 def raise_descriptor_limit(wanted: int = 65536) -> None:
-    """Takes as many descriptors as the system lets a process have, up to `wanted`: for programs, not for libraries."""
+    """Take as many descriptors as the system lets a process have, up to `wanted`: for programs, not for libraries."""
     try:
         import resource
     except ImportError:
@@ -71,7 +71,7 @@ class WaitingRoom(Generic[Guest]):
         return list(self._group_of)
 
     def enter(self, guest: Guest, group: Hashable, now: float) -> tuple[bool, Guest | None]:
-        """Whether the guest may come in, and who has to go for it: one of its own group, or of the one with most."""
+        """Return whether the guest may come in, and who goes for it: one of its own group, or of the one with most."""
         num_mine = len(self._groups.get(group, ()))
         crowd: OrderedDict[Guest, float] | None = None
         if num_mine >= self._most_per_group:

@@ -55,7 +55,7 @@ def _certificate(subject: str, key: Ed25519PublicKey, *, ca: bool) -> x509.Certi
 
 
 def make_contexts(identity: Identity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The contexts with which `identity` dials and accepts. Blocks for some milliseconds."""
+    """Return the contexts with which `identity` dials and accepts. Blocks for some milliseconds."""
     own = Ed25519PublicKey.from_public_bytes(identity.public_key)
     leaf = _certificate("node", own, ca=False).public_bytes(serialization.Encoding.PEM)
     authority = _certificate("tesseract", _CA_KEY.public_key(), ca=True).public_bytes(serialization.Encoding.DER)
@@ -78,7 +78,7 @@ def make_contexts(identity: Identity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 def peer_id_of(certificate: bytes | None) -> PeerID:
-    """Who holds the key of this DER certificate, which TLS has verified. Raises: HandshakeFailed."""
+    """Return who holds the key of this DER certificate, which TLS has verified. Raises: HandshakeFailed."""
     if certificate is None:
         raise HandshakeFailed("certificate", "the peer showed no certificate")
     try:

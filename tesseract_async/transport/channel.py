@@ -33,7 +33,7 @@ def _block_of_this_loop() -> memoryview:
 
 
 class ChannelReceiver(Protocol):
-    """What a channel reports to. `channel_opened` and `buffer_updated` may raise ProtocolError, which ends it."""
+    """The receiver of a channel's bytes. `channel_opened` and `buffer_updated` may raise ProtocolError to end it."""
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
         """The handshake is done; who the peer is (None on a plain channel, which proves nothing)."""
@@ -68,7 +68,7 @@ class Channel:
         self._abort_timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begins the handshake."""
+        """Begin the handshake."""
         self.pipe.start(self)
         try:
             if self._tls is not None:
@@ -81,19 +81,19 @@ class Channel:
 
     @property
     def paused(self) -> bool:
-        """Whether enough is waiting to be sent; `channel_drained` follows."""
+        """Return whether enough is waiting to be sent; `channel_drained` follows."""
         return self.pipe.paused
 
     def loan_mark(self) -> int | None:
-        """A mark for `loan_ended`, or None if no memory given to `write` is in use."""
+        """Return a mark for `loan_ended`, or None if no memory given to `write` is in use."""
         return self.pipe.bytes_sent if self._tls is None and self.pipe.unsent else None
 
     def loan_ended(self, mark: int) -> bool:
-        """Whether all that was written before the mark was taken has left."""
+        """Return whether all that was written before the mark was taken has left."""
         return self._lost or self.pipe.bytes_sent - self.pipe.unsent >= mark
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Sends the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
+        """Send the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
         if self._closed:
             return
         target = self.pipe if self._tls is None else self._tls
@@ -103,7 +103,7 @@ class Channel:
             self.pipe.write(self._tls.data_to_send())
 
     def close(self) -> None:
-        """Says farewell, sends what was written, ends. Repeating it does nothing."""
+        """Say farewell, send what was written, end. Repeating it does nothing."""
         if not self._closed:
             if self._tls is not None and self._open:
                 self._tls.close()
@@ -117,7 +117,7 @@ class Channel:
         self._abort_timer = asyncio.get_running_loop().call_later(FAREWELL_TIMEOUT, self.pipe.abort)
 
     def abort(self, error: Exception | None = None) -> None:
-        """Ends the channel now; the receiver hears `error` soon, not from within this call."""
+        """End the channel now; the receiver hears `error` soon, not from within this call."""
         if self._error is None:
             self._error = error
         self._closed = True

@@ -171,11 +171,11 @@ class TcpPipe(asyncio.BufferedProtocol):
             asyncio.get_running_loop().call_soon(receiver.pipe_lost, None)
 
     def detach(self) -> None:
-        """Takes the receiver away: what arrives is kept for the next `start`, as before the first one."""
+        """Take the receiver away: what arrives is kept for the next `start`, as before the first one."""
         self._receiver = None
 
     def unread(self, data: bytes) -> None:
-        """Gives received bytes back: the receiver of the next `start` gets them first."""
+        """Give received bytes back: the receiver of the next `start` gets them first."""
         self._early += data
 
     def write(self, data: bytes | memoryview) -> None:
@@ -209,7 +209,7 @@ class TcpPipe(asyncio.BufferedProtocol):
 
 
 async def connect(address: str, *, throttle: Throttle | None = None) -> TcpPipe:
-    """Dials ``host:port``. Raises: OSError, TimeoutError, ValueError."""
+    """Dial ``host:port``. Raises: OSError, TimeoutError, ValueError."""
     host, port = split_host_port(address)
     loop = asyncio.get_running_loop()
     try:
@@ -237,7 +237,7 @@ class DialBudget:
             raise DialledInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
 
     def finished(self, address: str, error: BaseException | None, now: float) -> None:
-        """A dial has ended: nobody answered, or another one than was looked for, or (None) the right one."""
+        """Learn how a dial ended; `error` is None where the right peer answered."""
         if isinstance(error, DialledInVain):
             return
         for target, times in _targets(address).items():
@@ -284,7 +284,7 @@ class TcpTransport:
         ]
 
     def _in_order(self, peer: PeerAddress) -> list[str]:
-        """The address that worked last time; then IPv6 and others by turns, each in the peer's order (RFC 8305)."""
+        """Return the address that worked last time; then IPv6 and others by turns, each in the peer's order."""
         last = self._worked.get(peer.peer_id) if peer.peer_id is not None else None
         first = [last] if last in peer.addresses else []
         left = [address for address in peer.addresses if address != last]

@@ -20,7 +20,7 @@ class TlsMachine:
 
     def __init__(self, context: ssl.SSLContext, *, server_side: bool, expected: PeerID | None = None) -> None:
         self.peer_id: PeerID | None = None
-        """Who is at the other end; None until the handshake is done."""
+        """The peer at the other end; None until the handshake is done."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
@@ -28,7 +28,7 @@ class TlsMachine:
         self._server_side = server_side
 
     def receive_data(self, data: memoryview) -> None:
-        """Takes ciphertext (a copy)."""
+        """Take ciphertext (a copy)."""
         self._incoming.write(data)
 
     def data_to_send(self) -> bytes:
@@ -36,7 +36,7 @@ class TlsMachine:
         return self._outgoing.read() if self._outgoing.pending else b""
 
     def handshake(self) -> bool:
-        """Goes on with the handshake; True once it is done, when the dialler has checked `expected`.
+        """Go on with the handshake; True once it is done, when the dialer has checked `expected`.
 
         Raises: HandshakeFailed. What `data_to_send` gives then (an alert) may still be sent.
         """
@@ -75,7 +75,7 @@ class TlsMachine:
         return int(count)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Encrypts `data` at once; its memory is free again on return. Raises: ProtocolError."""
+        """Encrypt `data` at once; its memory is free again on return. Raises: ProtocolError."""
         try:
             view = memoryview(data)
             while len(view):
@@ -84,7 +84,7 @@ class TlsMachine:
             raise ProtocolError(f"TLS: {error.reason or error}") from None
 
     def close(self) -> None:
-        """Queues the farewell (close_notify)."""
+        """Queue the farewell (close_notify)."""
         try:
             self._tls.unwrap()
         except ssl.SSLError:

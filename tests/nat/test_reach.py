@@ -14,7 +14,7 @@ import pytest
 
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity
-from tesseract_async.nat.dial_back import DialBackServer
+from tesseract_async.nat.dial_back import DialBack
 from tesseract_async.nat.port_mapping import PortTaken
 from tesseract_async.nat.reach import Reach, ReachSettings
 from tesseract_async.nat.role import ListeningAddress, Reachability
@@ -53,7 +53,7 @@ async def helpers(count: int) -> AsyncIterator[list[tuple[Endpoint, PeerAddress]
         for _ in range(count):
             sock = bound_socket()
             endpoint = Endpoint(identity=Identity.generate(), transports=[TcpTransport(sock)])
-            DialBackServer(endpoint, own_addresses=lambda: ()).start()
+            DialBack(endpoint, own_addresses=lambda: (), scope=AddressScope()).start()
             await endpoint.start()
             await stack.enter_async_context(endpoint)
             made.append((endpoint, PeerAddress(endpoint.peer_id, (f"127.0.0.1:{sock.getsockname()[1]}",))))

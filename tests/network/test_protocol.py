@@ -775,7 +775,7 @@ def test_a_bucket_that_no_lookup_went_through_is_refreshed_and_one_that_was_used
 
 def test_pages_are_asked_for_several_at_a_time_and_no_more_than_that() -> None:
     pair = Pair()
-    pair.a.set_client(True)
+    pair.a.core.outbox.forced_client = True
     pair.join()
     for index in range(500):
         pair.b.core.storage.put(record(pair.b, subkey=str(index), size=100))

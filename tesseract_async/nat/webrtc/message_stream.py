@@ -59,11 +59,11 @@ class MessageStream:
 
     @property
     def paused(self) -> bool:
-        """Whether enough is waiting."""
+        """Return whether enough is waiting."""
         return self.unsent > HIGH_WATER
 
     def write(self, data: bytes | memoryview) -> None:
-        """Queues a copy of `data`. Nothing may follow `finish`."""
+        """Queue a copy of `data`. Nothing may follow `finish`."""
         assert not self._finishing
         view = memoryview(data)
         for start in range(0, len(view), MESSAGE_BYTES):
@@ -75,7 +75,7 @@ class MessageStream:
         self._finishing = True
 
     def messages_to_send(self, room: int) -> list[bytes | str]:
-        """Messages with together about `room` bytes of data, as far as the peer allows. Control messages go always."""
+        """Return messages with about `room` bytes of data, as far as the peer allows, and all control messages."""
         messages: list[bytes | str] = list(self._control)
         self._control.clear()
         while self._outgoing and room > 0 and self._credit >= len(self._outgoing[0]):
@@ -92,7 +92,7 @@ class MessageStream:
     # ---- inward
 
     def receive(self, message: bytes | str, now: float) -> None:
-        """Takes one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
+        """Take one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
         self._last_received = now
         if isinstance(message, str):
             self._receive_control(message)
@@ -118,7 +118,7 @@ class MessageStream:
             raise ProtocolError("a malformed control message")
 
     def read_into(self, buffer: memoryview) -> int:
-        """Moves received bytes into `buffer`; how many. Allows the peer to send more in time."""
+        """Move received bytes into `buffer`; return how many. The peer is allowed more in time."""
         count = 0
         while self._incoming and count < len(buffer):
             view = self._incoming[0]

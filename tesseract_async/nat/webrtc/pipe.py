@@ -347,7 +347,7 @@ class DataChannelPipe:
         self._end(None, flush=False)
 
     def fail(self, error: ProtocolError) -> None:
-        """The peer broke the rules below the stream's."""
+        """End the pipe: the peer broke a rule of SCTP."""
         self._end(error, flush=False)
         self._gone.set()
 
