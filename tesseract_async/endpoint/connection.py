@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
@@ -61,7 +61,7 @@ class Connection:
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        bounds: ConnectionBounds,
+        bounds: Bounds,
         metrics: Metrics,
         quotas: Quotas,
         refusal: Callable[[], RemoteError | None],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import frames
@@ -17,7 +17,7 @@ DATA_BYTES: Final = 128
 class Liveness:
     """Judges a connection by when its lanes were last heard of. `peer` is how errors name the other end."""
 
-    def __init__(self, peer: str, lanes: Sequence[Lane], *, bounds: ConnectionBounds, now: float) -> None:
+    def __init__(self, peer: str, lanes: Sequence[Lane], *, bounds: Bounds, now: float) -> None:
         self.rtt: float | None = None
         """Seconds for a ping and its answer, smoothed; None until the first one came."""
         self.confirmed = now
