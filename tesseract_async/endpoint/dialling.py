@@ -179,22 +179,22 @@ class Dialler:
             )
             return True
 
-        opened, errors = await self._race(peer, self.paths(peer, bulk=True), attempt)
+        opened, errors = await self._race(peer, self.paths(peer), attempt)
         if not opened:
             raise PeerUnreachable(peer.short, errors)
 
-    def paths(self, peer: PeerAddress, *, bulk: bool = False) -> list[DialPath]:
+    def paths(self, peer: PeerAddress) -> list[DialPath]:
         """All ways to `peer` that the transports know."""
-        return [path for transport in self._transports for path in transport.paths(peer, bulk=bulk)]
+        return [path for transport in self._transports for path in transport.paths(peer)]
 
     async def _race(
         self, peer: PeerAddress, paths: Sequence[DialPath], attempt: Callable[[DialPath], Awaitable[Result]]
     ) -> tuple[Result | None, dict[str, BaseException]]:
-        def finished(path: DialPath, error: BaseException | None, seconds: float) -> None:
+        def finished(path: DialPath, error: BaseException | None) -> None:
             if error is not None:
                 self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:
-                transport.path_finished(peer, path, error, seconds)
+                transport.path_finished(peer, path, error)
 
         return await race(paths, attempt, finished=finished)
 

@@ -17,32 +17,32 @@ async def race(
     paths: Sequence[DialPath],
     attempt: Callable[[DialPath], Awaitable[Result]],
     *,
-    finished: Callable[[DialPath, BaseException | None, float], None],
+    finished: Callable[[DialPath, BaseException | None], None],
 ) -> tuple[Result | None, dict[str, BaseException]]:
     """The first attempt's result, or None and each path's error. The other attempts are cancelled and awaited.
 
     A path starts after its delay, or as soon as all attempts before it have failed. An attempt fails with OSError,
     TimeoutError or TesseractError; any other exception ends the race. `finished` is called for each attempt that
-    ended by itself, with the seconds it took.
+    ended by itself.
     """
     loop = asyncio.get_running_loop()
     queue = deque(sorted(paths, key=lambda path: path.delay))
     begun = loop.time()
-    running: dict[asyncio.Future[Result], tuple[DialPath, float]] = {}
+    running: dict[asyncio.Future[Result], DialPath] = {}
     errors: dict[str, BaseException] = {}
     try:
         while queue or running:
             while queue and (not running or loop.time() - begun >= queue[0].delay):
                 path = queue.popleft()
-                running[asyncio.ensure_future(attempt(path))] = (path, loop.time())
+                running[asyncio.ensure_future(attempt(path))] = path
             timeout = max(0.0, begun + queue[0].delay - loop.time()) if queue else None
             done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                path, started = running[task]
+                path = running[task]
                 error = task.exception()
                 if error is not None and not isinstance(error, OSError | TesseractError):  # TimeoutError is an OSError
                     raise error
-                finished(path, error, loop.time() - started)
+                finished(path, error)
                 if error is None:
                     return task.result(), errors
                 errors[path.name] = error
