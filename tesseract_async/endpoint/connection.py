@@ -23,7 +23,7 @@ from tesseract_async.endpoint.events import (
 from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
-from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -63,7 +63,7 @@ class Connection:
         budgets: NodeBudgets,
         bounds: ConnectionBounds,
         metrics: Metrics,
-        meter: Meter,
+        quotas: Quotas,
         refusal: Callable[[], RemoteError | None],
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -94,7 +94,7 @@ class Connection:
             owner=self._owner,
             bounds=bounds,
             now=loop.time(),
-            meter=meter,
+            quotas=quotas,
             refusal=refusal,
         )
         self._unsent: Reservation | None = None  # what small frames count that a peer does not read
@@ -105,7 +105,9 @@ class Connection:
         self._parts: dict[
             int, asyncio.Queue[PartReceived | ReplyReceived | Exception]
         ] = {}  # of replies that may come in parts
-        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog)
+        self._handlers = Handlers(
+            self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
+        )
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -236,12 +238,6 @@ class Connection:
 
     # ---- bytes
 
-    def _received(self) -> None:
-        """After a lane's reader took some bytes."""
-        self._look()
-        if not self._flush_scheduled and (self.protocol.has_data(MAIN) or self.protocol.has_data(BULK)):
-            self._schedule_flush()
-
     def _look(self) -> None:
         """Handles what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
@@ -306,17 +302,6 @@ class Connection:
         self._tell_dropped("peer_does_not_read", why)
         self.abort(why)
 
-    def _look_at_channels(self, now: float) -> None:
-        """A channel on which bytes wait and none leave has a peer that does not read."""
-        for lane, channel in enumerate(self._channels):
-            if channel is None:
-                continue
-            drained = channel.pipe.bytes_sent - channel.pipe.unsent
-            if drained != self._drained[lane] or not channel.paused:
-                self._drained[lane], self._drained_at[lane] = drained, now
-            elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
-                self._drop_unread()
-
     # ---- events
 
     def _handle_events(self) -> None:
@@ -330,8 +315,7 @@ class Connection:
                         parts.put_nowait(event)
                 case CallReceived():
                     self.last_used = self._loop.time()
-                    self._handlers.received(event, done=self._handler_done)
-                    if self._handlers.num_held:
+                    if not self._handlers.received(event):
                         self._schedule_flush()
                     if self._timer is None or event.deadline < self._timer_at:
                         self._arm_timer()
@@ -387,7 +371,14 @@ class Connection:
             self._tell_dropped("silent", error.reason)
             self.abort(error.reason)
             return
-        self._look_at_channels(now)
+        for lane, channel in enumerate(self._channels):
+            if channel is None:
+                continue
+            drained = channel.pipe.bytes_sent - channel.pipe.unsent
+            if drained != self._drained[lane] or not channel.paused:
+                self._drained[lane], self._drained_at[lane] = drained, now
+            elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
+                self._drop_unread()
         self._wake()
 
     # ---- the end
@@ -468,10 +459,13 @@ class _LanePort:
         now = self._time()
         self._protocol.received(count, now, lane=self._lane)
         self._reader.buffer_updated(count)
-        self._connection._received()
+        connection = self._connection
+        connection._look()
+        if not connection._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+            connection._schedule_flush()
         if self._lane == BULK:
             if not self._turn_bytes:
-                self._connection._loop.call_soon(self._next_turn)
+                connection._loop.call_soon(self._next_turn)
             self._turn_bytes += count + 1
             if not self._paused and self._turn_bytes > self._protocol.pace.portion(now):
                 # uvloop would go on for as long as the socket has any, and small calls would wait

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
@@ -14,12 +15,12 @@ from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.handshake import Handshake
 from tesseract_async.endpoint.lanes import BULK, MAIN
-from tesseract_async.endpoint.racing import race
 from tesseract_async.errors import (
     ConnectionLost,
     HandshakeFailed,
     PeerUnreachable,
     ProtocolError,
+    TesseractError,
     UnsupportedVersion,
     describe,
 )
@@ -257,14 +258,13 @@ class Dialler:
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
         now = asyncio.get_running_loop().time()
         found = groups.get(crowd, [])
-
-        def is_idle(one: Connection) -> bool:
-            patience = (
-                IDLE_SECONDS if one.protocol.was_called else SETTLED
-            )  # a peer that has never called is not missed
-            return not one.protocol.num_calls and now - one.last_used > patience
-
-        idle = [one for one in found if is_idle(one)]
+        idle = [
+            one
+            for one in found
+            if not one.protocol.num_calls
+            # a peer that has never called is not missed
+            and now - one.last_used > (IDLE_SECONDS if one.protocol.was_called else SETTLED)
+        ]
         if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
             return False
         victim = min(idle or found, key=lambda one: (one.protocol.was_called, one.last_used))
@@ -277,9 +277,8 @@ class Dialler:
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
         bounds = self._bounds.connection
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
-        if bulk:
-            return Hello(session, bulk, self._peer_id, *limits)
-        return Hello(session, bulk, self._peer_id, *limits, tuple(self._grants()), self._features)
+        more = () if bulk else (tuple(self._grants()), self._features)
+        return Hello(session, bulk, self._peer_id, *limits, *more)
 
     def _handshake(
         self, pipe: Pipe, *, own: Hello | None, expected: PeerID | None, established: Established
@@ -325,3 +324,48 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, UnsupportedVersion):
         return "version"
     return "protocol" if isinstance(error, ProtocolError) else "io"
+
+
+async def race(
+    paths: Sequence[DialPath],
+    attempt: Callable[[DialPath], Awaitable[Result]],
+    *,
+    finished: Callable[[DialPath, BaseException | None], None],
+) -> tuple[Result | None, dict[str, BaseException]]:
+    """Try several paths to one peer with head starts (RFC 8305's "happy eyeballs"); the first that succeeds wins.
+
+    Returns its result, or None and each path's error. The other attempts are cancelled and awaited. A path starts after
+    its delay, or as soon as all attempts before it have failed. An attempt fails with OSError or TesseractError; any
+    other exception ends the race. `finished` is called for each attempt that ended by itself.
+    """
+    loop = asyncio.get_running_loop()
+    queue = deque(sorted(paths, key=lambda path: path.delay))
+    begun = loop.time()
+    running: dict[asyncio.Future[Result], DialPath] = {}
+    errors: dict[str, BaseException] = {}
+    try:
+        while queue or running:
+            while queue and (not running or loop.time() - begun >= queue[0].delay):
+                path = queue.popleft()
+                running[asyncio.ensure_future(attempt(path))] = path
+            timeout = max(0.0, begun + queue[0].delay - loop.time()) if queue else None
+            done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                path = running[task]
+                error = task.exception()
+                if error is not None and not isinstance(error, OSError | TesseractError):  # TimeoutError is an OSError
+                    raise error
+                finished(path, error)
+                if error is None:
+                    return task.result(), errors
+                errors[path.name] = error
+                del running[task]
+        return None, errors
+    finally:
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        for task in running:
+            if not task.cancelled():
+                task.exception()  # retrieved: it finished in the same turn as the winner

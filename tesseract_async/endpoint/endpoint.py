@@ -90,7 +90,10 @@ class Endpoint(Uncopied):
         self._features = features
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
-        self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
+        self._quotas = Quotas(
+            lambda peer_id: self.policy.quota_of(peer_id),
+            refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
+        )
         self._rng = random.Random()
         self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
         self.dialler = Dialler(
@@ -158,9 +161,6 @@ class Endpoint(Uncopied):
     def accept(self, pipe: Pipe) -> None:
         """Serves the peer at the other end of a pipe that it opened."""
         self.dialler.accept(pipe)
-
-    def _over_quota(self, reason: str) -> None:
-        self.metrics.count("endpoint_calls_over_quota", reason=reason)
 
     def _answer(self, call: IncomingCall) -> Answer:
         if (refusal := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
@@ -342,7 +342,7 @@ class Endpoint(Uncopied):
             budgets=self.budgets,
             bounds=self._bounds.connection,
             metrics=self.metrics,
-            meter=self._quotas.meter(peer_id),
+            quotas=self._quotas,
             refusal=lambda: self._refusal(peer_id, "call", large=True),
         )
         if hello.grants:

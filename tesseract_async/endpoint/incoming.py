@@ -9,8 +9,9 @@ from tesseract_async.endpoint.budget import Budget, Owner, Reservation
 from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallCancelled, CallReceived, PartWanted
 from tesseract_async.endpoint.lanes import BULK, MAIN, Sending
-from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError
+from tesseract_async.identity import PeerID
 from tesseract_async.wire import frames, heads, packed
 
 PATIENCE: Final = 30.0
@@ -67,7 +68,7 @@ class ReceivedCall(CallState):
 class IncomingCalls:
     """The peer's calls on one connection, by their number.
 
-    `meter` counts them against the peer's quota; `refusal` says why the peer may call nothing here, if so.
+    `quotas` counts them against the quota of `peer_id`; `refusal` says why the peer may call nothing here, if so.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class IncomingCalls:
         core: ConnectionCore,
         calls: dict[int, ReceivedCall],
         *,
-        meter: Meter | None,
+        quotas: Quotas | None,
+        peer_id: PeerID,
         refusal: Callable[[], RemoteError | None] | None,
     ) -> None:
         self.last_seen = 0
@@ -83,7 +85,8 @@ class IncomingCalls:
         self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.bounds.max_replies)
         self._core = core
         self._calls = calls
-        self._meter = meter
+        self._quotas = quotas
+        self._peer_id = peer_id
         self._refusal = refusal
         self._small_bytes = 0
         self._small_cost = 0  # of the small calls under way: each costs far more than its bytes
@@ -121,7 +124,7 @@ class IncomingCalls:
         if not self._has_room(call, len(payload), buffers):
             core.count_idle()
             self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
-        elif self._meter is None or self._within_quota(self._meter, call, len(payload)):
+        elif self._quotas is None or self._within_quota(self._quotas, call, len(payload)):
             self._deliver(call, value, buffers)
 
     def _has_room(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
@@ -157,7 +160,7 @@ class IncomingCalls:
             core.count_idle()
             self.fail(stream, error)
             return
-        if self._meter is not None and not self._within_quota(self._meter, call, announced.size):
+        if self._quotas is not None and not self._within_quota(self._quotas, call, announced.size):
             return  # chunks that are on their way are skipped
         if announced.room not in (frames.ROOM_WINDOW, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
@@ -169,9 +172,9 @@ class IncomingCalls:
         if call.room is None or call.room.released:
             core.count_idle()
 
-    def _within_quota(self, meter: Meter, call: ReceivedCall, size: int) -> bool:
+    def _within_quota(self, quotas: Quotas, call: ReceivedCall, size: int) -> bool:
         """Counts a request; one that is too much is answered at once, before anything is done or received for it."""
-        wait = meter.begin(size, self._core.now)
+        wait = quotas.begin(self._peer_id, size, self._core.now)
         call.metered = wait == 0.0
         if not wait:
             return True
@@ -233,8 +236,8 @@ class IncomingCalls:
         if size > limit:
             sentence = f"the reply has {size} bytes, more than the {limit} that its caller accepts"
             return self.fail(stream, RemoteError(sentence))
-        if call.metered and self._meter is not None:
-            self._meter.charge(size, now)
+        if call.metered and self._quotas is not None:
+            self._quotas.charge(self._peer_id, size, now)
         if more or call.num_parts:
             if call.num_parts + more >= frames.MAX_PARTS:
                 return self.fail(stream, RemoteError(f"the reply has more than {frames.MAX_PARTS} parts"))
@@ -343,8 +346,8 @@ class IncomingCalls:
         del self._calls[call.stream]
         self._small_bytes -= call.small
         self._small_cost -= call.cost
-        if call.metered and self._meter is not None:
-            self._meter.end()
+        if call.metered and self._quotas is not None:
+            self._quotas.end(self._peer_id)
         self._core.end(call)
         if call.reply_held is not None:
             self.waiting.drop(call)

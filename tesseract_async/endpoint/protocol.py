@@ -20,15 +20,16 @@ from tesseract_async.endpoint.events import Event, PeerClosed
 from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
 from tesseract_async.endpoint.lanes import MAIN
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
-from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import RemoteError
+from tesseract_async.identity import PeerID
 from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
 
 class ConnectionProtocol:
     """See the module. `hello` is the peer's. `budgets` are shared by the connections of a node; this one's part in them
-    is `owner`'s. `meter` counts the peer's calls against its quota; `refusal` says why it may call nothing here, if so.
+    is `owner`'s. `quotas` counts the calls of `hello.peer_id`; `refusal` says why it may call nothing here, if so.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ConnectionProtocol:
         owner: Owner,
         bounds: ConnectionBounds,
         now: float,
-        meter: Meter | None = None,
+        quotas: Quotas | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
     ) -> None:
         self.peer = peer
@@ -67,7 +68,9 @@ class ConnectionProtocol:
         self.life = core.life
         self.windows = core.windows
         self.outgoing = OutgoingCalls(core, self._outgoing)
-        self.incoming = IncomingCalls(core, self._incoming, meter=meter, refusal=refusal)
+        self.incoming = IncomingCalls(
+            core, self._incoming, quotas=quotas, peer_id=PeerID(hello.peer_id), refusal=refusal
+        )
         self.reply = self.incoming.reply
         self.fail = self.incoming.fail
         self.start_call = self.outgoing.start

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -53,20 +55,20 @@ AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
 
+@dataclass(slots=True)
 class _Expert:
     """One expert of a run, hosted here."""
 
-    def __init__(self, hosted: HostedState, authority: Authority, tenure: Tenure) -> None:
-        self.uid = hosted.uid
-        self.hosted = hosted
-        self.authority = authority
-        self.tenure = tenure
-        self.carrying = asyncio.Lock()
-        self.changed = asyncio.Event()
-        """Set after every command; those who wait for something look again, and clear it."""
-        self.progress: tuple[int, int] | None = None
-        """How far the sealed file is."""
-        self.sealed_at = -1e9
+    uid: str
+    hosted: HostedState
+    authority: Authority
+    tenure: Tenure
+    carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after every command; those who wait for something look again, and clear it."""
+    progress: tuple[int, int] | None = None
+    """How far the sealed file is."""
+    sealed_at: float = -math.inf
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
@@ -122,7 +124,7 @@ class Tenures:
             held = tenure.held
             if held is not None and held.primary != self._node.peer_id and self.files.find(uid, held.root) is None:
                 tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
-            self._experts[uid] = _Expert(self._server.hosted[uid], authority, tenure)
+            self._experts[uid] = _Expert(uid, self._server.hosted[uid], authority, tenure)
         self._spawn(self._turn())
         self._spawn(self._whenever(self._wants_look, self._look_at_wanted))
         self._spawn(self._whenever(self._wants_announcement, self._server.announce))

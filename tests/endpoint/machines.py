@@ -15,7 +15,7 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
-from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.wire.heads import FEATURES, Hello, RequestHead
 
 SETTINGS = ConnectionBounds()
@@ -36,7 +36,7 @@ class Side:
         ours: ConnectionBounds,
         budget: int,
         dialled: bool,
-        meter: Meter | None = None,
+        quotas: Quotas | None = None,
         small_budget: int | None = None,
     ) -> None:
         limits = (theirs.max_calls, theirs.max_small, theirs.max_message)
@@ -54,7 +54,7 @@ class Side:
             owner=Owner("range", "peer", self),
             bounds=ours,
             now=0.0,
-            meter=meter,
+            quotas=quotas,
         )
         self.events: list[Event] = []
 
@@ -98,12 +98,12 @@ class Pair:
         server_budget: int = 2**30,
         bulk: bool = True,
         seed: int | None = None,
-        meter: Meter | None = None,
+        quotas: Quotas | None = None,
         small_budget: int | None = None,
     ) -> None:
         self.now = 0.0
         self.client = Side(server, client, client_budget, True)
-        self.server = Side(client, server, server_budget, False, meter, small_budget)
+        self.server = Side(client, server, server_budget, False, quotas, small_budget)
         self.bytes = {MAIN: 0, BULK: 0}
         self._pick = random.Random(seed) if seed is not None else None
         if bulk:

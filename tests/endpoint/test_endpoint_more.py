@@ -372,7 +372,7 @@ async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: py
             patch.setattr(Handlers, "_may_start", lambda self: False)
             task = asyncio.create_task(client.call(address, "note", "cancelled", timeout=30))
             async with asyncio.timeout(30):
-                while not connection._handlers.num_held:  # noqa: ASYNC110 (nothing announces that a call waits)
+                while not connection.protocol.num_calls:  # noqa: ASYNC110 (nothing announces that a call waits)
                     await asyncio.sleep(0)
                 task.cancel()
                 while connection.protocol.num_calls:  # noqa: ASYNC110 (nor that its cancel has come)

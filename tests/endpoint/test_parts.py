@@ -516,12 +516,14 @@ async def test_a_number_used_anew_does_not_free_the_second_call_from_its_end() -
             await cleans_up.wait()
             ended.append(call.body)
 
-    handlers = Handlers(pair.server.machine, endless, Identity.generate().peer_id, "", max_backlog=2**20)
+    handlers = Handlers(
+        pair.server.machine, endless, Identity.generate().peer_id, "", max_backlog=2**20, done=lambda: None
+    )
     cancel = frames.frame(frames.CANCEL, stream=1)
     for number in range(2):
         head = heads.encode_request(heads.RequestHead("m", 10.0, 0, 0, 2**20, number))
         pair.server.receive(MAIN, frames.encode_small(frames.REQUEST, 1, head, [], [], flags=frames.MORE), 0.0)
-        handlers.received(pair.received(), done=lambda: None)
+        handlers.received(pair.received())
         await until(lambda: pair.server.machine.unsent_bytes > 0)
         pair.settle()
         if not number:

@@ -89,7 +89,7 @@ def fuzz_machine(pick: random.Random) -> None:
         owner=Owner("range", PEER, holder),
         bounds=SETTINGS,
         now=0.0,
-        meter=quotas.meter(PEER) if pick.random() < 0.3 else None,
+        quotas=quotas if pick.random() < 0.3 else None,
         refusal=(lambda: NotAllowed("not here")) if pick.random() < 0.1 else None,
     )
     for _ in range(2):
