@@ -61,7 +61,7 @@ _ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", 
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """What a node consists of once it is started."""
+    """The parts of a started node."""
 
     loop: asyncio.AbstractEventLoop
     address: ListeningAddress
@@ -173,7 +173,7 @@ class TesseractNode(Uncopied):
         self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self.client_state: object = None
-        """What the client modules of this node keep in it (`client.experience`)."""
+        """State that the client modules of this node keep in it (`client.experience`)."""
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -292,10 +292,8 @@ class TesseractNode(Uncopied):
         """Warn that a socket on loopback reaches only this computer: seeds elsewhere would just seem to be silent."""
         if not ipaddress.ip_address(own_host).is_loopback:
             return
-        hosts = [(address, split_host_port(address)[0]) for peer in self.initial_peers for address in peer.addresses]
-        beyond = [
-            address for address, host in hosts if ip_version(address) and not ipaddress.ip_address(host).is_loopback
-        ]
+        seeds = [address for peer in self.initial_peers for address in peer.addresses if ip_version(address)]
+        beyond = [one for one in seeds if not ipaddress.ip_address(split_host_port(one)[0]).is_loopback]
         if beyond:
             logger.warning(
                 "this node listens on %s and reaches this computer only: to join by %s it needs "
@@ -350,12 +348,12 @@ class TesseractNode(Uncopied):
 
     @property
     def peer_address(self) -> PeerAddress:
-        """What others need to reach this node: its id, and its addresses or rendezvous nodes as known now."""
+        """The address by which others reach this node: its id, and its addresses or rendezvous nodes as known now."""
         return PeerAddress(self.peer_id, self.reach.addresses, self.reach.rendezvous_texts)
 
     @property
     def reach(self) -> Reach:
-        """What is known about the ways to and from this node. Raises: RuntimeError before `start`."""
+        """The knowledge of the ways to and from this node. Raises: RuntimeError before `start`."""
         return self._running.reach
 
     async def wait_reachable(self, timeout: float = 10.0) -> bool:
@@ -541,16 +539,13 @@ async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]
             tcp.setblocking(False)
             udp.setblocking(False)
             return tcp, udp
-        except OSError as error:
+        except BaseException as error:  # the sockets have no owner yet
             tcp.close()
             udp.close()
-            if error.errno == errno.EADDRINUSE and port == 0:
-                continue
-            raise _bind_error(error, host, port) from None
-        except BaseException:  # the sockets have no owner yet
-            tcp.close()
-            udp.close()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            if error.errno != errno.EADDRINUSE or port != 0:
+                raise _bind_error(error, host, port) from None
     raise OSError(errno.EADDRINUSE, f"no port on {host} is free for both UDP and TCP")
 
 

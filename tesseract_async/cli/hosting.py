@@ -34,13 +34,12 @@ from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
 from tesseract_async.server.contract import Verdict, VolunteerSettings
-from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.registry import build_all, make_backend
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.server.state_files import stored_uids
+from tesseract_async.server.state_files import FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle

@@ -487,21 +487,21 @@ class _EngineThreads:
 
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._changed = threading.Condition()
-        self._num_threads = self._num_jobs = 0
+        self._lock = threading.Lock()
+        self._num_threads = 0
+        # no SimpleQueue: its `get` may outlast a timeout where several threads wait
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
 
     def wait_idle(self, timeout: float) -> None:
         """Wait until no job runs, at most `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._num_jobs, timeout)
+        with self._jobs.all_tasks_done:
+            self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job`, which must not raise, in a thread at once."""
-        with self._changed:
+        with self._lock:
             self._jobs.put(job)
-            self._num_jobs += 1
-            is_short = self._num_threads < self._num_jobs
+            is_short = self._num_threads < self._jobs.unfinished_tasks
             self._num_threads += is_short
         if is_short:
             threading.Thread(target=self._run, name="tesseract-backward", daemon=True).start()
@@ -511,16 +511,14 @@ class _EngineThreads:
             try:
                 job = self._jobs.get(timeout=IDLE_SECONDS)
             except queue.Empty:
-                with self._changed:
-                    if self._num_threads > self._num_jobs:  # else one is on its way
+                with self._lock:
+                    if self._num_threads > self._jobs.unfinished_tasks:  # else a job is on its way
                         self._num_threads -= 1
                         return
                 continue
             job()
             del job  # an idle thread must not keep a graph alive
-            with self._changed:
-                self._num_jobs -= 1
-                self._changed.notify_all()
+            self._jobs.task_done()
 
 
 _threads = _EngineThreads()

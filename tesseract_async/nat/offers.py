@@ -4,7 +4,7 @@ An *offer* says: I want a pipe to you, and this is how (`kind`); the *answer* ac
 their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them, and no more.
 
 Layout: 64 bytes of Ed25519 signature, 32 bytes of the sender's public key, then a msgpack list:
-``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `_CONTEXT`
+``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `CONTEXT`
 followed by the key and the list.
 """
 
@@ -38,7 +38,7 @@ MAX_ADDRESSES: Final = 8
 MAX_REASON: Final = 200
 TOKEN_BYTES: Final = 16
 
-_CONTEXT: Final = b"tesseract offer 1\0"
+CONTEXT: Final = b"tesseract offer 1\0"
 
 T = TypeVar("T")
 
@@ -252,7 +252,7 @@ def decode_answer(data: bytes, offer: bytes, *, sender: PeerID, recipient: PeerI
 
 def _seal(identity: Identity, values: list[object]) -> bytes:
     payload: bytes = identity.public_key + msgpack.packb(values)
-    data = identity.sign(_CONTEXT + payload) + payload
+    data = identity.sign(CONTEXT + payload) + payload
     if len(data) > MAX_BYTES:
         raise ValueError(f"an offer has at most {MAX_BYTES} bytes, not {len(data)}")
     return data
@@ -270,7 +270,7 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple
         raise ProtocolError(f"a malformed {what}")
     if values[1] != bytes(recipient):
         raise InvalidRecord(f"an {what} for another peer")
-    if not verify(data[64:96], data[:64], _CONTEXT + data[64:]):
+    if not verify(data[64:96], data[:64], CONTEXT + data[64:]):
         raise InvalidRecord(f"an {what} whose signature does not hold")
     return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 

@@ -1,4 +1,4 @@
-"""What a server remembers for its callers: answers, inputs that a backward will need, and which backwards may come."""
+"""A server's memory for its callers: answers, inputs that a backward will need, and which backwards may come."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ SCHEDULES: Final[Mapping[str, Callable[..., Callable[[int], float]]]] = {"linear
 
 
 def _scheduler(manifest: RunManifest) -> MakesScheduler | None:
-    if manifest.schedule is None or manifest.optimizer is None:
+    if manifest.schedule is None:
         return None
     if manifest.schedule not in SCHEDULES:
         raise ValueError(f"the schedule {manifest.schedule!r} is not known here")

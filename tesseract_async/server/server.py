@@ -20,10 +20,9 @@ from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.answering import ExpertCalls
-from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import CallerMemory, trim_heap
-from tesseract_async.server.state_files import CheckpointStore
+from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
@@ -101,10 +100,8 @@ class TesseractServer(Uncopied):
         _check_separate(experts)
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
-        self.node = node
-        self.experts = dict(experts)
-        self.settings = settings
-        self.checkpoint_period = checkpoint_period
+        self.node, self.experts = node, dict(experts)
+        self.settings, self.checkpoint_period = settings, checkpoint_period
         devices = [device] if isinstance(device, str | torch.device) else list(device)
         if not devices:
             raise ValueError("a server computes on at least one device")

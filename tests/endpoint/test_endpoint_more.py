@@ -115,7 +115,7 @@ async def test_an_upgrade_moves_later_calls_and_leaves_running_ones() -> None:
         running = asyncio.create_task(client.call(address, "wait", timeout=30))
         await client.call(address, "echo", timeout=30)
         (old,) = client.pool.connections()
-        await client.upgrade(address, TcpTransport().paths(address, bulk=False))
+        await client.upgrade(address, TcpTransport().paths(address))
         before = old.last_used
         await client.call(address, "echo", timeout=30)
         assert old.last_used == before and len(client.connections()) == 2
