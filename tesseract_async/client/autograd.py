@@ -487,7 +487,8 @@ class _EngineThreads:
 
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # no SimpleQueue: see `TesseractRuntime`
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
         self._changed = threading.Condition()
         self._num_threads = self._num_jobs = 0
 
