@@ -220,22 +220,15 @@ class BackgroundNode(PlainCalls):
             ...
         """
 
-        async def enter() -> T:
-            return await context.__aenter__()
-
-        async def leave(
-            kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-        ) -> bool | None:
-            return await context.__aexit__(kind, error, traceback)
-
-        value = self.run(enter())
+        stack = contextlib.AsyncExitStack()
+        value = self.run(stack.enter_async_context(context))
         try:
             yield value
         except BaseException as error:  # the context manager decides, as in `with`
-            if not self.run(leave(type(error), error, error.__traceback__)):
+            if not self.run(stack.__aexit__(type(error), error, error.__traceback__)):
                 raise
         else:
-            self.run(leave(None, None, None))
+            self.run(stack.aclose())
 
 
 def _plain(

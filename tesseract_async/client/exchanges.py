@@ -11,22 +11,8 @@ import torch
 
 from tesseract_async.client.completion_queue import cancel_all
 from tesseract_async.client.experience import Experience
-from tesseract_async.client.expert_rpc import (
-    ExpertSchema,
-    Forward,
-    Receipt,
-    call_forward,
-    check_growth,
-    fetch_info,
-)
-from tesseract_async.errors import (
-    ExpertNotFound,
-    InputsForgotten,
-    ProtocolError,
-    TesseractError,
-    TooStale,
-    describe,
-)
+from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, check_growth, fetch_info
+from tesseract_async.errors import ExpertNotFound, InputsForgotten, ProtocolError, TesseractError, TooStale, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.transport.base import PeerAddress
