@@ -275,7 +275,7 @@ class Dialler:
     # ---- both
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
-        bounds = self._bounds.connection
+        bounds = self._bounds
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
         more = () if bulk else (tuple(self._grants()), self._features)
         return Hello(session, bulk, self._peer_id, *limits, *more)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.endpoint.bounds import EndpointBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, ProtocolError
 from tesseract_async.identity import Identity
@@ -109,7 +109,7 @@ async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncI
         metrics=Metrics(),
     )
     await demultiplexer.listen(lambda pipe: pipe.abort())
-    settings = EndpointSettings(bounds=EndpointBounds(handshake_timeout=handshake_timeout))
+    settings = EndpointSettings(bounds=Bounds(handshake_timeout=handshake_timeout))
     server = Endpoint(identity=Identity.generate(), settings=settings)
 
     async def echo(call: IncomingCall) -> Message:
