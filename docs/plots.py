@@ -3,7 +3,7 @@
     make bench                      measures, and saves bench.json
     python docs/plots.py            brings it in (`python docs/plots.py OTHER.json` another one)
 
-What stands between ``<!-- figures: begin -->`` and ``<!-- figures: end -->`` is written anew, and the plots beside it.
+Rewrites everything between ``<!-- figures: begin -->`` and ``<!-- figures: end -->``, and the plots next to it.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ ADDRESSES: Final = ("198.51.100.7:31337", "127.0.0.1:31337")
 PATIENCE: Final = 120.0
 """Seconds for a command to end, or to say that it is ready."""
 
+_OF_THE_COMPUTER: Final = "Python|PyTorch|CUDA|disk|open files"
 _PIECES = re.compile(
     r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$"
     r"|^<!-- (?P<verb>stop|kill|run): (?P<whom>[^>]+?) -->$",
@@ -96,13 +97,14 @@ def commands_of(body: str) -> list[str]:
 
 
 def shape(output: str) -> list[str]:
-    """An output without what differs from one time to the next: numbers, ids, widths of columns, empty lines."""
-    text = re.sub(r"\b[0-9a-f]{64}\b", "PEER", output)
+    """An output without what differs from one time or computer to the next: numbers, ids, widths of columns, empty
+    lines, and what `tesseract doctor` says of the computer."""
+    text = re.sub(rf"^(?:ok|note) +({_OF_THE_COMPUTER}): .*\n(?: {{6}}.*\n)?", r"\1: HERE\n", output, flags=re.M)
+    text = re.sub(r"\b[0-9a-f]{64}\b", "PEER", text)
     text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8}\b|\b[a-f]{8}\b", "PEER", text)
     text = re.sub(r"(?<![\w.])[-+]?\d[\d,.]*", "0", text)
     text = re.sub(r"\b0 ([a-z]+?)s\b", r"0 \1", text)  # one contact or two
     text = re.sub(r"\bversions 0 to 0\b|\bversion 0\b", "versions 0", text)
-    text = re.sub(r"free at \S+", "free at HERE", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return [line for line in lines if line]
 

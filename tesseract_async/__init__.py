@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tesseract_async.node import TesseractNode as TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
-    from tesseract_async.server.builders import expert_builder as expert_builder
+    from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
     from tesseract_async.wire.tensors import TensorSpec as TensorSpec
 
@@ -46,7 +46,7 @@ _HOMES = {
     "RemoteExpert": "client.remote_expert",
     "Identity": "identity",
     "PeerID": "identity",
-    "expert_builder": "server.builders",
+    "expert_builder": "server.registry",
     "run": "leaving",
     "Policy": "admission",
     "Quota": "admission",

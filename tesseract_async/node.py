@@ -14,7 +14,6 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
@@ -29,9 +28,9 @@ from tesseract_async.experts.run_directory import RunKeeper, enter_run
 from tesseract_async.experts.trust import Trust, belongs_under_its_key
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.addresses import WILDCARDS, ListeningAddress
 from tesseract_async.nat.interfaces import address_towards, own_addresses
 from tesseract_async.nat.reach import Reach, ReachSettings
+from tesseract_async.nat.role import WILDCARDS, ListeningAddress
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.network.presence import Presence
 from tesseract_async.transport.address_scope import LOOPBACK, PUBLIC, AddressScope, kind_of
@@ -62,7 +61,7 @@ _ROLES: dict[str, Role] = {BACKWARD: "train", STATE: "host", TAKE_OVER: "host", 
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """What a node consists of once it is started."""
+    """The parts of a started node."""
 
     loop: asyncio.AbstractEventLoop
     address: ListeningAddress
@@ -136,9 +135,9 @@ class TesseractNode(Uncopied):
         self.scope = AddressScope()
         """Which addresses learned from strangers this node may send to; known once it is started."""
         self.trust = Trust(identity.peer_id, self.policy)
+        """Which peers this node believes about experts, and which runs it takes part in (`join_run`)."""
         self.publisher_places: set[int] = set()
         """Those of its servers' `ExpertPublisher`s."""
-        """Which peers this node believes about experts, and which runs it takes part in (`join_run`)."""
         self.network = TesseractNetwork(
             identity=identity,
             policy=self.policy,
@@ -166,9 +165,7 @@ class TesseractNode(Uncopied):
         self._address_watchers: list[Callable[[], None]] = []
         self.twin = asyncio.Event()
         """Set once a node with the same identity is found that was started earlier: this one has withdrawn."""
-        self._presence: Presence | None = None
-        if is_lasting:
-            self._presence = Presence(self.network, on_older_twin=self._withdraw)
+        self._presence = Presence(self.network, on_older_twin=self._withdraw) if is_lasting else None
         self._watch_for_twin: asyncio.Task[None] | None = None
         self._started: _Started | None = None
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
@@ -176,7 +173,7 @@ class TesseractNode(Uncopied):
         self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
         self.client_state: object = None
-        """What the client modules of this node keep in it (`client.experience`)."""
+        """State that the client modules of this node keep in it (`client.experience`)."""
 
     # ------------------------------------------------------------------------------------------------ life
 
@@ -234,14 +231,17 @@ class TesseractNode(Uncopied):
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def _withdraw(self) -> None:
         self.network.mute()
         self.twin.set()
+
+    @property
+    def is_running(self) -> bool:
+        """True from `start` to `aclose`."""
+        return self._started is not None and not self._closed
 
     def check_running(self) -> None:
         """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
@@ -271,10 +271,7 @@ class TesseractNode(Uncopied):
         address = ListeningAddress(host, port, announced, versions=v6 if sock.family == socket.AF_INET6 else (4,))
         endpoint = Endpoint(
             identity=self.identity,
-            settings=EndpointSettings(
-                security=self._security,
-                max_receive_bytes=self._max_receive_bytes,
-            ),
+            settings=EndpointSettings(security=self._security, max_receive_bytes=self._max_receive_bytes),
             policy=self.policy,
             metrics=self.metrics,
             table=self._table,
@@ -300,10 +297,8 @@ class TesseractNode(Uncopied):
         """Warn that a socket on loopback reaches only this computer: seeds elsewhere would just seem to be silent."""
         if not ipaddress.ip_address(own_host).is_loopback:
             return
-        hosts = [(address, split_host_port(address)[0]) for peer in self.initial_peers for address in peer.addresses]
-        beyond = [
-            address for address, host in hosts if ip_version(address) and not ipaddress.ip_address(host).is_loopback
-        ]
+        seeds = [address for peer in self.initial_peers for address in peer.addresses if ip_version(address)]
+        beyond = [one for one in seeds if not ipaddress.ip_address(split_host_port(one)[0]).is_loopback]
         if beyond:
             logger.warning(
                 "this node listens on %s and reaches this computer only: to join by %s it needs "
@@ -343,24 +338,28 @@ class TesseractNode(Uncopied):
         return self.identity.peer_id
 
     @property
+    def _running(self) -> _Started:
+        if self._started is None:
+            raise RuntimeError(
+                "the node has no address or endpoint before it is started: use `async with TesseractNode(...)`"
+            )
+        return self._started
+
+    @property
     def address(self) -> str:
         """The ``"host:port"`` that this node listens on, UDP and TCP. Raises: RuntimeError before `start`."""
-        if self._started is None:
-            raise RuntimeError("the node has no address before it is started: use `async with TesseractNode(...)`")
-        return join_host_port(self._started.address.host, self._started.address.port)
+        address = self._running.address
+        return join_host_port(address.host, address.port)
 
     @property
     def peer_address(self) -> PeerAddress:
-        """What others need to reach this node: its id, and its addresses or rendezvous nodes as known now."""
-        self.address  # noqa: B018  (raises the sentence above)
+        """The address by which others reach this node: its id, and its addresses or rendezvous nodes as known now."""
         return PeerAddress(self.peer_id, self.reach.addresses, self.reach.rendezvous_texts)
 
     @property
     def reach(self) -> Reach:
-        """What is known about the ways to and from this node. Raises: RuntimeError before `start`."""
-        if self._started is None:
-            raise RuntimeError("the node has no place yet before it is started: use `async with TesseractNode(...)`")
-        return self._started.reach
+        """The knowledge of the ways to and from this node. Raises: RuntimeError before `start`."""
+        return self._running.reach
 
     async def wait_reachable(self, timeout: float = 10.0) -> bool:
         """Wait at most `timeout` seconds until it is known how others reach this node; return whether it is known.
@@ -377,9 +376,7 @@ class TesseractNode(Uncopied):
     @property
     def endpoint(self) -> Endpoint:
         """The TCP side. Raises: RuntimeError before `start`."""
-        if self._started is None:
-            raise RuntimeError("the node has no endpoint before it is started: use `async with TesseractNode(...)`")
-        return self._started.endpoint
+        return self._running.endpoint
 
     def is_connected(self, peer_id: PeerID) -> bool:
         """Return whether `peer_id` is this node or a peer with an open connection, dialled by either side."""
@@ -437,7 +434,7 @@ class TesseractNode(Uncopied):
         return self.endpoint.path(peer)
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        """Has ``expert.*`` calls for `uid`, from the network or from this node, answered by their method's handler.
+        """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
 
         `handlers` is read at each call. Raises: ValueError if this node hosts the uid already or the uid is malformed.
         """
@@ -474,13 +471,7 @@ class TesseractNode(Uncopied):
             raise PeerUnreachable(peer.short, {"policy": NotAllowed(f"it may not host {uid}: nothing is sent there")})
         if peer.peer_id != self.peer_id:
             return await self.endpoint.call(
-                peer,
-                method,
-                body,
-                buffers,
-                timeout=timeout,
-                idempotent=idempotent,
-                priority=priority,
+                peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
             )
         check_priority(priority)  # as the endpoint does
         loop = asyncio.get_running_loop()
@@ -553,27 +544,23 @@ async def bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]
             tcp.setblocking(False)
             udp.setblocking(False)
             return tcp, udp
-        except OSError as error:
+        except BaseException as error:  # the sockets have no owner yet
             tcp.close()
             udp.close()
-            if error.errno == errno.EADDRINUSE and port == 0:
-                continue
-            raise _bind_error(error, host, port) from None
-        except BaseException:  # the sockets have no owner yet
-            tcp.close()
-            udp.close()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            if error.errno != errno.EADDRINUSE or port != 0:
+                raise _bind_error(error, host, port) from None
     raise OSError(errno.EADDRINUSE, f"no port on {host} is free for both UDP and TCP")
 
 
 def _bind_error(error: OSError, host: str, port: int) -> OSError:
-    if error.errno == errno.EADDRINUSE:
-        return OSError(error.errno, f"port {port} on {host} is in use: choose another one, or 0 for any that is free")
-    if error.errno == errno.EADDRNOTAVAIL:
-        return OSError(error.errno, f"cannot listen on {host}: it is no address of this machine")
-    if error.errno == errno.EACCES:
-        return OSError(error.errno, f"may not listen on port {port}: ports below 1024 need privileges")
-    return error
+    sentences = {
+        errno.EADDRINUSE: f"port {port} on {host} is in use: choose another one, or 0 for any that is free",
+        errno.EADDRNOTAVAIL: f"cannot listen on {host}: it is no address of this machine",
+        errno.EACCES: f"may not listen on port {port}: ports below 1024 need privileges",
+    }
+    return OSError(error.errno, sentences[error.errno]) if error.errno in sentences else error
 
 
 def _outside_hosts(host: str, family: int, peers: Sequence[PeerAddress]) -> list[str]:

@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import pytest
@@ -58,8 +59,10 @@ def no_thread_left() -> Iterator[None]:
     lasting = ("asyncio_", "uvloop_", "Dummy", "pt_autograd", "tesseract-codec")
     left = {t for t in left if not t.name.startswith(lasting)}
     for thread in left:
-        thread.join(timeout=5)
-    assert not any(thread.is_alive() for thread in left), f"threads left: {left}"
+        thread.join(timeout=30)  # on a busy machine
+    frames = sys._current_frames()
+    where = [(t.name, traceback.format_stack(frames[t.ident])[-2:]) for t in left if t.ident in frames]
+    assert not any(thread.is_alive() for thread in left), f"threads left: {where}"
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,6 +187,22 @@ async def hosting(uid: str, *, width: int) -> AsyncIterator[ta.TesseractNode]:
         yield host
 
 
+InASwarm = Callable[[int], AbstractAsyncContextManager[None]]
+
+
+@pytest.fixture
+def in_a_swarm(monkeypatch: pytest.MonkeyPatch) -> InASwarm:
+    """A swarm of one node that hosts ``ffn.3.7``, of a width; the programs of the pages find it in the environment."""
+
+    @asynccontextmanager
+    async def make(width: int) -> AsyncIterator[None]:
+        async with hosting("ffn.3.7", width=width) as host:
+            monkeypatch.setenv("SWARM", host.address)
+            yield
+
+    return make
+
+
 # -- how-to ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,10 +213,9 @@ def app_of(framework: str) -> Any:
     return names["app"]
 
 
-async def test_a_fastapi_application_holds_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fastapi_application_holds_a_node(in_a_swarm: InASwarm) -> None:
     pytest.importorskip("fastapi")
-    async with hosting("ffn.3.7", width=4) as host:
-        monkeypatch.setenv("SWARM", host.address)
+    async with in_a_swarm(4):
         app = app_of("fastapi")
         async with app.router.lifespan_context(app):
             status, body = await asgi_post(app, "/apply", [[1, 2, 3, 4]])
@@ -227,22 +242,20 @@ async def asgi_post(app: Any, path: str, data: Any) -> tuple[int, Any]:
     return sent[0]["status"], json.loads(body)
 
 
-async def test_an_aiohttp_application_holds_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_aiohttp_application_holds_a_node(in_a_swarm: InASwarm) -> None:
     from aiohttp.test_utils import TestClient, TestServer
 
-    async with hosting("ffn.3.7", width=4) as host:
-        monkeypatch.setenv("SWARM", host.address)
+    async with in_a_swarm(4):
         async with TestClient(TestServer(app_of("aiohttp"))) as client:
             answer = await client.post("/apply", json=[[1, 2, 3, 4]])
             assert len((await answer.json())[0]) == 4
 
 
 async def test_a_program_without_a_loop_uses_an_expert(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    in_a_swarm: InASwarm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     [plain] = blocks(DOCS / "how-to/embed.md", "python", "plain.py")
-    async with hosting("ffn.3.7", width=16) as host:
-        monkeypatch.setenv("SWARM", host.address)
+    async with in_a_swarm(16):
         await asyncio.to_thread(exec, compile(at_home(plain), "plain.py", "exec"), {})
     assert capsys.readouterr().out == "torch.Size([4, 16])\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tesseract_async as ta
-from tesseract_async import identity as module
+from tests.disks import disk_of_fixed_modes, disk_without_links, full_disk
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
 
@@ -41,31 +42,27 @@ def test_programs_that_start_at_once_agree_on_one_key(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == num_rounds, "no unfinished file is left"
 
 
-def test_another_one_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_one_is_faster(tmp_path: Path) -> None:
     path, first = tmp_path / "node.pem", ta.Identity.generate()
-    generate = ta.Identity.generate
 
-    def slow() -> ta.Identity:
-        first.save(path)
-        return generate()
+    class Slow(ta.Identity):
+        @classmethod
+        def generate(cls) -> ta.Identity:
+            first.save(path)
+            return super().generate()
 
-    monkeypatch.setattr(ta.Identity, "generate", slow)
-    assert ta.Identity.load_or_create(path).peer_id == first.peer_id
+    assert Slow.load_or_create(path).peer_id == first.peer_id
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_key_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
-    def no_space(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_key_is_never_half_written(tmp_path: Path, links: bool) -> None:
+    with contextlib.nullcontext() if links else disk_without_links():
+        never_half_written(tmp_path)
 
-    def no_links(old: object, new: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
 
-    if not links:
-        monkeypatch.setattr(module.os, "link", no_links)
+def never_half_written(tmp_path: Path) -> None:
     path = tmp_path / "node.pem"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*node\.pem"):
-        patch.setattr(module.os, "fsync", no_space)
+    with full_disk(), pytest.raises(OSError, match=r"No space left on device: .*node\.pem"):
         ta.Identity.generate().save(path)
     assert not list(tmp_path.iterdir())
     ta.Identity.generate().save(path)
@@ -111,17 +108,13 @@ def test_a_key_that_others_could_read_is_closed_to_them(
 
 @POSIX
 def test_a_key_whose_mode_cannot_be_changed_is_used_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, identity = tmp_path / "node.pem", ta.Identity.generate()
     identity.save(path)
     path.chmod(0o644)
 
-    def refuse(path: Path, mode: int) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "chmod", refuse)
-    with caplog.at_level(logging.WARNING):
+    with disk_of_fixed_modes(), caplog.at_level(logging.WARNING):
         assert ta.Identity.load(path).peer_id == identity.peer_id
     assert "chmod 600" in caplog.text
 

@@ -60,7 +60,6 @@ DRIVERS = {
         "endpoint/endpoint.py",
         "endpoint/handlers.py",
         "endpoint/handshake.py",
-        "endpoint/racing.py",
     },
     "testing": set[str](),
 }

@@ -94,13 +94,13 @@ async def test_start_twice_is_refused_and_close_twice_is_not() -> None:
     await node.aclose()
 
 
-async def test_a_failed_start_frees_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_start_frees_the_port() -> None:
+    class Down(ta.TesseractNetwork):
+        async def start(self, *args: object, **kwargs: object) -> None:
+            raise OSError("no network today")
+
     node = ta.TesseractNode()
-
-    async def fail(*args: object, **kwargs: object) -> None:
-        raise OSError("no network today")
-
-    monkeypatch.setattr(node.network, "start", fail)
+    node.network = Down(identity=node.identity)
     with pytest.raises(OSError, match="no network today"):
         await node.start()
     port = int(node.address.split(":")[1])

@@ -28,7 +28,7 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
     with spinner("loading PyTorch"), importing():
         import torch
 
-        from tesseract_async.client.expert_rpc import fetch_schema
+        from tesseract_async.client.expert_rpc import ExpertSchema, fetch_info
         from tesseract_async.experts import split_uid
         from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
@@ -37,7 +37,7 @@ async def command(*, uid: str, visit: Visit, run_name: str | None, rows: int, re
         await enter(node, run_name)
         expert = await node.get_expert(uid)
         replicas = await node.directory.find(uid)
-        schema = await fetch_schema(node, uid, replicas[0].peer, timeout=10.0)
+        schema = ExpertSchema.decode(await fetch_info(node, uid, replicas[0].peer, timeout=10.0))
         make = {True: torch.randn, False: torch.zeros}  # by whether the numbers are fractions
         tensors = [
             make[spec.dtype.is_floating_point](rows, *spec.shape, dtype=spec.dtype) for spec in flatten(schema.inputs)

@@ -1,4 +1,4 @@
-"""What `tesseract serve` does: finds the run, claims experts, hosts them, keeps to the limits, leaves."""
+"""The course of `tesseract serve`: find the run, claim experts, host them, keep to the limits, leave."""
 
 from __future__ import annotations
 
@@ -33,15 +33,13 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.builders import build_all
 from tesseract_async.server.contract import Verdict, VolunteerSettings
-from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
-from tesseract_async.server.registry import make_backend
+from tesseract_async.server.registry import build_all, make_backend
 from tesseract_async.server.run_experts import build_run_backend
 from tesseract_async.server.server import ServerSettings, TesseractServer
-from tesseract_async.server.state_files import stored_uids
+from tesseract_async.server.state_files import FolderLock, stored_uids
 from tesseract_async.server.succession import ReplicaKeeper
 from tesseract_async.server.volunteer import VolunteerKeeper
 from tesseract_async.transport.throttle import Throttle
@@ -143,7 +141,7 @@ class Hosting:
                 self._limits,
                 usage_file=None if serving.checkpoint_dir is None else serving.checkpoint_dir / "usage.json",
                 before_pause=partial(_hand_over, replicas),
-                before_resume=replicas.come_back,
+                before_resume=partial(replicas.look, even_paused=True),
                 tell=_tell,
             )
             await stack.enter_async_context(volunteer)

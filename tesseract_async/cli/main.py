@@ -41,7 +41,7 @@ CONTEXT = {
 
 
 class LazyGroup(click.Group):
-    """Imports a subcommand's module when that subcommand is asked for."""
+    """A group that imports a subcommand's module when that subcommand is asked for."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command; help that cannot be written, for instance to a full disk, ends in a sentence."""

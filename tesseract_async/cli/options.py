@@ -31,7 +31,7 @@ from tesseract_async.cli.types import (
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import MAX_RECEIVE_BYTES, TesseractNode
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.transport.throttle import Throttle

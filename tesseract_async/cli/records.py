@@ -13,8 +13,6 @@ from tesseract_async.cli.types import counted, seconds
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.manifest import decode_manifest
 
-YEAR = 365 * 86400.0
-
 
 @click.command("get")
 @click.argument("key")
@@ -47,7 +45,7 @@ async def get(*, key: str, visit: Visit, as_json: bool) -> int:
 @click.argument("value")
 @visit_options
 @click.option("--subkey", help="Store the entry under this name within KEY, so that an owner can have several there.")
-@click.option("--ttl", default=300.0, type=seconds(1, YEAR), help="Keep the entry for this long, such as '1 h'.")
+@click.option("--ttl", default=300.0, type=seconds(1, 365 * 86400), help="Keep the entry for this long, such as '1 h'.")
 @asynchronous
 async def put(*, key: str, value: str, visit: Visit, subkey: str | None, ttl: float) -> int:
     """Store VALUE under KEY, as JSON if it is JSON, else as text.

@@ -17,15 +17,12 @@ import click
 
 from tesseract_async.errors import TesseractError
 from tesseract_async.leaving import told_to_leave
-from tesseract_async.transport.descriptors import raise_descriptor_limit
+from tesseract_async.transport.admission import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
 
 MAX_SENTENCE = 400
 """Characters of an error that a command ends with."""
-
-FAILED = 1
-"""The exit status of a failure. After a signal it is 128 + the signal's number, as shells have it."""
 
 Main = Callable[[], Coroutine[None, None, int]]
 
@@ -34,9 +31,9 @@ def run(main: Main, *, leave_with_parent: bool = False) -> None:
     """Run `main()` in an event loop (uvloop where it is installed) and exit with the status that it returns.
 
     An error ends in a sentence and status 1; with ``--verbose`` the log says where it happened. Ctrl-C, SIGTERM and
-    SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else; so does the end of standard
-    input with `leave_with_parent`, by which a process notices that the one that started it is gone. From then on only
-    a second Ctrl-C cuts it short.
+    SIGHUP end `until_told_to_leave`, or cancel `main()` where it is doing something else (then the status is 128 + the
+    signal's number); so does the end of standard input with `leave_with_parent`, by which a process notices that the
+    one that started it is gone. From then on only a second Ctrl-C cuts it short.
     """
     raise_descriptor_limit()
     told: list[int] = []
@@ -62,7 +59,7 @@ def run(main: Main, *, leave_with_parent: bool = False) -> None:
     except (OSError, ValueError, TesseractError, RuntimeError, MemoryError, ExceptionGroup) as error:
         logger.info("what happened", exc_info=error)  # --verbose shows where
         click.echo(f"Error: {sentence_of(error)}", err=True)
-        status = FAILED
+        status = 1
     sys.exit(status)
 
 

@@ -14,7 +14,7 @@ import click
 
 from tesseract_async.experts.pattern import ExpertPattern
 from tesseract_async.identity import PeerID
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.server.contract import Hours
 from tesseract_async.transport.base import split_host_port
 

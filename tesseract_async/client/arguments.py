@@ -28,10 +28,6 @@ class Versions:
     def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
         self._noted = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
-    def note(self, tensor: torch.Tensor) -> None:
-        """Adds one; it is not an inference tensor."""
-        self._noted.append((tensor, tensor._version))
-
     def check(self) -> None:
         """Raises: RuntimeError if one was changed since it was noted."""
         if any(tensor._version != version for tensor, version in self._noted):
@@ -51,9 +47,14 @@ class Arguments:
 
     @classmethod
     def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> Arguments:
-        """Read grad mode and autocast, draw a seed if `training`, and hold the arguments (see `arguments_now`)."""
+        """Read grad mode and autocast, draw a seed if `training`, and hold the arguments (see `arguments_now`).
+
+        The seed comes from torch's generator of the CPU: `torch.manual_seed`, `torch.set_rng_state` and
+        `torch.random.fork_rng` do to remote dropout what they do to local one.
+        """
         (taken, keywords), versions = arguments_now((args, kwargs))
-        mode = CallMode(training, draw_seed() if training else 0, torch.is_grad_enabled())
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)) if training else 0
+        mode = CallMode(training, seed, torch.is_grad_enabled())
         return cls(taken, keywords, versions, mode, under_autocast((taken, keywords)))
 
     def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor]:
@@ -71,12 +72,6 @@ class Arguments:
         except SchemaMismatch:
             return False
         return True
-
-
-def draw_seed() -> int:
-    """A seed for one call's random numbers, drawn from torch's generator of the CPU: `torch.manual_seed`,
-    `torch.set_rng_state` and `torch.random.fork_rng` do to remote dropout what they do to local one."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
 
 def under_autocast(structure: Structure) -> bool:
@@ -105,21 +100,18 @@ def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
     Copied, in the caller's grad mode, is what may change without another version (inference tensors, memory shared with
     NumPy or another process), and the part of a buffer whose other parts may be filled meanwhile.
     """
-    versions = Versions()
-    return _taken(structure, versions), versions
+    taken = _taken(structure)
+    return taken, Versions(leaf for leaf in flatten(taken) if isinstance(leaf, torch.Tensor))
 
 
-def _taken(value: Structure, versions: Versions) -> Structure:
+def _taken(value: Structure) -> Structure:
     if isinstance(value, torch.Tensor):
-        if _may_change_unseen(value):
-            return value.clone()
-        versions.note(value)
-        return value
+        return value.clone() if _may_change_unseen(value) else value
     if isinstance(value, tuple | list):
-        items = [_taken(item, versions) for item in value]
+        items = [_taken(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, Mapping):
-        return {key: _taken(item, versions) for key, item in value.items()}
+        return {key: _taken(item) for key, item in value.items()}
     return value
 
 

@@ -100,7 +100,7 @@ class Audits:
         self.findings: deque[AuditFinding] = deque(maxlen=MAX_FINDINGS)
         """The latest differences, the newest last."""
         self.random = random or Random()
-        """Draws which answers are audited."""
+        """Decides which answers are audited: a seeded one makes an experiment repeatable."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_pending_bytes = 0
         self._unrepeatable: set[tuple[str, bool]] = set()
@@ -110,22 +110,9 @@ class Audits:
         self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, *, timeout: float
     ) -> None:
         """Audit this answer in the background with the probability that its options name."""
-        if self.random.random() < forward.options.audit_share:
-            if (forward.uid, forward.mode.training) not in self._unrepeatable:
-                self._begin(forward, receipt, inputs, outputs, timeout)
-
-    async def wait(self) -> None:
-        """Return once the audits under way have ended."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    async def aclose(self) -> None:
-        """Give up the audits under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _begin(self, forward: Forward, receipt: Receipt, inputs: Outputs, outputs: Outputs, timeout: float) -> None:
+        is_drawn = self.random.random() < forward.options.audit_share
+        if not is_drawn or (forward.uid, forward.mode.training) in self._unrepeatable:
+            return
         num_bytes = sum(x.nbytes for x in (*inputs, *outputs))
         if self._num_pending_bytes + num_bytes > MAX_PENDING_BYTES:
             self._count(Verdict.SKIPPED)
@@ -138,13 +125,25 @@ class Audits:
         forward = forward._replace(mode=forward.mode._replace(differentiable=False))
         sample = _Sample(forward, receipt, copies[0], copies[1], timeout)
         self._num_pending_bytes += num_bytes
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._num_pending_bytes -= num_bytes
+
         task = asyncio.get_running_loop().create_task(self._audit(sample), name=f"client: audit of {forward.uid}")
         self._tasks.add(task)
-        task.add_done_callback(lambda _: self._end(task, num_bytes))
+        task.add_done_callback(ended)
 
-    def _end(self, task: asyncio.Task[None], num_bytes: int) -> None:
-        self._tasks.discard(task)
-        self._num_pending_bytes -= num_bytes
+    async def wait(self) -> None:
+        """Return once the audits under way have ended."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def aclose(self) -> None:
+        """Give up the audits under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _count(self, verdict: Verdict) -> None:
         self.outcomes[verdict] += 1

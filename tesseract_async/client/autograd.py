@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import contextvars
 import functools
 import os
@@ -30,7 +31,7 @@ import torch
 import torch.utils.checkpoint
 
 from tesseract_async.client.arguments import Versions
-from tesseract_async.client.isolated import DEFAULT, isolated
+from tesseract_async.client.isolated import DEFAULT, NO_GRAD, isolated
 from tesseract_async.client.leaves import Leaves
 from tesseract_async.client.scaling import Scaler, Scaling, noted_scale
 from tesseract_async.errors import ExpertFailed
@@ -107,11 +108,9 @@ async def remote_call(
     versions.check()
     with torch.inference_mode(False), torch.enable_grad():
         results: tuple[torch.Tensor, ...] = _Issue.apply(call, token, *detached)  # type: ignore[no-untyped-call]
-    for result in results:
-        if result.grad_fn is not None:
-            if hasattr(result.grad_fn, "_set_sequence_nr"):  # private: a test notices if it goes away
-                result.grad_fn._set_sequence_nr(_ISSUE_FIRST)
-            break
+    node = next((result.grad_fn for result in results if result.grad_fn is not None), None)
+    if node is not None and hasattr(node, "_set_sequence_nr"):  # private: a test notices if it goes away
+        node._set_sequence_nr(_ISSUE_FIRST)
     return list(results)
 
 
@@ -182,14 +181,8 @@ class _GradientRequest:
     def _begin(self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         if self._done.is_set():  # cancelled before it began
             return
-        self.task = self.call.loop.create_task(isolated(self._carry(inputs, gradients), modes=DEFAULT))
+        self.task = self.call.loop.create_task(isolated(self.call.remote.backward(inputs, gradients), modes=NO_GRAD))
         self.task.add_done_callback(self._finish)
-
-    async def _carry(
-        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        with torch.no_grad():
-            return await self.call.remote.backward(inputs, gradients)
 
     def _finish(self, task: asyncio.Task[list[torch.Tensor | None]]) -> None:
         if task.cancelled():
@@ -331,17 +324,44 @@ class _Issue(torch.autograd.Function):
 class _Step:
     """One `backward` under way and its gradient requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, scaler: Scaler | None) -> None:
+        """Made in the thread that awaits, whose stream the engine continues."""
         self.graph_task: int | None = None
+        self._scaler = scaler
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self.scaling: Scaling | None = None
         self._lock = threading.Lock()
         self._cancelled = False
         self._requests: list[_GradientRequest] = []
 
+    def run(
+        self, loss: torch.Tensor, gradient: torch.Tensor | None, retain_graph: bool
+    ) -> tuple[Leaves, list[torch.Tensor | None]]:
+        """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
+        _engine_thread.step = self
+        try:
+            with torch.cuda.stream(self._stream):  # of None: does nothing
+                leaves = Leaves(loss)
+                self.scaling = Scaling(self._scaler, could_be_noted=gradient is None)
+                root = _Root.apply(loss, self)  # type: ignore[no-untyped-call]
+                gradients = torch.autograd.grad(
+                    root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True
+                )
+                if leaves.have_hooks:
+                    self._refuse_if_cancelled()
+                    leaves.accumulate(gradients)
+                    return leaves, [None for _ in gradients]
+                # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
+                return leaves, [None if grad is None else grad.detach().clone() for grad in gradients]
+        finally:
+            _engine_thread.step = None
+            if self.graph_task is not None:
+                _steps.pop(self.graph_task, None)
+
     def add(self, request: _GradientRequest) -> None:
         """In an engine's thread."""
         with self._lock:
-            self.refuse_if_cancelled()
+            self._refuse_if_cancelled()
             self._requests.append(request)
 
     def cancel(self) -> None:
@@ -352,8 +372,7 @@ class _Step:
         for request in requests:
             request.cancel()
 
-    def refuse_if_cancelled(self) -> None:
-        """In an engine's thread."""
+    def _refuse_if_cancelled(self) -> None:
         if self._cancelled:
             raise _Cancelled("the step was cancelled")
 
@@ -383,6 +402,11 @@ class _Root(torch.autograd.Function):
         ctx.step.graph_task = torch._C._current_graph_task_id()
         _steps[ctx.step.graph_task] = ctx.step
         return gradients[0], None
+
+
+def num_steps() -> int:
+    """Return how many `backward`s of this process are under way in an engine's thread."""
+    return len(_steps)
 
 
 def backward(
@@ -429,10 +453,9 @@ async def _backward(
         raise RuntimeError("this loss needs no gradient: it was made under no_grad, or of nothing that requires grad")
     if gradient is None and loss.numel() != 1:
         raise RuntimeError(f"backward of a tensor of shape {tuple(loss.shape)} takes its `gradient` too")
-    step = _Step()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    outcome: asyncio.Future[_EngineResult] = asyncio.get_running_loop().create_future()
-    run_in_engine_thread(lambda: _run_engine(step, loss, gradient, retain_graph, scaler, stream), outcome)
+    step = _Step(scaler)
+    outcome: asyncio.Future[tuple[Leaves, list[torch.Tensor | None]]] = asyncio.get_running_loop().create_future()
+    run_in_engine_thread(lambda: step.run(loss, gradient, retain_graph), outcome)
     cancelled: asyncio.CancelledError | None = None
     while not outcome.done():
         try:
@@ -441,46 +464,12 @@ async def _backward(
             cancelled = caught
             step.cancel()
     error = outcome.exception()  # asked for in any case: otherwise it is logged as lost
-    failed = cancelled or error
-    if failed is not None:
+    if (failed := cancelled or error) is not None:
         step.cancel()
         await step.aclose()
         raise failed
     leaves, gradients = outcome.result()
     leaves.add(gradients)
-
-
-_EngineResult = tuple[Leaves, list[torch.Tensor | None]]
-
-
-def _run_engine(
-    step: _Step,
-    loss: torch.Tensor,
-    gradient: torch.Tensor | None,
-    retain_graph: bool,
-    scaler: Scaler | None,
-    stream: torch.cuda.Stream | None,
-) -> _EngineResult:
-    """In an engine thread: return the leaves under `loss` and what is left to add to each, in separate memory."""
-    _engine_thread.step = step
-    try:
-        with torch.cuda.stream(stream):  # of None: does nothing
-            leaves = Leaves(loss)
-            step.scaling = Scaling(scaler, could_be_noted=gradient is None)
-            root = _Root.apply(loss, step)  # type: ignore[no-untyped-call]
-            gradients = torch.autograd.grad(
-                root, leaves.tensors, gradient, retain_graph=retain_graph, allow_unused=True
-            )
-            if leaves.have_hooks:
-                step.refuse_if_cancelled()
-                leaves.accumulate(gradients)
-                return leaves, [None for _ in gradients]
-            # The engine may hand out one tensor for two leaves, or an expanded one: .grad must be neither.
-            return leaves, [None if grad is None else grad.detach().clone() for grad in gradients]
-    finally:
-        _engine_thread.step = None
-        if step.graph_task is not None:
-            _steps.pop(step.graph_task, None)
 
 
 # ------------------------------------------------------------------------------------------------ threads
@@ -499,12 +488,13 @@ class _EngineThreads:
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
         self._lock = threading.Lock()
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        # no SimpleQueue: see `TesseractRuntime`
+        self._idle: list[queue.Queue[Callable[[], None]]] = []
         self._num_busy = 0
         self._all_idle = threading.Condition(self._lock)
 
     def wait_idle(self, timeout: float) -> bool:
-        """Wait until no job runs, at most `timeout` seconds; return whether none does."""
+        """Wait until no job runs, at most `timeout` seconds. Return whether none does."""
         with self._all_idle:
             return self._all_idle.wait_for(lambda: not self._num_busy, timeout)
 
@@ -519,7 +509,7 @@ class _EngineThreads:
             threading.Thread(target=self._run, args=(job,), name="tesseract-backward", daemon=True).start()
 
     def _run(self, job: Callable[[], None] | None) -> None:
-        inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         while job is not None:
             job()
             job = None  # an idle thread must not keep a graph alive
@@ -539,8 +529,8 @@ class _EngineThreads:
 
 _threads = _EngineThreads()
 # A thread that comes back from PyTorch into an interpreter that is being taken down ends the process with SIGABRT.
-# Those that wait for a network whose loop has stopped never come back, so the exit waits for a second at most.
-atexit.register(_threads.wait_idle, 1.0)
+# On a busy machine the last ones take seconds to come back. Those that wait for a loop that goes on never do.
+atexit.register(_threads.wait_idle, 5.0)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.forget)
 
@@ -549,23 +539,13 @@ def run_in_engine_thread(work: Callable[[], R], outcome: asyncio.Future[R]) -> N
     """Run `work` in a thread of the engine's pool; its result or error becomes that of `outcome`, on its loop."""
     loop = outcome.get_loop()
 
-    def finish(result: R | None, error: BaseException | None) -> None:
-        if outcome.cancelled():
-            return
-        if error is not None:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(result)  # type: ignore[arg-type]  # without an error there is one
-
     def job() -> None:
-        result, error = None, None
+        finish: Callable[[], None]
         try:
-            result = work()
-        except BaseException as caught:  # it is handed to the awaiting task, whatever it is
-            error = caught
-        try:
-            loop.call_soon_threadsafe(finish, result, error)
-        except RuntimeError:  # the loop is closed, and with it the task that waited
-            pass
+            finish = functools.partial(outcome.set_result, work())
+        except BaseException as error:  # it is handed to the awaiting task, whatever it is
+            finish = functools.partial(outcome.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the task that waited
+            loop.call_soon_threadsafe(lambda: None if outcome.cancelled() else finish())
 
     _threads.submit(job)

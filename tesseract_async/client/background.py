@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from tesseract_async.admission import Policy
 from tesseract_async.client.ports import PlainCalls
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.network.entries import Entry, StoreItem
+from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
@@ -29,6 +30,7 @@ from tesseract_async.uncopied import Uncopied
 if TYPE_CHECKING:
     from tesseract_async.experts.authority import Authority
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -218,22 +220,27 @@ class BackgroundNode(PlainCalls):
             ...
         """
 
-        async def enter() -> T:
-            return await context.__aenter__()
-
-        async def leave(
-            kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-        ) -> bool | None:
-            return await context.__aexit__(kind, error, traceback)
-
-        value = self.run(enter())
+        stack = contextlib.AsyncExitStack()
+        value = self.run(stack.enter_async_context(context))
         try:
             yield value
         except BaseException as error:  # the context manager decides, as in `with`
-            if not self.run(leave(type(error), error, error.__traceback__)):
+            if not self.run(stack.__aexit__(type(error), error, error.__traceback__)):
                 raise
         else:
-            self.run(leave(None, None, None))
+            self.run(stack.aclose())
+
+
+def _plain(
+    method: Callable[Concatenate[TesseractNetwork, P], Coroutine[object, object, T]],
+) -> Callable[Concatenate[Network, P], T]:
+    """The method of `TesseractNetwork` as a plain call."""
+
+    @functools.wraps(method)
+    def call(self: Network, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._node.run(method(self._node.node.network, *args, **kwargs))
+
+    return call
 
 
 class Network(Uncopied):
@@ -242,33 +249,13 @@ class Network(Uncopied):
     def __init__(self, node: BackgroundNode) -> None:
         self._node = node
 
-    def store(self, key: str, value: object, *, ttl: float, subkey: str | None = None) -> int:
-        """See `TesseractNetwork.store`."""
-        return self._node.run(self._node.node.network.store(key, value, ttl=ttl, subkey=subkey))
-
-    def store_many(self, items: Sequence[StoreItem]) -> list[int]:
-        """See `TesseractNetwork.store_many`."""
-        return self._node.run(self._node.node.network.store_many(items))
-
-    def get(self, key: str) -> Any:
-        """See `TesseractNetwork.get`."""
-        return self._node.run(self._node.node.network.get(key))
-
-    def get_many(self, keys: Sequence[str]) -> list[Any]:
-        """See `TesseractNetwork.get_many`."""
-        return self._node.run(self._node.node.network.get_many(keys))
-
-    def get_entries(self, key: str) -> list[Entry]:
-        """See `TesseractNetwork.get_entries`."""
-        return self._node.run(self._node.node.network.get_entries(key))
-
-    def withdraw(self, key: str, *, subkey: str | None = None) -> int:
-        """See `TesseractNetwork.withdraw`."""
-        return self._node.run(self._node.node.network.withdraw(key, subkey=subkey))
-
-    def wait_joined(self, timeout: float | None = None) -> bool:
-        """See `TesseractNetwork.wait_joined`."""
-        return self._node.run(self._node.node.network.wait_joined(timeout))
+    store = _plain(TesseractNetwork.store)
+    store_many = _plain(TesseractNetwork.store_many)
+    get = _plain(TesseractNetwork.get)
+    get_many = _plain(TesseractNetwork.get_many)
+    get_entries = _plain(TesseractNetwork.get_entries)
+    withdraw = _plain(TesseractNetwork.withdraw)
+    wait_joined = _plain(TesseractNetwork.wait_joined)
 
     @property
     def num_contacts(self) -> int:

@@ -10,8 +10,6 @@ import torch
 _SPARSE_AFTER = 64
 _SPARSE_SHARE = 0.25
 """A search ends early if less than this share of so many cells or more live."""
-_MAX_ASKED = 512
-_CELLS_AT_ONCE = 64
 
 
 def best_cells(scores_RS: torch.Tensor, grid_size: Sequence[int], k: int) -> torch.Tensor:
@@ -48,7 +46,7 @@ class BeamSearch:
         self._beam = k
         self._alive: dict[tuple[int, ...], bool] = {}
         self.is_exact = not len(scores_RS)
-        """`found` holds the `k` best live ones of every row, or all that live if these are fewer."""
+        """The `k` best live experts of every row are known, or all that live if these are fewer."""
 
     def wanted(self, limit: int = 64) -> list[tuple[int, ...]]:
         """At most `limit` cells to ask about next, those that most rows need first; empty once the search is over."""
@@ -78,8 +76,3 @@ class BeamSearch:
     def learn(self, cell: tuple[int, ...], alive: bool) -> None:
         """Take in whether `cell` is hosted."""
         self._alive[cell] = alive
-
-    @property
-    def found(self) -> list[tuple[int, ...]]:
-        """The live cells so far, ascending."""
-        return sorted(cell for cell, alive in self._alive.items() if alive)

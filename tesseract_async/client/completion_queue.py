@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Collection
 from typing import Generic, TypeVar
@@ -14,38 +15,24 @@ class CompletionQueue(Generic[T]):
     """Tasks as they end. One awaits at a time."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ended: list[asyncio.Task[T]] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
 
     def add(self, task: asyncio.Task[T]) -> None:
         """`wait` will give this task when it has ended, once."""
-        task.add_done_callback(self._note)
+        task.add_done_callback(self._ended.put_nowait)
 
     async def wait(self, until: float) -> list[asyncio.Task[T]]:
         """Those that have ended since the last time, as soon as there are any; none at `until` (the loop's time).
 
         The caller ends the tasks that it no longer waits for.
         """
-        if not self._ended and until > self._loop.time():
-            self._waiter = self._loop.create_future()
-            timer = None if until == math.inf else self._loop.call_at(until, self._wake)
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
-        ended, self._ended = self._ended, []
+        ended = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(None if until == math.inf else until):
+                ended.append(await self._ended.get())
+        while not self._ended.empty():
+            ended.append(self._ended.get_nowait())
         return ended
-
-    def _note(self, task: asyncio.Task[T]) -> None:
-        self._ended.append(task)
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 async def cancel_all(tasks: Collection[asyncio.Task[T]]) -> None:

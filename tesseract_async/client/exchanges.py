@@ -5,29 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 
 from tesseract_async.client.completion_queue import cancel_all
 from tesseract_async.client.experience import Experience
-from tesseract_async.client.expert_rpc import (
-    ExpertSchema,
-    Forward,
-    Receipt,
-    call_forward,
-    check_growth,
-    fetch_schema,
-    fetch_version,
-)
-from tesseract_async.errors import (
-    ExpertNotFound,
-    InputsForgotten,
-    ProtocolError,
-    TesseractError,
-    TooStale,
-    describe,
-)
+from tesseract_async.client.expert_rpc import ExpertSchema, Forward, Receipt, call_forward, check_growth, fetch_info
+from tesseract_async.errors import ExpertNotFound, InputsForgotten, ProtocolError, TesseractError, TooStale, describe
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.transport.base import PeerAddress
@@ -37,48 +22,45 @@ from tesseract_async.wire.messages import BACKWARD
 from tesseract_async.wire.names import new_name
 from tesseract_async.wire.tensors import TensorSpec
 
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 
 Forwarded = tuple[list[torch.Tensor], Receipt]
 
 
-class Exchange(Protocol[T_co]):
+class Exchange(Generic[T]):
     """A question to one expert, which any of some replicas may answer."""
 
-    is_timed: ClassVar[bool]
+    is_timed: ClassVar[bool] = False
     """How long it takes says how long a forward takes there."""
 
     @property
     def num_bytes(self) -> int:
-        """What travels, both ways together, uncompressed."""
+        """What travels, both ways together, uncompressed; 0 if it is little."""
+        return 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
         """Those of `replicas` that may answer. Raises: ExpertNotFound."""
+        return replicas
 
-    async def send(self, replica: ExpertReplica, timeout: float) -> T_co:
-        """One call to one server."""
+    async def send(self, replica: ExpertReplica, timeout: float) -> T:
+        """One call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, eq=False)
-class SchemaExchange:
+class SchemaExchange(Exchange[ExpertSchema]):
     """Asks what an expert takes and gives."""
 
     experience: Experience
     uid: str
-    is_timed: ClassVar[bool] = False
-    num_bytes: ClassVar[int] = 0
-
-    def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """All of them."""
-        return replicas
 
     async def send(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
-        """See `fetch_schema`."""
-        return await fetch_schema(self.experience.node, self.uid, replica.peer, timeout=timeout)
+        """See `fetch_info`."""
+        return ExpertSchema.decode(await fetch_info(self.experience.node, self.uid, replica.peer, timeout=timeout))
 
 
 @dataclass(slots=True, eq=False)
-class ForwardExchange:
+class ForwardExchange(Exchange[Forwarded]):
     """One forward, whose answer may be no older than its options say; a share of the answers is audited."""
 
     experience: Experience
@@ -91,7 +73,7 @@ class ForwardExchange:
 
     @property
     def num_bytes(self) -> int:
-        """See `Exchange`."""
+        """See `Exchange.num_bytes`."""
         return self.inputs[0].shape[0] * self.forward.schema.row_bytes
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
@@ -114,11 +96,11 @@ class ForwardExchange:
         if not self._primaries or replica.peer in self._primaries:
             return await self._call(replica, timeout)
         uid, node = self.forward.uid, self.experience.node
-        asking = asyncio.ensure_future(fetch_version(node, uid, self._primaries[0], timeout=timeout))
+        asking = asyncio.ensure_future(fetch_info(node, uid, self._primaries[0], timeout=timeout))
         try:
             outputs, receipt = await self._call(replica, timeout)
             try:
-                newest = await asking
+                newest = (await asking).version
             except (TesseractError, TimeoutError) as error:
                 raise TooStale(
                     f"how old the answer of a follower of {uid} is, its primary does not say: {describe(error)}"
@@ -144,7 +126,7 @@ class ForwardExchange:
 
 
 @dataclass(slots=True, eq=False)
-class BackwardExchange:
+class BackwardExchange(Exchange[list[torch.Tensor | None]]):
     """The gradients of one forward; the expert takes one optimizer step, whichever replicas are asked however often."""
 
     experience: Experience
@@ -153,18 +135,9 @@ class BackwardExchange:
     inputs: Sequence[torch.Tensor]
     output_gradients: Sequence[torch.Tensor | None]
     call_id: bytes = field(default_factory=new_name)
-    is_timed: ClassVar[bool] = False
-    num_bytes: ClassVar[int] = 0
-
-    def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:
-        """All of them: the primary comes first, and others refuse."""
-        return replicas
 
     async def send(self, replica: ExpertReplica, timeout: float) -> list[torch.Tensor | None]:
-        """The inputs' gradients (None where there is none), on the CPU.
-
-        Raises: what the call raises; ProtocolError if the answer does not fit the inputs.
-        """
+        """The inputs' gradients (None where there is none), on the CPU. See `Exchange.send`."""
         cached = self.receipt.inputs_cached if replica.peer == self.receipt.peer else None
         if cached is not None:
             try:

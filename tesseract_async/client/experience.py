@@ -17,7 +17,8 @@ from tesseract_async.client.coarse_timeouts import CoarseTimeouts
 from tesseract_async.client.dispatch import CallsUnderWay, Direction, ExpertCall
 from tesseract_async.client.latency import FIRST_GRACE_SECONDS, LatencyBook, path_seconds
 from tesseract_async.client.lineages import Lineages
-from tesseract_async.client.ports import LiveView, Node, PlainCalls
+from tesseract_async.client.ports import Node, PlainCalls
+from tesseract_async.client.routing import Coordinates
 from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, SchemaMismatch, summarize
 from tesseract_async.experts.grid import ExpertReplica
@@ -38,6 +39,8 @@ _MAX_STRIKES: Final = 3
 _STRIKE_SECONDS: Final = 1.0
 """An expert that was waited for in vain so often on end, and for so long together, counts as failed."""
 _SMOOTHING: Final = 0.2
+_MAX_GRACE_SECONDS: Final = 1.0
+_GRACE_SHARE: Final = 0.05
 
 
 def experience_of(given: Node | PlainCalls) -> Experience:
@@ -66,21 +69,15 @@ class Experience(Uncopied):
         self.stalls = Stalls()
         self.left_out = LeftOut(node.metrics)
         self.lineages = Lineages(node)
+        self._grace: dict[Direction, float] = {"forward": _MAX_GRACE_SECONDS, "backward": _MAX_GRACE_SECONDS}
+        """Seconds for which late answers are waited for: until one was waited for in vain. Then none, and each pass in
+        which all experts answered gives a share of its time back: experts that hang in every pass cost no more."""
         self._ignored: LRU[object, None] = LRU(_MAX_IGNORED)
         """Servers that host something else under a uid than others do; the latest ones."""
 
     def path_seconds(self, replica: ExpertReplica, num_bytes: float) -> float:
         """Seconds that `num_bytes`, both ways together, are on their way to and from this replica."""
         return path_seconds(self.node.path(replica.peer), num_bytes)
-
-    def usual_seconds(self, replicas: Sequence[ExpertReplica], *, num_bytes: float = 0) -> float | None:
-        """Seconds that the fastest of `replicas` usually takes for a forward; None if none ever answered."""
-        known = [
-            seconds
-            for r in replicas
-            if (seconds := self.latencies.usual(replica_key(r), path=self.path_seconds(r, num_bytes))) is not None
-        ]
-        return min(known, default=None)
 
     def by_expectation(self, replicas: Sequence[ExpertReplica], now: float, num_bytes: float) -> list[ExpertReplica]:
         """Those not blocked and not in doubt first, then the fastest; unknown ones count as idle, so that they become
@@ -116,8 +113,9 @@ class Experience(Uncopied):
         self, call: ExpertCall, replicas: Sequence[ExpertReplica], num_bytes: int, settings: MixtureSettings
     ) -> None:
         """Notes in `call` how long it usually takes, and for how long it is waited for beyond that."""
-        call.expected = self.usual_seconds(replicas, num_bytes=num_bytes)
-        is_new = all(self.latencies.is_new(replica_key(replica)) for replica in replicas)
+        usual = (self.latencies.usual(replica_key(r), path=self.path_seconds(r, num_bytes)) for r in replicas)
+        call.expected = min((seconds for seconds in usual if seconds is not None), default=None)
+        is_new = all(self.latencies.expected(replica_key(replica)) is None for replica in replicas)
         self._set_grace(call, "forward", is_new, settings, settings.forward_timeout)
 
     def expect_backward(self, call: ExpertCall, replicas: Sequence[ExpertReplica], settings: MixtureSettings) -> None:
@@ -125,15 +123,14 @@ class Experience(Uncopied):
         key = call.uid, "backward"
         call.expected = self.latencies.usual(key)
         # of several that claim to be the primary, those that are silent are found out within the longer time
-        is_new = self.latencies.is_new(key) or sum(replica.primary for replica in replicas) > 1
+        is_new = self.latencies.expected(key) is None or sum(replica.primary for replica in replicas) > 1
         self._set_grace(call, "backward", is_new, settings, settings.backward_timeout)
 
     def _set_grace(
         self, call: ExpertCall, direction: Direction, is_new: bool, settings: MixtureSettings, timeout: float
     ) -> None:
         if settings.patience is None:
-            learned = self.latencies.grace[direction].seconds
-            call.grace = min(FIRST_GRACE_SECONDS if is_new else learned, timeout / 3)
+            call.grace = min(FIRST_GRACE_SECONDS if is_new else self._grace[direction], timeout / 3)
 
     def learn(self, calls: CallsUnderWay, seconds: float) -> None:
         """Takes in a pass that took so long: how far its answers scattered, and who was waited for in vain."""
@@ -146,9 +143,9 @@ class Experience(Uncopied):
                 for call in ended:
                     self.latencies.observe((call.uid, direction), call.seconds, answered=answered)
         if late:
-            self.latencies.grace[direction].spend()
+            self._grace[direction] = 0.0
         elif not calls.given_up:
-            self.latencies.grace[direction].earn(seconds)
+            self._grace[direction] = min(_MAX_GRACE_SECONDS, self._grace[direction] + _GRACE_SHARE * seconds)
         self.left_out.note(direction, calls.left_out)
 
 
@@ -164,17 +161,19 @@ class GridExperience:
         self._strikes: dict[tuple[int, ...], tuple[int, float]] = {}
         """How often, and for how long together, experts were waited for in vain since their last answer."""
 
-    def bias(self, view: LiveView, weight: float) -> torch.Tensor | None:
+    def bias(
+        self, coords_ND: Coordinates, replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]], weight: float
+    ) -> torch.Tensor | None:
         """The bias of the live experts' scores: ``-weight`` for every second that each is expected to take."""
         if not weight:
             return None
         paths: dict[PeerAddress, float] = {}  # many experts share a server
         seconds = []
-        for coords in map(tuple, view.coords.tolist()):
-            for replica in view.replicas[coords]:
+        for coords in map(tuple, coords_ND.tolist()):
+            for replica in replicas[coords]:
                 if replica.peer not in paths:
                     paths[replica.peer] = self._of_node.path_seconds(replica, self._num_bytes)
-            fastest = min(paths[replica.peer] for replica in view.replicas[coords])
+            fastest = min(paths[replica.peer] for replica in replicas[coords])
             seconds.append(self._seconds.get(coords, 0.0) + fastest)
         return torch.tensor(seconds, device="cpu") * -weight
 
@@ -259,7 +258,7 @@ class Stalls:
         """Within it, `seconds` counts."""
         self._num_watching += 1
         if self._timer is None:
-            self._arm()
+            self._look()
         try:
             yield
         finally:
@@ -276,11 +275,8 @@ class Stalls:
             return self._seconds
         return self._seconds + max(0.0, asyncio.get_running_loop().time() - self._due)
 
-    def _arm(self) -> None:
+    def _look(self) -> None:
         loop = asyncio.get_running_loop()
+        self._seconds = self.seconds
         self._due = loop.time() + LOOK_EVERY_SECONDS
         self._timer = loop.call_at(self._due, self._look)
-
-    def _look(self) -> None:
-        self._seconds = self.seconds
-        self._arm()

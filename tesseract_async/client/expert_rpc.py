@@ -90,17 +90,8 @@ class Receipt(NamedTuple):
     """The epoch of the expert's lineage there; 0 outside of runs."""
 
 
-async def fetch_schema(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> ExpertSchema:
-    """Ask the expert's server what it takes and gives. Raises: what the call raises; ProtocolError for nonsense."""
-    return ExpertSchema.decode(await _fetch_info(node, uid, peer, timeout=timeout))
-
-
-async def fetch_version(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> int:
-    """Ask how many steps the expert has taken there. Raises: as `fetch_schema`."""
-    return (await _fetch_info(node, uid, peer, timeout=timeout)).version
-
-
-async def _fetch_info(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> messages.ExpertInfo:
+async def fetch_info(node: Node, uid: str, peer: PeerAddress, *, timeout: float) -> messages.ExpertInfo:
+    """Ask the expert's server about it. Raises: what the call raises; ProtocolError for nonsense."""
     body = messages.encode(messages.InfoRequest(uid))
     reply = await node.call_expert(peer, INFO, body, timeout=timeout, idempotent=True)
     info = messages.decode(messages.ExpertInfo, reply.body)

@@ -11,7 +11,7 @@ import torch
 from tesseract_async.client.completion_queue import cancel_all
 from tesseract_async.client.exchanges import BackwardExchange, Exchange
 from tesseract_async.client.experience import Experience, replica_key
-from tesseract_async.client.expert_rpc import fetch_version
+from tesseract_async.client.expert_rpc import fetch_info
 from tesseract_async.client.latency import ABANDON_SECONDS, BLOCK_SECONDS
 from tesseract_async.errors import (
     ConnectionLost,
@@ -31,7 +31,7 @@ from tesseract_async.transport.base import PeerAddress
 
 T = TypeVar("T")
 
-REPLICA_FAULTS: Final = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
+_REPLICA_FAULTS: Final = (PeerUnreachable, ConnectionLost, ProtocolError, ExpertNotFound, TimeoutError)
 """Errors that say something about a replica, not about the request: it is masked until its next sign of life."""
 _REASONS: Final = ("unreachable", "lost", "protocol", "not_found", "silent")
 _MAX_HANDOVERS: Final = 5
@@ -128,13 +128,13 @@ async def ask_primary(
         if time_left <= 0 or not replicas:
             break
         try:
-            result = await _ask_watched(experience, replicas, exchange, time_left)
+            return await _ask_watched(experience, replicas, exchange, time_left)
         except SchemaMismatch as error:
             first_error = first_error or error
             strange.add(replicas[0].peer)
             replicas = replicas[1:]
             continue
-        except (*REPLICA_FAULTS, NotAllowed, TooStale) as error:
+        except (*_REPLICA_FAULTS, NotAllowed, TooStale) as error:
             first_error = first_error or error
         except (Overloaded, NotPrimary) as error:
             first_error = first_error or error
@@ -150,8 +150,6 @@ async def ask_primary(
             if loop.time() + pause >= deadline:
                 break
             await asyncio.sleep(pause)
-        else:
-            return result
         try:
             async with asyncio.timeout_at(deadline):
                 replicas = await experience.node.directory.find(exchange.forward.uid)
@@ -198,7 +196,7 @@ async def _speaks(experience: Experience, replica: ExpertReplica) -> bool:
     """Return whether its server answers a question, whatever the answer."""
     try:
         async with asyncio.timeout(_PROBE_SECONDS):
-            await fetch_version(experience.node, replica.uid, replica.peer, timeout=_PROBE_SECONDS)
+            await fetch_info(experience.node, replica.uid, replica.peer, timeout=_PROBE_SECONDS)
     except (TimeoutError, PeerUnreachable, ConnectionLost):
         return False
     except TesseractError:
@@ -212,9 +210,9 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
     try:
         with experience.timeouts.timeout_at(start + timeout + ABANDON_SECONDS):  # should the call not keep its own
             result = await exchange.send(replica, timeout)
-    except REPLICA_FAULTS as error:
-        kind = next(i for i, fault in enumerate(REPLICA_FAULTS) if isinstance(error, fault))
-        experience.node.directory.report_failure(replica, reason=_REASONS[kind])
+    except _REPLICA_FAULTS as error:
+        reason = next(r for fault, r in zip(_REPLICA_FAULTS, _REASONS, strict=True) if isinstance(error, fault))
+        experience.node.directory.report_failure(replica, reason=reason)
         raise
     except Overloaded as error:
         book.block(key, now() + max(error.retry_after, BLOCK_SECONDS))
@@ -233,4 +231,4 @@ async def _ask(experience: Experience, replica: ExpertReplica, exchange: Exchang
 
 def may_pass(error: BaseException) -> bool:
     """Return whether the same call may well succeed elsewhere or later: not what the expert itself says no to."""
-    return isinstance(error, (*REPLICA_FAULTS, TooStale)) or (isinstance(error, RemoteError) and error.retryable)
+    return isinstance(error, (*_REPLICA_FAULTS, TooStale)) or (isinstance(error, RemoteError) and error.retryable)

@@ -25,9 +25,8 @@ from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.experts.manifest import is_prefix
-from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, sequence_like, unflatten
+from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,21 +117,14 @@ class GatingFunction(nn.Module):
         """The loss of the latest pass that ended, if the settings ask for it. With several under way, use `mix`."""
         self._node = node
         self._experience = experience_of(node)
-        self._search = GridSearch(
-            self._experience,
-            uid_prefix,
-            self.grid_size,
-            k_best=k_best,
-            timeout=settings.forward_timeout,
-            search=settings.search,
-            latency_weight=settings.latency_weight,
-        )
+        self._search = GridSearch(self._experience, uid_prefix, self.grid_size, k_best=k_best, settings=settings)
         self._schemas = SchemaVote(self._experience, timeout=settings.forward_timeout)
-        self._experts = ChosenExperts()
+        self._chosen: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
+        """By coordinates and mode, the experts that `choose` has given."""
 
     def __getstate__(self) -> dict[str, object]:
         # torch copies no tensor that has a graph
-        return self.__dict__ | {"load_balancing_loss": None}
+        return self.__dict__ | {"load_balancing_loss": None, "_chosen": {}}
 
     def extra_repr(self) -> str:
         """Prefix and grid, for ``repr``."""
@@ -209,20 +201,17 @@ class GatingFunction(nn.Module):
             return args, kwargs, None
         leading = x.shape[:-1]
 
-        def flat(value: Structure) -> Structure:
-            if isinstance(value, torch.Tensor):
-                if value.shape[: len(leading)] != leading:
-                    raise SchemaMismatch(
-                        f"routed by token, all arguments start with {tuple(leading)}; got {describe_structure(value)}"
-                    )
-                return value.flatten(0, len(leading) - 1)
-            if isinstance(value, tuple | list):
-                return sequence_like(value, map(flat, value))
-            if isinstance(value, Mapping):
-                return {key: flat(item) for key, item in value.items()}
-            return value
+        def flat(leaf: object) -> object:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if leaf.shape[: len(leading)] != leading:
+                raise SchemaMismatch(
+                    f"routed by token, all arguments start with {tuple(leading)}; got {describe_structure(leaf)}"
+                )
+            return leaf.flatten(0, len(leading) - 1)
 
-        return flat(args), flat(kwargs), leading
+        given = args, kwargs
+        return *unflatten(given, map(flat, flatten(given))), leading
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """``[rows, sum(grid_size)]``, in the graph, at least float32."""
@@ -243,10 +232,25 @@ class GatingFunction(nn.Module):
             raise NotEnoughExperts(1, len(scores_RS), {})
         best_RK = candidates.grid.top_k(scores_RS, self.k_best, bias_N=candidates.bias_N)
         experts = {
-            expert: self._experts.expert(self, candidates.coords(expert), training, settings)
+            expert: self._expert(candidates.coords(expert), training, settings)
             for expert in set(best_RK.flatten().tolist())
         }
         return [[experts[expert] for expert in row] for row in best_RK.tolist()]
+
+    def _expert(self, coords: tuple[int, ...], training: bool, settings: MixtureSettings) -> RemoteExpert:
+        """The expert there: in one mode always the same object, until it is given another mode or other options."""
+        known = self._chosen.get((coords, training))
+        wanted = training, settings.calls, settings.forward_timeout, settings.backward_timeout
+        if known is None or wanted != (known.training, known.options, known.timeout, known.backward_timeout):
+            known = self._chosen[(coords, training)] = RemoteExpert(
+                self._node,
+                uid_at(self.uid_prefix, coords),
+                schema=self._schemas.known,
+                options=settings.calls,
+                timeout=settings.forward_timeout,
+                backward_timeout=settings.backward_timeout,
+            ).train(training)
+        return known
 
     def _start(
         self, x: torch.Tensor, args: tuple[Structure, ...], kwargs: Mapping[str, Structure]
@@ -365,34 +369,6 @@ class SwitchGatingFunction(GatingFunction):
     def _weights(self, scores_L: torch.Tensor, scores_RS: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
         normalizers = [part.logsumexp(1) for part in torch.split(scores_RS, list(self.grid_size), dim=1)]
         return (scores_L - torch.stack(normalizers).sum(0)[rows_L]).exp()
-
-
-class ChosenExperts(Uncopied):
-    """The modules that `GatingFunction.choose` has given. Copies of a gate share it.
-
-    In one mode, an expert is always the same object, unless it is given another mode or other options.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[tuple[int, ...], bool], RemoteExpert] = {}
-
-    def expert(
-        self, gate: GatingFunction, coords: tuple[int, ...], training: bool, settings: MixtureSettings
-    ) -> RemoteExpert:
-        """The expert there, in this mode and with these options."""
-        known = self._known.get((coords, training))
-        wanted = training, settings.calls, settings.forward_timeout, settings.backward_timeout
-        if known is None or wanted != (known.training, known.options, known.timeout, known.backward_timeout):
-            known = RemoteExpert(
-                gate._node,
-                uid_at(gate.uid_prefix, coords),
-                schema=gate._schemas.known,
-                options=settings.calls,
-                timeout=settings.forward_timeout,
-                backward_timeout=settings.backward_timeout,
-            ).train(training)
-            self._known[(coords, training)] = known
-        return known
 
 
 def _sound(scores_RS: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,10 @@ from tesseract_async.client.beam_search import BeamSearch
 from tesseract_async.client.completion_queue import cancel_all
 from tesseract_async.client.dispatch import ForwardDispatch
 from tesseract_async.client.experience import Experience, GridExperience
-from tesseract_async.client.ports import LiveView
 from tesseract_async.client.routing import Candidates, LiveGrid, uid_at
+from tesseract_async.client.settings import MixtureSettings
 from tesseract_async.errors import NotEnoughExperts, TesseractError
-from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.grid import ExpertReplica, GridView
 from tesseract_async.uncopied import Uncopied
 
 _SEARCH_AGAIN_SECONDS: Final = 1.0
@@ -28,7 +28,7 @@ _SEARCH_AGAIN_SECONDS: Final = 1.0
 
 @dataclass(slots=True, eq=False)
 class FoundView:
-    """A `LiveView` of what a beam search found: those live experts that matter to the rows it was made for."""
+    """A beam search's counterpart of a `GridView`: those live experts that matter to the rows it was made for."""
 
     coords: npt.NDArray[np.int64]
     replicas: Mapping[tuple[int, ...], Sequence[ExpertReplica]]
@@ -48,21 +48,19 @@ class GridSearch(Uncopied):
         grid_size: tuple[int, ...],
         *,
         k_best: int,
-        timeout: float,
-        search: Literal["exact", "beam"],
-        latency_weight: float,
+        settings: MixtureSettings,
     ) -> None:
-        """`timeout`: seconds for which experts are waited for. The rest: see `GatingFunction`."""
+        """See `GatingFunction`. Experts are waited for as long as for a forward."""
         self.experience = experience
         self.prefix = prefix
         self.grid_size = grid_size
         self.learned = GridExperience(experience)
         self._k_best = k_best
-        self._timeout = timeout
-        self._latency_weight = latency_weight
-        self._cell_by_cell = search == "beam"
+        self._timeout = settings.forward_timeout
+        self._latency_weight = settings.latency_weight
+        self._cell_by_cell = settings.search == "beam"
         """Experts are searched for cell by cell; not any more once the grid turned out too sparse for that."""
-        self._prepared: tuple[LiveView, LiveGrid] | None = None
+        self._prepared: tuple[GridView | FoundView, LiveGrid] | None = None
 
     async def candidates(self, scores_RS: torch.Tensor) -> Candidates:
         """The live experts: all of them, as soon as the directory knows them.
@@ -76,7 +74,7 @@ class GridSearch(Uncopied):
         view = await self._view(scores_RS)
         if self._prepared is None or self._prepared[0] is not view:
             self._prepared = view, LiveGrid(view.coords, self.grid_size)
-        bias_N = self.learned.bias(view, self._latency_weight)
+        bias_N = self.learned.bias(view.coords, view.replicas, self._latency_weight)
         return Candidates(self.prefix, self._prepared[1], view.replicas, bias_N)
 
     async def more(self, dispatch: ForwardDispatch, rows: torch.Tensor, *, wait: bool) -> tuple[Candidates, list[int]]:
@@ -104,14 +102,14 @@ class GridSearch(Uncopied):
         )
         replicas = {**known.replicas, **came}
         grid = LiveGrid(coords_ND, self.grid_size) if new else known.grid
-        bias_N = self.learned.bias(FoundView(coords_ND, replicas, False, {}), self._latency_weight)
+        bias_N = self.learned.bias(coords_ND, replicas, self._latency_weight)
         return replace(known, grid=grid, replicas=replicas, bias_N=bias_N), [number[coords] for coords in came]
 
     async def _newcomers(
         self, dispatch: ForwardDispatch, rows: torch.Tensor
     ) -> dict[tuple[int, ...], Sequence[ExpertReplica]]:
         known = dispatch.candidates.replicas
-        view: LiveView | None
+        view: GridView | FoundView | None
         if self._cell_by_cell:
             view = await self._search(dispatch.scores_RS[rows], math.inf, k=self._k_best + dispatch.num_tried)
         else:
@@ -129,7 +127,7 @@ class GridSearch(Uncopied):
 
     # ------------------------------------------------------------------------------------------------ views
 
-    async def _view(self, scores_RS: torch.Tensor) -> LiveView:
+    async def _view(self, scores_RS: torch.Tensor) -> GridView | FoundView:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
         directory = self.experience.node.directory
@@ -144,7 +142,7 @@ class GridSearch(Uncopied):
                         raise NotEnoughExperts(1, len(scores_RS), found.trouble)
                     return found
                 await asyncio.sleep(_SEARCH_AGAIN_SECONDS)
-        view = directory.live(self.prefix, self.grid_size)
+        view: GridView | FoundView | None = directory.live(self.prefix, self.grid_size)
         if view is None:
             directory.watch(self.prefix, self.grid_size)
             view = directory.live(self.prefix, self.grid_size)
@@ -157,7 +155,7 @@ class GridSearch(Uncopied):
                     view = directory.live(self.prefix, self.grid_size) or view
         return view
 
-    async def _first_view(self, scores_RS: torch.Tensor, deadline: float, *, search: bool) -> LiveView:
+    async def _first_view(self, scores_RS: torch.Tensor, deadline: float, *, search: bool) -> GridView | FoundView:
         """The first view of a watched grid, or what a search finds sooner.
 
         Raises: NotEnoughExperts if there is neither in time.
@@ -166,10 +164,10 @@ class GridSearch(Uncopied):
         directory = self.experience.node.directory
         warm = loop.create_task(directory.wait_warm(self.prefix))
         searching = loop.create_task(self._search(scores_RS, deadline)) if search else None
+        tasks: list[asyncio.Task[None] | asyncio.Task[FoundView]] = [warm]
+        if searching is not None:
+            tasks.append(searching)
         try:
-            tasks: list[asyncio.Task[None] | asyncio.Task[FoundView]] = [warm]
-            if searching is not None:
-                tasks.append(searching)
             await asyncio.wait(tasks, timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
             found = searching.result() if searching is not None and searching.done() else None
             if not warm.done() and found is not None:
@@ -184,8 +182,7 @@ class GridSearch(Uncopied):
             if found is not None and len(found.coords):
                 return found
         finally:
-            await cancel_all([warm])
-            await cancel_all([] if searching is None else [searching])
+            await cancel_all(tasks)
         cold = TimeoutError(directory.trouble or "the grid's directory could not be read in time")
         raise NotEnoughExperts(1, len(scores_RS), {self.prefix: cold})
 

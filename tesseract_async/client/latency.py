@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from tesseract_async.lru import LRU
 
@@ -19,14 +20,12 @@ _MAX_SLOWDOWN = 4.0
 _MAX_KEYS = 65_536
 MIN_PATIENCE, MAX_PATIENCE = 0.25, 1.5
 _PATIENCE_MARGIN = 1.4
-MAX_GRACE_SECONDS = 1.0
 FIRST_GRACE_SECONDS = 3.0
 """For those that were never asked before: a first pass may load, compile and allocate."""
 ABANDON_SECONDS = 0.5
 """A call that outlives its timeout by this much is abandoned."""
 BLOCK_SECONDS = 0.1
 """For how long at least a server that was overloaded is not asked again."""
-_GRACE_SHARE = 0.05
 _MIN_FOR_PATIENCE = 32
 _RELEARN_EVERY = 16
 
@@ -39,15 +38,13 @@ def path_seconds(path: tuple[float, float] | None, num_bytes: float) -> float:
     return round_trip + (num_bytes / bytes_per_second if bytes_per_second > 0 else 0.0)
 
 
+@dataclass(slots=True)
 class _Record:
-    __slots__ = ("answered", "usual", "beyond_path", "recent", "blocked_until")
-
-    def __init__(self) -> None:
-        self.beyond_path: float | None = None
-        self.answered: float | None = None
-        self.usual: float | None = None
-        self.recent: deque[float] = deque(maxlen=_WINDOW)
-        self.blocked_until = 0.0
+    beyond_path: float | None = None
+    answered: float | None = None
+    usual: float | None = None
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    blocked_until: float = 0.0
 
 
 class Lateness:
@@ -75,31 +72,12 @@ class Lateness:
             self.patience = min(MAX_PATIENCE, max(MIN_PATIENCE, learned))
 
 
-class Grace:
-    """Seconds for which late answers are waited for: `MAX_GRACE_SECONDS`, until one was waited for in vain. Then none,
-    and each pass in which all experts answered gives a twentieth of its time back, so that experts that hang in every
-    pass cost a twentieth of the time at most.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = MAX_GRACE_SECONDS
-
-    def spend(self) -> None:
-        """An expert was waited for in vain."""
-        self.seconds = 0.0
-
-    def earn(self, seconds: float) -> None:
-        """In a pass that took so long, all experts answered."""
-        self.seconds = min(MAX_GRACE_SECONDS, self.seconds + _GRACE_SHARE * seconds)
-
-
 class LatencyBook:
     """Seconds that calls took, by replica, with the time in the server's queue."""
 
     def __init__(self) -> None:
         self.lateness = {"forward": Lateness(), "backward": Lateness()}
         """By direction, for the calls of all mixtures together."""
-        self.grace = {"forward": Grace(), "backward": Grace()}
         self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
@@ -138,11 +116,6 @@ class LatencyBook:
         """Seconds that `key` usually takes to answer; those given up count little. None if it never answered."""
         record = self._records.get(key)
         return None if record is None or record.usual is None else path + record.usual
-
-    def is_new(self, key: Hashable) -> bool:
-        """Return whether `key` was never called, or never long enough to learn anything."""
-        record = self._records.get(key)
-        return record is None or record.beyond_path is None
 
     def is_blocked(self, key: Hashable, now: float) -> bool:
         """Return whether `block` still holds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -28,21 +28,11 @@ from tesseract_async.wire.tensors import flatten
 Gradients = list[torch.Tensor | None]
 
 
-class _Sender(Protocol):
-    """The I/O of one direction."""
+async def _drive(dispatch: CallsUnderWay, sender: MixtureCall | _GradientSender, experience: Experience) -> None:
+    """Run a pass to its end and learn from it; `sender` does the I/O of its direction.
 
-    def expect(self, call: ExpertCall) -> None:
-        """Sets `call.expected` and `call.grace`."""
-
-    async def send(self, call: ExpertCall) -> None:
-        """Makes the call and keeps what it brings. Raises: as a call to an expert."""
-
-    async def find_more(self, rows: torch.Tensor) -> None:
-        """Looks for experts for these rows (see `CallsUnderWay.rows_in_need`) and tells the dispatch."""
-
-
-async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experience) -> None:
-    """Run a pass to its end and learn from it. Cancelling cancels its calls. Raises: errors that are not a peer's."""
+    Cancelling cancels its calls. Raises: errors that are not a peer's.
+    """
     loop = asyncio.get_running_loop()
     queue: CompletionQueue[None] = CompletionQueue()
     tasks: dict[asyncio.Task[None], ExpertCall | None] = {}
@@ -58,8 +48,9 @@ async def _drive(dispatch: CallsUnderWay, sender: _Sender, experience: Experienc
                     queue.add(task)
                 if dispatch.is_over:
                     break
-                if dispatch.rows_in_need is not None and None not in tasks.values():
-                    task = loop.create_task(sender.find_more(dispatch.rows_in_need))
+                rows = dispatch.rows_in_need
+                if rows is not None and isinstance(sender, MixtureCall) and None not in tasks.values():
+                    task = loop.create_task(sender.find_more(rows))
                     tasks[task] = None
                     queue.add(task)
                 for task in await queue.wait(dispatch.timer_at()):
@@ -125,7 +116,8 @@ class MixtureCall:
             raise NotEnoughExperts(
                 dispatch.k_min, dispatch.num_short, dispatch.errors, num_live=len(dispatch.candidates)
             )
-        replies = [self._replies[call] for call in dispatch.answers]
+        self._replies = {call: self._replies[call] for call in dispatch.answers}  # others came too late to count
+        replies = list(self._replies.values())
         outputs = []
         for i, spec in enumerate(flatten(self._schema.outputs)):
             none = torch.empty(0, *spec.shape, dtype=spec.dtype, device="cpu")
@@ -155,15 +147,15 @@ class MixtureCall:
             raise NotEnoughExperts(k_min, dispatch.num_short, dispatch.errors, what="gradients")
         return sender.sums(self.weights if self._settings.rescale_backward else None)
 
-    # ------------------------------------------------------------------------------------------------ as `_Sender`
+    # ------------------------------------------------------------------------------------------------ for `_drive`
 
     def expect(self, call: ExpertCall) -> None:
-        """See `_Sender`."""
+        """Set `call.expected` and `call.grace`."""
         replicas = self.dispatch.candidates.replicas_of(call.expert)
         self._experience.expect_forward(call, replicas, len(call.rows) * self._schema.row_bytes, self._settings)
 
     async def send(self, call: ExpertCall) -> None:
-        """See `_Sender`."""
+        """Make the call and keep what it brings. Raises: as a call to an expert."""
         candidates, rows = self.dispatch.candidates, torch.from_numpy(call.rows)
         forward = Forward(call.uid, self._schema, self._mode, self._settings.calls)
         exchange = ForwardExchange(self._experience, forward, [x.index_select(0, rows) for x in self._inputs])
@@ -175,7 +167,8 @@ class MixtureCall:
         self._replies[call] = _ExpertAnswer(forward, outputs, receipt)
 
     async def find_more(self, rows: torch.Tensor) -> None:
-        """See `_Sender`. If all that failed said no themselves, only experts that are there already help."""
+        """Look for experts for these rows (see `CallsUnderWay.rows_in_need`) and tell the dispatch. If all that failed
+        said no themselves, only experts that are there already help."""
         dispatch = self.dispatch
         errors = dispatch.errors.values()
         candidates, experts = await self._search.more(dispatch, rows, wait=not errors or any(map(may_pass, errors)))
@@ -197,12 +190,12 @@ class _GradientSender:
     """By call, those of the inputs."""
 
     def expect(self, call: ExpertCall) -> None:
-        """See `_Sender`."""
+        """Set `call.expected` and `call.grace`."""
         replicas = self.dispatch.candidates.replicas_of(call.expert)
         self.experience.expect_backward(call, replicas, self.settings)
 
     async def send(self, call: ExpertCall) -> None:
-        """See `_Sender`."""
+        """Make the call and keep what it brings. Raises: as a call to an expert."""
         replicas = self.dispatch.candidates.replicas_of(call.expert)
         reply = self.replies[self.dispatch.forward_calls[call]]
         lines, rows = self.dispatch.forward_lines[call], torch.from_numpy(call.rows)
@@ -218,9 +211,6 @@ class _GradientSender:
         if not are_finite(gradients):
             raise ExpertFailed(f"{call.uid} answered gradients that are not finite")
         self.gradients[call] = gradients
-
-    async def find_more(self, rows: torch.Tensor) -> None:
-        """See `_Sender`. Nobody else can tell these gradients."""
 
     def sums(self, weights: torch.Tensor | None) -> Gradients:
         """For every input the sum of its gradients, in an order that does not depend on which answer came first.

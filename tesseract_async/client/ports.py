@@ -1,69 +1,18 @@
-"""The client's view of a node: one way to call and one directory to ask."""
+"""The part of a node that the client uses, and calls for code without a loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.endpoint.call_table import Message
+from tesseract_async.experts.directory import ExpertDirectory
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.uncopied import Uncopied
 
 T = TypeVar("T")
-
-
-class CallReply(Protocol):
-    """The answer to a call."""
-
-    @property
-    def body(self) -> object:
-        """Any value that msgpack can hold."""
-
-    @property
-    def buffers(self) -> Sequence[memoryview]:
-        """Writable, owned by the receiver."""
-
-
-class LiveView(Protocol):
-    """The live experts of one grid at one moment. A view never changes."""
-
-    @property
-    def coords(self) -> npt.NDArray[np.int64]:
-        """``[num_live, dims]``, ascending."""
-
-    @property
-    def replicas(self) -> Mapping[tuple[int, ...], Sequence[ExpertReplica]]:
-        """Coordinates to the replicas there, the primary first."""
-
-
-class Directory(Protocol):
-    """Where experts are found. It answers from memory where it can."""
-
-    async def find(self, uid: str, *, even_failed: bool = False) -> Sequence[ExpertReplica]:
-        """The live replicas; with `even_failed`, those that failed if there are no others."""
-
-    def known(self, uid: str) -> Sequence[ExpertReplica]:
-        """The replicas that `find` knows from memory; empty where it would ask."""
-
-    def watch(self, prefix: str, grid_size: tuple[int, ...]) -> None: ...
-    async def wait_warm(self, prefix: str) -> None: ...
-    @property
-    def trouble(self) -> str | None:
-        """A sentence on why nothing can be read, where no node of the network answers."""
-
-    async def wait_read(self, prefix: str) -> None: ...
-    def live(self, prefix: str, grid_size: tuple[int, ...]) -> LiveView | None:
-        """The view of one watched size; None while nothing was read."""
-
-    def report_failure(self, replica: ExpertReplica, *, reason: str = "silent") -> None: ...
-    def report_late(self, replica: ExpertReplica) -> None: ...
-    def report_answer(self, replica: ExpertReplica) -> None: ...
-    def report_outdated(self, uid: str) -> None: ...
 
 
 class Node(Protocol):
@@ -73,7 +22,7 @@ class Node(Protocol):
     """Where the client keeps what it learns about this node's peers; None at first."""
 
     @property
-    def directory(self) -> Directory: ...
+    def directory(self) -> ExpertDirectory: ...
 
     @property
     def metrics(self) -> Metrics: ...
@@ -99,7 +48,7 @@ class Node(Protocol):
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-    ) -> CallReply: ...
+    ) -> Message: ...
 
 
 class PlainCalls(Uncopied):

@@ -158,8 +158,16 @@ class RemoteExpert(nn.Module):
         return deliver(self._node, self._info())
 
     async def _info(self) -> ExpertSchema:
-        if self._known.schema is None:
-            self._known.schema = await self._fetch_schema()
+        """The primary's word; that of the others if none answers in half the time."""
+        if self._known.schema is not None:
+            return self._known.schema
+        exchange = SchemaExchange(self._experience, self.uid)
+        primaries = [replica for replica in await self.find() if replica.primary]
+        if primaries:
+            with contextlib.suppress(TesseractError, TimeoutError):
+                self._known.schema = await ask_best(self._experience, primaries, exchange, timeout=self.timeout / 2)
+                return self._known.schema
+        self._known.schema = await self.ask(exchange)
         return self._known.schema
 
     async def _call(self, arguments: Arguments, options: CallOptions) -> Structure:
@@ -195,15 +203,6 @@ class RemoteExpert(nn.Module):
                 self._known.schema = other
                 return other
         return None
-
-    async def _fetch_schema(self) -> ExpertSchema:
-        """The primary's word; that of the others if none answers in half the time."""
-        exchange = SchemaExchange(self._experience, self.uid)
-        primaries = [replica for replica in await self.find() if replica.primary]
-        if primaries:
-            with contextlib.suppress(TesseractError, TimeoutError):
-                return await ask_best(self._experience, primaries, exchange, timeout=self.timeout / 2)
-        return await self.ask(exchange)
 
     async def ask(self, exchange: Exchange[T]) -> T:
         """`ask_best` of the replicas known; if none of them lives any more, of those that are found then.

@@ -11,12 +11,12 @@ import torch
 
 from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.completion_queue import cancel_all
+from tesseract_async.client.exchanges import SchemaExchange
 from tesseract_async.client.experience import Experience
-from tesseract_async.client.expert_rpc import ExpertSchema, fetch_schema
-from tesseract_async.client.failover import REPLICA_FAULTS
+from tesseract_async.client.expert_rpc import ExpertSchema
+from tesseract_async.client.failover import ask_best
 from tesseract_async.client.routing import Candidates
 from tesseract_async.errors import NotEnoughExperts, TesseractError
-from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.uncopied import Uncopied
 
 _NUM_WITNESSES: Final = 3
@@ -88,7 +88,9 @@ class SchemaVote(Uncopied):
                 replicas = candidates.replicas_of(expert)
                 primaries = [replica for replica in replicas if replica.primary] or replicas
                 for replica in primaries[:_NUM_WITNESSES]:
-                    tasks[loop.create_task(self._ask_one(replica, timeout))] = replica.uid
+                    exchange = SchemaExchange(self._experience, replica.uid)
+                    asking = ask_best(self._experience, [replica], exchange, timeout=timeout)
+                    tasks[loop.create_task(asking)] = replica.uid
             waiting = set(tasks)
             while waiting and loop.time() < deadline:
                 done, waiting = await asyncio.wait(
@@ -106,14 +108,6 @@ class SchemaVote(Uncopied):
         finally:
             await cancel_all(tasks)
         return told
-
-    async def _ask_one(self, replica: ExpertReplica, timeout: float) -> ExpertSchema:
-        try:
-            async with asyncio.timeout(timeout):
-                return await fetch_schema(self._experience.node, replica.uid, replica.peer, timeout=timeout)
-        except REPLICA_FAULTS:
-            self._experience.node.directory.report_failure(replica)
-            raise
 
 
 def _most(schemas: Sequence[ExpertSchema]) -> ExpertSchema:

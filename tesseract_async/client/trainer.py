@@ -142,7 +142,7 @@ class AsyncTrainer(Generic[M]):
                 del self._begun_at[number]
                 replica.forget_gradients()
                 self._idle.append(replica)
-                self._wake()
+                self._changed.set()
             return StepReport(loss.detach(), staleness, self.version, loop.time() - started)
 
     async def run(
@@ -253,9 +253,6 @@ class AsyncTrainer(Generic[M]):
                 return
             self._changed.clear()
             await self._changed.wait()
-
-    def _wake(self) -> None:
-        self._changed.set()
 
 
 class _Copy(Generic[M]):

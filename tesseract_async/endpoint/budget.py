@@ -41,54 +41,45 @@ class Owner(NamedTuple):
 class Reservation:
     """Room for one message of `size` bytes, until `release`. It may be filled once `granted`."""
 
-    __slots__ = ("size", "num_bytes", "granted", "owner", "call", "_asked", "_budget")
+    __slots__ = ("size", "num_bytes", "granted", "released", "owner", "use", "call", "asked", "_budget")
 
-    def __init__(self, budget: Budget, owner: Owner, size: int, call: object, *, asked: bool) -> None:
+    def __init__(self, budget: Budget, owner: Owner, use: _Use, size: int, call: object, *, asked: bool) -> None:
         self.size = size
         self.num_bytes = 0
         """Bytes of it that count."""
         self.granted = not asked
+        self.released = False
+        """True once `release` was called, or the room was taken back."""
         self.owner = owner
+        self.use = use
         self.call = call
         """The call that it is for, as its holder knows it."""
-        self._asked = asked
-        self._budget: Budget | None = budget
-
-    @property
-    def released(self) -> bool:
-        """True once `release` was called, or the room was taken back."""
-        return self._budget is None
+        self.asked = asked
+        self._budget = budget
 
     def fill(self, num_bytes: int) -> bool:
         """So many bytes of the message are here, or about to come. False: there is no room, and it is given up."""
-        budget = self._budget
         more = min(self.size, max(num_bytes, FLOOR)) - self.num_bytes
-        if budget is None or more <= 0 or self._add(budget, more):
-            return budget is not None
+        if self.released or more <= 0 or self._budget.add(self, more):
+            return not self.released
         self.give_up()
         return False
 
-    def _add(self, budget: Budget, more: int) -> bool:
-        self.num_bytes += more
-        return budget._add(self, more)
-
     def keep(self) -> None:
         """All of the message is here and in use: it is not given up any more."""
-        if self._budget is not None:
-            self._budget._use(self.owner).taken.pop(self, None)
+        self.use.taken.pop(self, None)
 
     def give_up(self) -> None:
-        """Gives the room back and notes it for the holder."""
-        budget = self._budget
-        self.release()
-        if budget is not None:
-            budget.changed.append(self)
+        """Give the room back and note it for the holder."""
+        if not self.released:
+            self.release()
+            self._budget.changed.append(self)
 
     def release(self) -> None:
-        """Gives the room back, or leaves the line. Repeating it does nothing."""
-        budget, self._budget = self._budget, None
-        if budget is not None:
-            budget._leave(self)
+        """Give the room back, or leave the line. Repeating it does nothing."""
+        if not self.released:
+            self.released = True
+            self._budget.leave(self)
 
 
 class _Use:
@@ -128,47 +119,36 @@ class Budget:
         """Number of peers that hold, await or were promised anything."""
         return sum(map(len, self._groups.values()))
 
-    def used_by(self, owner: Owner) -> int:
-        """Bytes that this peer holds."""
-        peers = self._groups.get(owner.group, {})
-        return peers[owner.peer].num_bytes if owner.peer in peers else 0
-
     def ask(self, owner: Owner, size: int, call: object = None) -> Reservation:
-        """Room for a message that was announced: granted at once, or as soon as the same peer's earlier ones leave its
-        share, which is noted in `changed`.
+        """Return room for a message that was announced: granted at once, or as soon as the same peer's earlier ones
+        leave its share, which is noted in `changed`.
 
         Raises: ValueError for more than the whole budget.
         """
-        self._check(size)
-        reservation = Reservation(self, owner, size, call, asked=True)
-        use = self._use(owner)
-        use.num_reservations += 1
-        use.line.append(reservation)
-        self._grant(use)
+        reservation = self._reserve(owner, size, call, asked=True)
+        reservation.use.line.append(reservation)
+        self._grant(reservation.use)
         if reservation.granted:
             self.changed.pop()  # the caller sees it
         return reservation
 
     def begin(self, owner: Owner, size: int, call: object = None) -> Reservation:
-        """Room for a message that comes unasked, within a window or as an expected reply. Raises: ValueError."""
-        self._check(size)
-        reservation = Reservation(self, owner, size, call, asked=False)
-        self._use(owner).num_reservations += 1
-        return reservation
+        """Return room for a message that comes unasked, in a window or as an expected reply. Raises: ValueError."""
+        return self._reserve(owner, size, call, asked=False)
 
     def keep(self, owner: Owner, size: int, call: object = None) -> Reservation | None:
-        """Counts a message that is here already; None if it is beyond the peer's share, or there is no room."""
-        held = self.used_by(owner)
-        if size > self.total or (held and held + size > self.share):
+        """Count a message that is here already; None if it is beyond the peer's share, or there is no room."""
+        use = self._groups.get(owner.group, {}).get(owner.peer)
+        if size > self.total or (use is not None and use.num_bytes and use.num_bytes + size > self.share):
             return None
-        reservation = self.begin(owner, size, call)
-        if reservation._add(self, size):
+        reservation = self._reserve(owner, size, call, asked=False)
+        if self.add(reservation, size):
             return reservation
         reservation.release()
         return None
 
     def open_window(self, owner: Owner, size: int) -> bool:
-        """Promises a flow-control window, or more of one, unless too many were promised, to all or to this range.
+        """Promise a flow-control window, or more of one, unless too many were promised, to all or to this range.
 
         `close_window` takes it back.
         """
@@ -182,16 +162,51 @@ class Budget:
         return True
 
     def close_window(self, owner: Owner, size: int) -> None:
-        """Takes back what `open_window` promised."""
+        """Take back what `open_window` promised."""
         if size:
             use = self._use(owner)
             use.windows -= size
             self.windows -= size
             self._forget(owner, use)
 
-    def _check(self, size: int) -> None:
+    def add(self, reservation: Reservation, more: int) -> bool:
+        """Count `more` bytes of it, for which others may have to go. False if there is no room: it has to be released.
+
+        For `Reservation`, as `leave`.
+        """
+        self.used += more
+        use = reservation.use
+        use.num_bytes += more
+        reservation.num_bytes += more
+        use.taken[reservation] = None
+        while self.used > self.total:
+            victim = self._victim()
+            if victim is None or victim is reservation:
+                return False
+            self.num_given_up += 1
+            victim.give_up()
+        return True
+
+    def leave(self, reservation: Reservation) -> None:
+        """Count this reservation no more."""
+        use = reservation.use
+        use.taken.pop(reservation, None)
+        use.num_reservations -= 1
+        use.num_bytes -= reservation.num_bytes
+        self.used -= reservation.num_bytes
+        if not reservation.granted:
+            use.line.remove(reservation)
+        elif reservation.asked:
+            use.announced -= reservation.size
+            self._grant(use)
+        self._forget(reservation.owner, use)
+
+    def _reserve(self, owner: Owner, size: int, call: object, *, asked: bool) -> Reservation:
         if size > self.total:
             raise ValueError(f"{size} bytes never fit a budget of {self.total}")
+        use = self._use(owner)
+        use.num_reservations += 1
+        return Reservation(self, owner, use, size, call, asked=asked)
 
     def _use(self, owner: Owner) -> _Use:
         peers = self._groups.setdefault(owner.group, {})
@@ -201,24 +216,11 @@ class Budget:
         return use
 
     def _forget(self, owner: Owner, use: _Use) -> None:
-        peers = self._groups.get(owner.group, {})
-        if not use.num_reservations and not use.windows and peers.get(owner.peer) is use:
+        if not use.num_reservations and not use.windows:
+            peers = self._groups[owner.group]
             del peers[owner.peer]
             if not peers:
                 del self._groups[owner.group]
-
-    def _add(self, reservation: Reservation, more: int) -> bool:
-        self.used += more
-        use = self._use(reservation.owner)
-        use.num_bytes += more
-        use.taken[reservation] = None
-        while self.used > self.total:
-            victim = self._victim()
-            if victim is None or victim is reservation:
-                return False
-            self.num_given_up += 1
-            victim.give_up()
-        return True
 
     def _victim(self) -> Reservation | None:
         """The newest message that may be given up, of the peer that holds most in the range that holds most."""
@@ -238,19 +240,6 @@ class Budget:
             use.announced += first.size
             first.granted = True
             self.changed.append(first)
-
-    def _leave(self, reservation: Reservation) -> None:
-        use = self._use(reservation.owner)
-        use.taken.pop(reservation, None)
-        use.num_reservations -= 1
-        use.num_bytes -= reservation.num_bytes
-        self.used -= reservation.num_bytes
-        if not reservation.granted:
-            use.line.remove(reservation)
-        elif reservation._asked:
-            use.announced -= reservation.size
-            self._grant(use)
-        self._forget(reservation.owner, use)
 
 
 class FairCount:
@@ -298,10 +287,18 @@ class NodeBudgets:
         self.small_calls = FairCount(max_receive_bytes // 4)
         """Small calls under way."""
         self.pace = Pace()
+        self._delivers = False
 
     def deliver(self) -> None:
-        """Tells holders what has changed. Called at the end of a driver's cycle."""
-        while self.changed:
-            room = self.changed.popleft()
-            if room.owner.holder is not None:
-                room.owner.holder.room_changed(room)
+        """Tells holders what has changed. Called at the end of a driver's cycle, also of one that this leads to: the
+        first call tells all, so that the stack does not grow with what a peer lets wait."""
+        if self._delivers:
+            return
+        self._delivers = True
+        try:
+            while self.changed:
+                room = self.changed.popleft()
+                if room.owner.holder is not None:
+                    room.owner.holder.room_changed(room)
+        finally:
+            self._delivers = False

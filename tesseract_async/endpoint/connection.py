@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
@@ -23,7 +23,7 @@ from tesseract_async.endpoint.events import (
 from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
-from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import ConnectionLost, ProtocolError, RemoteError, describe
 from tesseract_async.identity import PeerID
 from tesseract_async.metrics import Metrics
@@ -44,11 +44,6 @@ LOAN_TIMEOUT: Final = 2.0
 """Seconds that a failed call waits for its memory to leave the transport before the connection is given up."""
 
 
-class _Part(NamedTuple):
-    message: Message
-    more: bool
-
-
 class Connection:
     """Calls to and from one peer. Lives from the hello until `closed` is set; `on_closed` is called then, once.
 
@@ -66,9 +61,9 @@ class Connection:
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        bounds: ConnectionBounds,
+        bounds: Bounds,
         metrics: Metrics,
-        meter: Meter,
+        quotas: Quotas,
         refusal: Callable[[], RemoteError | None],
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -99,7 +94,7 @@ class Connection:
             owner=self._owner,
             bounds=bounds,
             now=loop.time(),
-            meter=meter,
+            quotas=quotas,
             refusal=refusal,
         )
         self._unsent: Reservation | None = None  # what small frames count that a peer does not read
@@ -107,8 +102,10 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
-        self._parts: dict[int, asyncio.Queue[_Part | Exception]] = {}  # of replies that may come in parts
-        self._handlers = Handlers(self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog)
+        self._parts: dict[int, asyncio.Queue[PartReceived | ReplyReceived | Exception]] = {}
+        self._handlers = Handlers(
+            self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
+        )
         self._bulk_task: asyncio.Task[None] | None = None
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -123,7 +120,7 @@ class Connection:
         self.protocol.lanes[lane].reader = reader
         channel.receiver = port
         if lane == BULK:
-            self.protocol.transfers.bulk_opened()
+            self.protocol.lanes[BULK].open = True
         self._arm_timer()
 
     @property
@@ -137,17 +134,14 @@ class Connection:
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
-        """Adds the raw bytes since the last time to the metrics."""
+        """Add the raw bytes since the last time to the metrics."""
         for channel in self._channels:
             if channel is not None:
-                self._count_bytes(channel)
-
-    def _count_bytes(self, channel: Channel) -> None:
-        received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
-        old_received, old_sent = channel.bytes_counted
-        channel.bytes_counted = (received, sent)
-        self._metrics.count("transport_bytes_received", received - old_received)
-        self._metrics.count("transport_bytes_sent", sent - old_sent)
+                received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
+                old_received, old_sent = channel.bytes_counted
+                channel.bytes_counted = (received, sent)
+                self._metrics.count("transport_bytes_received", received - old_received)
+                self._metrics.count("transport_bytes_sent", sent - old_sent)
 
     # ---- calls made here
 
@@ -202,12 +196,14 @@ class Connection:
                 part = await parts.get()
                 if isinstance(part, Exception):
                     raise part
-                message, more = part
+                message, more = Message(part.body, part.buffers), isinstance(part, PartReceived)
+                del part  # while the next one is awaited, its memory is the caller's alone
                 if more:
                     self.protocol.outgoing.part_taken(stream)
                     self._schedule_flush()
                 if more or is_first or message != Message():  # the end may be an empty one, where others came before
                     yield message
+                del message
                 is_first = False
         finally:
             del self._parts[stream]
@@ -215,12 +211,9 @@ class Connection:
                 await self._cancel_call(stream)
 
     async def _cancel_call(self, stream: int) -> None:
+        """Also waits, even while being cancelled, until no memory is on loan to a transport."""
         self.protocol.cancel_call(stream)
         self._wake()
-        await self._loan_ended()
-
-    async def _loan_ended(self) -> None:
-        """Waits, also while being cancelled, until no memory is on loan to a transport."""
         marks = [(channel, mark) for channel in self._channels if channel and (mark := channel.loan_mark()) is not None]
         limit = self._loop.time() + LOAN_TIMEOUT
         cancelled = False
@@ -237,17 +230,11 @@ class Connection:
 
     # ---- bytes
 
-    def _received(self) -> None:
-        """After a lane's reader took some bytes."""
-        self._look()
-        if not self._flush_scheduled and (self.protocol.has_data(MAIN) or self.protocol.has_data(BULK)):
-            self._schedule_flush()
-
     def _look(self) -> None:
         """Handles what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
             self._budgets.deliver()
-        if self.protocol.has_events:
+        if self.protocol.core.events:
             self._handle_events()
 
     def _wake(self) -> None:
@@ -290,6 +277,7 @@ class Connection:
             self._schedule_flush()
         if self._lost_reason is None and (protocol.unsent_bytes > UNCOUNTED_UNSENT or self._unsent is not None):
             self._count_unsent(protocol.unsent_bytes)
+            self._look()  # others may have lost their room to it
 
     def _count_unsent(self, num_bytes: int) -> None:
         """Small frames that a peer does not read count like large replies that it does not take."""
@@ -306,30 +294,20 @@ class Connection:
         self._tell_dropped("peer_does_not_read", why)
         self.abort(why)
 
-    def _look_at_channels(self, now: float) -> None:
-        """A channel on which bytes wait and none leave has a peer that does not read."""
-        for lane, channel in enumerate(self._channels):
-            if channel is None:
-                continue
-            drained = channel.pipe.bytes_sent - channel.pipe.unsent
-            if drained != self._drained[lane] or not channel.paused:
-                self._drained[lane], self._drained_at[lane] = drained, now
-            elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
-                self._drop_unread()
-
     # ---- events
 
     def _handle_events(self) -> None:
         for event in self.protocol.events():
             match event:
-                case ReplyReceived():
-                    self._reply_arrived(event, more=False)
-                case PartReceived():
-                    self._reply_arrived(event, more=True)
+                case ReplyReceived() | PartReceived():
+                    future = self._futures.get(event.stream)
+                    if future is not None and not future.done():
+                        future.set_result(Message(event.body, event.buffers))
+                    elif (parts := self._parts.get(event.stream)) is not None:
+                        parts.put_nowait(event)
                 case CallReceived():
                     self.last_used = self._loop.time()
-                    self._handlers.received(event, done=self._handler_done)
-                    if self._handlers.num_held:
+                    if not self._handlers.received(event):
                         self._schedule_flush()
                     if self._timer is None or event.deadline < self._timer_at:
                         self._arm_timer()
@@ -337,6 +315,8 @@ class Connection:
                     self._handlers.part_wanted(event.stream)
                 case CallFailed():
                     if (parts := self._parts.get(event.stream)) is not None:
+                        while event.drops_parts and not parts.empty():
+                            parts.get_nowait()
                         parts.put_nowait(event.error)
                     future = self._futures.get(event.stream)
                     if future is not None and not future.done():
@@ -347,14 +327,6 @@ class Connection:
                     self._bulk_task = self._loop.create_task(self._run_open_bulk())
                 case PeerClosed():
                     self.abort(f"the peer closed it: {event.reason}")
-
-    def _reply_arrived(self, event: ReplyReceived | PartReceived, *, more: bool) -> None:
-        message = Message(event.body, event.buffers)
-        future = self._futures.get(event.stream)
-        if future is not None and not future.done():
-            future.set_result(message)
-        elif (parts := self._parts.get(event.stream)) is not None:
-            parts.put_nowait(_Part(message, more))
 
     def _handler_done(self) -> None:
         if not self._flush_scheduled:
@@ -367,7 +339,7 @@ class Connection:
             await self._open_bulk(self)
         except Exception as error:  # whatever it is, the main channel carries the calls
             logger.info("no bulk channel to %s: %s", self.peer_id.short, describe(error))
-            self.protocol.transfers.bulk_failed(self._loop.time())
+            self.protocol.core.bulk_failed(self._loop.time())
 
     # ---- time
 
@@ -391,7 +363,14 @@ class Connection:
             self._tell_dropped("silent", error.reason)
             self.abort(error.reason)
             return
-        self._look_at_channels(now)
+        for lane, channel in enumerate(self._channels):
+            if channel is None:
+                continue
+            drained = channel.pipe.bytes_sent - channel.pipe.unsent
+            if drained != self._drained[lane] or not channel.paused:
+                self._drained[lane], self._drained_at[lane] = drained, now
+            elif now - self._drained_at[lane] > UNREAD_TIMEOUT:
+                self._drop_unread()
         self._wake()
 
     # ---- the end
@@ -420,9 +399,8 @@ class Connection:
         self._look()
 
     def _channel_lost(self, lane: int, error: Exception | None) -> None:
-        channel, self._channels[lane] = self._channels[lane], None
-        if channel is not None:
-            self._count_bytes(channel)
+        self.count_bytes()
+        self._channels[lane] = None
         if isinstance(error, ProtocolError):
             self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))
@@ -472,10 +450,13 @@ class _LanePort:
         now = self._time()
         self._protocol.received(count, now, lane=self._lane)
         self._reader.buffer_updated(count)
-        self._connection._received()
+        connection = self._connection
+        connection._look()
+        if not connection._flush_scheduled and (self._protocol.has_data(MAIN) or self._protocol.has_data(BULK)):
+            connection._schedule_flush()
         if self._lane == BULK:
             if not self._turn_bytes:
-                self._connection._loop.call_soon(self._next_turn)
+                connection._loop.call_soon(self._next_turn)
             self._turn_bytes += count + 1
             if not self._paused and self._turn_bytes > self._protocol.pace.portion(now):
                 # uvloop would go on for as long as the socket has any, and small calls would wait

@@ -1,15 +1,15 @@
-"""State that the two halves of a connection (outgoing and incoming calls) share. No I/O."""
+"""State that both halves of a connection (outgoing and incoming calls) share, and their large messages. No I/O."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
-from tesseract_async.endpoint.events import Event
-from tesseract_async.endpoint.lanes import MAIN, Lane, Sending
+from tesseract_async.endpoint.events import BulkWanted, Event
+from tesseract_async.endpoint.lanes import BULK, MAIN, FrameHandler, Lane, Sending
 from tesseract_async.endpoint.liveness import Liveness
 from tesseract_async.endpoint.windows import Windows
 from tesseract_async.errors import MessageTooLarge, ProtocolError
@@ -19,54 +19,23 @@ from tesseract_async.wire.heads import Hello
 
 PROGRESS_BYTES: Final = 4096
 """Bytes that must come of a half-received message for it to count as moving: a byte now and then holds nothing open."""
+MAX_OVERTAKING: Final = 64 * 2**20
+"""Bytes of other messages that may pass a half-received one."""
+BUFFER_BYTES: Final = 256
+"""Cost of each buffer of a message after its first: a thousand empty ones take 270 KB."""
+GRACE: Final = 60.0
+LEAST_RATE: Final = 4096
+"""A message may take `GRACE` seconds, and one more for each `LEAST_RATE` of its bytes."""
 MAX_IDLE_FRAMES: Final = 10_000
 """Frames that do nothing (pings, cancels of ended calls) which the peer may send in a burst ..."""
 IDLE_FRAMES_PER_SECOND: Final = 5_000.0
 """... and how fast it may go on."""
 
 
-class ConnectionCore:
-    """Lanes, flow control, time, events and calls of one connection."""
-
-    def __init__(
-        self,
-        peer: str,
-        theirs: Hello,
-        lanes: Sequence[Lane],
-        *,
-        bounds: ConnectionBounds,
-        budgets: NodeBudgets,
-        owner: Owner,
-        now: float,
-        outgoing: Mapping[int, CallState],
-        incoming: Mapping[int, CallState],
-    ) -> None:
-        self.peer = peer
-        """The other end's name in errors."""
-        self.theirs = theirs
-        self.lanes = lanes
-        self.bounds = bounds
-        self.budgets = budgets
-        self.owner = owner
-        self.now = now
-        self.outgoing = outgoing
-        self.incoming = incoming
-        self.life = Liveness(peer, lanes, bounds=bounds, now=now)
-        self.windows = Windows(budgets.messages, owner, bounds.window_bytes, put=lanes[MAIN].put, now=now)
-        self.deadlines = Deadlines(outgoing, incoming)
-        self.events: list[Event] = []
-        self.arena = frames.Arena()
-        self._idle_frames = TokenBucket(IDLE_FRAMES_PER_SECOND, burst=MAX_IDLE_FRAMES, now=now)
-
-    def count_idle(self) -> None:
-        """Counts a frame that does nothing: a few are normal. Raises: ProtocolError for a flood."""
-        if not self._idle_frames.spend(1, self.now):
-            raise ProtocolError("the peer sends a flood of frames that do nothing")
-
-
 class CallState:
     """The large messages of one call, one each way at a time. Most calls have none: defaults are the class's."""
 
+    stream: int
     grant_kind = 0
     """Kind of the frame that lets the peer send."""
     lane = MAIN
@@ -81,14 +50,6 @@ class CallState:
     arrival: Arrival | None = None
     window_bytes = 0
     """Bytes of the flow-control window that it uses."""
-
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-
-    @property
-    def given_up(self) -> bool:
-        """True if its room was taken back, which its holder has not been told yet."""
-        return self.room is not None and self.room.released
 
 
 class Announced:
@@ -113,58 +74,284 @@ class Announced:
 class Arrival:
     """A large message on its way in, and when the last of it came. Bytes of an unfinished chunk count, too."""
 
-    __slots__ = ("assembly", "size", "lane", "progress", "begun", "granted_at", "_left", "_passed")
+    __slots__ = ("assembly", "size", "lane", "progress", "begun", "granted_at", "left", "passed")
 
     def __init__(self, assembly: frames.Assembly, lane: Lane, now: float, *, granted: bool) -> None:
         self.assembly = assembly
-        self.size = assembly.left
+        self.size = self.left = assembly.left
         self.lane = lane
         self.progress = now
         self.begun = now
         self.granted_at = now if granted else None
         """Time at which its GRANT was sent, until something came or the GRANT is known to have arrived."""
-        self._left = assembly.left
-        self._passed = lane.bytes_received
+        self.passed = lane.bytes_received
+        """Bytes that its lane had brought at `progress`, when `left` were to come."""
 
     def look(self, now: float) -> None:
-        """Notes whether enough came since the last look."""
-        came = self._left - self.assembly.left
+        """Note whether enough came since the last look."""
+        came = self.left - self.assembly.left
         if came:
             self.granted_at = None
         if came >= PROGRESS_BYTES:
-            self._left = self.assembly.left
-            self._passed = self.lane.bytes_received
+            self.left = self.assembly.left
+            self.passed = self.lane.bytes_received
             self.progress = now
 
-    @property
-    def overtaken(self) -> int:
-        """Bytes that its lane brought since then."""
-        return self.lane.bytes_received - self._passed
 
+class ConnectionCore:
+    """Lanes, flow control, time, events and large messages of one connection. `outgoing` and `incoming` are its calls.
 
-class Deadlines:
-    """The deadlines of calls. Most calls end long before, so entries of ended ones are dropped from time to time."""
+    `peer` is the other end's name in errors; `dialled`: whether this end opens the bulk lane. `chunk_finished` is
+    called after each chunk; `handlers` is to be filled with what takes the other kinds of frames.
+    """
 
-    def __init__(self, outgoing: Mapping[int, object], incoming: Mapping[int, object]) -> None:
-        self._calls = (incoming, outgoing)
-        self._heap: list[tuple[float, int, bool]] = []  # time, stream, whether the call is our own
+    def __init__(
+        self,
+        peer: str,
+        theirs: Hello,
+        *,
+        dialled: bool,
+        bounds: Bounds,
+        budgets: NodeBudgets,
+        owner: Owner,
+        now: float,
+        outgoing: Mapping[int, CallState],
+        incoming: Mapping[int, CallState],
+        chunk_finished: Callable[[int, int, int], None],
+    ) -> None:
+        self.peer = peer
+        self.theirs = theirs
+        self.bounds = bounds
+        self.budgets = budgets
+        self.owner = owner
+        self.now = now
+        self.handlers: dict[int, FrameHandler] = {}
+        main, bulk = (
+            Lane(index, self.handlers, chunk_started=self._chunk_started, chunk_finished=chunk_finished)
+            for index in (MAIN, BULK)
+        )
+        self.lanes = (main, bulk)
+        self.life = Liveness(peer, self.lanes, bounds=bounds, now=now)
+        self.windows = Windows(budgets.messages, owner, bounds.window_bytes, put=main.put, now=now)
+        self.deadlines: list[tuple[float, int, bool]] = []
+        """Deadlines of calls, a heap: time, stream, whether the call is our own. Some may have ended."""
+        self.events: list[Event] = []
+        self.arena = frames.Arena()
+        self._calls = {frames.CHUNK_REPLY: outgoing, frames.CHUNK_REQUEST: incoming}
+        self._dialled = dialled
+        self._bulk_wanted = False
+        self._bulk_retry_at = 0.0
+        self._idle_frames = TokenBucket(IDLE_FRAMES_PER_SECOND, burst=MAX_IDLE_FRAMES, now=now)
 
-    def push(self, deadline: float, stream: int, *, own: bool) -> None:
-        """Adds a call that is under way."""
-        heapq.heappush(self._heap, (deadline, stream, own))
-        if len(self._heap) > 64 and len(self._heap) > 4 * sum(map(len, self._calls)):
-            self._heap = [entry for entry in self._heap if entry[1] in self._calls[entry[2]]]
-            heapq.heapify(self._heap)
+    def count_idle(self) -> None:
+        """Count a frame that does nothing: a few are normal. Raises: ProtocolError for a flood."""
+        if not self._idle_frames.spend(1, self.now):
+            raise ProtocolError("the peer sends a flood of frames that do nothing")
 
-    def __len__(self) -> int:
-        return len(self._heap)
+    def add_deadline(self, deadline: float, stream: int, *, own: bool) -> None:
+        """Add the deadline of a call that is under way."""
+        heap = self.deadlines
+        heapq.heappush(heap, (deadline, stream, own))
+        if len(heap) > 64 and len(heap) > 4 * sum(map(len, self._calls.values())):  # most calls end long before
+            outgoing, incoming = self._calls.values()
+            heap[:] = [entry for entry in heap if entry[1] in (outgoing if entry[2] else incoming)]
+            heapq.heapify(heap)
 
-    @property
-    def first(self) -> float:
-        """The next deadline, maybe of a call that has ended; infinity if there is none."""
-        return self._heap[0][0] if self._heap else float("inf")
+    # ---- large messages out
 
-    def pop(self) -> tuple[int, bool]:
-        """The stream of the next call, and whether it is our own."""
-        _, stream, own = heapq.heappop(self._heap)
-        return stream, own
+    def choose_lane(self, call: CallState) -> None:
+        """Settle on which lane all of a large message, or of a reply in parts, travels."""
+        if self.lanes[BULK].open:
+            call.lane = BULK
+            self.note_bulk(call)
+        else:
+            call.lane = MAIN
+            self.want_bulk()
+
+    def note_bulk(self, call: CallState) -> None:
+        """Frames of this call travel on the bulk lane: as long as they may, it has to live."""
+        if not call.on_bulk:
+            call.on_bulk = True
+            self.life.bulk_used(self.now)
+
+    def begin(
+        self,
+        kind: int,
+        call: CallState,
+        head: bytes,
+        buffers: Sequence[memoryview],
+        sizes: Sequence[int],
+        *,
+        priority: int,
+        reserved: int = 0,
+        flags: int = 0,
+    ) -> None:
+        """Announce a large message on the call's lane. `kind` is that of its chunks. `reserved`: bytes for which its
+        receiver has room."""
+        sending = call.sending = Sending(kind, call.stream, head, buffers, sizes, priority)
+        lane = self.lanes[call.lane]
+        if sending.size <= reserved:
+            room = frames.ROOM_RESERVED
+        elif self.windows.try_use(sending.size):
+            room = frames.ROOM_WINDOW
+        else:
+            room = frames.ROOM_ASKED
+        begin = frames.BEGIN_REQUEST if kind == frames.CHUNK_REQUEST else frames.BEGIN_REPLY
+        table = frames.encode_table(len(head), sizes)
+        lane.put(frames.frame(begin, stream=call.stream, flags=room | flags, payload=table))
+        if room != frames.ROOM_ASKED:
+            sending.granted = True
+            lane.large.append(sending)
+
+    def granted(self, call: CallState) -> None:
+        """The peer has room for a message that asked. Raises: ProtocolError if none did."""
+        sending = call.sending
+        if sending is None or sending.granted:
+            raise ProtocolError("a grant that was not asked for")
+        sending.granted = True
+        self.lanes[call.lane].large.append(sending)
+
+    # ---- large messages in
+
+    def reserve(self, call: CallState, announced: Announced) -> None:
+        """Make room for a message that was announced, now or when its sender's earlier ones leave some.
+
+        Raises: ValueError if there can never be room for it.
+        """
+        cost = announced.size + BUFFER_BYTES * max(0, len(announced.sizes) - 1)
+        call.announced = announced
+        if announced.room == frames.ROOM_ASKED:
+            self.windows.open()
+            call.room = self.budgets.messages.ask(self.owner, cost, call)
+        else:
+            call.room = self.budgets.messages.begin(self.owner, cost, call)
+        if call.room.granted:
+            self.receive(call)
+
+    def receive(self, call: CallState) -> None:
+        """Take memory for a message whose room was granted, and tell its sender if that has asked.
+
+        Without memory the room is given up, as if it were wanted for others.
+        """
+        announced, call.announced = call.announced, None
+        room = call.room
+        assert room is not None and announced is not None
+        if not room.fill(0):
+            return
+        try:
+            assembly = frames.Assembly(announced.head_bytes, announced.sizes)
+        except MemoryError:
+            room.give_up()
+            return
+        asked = announced.room == frames.ROOM_ASKED
+        call.arrival = Arrival(assembly, self.lanes[announced.lane], self.now, granted=asked)
+        if asked:
+            self.lanes[MAIN].put(frames.frame(call.grant_kind, stream=call.stream))
+
+    def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
+        """Return the message that a chunk belongs to, or None to skip it. Raises: ProtocolError."""
+        call = self._calls[kind].get(stream)
+        if call is None or call.arrival is None or call.room is None:
+            return None  # cancelled or expired meanwhile
+        if call.arrival.lane.index != lane:  # two readers in one message would write over its end
+            raise ProtocolError("a message changes its lane")
+        assembly = call.arrival.assembly
+        if length > assembly.left:
+            raise ProtocolError("a message has more bytes than it announced")
+        if length < frames.MIN_CHUNK and length != assembly.left:
+            raise ProtocolError(f"a chunk of less than {frames.MIN_CHUNK} bytes is not its message's last")
+        return assembly if call.room.fill(call.arrival.size - assembly.left + length) else None
+
+    def chunk_finished(self, kind: int, stream: int, length: int) -> CallState | None:
+        """Count a chunk that came; return the call if its message is whole now."""
+        if self.windows.measure(length, self.now, self.life.rtt):
+            self.life.send_ping(self.now)
+        call = self._calls[kind].get(stream)
+        if call is None or call.arrival is None or call.room is None or call.room.released:
+            return None
+        call.arrival.look(self.now)
+        return None if call.arrival.assembly.left else call
+
+    def give_window_back(self, call: CallState) -> None:
+        """The peer may use the window's bytes again that this call's message took."""
+        if call.window_bytes:
+            self.windows.give_back(call.window_bytes)
+            call.window_bytes = 0
+
+    def end(self, call: CallState) -> None:
+        """The call has ended: nothing more of it is sent or received, and its room is given back."""
+        if call.on_bulk:
+            self.life.num_on_bulk -= 1
+        if call.sending is not None:
+            self.lanes[call.lane].drop(call.sending)
+        if call.arrival is not None:
+            call.arrival.lane.reader.forget(call.arrival.assembly)
+            call.arrival = None
+        if call.room is not None:
+            call.room.release()
+            call.room = None  # it refers to the call: a cycle would keep the message's memory until it is collected
+        if call.window_bytes:
+            self.give_window_back(call)
+
+    def find_stalled(self) -> list[CallState]:
+        """Return the calls to whose messages nothing came for long although it was their turn, or which take far too
+        long.
+
+        On a slow path a GRANT may be under way for long, and time counts from its arrival only: while one may still be,
+        the peer is pinged. Messages take turns on a lane, so on a slow one a message may rest for long while others
+        move: it has stalled when all on its lane rest, or after `MAX_OVERTAKING` bytes.
+        """
+        now, stall_after = self.now, self.bounds.stall_after
+        arrivals = [
+            (call, call.arrival)
+            for calls in self._calls.values()
+            for call in calls.values()
+            if call.arrival is not None
+        ]
+        moved = [0.0, 0.0]
+        for _, arrival in arrivals:
+            arrival.look(now)
+            if arrival.granted_at is not None:
+                arrival.progress = arrival.begun = now
+                if self.life.confirmed > arrival.granted_at:
+                    arrival.granted_at = None
+                else:
+                    self.life.send_ping(now)
+            index = arrival.lane.index
+            moved[index] = max(moved[index], arrival.progress)
+        return [
+            call
+            for call, arrival in arrivals
+            if now - arrival.begun > GRACE + arrival.size / LEAST_RATE
+            or (
+                now - arrival.progress > stall_after
+                and (
+                    now - moved[arrival.lane.index] > stall_after
+                    or arrival.lane.bytes_received - arrival.passed > MAX_OVERTAKING
+                )
+            )
+        ]
+
+    # ---- the bulk lane
+
+    def bulk_failed(self, now: float) -> None:
+        """The bulk lane could not be opened: large messages stay on the main lane, in chunks between small frames."""
+        self._bulk_wanted = False
+        self._bulk_retry_at = now + self.bounds.bulk_retry
+
+    def bulk_asked(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A BULK frame: the accepting side has a large message. Raises: ProtocolError if that is us."""
+        self.count_idle()
+        if not self._dialled:
+            raise ProtocolError("only the accepting side asks for a bulk lane")
+        self.want_bulk()
+
+    def want_bulk(self) -> None:
+        """Have the dialler open the bulk lane, unless it is open or being opened."""
+        if self.lanes[BULK].open or self._bulk_wanted or self.now < self._bulk_retry_at:
+            return
+        self._bulk_wanted = True
+        if self._dialled:
+            self.events.append(BulkWanted())
+        else:
+            self.lanes[MAIN].put(frames.frame(frames.BULK))

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
@@ -14,23 +15,22 @@ from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
 from tesseract_async.endpoint.handshake import Handshake
 from tesseract_async.endpoint.lanes import BULK, MAIN
-from tesseract_async.endpoint.racing import race
 from tesseract_async.errors import (
     ConnectionLost,
     HandshakeFailed,
     PeerUnreachable,
     ProtocolError,
+    TesseractError,
     UnsupportedVersion,
     describe,
 )
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
+from tesseract_async.transport.admission import SETTLED, WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, Transport, range_of
 from tesseract_async.transport.certificates import make_contexts
 from tesseract_async.transport.channel import Channel
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tls import TlsMachine
-from tesseract_async.transport.waiting_room import SETTLED, WaitingRoom
 from tesseract_async.wire.frames import FrameReader
 from tesseract_async.wire.heads import Hello
 
@@ -82,6 +82,11 @@ class Dialler:
         self._callers: WaitingRoom[Pipe] = WaitingRoom(most=most, most_per_group=bounds.max_half_open_per_host)
         self._max_connections = min(bounds.max_connections, room.connections)
         self._closed = False
+
+    @property
+    def num_callers(self) -> int:
+        """Pipes that came in and whose handshake is not done."""
+        return len(self._callers)
 
     async def aclose(self) -> None:
         """Gives up every dial and every half-open channel."""
@@ -175,22 +180,22 @@ class Dialler:
             )
             return True
 
-        opened, errors = await self._race(peer, self.paths(peer, bulk=True), attempt)
+        opened, errors = await self._race(peer, self.paths(peer), attempt)
         if not opened:
             raise PeerUnreachable(peer.short, errors)
 
-    def paths(self, peer: PeerAddress, *, bulk: bool = False) -> list[DialPath]:
+    def paths(self, peer: PeerAddress) -> list[DialPath]:
         """All ways to `peer` that the transports know."""
-        return [path for transport in self._transports for path in transport.paths(peer, bulk=bulk)]
+        return [path for transport in self._transports for path in transport.paths(peer)]
 
     async def _race(
         self, peer: PeerAddress, paths: Sequence[DialPath], attempt: Callable[[DialPath], Awaitable[Result]]
     ) -> tuple[Result | None, dict[str, BaseException]]:
-        def finished(path: DialPath, error: BaseException | None, seconds: float) -> None:
+        def finished(path: DialPath, error: BaseException | None) -> None:
             if error is not None:
                 self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:
-                transport.path_finished(peer, path, error, seconds)
+                transport.path_finished(peer, path, error)
 
         return await race(paths, attempt, finished=finished)
 
@@ -253,14 +258,13 @@ class Dialler:
             crowd = max(groups, key=lambda one: len(groups[one]), default=mine)
         now = asyncio.get_running_loop().time()
         found = groups.get(crowd, [])
-
-        def is_idle(one: Connection) -> bool:
-            patience = (
-                IDLE_SECONDS if one.protocol.was_called else SETTLED
-            )  # a peer that has never called is not missed
-            return not one.protocol.num_calls and now - one.last_used > patience
-
-        idle = [one for one in found if is_idle(one)]
+        idle = [
+            one
+            for one in found
+            if not one.protocol.num_calls
+            # a peer that has never called is not missed
+            and now - one.last_used > (IDLE_SECONDS if one.protocol.was_called else SETTLED)
+        ]
         if not idle and (crowd == mine or len(found) <= len(groups.get(mine, ())) + 1):
             return False
         victim = min(idle or found, key=lambda one: (one.protocol.was_called, one.last_used))
@@ -271,11 +275,10 @@ class Dialler:
     # ---- both
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
-        bounds = self._bounds.connection
+        bounds = self._bounds
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
-        if bulk:
-            return Hello(session, bulk, self._peer_id, *limits)
-        return Hello(session, bulk, self._peer_id, *limits, tuple(self._grants()), self._features)
+        more = () if bulk else (tuple(self._grants()), self._features)
+        return Hello(session, bulk, self._peer_id, *limits, *more)
 
     def _handshake(
         self, pipe: Pipe, *, own: Hello | None, expected: PeerID | None, established: Established
@@ -321,3 +324,48 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, UnsupportedVersion):
         return "version"
     return "protocol" if isinstance(error, ProtocolError) else "io"
+
+
+async def race(
+    paths: Sequence[DialPath],
+    attempt: Callable[[DialPath], Awaitable[Result]],
+    *,
+    finished: Callable[[DialPath, BaseException | None], None],
+) -> tuple[Result | None, dict[str, BaseException]]:
+    """Try several paths to one peer with head starts (RFC 8305's "happy eyeballs"); the first that succeeds wins.
+
+    Returns its result, or None and each path's error. The other attempts are cancelled and awaited. A path starts after
+    its delay, or as soon as all attempts before it have failed. An attempt fails with OSError or TesseractError; any
+    other exception ends the race. `finished` is called for each attempt that ended by itself.
+    """
+    loop = asyncio.get_running_loop()
+    queue = deque(sorted(paths, key=lambda path: path.delay))
+    begun = loop.time()
+    running: dict[asyncio.Future[Result], DialPath] = {}
+    errors: dict[str, BaseException] = {}
+    try:
+        while queue or running:
+            while queue and (not running or loop.time() - begun >= queue[0].delay):
+                path = queue.popleft()
+                running[asyncio.ensure_future(attempt(path))] = path
+            timeout = max(0.0, begun + queue[0].delay - loop.time()) if queue else None
+            done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                path = running[task]
+                error = task.exception()
+                if error is not None and not isinstance(error, OSError | TesseractError):  # TimeoutError is an OSError
+                    raise error
+                finished(path, error)
+                if error is None:
+                    return task.result(), errors
+                errors[path.name] = error
+                del running[task]
+        return None, errors
+    finally:
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        for task in running:
+            if not task.cancelled():
+                task.exception()  # retrieved: it finished in the same turn as the winner

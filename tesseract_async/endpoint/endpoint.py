@@ -90,10 +90,13 @@ class Endpoint(Uncopied):
         self._features = features
         self.budgets = NodeBudgets(settings.max_receive_bytes)
         """Memory that all connections share."""
-        self._quotas = Quotas(lambda peer_id: self.policy.quota_of(peer_id), refused=self._over_quota)
+        self._quotas = Quotas(
+            lambda peer_id: self.policy.quota_of(peer_id),
+            refused=lambda reason: self.metrics.count("endpoint_calls_over_quota", reason=reason),
+        )
         self._rng = random.Random()
         self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
-        self._dialler = Dialler(
+        self.dialler = Dialler(
             identity=identity,
             transports=self._transports,
             settings=settings,
@@ -126,7 +129,7 @@ class Endpoint(Uncopied):
             self._timer.cancel()
         for transport in self._transports:
             await transport.aclose()
-        await self._dialler.aclose()
+        await self.dialler.aclose()
         closes = [connection.aclose("the node is closing") for connection in self.pool.connections()]
         await asyncio.gather(*closes, *self._closing, return_exceptions=True)
 
@@ -157,10 +160,7 @@ class Endpoint(Uncopied):
 
     def accept(self, pipe: Pipe) -> None:
         """Serves the peer at the other end of a pipe that it opened."""
-        self._dialler.accept(pipe)
-
-    def _over_quota(self, reason: str) -> None:
-        self.metrics.count("endpoint_calls_over_quota", reason=reason)
+        self.dialler.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
         if (refusal := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
@@ -203,7 +203,7 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
+            connection = self._find(peer) or await self.dialler.connect(peer, deadline=deadline, what=method)
             head = head._replace(time_left=max(deadline - loop.time(), 0.001))
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
@@ -236,7 +236,7 @@ class Endpoint(Uncopied):
         Raises: what `call` raises, also after some parts.
         """
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
-        connection = self._find(peer) or await self._dialler.connect(peer, deadline=deadline, what=method)
+        connection = self._find(peer) or await self.dialler.connect(peer, deadline=deadline, what=method)
         parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
         async with contextlib.aclosing(parts):
             async for part in parts:
@@ -256,7 +256,7 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        max_reply = self._bounds.connection.max_message if max_reply_bytes is None else max_reply_bytes
+        max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
 
@@ -312,7 +312,7 @@ class Endpoint(Uncopied):
         Raises: PeerUnreachable.
         """
         old = [c for c in self.pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
-        await self._dialler.connect_through(peer, self._dialler.paths(peer) if paths is None else paths)
+        await self.dialler.connect_through(peer, self.dialler.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
 
@@ -337,12 +337,12 @@ class Endpoint(Uncopied):
             dialled=dialled,
             pipe=pipe,
             answer=self._answer,
-            open_bulk=self._dialler.open_bulk,
+            open_bulk=self.dialler.open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
-            bounds=self._bounds.connection,
+            bounds=self._bounds,
             metrics=self.metrics,
-            meter=self._quotas.meter(peer_id),
+            quotas=self._quotas,
             refusal=lambda: self._refusal(peer_id, "call", large=True),
         )
         if hello.grants:

@@ -22,11 +22,10 @@ whether the peer reads them."""
 
 
 class Handlers:
-    """The handlers of one connection, each in a task of its own.
+    """The handlers of one connection, each in a task of its own. `answer` finds and calls the handler of a call.
 
     While more than `max_backlog` bytes of replies wait to be read, further calls are held and replies in parts pause.
-
-    `answer` finds and calls the handler of a call.
+    `done` is called whenever a handler has ended, or sent a part.
     """
 
     def __init__(
@@ -37,6 +36,7 @@ class Handlers:
         origin: str,
         *,
         max_backlog: int,
+        done: Callable[[], None],
     ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         """Tasks of handlers that have not ended."""
@@ -45,23 +45,20 @@ class Handlers:
         self._peer_id = peer_id
         self._origin = origin
         self._max_backlog = max_backlog
+        self._done = done
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._held: dict[int, tuple[CallReceived, Callable[[], None]]] = {}
+        self._held: dict[int, CallReceived] = {}
         self._started = 0  # since the last flush
         self._may_send: dict[int, asyncio.Event] = {}  # of replies in parts
 
-    @property
-    def num_held(self) -> int:
-        """Calls whose handlers have not been started."""
-        return len(self._held)
-
-    def received(self, event: CallReceived, *, done: Callable[[], None]) -> None:
-        """Starts the call's handler, now or after a flush. `done` is called when it has answered."""
-        if not self._held and self._may_start():
-            self._start(event, done)
-        else:
-            self._held[event.stream] = event, done
+    def received(self, event: CallReceived) -> bool:
+        """Start the call's handler. False if it is held until a flush."""
+        if self._held or not self._may_start():
+            self._held[event.stream] = event
+            return False
+        self._start(event)
+        return True
 
     def cancel(self, stream: int) -> None:
         """The call has ended: its handler is cancelled, or never started."""
@@ -76,10 +73,10 @@ class Handlers:
             may_send.set()
 
     def flushed(self) -> bool:
-        """Starts held calls, resumes replies in parts. Returns whether more calls may start after the next flush."""
+        """Start held calls, resume replies in parts. Return whether more calls may start after the next flush."""
         self._started = 0
         while self._held and self._may_start():
-            self._start(*self._held.pop(next(iter(self._held))))
+            self._start(self._held.pop(next(iter(self._held))))
         if not self._may_reply():
             return False
         for may_send in self._may_send.values():
@@ -92,7 +89,7 @@ class Handlers:
     def _may_start(self) -> bool:
         return self._started < STARTS_PER_TURN and self._may_reply()
 
-    def _start(self, event: CallReceived, done: Callable[[], None]) -> None:
+    def _start(self, event: CallReceived) -> None:
         self._started += 1
         head = event.head
         call = IncomingCall(
@@ -105,33 +102,36 @@ class Handlers:
             origin=self._origin,
             in_parts=event.in_parts,
         )
-        task = self._running[event.stream] = self._loop.create_task(self._run(event.stream, call, done))
+        task = self._running[event.stream] = self._loop.create_task(self._run(event.stream, call))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _run(self, stream: int, call: IncomingCall, done: Callable[[], None]) -> None:
+    async def _run(self, stream: int, call: IncomingCall) -> None:
         # nothing here holds on to the body: a handler that has read it may drop it
         try:
             answer = self._answer(call)
             if call.in_parts and isinstance(answer, AsyncGenerator):
-                await self._send_parts(stream, answer, done)
+                await self._send_parts(stream, answer)
             else:
                 message = await in_one(answer, call.method)
                 self._protocol.reply(stream, message.body, message.buffers, now=self._loop.time())
         except RemoteError as error:
             self._protocol.fail(stream, error)
         except asyncio.CancelledError:
-            if stream in self._running:  # not by us: the handler cancelled itself, or the program stops
+            if (
+                self._running.get(stream) is asyncio.current_task()
+            ):  # not by us: the handler cancelled itself, or the program stops
                 self._protocol.fail(stream, RemoteError(f"{call.method} was cancelled"))
             raise
         except Exception as error:  # what a handler raises is not ours to know
             logger.exception("%s, called by %s, failed", call.method, self._peer_id.short)
             self._protocol.fail(stream, RemoteError(f"{call.method} failed: {describe(error)}"))
         finally:
-            self._running.pop(stream, None)
-            done()
+            if self._running.get(stream) is asyncio.current_task():  # a peer may use its number anew meanwhile
+                del self._running[stream]
+            self._done()
 
-    async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None], sent: Callable[[], None]) -> None:
+    async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None]) -> None:
         """Asks the handler for one part after the other, each once the caller is ready for it."""
         may_send = self._may_send[stream] = asyncio.Event()
         try:
@@ -146,6 +146,7 @@ class Handlers:
                     body, buffers = message or Message()
                     if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
                         return
-                    sent()
+                    self._done()
         finally:
-            del self._may_send[stream]
+            if self._may_send.get(stream) is may_send:
+                del self._may_send[stream]

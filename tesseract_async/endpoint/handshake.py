@@ -93,7 +93,7 @@ class Handshake:
             hello = heads.decode_hello(payload)
         except ProtocolError:
             if self._own is None:  # tell what we speak before closing, so that the dialler learns why
-                self._refuse()
+                self._send(Hello(bytes(16), False, bytes(32), 1, 1, 1))
             raise
         claimed = PeerID(hello.peer_id)
         peer_id = claimed if self._peer_id is None else self._peer_id
@@ -114,7 +114,3 @@ class Handshake:
 
     def _send(self, hello: Hello) -> None:
         self._channel.write([frames.frame(frames.HELLO, payload=heads.encode_hello(hello))])
-
-    def _refuse(self) -> None:
-        made_up = Hello(bytes(16), False, bytes(32), 1, 1, 1)
-        self._send(made_up)

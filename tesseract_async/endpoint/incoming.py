@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from tesseract_async.endpoint.budget import Budget, FairCount, Owner, Reservation
+from tesseract_async.endpoint.budget import Budget, Owner, Reservation
 from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallCancelled, CallReceived, PartWanted
 from tesseract_async.endpoint.lanes import BULK, MAIN, Sending
-from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.transfers import Transfers
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import Overloaded, ProtocolError, RemoteError
+from tesseract_async.identity import PeerID
 from tesseract_async.wire import frames, heads, packed
 
 PATIENCE: Final = 30.0
@@ -30,7 +30,6 @@ class ReceivedCall(CallState):
     """A call that the peer made."""
 
     grant_kind = frames.GRANT_REQUEST
-    # defaults of the class: a small call sets few of them
     delivered = False
     """True once the handler has it; its body is the handler's alone."""
     in_parts = False
@@ -57,32 +56,41 @@ class ReceivedCall(CallState):
     replied_bytes = 0
     """... and the bytes of all."""
 
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+
+    @property
+    def takes_part(self) -> bool:
+        """True if earlier parts of the reply have left, and the caller has taken enough of them."""
+        return self.sending is None and self.num_parts - self.num_taken < frames.PARTS_AHEAD
+
 
 class IncomingCalls:
     """The peer's calls on one connection, by their number.
 
-    `meter` counts them against the peer's quota; `refusal` says why the peer may call nothing here, if so.
+    `quotas` counts them against the quota of `peer_id`; `refusal` says why the peer may call nothing here, if so.
     """
 
     def __init__(
         self,
         core: ConnectionCore,
-        transfers: Transfers,
         calls: dict[int, ReceivedCall],
         *,
-        meter: Meter | None,
+        quotas: Quotas | None,
+        peer_id: PeerID,
         refusal: Callable[[], RemoteError | None] | None,
     ) -> None:
         self.last_seen = 0
         """The highest number of a call that the peer has made."""
         self.waiting = WaitingReplies(core.budgets.replies, core.owner, max_bytes=core.bounds.max_replies)
-        self.costs = SmallCallCosts(core.budgets.small_calls, core.owner)
         self._core = core
-        self._transfers = transfers
         self._calls = calls
-        self._meter = meter
+        self._quotas = quotas
+        self._peer_id = peer_id
         self._refusal = refusal
         self._small_bytes = 0
+        self._small_cost = 0  # of the small calls under way: each costs far more than its bytes
+        self._counted = STEP  # what of it the node's budget has counted
 
     # ---- requests
 
@@ -100,7 +108,7 @@ class IncomingCalls:
             call.in_parts = True
         if lane == BULK:
             call.lane = lane
-            self._transfers.note_lane(call, lane)
+            self._core.note_bulk(call)
         return call
 
     def request_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -113,11 +121,31 @@ class IncomingCalls:
         if self._small_bytes > 2 * core.bounds.max_small + frames.MAX_SMALL:
             raise ProtocolError(f"more than {core.bounds.max_small} bytes of small requests at once")
         value, buffers = frames.decode_small(payload, core.arena)
-        if not self.costs.began(call, len(payload), buffers):
+        if not self._has_room(call, len(payload), buffers):
             core.count_idle()
             self.fail(stream, Overloaded("too many calls are under way here", retry_after=0.5))
-        elif self._meter is None or self._within_quota(self._meter, call, len(payload)):
+        elif self._quotas is None or self._within_quota(self._quotas, call, len(payload)):
             self._deliver(call, value, buffers)
+
+    def _has_room(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
+        """Count a small request; False if it is more than may be under way here."""
+        call.cost = CALL_BYTES + num_bytes
+        if num_bytes > packed.UNCOUNTED_BYTES:
+            call.cost += packed.BYTES_PER_ITEM * min(num_bytes - sum(map(len, buffers)), packed.MAX_ITEMS)
+        self._small_cost += call.cost
+        if self._small_cost > self._counted:
+            more = -(-(self._small_cost - self._counted) // STEP) * STEP
+            if not self._core.budgets.small_calls.take(self._core.owner, more):
+                return False
+            self._counted += more
+        return True
+
+    def _settle(self) -> None:
+        """Give back what the node's budget counts beyond the small calls under way."""
+        less = (self._counted - max(self._small_cost, STEP)) // STEP * STEP
+        if less > 0:
+            self._counted -= less
+            self._core.budgets.small_calls.give_back(self._core.owner, less)
 
     def request_announced(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BEGIN_REQUEST frame."""
@@ -132,21 +160,21 @@ class IncomingCalls:
             core.count_idle()
             self.fail(stream, error)
             return
-        if self._meter is not None and not self._within_quota(self._meter, call, announced.size):
+        if self._quotas is not None and not self._within_quota(self._quotas, call, announced.size):
             return  # chunks that are on their way are skipped
         if announced.room not in (frames.ROOM_WINDOW, frames.ROOM_ASKED):
             raise ProtocolError("malformed BEGIN")
         try:
-            self._transfers.reserve(call, announced)
+            self._core.reserve(call, announced)
         except ValueError:
             sentence = f"{announced.size} bytes never fit this node's memory bound"
             self.fail(stream, Overloaded(sentence, retry_after=60.0))
         if call.room is None or call.room.released:
             core.count_idle()
 
-    def _within_quota(self, meter: Meter, call: ReceivedCall, size: int) -> bool:
+    def _within_quota(self, quotas: Quotas, call: ReceivedCall, size: int) -> bool:
         """Counts a request; one that is too much is answered at once, before anything is done or received for it."""
-        wait = meter.begin(size, self._core.now)
+        wait = quotas.begin(self._peer_id, size, self._core.now)
         call.metered = wait == 0.0
         if not wait:
             return True
@@ -166,7 +194,7 @@ class IncomingCalls:
         call.delivered = True
         call.priority, call.reply_room, call.max_reply = head.priority, head.reply_room, head.max_reply
         deadline = self._core.now + head.time_left
-        self._core.deadlines.push(deadline, call.stream, own=False)
+        self._core.add_deadline(deadline, call.stream, own=False)
         self._core.events.append(CallReceived(call.stream, head, buffers, deadline, call.in_parts))
 
     def cancel_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -208,13 +236,13 @@ class IncomingCalls:
         if size > limit:
             sentence = f"the reply has {size} bytes, more than the {limit} that its caller accepts"
             return self.fail(stream, RemoteError(sentence))
-        if call.metered and self._meter is not None:
-            self._meter.charge(size, now)
+        if call.metered and self._quotas is not None:
+            self._quotas.charge(self._peer_id, size, now)
         if more or call.num_parts:
             if call.num_parts + more >= frames.MAX_PARTS:
                 return self.fail(stream, RemoteError(f"the reply has more than {frames.MAX_PARTS} parts"))
             if not call.num_parts:
-                call.lane = self._transfers.choose_lane(call)  # all parts of a reply keep to one lane
+                core.choose_lane(call)  # all parts of a reply keep to one lane
                 self.waiting.in_parts[stream] = call
             call.num_parts += 1
             call.replied_bytes += size
@@ -230,18 +258,17 @@ class IncomingCalls:
             return self.fail(stream, Overloaded("too many replies wait here for those who asked", retry_after=1.0))
         else:
             if not call.num_parts:
-                call.lane = self._transfers.choose_lane(call)
-            reserved = call.reply_room
-            self._transfers.begin(
-                frames.CHUNK_REPLY, call, encoded, buffers, priority=call.priority, reserved=reserved, flags=flags
-            )
+                core.choose_lane(call)
+            room = call.reply_room
+            kind = frames.CHUNK_REPLY
+            core.begin(kind, call, encoded, buffers, sizes, priority=call.priority, reserved=room, flags=flags)
         return True
 
     def takes_part(self, stream: int) -> bool:
         """Return whether `reply` may send more for this call: earlier parts have left, and its caller has taken enough
         of them. If not, `PartWanted` follows, unless the call ends."""
         call = self._calls.get(stream)
-        return call is None or _takes_part(call)
+        return call is None or call.takes_part
 
     def sent(self, sending: Sending) -> None:
         """The last byte of a large reply, or of a part of one, has left."""
@@ -253,7 +280,6 @@ class IncomingCalls:
             return
         self.waiting.drop(call)
         call.sending = None
-        call.reply_since = self._core.now
         self._want_part(call)
 
     def reply_granted(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
@@ -265,21 +291,22 @@ class IncomingCalls:
             if call.num_taken >= call.num_parts:
                 raise ProtocolError("a part was taken that was not sent")
             call.num_taken += 1
-            call.reply_since = self._core.now
             self._want_part(call)
         else:
-            self._transfers.granted(call)
+            self._core.granted(call)
 
     def _want_part(self, call: ReceivedCall) -> None:
-        if _takes_part(call):
+        call.reply_since = self._core.now
+        if call.takes_part:
             self._core.events.append(PartWanted(call.stream))
 
     def fail(self, stream: int, error: RemoteError) -> bool:
         """Answers a received call with an error. Returns False: the call has ended."""
         call = self._calls.get(stream)
         if call is not None:
+            lane = call.lane if call.num_parts else MAIN  # behind the parts
             error_reply = frames.encode_small(frames.REPLY, stream, heads.encode_error(error), (), ())
-            self._core.lanes[MAIN].put(error_reply)
+            self._core.lanes[lane].put(error_reply)
             self._end(call)
         return False
 
@@ -298,7 +325,7 @@ class IncomingCalls:
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:
-            self._transfers.receive(call)
+            self._core.receive(call)
         elif room is call.room:
             self.fail(call.stream, Overloaded("there was no room for all of the request", retry_after=1.0))
         elif room is call.reply_held:
@@ -306,31 +333,27 @@ class IncomingCalls:
 
     def handle_timer(self, now: float) -> None:
         """Ends replies that are not taken."""
-        for call in self.waiting.overdue(self._calls, now):
+        for call in self.waiting.overdue(self._calls.values(), now):
             self._not_taken(call)
-        self.costs.settle()
+        self._settle()
 
     def lost(self) -> None:
         """The connection is gone: every call is cancelled."""
         for stream in list(self._calls):
             self.cancel(stream)
-        self.costs.settle()
+        self._settle()
 
     def _end(self, call: ReceivedCall) -> None:
         del self._calls[call.stream]
         self._small_bytes -= call.small
-        self.costs.total -= call.cost
-        if call.metered and self._meter is not None:
-            self._meter.end()
-        self._transfers.end(call)
+        self._small_cost -= call.cost
+        if call.metered and self._quotas is not None:
+            self._quotas.end(self._peer_id)
+        self._core.end(call)
         if call.reply_held is not None:
             self.waiting.drop(call)
         if call.num_parts:
             del self.waiting.in_parts[call.stream]
-
-
-def _takes_part(call: ReceivedCall) -> bool:
-    return call.sending is None and call.num_parts - call.num_taken < frames.PARTS_AHEAD
 
 
 class WaitingReplies:
@@ -369,16 +392,16 @@ class WaitingReplies:
             call.reply_held.release()
             call.reply_held = None
 
-    def overdue(self, calls: Mapping[int, ReceivedCall], now: float) -> list[ReceivedCall]:
+    def overdue(self, calls: Iterable[ReceivedCall], now: float) -> list[ReceivedCall]:
         """The calls whose replies are not taken."""
         overdue = [
             call
             for call in self.in_parts.values()
-            if call.sending is None and not _takes_part(call) and now - call.reply_since > PATIENCE
+            if call.sending is None and not call.takes_part and now - call.reply_since > PATIENCE
         ]
         if not self.num_bytes:
             return overdue
-        waiting = [(call, call.sending) for call in calls.values() if call.reply_held is not None and call.sending]
+        waiting = [(call, call.sending) for call in calls if call.reply_held is not None and call.sending]
         taken = self._added - sum(sending.left for _, sending in waiting)
         stands_still = False
         if now - self._taken_at > PATIENCE:
@@ -390,36 +413,3 @@ class WaitingReplies:
             if now - call.reply_since > PATIENCE and (stands_still or not sending.granted)
         ]
         return overdue
-
-
-class SmallCallCosts:
-    """The memory of a connection's small calls under way: each costs far more than its bytes."""
-
-    def __init__(self, budget: FairCount, owner: Owner) -> None:
-        self.total = 0
-        """Cost of the calls under way: each call's `cost` is taken off when it ends."""
-        self._budget = budget
-        self._owner = owner
-        self._counted = STEP
-
-    def began(self, call: ReceivedCall, num_bytes: int, buffers: Sequence[memoryview]) -> bool:
-        """Counts a request of so many bytes; False if it is more than may be under way here."""
-        cost = CALL_BYTES + num_bytes
-        if num_bytes > packed.UNCOUNTED_BYTES:
-            cost += packed.BYTES_PER_ITEM * min(num_bytes - sum(map(len, buffers)), packed.MAX_ITEMS)
-        call.cost = cost
-        self.total += cost
-        if self.total <= self._counted:
-            return True
-        more = -(-(self.total - self._counted) // STEP) * STEP
-        if not self._budget.take(self._owner, more):
-            return False
-        self._counted += more
-        return True
-
-    def settle(self) -> None:
-        """Gives back what is counted beyond what is under way."""
-        less = (self._counted - max(self.total, STEP)) // STEP * STEP
-        if less > 0:
-            self._counted -= less
-            self._budget.give_back(self._owner, less)

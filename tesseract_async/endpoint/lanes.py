@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from tesseract_async.errors import ProtocolError
@@ -18,49 +19,54 @@ SMALLEST_CHUNK: Final = 16 * 1024
 
 MAX_JOINED: Final = 256 * 1024
 """Bytes of small frames that are sent at once."""
-
-
-BESIDE_SMALL: Final = 256 * 1024
+SMALL_PORTION: Final = 256 * 1024
 """Portion of large messages that goes at once while there are small calls, which wait for it."""
 CALM: Final = 0.2
 """Seconds without a small call after which portions grow."""
 
+FrameHandler = Callable[[int, int, int, memoryview], None]
+"""Takes a frame that is no chunk: its lane, flags, stream and payload."""
 
+
+@dataclass(slots=True)
 class Pace:
     """The portions in which large messages are moved: small while any connection of the node has small calls."""
 
-    __slots__ = ("small_at",)
-
-    def __init__(self) -> None:
-        self.small_at = float("-inf")
-        """Time of the last small request."""
+    small_at: float = float("-inf")
+    """Time of the last small request."""
 
     def portion(self, now: float) -> int:
         """Bytes of large messages that one turn of the loop may move on one lane."""
-        return CHUNK_BYTES[BULK] if now - self.small_at > CALM else BESIDE_SMALL
+        return CHUNK_BYTES[BULK] if now - self.small_at > CALM else SMALL_PORTION
 
 
 class Sending:
     """A large message on its way out."""
 
-    __slots__ = ("kind", "stream", "size", "left", "priority", "parts", "granted", "begun")
+    __slots__ = ("kind", "stream", "size", "left", "priority", "parts", "granted")
 
-    def __init__(self, kind: int, stream: int, head: bytes, buffers: Sequence[memoryview], priority: int) -> None:
+    def __init__(
+        self,
+        kind: int,
+        stream: int,
+        head: bytes,
+        buffers: Sequence[memoryview],
+        sizes: Sequence[int],
+        priority: int,
+    ) -> None:
         self.kind = kind  # CHUNK_REQUEST or CHUNK_REPLY
         self.stream = stream
-        self.left = len(head) + sum(map(len, buffers))
-        self.size = frames.message_bytes(len(head), [len(buffer) for buffer in buffers])
+        self.left = len(head) + sum(sizes)
+        self.size = frames.message_bytes(len(head), sizes)
         self.priority = priority
         self.granted = False
-        self.begun = False  # whether a byte of a buffer may be on loan to a transport
-        self.parts = deque(part for part in (memoryview(head), *buffers) if len(part))
+        self.parts = deque(filter(len, (memoryview(head), *buffers)))
 
     def next_chunk(self, limit: int, out: list[bytes | memoryview]) -> int:
         """Appends a chunk of at most `limit` bytes to `out`, header and pieces; its length."""
         length = count = min(self.left, limit)
         out.append(frames.HEADER.pack(self.kind, 0, 0, length, self.stream))
         self.left -= length
-        self.begun = True
         while count:
             part = self.parts[0]
             if len(part) <= count:
@@ -75,13 +81,13 @@ class Sending:
 
 
 class Lane:
-    """Queues of what leaves, a reader for what arrives. `handlers`: what takes each kind of frame that is no chunk."""
+    """Queues of what leaves, and a reader for what arrives. `handlers`: by the kind of a frame that is no chunk."""
 
     def __init__(
         self,
         index: int,
+        handlers: Mapping[int, FrameHandler],
         *,
-        handlers: Mapping[int, Callable[[int, int, int, memoryview], None]],
         chunk_started: Callable[[int, int, int, int], frames.Assembly | None],
         chunk_finished: Callable[[int, int, int], None],
     ) -> None:
@@ -94,85 +100,75 @@ class Lane:
         self.moved = 0.0  # when bytes last came in here or at the other end
         self.pinged = False
         self.bytes_received = 0
+        self.chunk_finished = chunk_finished
         self._chunk_bytes = CHUNK_BYTES[index]
         self._chunk_at = 0.0
         self._chunks_follow = False
-        self.chunk_finished = chunk_finished
         self._handlers = handlers
         self._chunk_started = chunk_started
 
     # ---- out
 
     def put(self, data: bytes) -> None:
-        """Queues whole frames that are no chunks."""
+        """Queue whole frames that are no chunks."""
         self.small.append(data)
         self.small_bytes += len(data)
 
-    def drop(self, sending: Sending | None) -> None:
-        """Nothing more of this message is sent."""
-        if sending is not None and sending.left:
-            sending.left = 0
-            if sending in self.large:
-                self.large.remove(sending)
+    def drop(self, sending: Sending) -> None:
+        """Send nothing more of this message."""
+        sending.left = 0
+        if sending in self.large:
+            self.large.remove(sending)
 
     def drop_all(self) -> None:
-        """Nothing more is sent."""
+        """Send nothing more."""
         self.small, self.small_bytes = [], 0
         self.large.clear()
 
-    @property
-    def has_data(self) -> bool:
-        """True if `data_to_send` would give anything."""
-        return bool(self.small or self.large)
-
     def data_to_send(
-        self, room: int, now: float, *, portion: int, sent: Callable[[Sending], None]
+        self, room: int, now: float, *, pace: Pace, sent: Callable[[Sending], None]
     ) -> list[bytes | memoryview]:
-        """Small frames first, then chunks of about `room` bytes, each of at most `portion`; `sent` hears of each
-        message that has left whole.
+        """Return small frames first, then chunks of about `room` bytes, in portions of `pace`. `sent` is called for
+        each message that has left whole.
         """
         out: list[bytes | memoryview] = []
         if self.small:
-            if self.small_bytes <= MAX_JOINED:
-                out.append(b"".join(self.small) if len(self.small) > 1 else self.small[0])
-                self.small = []
-                self.small_bytes = 0
+            taken, self.small = self.small, []
+            if self.small_bytes > MAX_JOINED:
+                count = size = 0
+                while count < len(taken) and size < MAX_JOINED:
+                    size += len(taken[count])
+                    count += 1
+                taken, self.small = taken[:count], taken[count:]
+                self.small_bytes -= size
+                room = 0 if self.small else room
             else:
-                out.append(self._take_small(MAX_JOINED))
-            room = 0 if self.small else room
+                self.small_bytes = 0
+            out.append(b"".join(taken) if len(taken) > 1 else taken[0])
         if self.large and room > 0:
             self._fit_chunks(now)
-        while self.large and room > 0:
-            sending = self.large[0]
-            if len(self.large) > 1:
-                sending = max(self.large, key=lambda item: item.priority)
-                self.large.remove(sending)
-                self.large.append(sending)
-            room -= sending.next_chunk(min(self._chunk_bytes, portion), out)
-            if not sending.left:
-                self.large.remove(sending)
-                sent(sending)
+            limit = min(self._chunk_bytes, pace.portion(now))
+            while self.large and room > 0:
+                sending = self.large[0]
+                if len(self.large) > 1:
+                    sending = max(self.large, key=lambda item: item.priority)
+                    self.large.remove(sending)
+                    self.large.append(sending)
+                room -= sending.next_chunk(limit, out)
+                if not sending.left:
+                    self.large.remove(sending)
+                    sent(sending)
         self._chunks_follow = bool(self.large)
         return out
 
     def _fit_chunks(self, now: float) -> None:
-        """Chunks of about a second at most: on a slow way, what is urgent stands behind them."""
+        """Keep chunks to about a second: on a slow path, what is urgent stands behind them."""
         if self._chunks_follow:
             if now - self._chunk_at > 1.0:
                 self._chunk_bytes = max(SMALLEST_CHUNK, self._chunk_bytes // 2)
             elif now - self._chunk_at < 0.25:
                 self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
         self._chunk_at = now
-
-    def _take_small(self, limit: int) -> bytes:
-        """The oldest small frames, together not much more than `limit` bytes."""
-        count = size = 0
-        while count < len(self.small) and size < limit:
-            size += len(self.small[count])
-            count += 1
-        taken, self.small = self.small[:count], self.small[count:]
-        self.small_bytes -= size
-        return b"".join(taken)
 
     # ---- in: frames.FrameSink
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from tesseract_async.endpoint.budget import Reservation
-from tesseract_async.endpoint.core import Announced, CallState, ConnectionCore
+from tesseract_async.endpoint.core import BUFFER_BYTES, Announced, CallState, ConnectionCore
 from tesseract_async.endpoint.events import CallFailed, PartReceived, ReplyReceived, RequestUnseen
-from tesseract_async.endpoint.lanes import MAIN
-from tesseract_async.endpoint.transfers import Transfers
+from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.errors import ConnectionLost, MessageTooLarge, Overloaded, ProtocolError
-from tesseract_async.wire import frames, heads
+from tesseract_async.wire import frames, heads, packed
 from tesseract_async.wire.heads import RequestHead
 
 
@@ -18,7 +18,6 @@ class OutgoingCall(CallState):
     """A call under way."""
 
     grant_kind = frames.GRANT_REPLY
-    # defaults of the class: a small call sets few of them
     small = 0
     """Bytes counted against the peer's max_small."""
     reserved = 0
@@ -33,7 +32,7 @@ class OutgoingCall(CallState):
     """Parts of the reply that have begun ..."""
     reply_bytes = 0
     """... and their size together."""
-    untaken: deque[Reservation] | None = None
+    untaken: tuple[Reservation, ...] = ()
     """Room of the parts that are here and that the caller has not taken."""
 
     def __init__(
@@ -49,9 +48,8 @@ class OutgoingCall(CallState):
 class OutgoingCalls:
     """The calls made here on one connection, by number. Some wait until the peer's limits allow their requests."""
 
-    def __init__(self, core: ConnectionCore, transfers: Transfers, calls: dict[int, OutgoingCall]) -> None:
+    def __init__(self, core: ConnectionCore, calls: dict[int, OutgoingCall]) -> None:
         self._core = core
-        self._transfers = transfers
         self._calls = calls
         self._next_stream = 1
         self._waiting: deque[int] = deque()
@@ -87,7 +85,7 @@ class OutgoingCalls:
         stream = self._next_stream
         self._next_stream += 1
         call = self._calls[stream] = OutgoingCall(stream, head, buffers, sizes, deadline)
-        core.deadlines.push(deadline, stream, own=True)
+        core.add_deadline(deadline, stream, own=True)
         if in_parts and heads.REPLY_PARTS in core.theirs.features:
             call.in_parts = True
         if reserve_reply and head.max_reply > frames.MAX_SMALL:
@@ -125,10 +123,11 @@ class OutgoingCalls:
         if self._calls.get(call.stream) is not call:
             return
         if not room.released:
-            self._transfers.receive(call)
-        elif room is call.room or (call.untaken and room in call.untaken):
+            self._core.receive(call)
+        elif room is call.room or room in call.untaken:
             sentence = f"the memory for messages is in use: there was no room for the reply of {call.head.method}"
-            self.fail(call, Overloaded(sentence, retry_after=1.0))
+            self._core.events.append(CallFailed(call.stream, Overloaded(sentence, retry_after=1.0), drops_parts=True))
+            self.cancel(call.stream)
 
     def lost(self, reason: str, *, peer_saw: int | None) -> None:
         """The connection is gone: every call fails. `peer_saw`: the highest number that the peer has seen, if known."""
@@ -141,13 +140,6 @@ class OutgoingCalls:
             self._end(call)
 
     # ---- requests
-
-    def _send_waiting(self) -> None:
-        while self._waiting:
-            call = self._calls.get(self._waiting[0])
-            if call is not None and not self._send(call, b""):
-                return
-            self._waiting.popleft()
 
     def _send(self, call: OutgoingCall, encoded: bytes) -> bool:
         """Sends the request unless the peer's limits forbid it now. `encoded` is its head, if that has not changed."""
@@ -169,9 +161,9 @@ class OutgoingCalls:
             core.lanes[MAIN].put(request)
             call.buffers = ()  # copied: no memory of the caller's is in use any more
         else:
-            call.lane = self._transfers.choose_lane(call)
-            priority = call.head.priority
-            self._transfers.begin(frames.CHUNK_REQUEST, call, encoded, call.buffers, priority=priority, flags=flags)
+            core.choose_lane(call)
+            kind, priority = frames.CHUNK_REQUEST, call.head.priority
+            core.begin(kind, call, encoded, call.buffers, call.sizes, priority=priority, flags=flags)
         call.sent = True
         self._num_sent += 1
         return True
@@ -181,41 +173,53 @@ class OutgoingCalls:
         self._small_bytes -= call.small
         if call.sent:
             self._num_sent -= 1
-        self._transfers.end(call)
-        if call.untaken:
-            for room in call.untaken:
-                room.release()
-            call.untaken = None
-        if self._waiting:
-            self._send_waiting()
+        self._core.end(call)
+        for room in call.untaken:
+            room.release()
+        call.untaken = ()
+        while self._waiting:
+            first = self._calls.get(self._waiting[0])
+            if first is not None and not self._send(first, b""):
+                return
+            self._waiting.popleft()
 
     def request_granted(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A GRANT_REQUEST frame."""
         call = self._calls.get(stream)
         if call is not None:
-            self._transfers.granted(call)
+            self._core.granted(call)
         else:
             self._core.count_idle()
 
     # ---- replies
 
-    def reply_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        """A REPLY frame: a whole reply, or a part of one."""
+    def _expecting(self, stream: int) -> OutgoingCall | None:
+        """Return the call that a reply is for; None if it was cancelled or expired meanwhile. Raises: ProtocolError."""
         call = self._calls.get(stream)
-        if call is None or call.given_up:  # cancelled or expired meanwhile
-            if flags & frames.MORE:
-                self._core.count_idle()
-            return
+        if call is None or (call.room is not None and call.room.released):  # taken back: its end is under way
+            return None
         if not call.sent:
             raise ProtocolError("a reply to a request that was never sent")
+        return call
+
+    def reply_received(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
+        """A REPLY frame: a whole reply, or a part of one."""
+        more = bool(flags & frames.MORE)
+        call = self._expecting(stream)
+        if call is None:
+            if more:
+                self._core.count_idle()
+            return
         value, buffers = frames.decode_small(payload, self._core.arena)
         body, error = heads.decode_reply(value)
-        more = bool(flags & frames.MORE)
         if error is None:
             if call.room is not None:
                 raise ProtocolError("a second reply within another one")
-            self._count_part(call, lane, len(payload), more=more)
-            if more and not self._keep_room(call, len(payload)):
+            if more or call.num_parts:
+                self._count_part(call, lane, len(payload), more=more)
+            elif len(payload) > call.head.max_reply:
+                raise ProtocolError("a reply is larger than its caller accepts")
+            if more and not self._keep_room(call, len(payload), buffers):
                 return
         self._part_arrived(call, body, error, buffers, more=more)
 
@@ -223,16 +227,17 @@ class OutgoingCalls:
         """A BEGIN_REPLY frame."""
         core = self._core
         announced = Announced(payload, flags, lane, max_message=core.bounds.max_message)
-        call = self._calls.get(stream)
+        call = self._expecting(stream)
         if announced.room == frames.ROOM_WINDOW:
             core.windows.take(announced.size)
-            if call is None or call.given_up:
+        if call is None:  # its chunks are skipped, or never asked for
+            if announced.room == frames.ROOM_WINDOW:
                 core.windows.give_back(announced.size)
-        if call is None or call.given_up:
-            return  # cancelled or expired meanwhile: its chunks are skipped, or never asked for
-        if not call.sent:
-            raise ProtocolError("a reply to a request that was never sent")
-        self._transfers.note_lane(call, lane)
+            if announced.more:
+                core.count_idle()
+            return
+        if lane == BULK:
+            core.note_bulk(call)
         if announced.room == frames.ROOM_WINDOW:
             call.window_bytes = announced.size
         elif announced.room == frames.ROOM_RESERVED:
@@ -245,19 +250,22 @@ class OutgoingCalls:
         self._count_part(call, lane, announced.size, more=announced.more)
         call.more = announced.more
         try:
-            self._transfers.reserve(call, announced)
+            core.reserve(call, announced)
         except ValueError:
             self.fail(call, MessageTooLarge(announced.size, core.budgets.messages.total))
 
-    def _keep_room(self, call: OutgoingCall, size: int) -> bool:
-        """Room for a small part until its caller takes it. False if there is none."""
+    def _keep_room(self, call: OutgoingCall, size: int, buffers: Sequence[memoryview]) -> bool:
+        """Make room for a small part until its caller takes it. False if there is none."""
         budget = self._core.budgets.messages
+        cost = size + BUFFER_BYTES * max(0, len(buffers) - 1)
+        if size > packed.UNCOUNTED_BYTES:
+            cost += packed.BYTES_PER_ITEM * min(size - sum(map(len, buffers)), packed.MAX_ITEMS)
         try:
-            call.room = budget.begin(self._core.owner, size, call)
+            call.room = budget.begin(self._core.owner, cost, call)
         except ValueError:
-            self.fail(call, MessageTooLarge(size, budget.total))
+            self.fail(call, MessageTooLarge(cost, budget.total))
             return False
-        return call.room.fill(size)
+        return call.room.fill(cost)
 
     def _count_part(self, call: OutgoingCall, lane: int, size: int, *, more: bool) -> None:
         """A part of a reply begins; all keep to one lane, and to the bounds on a reply. Raises: ProtocolError."""
@@ -270,7 +278,7 @@ class OutgoingCalls:
         call.reply_bytes += size
         if call.reply_bytes > call.head.max_reply or call.num_parts > frames.MAX_PARTS:
             raise ProtocolError("a reply is larger than its caller accepts")
-        if more and call.untaken is not None and len(call.untaken) >= frames.PARTS_AHEAD:
+        if more and len(call.untaken) >= frames.PARTS_AHEAD:
             raise ProtocolError("a part of a reply that was not granted")
 
     def arrived(self, call: OutgoingCall) -> None:
@@ -280,7 +288,7 @@ class OutgoingCalls:
         body, error = heads.decode_reply(frames.unpack(assembly.head))
         if more:
             call.arrival = None
-            self._transfers.give_window_back(call)
+            self._core.give_window_back(call)
         self._part_arrived(call, body, error, assembly.buffers, more=more)
 
     def _part_arrived(
@@ -300,10 +308,8 @@ class OutgoingCalls:
         elif call.sending is not None and call.sending.left:
             raise ProtocolError("a result of a request that was not sent yet")
         elif more:
-            if call.untaken is None:
-                call.untaken = deque()
             assert call.room is not None
-            call.untaken.append(call.room)
+            call.untaken = (*call.untaken, call.room)
             call.room = None
             self._core.events.append(PartReceived(call.stream, body, buffers))
             return
@@ -315,5 +321,6 @@ class OutgoingCalls:
         """The caller has taken the oldest part of a reply: its room is given back, and one more part may come."""
         call = self._calls.get(stream)
         if call is not None and call.untaken:
-            call.untaken.popleft().release()
+            call.untaken[0].release()
+            call.untaken = call.untaken[1:]
             self._core.lanes[MAIN].put(frames.frame(frames.GRANT_REPLY, stream=stream, flags=frames.MORE))

@@ -1,4 +1,4 @@
-"""Many calls over one connection, as a pure machine: bytes and the time go in; bytes, events and a wake-up come out.
+"""Many calls over one connection, as a pure machine: bytes and the time go in; bytes and events come out.
 
 A connection has a *main* lane and, from the first large message on, a *bulk* lane: two channels to the same peer, so
 that large messages never stand in a small one's way. Everything about one message travels on one lane, in order.
@@ -10,25 +10,26 @@ arm a timer for `timer_at`, and `deliver` what has changed in the node's budgets
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
 from tesseract_async.endpoint.incoming import IncomingCalls, ReceivedCall
-from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
+from tesseract_async.endpoint.lanes import MAIN
 from tesseract_async.endpoint.outgoing import OutgoingCall, OutgoingCalls
-from tesseract_async.endpoint.quotas import Meter
-from tesseract_async.endpoint.transfers import Transfers
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import RemoteError
+from tesseract_async.identity import PeerID
 from tesseract_async.wire import frames
 from tesseract_async.wire.heads import Hello
 
 
 class ConnectionProtocol:
     """See the module. `hello` is the peer's. `budgets` are shared by the connections of a node; this one's part in them
-    is `owner`'s. `meter` counts the peer's calls against its quota; `refusal` says why it may call nothing here, if so.
+    is `owner`'s. `quotas` counts the calls of `hello.peer_id`; `refusal` says why it may call nothing here, if so.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class ConnectionProtocol:
         dialled: bool,
         budgets: NodeBudgets,
         owner: Owner,
-        bounds: ConnectionBounds,
+        bounds: Bounds,
         now: float,
-        meter: Meter | None = None,
+        quotas: Quotas | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,
     ) -> None:
         self.peer = peer
@@ -49,34 +50,32 @@ class ConnectionProtocol:
         self.pace = budgets.pace
         self._pong_due = False
         self._peer_saw: int | None = None  # the highest number of our calls that the peer saw, once it has closed
-        handlers: dict[int, Callable[[int, int, int, memoryview], None]] = {}
-        self.lanes = tuple(
-            Lane(index, handlers=handlers, chunk_started=self._chunk_started, chunk_finished=self._chunk_finished)
-            for index in (MAIN, BULK)
-        )
         self._outgoing: dict[int, OutgoingCall] = {}
         self._incoming: dict[int, ReceivedCall] = {}
         self.core = core = ConnectionCore(
             peer,
             hello,
-            self.lanes,
+            dialled=dialled,
             bounds=bounds,
             budgets=budgets,
             owner=owner,
             now=now,
             outgoing=self._outgoing,
             incoming=self._incoming,
+            chunk_finished=self._chunk_finished,
         )
+        self.lanes = core.lanes
         self.life = core.life
         self.windows = core.windows
-        self.transfers = Transfers(core, dialled=dialled)
-        self.outgoing = OutgoingCalls(core, self.transfers, self._outgoing)
-        self.incoming = IncomingCalls(core, self.transfers, self._incoming, meter=meter, refusal=refusal)
+        self.outgoing = OutgoingCalls(core, self._outgoing)
+        self.incoming = IncomingCalls(
+            core, self._incoming, quotas=quotas, peer_id=PeerID(hello.peer_id), refusal=refusal
+        )
         self.reply = self.incoming.reply
         self.fail = self.incoming.fail
         self.start_call = self.outgoing.start
         self.cancel_call = self.outgoing.cancel
-        handlers |= {
+        core.handlers |= {
             frames.REQUEST: self.incoming.request_received,
             frames.REPLY: self.outgoing.reply_received,
             frames.BEGIN_REQUEST: self.incoming.request_announced,
@@ -89,11 +88,9 @@ class ConnectionProtocol:
             frames.PING: self._ping,
             frames.PONG: self._pong,
             frames.CLOSE: self._close,
-            frames.BULK: self._bulk,
+            frames.BULK: core.bulk_asked,
         }
         self.life.send_ping(now)
-
-    # ---- calls
 
     @property
     def was_called(self) -> bool:
@@ -125,11 +122,12 @@ class ConnectionProtocol:
         if self._pong_due and lane == MAIN:
             self._pong_due = False
             self.life.send_pong(now)
-        return self.lanes[lane].data_to_send(room, now, portion=self.pace.portion(now), sent=self.incoming.sent)
+        return self.lanes[lane].data_to_send(room, now, pace=self.pace, sent=self.incoming.sent)
 
     def has_data(self, lane: int) -> bool:
         """True if `data_to_send` would give anything."""
-        return self.lanes[lane].has_data or (self._pong_due and lane == MAIN)
+        one = self.lanes[lane]
+        return bool(one.small or one.large) or (self._pong_due and lane == MAIN)
 
     @property
     def unsent_bytes(self) -> int:
@@ -143,14 +141,9 @@ class ConnectionProtocol:
         return self.unsent_bytes + self.incoming.waiting.num_bytes
 
     def received(self, count: int, now: float, *, lane: int = MAIN) -> None:
-        """Tells that a lane's reader was given `count` bytes; any of them counts as life."""
+        """Note that a lane's reader was given `count` bytes; any of them counts as life."""
         self.core.now = now
         self.life.received(count, now, lane)
-
-    @property
-    def has_events(self) -> bool:
-        """True if `events` would give any."""
-        return bool(self.core.events)
 
     def events(self) -> list[Event]:
         """Return the events since the last call."""
@@ -159,11 +152,8 @@ class ConnectionProtocol:
 
     # ---- frames
 
-    def _chunk_started(self, lane: int, kind: int, stream: int, length: int) -> frames.Assembly | None:
-        return self.transfers.chunk_started(lane, kind, stream, length)
-
     def _chunk_finished(self, kind: int, stream: int, length: int) -> None:
-        call = self.transfers.chunk_finished(kind, stream, length)
+        call = self.core.chunk_finished(kind, stream, length)
         if isinstance(call, OutgoingCall):
             self.outgoing.arrived(call)
         elif isinstance(call, ReceivedCall):
@@ -195,30 +185,27 @@ class ConnectionProtocol:
         self._peer_saw = stream
         self.core.events.append(PeerClosed(bytes(payload[:500]).decode("utf-8", "replace")))
 
-    def _bulk(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
-        self.core.count_idle()
-        self.transfers.bulk_asked()
-
     # ---- time and the end
 
     def timer_at(self) -> float:
         """Return the time at which to call `handle_timer`."""
-        return min(self.life.timer_at(), self.core.deadlines.first)
+        deadlines, due = self.core.deadlines, self.life.timer_at()
+        return min(due, deadlines[0][0]) if deadlines else due
 
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
-        """Ends what is overdue, and pings. `late` tells by how many seconds the driver missed `timer_at`.
+        """End what is overdue, and ping. `late` tells by how many seconds the driver missed `timer_at`.
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
         core = self.core
         core.now = now
-        while core.deadlines.first <= now:
-            stream, own = core.deadlines.pop()
+        while core.deadlines and core.deadlines[0][0] <= now:
+            _, stream, own = heapq.heappop(core.deadlines)
             if own:
                 self.outgoing.expire(stream)
             else:
                 self.incoming.cancel(stream)
-        for call in self.transfers.find_stalled():
+        for call in core.find_stalled():
             if isinstance(call, OutgoingCall):
                 self.outgoing.stalled(call)
             elif isinstance(call, ReceivedCall):
@@ -230,7 +217,7 @@ class ConnectionProtocol:
             core.arena.release()
 
     def farewell(self, reason: str) -> None:
-        """Queues the CLOSE frame, after which nothing may be sent."""
+        """Queue the CLOSE frame, after which nothing may be sent."""
         close = frames.frame(frames.CLOSE, stream=self.incoming.last_seen, payload=reason.encode()[:500])
         self.lanes[MAIN].put(close)
 

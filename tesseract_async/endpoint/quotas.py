@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from tesseract_async.admission import Quota
@@ -16,19 +17,17 @@ BUSY_RETRY: Final = 0.2
 """Seconds after which a peer with too many calls under way may come back: when they end is not known."""
 
 
+@dataclass(slots=True)
 class Use:
-    """The use of one peer, which decays evenly."""
+    """The use of one peer at time `at`, which decays evenly."""
 
-    __slots__ = ("calls", "num_bytes", "at", "under_way")
-
-    def __init__(self, now: float) -> None:
-        self.calls = 0.0
-        self.num_bytes = 0.0
-        self.at = now
-        self.under_way = 0
+    at: float
+    calls: float = 0.0
+    num_bytes: float = 0.0
+    under_way: int = 0
 
     def pass_time(self, quota: Quota, now: float) -> None:
-        """Gives back what has come back until `now`."""
+        """Give back what has come back until `now`."""
         share = max(0.0, now - self.at) / quota.period
         self.at = now
         if quota.calls is not None:
@@ -60,10 +59,6 @@ class Quotas:
         """Calls that count until their `end`."""
         return sum(use.under_way for use in self._uses.values())
 
-    def meter(self, peer_id: PeerID) -> Meter:
-        """Return the meter of one connection."""
-        return Meter(self, peer_id)
-
     def begin(self, peer_id: PeerID, num_bytes: int, now: float) -> float | None:
         """A request of `num_bytes` is to be taken. Seconds until it may come back, or 0.0 if it may go on: it then
         counts until `end`. None if the peer has no quota: nothing is counted.
@@ -74,7 +69,9 @@ class Quotas:
         use = self._uses.pop(peer_id, None) or Use(now)
         self._uses[peer_id] = use
         if len(self._uses) > self._max_peers:
-            self._forget()
+            idle = next((one for one, use in self._uses.items() if not use.under_way), None)
+            if idle is not None:
+                del self._uses[idle]
         use.pass_time(quota, now)
         if quota.concurrent is not None and use.under_way >= quota.concurrent:
             self._refused("concurrent")
@@ -107,31 +104,3 @@ class Quotas:
         use = self._uses.get(peer_id)
         if use is not None:
             use.under_way -= 1
-
-    def _forget(self) -> None:
-        for peer_id, use in self._uses.items():
-            if not use.under_way:
-                del self._uses[peer_id]
-                return
-
-
-class Meter:
-    """`Quotas` for one peer."""
-
-    __slots__ = ("_quotas", "_peer_id")
-
-    def __init__(self, quotas: Quotas, peer_id: PeerID) -> None:
-        self._quotas = quotas
-        self._peer_id = peer_id
-
-    def begin(self, num_bytes: int, now: float) -> float | None:
-        """See `Quotas.begin`."""
-        return self._quotas.begin(self._peer_id, num_bytes, now)
-
-    def charge(self, num_bytes: int, now: float) -> None:
-        """See `Quotas.charge`."""
-        self._quotas.charge(self._peer_id, num_bytes, now)
-
-    def end(self) -> None:
-        """See `Quotas.end`."""
-        self._quotas.end(self._peer_id)

@@ -38,12 +38,13 @@ _GRANT, _REVOCATIONS, _APPOINTMENT, _MANIFEST = b"g", b"r", b"a", b"m"
 class Authority:
     """A node's knowledge of one run: its manifest, grants, revocations and appointments."""
 
-    def __init__(self, run: SignedRun) -> None:
+    def __init__(self, run: SignedRun, *, max_grants: int = MAX_GRANTS) -> None:
         """Raises: ValueError for a run of bare names, which nobody has authority over."""
         if run.tag is None:
             raise ValueError(f"the run {run.manifest.name} is one of version 0.1: its experts have bare names")
         self.run = run
         """The newest manifest that is known."""
+        self._max_grants = max_grants
         self.tag = run.tag
         self.owner = run.signer
         self.prefix = run.manifest.prefix
@@ -292,7 +293,7 @@ class Authority:
         return grant.via is None or self._holds(grant.via)
 
     def _forget_some(self) -> None:
-        if len(self._grants) > MAX_GRANTS:
+        if len(self._grants) > self._max_grants:
             invited = (peer for peer, grant in self._grants.items() if grant.via is not None)
             del self._grants[next(invited, next(iter(self._grants)))]
 

@@ -141,12 +141,16 @@ class ExpertPublisher:
 
     async def withdraw(self) -> None:
         """Tell the network that these experts are gone, and stop renewing. `declare` may follow."""
+        await self.stop_renewing()
+        self._uids = {}
+        await self._publish()
+
+    async def stop_renewing(self) -> None:
+        """Let what is declared expire: for a node whose network is closed."""
         if self._renewal is not None:
             self._renewal.cancel()
             await asyncio.gather(self._renewal, return_exceptions=True)
             self._renewal = None
-        self._uids = {}
-        await self._publish()
 
     async def aclose(self) -> None:
         """`withdraw`, for good. Closing twice is harmless."""

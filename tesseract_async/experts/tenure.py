@@ -360,12 +360,12 @@ class Tenure:
         best, held = self.lineage.best, self.held
         if best is None or held is None or self.is_twin:
             self._retry(now)
-            return
-        others = self._member.primaries(best, held.members if self.state is State.HOLDING else ())
-        if not others or (self.state is State.FOLLOWING and self.lineage.is_exposed(best)):
+        elif self.state is State.FOLLOWING and self.lineage.is_exposed(best):
             self._stand(Kind.TAKEOVER, held, now, wall)
-            return
-        self._ask_all("probe", others, best.epoch, now)
+        elif others := self._member.primaries(best, held.members if self.state is State.HOLDING else ()):
+            self._ask_all("probe", others, best.epoch, now)
+        else:
+            self._stand(Kind.TAKEOVER, held, now, wall)
 
     def _ask_all(self, kind: str, others: set[PeerID], epoch: int, now: float) -> None:
         self._poll, sends = self._member.ask(kind, others, epoch, now)
@@ -435,6 +435,8 @@ class Tenure:
         self._own = OwnTerm(term, tuple(peer for peer in others if peer != self.me), votes, now=now)
         self._member.promise(epoch, self.me, now)
         self.lineage.add(term, now=wall, has_term=True)
+        if kind is Kind.GENESIS:  # its own word counts for that, not for an earlier beginning that never had a Seal
+            self.lineage.set_hosts({**self._member.hosts, self.me: epoch})
         self._persist()
         self._publish(self._own, now)
         if kind is Kind.ADOPTION:
@@ -450,8 +452,7 @@ class Tenure:
         if term is None or self.lineage.best is not term or self.is_twin:
             return
         others = set() if self.held is None else set(self.held.members) - {self.me}
-        if term.is_weak and others:
-            # it may have been cut off itself until now: are they silent still?
+        if term.is_weak and others:  # it may have been cut off itself until now: are they silent still?
             self._ask_all("probe", others, term.epoch, now)
             return
         self._become_primary(now)
@@ -490,8 +491,8 @@ class Tenure:
         best, own = self.lineage.best, self._own
         if own is None or best is not own.term or self.is_twin or best.epoch == self._member.handed_over:
             return
-        free = not self._member.is_bound(best, now)
-        if self._member.looked_at >= own.fenced_at and now < self._lease_until() and free:
+        may = self._member.looked_at >= own.fenced_at and now < self._lease_until()
+        if may and not self._member.is_bound(best, now):
             self.state, self._has_own_steps = State.PRIMARY, True
             self._say_role()
 
@@ -519,8 +520,7 @@ class Tenure:
             if (evidence := self.lineage.evidence(best)) is not None:
                 self._commands.append(Publish(tuple(seal.blob for seal in evidence)))
         self._say_role()
-        if best.primary == self.me:
-            # of before this process: it goes on from there, if it is a member still
+        if best.primary == self.me:  # of before this process: it goes on from there, if it is a member still
             self.state = State.FOLLOWING if self.held is not None else State.ABSENT
         elif (seal := self.lineage.seal_of(best)) is not None:
             self._follow(best, seal)
@@ -593,8 +593,8 @@ class Tenure:
 
     def _publish(self, own: OwnTerm, now: float) -> None:
         own.published_at = now
-        seal = self.lineage.own_seal_of(own.term)
-        self._commands.append(Publish((own.term.blob, *(() if seal is None else (seal.blob,)))))
+        records = (own.term, self.lineage.own_seal_of(own.term))
+        self._commands.append(Publish(tuple(record.blob for record in records if record is not None)))
 
     def _persist(self) -> None:
         self._commands.append(Persist(self._member.stored(self.term)))

@@ -77,8 +77,8 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "loop_lag_seconds": ("seconds", "Delay of the event loop's latest timer: large if something blocks the loop."),
     # through NATs
     "reachable_by_tcp": ("0 or 1", "1 if another node could dial this one's TCP port."),
-    "dial_backs": ("dials", "Nodes dialled back at their request, to tell them whether they can be reached."),
-    "dial_backs_refused": ("requests", "Requests to be dialled back that were refused, by reason."),
+    "dial_backs": ("dials", "Nodes dialed back at their request, to tell them whether they can be reached."),
+    "dial_backs_refused": ("requests", "Requests to be dialed back that were refused, by reason."),
     "demultiplexer_refused": ("connections", "Connections closed before TLS began, by reason."),
     "nat_refused": ("connections", "Connections with an unknown token."),
     "nat_offers_accepted": ("offers", "Offers of a path to this node that it accepted, by kind."),

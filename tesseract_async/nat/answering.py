@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.errors import NotAllowed, Overloaded, ProtocolError
-from tesseract_async.identity import Identity
-from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
 from tesseract_async.nat.background import BackgroundTasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
@@ -22,7 +21,7 @@ from tesseract_async.nat.offers import Description, Offer, OfferGuard, RelayBody
 from tesseract_async.nat.relay import meet_at_relay
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
-from tesseract_async.transport.base import PeerAddress, Pipe, split_host_port
+from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.transport.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -33,31 +32,29 @@ MAX_NEGOTIATIONS: Final = 16
 
 
 class OfferAnswerer:
-    """See the module. `accept` is given the pipes that come of it."""
+    """See the module. The endpoint is given the pipes that come of it."""
 
     def __init__(
         self,
+        endpoint: Endpoint,
         *,
-        identity: Identity,
-        accept: Callable[[Pipe], None],
         puncher: HolePuncher,
-        metrics: Metrics,
         scope: AddressScope,
         throttle: Throttle | None = None,
         max_negotiations: int = MAX_NEGOTIATIONS,
     ) -> None:
         """`scope`: where this node may send on a stranger's word."""
-        self._identity = identity
-        self._accept = accept
+        self._identity = endpoint.identity
+        self._accept = endpoint.accept
         self._puncher = puncher
-        self._metrics = metrics
+        self._metrics = endpoint.metrics
         self._scope = scope
         self._throttle = throttle
         self._max_negotiations = max_negotiations
         self._guard = OfferGuard()
         self.num_negotiations = 0
         """Data channels under negotiation."""
-        self.tasks = BackgroundTasks(metrics)
+        self.tasks = BackgroundTasks(endpoint.metrics)
         """What accepted offers have led to."""
 
     async def answer(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
@@ -74,6 +71,8 @@ class OfferAnswerer:
             raise
         target = "" if offer.kind == offers.RELAY else origin
         reason = self._guard.refuse(offer, now=asyncio.get_running_loop().time(), wall=time.time(), target=target)
+        if reason is None and self.tasks.is_closed:
+            reason = "closing"
         if reason is not None:
             self._metrics.count("nat_offers_refused", reason=reason)
             if reason == "too_many":
@@ -89,10 +88,6 @@ class OfferAnswerer:
             self._metrics.count("nat_offers_refused", reason="declined")
             return offers.encode_answer(self._identity, offer, body=None, reason=str(error), now=time.time())
         return offers.encode_answer(self._identity, offer, body=body, now=time.time())
-
-    async def aclose(self) -> None:
-        """Cancel what is under way."""
-        await self.tasks.aclose()
 
     async def _act(self, offer: Offer, origin: str, relays: Sequence[PeerAddress]) -> Mapping[str, object]:
         """Return the body of the answer. Raises: NotAllowed, ProtocolError."""
@@ -119,18 +114,19 @@ class OfferAnswerer:
         if self.num_negotiations >= self._max_negotiations:
             raise NotAllowed("too many data channels are under negotiation")
         self.num_negotiations += 1
+        negotiation = None
         try:
             negotiation = await self._puncher.negotiation(controlling=False)
-            try:
-                own = await negotiation.gather()
-                remote = plausible(remote, own, origin=origin, allows=self._scope.allows)
-                if not remote.candidates:
-                    raise NotAllowed(f"you speak from {origin}, and name no address there")
-            except BaseException:  # cancelled, too: sockets are closed
-                await negotiation.aclose()
-                raise
-        except BaseException:  # cancelled, too: the place is free again
+            own = await negotiation.gather()
+            remote = plausible(remote, own, origin=origin, allows=self._scope.allows)
+            if not remote.candidates:
+                raise NotAllowed(f"you speak from {origin}, and name no address there")
+            if self.tasks.is_closed:
+                raise NotAllowed("this node is closing")
+        except BaseException:  # cancelled, too: the place is free again, sockets are closed
             self.num_negotiations -= 1
+            if negotiation is not None:
+                await negotiation.aclose()
             raise
         self.tasks.spawn(self._connect(negotiation, remote))
         return own.pack()

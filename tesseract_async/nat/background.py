@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from typing import Final
 
 from tesseract_async.errors import ConnectionLost, TesseractError, describe
 from tesseract_async.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+REASONS: Final = {TimeoutError: "timeout", ConnectionLost: "lost", OSError: "io", TesseractError: "protocol"}
 
 
 class BackgroundTasks:
@@ -18,14 +21,14 @@ class BackgroundTasks:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self.is_closed = False
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
         """Run `work` in a task; not at all after `aclose`."""
-        if self._closed:
+        if self.is_closed:
             work.close()
             return
         task = asyncio.get_running_loop().create_task(self._run(work))
@@ -37,7 +40,8 @@ class BackgroundTasks:
             await work
         except (TesseractError, OSError) as error:
             logger.debug("a peer's offer came to nothing: %s", describe(error))
-            self._metrics.count("nat_offers_failed", reason=_reason(error))
+            reason = next(name for kind, name in REASONS.items() if isinstance(error, kind))
+            self._metrics.count("nat_offers_failed", reason=reason)
 
     async def wait_done(self) -> None:
         """Wait until no task is left."""
@@ -46,13 +50,7 @@ class BackgroundTasks:
 
     async def aclose(self) -> None:
         """Cancel all tasks."""
-        self._closed = True
+        self.is_closed = True
         for task in self._tasks:
             task.cancel()
         await self.wait_done()
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return "timeout"
-    return "lost" if isinstance(error, ConnectionLost) else "io" if isinstance(error, OSError) else "protocol"

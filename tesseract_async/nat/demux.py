@@ -9,10 +9,9 @@ from typing import Final
 from tesseract_async.errors import ProtocolError
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
+from tesseract_async.transport.admission import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe, range_of
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.tcp import TcpPipe, TcpTransport
-from tesseract_async.transport.waiting_room import WaitingRoom
 
 TIMEOUT: Final = 5.0
 """Seconds until the first bytes must have arrived."""
@@ -26,11 +25,7 @@ PipeHandler = Callable[[bytes, Pipe], None]
 
 
 class PreambleDemultiplexer:
-    """A `base.Transport` around a listening one.
-
-    Pipes with a preamble go to the handler of its kind, others on to the endpoint. `timeout`: seconds until the first
-    bytes must have arrived; `max_per_range`: connections of one address range that may wait for theirs.
-    """
+    """A `base.Transport` around a listening one: pipes with a preamble go to the handler of its kind, others on."""
 
     def __init__(
         self,
@@ -51,11 +46,11 @@ class PreambleDemultiplexer:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         await self._inner.listen(lambda pipe: self._pipe_accepted(pipe, accept))
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
-        return self._inner.paths(peer, bulk=bulk)
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
+        return self._inner.paths(peer)
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
-        self._inner.path_finished(peer, path, error, seconds)
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
+        self._inner.path_finished(peer, path, error)
 
     def peer_known(self, peer: PeerAddress) -> None:
         self._inner.peer_known(peer)

@@ -44,20 +44,33 @@ MAX_DIALS_PER_MINUTE: Final = 120
 """... and in one minute."""
 
 
-class DialBackServer:
-    """Dials others back when they ask, within limits. `dial_timeout`: seconds for one dial."""
+class DialBack:
+    """Asks other nodes to dial this one, and dials others when they ask, within limits.
+
+    Give `pipe_arrived` every pipe with a probe's preamble.
+    """
 
     def __init__(
-        self, endpoint: Endpoint, *, own_addresses: Callable[[], Sequence[str]], dial_timeout: float = DIAL_TIMEOUT
+        self,
+        endpoint: Endpoint,
+        *,
+        own_addresses: Callable[[], Sequence[str]],
+        scope: AddressScope,
+        dial_timeout: float = DIAL_TIMEOUT,
     ) -> None:
+        """`own_addresses` returns where others can dial this node. `scope`: where it may send on a stranger's word.
+        `dial_timeout`: seconds for one dial."""
         self._endpoint = endpoint
         self._own_addresses = own_addresses
+        self._scope = scope
         self._dial_timeout = dial_timeout
         self._dialling: Counter[str] = Counter()
         self._recent: deque[float] = deque()
+        self._expected: dict[bytes, asyncio.Event] = {}
+        self._learnt: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def start(self) -> None:
-        """Answer calls from now on."""
+        """Dial others from now on."""
         self._endpoint.handle(DIAL_BACK, self._dial_back)
 
     async def _dial_back(self, call: IncomingCall) -> Message:
@@ -92,20 +105,6 @@ class DialBackServer:
             self._dialling += Counter()  # drops zeros
         self._endpoint.metrics.count("dial_backs")
         return Message({"host": call.origin, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
-
-
-class DialBackClient:
-    """Asks other nodes to dial this one. Give `pipe_arrived` every pipe with a probe's preamble."""
-
-    def __init__(
-        self, endpoint: Endpoint, *, scope: AddressScope | None = None, dial_timeout: float = DIAL_TIMEOUT
-    ) -> None:
-        """`scope`: where this node may send on a stranger's word; None: anywhere."""
-        self._endpoint = endpoint
-        self._scope = scope
-        self._dial_timeout = dial_timeout
-        self._expected: dict[bytes, asyncio.Event] = {}
-        self._learnt: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def also(self, version: int) -> list[PeerAddress]:
         """Return the nodes that have helped, at the addresses of this version of IP that they named (unproven)."""
@@ -198,8 +197,8 @@ class DialBackClient:
         Raises: PeerUnreachable.
         """
         version = ip_version(helper.addresses[0])
-        mine = [info.path for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
-        spoken = [ip_version(path.rpartition(" ")[2]) for path in mine]
+        connections = [info for info in self._endpoint.connections() if info.peer_id == helper.peer_id]
+        spoken = [ip_version(info.path.rpartition(" ")[2]) for info in connections]
         if version is not None and spoken and version not in spoken:
             await self._endpoint.upgrade(helper)
 
@@ -207,6 +206,5 @@ class DialBackClient:
         """Remember the addresses that a helper named. Untrusted: the node that answers there has to prove its id."""
         if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
             return
-        found = tuple(text for text in addresses if type(text) is str and ip_version(text) is not None)
-        found = found if self._scope is None else self._scope.allowed(found)
-        self._learnt[helper.peer_id] = found
+        found = (text for text in addresses if type(text) is str and ip_version(text) is not None)
+        self._learnt[helper.peer_id] = self._scope.allowed(found)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from tesseract_async.nat.offers import Candidate, Description
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.transport.address_scope import PUBLIC, kind_of
 from tesseract_async.transport.base import range_of
 from tesseract_async.transport.throttle import Throttle
@@ -19,25 +19,18 @@ MAX_TRIED: Final = 4
 """Candidates of a peer to which a data channel's checks are sent."""
 
 
+@dataclass(kw_only=True, slots=True)
 class HolePuncher:
     """Imports what it needs only when a hole is to be punched, or by `load`: most nodes never do."""
 
-    def __init__(
-        self,
-        *,
-        own_hosts: Callable[[], Sequence[str]],
-        stun_server: Callable[[], Awaitable[tuple[str, int] | None]],
-        turn: TurnServer | None = None,
-        throttle: Throttle | None = None,
-        enabled: bool = True,
-    ) -> None:
-        """`own_hosts` returns the addresses of this computer, `stun_server` an IPv4 server that is known to answer.
-        `enabled`: whether this node makes data channels at all."""
-        self._own_hosts = own_hosts
-        self._stun_server = stun_server
-        self._turn = turn
-        self._throttle = throttle
-        self.enabled = enabled
+    own_hosts: Callable[[], Sequence[str]]
+    """Returns the addresses of this computer."""
+    stun_server: Callable[[], Awaitable[tuple[str, int] | None]]
+    """Returns an IPv4 server that is known to answer."""
+    turn: TurnServer | None = None
+    throttle: Throttle | None = None
+    enabled: bool = True
+    """True if this node makes data channels at all."""
 
     async def load(self) -> None:
         """Import aiortc without holding up the loop. Raises: ConnectionLost where that is not possible."""
@@ -52,10 +45,10 @@ class HolePuncher:
         await pipe.load()
         return pipe.Negotiation(
             controlling=controlling,
-            addresses=self._own_hosts(),
-            stun_server=await self._stun_server(),
-            turn=self._turn,
-            throttle=self._throttle,
+            addresses=self.own_hosts(),
+            stun_server=await self.stun_server(),
+            turn=self.turn,
+            throttle=self.throttle,
         )
 
 

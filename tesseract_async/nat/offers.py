@@ -4,7 +4,7 @@ An *offer* says: I want a pipe to you, and this is how (`kind`); the *answer* ac
 their recipient and are fresh; an answer holds its offer's hash. So their carrier can lose them, and no more.
 
 Layout: 64 bytes of Ed25519 signature, 32 bytes of the sender's public key, then a msgpack list:
-``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `_CONTEXT`
+``["offer" | "answer", recipient, nonce or hash, milliseconds since 1970, kind, body]``. What is signed is `CONTEXT`
 followed by the key and the list.
 """
 
@@ -15,13 +15,12 @@ import ipaddress
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import msgpack
 
 from tesseract_async.errors import InvalidRecord, MessageTooLarge, ProtocolError
 from tesseract_async.identity import Identity, PeerID, verify
-from tesseract_async.nat.fields import field
 from tesseract_async.transport.base import join_host_port, split_host_port
 from tesseract_async.wire import packed
 
@@ -39,10 +38,20 @@ MAX_ADDRESSES: Final = 8
 MAX_REASON: Final = 200
 TOKEN_BYTES: Final = 16
 
-_CONTEXT: Final = b"tesseract offer 1\0"
+CONTEXT: Final = b"tesseract offer 1\0"
+
+T = TypeVar("T")
 
 
-# ---------------------------------------------------------------------------------------------------- bodies
+def field(body: object, name: str, kind: type[T]) -> T:
+    """Return `body[name]`, of exactly this type. Untrusted. Raises: ProtocolError."""
+    value = body.get(name) if type(body) is dict else None
+    if type(value) is not kind:
+        raise ProtocolError(f"{name} is missing or malformed")
+    return value
+
+
+# ---- bodies
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +152,9 @@ def _candidate(raw: object) -> Candidate:
     if type(raw) is not list or [type(value) for value in raw] != [str, str, int, int, str]:
         raise ProtocolError("a malformed candidate")
     kind, host, port, priority, foundation = raw
-    if kind not in ("host", "srflx", "relay") or not 0 < port < 65536 or not 0 <= priority < 2**32:
-        raise ProtocolError("a malformed candidate")
-    if not 0 < len(foundation) <= 32 or not foundation.isascii() or not foundation.isprintable():
+    numbers_fit = 0 < port < 65536 and 0 <= priority < 2**32
+    text_fits = 0 < len(foundation) <= 32 and foundation.isascii() and foundation.isprintable()
+    if kind not in ("host", "srflx", "relay") or not numbers_fit or not text_fits:
         raise ProtocolError("a malformed candidate")
     return Candidate(kind, _ip(host), port, priority, foundation)
 
@@ -161,18 +170,16 @@ def _ip(text: str) -> str:
 
 
 def _address(raw: object) -> str:
-    if type(raw) is not str or len(raw) > 64:
-        raise ProtocolError("a malformed address in an offer")
     try:
-        host, port = split_host_port(raw)
+        host, port = split_host_port(raw) if type(raw) is str and len(raw) <= 64 else ("", 0)
     except ValueError:
-        raise ProtocolError("a malformed address in an offer") from None
+        port = 0
     if port == 0:
         raise ProtocolError("a malformed address in an offer")
     return join_host_port(_ip(host), port)
 
 
-# ---------------------------------------------------------------------------------------------------- envelopes
+# ---- envelopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +252,7 @@ def decode_answer(data: bytes, offer: bytes, *, sender: PeerID, recipient: PeerI
 
 def _seal(identity: Identity, values: list[object]) -> bytes:
     payload: bytes = identity.public_key + msgpack.packb(values)
-    data = identity.sign(_CONTEXT + payload) + payload
+    data = identity.sign(CONTEXT + payload) + payload
     if len(data) > MAX_BYTES:
         raise ValueError(f"an offer has at most {MAX_BYTES} bytes, not {len(data)}")
     return data
@@ -263,13 +270,12 @@ def _open(data: bytes, what: str, recipient: PeerID) -> tuple[PeerID, int, tuple
         raise ProtocolError(f"a malformed {what}")
     if values[1] != bytes(recipient):
         raise InvalidRecord(f"an {what} for another peer")
-    if not verify(data[64:96], data[:64], _CONTEXT + data[64:]):
+    if not verify(data[64:96], data[:64], CONTEXT + data[64:]):
         raise InvalidRecord(f"an {what} whose signature does not hold")
     return PeerID.from_public_key(data[64:96]), values[3], (values[2], values[4], values[5])
 
 
-# ---------------------------------------------------------------------------------------------------- limits
-
+# ---- limits
 
 MAX_SKEW: Final = 120.0
 """Seconds by which the sender's clock and travel time may differ from ours."""

@@ -10,16 +10,15 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.nat import preamble
-from tesseract_async.nat.addresses import ListeningAddress
 from tesseract_async.nat.answering import OfferAnswerer
 from tesseract_async.nat.demux import PipeHandler, PreambleDemultiplexer
-from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBackClient, DialBackServer
+from tesseract_async.nat.dial_back import DIAL_TIMEOUT, DialBack
 from tesseract_async.nat.hole_punching import HolePuncher
 from tesseract_async.nat.interfaces import address_towards, own_addresses
 from tesseract_async.nat.port_mapping import Gateway, PortMapper
@@ -29,6 +28,7 @@ from tesseract_async.nat.role import (
     WATCH_PERIOD,
     CheckDue,
     HostsChanged,
+    ListeningAddress,
     MappingDoubted,
     Notice,
     Observation,
@@ -36,9 +36,8 @@ from tesseract_async.nat.role import (
     RoleFound,
     RoleMachine,
 )
-from tesseract_async.nat.stun_client import StunClient
+from tesseract_async.nat.stun_client import StunClient, TurnServer
 from tesseract_async.nat.traversal import HEAD_START, OFFER_TIMEOUT, NatTransport
-from tesseract_async.nat.turn import TurnServer
 from tesseract_async.network.network import TesseractNetwork
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, Transport, ip_version, split_host_port
@@ -55,10 +54,10 @@ NUM_CONTACTS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class ReachSettings:
-    """What a node does so that nodes behind NATs can take part, itself included."""
+    """The part a node takes so that nodes behind NATs, itself included, can join."""
 
     relay: RelaySettings | None = field(default_factory=RelaySettings)
-    """What this node relays for others where it is public; None for a node whose traffic is metered."""
+    """The room for relayed connections of others where this node is public; None where traffic is metered."""
     stun_servers: tuple[str, ...] = ()
     """Outside STUN servers, ``host:port``, asked besides the swarm's public nodes: for a swarm with few of them."""
     turn: TurnServer | None = None
@@ -100,12 +99,13 @@ class Reach:
         on_change: Callable[[], None],
         public: bool = False,
         upnp: bool = False,
+        find_router: Callable[[str], Awaitable[Gateway | None]] | None = None,
         settings: ReachSettings | None = None,
         throttle: Throttle | None = None,
     ) -> None:
         """`sock`: the TCP socket that is bound to `address`. `scope`: where this node may send on a stranger's word.
         `on_change` is called on the loop when `addresses` or `rendezvous_texts` have changed. `public`: the user says
-        that others can dial this node. `upnp`: the router is asked to let them."""
+        that others can dial this node. `upnp`: the router is asked to let them. `find_router`: by default by UPnP."""
         settings = settings if settings is not None else ReachSettings()
         self._endpoint = endpoint
         self._network = network
@@ -132,12 +132,18 @@ class Reach:
         self._mapper: PortMapper | None = None
         if upnp and self.enabled and 4 in address.versions and not public:
             self._mapper = PortMapper(
-                _find_router, port=address.port, own_host=self._own_v4, changed=self._port_mapped, metrics=metrics
+                find_router or _find_router,
+                port=address.port,
+                own_host=self._own_v4,
+                changed=self._port_mapped,
+                metrics=metrics,
             )
         self._relay = Relay(settings=settings.relay, metrics=metrics) if settings.relay is not None else None
-        self._dial_back = DialBackClient(endpoint, scope=scope, dial_timeout=settings.dial_back_timeout)
-        self._dial_back_server = DialBackServer(
-            endpoint, own_addresses=lambda: self.role.public_addresses, dial_timeout=settings.dial_back_timeout
+        self._dial_back = DialBack(
+            endpoint,
+            own_addresses=lambda: self.role.public_addresses,
+            scope=scope,
+            dial_timeout=settings.dial_back_timeout,
         )
         self._stun = StunClient(
             address,
@@ -153,32 +159,23 @@ class Reach:
             enabled=settings.punch_holes,
         )
         self._puncher = puncher
-        self._answerer = OfferAnswerer(
-            identity=endpoint.identity,
-            accept=endpoint.accept,
-            puncher=puncher,
-            metrics=metrics,
-            scope=scope,
-            throttle=throttle,
-        )
+        self._answerer = OfferAnswerer(endpoint, puncher=puncher, scope=scope, throttle=throttle)
         self._server = RendezvousServer(endpoint, relay=self._relay, own_addresses=lambda: self.role.public_addresses)
         self._client = RendezvousClient(
             endpoint,
             contacts=lambda: network.public_contacts(NUM_CONTACTS),
-            answer=self._answerer.answer,
+            answer=self._answer,
             changed=self._changed,
             own_origin=lambda: next((split_host_port(text)[0] for text in self.role.public_addresses), ""),
             scope=scope,
             num_rendezvous=settings.num_rendezvous,
         )
         self._traversal = NatTransport(
-            identity=endpoint.identity,
-            endpoint=endpoint,
+            endpoint,
             signalling=self._client,
-            place=self.role,
+            role=self.role,
             puncher=puncher,
-            direct_paths=lambda peer: listener.paths(peer, bulk=False),
-            metrics=metrics,
+            direct_paths=listener.paths,
             scope=scope,
             throttle=throttle,
             head_start=settings.head_start,
@@ -203,7 +200,7 @@ class Reach:
         if not self.enabled:
             return
         self._is_running = True
-        self._dial_back_server.start()
+        self._dial_back.start()
         if self._is_declared_public:
             self._server.start()
         if self._mapper is not None:
@@ -232,7 +229,7 @@ class Reach:
             await self._mapper.aclose()
         await self._client.stop()
         self._server.stop()
-        await self._answerer.aclose()
+        await self._answerer.tasks.aclose()
         if self._relay is not None:
             await self._relay.aclose()
 
@@ -295,12 +292,6 @@ class Reach:
         """Find out now whether others can dial this node: something may have changed."""
         self.role.look_again(self._now())
         self._cycle()
-
-    def find_out(self) -> None:
-        """`look_again`, and have the router asked anew for its port mapping: after a change there, for one."""
-        if self._mapper is not None:
-            self._mapper.renew()
-        self.look_again()
 
     def _port_mapped(self, port: int | None) -> None:
         self.role.mapped(port, self._now())
@@ -376,6 +367,9 @@ class Reach:
         if self._is_declared_public and found.dialled:
             self._metrics.set("reachable_by_tcp", float(not self.role.doubt))
         self._cycle()
+
+    async def _answer(self, offer: bytes, origin: str) -> bytes:
+        return await self._answerer.answer(offer, origin=origin, relays=self.rendezvous)
 
     # ---- this computer
 

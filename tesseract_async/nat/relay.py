@@ -7,7 +7,6 @@ peer that reserves a splice gets one token for itself and one for the other peer
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections import Counter
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.transport.admission import descriptor_limit, room_for
 from tesseract_async.transport.base import PeerAddress, Pipe, range_of, split_host_port
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.transport.token_bucket import TokenBucket
-
-logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES: Final = 256 * 1024
 MAX_PER_PEER: Final = 32
@@ -39,7 +36,7 @@ SILENT_TIMEOUT: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class RelaySettings:
-    """What a public node gives to others. To give more or less is up to its owner, who pays for the traffic."""
+    """The traffic that a public node gives to others: as much as its owner wants to pay for."""
 
     max_splices: int = 256
     """Joined pairs, waiting ones included; fewer where the process may not open so many files."""
@@ -49,23 +46,21 @@ class RelaySettings:
     """Bytes per second that all pairs together may exchange, or None for no limit."""
 
 
+@dataclass(slots=True, eq=False)
 class Splice:
     """One reserved pair, as the ledger sees it."""
 
-    __slots__ = ("owner", "group", "tokens", "expires_at", "num_arrived", "num_bytes", "last_active")
-
-    def __init__(self, owner: PeerID, group: str | None, tokens: tuple[bytes, bytes], expires_at: float) -> None:
-        self.owner = owner
-        self.group = group
-        self.tokens = tokens
-        self.expires_at = expires_at
-        self.num_arrived = 0
-        self.num_bytes = 0
-        self.last_active = expires_at
+    owner: PeerID
+    group: str | None
+    tokens: tuple[bytes, bytes]
+    expires_at: float
+    num_arrived: int = 0
+    num_bytes: int = 0
+    last_active: float = 0.0
 
 
 class RelayLedger:
-    """Who may join whom, and how much. The caller gives the time, and must `remove` every splice that ends."""
+    """The reserved pairs and their limits. The caller gives the time, and must `remove` every splice that ends."""
 
     def __init__(
         self, settings: RelaySettings, *, max_splices: int | None = None, waiting_timeout: float = WAITING_TIMEOUT
@@ -124,7 +119,7 @@ class RelayLedger:
         return splice
 
     def remove(self, splice: Splice) -> None:
-        """The splice has ended. Repeating it does nothing."""
+        """Forget a splice that has ended. Repeating it does nothing."""
         self._splices.discard(splice)
         for token in splice.tokens:
             self._by_token.pop(token, None)

@@ -15,9 +15,9 @@ import asyncio
 import logging
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from tesseract_async.endpoint.budget import FairCount, Owner
@@ -33,7 +33,8 @@ from tesseract_async.errors import (
     describe,
 )
 from tesseract_async.identity import PeerID
-from tesseract_async.nat.fields import field
+from tesseract_async.nat.offers import field
+from tesseract_async.nat.relay import Relay
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
@@ -78,20 +79,13 @@ RETRY_REFUSED: Final = 60.0
 """... and one that refused."""
 
 
-class RelayRoom(Protocol):
-    """What `RendezvousServer` wants of a relay."""
-
-    def reserve(self, owner: PeerID, *, origin: str) -> tuple[bytes, bytes]:
-        """Return two tokens. Raises: Overloaded."""
-
-
 class _Registration(NamedTuple):
     until: float
     group: str | None
 
 
 class RendezvousLedger:
-    """Who is registered at a public node, and whose offers are under way. The caller gives the time."""
+    """The nodes that are registered at a public node, and the offers under way. The caller gives the time."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[PeerID, _Registration] = OrderedDict()  # in the order of renewal
@@ -130,7 +124,7 @@ class RendezvousLedger:
         return neighbors < MAX_CLIENTS_PER_RANGE
 
     def is_registered(self, peer_id: PeerID, *, now: float) -> bool:
-        """Whether offers are carried to this node."""
+        """Return whether offers are carried to this node."""
         client = self._clients.get(peer_id)
         return client is not None and client.until > now
 
@@ -149,10 +143,8 @@ class RendezvousLedger:
     def end_offer(self, sender: PeerID, origin: str, recipient: PeerID) -> None:
         """Take back `begin_offer`."""
         self._shares.give_back(Owner(range_of(origin) or sender, sender), 1)
-        for counter, key in ((self._senders, sender), (self._recipients, recipient)):
-            counter[key] -= 1
-            if not counter[key]:
-                del counter[key]
+        self._senders -= Counter((sender,))
+        self._recipients -= Counter((recipient,))
 
     def clear(self) -> None:
         """Forget all registrations."""
@@ -166,7 +158,7 @@ class RendezvousServer:
         self,
         endpoint: Endpoint,
         *,
-        relay: RelayRoom | None,
+        relay: Relay | None,
         own_addresses: Callable[[], Sequence[str]] = lambda: (),
         carry_timeout: float = CARRY_TIMEOUT,
     ) -> None:
@@ -233,13 +225,6 @@ class RendezvousServer:
         return error
 
 
-class AnswerOffer(Protocol):
-    """`answering.OfferAnswerer.answer`."""
-
-    async def __call__(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
-        """Return the encoded answer to an encoded offer."""
-
-
 class _Rendezvous(NamedTuple):
     peer: PeerAddress
     renew_at: float
@@ -247,9 +232,9 @@ class _Rendezvous(NamedTuple):
 
 
 class RendezvousClient:
-    """Sends offers (`traversal.Signalling`), and while `start`ed keeps registered with a few public nodes.
+    """Sends offers, and while `start`ed keeps registered with a few public nodes.
 
-    `contacts` returns public nodes to choose from; `answer` answers the offers that they bring; `changed` is called
+    `contacts` returns public nodes to choose from; `answer` answers an offer that came from a host; `changed` is called
     when `rendezvous` has changed. `own_origin` returns the host from which others hear this node.
     """
 
@@ -258,7 +243,7 @@ class RendezvousClient:
         endpoint: Endpoint,
         *,
         contacts: Callable[[], Sequence[PeerAddress]],
-        answer: AnswerOffer,
+        answer: Callable[[bytes, str], Awaitable[bytes]],
         changed: Callable[[], None],
         own_origin: Callable[[], str],
         scope: AddressScope,
@@ -287,10 +272,11 @@ class RendezvousClient:
         """Where this node is registered now; those that relay first."""
         return tuple(one.peer for one in sorted(self._registered.values(), key=lambda one: not one.relays))
 
-    # ---- traversal.Signalling
-
     async def send_offer(self, via: PeerAddress, recipient: PeerID, offer: bytes, *, timeout: float) -> bytes:
-        """See `traversal.Signalling`."""
+        """Send an encoded offer through the node `via`; return the encoded answer.
+
+        Raises: any TesseractError, OSError or TimeoutError.
+        """
         if via.peer_id == self._endpoint.peer_id:  # the peer is registered with this very node
             return await _deliver(self._endpoint, recipient, offer, origin=self._own_origin(), timeout=timeout)
         body = {"to": bytes(recipient), "offer": offer}
@@ -302,7 +288,10 @@ class RendezvousClient:
         return field(reply.body, "answer", bytes)
 
     async def reserve_relay(self, via: PeerAddress, *, timeout: float) -> tuple[bytes, bytes]:
-        """See `traversal.Signalling`."""
+        """Have the node `via` reserve a relayed pair; return the token for this node and the one for its peer.
+
+        Raises: as `send_offer`.
+        """
         reply = await self._endpoint.call(via, RELAY, {}, timeout=timeout, max_reply_bytes=MAX_REPLY_BYTES)
         mine, theirs = (field(reply.body, name, bytes) for name in ("mine", "theirs"))
         if len(mine) != 16 or len(theirs) != 16:
@@ -314,7 +303,7 @@ class RendezvousClient:
             raise NotAllowed("this node did not register there")
         try:
             offer, origin = field(call.body, "offer", bytes), field(call.body, "origin", str)
-            return Message({"answer": await self._answer(offer, origin=origin, relays=self.rendezvous)})
+            return Message({"answer": await self._answer(offer, origin)})
         except ProtocolError as error:  # already counted; the sender's fault, nothing to log here
             raise NotAllowed(describe(error)) from None
 

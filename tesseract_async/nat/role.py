@@ -6,12 +6,12 @@ when to look again. Its driver is `reach`.
 
 from __future__ import annotations
 
+import ipaddress
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from tesseract_async.nat.addresses import ListeningAddress
 from tesseract_async.transport.base import ip_version, join_host_port, split_host_port
 
 CHECK_PERIOD: Final = 600.0
@@ -19,19 +19,43 @@ CHECK_PERIOD: Final = 600.0
 WATCH_PERIOD: Final = 5.0
 """Seconds between looks at the addresses of this computer, and between checks while nobody could be asked."""
 
+WILDCARDS: Final = ("0.0.0.0", "::", "")
+
 Role = Literal["unknown", "client", "public"]
 NatKind = Literal["unknown", "none", "keeping", "symmetric"]
 """``keeping``: the NAT keeps ports, holes can be punched; ``symmetric``: most likely they cannot."""
 
 
 @dataclass(frozen=True, slots=True)
+class ListeningAddress:
+    """The address that a node's sockets are bound to, and those that it announces."""
+
+    host: str
+    port: int
+    announced: tuple[str, ...]
+    """``host:port`` that others should dial, as far as the node or its user knows."""
+    versions: tuple[int, ...]
+    """Versions of IP that the sockets speak: 4, 6 or both."""
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Return whether the sockets listen on every interface."""
+        return self.host in WILDCARDS
+
+    @property
+    def is_loopback(self) -> bool:
+        """Return whether only this computer can reach the sockets."""
+        return not self.is_wildcard and ipaddress.ip_address(self.host).is_loopback
+
+
+@dataclass(frozen=True, slots=True)
 class Reachability:
-    """What a node knows about how others reach it."""
+    """The ways in which others reach a node, as far as it knows."""
 
     tcp: bool | None = None
-    """Whether others can dial it; None: nobody was there to try."""
+    """True if others can dial it; None: nobody was there to try."""
     udp: bool | None = None
-    """Whether the DHT's socket was reached by nodes that it had not contacted."""
+    """True if the DHT's socket was reached by nodes that it had not contacted."""
     host: str | None = None
     """Its address as others see it."""
     nat: NatKind = "unknown"
@@ -93,7 +117,7 @@ def kind_of_nat(seen: Sequence[tuple[str, int]], own_hosts: Sequence[str]) -> Na
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one check brought."""
+    """The result of one check."""
 
     dialled: Mapping[int, tuple[bool, str]]
     """By version of IP, where a helper could be asked: whether this node was reached, and the host that helpers see."""
@@ -101,7 +125,7 @@ class Observation:
     seen_host: str | None = None
     """This node's host as STUN servers see it."""
     udp: bool | None = None
-    """Whether the DHT was reached; None: unknown."""
+    """True if the DHT was reached; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +135,7 @@ class CheckDue:
     ports: Mapping[int, int]
     """Versions of IP by which helpers are asked to dial this node back, and the port that they should dial."""
     stun: bool
-    """Whether STUN servers are asked, too."""
+    """True if STUN servers are asked, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +144,7 @@ class RoleFound:
 
     became_client: bool
     is_news: bool
-    """Whether peers may reach this node in another way than before."""
+    """True if peers may reach this node in another way than before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +211,16 @@ class RoleMachine:
 
     @property
     def public_addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node, if they can."""
-        opened = self.address.at(self.reachability.open_hosts, mapped_port=self.mapped_port)
-        return (
-            self.address.announced_besides(opened, self.reachability.closed_hosts) if self.reachability.tcp else opened
-        )
+        """Where others can dial this node, if they can: addresses at which it was dialed although it did not announce
+        their hosts, then what it announced, without the hosts at which it could not be dialed."""
+        hosts = self.reachability.open_hosts
+        opened = tuple(join_host_port(host, self.address.port if ":" in host else self.outside_port) for host in hosts)
+        if not self.reachability.tcp:
+            return opened
+        announced = {text: split_host_port(text)[0] for text in self.address.announced}
+        news = [text for text in opened if split_host_port(text)[0] not in announced.values()]
+        left = [text for text, host in announced.items() if host not in self.reachability.closed_hosts]
+        return tuple(dict.fromkeys((*news, *left)))
 
     def told_addresses(self, *, has_rendezvous: bool) -> tuple[str, ...]:
         """Return the addresses for records: what was announced, unless dial-back says better. A client names addresses
@@ -204,12 +233,12 @@ class RoleMachine:
 
     @property
     def behind_nat(self) -> bool:
-        """Whether there are peers that cannot dial this node: all, or those without IPv6."""
+        """Return whether there are peers that cannot dial this node: all, or those without IPv6."""
         return not self.reachability.tcp
 
     @property
     def symmetric(self) -> bool:
-        """Whether this node's NAT takes another port for each destination."""
+        """Return whether this node's NAT takes another port for each destination."""
         return self.reachability.nat == "symmetric"
 
     # ---- the cycle
@@ -226,7 +255,7 @@ class RoleMachine:
         return self._check_at if self._is_declared_public else min(self._check_at, self._watch_at)
 
     def joined(self, hosts: Sequence[str], now: float) -> None:
-        """The network was joined, the first check can be made. `hosts`: the addresses of this computer."""
+        """Make the first check: the network was joined. `hosts`: the addresses of this computer."""
         self._hosts = tuple(hosts)
         self._check_at = now
         self.handle_timer(hosts, now)
@@ -256,12 +285,12 @@ class RoleMachine:
             self._check_at = now
 
     def mapped(self, port: int | None, now: float) -> None:
-        """The router's port that leads to this node has changed; None: there is none."""
+        """Take note that the router's port that leads to this node has changed; None: there is none."""
         self.mapped_port = port
         self.look_again(now)
 
     def checked(self, found: Observation, now: float) -> None:
-        """The check of `CheckDue` has ended."""
+        """Take the result of the check that `CheckDue` asked for."""
         self._is_checking = False
         is_known = self._judge_claim(found) if self._is_declared_public else self._judge(found)
         wait = CHECK_PERIOD if is_known else self._watch_period

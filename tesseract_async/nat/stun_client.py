@@ -1,4 +1,7 @@
-"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between."""
+"""Asks STUN servers where this node seems to be: which of them answer, and what kind of NAT lies in between.
+
+An outside TURN server is only described here.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 from tesseract_async.errors import ProtocolError
-from tesseract_async.nat.addresses import ListeningAddress
-from tesseract_async.nat.role import NatKind, kind_of_nat
+from tesseract_async.nat.role import ListeningAddress, NatKind, kind_of_nat
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import stun
 
@@ -25,6 +28,26 @@ TIMEOUT: Final = 1.0
 """Seconds within which servers must have answered."""
 FRESH: Final = 60.0
 """Seconds for which a server that answered counts as alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnServer:
+    """An outside TURN server (RFC 8656), through which a data channel may run where nothing else works."""
+
+    host: str
+    port: int
+    username: str
+    password: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``USER:PASSWORD@HOST:PORT``. Raises: ValueError."""
+        user, at, server = text.rpartition("@")
+        name, colon, password = user.partition(":")
+        host, port = split_host_port(server)
+        if not (at and colon and name):
+            raise ValueError("a TURN server is given as USER:PASSWORD@HOST:PORT")
+        return cls(host, port, name, password)
 
 
 class StunClient:
@@ -86,7 +109,7 @@ class _Asker(asyncio.DatagramProtocol):
     def __init__(self, questions: dict[bytes, Address]) -> None:
         self.questions = questions
         self.answers: dict[Address, Address] = {}
-        self.complete = asyncio.Event()
+        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = asyncio.Event()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
@@ -97,8 +120,8 @@ class _Asker(asyncio.DatagramProtocol):
         server = self.questions.pop(transaction_id, None)
         if server is not None and server[0] == addr[0]:
             self.answers[server] = (host, port)
-        if not self.questions:
-            self.complete.set()
+        if not self.questions and not self.complete.done():
+            self.complete.set_result(None)
 
     def error_received(self, exc: Exception) -> None:
         pass  # one server is unreachable; the others may not be
@@ -115,22 +138,17 @@ async def ask(
 
     Returns what those that answered saw, the quickest first. Raises: OSError.
     """
-    protocol = _Asker({os.urandom(12): server for server in servers})
     if not servers:
         return {}
+    protocol = _Asker({os.urandom(12): server for server in servers})
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
+    give_up_at = loop.time() + timeout
     try:
-        async with asyncio.timeout(timeout):
-            while not protocol.complete.is_set():
-                for transaction_id, server in list(protocol.questions.items()):
-                    transport.sendto(stun.encode_request(transaction_id), server)
-                try:
-                    await asyncio.wait_for(protocol.complete.wait(), RETRANSMIT_AFTER)
-                except TimeoutError:
-                    continue
-    except TimeoutError:
-        pass  # servers that have not answered by now are not listed
+        while protocol.questions and (time_left := give_up_at - loop.time()) > 0:
+            for transaction_id, server in protocol.questions.items():
+                transport.sendto(stun.encode_request(transaction_id), server)
+            await asyncio.wait([protocol.complete], timeout=min(RETRANSMIT_AFTER, time_left))
     finally:
         transport.close()
         await protocol.closed.wait()

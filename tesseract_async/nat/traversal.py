@@ -1,30 +1,37 @@
 """Ways to a peer behind a NAT: it dials this node (reverse), a hole is punched, or both meet at a relay.
 
-All three need a node that can reach the peer, its *rendezvous*: `Signalling` carries a signed offer there and brings
-the answer back (`answering`). Whichever way the bytes take, the side that wants the call opens TLS, and the ordinary
-handshake decides who is at the other end. So nothing here needs to be trusted: at worst there is no connection.
+All three need a node that can reach the peer, its *rendezvous*: it carries a signed offer there and brings the answer
+back (`answering`). Whichever way the bytes take, the side that wants the call opens TLS, and the ordinary handshake
+decides who is at the other end. So nothing here needs to be trusted: at worst there is no connection. `PathUpgrader`
+looks for better paths to peers that are reached through a relay or a punched hole.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Final
 
+from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.errors import NotAllowed, PeerUnreachable, TesseractError
-from tesseract_async.identity import Identity, PeerID
+from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
-from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers
+from tesseract_async.nat.background import BackgroundTasks
 from tesseract_async.nat.hole_punching import HolePuncher, plausible
 from tesseract_async.nat.offers import Description, OfferAnswer, RelayBody, ReverseBody
 from tesseract_async.nat.relay import meet_at_relay
-from tesseract_async.nat.upgrades import IMPROVABLE, UPGRADE_AFTER, PathUpgrader, Upgradable
+from tesseract_async.nat.rendezvous import RendezvousClient
+from tesseract_async.nat.role import RoleMachine
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 from tesseract_async.transport.throttle import Throttle
+
+logger = logging.getLogger(__name__)
 
 DIRECT_HEAD_START: Final = 0.5
 """Seconds for a peer's direct addresses, where it has some."""
@@ -36,32 +43,10 @@ OFFER_TIMEOUT: Final = 5.0
 """Seconds for an offer's way to the peer and the answer's way back; also for a reverse dial, offer included."""
 MAX_REMEMBERED: Final = 4096
 """Peers whose best path is remembered."""
-
-
-class Signalling(Protocol):
-    """How offers travel. All of it may raise any TesseractError, OSError or TimeoutError."""
-
-    async def send_offer(self, via: PeerAddress, recipient: PeerID, offer: bytes, *, timeout: float) -> bytes:
-        """Send an encoded offer through the node `via`; returns the encoded answer."""
-
-    async def reserve_relay(self, via: PeerAddress, *, timeout: float) -> tuple[bytes, bytes]:
-        """Have the node `via` reserve a relayed pair; returns the token for this node and the one for its peer."""
-
-
-class Place(Protocol):
-    """How others reach this node at the moment: a `role.RoleMachine`."""
-
-    @property
-    def public_addresses(self) -> tuple[str, ...]:
-        """Where others can dial this node, if they can."""
-
-    @property
-    def behind_nat(self) -> bool:
-        """Whether there are peers that cannot dial this node: all, or those without IPv6."""
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether this node's NAT takes another port for each destination."""
+IMPROVABLE: Final = ("relay", "datachannel")
+"""Kinds of path for which a better one may appear."""
+UPGRADE_AFTER: Final = (5.0, 30.0, 300.0)
+"""Seconds after which a relayed connection looks for a better path; the last one repeats."""
 
 
 class NatTransport:
@@ -69,61 +54,55 @@ class NatTransport:
 
     def __init__(
         self,
+        endpoint: Endpoint,
         *,
-        identity: Identity,
-        endpoint: Upgradable,
-        signalling: Signalling,
-        place: Place,
+        signalling: RendezvousClient,
+        role: RoleMachine,
         puncher: HolePuncher,
         direct_paths: Callable[[PeerAddress], Sequence[DialPath]],
-        metrics: Metrics,
         scope: AddressScope,
         throttle: Throttle | None = None,
         head_start: float = HEAD_START,
         offer_timeout: float = OFFER_TIMEOUT,
-        upgrade_after: Sequence[float] = UPGRADE_AFTER,
     ) -> None:
-        """`endpoint`: what paths are improved of (see `upgrades`). `direct_paths`: the ways that need no third node.
-        `scope`: where this node may send on a stranger's word."""
-        self._identity = identity
+        """`direct_paths`: the ways that need no third node. `scope`: where this node may send on a stranger's word."""
+        self._identity = endpoint.identity
         self._signalling = signalling
-        self._place = place
+        self._role = role
         self._puncher = puncher
         self._direct_paths = direct_paths
-        self._metrics = metrics
+        self._metrics = endpoint.metrics
         self._scope = scope
         self._throttle = throttle
         self._head_start = head_start
         self._offer_timeout = offer_timeout
         self._expected: dict[bytes, asyncio.Future[Pipe]] = {}
         self._best: LRU[PeerID, str] = LRU(MAX_REMEMBERED)
-        self.upgrader = PathUpgrader(
-            endpoint, better_paths=self._better_paths, metrics=metrics, upgrade_after=upgrade_after
-        )
+        self.upgrader = PathUpgrader(endpoint, better_paths=self._better_paths)
 
     # ---- base.Transport
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass  # what others ask for comes to `answering`
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
         peer_id = peer.peer_id
         if peer_id is None or not peer.rendezvous or peer_id == self._identity.peer_id:
             return []
-        here, best = self._place, self._best.get(peer_id)
+        role, best = self._role, self._best.get(peer_id)
         paths: list[DialPath] = []
         start = DIRECT_HEAD_START if peer.addresses else 0.0
-        if here.public_addresses:
+        if role.public_addresses:
             paths.append(self._reverse(peer, peer_id, start))
             start += self._head_start
-        if self._puncher.enabled and best != "relay" and (here.behind_nat or not here.public_addresses):
+        if self._puncher.enabled and best != "relay" and (role.behind_nat or not role.public_addresses):
             paths.append(self._data_channel(peer, peer_id, start))
-            unlikely = best != "datachannel" and here.symmetric
+            unlikely = best != "datachannel" and role.symmetric
             start += HEAD_START_SYMMETRIC if unlikely else self._head_start
         paths.append(DialPath("relay", start, lambda: self._open_relay(peer, peer_id)))
         return paths
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         peer_id, kind = peer.peer_id, path.name.partition(" ")[0]
         if peer_id is None:
             return
@@ -138,7 +117,7 @@ class NatTransport:
         self.upgrader.peer_known(peer)
 
     async def aclose(self) -> None:
-        await self.upgrader.aclose()
+        await self.upgrader.tasks.aclose()
 
     # ---- paths
 
@@ -151,7 +130,7 @@ class NatTransport:
     def _better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[DialPath]:
         """Return what is better than a path of this kind, and possible."""
         paths = list(self._direct_paths(peer))
-        if peer.rendezvous and self._place.public_addresses:
+        if peer.rendezvous and self._role.public_addresses:
             paths.append(self._reverse(peer, peer_id, 0.0))
         if kind == "relay" and peer.rendezvous and self._puncher.enabled:
             paths.append(self._data_channel(peer, peer_id, self._head_start if paths else 0.0))
@@ -164,7 +143,7 @@ class NatTransport:
         self._expected[token] = arrived
         try:
             async with asyncio.timeout(self._offer_timeout):
-                body = ReverseBody(self._place.public_addresses[: offers.MAX_ADDRESSES], token)
+                body = ReverseBody(self._role.public_addresses[: offers.MAX_ADDRESSES], token)
                 await self._offer(peer, peer_id, offers.REVERSE, body.pack())
                 pipe = await arrived
         except BaseException:  # cancelled, too: the pipe has no owner
@@ -177,7 +156,7 @@ class NatTransport:
         return pipe
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
-        """A connection came in that begins with the preamble of a reverse dial."""
+        """Take a connection that begins with the preamble of a reverse dial."""
         arrived = self._expected.get(token)
         if arrived is None or arrived.done():
             self._metrics.count("nat_refused", reason="unknown_token")
@@ -235,3 +214,79 @@ class NatTransport:
                 raise NotAllowed(f"{peer_id.short} declined: {answer.reason}")
             return answer
         raise PeerUnreachable(peer.short, errors)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A peer to which there may be a better path than the one in use."""
+
+    peer: PeerAddress
+    again: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class PathUpgrader:
+    """Looks for better paths: to relayed peers now and then, and to all when their addresses or this node's place have
+    changed. `better_paths` returns what is better for a peer than a path of the given kind, and possible."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        better_paths: Callable[[PeerAddress, PeerID, str], Sequence[DialPath]],
+        upgrade_after: Sequence[float] = UPGRADE_AFTER,
+    ) -> None:
+        self._endpoint = endpoint
+        self._better_paths = better_paths
+        self._upgrade_after = upgrade_after
+        self._watched: dict[PeerID, _Watched] = {}
+        self.tasks = BackgroundTasks(endpoint.metrics)
+
+    def watch(self, peer: PeerAddress, peer_id: PeerID) -> None:
+        """Look for a better path to this peer from now on."""
+        if peer_id not in self._watched:
+            one = self._watched[peer_id] = _Watched(peer)
+            self.tasks.spawn(self._improve(one, peer_id))
+
+    def peer_known(self, peer: PeerAddress) -> None:
+        """Look now if this peer is known at other addresses than before."""
+        one = self._watched.get(peer.peer_id) if peer.peer_id is not None else None
+        if one is not None and peer != one.peer:
+            is_news = bool(set(peer.addresses) - set(one.peer.addresses))
+            one.peer = peer
+            if is_news:
+                one.again.set()
+
+    def place_changed(self) -> None:
+        """Look now: this node can be dialed, or no longer can."""
+        for one in self._watched.values():
+            one.again.set()
+
+    async def _improve(self, one: _Watched, peer_id: PeerID) -> None:
+        """Look for a better path now and then, and when told, until there can be none."""
+        attempt = 0
+        try:
+            while True:
+                was_told = True
+                try:
+                    async with asyncio.timeout(self._upgrade_after[min(attempt, len(self._upgrade_after) - 1)]):
+                        await one.again.wait()
+                except TimeoutError:
+                    was_told = False
+                one.again.clear()
+                attempt += 1
+                kind = self._endpoint.path_kind(peer_id)
+                if kind not in IMPROVABLE:
+                    return
+                paths = self._better_paths(one.peer, peer_id, kind) if was_told or kind == "relay" else []
+                if not paths:
+                    continue
+                try:
+                    await self._endpoint.upgrade(one.peer, paths)
+                except PeerUnreachable as error:
+                    logger.debug("no better path to %s: %s", peer_id.short, error)
+                else:
+                    now = self._endpoint.path_kind(peer_id)
+                    logger.info("%s is reached by %s now, no longer by %s", peer_id.short, now, kind)
+                    self._endpoint.metrics.count("nat_paths_improved", path=now)
+        finally:
+            del self._watched[peer_id]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from ipaddress import IPv4Address
 from typing import Any, Final
@@ -30,7 +31,7 @@ SEARCH_TIMEOUT: Final = 2.0
 """Seconds in which routers must have answered; they may wait for one."""
 CALL_TIMEOUT: Final = 5.0
 MAX_BYTES: Final = 2**20
-"""Of one answer of a router."""
+"""Longest answer of a router."""
 MAX_ROUTERS: Final = 4
 SEARCH_TARGET: Final = "urn:schemas-upnp-org:device:InternetGatewayDevice:1"
 """Newer gateways answer to it, too (UDA 1.1, section 1.3)."""
@@ -41,9 +42,12 @@ ONLY_PERMANENT: Final = 725
 ANYWHERE: Final = IPv4Address("0.0.0.0")
 
 
-async def find(own_host: str) -> Gateway | None:
-    """The first router that answers in the network of `own_host` and can map ports; None if none does."""
-    for location, address in await _search(own_host):
+Search = Callable[[str], Awaitable[list[tuple[str, str]]]]
+
+
+async def find(own_host: str, *, search: Search | None = None) -> Gateway | None:
+    """Return the first router that answers in the network of `own_host` and can map ports; None if none does."""
+    for location, address in await (search or search_network)(own_host):
         try:
             async with asyncio.timeout(2 * CALL_TIMEOUT):
                 device = await UpnpFactory(_Requester(address), non_strict=True).async_create_device(location)
@@ -56,8 +60,8 @@ async def find(own_host: str) -> Gateway | None:
     return None
 
 
-async def _search(own_host: str) -> list[tuple[str, str]]:
-    """Where routers describe themselves, and the address that they answered from."""
+async def search_network(own_host: str) -> list[tuple[str, str]]:
+    """Return where routers describe themselves, and the addresses that they answered from."""
     found: dict[str, str] = {}
     first = asyncio.Event()
 
@@ -98,14 +102,11 @@ class _UpnpGateway:
 
     async def add(self, protocol: str, outside_port: int, host: str, port: int, *, lease: float) -> None:
         try:
-            try:
-                await self._add(protocol, outside_port, host, port, lease)
-            except UpnpActionError as error:
-                if error.error_code != ONLY_PERMANENT:
-                    raise
-                await self._add(protocol, outside_port, host, port, 0.0)
+            await self._add(protocol, outside_port, host, port, lease)
         except Exception as error:  # a router's nonsense makes the library raise whatever
-            raise _refusal(error, outside_port) from None
+            if not lease or not isinstance(error, UpnpActionError) or error.error_code != ONLY_PERMANENT:
+                raise _refusal(error, outside_port) from None
+            await self.add(protocol, outside_port, host, port, lease=0.0)
 
     async def _add(self, protocol: str, outside_port: int, host: str, port: int, lease: float) -> None:
         await self._device.async_add_port_mapping(

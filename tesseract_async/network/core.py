@@ -10,6 +10,7 @@ import hashlib
 import random as random_module
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 from tesseract_async.admission import Policy
@@ -35,7 +36,6 @@ from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
-from tesseract_async.network.tokens import TOKEN_LIFETIME
 from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 
 MAX_KNOWN = 2048
@@ -72,53 +72,43 @@ class Listener(Protocol):
         """A third node has dialed this one."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Core:
     """The state of one node that all its parts share. `now` is loop time in seconds."""
 
-    def __init__(
-        self,
-        *,
-        identity: Identity,
-        settings: NetworkSettings,
-        random: random_module.Random,
-        metrics: Metrics,
-        now: float,
-        wall_offset: float,
-        public: bool,
-        verify: Verifier,
-        policy: Policy,
-        scope: AddressScope,
-        address_bytes: tuple[int, ...],
-        listener: Listener,
-    ) -> None:
-        self.identity = identity
-        self.own_id = bytes(identity.peer_id)
-        self.settings = settings
-        self.random = random
-        self.metrics = metrics
-        self.verify = verify
-        self.policy = policy
-        """Whose records this node holds and hears (action ``host``)."""
-        self.scope = scope
-        """Where this node may send on a stranger's word."""
-        self.wall_offset = wall_offset
-        """Wall-clock time minus loop time. The driver keeps it true."""
-        self.listener = listener
+    identity: Identity
+    settings: NetworkSettings
+    random: random_module.Random
+    metrics: Metrics
+    wall_offset: float
+    """Wall-clock time minus loop time. The driver keeps it true."""
+    verify: Verifier
+    policy: Policy
+    """Whose records this node holds and hears (action ``host``)."""
+    scope: AddressScope
+    """Where this node may send on a stranger's word."""
+    address_bytes: tuple[int, ...]
+    """Lengths of the packed addresses that this node can send to."""
+    listener: Listener
+    now: InitVar[float]
+    is_declared_public: InitVar[bool]
+
+    def __post_init__(self, now: float, is_declared_public: bool) -> None:
+        self.own_id = bytes(self.identity.peer_id)
         self.joined = False
         """True while others are known and this node's own neighborhood was looked up."""
-        self.address_bytes = address_bytes
-        """Lengths of the packed addresses that this node can send to."""
         self.expected_at: dict[Address, AnyOf] = {}
         """The ids that may be contacts at a seed's address."""
         self.observed: LRU[PeerID, Address] = LRU(MAX_OBSERVED)
         """The address at which the latest contacts see this node."""
         self.table = RoutingTable(self.own_id, now=now)
         self.density = Density(self.table)
-        self.storage = Storage(settings.max_storage_bytes, own_number=self.table.own_number)
+        self.storage = Storage(self.settings.max_storage_bytes, own_number=self.table.own_number)
         self.timers = Timers()
         self.limiter = RateLimiter(rate=MAX_REQUEST_RATE, burst=2 * MAX_REQUEST_RATE)
-        self.outbox = Outbox(own_id=self.own_id, random=random, metrics=metrics, public=public)
-        self._rpcs = Rpcs(self.outbox, self.timers, min_timeout=settings.min_timeout, on_silent=self.lost)
+        role = "public" if is_declared_public else "unknown"
+        self.outbox = Outbox(own_id=self.own_id, random=self.random, metrics=self.metrics, role=role)
+        self._rpcs = Rpcs(self.outbox, self.timers, min_timeout=self.settings.min_timeout, on_silent=self.lost)
         self.pings = _Pings()
         self.known: dict[bytes, Contact] = {}
         self._unreachable: dict[bytes, float] = {}
@@ -179,7 +169,7 @@ class Core:
         elif datagram.flags & wire.FLAG_AGAIN:
             if not call.repeated and contact.peer_id == datagram.sender:
                 call.repeated = True
-                contact.token, contact.token_until = reply.token, now + TOKEN_LIFETIME
+                contact.token, contact.token_until = reply.token, now + wire.TOKEN_LIFETIME
                 self._rpcs.repeat(call, now)
             return False
         elif contact.peer_id != datagram.sender:
@@ -195,7 +185,7 @@ class Core:
         contact.proven = True
         contact.late = False
         contact.last_seen = now
-        contact.token, contact.token_until = reply.token, now + TOKEN_LIFETIME
+        contact.token, contact.token_until = reply.token, now + wire.TOKEN_LIFETIME
         self.observed[PeerID(contact.peer_id)] = reply.observed
         self._skews.append(reply.wall - self.wall((call.sent_at + now) / 2))
         call.contact = contact
@@ -324,11 +314,11 @@ class Core:
         self._skew_reported = skewed
 
 
+@dataclass(eq=False)
 class _Pings(Caller):
     """The pings in progress, by the `raw` of their contacts."""
 
-    def __init__(self) -> None:
-        self.in_progress: set[bytes] = set()
+    in_progress: set[bytes] = field(default_factory=set)
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
         self.call_failed(call, now)

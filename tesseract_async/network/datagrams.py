@@ -62,6 +62,8 @@ FLAG_AGAIN = 2
 """In a reply without results: the token is out of date (its giver restarted, say); ask again with this one."""
 
 TOKEN_BYTES = 8
+TOKEN_LIFETIME = 300.0
+"""Seconds for which a token is good at least; at most twice as long."""
 CHALLENGE_BYTES = 16
 TRANSACTION_BYTES = 8
 PROOF_BYTES = 96
@@ -71,8 +73,6 @@ _HEAD = struct.Struct(">BBBB8s32s")
 _DIGESTS = struct.Struct(f">{NUM_RANGES}Q")
 _pack = msgpack.Packer(use_bin_type=True).pack
 
-MAX_GET_RECORDS = 16
-"""Records that a GET reply may hold; larger dictionaries are read in pages."""
 MAX_ITEMS = 16
 """Records in one STORE or one page: what fits, with room to spare."""
 STORE_ROOM = 1080

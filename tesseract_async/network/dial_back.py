@@ -22,6 +22,7 @@ X replies only to those it has written to: nobody is made to send anything to th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from tesseract_async.errors import ProtocolError
@@ -57,12 +58,12 @@ MAX_PENDING = 256
 MAX_REMEMBERED = 8192
 
 
+@dataclass(slots=True, eq=False)
 class ThirdNodes:
     """Requests to third nodes that they dial another."""
 
-    def __init__(self, core: Core) -> None:
-        self.core = core
-        self.num_errands = 0
+    core: Core
+    num_errands: int = 0
 
     def ask(self, arguments: tuple[object, ...], third: Address, token: bytes, now: float) -> bool:
         """Send DIAL_FOR to a third node. One without a token (a helper never gave one) is pinged for it first.
@@ -79,19 +80,19 @@ class ThirdNodes:
         return True
 
 
+@dataclass(slots=True, eq=False)
 class _Errand(Caller):
     """A DIAL_FOR that is sent to a third node as soon as it has given its token."""
 
-    def __init__(self, thirds: ThirdNodes, arguments: tuple[object, ...]) -> None:
-        self._thirds = thirds
-        self._arguments = arguments
+    thirds: ThirdNodes
+    arguments: tuple[object, ...]
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
-        self._thirds.num_errands -= 1
-        self._thirds.core.outbox.send_one_way(wire.DIAL_FOR, self._arguments, call.address, reply.token, now)
+        self.thirds.num_errands -= 1
+        self.thirds.core.outbox.send_one_way(wire.DIAL_FOR, self.arguments, call.address, reply.token, now)
 
     def call_failed(self, call: Call, now: float) -> None:
-        self._thirds.num_errands -= 1
+        self.thirds.num_errands -= 1
 
 
 class DialBack(Caller):
@@ -208,7 +209,7 @@ class Probation:
         self.wrote_first: LRU[Address, float] = LRU(MAX_REMEMBERED)
         self._verdicts: LRU[bytes, tuple[bool, float]] = LRU(MAX_REMEMBERED)
         self.pending: dict[bytes, tuple[Contact, int]] = {}
-        """By `Contact.raw`, with how many thirds were asked."""
+        """Contacts that are being dialed just now, by their `raw`, with how many thirds were asked."""
         self.nonces: dict[bytes, bytes] = {}
 
     def wrote(self, address: Address, now: float) -> None:
@@ -232,10 +233,6 @@ class Probation:
         if until > now:
             return not dialed
         return contact.raw in self.pending or len(self.pending) >= MAX_PENDING or self._ask(contact, 1, now)
-
-    def is_dialing(self, raw: bytes) -> bool:
-        """Return True if a proven contact is being dialed just now, and will be listed if that gets through."""
-        return raw in self.pending
 
     def confirmed(self, nonce: bytes, address: Address, now: float) -> bool:
         """Handle DIALED; return True if it answered a question that was asked here."""

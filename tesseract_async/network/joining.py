@@ -7,6 +7,7 @@ neighborhood starts a lookup of this node's own id.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
@@ -143,6 +144,7 @@ class Membership:
         self._timer = self._core.timers.start(at, self.ask_seeds)
 
 
+@dataclass(slots=True, eq=False)
 class _Walk(Caller):
     """A walk from a seed to the unknown contact nearest to this node, then to the one nearest that it names, and so on.
 
@@ -151,31 +153,30 @@ class _Walk(Caller):
     belongs to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
     """
 
-    def __init__(self, membership: Membership, core: Core) -> None:
-        self._membership = membership
-        self._core = core
-        self._nearest = 1 << (8 * ID_BYTES)
-        self._is_neighbor = False
+    membership: Membership
+    core: Core
+    nearest: int = 1 << (8 * ID_BYTES)
+    is_neighbor: bool = False
 
     def call_answered(self, call: Call, reply: RpcReply, now: float) -> None:
-        core, table = self._core, self._core.table
+        core, table = self.core, self.core.table
         assert call.contact is not None
         found = read_contacts(core, call.contact, reply, now)
-        if self._is_neighbor or not core.joined:
-            self._membership.look_up_neighborhood([call.contact, *found], now)
+        if self.is_neighbor or not core.joined:
+            self.membership.look_up_neighborhood([call.contact, *found], now)
             return
         own = table.own_number
         unknown = (item for item in found if item.peer_id not in table)
         contact = min(unknown, key=lambda item: item.number ^ own, default=None)
-        if contact is not None and contact.number ^ own < self._nearest:
-            self._nearest = contact.number ^ own
+        if contact is not None and contact.number ^ own < self.nearest:
+            self.nearest = contact.number ^ own
             neighbors = table.closest(own, K)
-            self._is_neighbor = len(neighbors) < K or self._nearest < neighbors[-1].number ^ own
+            self.is_neighbor = len(neighbors) < K or self.nearest < neighbors[-1].number ^ own
             core.call(self, wire.FIND, (core.own_id,), contact, now)
 
     def call_failed(self, call: Call, now: float) -> None:
         if call.contact is None:
-            self._core.metrics.count("network_seeds_silent")
+            self.core.metrics.count("network_seeds_silent")
 
 
 def _by_address(seeds: Iterable[Seed]) -> dict[Address, AnyOf]:

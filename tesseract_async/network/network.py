@@ -21,7 +21,6 @@ from tesseract_async.metrics import Metrics
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES
 from tesseract_async.network.driver import NetworkDriver, families
 from tesseract_async.network.entries import Entries, Entry, StoreItem, key_digest, single_view
-from tesseract_async.network.events import WriteFinished
 from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
@@ -144,7 +143,7 @@ class TesseractNetwork(Uncopied):
         if forced != self._forced_client:
             self._forced_client = forced
             if self._protocol is not None:
-                self._protocol.set_client(forced)
+                self._protocol.core.outbox.forced_client = forced
             self._on_role_change()
 
     async def start(
@@ -173,7 +172,7 @@ class TesseractNetwork(Uncopied):
             public=public or host == "::1" or host.startswith("127."),
             address_bytes=tuple(V6_BYTES if family == socket.AF_INET6 else V4_BYTES for family in speaks),
         )
-        protocol.set_client(self._forced_client)
+        protocol.core.outbox.forced_client = self._forced_client
         self._seeds = tuple(initial_peers)
         remembered = self._remembered_peers()
         self._has_seeds = bool(self._seeds or remembered)
@@ -260,7 +259,7 @@ class TesseractNetwork(Uncopied):
         records = [
             self._sign(item.key, item.subkey, value, item.ttl) for item, value in zip(items, values, strict=True)
         ]
-        event = await self._write(records)
+        event = await self._running().write(records)
         counts = list(event.num_holders)
         outdated = [index for index, count in enumerate(counts) if event.num_outdated[index] > count]
         if outdated:
@@ -270,7 +269,7 @@ class TesseractNetwork(Uncopied):
             for index in outdated:
                 item = items[index]
                 record = self._sign(item.key, item.subkey, values[index], item.ttl)
-                counts[index] = (await self._write([record])).num_holders[0]
+                counts[index] = (await self._running().write([record])).num_holders[0]
         return counts
 
     def last_sequence(self, key: str, *, subkey: str | None = None) -> int:
@@ -346,7 +345,7 @@ class TesseractNetwork(Uncopied):
         _, expiration = self._published.get((key, subkey), (0, 0.0))
         ttl = max(expiration - time.time(), 0.0) + CLOCK_SKEW
         record = self._sign(key, subkey, b"", ttl, tombstone=True)
-        event = await self._write([record])
+        event = await self._running().write([record])
         return event.num_holders[0]
 
     # Inside
@@ -409,9 +408,6 @@ class TesseractNetwork(Uncopied):
         )
         self._published[(key, subkey)] = (sequence, max(expiration, hidden))
         return record
-
-    async def _write(self, records: list[SignedRecord]) -> WriteFinished:
-        return await self._running().write(records)
 
     async def _warn_if_alone(self) -> None:
         """Log it, once each time, if nobody answers for a while."""

@@ -7,7 +7,6 @@ calls and tells them how these ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.network import datagrams as wire
@@ -66,13 +65,7 @@ class Search(Caller):
         # the bucket that a lookup goes through needs no other refresh (section 2.3)
         core.table.touch(number, now)
         self.lookup = Lookup(
-            number,
-            start,
-            k=k,
-            num_paths=num_paths,
-            alpha=alpha,
-            radius=core.density.radius(),
-            random=core.random,
+            number, start, k=k, num_paths=num_paths, alpha=alpha, radius=core.density.radius(), random=core.random
         )
         self.ended = False
         self._follow = follow
@@ -133,13 +126,7 @@ class Region:
     many ids lie nearer.
     """
 
-    def __init__(
-        self,
-        core: Core,
-        lookup: Lookup,
-        now: float,
-        on_end: Callable[[list[Contact], float], None],
-    ) -> None:
+    def __init__(self, core: Core, lookup: Lookup, now: float, on_end: Callable[[list[Contact], float], None]) -> None:
         """`lookup` found the key's neighborhood captured. `on_end` gets up to `MAX_MEMBERS`, nearest first."""
         core.metrics.count("network_regions_searched")
         self._core = core
@@ -187,14 +174,14 @@ def refresh(core: Core, index: int, now: float) -> None:
 
 def probe_density(core: Core, now: float) -> None:
     """Take samples of the density of ids at places that nobody could choose."""
+
+    def ended(lookup: Lookup, now: float) -> None:
+        core.density.note(lookup.target, lookup.closest())
+
     for _ in range(NUM_PROBES):
         target = core.random.randbytes(ID_BYTES)
         start = core.table.closest(int.from_bytes(target, "big"), K)
-        Search(core, target, start, now, on_end=partial(_probed, core), num_paths=1).advance(now)
-
-
-def _probed(core: Core, lookup: Lookup, now: float) -> None:
-    core.density.note(lookup.target, lookup.closest())
+        Search(core, target, start, now, on_end=ended, num_paths=1).advance(now)
 
 
 def read_contacts(core: Core, teller: Contact, reply: RpcReply, now: float, offset: int = 0) -> list[Contact]:

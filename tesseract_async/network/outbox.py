@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random as random_module
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from tesseract_async.lru import LRU
 from tesseract_async.metrics import Metrics
@@ -17,20 +18,20 @@ FILTER_LIFETIME = 600.0
 filters live for minutes)."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Outbox:
     """Queues of datagrams and events, and what the head of each datagram says about this node."""
 
-    def __init__(self, *, own_id: bytes, random: random_module.Random, metrics: Metrics, public: bool) -> None:
-        self.own_id = own_id
-        self.random = random
-        self.metrics = metrics
-        self.role = "public" if public else "unknown"
-        """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
-        self.forced_client = False
-        """True where the node must be a client whatever its role."""
-        self.datagrams: list[tuple[bytes, Address]] = []
-        self.events: list[Event] = []
-        self._written_to: LRU[Address, float] = LRU(MAX_WRITTEN_TO)
+    own_id: bytes
+    random: random_module.Random
+    metrics: Metrics
+    role: str
+    """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
+    forced_client: bool = False
+    """True where the node must be a client whatever its role."""
+    datagrams: list[tuple[bytes, Address]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    _written_to: LRU[Address, float] = field(default_factory=lambda: LRU(MAX_WRITTEN_TO))
 
     @property
     def public(self) -> bool:

@@ -11,6 +11,7 @@ Whatever comes from the network is untrusted. A datagram that breaks a rule is d
 
 from __future__ import annotations
 
+import hashlib
 import random as random_module
 from collections.abc import Iterable, Sequence
 
@@ -32,13 +33,38 @@ from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
-from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 from tesseract_async.transport.address_scope import AddressScope
 
 HOUSEKEEPING_PERIOD = 10.0
 REFRESH_PERIOD = 1800.0
 """Seconds after which a bucket that no lookup touched is refreshed (section 2.3)."""
+
+
+class Tokens:
+    """The tokens that one node gives out: keyed hashes of addresses, so that nothing has to be remembered.
+
+    A token proves that a node that sends from an address also receives there (BEP 5).
+    """
+
+    def __init__(self, random: random_module.Random, *, now: float) -> None:
+        self._random = random
+        self._secrets = (random.randbytes(16), random.randbytes(16))
+        self._until = now + wire.TOKEN_LIFETIME
+
+    def give(self, packed_address: bytes) -> bytes:
+        """Return the present token of an address."""
+        return _token(self._secrets[0], packed_address)
+
+    def holds(self, token: bytes, packed_address: bytes) -> bool:
+        """Return True if `token` was given to the address under this secret or the one before."""
+        return any(token == _token(secret, packed_address) for secret in self._secrets)
+
+    def rotate(self, now: float) -> None:
+        """Change the secret when its time has come."""
+        if now >= self._until:
+            self._secrets = (self._random.randbytes(16), self._secrets[0])
+            self._until = now + wire.TOKEN_LIFETIME
 
 
 class NetworkProtocol:
@@ -71,7 +97,7 @@ class NetworkProtocol:
             metrics=metrics,
             now=now,
             wall_offset=wall_offset,
-            public=public,
+            is_declared_public=public,
             verify=verify,
             policy=policy,
             scope=scope if scope is not None else AddressScope(),
@@ -93,10 +119,6 @@ class NetworkProtocol:
     def role(self) -> str:
         """``public`` if others can dial this node, ``client`` if they cannot, ``unknown`` until that is clear."""
         return self.core.outbox.role
-
-    def set_client(self, forced: bool) -> None:
-        """Make this node a client whatever its role, or no longer."""
-        self.core.outbox.forced_client = forced
 
     # Requests of the driver
 
@@ -223,7 +245,7 @@ class NetworkProtocol:
                 asker = core.table.get(datagram.sender)
                 # nodes that start together list one another within seconds
                 trusted = asker is not None and asker.address == address
-                trusted = trusted or self.probation.is_dialing(datagram.sender + packed_address)
+                trusted = trusted or datagram.sender + packed_address in self.probation.pending
                 self.dial_back.dial(request.arguments, address, now, trusted=trusted)
             return
         # what the head, the observed address, token, proof and time take of the reply, with a few bytes to spare
@@ -325,11 +347,17 @@ class NetworkProtocol:
         if len(core.table) >= K and not core.density.was_sampled:
             probe_density(core, now)
         if core.joined:
-            for index in core.table.stale_prefixes(now - REFRESH_PERIOD):
-                refresh(core, index, now)
+            last_lookups = [bucket.last_lookup for bucket in core.table.buckets]
+            for index, last_lookup in enumerate(last_lookups):
+                if last_lookup <= now - REFRESH_PERIOD:
+                    refresh(core, index, now)
 
     def _start(self, operation: Read | Write, now: float) -> int:
         self._num_operations += 1
         self._operations[self._num_operations] = operation
         operation.start(self._num_operations, now)
         return self._num_operations
+
+
+def _token(secret: bytes, packed_address: bytes) -> bytes:
+    return hashlib.blake2b(packed_address, key=secret, digest_size=wire.TOKEN_BYTES).digest()

@@ -316,16 +316,16 @@ class Read:
             self.core.outbox.send_one_way(wire.COPY, (self.key + record.body,), nearest.address, nearest.token, now)
 
 
+@dataclass(slots=True, eq=False)
 class _Fetch(Caller):
     """A part of a dictionary that is read page by page from holders that report the same digest of it."""
 
-    def __init__(self, read: Read, start: int, last: int, sources: list[Contact]) -> None:
-        self.read = read
-        self.sources = sources
-        """Holders to ask, the last one first."""
-        self.cursor = start
-        self.last = last
-        self.num_records = 0
+    read: Read
+    cursor: int
+    last: int
+    sources: list[Contact]
+    """Holders to ask, the last one first."""
+    num_records: int = 0
 
     def elsewhere(self, start: int, last: int) -> _Fetch:
         """Return a fetch of slots that this one's present source could not give, from the other sources."""

@@ -12,6 +12,7 @@ stored there. But ids that were made for a key lie much nearer to it than k node
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from tesseract_async.lru import LRU
 from tesseract_async.network.contacts import Contact
@@ -34,17 +35,15 @@ def common_prefix(one: int, other: int) -> int:
     return ID_BITS - (one ^ other).bit_length()
 
 
+@dataclass(slots=True, eq=False)
 class Bucket:
-    """At most k contacts, least recently seen first, and as many that wait for a place."""
+    """At most k contacts, and as many that wait for a place."""
 
-    __slots__ = ("contacts", "last_lookup", "replacements")
-
-    def __init__(self, now: float) -> None:
-        self.contacts: dict[bytes, Contact] = {}
-        """By peer id, least recently seen first."""
-        self.replacements: dict[bytes, Contact] = {}
-        """Proven contacts that found the bucket full; the most recently seen last."""
-        self.last_lookup = now
+    last_lookup: float
+    contacts: dict[bytes, Contact] = field(default_factory=dict)
+    """By peer id, least recently seen first."""
+    replacements: dict[bytes, Contact] = field(default_factory=dict)
+    """Proven contacts that found the bucket full; the most recently seen last."""
 
 
 class RoutingTable:
@@ -161,10 +160,6 @@ class RoutingTable:
     def touch(self, target: int, now: float) -> None:
         """Note that a lookup went through the bucket of `target`."""
         self._bucket_of(target).last_lookup = now
-
-    def stale_prefixes(self, before: float) -> list[int]:
-        """Return the indices of buckets that no lookup has touched since `before`."""
-        return [index for index, bucket in enumerate(self.buckets) if bucket.last_lookup <= before]
 
     def number_in_bucket(self, index: int, random_bits: int) -> int:
         """Return an id of bucket `index`: this node's prefix, one bit flipped, the rest from `random_bits`."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import enum
 import heapq
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from tesseract_async.identity import PeerID, SignedRecord
@@ -81,15 +82,13 @@ class _Index:
     def __init__(self, entries: dict[EntryID, SignedRecord]) -> None:
         self.order = sorted(((record.slot, identity) for identity, record in entries.items()), key=_slot_of)
         self.digests = list(summarize(list(entries.values())).digests)
-        self.owners: dict[PeerID, int] = {}
-        for _, owner in entries:
-            self.owners[owner] = self.owners.get(owner, 0) + 1
+        self.owners = Counter(owner for _, owner in entries)
 
     def add(self, identity: EntryID, record: SignedRecord, old: SignedRecord | None) -> None:
         slot = record.slot
         if old is None:
             insort(self.order, (slot, identity), key=_slot_of)
-            self.owners[record.owner] = self.owners.get(record.owner, 0) + 1
+            self.owners[record.owner] += 1
         self._mix(slot, record.digest - (old.digest if old is not None else 0))
 
     def remove(self, identity: EntryID, record: SignedRecord) -> None:
@@ -108,18 +107,16 @@ class _Index:
         self.digests[index] = (self.digests[index] + change) % 2**64
 
 
+@dataclass(slots=True, eq=False)
 class _Dictionary:
     """The entries of one key. Most keys have one, so the index is made when it is needed."""
 
-    __slots__ = ("entries", "index")
-
-    def __init__(self) -> None:
-        self.entries: dict[EntryID, SignedRecord] = {}
-        self.index: _Index | None = None
+    entries: dict[EntryID, SignedRecord] = field(default_factory=dict)
+    index: _Index | None = None
 
     def count_of_owner(self, owner: PeerID) -> int:
         if self.index is not None:
-            return self.index.owners.get(owner, 0)
+            return self.index.owners[owner]
         return sum(1 for _, other in self.entries if other == owner)
 
     def summary(self) -> Summary:

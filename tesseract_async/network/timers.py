@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Action = Callable[[float], None]
 
@@ -11,13 +12,11 @@ SLACK = 64
 """Canceled timers that may lie about before they are swept out."""
 
 
+@dataclass(slots=True, eq=False)
 class Timer:
-    """An action that is due at a time, unless it is canceled before."""
+    """An action that is due at a time, unless it is canceled (None) before."""
 
-    __slots__ = ("action",)
-
-    def __init__(self, action: Action) -> None:
-        self.action: Action | None = action
+    action: Action | None
 
 
 class Timers:

@@ -32,9 +32,8 @@ from tesseract_async.runtime.encoding import pack, unpack
 from tesseract_async.runtime.gradients import Gradients
 from tesseract_async.runtime.runtime import TesseractRuntime
 from tesseract_async.runtime.work import Work, WorkResult
-from tesseract_async.server.expected import ExpectedBackwards
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.memory import CallerMemory, CallKey
+from tesseract_async.server.memory import CallerMemory, CallKey, ExpectedBackwards
 from tesseract_async.transport.base import range_of
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -100,12 +99,63 @@ class ExpertCalls:
     async def forward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.forward``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
-            return await self._forward(hosted, call)
+            uid, backend = hosted.uid, hosted.backend
+            request, call.body = messages.decode(messages.ForwardRequest, call.body), None
+            if self.refuse_forwards is not None:
+                raise self.refuse_forwards
+            codec = request.reply_codec
+            backend.settings.codecs.check("outputs", codec, expert=uid)
+            _check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
+            tensors = await unpack(request.tensors, call.buffers)
+            _check_codecs(uid, backend, "inputs", request.tensors, tensors)
+            inputs = check_inputs(uid, backend, tensors)
+            versions = [x._version for x in inputs]
+            if inputs[0].shape[0] == 0:
+                empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
+                answer = WorkResult(empty, backend.version)
+            else:
+                answer = await hosted.runtime.forward(
+                    backend,
+                    inputs,
+                    training=request.training,
+                    seed=request.seed,
+                    deadline=call.deadline,
+                    priority=_priority(call),
+                    peer=self._owner(call),
+                )
+            # where a module wrote them, the backward brings them again
+            keeps = request.keep_inputs and versions == [x._version for x in inputs]
+            inputs_cached = self._keep(hosted, inputs, call) if keeps else None
+            metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
+            reply = messages.ForwardReply(metas, answer.version, inputs_cached, hosted.epoch)
+            return Message(messages.encode(reply), tuple(buffers))
 
     async def backward(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.backward``. Raises only RemoteErrors, for the caller to see."""
         with self._answering(call):
-            return await self._backward(hosted, call)
+            uid, backend = hosted.uid, hosted.backend
+            request, call.body = messages.decode(messages.BackwardRequest, call.body), None
+            codec = request.reply_codec
+            backend.settings.codecs.check("gradients", codec, expert=uid)
+            key = (uid, journal_key(call.peer_id, request.call_id))
+            answer = self._memory.answers.get(key)
+            if answer is None:
+                specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
+                _check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
+                tensors = await unpack(request.tensors, call.buffers)
+                answer = self._memory.answers.get(key)  # the same call may have been answered meanwhile
+            if answer is None:
+                begun = self._backwards.get(key) or self._begin_backward(key, hosted, call, request, tensors)
+                answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
+            if request.inputs_cached is not None:
+                self._memory.inputs.pop(request.inputs_cached)
+            self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
+            self._metrics.observe(
+                "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
+            )
+            metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
+            reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
+            return Message(messages.encode(reply), tuple(buffers))
 
     @contextlib.contextmanager
     def _answering(self, call: IncomingCall) -> Iterator[None]:
@@ -141,63 +191,6 @@ class ExpertCalls:
                 async with asyncio.timeout(None if due is None else min(due - now, _LOOK_PERIOD)):
                     await self._quiet.wait()
 
-    async def _forward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        uid, backend = hosted.uid, hosted.backend
-        request, call.body = messages.decode(messages.ForwardRequest, call.body), None
-        if self.refuse_forwards is not None:
-            raise self.refuse_forwards
-        codec = request.reply_codec
-        backend.settings.codecs.check("outputs", codec, expert=uid)
-        _check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
-        tensors = await unpack(request.tensors, call.buffers)
-        _check_codecs(uid, backend, "inputs", request.tensors, tensors)
-        inputs = check_inputs(uid, backend, tensors)
-        versions = [x._version for x in inputs]
-        if inputs[0].shape[0] == 0:
-            empty = [torch.empty(0, *spec.shape, dtype=spec.dtype) for spec in backend.output_specs]
-            answer = WorkResult(empty, backend.version)
-        else:
-            answer = await hosted.runtime.forward(
-                backend,
-                inputs,
-                training=request.training,
-                seed=request.seed,
-                deadline=call.deadline,
-                priority=_priority(call),
-                peer=self._owner(call),
-            )
-        # where a module wrote them, the backward brings them again
-        keeps = request.keep_inputs and versions == [x._version for x in inputs]
-        inputs_cached = self._keep(hosted, inputs, call) if keeps else None
-        metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-        reply = messages.ForwardReply(metas, answer.version, inputs_cached, hosted.epoch)
-        return Message(messages.encode(reply), tuple(buffers))
-
-    async def _backward(self, hosted: HostedState, call: IncomingCall) -> Message:
-        uid, backend = hosted.uid, hosted.backend
-        request, call.body = messages.decode(messages.BackwardRequest, call.body), None
-        codec = request.reply_codec
-        backend.settings.codecs.check("gradients", codec, expert=uid)
-        key = (uid, journal_key(call.peer_id, request.call_id))
-        answer = self._memory.answers.get(key)
-        if answer is None:
-            specs = [*(backend.input_specs if request.num_inputs else ()), *backend.output_specs]
-            _check_growth(f"backward of {uid}", request.tensors, tuple(specs), specs)
-            tensors = await unpack(request.tensors, call.buffers)
-            answer = self._memory.answers.get(key)  # the same call may have been answered meanwhile
-        if answer is None:
-            begun = self._backwards.get(key) or self._begin_backward(key, hosted, call, request, tensors)
-            answer = begun if isinstance(begun, WorkResult) else await self._share(begun)
-        if request.inputs_cached is not None:
-            self._memory.inputs.pop(request.inputs_cached)
-        self._expected.came(request.inputs_cached, uid, call.peer_id, asyncio.get_running_loop().time())
-        self._metrics.observe(
-            "expert_staleness_steps", max(0, answer.version - 1 - request.version), bounds=_STALENESS_BUCKETS
-        )
-        metas, buffers = await pack([_apart(x) for x in answer.tensors], codec)
-        reply = messages.BackwardReply(metas, answer.version, hosted.epoch)
-        return Message(messages.encode(reply), tuple(buffers))
-
     def _begin_backward(
         self,
         key: CallKey,
@@ -219,7 +212,8 @@ class ExpertCalls:
             inputs = check_inputs(uid, backend, kept)  # the id may be another expert's
         gradients = check_gradients(uid, backend, inputs, tensors[num_inputs:])
         if inputs[0].shape[0] == 0:
-            return WorkResult([_zero_gradient(x) for x in inputs], backend.version)
+            zeros = [torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None for x in inputs]
+            return WorkResult(zeros, backend.version)
         version, owner = backend.led_to(key[1], request.call_id), self._owner(call)
         work = hosted.runtime.submit(
             backend,
@@ -335,7 +329,3 @@ def _check_growth(what: str, metas: Sequence[wire.Meta], schema: wire.Schema, sp
 def _apart(x: torch.Tensor | None) -> torch.Tensor | None:
     """Return a part of an answer that may wait for long: a few rows do not hold the outputs of a large batch."""
     return x if x is None or x.nbytes < _LARGE_BYTES or x.untyped_storage().nbytes() <= 4 * x.nbytes else x.clone()
-
-
-def _zero_gradient(x: torch.Tensor) -> torch.Tensor | None:
-    return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else None

@@ -1,4 +1,15 @@
-"""BareNames: who is the primary of a server's experts that belong to no run. Carries out what `roles` decides."""
+"""BareNames: who is the primary of a server's experts that belong to no run.
+
+Bare names have no records that say who may train (`experts.lineage` has, for runs), so one server's word counts for
+little. A running primary gives way to no other for its large version: versions are compared only among servers that the
+node's own allow-list names. Among others, which are machines on one's own network, it gives way
+
+- while it has just begun and taken no step: two that start together settle on one;
+- after it stood still or was cut off for a lease, in which another may have taken over;
+- to the one that it took over from, if that has been there all the time.
+
+Everything else stays as it is, and is reported: two primaries are for people to settle.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +17,9 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
@@ -35,7 +47,6 @@ from tesseract_async.server.other_replicas import (
     owner_of,
     read_replicas,
 )
-from tesseract_async.server.roles import Contender, Past, Role, decide
 from tesseract_async.server.state_transfer import StateSource
 from tesseract_async.wire import messages
 
@@ -49,6 +60,67 @@ HAND_OVER_TIMEOUT: Final = 30.0
 """Seconds for one expert, when this server leaves."""
 MAX_DISPUTES: Final = 1024
 """Rivals that are told of once each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One server's replica of an expert, as its live manifest and its answer say."""
+
+    owner: PeerID
+    primary: bool
+    version: int | None
+    """Optimizer steps; None if the server does not answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """The memory of this server about an expert."""
+
+    primary: PeerID | None = None
+    """The server that it follows."""
+    taken_from: PeerID | None = None
+    """The server that it took over from, unasked."""
+    is_new: bool = False
+    """It has been primary for a moment only, without a step, or stood still for a lease."""
+    has_waited: bool = True
+    """A better follower had the time to take over, and did not."""
+
+
+class Role(Enum):
+    """The part that a server should play for one expert."""
+
+    TRAIN = "train"
+    """Be its primary."""
+    FOLLOW = "follow"
+    WAIT = "wait"
+    """Follow nobody for the moment: a better follower is about to take over."""
+
+
+def decide(me: Contender, others: Sequence[Contender], past: Past, *, listed: bool) -> tuple[Role, Contender | None]:
+    """Return this server's role, and which server it follows.
+
+    `others`: replicas whose word may count, and of those that call themselves primary only the ones that answered
+    lately. `listed`: they are on an allow-list, so that their versions are believed.
+    """
+    assert me.version is not None
+    primaries = [other for other in others if other.primary]
+    if me.primary:
+        speaking = [other for other in primaries if other.version is not None]
+        if listed:
+            better = [other for other in speaking if _rank(other) > _rank(me)]
+        else:
+            better = speaking if past.is_new else [other for other in speaking if other.owner == past.taken_from]
+        return (Role.FOLLOW, max(better, key=_rank)) if better else (Role.TRAIN, None)
+    if primaries:
+        known = [other for other in primaries if other.owner == past.primary]
+        return Role.FOLLOW, max((not listed and known) or primaries, key=_rank)
+    better = [other for other in others if other.version is not None and _rank(other) > _rank(me)]
+    return (Role.WAIT if better and not past.has_waited else Role.TRAIN), None
+
+
+def _rank(one: Contender) -> tuple[int, int]:
+    version = -1 if one.version is None else one.version
+    return version, -int.from_bytes(one.owner, "big")
 
 
 @dataclass(slots=True)
@@ -81,19 +153,16 @@ class _Look:
         self._node, self._timeout = node, timeout
         self._speaks: dict[PeerID, asyncio.Task[messages.ExpertInfo | None]] = {}
 
-    def _ask(self, replica: ExpertReplica) -> Coroutine[None, None, messages.ExpertInfo | None]:
-        return ask_info(self._node, replica.uid, replica, self._timeout)
-
     async def speaks(self, replica: ExpertReplica) -> bool:
         """Return whether its server answered a question of this look."""
         owner = owner_of(replica)
         if owner not in self._speaks:
-            self._speaks[owner] = asyncio.get_running_loop().create_task(self._ask(replica))
+            self._speaks[owner] = asyncio.get_running_loop().create_task(ask_info(self._node, replica, self._timeout))
         return await asyncio.shield(self._speaks[owner]) is not None
 
     async def contender(self, replica: ExpertReplica) -> Contender:
         """Return the replica with its present version."""
-        info = await self._ask(replica) if await self.speaks(replica) else None
+        info = await ask_info(self._node, replica, self._timeout) if await self.speaks(replica) else None
         return Contender(owner_of(replica), replica.primary, None if info is None else info.version)
 
     def close(self) -> None:
@@ -112,13 +181,12 @@ class BareNames:
         source: StateSource,
         *,
         settings: ReplicaSettings,
-        clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
-        """`source` sends the states of this server's experts; the clocks are those of `ReplicaKeeper`."""
+        """`source` sends the states of this server's experts; `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node, self._source = server, server.node, source
-        self._settings, self._clock, self._elapsed = settings, clock, elapsed
-        self._began = self._read_at = elapsed()
+        self._settings, self._elapsed = settings, elapsed
+        self._began = self._read_at = self._looked_at = elapsed()
         self._experts = {uid: _Memory(server.hosted[uid], self._began, server.experts[uid].version) for uid in uids}
         self._heard: dict[PeerID, float] = {}
         self._disputed: set[tuple[str, PeerID]] = set()
@@ -135,7 +203,7 @@ class BareNames:
     async def read(self, uids: Iterable[str]) -> None:
         """Read who else hosts these. Raises: TimeoutError if the network does not answer."""
         async with asyncio.timeout(self._settings.call_timeout):
-            replicas = await read_replicas(self._node, uids, clock=self._clock)
+            replicas = await read_replicas(self._node, uids)
         for uid, others in replicas.items():
             one = self._experts[uid]
             one.others = [other for other in others if may_follow(self._node, other)]
@@ -152,7 +220,8 @@ class BareNames:
             # it was suspended, or cut off: another may have taken over meanwhile
             for one in self._experts.values():
                 one.primary_since, one.version_then = now, None
-            self._heard.clear()
+        if now - self._looked_at > settings.lease + settings.check_every:
+            self._heard.clear()  # by then a look that is slow itself, for others' silence, has not stood still
         self._read_at = now
         gate = asyncio.Semaphore(NUM_AT_ONCE)
         look = _Look(self._node, settings.call_timeout / 5)
@@ -171,6 +240,7 @@ class BareNames:
                         group.create_task(settle(one))
         finally:
             look.close()
+        self._looked_at = self._elapsed()
 
     async def _settle(self, one: _Memory, look: _Look) -> None:
         uid, is_primary, version = one.hosted.uid, one.hosted.is_primary, one.hosted.backend.version
@@ -195,7 +265,7 @@ class BareNames:
         )
         role, chosen = decide(Contender(self._node.peer_id, is_primary, version), said, past, listed=listed)
         if role is Role.WAIT:
-            one.waiting_since = now if one.waiting_since is None else one.waiting_since
+            one.waiting_since = one.waiting_since or now
             return
         one.waiting_since = None
         if role is Role.FOLLOW:
@@ -274,12 +344,9 @@ class BareNames:
         )
         if found is None:
             return None
-        file, state = found
-        await one.hosted.take(state)
+        await one.hosted.take(found[1])
         self._node.metrics.count("states_pulled")
-        return file
-
-    # -- handing over --------------------------------------------------------------------------------------------------
+        return found[0]
 
     async def hand_over(self, uid: str) -> bool:
         """Have a follower take over, by what was read last. Returns whether one did; else the expert stays here."""
@@ -290,7 +357,7 @@ class BareNames:
         # From here on backwards are not applied, so that the state which the follower fetches is the last one. The
         # network hears of it later: followers would take over by themselves, from an older state.
         await self._server.set_primary(uid, False, announce=False)
-        await self._server.wait_backwards(uid)
+        await self._server.calls.wait_backwards(uid)
         self._source.drop(uid)
         for heir in heirs:
             try:

@@ -118,14 +118,11 @@ class VolunteerContract:
 
     def __init__(self, settings: VolunteerSettings, *, timezone: tzinfo | None = None, usage: Usage = Usage()) -> None:
         """`timezone`: for hours and midnights, None for the machine's; `usage`: from before a restart."""
-        self.settings = settings
-        self._timezone = timezone
-        self._usage = usage
+        self.settings, self._timezone, self._usage = settings, timezone, usage
         # since when the load has been above the threshold, or below it again
         self._busy_since: float | None = None
         self._calm_since: float | None = None
-        self._paused = False
-        self._memory_short = False
+        self._paused = self._memory_short = False
 
     def usage(self, now: float) -> Usage:
         """Return the bytes of the period that `now` lies in."""
@@ -166,13 +163,11 @@ class VolunteerContract:
         if load is not None:
             self.observe_load(load, now)
         closed: list[tuple[str, float | None]] = []
-        changes: list[float] = []
+        changes_at: float | None = None
         if self.settings.hours:
-            is_open, change = _hours_at(self.settings.hours, now, self._timezone)
+            is_open, changes_at = _hours_at(self.settings.hours, now, self._timezone)
             if not is_open:
-                closed.append((f"outside of its hours ({'; '.join(map(str, self.settings.hours))})", change))
-            elif change is not None:
-                changes.append(change)
+                closed.append((f"outside of its hours ({'; '.join(map(str, self.settings.hours))})", changes_at))
         if self.settings.data_quota_bytes is not None and self.usage(now).num_bytes >= self.settings.data_quota_bytes:
             _, end = _period(now, self.settings.quota_period, self._timezone)
             closed.append((f"its data quota of this {self.settings.quota_period} is used up", end))
@@ -184,9 +179,9 @@ class VolunteerContract:
         if self._memory_short:
             closed.append(("its memory limit is reached", None))
         if not closed:
-            return Verdict(True, "", min(changes, default=None))
-        ends = [end for _, end in closed]
-        until = None if None in ends else max(end for end in ends if end is not None)
+            return Verdict(True, "", changes_at)
+        known = [end for _, end in closed if end is not None]
+        until = max(known) if len(known) == len(closed) else None
         return Verdict(False, ", and ".join(reason for reason, _ in closed), until)
 
 

@@ -7,10 +7,7 @@
       experts/ffn.3.7.safetensors      its weights; any safetensors reader loads them
 
 `export_experts` collects them from their servers; a second export into the same folder takes only what is newer.
-`load_export` gives them back as ordinary modules::
-
-    experts = load_export("folder")
-    y = experts["ffn.3.7"](x)
+`load_export` gives them back as ordinary modules: ``load_export("folder")["ffn.3.7"](x)``.
 """
 
 from __future__ import annotations
@@ -131,8 +128,7 @@ class _Folder:
     """An export being written. Its index is renewed now and then, so that an interrupted one loads."""
 
     def __init__(self, path: Path, run: SignedRun) -> None:
-        self.path = path
-        self.run = run
+        self.path, self.run = path, run
         self.experts: dict[str, ExportedExpert] = {}
         self._num_unlisted = 0
         if (path / INDEX).exists():
@@ -213,28 +209,25 @@ class ExportedExperts(Mapping[str, nn.Module]):
         path = self.folder / entry.file
         try:
             data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise CheckpointError(f"{path} is damaged: its checksum is wrong")
+            return safetensors.torch.load(data)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise CheckpointError(f"{path} is damaged: its checksum is wrong")
-        try:
-            return safetensors.torch.load(data)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path} is no safetensors file: {describe(error)}") from error
 
     def __getitem__(self, uid: str) -> nn.Module:
-        module = self._modules.get(uid)
-        if module is None:
+        if uid not in self._modules:
             weights = self.weights(uid)
             module = build_run_module(self.run, uid, allowed_modules=self._allowed)
             try:
                 module.load_state_dict(weights)
             except RuntimeError as error:
-                raise CheckpointError(
-                    f"the weights of {uid} do not fit the run's {self.run.expert}: {error}"
-                ) from error
+                said = f"the weights of {uid} do not fit the run's {self.run.expert}: {error}"
+                raise CheckpointError(said) from error
             self._modules[uid] = module.eval()
-        return module
+        return self._modules[uid]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.index)

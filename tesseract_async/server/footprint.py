@@ -1,10 +1,4 @@
-"""The memory that an expert takes, measured, and how a volunteer's limit is divided.
-
-`measure` lets one expert take a step, and then run forward and backward with the largest batch on PyTorch's ``meta``
-device, which computes nothing and takes no memory, while every tensor that would be made is counted. `plan_memory`
-divides a limit: the process as it is, what the server may keep for others (waiting calls, inputs, answers, messages
-half received, replies not taken yet), the largest batch, since one is computed at a time, and experts for the rest.
-"""
+"""The memory that an expert takes, measured, and how a volunteer's limit is divided."""
 
 from __future__ import annotations
 
@@ -113,22 +107,16 @@ def plan_memory(limit: int, *, base: int, expert: Footprint, on_gpu: bool = Fals
 
 
 def measure(backend: ExpertBackend) -> Footprint:
-    """Measure an expert by taking a step: for a backend that is not used afterwards. Raises what its module raises."""
+    """Measure an expert by taking a step: for a backend that is not used afterwards. Raises what its module raises.
+
+    The largest batch runs on PyTorch's ``meta`` device, which takes no memory, while all tensors made are counted.
+    """
     settings = backend.settings
     few = peak_of(backend, NUM_PROBE_ROWS, backend.device)
     found = backend.gradients(*_probe(backend, 1, backend.device), training=True)
     for _ in range(settings.step_every):
         backend.step(found[1])
-    optimizer = 0
-    if backend.optimizer is not None:
-        optimizer = _num_bytes(tree_leaves(backend.optimizer.state_dict()["state"]))
-    footprint = Footprint(
-        weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
-        gradients=_num_bytes(backend.parameters),
-        optimizer=optimizer,
-        batch=0,
-        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
-    )
+    state = {} if backend.optimizer is None else backend.optimizer.state_dict()["state"]
     try:
         batch = peak_of(_on_meta(backend), backend.max_batch_size, torch.device("meta"))
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -137,7 +125,13 @@ def measure(backend: ExpertBackend) -> Footprint:
         more = peak_of(backend, 2 * NUM_PROBE_ROWS, backend.device)
         row = PROBE_MARGIN * max(0, more - few) / NUM_PROBE_ROWS
         batch = more + int(row * max(0, backend.max_batch_size - 2 * NUM_PROBE_ROWS))
-    return dataclasses.replace(footprint, batch=int(KERNEL_MARGIN * batch))
+    return Footprint(
+        weights=_num_bytes((*backend.module.parameters(), *backend.module.buffers())),
+        gradients=_num_bytes(backend.parameters),
+        optimizer=_num_bytes(tree_leaves(state)),
+        batch=int(KERNEL_MARGIN * batch),
+        num_sums=4 * settings.step_every if settings.trim_peers else int(settings.step_every > 1),
+    )
 
 
 def _on_meta(backend: ExpertBackend) -> ExpertBackend:
@@ -171,8 +165,7 @@ def peak_of(backend: ExpertBackend, num_rows: int, device: torch.device) -> int:
         # gathering copies the rows of many requests
         staged = [x.clone() for x in inputs]
         backend.gradients(staged, gradients, training=True)
-    peak: int = counting.peak
-    return peak
+    return int(counting.peak)
 
 
 def process_bytes() -> int:
@@ -246,17 +239,14 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._num_operations > MAX_OPERATIONS:
                 raise OutOfBudget(f"{MAX_OPERATIONS:,} operations on tensors")
             if "device" in kwargs and not any(isinstance(one, torch.Tensor) for one in tree_leaves((args, kwargs))):
-                self._foresee(func(*args, **kwargs | {"device": "meta", "pin_memory": None}))
+                planned = _num_bytes(tree_leaves(func(*args, **kwargs | {"device": "meta", "pin_memory": None})))
+                self.add(planned)
+                self.num_bytes -= planned
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
         return result
-
-    def _foresee(self, planned: object) -> None:
-        num_bytes = sum(one.nbytes for one in tree_leaves(planned) if isinstance(one, torch.Tensor))
-        self.add(num_bytes)
-        self.num_bytes -= num_bytes
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)

@@ -47,9 +47,7 @@ class HostedState:
         writer: TesseractRuntime,
     ) -> None:
         """`store` holds its checkpoints, which are written on the helper thread of `writer`."""
-        self.uid = uid
-        self.backend = backend
-        self.runtime = runtime
+        self.uid, self.backend, self.runtime = uid, backend, runtime
         self.is_primary = is_primary
         """True if this server trains the expert."""
         self.epoch = 0

@@ -1,15 +1,18 @@
-"""Answers, and inputs that a backward will need: remembered for callers, within byte budgets."""
+"""A server's memory for its callers: answers, inputs that a backward will need, and which backwards may come."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 import torch
 
+from tesseract_async.identity import PeerID
 from tesseract_async.runtime.work import WorkResult
 
 KEEP_SECONDS: Final = 300.0
@@ -18,6 +21,19 @@ SMALL_BYTES: Final = 16 * 1024
 ENTRY_BYTES: Final = 1024
 TENSOR_BYTES: Final = 512
 """The objects around what is remembered: measured at 550 bytes for an entry and 450 for a tensor, 1,300 in a server."""
+
+MAX_EXPECTED: Final = 65536
+"""Entries; the oldest are no longer expected beyond that."""
+MAX_PEERS: Final = 1024
+EXPECT_SECONDS: Final = 60.0
+"""After so long no backward is expected any more: the longest that a trainer waits for one call by default."""
+MIN_PATIENCE: Final = 0.5
+PATIENCE: Final = 2.0
+"""How many times as long as its slowest recent backward took a caller is waited for."""
+GONE_AFTER: Final = 1.0
+"""Seconds without a connection after which a caller is gone: one that lost its connection dials again sooner."""
+DECAY: Final = 0.9
+"""The slowest one's weight shrinks to this part with each that came sooner."""
 
 CallKey = tuple[str, bytes]
 """A backward: the expert's uid, and what `journal_key` gives."""
@@ -32,9 +48,8 @@ class Memory(Generic[Key, Value]):
     Entries older than `max_age` seconds are forgotten by `expire`.
     """
 
-    def __init__(self, max_bytes: int, num_bytes_of: Callable[[Value], int], *, max_age: float = float("inf")) -> None:
-        self.max_bytes = max_bytes
-        self.max_age = max_age
+    def __init__(self, max_bytes: int, num_bytes_of: Callable[[Value], int], *, max_age: float = math.inf) -> None:
+        self.max_bytes, self.max_age = max_bytes, max_age
         self.num_bytes = 0
         self._num_bytes_of = num_bytes_of
         self._entries: OrderedDict[Key, tuple[Value, Hashable, float]] = OrderedDict()
@@ -84,12 +99,13 @@ class Memory(Generic[Key, Value]):
                 return
             self.pop(key)
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def clear(self) -> int:
+        """Forget everything. Returns the bytes."""
+        num_bytes, self.num_bytes = self.num_bytes, 0
         self._entries.clear()
         self._owners.clear()
         self._held.clear()
-        self.num_bytes = 0
+        return num_bytes
 
 
 class CallerMemory:
@@ -115,10 +131,7 @@ class CallerMemory:
 
     def forget(self) -> int:
         """Drop everything: callers can send it again, or have it computed again. Returns the bytes."""
-        num_bytes = self.inputs.num_bytes + self.answers.num_bytes
-        self.inputs.clear()
-        self.answers.clear()
-        return num_bytes
+        return self.inputs.clear() + self.answers.clear()
 
     def close(self) -> None:
         """Drop everything, and leave no timer."""
@@ -136,6 +149,97 @@ class CallerMemory:
         self.answers.expire(_now())
         if self.inputs or self.answers:
             self._sweep_later()
+
+
+@dataclass(slots=True)
+class _Caller:
+    lag: float | None = None
+    """Seconds from a forward's answer to its backward, about the slowest of late; None before the first one came."""
+    names: dict[str, OrderedDict[bytes, float]] = field(default_factory=dict)
+    """uid -> name of the forward -> when it was answered."""
+    gone_since: float | None = None
+
+
+class ExpectedBackwards:
+    """Forwards that were answered and whose backward has not come. Times are seconds of one monotonic clock.
+
+    A forward with ``keep_inputs`` announces a backward. Most come within a training step; some never do: the trainer
+    died or only evaluated. So each caller is waited for as long as its own backwards have lately taken, and not once it
+    is gone.
+    """
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[bytes, tuple[str, PeerID]] = OrderedDict()
+        self._callers: OrderedDict[PeerID, _Caller] = OrderedDict()
+        self._lag: float | None = None  # all callers'
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def expect(self, name: bytes, uid: str, peer: PeerID, now: float) -> None:
+        """Take note of an answered forward; `name` tells it apart."""
+        caller = self._callers.setdefault(peer, _Caller())
+        self._callers.move_to_end(peer)
+        caller.names.setdefault(uid, OrderedDict())[name] = now
+        self._entries[name] = (uid, peer)
+        if len(self._entries) > MAX_EXPECTED:
+            self._drop(next(iter(self._entries)))
+        if len(self._callers) > MAX_PEERS:
+            _, oldest = self._callers.popitem(last=False)
+            for gone in [one for names in oldest.names.values() for one in names]:
+                del self._entries[gone]
+
+    def came(self, name: bytes | None, uid: str, peer: PeerID, now: float) -> None:
+        """Take note of a backward: of the forward `name`, or, where it brings its own inputs, the caller's oldest."""
+        caller = self._callers.get(peer)
+        if name is None and caller is not None:
+            name = next(iter(caller.names.get(uid, ())), None)
+        if name is None or name not in self._entries:
+            return
+        lag = now - self._drop(name)
+        self._lag = _slowest(self._lag, lag)
+        if caller is not None:
+            caller.lag = _slowest(caller.lag, lag)
+
+    def next_change(
+        self, now: float, *, is_gone: Callable[[PeerID], bool], expects: Callable[[str], bool]
+    ) -> float | None:
+        """Return when to look again, if nothing comes before; None if nothing is worth waiting for.
+
+        Forgotten are those of callers that are gone, of experts whose backwards go elsewhere (`expects`), and those
+        that are later than usual for their callers.
+        """
+        soonest = math.inf
+        for peer, caller in self._callers.items():
+            if not caller.names:
+                continue
+            if not is_gone(peer):
+                caller.gone_since = None
+            elif caller.gone_since is None:
+                caller.gone_since = now
+            leaves = math.inf if caller.gone_since is None else caller.gone_since + GONE_AFTER
+            lag = self._lag if caller.lag is None else caller.lag
+            patience = EXPECT_SECONDS if lag is None else min(EXPECT_SECONDS, PATIENCE * lag + MIN_PATIENCE)
+            for uid, names in list(caller.names.items()):
+                for name, answered in list(names.items()):
+                    due = min(leaves, answered + patience)
+                    if due <= now or not expects(uid):
+                        self._drop(name)
+                    else:
+                        soonest = min(soonest, due)
+        return None if soonest == math.inf else soonest
+
+    def _drop(self, name: bytes) -> float:
+        uid, peer = self._entries.pop(name)
+        names = self._callers[peer].names
+        answered = names[uid].pop(name)
+        if not names[uid]:
+            del names[uid]
+        return answered
+
+
+def _slowest(before: float | None, lag: float) -> float:
+    return lag if before is None else max(lag, DECAY * before + (1 - DECAY) * lag)
 
 
 def alone(x: torch.Tensor) -> torch.Tensor:

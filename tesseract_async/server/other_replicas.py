@@ -1,4 +1,5 @@
-"""The replicas of a server's experts at other servers: who hosts them, whether their word counts, and their states."""
+"""The replicas of a server's experts at other servers: who hosts them, their records, whether their word counts, and
+their states."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,7 @@ from tesseract_async.errors import (
     TesseractError,
     describe,
 )
+from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
@@ -44,6 +46,9 @@ MAX_SHARDS_READ: Final = 16
 """For more uids than lie in so many shards, the whole grid is read instead."""
 NUM_AT_ONCE: Final = 4
 """Experts that are looked after at the same time."""
+LONGEST_SUBKEY: Final = 120
+wall_clock: Final = time.time
+"""Seconds since 1970, which may jump: for the times in manifests and records, and for nothing else."""
 SAME_KIND: Final = "start this server with the same --expert-class and --size"
 
 
@@ -85,13 +90,13 @@ async def read_replicas(
     node: TesseractNode,
     uids: Iterable[str],
     *,
-    clock: Callable[[], float] = time.time,
     by_shard: bool = False,
-    also: Callable[[Entries], None] = lambda entries: None,
+    records: Mapping[str, list[bytes]] | None = None,
 ) -> dict[str, list[ExpertReplica]]:
     """Return who else hosts these, by what the network says now: uid -> replicas, the primary first.
 
-    Unless `by_shard`, more than lie in `MAX_SHARDS_READ` shards are read from their grid. `also` gets all that is read.
+    Unless `by_shard`, more than lie in `MAX_SHARDS_READ` shards are read from their grid. To the lists in `records` are
+    added the experts' Terms and Seals, unchecked, of servers that may host them.
     """
     by_key: defaultdict[str, list[str]] = defaultdict(list)
     by_prefix: defaultdict[str, list[str]] = defaultdict(list)
@@ -100,6 +105,7 @@ async def read_replicas(
         by_prefix[split_uid(uid)[0]].append(uid)
     if len(by_key) > MAX_SHARDS_READ and not by_shard:
         by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
+    subkeys = {record_subkey(uid, number): uid for uid in records or () for number in (0, 1)}
     found: dict[str, list[ExpertReplica]] = {}
 
     def dropped(entry: Entry, error: ProtocolError) -> None:
@@ -107,12 +113,13 @@ async def read_replicas(
 
     async def read(key: str, some: list[str]) -> None:
         entries = await node.network.get_entries(key)
-        also(entries)
+        if records is not None:
+            _take_records(node, entries, subkeys, records)
         others = (entry for entry in entries if entry.owner != node.peer_id)
         manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
         prefix, _ = split_uid(some[0])  # a key is of one grid
         claims = await read_claims(
-            manifests, prefix=prefix, now=clock(), dropped=dropped, trust=node.trust, scope=node.scope
+            manifests, prefix=prefix, now=wall_clock(), dropped=dropped, trust=node.trust, scope=node.scope
         )
         for uid in some:
             _, coords = split_uid(uid)
@@ -127,6 +134,26 @@ async def read_replicas(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return found
+
+
+def _take_records(
+    node: TesseractNode, entries: Entries, subkeys: Mapping[str, str], records: Mapping[str, list[bytes]]
+) -> None:
+    for entry in entries:
+        if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
+            node.trust.introduced(entry.owner, [entry.value])
+    for entry in entries:
+        uid = subkeys.get(entry.subkey or "")
+        if uid is None or entry.expiration <= wall_clock() or type(entry.value) is not bytes:
+            continue
+        # what others store costs no signature check
+        if not entry.value.startswith(MAGIC) and node.trust.may_host(entry.owner, uid):
+            records[uid].append(entry.value)
+
+
+def record_subkey(uid: str, number: int) -> str:
+    """Return the subkey of an expert's Term (0) or Seal (1)."""
+    return f"{'ts'[number > 0]}.{uid}"[:LONGEST_SUBKEY]
 
 
 def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
@@ -154,16 +181,16 @@ def check_path(node: TesseractNode, replica: ExpertReplica) -> None:
             raise PeerUnreachable(replica.peer.short, {path: NotAllowed("not on this node's own network")})
 
 
-async def ask_info(node: TesseractNode, uid: str, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
+async def ask_info(node: TesseractNode, replica: ExpertReplica, timeout: float) -> messages.ExpertInfo | None:
     """Return what the replica says of itself; None if it does not answer."""
     try:
         async with asyncio.timeout(timeout):
-            body = messages.encode(messages.InfoRequest(uid))
+            body = messages.encode(messages.InfoRequest(replica.uid))
             reply = await node.call_expert(replica.peer, messages.INFO, body, timeout=timeout, idempotent=True)
         check_path(node, replica)
         return messages.decode(messages.ExpertInfo, reply.body)
     except (TesseractError, TimeoutError) as error:
-        logger.info("%s at %s does not answer: %s", uid, replica.peer.short, describe(error))
+        logger.info("%s at %s does not answer: %s", replica.uid, replica.peer.short, describe(error))
         return None
 
 
@@ -176,11 +203,12 @@ async def fetch_fitting(
     seal: Seal | None = None,
     min_version: int = 0,
     timeout: float,
-    aside: Callable[[Callable[[], State]], Awaitable[State]],
+    aside: Callable[[Callable[[], State]], Awaitable[State]] | None = None,
 ) -> tuple[bytes, State] | None:
     """Return the file of an expert's state, and the state in it; None before `min_version`.
 
-    The file is no longer than one of this expert can be. With a `seal` it is the sealed one; `aside` runs the checks.
+    The file is no longer than one of this expert can be. With a `seal` it is the sealed one. `aside` runs the checks,
+    here by default.
 
     Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state, or not the sealed
     one; what the call raises.
@@ -197,7 +225,7 @@ async def fetch_fitting(
             raise ProtocolError(f"{uid}: not the file that was sealed")
         return check_state(uid, file)
 
-    state = await aside(check)
+    state = check() if aside is None else await aside(check)
     if (wrong := difference(uid, backend, state)) is not None:
         raise CheckpointError(wrong)
     return file, state
@@ -217,14 +245,11 @@ async def adopt_states(
     followed = {uid for uid in backends if node.trust.authority(split_uid(uid)[0]) is not None}
     gate = asyncio.Semaphore(NUM_AT_ONCE)
 
-    async def here(check: Callable[[], State]) -> State:
-        return check()
-
     async def take(uid: str, replica: ExpertReplica) -> bool:
         backend = backends[uid]
         check_path(node, replica)
         try:
-            found = await fetch_fitting(node, replica.peer, uid, backend, timeout=settings.call_timeout, aside=here)
+            found = await fetch_fitting(node, replica.peer, uid, backend, timeout=settings.call_timeout)
         except CheckpointError as wrong:
             if replica.primary:
                 raise ReplicaMismatch(f"{wrong}: {SAME_KIND} as its primary {replica.peer.peer_id}") from None
@@ -236,7 +261,7 @@ async def adopt_states(
 
     async def adopt(uid: str, replicas: list[ExpertReplica]) -> None:
         async with gate:
-            infos = await asyncio.gather(*(ask_info(node, uid, one, settings.call_timeout) for one in replicas))
+            infos = await asyncio.gather(*(ask_info(node, one, settings.call_timeout) for one in replicas))
             # the silent ones cost one time-out together; of the others the primary comes first
             for replica, info in [(r, i) for r, i in zip(replicas, infos, strict=True) if i is not None][:MAX_SOURCES]:
                 if replica.primary:

@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tesseract_async.experts.run import RunManifest, RunMismatch
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesScheduler
-from tesseract_async.server.builders import EXPERTS, Built, build_module
-from tesseract_async.server.registry import optimizer_maker
+from tesseract_async.server.registry import EXPERTS, Built, build_module, optimizer_maker
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 
@@ -185,7 +184,7 @@ SCHEDULES: Final[Mapping[str, Callable[..., Callable[[int], float]]]] = {"linear
 
 
 def _scheduler(manifest: RunManifest) -> MakesScheduler | None:
-    if manifest.schedule is None or manifest.optimizer is None:
+    if manifest.schedule is None:
         return None
     if manifest.schedule not in SCHEDULES:
         raise ValueError(f"the schedule {manifest.schedule!r} is not known here")

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import torch
@@ -21,10 +20,9 @@ from tesseract_async.experts import ExpertPublisher, PublisherSettings
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings, TesseractRuntime
 from tesseract_async.server.answering import ExpertCalls
-from tesseract_async.server.folder_lock import FolderLock
 from tesseract_async.server.hosted import HostedState, Succession
 from tesseract_async.server.memory import CallerMemory, trim_heap
-from tesseract_async.server.state_files import CheckpointStore
+from tesseract_async.server.state_files import CheckpointStore, FolderLock
 from tesseract_async.uncopied import Uncopied
 from tesseract_async.wire import messages
 
@@ -102,10 +100,8 @@ class TesseractServer(Uncopied):
         _check_separate(experts)
         if unknown := set(followers) - experts.keys():
             raise ValueError(f"followers are among the experts; not so {', '.join(sorted(unknown))}")
-        self.node = node
-        self.experts = dict(experts)
-        self.settings = settings
-        self.checkpoint_period = checkpoint_period
+        self.node, self.experts = node, dict(experts)
+        self.settings, self.checkpoint_period = settings, checkpoint_period
         devices = [device] if isinstance(device, str | torch.device) else list(device)
         if not devices:
             raise ValueError("a server computes on at least one device")
@@ -114,8 +110,7 @@ class TesseractServer(Uncopied):
         )
         """One for each device."""
         self.checkpoint_dir = directory = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-        store = None if directory is None else CheckpointStore(directory)
-        writer = self.runtimes[0]
+        store, writer = None if directory is None else CheckpointStore(directory), self.runtimes[0]
         self.hosted = {
             uid: HostedState(uid, backend, runtime, is_primary=uid not in followers, store=store, writer=writer)
             for (uid, backend), runtime in zip(experts.items(), itertools.cycle(self.runtimes), strict=False)
@@ -125,15 +120,15 @@ class TesseractServer(Uncopied):
         self._memory = CallerMemory(
             max_inputs_bytes=settings.max_inputs_bytes, max_answers_bytes=settings.max_answers_bytes
         )
-        self._calls = ExpertCalls(
+        self.calls = ExpertCalls(
             self._memory,
             metrics=node.metrics,
             knows=node.trust.knows,
             is_gone=lambda peer: not node.is_connected(peer),
         )
         self._handlers: dict[str, dict[str, CallHandler]] = {uid: {} for uid in experts}
-        self.handle(messages.INFO, self._calls.info)
-        self.handle(messages.FORWARD, self._calls.forward)
+        self.handle(messages.INFO, self.calls.info)
+        self.handle(messages.FORWARD, self.calls.forward)
         self.handle(messages.BACKWARD, self._step)
         self._lock = None if directory is None else FolderLock(directory)
         self._saving = asyncio.Lock()
@@ -146,15 +141,11 @@ class TesseractServer(Uncopied):
         self._is_started = False
         self._closed = False
 
-    # -- Life ------------------------------------------------------------------------------------------------------
-
     async def __aenter__(self) -> Self:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         await self.aclose(drain_timeout=None if kind is None else 0.0)
 
     async def start(self) -> None:
@@ -196,7 +187,7 @@ class TesseractServer(Uncopied):
                 trust=self.node.trust,
                 places=self.node.publisher_places,
             )
-            await self._declare()
+            await self.announce()
         except BaseException:  # cancelled, too: nothing half started stays
             self._closed = True
             await self._stop_tasks()
@@ -235,7 +226,8 @@ class TesseractServer(Uncopied):
         """Make those that are yet to be made: after the experts are found, before a backward needs them."""
         if not any(backend.trains and backend.optimizer is None for backend in self.experts.values()):
             return
-        await self.call_aside(_load_optimizers)  # a second of imports: not on the device's thread
+        # the first one of the process imports PyTorch's compiler, for a second: not on the device's thread
+        await self.call_aside(lambda: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
         for one in self.hosted.values():
             try:
                 await one.runtime.call(one.backend.prepare)
@@ -261,13 +253,15 @@ class TesseractServer(Uncopied):
         self._closed = True
         await self._stop_tasks()
         try:
-            if self._node_runs():
+            if self.node.is_running:
                 await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
                 if self._publisher is not None:  # what `drain` had no time for
                     async with asyncio.timeout(FAREWELL_TIMEOUT):
                         await self._publisher.aclose()
             else:
                 logger.warning("the node was closed before its server: others learn late that its experts are gone")
+                if self._publisher is not None:
+                    await self._publisher.stop_renewing()
         except TimeoutError:
             logger.warning("the network does not answer: this server's experts will expire there")
         finally:
@@ -281,24 +275,17 @@ class TesseractServer(Uncopied):
             finally:
                 await self._stop_runtimes()
 
-    def _node_runs(self) -> bool:
-        try:
-            self.node.check_running()
-        except RuntimeError:
-            return False
-        return True
-
     async def drain(self, *, timeout: float) -> bool:
         """Take no new forwards, and tell the network so; wait for the calls under way and for the backwards of forwards
         that were answered, which are still applied. False if they did not all come within `timeout` seconds.
         """
-        self._calls.refuse_forwards = Overloaded("this server is leaving; ask another replica", retry_after=60.0)
+        self.calls.refuse_forwards = Overloaded("this server is leaving; ask another replica", retry_after=60.0)
         try:
             async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
                 if self._publisher is not None:
                     # not before: a network that does not answer must not cost the last backwards their time
                     group.create_task(self._publisher.withdraw())
-                group.create_task(self._calls.wait_quiet(self.is_primary))
+                group.create_task(self.calls.wait_quiet(self.is_primary))
         except TimeoutError:
             return False
         return True
@@ -306,25 +293,21 @@ class TesseractServer(Uncopied):
     async def pause(self, reason: str, *, retry_after: float) -> None:
         """Refuse forwards with `reason` and withdraw the experts, but keep them, and apply the backwards that come."""
         self.is_paused = True
-        self._calls.refuse_forwards = Overloaded(reason, retry_after=retry_after)
+        self.calls.refuse_forwards = Overloaded(reason, retry_after=retry_after)
         if self._publisher is not None:
             await self._publisher.withdraw()
 
     async def announce(self) -> None:
         """Publish the present roles, after `set_primary` without. Nothing is published while the server pauses."""
-        if not self.is_paused and not self._closed:
-            await self._declare()
+        if self._publisher is not None and not self.is_paused and not self._closed:
+            roles = {uid: one.is_primary for uid, one in self.hosted.items()}
+            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
 
     async def resume(self) -> None:
         """End `pause`; return once the experts can be found again."""
         self.is_paused = False
-        self._calls.refuse_forwards = None
-        await self._declare()
-
-    async def _declare(self) -> None:
-        if self._publisher is not None:
-            roles = {uid: one.is_primary for uid, one in self.hosted.items()}
-            await self._publisher.declare(roles, epochs={uid: one.epoch for uid, one in self.hosted.items()})
+        self.calls.refuse_forwards = None
+        await self.announce()
 
     def free_memory(self) -> int:
         """Forget what was kept for callers, who send their inputs again, and give free pages back to the system.
@@ -335,22 +318,15 @@ class TesseractServer(Uncopied):
         trim_heap()
         return num_bytes
 
-    # -- Roles and states ------------------------------------------------------------------------------------------
-
     def is_primary(self, uid: str) -> bool:
         """Return whether this server trains the expert. Raises: KeyError if it does not host it."""
         return self.hosted[uid].is_primary
 
     async def set_primary(self, uid: str, primary: bool, *, announce: bool = True) -> None:
         """Change the role of one expert here, and unless told otherwise say so in the network. Raises: KeyError."""
-        unchanged = self.is_primary(uid) == primary
-        self.hosted[uid].is_primary = primary
-        if announce and not unchanged:
+        before, self.hosted[uid].is_primary = self.is_primary(uid), primary
+        if announce and before != primary:
             await self.announce()
-
-    async def wait_backwards(self, uid: str) -> None:
-        """Return once no backward of this expert is under way here: before its last state is copied, for example."""
-        await self._calls.wait_backwards(uid)
 
     async def call_aside(self, function: Callable[[], Result]) -> Result:
         """Run `function`, which touches files and no module, on a helper thread: one at a time, in order."""
@@ -361,24 +337,21 @@ class TesseractServer(Uncopied):
         for uid, one in self.hosted.items():
             self._handlers[uid][method] = partial(handler, one)
 
-    # -- Checkpoints -----------------------------------------------------------------------------------------------
-
     async def save_checkpoints(self) -> int:
         """Write a checkpoint of each expert that changed since its last one. Returns how many.
 
         States are copied between two batches, and written meanwhile. Raises: CheckpointError for the first that could
         not be written, after trying all.
         """
-        num_saved = 0
-        failed: CheckpointError | None = None
+        num_saved, failed = 0, list[CheckpointError]()
         async with self._saving:
             for one in self.hosted.values():
                 try:
                     num_saved += await one.save()
                 except CheckpointError as error:
-                    failed = failed or error
-        if failed is not None:
-            raise failed
+                    failed.append(error)
+        if failed:
+            raise failed[0]
         return num_saved
 
     async def _save_periodically(self) -> None:
@@ -390,15 +363,13 @@ class TesseractServer(Uncopied):
                 logger.error("%s", error)
                 self.node.metrics.count("checkpoints_failed")
 
-    # -- Calls -----------------------------------------------------------------------------------------------------
-
     async def _step(self, hosted: HostedState, call: IncomingCall) -> Message:
         uid, succession = hosted.uid, self.succession
         if not (hosted.is_primary and succession.may_step(uid)):
             primary, retry_after = await succession.find_primary(uid)
             if not (hosted.is_primary and succession.may_step(uid)):
                 raise NotPrimary(f"this server only follows {uid}", primary=primary, retry_after=retry_after)
-        answer = await self._calls.backward(hosted, call)
+        answer = await self.calls.backward(hosted, call)
         if not succession.may_step(uid):
             # its lease ended meanwhile: the next primary knows the call's id, if the step is in what it goes on from
             raise NotPrimary(f"this server no longer trains {uid}", retry_after=1.0)
@@ -420,8 +391,3 @@ def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
                     raise ValueError(
                         f"{other} and {uid} train the same weights; make an ExpertBackend for each, of its own module"
                     )
-
-
-def _load_optimizers() -> None:
-    """Make the first optimizer of the process, which imports PyTorch's compiler."""
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

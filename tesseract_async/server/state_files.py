@@ -1,4 +1,5 @@
-"""The files of a server's experts: ``directory/UID/``, with checkpoints, sealed states and what a `Tenure` remembers.
+"""The files of a server's experts: ``directory/UID/``, with checkpoints, sealed states and what a `Tenure` remembers,
+and a lock.
 
 Blocking file work: call it where that is welcome.
 """
@@ -11,7 +12,9 @@ import itertools
 import logging
 import os
 import re
+import socket
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,11 @@ from tesseract_async.experts.merkle import root_of
 from tesseract_async.files import write_whole
 from tesseract_async.server.checkpoint import State, decode, encode
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 SUFFIX: Final = ".safetensors"
@@ -30,6 +38,13 @@ NUM_CHECKPOINTS: Final = 3
 """Checkpoints kept of each expert: the newest may be damaged, or its owner wants an older one back."""
 NUM_SEALED: Final = 2
 """Sealed files of each expert: somebody may be fetching the one before."""
+
+
+LOCK_NAME: Final = ".lock"
+
+_held: Final[dict[tuple[int, int], int]] = {}
+"""Device and inode of each folder that this process holds -> the open lock file. Some network file systems' locks are a
+process's, not an open file's, and would not keep two servers of one process apart."""
 
 
 def expert_folder(directory: Path, uid: str) -> Path:
@@ -89,8 +104,8 @@ class CheckpointStore:
         Raises: CheckpointError.
         """
         path = self.save(uid, state, version=version)
-        names = itertools.chain([".aside"], (f".{number}.aside" for number in itertools.count(1)))
-        target = next(one for name in names if not (one := path.with_suffix(name)).exists())
+        suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(1)))
+        target = next(one for suffix in suffixes if not (one := path.with_suffix(f"{suffix}.aside")).exists())
         try:
             os.replace(path, target)
         except OSError as error:
@@ -182,10 +197,10 @@ class SealedFiles:
 
     def keep(self, uid: str, root: bytes, data: bytes) -> None:
         """Keep a file, and the one before. Raises: OSError."""
-        if self._directory is None:
+        directory = self._directory
+        if directory is None:
             self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="tesseract-")
-        directory = Path(self._temporary.name) if self._temporary is not None else self._directory
-        assert directory is not None
+            directory = Path(self._temporary.name)
         path = expert_folder(directory, uid) / f"{root.hex()[:16]}.sealed"
         write_whole(path, [data])
         files = [file for file in self._files.get(uid, []) if file.root != root]
@@ -202,3 +217,77 @@ class SealedFiles:
         """Remove what was temporary."""
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+class FolderLock:
+    """Holds a folder from `acquire` to `release`, or to the end of the process, however that comes: one server each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._key: tuple[int, int] | None = None
+
+    def acquire(self) -> None:
+        """Take the folder, made if there is none. Blocking file work, but it never waits.
+
+        Raises: CheckpointError if another server, here or on another computer, holds it, or if it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            found = os.stat(self.folder)
+            key = found.st_dev, found.st_ino
+            if key in _held:
+                raise self._refusal("another server of this process")
+            handle = os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"the folder {self.folder} cannot be written: {describe(error)}") from error
+        try:
+            self._lock(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._key, _held[key] = key, handle
+
+    def _lock(self, handle: int) -> None:
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOTSUP, "no such locks on this system")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = os.pread(handle, 300, 0).decode(errors="replace").strip()
+                raise self._refusal(holder or "another process") from None
+            logger.warning(
+                "the folder %s cannot be locked (%s): see to it that no second server keeps its checkpoints there",
+                self.folder,
+                error.strerror,
+            )
+        with contextlib.suppress(OSError):  # the disk may be full: then it is locked without a name
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
+
+    def _refusal(self, holder: str) -> CheckpointError:
+        return CheckpointError(
+            f"the folder {self.folder} is used by {holder}: stop that one, or give this server another folder for its "
+            "checkpoints"
+        )
+
+    def release(self) -> None:
+        """Let others have the folder. Releasing twice is harmless."""
+        handle = None if self._key is None else _held.pop(self._key, None)
+        self._key = None
+        if handle is not None:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_UN)  # a child just forked may hold it open for a moment
+            os.close(handle)
+
+
+def _close_all() -> None:
+    """Close them in a forked child, which must not hold its parent's folders when the parent is gone."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_all)

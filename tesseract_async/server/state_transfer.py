@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tesseract_async.server.hosted import HostedState
 
 NO_DIGEST: Final = bytes(16)
-
-
 PIECE_BYTES: Final = 4 << 20
 """The size of one reply: large enough that round trips cost little, small enough to be sent again."""
 MIN_PIECE_BYTES: Final = 64 << 10
@@ -163,8 +161,7 @@ async def fetch_file(
     deadline = loop.time() + timeout
     file = bytearray()
     digest = NO_DIGEST if root is None else root[:16]
-    started = False
-    failures = 0
+    started, failures = False, 0
     while True:
         request = messages.StateRequest(uid, weights_only, min_version, digest, len(file))
         try:

@@ -42,13 +42,9 @@ class ReplicaKeeper(Succession):
         *,
         settings: ReplicaSettings = DEFAULT_SETTINGS,
         reuse: float = REUSE_SECONDS,
-        clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = boottime,
     ) -> None:
-        """`reuse`: seconds for which a copy of a state counts as the newest.
-
-        `clock` gives wall-clock seconds, as manifests carry them; `elapsed` those of a clock such as `boottime`.
-        """
+        """`reuse`: seconds for which a copy of a state counts as the newest. `elapsed`: a clock such as `boottime`."""
         self.settings = settings
         self._server, self._node = server, server.node
         self._source = StateSource(server.call_aside, max_bytes=settings.max_copies_bytes, reuse=reuse)
@@ -57,7 +53,6 @@ class ReplicaKeeper(Succession):
             server,
             {uid: authority for uid, authority in authorities.items() if authority is not None},
             call_timeout=settings.call_timeout,
-            clock=clock,
             elapsed=elapsed,
         )
         self.bare = BareNames(
@@ -65,7 +60,6 @@ class ReplicaKeeper(Succession):
             [uid for uid, authority in authorities.items() if authority is None],
             self._source,
             settings=settings,
-            clock=clock,
             elapsed=elapsed,
         )
         self._moving: dict[str, asyncio.Future[None]] = {}  # being handed over
@@ -77,7 +71,7 @@ class ReplicaKeeper(Succession):
         self._server.handle(messages.STATE, self._source.answer)
         self._server.handle(messages.TAKE_OVER, self.bare.take_over)
         self._server.handle(messages.TENURE, self.tenures.answer)
-        self._source.find_sealed = self.tenures.sealed
+        self._source.find_sealed = self.tenures.files.find
         await self.tenures.start()
         await self._look_and_log()
         self._task = asyncio.create_task(self._keep(), name="server: replicas")
@@ -91,7 +85,6 @@ class ReplicaKeeper(Succession):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
         await self.tenures.aclose()
         self._source.close()
 
@@ -111,10 +104,6 @@ class ReplicaKeeper(Succession):
 
     def _of(self, uid: str) -> Tenures | BareNames:
         return self.tenures if self.tenures.has(uid) else self.bare
-
-    async def come_back(self) -> None:
-        """Follow the present primaries of the experts, from their states, before a pause of the server ends."""
-        await self.look(even_paused=True)
 
     async def look(self, *, even_paused: bool = False) -> None:
         """Settle the roles of experts with bare names, and pull the states that are due.

@@ -1,7 +1,7 @@
 """Tenures: who is the primary of a server's experts of runs. Drives their `Tenure`s.
 
-It carries their questions, writes down what they must remember, and moves the sealed files; `TenureRecords` reads and
-publishes their records.
+It carries their questions, reads and publishes their records, writes down what they must remember, and moves the sealed
+files.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Final
@@ -18,6 +20,9 @@ from typing import TYPE_CHECKING, Final
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.claiming import GRANT_SUBKEY
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import possession, root_of
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
@@ -37,9 +42,16 @@ from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import State as ExpertState
 from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import fetch_fitting
-from tesseract_async.server.state_files import SealedFile, SealedFiles
-from tesseract_async.server.tenure_records import TenureRecords
+from tesseract_async.server.other_replicas import (
+    MAX_SHARDS_READ,
+    fetch_fitting,
+    owner_of,
+    read_replicas,
+    record_subkey,
+    wall_clock,
+)
+from tesseract_async.server.state_files import SealedFiles
+from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
 if TYPE_CHECKING:
@@ -47,6 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RECORDS_TTL: Final = 24 * 3600.0
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -54,20 +67,20 @@ AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
 
+@dataclass(slots=True)
 class _Expert:
     """One expert of a run, hosted here."""
 
-    def __init__(self, hosted: HostedState, authority: Authority, tenure: Tenure) -> None:
-        self.uid = hosted.uid
-        self.hosted = hosted
-        self.authority = authority
-        self.tenure = tenure
-        self.carrying = asyncio.Lock()
-        self.changed = asyncio.Event()
-        """Set after every command; those who wait for something look again, and clear it."""
-        self.progress: tuple[int, int] | None = None
-        """How far the sealed file is."""
-        self.sealed_at = -1e9
+    uid: str
+    hosted: HostedState
+    authority: Authority
+    tenure: Tenure
+    carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set after every command; those who wait for something look again, and clear it."""
+    progress: tuple[int, int] | None = None
+    """How far the sealed file is."""
+    sealed_at: float = -math.inf
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
@@ -88,16 +101,16 @@ class Tenures:
         authorities: Mapping[str, Authority],
         *,
         call_timeout: float,
-        clock: Callable[[], float],
         elapsed: Callable[[], float],
     ) -> None:
-        """`authorities`: uid -> its run's. `clock` and `elapsed` are those of `ReplicaKeeper`."""
+        """`authorities`: uid -> its run's. `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node = server, server.node
-        self._call_timeout, self._clock, self._elapsed = call_timeout, clock, elapsed
+        self._call_timeout, self._elapsed = call_timeout, elapsed
         self._authorities = authorities
         self._experts: dict[str, _Expert] = {}
-        self._files = SealedFiles(server.checkpoint_dir)
-        self._records = TenureRecords(server.node, clock=clock, elapsed=elapsed)
+        self.files = SealedFiles(server.checkpoint_dir)
+        self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
+        self._shown: dict[str, tuple[bytes, float]] = {}  # by shard key: the grant that lies there, and until when
         self._looks: set[str] = set()
         self._wants_look, self._wants_announcement, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,15 +129,15 @@ class Tenures:
                 authority,
                 boot=boot,
                 now=self._elapsed(),
-                wall=self._clock(),
-                stored=await self._server.call_aside(partial(self._files.load, uid)),
+                wall=wall_clock(),
+                stored=await self._server.call_aside(partial(self.files.load, uid)),
                 random=random,
             )
             tenure = make(has_file=True)
             held = tenure.held
-            if held is not None and held.primary != self._node.peer_id and self._files.find(uid, held.root) is None:
+            if held is not None and held.primary != self._node.peer_id and self.files.find(uid, held.root) is None:
                 tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
-            self._experts[uid] = _Expert(self._server.hosted[uid], authority, tenure)
+            self._experts[uid] = _Expert(uid, self._server.hosted[uid], authority, tenure)
         self._spawn(self._turn())
         self._spawn(self._whenever(self._wants_look, self._look_at_wanted))
         self._spawn(self._whenever(self._wants_announcement, self._server.announce))
@@ -142,12 +155,19 @@ class Tenures:
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
         self._closed = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with contextlib.AsyncExitStack() as stack:
+            for expert in self._experts.values():  # no command is cut off
+                await stack.enter_async_context(expert.carrying)
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for expert in self._experts.values():
+                for command in expert.tenure.commands():
+                    if isinstance(command, Persist):
+                        await self._do(expert, command)
         if self._experts:
-            await self._server.call_aside(self._files.close)
+            await self._server.call_aside(self.files.close)
 
     def has(self, uid: str) -> bool:
         """Return whether it looks after this expert."""
@@ -168,14 +188,8 @@ class Tenures:
         """Return the machine of one expert, to look at."""
         return self._experts[uid].tenure
 
-    def sealed(self, uid: str, digest: bytes) -> SealedFile | None:
-        """Return the sealed file whose root begins so, for `StateSource`; None if it is not here."""
-        return self._files.find(uid, digest)
-
     def _now(self) -> tuple[float, float]:
-        return self._elapsed(), self._clock()
-
-    # -- questions of others -------------------------------------------------------------------------------------------
+        return self._elapsed(), wall_clock()
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
@@ -215,10 +229,8 @@ class Tenures:
         return took, b""
 
     async def _read(self, uid: str, seal: Seal) -> bytes | None:
-        file = self._files.find(uid, seal.root)
+        file = self.files.find(uid, seal.root)
         return None if file is None else await self._server.call_aside(file.read)
-
-    # -- handing over --------------------------------------------------------------------------------------------------
 
     async def hand_over(self, uid: str) -> bool:
         """Give the expert to one of its successors. Returns whether one took it; it stays here otherwise."""
@@ -230,7 +242,7 @@ class Tenures:
         signed = False
         try:
             await self._carry_out(expert)
-            await self._server.wait_backwards(uid)
+            await self._server.calls.wait_backwards(uid)
             seal = await self._seal(expert)
             if seal is None:
                 return False
@@ -264,8 +276,6 @@ class Tenures:
             expert.tenure.sight(reply.records[0], *self._now())
         await self._carry_out(expert)
 
-    # -- commands ------------------------------------------------------------------------------------------------------
-
     async def _carry_out(self, expert: _Expert) -> None:
         """Carry out each command before the next: what is to be on disk is there before anything that depends on it."""
         async with expert.carrying:
@@ -279,9 +289,9 @@ class Tenures:
     async def _do(self, expert: _Expert, command: Command) -> None:
         match command:
             case Persist(stored):
-                await self._server.call_aside(partial(self._files.remember, expert.uid, stored))
+                await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
             case Publish(records):
-                self._spawn(self._records.publish(expert.uid, records))
+                self._spawn(self._publish(expert.uid, records))
             case Send(peer, question):
                 self._spawn(self._send(expert, peer, question))
             case Look():
@@ -308,7 +318,7 @@ class Tenures:
         self, uid: str, peer: PeerID, kind: str, records: list[bytes], *, timeout: float, epoch: int = 0
     ) -> messages.TenureReply | None:
         """Ask a peer. None if it does not answer, or not what was asked."""
-        address = self._records.addresses.get(peer)
+        address = self._addresses.get(peer)
         if address is None:
             return None
         body = messages.encode(messages.TenureRequest(uid, kind, epoch, records))
@@ -346,7 +356,7 @@ class Tenures:
         if source == self._node.peer_id:
             if (data := await self._read(expert.uid, seal)) is not None:
                 found = data, await aside(partial(check_state, expert.uid, data))
-        elif (address := self._records.addresses.get(source)) is not None:
+        elif (address := self._addresses.get(source)) is not None:
             found = await fetch_fitting(
                 self._node, address, expert.uid, hosted.backend, seal=seal, timeout=self._call_timeout, aside=aside
             )
@@ -357,11 +367,9 @@ class Tenures:
         file, state = found
         await hosted.take(state, aside=command.aside)
         expert.progress = hosted.backend.progress
-        await aside(partial(self._files.keep, expert.uid, seal.root, file))
+        await aside(partial(self.files.keep, expert.uid, seal.root, file))
         self._node.metrics.count("states_pulled")
         return True
-
-    # -- in the background ---------------------------------------------------------------------------------------------
 
     async def _turn(self) -> None:
         """Let each machine act when it is due."""
@@ -406,18 +414,41 @@ class Tenures:
         async with asyncio.timeout(self._call_timeout):
             if self._node.initial_peers and not await self._node.network.wait_joined(self._call_timeout):
                 return  # alone for the moment: that nobody is seen says nothing
-            for uid, (hosts, records) in (await self._records.read(set(uids), self._has_changed)).items():
+            records: dict[str, list[bytes]] = {uid: [] for uid in uids}
+            replicas = await read_replicas(self._node, records, records=records)
+            if len({self._node.trust.shard_key(uid) for uid in records}) > MAX_SHARDS_READ:  # only the grid was read
+                changed = [uid for uid, others in replicas.items() if self._has_changed(uid, others)]
+                for uid, more in (await read_replicas(self._node, changed, by_shard=True, records=records)).items():
+                    replicas[uid] += more
+            for uid, others in replicas.items():
                 expert = self._experts[uid]
-                for record in records:
+                for record in records[uid]:
                     expert.tenure.sight(record, *self._now())
-                mine = {self._node.peer_id: expert.tenure.epoch}
-                expert.tenure.set_hosts(hosts | mine, *self._now())
+                self._addresses |= {owner_of(one): one.peer for one in others}
+                hosts = {owner_of(one): one.epoch for one in others}
+                expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
                 expert.tenure.looked(*self._now())
                 await self._carry_out(expert)
 
-    def _has_changed(self, uid: str, hosts: Mapping[PeerID, int]) -> bool:
+    def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
         tenure = self._experts[uid].tenure
-        return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(e != tenure.epoch for e in hosts.values())
+        return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(o.epoch != tenure.epoch for o in others)
+
+    async def _publish(self, uid: str, records: Sequence[bytes]) -> None:
+        """Store a Term, and its Seal if there is one, with this node's grant. What cannot be stored is logged."""
+        key = self._node.trust.shard_key(uid)
+        named = [(record_subkey(uid, number), record) for number, record in enumerate(records)]
+        grant = self._node.trust.own_grant(split_uid(uid)[0])
+        blob, until = self._shown.get(key, (b"", 0.0))
+        if grant != blob or self._elapsed() >= until:
+            # records outlive manifests: their readers must know that the signer might sign them
+            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
+            named += [(GRANT_SUBKEY, grant)] if grant else []
+        for subkey, record in named:
+            try:
+                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.warning("a record of %s could not be stored: %s", uid, describe(error))
 
     async def _seal_often(self) -> None:
         """Seal what changed, every `sync_every` of the run; at once what has no Seal yet."""
@@ -442,13 +473,13 @@ class Tenures:
         """Write the state down, and sign for it."""
         uid, tenure, hosted, held = expert.uid, expert.tenure, expert.hosted, expert.tenure.held
         expert.sealed_at = self._elapsed()
-        if held is None or expert.progress != hosted.backend.progress or self._files.find(uid, held.root) is None:
+        if held is None or expert.progress != hosted.backend.progress or self.files.find(uid, held.root) is None:
             state = await hosted.snapshot()
 
             def write() -> tuple[bytes, int]:
                 data = b"".join(encode(state))
                 root = root_of(data)
-                self._files.keep(uid, root, data)
+                self.files.keep(uid, root, data)
                 return root, len(data)
 
             root, size = await self._server.call_aside(write)

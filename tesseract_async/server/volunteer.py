@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.files import write_whole
 from tesseract_async.server.contract import Usage, Verdict, VolunteerContract, VolunteerSettings
+from tesseract_async.server.footprint import process_bytes
 
 if TYPE_CHECKING:
     from tesseract_async.server.server import TesseractServer
@@ -32,18 +34,8 @@ RETRY_AFTER: Final = 60.0
 SAVE_PERIOD: Final = 30.0
 
 
-class Machine(Protocol):
-    """The computer, as far as it is observed."""
-
-    def load(self) -> float:
-        """Return the share of all processors (0 to 1) that other programs used since the last call."""
-
-    def memory(self) -> int:
-        """Return the bytes that this process holds."""
-
-
 class ThisMachine:
-    """The computer that this process runs on, by psutil."""
+    """The computer that this process runs on, as far as it is observed."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -51,12 +43,14 @@ class ThisMachine:
         self.load()  # the first figure is since ever
 
     def load(self) -> float:
+        """Return the share of all processors (0 to 1) that other programs used since the last call."""
         everybody = psutil.cpu_percent(interval=None) / 100
         own = self._process.cpu_percent(interval=None) / 100 / self._num_processors
         return float(max(0.0, min(1.0, everybody - own)))
 
     def memory(self) -> int:
-        return int(self._process.memory_info().rss)
+        """Return the bytes that this process holds."""
+        return process_bytes()
 
 
 class VolunteerKeeper:
@@ -71,7 +65,7 @@ class VolunteerKeeper:
         settings: VolunteerSettings,
         *,
         usage_file: str | Path | None = None,
-        machine: Machine | None = None,
+        machine: ThisMachine | None = None,
         clock: Callable[[], float] = time.time,
         period: float = 1.0,
         before_pause: Callable[[], Awaitable[None]] | None = None,
@@ -88,11 +82,8 @@ class VolunteerKeeper:
         self._server = server
         self._metrics = server.node.metrics
         self._machine = machine if machine is not None else ThisMachine()
-        self._clock = clock
-        self._period = period
-        self._before_pause = before_pause
-        self._before_resume = before_resume
-        self._tell = tell
+        self._clock, self._period, self._tell = clock, period, tell
+        self._before_pause, self._before_resume = before_pause, before_resume
         self._num_bytes = self._count()
         self._saved = self.contract.usage(clock())
         self._saved_at = clock()
@@ -116,7 +107,7 @@ class VolunteerKeeper:
         """Observe, decide, and pause or resume the server if that changed."""
         now = self._observe()
         verdict = self.contract.may_serve(now, self._machine.load())
-        before, self.verdict = self.verdict, verdict  # even if what follows fails, it is not tried every second
+        before, self.verdict = self.verdict, verdict  # even if the rest fails, it is not tried every second
         self._metrics.set("volunteer_serving", float(verdict.serve))
         self._metrics.set("volunteer_period_bytes", self.contract.usage(now).num_bytes)
         if verdict.serve and not before.serve:
@@ -141,10 +132,6 @@ class VolunteerKeeper:
         num_bytes = self._count()
         self.contract.count_bytes(num_bytes - self._num_bytes, now)
         self._num_bytes = num_bytes
-        self._observe_memory()
-        return now
-
-    def _observe_memory(self) -> None:
         limit = self.contract.settings.max_memory_bytes
         held = self._machine.memory()
         if limit is not None and held > limit:
@@ -164,6 +151,7 @@ class VolunteerKeeper:
             self._most_told = 0
         self._metrics.set("volunteer_memory_bytes", held)
         self.contract.observe_memory(held)
+        return now
 
     def _count(self) -> int:
         return int(sum(self._metrics.total(name) for name in BYTE_COUNTERS))
@@ -177,14 +165,13 @@ class VolunteerKeeper:
                 logger.warning("the volunteer's contract could not be looked after: %s", describe(error))
 
     def _read_usage(self) -> Usage:
-        if self._usage_file is None or not self._usage_file.exists():
-            return Usage()
-        try:
-            data = json.loads(self._usage_file.read_bytes())
-            return Usage(float(data["period_start"]), int(data["num_bytes"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): the data quota begins anew", self._usage_file, error)
-            return Usage()
+        if self._usage_file is not None and self._usage_file.exists():
+            try:
+                data = json.loads(self._usage_file.read_bytes())
+                return Usage(float(data["period_start"]), int(data["num_bytes"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                logger.warning("%s cannot be read (%s): the data quota begins anew", self._usage_file, error)
+        return Usage()
 
     def _save_usage(self) -> None:
         now = self._clock()
@@ -192,10 +179,8 @@ class VolunteerKeeper:
         self._saved_at = now
         if self._usage_file is None or usage == self._saved:
             return
-        text = json.dumps({"period_start": usage.period_start, "num_bytes": usage.num_bytes})
         try:
-            write_whole(self._usage_file, [text.encode()])
+            write_whole(self._usage_file, [json.dumps(dataclasses.asdict(usage)).encode()])
+            self._saved = usage
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._usage_file, error)
-            return
-        self._saved = usage

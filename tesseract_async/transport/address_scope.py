@@ -19,25 +19,22 @@ PUBLIC: Final = "public"
 LOOPBACK: Final = "loopback"
 LABORATORY: Final = "laboratory"
 
+
+def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
 # Networks whose addresses mean something inside of them only.
-_PRIVATE: Final = tuple(
-    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
-)
+_PRIVATE: Final = _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 # Documentation and benchmark ranges: laboratories use them for an internet of their own; elsewhere nobody has an
 # address there.
-_LABORATORY: Final = tuple(
-    map(
-        ipaddress.ip_network,
-        ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20"),
-    )
+_LABORATORY: Final = _networks(
+    *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15", "2001:db8::/32", "3fff::/20")
 )
 # Unspecified, multicast, reserved, or of one link (169.254.169.254 hands out a cloud machine's secrets).
-_NEVER: Final = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *("0.0.0.0/8", "169.254.0.0/16", "192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        "2001::/23",  # Teredo, ORCHID, benchmarks: what is inside cannot be seen or is no host
-    )
+_NEVER: Final = _networks(
+    *("0.0.0.0/8", "169.254.0.0/16", "192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+    "2001::/23",  # Teredo, ORCHID, benchmarks: what is inside cannot be seen or is no host
 )
 _UNICAST_V6: Final = ipaddress.ip_network("2000::/3")
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
@@ -64,9 +61,9 @@ def kind_of(host: str) -> str | None:
             return PUBLIC if kind_of(str(inner)) == PUBLIC else None
     if ip.is_loopback:
         return LOOPBACK
-    for network in _PRIVATE:
-        if ip in network:
-            return str(network)
+    private = next((str(network) for network in _PRIVATE if ip in network), None)
+    if private is not None:
+        return private
     if any(ip in network for network in _LABORATORY):
         return LABORATORY
     if any(ip in network for network in _NEVER) or (ip.version == 6 and ip not in _UNICAST_V6):
@@ -75,12 +72,12 @@ def kind_of(host: str) -> str | None:
 
 
 def is_near(host: str) -> bool:
-    """Whether a numeric host is on this computer or in a private network."""
+    """Return whether a numeric host is on this computer or in a private network."""
     return kind_of(host) in (LOOPBACK, *map(str, _PRIVATE))
 
 
 class AddressScope:
-    """What one node may send to, shared by all its parts. It starts with public addresses alone."""
+    """The addresses that one node may send to, shared by all its parts: at first public ones alone."""
 
     def __init__(self, own: Iterable[str] = ()) -> None:
         """`own`: see `set_own`."""
@@ -89,7 +86,7 @@ class AddressScope:
         self.set_own(own)
 
     def set_own(self, own: Iterable[str], *, seeds: Iterable[str] = ()) -> None:
-        """Says where the node lives: the numeric hosts that it has, and those its user gave as seeds.
+        """Say where the node lives: the numeric hosts that it has, and those its user gave as seeds.
 
         A public address excludes the private networks of its version of IP. Seeds extend a private node's scope (the
         user says that there is a way), but never to loopback, and never a public node's.
@@ -106,12 +103,12 @@ class AddressScope:
         self._enclosed = frozenset(enclosed)
 
     def allows(self, host: str) -> bool:
-        """Whether the numeric `host` may be sent to. False for a name: look it up, and ask about what it stands for."""
+        """Return whether the numeric `host` may be sent to. False for a name: look it up first."""
         kind = kind_of(host)
         return kind == PUBLIC or kind in self._kinds
 
     def answers(self, host: str) -> bool:
-        """Whether a newcomer that wrote from `host` may be written to unasked.
+        """Return whether a newcomer that wrote from `host` may be written to unasked.
 
         Nobody elsewhere can write from loopback; in a private network, who wrote from another one showed the way to it.
         """
@@ -119,7 +116,7 @@ class AddressScope:
         return self.allows(host) or kind == LOOPBACK or (kind is not None and _version(host) in self._enclosed)
 
     def allowed(self, addresses: Iterable[str]) -> tuple[str, ...]:
-        """Those of the ``host:port`` that may be dialed. Names stay: what they stand for is asked about when known."""
+        """Return those of the ``host:port`` that may be dialed, names among them: these are looked up first."""
         hosts = ((text, split_host_port(text)[0]) for text in addresses)
         return tuple(text for text, host in hosts if self.allows(host) or _is_name(host))
 

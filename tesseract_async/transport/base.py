@@ -28,7 +28,7 @@ def split_host_port(text: str) -> tuple[str, int]:
 
 
 def join_host_port(host: str, port: int) -> str:
-    """The inverse of `split_host_port`."""
+    """Undo `split_host_port`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -44,7 +44,7 @@ def ip_version(address: str) -> int | None:
 
 @lru_cache(maxsize=4096)
 def range_of(host: str) -> str | None:
-    """The neighbors with whom a host shares its limits: the /24 of a public IPv4 address, the /64 of an IPv6 one.
+    """Return the neighbors with whom a host shares its limits: the /24 of public IPv4, the /64 of IPv6.
 
     In a private network, the host itself. None where the address tells nothing: on loopback, and for what is none.
     """
@@ -78,7 +78,7 @@ class PeerAddress:
 
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
-        """Reads ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas, as ``str()`` writes.
+        """Read ``host:port`` or ``host:port/PEER_ID``, or several of one peer with commas, as ``str()`` writes.
 
         Raises: ValueError; also where some name a peer id and others another one, or none.
         """
@@ -103,7 +103,7 @@ class PeerAddress:
 
 
 class PipeReceiver(Protocol):
-    """What a pipe reports to, on its event loop. None of these may raise."""
+    """The receiver of a pipe's bytes and news, on its event loop. None of these may raise."""
 
     def get_buffer(self) -> memoryview:
         """Writable memory for the next received bytes: a memoryview, never empty."""
@@ -129,35 +129,35 @@ class Pipe(Protocol):
     """Raw bytes so far: what a data quota counts."""
 
     def start(self, receiver: PipeReceiver) -> None:
-        """Begins to read. A second call changes the receiver."""
+        """Begin to read. A second call changes the receiver."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Sends `data`, in order. Its memory is on loan until the pipe has drained. Ignored after the end."""
+        """Send `data`, in order. Its memory is on loan until the pipe has drained. Ignored after the end."""
 
     paused: bool
-    """Whether enough is waiting to be sent; `PipeReceiver.pipe_drained` follows."""
+    """True if enough is waiting to be sent; `PipeReceiver.pipe_drained` follows."""
 
     description: str
     """For logs and people: ``tcp 10.0.0.1:4000``. The first word names the kind of path."""
 
     origin: str
-    """What limits count: the remote host, without the port."""
+    """The remote host, without the port: limits count by it."""
 
     @property
     def unsent(self) -> int:
         """Bytes written that have not left yet; 0 means that no memory is on loan."""
 
     def pause_reading(self) -> None:
-        """Leaves what arrives to the peer's and the network's buffers."""
+        """Leave what arrives to the peer's and the network's buffers."""
 
     def resume_reading(self) -> None:
-        """The inverse."""
+        """Undo `pause_reading`."""
 
     def close(self) -> None:
-        """Ends the pipe after sending what was written; `pipe_lost` follows. Repeating it does nothing."""
+        """End the pipe after sending what was written; `pipe_lost` follows. Repeating it does nothing."""
 
     def abort(self) -> None:
-        """Ends the pipe now; `pipe_lost` follows soon, never from within this call."""
+        """End the pipe now; `pipe_lost` follows soon, never from within this call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +176,16 @@ class Transport(Protocol):
     """A kind of pipe: what an endpoint is given to reach others and to be reached."""
 
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
-        """Calls `accept` for each pipe that others open, from within the callback that told of it."""
+        """Call `accept` for each pipe that others open, from within the callback that told of it."""
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
-        """The ways to this peer, likeliest first; `bulk`: for the second channel, which carries large messages."""
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
+        """Return the ways to this peer, likeliest first."""
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
-        """How an attempt on one of `paths` ended; `error` is None for the one that won."""
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
+        """Learn how an attempt on one of `paths` ended; `error` is None for the one that won."""
 
     def peer_known(self, peer: PeerAddress) -> None:
-        """A call names this peer at other addresses than those at which it was dialed."""
+        """Learn that a call names this peer at other addresses than those at which it was dialed."""
 
     async def aclose(self) -> None:
         """Stop listening. Pipes live on; their receivers close them."""

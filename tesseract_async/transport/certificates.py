@@ -45,12 +45,8 @@ def _certificate(subject: str, key: Ed25519PublicKey, *, ca: bool) -> x509.Certi
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
     if ca:
-        only_signs = {"key_cert_sign": True}
-        usages = (
-            *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
-            *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
-        )
-        usage = x509.KeyUsage(**{usage: only_signs.get(usage, False) for usage in usages})
+        # of the nine usages, in order, it only signs certificates
+        usage = x509.KeyUsage(*(number == 5 for number in range(9)))
         builder = builder.add_extension(usage, critical=True)
     else:
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(_CA_KEY.public_key())
@@ -59,7 +55,7 @@ def _certificate(subject: str, key: Ed25519PublicKey, *, ca: bool) -> x509.Certi
 
 
 def make_contexts(identity: Identity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """The contexts with which `identity` dials and accepts. Blocks for some milliseconds."""
+    """Return the contexts with which `identity` dials and accepts. Blocks for some milliseconds."""
     own = Ed25519PublicKey.from_public_bytes(identity.public_key)
     leaf = _certificate("node", own, ca=False).public_bytes(serialization.Encoding.PEM)
     authority = _certificate("tesseract", _CA_KEY.public_key(), ca=True).public_bytes(serialization.Encoding.DER)
@@ -82,7 +78,7 @@ def make_contexts(identity: Identity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 def peer_id_of(certificate: bytes | None) -> PeerID:
-    """Who holds the key of this DER certificate, which TLS has verified. Raises: HandshakeFailed."""
+    """Return who holds the key of this DER certificate, which TLS has verified. Raises: HandshakeFailed."""
     if certificate is None:
         raise HandshakeFailed("certificate", "the peer showed no certificate")
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Final, Protocol
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,7 @@ def _block_of_this_loop() -> memoryview:
 
 
 class ChannelReceiver(Protocol):
-    """What a channel reports to. `channel_opened` and `buffer_updated` may raise ProtocolError, which ends it."""
+    """The receiver of a channel's bytes. `channel_opened` and `buffer_updated` may raise ProtocolError to end it."""
 
     def channel_opened(self, peer_id: PeerID | None) -> None:
         """The handshake is done; who the peer is (None on a plain channel, which proves nothing)."""
@@ -67,59 +68,42 @@ class Channel:
         self._abort_timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begins the handshake."""
+        """Begin the handshake."""
         self.pipe.start(self)
-        if self._tls is None:
-            self._open = True
-            self._guarded(lambda: self.receiver.channel_opened(None))
-        else:
-            self._guarded(self._handshake)
+        try:
+            if self._tls is not None:
+                self._handshake()
+            else:
+                self._open = True
+                self.receiver.channel_opened(None)
+        except ProtocolError as error:
+            self._fail(error)
 
     @property
     def paused(self) -> bool:
-        """Whether enough is waiting to be sent; `channel_drained` follows."""
+        """Return whether enough is waiting to be sent; `channel_drained` follows."""
         return self.pipe.paused
 
     def loan_mark(self) -> int | None:
-        """A mark for `loan_ended`, or None if no memory given to `write` is in use."""
+        """Return a mark for `loan_ended`, or None if no memory given to `write` is in use."""
         return self.pipe.bytes_sent if self._tls is None and self.pipe.unsent else None
 
     def loan_ended(self, mark: int) -> bool:
-        """Whether all that was written before the mark was taken has left."""
+        """Return whether all that was written before the mark was taken has left."""
         return self._lost or self.pipe.bytes_sent - self.pipe.unsent >= mark
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Sends the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
+        """Send the pieces, in order; ignored after the end. Without TLS their memory is on loan, see `loan_mark`."""
         if self._closed:
             return
+        target = self.pipe if self._tls is None else self._tls
+        for piece in _joined(pieces) if len(pieces) > 1 else pieces:
+            target.write(piece)
         if self._tls is not None:
-            for piece in self._joined(pieces):
-                self._tls.write(piece)
             self.pipe.write(self._tls.data_to_send())
-        else:
-            for piece in self._joined(pieces):
-                self.pipe.write(piece)
-
-    @staticmethod
-    def _joined(pieces: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
-        if len(pieces) < 2:
-            return pieces
-        out: list[bytes | memoryview] = []
-        small: list[bytes | memoryview] = []
-        for piece in pieces:
-            if len(piece) <= SMALL_PIECE:
-                small.append(piece)
-                continue
-            if small:
-                out.append(b"".join(small) if len(small) > 1 else small[0])
-                small = []
-            out.append(piece)
-        if small:
-            out.append(b"".join(small))
-        return out
 
     def close(self) -> None:
-        """Says farewell, sends what was written, ends. Repeating it does nothing."""
+        """Say farewell, send what was written, end. Repeating it does nothing."""
         if not self._closed:
             if self._tls is not None and self._open:
                 self._tls.close()
@@ -133,7 +117,7 @@ class Channel:
         self._abort_timer = asyncio.get_running_loop().call_later(FAREWELL_TIMEOUT, self.pipe.abort)
 
     def abort(self, error: Exception | None = None) -> None:
-        """Ends the channel now; the receiver hears `error` soon, not from within this call."""
+        """End the channel now; the receiver hears `error` soon, not from within this call."""
         if self._error is None:
             self._error = error
         self._closed = True
@@ -187,12 +171,6 @@ class Channel:
             self._open = True
             self.receiver.channel_opened(self._tls.peer_id)
 
-    def _guarded(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except ProtocolError as error:
-            self._fail(error)
-
     def _fail(self, error: ProtocolError) -> None:
         self._error = error
         self._closed = True
@@ -209,3 +187,11 @@ class Channel:
         if reason is None and not self._open:
             reason = HandshakeFailed("eof", "the peer hung up during the handshake")
         self.receiver.channel_lost(reason)
+
+
+def _joined(pieces: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    for is_small, group in groupby(pieces, key=lambda piece: len(piece) <= SMALL_PIECE):
+        if is_small:
+            yield b"".join(group)
+        else:
+            yield from group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ from tesseract_async.transport.base import (
     join_host_port,
     split_host_port,
 )
-from tesseract_async.transport.dial_budget import DialBudget
 from tesseract_async.transport.throttle import Throttle
+from tesseract_async.transport.token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,13 @@ HEAD_START: Final = 0.25
 CONNECT_TIMEOUT: Final = 5.0
 MAX_REMEMBERED: Final = 4096
 """Peers with several addresses for which the one that worked is remembered."""
+DIAL_BURST: Final = 8.0
+"""Dials of one ``host:port`` in a row that may fail ..."""
+DIALS_PER_SECOND: Final = 0.2
+"""... and how many more then."""
+DIALS_PER_HOST: Final = 8.0
+"""So many times as much for all ports of a host, but not on loopback, where every node of a test is one host."""
+MAX_TARGETS: Final = 4096
 
 
 class TcpPipe(asyncio.BufferedProtocol):
@@ -163,11 +171,11 @@ class TcpPipe(asyncio.BufferedProtocol):
             asyncio.get_running_loop().call_soon(receiver.pipe_lost, None)
 
     def detach(self) -> None:
-        """Takes the receiver away: what arrives is kept for the next `start`, as before the first one."""
+        """Take the receiver away: what arrives is kept for the next `start`, as before the first one."""
         self._receiver = None
 
     def unread(self, data: bytes) -> None:
-        """Gives received bytes back: the receiver of the next `start` gets them first."""
+        """Give received bytes back: the receiver of the next `start` gets them first."""
         self._early += data
 
     def write(self, data: bytes | memoryview) -> None:
@@ -201,7 +209,7 @@ class TcpPipe(asyncio.BufferedProtocol):
 
 
 async def connect(address: str, *, throttle: Throttle | None = None) -> TcpPipe:
-    """Dials ``host:port``. Raises: OSError, TimeoutError, ValueError."""
+    """Dial ``host:port``. Raises: OSError, TimeoutError, ValueError."""
     host, port = split_host_port(address)
     loop = asyncio.get_running_loop()
     try:
@@ -210,6 +218,43 @@ async def connect(address: str, *, throttle: Throttle | None = None) -> TcpPipe:
     except TimeoutError:
         raise TimeoutError(f"nothing answered within {CONNECT_TIMEOUT:g} s") from None
     return pipe
+
+
+class DialledInVain(OSError):
+    """A dial that was not made, since too many before it failed."""
+
+
+class DialBudget:
+    """Counts failed dials. One that succeeds makes up for all before it."""
+
+    def __init__(self) -> None:
+        self._failed: LRU[str, TokenBucket] = LRU(MAX_TARGETS)
+
+    def check(self, address: str, now: float) -> None:
+        """Raises: DialledInVain if ``host:port`` may not be dialed now."""
+        wait = max((self._failed[one].wait(now) for one in _targets(address) if one in self._failed), default=0.0)
+        if wait > 0:
+            raise DialledInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
+
+    def finished(self, address: str, error: BaseException | None, now: float) -> None:
+        """Learn how a dial ended; `error` is None where the right peer answered."""
+        if isinstance(error, DialledInVain):
+            return
+        for target, times in _targets(address).items():
+            bucket = self._failed.pop(target, None)
+            if error is not None:
+                bucket = bucket or TokenBucket(times * DIALS_PER_SECOND, burst=times * DIAL_BURST, now=now)
+                bucket.take(1, now)
+                self._failed[target] = bucket
+
+
+def _targets(address: str) -> dict[str, float]:
+    host = split_host_port(address)[0]
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    return {address: 1.0} if loopback else {address: 1.0, host: DIALS_PER_HOST}
 
 
 class TcpTransport:
@@ -231,7 +276,7 @@ class TcpTransport:
                 lambda: TcpPipe(accept, throttle=self._throttle), sock=self._sock, backlog=1024
             )
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
         addresses = self._in_order(peer)
         return [
             DialPath(f"tcp {address}", index * HEAD_START, lambda address=address: self._open(address))  # type: ignore[misc]
@@ -239,7 +284,7 @@ class TcpTransport:
         ]
 
     def _in_order(self, peer: PeerAddress) -> list[str]:
-        """The address that worked last time; then IPv6 and others by turns, each in the peer's order (RFC 8305)."""
+        """Return the address that worked last time; then IPv6 and others by turns, each in the peer's order."""
         last = self._worked.get(peer.peer_id) if peer.peer_id is not None else None
         first = [last] if last in peer.addresses else []
         left = [address for address in peer.addresses if address != last]
@@ -251,7 +296,7 @@ class TcpTransport:
         self._budget.check(address, asyncio.get_running_loop().time())
         return await connect(address, throttle=self._throttle)
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         kind, _, address = path.name.partition(" ")
         if kind != "tcp":
             return

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.certificates import ALPN, peer_id_of
 
-RECORD_BYTES: Final = 16 * 1024
-"""Plaintext of one record: no read gives more, no write takes more."""
-
 
 class TlsMachine:
     """One end of a TLS connection. The peer's bytes raise only `ProtocolError`; after one the machine is dead."""
 
-    __slots__ = ("peer_id", "_incoming", "_outgoing", "_tls", "_expected", "_server_side")
+    __slots__ = ("peer_id", "_incoming", "_outgoing", "_tls", "_expected")
 
     def __init__(self, context: ssl.SSLContext, *, server_side: bool, expected: PeerID | None = None) -> None:
         self.peer_id: PeerID | None = None
-        """Who is at the other end; None until the handshake is done."""
+        """The peer at the other end; None until the handshake is done."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._expected = expected
-        self._server_side = server_side
 
     def receive_data(self, data: memoryview) -> None:
-        """Takes ciphertext (a copy)."""
+        """Take ciphertext (a copy)."""
         self._incoming.write(data)
 
     def data_to_send(self) -> bytes:
@@ -36,7 +31,7 @@ class TlsMachine:
         return self._outgoing.read() if self._outgoing.pending else b""
 
     def handshake(self) -> bool:
-        """Goes on with the handshake; True once it is done, when the dialler has checked `expected`.
+        """Go on with the handshake; True once it is done, when the dialer has checked `expected`.
 
         Raises: HandshakeFailed. What `data_to_send` gives then (an alert) may still be sent.
         """
@@ -75,7 +70,7 @@ class TlsMachine:
         return int(count)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Encrypts `data` at once; its memory is free again on return. Raises: ProtocolError."""
+        """Encrypt `data` at once; its memory is free again on return. Raises: ProtocolError."""
         try:
             view = memoryview(data)
             while len(view):
@@ -84,7 +79,7 @@ class TlsMachine:
             raise ProtocolError(f"TLS: {error.reason or error}") from None
 
     def close(self) -> None:
-        """Queues the farewell (close_notify)."""
+        """Queue the farewell (close_notify)."""
         try:
             self._tls.unwrap()
         except ssl.SSLError:

@@ -41,7 +41,7 @@ class TokenBucket:
         return True
 
     def wait(self, now: float) -> float:
-        """Seconds until bytes may pass again; 0 if they may now."""
+        """Return the seconds until bytes may pass again; 0 if they may now."""
         self._refill(now)
         return max(0.0, -self._level / self.rate)
 

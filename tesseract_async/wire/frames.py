@@ -133,7 +133,7 @@ def decode_small(payload: memoryview, arena: Arena) -> tuple[Value, tuple[memory
     num_bytes = sum(sizes)
     if position + num_bytes != len(payload):
         raise ProtocolError("a message's table does not fit its frame")
-    head = unpack(payload[begin:position])
+    head = packed.unpack(payload[begin:position], max_bytes=MAX_HEAD)
     if not sizes:
         return head, ()
     buffers = arena.allocate(sizes, num_bytes)

@@ -65,16 +65,8 @@ class RequestHead(NamedTuple):  # not a dataclass: one is made for every call, a
 
 def encode_request(head: RequestHead) -> bytes:
     """Raises: TypeError or ValueError if the body is not what msgpack can hold."""
-    return frames.pack(
-        (
-            head.method,
-            int(head.time_left * 1000) + 1,
-            head.priority,
-            head.reply_room,
-            head.max_reply,
-            head.body,
-        )
-    )
+    method, time_left, *others = head
+    return frames.pack((method, int(time_left * 1000) + 1, *others))
 
 
 def decode_request(value: Value) -> RequestHead:
@@ -120,25 +112,23 @@ def decode_reply(value: Value) -> tuple[Value, RemoteError | None]:
     _, code, sentence, details = value
     if type(code) is not str or type(sentence) is not str or type(details) is not dict:
         raise ProtocolError("a reply holds a malformed error")
-    kind = _ERRORS.get(code, RemoteError)
-    error: RemoteError
+    kind, sentence = _ERRORS.get(code, RemoteError), sentence[:MAX_SENTENCE_LENGTH]
     if kind is Overloaded or kind is NotPrimary:
         after = details.get("retry_after", 0.0)
         after = float(after) if type(after) in (int, float) and 0 <= after <= 3600 else 0.0
         if kind is Overloaded:
-            error = Overloaded(sentence[:MAX_SENTENCE_LENGTH], retry_after=after)
-        else:
-            primary = details.get("primary")
-            known = type(primary) is bytes and len(primary) == 32
-            error = NotPrimary(sentence[:MAX_SENTENCE_LENGTH], primary=primary if known else None, retry_after=after)
-    else:
-        error = kind(sentence[:MAX_SENTENCE_LENGTH])
-        error.details = {key: item for key, item in details.items() if type(key) is str}
+            return None, Overloaded(sentence, retry_after=after)
+        primary = details.get("primary")
+        known = type(primary) is bytes and len(primary) == 32
+        return None, NotPrimary(sentence, primary=primary if known else None, retry_after=after)
+    error = kind(sentence)
+    error.details = {key: item for key, item in details.items() if type(key) is str}
     return None, error
 
 
 _HELLO = struct.Struct(">4sH")
 _MAGIC: Final = b"TSRA"
+_HELLO_FIELDS: Final = ("session", "bulk", "peer_id", "max_calls", "max_small", "max_message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +155,7 @@ class Hello:
 
 def encode_hello(hello: Hello) -> bytes:
     """The payload of a HELLO frame: magic and wire version, readable for ever, then a map."""
-    values: dict[str, Value] = {
-        "session": hello.session,
-        "bulk": hello.bulk,
-        "peer_id": hello.peer_id,
-        "max_calls": hello.max_calls,
-        "max_small": hello.max_small,
-        "max_message": hello.max_message,
-    }
+    values: dict[str, Value] = {name: getattr(hello, name) for name in _HELLO_FIELDS}
     if hello.grants:
         values["grants"] = hello.grants
     if hello.features:
@@ -192,24 +175,19 @@ def decode_hello(payload: memoryview) -> Hello:
     values = frames.unpack(payload[_HELLO.size :])
     if type(values) is not dict:
         raise ProtocolError("malformed hello")
-    session, bulk, peer_id = values.get("session"), values.get("bulk"), values.get("peer_id")
-    limits: list[Value] = [values.get(name) for name in ("max_calls", "max_small", "max_message")]
-    if type(session) is not bytes or len(session) != 16 or type(bulk) is not bool:
-        raise ProtocolError("malformed hello")
-    if type(peer_id) is not bytes or len(peer_id) != 32:
-        raise ProtocolError("malformed hello")
-    if any(type(limit) is not int or not 0 < limit < 2**63 for limit in limits):
-        raise ProtocolError("malformed hello")
-    grants = values.get("grants", [])
-    if type(grants) is not list or len(grants) > MAX_GRANTS:
-        raise ProtocolError("malformed hello")
-    if any(type(grant) is not bytes or len(grant) > MAX_GRANT_BYTES for grant in grants):
-        raise ProtocolError("malformed hello")
-    features = values.get("features", [])
-    if type(features) is not list or len(features) > MAX_FEATURES:
-        raise ProtocolError("malformed hello")
-    if any(type(name) is not str or not 0 < len(name) <= MAX_FEATURE_LENGTH for name in features):
-        raise ProtocolError("malformed hello")
-    return Hello(
-        session, bulk, peer_id, limits[0], limits[1], limits[2], tuple(grants), FEATURES.intersection(features)
+    fields: list[Value] = [values.get(name) for name in _HELLO_FIELDS]
+    session, bulk, peer_id, max_calls, max_small, max_message = fields
+    grants, features = values.get("grants", []), values.get("features", [])
+    is_valid = (
+        (type(session) is bytes and len(session) == 16 and type(bulk) is bool)
+        and (type(peer_id) is bytes and len(peer_id) == 32)
+        and all(type(limit) is int and 0 < limit < 2**63 for limit in fields[3:])
+        and (type(grants) is list and len(grants) <= MAX_GRANTS)
+        and all(type(grant) is bytes and len(grant) <= MAX_GRANT_BYTES for grant in grants)
+        and (type(features) is list and len(features) <= MAX_FEATURES)
+        and all(type(name) is str and 0 < len(name) <= MAX_FEATURE_LENGTH for name in features)
     )
+    if not is_valid:
+        raise ProtocolError("malformed hello")
+    known = FEATURES.intersection(features)
+    return Hello(session, bulk, peer_id, max_calls, max_small, max_message, tuple(grants), known)

@@ -26,8 +26,9 @@ BYTES_PER_ITEM: Final = 64
 _SCALAR, _ARRAY, _MAP, _TEXT, _LONG = range(5)
 
 
-def _first_byte(code: int) -> tuple[int, int]:
-    """The kind of value that begins with this byte; bytes of it or of its length, or how many values it holds."""
+def _first_byte(code: int) -> tuple[int, int] | None:
+    """Return the kind of value that begins with this byte; bytes of it or of its length, or how many values it holds.
+    None for extensions, and for the byte that is never used."""
     if code < 0x80 or code >= 0xE0 or code in (0xC0, 0xC2, 0xC3):
         return _SCALAR, 0
     if code < 0x90:
@@ -44,15 +45,10 @@ def _first_byte(code: int) -> tuple[int, int]:
         return _SCALAR, 1 << ((code - 0xCC) & 3)
     if code >= 0xDC:  # array and map
         return _LONG, {0xDC: 2, 0xDD: 4, 0xDE: -2, 0xDF: -4}[code]
-    raise ValueError  # extensions, and the byte that is never used
+    return None
 
 
-_FIRST: Final[list[tuple[int, int] | None]] = []
-for _code in range(256):
-    try:
-        _FIRST.append(_first_byte(_code))
-    except ValueError:
-        _FIRST.append(None)
+_FIRST: Final = [_first_byte(code) for code in range(256)]
 
 
 def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int, any_keys: bool = True) -> Value:

@@ -16,7 +16,6 @@ MAGIC_COOKIE: Final = 0x2112A442
 REQUEST: Final = 0x0001
 RESPONSE: Final = 0x0101
 XOR_MAPPED_ADDRESS: Final = 0x0020
-FINGERPRINT: Final = 0x8028
 MAX_MESSAGE: Final = 548
 """Bytes of the largest message that is read: what fits every path's smallest datagram (RFC 8489, 6.1)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -101,14 +102,14 @@ def test_quotas_take_units() -> None:
     ],
 )
 def test_mistakes_are_sentences_and_never_let_everybody_in(
-    flags: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], sentence: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty.txt").write_text("# nobody yet\n")
-    Path("words.txt").write_text("alice\n")
-    Path("binary").write_bytes(b"\xff\xfe\x00")
-    Path("empty.toml").write_text("allow = []\n")
-    output, policy = invoke(*flags)
+    (tmp_path / "empty.txt").write_text("# nobody yet\n")
+    (tmp_path / "words.txt").write_text("alice\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.toml").write_text("allow = []\n")
+    with contextlib.chdir(tmp_path):
+        output, policy = invoke(*flags)
     assert policy is None and sentence in output
 
 

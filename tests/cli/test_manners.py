@@ -4,6 +4,7 @@ nothing drawn where there is no terminal, and Ctrl-C."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
@@ -96,10 +97,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_mistake_is_a_sentence_that_says_what_to_do(
-    arguments: tuple[str, ...], status: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], status: int, sentence: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, list(arguments), prog_name="tesseract")
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(main, list(arguments), prog_name="tesseract")
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == status
     assert sentence in " ".join(result.output.split()), result.output

@@ -195,10 +195,18 @@ async def test_the_doctor_tells_a_closed_door_from_a_broken_one() -> None:
     assert result.exit_code == 0, findings
 
 
-@pytest.mark.parametrize("reached", [True, False])
-async def test_the_doctor_tells_what_others_see_of_the_port(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
-    """Off loopback: a node on that very port asks to be dialled back."""
+@pytest.fixture
+def router(monkeypatch: pytest.MonkeyPatch) -> Router:
+    """This computer's, which has no address but that of loopback."""
+    made = Router()
     monkeypatch.setattr(reach, "own_addresses", lambda: ["127.0.0.1"])
+    monkeypatch.setattr(reach, "_find_router", made.find)
+    return made
+
+
+@pytest.mark.parametrize("reached", [True, False])
+async def test_the_doctor_tells_what_others_see_of_the_port(router: Router, reached: bool) -> None:
+    """Off loopback: a node on that very port asks to be dialled back."""
     port = free_port()
     async with ta.TesseractNode(public=True, reach=ReachSettings(on_loopback=True)) as seed, StatusService(seed):
         if not reached:
@@ -219,10 +227,7 @@ async def test_the_doctor_tells_what_others_see_of_the_port(monkeypatch: pytest.
             assert seed.peer_id.short in seen["advice"]  # the way that is left
 
 
-async def test_the_doctor_asks_the_router_and_gives_back_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
-    router = Router()
-    monkeypatch.setattr(reach, "own_addresses", lambda: ["127.0.0.1"])
-    monkeypatch.setattr(reach, "_find_router", router.find)
+async def test_the_doctor_asks_the_router_and_gives_back_what_it_got(router: Router) -> None:
     port = free_port()
     asked = ["doctor", "--host", "0.0.0.0", "--port", str(port), "--json"]
     async with ta.TesseractNode(public=True, reach=ReachSettings(on_loopback=True)) as seed, StatusService(seed):

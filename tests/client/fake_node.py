@@ -110,14 +110,14 @@ class FakeDirectory:
         self.version += 1
         self.came.set()
 
-    def _alive(self, uid: str) -> list[FakeReplica]:
+    def alive(self, uid: str) -> list[FakeReplica]:
         return [replica for replica in self.replicas.get(uid, []) if replica not in self.failed]
 
     async def find(self, uid: str, *, even_failed: bool = False) -> list[FakeReplica]:
         self.num_finds += 1
         if self.mute:
             return []
-        return self._alive(uid) or (self.replicas.get(uid, []) if even_failed else [])
+        return self.alive(uid) or (self.replicas.get(uid, []) if even_failed else [])
 
     def known(self, uid: str) -> list[FakeReplica]:
         return []
@@ -145,7 +145,7 @@ class FakeDirectory:
             found = {}
             for uid in self.replicas:
                 head, *coords = uid.split(".")
-                alive, at = self._alive(uid), tuple(map(int, coords))
+                alive, at = self.alive(uid), tuple(map(int, coords))
                 if head == prefix and alive and len(at) == len(size) and np.less(at, size).all():
                     found[at] = alive
             self._views[(prefix, size)] = FakeView(found, len(size), self.version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Coroutine
 from random import Random
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import tesseract_async as ta
-from tesseract_async.client.audits import Verdict, deviation
+from tesseract_async.client.audits import MAX_PENDING_BYTES, Verdict, deviation
 from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import messages
@@ -32,7 +33,7 @@ class Swarm(FakeNode):
         self.distrusted: dict[Any, str] = {}
         self.closing: list[Any] = []
         self.host("x.0", nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), peers=tuple(peers))
-        self.directory.known = lambda uid: self.directory._alive(uid)  # type: ignore[method-assign]
+        self.directory.known = lambda uid: self.directory.alive(uid)  # type: ignore[method-assign]
         self.random = Random(1)
 
     def distrust(self, peer_id: Any, reason: str) -> None:
@@ -192,15 +193,13 @@ async def test_who_cannot_be_asked_again_is_not_accused() -> None:
 async def test_what_waits_is_bounded_and_ends_with_the_node() -> None:
     node = Swarm(a=None, b=None)
     expert = expert_of(node).eval()
-    expert.audits._num_pending_bytes = 64 << 20
-    await ask(expert)
-    assert expert.audits.outcomes == {Verdict.SKIPPED: 1}
-    expert.audits._num_pending_bytes = 0
     with torch.no_grad():
+        await expert(torch.zeros(MAX_PENDING_BYTES // (2 * 8 * 4) + 1, 8))  # float32, and as much again in the answer
+        assert expert.audits.outcomes == {Verdict.SKIPPED: 1}
         await expert(torch.randn(1, 8))
     assert len(node.closing) == 1
     await node.closing[0]()
-    assert not expert.audits._tasks
+    assert not [task for task in asyncio.all_tasks() if "audit" in task.get_name()]
 
 
 def test_one_wrong_row_among_many_shows_and_a_row_of_almost_nothing_does_not() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import random
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from tesseract_async.client.remote_expert import RemoteExpert
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire.messages import BACKWARD, INFO
 from tests.client.fake_node import FakeNode, until
+from tests.client.virtual_time import in_made_up_time
 
 
 async def expert_at(node: FakeNode, uid: str = "ffn.0.0") -> RemoteExpert:
@@ -28,70 +28,35 @@ async def expert_at(node: FakeNode, uid: str = "ffn.0.0") -> RemoteExpert:
     return expert
 
 
-class VirtualDelays:
-    """Calls take as many virtual milliseconds as their uid says: ``ffn.120``. Nothing else takes any.
-
-    Time jumps to the call that is due first whenever nothing else can happen: the loop is idle, and so is the engine's
-    thread, which waits for an answer (or there is none).
-    """
-
-    def __init__(self, node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self._due: list[tuple[float, int, asyncio.Event]] = []
-        self._waits_for: list[Any] = []
-        wait = autograd._GradientRequest.wait
-
-        def watched_wait(request: Any) -> Any:
-            self._waits_for[:] = [request]
-            return wait(request)
-
-        async def fault(method: str, uid: str, number: int) -> None:
-            if method != INFO:
-                answered = asyncio.Event()
-                heapq.heappush(self._due, (self.now + int(uid.split(".")[-1]) / 1000, number, answered))
-                await answered.wait()
-
-        monkeypatch.setattr(autograd._GradientRequest, "wait", watched_wait)
-        node.fault = fault
-
-    async def run(self, coroutine: Any, *, engine: bool = False) -> Any:
-        task = asyncio.create_task(coroutine)
-        while not task.done():
-            waits_for = self._waits_for[-1:]
-            for _ in range(20):  # whatever is under way on the loop arrives first
-                await asyncio.sleep(0)
-            # the engine waited all the while: what it had started before has arrived as well
-            idle = not engine or (waits_for == self._waits_for[-1:] != [] and not waits_for[0]._done.is_set())
-            if self._due and idle and not task.done():
-                self.now, _, answered = heapq.heappop(self._due)
-                answered.set()
-        return await task
-
-    async def seconds(self, loss: torch.Tensor) -> float:
-        start = self.now
-        await self.run(backward(loss), engine=True)
-        return self.now - start
+async def delays(method: str, uid: str, number: int) -> None:
+    """Calls take as many virtual milliseconds as their uid says: ``ffn.120``."""
+    if method != INFO:
+        await asyncio.sleep(int(uid.split(".")[-1]) / 1000)
 
 
-async def timed_expert(node: FakeNode, seconds: float) -> RemoteExpert:
-    uid = f"ffn.{round(seconds * 1000)}"
+async def seconds(loss: torch.Tensor) -> float:
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await backward(loss)
+    return loop.time() - start
+
+
+async def timed_expert(node: FakeNode, delay: float) -> RemoteExpert:
+    uid = f"ffn.{round(delay * 1000)}"
     if uid not in node.hosted:
         await expert_at(node, uid)
     return RemoteExpert(node, uid)
 
 
-async def test_two_layers_of_calls_awaited_separately_overlap(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_made_up_time
+async def test_two_layers_of_calls_awaited_separately_overlap(node: FakeNode) -> None:
     expert = await timed_expert(node, 0.2)
-    time = VirtualDelays(node, monkeypatch)
-
-    async def layers() -> torch.Tensor:
-        h = torch.randn(4, 8, requires_grad=True)
-        for _ in range(2):
-            tasks = [asyncio.create_task(expert(h)) for _ in range(8)]
-            h = sum([await task for task in tasks])  # type: ignore[assignment]
-        return h.sum()
-
-    assert await time.seconds(await time.run(layers())) == pytest.approx(0.4)
+    node.fault = delays
+    h = torch.randn(4, 8, requires_grad=True)
+    for _ in range(2):
+        tasks = [asyncio.create_task(expert(h)) for _ in range(8)]
+        h = sum([await task for task in tasks])  # type: ignore[assignment]
+    assert await seconds(h.sum()) == pytest.approx(0.4)
 
 
 CHAINS = {
@@ -105,32 +70,27 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("kind", CHAINS)
-async def test_chains_of_unequal_latency_take_as_long_as_the_longest(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    time = VirtualDelays(node, monkeypatch)
+@in_made_up_time
+async def test_chains_of_unequal_latency_take_as_long_as_the_longest(node: FakeNode, kind: str) -> None:
+    node.fault = delays
 
-    async def chain(x: torch.Tensor, seconds: list[float]) -> torch.Tensor:
-        for delay in seconds:
+    async def chain(x: torch.Tensor, path: list[float]) -> torch.Tensor:
+        for delay in path:
             x = torch.tanh(await (await timed_expert(node, delay))(x) * 1.01)
         return x
 
     x = torch.randn(4, 8, requires_grad=True)
-
-    async def chains() -> torch.Tensor:
-        return sum(await asyncio.gather(*(chain(x, seconds) for seconds in CHAINS[kind]))).sum()  # type: ignore
-
-    critical = max(sum(seconds) for seconds in CHAINS[kind])
-    assert await time.seconds(await time.run(chains())) <= 1.001 * critical
+    loss = sum(await asyncio.gather(*(chain(x, path) for path in CHAINS[kind]))).sum()  # type: ignore
+    assert await seconds(loss) <= 1.001 * max(sum(path) for path in CHAINS[kind])
 
 
-async def test_calls_awaited_one_after_another_overlap_in_backward(
-    node: FakeNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@in_made_up_time
+async def test_calls_awaited_one_after_another_overlap_in_backward(node: FakeNode) -> None:
     expert = await timed_expert(node, 0.1)
+    node.fault = delays
     x = torch.randn(4, 8, requires_grad=True)
     h = sum([await expert(x) for _ in range(4)])
-    assert await VirtualDelays(node, monkeypatch).seconds(h.sum()) == pytest.approx(0.1)  # type: ignore[attr-defined]
+    assert await seconds(h.sum()) == pytest.approx(0.1)  # type: ignore[attr-defined]
 
 
 @pytest.mark.both_loops
@@ -205,7 +165,7 @@ async def test_a_failed_gradient_request_leaves_grad_untouched(node: FakeNode) -
     with pytest.raises(ConnectionLost):
         await backward(loss)
     assert all(p.grad is None for p in linear.parameters())
-    assert not autograd._steps
+    assert not autograd.num_steps()
 
 
 @pytest.mark.both_loops
@@ -220,7 +180,7 @@ async def test_cancelling_leaves_grad_untouched_and_ends_the_calls(node: FakeNod
     with pytest.raises(asyncio.CancelledError):
         await task
     assert node.num_open == 0 and node.num_cancelled == 3
-    assert linear.weight.grad is None and not autograd._steps
+    assert linear.weight.grad is None and not autograd.num_steps()
 
 
 async def test_a_timeout_around_backward(node: FakeNode) -> None:

@@ -51,6 +51,8 @@ class Reference:
         """By row, its experts: open, answered, failed or full (of rows with better scores)."""
         self.calls: list[Told] = []
         self.failed: set[int] = set()
+        self.in_error: set[int] = set()
+        """Experts that failed, without those that answered since."""
         self.excluded: set[int] = set()
         self.free_at: dict[int, float] = {}
         self.may_come = chosen.refill and k_min > 0 and chosen.capacity_factor is None
@@ -58,7 +60,7 @@ class Reference:
         if chosen.capacity_factor is not None and num_live:
             self.room = max(1, math.ceil(chosen.capacity_factor * len(scores) * min(k_best, num_live) / num_live))
         self.num_first = 0
-        self.over = self.all_enough = False
+        self.over = self.lost = self.all_enough = False
         self.stalled = 0.0
 
     def load(self, expert: int) -> int:
@@ -149,7 +151,7 @@ class Reference:
             self.refill(now)
         stuck = self.stuck()
         if stuck and not self.may_come and self.k_min and self.settings.on_missing == "raise":
-            self.over = True
+            self.over = self.lost = True
         self.all_enough = all(self.is_satisfied(r) or (r in stuck and not self.may_come) for r in self.rows)
         if self.all_enough and self.settings.timeout_after_k_min is not None:
             self.deadline = min(self.deadline, now + self.settings.timeout_after_k_min)
@@ -175,7 +177,7 @@ class ForwardMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def begin(self, data: st.DataObject) -> None:
-        num_rows = data.draw(st.sampled_from([2, 1, 3] * 5 + [0]))
+        num_rows = data.draw(st.sampled_from([2, 1, 3, 6] * 5 + [0]))
         self.num_live = data.draw(st.sampled_from([3, 4, 2, 5, 1] * 3 + [0]))
         k_best = data.draw(st.sampled_from([2, 3, 1, 4]))
         k_min = min(k_best, data.draw(st.sampled_from([1, 2, 0, 4])))
@@ -190,6 +192,8 @@ class ForwardMachine(RuleBasedStateMachine):
         )
         order = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).permutation(num_rows * GRID)
         scores = order.reshape(num_rows, GRID).astype(np.float32)
+        if data.draw(st.booleans()):  # all rows want the same experts, those further down more
+            scores = np.sort(order)[::-1].reshape(GRID, num_rows).T.astype(np.float32)
         self.reference = Reference(scores.tolist(), self.num_live, k_best, k_min, chosen)
         self.machine = ForwardDispatch(
             candidates_of(self.num_live),
@@ -237,11 +241,13 @@ class ForwardMachine(RuleBasedStateMachine):
         assert set(lines) == answered, "every answer counts, and nothing else"
         assert self.now <= reference.started + 8.0 or not self.on_time
         at_last = self.now >= reference.started + 8.0
-        for told, call in self.pairs:
-            ended = [call in machine.answers, call in machine.given_up]
-            assert sum(ended) <= 1 and (told.seconds is not None or not ended[0])
-            if told.seconds is None and (told.slow or at_last):
-                assert call in machine.late
+        late = [call for told, call in self.under_way if told.slow or at_last]
+        given_up = late if reference.lost else [call for _, call in self.under_way]
+        assert len(machine.answers) == sum(told.answered for told, _ in self.pairs), "each counts once"
+        assert set(machine.given_up) == set(given_up) and len(machine.given_up) == len(given_up)
+        assert set(machine.late) == set(late)
+        assert set(machine.errors) == {f"f.{e}" for e in reference.in_error} | {call.uid for call in given_up}
+        assert set(machine.left_out) == {f"f.{e}" for e in reference.failed} | {call.uid for call in late}
 
     on_time = True
 
@@ -262,6 +268,7 @@ class ForwardMachine(RuleBasedStateMachine):
     def one_answers(self, data: st.DataObject) -> None:
         told, call = self.pick(data)
         told.answered = True
+        self.reference.in_error.discard(told.expert)
         for row in told.rows:
             self.reference.fates[row][told.expert] = "answered"
         self.machine.answered(call, self.now)
@@ -278,6 +285,7 @@ class ForwardMachine(RuleBasedStateMachine):
                 free_at = self.now + max(retry_after, 0.1)
                 self.reference.free_at[told.expert] = max(free_at, self.reference.free_at.get(told.expert, 0.0))
             self.reference.failed.add(told.expert)
+            self.reference.in_error.add(told.expert)
             self.reference.excluded.add(told.expert)
             for row in told.rows:
                 self.reference.fates[row][told.expert] = "failed"
@@ -356,6 +364,10 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
     machine.start(10.0)
     calls = machine.calls_to_send(10.0)
     assert [machine.forward_calls[call] for call in calls] == forward.answers
+    rows, experts = forward.lines()
+    for call in calls:
+        lines = machine.forward_lines[call]
+        assert rows[lines].tolist() == call.rows.tolist() and experts[lines].tolist() == [call.expert] * len(call.rows)
     for call in calls:
         call.expected, call.grace = expected, 0.25
     events = sorted((10.0 + d, i) for i, d in enumerate(delays) if d is not None)
@@ -395,7 +407,8 @@ def test_backward_ends_when_all_have_answered_or_enough_have_and_the_rest_is_lat
 
 def test_an_expert_that_answered_on_its_second_chance_is_not_asked_again() -> None:
     chosen = MixtureSettings(spare=0, patience=1.0)
-    machine = ForwardDispatch(candidates_of(2), torch.rand(1, GRID), k_best=2, k_min=2, settings=chosen, patience=1.0)
+    scores = -torch.arange(GRID, dtype=torch.float32).reshape(1, GRID)  # expert 0 is the better one
+    machine = ForwardDispatch(candidates_of(2), scores, k_best=2, k_min=2, settings=chosen, patience=1.0)
     machine.start(0.0)
     for call in machine.calls_to_send(0.0):
         machine.failed(call, 0.0, ConnectionLost("peer", "script"))
@@ -406,3 +419,82 @@ def test_an_expert_that_answered_on_its_second_chance_is_not_asked_again() -> No
     assert not machine.calls_to_send(1.0)
     machine.came(candidates_of(2), [0, 1])
     assert [call.expert for call in machine.calls_to_send(2.0)] == [1]
+
+
+def demanding(num_live: int, *first: int, **options: Any) -> ForwardDispatch:
+    """A machine with a row for each number in `first`: the expert that it wants first, before those with low numbers.
+    One answer is enough for each."""
+    scores = torch.arange(GRID, 0, -1, dtype=torch.float32).repeat(len(first), 1)
+    scores[range(len(first)), first] = GRID + 1.0
+    settings = MixtureSettings(spare=0, patience=1.0, **options)
+    machine = ForwardDispatch(candidates_of(num_live), scores, k_best=1, k_min=1, settings=settings, patience=1.0)
+    machine.start(0.0)
+    return machine
+
+
+def test_a_call_ends_once() -> None:
+    machine = demanding(2, 0)
+    [call] = machine.calls_to_send(0.0)
+    machine.failed(call, 1.0, ExpertFailed("no"))
+    [other] = machine.calls_to_send(1.0)
+    machine.answered(other, 2.0)
+    for one in (call, other):
+        with pytest.raises(KeyError):
+            machine.answered(one, 3.0)
+        with pytest.raises(KeyError):
+            machine.failed(one, 3.0, ExpertFailed("no"))
+    assert machine.num_answers_R.tolist() == [1] and machine.answers == [other]
+
+
+def test_an_overloaded_expert_has_one_more_chance_not_two() -> None:
+    machine = demanding(1, 0)
+    [call] = machine.calls_to_send(0.0)
+    machine.failed(call, 0.0, Overloaded("full", retry_after=1.0))
+    assert not machine.calls_to_send(0.0) and machine.timer_at() == 1.0
+    [call] = machine.calls_to_send(1.0)
+    machine.failed(call, 1.0, ConnectionLost("peer", "script"))
+    assert not machine.calls_to_send(1.0) and machine.timer_at() == 15.0
+    assert machine.rows_in_need is not None, "only others can help"
+
+
+def test_of_two_refusals_of_an_expert_the_longer_pause_counts() -> None:
+    machine = demanding(2, 0, 1)
+    first, other = machine.calls_to_send(0.0)
+    machine.failed(other, 0.0, ConnectionLost("peer", "script"))
+    [second] = machine.calls_to_send(0.0)
+    assert (first.expert, second.expert) == (0, 0) and second.rows.tolist() == [1]
+    machine.failed(first, 0.0, Overloaded("full", retry_after=2.0))
+    machine.failed(second, 0.0, Overloaded("full", retry_after=1.0))
+    assert not machine.calls_to_send(0.0) and machine.timer_at() == 2.0
+    [again] = machine.calls_to_send(2.0)
+    assert again.expert == 0 and again.rows.tolist() == [0, 1]
+
+
+def test_where_a_row_is_lost_only_the_slow_are_given_up() -> None:
+    machine = demanding(3, 0, 1, 2, refill=False)
+    first, slow, open_ = machine.calls_to_send(0.0)
+    slow.expected = 0.1
+    assert not machine.calls_to_send(machine.timer_at()) and slow.is_slow and not open_.is_slow
+    machine.failed(first, 1.0, ExpertFailed("no"))
+    assert not machine.calls_to_send(1.0) and machine.is_over
+    assert machine.given_up == machine.late == [slow]
+    assert set(machine.errors) == set(machine.left_out) == {"f.0", "f.1"}
+
+
+def test_an_expert_that_answers_after_all_is_in_no_error() -> None:
+    machine = demanding(1, 0)
+    [call] = machine.calls_to_send(0.0)
+    machine.failed(call, 0.0, Overloaded("full", retry_after=1.0))
+    assert not machine.calls_to_send(0.0)
+    [again] = machine.calls_to_send(1.0)
+    machine.answered(again, 1.0)
+    assert not machine.calls_to_send(1.0) and machine.is_over
+    assert not machine.errors and set(machine.left_out) == {"f.0"}
+
+
+def test_a_call_of_many_rows_gets_four_times_the_usual_time_at_most() -> None:
+    machine = demanding(2, 0, *[1] * 10)
+    small, large = machine.calls_to_send(0.0)
+    machine.answered(small, 1.0)
+    assert not machine.calls_to_send(1.0)
+    assert machine.usual_seconds(large) == 4.0 and machine.timer_at() == 8.0

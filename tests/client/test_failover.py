@@ -50,7 +50,7 @@ async def test_a_call_slower_than_p95_is_hedged_and_the_loser_cancelled(node: Fa
         await expert(torch.zeros(1, 8))
     cancelled = node.num_cancelled
     by_peer(node, {"a": 60.0, "b": 0.0})
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await expert(torch.zeros(1, 8))
     assert peers_asked(node)[-2:] == ["a", "b"]
     assert node.num_cancelled == cancelled + 1 and node.num_open == 0 and not node.directory.failed

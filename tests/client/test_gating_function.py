@@ -183,7 +183,7 @@ async def test_a_slow_expert_is_not_waited_for(node: FakeNode) -> None:
     x = torch.randn(3, 8)
     slow = (await gate.choose(x))[0][0].uid
     node.delay = lambda uid: 60.0 if uid == slow else 0.0
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         y = await gate(x)
     torch.testing.assert_close(y, reference(node, gate, x, (slow,)), rtol=0, atol=1e-6)
 

@@ -195,6 +195,27 @@ def test_a_beam_goes_on_searching_for_rows_whose_experts_failed() -> None:
     run_in_virtual_time(main())
 
 
+def test_a_search_goes_on_after_its_rows_were_sent_to_an_expert_that_was_full() -> None:
+    async def main() -> None:
+        node = FakeNode()
+        host(node, 0)
+        gate = make_gate(node, k_best=1, search="beam", spare=0)
+        torch.testing.assert_close(await gate(X), X)
+        began = now()
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            if now() < began + 0.5:
+                raise Overloaded("full", retry_after=0.5)
+            await asyncio.sleep(3.0)  # meanwhile no row is in need, and the search looks twice
+
+        node.fault = fault
+        finds = node.directory.num_finds
+        torch.testing.assert_close(await gate(X), X)
+        assert now() - began == pytest.approx(3.5) and node.directory.num_finds > finds + 6 * 3
+
+    run_in_virtual_time(main())
+
+
 def test_those_found_on_a_cold_start_are_not_the_only_ones() -> None:
     async def main() -> None:
         node = FakeNode()

@@ -17,7 +17,7 @@ from tesseract_async.testing import VirtualClock
 
 T = TypeVar("T")
 
-_STUCK_SECONDS = 5.0
+STUCK_SECONDS = 5.0
 """After so many real ones in which nothing can happen any more, a test has found a deadlock."""
 
 
@@ -58,9 +58,10 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[valid-type, misc]
 
     clock: VirtualClock
     engine: Engine
+    stuck_seconds = STUCK_SECONDS
 
     def select(self, timeout: float | None = None) -> Any:
-        stuck_at = time.monotonic() + _STUCK_SECONDS
+        stuck_at = time.monotonic() + self.stuck_seconds
         while True:
             happened = super().select(0)
             if happened or (timeout is not None and timeout <= 0):
@@ -82,8 +83,9 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[valid-type, misc]
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An asyncio loop whose `time` is a `VirtualClock`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, stuck_seconds: float = STUCK_SECONDS) -> None:
         selector = _Selector()
+        selector.stuck_seconds = stuck_seconds
         selector.clock, selector.engine = VirtualClock(), engine
         self.clock = selector.clock
         super().__init__(selector)
@@ -93,16 +95,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 @contextlib.contextmanager
-def virtual_time() -> Iterator[asyncio.Runner]:
+def virtual_time(*, stuck_seconds: float = STUCK_SECONDS) -> Iterator[asyncio.Runner]:
     """A runner of coroutines in virtual time; `asyncio.get_running_loop().time()` is seconds since the start."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         engine = Engine(monkeypatch)
-        with asyncio.Runner(loop_factory=lambda: VirtualLoop(engine)) as runner:
+        with asyncio.Runner(loop_factory=lambda: VirtualLoop(engine, stuck_seconds=stuck_seconds)) as runner:
             runner.engine = engine  # type: ignore[attr-defined]
             yield runner
 
 
-def run_in_virtual_time(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_in_virtual_time(coroutine: Coroutine[Any, Any, T], *, stuck_seconds: float = STUCK_SECONDS) -> T:
     """The coroutine's result. It must leave no task behind."""
 
     async def main() -> T:
@@ -113,7 +115,7 @@ def run_in_virtual_time(coroutine: Coroutine[Any, Any, T]) -> T:
         assert not left, f"tasks left: {left}"
         return result
 
-    with virtual_time() as runner:
+    with virtual_time(stuck_seconds=stuck_seconds) as runner:
         return runner.run(main())
 
 

@@ -6,7 +6,7 @@ import functools
 import random
 from typing import Any
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
@@ -15,10 +15,10 @@ from tesseract_async.endpoint.events import (
 )
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.endpoint.protocol import ConnectionProtocol
-from tesseract_async.endpoint.quotas import Meter
+from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.wire.heads import FEATURES, Hello, RequestHead
 
-SETTINGS = ConnectionBounds()
+SETTINGS = Bounds()
 
 
 @functools.cache
@@ -32,11 +32,11 @@ class Side:
 
     def __init__(
         self,
-        theirs: ConnectionBounds,
-        ours: ConnectionBounds,
+        theirs: Bounds,
+        ours: Bounds,
         budget: int,
         dialled: bool,
-        meter: Meter | None = None,
+        quotas: Quotas | None = None,
         small_budget: int | None = None,
     ) -> None:
         limits = (theirs.max_calls, theirs.max_small, theirs.max_message)
@@ -54,7 +54,7 @@ class Side:
             owner=Owner("range", "peer", self),
             bounds=ours,
             now=0.0,
-            meter=meter,
+            quotas=quotas,
         )
         self.events: list[Event] = []
 
@@ -92,23 +92,23 @@ class Pair:
     def __init__(
         self,
         *,
-        client: ConnectionBounds = SETTINGS,
-        server: ConnectionBounds = SETTINGS,
+        client: Bounds = SETTINGS,
+        server: Bounds = SETTINGS,
         client_budget: int = 2**30,
         server_budget: int = 2**30,
         bulk: bool = True,
         seed: int | None = None,
-        meter: Meter | None = None,
+        quotas: Quotas | None = None,
         small_budget: int | None = None,
     ) -> None:
         self.now = 0.0
         self.client = Side(server, client, client_budget, True)
-        self.server = Side(client, server, server_budget, False, meter, small_budget)
+        self.server = Side(client, server, server_budget, False, quotas, small_budget)
         self.bytes = {MAIN: 0, BULK: 0}
         self._pick = random.Random(seed) if seed is not None else None
         if bulk:
-            self.client.machine.transfers.bulk_opened()
-            self.server.machine.transfers.bulk_opened()
+            self.client.machine.lanes[BULK].open = True
+            self.server.machine.lanes[BULK].open = True
         self.settle()
 
     def other(self, side: Side) -> Side:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tesseract_async.endpoint.budget import Owner
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.endpoint.events import CallCancelled, CallFailed, CallReceived, PartReceived, ReplyReceived
+from tesseract_async.endpoint.handlers import Handlers
 from tesseract_async.endpoint.lanes import BULK, MAIN
 from tesseract_async.errors import ConnectionLost, Overloaded, ProtocolError, RemoteError
 from tesseract_async.identity import Identity
@@ -190,6 +191,20 @@ def test_an_error_ends_a_reply_after_its_parts() -> None:
     assert "half of it" in str(stream.ended.error) and clean(pair), "what was not taken counts no more"
 
 
+def test_an_error_does_not_overtake_the_parts_before_it() -> None:
+    pair = Pair()
+    stream = Stream(pair, [10] * 9)
+    pair.carry(pair.client, MAIN)
+    stream.delivered = bool(pair.server.take())
+    stream.send()
+    pair.server.machine.fail(stream.stream, RemoteError("half of it was lost"))
+    for lane in (MAIN, BULK):
+        pair.carry(pair.server, lane)
+    for event in pair.client.take():
+        stream.hear(event)
+    assert len(stream.taken) == AHEAD and isinstance(stream.ended, CallFailed)
+
+
 def test_all_parts_together_keep_to_the_callers_bound() -> None:
     pair = Pair()
     stream = Stream(pair, [200_000] * 9, max_reply=MIB)
@@ -274,6 +289,8 @@ def test_parts_for_calls_that_ended_or_never_were_are_skipped() -> None:
     assert not pair.client.take() and pair.client.budget.used == 0 and pair.client.machine.num_calls == 0
     with pytest.raises(ProtocolError, match="flood"):
         pair.client.receive(MAIN, small_part(1000) * 10_001, 0.0)
+    with pytest.raises(ProtocolError, match="flood"):
+        Pair().client.receive(MAIN, begin_part(1000, 100_000) * 10_001, 0.0)
 
 
 RULES = {
@@ -352,6 +369,19 @@ def test_parts_that_are_not_taken_make_room_for_other_peers() -> None:
         other.release()
     turn(pair, {stream.stream: stream})
     assert clean(pair)
+
+
+def test_parts_of_many_buffers_or_values_count_what_they_cost() -> None:
+    empty = frames.encode_small(frames.REPLY, 1, heads.encode_result(None), [0] * 1000, [], flags=frames.MORE)
+    values = frames.encode_small(frames.REPLY, 1, heads.encode_result([[]] * 8000), [], [], flags=frames.MORE)
+    for part, cost in ((empty, 250_000), (values, 500_000)):
+        pair = Pair()
+        pair.call(5, in_parts=True)
+        pair.settle()
+        pair.client.receive(MAIN, part * AHEAD, 0.0)
+        assert len(part) < 10_000 and pair.client.budget.used > AHEAD * cost
+        pair.client.machine.outgoing.part_taken(1)
+        assert AHEAD * cost > pair.client.budget.used > (AHEAD - 1) * cost or part is empty
 
 
 def test_the_end_of_a_connection_ends_replies_in_parts() -> None:
@@ -469,6 +499,56 @@ async def test_a_handler_works_no_further_ahead_than_its_caller_takes() -> None:
             assert (await anext(parts)).body == 2
         await until(lambda: made == -1)
         await until(lambda: not any(info.num_calls for info in (*client.connections(), *server.connections())))
+
+
+async def test_parts_whose_memory_is_wanted_for_others_are_dropped() -> None:
+    size = 900_000
+    async with serving(PLAIN) as (server, address):
+        server.handle("count", count)
+        settings = dataclasses.replace(PLAIN, max_receive_bytes=16 * MIB)
+        async with Endpoint(identity=Identity.generate(), transports=[TcpTransport()], settings=settings) as client:
+            budget = client.budgets.messages
+            async with contextlib.aclosing(client.call_parts(address, "count", [size] * 9, timeout=30)) as parts:
+                assert (await anext(parts)).body == 0
+                await until(lambda: budget.used >= AHEAD * size)
+                others = [budget.begin(Owner(peer, peer), 3 * MIB) for peer in range(5)]
+                assert all(other.fill(3 * MIB) for other in others)
+                client.budgets.deliver()
+                with pytest.raises(Overloaded):
+                    await anext(parts)
+
+
+async def test_a_number_used_anew_does_not_free_the_second_call_from_its_end() -> None:
+    """A caller that cancels, and uses the number again while the first handler cleans up."""
+    pair, cleans_up, ended = Pair(), asyncio.Event(), []
+
+    async def endless(call: IncomingCall) -> AsyncGenerator[Message, None]:
+        try:
+            while True:
+                yield Message(bytes(10))
+        finally:
+            await cleans_up.wait()
+            ended.append(call.body)
+
+    handlers = Handlers(
+        pair.server.machine, endless, Identity.generate().peer_id, "", max_backlog=2**20, done=lambda: None
+    )
+    cancel = frames.frame(frames.CANCEL, stream=1)
+    for number in range(2):
+        head = heads.encode_request(heads.RequestHead("m", 10.0, 0, 0, 2**20, number))
+        pair.server.receive(MAIN, frames.encode_small(frames.REQUEST, 1, head, [], [], flags=frames.MORE), 0.0)
+        handlers.received(pair.received())
+        await until(lambda: pair.server.machine.unsent_bytes > 0)
+        pair.settle()
+        if not number:
+            pair.server.receive(MAIN, cancel, 0.0)
+            assert isinstance(pair.server.take()[0], CallCancelled)
+            handlers.cancel(1)
+    cleans_up.set()
+    await until(lambda: ended == [0])
+    pair.server.receive(MAIN, cancel, 0.0)
+    handlers.cancel(1)
+    await until(lambda: ended == [0, 1] and not handlers.tasks)
 
 
 async def test_errors_and_deadlines_reach_both_ends_of_a_reply_in_parts() -> None:

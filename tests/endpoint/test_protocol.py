@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -321,7 +321,7 @@ def test_the_dialler_opens_the_bulk_lane_when_either_side_needs_it() -> None:
     pair = Pair(bulk=False)
     pair.call(MIB)
     assert BulkWanted() in pair.client.machine.events()
-    pair.client.machine.transfers.bulk_failed(0.0)
+    pair.client.machine.core.bulk_failed(0.0)
     pair.settle()
     call = pair.received()
     pair.server.machine.reply(call.stream, None, call.buffers, now=0.0)
@@ -458,7 +458,7 @@ def test_a_fast_far_peer_gets_a_wider_window() -> None:
     assert pair.server.budget.windows == pair.client.machine.windows.out_bytes
 
 
-def hostile(settings: ConnectionBounds = SETTINGS) -> tuple[Side, ConnectionProtocol]:
+def hostile(settings: Bounds = SETTINGS) -> tuple[Side, ConnectionProtocol]:
     side = Pair(server=settings).server
     return side, side.machine
 

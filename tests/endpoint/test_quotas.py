@@ -89,7 +89,7 @@ def failed(pair: Pair) -> Overloaded:
 
 def test_what_is_too_much_is_refused_before_anything_is_done_and_comes_back_with_time() -> None:
     quotas = Quotas(lambda _: Quota(num_bytes=4 * MIB, period=100.0))
-    pair = Pair(meter=quotas.meter(PEER), server=dataclasses.replace(SETTINGS, window_bytes=0))
+    pair = Pair(quotas=quotas, server=dataclasses.replace(SETTINGS, window_bytes=0))
     for _ in range(2):
         pair.call(3 * MIB)
         pair.settle()
@@ -113,7 +113,7 @@ def test_what_is_too_much_is_refused_before_anything_is_done_and_comes_back_with
 
 def test_replies_count_and_a_refused_message_in_the_standing_window_gives_its_room_back() -> None:
     quotas = Quotas(lambda _: Quota(num_bytes=8 * MIB, period=1000.0))
-    pair = Pair(meter=quotas.meter(PEER))
+    pair = Pair(quotas=quotas)
     pair.call(MIB)  # opens the window
     pair.settle()
     pair.server.machine.reply(pair.received().stream, None, (memoryview(bytes(7 * MIB)),), now=0.0)
@@ -132,7 +132,7 @@ def test_replies_count_and_a_refused_message_in_the_standing_window_gives_its_ro
 @pytest.mark.parametrize("how", ["answered", "cancelled", "failed", "lost"])
 def test_calls_under_way_are_counted_until_they_end_however(how: str) -> None:
     quotas = Quotas(lambda _: Quota(concurrent=2))
-    pair = Pair(meter=quotas.meter(PEER))
+    pair = Pair(quotas=quotas)
     streams = [pair.call(10), pair.call(2 * MIB)]
     pair.settle()
     assert [type(event) for event in pair.server.take()] == [CallReceived] * 2
@@ -148,7 +148,7 @@ def test_calls_under_way_are_counted_until_they_end_however(how: str) -> None:
             pair.server.machine.fail(stream, Overloaded("x"))
     if how == "lost":
         pair.server.machine.connection_lost("cut")
-        pair = Pair(meter=quotas.meter(PEER))
+        pair = Pair(quotas=quotas)
     pair.settle()
     pair.server.take()
     for _ in range(2):

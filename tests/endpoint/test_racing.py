@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tesseract_async.endpoint.racing import race
+from tesseract_async.endpoint.dialling import race
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.transport.base import DialPath, Pipe
 from tests.client.virtual_time import in_made_up_time
@@ -41,7 +41,7 @@ class Track:
         return await race(
             [DialPath(name, delay, no_pipe) for name, delay in paths],
             self.attempt,
-            finished=lambda path, error, seconds: self.finished.append(path.name),
+            finished=lambda path, error: self.finished.append(path.name),
         )
 
 

@@ -75,6 +75,11 @@ class FakeNetwork:
         self.unreadable: set[PeerID] = set()
         """Whose entries cannot be had from any holder."""
         self.withdrawn: list[tuple[str, str | None]] = []
+        self.sequences: dict[tuple[str, str | None], int] = {}
+        """Of this node's own entries."""
+        self.silent = False
+        """Withdrawals are never answered."""
+        self.num_unanswered = 0
 
     async def wait_joined(self, timeout: float | None = None) -> bool:
         self.swarm.touch()
@@ -86,11 +91,15 @@ class FakeNetwork:
         if self.failure is not None:
             raise self.failure
         self.swarm.sequence += 1
+        self.sequences[key, subkey] = self.swarm.sequence
         entry = FakeEntry(key, subkey, self.peer_id, self.swarm.sequence, self.swarm.clock.now + ttl, value)
         holders = self.holders.pop(0) if len(self.holders) > 1 else self.holders[0]
         if holders:
             self.swarm.entries[(key, subkey, self.peer_id)] = entry
         return holders
+
+    def last_sequence(self, key: str, *, subkey: str | None = None) -> int:
+        return self.sequences.get((key, subkey), 0)
 
     async def get_entries(self, key: str) -> list[FakeEntry]:
         self.swarm.reads[key] += 1
@@ -106,6 +115,10 @@ class FakeNetwork:
     async def withdraw(self, key: str, *, subkey: str | None = None) -> int:
         self.withdrawn.append((key, subkey))
         self.swarm.touch()
+        if self.silent:
+            self.num_unanswered += 1
+            self.swarm.touch()
+            await asyncio.Event().wait()
         if self.failure is not None:
             raise self.failure
         return self.swarm.entries.pop((key, subkey, self.peer_id), None) is not None

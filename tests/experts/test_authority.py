@@ -303,10 +303,9 @@ def test_what_is_kept_must_begin_with_the_manifest() -> None:
     assert Authority.from_kept([*authority().kept(MEMBER.peer_id), None, b"", b"r", b"garbage"]).run == authority().run
 
 
-def test_invited_grants_are_forgotten_before_the_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invited_grants_are_forgotten_before_the_owners() -> None:
     assert MAX_GRANTS >= 10_000
-    monkeypatch.setattr("tesseract_async.experts.authority.MAX_GRANTS", 5)
-    view = Authority(make_run())
+    view = Authority(make_run(), max_grants=5)
     view.learn_grant(grant(OWNER, MEMBER).blob)
     many = [Identity.from_seed(n.to_bytes(32, "big")) for n in range(1000, 1020)]
     for one in many:

@@ -135,6 +135,21 @@ def test_a_lone_primary_goes_on_while_the_network_takes_its_word() -> None:
     assert leader.leads
 
 
+def test_one_killed_before_its_first_seal_begins_again() -> None:
+    world = World(6, 1)
+    (server,) = world.servers
+    server.start()
+    while server.disk is None:
+        world.run(0.001)
+    before = server.machine.epoch
+    assert before and server.machine.held is None
+    server.kill()
+    server.start()
+    server.declared = server.machine.epoch
+    assert world.run_until(lambda: server.leads, 4 * LEASE), world.describe()
+    assert server.machine.epoch > before
+
+
 # -- 3. deaths --------------------------------------------------------------------------------------------------------
 
 

@@ -14,30 +14,21 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tesseract_async.endpoint.call_table import CallHandler
-from tesseract_async.endpoint.endpoint import IncomingCall
 from tesseract_async.errors import Overloaded
-from tesseract_async.experts.trust import Trust
-from tesseract_async.identity import PeerID
-from tesseract_async.metrics import Metrics
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import server as server_module
 from tesseract_async.server.answering import journal_key
 from tesseract_async.server.server import TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
-from tesseract_async.wire import messages
-from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.tensors import TensorSpec
+from tests.server.serving_node import PEER, ServingNode
 
 NUM_CLIENTS = 4
-NUMBERS = {journal_key(PeerID(bytes(32)), number.to_bytes(16, "big")): number for number in range(100_000)}
+NUMBERS = {journal_key(PEER, number.to_bytes(16, "big")): number for number in range(100_000)}
 """What the journal calls each backward."""
 
 
@@ -51,35 +42,6 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-class Publisher:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    async def declare(self, _: Any, *, epochs: Any = None) -> int:
-        return 1
-
-    async def withdraw(self) -> None: ...
-    async def aclose(self) -> None: ...
-
-
-class Node:
-    def __init__(self) -> None:
-        self.metrics, self.network, self.trust = Metrics(), None, Trust()
-        self.peer_address = SimpleNamespace(addresses=(), rendezvous=())
-        self.publisher_places: set[int] = set()
-        self.handlers: Mapping[str, CallHandler] = {}
-
-    def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        self.handlers = handlers
-
-    def unhost_expert(self, uid: str) -> None: ...
-    def is_connected(self, peer_id: PeerID) -> bool:
-        return True
-
-    def check_running(self) -> None: ...
-    async def wait_reachable(self) -> None: ...
-    def watch_address(self, _: Any) -> Callable[[], None]:
-        return lambda: None
-
-
 def make_backend() -> ExpertBackend:
     module = Scale()
     return ExpertBackend(
@@ -91,29 +53,12 @@ def make_backend() -> ExpertBackend:
     )
 
 
-async def backward(node: Node, number: int) -> int:
+async def backward(node: ServingNode, number: int) -> int:
     """Sends backward `number`; returns the version that it led to."""
-    metas, buffers = wire.pack_tensors([torch.ones(1, 1), torch.full((1, 1), float(number % 1000))])
-    request = messages.BackwardRequest(
-        uid="x.0",
-        call_id=number.to_bytes(16, "big"),
-        tensors=metas,
-        num_inputs=1,
-        training=True,
-        seed=0,
-        version=0,
-        reply_codec="none",
-    )
-    call = IncomingCall(
-        peer_id=PeerID(bytes(32)),
-        method=messages.BACKWARD,
-        body=messages.encode(request),
-        buffers=tuple(memoryview(bytearray(buffer)) for buffer in buffers),
-        deadline=asyncio.get_running_loop().time() + 30,
-        priority=0,
-    )
-    reply = await node.handlers[messages.BACKWARD](call)
-    return messages.decode(messages.BackwardReply, reply.body).version
+    inputs, gradients = [torch.ones(1, 1)], [torch.full((1, 1), float(number % 1000))]
+    call_id = number.to_bytes(16, "big")
+    _, version = await node.backward("x.0", inputs, gradients, call_id=call_id, training=True)
+    return version
 
 
 async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> None:
@@ -131,7 +76,7 @@ async def live(directory: str, pipe: int, numbers: list[int], last: bool) -> Non
                 say("saved", state["version"])
             return num_saved
 
-    node, backend = Node(), make_backend()
+    node, backend = ServingNode(), make_backend()
     async with Watched(node, {"x.0": backend}, checkpoint_dir=directory, checkpoint_period=0.003):  # type: ignore[arg-type]
         journal = [NUMBERS[key] for key in backend.applied]
         say("restored", json.dumps({"version": backend.version, "w": backend.module.weight.item(), "journal": journal}))
@@ -155,7 +100,6 @@ def run_life(directory: str, numbers: list[int], *, kill_after: float | None) ->
         status = 1
         try:
             os.close(reader)
-            server_module.ExpertPublisher = Publisher  # type: ignore[misc, assignment]
             asyncio.run(live(directory, writer, numbers, kill_after is None))
             status = 0
         except Overloaded:

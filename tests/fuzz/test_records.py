@@ -115,7 +115,7 @@ def fuzz_offers(pick: random.Random) -> None:
 
 def fuzz_sealed_offers(pick: random.Random) -> None:
     payload = mutate(pick, pick.choice((OFFER, ANSWER))[64:])
-    data = ALICE.sign(offers._CONTEXT + payload) + payload
+    data = ALICE.sign(offers.CONTEXT + payload) + payload
     if pick.random() < 0.5:
         offers.decode_offer(data, BOB.peer_id)
     else:

@@ -20,6 +20,8 @@ from tesseract_async.errors import PeerUnreachable
 from tesseract_async.experts import ExpertPattern
 from tesseract_async.monitoring import StatusService, SwarmObserver, publish_progress
 from tesseract_async.monitoring.dashboard import PAGE, Dashboard
+from tesseract_async.monitoring.observer import SHOW_DEAD_FOR
+from tests.faults.serving import let_pass
 
 pytestmark = pytest.mark.both_loops
 
@@ -166,7 +168,7 @@ async def test_a_dead_server_counts_no_more_and_is_shown_for_a_while(monkeypatch
         state = observer.state()
         assert only(state["peers"])["error"] and only(state["peers"])["num_experts"] == 0
         assert [line for line in state["log"] if line[2] == "left"][1:] == []
-        monkeypatch.setattr("tesseract_async.monitoring.observer.SHOW_DEAD_FOR", -1.0)
+        let_pass(SHOW_DEAD_FOR + 1.0)
         await observer.look()
         assert observer.state()["peers"] == []
 

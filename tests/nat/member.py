@@ -19,7 +19,7 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import describe
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.reach import ReachSettings
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.base import PeerAddress
 
@@ -62,7 +62,7 @@ class Member:
         """Looks anew whether it can be reached: the address that others are told then."""
         changed = asyncio.Event()
         stop = self.node.watch_address(changed.set)
-        self.node.reach.find_out()
+        self.node.reach.look_again()
         async with asyncio.timeout(20):
             await changed.wait()
         stop()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
+
 import pytest
 
 from tesseract_async.errors import InvalidRecord, NotAllowed, Overloaded, ProtocolError
 from tesseract_async.nat import offers
-from tesseract_async.nat.offers import MAX_PER_SENDER, RelayBody, ReverseBody
+from tesseract_async.nat.hole_punching import HolePuncher
+from tesseract_async.nat.offers import MAX_PER_SENDER, Description, RelayBody, ReverseBody
 from tesseract_async.transport.base import Pipe
 from tests.nat.test_hole_punching import description
 from tests.nat.town import path, town
@@ -88,3 +92,41 @@ async def test_offers_that_name_third_parties_are_declined() -> None:
         answer = offers.decode_answer(reply, offer, sender=asked.peer_id, recipient=asking.peer_id)
         assert not answer.accepted and "name no address" in answer.reason
         assert asked.answerer.num_negotiations == 0
+
+
+class SlowPuncher:
+    """Negotiations that gather their candidates once they are let."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self.gathering, self.go_on = asyncio.Event(), asyncio.Event()
+        self.is_closed = False
+
+    async def negotiation(self, *, controlling: bool) -> SlowPuncher:
+        return self
+
+    async def gather(self) -> Description:
+        self.gathering.set()
+        await self.go_on.wait()
+        return description("127.0.0.1")
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+async def test_a_negotiation_that_the_end_of_the_node_overtakes_keeps_no_socket() -> None:
+    puncher = SlowPuncher()
+    async with town(3, puncher=cast(HolePuncher, puncher)) as (asker, asked, _):
+        body = description("127.0.0.1").pack()
+        data = asker.offer(asked.peer_id, offers.CHANNEL, body)
+        answering = asyncio.create_task(asked.answer(data))
+        await puncher.gathering.wait()
+        await asked.answerer.tasks.aclose()
+        puncher.go_on.set()
+        read = offers.decode_answer(await answering, data, sender=asked.peer_id, recipient=asker.peer_id)
+        assert not read.accepted
+        assert puncher.is_closed and asked.answerer.num_negotiations == 0
+        with pytest.raises(NotAllowed, match="closing"):
+            await asked.answer(asker.offer(asked.peer_id, offers.CHANNEL, body))
+        assert asked.refused("closing") == 1

@@ -13,7 +13,7 @@ from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import preamble
 from tesseract_async.nat.demux import PreambleDemultiplexer
-from tesseract_async.nat.dial_back import DIAL_BACK, MAX_DIALS_PER_MINUTE, DialBackClient, DialBackServer
+from tesseract_async.nat.dial_back import DIAL_BACK, MAX_DIALS_PER_MINUTE, DialBack
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress
@@ -34,10 +34,10 @@ class Node:
             metrics=Metrics(),
         )
         self.endpoint = Endpoint(identity=Identity.generate(), transports=[demultiplexer])
-        self.dial_back = DialBackClient(self.endpoint, scope=SCOPE, dial_timeout=TIMEOUT)
+        self.dial_back = DialBack(self.endpoint, own_addresses=lambda: named, scope=SCOPE, dial_timeout=TIMEOUT)
         self.peer = PeerAddress(self.endpoint.peer_id, (f"127.0.0.1:{self.port}",))
         if helps:
-            DialBackServer(self.endpoint, own_addresses=lambda: named, dial_timeout=TIMEOUT).start()
+            self.dial_back.start()
         else:
             self.endpoint.handle(DIAL_BACK, self.lie)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,22 @@ class Adapter:
     ips: list[Ip]
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, **adapters: list[Any]) -> None:
-    made = [Adapter(name.replace("_", "-"), [Ip(ip) for ip in ips]) for name, ips in adapters.items()]
-    monkeypatch.setattr("ifaddr.get_adapters", lambda: made)
+Machine = Callable[..., None]
 
 
-def test_virtual_interfaces_and_useless_addresses_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Gives the computer these network adapters."""
+
+    def make(**adapters: list[Any]) -> None:
+        made = [Adapter(name.replace("_", "-"), [Ip(ip) for ip in ips]) for name, ips in adapters.items()]
+        monkeypatch.setattr("ifaddr.get_adapters", lambda: made)
+
+    return make
+
+
+def test_virtual_interfaces_and_useless_addresses_are_left_out(machine: Machine) -> None:
     machine(
-        monkeypatch,
         lo=["127.0.0.1", ("::1", 0, 0)],
         docker0=["172.17.0.1"],
         br_4f2a=["172.18.0.1"],
@@ -38,6 +47,6 @@ def test_virtual_interfaces_and_useless_addresses_are_left_out(monkeypatch: pyte
     assert own_addresses() == ["192.168.1.5", "192.168.1.6", "2001:db8::7"]
 
 
-def test_there_may_be_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, eth0=[f"10.0.0.{number}" for number in range(1, 50)])
+def test_there_may_be_many(machine: Machine) -> None:
+    machine(eth0=[f"10.0.0.{number}" for number in range(1, 50)])
     assert len(own_addresses()) == 8

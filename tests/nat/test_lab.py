@@ -66,8 +66,10 @@ def test_each_node_finds_out_its_role(swarm: Swarm, name: str) -> None:
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("server", SERVERS)
 def test_every_pair_trains_over_the_expected_path(swarm: Swarm, server: str, trainer: str) -> None:
-    result = swarm.do(trainer, "train", uid=f"{server}.0")
     path, seconds = EXPECTED[SERVERS[server], TRAINERS[trainer]]
+    if path == "reverse" and swarm.peer_ids[server] in swarm.do(trainer, "connections"):
+        path = "tcp"  # the server has asked this public node to dial it back: its connection serves calls both ways
+    result = swarm.do(trainer, "train", uid=f"{server}.0")
     assert result["error"] == ""
     assert result["equal"], "outputs and gradients differ from the local ones"
     paths = result["paths"][swarm.peer_ids[server]]

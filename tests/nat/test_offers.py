@@ -65,7 +65,7 @@ def test_every_changed_byte_is_noticed() -> None:
 def test_an_offer_for_another_peer_or_signed_by_another_one() -> None:
     with pytest.raises(InvalidRecord):
         offers.decode_offer(offer(), EVE.peer_id)
-    forged = EVE.sign(offers._CONTEXT + offer()[64:]) + offer()[64:]
+    forged = EVE.sign(offers.CONTEXT + offer()[64:]) + offer()[64:]
     with pytest.raises(InvalidRecord):
         offers.decode_offer(forged, BOB.peer_id)
 
@@ -130,7 +130,7 @@ def test_malformed_reverse_bodies(change: dict[str, Any]) -> None:
 @given(st.binary(max_size=300))
 def test_untrusted_bytes_raise_protocol_errors_only(tail: bytes) -> None:
     payload = ALICE.public_key + tail
-    for data in (tail, ALICE.sign(offers._CONTEXT + payload) + payload):
+    for data in (tail, ALICE.sign(offers.CONTEXT + payload) + payload):
         with pytest.raises(ProtocolError):
             offers.decode_offer(data, BOB.peer_id)
 

@@ -14,12 +14,10 @@ import pytest
 
 from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity
-from tesseract_async.nat import reach as module
-from tesseract_async.nat.addresses import ListeningAddress
-from tesseract_async.nat.dial_back import DialBackServer
+from tesseract_async.nat.dial_back import DialBack
 from tesseract_async.nat.port_mapping import PortTaken
 from tesseract_async.nat.reach import Reach, ReachSettings
-from tesseract_async.nat.role import Reachability
+from tesseract_async.nat.role import ListeningAddress, Reachability
 from tesseract_async.nat.webrtc import pipe as webrtc
 from tesseract_async.node import TesseractNode
 from tesseract_async.transport.address_scope import AddressScope
@@ -55,7 +53,7 @@ async def helpers(count: int) -> AsyncIterator[list[tuple[Endpoint, PeerAddress]
         for _ in range(count):
             sock = bound_socket()
             endpoint = Endpoint(identity=Identity.generate(), transports=[TcpTransport(sock)])
-            DialBackServer(endpoint, own_addresses=lambda: ()).start()
+            DialBack(endpoint, own_addresses=lambda: (), scope=AddressScope()).start()
             await endpoint.start()
             await stack.enter_async_context(endpoint)
             made.append((endpoint, PeerAddress(endpoint.peer_id, (f"127.0.0.1:{sock.getsockname()[1]}",))))
@@ -67,7 +65,7 @@ async def reaching(
     network: Network,
     *,
     settings: ReachSettings = ReachSettings(on_loopback=True),  # noqa: B008 (frozen)
-    upnp: bool = False,
+    router: Router | None = None,
 ) -> AsyncIterator[tuple[Reach, Endpoint, asyncio.Queue[tuple[str, ...]]]]:
     """A node on loopback, its endpoint, and the addresses that it told others."""
     sock = bound_socket()
@@ -81,7 +79,8 @@ async def reaching(
         sock=sock,
         scope=AddressScope(["127.0.0.1"]),
         on_change=lambda: told.put_nowait(made.addresses),
-        upnp=upnp,
+        upnp=router is not None,
+        find_router=(router or Router()).find,
         settings=settings,
     )
     async with endpoint:
@@ -125,14 +124,11 @@ class ShiftingRouter(Router):
 
 
 @pytest.mark.parametrize("reached", [True, False])
-async def test_a_mapped_port_is_believed_when_others_got_through(
-    monkeypatch: pytest.MonkeyPatch, reached: bool
-) -> None:
+async def test_a_mapped_port_is_believed_when_others_got_through(reached: bool) -> None:
     router = Router() if reached else ShiftingRouter()
-    monkeypatch.setattr(module, "_find_router", router.find)
     async with helpers(2) as made:
         network = Network(*(peer for _, peer in made))
-        async with reaching(network, upnp=True) as (reach, _, told):
+        async with reaching(network, router=router) as (reach, _, told):
             await told.get()
             text = " ".join(reach.report())
             [port, _] = [port for _, port in router.mappings]

@@ -99,7 +99,7 @@ class Client:
     async def echo(self, offer: bytes) -> bytes:
         return b"answer to " + offer
 
-    async def answer_offer(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
+    async def answer_offer(self, data: bytes, origin: str) -> bytes:
         self.heard.append((data, origin))
         return await self.answer(data)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from tesseract_async.nat.addresses import ListeningAddress
 from tesseract_async.nat.role import (
     CHECK_PERIOD,
     WATCH_PERIOD,
     CheckDue,
     HostsChanged,
+    ListeningAddress,
     MappingDoubted,
     NatKind,
     Notice,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.nat import stun_client
-from tesseract_async.nat.addresses import ListeningAddress
+from tesseract_async.nat.role import ListeningAddress
 from tesseract_async.nat.stun_client import FRESH, StunClient
 from tesseract_async.transport.base import PeerAddress, join_host_port
 from tesseract_async.wire import stun

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
+from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.errors import PeerUnreachable
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
-from tesseract_async.nat.upgrades import UPGRADE_AFTER, PathUpgrader
+from tesseract_async.nat.traversal import UPGRADE_AFTER, PathUpgrader
 from tesseract_async.transport.base import DialPath, PeerAddress, Pipe
 
 PEER_ID = Identity.from_seed(bytes(32)).peer_id
@@ -31,9 +33,8 @@ class Town:
         self.tried: list[list[str]] = []
         self.attempted = asyncio.Event()
         self.can_dial_back = False
-        self.upgrader = PathUpgrader(
-            self, better_paths=self.better_paths, metrics=Metrics(), upgrade_after=upgrade_after
-        )
+        self.metrics = Metrics()
+        self.upgrader = PathUpgrader(cast(Endpoint, self), better_paths=self.better_paths, upgrade_after=upgrade_after)
 
     def better_paths(self, peer: PeerAddress, peer_id: PeerID, kind: str) -> list[DialPath]:
         names = [f"tcp {address}" for address in peer.addresses]
@@ -81,7 +82,7 @@ async def test_a_peer_that_can_be_dialled_now_is_dialled(kind: str) -> None:
     town.upgrader.place_changed()
     await town.until_attempted()
     assert town.tried == [["tcp 127.0.0.1:9", *punch], ["reverse", *punch]]
-    await town.upgrader.aclose()
+    await town.upgrader.tasks.aclose()
 
 
 async def test_nothing_is_looked_for_where_there_is_no_connection() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import pytest
 from aiohttp import web
@@ -65,7 +65,8 @@ def fault(code: int) -> str:
 class Box:
     """A router that describes itself and takes orders over HTTP."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Sequence[tuple[str, str]] = ()) -> None:
+        self.more = more
         self.device = DEVICE
         self.leases: list[str] = []
         self.removed: list[str] = []
@@ -107,38 +108,39 @@ class Box:
     async def aclose(self) -> None:
         await self._runner.cleanup()
 
+    async def search(self, own_host: str) -> list[tuple[str, str]]:
+        return [*self.more, (f"http://{self.address}/device.xml", "127.0.0.1")]
+
+    async def find(self) -> Gateway | None:
+        """What a node finds that searches for routers."""
+        return await upnp.find("127.0.0.1", search=self.search)
+
+    async def found(self) -> Gateway:
+        gateway = await self.find()
+        assert gateway is not None
+        return gateway
+
 
 @contextlib.asynccontextmanager
-async def box(monkeypatch: pytest.MonkeyPatch, *more: tuple[str, str]) -> AsyncIterator[Box]:
+async def box(*more: tuple[str, str]) -> AsyncIterator[Box]:
     """One router; `more` are other answers to the search: (location, address)."""
-    made = Box()
+    made = Box(more)
     await made.start()
-
-    async def search(own_host: str) -> list[tuple[str, str]]:
-        return [*more, (f"http://{made.address}/device.xml", "127.0.0.1")]
-
-    monkeypatch.setattr(upnp, "_search", search)
     yield made
     await made.aclose()
 
 
-async def found() -> Gateway:
-    gateway = await upnp.find("127.0.0.1")
-    assert gateway is not None
-    return gateway
-
-
-async def test_ports_are_mapped_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with box(monkeypatch) as router:
-        gateway = await found()
+async def test_ports_are_mapped_and_given_back() -> None:
+    async with box() as router:
+        gateway = await router.found()
         await gateway.add("TCP", 5000, "127.0.0.1", 5000, lease=3600.0)
         await gateway.remove("TCP", 5000)
         assert router.leases == ["3600"] and router.removed == ["5000"]
 
 
-async def test_what_routers_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with box(monkeypatch) as router:
-        gateway = await found()
+async def test_what_routers_refuse() -> None:
+    async with box() as router:
+        gateway = await router.found()
         router.faults = [upnp.CONFLICT]
         with pytest.raises(PortTaken, match="5000 leads to another computer"):
             await gateway.add("TCP", 5000, "127.0.0.1", 5000, lease=3600.0)
@@ -162,17 +164,17 @@ ENTITIES = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;&
     ["", "no xml", "<root/>", ENTITIES, DEVICE.replace("InternetGateway", "Media"), "x" * (upnp.MAX_BYTES + 1)],
     ids=["empty", "text", "bare", "entities", "no router", "endless"],
 )
-async def test_what_is_no_router(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    async with box(monkeypatch) as router:
+async def test_what_is_no_router(device: str) -> None:
+    async with box() as router:
         router.device = device
-        assert await upnp.find("127.0.0.1") is None
+        assert await router.find() is None
 
 
-async def test_a_router_is_asked_where_it_answers_from_only(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_router_is_asked_where_it_answers_from_only() -> None:
     """A description that sends us elsewhere would have us ask third parties."""
-    async with box(monkeypatch, ("http://192.0.2.1/device.xml", "127.0.0.1")) as router:
+    async with box(("http://192.0.2.1/device.xml", "127.0.0.1")) as router:
         router.device = DEVICE.replace("/control", "http://192.0.2.1/control")
-        gateway = await upnp.find("127.0.0.1")
+        gateway = await router.find()
         if gateway is not None:
             with pytest.raises(GatewayRefused, match="elsewhere"):
                 await gateway.add("TCP", 5000, "127.0.0.1", 5000, lease=3600.0)

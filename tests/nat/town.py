@@ -7,7 +7,9 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import cast
 
+from tesseract_async.endpoint.endpoint import Endpoint
 from tesseract_async.identity import Identity, PeerID
 from tesseract_async.metrics import Metrics
 from tesseract_async.nat import offers, preamble
@@ -15,6 +17,8 @@ from tesseract_async.nat.answering import MAX_NEGOTIATIONS, OfferAnswerer
 from tesseract_async.nat.demux import PreambleDemultiplexer
 from tesseract_async.nat.hole_punching import HolePuncher
 from tesseract_async.nat.relay import Relay, RelaySettings
+from tesseract_async.nat.rendezvous import RendezvousClient
+from tesseract_async.nat.role import RoleMachine
 from tesseract_async.nat.traversal import NatTransport
 from tesseract_async.transport import tcp
 from tesseract_async.transport.address_scope import AddressScope
@@ -25,7 +29,7 @@ from tests.transport.pipes import bound_socket
 class Place:
     """One node: where it is in the network, and signalling to the others."""
 
-    def __init__(self, places: dict[PeerID, Place], *, max_negotiations: int = MAX_NEGOTIATIONS) -> None:
+    def __init__(self, places: dict[PeerID, Place], *, max_negotiations: int, puncher: HolePuncher | None) -> None:
         self.identity = Identity.generate()
         self.peer_id = self.identity.peer_id
         self.metrics = Metrics()
@@ -43,24 +47,20 @@ class Place:
         places[self.peer_id] = self
         sock = bound_socket()
         self.address = f"127.0.0.1:{sock.getsockname()[1]}"
-        self.puncher = HolePuncher(own_hosts=lambda: ["127.0.0.1"], stun_server=self.no_stun_server)
+        self.puncher = puncher or HolePuncher(own_hosts=lambda: ["127.0.0.1"], stun_server=self.no_stun_server)
         scope = AddressScope(["127.0.0.1"])
         self.answerer = OfferAnswerer(
-            identity=self.identity,
-            accept=self.accepted.put_nowait,
+            cast(Endpoint, self),
             puncher=self.puncher,
-            metrics=self.metrics,
             scope=scope,
             max_negotiations=max_negotiations,
         )
         self.nat = NatTransport(
-            identity=self.identity,
-            endpoint=self,
-            signalling=self,
-            place=self,
+            cast(Endpoint, self),
+            signalling=cast(RendezvousClient, self),
+            role=cast(RoleMachine, self),
             puncher=self.puncher,
             direct_paths=lambda peer: (),
-            metrics=self.metrics,
             scope=scope,
         )
         handlers = {preamble.RELAY: self.relay.pipe_arrived, preamble.REVERSE: self.nat.pipe_arrived}
@@ -69,10 +69,13 @@ class Place:
     async def no_stun_server(self) -> tuple[str, int] | None:
         return None
 
-    # an endpoint: see `upgrades.Upgradable`
+    # an endpoint
 
     def path_kind(self, peer_id: PeerID) -> str:
         return ""
+
+    def accept(self, pipe: Pipe) -> None:
+        self.accepted.put_nowait(pipe)
 
     async def upgrade(self, peer: PeerAddress, paths: Sequence[DialPath]) -> None:
         raise AssertionError("there is no connection")
@@ -110,15 +113,17 @@ class Place:
     async def aclose(self) -> None:
         await self.demultiplexer.aclose()
         await self.nat.aclose()
-        await self.answerer.aclose()
+        await self.answerer.tasks.aclose()
         await self.relay.aclose()
 
 
 @contextlib.asynccontextmanager
-async def town(count: int, *, max_negotiations: int = MAX_NEGOTIATIONS) -> AsyncIterator[list[Place]]:
+async def town(
+    count: int, *, max_negotiations: int = MAX_NEGOTIATIONS, puncher: HolePuncher | None = None
+) -> AsyncIterator[list[Place]]:
     """The last place is everybody's rendezvous and relay."""
     places: dict[PeerID, Place] = {}
-    made = [Place(places, max_negotiations=max_negotiations) for _ in range(count)]
+    made = [Place(places, max_negotiations=max_negotiations, puncher=puncher) for _ in range(count)]
     relay = made[-1]
     for place in made:
         place.rendezvous = (PeerAddress(relay.peer_id, (relay.address,)),)
@@ -129,5 +134,5 @@ async def town(count: int, *, max_negotiations: int = MAX_NEGOTIATIONS) -> Async
 
 
 def path(place: Place, peer: PeerAddress, kind: str) -> DialPath:
-    [found] = [one for one in place.nat.paths(peer, bulk=False) if one.name == kind]
+    [found] = [one for one in place.nat.paths(peer) if one.name == kind]
     return found

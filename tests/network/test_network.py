@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from tesseract_async.admission import Policy
-from tesseract_async.identity import Identity, PeerID
+from tesseract_async.identity import Identity, PeerID, SignedRecord
+from tesseract_async.metrics import Metrics
 from tesseract_async.network import writing
-from tesseract_async.network.entries import StoreItem, key_digest
+from tesseract_async.network.driver import NetworkDriver, families
+from tesseract_async.network.entries import StoreItem
+from tesseract_async.network.holding import RecordCheck
 from tesseract_async.network.network import RECEIVE_BUFFER_BYTES, TesseractNetwork
+from tesseract_async.network.protocol import NetworkProtocol
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.transport.base import PeerAddress
 from tests.loopback import needs_both_kinds_of_ip, needs_ipv6_loopback
@@ -30,6 +35,27 @@ QUICK = NetworkSettings(join_timeout=2.0)
 def writers_wait_forevery_holder(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine the last of them is late, and a writer would go on without it (see `test_protocol`)."""
     monkeypatch.setattr(writing, "PATIENCE", 1e6)
+
+
+class Node(TesseractNetwork):
+    """One whose port is known, and that can die."""
+
+    port = 0
+
+    async def start(
+        self, sock: socket.socket, *, initial_peers: Sequence[PeerAddress] = (), public: bool = False
+    ) -> None:
+        self.port = sock.getsockname()[1]
+        await super().start(sock, initial_peers=initial_peers, public=public)
+
+    def die(self) -> socket.socket:
+        """Ends without a farewell. Returns its socket, which keeps the port."""
+        assert self._driver is not None
+        transport = self._driver._transport
+        assert transport is not None
+        sock: socket.socket = transport.get_extra_info("socket").dup()
+        transport.abort()
+        return sock
 
 
 def bound(host: str = "127.0.0.1") -> socket.socket:
@@ -53,10 +79,11 @@ async def node(
     host: str = "127.0.0.1",
     identity: Identity | None = None,
     settings: NetworkSettings = PATIENT,  # noqa: B008 (frozen)
-) -> AsyncIterator[tuple[TesseractNetwork, int]]:
+    checks: Sequence[RecordCheck] = (),
+) -> AsyncIterator[tuple[Node, int]]:
     sock = bound(host) if sock is None else sock
     port = sock.getsockname()[1]
-    network = TesseractNetwork(identity=identity or Identity.generate(), settings=settings)
+    network = Node(identity=identity or Identity.generate(), settings=settings, checks=checks)
     text = f"[{host}]" if ":" in host else host
     await network.start(sock, initial_peers=[PeerAddress.parse(f"{text}:{seed}") for seed in seeds])
     try:
@@ -65,17 +92,8 @@ async def node(
         await network.aclose()
 
 
-def port_of(network: TesseractNetwork) -> int:
-    driver = network._driver
-    assert driver is not None and driver._transport is not None
-    port: int = driver._transport.get_extra_info("sockname")[1]
-    return port
-
-
 @asynccontextmanager
-async def swarm(
-    count: int, host: str = "127.0.0.1", settings: NetworkSettings = PATIENT
-) -> AsyncIterator[list[TesseractNetwork]]:
+async def swarm(count: int, host: str = "127.0.0.1", settings: NetworkSettings = PATIENT) -> AsyncIterator[list[Node]]:
     async with AsyncExitStack() as stack:
         first, seed = await stack.enter_async_context(node(host=host, settings=settings))
         others = [
@@ -150,7 +168,7 @@ async def test_a_withdrawn_entry_is_gone_and_may_come_back() -> None:
 async def test_a_restarted_owner_withdraws_what_it_published_before() -> None:
     identity = Identity.generate()
     async with swarm(3) as nodes:
-        port = port_of(nodes[0])
+        port = nodes[0].port
         async with node(port, identity=identity) as (before, _):
             await before.store("key", 1, ttl=60.0)
         async with node(port, identity=identity) as (after, _):
@@ -161,15 +179,17 @@ async def test_a_restarted_owner_withdraws_what_it_published_before() -> None:
 
 async def test_a_tombstone_outlives_everything_that_it_hides() -> None:
     identity = Identity.generate()
-    async with swarm(2) as nodes:
-        port = port_of(nodes[0])
+    taken: list[SignedRecord] = []
 
-        def kept_until() -> float:
-            assert nodes[1]._protocol is not None
-            record = nodes[1]._protocol.core.storage.get(key_digest("key"), None, identity.peer_id)
-            assert record is not None and record.tombstone
-            return record.expiration - time.time()
+    def note(record: SignedRecord) -> bool:
+        taken.append(record)
+        return True
 
+    def kept_until() -> float:
+        assert taken[-1].tombstone
+        return taken[-1].expiration - time.time()
+
+    async with node(checks=[note]) as (_, port):
         async with node(port, identity=identity) as (owner, _):
             await owner.store("key", 1, ttl=1000.0)
             await owner.store("key", 2, ttl=10.0)  # a holder that missed it shows the first one for long
@@ -213,9 +233,7 @@ async def test_starting_never_waits_for_seeds_and_finds_them_when_they_come() ->
 async def test_a_killed_node_does_not_stop_the_others() -> None:
     async with swarm(6, settings=QUICK) as nodes:
         await nodes[1].store("key", 1, ttl=60.0)
-        victim = nodes[5]._driver
-        assert victim is not None and victim._transport is not None
-        victim._transport.abort()  # no farewell
+        nodes[5].die().close()
         assert await nodes[2].get("key") == 1
         assert await nodes[3].store("other", 2, ttl=60.0) == 5
         await until(lambda: nodes[3].num_contacts == 4)
@@ -226,10 +244,7 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         reader, holder = nodes[1], nodes[0]
         reader.set_client(True)  # it holds nothing itself
         await holder.store("key", 1, ttl=60.0)
-        assert holder._driver is not None and holder._driver._transport is not None
-        storage = holder._driver.protocol.core.storage
-        held = holder._driver._transport.get_extra_info("socket").dup()  # the port stays its own
-        holder._driver._transport.abort()  # no farewell
+        held = holder.die()
         with pytest.raises(TimeoutError, match="no answer from 127.0.0.1"):
             await reader.get("key")
         assert reader.num_contacts == 0
@@ -237,9 +252,7 @@ async def test_a_read_that_nobody_answers_says_so_and_goes_on_once_somebody_does
         reading = asyncio.create_task(reader.get("key"))
         await asyncio.sleep(0)
         async with node(sock=held, identity=holder.identity, settings=QUICK) as (back, _):
-            assert back._driver is not None
-            for held_record in storage:
-                back._driver.protocol.core.storage.put(held_record)
+            await back.store("key", 1, ttl=60.0)
             assert await reading == 1
             assert await reader.get("absent") is None
 
@@ -266,8 +279,8 @@ def seed(address: int, peer_id: PeerID | None) -> PeerAddress:
 async def test_nothing_is_said_to_a_seed_that_proves_to_be_another(caplog: pytest.LogCaptureFixture) -> None:
     other = PeerID(bytes([0x11]) * 32)
     async with swarm(3) as nodes:
-        first, port = nodes[0], port_of(nodes[0])
-        network = TesseractNetwork(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05))
+        first, port = nodes[0], nodes[0].port
+        network = Node(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05))
         await network.start(bound(), initial_peers=[seed(port, other)])
         try:
             await until(lambda: bool(network.wrong_seeds))
@@ -275,9 +288,9 @@ async def test_nothing_is_said_to_a_seed_that_proves_to_be_another(caplog: pytes
             with pytest.raises(TimeoutError, match=f"{port} proves to be {first.peer_id.short}, not 11111111"):
                 await network.get("other")
             assert await nodes[1].get("key") is None and await nodes[0].store("theirs", 1, ttl=60.0) == 3
-            assert network.num_contacts == 0 and network._protocol is not None
-            assert all(network.peer_id not in (n._protocol.core.table if n._protocol else ()) for n in nodes)
-            assert not network._protocol.core.storage.num_entries - 1, "nor does anything come from there"
+            assert network.num_contacts == 0 and all(one.num_contacts == 2 for one in nodes)
+            with pytest.raises(TimeoutError):
+                await network.get("theirs")  # nor does anything come from there
             assert f"the seed 127.0.0.1:{port}/{other} proves to be {first.peer_id}" in caplog.text
         finally:
             await network.aclose()
@@ -286,8 +299,8 @@ async def test_nothing_is_said_to_a_seed_that_proves_to_be_another(caplog: pytes
 async def test_ids_that_begin_alike_are_told_apart() -> None:
     async with swarm(1) as (first,):
         other = PeerID(bytes(first.peer_id)[:30] + b"xx")
-        network = TesseractNetwork(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05))
-        await network.start(bound(), initial_peers=[seed(port_of(first), other)])
+        network = Node(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05))
+        await network.start(bound(), initial_peers=[seed(first.port, other)])
         try:
             await until(lambda: bool(network.wrong_seeds))
             assert str(first.peer_id) in str(network.trouble) and str(other) in str(network.trouble)
@@ -301,30 +314,27 @@ async def test_of_two_seeds_the_wrong_one_is_left_alone(order: int) -> None:
     other = PeerID(bytes([0x11]) * 32)
     async with swarm(3) as nodes:
         wrong, right = nodes[0], nodes[1]
-        seeds = [seed(port_of(wrong), other), seed(port_of(right), right.peer_id), seed(port_of(wrong), None)]
-        network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT)
+        seeds = [seed(wrong.port, other), seed(right.port, right.peer_id), seed(wrong.port, None)]
+        network = Node(identity=Identity.generate(), settings=PATIENT)
         await network.start(bound(), initial_peers=seeds[::order])
         try:
             assert await network.wait_joined(30) and network.trouble is None
             await until(lambda: network.num_contacts == 2 and bool(network.wrong_seeds))
             assert await network.store("key", 1, ttl=60.0) == 3
             assert wrong.peer_id not in {contact.peer_id for contact in network.public_contacts(9)}
-            assert network._protocol is not None and network._protocol.core.public
+            assert network.role == "public"
         finally:
             await network.aclose()
 
 
 async def test_a_seed_that_comes_back_as_another_is_left_alone() -> None:
     async with swarm(1, settings=QUICK) as nodes:
-        port = port_of(nodes[0])
-        network = TesseractNetwork(identity=Identity.generate(), settings=QUICK)
+        port = nodes[0].port
+        network = Node(identity=Identity.generate(), settings=QUICK)
         await network.start(bound(), initial_peers=[seed(port, nodes[0].peer_id)])
         try:
             assert await network.wait_joined(30)
-            driver = nodes[0]._driver
-            assert driver is not None and driver._transport is not None
-            held = driver._transport.get_extra_info("socket").dup()
-            driver._transport.abort()
+            held = nodes[0].die()
             async with node(sock=held, settings=QUICK) as (impostor, _):
                 with pytest.raises(TimeoutError, match=f"proves to be {impostor.peer_id.short}"):
                     await network.get("key")
@@ -336,10 +346,8 @@ async def test_a_seed_that_comes_back_as_another_is_left_alone() -> None:
 async def test_a_remembered_peer_whose_address_is_another_s_now_is_no_contact(tmp_path: Path) -> None:
     async with swarm(2) as nodes:
         path = tmp_path / "peers"
-        path.write_text(f"127.0.0.1:{port_of(nodes[0])}/{bytes([0x11] * 32).hex()}\n")
-        network = TesseractNetwork(
-            identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05), peers_file=path
-        )
+        path.write_text(f"127.0.0.1:{nodes[0].port}/{bytes([0x11] * 32).hex()}\n")
+        network = Node(identity=Identity.generate(), settings=NetworkSettings(join_timeout=0.05), peers_file=path)
         await network.start(bound())
         try:
             await until(lambda: bool(network.metrics.total("network_seeds_with_another_id")))
@@ -390,11 +398,9 @@ async def test_a_caller_s_mistakes_raise_before_anything_is_sent() -> None:
 
 async def test_garbage_on_the_port_is_counted_and_disturbs_nothing() -> None:
     async with swarm(3) as nodes:
-        driver = nodes[0]._driver
-        assert driver is not None and driver._transport is not None
         with bound() as attacker:
             for data in (b"", b"x", bytes(1400), b"\x54\x01" + bytes(60)):
-                attacker.sendto(data, driver._transport.get_extra_info("sockname"))
+                attacker.sendto(data, ("127.0.0.1", nodes[0].port))
         await until(lambda: nodes[0].metrics.total("network_datagrams_dropped") >= 3)
         assert await nodes[1].store("key", 1, ttl=60.0) == 3
 
@@ -402,8 +408,8 @@ async def test_garbage_on_the_port_is_counted_and_disturbs_nothing() -> None:
 async def test_peers_are_remembered_on_disk_and_asked_beside_the_seeds(tmp_path: Path) -> None:
     path = tmp_path / "state" / "peers"
     async with swarm(3) as nodes:
-        for seeds in ([PeerAddress.parse(f"127.0.0.1:{port_of(nodes[0])}")], []):
-            network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, peers_file=path)
+        for seeds in ([PeerAddress.parse(f"127.0.0.1:{nodes[0].port}")], []):
+            network = Node(identity=Identity.generate(), settings=PATIENT, peers_file=path)
             await network.start(bound(), initial_peers=seeds)
             assert await network.wait_joined(30) and network.num_contacts >= 1
             await network.aclose()
@@ -414,7 +420,7 @@ async def test_peers_are_remembered_on_disk_and_asked_beside_the_seeds(tmp_path:
 async def test_damaged_remembered_peers_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "peers"
     path.write_text("nonsense")
-    network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, peers_file=path)
+    network = Node(identity=Identity.generate(), settings=PATIENT, peers_file=path)
     await network.start(bound())
     assert "cannot be read" in caplog.text
     await network.aclose()
@@ -423,19 +429,17 @@ async def test_damaged_remembered_peers_are_passed_over(tmp_path: Path, caplog: 
 async def test_roles_addresses_and_contacts_can_be_asked_for() -> None:
     async with swarm(4) as nodes:
         assert nodes[1].role == "public"
-        ports = {port_of(network) for network in nodes}
+        ports = {network.port for network in nodes}
         observed = nodes[1].observed
-        assert set(observed.values()) == {f"127.0.0.1:{port_of(nodes[1])}"}
+        assert set(observed.values()) == {f"127.0.0.1:{nodes[1].port}"}
         assert set(observed) <= {network.peer_id for network in nodes}
         contacts = nodes[1].public_contacts(10)
-        assert {int(peer.addresses[0].rpartition(":")[2]) for peer in contacts} == ports - {port_of(nodes[1])}
+        assert {int(peer.addresses[0].rpartition(":")[2]) for peer in contacts} == ports - {nodes[1].port}
 
 
 async def test_a_change_of_role_is_told() -> None:
     changes: list[str] = []
-    network = TesseractNetwork(
-        identity=Identity.generate(), settings=PATIENT, on_role_change=lambda: changes.append(network.role)
-    )
+    network = Node(identity=Identity.generate(), settings=PATIENT, on_role_change=lambda: changes.append(network.role))
     await network.start(bound())
     network.set_client(True)
     network.set_client(True)
@@ -447,9 +451,9 @@ async def test_a_change_of_role_is_told() -> None:
 async def test_a_policy_says_whose_records_a_node_holds() -> None:
     friend = Identity.generate()
     policy = Policy(hosts=[friend.peer_id])
-    closed = TesseractNetwork(identity=Identity.generate(), settings=PATIENT, policy=policy)
+    closed = Node(identity=Identity.generate(), settings=PATIENT, policy=policy)
     await closed.start(bound())
-    async with node(port_of(closed), identity=friend) as (known, _), node(port_of(closed)) as (stranger, _):
+    async with node(closed.port, identity=friend) as (known, _), node(closed.port) as (stranger, _):
         await until(lambda: closed.num_contacts == known.num_contacts == stranger.num_contacts == 2)
         assert await known.store("key", 1, ttl=60.0) == 3
         assert await stranger.store("key", 2, ttl=60.0) == 2
@@ -459,11 +463,11 @@ async def test_a_policy_says_whose_records_a_node_holds() -> None:
 async def test_an_owner_whose_clock_went_back_goes_beyond_what_it_published(monkeypatch: pytest.MonkeyPatch) -> None:
     identity = Identity.generate()
     async with swarm(3) as nodes:
-        async with node(port_of(nodes[0]), identity=identity) as (before, _):
+        async with node(nodes[0].port, identity=identity) as (before, _):
             await before.store("key", "old", ttl=600.0)
         genuine = time.time
         monkeypatch.setattr(time, "time", lambda: genuine() - 20.0)
-        async with node(port_of(nodes[0]), identity=identity) as (after, _):
+        async with node(nodes[0].port, identity=identity) as (after, _):
             assert await after.store("key", "new", ttl=600.0) >= 3
         monkeypatch.undo()
         assert await nodes[1].get("key") == "new"
@@ -479,7 +483,7 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
     both.bind(("::", 0))
     both.setblocking(False)
     port = both.getsockname()[1]
-    middle = TesseractNetwork(identity=Identity.generate(), settings=PATIENT)
+    middle = Node(identity=Identity.generate(), settings=PATIENT)
     await middle.start(both, public=True)
     async with node(port) as (old, _), node(port, host="::1") as (new, _):
         assert await old.wait_joined(30) and await new.wait_joined(30)
@@ -488,17 +492,36 @@ async def test_nodes_with_both_kinds_of_ip_join_those_with_one() -> None:
         assert await middle.get("key") == 1
         await until(lambda: old.num_contacts == new.num_contacts == 1)
         assert {peer.addresses[0].rpartition(":")[0] for peer in middle.public_contacts(9)} == {"127.0.0.1", "[::1]"}
-        assert old._driver is not None
-        old._driver.protocol.core.outbox.send(b"x", ("::1", 9))  # should it ever want to
-        old._driver.cycle()
     await middle.aclose()
+
+
+@pytest.mark.both_loops
+async def test_what_a_socket_cannot_send_to_is_counted() -> None:
+    """The machine leaves such addresses out; but should it ever want to."""
+    loop = asyncio.get_running_loop()
+    protocol = NetworkProtocol(
+        identity=Identity.generate(),
+        settings=PATIENT,
+        random=random.Random(0),
+        metrics=Metrics(),
+        now=loop.time(),
+        wall_offset=0.0,
+        public=True,
+    )
+    with bound() as sock:
+        driver = NetworkDriver(protocol, loop, speaks=families(sock), has_seeds=False, on_role_change=lambda: None)
+        await loop.create_datagram_endpoint(lambda: driver, sock=sock)
+        protocol.core.outbox.send(b"x", ("::1", 9))
+        driver.cycle()
+        await until(lambda: protocol.core.metrics.total("network_send_errors") == 1)
+        await driver.aclose()
 
 
 async def test_the_receive_buffer_is_raised() -> None:
     with bound() as fresh:
         before = fresh.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
     sock = bound()
-    network = TesseractNetwork(identity=Identity.generate(), settings=PATIENT)
+    network = Node(identity=Identity.generate(), settings=PATIENT)
     await network.start(sock)
     size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
     assert size > before or size == before >= RECEIVE_BUFFER_BYTES, "what a machine gives by itself is not lowered"

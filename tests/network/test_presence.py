@@ -9,50 +9,31 @@ from typing import Any
 import pytest
 
 from tesseract_async.identity import Identity, PeerID
-from tesseract_async.network.entries import Entry
 from tesseract_async.network.presence import Presence
+from tests.experts.fake_network import FakeEntry, FakeNetwork, FakeSwarm
+
+PEER = Identity.from_seed(bytes(32)).peer_id
+KEY = f"node/{PEER}"
 
 
-class Board:
-    """The network, as far as one identity's entry goes: the newest stays."""
+class Twin:
+    """One of the nodes that have the identity, and what it does about it."""
 
-    def __init__(self) -> None:
-        self.sequence = 0
-        self.entry: Entry | None = None
-
-
-class Node:
-    """The network as a node's presence sees it."""
-
-    def __init__(self, board: Board, peer_id: PeerID) -> None:
-        self.board = board
-        self.peer_id = peer_id
-        self.sequence = 0
+    def __init__(self, swarm: FakeSwarm) -> None:
+        self.swarm = swarm
         self.withdrawn = False
-        self.presence = Presence(self, on_older_twin=self.withdraw, period=0.0)
+        network: Any = FakeNetwork(swarm, PEER)
+        self.presence = Presence(network, on_older_twin=self.withdraw, period=QUICK)
 
     def withdraw(self) -> None:
         self.withdrawn = True
-
-    async def wait_joined(self, timeout: float | None = None) -> bool:
-        return True
-
-    async def get_entries(self, key: str) -> list[Entry]:
-        return [] if self.board.entry is None else [self.board.entry]
-
-    async def store(self, key: str, value: Any, *, ttl: float, subkey: str | None = None) -> int:
-        self.sequence = self.board.sequence = sequence = max(self.board.sequence + 1, int(now() * 1e6))
-        self.board.entry = Entry(key, subkey, self.peer_id, sequence, now() + ttl, value)
-        return 1
-
-    def last_sequence(self, key: str) -> int:
-        return self.sequence
 
     async def look(self) -> str:
         tick()
         return await self.presence.look()
 
 
+QUICK = 1e-3
 _now = [1_700_000_000.0]
 
 
@@ -69,15 +50,12 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", now)
 
 
-PEER = Identity.from_seed(bytes(32)).peer_id
-
-
 async def test_of_two_twins_the_younger_withdraws_and_both_say_so(caplog: pytest.LogCaptureFixture) -> None:
-    board = Board()
-    older = Node(board, PEER)
+    swarm = FakeSwarm()
+    older = Twin(swarm)
     assert await older.look() == "" == await older.look()
     tick()
-    younger = Node(board, PEER)
+    younger = Twin(swarm)
     assert await younger.look() == "before", "it may be the same node before a restart"
     assert await older.look() == "younger" and not older.withdrawn
     assert await younger.look() == "older" and younger.withdrawn
@@ -90,33 +68,34 @@ async def test_of_two_twins_the_younger_withdraws_and_both_say_so(caplog: pytest
 
 
 async def test_a_restart_is_no_twin() -> None:
-    board = Board()
-    before = Node(board, PEER)
+    swarm = FakeSwarm()
+    before = Twin(swarm)
     for _ in range(3):
         await before.look()
     tick()
-    after = Node(board, PEER)  # killed, and started again while the entry lives
+    after = Twin(swarm)  # killed, and started again while the entry lives
     assert await after.look() == "before"
     assert [await after.look() for _ in range(5)] == [""] * 5 and not after.withdrawn
 
 
 async def test_strangers_and_garbage_are_passed_over() -> None:
-    board = Board()
-    node = Node(board, PEER)
+    swarm = FakeSwarm()
+    node = Twin(swarm)
     await node.look()
     for owner, value in (
         (PeerID(bytes(32)), [b"12345678", 0.0]),
         *((PEER, value) for value in (None, 5, [], [1, 2], ["x", "y"], [b"12345678", "z"], [b"1", [2]])),
     ):
-        board.entry = Entry("", None, owner, board.sequence + 10**9, now() + 60.0, value)
+        swarm.sequence += 10**9
+        swarm.entries[KEY, None, owner] = FakeEntry(KEY, None, owner, swarm.sequence, swarm.clock.now + 60.0, value)
         assert await node.look() in ("", "before") and not node.withdrawn
 
 
 async def test_it_ends_once_it_has_withdrawn(caplog: pytest.LogCaptureFixture) -> None:
-    board = Board()
-    older, younger = Node(board, PEER), None
+    swarm = FakeSwarm()
+    older, younger = Twin(swarm), None
     tick()
-    younger = Node(board, PEER)
+    younger = Twin(swarm)
     running = [asyncio.create_task(node.presence.run()) for node in (older, younger)]
     async with asyncio.timeout(30):
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)

@@ -15,12 +15,11 @@ from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contac
 from tesseract_async.network.core import MAX_REQUEST_RATE
 from tesseract_async.network.dial_back import MAX_ERRANDS
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
-from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol
+from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol, Tokens
 from tesseract_async.network.reading import PAGES_IN_PROGRESS
 from tesseract_async.network.rpcs import MAX_CALLS, Call, Caller
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
-from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import SHORTEST_WAIT
 from tesseract_async.testing import LyingProtocol, SimulatedNetwork
 from tesseract_async.transport.address_scope import AddressScope
@@ -775,7 +774,7 @@ def test_a_bucket_that_no_lookup_went_through_is_refreshed_and_one_that_was_used
 
 def test_pages_are_asked_for_several_at_a_time_and_no_more_than_that() -> None:
     pair = Pair()
-    pair.a.set_client(True)
+    pair.a.core.outbox.forced_client = True
     pair.join()
     for index in range(500):
         pair.b.core.storage.put(record(pair.b, subkey=str(index), size=100))

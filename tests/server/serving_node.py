@@ -12,12 +12,14 @@ import torch
 
 from tesseract_async.endpoint.call_table import CallHandler, CallTable
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
+from tesseract_async.experts.manifest import decode_manifest, join_uid
 from tesseract_async.experts.trust import Trust
 from tesseract_async.identity import Identity
 from tesseract_async.metrics import Metrics
 from tesseract_async.node import EXPERT_METHODS
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
+from tests.experts.fake_network import FakeNetwork, FakeSwarm
 
 PEER = Identity.from_seed(bytes(32)).peer_id
 
@@ -28,15 +30,33 @@ class ServingNode:
     def __init__(self) -> None:
         self.table = CallTable("fake", uid_methods={**EXPERT_METHODS, "expert.age": "call"})
         self.metrics = Metrics()
-        self.network = None
+        self.network = FakeNetwork(FakeSwarm(), Identity.generate().peer_id)
         self.trust = Trust()
         self.peer_address = SimpleNamespace(addresses=("127.0.0.1:1",), rendezvous=())
         self.connected = True
+        self.asked_for_connection = asyncio.Event()
+        """Set once somebody has asked whether a peer that is not connected is."""
         self.is_closed = False
         self.publisher_places: set[int] = set()
 
     def is_connected(self, peer_id: Any) -> bool:
+        if not self.connected:
+            self.asked_for_connection.set()
         return self.connected
+
+    @property
+    def declared(self) -> dict[str, bool]:
+        """What servers have declared in the network: uid -> whether the server is its primary."""
+        manifests = (decode_manifest(entry.value) for entry in self.network.swarm.entries.values())
+        return {
+            join_uid(one.prefix, coords): bool(primary)
+            for one in manifests
+            for coords, primary in zip(one.coords.tolist(), one.primary.tolist(), strict=True)
+        }
+
+    @property
+    def is_running(self) -> bool:
+        return not self.is_closed
 
     def check_running(self) -> None:
         if self.is_closed:

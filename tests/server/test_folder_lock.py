@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from tesseract_async.errors import CheckpointError
-from tesseract_async.server import folder_lock
-from tesseract_async.server.folder_lock import FolderLock
+from tesseract_async.server import state_files
+from tesseract_async.server.state_files import FolderLock
 from tests.cli.processes import ENVIRONMENT, ROOT
 
 HOLDS = """
 import os, sys, time
 from pathlib import Path
-from tesseract_async.server.folder_lock import FolderLock
+from tesseract_async.server.state_files import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.acquire()
 child = os.fork()
@@ -87,9 +87,9 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
         raise OSError(number, os.strerror(number))
 
     if number is None:
-        monkeypatch.setattr(folder_lock, "fcntl", None)
+        monkeypatch.setattr(state_files, "fcntl", None)
     else:
-        monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+        monkeypatch.setattr(state_files.fcntl, "flock", refuse)
     lock = FolderLock(tmp_path)
     lock.acquire()
     assert "cannot be locked" in caplog.text and "no second server" in caplog.text
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_who_releases_frees_it_though_a_child_just_forked_still_has_the_file_open(tmp_path: Path) -> None:
     first, second = FolderLock(tmp_path), FolderLock(tmp_path)
     first.acquire()
-    (handle,) = folder_lock._held.values()
+    (handle,) = state_files._held.values()
     copy = os.dup(handle)
     try:
         first.release()

@@ -1,12 +1,15 @@
-"""Ready-made experts by name."""
+"""Ready-made experts by name, and what is said of builders that return something else than they should."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import tesseract_async as ta
 from tesseract_async.server import registry
 
+RESULTS = [None, nn.Linear(4, 4), (nn.Linear(4, 4),), ("module", ()), (1, 2, 3)]
 SMALL: dict[str, dict[str, int]] = {
     "ffn": {"in_features": 8},
     "transformer": {"in_features": 8, "num_heads": 2, "sequence_length": 4},
@@ -77,3 +80,14 @@ def test_an_optimizer_is_made_when_it_is_first_needed() -> None:
     _, of_parameters = backend.gradients([x], [torch.ones_like(output) for output in outputs])
     assert isinstance(backend.optimizer, torch.optim.Adam)
     assert backend.step(of_parameters) == 1
+
+
+@ta.expert_builder
+def returns(number: int = 0) -> object:  # type: ignore[arg-type]
+    return RESULTS[number]
+
+
+@pytest.mark.parametrize("number", range(len(RESULTS)))
+def test_what_is_no_module_with_schemas_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match=":returns returns a .*, not a module and the schemas of its arguments"):
+        registry.build_module(f"{__name__}:returns", {"number": number}, marked=True)

@@ -337,7 +337,7 @@ async def test_who_pauses_hands_over_and_comes_back_as_a_follower() -> None:
         await backward(first.node, second)
         await first.keeper.look()
         assert first.version == 1, "it rests"
-        await first.keeper.come_back()
+        await first.keeper.look(even_paused=True)
         await first.server.resume()
         assert not first.leads and first.version == 2 and equal(first, second)
         (found,) = (await read_replicas(second.node, [UID]))[UID]

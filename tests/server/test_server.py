@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import pytest_asyncio
 import torch
 from torch import nn
 
-from tesseract_async import files
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import (
     CheckpointError,
@@ -31,41 +31,18 @@ from tesseract_async.errors import (
 )
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.server import checkpoint, expected
-from tesseract_async.server import server as server_module
+from tesseract_async.server import checkpoint
 from tesseract_async.server.hosted import HostedState, Succession
-from tesseract_async.server.memory import KEEP_SECONDS, CallerMemory, alone
-from tesseract_async.server.server import ServerSettings, TesseractServer
+from tesseract_async.server.memory import EXPECT_SECONDS, GONE_AFTER, KEEP_SECONDS, CallerMemory, alone
+from tesseract_async.server.server import FAREWELL_TIMEOUT, ServerSettings, TesseractServer
 from tesseract_async.server.state_files import CheckpointStore
 from tesseract_async.wire import frames, messages
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
 from tesseract_async.wire.tensors import TensorSpec
+from tests.disks import full_disk, read_only_disk, slow_disk
 from tests.faults.serving import let_pass
 from tests.server.serving_node import PEER, ServingNode
-
-
-class FakePublisher:
-    """Records what was declared, in place of the network."""
-
-    declared: dict[str, bool] = {}
-
-    def __init__(self, network: Any, **_: Any) -> None: ...
-
-    async def declare(self, uids: Mapping[str, bool], *, epochs: Mapping[str, int] | None = None) -> int:
-        FakePublisher.declared = dict(uids)
-        return 1
-
-    async def withdraw(self) -> None:
-        FakePublisher.declared = {}
-
-    async def aclose(self) -> None:
-        FakePublisher.declared = {}
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "ExpertPublisher", FakePublisher)
 
 
 def make_backend(seed: int = 0, *, lr: float = 0.01) -> ExpertBackend:
@@ -93,10 +70,10 @@ async def server(node: ServingNode) -> AsyncIterator[TesseractServer]:
 
 async def test_it_declares_its_experts_and_withdraws_them(node: ServingNode) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}):  # type: ignore[arg-type]
-        assert FakePublisher.declared == {"ffn.0": True} and list(node.table.uids) == ["ffn.0"]
+        assert node.declared == {"ffn.0": True} and list(node.table.uids) == ["ffn.0"]
         async with TesseractServer(node, {"ffn.1": make_backend()}):  # type: ignore[arg-type]
             assert sorted(node.table.uids) == ["ffn.0", "ffn.1"], "several servers share a node"
-    assert not FakePublisher.declared and not node.table.uids
+    assert not node.declared and not node.table.uids
 
 
 async def test_info_tells_the_schemas(node: ServingNode, server: TesseractServer) -> None:
@@ -374,28 +351,14 @@ async def test_the_first_checkpoint_is_written_before_anything_is_answered(node:
         assert (tmp_path / "ffn.0" / "000000000000.safetensors").exists()
 
 
-def refuse_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-
-
-def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_only(*_: Any) -> Any:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(files, "open", read_only, raising=False)
-
-
 @pytest.mark.parametrize(
-    ("spoil", "sentence"), [(refuse_fsync, "No space left"), (refuse_open, "Read-only")], ids=["full", "read-only"]
+    ("spoil", "sentence"), [(full_disk, "No space left"), (read_only_disk, "Read-only")], ids=["full", "read-only"]
 )
 async def test_a_disk_that_takes_nothing_stops_nothing(
     node: ServingNode,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    spoil: Callable[[pytest.MonkeyPatch], None],
+    spoil: Callable[[], contextlib.AbstractContextManager[None]],
     sentence: str,
 ) -> None:
     tried, resting = asyncio.Event(), asyncio.Event()
@@ -412,8 +375,7 @@ async def test_a_disk_that_takes_nothing_stops_nothing(
                 resting.set()
 
     async with Watched(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path, checkpoint_period=0.01) as server:  # type: ignore[arg-type]
-        with pytest.MonkeyPatch.context() as patch:
-            spoil(patch)
+        with spoil():
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
             async with asyncio.timeout(30):
                 await tried.wait()
@@ -425,26 +387,20 @@ async def test_a_disk_that_takes_nothing_stops_nothing(
     assert (tmp_path / "ffn.0" / "000000000002.safetensors").exists(), "it could be written again when it left"
 
 
-async def test_a_slow_disk_holds_up_no_call(node: ServingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, writing = threading.Event(), threading.Event()
-
-    def slow(_: int) -> None:
-        writing.set()
-        assert release.wait(timeout=60)
-
+async def test_a_slow_disk_holds_up_no_call(node: ServingNode, tmp_path: Path) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path) as server:  # type: ignore[arg-type]
         await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-        monkeypatch.setattr(os, "fsync", slow)
-        saving = asyncio.create_task(server.save_checkpoints())
-        await asyncio.to_thread(writing.wait, 60)
-        for _ in range(3):
-            await node.forward("ffn.0", torch.randn(3, 8))
-            await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-        assert not saving.done()
-        release.set()
-        assert await saving == 1
-        saved = CheckpointStore(tmp_path).load("ffn.0")
-        assert saved is not None and saved["version"] == 1, "as it was when saving began"
+        with slow_disk() as disk:
+            saving = asyncio.create_task(server.save_checkpoints())
+            await asyncio.to_thread(disk.writing.wait, 60)
+            for _ in range(3):
+                await node.forward("ffn.0", torch.randn(3, 8))
+                await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
+            assert not saving.done()
+            disk.release.set()
+            assert await saving == 1
+            saved = CheckpointStore(tmp_path).load("ffn.0")
+            assert saved is not None and saved["version"] == 1, "as it was when saving began"
 
 
 async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: ServingNode, tmp_path: Path) -> None:
@@ -455,16 +411,12 @@ async def test_a_directory_that_cannot_be_written_is_an_error_at_start(node: Ser
     assert not node.table.uids
 
 
-async def test_what_could_not_be_saved_is_an_error_when_it_leaves(
-    node: ServingNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_could_not_be_saved_is_an_error_when_it_leaves(node: ServingNode, tmp_path: Path) -> None:
     server = TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path)  # type: ignore[arg-type]
     await server.start()
     await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
-    with monkeypatch.context() as patch:
-        refuse_fsync(patch)
-        with pytest.raises(CheckpointError, match="the last steps are not saved: .*No space left"):
-            await server.aclose()
+    with full_disk(), pytest.raises(CheckpointError, match="the last steps are not saved: .*No space left"):
+        await server.aclose()
     assert not node.table.uids
     async with TesseractServer(node, {"ffn.0": make_backend()}, checkpoint_dir=tmp_path) as other:  # type: ignore[arg-type]
         assert other.experts["ffn.0"].version == 0, "all was closed, the folder's lock too"
@@ -574,9 +526,7 @@ async def keep_inputs(node: ServingNode, uid: str = "ffn.0") -> bytes:
 async def test_draining_refuses_forwards_and_waits_for_backwards(node: ServingNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     draining = asyncio.create_task(server.drain(timeout=10))
-    for _ in range(3):  # its tasks begin
-        await asyncio.sleep(0)
-    assert not FakePublisher.declared
+    await node.network.swarm.until(lambda: not node.declared)
     with pytest.raises(Overloaded, match="leaving"):
         await node.forward("ffn.0", torch.randn(3, 8))
     assert not draining.done()
@@ -592,7 +542,7 @@ async def test_draining_does_not_wait_for_what_never_comes(node: ServingNode) ->
         draining = asyncio.create_task(server.drain(timeout=1000.0))
         await asyncio.sleep(0)
         assert not draining.done()
-        let_pass(expected.EXPECT_SECONDS)
+        let_pass(EXPECT_SECONDS)
         assert await draining, "its backward is no longer expected"
     async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
@@ -600,53 +550,47 @@ async def test_draining_does_not_wait_for_what_never_comes(node: ServingNode) ->
         await server.aclose(drain_timeout=0.0)
 
 
-async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(
-    node: ServingNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def hang(_: FakePublisher) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(FakePublisher, "withdraw", hang)
-    monkeypatch.setattr(FakePublisher, "aclose", hang)
-    monkeypatch.setattr(server_module, "FAREWELL_TIMEOUT", 0.05)
+async def test_a_network_that_does_not_answer_keeps_nobody_from_leaving(node: ServingNode) -> None:
     settings = ServerSettings(drain_timeout=30.0)
     async with TesseractServer(node, {"ffn.0": make_backend()}, settings=settings) as server:  # type: ignore[arg-type]
         name = await keep_inputs(node)
+        node.network.silent = True
         leaving = asyncio.create_task(server.aclose())
         await asyncio.sleep(0)
         await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
         assert not leaving.done()
-        let_pass(31.0)
-        async with asyncio.timeout(20):
-            await leaving
+        num_unanswered = node.network.num_unanswered
+        let_pass(settings.drain_timeout)
+        await node.network.swarm.until(lambda: node.network.num_unanswered > num_unanswered)  # once more, for good
+        let_pass(FAREWELL_TIMEOUT)
+        await leaving
         assert server.experts["ffn.0"].version == 1, "backwards are applied meanwhile"
 
 
-async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(
-    node: ServingNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(expected, "GONE_AFTER", 0.05)
+async def test_draining_does_not_wait_long_for_a_trainer_that_vanished(node: ServingNode) -> None:
     async with TesseractServer(node, {"ffn.0": make_backend()}) as server:  # type: ignore[arg-type]
         await keep_inputs(node)
         draining = asyncio.create_task(server.drain(timeout=30))
         await asyncio.sleep(0)
         assert not draining.done()
         node.connected = False
+        await node.asked_for_connection.wait()
+        let_pass(GONE_AFTER)
         assert await draining
 
 
 async def test_pausing_keeps_the_weights_and_applies_backwards(node: ServingNode, server: TesseractServer) -> None:
     name = await keep_inputs(node)
     await server.pause("its owner is at the keyboard", retry_after=7.0)
-    assert not FakePublisher.declared
+    assert not node.declared
     with pytest.raises(Overloaded, match="keyboard") as caught:
         await node.forward("ffn.0", torch.randn(3, 8))
     assert caught.value.retry_after == 7.0
     await node.backward("ffn.0", [], [torch.randn(3, 4)], inputs_cached=name)
     await server.set_primary("ffn.1", False)
-    assert not FakePublisher.declared
+    assert not node.declared
     await server.resume()
-    assert FakePublisher.declared == {"ffn.0": True, "ffn.1": False}
+    assert node.declared == {"ffn.0": True, "ffn.1": False}
     await node.forward("ffn.0", torch.randn(3, 8))
 
 
@@ -659,7 +603,7 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: ServingNo
     with pytest.raises(ValueError, match="not so ffn.9"):
         TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.9"])  # type: ignore[arg-type]
     async with TesseractServer(node, {"ffn.0": make_backend()}, followers=["ffn.0"]) as server:  # type: ignore[arg-type]
-        assert FakePublisher.declared == {"ffn.0": False} and not server.is_primary("ffn.0")
+        assert node.declared == {"ffn.0": False} and not server.is_primary("ffn.0")
         await node.forward("ffn.0", torch.randn(3, 8))
         with pytest.raises(NotPrimary, match="only follows ffn.0") as caught:
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
@@ -674,7 +618,7 @@ async def test_a_follower_answers_forwards_and_names_the_primary(node: ServingNo
             await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
         assert caught.value.primary == bytes(32)
         await server.set_primary("ffn.0", True)
-        assert FakePublisher.declared == {"ffn.0": True}
+        assert node.declared == {"ffn.0": True}
         _, version = await node.backward("ffn.0", [torch.randn(3, 8)], [torch.randn(3, 4)])
         assert version == 1
 
@@ -722,7 +666,7 @@ async def test_staleness_is_measured(node: ServingNode, server: TesseractServer)
 
 
 def test_no_clock_that_can_jump_is_read() -> None:
-    package = Path(server_module.__file__).parent.parent
+    package = Path(checkpoint.__file__).parent.parent
     for path in [*(package / "runtime").glob("*.py"), *(package / "server").glob("*.py")]:
         assert "time.time(" not in path.read_text() or path.name in ALLOWED_WALL_CLOCKS, path
 

@@ -10,6 +10,7 @@ import pytest
 from tesseract_async.errors import CheckpointError
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.server.state_files import CheckpointStore, SealedFiles, stored_uids
+from tests.disks import full_disk
 from tests.server.test_checkpoint import same, state
 
 
@@ -73,15 +74,10 @@ def test_an_earlier_version_taken_over_from_another_server_is_the_newest(tmp_pat
     ]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.save("ffn.0", state(1), version=1)
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with full_disk(), pytest.raises(CheckpointError, match="No space left"):
         store.save("ffn.0", state(2), version=2)
     assert [path.name for path in (tmp_path / "ffn.0").iterdir()] == ["000000000001.safetensors"]
     loaded = store.load("ffn.0")

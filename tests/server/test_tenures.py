@@ -25,9 +25,8 @@ from tesseract_async.experts.run import RunManifest, sign_run
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import EPOCH_ZERO, Kind, sign_term
-from tesseract_async.server.other_replicas import ReplicaSettings
+from tesseract_async.server.other_replicas import ReplicaSettings, record_subkey
 from tesseract_async.server.succession import ReplicaKeeper
-from tesseract_async.server.tenure_records import record_subkey
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire

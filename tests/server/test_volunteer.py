@@ -195,8 +195,7 @@ def test_this_machine_is_seen() -> None:
 
 
 def test_own_work_is_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = ThisMachine()
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 80.0)
-    monkeypatch.setattr(machine, "_num_processors", 4)
-    monkeypatch.setattr(machine, "_process", SimpleNamespace(cpu_percent=lambda interval: 200.0))
-    assert machine.load() == pytest.approx(0.3)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(cpu_percent=lambda interval: 200.0))
+    assert ThisMachine().load() == pytest.approx(0.3)

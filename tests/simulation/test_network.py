@@ -303,17 +303,16 @@ def test_clocks_half_a_minute_apart_do_no_harm() -> None:
     assert not any(isinstance(event, ClockSkewed) for node in nodes for event in node.events), "nobody is bothered"
 
 
-def test_over_ipv6_nothing_is_lost_and_no_datagram_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = SimulatedNetwork(seed=16, latency=0.02)
+def test_over_ipv6_nothing_is_lost_and_no_datagram_is_longer() -> None:
     lengths: list[int] = []
-    transmit = network.transmit
 
-    def measured(data: bytes, source: Address, target: Address) -> None:
-        assert ":" in source[0] and ":" in target[0]
-        lengths.append(len(data))
-        transmit(data, source, target)
+    class Measured(SimulatedNetwork):
+        def transmit(self, data: bytes, source: Address, target: Address) -> None:
+            assert ":" in source[0] and ":" in target[0]
+            lengths.append(len(data))
+            super().transmit(data, source, target)
 
-    monkeypatch.setattr(network, "transmit", measured)
+    network = Measured(seed=16, latency=0.02)
     # each in a network of its own, as limits count them
     nodes = [network.add_node(address=("2400:1::1", 4000))]
     nodes += [network.add_node([nodes[0]], address=(f"2400:{number:x}::1", 4000)) for number in range(2, 28)]

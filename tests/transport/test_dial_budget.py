@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tesseract_async.transport.dial_budget import DialBudget, DialledInVain
+from tesseract_async.transport.tcp import DialBudget, DialledInVain
 
 FAILED = ConnectionRefusedError()
 

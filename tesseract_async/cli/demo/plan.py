@@ -1,4 +1,4 @@
-"""What the demo does: its options and constants, and which server hosts what. No I/O."""
+"""The plan of the demo: its options and constants, and which server hosts which experts. No I/O."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerTask:
-    """What a trainer is told on its command line."""
+    """The task of a trainer, as its command line gives it."""
 
     initial_peers: list[str]
     number: int
@@ -95,7 +95,7 @@ def expert_arguments(options: DemoOptions) -> list[str]:
 
 
 def commands_to_join(options: DemoOptions, address: str, program: str) -> list[str]:
-    """Return what to type into a second terminal while the demo runs, to look on and to lend a hand."""
+    """Return what to type into a second terminal while the demo runs, to watch, and to lend a hand."""
     words = " ".join(expert_arguments(options))
     return [
         f"{program} top -p {address}",

@@ -14,7 +14,7 @@ RATE_WINDOW = 3.0
 
 @dataclass(slots=True)
 class Trainer:
-    """What one trainer reported."""
+    """The reports of one trainer."""
 
     step: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)

@@ -58,8 +58,8 @@ async def train(
     report: Callable[..., None] = say,
     rows: int = plan.ROWS,
     validate_every: int = plan.VALIDATE_EVERY,
-) -> None:
-    """Join the swarm, train, and report until all steps are taken."""
+) -> int:
+    """Join the swarm, train, and report until all steps are taken. Returns the exit status."""
     wait_at = max(1, round(plan.WAIT_AT * task.steps))
     x_train, y_train, x_val, y_val = load_digits()
     torch.manual_seed(task.seed * 1000 + task.number)
@@ -102,6 +102,7 @@ async def train(
             report("step", **facts)
         publishing.cancel()
         report("done")
+    return 0
 
 
 async def publish_losses(node: ta.TesseractNode, trainer: str, losses: list[tuple[int, float]]) -> None:
@@ -134,14 +135,8 @@ async def wait_for_everybody(node: ta.TesseractNode, may_go_on: Callable[[], boo
         await asyncio.sleep(0.1)
 
 
-async def main(task: plan.TrainerTask) -> int:
-    """Train until done."""
-    torch.set_num_threads(1)
-    await train(task)
-    return 0
-
-
 if __name__ == "__main__":
     set_up_logging()
     given = plan.TrainerTask.decode(sys.argv[1])
-    run(lambda: main(given), leave_with_parent=True)
+    torch.set_num_threads(1)
+    run(lambda: train(given), leave_with_parent=True)

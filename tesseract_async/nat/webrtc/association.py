@@ -31,7 +31,7 @@ CHANNEL: Final = 0
 
 MAX_GAPS: Final = 256
 MAX_DUPLICATES: Final = 32
-"""What one acknowledgement may tell, so that it fits into a packet."""
+"""Gaps and duplicates in one acknowledgement, so that it fits into a packet."""
 FIRST_TIMEOUT: Final = 1.0
 """Seconds before anything is repeated while no round trip is known (RFC 6298)."""
 LEAST_MARGIN: Final = 0.2
@@ -64,9 +64,9 @@ class Association(RTCSctpTransport):
         self._time = asyncio.get_running_loop().time
         self._window = CongestionWindow(USERDATA_MAX_LENGTH)
         self._full = False
-        """Whether the window was used up when the present acknowledgement came."""
+        """True if the window was used up when the present acknowledgement came."""
         self._missing: list[Any] = []
-        """What has not arrived although something behind it has, in order."""
+        """Packets that have not arrived although something behind them has, in order."""
         self._looked_at = 0
         """Packets at the head of the queue that have arrived or are among the missing."""
         self._sent_again: deque[tuple[float, Any]] = deque()
@@ -107,7 +107,7 @@ class Association(RTCSctpTransport):
         raise ProtocolError("the peer skips what it was to deliver")
 
     def _mark_received(self, tsn: int) -> bool:
-        """Whether it came before. aiortc sorts all that waits for each packet."""
+        """Return whether it came before. aiortc sorts all that waits for each packet."""
         last, waiting = self._last_received_tsn, self._sack_misordered
         assert last is not None
         if (last - tsn) % SCTP_TSN_MODULO < SCTP_TSN_MODULO // 2 or tsn in waiting:
@@ -148,9 +148,8 @@ class Association(RTCSctpTransport):
     # ---- what is lost
 
     async def _receive_sack_chunk(self, chunk: Any) -> None:
-        """aiortc goes through the whole window for each acknowledgement, three times. Here each packet is looked at
-        once when something behind it has arrived, and then until it has. An acknowledgement taken back does not count.
-        """
+        """Look at each packet once when something behind it has arrived, and then until it has; aiortc goes through the
+        whole window, three times. An acknowledgement taken back does not count."""
         last = chunk.cumulative_tsn
         ahead = (last - self._last_sacked_tsn) % SCTP_TSN_MODULO
         if ahead > len(self._sent_queue):
@@ -179,7 +178,7 @@ class Association(RTCSctpTransport):
         await self._transmit()
 
     def _take_gaps(self, gaps: list[tuple[int, int]]) -> int:
-        """Takes what arrived behind something missing. The place in the queue behind the last packet that is news."""
+        """Take what arrived behind something missing; return the place of the last packet that is news."""
         queue, news = self._sent_queue, 0
         spans = sorted(
             (first, min(end, len(queue))) for first, end in gaps[:MAX_GAPS] if 0 < first <= min(end, len(queue))
@@ -211,7 +210,7 @@ class Association(RTCSctpTransport):
         self._flight_size_decrease(chunk)
 
     def _strike(self, news: int) -> bool:
-        """What was sent before something that has just arrived misses once more: whether any of it counts as lost."""
+        """Count a miss for what was sent before something that has just arrived; return whether any counts as lost."""
         any_lost = False
         for one in self._missing:
             if (one.tsn - self._last_sacked_tsn) % SCTP_TSN_MODULO < news:
@@ -223,9 +222,8 @@ class Association(RTCSctpTransport):
         return any_lost
 
     def _let_be_judged_again(self) -> None:
-        """aiortc counts acknowledgements that were under way already against what it has just sent again, and sends it
-        once more for every three of them: here that begins a round trip later.
-        """
+        """Count misses of what was sent again only after a round trip: acknowledgements under way already say nothing
+        of it."""
         patience = 1.25 * (self._srtt or FIRST_TIMEOUT)
         while self._sent_again and self._sent_again[0][0] + patience < self._time():
             self._sent_again.popleft()[1]._misses = 0
@@ -251,7 +249,6 @@ class Association(RTCSctpTransport):
                 chunk._misses = NEVER
                 self._sent_again.append((self._time(), chunk))
         elif isinstance(chunk, SackChunk):
-            # aiortc names every gap, and its DTLS cuts off what exceeds 1500 bytes: once a full queue on the way had
-            # dropped packets in 360 places, no acknowledgement got through any more. RFC 9260 (3.3.4): what fits
+            # aiortc names every gap, and its DTLS cuts off what exceeds 1500 bytes. RFC 9260 (3.3.4): what fits
             chunk.gaps, chunk.duplicates = chunk.gaps[:MAX_GAPS], chunk.duplicates[:MAX_DUPLICATES]
         await super()._send_chunk(chunk)

@@ -58,18 +58,17 @@ class CongestionWindow:
 
     @property
     def starting(self) -> bool:
-        """Whether the window still doubles."""
+        """Return whether the window still doubles."""
         return self._window < self._threshold
 
     def sent(self) -> int:
-        """The number of the packet that is sent now."""
+        """Return the number of the packet that is sent now."""
         self._num_sent += 1
         return self._num_sent
 
     def acknowledged(self, number: int, count: int, *, round_trip: float | None, full: bool) -> None:
-        """A packet of `count` bytes arrived. `round_trip`: None if it is not known, because it was sent twice.
-        `full`: the window was used up, so that it is what limits the sender.
-        """
+        """Learn that a packet of `count` bytes arrived. `round_trip`: None where it is not known, because it was sent
+        twice. `full`: the window was used up, so that it is what limits the sender."""
         if number > self._round_end:
             self._end_round()
         if round_trip is not None:
@@ -82,7 +81,7 @@ class CongestionWindow:
             self._window += growth(self._queue) * self._packet * count / self._window
 
     def lost(self, number: int) -> None:
-        """The packet counts as lost."""
+        """Count the packet as lost."""
         if number <= self._judged:
             return
         self._round_lost += 1
@@ -125,7 +124,7 @@ class CongestionWindow:
 
 
 def growth(queue: float) -> float:
-    """Packets per round trip: a hyperbola from `MAX_GROWTH` without a queue to `MIN_GROWTH` at the longest one.
+    """Return packets per round trip: a hyperbola from `MAX_GROWTH` without a queue to `MIN_GROWTH` at the longest one.
 
     `queue`: as a share of the longest one, 0 to 1.
     """

@@ -21,8 +21,6 @@ INITIAL_CREDIT: Final = 256 * 1024
 """Bytes that may be sent before the peer's first ``w``: part of the protocol."""
 MAX_CONTROL: Final = 16
 """Characters of the longest text message."""
-
-
 WINDOW_BYTES: Final = 2 * 2**20
 """Bytes that the peer may send before they are consumed here; at most so many are held."""
 HIGH_WATER: Final = 256 * 1024
@@ -45,8 +43,6 @@ class MessageStream:
         """Whether the peer has sent its last byte."""
         self.held = 0
         """Bytes received but not read."""
-        self.rtt: float | None = None
-        """Seconds from the last ping to its answer."""
         self._outgoing: deque[bytes] = deque()
         self._control = [f"w{window_bytes - INITIAL_CREDIT}"]
         self._incoming: deque[memoryview] = deque()
@@ -56,18 +52,18 @@ class MessageStream:
         self._finishing = False
         self._said_all = False
         self._last_received = now
-        self._ping_sent: float | None = None
-        self._timer_at = now + PING_AFTER
+        self.timer_at = now + PING_AFTER
+        """When to call `handle_timer`."""
 
     # ---- outward
 
     @property
     def paused(self) -> bool:
-        """Whether enough is waiting."""
+        """Return whether enough is waiting."""
         return self.unsent > HIGH_WATER
 
     def write(self, data: bytes | memoryview) -> None:
-        """Queues a copy of `data`. Nothing may follow `finish`."""
+        """Queue a copy of `data`. Nothing may follow `finish`."""
         assert not self._finishing
         view = memoryview(data)
         for start in range(0, len(view), MESSAGE_BYTES):
@@ -79,7 +75,7 @@ class MessageStream:
         self._finishing = True
 
     def messages_to_send(self, room: int) -> list[bytes | str]:
-        """Messages with together about `room` bytes of data, as far as the peer allows. Control messages go always."""
+        """Return messages with about `room` bytes of data, as far as the peer allows, and all control messages."""
         messages: list[bytes | str] = list(self._control)
         self._control.clear()
         while self._outgoing and room > 0 and self._credit >= len(self._outgoing[0]):
@@ -93,18 +89,13 @@ class MessageStream:
             messages.append("f")
         return messages
 
-    @property
-    def finished(self) -> bool:
-        """Whether everything, the end included, was given out."""
-        return self._said_all
-
     # ---- inward
 
     def receive(self, message: bytes | str, now: float) -> None:
-        """Takes one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
+        """Take one message. Untrusted. Raises: ProtocolError; nothing may follow then."""
         self._last_received = now
         if isinstance(message, str):
-            self._receive_control(message, now)
+            self._receive_control(message)
             return
         if self.ended:
             raise ProtocolError("data after the end of the stream")
@@ -115,23 +106,19 @@ class MessageStream:
             self.held += len(message)
             self._incoming.append(memoryview(message))
 
-    def _receive_control(self, message: str, now: float) -> None:
+    def _receive_control(self, message: str) -> None:
         if message == "p":
             if "q" not in self._control:
                 self._control.append("q")
-        elif message == "q":
-            if self._ping_sent is not None:
-                self.rtt = now - self._ping_sent
-                self._ping_sent = None
         elif message == "f":
             self.ended = True
         elif message[:1] == "w" and len(message) <= MAX_CONTROL and message[1:].isascii() and message[1:].isdigit():
             self._credit = min(self._credit + int(message[1:]), 2**40)
-        else:
+        elif message != "q":
             raise ProtocolError("a malformed control message")
 
     def read_into(self, buffer: memoryview) -> int:
-        """Moves received bytes into `buffer`; how many. Allows the peer to send more in time."""
+        """Move received bytes into `buffer`; return how many. The peer is allowed more in time."""
         count = 0
         while self._incoming and count < len(buffer):
             view = self._incoming[0]
@@ -152,10 +139,6 @@ class MessageStream:
 
     # ---- time
 
-    def timer_at(self) -> float:
-        """When to call `handle_timer`."""
-        return self._timer_at
-
     def handle_timer(self, now: float, *, late: float = 0.0) -> None:
         """`late`: how long after `timer_at` this comes: while this loop stalled, nobody is judged.
 
@@ -168,7 +151,6 @@ class MessageStream:
             raise ConnectionLost("the peer", f"nothing was received for {silent:.0f} s")
         if silent >= PING_AFTER - 0.001:
             self._control.append("p")
-            self._ping_sent = now
-            self._timer_at = min(now + PING_AFTER, self._last_received + DEAD_AFTER)
+            self.timer_at = min(now + PING_AFTER, self._last_received + DEAD_AFTER)
         else:
-            self._timer_at = self._last_received + PING_AFTER
+            self.timer_at = self._last_received + PING_AFTER

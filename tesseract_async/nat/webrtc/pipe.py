@@ -18,7 +18,7 @@ import aioice
 
 from tesseract_async.errors import ConnectionLost, ProtocolError, describe
 from tesseract_async.nat.offers import MAX_CANDIDATES, Candidate, Description
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.nat.webrtc.message_stream import MessageStream
 from tesseract_async.transport.base import PipeReceiver, join_host_port
 from tesseract_async.transport.throttle import Throttle
@@ -58,30 +58,14 @@ async def load() -> None:
 class _Ice(aioice.Connection):
     """An ICE connection that gathers on given addresses, for a given time."""
 
-    def __init__(
-        self,
-        *,
-        controlling: bool,
-        addresses: Sequence[str],
-        stun_server: tuple[str, int] | None,
-        turn: TurnServer | None,
-        gathering_timeout: float,
-    ) -> None:
-        super().__init__(
-            ice_controlling=controlling,
-            stun_server=stun_server,
-            turn_server=(turn.host, turn.port) if turn is not None else None,
-            turn_username=turn.username if turn is not None else None,
-            turn_password=turn.password if turn is not None else None,
-        )
-        self._addresses = list(addresses)
-        self._gathering_timeout = gathering_timeout
+    own_hosts: list[str]
+    gathering_timeout: float
 
     async def get_component_candidates(
         self, component: int, addresses: list[str], timeout: float = 0.0
     ) -> list[aioice.Candidate]:
         # aioice would offer every interface, and wait five seconds for a server that is gone
-        return await super().get_component_candidates(component, self._addresses, self._gathering_timeout)  # type: ignore[arg-type]
+        return await super().get_component_candidates(component, self.own_hosts, self.gathering_timeout)  # type: ignore[arg-type]
 
 
 class _IcePort:
@@ -114,12 +98,14 @@ class Negotiation:
         self._throttle = throttle
         self._controlling = controlling
         self._ice = _Ice(
-            controlling=controlling,
-            addresses=addresses,
+            controlling,
             stun_server=stun_server,
-            turn=turn,
-            gathering_timeout=gathering_timeout,
+            turn_server=(turn.host, turn.port) if turn is not None else None,
+            turn_username=turn.username if turn is not None else None,
+            turn_password=turn.password if turn is not None else None,
         )
+        self._ice.own_hosts = list(addresses)
+        self._ice.gathering_timeout = gathering_timeout
         self._certificate: RTCCertificate | None = None
         self._dtls: Any = None
         self._sctp: Any = None
@@ -201,7 +187,7 @@ class Negotiation:
         channel.once("open", opened.set)
         channel.once("close", opened.set)
         # messages may follow the opening at once: the pipe must listen before
-        pipe = DataChannelPipe(self, channel, sctp, dtls, throttle=self._throttle)
+        pipe = DataChannelPipe(self, channel, dtls, throttle=self._throttle)
         await sctp.start(aiortc.RTCSctpCapabilities(maxMessageSize=LOCAL_MAX_MESSAGE_SIZE), SCTP_PORT)
         await opened.wait()
         if channel.readyState != "open":
@@ -229,19 +215,10 @@ class Negotiation:
 class DataChannelPipe:
     """A `base.Pipe` over an open data channel. Made by `Negotiation.connect`."""
 
-    def __init__(
-        self,
-        negotiation: Negotiation,
-        channel: Any,
-        sctp: Any,
-        dtls: Any,
-        *,
-        throttle: Throttle | None = None,
-    ) -> None:
+    def __init__(self, negotiation: Negotiation, channel: Any, dtls: Any, *, throttle: Throttle | None) -> None:
         self._loop = asyncio.get_running_loop()
         self._negotiation = negotiation
         self._channel = channel
-        self._sctp = sctp
         self._stream = MessageStream(now=self._loop.time())
         self._receiver: PipeReceiver | None = None
         self._reading = True
@@ -262,12 +239,7 @@ class DataChannelPipe:
         self._throttle = throttle
         self._reading_again: asyncio.TimerHandle | None = None
         self._sending_again: asyncio.TimerHandle | None = None
-        self._timer = self._loop.call_at(self._stream.timer_at(), self._timer_fired)
-
-    @property
-    def rtt(self) -> float | None:
-        """Seconds to the peer and back, as last measured."""
-        return self._stream.rtt
+        self._timer = self._loop.call_at(self._stream.timer_at, self._timer_fired)
 
     # ---- outward
 
@@ -357,12 +329,12 @@ class DataChannelPipe:
     def _timer_fired(self) -> None:
         now = self._loop.time()
         try:
-            self._stream.handle_timer(now, late=now - self._stream.timer_at())
+            self._stream.handle_timer(now, late=now - self._stream.timer_at)
         except ConnectionLost as error:
             self._end(error, flush=False)
             return
         self._pump()
-        self._timer = self._loop.call_at(self._stream.timer_at(), self._timer_fired)
+        self._timer = self._loop.call_at(self._stream.timer_at, self._timer_fired)
 
     # ---- the end
 
@@ -375,7 +347,7 @@ class DataChannelPipe:
         self._end(None, flush=False)
 
     def fail(self, error: ProtocolError) -> None:
-        """The peer broke the rules below the stream's."""
+        """End the pipe: the peer broke a rule of SCTP."""
         self._end(error, flush=False)
         self._gone.set()
 
@@ -403,9 +375,7 @@ class DataChannelPipe:
                 logger.debug("%s: closed before everything was sent", self.description)
         try:
             await self._negotiation.aclose()
-        except (
-            Exception
-        ) as failure:  # a failure to end the library's parts may not keep the receiver from hearing of ours
+        except Exception as failure:  # the receiver hears of the end all the same
             logger.warning("%s: %s", self.description, describe(failure))
         receiver, self._receiver = self._receiver, None
         if receiver is not None:

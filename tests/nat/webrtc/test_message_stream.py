@@ -45,7 +45,7 @@ def test_the_bytes_arrive_in_order_whatever_the_sizes(sizes: list[int], seed: in
         received += read(other, 70_000)
         carry(other, one)
     assert received == sent
-    assert one.unsent == 0 and one.finished
+    assert one.unsent == 0 and other.ended
 
 
 def test_a_reader_that_stops_stops_the_writer() -> None:
@@ -111,15 +111,14 @@ def test_a_flood_of_pings_is_answered_once_per_turn() -> None:
 def test_a_silent_peer_is_asked_and_then_given_up() -> None:
     one, other = make(), make()
     carry(one, other), carry(other, one)
-    one.handle_timer(one.timer_at())
+    one.handle_timer(one.timer_at)
     assert carry(one, other, now=2.0) == 1
     for message in other.messages_to_send(1):
         one.receive(message, 2.25)
-    assert one.rtt == pytest.approx(0.25)
     now = 2.25
     with pytest.raises(ConnectionLost):
         for _ in range(10):
-            now = one.timer_at()
+            now = one.timer_at
             one.handle_timer(now)
     assert now == pytest.approx(2.25 + DEAD_AFTER)
 
@@ -128,4 +127,4 @@ def test_a_loop_that_stalled_judges_nobody() -> None:
     stream = make()
     stream.handle_timer(60.0, late=58.0)
     assert "p" in stream.messages_to_send(1)
-    stream.handle_timer(stream.timer_at())
+    stream.handle_timer(stream.timer_at)

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tesseract_async.nat.turn import TurnServer
+from tesseract_async.nat.stun_client import TurnServer
 from tesseract_async.nat.webrtc.pipe import Negotiation
 from tests.loopback import needs_ipv6_loopback
 from tests.nat.test_stun_client import serving

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tesseract_async.identity import PeerID
-from tesseract_async.server.roles import Contender, Past, Role, decide
+from tesseract_async.server.bare_names import Contender, Past, Role, decide
 
 LEAD = (Role.TRAIN, None)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from tesseract_async.transport.admission import WaitingRoom, descriptor_limit, room_for
 from tesseract_async.transport.base import range_of
-from tesseract_async.transport.descriptors import descriptor_limit, room_for
-from tesseract_async.transport.waiting_room import WaitingRoom
 
 
 def test_a_crowd_makes_room_for_others_once_it_has_settled() -> None:

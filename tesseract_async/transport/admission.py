@@ -1,15 +1,57 @@
-"""Limits on connections that are not established yet: in all, and for one address range. No I/O."""
+"""How many connections a process may hold, and which of those that are not established yet may wait. No I/O."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 Guest = TypeVar("Guest", bound=Hashable)
 
+KEPT: Final = 1 / 4
+"""Share of the process's descriptors that connections of others never take."""
 SETTLED: Final = 1.0
 """Seconds after which a guest may have to go for one of its own group; an honest one is in by then."""
+
+
+class Room(NamedTuple):
+    """Counts; a connection takes two descriptors, and so does a relayed pair."""
+
+    connections: int
+    half_open: int
+    """At each of two doors: before the first bytes, and during the handshake."""
+    splices: int
+
+
+def room_for(limit: int) -> Room:
+    """Divide `limit` descriptors."""
+    usable = int(limit * (1 - KEPT))
+    return Room(max(4, usable // 3), max(4, usable // 12), max(1, usable // 12))
+
+
+def descriptor_limit() -> int:
+    """Return how many files and sockets this process may have open; a large number where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 1 << 20
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft in (resource.RLIM_INFINITY, -1) else soft
+
+
+def raise_descriptor_limit(wanted: int = 65536) -> None:
+    """Take as many descriptors as the system lets a process have, up to `wanted`: for programs, not for libraries."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError):  # macOS has a lower one of its own
+            return
 
 
 class WaitingRoom(Generic[Guest]):
@@ -29,7 +71,7 @@ class WaitingRoom(Generic[Guest]):
         return list(self._group_of)
 
     def enter(self, guest: Guest, group: Hashable, now: float) -> tuple[bool, Guest | None]:
-        """Whether the guest may come in, and who has to go for it: one of its own group, or of the one with most."""
+        """Return whether the guest may come in, and who goes for it: one of its own group, or of the one with most."""
         num_mine = len(self._groups.get(group, ()))
         crowd: OrderedDict[Guest, float] | None = None
         if num_mine >= self._most_per_group:
