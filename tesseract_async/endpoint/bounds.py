@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectionBounds:
-    """Bounds of one connection."""
+class Bounds:
+    """Bounds of an endpoint, and of each of its connections."""
 
     max_calls: int = 1024
     """Calls that the peer may have under way at once; it queues more on its own side."""
@@ -33,14 +33,6 @@ class ConnectionBounds:
     stall_after: float = 15.0
     """Seconds without progress (4 KiB) after which a half-received message is given up, and after which a bulk lane
     that is in use and does not answer a ping counts as dead, and its connection with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointBounds:
-    """Bounds of an endpoint."""
-
-    connection: ConnectionBounds = field(default_factory=ConnectionBounds)
-    """Bounds of each connection."""
     handshake_timeout: float = 5.0
     """Seconds for TLS and hello together."""
     max_half_open: int = 512
@@ -68,4 +60,4 @@ class EndpointSettings:
     """Memory for messages, to be lowered on small machines: bytes of large ones, half received or being answered, of
     all connections together; one peer may announce an eighth, or one message. Replies that wait to be taken may hold
     half as many (one peer's a quarter of these, or one), small calls under way a quarter (one peer's a third)."""
-    bounds: EndpointBounds = field(default_factory=EndpointBounds)
+    bounds: Bounds = Bounds()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message
 from tesseract_async.endpoint.events import (
@@ -61,7 +61,7 @@ class Connection:
         open_bulk: Callable[[Connection], Awaitable[None]],
         on_closed: Callable[[Connection], None],
         budgets: NodeBudgets,
-        bounds: ConnectionBounds,
+        bounds: Bounds,
         metrics: Metrics,
         quotas: Quotas,
         refusal: Callable[[], RemoteError | None],
@@ -102,9 +102,7 @@ class Connection:
         self._drained_at = [loop.time()] * 2  # ... and when that was
         self._channels: list[Channel | None] = [None, None]
         self._futures: dict[int, asyncio.Future[Message]] = {}
-        self._parts: dict[
-            int, asyncio.Queue[PartReceived | ReplyReceived | Exception]
-        ] = {}  # of replies that may come in parts
+        self._parts: dict[int, asyncio.Queue[PartReceived | ReplyReceived | Exception]] = {}
         self._handlers = Handlers(
             self.protocol, answer, peer_id, pipe.origin, max_backlog=bounds.max_backlog, done=self._handler_done
         )
@@ -136,17 +134,14 @@ class Connection:
         return self._channels[BULK] is not None
 
     def count_bytes(self) -> None:
-        """Adds the raw bytes since the last time to the metrics."""
+        """Add the raw bytes since the last time to the metrics."""
         for channel in self._channels:
             if channel is not None:
-                self._count_bytes(channel)
-
-    def _count_bytes(self, channel: Channel) -> None:
-        received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
-        old_received, old_sent = channel.bytes_counted
-        channel.bytes_counted = (received, sent)
-        self._metrics.count("transport_bytes_received", received - old_received)
-        self._metrics.count("transport_bytes_sent", sent - old_sent)
+                received, sent = channel.pipe.bytes_received, channel.pipe.bytes_sent
+                old_received, old_sent = channel.bytes_counted
+                channel.bytes_counted = (received, sent)
+                self._metrics.count("transport_bytes_received", received - old_received)
+                self._metrics.count("transport_bytes_sent", sent - old_sent)
 
     # ---- calls made here
 
@@ -216,12 +211,9 @@ class Connection:
                 await self._cancel_call(stream)
 
     async def _cancel_call(self, stream: int) -> None:
+        """Also waits, even while being cancelled, until no memory is on loan to a transport."""
         self.protocol.cancel_call(stream)
         self._wake()
-        await self._loan_ended()
-
-    async def _loan_ended(self) -> None:
-        """Waits, also while being cancelled, until no memory is on loan to a transport."""
         marks = [(channel, mark) for channel in self._channels if channel and (mark := channel.loan_mark()) is not None]
         limit = self._loop.time() + LOAN_TIMEOUT
         cancelled = False
@@ -407,9 +399,8 @@ class Connection:
         self._look()
 
     def _channel_lost(self, lane: int, error: Exception | None) -> None:
-        channel, self._channels[lane] = self._channels[lane], None
-        if channel is not None:
-            self._count_bytes(channel)
+        self.count_bytes()
+        self._channels[lane] = None
         if isinstance(error, ProtocolError):
             self._tell_dropped(type(error).__name__, str(error))
         self.abort("it was closed" if error is None else describe(error))

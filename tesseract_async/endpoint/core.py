@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import BulkWanted, Event
 from tesseract_async.endpoint.lanes import BULK, MAIN, FrameHandler, Lane, Sending
@@ -111,7 +111,7 @@ class ConnectionCore:
         theirs: Hello,
         *,
         dialled: bool,
-        bounds: ConnectionBounds,
+        bounds: Bounds,
         budgets: NodeBudgets,
         owner: Owner,
         now: float,

@@ -180,22 +180,22 @@ class Dialler:
             )
             return True
 
-        opened, errors = await self._race(peer, self.paths(peer, bulk=True), attempt)
+        opened, errors = await self._race(peer, self.paths(peer), attempt)
         if not opened:
             raise PeerUnreachable(peer.short, errors)
 
-    def paths(self, peer: PeerAddress, *, bulk: bool = False) -> list[DialPath]:
+    def paths(self, peer: PeerAddress) -> list[DialPath]:
         """All ways to `peer` that the transports know."""
-        return [path for transport in self._transports for path in transport.paths(peer, bulk=bulk)]
+        return [path for transport in self._transports for path in transport.paths(peer)]
 
     async def _race(
         self, peer: PeerAddress, paths: Sequence[DialPath], attempt: Callable[[DialPath], Awaitable[Result]]
     ) -> tuple[Result | None, dict[str, BaseException]]:
-        def finished(path: DialPath, error: BaseException | None, seconds: float) -> None:
+        def finished(path: DialPath, error: BaseException | None) -> None:
             if error is not None:
                 self._metrics.count("endpoint_dials_failed", reason=reason_of(error))
             for transport in self._transports:
-                transport.path_finished(peer, path, error, seconds)
+                transport.path_finished(peer, path, error)
 
         return await race(paths, attempt, finished=finished)
 
@@ -275,7 +275,7 @@ class Dialler:
     # ---- both
 
     def _hello(self, session: bytes, *, bulk: bool) -> Hello:
-        bounds = self._bounds.connection
+        bounds = self._bounds
         limits = (bounds.max_calls, bounds.max_small, bounds.max_message)
         more = () if bulk else (tuple(self._grants()), self._features)
         return Hello(session, bulk, self._peer_id, *limits, *more)
@@ -330,32 +330,32 @@ async def race(
     paths: Sequence[DialPath],
     attempt: Callable[[DialPath], Awaitable[Result]],
     *,
-    finished: Callable[[DialPath, BaseException | None, float], None],
+    finished: Callable[[DialPath, BaseException | None], None],
 ) -> tuple[Result | None, dict[str, BaseException]]:
     """Try several paths to one peer with head starts (RFC 8305's "happy eyeballs"); the first that succeeds wins.
 
     Returns its result, or None and each path's error. The other attempts are cancelled and awaited. A path starts after
     its delay, or as soon as all attempts before it have failed. An attempt fails with OSError or TesseractError; any
-    other exception ends the race. `finished` is called for each attempt that ended by itself, with its seconds.
+    other exception ends the race. `finished` is called for each attempt that ended by itself.
     """
     loop = asyncio.get_running_loop()
     queue = deque(sorted(paths, key=lambda path: path.delay))
     begun = loop.time()
-    running: dict[asyncio.Future[Result], tuple[DialPath, float]] = {}
+    running: dict[asyncio.Future[Result], DialPath] = {}
     errors: dict[str, BaseException] = {}
     try:
         while queue or running:
             while queue and (not running or loop.time() - begun >= queue[0].delay):
                 path = queue.popleft()
-                running[asyncio.ensure_future(attempt(path))] = (path, loop.time())
+                running[asyncio.ensure_future(attempt(path))] = path
             timeout = max(0.0, begun + queue[0].delay - loop.time()) if queue else None
             done, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                path, started = running[task]
+                path = running[task]
                 error = task.exception()
                 if error is not None and not isinstance(error, OSError | TesseractError):  # TimeoutError is an OSError
                     raise error
-                finished(path, error, loop.time() - started)
+                finished(path, error)
                 if error is None:
                     return task.result(), errors
                 errors[path.name] = error

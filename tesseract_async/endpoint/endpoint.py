@@ -256,7 +256,7 @@ class Endpoint(Uncopied):
         if not 0 < timeout <= heads.MAX_TIMEOUT:
             raise ValueError(f"a timeout is positive and at most {heads.MAX_TIMEOUT:.0f} s: {timeout}")
         check_priority(priority)
-        max_reply = self._bounds.connection.max_message if max_reply_bytes is None else max_reply_bytes
+        max_reply = self._bounds.max_message if max_reply_bytes is None else max_reply_bytes
         head = RequestHead(method, timeout, priority, 0, max_reply, body)
         return head, tuple(map(frames.byte_view, buffers)), asyncio.get_running_loop().time() + timeout
 
@@ -340,7 +340,7 @@ class Endpoint(Uncopied):
             open_bulk=self.dialler.open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
-            bounds=self._bounds.connection,
+            bounds=self._bounds,
             metrics=self.metrics,
             quotas=self._quotas,
             refusal=lambda: self._refusal(peer_id, "call", large=True),

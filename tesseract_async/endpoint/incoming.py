@@ -304,8 +304,9 @@ class IncomingCalls:
         """Answers a received call with an error. Returns False: the call has ended."""
         call = self._calls.get(stream)
         if call is not None:
+            lane = call.lane if call.num_parts else MAIN  # behind the parts
             error_reply = frames.encode_small(frames.REPLY, stream, heads.encode_error(error), (), ())
-            self._core.lanes[MAIN].put(error_reply)
+            self._core.lanes[lane].put(error_reply)
             self._end(call)
         return False
 

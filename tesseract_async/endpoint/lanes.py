@@ -133,13 +133,18 @@ class Lane:
         """
         out: list[bytes | memoryview] = []
         if self.small:
-            if self.small_bytes <= MAX_JOINED:
-                out.append(b"".join(self.small) if len(self.small) > 1 else self.small[0])
-                self.small = []
-                self.small_bytes = 0
+            taken, self.small = self.small, []
+            if self.small_bytes > MAX_JOINED:
+                count = size = 0
+                while count < len(taken) and size < MAX_JOINED:
+                    size += len(taken[count])
+                    count += 1
+                taken, self.small = taken[:count], taken[count:]
+                self.small_bytes -= size
+                room = 0 if self.small else room
             else:
-                out.append(self._take_small())
-            room = 0 if self.small else room
+                self.small_bytes = 0
+            out.append(b"".join(taken) if len(taken) > 1 else taken[0])
         if self.large and room > 0:
             self._fit_chunks(now)
             limit = min(self._chunk_bytes, pace.portion(now))
@@ -164,16 +169,6 @@ class Lane:
             elif now - self._chunk_at < 0.25:
                 self._chunk_bytes = min(CHUNK_BYTES[self.index], self._chunk_bytes * 2)
         self._chunk_at = now
-
-    def _take_small(self) -> bytes:
-        """Take the oldest small frames, together not much more than `MAX_JOINED` bytes."""
-        count = size = 0
-        while count < len(self.small) and size < MAX_JOINED:
-            size += len(self.small[count])
-            count += 1
-        taken, self.small = self.small[:count], self.small[count:]
-        self.small_bytes -= size
-        return b"".join(taken)
 
     # ---- in: frames.FrameSink
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.lanes import BULK, MAIN, Lane
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.wire import frames
@@ -17,7 +17,7 @@ DATA_BYTES: Final = 128
 class Liveness:
     """Judges a connection by when its lanes were last heard of. `peer` is how errors name the other end."""
 
-    def __init__(self, peer: str, lanes: Sequence[Lane], *, bounds: ConnectionBounds, now: float) -> None:
+    def __init__(self, peer: str, lanes: Sequence[Lane], *, bounds: Bounds, now: float) -> None:
         self.rtt: float | None = None
         """Seconds for a ping and its answer, smoothed; None until the first one came."""
         self.confirmed = now
@@ -100,40 +100,34 @@ class Liveness:
         return due
 
     def check(self, now: float, late: float) -> bool:
-        """Pings where it is silent; True if the peer has just fallen silent. `late` as in `handle_timer`.
+        """Ping where it is silent; True if the peer has just fallen silent. `late` as in `handle_timer`.
+
+        Judges sooner where both lanes are silent. If the own loop stood still, what the peer sent meanwhile is still in
+        the socket: that is read first.
 
         Raises: ConnectionLost for a peer that has been silent for too long.
         """
-        if self._untold >= DATA_BYTES and now - self._told_at >= self._bounds.ping_after:
+        bounds = self._bounds
+        if self._untold >= DATA_BYTES and now - self._told_at >= bounds.ping_after:
             # a peer that sends a large message over a slow path hears nothing else for long
             self.send_pong(now, flags=frames.REPORT)
-        if self.num_on_bulk:
-            self._check_bulk(now, late)
-        return self._check_main(now, late)
-
-    def _check_main(self, now: float, late: float) -> bool:
-        """Judges sooner where the bulk lane is silent, too."""
-        bounds = self._bounds
+        if self.num_on_bulk:  # it may stand still while main lives: some box on the way has forgotten one of two flows
+            bulk, limit = self._lanes[BULK], bounds.stall_after
+            quiet = now - bulk.moved
+            if quiet >= limit / 2 and not bulk.pinged:
+                bulk.pinged = True
+                bulk.put(frames.frame(frames.PING))
+            elif quiet >= limit and late >= limit / 8:
+                bulk.moved = now - limit / 2
+            elif quiet >= limit:
+                raise ConnectionLost(self._peer, f"its bulk channel has stood still for {quiet:.0f} s")
         silent, main_silent = now - self._heard, now - self._main_heard
         if self._pinged and (silent >= bounds.dead_after or main_silent >= bounds.stall_after):
             if late < bounds.dead_after / 8:
                 raise ConnectionLost(self._peer, f"nothing was heard for {main_silent:.0f} s")
-            # our own loop stood still: what the peer sent meanwhile is still in the socket, so read that first
             self._heard = self._main_heard = now - bounds.ping_after
         elif main_silent >= bounds.ping_after and not self._pinged:
             self._pinged = True
             self.send_ping(now)
             return True
         return False
-
-    def _check_bulk(self, now: float, late: float) -> None:
-        """A bulk lane may stand still while main lives: some box on the way has forgotten one of two flows."""
-        bulk, limit = self._lanes[BULK], self._bounds.stall_after
-        quiet = now - bulk.moved
-        if quiet >= limit / 2 and not bulk.pinged:
-            bulk.pinged = True
-            bulk.put(frames.frame(frames.PING))
-        elif quiet >= limit and late >= limit / 8:
-            bulk.moved = now - limit / 2  # our own loop stood still: read first, then judge
-        elif quiet >= limit:
-            raise ConnectionLost(self._peer, f"its bulk channel has stood still for {quiet:.0f} s")

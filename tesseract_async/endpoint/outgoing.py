@@ -141,13 +141,6 @@ class OutgoingCalls:
 
     # ---- requests
 
-    def _send_waiting(self) -> None:
-        while self._waiting:
-            call = self._calls.get(self._waiting[0])
-            if call is not None and not self._send(call, b""):
-                return
-            self._waiting.popleft()
-
     def _send(self, call: OutgoingCall, encoded: bytes) -> bool:
         """Sends the request unless the peer's limits forbid it now. `encoded` is its head, if that has not changed."""
         core = self._core
@@ -184,8 +177,11 @@ class OutgoingCalls:
         for room in call.untaken:
             room.release()
         call.untaken = ()
-        if self._waiting:
-            self._send_waiting()
+        while self._waiting:
+            first = self._calls.get(self._waiting[0])
+            if first is not None and not self._send(first, b""):
+                return
+            self._waiting.popleft()
 
     def request_granted(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A GRANT_REQUEST frame."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.core import ConnectionCore
 from tesseract_async.endpoint.events import Event, PeerClosed
@@ -40,7 +40,7 @@ class ConnectionProtocol:
         dialled: bool,
         budgets: NodeBudgets,
         owner: Owner,
-        bounds: ConnectionBounds,
+        bounds: Bounds,
         now: float,
         quotas: Quotas | None = None,
         refusal: Callable[[], RemoteError | None] | None = None,

@@ -46,11 +46,11 @@ class PreambleDemultiplexer:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         await self._inner.listen(lambda pipe: self._pipe_accepted(pipe, accept))
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
-        return self._inner.paths(peer, bulk=bulk)
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
+        return self._inner.paths(peer)
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
-        self._inner.path_finished(peer, path, error, seconds)
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
+        self._inner.path_finished(peer, path, error)
 
     def peer_known(self, peer: PeerAddress) -> None:
         self._inner.peer_known(peer)

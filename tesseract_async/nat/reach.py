@@ -175,7 +175,7 @@ class Reach:
             signalling=self._client,
             role=self.role,
             puncher=puncher,
-            direct_paths=lambda peer: listener.paths(peer, bulk=False),
+            direct_paths=listener.paths,
             scope=scope,
             throttle=throttle,
             head_start=settings.head_start,

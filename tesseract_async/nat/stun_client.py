@@ -109,7 +109,7 @@ class _Asker(asyncio.DatagramProtocol):
     def __init__(self, questions: dict[bytes, Address]) -> None:
         self.questions = questions
         self.answers: dict[Address, Address] = {}
-        self.complete = asyncio.Event()
+        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = asyncio.Event()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
@@ -120,8 +120,8 @@ class _Asker(asyncio.DatagramProtocol):
         server = self.questions.pop(transaction_id, None)
         if server is not None and server[0] == addr[0]:
             self.answers[server] = (host, port)
-        if not self.questions:
-            self.complete.set()
+        if not self.questions and not self.complete.done():
+            self.complete.set_result(None)
 
     def error_received(self, exc: Exception) -> None:
         pass  # one server is unreachable; the others may not be
@@ -143,17 +143,12 @@ async def ask(
     protocol = _Asker({os.urandom(12): server for server in servers})
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=(local_host, 0))
+    give_up_at = loop.time() + timeout
     try:
-        async with asyncio.timeout(timeout):
-            while not protocol.complete.is_set():
-                for transaction_id, server in list(protocol.questions.items()):
-                    transport.sendto(stun.encode_request(transaction_id), server)
-                try:
-                    await asyncio.wait_for(protocol.complete.wait(), RETRANSMIT_AFTER)
-                except TimeoutError:
-                    continue
-    except TimeoutError:
-        pass  # servers that have not answered by now are not listed
+        while protocol.questions and (time_left := give_up_at - loop.time()) > 0:
+            for transaction_id, server in protocol.questions.items():
+                transport.sendto(stun.encode_request(transaction_id), server)
+            await asyncio.wait([protocol.complete], timeout=min(RETRANSMIT_AFTER, time_left))
     finally:
         transport.close()
         await protocol.closed.wait()

@@ -85,7 +85,7 @@ class NatTransport:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass  # what others ask for comes to `answering`
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
         peer_id = peer.peer_id
         if peer_id is None or not peer.rendezvous or peer_id == self._identity.peer_id:
             return []
@@ -102,7 +102,7 @@ class NatTransport:
         paths.append(DialPath("relay", start, lambda: self._open_relay(peer, peer_id)))
         return paths
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         peer_id, kind = peer.peer_id, path.name.partition(" ")[0]
         if peer_id is None:
             return

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -46,7 +46,6 @@ MAX_SHARDS_READ: Final = 16
 """For more uids than lie in so many shards, the whole grid is read instead."""
 NUM_AT_ONCE: Final = 4
 """Experts that are looked after at the same time."""
-RECORDS_TTL: Final = 24 * 3600.0
 LONGEST_SUBKEY: Final = 120
 wall_clock: Final = time.time
 """Seconds since 1970, which may jump: for the times in manifests and records, and for nothing else."""
@@ -92,11 +91,12 @@ async def read_replicas(
     uids: Iterable[str],
     *,
     by_shard: bool = False,
-    also: Callable[[Entries], None] = lambda entries: None,
+    records: Mapping[str, list[bytes]] | None = None,
 ) -> dict[str, list[ExpertReplica]]:
     """Return who else hosts these, by what the network says now: uid -> replicas, the primary first.
 
-    Unless `by_shard`, more than lie in `MAX_SHARDS_READ` shards are read from their grid. `also` gets all that is read.
+    Unless `by_shard`, more than lie in `MAX_SHARDS_READ` shards are read from their grid. To the lists in `records` are
+    added the experts' Terms and Seals, unchecked, of servers that may host them.
     """
     by_key: defaultdict[str, list[str]] = defaultdict(list)
     by_prefix: defaultdict[str, list[str]] = defaultdict(list)
@@ -105,6 +105,7 @@ async def read_replicas(
         by_prefix[split_uid(uid)[0]].append(uid)
     if len(by_key) > MAX_SHARDS_READ and not by_shard:
         by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
+    subkeys = {record_subkey(uid, number): uid for uid in records or () for number in (0, 1)}
     found: dict[str, list[ExpertReplica]] = {}
 
     def dropped(entry: Entry, error: ProtocolError) -> None:
@@ -112,7 +113,8 @@ async def read_replicas(
 
     async def read(key: str, some: list[str]) -> None:
         entries = await node.network.get_entries(key)
-        also(entries)
+        if records is not None:
+            _take_records(node, entries, subkeys, records)
         others = (entry for entry in entries if entry.owner != node.peer_id)
         manifests = [one for one in others if type(one.value) is bytes and one.value.startswith(MAGIC)]
         prefix, _ = split_uid(some[0])  # a key is of one grid
@@ -134,68 +136,19 @@ async def read_replicas(
     return found
 
 
-class TenureRecords:
-    """Publishes and reads them under the experts' shard keys."""
-
-    def __init__(self, node: TesseractNode, *, elapsed: Callable[[], float]) -> None:
-        self.addresses: dict[PeerID, PeerAddress] = {}
-        """Servers that were found to host one of the experts."""
-        self._node, self._elapsed = node, elapsed
-        self._shown: dict[str, tuple[bytes, float]] = {}  # by key: the grant that lies there, and until when
-
-    async def publish(self, uid: str, records: Sequence[bytes]) -> None:
-        """Store a Term, and its Seal if there is one, with this node's grant. What cannot be stored is logged."""
-        key = self._node.trust.shard_key(uid)
-        named = [(record_subkey(uid, number), record) for number, record in enumerate(records)]
-        grant = self._node.trust.own_grant(split_uid(uid)[0])
-        blob, until = self._shown.get(key, (b"", 0.0))
-        if grant != blob or self._elapsed() >= until:
-            # records outlive manifests: their readers must know that the signer might sign them
-            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
-            named += [(GRANT_SUBKEY, grant)] if grant else []
-        for subkey, record in named:
-            try:
-                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
-            except (TesseractError, TimeoutError, OSError) as error:
-                logger.warning("a record of %s could not be stored: %s", uid, describe(error))
-
-    async def read(
-        self, uids: Collection[str], has_changed: Callable[[str, Mapping[PeerID, int]], bool]
-    ) -> dict[str, tuple[dict[PeerID, int], list[bytes]]]:
-        """Return what the network holds of these experts: the other servers that host each, with the epochs that they
-        go by, and Terms and Seals, unchecked, of servers that may host it.
-
-        Of more than lie in `MAX_SHARDS_READ` shards, the grid is read first, and then the shards of those for which
-        `has_changed` says yes to their hosts.
-        """
-        trust, now = self._node.trust, wall_clock()
-        hosts: dict[str, dict[PeerID, int]] = {uid: {} for uid in uids}
-        records: dict[str, list[bytes]] = {uid: [] for uid in uids}
-        subkeys = {record_subkey(uid, number): uid for uid in uids for number in (0, 1)}
-
-        def take_records(entries: Entries) -> None:
-            for entry in entries:
-                if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
-                    trust.introduced(entry.owner, [entry.value])
-            for entry in entries:
-                uid = subkeys.get(entry.subkey or "")
-                if uid is None or entry.expiration <= now or type(entry.value) is not bytes:
-                    continue
-                # what others store costs no signature check
-                if not entry.value.startswith(MAGIC) and trust.may_host(entry.owner, uid):
-                    records[uid].append(entry.value)
-
-        async def read(some: Collection[str], *, by_shard: bool) -> None:
-            replicas = await read_replicas(self._node, some, by_shard=by_shard, also=take_records)
-            for uid, others in replicas.items():
-                for one in others:
-                    hosts[uid][owner_of(one)] = one.epoch
-                    self.addresses[owner_of(one)] = one.peer
-
-        await read(uids, by_shard=False)
-        if len({trust.shard_key(uid) for uid in uids}) > MAX_SHARDS_READ:
-            await read([uid for uid in uids if has_changed(uid, hosts[uid])], by_shard=True)
-        return {uid: (hosts[uid], records[uid]) for uid in uids}
+def _take_records(
+    node: TesseractNode, entries: Entries, subkeys: Mapping[str, str], records: Mapping[str, list[bytes]]
+) -> None:
+    for entry in entries:
+        if entry.subkey == GRANT_SUBKEY and type(entry.value) is bytes:
+            node.trust.introduced(entry.owner, [entry.value])
+    for entry in entries:
+        uid = subkeys.get(entry.subkey or "")
+        if uid is None or entry.expiration <= wall_clock() or type(entry.value) is not bytes:
+            continue
+        # what others store costs no signature check
+        if not entry.value.startswith(MAGIC) and node.trust.may_host(entry.owner, uid):
+            records[uid].append(entry.value)
 
 
 def record_subkey(uid: str, number: int) -> str:

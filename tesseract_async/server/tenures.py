@@ -1,7 +1,7 @@
 """Tenures: who is the primary of a server's experts of runs. Drives their `Tenure`s.
 
-It carries their questions, writes down what they must remember, and moves the sealed files; `TenureRecords` reads and
-publishes their records.
+It carries their questions, reads and publishes their records, writes down what they must remember, and moves the sealed
+files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Final
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import CheckpointError, NotAllowed, ProtocolError, TesseractError, describe
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.claiming import GRANT_SUBKEY
+from tesseract_async.experts.grid import ExpertReplica
+from tesseract_async.experts.manifest import split_uid
 from tesseract_async.experts.merkle import possession, root_of
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
@@ -38,7 +41,14 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.hosted import HostedState
-from tesseract_async.server.other_replicas import TenureRecords, fetch_fitting, wall_clock
+from tesseract_async.server.other_replicas import (
+    MAX_SHARDS_READ,
+    fetch_fitting,
+    owner_of,
+    read_replicas,
+    record_subkey,
+    wall_clock,
+)
 from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
@@ -48,6 +58,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RECORDS_TTL: Final = 24 * 3600.0
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -97,7 +108,8 @@ class Tenures:
         self._authorities = authorities
         self._experts: dict[str, _Expert] = {}
         self.files = SealedFiles(server.checkpoint_dir)
-        self._records = TenureRecords(server.node, elapsed=elapsed)
+        self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
+        self._shown: dict[str, tuple[bytes, float]] = {}  # by shard key: the grant that lies there, and until when
         self._looks: set[str] = set()
         self._wants_look, self._wants_announcement, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -278,7 +290,7 @@ class Tenures:
             case Persist(stored):
                 await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
             case Publish(records):
-                self._spawn(self._records.publish(expert.uid, records))
+                self._spawn(self._publish(expert.uid, records))
             case Send(peer, question):
                 self._spawn(self._send(expert, peer, question))
             case Look():
@@ -305,7 +317,7 @@ class Tenures:
         self, uid: str, peer: PeerID, kind: str, records: list[bytes], *, timeout: float, epoch: int = 0
     ) -> messages.TenureReply | None:
         """Ask a peer. None if it does not answer, or not what was asked."""
-        address = self._records.addresses.get(peer)
+        address = self._addresses.get(peer)
         if address is None:
             return None
         body = messages.encode(messages.TenureRequest(uid, kind, epoch, records))
@@ -324,7 +336,7 @@ class Tenures:
     async def _fetch(self, expert: _Expert, command: Fetch) -> None:
         for source in command.sources:
             try:
-                if (address := self._records.addresses.get(source)) is not None:
+                if (address := self._addresses.get(source)) is not None:
                     await self._pull(expert, command, address)
                     expert.tenure.fetched(command.seal, *self._now())
                     break
@@ -397,18 +409,41 @@ class Tenures:
         async with asyncio.timeout(self._call_timeout):
             if self._node.initial_peers and not await self._node.network.wait_joined(self._call_timeout):
                 return  # alone for the moment: that nobody is seen says nothing
-            for uid, (hosts, records) in (await self._records.read(set(uids), self._has_changed)).items():
+            records: dict[str, list[bytes]] = {uid: [] for uid in uids}
+            replicas = await read_replicas(self._node, records, records=records)
+            if len({self._node.trust.shard_key(uid) for uid in records}) > MAX_SHARDS_READ:  # only the grid was read
+                changed = [uid for uid, others in replicas.items() if self._has_changed(uid, others)]
+                for uid, more in (await read_replicas(self._node, changed, by_shard=True, records=records)).items():
+                    replicas[uid] += more
+            for uid, others in replicas.items():
                 expert = self._experts[uid]
-                for record in records:
+                for record in records[uid]:
                     expert.tenure.sight(record, *self._now())
-                mine = {self._node.peer_id: expert.tenure.epoch}
-                expert.tenure.set_hosts(hosts | mine, *self._now())
+                self._addresses |= {owner_of(one): one.peer for one in others}
+                hosts = {owner_of(one): one.epoch for one in others}
+                expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
                 expert.tenure.looked(*self._now())
                 await self._carry_out(expert)
 
-    def _has_changed(self, uid: str, hosts: Mapping[PeerID, int]) -> bool:
+    def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
         tenure = self._experts[uid].tenure
-        return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(e != tenure.epoch for e in hosts.values())
+        return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(o.epoch != tenure.epoch for o in others)
+
+    async def _publish(self, uid: str, records: Sequence[bytes]) -> None:
+        """Store a Term, and its Seal if there is one, with this node's grant. What cannot be stored is logged."""
+        key = self._node.trust.shard_key(uid)
+        named = [(record_subkey(uid, number), record) for number, record in enumerate(records)]
+        grant = self._node.trust.own_grant(split_uid(uid)[0])
+        blob, until = self._shown.get(key, (b"", 0.0))
+        if grant != blob or self._elapsed() >= until:
+            # records outlive manifests: their readers must know that the signer might sign them
+            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
+            named += [(GRANT_SUBKEY, grant)] if grant else []
+        for subkey, record in named:
+            try:
+                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
+            except (TesseractError, TimeoutError, OSError) as error:
+                logger.warning("a record of %s could not be stored: %s", uid, describe(error))
 
     async def _seal_often(self) -> None:
         """Seal what changed, every `sync_every` of the run; at once what has no Seal yet."""

@@ -178,10 +178,10 @@ class Transport(Protocol):
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         """Call `accept` for each pipe that others open, from within the callback that told of it."""
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
-        """Return the ways to this peer, likeliest first; `bulk`: for the second channel, of large messages."""
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
+        """Return the ways to this peer, likeliest first."""
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         """Learn how an attempt on one of `paths` ended; `error` is None for the one that won."""
 
     def peer_known(self, peer: PeerAddress) -> None:

@@ -276,7 +276,7 @@ class TcpTransport:
                 lambda: TcpPipe(accept, throttle=self._throttle), sock=self._sock, backlog=1024
             )
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
         addresses = self._in_order(peer)
         return [
             DialPath(f"tcp {address}", index * HEAD_START, lambda address=address: self._open(address))  # type: ignore[misc]
@@ -296,7 +296,7 @@ class TcpTransport:
         self._budget.check(address, asyncio.get_running_loop().time())
         return await connect(address, throttle=self._throttle)
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         kind, _, address = path.name.partition(" ")
         if kind != "tcp":
             return

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final
 
 from tesseract_async.errors import HandshakeFailed, ProtocolError
 from tesseract_async.identity import PeerID
 from tesseract_async.transport.certificates import ALPN, peer_id_of
 
-RECORD_BYTES: Final = 16 * 1024
-"""Plaintext of one record: no read gives more, no write takes more."""
-
 
 class TlsMachine:
     """One end of a TLS connection. The peer's bytes raise only `ProtocolError`; after one the machine is dead."""
 
-    __slots__ = ("peer_id", "_incoming", "_outgoing", "_tls", "_expected", "_server_side")
+    __slots__ = ("peer_id", "_incoming", "_outgoing", "_tls", "_expected")
 
     def __init__(self, context: ssl.SSLContext, *, server_side: bool, expected: PeerID | None = None) -> None:
         self.peer_id: PeerID | None = None
@@ -25,7 +21,6 @@ class TlsMachine:
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._expected = expected
-        self._server_side = server_side
 
     def receive_data(self, data: memoryview) -> None:
         """Take ciphertext (a copy)."""

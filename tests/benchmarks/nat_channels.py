@@ -45,10 +45,10 @@ class OnePath:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
         return [DialPath("path", 0.0, self._open)]
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         pass
 
     def peer_known(self, peer: PeerAddress) -> None:

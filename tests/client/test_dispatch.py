@@ -421,12 +421,12 @@ def test_an_expert_that_answered_on_its_second_chance_is_not_asked_again() -> No
     assert [call.expert for call in machine.calls_to_send(2.0)] == [1]
 
 
-def demanding(num_live: int, *first: int) -> ForwardDispatch:
+def demanding(num_live: int, *first: int, **options: Any) -> ForwardDispatch:
     """A machine with a row for each number in `first`: the expert that it wants first, before those with low numbers.
     One answer is enough for each."""
     scores = torch.arange(GRID, 0, -1, dtype=torch.float32).repeat(len(first), 1)
     scores[range(len(first)), first] = GRID + 1.0
-    settings = MixtureSettings(spare=0, patience=1.0)
+    settings = MixtureSettings(spare=0, patience=1.0, **options)
     machine = ForwardDispatch(candidates_of(num_live), scores, k_best=1, k_min=1, settings=settings, patience=1.0)
     machine.start(0.0)
     return machine
@@ -468,3 +468,33 @@ def test_of_two_refusals_of_an_expert_the_longer_pause_counts() -> None:
     assert not machine.calls_to_send(0.0) and machine.timer_at() == 2.0
     [again] = machine.calls_to_send(2.0)
     assert again.expert == 0 and again.rows.tolist() == [0, 1]
+
+
+def test_where_a_row_is_lost_only_the_slow_are_given_up() -> None:
+    machine = demanding(3, 0, 1, 2, refill=False)
+    first, slow, open_ = machine.calls_to_send(0.0)
+    slow.expected = 0.1
+    assert not machine.calls_to_send(machine.timer_at()) and slow.is_slow and not open_.is_slow
+    machine.failed(first, 1.0, ExpertFailed("no"))
+    assert not machine.calls_to_send(1.0) and machine.is_over
+    assert machine.given_up == machine.late == [slow]
+    assert set(machine.errors) == set(machine.left_out) == {"f.0", "f.1"}
+
+
+def test_an_expert_that_answers_after_all_is_in_no_error() -> None:
+    machine = demanding(1, 0)
+    [call] = machine.calls_to_send(0.0)
+    machine.failed(call, 0.0, Overloaded("full", retry_after=1.0))
+    assert not machine.calls_to_send(0.0)
+    [again] = machine.calls_to_send(1.0)
+    machine.answered(again, 1.0)
+    assert not machine.calls_to_send(1.0) and machine.is_over
+    assert not machine.errors and set(machine.left_out) == {"f.0"}
+
+
+def test_a_call_of_many_rows_gets_four_times_the_usual_time_at_most() -> None:
+    machine = demanding(2, 0, *[1] * 10)
+    small, large = machine.calls_to_send(0.0)
+    machine.answered(small, 1.0)
+    assert not machine.calls_to_send(1.0)
+    assert machine.usual_seconds(large) == 4.0 and machine.timer_at() == 8.0

@@ -6,7 +6,7 @@ import functools
 import random
 from typing import Any
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import (
     BulkWanted,
@@ -18,7 +18,7 @@ from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.wire.heads import FEATURES, Hello, RequestHead
 
-SETTINGS = ConnectionBounds()
+SETTINGS = Bounds()
 
 
 @functools.cache
@@ -32,8 +32,8 @@ class Side:
 
     def __init__(
         self,
-        theirs: ConnectionBounds,
-        ours: ConnectionBounds,
+        theirs: Bounds,
+        ours: Bounds,
         budget: int,
         dialled: bool,
         quotas: Quotas | None = None,
@@ -92,8 +92,8 @@ class Pair:
     def __init__(
         self,
         *,
-        client: ConnectionBounds = SETTINGS,
-        server: ConnectionBounds = SETTINGS,
+        client: Bounds = SETTINGS,
+        server: Bounds = SETTINGS,
         client_budget: int = 2**30,
         server_budget: int = 2**30,
         bulk: bool = True,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tesseract_async.admission import Policy
-from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.endpoint.handlers import Handlers
@@ -115,7 +115,7 @@ async def test_an_upgrade_moves_later_calls_and_leaves_running_ones() -> None:
         running = asyncio.create_task(client.call(address, "wait", timeout=30))
         await client.call(address, "echo", timeout=30)
         (old,) = client.pool.connections()
-        await client.upgrade(address, TcpTransport().paths(address, bulk=False))
+        await client.upgrade(address, TcpTransport().paths(address))
         before = old.last_used
         await client.call(address, "echo", timeout=30)
         assert old.last_used == before and len(client.connections()) == 2
@@ -183,10 +183,10 @@ async def test_a_handlers_unsendable_reply_is_an_error_at_the_caller(caplog: pyt
 
 
 async def test_ends_with_different_security_do_not_understand_each_other_and_say_so() -> None:
-    quick = dataclasses.replace(PLAIN, bounds=EndpointBounds(handshake_timeout=0.5))
+    quick = dataclasses.replace(PLAIN, bounds=Bounds(handshake_timeout=0.5))
     for mine, theirs in (
-        (quick, EndpointSettings(bounds=EndpointBounds(handshake_timeout=0.5))),
-        (EndpointSettings(bounds=EndpointBounds(handshake_timeout=0.5)), quick),
+        (quick, EndpointSettings(bounds=Bounds(handshake_timeout=0.5))),
+        (EndpointSettings(bounds=Bounds(handshake_timeout=0.5)), quick),
     ):
         async with serving(theirs) as (_, address), client_of(mine) as client:
             with pytest.raises(PeerUnreachable):
@@ -212,7 +212,7 @@ async def test_another_wire_version_is_named_by_both_sides() -> None:
 
 
 async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() -> None:
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(backoff_base=0.05, backoff_max=0.2))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(backoff_base=0.05, backoff_max=0.2))
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))  # nobody listens there yet, and nobody else is given the port
     identity = Identity.generate()
@@ -232,7 +232,7 @@ async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() ->
 
 async def test_a_peer_that_came_back_elsewhere_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed server's next process has another port: how often the old one failed says nothing of it."""
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(backoff_base=600.0, backoff_max=600.0))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(backoff_base=600.0, backoff_max=600.0))
     with socket.socket() as old:
         old.bind(("127.0.0.1", 0))  # nobody listens there
         async with serving(PLAIN) as (_, address), client_of(settings) as client:
@@ -256,7 +256,7 @@ async def test_a_peer_that_never_answers_the_dial_ends_in_a_timeout() -> None:
         async with client_of() as client:
             with pytest.raises(TimeoutError, match="echo"):
                 await client.call(address, "echo", timeout=0.2)
-        async with client_of(EndpointSettings(bounds=EndpointBounds(handshake_timeout=0.2))) as client:
+        async with client_of(EndpointSettings(bounds=Bounds(handshake_timeout=0.2))) as client:
             with pytest.raises(PeerUnreachable, match=r"within 0\.2 s"):
                 await client.call(address, "echo", timeout=30)
 
@@ -293,7 +293,7 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without TLS a transport keeps a view of what it could not send yet; the peer here reads nothing at first."""
-    slow = dataclasses.replace(PLAIN, bounds=EndpointBounds(connection=ConnectionBounds(window_bytes=64 * 2**20)))
+    slow = dataclasses.replace(PLAIN, bounds=Bounds(window_bytes=64 * 2**20))
     async with serving(slow) as (server, address), client_of(slow) as client:
         has_bulk, on_loan = asyncio.Event(), asyncio.Event()
         attach, write = Connection.attach, TcpPipe.write
@@ -341,7 +341,7 @@ async def test_security_off_says_so_in_the_log(caplog: pytest.LogCaptureFixture)
 
 
 async def test_connections_are_limited_in_number_and_those_that_are_open_go_on() -> None:
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_connections=2))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(max_connections=2))
     async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(client_of(PLAIN)) for _ in range(3)]
         for client in clients[:2]:
@@ -382,7 +382,7 @@ async def test_a_call_cancelled_before_its_turn_is_never_handled(monkeypatch: py
 
 
 async def test_half_open_channels_are_limited_in_number() -> None:
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_half_open=3, handshake_timeout=60.0))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(max_half_open=3, handshake_timeout=60.0))
     async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(RawPeer.connected(address, greet=False)) for _ in range(5)]
         await until(lambda: server.metrics.total("endpoint_handshakes_failed") == 2)

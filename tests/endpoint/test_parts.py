@@ -191,6 +191,20 @@ def test_an_error_ends_a_reply_after_its_parts() -> None:
     assert "half of it" in str(stream.ended.error) and clean(pair), "what was not taken counts no more"
 
 
+def test_an_error_does_not_overtake_the_parts_before_it() -> None:
+    pair = Pair()
+    stream = Stream(pair, [10] * 9)
+    pair.carry(pair.client, MAIN)
+    stream.delivered = bool(pair.server.take())
+    stream.send()
+    pair.server.machine.fail(stream.stream, RemoteError("half of it was lost"))
+    for lane in (MAIN, BULK):
+        pair.carry(pair.server, lane)
+    for event in pair.client.take():
+        stream.hear(event)
+    assert len(stream.taken) == AHEAD and isinstance(stream.ended, CallFailed)
+
+
 def test_all_parts_together_keep_to_the_callers_bound() -> None:
     pair = Pair()
     stream = Stream(pair, [200_000] * 9, max_reply=MIB)

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.events import (
     BulkWanted,
     CallCancelled,
@@ -458,7 +458,7 @@ def test_a_fast_far_peer_gets_a_wider_window() -> None:
     assert pair.server.budget.windows == pair.client.machine.windows.out_bytes
 
 
-def hostile(settings: ConnectionBounds = SETTINGS) -> tuple[Side, ConnectionProtocol]:
+def hostile(settings: Bounds = SETTINGS) -> tuple[Side, ConnectionProtocol]:
     side = Pair(server=settings).server
     return side, side.machine
 

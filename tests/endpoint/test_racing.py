@@ -41,7 +41,7 @@ class Track:
         return await race(
             [DialPath(name, delay, no_pipe) for name, delay in paths],
             self.attempt,
-            finished=lambda path, error, seconds: self.finished.append(path.name),
+            finished=lambda path, error: self.finished.append(path.name),
         )
 
 

@@ -10,7 +10,7 @@ import logging
 
 import pytest
 
-from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import TesseractError
 from tesseract_async.identity import Identity
@@ -20,13 +20,12 @@ from tesseract_async.wire import frames
 from tests.faults.proxy import Action, Fault, Proxy
 from tests.faults.serving import echo, serving
 
-QUICK = ConnectionBounds(ping_after=0.05, dead_after=0.2, stall_after=0.3, bulk_retry=0.0)
-PATIENT = ConnectionBounds(ping_after=0.5, dead_after=2.0, bulk_retry=0.0)
-BOUNDS = EndpointBounds(connection=PATIENT, handshake_timeout=1.0, backoff_base=0.01)
+BOUNDS = Bounds(ping_after=0.5, dead_after=2.0, bulk_retry=0.0, handshake_timeout=1.0, backoff_base=0.01)
+QUICK = dataclasses.replace(BOUNDS, ping_after=0.05, dead_after=0.2, stall_after=0.3, handshake_timeout=0.3)
 PLAIN = EndpointSettings(security="plain", bounds=BOUNDS)
-STALLING = dataclasses.replace(PLAIN, bounds=dataclasses.replace(BOUNDS, connection=QUICK, handshake_timeout=0.3))
+STALLING = dataclasses.replace(PLAIN, bounds=QUICK)
 TLS = dataclasses.replace(PLAIN, security="tls", bounds=dataclasses.replace(BOUNDS, handshake_timeout=3.0))
-GENTLE = EndpointSettings(security="plain", bounds=EndpointBounds(connection=ConnectionBounds(bulk_retry=0.0)))
+GENTLE = EndpointSettings(security="plain", bounds=Bounds(bulk_retry=0.0))
 """Where nothing may fail: the product's own time-outs, which a busy machine keeps."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, Overloaded
 from tesseract_async.identity import Identity
@@ -191,8 +191,8 @@ async def test_a_server_that_says_more_for_ever_is_cut_off(size: int) -> None:
 
 @pytest.mark.parametrize("grant", [False, True], ids=["never granted", "granted and never read"])
 async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
-    bounds = ConnectionBounds(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(connection=bounds))
+    bounds = Bounds(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
+    settings = dataclasses.replace(PLAIN, bounds=bounds)
 
     async def swell(call: IncomingCall) -> Message:
         return Message(None, (memoryview(bytearray(MIB)),))
@@ -216,12 +216,12 @@ async def test_replies_that_nobody_takes_end_in_seconds(grant: bool) -> None:
 
 
 async def test_who_does_not_read_small_replies_is_dropped_in_seconds() -> None:
-    bounds = ConnectionBounds(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
+    bounds = Bounds(dead_after=10_000.0, stall_after=10_000.0)  # it is not for its silence that it is dropped
 
     async def swell(call: IncomingCall) -> Message:
         return Message(None, (memoryview(bytes(60_000)),))
 
-    async with serving(dataclasses.replace(PLAIN, bounds=EndpointBounds(connection=bounds))) as (server, address):
+    async with serving(dataclasses.replace(PLAIN, bounds=bounds)) as (server, address):
         server.handle("swell", swell)
         async with RawPeer.connected(address) as stranger:
             stranger.writer.transport.pause_reading()  # type: ignore[attr-defined]

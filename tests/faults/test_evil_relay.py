@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tesseract_async.endpoint.bounds import EndpointBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import ConnectionLost, PeerUnreachable, ProtocolError
 from tesseract_async.identity import Identity
@@ -84,10 +84,10 @@ class OnePath:
     async def listen(self, accept: Callable[[Pipe], None]) -> None:
         pass
 
-    def paths(self, peer: PeerAddress, *, bulk: bool) -> Sequence[DialPath]:
+    def paths(self, peer: PeerAddress) -> Sequence[DialPath]:
         return [DialPath("relay", 0.0, self._open)]
 
-    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None, seconds: float) -> None:
+    def path_finished(self, peer: PeerAddress, path: DialPath, error: BaseException | None) -> None:
         pass
 
     def peer_known(self, peer: PeerAddress) -> None:
@@ -109,7 +109,7 @@ async def relayed(spoiler: Spoiler, *, handshake_timeout: float = 5.0) -> AsyncI
         metrics=Metrics(),
     )
     await demultiplexer.listen(lambda pipe: pipe.abort())
-    settings = EndpointSettings(bounds=EndpointBounds(handshake_timeout=handshake_timeout))
+    settings = EndpointSettings(bounds=Bounds(handshake_timeout=handshake_timeout))
     server = Endpoint(identity=Identity.generate(), settings=settings)
 
     async def echo(call: IncomingCall) -> Message:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from tesseract_async.endpoint import dialling
-from tesseract_async.endpoint.bounds import ConnectionBounds, EndpointBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import Owner, Reservation
 from tesseract_async.endpoint.endpoint import CallHandler, Endpoint, EndpointSettings, IncomingCall, Message
 from tesseract_async.errors import PeerUnreachable
@@ -61,9 +61,7 @@ async def test_an_attack_costs_the_attacker_its_channel_only(attack: str, caplog
             while not server.metrics.total("endpoint_connections_dropped"):
                 await client.call(address, "echo", timeout=30)
         assert caplog.text.count("dropped: ") == 1, "one line for each peer dropped, with the reason"
-        assert server.budgets.messages.used <= ConnectionBounds().window_bytes, (
-            "no memory was taken for what never came"
-        )
+        assert server.budgets.messages.used <= Bounds().window_bytes, "no memory was taken for what never came"
         assert len(server.connections()) == 1 and len(client.connections()) == 1
 
 
@@ -83,7 +81,7 @@ async def test_what_is_no_hello_is_refused_and_counted() -> None:
 
 
 async def test_a_slow_loris_is_cut_off_and_leaves_room_for_others() -> None:
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(handshake_timeout=60.0, max_half_open_per_host=5))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(handshake_timeout=60.0, max_half_open_per_host=5))
     async with serving(settings) as (server, address), client_of(settings) as client:
         async with RawPeer.connected(address, greet=False) as first:
             first.writer.write(b"\x01")
@@ -102,11 +100,11 @@ async def test_a_slow_loris_is_cut_off_and_leaves_room_for_others() -> None:
 
 
 async def test_one_peer_cannot_open_connections_without_a_bound() -> None:
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_connections_per_peer=3))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(max_connections_per_peer=3))
     async with serving(settings) as (server, address), client_of(settings) as client:
         transport = TcpTransport()
         for index in range(4):
-            opening = client.dialler.connect_through(address, transport.paths(address, bulk=False))
+            opening = client.dialler.connect_through(address, transport.paths(address))
             if index < 3:
                 await opening
             else:
@@ -117,7 +115,7 @@ async def test_one_peer_cannot_open_connections_without_a_bound() -> None:
 
 async def test_silent_visitors_never_keep_newcomers_out() -> None:
     settings = dataclasses.replace(
-        PLAIN, bounds=EndpointBounds(handshake_timeout=60.0, max_half_open=12, max_half_open_per_host=8)
+        PLAIN, bounds=Bounds(handshake_timeout=60.0, max_half_open=12, max_half_open_per_host=8)
     )
     async with serving(settings) as (server, address), client_of(settings) as client:
         async with contextlib.AsyncExitStack() as stack:
@@ -133,14 +131,14 @@ async def test_silent_visitors_never_keep_newcomers_out() -> None:
 
 
 async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_connections=6))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(max_connections=6))
     async with serving(settings) as (server, address), client_of(settings) as old, client_of(settings) as new:
         assert (await old.call(address, "echo", 1, timeout=30)).body == 1
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(5):
                 await stack.enter_async_context(RawPeer.connected(address))
             with pytest.raises(PeerUnreachable):  # nobody has been idle for long
-                await new.dialler.connect_through(address, TcpTransport().paths(address, bulk=False))
+                await new.dialler.connect_through(address, TcpTransport().paths(address))
             let_pass(2.0)
             assert (await old.call(address, "echo", 2, timeout=30)).body == 2
             assert (await new.call(address, "echo", 3, timeout=30)).body == 3
@@ -151,7 +149,7 @@ async def test_idle_connections_of_a_crowd_make_room_for_newcomers() -> None:
 async def test_one_range_gets_a_part_of_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dialling, "range_of", lambda origin: "8.8.8.0/24")
     monkeypatch.setattr(dialling, "CROWD", 0)
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_connections_per_range=3))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(max_connections_per_range=3))
     async with serving(settings) as (server, address), contextlib.AsyncExitStack() as stack:
         for _ in range(3):
             await stack.enter_async_context(RawPeer.connected(address))
@@ -170,8 +168,8 @@ async def test_a_process_with_few_descriptors_keeps_some_for_itself(monkeypatch:
 
 
 async def test_a_client_that_never_reads_takes_no_more_memory_than_allowed() -> None:
-    bounds = ConnectionBounds(max_small=2**20, max_backlog=2**20, max_unsent=2**24, ping_after=0.3, dead_after=0.6)
-    settings = dataclasses.replace(PLAIN, max_receive_bytes=2**26, bounds=EndpointBounds(connection=bounds))
+    bounds = Bounds(max_small=2**20, max_backlog=2**20, max_unsent=2**24, ping_after=0.3, dead_after=0.6)
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=2**26, bounds=bounds)
     computed = 0
 
     async def swell(call: IncomingCall) -> Message:
@@ -230,8 +228,8 @@ async def test_the_holder_of_a_reply_hears_at_once_that_its_room_went_to_a_peer_
 
 async def test_a_client_that_never_takes_large_replies_holds_no_more_memory_than_allowed() -> None:
     # these peers answer no ping, either: that is not what ends them here
-    bounds = ConnectionBounds(max_replies=8 * 2**20, max_backlog=2**30, dead_after=120.0, stall_after=120.0)
-    settings = dataclasses.replace(PLAIN, max_receive_bytes=24 * 2**20, bounds=EndpointBounds(connection=bounds))
+    bounds = Bounds(max_replies=8 * 2**20, max_backlog=2**30, dead_after=120.0, stall_after=120.0)
+    settings = dataclasses.replace(PLAIN, max_receive_bytes=24 * 2**20, bounds=bounds)
     computed = 0
 
     async def swell(call: IncomingCall) -> Message:
@@ -271,16 +269,16 @@ async def test_a_thousand_idle_connections_cost_little_and_disturb_nobody() -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 2500:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    settings = dataclasses.replace(PLAIN, bounds=EndpointBounds(max_connections_per_peer=2000))
+    settings = dataclasses.replace(PLAIN, bounds=Bounds(max_connections_per_peer=2000))
     async with serving(settings) as (server, address), client_of(settings) as client:
         transport = TcpTransport()
         for _ in range(20):
-            paths = transport.paths(address, bulk=False)
+            paths = transport.paths(address)
             await asyncio.gather(*(client.dialler.connect_through(address, paths) for _ in range(50)))
         assert len(server.connections()) == len(client.connections()) == 1000
         loop = asyncio.get_running_loop()
         for connection in (*server.pool.connections(), *client.pool.connections()):
-            connection.protocol.handle_timer(loop.time() + ConnectionBounds().ping_after)  # what the timer does then
+            connection.protocol.handle_timer(loop.time() + Bounds().ping_after)  # what the timer does then
         scratch = sum(
             reader._scratch is not None
             for connection in (*server.pool.connections(), *client.pool.connections())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tesseract_async.admission import Quota
-from tesseract_async.endpoint.bounds import ConnectionBounds
+from tesseract_async.endpoint.bounds import Bounds
 from tesseract_async.endpoint.budget import NodeBudgets, Owner, Reservation
 from tesseract_async.endpoint.events import CallReceived, PartReceived, PartWanted
 from tesseract_async.endpoint.protocol import ConnectionProtocol
@@ -23,7 +23,7 @@ from tesseract_async.transport.tls import TlsMachine
 from tesseract_async.wire import compression, frames, heads, messages, tensors
 from tesseract_async.wire.heads import Hello, RequestHead
 
-SETTINGS = ConnectionBounds(max_message=2**22, max_calls=50, max_replies=2**18)
+SETTINGS = Bounds(max_message=2**22, max_calls=50, max_replies=2**18)
 HELLO = Hello(bytes(16), False, bytes(32), 50, 2**20, 2**22, features=heads.FEATURES)
 REQUEST = heads.encode_request(RequestHead("expert.forward", 5.0, 0, 0, 2**20, {"uid": "a.1"}))
 PEER = Identity.from_seed(b"f" * 32).peer_id

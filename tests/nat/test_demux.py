@@ -134,5 +134,5 @@ async def test_closing_sends_the_silent_away() -> None:
 
 async def test_dialling_is_the_inner_transports_business() -> None:
     async with open_house() as house:
-        paths = house.demultiplexer.paths(PeerAddress.parse(house.address), bulk=False)
+        paths = house.demultiplexer.paths(PeerAddress.parse(house.address))
         assert [path.name for path in paths] == [f"tcp {house.address}"]

@@ -46,7 +46,7 @@ async def test_every_way_leads_there(kind: str) -> None:
         pipe = await path(asker, asked.peer, kind).open()
         assert pipe.description.startswith(kind)
         await check(pipe, await asked.accepted.get())
-        asker.nat.path_finished(asked.peer, won(kind), None, 0.1)
+        asker.nat.path_finished(asked.peer, won(kind), None)
 
 
 @pytest.mark.both_loops
@@ -74,30 +74,30 @@ def delay(paths: Sequence[DialPath], name: str) -> float:
 async def test_which_ways_are_tried_and_when() -> None:
     async with town(3) as (asker, asked, _):
         nat, peer = asker.nat, asked.peer
-        assert names(nat.paths(peer, bulk=False)) == ["datachannel", "relay"]
-        assert nat.paths(PeerAddress(asked.peer_id, ("127.0.0.1:1",)), bulk=False) == []
-        assert nat.paths(PeerAddress(None, (), peer.rendezvous), bulk=False) == []
-        assert nat.paths(replace(peer, peer_id=asker.peer_id), bulk=False) == []
-        patient = delay(nat.paths(peer, bulk=False), "relay")
+        assert names(nat.paths(peer)) == ["datachannel", "relay"]
+        assert nat.paths(PeerAddress(asked.peer_id, ("127.0.0.1:1",))) == []
+        assert nat.paths(PeerAddress(None, (), peer.rendezvous)) == []
+        assert nat.paths(replace(peer, peer_id=asker.peer_id)) == []
+        patient = delay(nat.paths(peer), "relay")
         asker.symmetric = True
-        assert delay(nat.paths(peer, bulk=False), "relay") < patient
+        assert delay(nat.paths(peer), "relay") < patient
         # direct addresses get a head start
-        assert delay(nat.paths(replace(peer, addresses=("127.0.0.1:1",)), bulk=False), "datachannel") > 0
+        assert delay(nat.paths(replace(peer, addresses=("127.0.0.1:1",))), "datachannel") > 0
         # what worked comes first
         for kind, expected in (("relay", ["relay"]), ("datachannel", ["datachannel", "relay"])):
-            nat.path_finished(peer, won(kind), None, 0.1)
-            assert names(nat.paths(peer, bulk=True)) == expected
-        assert delay(nat.paths(peer, bulk=False), "relay") == patient
-        nat.path_finished(peer, won("datachannel"), OSError(), 0.1)
-        assert delay(nat.paths(peer, bulk=False), "relay") < patient
+            nat.path_finished(peer, won(kind), None)
+            assert names(nat.paths(peer)) == expected
+        assert delay(nat.paths(peer), "relay") == patient
+        nat.path_finished(peer, won("datachannel"), OSError())
+        assert delay(nat.paths(peer), "relay") < patient
         asker.puncher.enabled = False
-        assert names(nat.paths(peer, bulk=False)) == ["relay"]
+        assert names(nat.paths(peer)) == ["relay"]
         asker.public_addresses = (asker.address,)
-        assert names(nat.paths(peer, bulk=False)) == ["reverse", "relay"]
+        assert names(nat.paths(peer)) == ["reverse", "relay"]
         asker.puncher.enabled = True  # dialled by those who have IPv6 only: others may need a hole
-        assert names(nat.paths(peer, bulk=False)) == ["reverse", "datachannel", "relay"]
+        assert names(nat.paths(peer)) == ["reverse", "datachannel", "relay"]
         asker.behind_nat = False
-        assert names(nat.paths(peer, bulk=False)) == ["reverse", "relay"]
+        assert names(nat.paths(peer)) == ["reverse", "relay"]
 
 
 @pytest.mark.parametrize("kind", ["reverse", "datachannel", "relay"])

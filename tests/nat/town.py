@@ -134,5 +134,5 @@ async def town(
 
 
 def path(place: Place, peer: PeerAddress, kind: str) -> DialPath:
-    [found] = [one for one in place.nat.paths(peer, bulk=False) if one.name == kind]
+    [found] = [one for one in place.nat.paths(peer) if one.name == kind]
     return found

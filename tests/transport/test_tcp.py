@@ -46,7 +46,7 @@ async def tcp_pair(throttle: Limit | None = None) -> AsyncIterator[tuple[Pipe, P
     accepted: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
     listening, dialling = TcpTransport(sock), TcpTransport(throttle=throttle)
     await listening.listen(accepted.set_result)
-    (path,) = dialling.paths(PeerAddress(None, (join_host_port(*sock.getsockname()),)), bulk=False)
+    (path,) = dialling.paths(PeerAddress(None, (join_host_port(*sock.getsockname()),)))
     pair = await path.open(), await accepted
     try:
         yield pair
@@ -80,7 +80,7 @@ async def test_an_impatient_peer_is_not_stored_without_a_bound() -> None:
 
 async def test_paths_give_each_address_a_head_start() -> None:
     peer = PeerAddress(None, ("10.0.0.1:1", "[::1]:2", "example.org:3"))
-    paths = TcpTransport().paths(peer, bulk=True)
+    paths = TcpTransport().paths(peer)
     assert [path.name for path in paths] == ["tcp [::1]:2", "tcp 10.0.0.1:1", "tcp example.org:3"]
     assert [path.delay for path in paths] == [0.0, 0.25, 0.5]
 
@@ -90,18 +90,18 @@ async def test_the_address_that_worked_comes_first() -> None:
     peer = PeerAddress(Identity.generate().peer_id, ("10.0.0.1:1", "10.0.0.2:1", "[::1]:2", "[::2]:2"))
 
     def order(peer: PeerAddress = peer) -> list[str]:
-        return [path.name.removeprefix("tcp ") for path in transport.paths(peer, bulk=False)]
+        return [path.name.removeprefix("tcp ") for path in transport.paths(peer)]
 
     assert order() == ["[::1]:2", "10.0.0.1:1", "[::2]:2", "10.0.0.2:1"]
-    by_name = {path.name: path for path in transport.paths(peer, bulk=False)}
-    transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], None, 0.1)
+    by_name = {path.name: path for path in transport.paths(peer)}
+    transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], None)
     assert order() == ["10.0.0.2:1", "[::1]:2", "10.0.0.1:1", "[::2]:2"]
     assert order(replace(peer, addresses=("[::1]:2",))) == ["[::1]:2"]
-    transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], OSError(), 0.1)
+    transport.path_finished(peer, by_name["tcp 10.0.0.2:1"], OSError())
     assert order()[0] == "[::1]:2"
     for _ in range(MAX_REMEMBERED + 1):
         other = replace(peer, peer_id=PeerID(os.urandom(32)))
-        transport.path_finished(other, by_name["tcp 10.0.0.2:1"], None, 0.1)
+        transport.path_finished(other, by_name["tcp 10.0.0.2:1"], None)
     assert len(transport._worked) == MAX_REMEMBERED
 
 

@@ -88,7 +88,7 @@ async def test_real_pipes_keep_to_the_rate_together(direction: str) -> None:
     peer = PeerAddress(None, (f"127.0.0.1:{sock.getsockname()[1]}",))
     pipes: list[Pipe] = []
     for _ in range(2):
-        (path,) = client.paths(peer, bulk=False)
+        (path,) = client.paths(peer)
         pipes.append(await path.open())
     await two.wait()
     receivers = [Receiver(size) for _ in accepted]
