@@ -485,7 +485,8 @@ class _EngineThreads:
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
         self._lock = threading.Lock()
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        # no SimpleQueue: see `TesseractRuntime`
+        self._idle: list[queue.Queue[Callable[[], None]]] = []
         self._num_busy = 0
         self._all_idle = threading.Condition(self._lock)
 
@@ -505,7 +506,7 @@ class _EngineThreads:
             threading.Thread(target=self._run, args=(job,), name="tesseract-backward", daemon=True).start()
 
     def _run(self, job: Callable[[], None] | None) -> None:
-        inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         while job is not None:
             job()
             job = None  # an idle thread must not keep a graph alive
