@@ -20,7 +20,7 @@ from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.client.routing import expert_scores, uid_at
+from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
@@ -301,7 +301,7 @@ class GatingFunction(nn.Module):
         num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
         with torch.set_grad_enabled(mode.differentiable):
             columns_ND = dispatch.candidates.grid.columns_ND.to(device)
-            scores_L = expert_scores(scores_RS, rows_L, experts_L, columns_ND)
+            scores_L = scores_RS[rows_L[:, None], columns_ND[experts_L]].sum(1)
             weights_L = self._weights(scores_L, scores_RS, rows_L) * (num_answers_R >= self.k_min)[rows_L]
             call.weights = weights_L.detach().cpu()
             outputs = [_weighted_sum(weights_L, answer, rows_L, num_rows) for answer in answers]
