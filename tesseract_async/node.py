@@ -238,6 +238,11 @@ class TesseractNode(Uncopied):
         self.network.mute()
         self.twin.set()
 
+    @property
+    def is_running(self) -> bool:
+        """True from `start` to `aclose`."""
+        return self._started is not None and not self._closed
+
     def check_running(self) -> None:
         """Raises: RuntimeError, with a sentence, unless the node is started and not closed."""
         if self._closed:

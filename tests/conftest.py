@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import pytest
@@ -59,7 +60,9 @@ def no_thread_left() -> Iterator[None]:
     left = {t for t in left if not t.name.startswith(lasting)}
     for thread in left:
         thread.join(timeout=30)  # on a busy machine
-    assert not any(thread.is_alive() for thread in left), f"threads left: {left}"
+    frames = sys._current_frames()
+    where = [(t.name, traceback.format_stack(frames[t.ident])[-2:]) for t in left if t.ident in frames]
+    assert not any(thread.is_alive() for thread in left), f"threads left: {where}"
 
 
 @pytest.fixture(scope="session")

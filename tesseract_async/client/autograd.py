@@ -479,7 +479,7 @@ class _EngineThreads:
     """Threads that grow with the work in flight: a backward that waits for its experts never keeps another waiting.
 
     Python's executors have a fixed size, at which steps would queue (or deadlock, nested); and their threads are
-    joined at exit. A thread is used again, and ends after `IDLE_SECONDS` without work.
+    joined at exit. A thread is used again, the latest first, and ends after `IDLE_SECONDS` without work.
     """
 
     def __init__(self) -> None:
@@ -488,43 +488,49 @@ class _EngineThreads:
     def forget(self) -> None:
         """Forget all threads: in a fork's child there are none."""
         self._lock = threading.Lock()
-        self._num_threads = 0
-        # no SimpleQueue: its `get` may outlast a timeout where several threads wait
-        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
+        # no SimpleQueue: see `TesseractRuntime`
+        self._idle: list[queue.Queue[Callable[[], None]]] = []
+        self._num_busy = 0
+        self._all_idle = threading.Condition(self._lock)
 
-    def wait_idle(self, timeout: float) -> None:
-        """Wait until no job runs, at most `timeout` seconds."""
-        with self._jobs.all_tasks_done:
-            self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout)
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until no job runs, at most `timeout` seconds. Return whether none does."""
+        with self._all_idle:
+            return self._all_idle.wait_for(lambda: not self._num_busy, timeout)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job`, which must not raise, in a thread at once."""
         with self._lock:
-            self._jobs.put(job)
-            is_short = self._num_threads < self._jobs.unfinished_tasks
-            self._num_threads += is_short
-        if is_short:
-            threading.Thread(target=self._run, name="tesseract-backward", daemon=True).start()
+            inbox = self._idle.pop() if self._idle else None
+            self._num_busy += 1
+        if inbox is not None:
+            inbox.put(job)
+        else:
+            threading.Thread(target=self._run, args=(job,), name="tesseract-backward", daemon=True).start()
 
-    def _run(self) -> None:
-        while True:
+    def _run(self, job: Callable[[], None] | None) -> None:
+        inbox: queue.Queue[Callable[[], None]] = queue.Queue()
+        while job is not None:
+            job()
+            job = None  # an idle thread must not keep a graph alive
+            with self._lock:
+                self._idle.append(inbox)
+                self._num_busy -= 1
+                self._all_idle.notify_all()
             try:
-                job = self._jobs.get(timeout=IDLE_SECONDS)
+                job = inbox.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 with self._lock:
-                    if self._num_threads > self._jobs.unfinished_tasks:  # else a job is on its way
-                        self._num_threads -= 1
+                    if inbox in self._idle:
+                        self._idle.remove(inbox)
                         return
-                continue
-            job()
-            del job  # an idle thread must not keep a graph alive
-            self._jobs.task_done()
+                job = inbox.get()  # it was taken in this very moment: its job is on the way
 
 
 _threads = _EngineThreads()
 # A thread that comes back from PyTorch into an interpreter that is being taken down ends the process with SIGABRT.
-# Those that wait for a network whose loop has stopped never come back, so the exit waits for a second at most.
-atexit.register(_threads.wait_idle, 1.0)
+# On a busy machine the last ones take seconds to come back. Those that wait for a loop that goes on never do.
+atexit.register(_threads.wait_idle, 5.0)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.forget)
 

@@ -116,7 +116,8 @@ class MixtureCall:
             raise NotEnoughExperts(
                 dispatch.k_min, dispatch.num_short, dispatch.errors, num_live=len(dispatch.candidates)
             )
-        replies = [self._replies[call] for call in dispatch.answers]
+        self._replies = {call: self._replies[call] for call in dispatch.answers}  # others came too late to count
+        replies = list(self._replies.values())
         outputs = []
         for i, spec in enumerate(flatten(self._schema.outputs)):
             none = torch.empty(0, *spec.shape, dtype=spec.dtype, device="cpu")

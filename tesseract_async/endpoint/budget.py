@@ -287,10 +287,18 @@ class NodeBudgets:
         self.small_calls = FairCount(max_receive_bytes // 4)
         """Small calls under way."""
         self.pace = Pace()
+        self._delivers = False
 
     def deliver(self) -> None:
-        """Tell holders what has changed. Called at the end of a driver's cycle."""
-        while self.changed:
-            room = self.changed.popleft()
-            if room.owner.holder is not None:
-                room.owner.holder.room_changed(room)
+        """Tell holders what has changed. Called at the end of a driver's cycle, also of one that this leads to: the
+        first call tells all, so that the stack does not grow with what a peer lets wait."""
+        if self._delivers:
+            return
+        self._delivers = True
+        try:
+            while self.changed:
+                room = self.changed.popleft()
+                if room.owner.holder is not None:
+                    room.owner.holder.room_changed(room)
+        finally:
+            self._delivers = False

@@ -36,7 +36,6 @@ from tesseract_async.network.rpcs import Call, Caller, Rpcs
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import CLOCK_SKEW, Storage
 from tesseract_async.network.timers import Timers
-from tesseract_async.network.tokens import TOKEN_LIFETIME
 from tesseract_async.transport.address_scope import PUBLIC, AddressScope, kind_of
 
 MAX_KNOWN = 2048
@@ -170,7 +169,7 @@ class Core:
         elif datagram.flags & wire.FLAG_AGAIN:
             if not call.repeated and contact.peer_id == datagram.sender:
                 call.repeated = True
-                contact.token, contact.token_until = reply.token, now + TOKEN_LIFETIME
+                contact.token, contact.token_until = reply.token, now + wire.TOKEN_LIFETIME
                 self._rpcs.repeat(call, now)
             return False
         elif contact.peer_id != datagram.sender:
@@ -186,7 +185,7 @@ class Core:
         contact.proven = True
         contact.late = False
         contact.last_seen = now
-        contact.token, contact.token_until = reply.token, now + TOKEN_LIFETIME
+        contact.token, contact.token_until = reply.token, now + wire.TOKEN_LIFETIME
         self.observed[PeerID(contact.peer_id)] = reply.observed
         self._skews.append(reply.wall - self.wall((call.sent_at + now) / 2))
         call.contact = contact

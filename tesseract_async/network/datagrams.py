@@ -62,6 +62,8 @@ FLAG_AGAIN = 2
 """In a reply without results: the token is out of date (its giver restarted, say); ask again with this one."""
 
 TOKEN_BYTES = 8
+TOKEN_LIFETIME = 300.0
+"""Seconds for which a token is good at least; at most twice as long."""
 CHALLENGE_BYTES = 16
 TRANSACTION_BYTES = 8
 PROOF_BYTES = 96

@@ -11,6 +11,7 @@ Whatever comes from the network is untrusted. A datagram that breaks a rule is d
 
 from __future__ import annotations
 
+import hashlib
 import random as random_module
 from collections.abc import Iterable, Sequence
 
@@ -32,13 +33,38 @@ from tesseract_async.network.replication import Replicator
 from tesseract_async.network.routing import K
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
-from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import Write
 from tesseract_async.transport.address_scope import AddressScope
 
 HOUSEKEEPING_PERIOD = 10.0
 REFRESH_PERIOD = 1800.0
 """Seconds after which a bucket that no lookup touched is refreshed (section 2.3)."""
+
+
+class Tokens:
+    """The tokens that one node gives out: keyed hashes of addresses, so that nothing has to be remembered.
+
+    A token proves that a node that sends from an address also receives there (BEP 5).
+    """
+
+    def __init__(self, random: random_module.Random, *, now: float) -> None:
+        self._random = random
+        self._secrets = (random.randbytes(16), random.randbytes(16))
+        self._until = now + wire.TOKEN_LIFETIME
+
+    def give(self, packed_address: bytes) -> bytes:
+        """Return the present token of an address."""
+        return _token(self._secrets[0], packed_address)
+
+    def holds(self, token: bytes, packed_address: bytes) -> bool:
+        """Return True if `token` was given to the address under this secret or the one before."""
+        return any(token == _token(secret, packed_address) for secret in self._secrets)
+
+    def rotate(self, now: float) -> None:
+        """Change the secret when its time has come."""
+        if now >= self._until:
+            self._secrets = (self._random.randbytes(16), self._secrets[0])
+            self._until = now + wire.TOKEN_LIFETIME
 
 
 class NetworkProtocol:
@@ -331,3 +357,7 @@ class NetworkProtocol:
         self._operations[self._num_operations] = operation
         operation.start(self._num_operations, now)
         return self._num_operations
+
+
+def _token(secret: bytes, packed_address: bytes) -> bytes:
+    return hashlib.blake2b(packed_address, key=secret, digest_size=wire.TOKEN_BYTES).digest()

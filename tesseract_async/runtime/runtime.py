@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import Final, TypeVar
 
 import torch
@@ -94,7 +94,9 @@ class TesseractRuntime(Uncopied):
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
         self._is_idle = False
-        self._bell: SimpleQueue[None] = SimpleQueue()  # wakes the idle thread: half the price of a threading.Condition
+        # wakes the idle thread. No SimpleQueue: if the thread loses the processor at the wrong moment, its get(timeout)
+        # waits forever (seen with CPython 3.11)
+        self._bell: Queue[None] = Queue()
         self._posted: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._delivers = False  # True if the loop was woken for what is posted
         self._closing = False

@@ -344,10 +344,9 @@ class BareNames:
         )
         if found is None:
             return None
-        file, state = found
-        await one.hosted.take(state)
+        await one.hosted.take(found[1])
         self._node.metrics.count("states_pulled")
-        return file
+        return found[0]
 
     async def hand_over(self, uid: str) -> bool:
         """Have a follower take over, by what was read last. Returns whether one did; else the expert stays here."""

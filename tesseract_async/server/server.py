@@ -253,7 +253,7 @@ class TesseractServer(Uncopied):
         self._closed = True
         await self._stop_tasks()
         try:
-            if self._node_runs():
+            if self.node.is_running:
                 await self.drain(timeout=self.settings.drain_timeout if drain_timeout is None else drain_timeout)
                 if self._publisher is not None:  # what `drain` had no time for
                     async with asyncio.timeout(FAREWELL_TIMEOUT):
@@ -274,13 +274,6 @@ class TesseractServer(Uncopied):
                 raise CheckpointError(f"the last steps are not saved: {error}") from error
             finally:
                 await self._stop_runtimes()
-
-    def _node_runs(self) -> bool:
-        try:
-            self.node.check_running()
-        except RuntimeError:
-            return False
-        return True
 
     async def drain(self, *, timeout: float) -> bool:
         """Take no new forwards, and tell the network so; wait for the calls under way and for the backwards of forwards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import itertools
 
 import pytest
@@ -418,3 +419,26 @@ async def test_float64_gradcheck(node: FakeNode) -> None:
         return result
 
     assert await asyncio.to_thread(torch.autograd.gradcheck, mixture, (x, weight, bias), nondet_tol=1e-12)
+
+
+def test_answers_that_came_too_late_to_count_are_not_kept_for_the_backward() -> None:
+    async def num_kept(num_turns: int) -> int:
+        node = FakeNode()
+        gate = make_gate(node, k_best=4, spare=0, timeout_after_k_min=0.0)
+        await gate(torch.zeros(1, 2))
+
+        async def fault(method: str, uid: str, number: int) -> None:
+            await asyncio.sleep(1.0)
+            for _ in range(num_turns if uid != UIDS[0] else 0):  # the others end while the pass does
+                await asyncio.sleep(0)
+
+        node.fault = fault
+        mixed = await gate.mix(torch.randn(1237, 2, requires_grad=True))
+        assert (mixed.num_answers == 1).all()
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) and one.shape == (1237, 2) for one in gc.get_objects())
+
+    async def main() -> None:
+        assert await num_kept(1) == await num_kept(5)
+
+    run_in_virtual_time(main())

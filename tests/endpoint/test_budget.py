@@ -194,3 +194,20 @@ def test_something_is_always_left_of_what_cannot_be_taken_back() -> None:
         crowd.give_back(owner(peer, group=1), held[peer])
     crowd.give_back(owner(200), 100)
     assert crowd.used == 0 and crowd.take(owner(0, group=1), 333), "as if nothing had been"
+
+
+def test_a_thousand_grants_at_once_are_told_one_after_the_other() -> None:
+    budgets = NodeBudgets(2**30)
+    heard: list[Reservation] = []
+
+    class Driver:
+        def room_changed(self, room: Reservation) -> None:
+            heard.append(room)
+            budgets.deliver()  # as every cycle of a connection ends
+
+    owner = Owner("range", "peer", Driver())
+    large = budgets.messages.ask(owner, budgets.messages.share)
+    waiting = [budgets.messages.ask(owner, 100_000) for _ in range(1000)]
+    large.release()
+    budgets.deliver()
+    assert heard == waiting

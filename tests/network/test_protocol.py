@@ -15,12 +15,11 @@ from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contac
 from tesseract_async.network.core import MAX_REQUEST_RATE
 from tesseract_async.network.dial_back import MAX_ERRANDS
 from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
-from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol
+from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol, Tokens
 from tesseract_async.network.reading import PAGES_IN_PROGRESS
 from tesseract_async.network.rpcs import MAX_CALLS, Call, Caller
 from tesseract_async.network.settings import NetworkSettings
 from tesseract_async.network.storage import StoreOutcome
-from tesseract_async.network.tokens import Tokens
 from tesseract_async.network.writing import SHORTEST_WAIT
 from tesseract_async.testing import LyingProtocol, SimulatedNetwork
 from tesseract_async.transport.address_scope import AddressScope

@@ -54,6 +54,10 @@ class ServingNode:
             for coords, primary in zip(one.coords.tolist(), one.primary.tolist(), strict=True)
         }
 
+    @property
+    def is_running(self) -> bool:
+        return not self.is_closed
+
     def check_running(self) -> None:
         if self.is_closed:
             raise RuntimeError("this node is closed")
