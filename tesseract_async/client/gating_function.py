@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments, Structure
+from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
@@ -26,7 +26,7 @@ from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.experts.manifest import is_prefix
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
+from tesseract_async.wire.tensors import Structure, describe_schema, describe_structure, flatten, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
