@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tesseract_async.client.expert_rpc import CallMode, ExpertSchema
 from tesseract_async.errors import SchemaMismatch
-from tesseract_async.wire.tensors import Schema, flatten, flatten_like, sequence_like
+from tesseract_async.wire.tensors import Schema, Structure, flatten, flatten_like, sequence_like
 
 _CHANGED = (
     "an input of a remote call was changed in place while the call was under way: await the call first, or give it a "
@@ -18,15 +17,11 @@ _CHANGED = (
 )
 
 
-Structure = Any
-"""Tensors in nested tuples, lists and dicts, as the expert's schema has them."""
-
-
 class Versions:
-    """How often each of some tensors has been changed in place."""
+    """How often each of some tensors has been changed in place; other objects among them are left out."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
-        self._noted = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+    def __init__(self, leaves: Iterable[object] = ()) -> None:
+        self._noted = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor) and not x.is_inference()]
 
     def check(self) -> None:
         """Raises: RuntimeError if one was changed since it was noted."""
@@ -43,7 +38,7 @@ class Arguments:
     versions: Versions
     mode: CallMode
     casts: bool
-    """Autocast is on: floating-point tensors are cast to the schema's dtypes."""
+    """Autocast is on where the tensors are: floating-point ones are cast to the schema's dtypes."""
 
     @classmethod
     def now(cls, args: tuple[Structure, ...], kwargs: Mapping[str, Structure], *, training: bool) -> Arguments:
@@ -55,7 +50,12 @@ class Arguments:
         (taken, keywords), versions = arguments_now((args, kwargs))
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62)) if training else 0
         mode = CallMode(training, seed, torch.is_grad_enabled())
-        return cls(taken, keywords, versions, mode, under_autocast((taken, keywords)))
+        casts = (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")) and any(
+            torch.is_autocast_enabled(leaf.device.type)
+            for leaf in flatten((taken, keywords))
+            if isinstance(leaf, torch.Tensor)
+        )
+        return cls(taken, keywords, versions, mode, casts)
 
     def fit(self, schema: ExpertSchema, what: str) -> list[torch.Tensor]:
         """The tensors in the order of `schema`. Raises: SchemaMismatch, which names `what`; TypeError."""
@@ -72,14 +72,6 @@ class Arguments:
         except SchemaMismatch:
             return False
         return True
-
-
-def under_autocast(structure: Structure) -> bool:
-    """Return whether autocast is on where the structure's tensors are."""
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        return False
-    devices = {leaf.device.type for leaf in flatten(structure) if isinstance(leaf, torch.Tensor)}
-    return any(torch.is_autocast_enabled(device) for device in devices)
 
 
 def _cast_to(schema: Schema, value: Structure) -> Structure:
@@ -101,7 +93,7 @@ def arguments_now(structure: Structure) -> tuple[Structure, Versions]:
     NumPy or another process), and the part of a buffer whose other parts may be filled meanwhile.
     """
     taken = _taken(structure)
-    return taken, Versions(leaf for leaf in flatten(taken) if isinstance(leaf, torch.Tensor))
+    return taken, Versions(flatten(taken))
 
 
 def _taken(value: Structure) -> Structure:

@@ -1,11 +1,8 @@
 """Audits: a share of the experts' answers is computed again elsewhere, to find servers that answer wrongly.
 
-A forward names everything that its answer depends on (rows, mode, seed), and its reply names the weights' version. So
-another replica at the same version must answer the same, but for rounding. If two differ, both are asked again: the one
-that contradicts itself is caught; otherwise a third replica decides. What can't be decided is kept as disputed.
-
-Only replicas at one version can be compared: frozen experts always, followers of one primary mostly, and a training
-primary only just after a follower has pulled its weights. Answers that can't be checked are counted.
+Replicas at the same version answer the same rows, mode and seed alike, but for rounding. If two differ, both are asked
+again: the one that contradicts itself is caught; otherwise a third replica decides. Only replicas at one version can be
+compared: a training primary only just after a follower has pulled its weights.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 """Remote calls in torch's graph, and `backward` without blocking the loop. One of three files that cross threads.
 
-A remote call has *two* nodes in the graph. `_Await` is made when the call is sent, `_Issue` when its answer arrives.
-In backward `_Issue` comes first: it starts the gradient request on the loop and returns at once; `_Await`, whose
-gradient is the request's answer, blocks the engine's thread (never the loop's) until that is there. PyTorch's engine
-runs ready nodes by descending sequence number, so all requests that can go out have gone out before it blocks:
-`_Issue` carries the highest number, and among the `_Await`s the one sent last, whose forward mirrored would end first,
-is waited for first.
+A remote call has *two* nodes in the graph: `_Await` is made when the call is sent, `_Issue` when its answer arrives.
+In backward, `_Issue` starts the gradient request on the loop and returns at once; `_Await`, whose gradient is the
+request's answer, blocks the engine's thread (never the loop's) until that is there. PyTorch's engine runs ready nodes
+by descending sequence number; `_Issue` carries the highest, so that all requests go out before anything blocks.
 
-The token between the two nodes is a CPU scalar, so that `_Await` runs in the thread that called the engine even if the
-rest of the graph is on a GPU. Outputs are fresh tensors, inputs are saved with `save_for_backward` (in-place changes
-are noticed), and what is under way is keyed by graph task, so that one graph can be gone through several times.
+The token between the two nodes is a CPU scalar: `_Await` runs in the thread that called the engine even if the rest of
+the graph is on a GPU. Requests under way are keyed by graph task, so that one graph can be gone through several times.
 """
 
 from __future__ import annotations
@@ -169,7 +166,7 @@ class _GradientRequest:
         """In an engine's thread. Raises: RuntimeError if the loop is not running."""
         if not self.call.is_loop_running():
             raise RuntimeError(_LOOP_GONE)
-        self._versions = Versions(tensor for tensor in (*inputs, *gradients) if tensor is not None)
+        self._versions = Versions((*inputs, *gradients))
         self.call.loop.call_soon_threadsafe(self._begin, inputs, gradients, context=self.call.context)
 
     def skip(self, inputs: Sequence[torch.Tensor]) -> None:

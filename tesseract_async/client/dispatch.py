@@ -275,7 +275,8 @@ class ForwardDispatch(CallsUnderWay):
         self._mark_slow(now)
         self._refill(now)
         stuck_R = self._stuck_R()
-        if self._may_come and stuck_R.any() and self._admit(self._free(now)):
+        free = [expert for expert, free_at in self._free_again.items() if free_at <= now]
+        if self._may_come and stuck_R.any() and self._admit(free):
             self._refill(now)
             stuck_R = self._stuck_R()
         some_stuck = bool(stuck_R.any())
@@ -299,9 +300,6 @@ class ForwardDispatch(CallsUnderWay):
         """Rows that lack answers, of which none is under way, and for which no expert is left."""
         stuck_R: npt.NDArray[np.bool_] = self._has_tried_all_R & (self._num_open_R == 0) & ~self._is_satisfied_R()
         return stuck_R
-
-    def _free(self, now: float) -> list[int]:
-        return [expert for expert, free_at in self._free_again.items() if free_at <= now]
 
     def _mark_slow(self, now: float) -> None:
         for call in self._under_way:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
@@ -42,7 +42,7 @@ class Exchange(Generic[T]):
         """Those of `replicas` that may answer. Raises: ExpertNotFound."""
         return replicas
 
-    async def send(self, replica: ExpertReplica, timeout: float) -> T:
+    def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, T]:
         """One call to one server. Raises: what the call raises; ProtocolError if the answer does not fit."""
         raise NotImplementedError
 
@@ -91,10 +91,13 @@ class ForwardExchange(Exchange[Forwarded]):
         self._primaries = [replica.peer for replica in primaries]
         return replicas
 
-    async def send(self, replica: ExpertReplica, timeout: float) -> Forwarded:
+    def send(self, replica: ExpertReplica, timeout: float) -> Coroutine[object, object, Forwarded]:
         """See `call_forward`. While a follower answers, the primary is asked for its version. Raises: TooStale."""
         if not self._primaries or replica.peer in self._primaries:
-            return await self._call(replica, timeout)
+            return self._call(replica, timeout)
+        return self._call_follower(replica, timeout)
+
+    async def _call_follower(self, replica: ExpertReplica, timeout: float) -> Forwarded:
         uid, node = self.forward.uid, self.experience.node
         asking = asyncio.ensure_future(fetch_info(node, uid, self._primaries[0], timeout=timeout))
         try:

@@ -216,10 +216,9 @@ class LeftOut:
         self._said_at = dict.fromkeys(self._since, -math.inf)
 
     def note(self, direction: Direction, errors: Mapping[str, BaseException]) -> None:
-        """A pass ended without these experts: uid -> why.
+        """A pass ended without these experts: uid -> why. Each counts in the metric ``answers_left_out``.
 
-        Each counts in the metric ``answers_left_out``. At most once a minute the log gets a warning about experts that
-        live, yet failed or were late, and a line at level INFO about those whose server is gone, as happens in swarms.
+        At most once a minute, the log gets a warning about those that live, and a line at INFO about those that do not.
         """
         for error in errors.values():
             reason = "late" if isinstance(error, TimeoutError) else type(error).__name__

@@ -128,8 +128,13 @@ async def call_forward(
     if len(outputs) != len(specs):
         raise ProtocolError(f"{forward.uid} answered {len(outputs)} tensors instead of {len(specs)}")
     num_rows = inputs[0].shape[0]
-    checked = [_fit(forward.uid, out, spec, num_rows) for out, spec in zip(outputs, specs, strict=True)]
-    return checked, Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
+    fitting = []
+    for output, spec in zip(outputs, specs, strict=True):
+        if output is None or output.dtype != spec.dtype or output.shape != (num_rows, *spec.shape):
+            got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
+            raise ProtocolError(f"{forward.uid} answered {got} where its schema says {spec} with {num_rows} rows")
+        fitting.append(output)
+    return fitting, Receipt(peer, decoded.version, decoded.inputs_cached, decoded.epoch)
 
 
 def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:
@@ -138,10 +143,3 @@ def check_growth(uid: str, metas: object, specs: Sequence[TensorSpec]) -> None:
         got = shortened(text_of(lambda: str(metas)))  # they may be nested too deeply for `str`
         takes = shortened(", ".join(map(str, specs)))
         raise ProtocolError(f"{uid} answered {got} where its schema says {takes}")
-
-
-def _fit(uid: str, output: torch.Tensor | None, spec: TensorSpec, num_rows: int) -> torch.Tensor:
-    if output is None or output.dtype != spec.dtype or output.shape != (num_rows, *spec.shape):
-        got = "nothing" if output is None else f"{output.dtype} of shape {tuple(output.shape)}"
-        raise ProtocolError(f"{uid} answered {got} where its schema says {spec} with {num_rows} rows")
-    return output

@@ -47,8 +47,7 @@ def ask_best(
     """Ask the replica that is expected to answer first; the others when it fails, or is slower than 95 % of its calls.
 
     The first answer counts, the calls still under way are cancelled. Silent and broken replicas are reported to the
-    directory, and those that refuse as SchemaMismatch what another one answers: they host something else under this
-    uid.
+    directory, and those that refuse as SchemaMismatch what another one answers.
 
     Raises: the first error if none answers; at once an error that another replica would repeat (the expert's own);
     TimeoutError.

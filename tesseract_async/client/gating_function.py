@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments, Structure
+from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.dispatch import ForwardDispatch
@@ -20,13 +20,13 @@ from tesseract_async.client.isolated import NO_GRAD, isolated
 from tesseract_async.client.mixture import MixtureCall
 from tesseract_async.client.ports import Node, PlainCalls, check_running, deliver
 from tesseract_async.client.remote_expert import RemoteExpert
-from tesseract_async.client.routing import expert_scores, uid_at
+from tesseract_async.client.routing import uid_at
 from tesseract_async.client.schema_vote import SchemaVote
 from tesseract_async.client.settings import MixtureSettings, check_max_staleness
 from tesseract_async.errors import NotEnoughExperts, SchemaMismatch
 from tesseract_async.experts.manifest import is_prefix
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import describe_schema, describe_structure, flatten, unflatten
+from tesseract_async.wire.tensors import Structure, describe_schema, describe_structure, flatten, unflatten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -301,7 +301,7 @@ class GatingFunction(nn.Module):
         num_answers_R = torch.from_numpy(dispatch.num_answers_R).to(device)
         with torch.set_grad_enabled(mode.differentiable):
             columns_ND = dispatch.candidates.grid.columns_ND.to(device)
-            scores_L = expert_scores(scores_RS, rows_L, experts_L, columns_ND)
+            scores_L = scores_RS[rows_L[:, None], columns_ND[experts_L]].sum(1)
             weights_L = self._weights(scores_L, scores_RS, rows_L) * (num_answers_R >= self.k_min)[rows_L]
             call.weights = weights_L.detach().cpu()
             outputs = [_weighted_sum(weights_L, answer, rows_L, num_rows) for answer in answers]

@@ -63,11 +63,10 @@ class GridSearch(Uncopied):
         self._prepared: tuple[GridView | FoundView, LiveGrid] | None = None
 
     async def candidates(self, scores_RS: torch.Tensor) -> Candidates:
-        """The live experts: all of them, as soon as the directory knows them.
+        """The live experts: all of them, or before the directory knows them the best ones of these rows by a search.
 
-        While it does not, a beam search looks for the best ones of these rows; the first that is done counts. With
-        ``search="beam"`` there is only the search, until it meets a grid so sparse that reading it is less work; what
-        it found in time counts. While no expert lives, one is waited for; in the end there may be none.
+        With ``search="beam"`` there is only the search, until it meets a grid so sparse that reading it is less work.
+        While no expert lives, one is waited for; in the end there may be none.
 
         Raises: NotEnoughExperts if the directory could not be read in time.
         """

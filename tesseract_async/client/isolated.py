@@ -4,9 +4,8 @@ A task that awaits inside ``with torch.no_grad():`` leaves the mode switched for
 swaps a coroutine's modes out at every suspension and back in when it goes on. The awaitables of this package are
 isolated already; your own coroutines that await something else inside such a block have to be wrapped.
 
-While an awaitable of this package is suspended the thread is in torch's default modes: a block around an ``await``
-cannot be told from a mode that was switched for the whole thread. A program that does the latter (say,
-``torch.set_grad_enabled(False)`` at its start) switches in its tasks instead, around what they compute.
+While an awaitable of this package is suspended, the thread is in torch's default modes. Switch modes around what your
+tasks compute, not for the whole thread (as with ``torch.set_grad_enabled(False)`` at a program's start).
 """
 
 from __future__ import annotations

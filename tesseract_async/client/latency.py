@@ -1,8 +1,7 @@
 """How fast replicas have answered, for choosing among them, hedging and latency-aware gating. Pure.
 
-A call is expected to take the way there and back (`path_seconds`: round trip and bytes over bandwidth, of the path in
-use *now*) plus what calls took beyond that so far: the server's queue and its work. So a replica whose path gets better
-or worse is judged anew before it is called.
+A call is expected to take the way there and back (`path_seconds`, of the path in use *now*) plus what calls took beyond
+that so far: the server's queue and its work.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ class _Record:
 class Lateness:
     """How far answers scatter around what was expected of them, and so when a call counts as hanging.
 
-    Learned from the latest answers, those that were given up included, with what they had taken by then: nine in ten
-    would have been within it. So servers that answer evenly are given up soon, and one that computes many experts one
-    after another is left its time.
+    Nine in ten of the latest answers would have been within it, those given up counted with what they had taken.
     """
 
     def __init__(self) -> None:
@@ -81,14 +78,10 @@ class LatencyBook:
         self._records: LRU[Hashable, _Record] = LRU(_MAX_KEYS)
         self._all: deque[float] = deque(maxlen=4 * _WINDOW)
 
-    def _record(self, key: Hashable) -> _Record:
-        record = self._records[key] = self._records.get(key) or _Record()
-        return record
-
     def observe(self, key: Hashable, seconds: float, *, path: float = 0.0, answered: bool = True) -> None:
         """A call to `key` took this long, or had taken it when it was given up (not `answered`); `path` seconds of it
         on the way."""
-        record = self._record(key)
+        record = self._records[key] = self._records.get(key) or _Record()
         record.recent.append(seconds)
         self._all.append(seconds)
         beyond = max(0.0, seconds - path)
@@ -104,7 +97,7 @@ class LatencyBook:
 
     def block(self, key: Hashable, until: float) -> None:
         """`key` asked not to be called before `until` (the loop's time)."""
-        record = self._record(key)
+        record = self._records[key] = self._records.get(key) or _Record()
         record.blocked_until = max(record.blocked_until, until)
 
     def expected(self, key: Hashable, *, path: float = 0.0) -> float | None:

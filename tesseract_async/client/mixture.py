@@ -240,8 +240,7 @@ class _GradientSender:
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """The error without its traceback, whose frames hold the call that keeps the error: such a cycle, with all the
-    tensors of a batch in it, would stay until the collector comes by."""
+    """The error without its traceback, whose frames hold the call that keeps the error: a cycle full of tensors."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None

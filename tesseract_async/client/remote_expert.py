@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
-from tesseract_async.client.arguments import Arguments, Structure
+from tesseract_async.client.arguments import Arguments
 from tesseract_async.client.audits import Audits
 from tesseract_async.client.autograd import refuse_wrappers, remote_call, uncompiled
 from tesseract_async.client.exchanges import BackwardExchange, Exchange, ForwardExchange, SchemaExchange
@@ -24,7 +24,7 @@ from tesseract_async.client.settings import DEFAULT_OPTIONS, CallOptions, check_
 from tesseract_async.errors import ConnectionLost, ExpertNotFound, PeerUnreachable, SchemaMismatch, TesseractError
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.wire.codecs import settle
-from tesseract_async.wire.tensors import unflatten
+from tesseract_async.wire.tensors import Structure, unflatten
 
 T = TypeVar("T")
 
@@ -124,27 +124,24 @@ class RemoteExpert(nn.Module):
         self._eval_staleness = max_staleness
         return super().eval()
 
-    def _options_now(self) -> CallOptions:
-        if self.training or self._eval_staleness is None:
-            return self.options
-        return dataclasses.replace(self.options, max_staleness=self._eval_staleness)
-
     @uncompiled
     def forward(self, *args: Structure, **kwargs: Structure) -> Structure:
-        """Applies the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
+        """Apply the expert; await the result. Reads grad mode, autocast and `training` now, not when awaited.
 
         Under autocast, floating-point inputs are cast to the schema's dtypes. Arguments must not be changed in place
         before the result is there. Cancelling the awaiting task cancels the work at the server.
 
         The awaitable raises: SchemaMismatch or TypeError before anything is sent, if the arguments do not fit the
         schema; ExpertNotFound; TimeoutError; ExpertFailed, Overloaded and other RemoteErrors; ConnectionLost and
-        PeerUnreachable; ProtocolError if the peer answers nonsense; RuntimeError if an argument was changed in place
-        meanwhile. Raises at once: RuntimeError inside
-        ``torch.utils.checkpoint`` and the transforms of torch.func, and if the node is not running.
+        PeerUnreachable; ProtocolError if the peer answers nonsense; RuntimeError if an argument was changed in place.
+        Raises at once: RuntimeError inside ``torch.utils.checkpoint`` and torch.func, and if the node is not running.
         """
         refuse_wrappers()
         check_running(self._node)
-        call = self._call(Arguments.now(args, kwargs, training=self.training), self._options_now())
+        options = self.options
+        if not self.training and self._eval_staleness is not None:
+            options = dataclasses.replace(options, max_staleness=self._eval_staleness)
+        call = self._call(Arguments.now(args, kwargs, training=self.training), options)
         return deliver(self._node, isolated(call, modes=NO_GRAD))
 
     @property

@@ -34,13 +34,6 @@ def columns(coords_ND: Coordinates, grid_size: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(coords_ND + offsets)
 
 
-def expert_scores(
-    scores_RS: torch.Tensor, rows_L: torch.Tensor, experts_L: torch.Tensor, columns_ND: torch.Tensor
-) -> torch.Tensor:
-    """The score of each pair (row, expert); differentiable with respect to `scores_RS`."""
-    return scores_RS[rows_L[:, None], columns_ND[experts_L]].sum(1)
-
-
 class LiveGrid:
     """The live experts of a grid, prepared for `top_k`. Reusable as long as the same experts live."""
 

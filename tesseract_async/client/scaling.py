@@ -1,9 +1,7 @@
 """Loss scaling (`torch.amp.GradScaler`): what travels to experts is unscaled, for their optimizers know of no scale.
 
-A scaler multiplies the loss, and divides the gradients of the trainer's own parameters before its optimizer steps.
-Experts step in the midst of backward, so that their gradients are divided on the way, and those that come back are
-multiplied again. By which scale a backward goes is told by its caller, or noted by a hook on what `GradScaler.scale`
-gives, which sees the backward pass before anything below it.
+Gradients are divided on the way to experts, which step in the midst of backward; those that come back are multiplied
+again. The caller of a backward says its scale, or a hook on what `GradScaler.scale` gives notes it.
 """
 
 from __future__ import annotations
@@ -94,9 +92,6 @@ def _note(scale: torch.Tensor, _gradient: torch.Tensor) -> None:
             _noted.pop(next(iter(_noted)), None)
 
 
-Scale = Callable[[torch.amp.GradScaler, object], object]
-
-
 def _hooked(scaler: torch.amp.GradScaler, scaled: object) -> object:
     if isinstance(scaled, torch.Tensor):
         if scaled.requires_grad and scaler._scale is not None:
@@ -110,7 +105,9 @@ def _hooked(scaler: torch.amp.GradScaler, scaled: object) -> object:
     return (_hooked(scaler, item) for item in scaled) if isinstance(scaled, Iterable) else scaled
 
 
-def _watching(scale: Scale) -> Scale:
+def _watching(
+    scale: Callable[[torch.amp.GradScaler, object], object],
+) -> Callable[[torch.amp.GradScaler, object], object]:
     @functools.wraps(scale)
     def scale_and_note(self: torch.amp.GradScaler, outputs: object) -> object:
         scaled = scale(self, outputs)

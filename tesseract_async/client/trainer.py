@@ -45,12 +45,10 @@ class StepReport:
 class AsyncTrainer(Generic[M]):
     """Trains `module` with up to `in_flight` steps under way at once, so that remote experts' delays overlap.
 
-    Each step runs on a separate copy of the module, refreshed from the master when it starts; torch would refuse a
-    backward over parameters that another step's optimizer has changed meanwhile. When a step's backward is done its
-    gradients move to the master and the optimizer steps, in one turn of the loop. Gradients are thus up to
+    Each step runs on a separate copy of the module, refreshed from the master when it starts. When its backward is done
+    its gradients move to the master and the optimizer steps, in one turn of the loop. Gradients are thus up to
     ``in_flight - 1`` steps stale, and more where steps differ in length. `max_staleness` bounds that: at most
-    ``max_staleness + 1`` steps are under way, and those that get far ahead wait for those that began early. Remote
-    experts are shared by all copies.
+    ``max_staleness + 1`` steps are under way, and those that get far ahead wait for those that began early.
 
     ::
 
@@ -140,7 +138,8 @@ class AsyncTrainer(Generic[M]):
                 self._commit(replica, scale)
             finally:
                 del self._begun_at[number]
-                replica.forget_gradients()
+                for mine in replica.parameters:
+                    mine.grad = None
                 self._idle.append(replica)
                 self._changed.set()
             return StepReport(loss.detach(), staleness, self.version, loop.time() - started)
@@ -261,7 +260,7 @@ class _Copy(Generic[M]):
     def __init__(self, master: M) -> None:
         self.module = _copied(master)
         self._parameters = list(zip(self.module.parameters(), master.parameters(), strict=True))
-        self._mine: list[torch.Tensor] = [mine for mine, _ in self._parameters]
+        self.parameters: list[torch.Tensor] = [mine for mine, _ in self._parameters]
         self._masters: list[torch.Tensor] = [own for _, own in self._parameters]
         self._modules = list(zip(self.module.modules(), master.modules(), strict=True))
         # A module may put a new tensor where a buffer was: these are looked up by name each time.
@@ -276,8 +275,8 @@ class _Copy(Generic[M]):
     @torch.no_grad()
     def refresh(self) -> None:
         """Becomes what the master is now."""
-        if self._mine:
-            torch._foreach_copy_(self._mine, self._masters)
+        if self.parameters:
+            torch._foreach_copy_(self.parameters, self._masters)
         for mine, own in self._parameters:
             if mine.requires_grad != own.requires_grad:
                 mine.requires_grad_(own.requires_grad)
@@ -296,11 +295,6 @@ class _Copy(Generic[M]):
                     grad = grad if (changed := hook(grad)) is None else changed
             own.grad = grad
         fire_post_accumulate_hooks(own for _, own in self._parameters if own.grad is not None)
-
-    def forget_gradients(self) -> None:
-        """Those of the copy."""
-        for mine in self._mine:
-            mine.grad = None
 
     @torch.no_grad()
     def give_buffers(self) -> None:

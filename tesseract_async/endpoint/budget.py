@@ -256,7 +256,7 @@ class FairCount:
         self._peers: dict[Hashable, int] = {}
 
     def take(self, owner: Owner, num_bytes: int) -> bool:
-        """Counts so many bytes more, unless they are too many."""
+        """Count so many bytes more, unless they are too many."""
         free = self.total - self.used - num_bytes
         group = self._groups.get(owner.group, 0) + num_bytes
         peer = self._peers.get(owner.peer, 0) + num_bytes
@@ -267,7 +267,7 @@ class FairCount:
         return True
 
     def give_back(self, owner: Owner, num_bytes: int) -> None:
-        """Ends the use of bytes that `take` counted."""
+        """End the use of bytes that `take` counted."""
         self.used -= num_bytes
         for counts, key in ((self._groups, owner.group), (self._peers, owner.peer)):
             counts[key] = counts.get(key, 0) - num_bytes
@@ -290,7 +290,7 @@ class NodeBudgets:
         self._delivers = False
 
     def deliver(self) -> None:
-        """Tells holders what has changed. Called at the end of a driver's cycle, also of one that this leads to: the
+        """Tell holders what has changed. Called at the end of a driver's cycle, also of one that this leads to: the
         first call tells all, so that the stack does not grow with what a peer lets wait."""
         if self._delivers:
             return

@@ -75,19 +75,19 @@ class CallTable:
         return self._by_uid.keys()
 
     def add(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
-        """Answers calls of `method`, whatever their body. Raises: ValueError if the method is taken."""
+        """Answer calls of `method`, whatever their body. Raises: ValueError if the method is taken."""
         if method in self._actions:
             raise ValueError(f"{method} has a handler already")
         self._actions[method] = action
         self._by_method[method] = handler
 
     def remove(self, method: str) -> None:
-        """Undoes `add`."""
+        """Undo `add`."""
         if self._by_method.pop(method, None) is not None:
             del self._actions[method]
 
     def host(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
-        """Answers calls for `uid` by their method. `handlers` is read at each call: it may change meanwhile.
+        """Answer calls for `uid` by their method. `handlers` is read at each call: it may change meanwhile.
 
         Raises: ValueError if the uid is taken.
         """
@@ -96,7 +96,7 @@ class CallTable:
         self._by_uid[uid] = handlers
 
     def unhost(self, uid: str) -> None:
-        """Undoes `host`."""
+        """Undo `host`."""
         self._by_uid.pop(uid, None)
 
     def action_of(self, method: str) -> Action:

@@ -113,7 +113,7 @@ class Connection:
         self._lost_reason: str | None = None
 
     def attach(self, lane: int, channel: Channel, reader: FrameReader) -> None:
-        """Takes over a channel after its hello; `reader` may be in the middle of its bytes."""
+        """Take over a channel after its hello; `reader` may be in the middle of its bytes."""
         self._channels[lane] = channel
         port = _LanePort(self, lane, channel, reader)
         reader.sink = self.protocol.lanes[lane]
@@ -169,7 +169,7 @@ class Connection:
     async def call(
         self, head: RequestHead, buffers: tuple[memoryview, ...], *, deadline: float, reserve_reply: bool
     ) -> Message:
-        """Cancelling it cancels the work at the other end. On return no memory of `buffers` is in use any more.
+        """Cancelling this cancels the work at the other end. On return no memory of `buffers` is in use any more.
 
         Raises: RemoteError, ConnectionLost, ProtocolError, TimeoutError; TypeError and ValueError for a bad body.
         """
@@ -231,7 +231,7 @@ class Connection:
     # ---- bytes
 
     def _look(self) -> None:
-        """Handles what a cycle has led to, here and at other connections."""
+        """Handle what a cycle has led to, here and at other connections."""
         if self._budgets.changed:
             self._budgets.deliver()
         if self.protocol.core.events:
@@ -381,7 +381,7 @@ class Connection:
         logger.warning("connection to %s dropped: %s", self.protocol.peer, why)
 
     def abort(self, reason: str, error: Exception | None = None) -> None:
-        """Ends the connection now: calls made here fail with ConnectionLost, handlers are cancelled. Idempotent."""
+        """End the connection now: calls made here fail with ConnectionLost, handlers are cancelled. Idempotent."""
         if self._lost_reason is not None:
             return
         self._lost_reason = reason
@@ -410,7 +410,7 @@ class Connection:
             self._on_closed(self)
 
     async def aclose(self, reason: str = "farewell") -> None:
-        """Says farewell, fails what is under way, and waits until tasks and channels are gone."""
+        """Say farewell, fail what is under way, and wait until tasks and channels are gone."""
         if self._lost_reason is None:
             self.protocol.farewell(reason)
             self._flush()

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.identity import PeerID
 from tesseract_async.lru import LRU
 from tesseract_async.transport.base import PeerAddress
-
-
-@dataclass(slots=True)
-class Backoff:
-    """The number of failed dials in a row, and when the next one may be made."""
-
-    failures: int = 0
-    retry_at: float = 0.0
 
 
 class ConnectionPool:
@@ -33,7 +24,8 @@ class ConnectionPool:
         self._rng = rng
         self._by_peer: dict[PeerID, list[Connection]] = {}
         self._by_address: dict[str, PeerID] = {}
-        self._backoffs: LRU[PeerAddress, Backoff] = LRU(self.MAX_BACKOFFS)
+        # failed dials in a row, and when the next one may be made
+        self._backoffs: LRU[PeerAddress, tuple[int, float]] = LRU(self.MAX_BACKOFFS)
 
     def find(self, peer: PeerAddress) -> Connection | None:
         """Return an open connection to `peer` that is not retired: the newest one dialled here, else the newest."""
@@ -90,16 +82,14 @@ class ConnectionPool:
 
     def retry_at(self, peer: PeerAddress) -> float:
         """The time before which this peer should not be dialled there again; 0.0 if there is none."""
-        backoff = self._backoffs.get(peer)
-        return backoff.retry_at if backoff is not None else 0.0
+        return self._backoffs.get(peer, (0, 0.0))[1]
 
     def dial_failed(self, peer: PeerAddress, now: float) -> None:
-        """Doubles the wait before the next dial, with jitter, so that a crowd does not come back at once."""
-        backoff = self._backoffs[peer] = self._backoffs.get(peer) or Backoff()
-        wait = min(self._max, self._base * 2**backoff.failures)
-        backoff.failures = min(backoff.failures + 1, 32)
-        backoff.retry_at = now + wait * self._rng.uniform(0.5, 1.0)
+        """Double the wait before the next dial, with jitter, so that a crowd does not come back at once."""
+        failures, _ = self._backoffs.get(peer, (0, 0.0))
+        wait = min(self._max, self._base * 2**failures)
+        self._backoffs[peer] = min(failures + 1, 32), now + wait * self._rng.uniform(0.5, 1.0)
 
     def dial_succeeded(self, peer: PeerAddress) -> None:
-        """Forgets the failures."""
+        """Forget the failures."""
         self._backoffs.pop(peer, None)

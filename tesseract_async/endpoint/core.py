@@ -58,7 +58,7 @@ class Announced:
     __slots__ = ("head_bytes", "sizes", "size", "room", "more", "lane")
 
     def __init__(self, payload: memoryview, flags: int, lane: int, *, max_message: int) -> None:
-        """Reads a BEGIN frame. Raises: ProtocolError."""
+        """Read a BEGIN frame. Raises: ProtocolError."""
         self.head_bytes, self.sizes, read = frames.decode_table(payload)
         self.size = frames.message_bytes(self.head_bytes, self.sizes)
         """Encoded bytes."""

@@ -89,7 +89,7 @@ class Dialler:
         return len(self._callers)
 
     async def aclose(self) -> None:
-        """Gives up every dial and every half-open channel."""
+        """Give up every dial and every half-open channel."""
         self._closed = True
         dials = list(self._dials.values())
         for dial in dials:
@@ -165,7 +165,7 @@ class Dialler:
         return connection
 
     async def open_bulk(self, connection: Connection) -> None:
-        """Opens the second channel of a connection that was dialled here. Raises: PeerUnreachable."""
+        """Open the second channel of a connection that was dialled here. Raises: PeerUnreachable."""
         peer = connection.dialled
         assert peer is not None
 
@@ -211,7 +211,7 @@ class Dialler:
     # ---- accepting
 
     def accept(self, pipe: Pipe) -> None:
-        """Begins the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest
+        """Begin the handshake on a pipe that a peer opened. Where too many are half open, an old one of the largest
         crowd is dropped for it."""
         if self._closed:
             pipe.abort()

@@ -117,13 +117,13 @@ class Endpoint(Uncopied):
     # ---- life
 
     async def start(self, transports: Sequence[Transport] = ()) -> None:
-        """Lets every transport listen. `transports`: further ones, which need this endpoint to be built."""
+        """Let every transport listen. `transports`: further ones, which need this endpoint to be built."""
         self._transports += transports
         for transport in self._transports:
             await transport.listen(self.accept)
 
     async def aclose(self) -> None:
-        """Cancels all calls in both directions, says farewell, and leaves no task, timer or socket."""
+        """Cancel all calls in both directions, say farewell, and leave no task, timer or socket."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -142,7 +142,7 @@ class Endpoint(Uncopied):
     # ---- being called
 
     def handle(self, method: str, handler: CallHandler, *, action: Action = "call") -> None:
-        """Answers calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
+        """Answer calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
         A handler is a coroutine function that returns the reply, or an async generator function that yields its parts
         (for callers with `IncomingCall.in_parts`). Buffers are on loan until they are sent: don't change them. A
@@ -159,7 +159,7 @@ class Endpoint(Uncopied):
         self._table.remove(method)
 
     def accept(self, pipe: Pipe) -> None:
-        """Serves the peer at the other end of a pipe that it opened."""
+        """Serve the peer at the other end of a pipe that it opened."""
         self.dialler.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
@@ -188,7 +188,7 @@ class Endpoint(Uncopied):
         max_reply_bytes: int | None = None,
         priority: int = 0,
     ) -> Message:
-        """Calls `method` at `peer` and gives its answer; connects first where necessary.
+        """Call `method` at `peer` and return its answer; connect first where necessary.
 
         `timeout` bounds all of it, in seconds; what is left of it travels along. `max_reply_bytes` is the largest
         reply that is accepted: naming it lets a large reply of up to so many bytes come without asking.
@@ -306,7 +306,7 @@ class Endpoint(Uncopied):
         return connection.path.partition(" ")[0]
 
     async def upgrade(self, peer: PeerAddress, paths: Sequence[DialPath] | None = None) -> None:
-        """Opens another connection to `peer` over one of `paths`, or of all that its addresses allow. Later calls use
+        """Open another connection to `peer` over one of `paths`, or of all that its addresses allow. Later calls use
         it; those under way stay, and what this end opened before is closed after them.
 
         Raises: PeerUnreachable.
@@ -317,17 +317,17 @@ class Endpoint(Uncopied):
             connection.retired = True
 
     def say_anew(self) -> None:
-        """Dials anew for later calls, by which peers learn of grants that have changed since. Connections that others
+        """Dial anew for later calls, by which peers learn of grants that have changed since. Connections that others
         opened stay: those behind NATs could not be dialled."""
         for connection in self.pool.connections():
             connection.retired = connection.retired or connection.dialled is not None
 
     def keep(self, peer_id: PeerID) -> None:
-        """Spares this peer's connections when idle ones are closed."""
+        """Spare this peer's connections when idle ones are closed."""
         self._kept.add(peer_id)
 
     def unkeep(self, peer_id: PeerID) -> None:
-        """Ends `keep`."""
+        """End `keep`."""
         self._kept.discard(peer_id)
 
     def _make_connection(self, peer_id: PeerID, hello: Hello, dialled: PeerAddress | None, pipe: Pipe) -> Connection:

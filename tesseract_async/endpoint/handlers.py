@@ -68,7 +68,7 @@ class Handlers:
             task.cancel()
 
     def part_wanted(self, stream: int) -> None:
-        """Lets the handler of a reply in parts send the next one."""
+        """Let the handler of a reply in parts send the next one."""
         if (may_send := self._may_send.get(stream)) is not None:
             may_send.set()
 
@@ -132,7 +132,7 @@ class Handlers:
             self._done()
 
     async def _send_parts(self, stream: int, parts: AsyncGenerator[Message, None]) -> None:
-        """Asks the handler for one part after the other, each once the caller is ready for it."""
+        """Ask the handler for one part after the other, each once the caller is ready for it."""
         may_send = self._may_send[stream] = asyncio.Event()
         try:
             async with contextlib.aclosing(parts):

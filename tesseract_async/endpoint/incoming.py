@@ -20,7 +20,7 @@ takes anything."""
 LEAST_TAKEN: Final = 240 * 1024
 """Bytes of its replies that a connection must take in `PATIENCE` seconds: 64 kbit/s."""
 CALL_BYTES: Final = 24 * 1024
-"""What a small call costs apart from its bytes: the block that its buffers are cut from, its task, and what remembers
+"""Cost of a small call apart from its bytes: the block that its buffers are cut from, its task, and what remembers
 it."""
 STEP: Final = 256 * 1024
 """Calls are counted in the node's budget in steps of so many bytes; the first of each connection is not."""
@@ -173,7 +173,7 @@ class IncomingCalls:
             core.count_idle()
 
     def _within_quota(self, quotas: Quotas, call: ReceivedCall, size: int) -> bool:
-        """Counts a request; one that is too much is answered at once, before anything is done or received for it."""
+        """Count a request; one that is too much is answered at once, before anything is done or received for it."""
         wait = quotas.begin(self._peer_id, size, self._core.now)
         call.metered = wait == 0.0
         if not wait:
@@ -205,7 +205,7 @@ class IncomingCalls:
             self._core.count_idle()
 
     def cancel(self, stream: int) -> None:
-        """Ends a call for which its caller does not wait any more, if it is still under way."""
+        """End a call for which its caller does not wait any more, if it is still under way."""
         call = self._calls.get(stream)
         if call is not None:
             self._end(call)
@@ -217,7 +217,7 @@ class IncomingCalls:
     def reply(
         self, stream: int, body: object, buffers: tuple[memoryview, ...], *, now: float, more: bool = False
     ) -> bool:
-        """Answers a received call, or with `more` sends a part of its reply, once `takes_part`. The buffers are on loan
+        """Answer a received call, or with `more` send a part of its reply, once `takes_part`. The buffers are on loan
         until sent. False if the call has ended: its caller does not wait any more, or accepts no reply of this size.
 
         Raises: TypeError or ValueError for a body that msgpack cannot hold: answer with `fail` then.
@@ -301,7 +301,7 @@ class IncomingCalls:
             self._core.events.append(PartWanted(call.stream))
 
     def fail(self, stream: int, error: RemoteError) -> bool:
-        """Answers a received call with an error. Returns False: the call has ended."""
+        """Answer a received call with an error. Returns False: the call has ended."""
         call = self._calls.get(stream)
         if call is not None:
             lane = call.lane if call.num_parts else MAIN  # behind the parts
@@ -332,7 +332,7 @@ class IncomingCalls:
             self._not_taken(call)
 
     def handle_timer(self, now: float) -> None:
-        """Ends replies that are not taken."""
+        """End replies that are not taken."""
         for call in self.waiting.overdue(self._calls.values(), now):
             self._not_taken(call)
         self._settle()
@@ -372,7 +372,7 @@ class WaitingReplies:
         self._taken_at = 0.0
 
     def hold(self, call: ReceivedCall, size: int, *, now: float) -> bool:
-        """Counts a reply of `size` bytes that waits; False if it exceeds the bounds on such memory (one always may)."""
+        """Count a reply of `size` bytes that waits; False if it exceeds the bounds on such memory (one always may)."""
         if self.num_bytes and self.num_bytes + size > self._max_bytes:
             return False
         call.reply_held = self._budget.keep(self._owner, size, call)

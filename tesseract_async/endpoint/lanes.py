@@ -63,7 +63,7 @@ class Sending:
         self.parts = deque(filter(len, (memoryview(head), *buffers)))
 
     def next_chunk(self, limit: int, out: list[bytes | memoryview]) -> int:
-        """Appends a chunk of at most `limit` bytes to `out`, header and pieces; its length."""
+        """Append a chunk of at most `limit` bytes to `out`, header and pieces; its length."""
         length = count = min(self.left, limit)
         out.append(frames.HEADER.pack(self.kind, 0, 0, length, self.stream))
         self.left -= length
@@ -119,11 +119,6 @@ class Lane:
         sending.left = 0
         if sending in self.large:
             self.large.remove(sending)
-
-    def drop_all(self) -> None:
-        """Send nothing more."""
-        self.small, self.small_bytes = [], 0
-        self.large.clear()
 
     def data_to_send(
         self, room: int, now: float, *, pace: Pace, sent: Callable[[Sending], None]

@@ -62,13 +62,13 @@ class Liveness:
         self.num_on_bulk += 1
 
     def send_ping(self, now: float) -> None:
-        """Measures the round-trip time, unless a ping is under way."""
+        """Measure the round-trip time, unless a ping is under way."""
         if self._pinged_at is None:
             self._pinged_at = now
             self._lanes[MAIN].put(frames.frame(frames.PING))
 
     def send_pong(self, now: float, *, flags: int = 0) -> None:
-        """Answers, or reports, with how much has come in on the bulk lane."""
+        """Answer, or report, with how much has come in on the bulk lane."""
         self._told_at = now
         self._untold = 0
         count = self._lanes[BULK].bytes_received
@@ -102,7 +102,7 @@ class Liveness:
     def check(self, now: float, late: float) -> bool:
         """Ping where it is silent; True if the peer has just fallen silent. `late` as in `handle_timer`.
 
-        Judges sooner where both lanes are silent. If the own loop stood still, what the peer sent meanwhile is still in
+        Judges sooner where both lanes are silent. If our loop stood still, what the peer sent meanwhile is still in
         the socket: that is read first.
 
         Raises: ConnectionLost for a peer that has been silent for too long.

@@ -66,7 +66,7 @@ class OutgoingCalls:
         now: float,
         in_parts: bool = False,
     ) -> int:
-        """Sends a request, now or when the peer's limits allow; the number that its events carry.
+        """Send a request, now or when the peer's limits allow; the number that its events carry.
 
         Raises: TypeError or ValueError for a body that msgpack cannot hold; MessageTooLarge for more bytes than the
         peer accepts, or for more room than this node could ever reserve.
@@ -96,7 +96,7 @@ class OutgoingCalls:
         return stream
 
     def cancel(self, stream: int) -> None:
-        """Forgets a call and tells the peer. No event follows. Unknown numbers are ignored."""
+        """Forget a call and tell the peer. No event follows. Unknown numbers are ignored."""
         call = self._calls.get(stream)
         if call is not None:
             if call.sent:
@@ -104,7 +104,7 @@ class OutgoingCalls:
             self._end(call)
 
     def fail(self, call: OutgoingCall, error: Exception) -> None:
-        """Ends a call here; the peer is told."""
+        """End a call here; the peer is told."""
         self._core.events.append(CallFailed(call.stream, error))
         self.cancel(call.stream)
 
@@ -142,7 +142,7 @@ class OutgoingCalls:
     # ---- requests
 
     def _send(self, call: OutgoingCall, encoded: bytes) -> bool:
-        """Sends the request unless the peer's limits forbid it now. `encoded` is its head, if that has not changed."""
+        """Send the request unless the peer's limits forbid it now. `encoded` is its head, if that has not changed."""
         core = self._core
         if not encoded:
             time_left = max(0.0, call.deadline - core.now)

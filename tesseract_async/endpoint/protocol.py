@@ -226,5 +226,6 @@ class ConnectionProtocol:
         self.outgoing.lost(reason, peer_saw=self._peer_saw)
         self.incoming.lost()
         for lane in self.lanes:
-            lane.drop_all()
+            lane.small, lane.small_bytes = [], 0
+            lane.large.clear()
         self.windows.release()

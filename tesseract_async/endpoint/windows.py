@@ -40,7 +40,7 @@ class Windows:
     # ---- the peer's, for us
 
     def try_use(self, size: int) -> bool:
-        """Takes `size` bytes of the peer's window, if they are there."""
+        """Take `size` bytes of the peer's window, if they are there."""
         if self.out_used + size > self.out_bytes:
             return False
         self.out_used += size
@@ -61,7 +61,7 @@ class Windows:
     # ---- ours, for the peer
 
     def open(self) -> None:
-        """Opens our window, if it is not open and the budget can spare it."""
+        """Open our window, if it is not open and the budget can spare it."""
         if not self.in_bytes:
             self._widen(self._first_bytes)
 
@@ -72,12 +72,12 @@ class Windows:
             raise ProtocolError("a message does not fit the flow-control window")
 
     def give_back(self, size: int) -> None:
-        """Gives back what `take` took, and tells the peer."""
+        """Give back what `take` took, and tell the peer."""
         self.in_used -= size
         self._put(frames.frame(frames.CREDIT, stream=size))
 
     def measure(self, count: int, now: float, rtt: float | None) -> bool:
-        """Counts a chunk that arrived, and widens our window where rate times delay asks for more.
+        """Count a chunk that arrived, and widen our window where rate times delay asks for more.
 
         True when there is a new rate: the delay should be measured, too.
         """
@@ -104,6 +104,6 @@ class Windows:
             self._put(frames.frame(frames.WINDOW, stream=self.in_bytes))
 
     def release(self) -> None:
-        """Takes our window's promise back: the connection is gone."""
+        """Take our window's promise back: the connection is gone."""
         self._budget.close_window(self._owner, self.in_bytes)
         self.in_bytes = 0

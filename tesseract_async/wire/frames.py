@@ -98,7 +98,7 @@ def encode_table(head_bytes: int, sizes: Sequence[int]) -> bytes:
 
 
 def decode_table(payload: memoryview) -> tuple[int, tuple[int, ...], int]:
-    """Reads what `encode_table` wrote: head bytes, buffer sizes, bytes read. Untrusted. Raises: ProtocolError."""
+    """Read what `encode_table` wrote: head bytes, buffer sizes, bytes read. Untrusted. Raises: ProtocolError."""
     if len(payload) < _TABLE.size:
         raise ProtocolError("a message is shorter than its table")
     head_bytes, count = _TABLE.unpack_from(payload)
@@ -190,12 +190,12 @@ class Arena:
         return tuple(parts)
 
     def release(self) -> None:
-        """Lets go of the present block: idle connections are many."""
+        """Let go of the present block: idle connections are many."""
         self._block = None
 
 
 def pack(value: Value) -> bytes:
-    """Packs a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
+    """Pack a head. Raises: TypeError or ValueError for what msgpack cannot hold."""
     try:
         data: bytes = msgpack.packb(value)
     except OverflowError as error:
@@ -211,7 +211,7 @@ def pack(value: Value) -> bytes:
 
 
 def unpack(data: Buffer) -> Value:
-    """Reads a head. Untrusted. Raises: ProtocolError."""
+    """Read a head. Untrusted. Raises: ProtocolError."""
     return packed.unpack(data, max_bytes=MAX_HEAD)
 
 
@@ -240,7 +240,7 @@ class Assembly:
             self._view = self._parts.pop()
 
     def write(self, data: memoryview) -> None:
-        """Copies `data`, which must not be longer than `left`."""
+        """Copy `data`, which must not be longer than `left`."""
         while data:
             room = self._view[: len(data)]
             count = len(room)
@@ -316,13 +316,13 @@ class FrameReader:
         self._parse()
 
     def release_scratch(self) -> None:
-        """Gives the scratch memory back while nothing is in it: idle connections are many."""
+        """Give the scratch memory back while nothing is in it: idle connections are many."""
         if self._start == self._end and not self._direct:
             self._scratch = None
             self._start = self._end = 0
 
     def forget(self, assembly: Assembly) -> None:
-        """Skips what still comes of this message, and lets go of its memory."""
+        """Skip what still comes of this message, and let go of its memory."""
         if self._assembly is assembly:
             self._assembly = None
             self._direct = False

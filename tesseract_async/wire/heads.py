@@ -70,7 +70,7 @@ def encode_request(head: RequestHead) -> bytes:
 
 
 def decode_request(value: Value) -> RequestHead:
-    """Reads a request's unpacked head. Untrusted. Raises: ProtocolError."""
+    """Read a request's unpacked head. Untrusted. Raises: ProtocolError."""
     if type(value) is not list or len(value) != 6:
         raise ProtocolError("a request's head is not a list of six")
     method, milliseconds, priority, reply_room, max_reply, body = value
@@ -104,7 +104,7 @@ def encode_error(error: RemoteError) -> bytes:
 
 
 def decode_reply(value: Value) -> tuple[Value, RemoteError | None]:
-    """Reads a reply's unpacked head: a body, or an error in its class by `code`. Untrusted. Raises: ProtocolError."""
+    """Read a reply's unpacked head: a body, or an error in its class by `code`. Untrusted. Raises: ProtocolError."""
     if type(value) is list and len(value) == 2 and value[0] == 0:
         return value[1], None
     if type(value) is not list or len(value) != 4 or value[0] != 1:

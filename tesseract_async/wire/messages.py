@@ -229,7 +229,7 @@ def encode(message: Body) -> dict[str, Value]:
 
 
 def decode(kind: type[Body], body: Value) -> Body:
-    """Reads an untrusted body as `kind`. Unknown fields are ignored, and fields with a default may be missing, so that
+    """Read an untrusted body as `kind`. Unknown fields are ignored, and fields with a default may be missing, so that
     later versions may add some.
 
     Raises: ProtocolError for a missing field or a value of the wrong type.

@@ -1,6 +1,6 @@
-"""Unguessable names of 16 random bytes, for what a stranger may ask for by name. The system's random numbers are drawn
-for many names at once: the system call releases the interpreter's lock, and with a busy
-device's thread it takes long to come back.
+"""Unguessable names of 16 random bytes, for what a stranger may ask for by name.
+
+Many are drawn at once: the system call releases the interpreter's lock, and next to a busy device thread it takes long.
 """
 
 from __future__ import annotations

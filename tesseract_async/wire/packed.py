@@ -12,7 +12,7 @@ import msgpack
 from tesseract_async.errors import MessageTooLarge, ProtocolError
 
 Value = Any
-"""What msgpack holds: None, a bool, number, text or bytes, or a list or map of such. Unchecked where a peer sent it."""
+"""A value that msgpack holds: None, a bool, number, text, bytes, or a list or map of such. Unchecked where received."""
 
 MAX_ITEMS: Final = 8192
 """Values in one piece of msgpack, containers and keys included: counting and making so many takes less than 5 ms."""

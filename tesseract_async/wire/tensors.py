@@ -74,6 +74,7 @@ Schema = Structure
 
 
 _SEQUENCES = (tuple, list)  # isinstance() makes a union anew each time it is given `tuple | list`: three times slower
+_LEAVES = (torch.Tensor, TensorSpec)
 
 
 def flatten(structure: Structure) -> list[Structure]:
@@ -145,7 +146,7 @@ def flatten_like(schema: Schema, structure: Structure, *, what: str) -> list[tor
 
 
 def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure) -> bool:
-    """Appends the leaves until one does not fit; then False, and the last leaf may be no tensor."""
+    """Append the leaves until one does not fit; then False, and the last leaf may be no tensor."""
     if type(part) is TensorSpec:
         if isinstance(value, torch.Tensor):
             leaves.append(value)
@@ -156,20 +157,12 @@ def _flatten_fitting(leaves: list[Structure], part: Schema, value: Structure) ->
     if isinstance(part, _SEQUENCES):
         if not isinstance(value, _SEQUENCES) or len(part) != len(value):
             return False
-        if len(part) == 1:
-            return _flatten_fitting(leaves, part[0], value[0])
-        for a, b in zip(part, value, strict=True):
-            if not _flatten_fitting(leaves, a, b):
-                return False
-        return True
+        return all(map(_flatten_fitting, repeat(leaves), part, value))
     if not part and not value and type(value) is dict:  # no keyword arguments: nearly every call
         return True
     if not isinstance(value, Mapping) or part.keys() != value.keys():
         return False
     return all([_flatten_fitting(leaves, part[key], value[key]) for key in part])
-
-
-_LEAVES = (torch.Tensor, TensorSpec)
 
 
 def describe_schema(schema: Schema) -> str:
@@ -219,7 +212,7 @@ def check_schema(schema: Schema, *, what: str) -> None:
 
 
 def decode_schema(data: Value) -> Schema:
-    """Reads what `encode_schema` made. Untrusted. Raises: ProtocolError."""
+    """Read what `encode_schema` made. Untrusted. Raises: ProtocolError."""
     count = 0
 
     def build(part: Value, depth: int) -> Schema:
@@ -299,11 +292,9 @@ def unpack_tensors(metas: Value, buffers: Sequence[memoryview]) -> list[torch.Te
         if meta is None:
             out.append(None)
             continue
-        if type(meta) is not list or len(meta) != 3:
+        if type(meta) is not list or len(meta) != 3 or type(meta[2]) is not str:
             raise ProtocolError("malformed tensor meta")
         name, sizes, codec = meta
-        if type(codec) is not str:
-            raise ProtocolError("malformed tensor meta")
         out.append(compression.decode(next(remaining), _dtype(name), _shape(sizes), codec))
     return out
 
@@ -316,9 +307,7 @@ def _dtype(name: object) -> torch.dtype:
 
 
 def _shape(sizes: Value) -> tuple[int, ...]:
-    if type(sizes) is not list or len(sizes) >= MAX_DIMS:
-        raise ProtocolError("malformed shape")
-    for size in sizes:
-        if type(size) is not int or not 0 <= size < 2**40:
-            raise ProtocolError("malformed shape")
-    return tuple(sizes)
+    if type(sizes) is list and len(sizes) < MAX_DIMS:
+        if all([type(size) is int and 0 <= size < 2**40 for size in sizes]):
+            return tuple(sizes)
+    raise ProtocolError("malformed shape")
