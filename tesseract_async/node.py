@@ -379,7 +379,7 @@ class TesseractNode(Uncopied):
         return self._running.endpoint
 
     def is_connected(self, peer_id: PeerID) -> bool:
-        """Return whether `peer_id` is this node or a peer with an open connection, dialled by either side."""
+        """Return whether `peer_id` is this node or a peer with an open connection, dialed by either side."""
         return peer_id == self.peer_id or self.endpoint.is_connected(peer_id)
 
     # ------------------------------------------------------------------------------------------------ experts

@@ -56,7 +56,7 @@ DRIVERS = {
     "network": {"network/driver.py", "network/network.py", "network/presence.py"},
     "endpoint": {
         "endpoint/connection.py",
-        "endpoint/dialling.py",
+        "endpoint/dialing.py",
         "endpoint/endpoint.py",
         "endpoint/handlers.py",
         "endpoint/handshake.py",

@@ -93,7 +93,7 @@ async def test_nodes_that_others_can_dial_find_it_out() -> None:
                 assert node.reach.reachability.role == "public" and node.reach.reachability.tcp
 
 
-async def test_who_knows_that_it_cannot_be_dialled_has_a_rendezvous_as_soon_as_it_knows_anybody() -> None:
+async def test_who_knows_that_it_cannot_be_dialed_has_a_rendezvous_as_soon_as_it_knows_anybody() -> None:
     """It starts before it knows anybody: it may not wait for the next look."""
     settings = ReachSettings(on_loopback=True, client=True)
     async with public_nodes(1) as (seed,), ta.TesseractNode(initial_peers=[seed.address], reach=settings) as node:

@@ -33,7 +33,7 @@ from tesseract_async.experts.selection import select_experts
 from tesseract_async.monitoring import StatusService
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
 from tesseract_async.runtime.runtime import RuntimeSettings
-from tesseract_async.server.contract import Verdict, VolunteerSettings
+from tesseract_async.server.contract import VolunteerSettings, WorkPermission
 from tesseract_async.server.footprint import SHARES, MemoryPlan, fit_memory, process_bytes
 from tesseract_async.server.other_replicas import ReplicaSettings, adopt_states
 from tesseract_async.server.registry import build_all, make_backend
@@ -326,7 +326,7 @@ async def _save_on_demand(server: TesseractServer) -> None:
         loop.remove_signal_handler(signal.SIGUSR1)
 
 
-def _tell(verdict: Verdict) -> None:
+def _tell(verdict: WorkPermission) -> None:
     if verdict.serve:
         click.echo("going on", err=True)
         say("going on")

@@ -47,7 +47,7 @@ PEER_OR_FREE = Parsed("peer", lambda text: text if text == FREE else PeerID.pars
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Owner:
+class OwnerOptions:
     """Which run a command is about, who gives the command, and in which swarm."""
 
     name: str
@@ -78,7 +78,7 @@ class Owner:
 
 _owner_group = grouped(
     "owner",
-    Owner,
+    OwnerOptions,
     click.argument("name", metavar="NAME[@PEER_ID]"),
     click.option(
         "--identity", required=True, type=EXISTING_FILE, help="Sign with this key file, of the owner or a delegate."
@@ -87,7 +87,7 @@ _owner_group = grouped(
     identity_option("--join-as"),
 )
 owner_options = with_options(_owner_group, log_options)
-"""For what the owner of a run or a delegate does: an `Owner` as the argument `owner`."""
+"""For what the owner of a run or a delegate does: an `OwnerOptions` as the argument `owner`."""
 
 
 @click.group("run")
@@ -126,7 +126,7 @@ async def grant(
     days: float,
     invite: bool,
     renew: bool,
-    owner: Owner,
+    owner: OwnerOptions,
 ) -> int:
     """Let peers take part: sign a grant for each PEER_ID, or one invite for many.
 
@@ -161,7 +161,7 @@ async def grant(
     help="Revoke this invite, and with it everybody who came by it; may be given several times.",
 )
 @asynchronous
-async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], owner: Owner) -> int:
+async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], owner: OwnerOptions) -> int:
     """Take the grants of PEER_IDs away.
 
     Members learn of it within half a minute, where the network reaches them.
@@ -183,7 +183,7 @@ async def revoke(*, members: tuple[PeerID, ...], invites: tuple[PeerID, ...], ow
 @click.argument("member", type=PEER_OR_FREE, metavar="PEER_ID|free")
 @click.option("--seal", type=DIGEST, help="Go on from the sealed state with this digest, not from the latest one.")
 @asynchronous
-async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: Owner) -> int:
+async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes | None, owner: OwnerOptions) -> int:
     """Choose the server that trains the experts of PATTERN, such as 'ffn.[0:4].7'.
 
     PEER_ID, a peer that may host them, becomes their primary; `free` leaves the choice to their servers again. An
@@ -203,7 +203,7 @@ async def appoint(*, experts: ExpertPattern, member: PeerID | str, seal: bytes |
 @owner_options
 @json_option
 @asynchronous
-async def status(*, as_json: bool, owner: Owner) -> int:
+async def status(*, as_json: bool, owner: OwnerOptions) -> int:
     """Show who takes part in the run.
 
     That is: grants and when they end, delegates, who was revoked, appointments, and how many experts are alive.

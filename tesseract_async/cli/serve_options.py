@@ -25,7 +25,7 @@ MAX_EXPERTS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What to host, and how: the options as the user gave them."""
+    """The options that say what to host, and how, as the user gave them."""
 
     patterns: Sequence[ExpertPattern]
     num_experts: int | None

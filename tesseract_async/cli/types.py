@@ -45,7 +45,7 @@ def counted(number: int, noun: str) -> str:
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # older versions are not generic
-    """What `parse` makes of a text; its ValueError is a usage error."""
+    """A click type: the value that `parse` returns for a text. Its ValueError is a usage error."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
         self.name = name

@@ -421,7 +421,7 @@ def backward(
     once the thread has left, which waits for a local operation in progress but for nothing remote.
 
     Hooks that fire after accumulation (`register_post_accumulate_grad_hook`) fire in that turn, too. Where others may
-    wait for it (on ``AccumulateGrad``; DistributedDataParallel's, as soon as `torch.distributed` is initialised), the
+    wait for it (on ``AccumulateGrad``; DistributedDataParallel's, as soon as `torch.distributed` is initialized), the
     engine's thread adds the gradients once all of them are there.
 
     `gradient` is needed where `loss` is not a scalar, as in ``Tensor.backward``; with `retain_graph` the graph can be

@@ -35,7 +35,7 @@ class Exchange(Generic[T]):
 
     @property
     def num_bytes(self) -> int:
-        """What travels, both ways together, uncompressed; 0 if it is little."""
+        """Uncompressed bytes both ways together; 0 if it is little."""
         return 0
 
     def eligible(self, replicas: Sequence[ExpertReplica]) -> Sequence[ExpertReplica]:

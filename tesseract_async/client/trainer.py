@@ -110,7 +110,7 @@ class AsyncTrainer(Generic[M]):
         self.version = 0
         """Optimizer steps taken."""
         self._slots = asyncio.Semaphore(in_flight if max_staleness is None else min(in_flight, max_staleness + 1))
-        self._idle: list[_Copy[M]] = []
+        self._idle: list[_ModelCopy[M]] = []
         self._begun_at: dict[int, int] = {}
         """Steps under way, in the order in which they began: the version that each has seen."""
         self._num_begun = 0
@@ -125,7 +125,7 @@ class AsyncTrainer(Generic[M]):
         loop = asyncio.get_running_loop()
         async with self._slots:
             started = loop.time()
-            replica = self._idle.pop() if self._idle else _Copy(self.module)
+            replica = self._idle.pop() if self._idle else _ModelCopy(self.module)
             number = self._num_begun
             self._num_begun += 1
             self._begun_at[number] = self.version
@@ -223,7 +223,7 @@ class AsyncTrainer(Generic[M]):
 
     # ------------------------------------------------------------------------------------------------ one turn each
 
-    def _commit(self, replica: _Copy[M], scale: float) -> None:
+    def _commit(self, replica: _ModelCopy[M], scale: float) -> None:
         """Moves the gradients to the master and takes the step."""
         try:
             replica.give_gradients()
@@ -254,7 +254,7 @@ class AsyncTrainer(Generic[M]):
             await self._changed.wait()
 
 
-class _Copy(Generic[M]):
+class _ModelCopy(Generic[M]):
     """A copy of the master and who is whose in it, found once: looking for parameters costs more than copying them."""
 
     def __init__(self, master: M) -> None:

@@ -55,7 +55,7 @@ class Connection:
         peer_id: PeerID,
         hello: Hello,
         *,
-        dialled: PeerAddress | None,
+        dialed: PeerAddress | None,
         pipe: Pipe,
         answer: Callable[[IncomingCall], Answer],
         open_bulk: Callable[[Connection], Awaitable[None]],
@@ -69,9 +69,9 @@ class Connection:
         loop = asyncio.get_running_loop()
         self.peer_id = peer_id
         self.session = hello.session
-        self.dialled = dialled
-        """The address that this end dialled, or None if the peer did."""
-        self.known = dialled
+        self.dialed = dialed
+        """The address that this end dialed, or None if the peer did."""
+        self.known = dialed
         """The address that calls give for the peer, which may have changed since."""
         self.path = pipe.description
         self.origin = pipe.origin
@@ -89,7 +89,7 @@ class Connection:
         self.protocol = ConnectionProtocol(
             f"{peer_id.short} ({pipe.description})",
             hello,
-            dialled=dialled is not None,
+            dialed=dialed is not None,
             budgets=budgets,
             owner=self._owner,
             bounds=bounds,

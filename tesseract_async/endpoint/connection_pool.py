@@ -1,4 +1,4 @@
-"""The connections of a node, and how often dialling its peers has failed. No I/O."""
+"""The connections of a node, and how often dialing its peers has failed. No I/O."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tesseract_async.transport.base import PeerAddress
 
 
 class ConnectionPool:
-    """Open connections by peer, and the back-off of peers that could not be dialled.
+    """Open connections by peer, and the back-off of peers that could not be dialed.
 
-    Back-off counts for a peer where it was said to be: one that came back elsewhere is dialled at once.
+    Back-off counts for a peer where it was said to be: one that came back elsewhere is dialed at once.
     """
 
     MAX_BACKOFFS = 4096
@@ -28,7 +28,7 @@ class ConnectionPool:
         self._backoffs: LRU[PeerAddress, tuple[int, float]] = LRU(self.MAX_BACKOFFS)
 
     def find(self, peer: PeerAddress) -> Connection | None:
-        """Return an open connection to `peer` that is not retired: the newest one dialled here, else the newest."""
+        """Return an open connection to `peer` that is not retired: the newest one dialed here, else the newest."""
         peer_ids = [peer.peer_id] if peer.peer_id is not None else [self._by_address.get(a) for a in peer.addresses]
         for peer_id in peer_ids:
             for connection in self._by_peer.get(peer_id, ()) if peer_id is not None else ():
@@ -39,20 +39,20 @@ class ConnectionPool:
     def find_session(self, peer_id: PeerID, session: bytes) -> Connection | None:
         """The open connection that a bulk channel wants to join."""
         for connection in self._by_peer.get(peer_id, ()):
-            if connection.session == session and connection.is_open and connection.dialled is None:
+            if connection.session == session and connection.is_open and connection.dialed is None:
                 return connection
         return None
 
     def add(self, connection: Connection) -> None:
         """A connection was established."""
         mine = self._by_peer.setdefault(connection.peer_id, [])
-        if connection.dialled is None:
+        if connection.dialed is None:
             # before older ones: when a NAT forgets its mapping, the peer comes back while its old connection
             # looks alive for some time
-            mine.insert(sum(other.dialled is not None for other in mine), connection)
+            mine.insert(sum(other.dialed is not None for other in mine), connection)
         else:
             mine.insert(0, connection)
-            for address in connection.dialled.addresses:
+            for address in connection.dialed.addresses:
                 self._by_address[address] = connection.peer_id
 
     def remove(self, connection: Connection) -> None:
@@ -62,8 +62,8 @@ class ConnectionPool:
             mine.remove(connection)
         if not mine:
             self._by_peer.pop(connection.peer_id, None)
-        if connection.dialled is not None and not any(other.dialled is not None for other in mine):
-            for address in connection.dialled.addresses:
+        if connection.dialed is not None and not any(other.dialed is not None for other in mine):
+            for address in connection.dialed.addresses:
                 if self._by_address.get(address) == connection.peer_id:
                     del self._by_address[address]
 
@@ -78,10 +78,10 @@ class ConnectionPool:
 
     def num_connections_with(self, peer_id: PeerID) -> int:
         """Number of connections that this peer opened."""
-        return sum(connection.dialled is None for connection in self._by_peer.get(peer_id, ()))
+        return sum(connection.dialed is None for connection in self._by_peer.get(peer_id, ()))
 
     def retry_at(self, peer: PeerAddress) -> float:
-        """The time before which this peer should not be dialled there again; 0.0 if there is none."""
+        """The time before which this peer should not be dialed there again; 0.0 if there is none."""
         return self._backoffs.get(peer, (0, 0.0))[1]
 
     def dial_failed(self, peer: PeerAddress, now: float) -> None:

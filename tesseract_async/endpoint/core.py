@@ -101,7 +101,7 @@ class Arrival:
 class ConnectionCore:
     """Lanes, flow control, time, events and large messages of one connection. `outgoing` and `incoming` are its calls.
 
-    `peer` is the other end's name in errors; `dialled`: whether this end opens the bulk lane. `chunk_finished` is
+    `peer` is the other end's name in errors; `dialed`: whether this end opens the bulk lane. `chunk_finished` is
     called after each chunk; `handlers` is to be filled with what takes the other kinds of frames.
     """
 
@@ -110,7 +110,7 @@ class ConnectionCore:
         peer: str,
         theirs: Hello,
         *,
-        dialled: bool,
+        dialed: bool,
         bounds: Bounds,
         budgets: NodeBudgets,
         owner: Owner,
@@ -138,7 +138,7 @@ class ConnectionCore:
         self.events: list[Event] = []
         self.arena = frames.Arena()
         self._calls = {frames.CHUNK_REPLY: outgoing, frames.CHUNK_REQUEST: incoming}
-        self._dialled = dialled
+        self._dialed = dialed
         self._bulk_wanted = False
         self._bulk_retry_at = 0.0
         self._idle_frames = TokenBucket(IDLE_FRAMES_PER_SECOND, burst=MAX_IDLE_FRAMES, now=now)
@@ -342,16 +342,16 @@ class ConnectionCore:
     def bulk_asked(self, lane: int, flags: int, stream: int, payload: memoryview) -> None:
         """A BULK frame: the accepting side has a large message. Raises: ProtocolError if that is us."""
         self.count_idle()
-        if not self._dialled:
+        if not self._dialed:
             raise ProtocolError("only the accepting side asks for a bulk lane")
         self.want_bulk()
 
     def want_bulk(self) -> None:
-        """Have the dialler open the bulk lane, unless it is open or being opened."""
+        """Have the dialer open the bulk lane, unless it is open or being opened."""
         if self.lanes[BULK].open or self._bulk_wanted or self.now < self._bulk_retry_at:
             return
         self._bulk_wanted = True
-        if self._dialled:
+        if self._dialed:
             self.events.append(BulkWanted())
         else:
             self.lanes[MAIN].put(frames.frame(frames.BULK))

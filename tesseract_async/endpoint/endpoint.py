@@ -16,7 +16,7 @@ from tesseract_async.endpoint.budget import NodeBudgets
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, IncomingCall, Message
 from tesseract_async.endpoint.connection import Connection
 from tesseract_async.endpoint.connection_pool import ConnectionPool
-from tesseract_async.endpoint.dialling import Dialler
+from tesseract_async.endpoint.dialing import Dialer
 from tesseract_async.endpoint.events import RequestUnseen
 from tesseract_async.endpoint.quotas import Quotas
 from tesseract_async.errors import ConnectionLost, NotAllowed
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 TICK: Final = 1.0
 """Seconds between rounds of housekeeping."""
 IDLE_TIMEOUT: Final = 300.0
-"""Seconds without a call after which a connection that was dialled here is closed: NATs forget TCP much later."""
+"""Seconds without a call after which a connection that was dialed here is closed: NATs forget TCP much later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ConnectionInfo:
     peer_id: PeerID
     path: str
     """As the pipe describes itself: ``tcp 10.0.0.1:4000``."""
-    dialled: bool
+    dialed: bool
     """True if this end opened it."""
     rtt: float | None
     """Seconds for a ping and its answer, smoothed; None until the first one came."""
@@ -96,7 +96,7 @@ class Endpoint(Uncopied):
         )
         self._rng = random.Random()
         self.pool = ConnectionPool(backoff_base=bounds.backoff_base, backoff_max=bounds.backoff_max, rng=self._rng)
-        self.dialler = Dialler(
+        self.dialer = Dialer(
             identity=identity,
             transports=self._transports,
             settings=settings,
@@ -129,7 +129,7 @@ class Endpoint(Uncopied):
             self._timer.cancel()
         for transport in self._transports:
             await transport.aclose()
-        await self.dialler.aclose()
+        await self.dialer.aclose()
         closes = [connection.aclose("the node is closing") for connection in self.pool.connections()]
         await asyncio.gather(*closes, *self._closing, return_exceptions=True)
 
@@ -160,7 +160,7 @@ class Endpoint(Uncopied):
 
     def accept(self, pipe: Pipe) -> None:
         """Serve the peer at the other end of a pipe that it opened."""
-        self.dialler.accept(pipe)
+        self.dialer.accept(pipe)
 
     def _answer(self, call: IncomingCall) -> Answer:
         if (refusal := self._refusal(call.peer_id, self._table.action_of(call.method))) is not None:
@@ -203,7 +203,7 @@ class Endpoint(Uncopied):
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
         attempt = 0
         while True:
-            connection = self._find(peer) or await self.dialler.connect(peer, deadline=deadline, what=method)
+            connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
             head = head._replace(time_left=max(deadline - loop.time(), 0.001))
             try:
                 return await connection.call(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
@@ -236,7 +236,7 @@ class Endpoint(Uncopied):
         Raises: what `call` raises, also after some parts.
         """
         head, views, deadline = self._request(method, body, buffers, timeout, max_reply_bytes, priority)
-        connection = self._find(peer) or await self.dialler.connect(peer, deadline=deadline, what=method)
+        connection = self._find(peer) or await self.dialer.connect(peer, deadline=deadline, what=method)
         parts = connection.call_parts(head, views, deadline=deadline, reserve_reply=max_reply_bytes is not None)
         async with contextlib.aclosing(parts):
             async for part in parts:
@@ -277,7 +277,7 @@ class Endpoint(Uncopied):
             ConnectionInfo(
                 c.peer_id,
                 c.path,
-                c.dialled is not None,
+                c.dialed is not None,
                 c.protocol.life.rtt,
                 c.protocol.windows.bytes_per_second,
                 c.protocol.num_calls,
@@ -301,7 +301,7 @@ class Endpoint(Uncopied):
     def path_kind(self, peer_id: PeerID) -> str:
         """The first word of the path that calls to this peer take now, where this end opened it; else empty."""
         connection = self.pool.find(PeerAddress(peer_id, ()))
-        if connection is None or connection.dialled is None:
+        if connection is None or connection.dialed is None:
             return ""
         return connection.path.partition(" ")[0]
 
@@ -311,16 +311,16 @@ class Endpoint(Uncopied):
 
         Raises: PeerUnreachable.
         """
-        old = [c for c in self.pool.connections() if c.peer_id == peer.peer_id and c.dialled is not None]
-        await self.dialler.connect_through(peer, self.dialler.paths(peer) if paths is None else paths)
+        old = [c for c in self.pool.connections() if c.peer_id == peer.peer_id and c.dialed is not None]
+        await self.dialer.connect_through(peer, self.dialer.paths(peer) if paths is None else paths)
         for connection in old:
             connection.retired = True
 
     def say_anew(self) -> None:
         """Dial anew for later calls, by which peers learn of grants that have changed since. Connections that others
-        opened stay: those behind NATs could not be dialled."""
+        opened stay: those behind NATs could not be dialed."""
         for connection in self.pool.connections():
-            connection.retired = connection.retired or connection.dialled is not None
+            connection.retired = connection.retired or connection.dialed is not None
 
     def keep(self, peer_id: PeerID) -> None:
         """Spare this peer's connections when idle ones are closed."""
@@ -330,14 +330,14 @@ class Endpoint(Uncopied):
         """End `keep`."""
         self._kept.discard(peer_id)
 
-    def _make_connection(self, peer_id: PeerID, hello: Hello, dialled: PeerAddress | None, pipe: Pipe) -> Connection:
+    def _make_connection(self, peer_id: PeerID, hello: Hello, dialed: PeerAddress | None, pipe: Pipe) -> Connection:
         connection = Connection(
             peer_id,
             replace(hello, features=hello.features & self._features),
-            dialled=dialled,
+            dialed=dialed,
             pipe=pipe,
             answer=self._answer,
-            open_bulk=self.dialler.open_bulk,
+            open_bulk=self.dialer.open_bulk,
             on_closed=self.pool.remove,
             budgets=self.budgets,
             bounds=self._bounds,
@@ -350,7 +350,7 @@ class Endpoint(Uncopied):
         self.pool.add(connection)
         kind = pipe.description.partition(" ")[0]
         self.metrics.count(
-            "endpoint_connections_opened", side="dialled" if dialled is not None else "accepted", path=kind
+            "endpoint_connections_opened", side="dialed" if dialed is not None else "accepted", path=kind
         )
         if self._timer is None and not self._closed:
             self._arm_timer()
@@ -375,7 +375,7 @@ class Endpoint(Uncopied):
         self.metrics.set("endpoint_connections", len(connections))
         for connection in connections:
             connection.count_bytes()
-            if connection.dialled is None or not connection.is_open or connection.protocol.num_calls:
+            if connection.dialed is None or not connection.is_open or connection.protocol.num_calls:
                 continue
             idle = now - connection.last_used > IDLE_TIMEOUT and connection.peer_id not in self._kept
             if idle or connection.retired:

@@ -57,7 +57,7 @@ class CallFailed(NamedTuple):
 
 
 class BulkWanted(NamedTuple):
-    """One side has a large message: open the bulk lane. Comes to the side that dialled only."""
+    """One side has a large message: open the bulk lane. Comes to the side that dialed only."""
 
 
 class RequestUnseen(ConnectionLost):

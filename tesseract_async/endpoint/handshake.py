@@ -17,8 +17,8 @@ from tesseract_async.wire.heads import Hello
 class Handshake:
     """Brings a pipe to the point where frames of calls may follow, or to a typed failure, within `timeout` seconds.
 
-    The dialler (`own` is given) speaks first and counts the channel open after the acceptor's answer. The acceptor
-    answers with what `answer_for` makes of the dialler's hello. `established` then takes the channel over, within the
+    The dialer (`own` is given) speaks first and counts the channel open after the acceptor's answer. The acceptor
+    answers with what `answer_for` makes of the dialer's hello. `established` then takes the channel over, within the
     call that brought the last byte: it replaces the channel's receiver and the reader's sink.
     """
 
@@ -38,7 +38,7 @@ class Handshake:
         """Ends with None, or a ProtocolError or OSError."""
         self.origin = pipe.origin
         self.description = pipe.description
-        self.dialled = own is not None
+        self.dialed = own is not None
         self._own = own
         self._answer_for = answer_for
         self._expected = expected
@@ -92,7 +92,7 @@ class Handshake:
         try:
             hello = heads.decode_hello(payload)
         except ProtocolError:
-            if self._own is None:  # tell what we speak before closing, so that the dialler learns why
+            if self._own is None:  # tell what we speak before closing, so that the dialer learns why
                 self._send(Hello(bytes(16), False, bytes(32), 1, 1, 1))
             raise
         claimed = PeerID(hello.peer_id)
@@ -100,7 +100,7 @@ class Handshake:
         if claimed != peer_id or (self._expected is not None and peer_id != self._expected):
             raise HandshakeFailed("wrong_peer", f"another peer ({claimed.short}) answers there")
         self._established(self._channel, self._reader, peer_id, hello)
-        if self._own is None:  # only now: to the dialler, this answer means that it was taken in
+        if self._own is None:  # only now: to the dialer, this answer means that it was taken in
             self._send(self._answer_for(hello))
         self._timer.cancel()
         if not self.done.done():

@@ -37,7 +37,7 @@ class ConnectionProtocol:
         peer: str,
         hello: Hello,
         *,
-        dialled: bool,
+        dialed: bool,
         budgets: NodeBudgets,
         owner: Owner,
         bounds: Bounds,
@@ -55,7 +55,7 @@ class ConnectionProtocol:
         self.core = core = ConnectionCore(
             peer,
             hello,
-            dialled=dialled,
+            dialed=dialed,
             bounds=bounds,
             budgets=budgets,
             owner=owner,

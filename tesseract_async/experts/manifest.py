@@ -1,6 +1,6 @@
 """Manifests: how a server says, in bytes, which experts of one grid it hosts. No I/O.
 
-A server publishes one *manifest* per grid: where it can be dialled, which coordinates it hosts, for which of them it
+A server publishes one *manifest* per grid: where it can be dialed, which coordinates it hosts, for which of them it
 is the primary, and a sequence number that grows with every renewal. Who published it and until when it holds is the
 network's business and stands in the entry around it. The same bytes are stored under the grid's key (`grid_key`), for
 readers that want all experts, and under a shard key (`shard_key`) of each hosted uid, for readers that want that one.
@@ -180,7 +180,7 @@ class Manifest:
             addresses[host] = address
         rendezvous = tuple(text for text in self.rendezvous if scope.allowed([text.partition("/")[0]]))
         if not addresses and not rendezvous:
-            raise ProtocolError("a manifest whose addresses cannot be dialled from here")
+            raise ProtocolError("a manifest whose addresses cannot be dialed from here")
         return replace(self, addresses=tuple(addresses.values()), rendezvous=rendezvous)
 
     def only(self, rows: npt.NDArray[np.bool_]) -> Manifest:
@@ -359,7 +359,7 @@ def _ascends(coords: Coordinates) -> bool:
 def _encode_address(address: str) -> bytes:
     host, port = split_host_port(address)
     if not 0 < port < 2**16:
-        raise ValueError(f"nobody can be dialled at port {port}: {address!r}")
+        raise ValueError(f"nobody can be dialed at port {port}: {address!r}")
     try:
         ip = ipaddress.ip_address(host)
         packed = bytes([ip.version]) + ip.packed

@@ -1,4 +1,4 @@
-"""What the owner of a run signs, and its delegates: grants, invites, revocations, appointments."""
+"""The records that a run's owner and its delegates sign: grants, invites, revocations, appointments."""
 
 from __future__ import annotations
 

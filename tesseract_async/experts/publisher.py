@@ -66,7 +66,7 @@ class ExpertPublisher:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`addresses` are what others dial, ``host:port``, the preferred one first; `rendezvous` are nodes that pass on
-        what cannot be dialled, ``host:port/PEER_ID``. `places`: those that the publishers of one node hold, side by
+        what cannot be dialed, ``host:port/PEER_ID``. `places`: those that the publishers of one node hold, side by
         side; this one takes one. `clock` gives wall-clock time."""
         self.settings = settings
         self.metrics = metrics if metrics is not None else Metrics()

@@ -170,7 +170,7 @@ async def enter_run(
     """Take part in a run: from now on `trust` goes by it. Return the keeper of its records, which is not started yet.
 
     `run` is its name, or its manifest if that was found already; `grant` the text of a grant or an invite. What is
-    learnt is kept next to `identity_file`, and used where the network does not know the run.
+    learned is kept next to `identity_file`, and used where the network does not know the run.
 
     Raises: RunNotFound; BareRun; ValueError for a malformed name, a grant that is not this node's or of another run, or
     if the node is in another run with the same prefix; what the network raises.
@@ -235,7 +235,7 @@ class RunKeeper:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`identity`, of one who may grant, renews the members' grants before they end. `keep_file`: where what is
-        learnt is kept on disk."""
+        learned is kept on disk."""
         self.run = run
         self.authority = authority
         self.num_copies = 0

@@ -62,7 +62,7 @@ METRICS: Final[dict[str, tuple[str, str]]] = {
     "volunteer_period_bytes": ("bytes", "Bytes that count towards the data quota of the present period."),
     # calls between nodes
     "endpoint_connections": ("connections", "Open connections to other nodes."),
-    "endpoint_connections_opened": ("connections", "Connections opened, by the dialling side and by path."),
+    "endpoint_connections_opened": ("connections", "Connections opened, by the dialing side and by path."),
     "endpoint_connections_dropped": ("connections", "Connections that were lost, by reason."),
     "endpoint_dials_failed": ("dials", "Attempts to reach a peer that failed, by reason."),
     "endpoint_handshakes_failed": (

@@ -55,7 +55,7 @@ class OfferAnswerer:
         self.num_negotiations = 0
         """Data channels under negotiation."""
         self.tasks = BackgroundTasks(endpoint.metrics)
-        """What accepted offers have led to."""
+        """The negotiations that accepted offers have begun."""
 
     async def answer(self, data: bytes, *, origin: str, relays: Sequence[PeerAddress]) -> bytes:
         """Return the encoded answer to an offer that came through a rendezvous, and do what it asks. Untrusted.

@@ -64,10 +64,10 @@ class DialBack:
         self._own_addresses = own_addresses
         self._scope = scope
         self._dial_timeout = dial_timeout
-        self._dialling: Counter[str] = Counter()
+        self._dialing: Counter[str] = Counter()
         self._recent: deque[float] = deque()
         self._expected: dict[bytes, asyncio.Event] = {}
-        self._learnt: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
+        self._learned: LRU[PeerID, tuple[str, ...]] = LRU(MAX_LEARNT)
 
     def start(self) -> None:
         """Dial others from now on."""
@@ -84,14 +84,14 @@ class DialBack:
         while self._recent and self._recent[0] <= now - 60:
             self._recent.popleft()
         if (
-            self._dialling.total() >= MAX_DIALS
-            or self._dialling[call.origin] >= MAX_DIALS_PER_HOST
+            self._dialing.total() >= MAX_DIALS
+            or self._dialing[call.origin] >= MAX_DIALS_PER_HOST
             or len(self._recent) >= MAX_DIALS_PER_MINUTE
         ):
             self._endpoint.metrics.count("dial_backs_refused", reason="too_many")
             raise Overloaded("too many nodes want to be dialed back", retry_after=10.0)
         self._recent.append(now)
-        self._dialling[call.origin] += 1
+        self._dialing[call.origin] += 1
         try:
             async with asyncio.timeout(self._dial_timeout):
                 pipe = await tcp.connect(join_host_port(call.origin, port))
@@ -101,8 +101,8 @@ class DialBack:
             pipe.write(preamble.encode_preamble(preamble.PROBE, token))
             pipe.close()
         finally:
-            self._dialling[call.origin] -= 1
-            self._dialling += Counter()  # drops zeros
+            self._dialing[call.origin] -= 1
+            self._dialing += Counter()  # drops zeros
         self._endpoint.metrics.count("dial_backs")
         return Message({"host": call.origin, "addresses": list(self._own_addresses()[:MAX_ADDRESSES])})
 
@@ -110,14 +110,14 @@ class DialBack:
         """Return the nodes that have helped, at the addresses of this version of IP that they named (unproven)."""
         return [
             PeerAddress(peer_id, (address,))
-            for peer_id, addresses in self._learnt.items()
+            for peer_id, addresses in self._learned.items()
             for address in addresses
             if ip_version(address) == version
         ]
 
     async def learn(self, helpers: Sequence[PeerAddress], *, port: int) -> None:
         """Have up to four of `helpers` that were not asked yet name their addresses."""
-        unheard = [helper for helper in helpers if helper.peer_id not in self._learnt]
+        unheard = [helper for helper in helpers if helper.peer_id not in self._learned]
         await asyncio.gather(*(self._ask(helper, port) for helper in unheard[:4]))
 
     def pipe_arrived(self, token: bytes, pipe: Pipe) -> None:
@@ -207,4 +207,4 @@ class DialBack:
         if helper.peer_id is None or type(addresses) is not list or len(addresses) > MAX_ADDRESSES:
             return
         found = (text for text in addresses if type(text) is str and ip_version(text) is not None)
-        self._learnt[helper.peer_id] = self._scope.allowed(found)
+        self._learned[helper.peer_id] = self._scope.allowed(found)

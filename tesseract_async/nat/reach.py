@@ -120,7 +120,7 @@ class Reach:
         self._check: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.enabled = settings.on_loopback or not address.is_loopback
-        """Whether any of this is done: not on loopback."""
+        """True except on loopback, where none of this is needed."""
         self.role = RoleMachine(
             address,
             is_declared_public=public,
@@ -350,21 +350,21 @@ class Reach:
         connected = {info.peer_id for info in self._endpoint.connections()}
         # nodes without a connection first: they see this one as any stranger would
         contacts.sort(key=lambda peer: peer.peer_id in connected)
-        dialling = self._dial_back.check_all(contacts, check.ports)
+        dialing = self._dial_back.check_all(contacts, check.ports)
         if not check.stun:
-            found = Observation(await dialling)
+            found = Observation(await dialing)
         elif 6 not in self._address.versions:
-            dialled, (nat, seen_host) = await asyncio.gather(dialling, self._stun.look())
-            found = Observation(dialled, nat, seen_host)
+            dialed, (nat, seen_host) = await asyncio.gather(dialing, self._stun.look())
+            found = Observation(dialed, nat, seen_host)
         else:  # helpers by IPv6 have named the IPv4 addresses at which they answer STUN
-            dialled, (nat, seen_host) = await dialling, await self._stun.look()
+            dialed, (nat, seen_host) = await dialing, await self._stun.look()
             if nat == "unknown" and check.ports and self._own_v4() is not None:
                 await self._dial_back.learn(contacts, port=self._address.port)  # they may all have IPv6 alone
                 nat, seen_host = await self._stun.look()
-            found = Observation(dialled, nat, seen_host)
+            found = Observation(dialed, nat, seen_host)
         udp = {"public": True, "client": False}.get(self._network.role)
         self.role.checked(replace(found, udp=udp), self._now())
-        if self._is_declared_public and found.dialled:
+        if self._is_declared_public and found.dialed:
             self._metrics.set("reachable_by_tcp", float(not self.role.doubt))
         self._cycle()
 

@@ -119,7 +119,7 @@ def kind_of_nat(seen: Sequence[tuple[str, int]], own_hosts: Sequence[str]) -> Na
 class Observation:
     """The result of one check."""
 
-    dialled: Mapping[int, tuple[bool, str]]
+    dialed: Mapping[int, tuple[bool, str]]
     """By version of IP, where a helper could be asked: whether this node was reached, and the host that helpers see."""
     nat: NatKind = "unknown"
     seen_host: str | None = None
@@ -311,37 +311,35 @@ class RoleMachine:
         return CheckDue({one: self.outside_port if one == 4 else self.address.port for one in versions}, stun=True)
 
     def _judge_claim(self, found: Observation) -> bool:
-        for reached, host in found.dialled.values():
+        for reached, host in found.dialed.values():
             announced = self.address.announced[0]
-            dialled = join_host_port(host, split_host_port(announced)[1])
-            elsewhere = "" if dialled == announced else f", as which others see it (it announces {announced})"
+            dialed = join_host_port(host, split_host_port(announced)[1])
+            elsewhere = "" if dialed == announced else f", as which others see it (it announces {announced})"
             doubt = (
-                f"This node was started as public, but others that dialed {dialled}{elsewhere} did not get through: "
+                f"This node was started as public, but others that dialed {dialed}{elsewhere} did not get through: "
                 f"let TCP and UDP to this port in, or start it without that claim, and it finds the other ways by "
                 f"itself."
             )
             if not reached and not self.doubt:
                 self._events.append(Notice(doubt, is_warning=True))
             elif reached and self.doubt:
-                self._events.append(Notice(f"others reach this node at {dialled} now"))
+                self._events.append(Notice(f"others reach this node at {dialed} now"))
             self.doubt = "" if reached else doubt
-        return bool(found.dialled)
+        return bool(found.dialed)
 
     def _judge(self, seen: Observation) -> bool:
         before = self.reachability
         # IPv4 decides where there is both: everybody has it, and the DHT's contacts name one address
-        reached, host = (
-            seen.dialled.get(4) or seen.dialled.get(6) or (False if self._is_declared_client else None, None)
-        )
-        if before.host is not None and ":" not in before.host and 4 not in seen.dialled:
+        reached, host = seen.dialed.get(4) or seen.dialed.get(6) or (False if self._is_declared_client else None, None)
+        if before.host is not None and ":" not in before.host and 4 not in seen.dialed:
             reached = None  # helpers that could have told are away: IPv6 alone says nothing of it
         found = Reachability(
             tcp=reached,
             udp=None if before.tcp is False else seen.udp,  # the DHT of a client only repeats what it was told
             host=host or seen.seen_host,
             nat=seen.nat,
-            open_hosts=tuple(host for reached, host in seen.dialled.values() if reached),
-            closed_hosts=tuple(host for reached, host in seen.dialled.values() if not reached),
+            open_hosts=tuple(host for reached, host in seen.dialed.values() if reached),
+            closed_hosts=tuple(host for reached, host in seen.dialed.values() if not reached),
         )
         if found.tcp is False and before.tcp:
             self._events.append(MappingDoubted())  # the router may have forgotten it

@@ -47,7 +47,7 @@ def unpack_address(raw: bytes) -> Address:
     ip = ipaddress.ip_address(raw[:-2])
     port = int.from_bytes(raw[-2:], "big")
     if port == 0 or ip.is_multicast or ip.is_unspecified or raw[:-2] == b"\xff\xff\xff\xff":
-        raise ProtocolError("an address that cannot be dialled")
+        raise ProtocolError("an address that cannot be dialed")
     return str(ip), port
 
 

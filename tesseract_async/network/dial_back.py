@@ -1,6 +1,6 @@
 """Dial-back: finding out which nodes can be dialed, by having a third node try. Pure.
 
-A node that does not know whether others can dial it (`DialBack`)::
+A node that does not know whether others can dial it (`DatagramDialBack`)::
 
     A  --DIAL-->  B           B replies whether it passed the question on
                   B --DIAL_FOR(address of A, nonce)-->  C
@@ -31,7 +31,7 @@ from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import Address, Contact, pack_address, unpack_address
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import RpcReply
-from tesseract_async.network.events import RoleChanged
+from tesseract_async.network.events import NodeRoleChanged
 from tesseract_async.network.outbox import FILTER_LIFETIME
 from tesseract_async.network.rate_limiter import RateLimiter
 from tesseract_async.network.routing import K
@@ -95,7 +95,7 @@ class _Errand(Caller):
         self.thirds.num_errands -= 1
 
 
-class DialBack(Caller):
+class DatagramDialBack(Caller):
     """One node's part in finding out its own role and that of others."""
 
     def __init__(self, core: Core, thirds: ThirdNodes, now: float) -> None:
@@ -195,7 +195,7 @@ class DialBack(Caller):
     def _become(self, role: str, now: float) -> None:
         if self._core.outbox.role != role:
             self._core.outbox.role = role
-            self._core.outbox.emit(RoleChanged(role))
+            self._core.outbox.emit(NodeRoleChanged(role))
             if role == "public":
                 self._core.listener.found_public(now)
 

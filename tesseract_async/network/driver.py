@@ -16,8 +16,8 @@ from tesseract_async.network.events import (
     Event,
     Isolated,
     Joined,
+    NodeRoleChanged,
     ReadFinished,
-    RoleChanged,
     WriteFinished,
     WrongPeer,
 )
@@ -194,7 +194,7 @@ class NetworkDriver(asyncio.DatagramProtocol):
                 logger.warning("every contact is gone; looking for the network again")
             else:
                 logger.info("the last contact has left; waiting for others")
-        elif isinstance(event, RoleChanged):
+        elif isinstance(event, NodeRoleChanged):
             logger.info("this node is found to be %s", event.role)
             self._on_role_change()
         elif isinstance(event, WrongPeer):

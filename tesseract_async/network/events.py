@@ -46,7 +46,7 @@ class Isolated:
 
 
 @dataclass(frozen=True, slots=True)
-class RoleChanged:
+class NodeRoleChanged:
     """Others found out if this node can be dialed: ``public`` or ``client``."""
 
     role: str
@@ -67,4 +67,4 @@ class WrongPeer:
     found: PeerID
 
 
-Event = ReadFinished | WriteFinished | Joined | Isolated | RoleChanged | ClockSkewed | WrongPeer
+Event = ReadFinished | WriteFinished | Joined | Isolated | NodeRoleChanged | ClockSkewed | WrongPeer

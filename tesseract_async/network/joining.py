@@ -37,7 +37,7 @@ little but the seed, which has not yet made sure of anybody when they ask."""
 Seed = tuple[Address, PeerID | None]
 
 
-class Membership:
+class NetworkMembership:
     """One node's way into the network, and back."""
 
     def __init__(self, core: Core) -> None:
@@ -153,7 +153,7 @@ class _Walk(Caller):
     belongs to the neighborhood and was not known there, or nobody is known, the neighborhood is looked up.
     """
 
-    membership: Membership
+    membership: NetworkMembership
     core: Core
     nearest: int = 1 << (8 * ID_BYTES)
     is_neighbor: bool = False

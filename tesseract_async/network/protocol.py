@@ -23,10 +23,10 @@ from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, unpack_address
 from tesseract_async.network.core import Core
 from tesseract_async.network.datagrams import AMPLIFICATION, MAX_DATAGRAM_BYTES, MIN_REQUEST_BYTES
-from tesseract_async.network.dial_back import DialBack, Probation, ThirdNodes
+from tesseract_async.network.dial_back import DatagramDialBack, Probation, ThirdNodes
 from tesseract_async.network.events import Event, ReadFinished, WriteFinished
 from tesseract_async.network.holding import Holder, RecordCheck
-from tesseract_async.network.joining import Membership, Seed
+from tesseract_async.network.joining import NetworkMembership, Seed
 from tesseract_async.network.operations import probe_density, refresh
 from tesseract_async.network.reading import Read
 from tesseract_async.network.replication import Replicator
@@ -106,9 +106,9 @@ class NetworkProtocol:
         )
         self.holder = Holder(core, checks)
         thirds = ThirdNodes(core)
-        self.dial_back = DialBack(core, thirds, now)
+        self.dial_back = DatagramDialBack(core, thirds, now)
         self.probation = Probation(core, thirds)
-        self.membership = Membership(core)
+        self.membership = NetworkMembership(core)
         self._replicator = Replicator(core, now)
         core.timers.start(now + HOUSEKEEPING_PERIOD * random.random(), self._keep_house)
         self.tokens = Tokens(random, now=now)
@@ -123,7 +123,7 @@ class NetworkProtocol:
     # Requests of the driver
 
     def set_seeds(self, seeds: Iterable[Seed], now: float, *, remembered: Iterable[Seed] = ()) -> None:
-        """Set the seeds; see `Membership.set_seeds`."""
+        """Set the seeds; see `NetworkMembership.set_seeds`."""
         self.membership.set_seeds(seeds, now, remembered=remembered)
 
     def read(self, key: bytes, now: float) -> int:

@@ -51,7 +51,7 @@ LARGE_REQUEST_BYTES: Final = 1 << 20
 """A request of this size shares no batch: copying it next to others would cost more than merging saves."""
 FIXED_SHARE: Final = 0.25
 """While the device keeps up, a batch takes no more requests once its fixed cost is less than this share of its whole
-cost (as learnt, see `costs`). See *Convoys*."""
+cost (as learned, see `costs`). See *Convoys*."""
 KEEPING_UP_SECONDS: Final = 0.5
 """A device that had nothing to do at some moment of these last seconds keeps up."""
 URGENT_SECONDS: Final = 0.2

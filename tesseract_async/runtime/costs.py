@@ -1,4 +1,4 @@
-"""The cost of batches of one kind, learnt from those that ran: so much each, and so much per row. A pure machine."""
+"""The cost of batches of one kind, learned from those that ran: so much each, and so much per row. A pure machine."""
 
 from __future__ import annotations
 

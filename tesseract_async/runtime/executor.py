@@ -271,7 +271,7 @@ class Executor:
 
     def _reload(self, backend: ExpertBackend, reason: str) -> ExpertFailed:
         """Go back to the last good state. Returns the error for the senders."""
-        norms = backend.norms  # what was learnt about senders holds
+        norms = backend.norms  # what was learned about senders holds
         try:
             backend.load_state(self._good_states[backend].state)
         except BaseException as second:  # then only this expert is given up

@@ -1,4 +1,4 @@
-"""The usual gradient norms of one expert, learnt from its backwards. A pure machine.
+"""The usual gradient norms of one expert, learned from its backwards. A pure machine.
 
 One gradient of ten thousand times the usual size ruins Adam's second moments for thousands of steps, and SGD's weights
 at once. No fixed limit fits every expert, so the limit is a multiple of what was usual lately: the median over accounts

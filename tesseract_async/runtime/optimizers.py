@@ -25,7 +25,7 @@ _CYCLED: Final = ("lr", "momentum", "betas")
 _SHAPED: Final = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 """The state of the fused optimizers: one number, and tensors like their parameter."""
 _PROGRESS: Final = frozenset({"last_epoch", "base_lrs", "T_cur", "T_i", "verbose", "total_size"})
-"""Of a schedule's state, besides names that begin with an underscore: its progress, not its options."""
+"""Names in a schedule's state that are progress, not options; so are names that begin with an underscore."""
 
 
 def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

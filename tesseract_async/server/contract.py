@@ -2,7 +2,7 @@
 
 `VolunteerSettings` holds the limits, `VolunteerContract` applies them. Rates are limited where the bytes pass
 (`transport.throttle`); everything else is decided here, so that "why does my machine not serve?" has one answer:
-`Verdict.reason`.
+`WorkPermission.reason`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class VolunteerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class WorkPermission:
     """The decision whether the server may work, and how long it holds if nothing else is observed."""
 
     serve: bool
@@ -158,7 +158,7 @@ class VolunteerContract:
             if self._calm_since is None or self._calm_since > now:
                 self._calm_since = now
 
-    def may_serve(self, now: float, load: float | None = None) -> Verdict:
+    def may_serve(self, now: float, load: float | None = None) -> WorkPermission:
         """Decide whether the server may work at `now`; `load` is observed first, where given."""
         if load is not None:
             self.observe_load(load, now)
@@ -179,10 +179,10 @@ class VolunteerContract:
         if self._memory_short:
             closed.append(("its memory limit is reached", None))
         if not closed:
-            return Verdict(True, "", changes_at)
+            return WorkPermission(True, "", changes_at)
         known = [end for _, end in closed if end is not None]
         until = max(known) if len(known) == len(closed) else None
-        return Verdict(False, ", and ".join(reason for reason, _ in closed), until)
+        return WorkPermission(False, ", and ".join(reason for reason, _ in closed), until)
 
 
 def _hours_at(hours: Sequence[Hours], now: float, timezone: tzinfo | None) -> tuple[bool, float | None]:

@@ -15,7 +15,7 @@ import psutil
 
 from tesseract_async.errors import TesseractError, describe
 from tesseract_async.files import write_whole
-from tesseract_async.server.contract import Usage, Verdict, VolunteerContract, VolunteerSettings
+from tesseract_async.server.contract import Usage, VolunteerContract, VolunteerSettings, WorkPermission
 from tesseract_async.server.footprint import process_bytes
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class VolunteerKeeper:
         period: float = 1.0,
         before_pause: Callable[[], Awaitable[None]] | None = None,
         before_resume: Callable[[], Awaitable[None]] | None = None,
-        tell: Callable[[Verdict], None] = lambda verdict: None,
+        tell: Callable[[WorkPermission], None] = lambda verdict: None,
     ) -> None:
         """`period`: seconds between looks. `before_pause` is awaited while the experts are still declared, and
         `before_resume` before they are declared again; `tell` is called at each change. `clock` gives wall-clock
@@ -78,7 +78,7 @@ class VolunteerKeeper:
         """
         self._usage_file = None if usage_file is None else Path(usage_file)
         self.contract = VolunteerContract(settings, usage=self._read_usage())
-        self.verdict = Verdict(True, "", None)
+        self.verdict = WorkPermission(True, "", None)
         self._server = server
         self._metrics = server.node.metrics
         self._machine = machine if machine is not None else ThisMachine()
@@ -103,7 +103,7 @@ class VolunteerKeeper:
         self._observe()
         self._save_usage()
 
-    async def look(self) -> Verdict:
+    async def look(self) -> WorkPermission:
         """Observe, decide, and pause or resume the server if that changed."""
         now = self._observe()
         verdict = self.contract.may_serve(now, self._machine.load())

@@ -59,7 +59,7 @@ def make_contexts(identity: Identity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     own = Ed25519PublicKey.from_public_bytes(identity.public_key)
     leaf = _certificate("node", own, ca=False).public_bytes(serialization.Encoding.PEM)
     authority = _certificate("tesseract", _CA_KEY.public_key(), ca=True).public_bytes(serialization.Encoding.DER)
-    dialling = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    dialing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     accepting.num_tickets = 0  # a resumed session would not show the certificate again
     # load_cert_chain reads files only; the directory is readable by its owner only, and gone at once
@@ -67,14 +67,14 @@ def make_contexts(identity: Identity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         path = Path(folder) / "node.pem"
         path.touch(0o600)
         path.write_bytes(identity.private_pem() + leaf)
-        for context in (dialling, accepting):
+        for context in (dialing, accepting):
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.check_hostname = False
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_cert_chain(path)
             context.load_verify_locations(cadata=authority)
             context.set_alpn_protocols([ALPN])
-    return dialling, accepting
+    return dialing, accepting
 
 
 def peer_id_of(certificate: bytes | None) -> PeerID:

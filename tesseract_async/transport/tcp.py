@@ -220,7 +220,7 @@ async def connect(address: str, *, throttle: Throttle | None = None) -> TcpPipe:
     return pipe
 
 
-class DialledInVain(OSError):
+class DialedInVain(OSError):
     """A dial that was not made, since too many before it failed."""
 
 
@@ -231,14 +231,14 @@ class DialBudget:
         self._failed: LRU[str, TokenBucket] = LRU(MAX_TARGETS)
 
     def check(self, address: str, now: float) -> None:
-        """Raises: DialledInVain if ``host:port`` may not be dialed now."""
+        """Raises: DialedInVain if ``host:port`` may not be dialed now."""
         wait = max((self._failed[one].wait(now) for one in _targets(address) if one in self._failed), default=0.0)
         if wait > 0:
-            raise DialledInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
+            raise DialedInVain(f"it was dialed in vain too often; it may be again in {wait:.1f} s")
 
     def finished(self, address: str, error: BaseException | None, now: float) -> None:
         """Learn how a dial ended; `error` is None where the right peer answered."""
-        if isinstance(error, DialledInVain):
+        if isinstance(error, DialedInVain):
             return
         for target, times in _targets(address).items():
             bucket = self._failed.pop(target, None)

@@ -144,7 +144,7 @@ def decode_small(payload: memoryview, arena: Arena) -> tuple[Value, tuple[memory
 
 
 def allocate(sizes: Sequence[int]) -> tuple[memoryview, ...]:
-    """Uninitialised writable memory for each size, every part at a 64-byte aligned address, all in one block."""
+    """Uninitialized writable memory for each size, every part at a 64-byte aligned address, all in one block."""
     total = ALIGNMENT - 1
     for size in sizes:
         total += -(-size // ALIGNMENT) * ALIGNMENT

@@ -136,7 +136,7 @@ class Hello:
     """The first frame in each direction on every channel."""
 
     session: bytes
-    """16 random bytes of the dialler's choice; the channels of one connection share them."""
+    """16 random bytes of the dialer's choice; the channels of one connection share them."""
     bulk: bool
     """True if this channel carries large messages of an existing connection."""
     peer_id: bytes

@@ -1,4 +1,4 @@
-"""A run from its signature to its export, with the commands as processes: what a volunteer and an organiser do."""
+"""A run from its signature to its export, with the commands as processes: what a volunteer and an organizer do."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
     x = torch.ones(3, 4)
     async with tesseract(
         stem, "run", "create", "digits", "--open", "--grid", "2x2", *SIZES, "--learning-rate", "0.01", *author
-    ) as organiser:
-        started = await event(organiser, "run")
+    ) as organizer:
+        started = await event(organizer, "run")
         seed, full_name = started["address"], started["run"]
         assert full_name == f"digits@{ta.Identity.load(tmp_path / 'author.pem').peer_id}"
         config.write_text(VOLUNTEER.format(seed=seed, folder=tmp_path))
@@ -154,8 +154,8 @@ async def test_a_run_from_its_signature_to_its_export(stem: Stem, tmp_path: Path
                 assert experts.signed_run.full_name == full_name
                 with torch.no_grad():
                     assert torch.equal(experts[taught](x), await expert(x))
-        organiser.send_signal(signal.SIGINT)
-        assert await organiser.wait() == 0
+        organizer.send_signal(signal.SIGINT)
+        assert await organizer.wait() == 0
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def router(monkeypatch: pytest.MonkeyPatch) -> Router:
 
 @pytest.mark.parametrize("reached", [True, False])
 async def test_the_doctor_tells_what_others_see_of_the_port(router: Router, reached: bool) -> None:
-    """Off loopback: a node on that very port asks to be dialled back."""
+    """Off loopback: a node on that very port asks to be dialed back."""
     port = free_port()
     async with ta.TesseractNode(public=True, reach=ReachSettings(on_loopback=True)) as seed, StatusService(seed):
         if not reached:

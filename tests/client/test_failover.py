@@ -219,7 +219,7 @@ def test_one_that_hung_for_long_is_not_waited_for_as_long_again() -> None:
     assert book.usual("b") is None
 
 
-def test_patience_is_learnt_from_how_far_answers_scatter() -> None:
+def test_patience_is_learned_from_how_far_answers_scatter() -> None:
     even, scattered, hanging = Lateness(), Lateness(), Lateness()
     assert even.patience == MAX_PATIENCE
     for i in range(400):

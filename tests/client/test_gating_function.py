@@ -88,7 +88,7 @@ async def test_one_call_per_chosen_expert(node: FakeNode) -> None:
     assert node.count(FORWARD) == 2
 
 
-async def test_a_dead_expert_is_left_out_and_weights_renormalise(node: FakeNode) -> None:
+async def test_a_dead_expert_is_left_out_and_weights_renormalize(node: FakeNode) -> None:
     make_grid(node)
     gate = make_gate(node)
     x = torch.randn(7, 8, requires_grad=True)

@@ -145,7 +145,7 @@ async def test_a_primary_of_another_schema_is_not_replaced_by_a_follower_that_fi
 
 
 @in_made_up_time
-async def test_an_expert_that_was_made_anew_with_another_size_is_learnt_anew() -> None:
+async def test_an_expert_that_was_made_anew_with_another_size_is_learned_anew() -> None:
     node = FakeNode()
     node.host("f.0", nn.Linear(16, 16), TensorSpec((16,)))
     expert = RemoteExpert(node, "f.0")

@@ -35,7 +35,7 @@ class Side:
         theirs: Bounds,
         ours: Bounds,
         budget: int,
-        dialled: bool,
+        dialed: bool,
         quotas: Quotas | None = None,
         small_budget: int | None = None,
     ) -> None:
@@ -49,7 +49,7 @@ class Side:
         self.machine = ConnectionProtocol(
             "peer",
             hello,
-            dialled=dialled,
+            dialed=dialed,
             budgets=self.budgets,
             owner=Owner("range", "peer", self),
             bounds=ours,
@@ -87,7 +87,7 @@ class Side:
 
 
 class Pair:
-    """`client` dialled `server`. `settle` carries bytes both ways until nothing is left to send."""
+    """`client` dialed `server`. `settle` carries bytes both ways until nothing is left to send."""
 
     def __init__(
         self,

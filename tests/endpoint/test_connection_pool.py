@@ -18,8 +18,8 @@ def pool() -> ConnectionPool:
     return ConnectionPool(backoff_base=0.1, backoff_max=5.0, rng=random.Random(1))
 
 
-def connection(peer_id: PeerID = ALICE, dialled: PeerAddress | None = None, session: bytes = b"s") -> Any:
-    return SimpleNamespace(peer_id=peer_id, dialled=dialled, session=session, is_open=True, retired=False)
+def connection(peer_id: PeerID = ALICE, dialed: PeerAddress | None = None, session: bytes = b"s") -> Any:
+    return SimpleNamespace(peer_id=peer_id, dialed=dialed, session=session, is_open=True, retired=False)
 
 
 def test_own_dials_come_first_and_newer_ones_before_older() -> None:
@@ -28,14 +28,14 @@ def test_own_dials_come_first_and_newer_ones_before_older() -> None:
     for one in (old, new):
         state.add(one)
         assert state.find(AT_ALICE) is one
-    dialled = connection(dialled=AT_ALICE)
-    state.add(dialled)
+    dialed = connection(dialed=AT_ALICE)
+    state.add(dialed)
     state.add(connection())
-    assert state.find(AT_ALICE) is dialled
-    dialled.retired = True
-    assert state.find(AT_ALICE) not in (dialled, None), "it is for the calls that it has only"
-    dialled.is_open, dialled.retired = False, False
-    assert state.find(AT_ALICE) is not dialled
+    assert state.find(AT_ALICE) is dialed
+    dialed.retired = True
+    assert state.find(AT_ALICE) not in (dialed, None), "it is for the calls that it has only"
+    dialed.is_open, dialed.retired = False, False
+    assert state.find(AT_ALICE) is not dialed
     assert state.num_connections == 4 and state.num_connections_with(ALICE) == 3
     for one in state.connections():
         state.remove(one)
@@ -47,14 +47,14 @@ def test_a_peer_known_by_address_only_is_found_while_its_connection_lives() -> N
     state = pool()
     anybody = PeerAddress(None, AT_ALICE.addresses)
     assert state.find(anybody) is None
-    one, two = connection(dialled=AT_ALICE), connection(dialled=AT_ALICE)
+    one, two = connection(dialed=AT_ALICE), connection(dialed=AT_ALICE)
     state.add(one)
     state.add(two)
     state.remove(two)
     assert state.find(anybody) is one
     state.remove(one)
     assert state.find(anybody) is None
-    state.add(connection(BOB, dialled=PeerAddress(BOB, AT_ALICE.addresses)))
+    state.add(connection(BOB, dialed=PeerAddress(BOB, AT_ALICE.addresses)))
     assert state.find(anybody).peer_id == BOB  # type: ignore[union-attr]
 
 

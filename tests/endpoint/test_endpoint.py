@@ -154,7 +154,7 @@ async def test_a_call_ends_at_its_deadline_on_both_sides(settings: EndpointSetti
 
     async with pair(settings) as (client, server, address):
         server.handle("forever", forever)
-        await client.call(address, "echo", timeout=30)  # dialling and shaking hands take their own time
+        await client.call(address, "echo", timeout=30)  # dialing and shaking hands take their own time
         with pytest.raises(TimeoutError, match="forever"):
             await client.call(address, "forever", timeout=0.5)
         await asyncio.wait_for(cancelled.wait(), 30)
@@ -178,7 +178,7 @@ async def test_another_peer_than_expected_is_refused(settings: EndpointSettings)
         assert (await client.call(anybody, "echo", 5, timeout=30)).body == 5
 
 
-async def test_a_lost_connection_fails_calls_and_is_redialled(settings: EndpointSettings) -> None:
+async def test_a_lost_connection_fails_calls_and_is_redialed(settings: EndpointSettings) -> None:
     started = asyncio.Event()
 
     async def forever(call: IncomingCall) -> Message:

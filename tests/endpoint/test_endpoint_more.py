@@ -69,7 +69,7 @@ async def test_an_accepted_connection_serves_calls_both_ways() -> None:
         client.handle("echo", echo)
         await client.call(address, "echo", timeout=30)
         back = PeerAddress(client.peer_id, ())
-        for size in (10, 2_000_000):  # the large reply, then the large request, make the *dialler* open the bulk lane
+        for size in (10, 2_000_000):  # the large reply, then the large request, make the *dialer* open the bulk lane
             reply = await server.call(back, "echo", "back", [bytes(size)], timeout=30)
             assert reply.body == "back" and len(reply.buffers[0]) == size
         assert server.metrics.total("endpoint_connections_opened") == 1
@@ -80,7 +80,7 @@ async def test_one_dial_and_one_connection_serve_all_who_call_at_once() -> None:
         await asyncio.gather(*(client.call(address, "echo", timeout=30) for _ in range(50)))
         assert len(client.connections()) == len(server.connections()) == 1
         info = client.connections()[0]
-        assert info.peer_id == server.peer_id and info.path == f"tcp {address.addresses[0]}" and info.dialled
+        assert info.peer_id == server.peer_id and info.path == f"tcp {address.addresses[0]}" and info.dialed
 
 
 @pytest.mark.both_loops
@@ -230,7 +230,7 @@ async def test_failed_dials_back_off_together_and_a_returning_peer_is_found() ->
             assert (await client.call(address, "echo", 1, timeout=30)).body == 1
 
 
-async def test_a_peer_that_came_back_elsewhere_is_dialled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_came_back_elsewhere_is_dialed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed server's next process has another port: how often the old one failed says nothing of it."""
     settings = dataclasses.replace(PLAIN, bounds=Bounds(backoff_base=600.0, backoff_max=600.0))
     with socket.socket() as old:
@@ -300,7 +300,7 @@ async def test_memory_is_not_in_use_any_more_when_a_cancelled_call_returns(
 
         def attached(connection: Connection, lane: int, *rest: Any) -> None:
             attach(connection, lane, *rest)
-            if lane == BULK and connection.dialled is not None:
+            if lane == BULK and connection.dialed is not None:
                 has_bulk.set()
 
         def wrote(pipe: TcpPipe, data: bytes | memoryview) -> None:

@@ -317,7 +317,7 @@ def test_higher_priority_goes_first_and_equals_share() -> None:
     assert len(pair.client.machine.lanes[BULK].large) == 0
 
 
-def test_the_dialler_opens_the_bulk_lane_when_either_side_needs_it() -> None:
+def test_the_dialer_opens_the_bulk_lane_when_either_side_needs_it() -> None:
     pair = Pair(bulk=False)
     pair.call(MIB)
     assert BulkWanted() in pair.client.machine.events()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tesseract_async.endpoint.dialling import race
+from tesseract_async.endpoint.dialing import race
 from tesseract_async.errors import ConnectionLost
 from tesseract_async.transport.base import DialPath, Pipe
 from tests.client.virtual_time import in_made_up_time

@@ -215,7 +215,7 @@ def test_a_manifest_names_third_parties_in_vain() -> None:
     mixed = manifest_at("10.0.0.1:1", "9.9.9.9:1", rendezvous=[f"10.0.0.1:1{node}", f"9.9.9.8:1{node}"]).within(public)
     assert mixed.addresses == ("9.9.9.9:1",) and mixed.rendezvous == (f"9.9.9.8:1{node}",)
     for address in ("10.0.0.1:1", "127.0.0.1:1", "169.254.169.254:80", "[::ffff:10.0.0.1]:1", "[64:ff9b::a00:1]:1"):
-        with pytest.raises(ProtocolError, match="cannot be dialled from here"):
+        with pytest.raises(ProtocolError, match="cannot be dialed from here"):
             manifest_at(address).within(public)
     home = AddressScope(["192.168.1.7"])
     assert manifest_at("192.168.1.9:1", "192.168.7.9:1", "9.9.9.9:1").within(home).addresses == (

@@ -159,7 +159,7 @@ def test_a_list_and_a_run_both_have_to_allow() -> None:
     assert not trust.may_host(STRANGER.peer_id, "ffn.3.7")
 
 
-def test_what_a_peer_shows_in_its_hello_is_learnt_if_it_is_its_own() -> None:
+def test_what_a_peer_shows_in_its_hello_is_learned_if_it_is_its_own() -> None:
     trust = in_run()
     trust.introduced(STRANGER.peer_id, [b"garbage", grant(HOST, "train").blob])
     assert not trust.may_ask(STRANGER.peer_id, None, "ffn.3.7") and not trust.may_ask(HOST.peer_id, None, "ffn.3.7")

@@ -84,7 +84,7 @@ def fuzz_machine(pick: random.Random) -> None:
     side = holder.side = ConnectionProtocol(
         "peer",
         HELLO,
-        dialled=pick.random() < 0.5,
+        dialed=pick.random() < 0.5,
         budgets=budgets,
         owner=Owner("range", PEER, holder),
         bounds=SETTINGS,
@@ -218,8 +218,8 @@ def fuzz_schema(pick: random.Random) -> None:
 
 
 def fuzz_tls(pick: random.Random) -> None:
-    dialling, accepting = CONTEXTS
-    client, server = TlsMachine(dialling, server_side=False), TlsMachine(accepting, server_side=True)
+    dialing, accepting = CONTEXTS
+    client, server = TlsMachine(dialing, server_side=False), TlsMachine(accepting, server_side=True)
     client.handshake()
     server.receive_data(memoryview(mutate(pick, client.data_to_send())))
     server.handshake()

@@ -98,7 +98,7 @@ def print_top(state: dict[str, Any], width: int) -> str:
     return console.export_text()
 
 
-async def test_without_patterns_the_neighbours_grids_are_found() -> None:
+async def test_without_patterns_the_neighbors_grids_are_found() -> None:
     async with (
         volunteer("ffn.0.3", "attention.1") as host,
         ta.TesseractNode(initial_peers=[host.address], refresh_period=0.2) as node,

@@ -48,7 +48,7 @@ async def test_forged_stale_and_repeated_offers_are_refused_and_counted() -> Non
         await end(await asked.accepted.get())
 
 
-async def test_nobody_is_dialled_at_a_strangers_wish() -> None:
+async def test_nobody_is_dialed_at_a_strangers_wish() -> None:
     async with town(3) as (eve, asked, _):
         body = ReverseBody(("203.0.113.9:80",), bytes(16)).pack()
         data = eve.offer(asked.peer_id, offers.REVERSE, body)

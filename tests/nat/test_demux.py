@@ -132,7 +132,7 @@ async def test_closing_sends_the_silent_away() -> None:
             await there.until_lost()
 
 
-async def test_dialling_is_the_inner_transports_business() -> None:
+async def test_dialing_is_the_inner_transports_business() -> None:
     async with open_house() as house:
         paths = house.demultiplexer.paths(PeerAddress.parse(house.address))
         assert [path.name for path in paths] == [f"tcp {house.address}"]

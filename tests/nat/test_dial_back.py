@@ -46,7 +46,7 @@ class Node:
         return self.endpoint.metrics.total("dial_backs")
 
     async def lie(self, call: IncomingCall) -> Message:
-        """Says that it dialled, and did not."""
+        """Says that it dialed, and did not."""
         return Message({"host": call.origin})
 
 

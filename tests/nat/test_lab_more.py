@@ -114,7 +114,7 @@ def test_outside_servers_help_where_the_swarm_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_can_be_dialled_now_is_dialled(tmp_path: Path) -> None:
+def test_a_server_that_can_be_dialed_now_is_dialed(tmp_path: Path) -> None:
     """Its owner opens the router's port while training goes on through a relay: new calls go directly."""
     hosts = {"r1": "public", "r2": "public", "s": "symmetric", "t": "keeping"}
     with Lab(hosts) as lab, Swarm(lab, tmp_path, public=SEEDS) as swarm:

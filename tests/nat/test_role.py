@@ -44,10 +44,10 @@ def begun(
     return machine
 
 
-def check(machine: RoleMachine, now: float = 0.0, /, **dialled: tuple[bool, str]) -> list[RoleEvent]:
+def check(machine: RoleMachine, now: float = 0.0, /, **dialed: tuple[bool, str]) -> list[RoleEvent]:
     """One check that is due ends so, by version of IP (`v4`, `v6`); what follows."""
     assert isinstance(events(machine)[-1], CheckDue) and machine.timer_at() is None
-    machine.checked(Observation({int(version[1]): found for version, found in dialled.items()}), now)
+    machine.checked(Observation({int(version[1]): found for version, found in dialed.items()}), now)
     return events(machine)
 
 
@@ -140,7 +140,7 @@ def test_ipv6_alone_is_enough() -> None:
     assert machine.reachability.role == "public" and machine.public_addresses[0] == f"[2001:db8::2]:{PORT}"
 
 
-def test_a_node_that_knows_that_it_cannot_be_dialled_asks_for_its_kind_of_nat_only() -> None:
+def test_a_node_that_knows_that_it_cannot_be_dialed_asks_for_its_kind_of_nat_only() -> None:
     machine = RoleMachine(V4, is_declared_client=True)
     assert events(machine) == [RoleFound(became_client=True, is_news=True)]
     machine.joined(HERE, 0.0)

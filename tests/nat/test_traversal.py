@@ -94,7 +94,7 @@ async def test_which_ways_are_tried_and_when() -> None:
         assert names(nat.paths(peer)) == ["relay"]
         asker.public_addresses = (asker.address,)
         assert names(nat.paths(peer)) == ["reverse", "relay"]
-        asker.puncher.enabled = True  # dialled by those who have IPv6 only: others may need a hole
+        asker.puncher.enabled = True  # dialed by those who have IPv6 only: others may need a hole
         assert names(nat.paths(peer)) == ["reverse", "datachannel", "relay"]
         asker.behind_nat = False
         assert names(nat.paths(peer)) == ["reverse", "relay"]

@@ -69,8 +69,8 @@ async def test_a_relayed_connection_looks_for_a_better_path() -> None:
 
 
 @pytest.mark.parametrize("kind", ["relay", "datachannel"])
-async def test_a_peer_that_can_be_dialled_now_is_dialled(kind: str) -> None:
-    """Its records name addresses now, or we can be dialled ourselves: at once, not at the next attempt."""
+async def test_a_peer_that_can_be_dialed_now_is_dialed(kind: str) -> None:
+    """Its records name addresses now, or we can be dialed ourselves: at once, not at the next attempt."""
     town = Town(kind, upgrade_after=(3600.0,), fails=99)
     town.upgrader.watch(PEER, PEER_ID)
     punch = ["datachannel"] if kind == "relay" else []

@@ -14,7 +14,7 @@ from tesseract_async.network import datagrams as wire
 from tesseract_async.network.contacts import V4_BYTES, V6_BYTES, Address, Contact, pack_address, pack_contacts
 from tesseract_async.network.core import MAX_REQUEST_RATE
 from tesseract_async.network.dial_back import MAX_ERRANDS
-from tesseract_async.network.events import ClockSkewed, Isolated, Joined, ReadFinished, RoleChanged, WriteFinished
+from tesseract_async.network.events import ClockSkewed, Isolated, Joined, NodeRoleChanged, ReadFinished, WriteFinished
 from tesseract_async.network.protocol import REFRESH_PERIOD, NetworkProtocol, Tokens
 from tesseract_async.network.reading import PAGES_IN_PROGRESS
 from tesseract_async.network.rpcs import MAX_CALLS, Call, Caller
@@ -428,14 +428,14 @@ def test_a_node_that_a_third_one_can_dial_becomes_public() -> None:
     trio = Trio()
     assert trio.machines[A].role == "unknown"
     trio.run(10.0)
-    assert RoleChanged("public") in trio.machines[A].events()
+    assert NodeRoleChanged("public") in trio.machines[A].events()
     assert trio.machines[A].core.own_id in trio.machines[B].core.table
 
 
 def test_a_node_behind_a_gateway_becomes_a_client_and_is_listed_by_nobody() -> None:
     trio = Trio()
     trio.run(60.0, filtered=True)
-    assert RoleChanged("client") in trio.machines[A].events()
+    assert NodeRoleChanged("client") in trio.machines[A].events()
     assert all(trio.machines[A].core.own_id not in trio.machines[other].core.table for other in (B, STRANGER))
 
 
@@ -841,7 +841,7 @@ def test_nobody_makes_a_public_node_send_to_private_addresses(target: Address) -
         assert all(kind & wire.REPLY for kind in sent), "answered at most, and not pinged"
 
 
-def test_dialling_for_others_is_for_listed_contacts_and_has_bounds() -> None:
+def test_dialing_for_others_is_for_listed_contacts_and_has_bounds() -> None:
     node = machine(1)
     node.core.scope = AddressScope(["8.8.4.4"])
     friend, victim = ("9.9.9.9", 4000), ("8.8.8.8", 53)

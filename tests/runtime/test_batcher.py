@@ -129,7 +129,7 @@ def test_a_head_start_goes_before_older_work_but_not_for_ever_nor_before_priorit
     assert [requests_of(batch)[0] for batch in drain(batcher, now=1.6)] == [high, older, young, old, late]
 
 
-def learnt(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4) -> tuple[BatchQueue, float]:
+def learned(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4) -> tuple[BatchQueue, float]:
     """A pool of which the batcher has seen batches that cost so much, and the time when it was idle last."""
     pool, now = batcher.add_queue("a", max_batch_size=1000), 0.0
     for num_rows in (10, 20, 40) * 5:
@@ -144,7 +144,7 @@ def learnt(batcher: Batcher, *, each: float = 4e-3, per_row: float = 1e-4) -> tu
 
 def test_a_batch_is_no_larger_than_pays_while_the_device_keeps_up() -> None:
     batcher = Batcher()
-    pool, now = learnt(batcher)  # 4 ms a batch are a quarter of it at 120 rows
+    pool, now = learned(batcher)  # 4 ms a batch are a quarter of it at 120 rows
     sizes = []
     for _ in range(160):
         batcher.add(request(pool, 50), now)
@@ -168,7 +168,7 @@ def test_a_batch_takes_all_that_it_may_where_it_was_not_told_otherwise(options: 
             pool.cost.add(num_rows, 4e-3 + 1e-4 * num_rows)
         now = 0.0
     else:
-        pool, now = learnt(batcher)
+        pool, now = learned(batcher)
     for _ in range(12):
         batcher.add(request(pool, 50), now)
     batch = batcher.pop_ready(now + 0.01)

@@ -1,4 +1,4 @@
-"""What batches cost, learnt from made-up ones."""
+"""What batches cost, learned from made-up ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_stall_changes_little() -> None:
     assert cost.rows_until(0.5) < 12.0
 
 
-def test_a_lasting_change_is_learnt() -> None:
+def test_a_lasting_change_is_learned() -> None:
     cost = fed(MIXED, each=3.0, per_row=0.5)
     for size in MIXED * 5:
         cost.add(size, 300.0 + 50.0 * size)

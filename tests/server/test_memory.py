@@ -102,7 +102,7 @@ def test_patience_follows_the_slowest_and_forgets_it() -> None:
     assert due < 101.0
 
 
-def test_a_caller_that_is_gone_is_waited_for_until_it_would_have_dialled_again() -> None:
+def test_a_caller_that_is_gone_is_waited_for_until_it_would_have_dialed_again() -> None:
     some = ExpectedBackwards()
     some.expect(b"1", "ffn.0", ANNA, 0.0)
     some.expect(b"2", "ffn.0", BERT, 5.0)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tesseract_async.metrics import Metrics
-from tesseract_async.server.contract import Hours, Verdict, VolunteerSettings
+from tesseract_async.server.contract import Hours, VolunteerSettings, WorkPermission
 from tesseract_async.server.volunteer import ThisMachine, VolunteerKeeper
 
 NOON = 1_772_539_200.0  # 2026-03-03, 12:00 UTC
@@ -68,7 +68,7 @@ async def test_load_pauses_and_calm_resumes() -> None:
         order.append(f"before, after {len(server.told)} words")
 
     limits = VolunteerSettings(pause_above_load=0.3, pause_after=5.0, resume_after=60.0)
-    told: list[Verdict] = []
+    told: list[WorkPermission] = []
     one = keeper(server, machine, limits, before_pause=before, before_resume=before, tell=told.append)
     machine.share = 0.9
     assert (await one.look()).serve

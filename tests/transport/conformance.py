@@ -1,6 +1,6 @@
 """What every pipe must do, whatever carries it. A test module for a transport takes these tests by importing them.
 
-It defines one fixture, ``pipes``: an async context manager factory that yields a connected pair ``(dialled, accepted)``
+It defines one fixture, ``pipes``: an async context manager factory that yields a connected pair ``(dialed, accepted)``
 of pipes that have not been started, and leaves nothing behind. See `test_tcp`.
 """
 
@@ -54,9 +54,9 @@ class Receiver:
 
 
 async def test_bytes_arrive_in_order_both_ways(pipes: Pipes) -> None:
-    async with pipes() as (dialled, accepted):
+    async with pipes() as (dialed, accepted):
         ends = []
-        for pipe, seed in ((dialled, 1), (accepted, 2)):
+        for pipe, seed in ((dialed, 1), (accepted, 2)):
             receiver = Receiver(sizes=(1, 7, 5000, 65536))
             pipe.start(receiver)
             ends.append((pipe, receiver, random.Random(seed).randbytes(300_000)))
@@ -70,45 +70,45 @@ async def test_bytes_arrive_in_order_both_ways(pipes: Pipes) -> None:
 
 
 async def test_what_is_written_before_the_other_end_starts_is_kept(pipes: Pipes) -> None:
-    async with pipes() as (dialled, accepted):
-        dialled.start(Receiver())
-        dialled.write(b"early")
+    async with pipes() as (dialed, accepted):
+        dialed.start(Receiver())
+        dialed.write(b"early")
         for _ in range(20):  # on loopback it is there at once; the loop reads it in its next turns
             await asyncio.sleep(0)
         receiver = Receiver(sizes=(2,))
         accepted.start(receiver)
-        dialled.write(b" bird")
+        dialed.write(b" bird")
         await receiver.until(lambda: receiver.data == b"early bird")
 
 
 async def test_a_reader_that_pauses_pauses_the_writer_and_loans_end(pipes: Pipes) -> None:
-    async with pipes() as (dialled, accepted):
+    async with pipes() as (dialed, accepted):
         writer, reader = Receiver(), Receiver()
-        dialled.start(writer)
+        dialed.start(writer)
         accepted.start(reader)
         accepted.pause_reading()
         written, piece = 0, bytes(200_000)
-        while not dialled.paused:
-            dialled.write(memoryview(piece))
+        while not dialed.paused:
+            dialed.write(memoryview(piece))
             written += len(piece)
             await asyncio.sleep(0)
             assert written < 200 << 20, "somebody buffers without a bound"
-        assert dialled.unsent > 0 and not writer.drained
+        assert dialed.unsent > 0 and not writer.drained
         accepted.resume_reading()
         await writer.until(lambda: writer.drained > 0)
-        assert not dialled.paused and dialled.unsent == 0
+        assert not dialed.paused and dialed.unsent == 0
         await reader.until(lambda: len(reader.data) == written)
 
 
 async def test_closing_sends_what_was_written_first(pipes: Pipes) -> None:
-    async with pipes() as (dialled, accepted):
+    async with pipes() as (dialed, accepted):
         mine, theirs = Receiver(), Receiver()
-        dialled.start(mine)
+        dialed.start(mine)
         accepted.start(theirs)
-        dialled.write(bytes(100_000))
-        dialled.close()
-        dialled.close()
-        dialled.write(b"too late")
+        dialed.write(bytes(100_000))
+        dialed.close()
+        dialed.close()
+        dialed.write(b"too late")
         await theirs.until(lambda: bool(theirs.lost))
         assert len(theirs.data) == 100_000 and theirs.lost == [None]
         await mine.until(lambda: bool(mine.lost))
@@ -118,21 +118,21 @@ async def test_closing_sends_what_was_written_first(pipes: Pipes) -> None:
 
 
 async def test_aborting_ends_both_sides_but_never_within_the_call(pipes: Pipes) -> None:
-    async with pipes() as (dialled, accepted):
+    async with pipes() as (dialed, accepted):
         mine, theirs = Receiver(), Receiver()
-        dialled.start(mine)
+        dialed.start(mine)
         accepted.start(theirs)
-        dialled.abort()
+        dialed.abort()
         assert not mine.lost
         await mine.until(lambda: bool(mine.lost))
         await theirs.until(lambda: bool(theirs.lost))
-        dialled.abort()
+        dialed.abort()
         accepted.abort()
 
 
 async def test_a_pipe_describes_itself(pipes: Pipes) -> None:
-    async with pipes() as (dialled, accepted):
-        for pipe in (dialled, accepted):
+    async with pipes() as (dialed, accepted):
+        for pipe in (dialed, accepted):
             kind, _, rest = pipe.description.partition(" ")
             assert kind and rest
             pipe.start(Receiver())

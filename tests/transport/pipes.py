@@ -88,31 +88,31 @@ async def _listening(
 @contextlib.asynccontextmanager
 async def tcp_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
     async with _listening() as (address, accepted):
-        dialled = await tcp.connect(address)
-        yield dialled, await accepted.get()
+        dialed = await tcp.connect(address)
+        yield dialed, await accepted.get()
 
 
 @contextlib.asynccontextmanager
 async def guarded_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
     """TCP through a preamble demultiplexer, whose first byte must be that of an ordinary connection."""
     async with _listening(lambda token, pipe: pipe.abort()) as (address, accepted):
-        dialled = await tcp.connect(address)
-        dialled.write(b"\x16")
+        dialed = await tcp.connect(address)
+        dialed.write(b"\x16")
         other = await accepted.get()
         first = Receiver()
         other.start(first)
         await first.until_bytes(1)
-        yield dialled, other
+        yield dialed, other
 
 
 @contextlib.asynccontextmanager
 async def reverse_pair() -> AsyncIterator[tuple[Pipe, Pipe]]:
-    """The first pipe was accepted, the second one dialled."""
+    """The first pipe was accepted, the second one dialed."""
     arrived: asyncio.Queue[Pipe] = asyncio.Queue()
     async with _listening(lambda token, pipe: arrived.put_nowait(pipe)) as (address, _):
-        dialled = await tcp.connect(address)
-        dialled.write(preamble.encode_preamble(preamble.REVERSE, bytes(16)))
-        yield await arrived.get(), dialled
+        dialed = await tcp.connect(address)
+        dialed.write(preamble.encode_preamble(preamble.REVERSE, bytes(16)))
+        yield await arrived.get(), dialed
 
 
 @contextlib.asynccontextmanager

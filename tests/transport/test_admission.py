@@ -40,7 +40,7 @@ def test_silent_crowds_of_many_addresses_never_keep_a_newcomer_out() -> None:
             room.leave(guest)
 
 
-def test_neighbours_share_their_limits() -> None:
+def test_neighbors_share_their_limits() -> None:
     assert range_of("8.8.8.8") == range_of("8.8.8.200") == range_of("::ffff:8.8.8.1") == "8.8.8.0/24"
     assert range_of("8.8.9.8") != range_of("8.8.8.8")
     assert range_of("2a00:1:2:3::1") == range_of("2a00:1:2:3:ffff::2") != range_of("2a00:1:2:4::1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tesseract_async.transport.tcp import DialBudget, DialledInVain
+from tesseract_async.transport.tcp import DialBudget, DialedInVain
 
 FAILED = ConnectionRefusedError()
 
@@ -18,7 +18,7 @@ def num_dials(budget: DialBudget, addresses: list[str], *, seconds: int) -> int:
                 budget.check(address, float(now))
                 count += 1
                 budget.finished(address, FAILED, float(now))
-            except DialledInVain as error:
+            except DialedInVain as error:
                 budget.finished(address, error, float(now))
     return count
 
@@ -35,7 +35,7 @@ def test_the_right_one_at_last_makes_up_for_it() -> None:
     budget = DialBudget()
     for _ in range(9):
         budget.finished("8.8.8.8:1", FAILED, 0.0)
-    with pytest.raises(DialledInVain, match="in vain"):
+    with pytest.raises(DialedInVain, match="in vain"):
         budget.check("8.8.8.8:1", 1.0)
     budget.check("8.8.8.8:2", 1.0)
     budget.finished("8.8.8.8:1", None, 1.0)

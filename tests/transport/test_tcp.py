@@ -44,9 +44,9 @@ class Limit:
 async def tcp_pair(throttle: Limit | None = None) -> AsyncIterator[tuple[Pipe, Pipe]]:
     sock = socket.create_server(("127.0.0.1", 0))
     accepted: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
-    listening, dialling = TcpTransport(sock), TcpTransport(throttle=throttle)
+    listening, dialing = TcpTransport(sock), TcpTransport(throttle=throttle)
     await listening.listen(accepted.set_result)
-    (path,) = dialling.paths(PeerAddress(None, (join_host_port(*sock.getsockname()),)))
+    (path,) = dialing.paths(PeerAddress(None, (join_host_port(*sock.getsockname()),)))
     pair = await path.open(), await accepted
     try:
         yield pair
@@ -58,7 +58,7 @@ async def tcp_pair(throttle: Limit | None = None) -> AsyncIterator[tuple[Pipe, P
         for end in ends:
             await end.until(lambda end=end: bool(end.lost))  # type: ignore[misc]
         await listening.aclose()
-        await dialling.aclose()
+        await dialing.aclose()
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ def test_the_conformance_suite_is_complete_here() -> None:
 
 
 async def test_an_impatient_peer_is_not_stored_without_a_bound() -> None:
-    async with tcp_pair() as (dialled, accepted):
+    async with tcp_pair() as (dialed, accepted):
         mine = Receiver()
-        dialled.start(mine)
-        dialled.write(bytes(50 * EARLY_BYTES))
+        dialed.start(mine)
+        dialed.write(bytes(50 * EARLY_BYTES))
         await mine.until(lambda: bool(mine.lost))
 
 
@@ -108,7 +108,7 @@ async def test_the_address_that_worked_comes_first() -> None:
 @needs_both_kinds_of_ip
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6_loopback)])
 async def test_a_socket_for_both_kinds_of_ip(host: str) -> None:
-    """IPv4 callers are seen under their IPv4 address: dialling them back and counting them depends on it."""
+    """IPv4 callers are seen under their IPv4 address: dialing them back and counting them depends on it."""
     sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     transport = TcpTransport(sock)
     accepted: asyncio.Queue[Pipe] = asyncio.Queue()
@@ -134,28 +134,28 @@ async def test_the_kernel_gives_up_a_dead_peer_as_soon_as_the_heartbeat_does() -
 
 async def test_a_throttle_slows_both_directions() -> None:
     loop = asyncio.get_running_loop()
-    async with tcp_pair(Limit(1_000_000)) as (dialled, accepted):
+    async with tcp_pair(Limit(1_000_000)) as (dialed, accepted):
         mine, theirs = Receiver(), Receiver()
-        dialled.start(mine)
+        dialed.start(mine)
         accepted.start(theirs)
         begun = loop.time()
         for _ in range(2):
-            dialled.write(bytes(50_000))
-            assert dialled.paused
-            await mine.until(lambda: not dialled.paused)
+            dialed.write(bytes(50_000))
+            assert dialed.paused
+            await mine.until(lambda: not dialed.paused)
         assert 0.09 < loop.time() - begun < 10.0
         begun = loop.time()
         accepted.write(bytes(100_000))
         await mine.until(lambda: len(mine.data) == 100_000)
-        dialled.pause_reading()  # the receiver's wish outlives the throttle's
+        dialed.pause_reading()  # the receiver's wish outlives the throttle's
         accepted.write(b"x")
-        throttled = dialled._reading_again
+        throttled = dialed._reading_again
         assert throttled is not None
         await asyncio.sleep(throttled.when() - loop.time() + 0.001)  # the throttle would let it in from now on
         for _ in range(20):
             await asyncio.sleep(0)
         assert len(mine.data) == 100_000
-        dialled.resume_reading()
+        dialed.resume_reading()
         await mine.until(lambda: len(mine.data) == 100_001)
         assert loop.time() - begun > 0.03
 

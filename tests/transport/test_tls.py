@@ -20,9 +20,9 @@ ALICE, BOB = Identity.from_seed(b"a" * 32), Identity.from_seed(b"b" * 32)
 
 
 def machines(
-    expected: PeerID | None = None, dialling: ssl.SSLContext | None = None, accepting: ssl.SSLContext | None = None
+    expected: PeerID | None = None, dialing: ssl.SSLContext | None = None, accepting: ssl.SSLContext | None = None
 ) -> tuple[TlsMachine, TlsMachine]:
-    client = TlsMachine(dialling or make_contexts(ALICE)[0], server_side=False, expected=expected)
+    client = TlsMachine(dialing or make_contexts(ALICE)[0], server_side=False, expected=expected)
     server = TlsMachine(accepting or make_contexts(BOB)[1], server_side=True)
     return client, server
 
@@ -127,7 +127,7 @@ def test_without_a_certificate_nobody_gets_in() -> None:
     bare.check_hostname = False
     bare.verify_mode = ssl.CERT_NONE
     bare.set_alpn_protocols([certificates.ALPN])
-    client, server = machines(dialling=bare)
+    client, server = machines(dialing=bare)
     with pytest.raises(HandshakeFailed):
         shake(client, server)
     assert server.peer_id is None
@@ -140,7 +140,7 @@ def test_old_versions_and_other_applications_are_refused() -> None:
     other = make_contexts(ALICE)[0]
     other.set_alpn_protocols(["http/1.1"])
     for context in (old, other):
-        client, server = machines(dialling=context)
+        client, server = machines(dialing=context)
         with pytest.raises(HandshakeFailed):
             shake(client, server)
         assert server.peer_id is None

@@ -47,7 +47,7 @@ class Trainer:
 
 
 @dataclass(slots=True)
-class Server:
+class ServerProgress:
     """One server: what it hosts, if it lives, and the steps of its experts."""
 
     uids: list[str]
@@ -69,7 +69,8 @@ class Progress:
         self.options = options
         self.trainers = {plan.trainer_name(number): Trainer() for number in range(plan.NUM_TRAINERS)}
         self.servers = {
-            plan.server_name(number): Server(uids) for number, uids in enumerate(plan.assign(options.num_servers))
+            plan.server_name(number): ServerProgress(uids)
+            for number, uids in enumerate(plan.assign(options.num_servers))
         }
         self.log: list[tuple[float, str]] = []
         self.killed_at: float | None = None

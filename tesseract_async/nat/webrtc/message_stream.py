@@ -40,7 +40,7 @@ class MessageStream:
         self.unsent = 0
         """Bytes written that `messages_to_send` has not given yet."""
         self.ended = False
-        """Whether the peer has sent its last byte."""
+        """True once the peer has sent its last byte."""
         self.held = 0
         """Bytes received but not read."""
         self._outgoing: deque[bytes] = deque()

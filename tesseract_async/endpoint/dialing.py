@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 Established = Callable[[Channel, FrameReader, PeerID, Hello], None]
 
 
-class Dialler:
+class Dialer:
     """Opens connections, and accepts those that others open. `make_connection` builds one that is not attached yet."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Dialler:
         waits: list[Awaitable[object]] = [*dials, *(handshake.done for handshake in handshakes)]
         await asyncio.gather(*waits, return_exceptions=True)
 
-    # ---- dialling
+    # ---- dialing
 
     async def connect(self, peer: PeerAddress, *, deadline: float, what: str) -> Connection:
         """A new connection, or one that came while this waited for its turn after failures.
@@ -115,7 +115,7 @@ class Dialler:
         dial = self._dials.get(peer)
         if dial is None:
             dial = self._dials[peer] = loop.create_task(self._dial(peer))
-            dial.add_done_callback(lambda task: self._dialled(peer, task))
+            dial.add_done_callback(lambda task: self._dialed(peer, task))
         done, _ = await asyncio.wait([dial], timeout=max(0.0, deadline - loop.time()))
         if not done:
             raise TimeoutError(f"{what}: {peer.short} was not reached in time")
@@ -123,7 +123,7 @@ class Dialler:
             raise ConnectionLost(peer.short, "this endpoint is closed")
         return dial.result()
 
-    def _dialled(self, peer: PeerAddress, task: asyncio.Task[Connection]) -> None:
+    def _dialed(self, peer: PeerAddress, task: asyncio.Task[Connection]) -> None:
         self._dials.pop(peer, None)
         if not task.cancelled():
             task.exception()  # retrieved: perhaps no caller waits any more
@@ -165,8 +165,8 @@ class Dialler:
         return connection
 
     async def open_bulk(self, connection: Connection) -> None:
-        """Open the second channel of a connection that was dialled here. Raises: PeerUnreachable."""
-        peer = connection.dialled
+        """Open the second channel of a connection that was dialed here. Raises: PeerUnreachable."""
+        peer = connection.dialed
         assert peer is not None
 
         async def attempt(path: DialPath) -> bool:
@@ -248,7 +248,7 @@ class Dialler:
             return True
         groups: dict[str, list[Connection]] = {}
         for connection in pool.connections():
-            if connection.dialled is None and connection.is_open:
+            if connection.dialed is None and connection.is_open:
                 groups.setdefault(group_of(connection.origin), []).append(connection)
         mine = group_of(origin)
         crowd = mine
@@ -285,8 +285,8 @@ class Dialler:
     ) -> Handshake:
         tls = None
         if self._contexts is not None:
-            dialling, accepting = self._contexts
-            context = accepting if own is None else dialling
+            dialing, accepting = self._contexts
+            context = accepting if own is None else dialing
             tls = TlsMachine(context, server_side=own is None, expected=expected)
         handshake = Handshake(
             pipe,
@@ -306,7 +306,7 @@ class Dialler:
         self._half_open.discard(handshake)
         self._callers.leave(pipe)
         error = handshake.done.exception()
-        if error is not None and not handshake.dialled:
+        if error is not None and not handshake.dialed:
             self._metrics.count("endpoint_handshakes_failed", reason=reason_of(error))
             logger.info("a handshake with %s failed: %s", handshake.description, describe(error))
 
