@@ -31,6 +31,8 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
+_NUM_TRIALS = 4
+
 
 @dataclass(slots=True)
 class Habits:
@@ -53,7 +55,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._own_generator = False
         self._is_seeded: bool | None = None
         self._before = generator_states()
-        self._others_before = _other_states()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -80,19 +81,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.draws = self.draws or have_moved(before)
         return result
 
-    def learn(
-        self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str, is_alone: bool
-    ) -> None:
+    def learn(self, habits: Habits, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], who: str) -> None:
         """Note the habits after the call, which was run on `given`, copies of `inputs`."""
         # through NumPy's eyes, for example, inputs are written without an operation
         self.writes = self.writes or not all(map(_same_bytes, given, inputs))
-        # on the device's thread this would tell nothing: the loop draws, too
-        if is_alone and self._others_before != _other_states():
-            logger.warning(
-                "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward "
-                "pass: gradients may be of another function; let it draw from PyTorch",
-                who,
-            )
         if self._own_generator:
             logger.warning(
                 "%s draws from a generator of its own: unless it seeds that in each call, its backward pass draws "
@@ -112,9 +104,11 @@ def watched(
 ) -> Result:
     """Call a module, which `who` names, with copies of `inputs`, and learn its `habits`. Raises what it raises.
 
-    `is_alone`: whether no event loop runs at the same time, so that Python's and NumPy's generators tell something.
+    `is_alone`: the module is only tried out, so that it may be called again to see whether it draws from Python's or
+    NumPy's generators. Other threads draw from them, too: a module that does so moves them in every call.
     """
     given = copies(inputs)
+    others_before = _other_states() if is_alone else None
     watch = Watch(given)
     try:
         with watch:
@@ -127,8 +121,21 @@ def watched(
         habits.known, habits.draws, habits.writes = True, have_moved(before), True
         return result
     _forget_compiled()
-    watch.learn(habits, given, inputs, who, is_alone)
+    watch.learn(habits, given, inputs, who)
+    has_moved = is_alone and others_before != _other_states()
+    if has_moved and all(_moves_others(call, inputs) for _ in range(_NUM_TRIALS)):
+        logger.warning(
+            "%s draws, it seems, from Python's or NumPy's random numbers, which are not repeated in its backward pass: "
+            "gradients may be of another function; let it draw from PyTorch",
+            who,
+        )
     return result
+
+
+def _moves_others(call: Callable[[Sequence[torch.Tensor]], object], inputs: Sequence[torch.Tensor]) -> bool:
+    before = _other_states()
+    call(copies(inputs))
+    return before != _other_states()
 
 
 def _forget_compiled() -> None:
