@@ -197,7 +197,7 @@ class NotPrimary(RemoteError):
 
 
 class NotAllowed(RemoteError):
-    """The peer's policy does not let this node call, train or store there."""
+    """The peer's policy does not let this node call, train or host there."""
 
     code = "not_allowed"
 
