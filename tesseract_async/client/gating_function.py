@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -230,12 +231,12 @@ class GatingFunction(nn.Module):
         candidates = await self._search.candidates(scores_RS)
         if len(scores_RS) and not len(candidates):
             raise NotEnoughExperts(1, len(scores_RS), {})
-        best_RK = candidates.grid.top_k(scores_RS, self.k_best, bias_N=candidates.bias_N)
-        experts = {
-            expert: self._expert(candidates.coords(expert), training, settings)
-            for expert in set(best_RK.flatten().tolist())
-        }
-        return [[experts[expert] for expert in row] for row in best_RK.tolist()]
+        best_RK = candidates.grid.top_k(scores_RS, self.k_best, bias_N=candidates.bias_N).numpy()
+        experts = np.empty(len(candidates), dtype=object)  # indexed by arrays, unlike a list
+        for expert in np.unique(best_RK).tolist():
+            experts[expert] = self._expert(candidates.coords(expert), training, settings)
+        chosen: list[list[RemoteExpert]] = experts[best_RK].tolist()
+        return chosen
 
     def _expert(self, coords: tuple[int, ...], training: bool, settings: MixtureSettings) -> RemoteExpert:
         """The expert there: in one mode always the same object, until it is given another mode or other options."""
