@@ -44,7 +44,7 @@ class Claimer:
         await self.publisher.declare(self.uids)
 
 
-@pytest.mark.parametrize("how", ["expert", "gate"])
+@pytest.mark.parametrize("how", ["expert", pytest.param("gate", marks=pytest.mark.slow)])
 async def test_silent_claimers_cost_one_stall(how: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(ta.TesseractNode())

@@ -39,7 +39,15 @@ async def ask_often(expert: ta.RemoteExpert, x: torch.Tensor) -> None:
         await expert(x)
 
 
-@pytest.mark.parametrize("greed", [{}, {"priority": 1}, {"timeout": 0.19}, {"timeout": 0.19, "priority": 1}], ids=str)
+GREED = [
+    {},
+    {"timeout": 0.19, "priority": 1},
+    pytest.param({"priority": 1}, marks=pytest.mark.slow),
+    pytest.param({"timeout": 0.19}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("greed", GREED, ids=str)
 async def test_an_honest_trainer_gets_its_share(greed: dict[str, float]) -> None:
     module = Slow()
     backend = ta.ExpertBackend(module, args_schema=(ta.TensorSpec((4,)),), max_batch_size=ROWS)
