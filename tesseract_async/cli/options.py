@@ -208,7 +208,7 @@ allow_file_option = click.option(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """How a command that only looks, or does one thing, takes part in a swarm."""
+    """The options of a command that joins a swarm only to look, or to do one thing."""
 
     initial_peers: Sequence[str]
     identity: Path | None = None

@@ -27,7 +27,7 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 MAX_LOOKS = 4
-"""How often `--once` looks at most until it has met a server."""
+"""The most looks that `--once` takes until it has met a server."""
 
 
 @click.command("top")

@@ -18,7 +18,7 @@ _CHANGED = (
 
 
 class Versions:
-    """How often each of some tensors has been changed in place; other objects among them are left out."""
+    """The in-place versions of some tensors; other objects among them are left out."""
 
     def __init__(self, leaves: Iterable[object] = ()) -> None:
         self._noted = [(x, x._version) for x in leaves if isinstance(x, torch.Tensor) and not x.is_inference()]

@@ -73,7 +73,7 @@ class AuditFinding:
     seed: int
     training: bool
     deviation: float
-    """How far the answers are apart, as `deviation` measures."""
+    """The distance between the two answers, as `deviation` measures it."""
     tolerance: float
     when: float
     """Seconds since 1970."""

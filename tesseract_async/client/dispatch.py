@@ -4,7 +4,7 @@ Two machines, one for each direction. Each is told what happened and when (`star
 `came`), and says which calls are to be sent (`calls_to_send`), when it wants to look at the clock again (`timer_at`)
 and whether the pass `is_over`. Times are points on the caller's clock, in seconds.
 
-An `ExpertCall` says everything about what is asked of whom: `calls_to_send` may group calls otherwise (by server, say)
+An `ExpertCall` describes one request in full: `calls_to_send` may group calls in another way (by server, for example)
 without touching the rules. Suffixes of names: R rows, K experts wanted, N experts, T experts tried, L lines.
 """
 
@@ -51,7 +51,7 @@ class ExpertCall:
     is_slow: bool = False
     """It takes longer than is usual: its rows are sent elsewhere, and only those wait for it that must."""
     seconds: float = 0.0
-    """How long it took, or had taken when it was given up."""
+    """Seconds until it was answered or given up."""
 
 
 class CallsUnderWay:
@@ -102,7 +102,7 @@ class CallsUnderWay:
         self.errors[call.uid] = self.left_out[call.uid] = error
 
     def calls_to_send(self, now: float, *, stalled: float = 0.0) -> list[ExpertCall]:
-        """Decides, after any news or when the timer is due, and returns the calls that are to be sent now, each once.
+        """Decide, after any event or when the timer is due, and return the calls to send now, each once.
 
         `stalled`: seconds since the start in which the caller could not have heard from anybody.
         """
@@ -118,7 +118,7 @@ class CallsUnderWay:
         return fresh
 
     def timer_at(self) -> float:
-        """When to ask `calls_to_send` if nothing happens before. Changes with every news."""
+        """Return when to ask `calls_to_send` next if nothing happens before. Each event may change it."""
         raise NotImplementedError
 
     def usual_seconds(self, call: ExpertCall) -> float | None:
