@@ -65,7 +65,6 @@ DRIVERS = {
 }
 # Elsewhere, the files that decide.
 MUST_BE_PURE = {
-    "transport/address_scope.py",
     "transport/throttle.py",
     "transport/tls.py",
     "transport/token_bucket.py",

@@ -35,7 +35,7 @@ from tesseract_async.errors import (
 from tesseract_async.identity import PeerID
 from tesseract_async.nat.offers import field
 from tesseract_async.nat.relay import Relay
-from tesseract_async.transport.address_scope import AddressScope
+from tesseract_async.network.address_scope import AddressScope
 from tesseract_async.transport.base import PeerAddress, ip_version, range_of
 
 logger = logging.getLogger(__name__)

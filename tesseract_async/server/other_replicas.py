@@ -26,9 +26,9 @@ from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.experts.merkle import root_of
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
+from tesseract_async.network.address_scope import is_near
 from tesseract_async.server.checkpoint import State, check_state, difference, largest_state
 from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
-from tesseract_async.transport.address_scope import is_near
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
