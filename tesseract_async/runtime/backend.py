@@ -28,7 +28,7 @@ from tesseract_async.runtime import optimizers, randomness, states
 from tesseract_async.runtime.gradients import GatheredGradients, Gradients, add_gradients, are_finite, norm_of
 from tesseract_async.runtime.module_runner import ModuleRunner, device_of, leaves_of
 from tesseract_async.runtime.norms import UsualNorms
-from tesseract_async.runtime.states import State
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import uses_batch_statistics
 from tesseract_async.wire import tensors as wire
 from tesseract_async.wire.codecs import CodecPolicy
@@ -391,7 +391,7 @@ class ExpertBackend:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
         self._runner.forget_graphs()
 
-    def state(self) -> State:
+    def state(self) -> StateDict:
         """Return copies of everything that a checkpoint holds."""
         ids = bytearray(b"".join(self.applied))
         empty = torch.empty(0, dtype=torch.uint8)  # no tensor is made from an empty buffer
@@ -414,7 +414,7 @@ class ExpertBackend:
             "gradient_norms": self.norms.values(),
         }
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: StateDict) -> None:
         """Continue from what `state` returned. Raises: RuntimeError, ValueError or KeyError if it does not fit.
 
         Where the optimizer's class or options differ, the log says which hold (`BackendSettings.own_options`).

@@ -29,7 +29,7 @@ from tesseract_async.runtime.batcher import RowSlice
 from tesseract_async.runtime.gradients import Gradients, are_finite
 from tesseract_async.runtime.norms import CHECKED_ABOVE, FAR_ABOVE, GROWTH, UNDONE_ABOVE
 from tesseract_async.runtime.staging import Columns, HostStaging, Staging, Transfer
-from tesseract_async.runtime.states import State
+from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.work import Work, WorkResult
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Executor:
         failure = ExpertFailed(f"the expert's device failed: {describe(error)}")
         attempt.downloads, attempt.outcomes = [], dict.fromkeys(attempt.works, failure)
 
-    def keep_good_state(self, backend: ExpertBackend) -> State:
+    def keep_good_state(self, backend: ExpertBackend) -> StateDict:
         """Copy the expert's state, and go back to it if a later step fails. Returns the copy."""
         started = time.monotonic()
         state = backend.state()
@@ -288,7 +288,7 @@ class Executor:
 class _GoodState(NamedTuple):
     """A state to go back to, and when it should be renewed (time.monotonic)."""
 
-    state: State
+    state: StateDict
     renew_at: float
 
 
