@@ -387,7 +387,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _expert_failed(error: BaseException) -> ExpertFailed:
+def _expert_failed(error: BaseException) -> ExpertFailed | Overloaded:
     if isinstance(error, ExpertFailed | Overloaded):
         return error
     logger.warning("an expert's module raised %s", describe(error))
