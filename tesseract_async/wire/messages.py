@@ -15,7 +15,7 @@ with the expert's uid, by which they find its handler. Tensors travel next to th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from tesseract_async.errors import ProtocolError
@@ -216,8 +216,10 @@ def _refuse(value: Value) -> bool:
 
 
 _MISSING: Final = object()
-_FIELDS: dict[type, list[tuple[str, Value, type | None, Callable[[Value], bool]]]] = {
-    # name, default, sufficient type, check; the annotations are strings here, kept as forward references
+_Field = tuple[str, Value, type | None, Callable[[Value], bool]]
+"""Name, default, sufficient type, check."""
+_FIELDS: dict[type, list[_Field]] = {
+    # the annotations are strings here, kept as forward references
     kind: [
         (name, kind._field_defaults.get(name, _MISSING), _SUFFICIENT.get(of), _CHECKS.get(of, _refuse))
         for name, of in ((name, annotation.__forward_arg__) for name, annotation in kind.__annotations__.items())
@@ -237,16 +239,15 @@ def decode(kind: type[Body], body: Value) -> Body:
 
     Raises: ProtocolError for a missing field or a value of the wrong type.
     """
-    fields = _FIELDS[kind]
+    fields: Sequence[_Field] = _FIELDS[kind]
     if type(body) is not list:
         raise ProtocolError(f"{kind.__name__}: the body is not a list")
     if len(body) < len(fields):
-        body = [*body, *[default for _, default, _, _ in fields[len(body) :]]]
+        body = [*body, *[field[1] for field in fields[len(body) :]]]
     for (name, _, sufficient, check), value in zip(fields, body, strict=False):
         if type(value) is not sufficient and not check(value):
             raise ProtocolError(f"{kind.__name__}: {name} is missing or malformed")
-    made: Body = tuple.__new__(kind, body[: len(fields)])
-    return made
+    return kind._make(body[: len(fields)])
 
 
 def uid_of(body: Value) -> str | None:
