@@ -25,10 +25,11 @@ from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
 from tesseract_async.identity import PeerID
-from tesseract_async.server.checkpoint import State, check_state, difference, largest_state
+from tesseract_async.network.address_scope import is_near
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.checkpoint import check_state, difference, largest_state
 from tesseract_async.server.fetching import MAX_STATE_BYTES, fetch_state
 from tesseract_async.server.state_transfer import MAX_COPIES_BYTES
-from tesseract_async.transport.address_scope import is_near
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -202,8 +203,8 @@ async def fetch_fitting(
     *,
     min_version: int = 0,
     timeout: float,
-    aside: Callable[[Callable[[], State]], Awaitable[State]] | None = None,
-) -> tuple[bytes, State] | None:
+    aside: Callable[[Callable[[], StateDict]], Awaitable[StateDict]] | None = None,
+) -> tuple[bytes, StateDict] | None:
     """Return the file of an expert's newest state at a server, and the state in it; None before `min_version`.
 
     `aside` runs the checks, here by default. Raises: as `check_fitting`, and what the call raises.
@@ -221,7 +222,7 @@ def longest_state(backend: ExpertBackend) -> int:
     return min(MAX_STATE_BYTES, largest_state(backend))
 
 
-def check_fitting(uid: str, backend: ExpertBackend, file: bytes | memoryview) -> State:
+def check_fitting(uid: str, backend: ExpertBackend, file: bytes | memoryview) -> StateDict:
     """Return the state in a stranger's file.
 
     Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state.

@@ -15,7 +15,8 @@ from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import Overloaded, ProtocolError
 from tesseract_async.experts.merkle import leaves_of, root_from
 from tesseract_async.experts.pieces import LIST, PIECE_BYTES
-from tesseract_async.server.checkpoint import State, check_state, encode
+from tesseract_async.runtime.states import StateDict
+from tesseract_async.server.checkpoint import check_state, encode
 from tesseract_async.server.state_files import SealedFile
 from tesseract_async.wire import messages
 
@@ -35,7 +36,7 @@ class StateOwner(Protocol):
     @property
     def version(self) -> int: ...
 
-    async def snapshot(self) -> State: ...
+    async def snapshot(self) -> StateDict: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,9 @@ class SealedState:
     file: SealedFile
     aside: Callable[[Callable[[], Any]], Awaitable[Any]]
 
-    async def snapshot(self) -> State:
+    async def snapshot(self) -> StateDict:
         """Return the state. Raises: ProtocolError if its primary sealed something else; OSError."""
-        state: State = await self.aside(lambda: check_state(self.uid, self.file.map()))
+        state: StateDict = await self.aside(lambda: check_state(self.uid, self.file.map()))
         return state
 
 

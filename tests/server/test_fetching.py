@@ -127,15 +127,15 @@ async def withhold(request: messages.StateRequest, reply: Message) -> Message:
 
 
 async def send_an_old_one(request: messages.StateRequest, reply: Message) -> Message:
-    return Message({**reply.body, "root": b"o" * 32}, reply.buffers)
+    return Message(list(messages.StateReply(*reply.body)._replace(root=b"o" * 32)), reply.buffers)
 
 
 async def have_none(request: messages.StateRequest, reply: Message) -> Message:
-    return Message({**reply.body, "size": 0}, ())
+    return Message(list(messages.StateReply(*reply.body)._replace(size=0)), ())
 
 
 async def talk_nonsense(request: messages.StateRequest, reply: Message) -> Message:
-    return Message({"version": []}, reply.buffers)
+    return Message([[]], reply.buffers)
 
 
 async def refuse(request: messages.StateRequest, reply: Message) -> Message:

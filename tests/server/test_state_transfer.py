@@ -244,6 +244,10 @@ async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
     full.source.close()
 
 
+def changed(reply: Message, **change: Any) -> Message:
+    return Message(list(messages.StateReply(*reply.body)._replace(**change)), reply.buffers)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -257,7 +261,7 @@ async def test_copies_are_dropped_when_nobody_asks_and_bounded() -> None:
     ],
 )
 async def test_a_lying_server_is_found_out(node: StateNode, change: dict[str, Any], sentence: str) -> None:
-    node.after = lambda reply: Message({**reply.body, **change}, reply.buffers)
+    node.after = lambda reply: changed(reply, **change)
     with pytest.raises(ProtocolError, match=sentence):
         await node.fetch()
 
@@ -266,7 +270,7 @@ async def test_a_lying_server_is_found_out(node: StateNode, change: dict[str, An
 async def test_a_flipped_bit_is_noticed_before_the_file_is_looked_into(node: StateNode, piece: int) -> None:
     def flip(reply: Message) -> Message:
         data = bytearray(reply.buffers[0])
-        data[-1] ^= reply.body["piece"] == piece
+        data[-1] ^= messages.StateReply(*reply.body).piece == piece
         return Message(reply.body, (memoryview(data),))
 
     train(node.backend)
@@ -370,7 +374,7 @@ async def test_no_more_is_fetched_than_a_state_of_this_expert_can_have(node: Sta
         train(node.backend)
     limit = largest_state(node.backend)
     assert len(b"".join(checkpoint.encode(node.backend.state()))) < limit < 16 << 20
-    node.after = lambda reply: Message({**reply.body, "size": limit + 1}, reply.buffers)
+    node.after = lambda reply: changed(reply, size=limit + 1)
     with pytest.raises(ProtocolError, match="at most"):
         await node.fetch(max_bytes=limit)
 
