@@ -50,14 +50,14 @@ class Swarm:
         async def snapshot() -> dict[str, Any]:
             return backend.state()
 
-        return SimpleNamespace(uid=uid, backend=backend, snapshot=snapshot)
+        return SimpleNamespace(uid=uid, version=backend.version, snapshot=snapshot)
 
-    async def aside(self, work: Any) -> bytes:
-        return bytes(work())
+    async def aside(self, work: Any) -> Any:
+        return work()
 
     async def answer(self, call: IncomingCall) -> Message:
         self.num_calls += 1
-        uid = call.body["uid"]
+        uid = call.body[0]
         return await self.source.answer(self.hosted(uid), call)
 
     def train(self, uid: str) -> None:
