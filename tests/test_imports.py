@@ -79,6 +79,7 @@ MUST_BE_PURE = {
     "experts/lineage.py",
     "experts/manifest.py",
     "experts/merkle.py",
+    "experts/placement.py",
     "experts/run.py",
     "experts/signed.py",
     "experts/tenure.py",

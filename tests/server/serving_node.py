@@ -103,8 +103,13 @@ class ServingNode:
         )
         return await self.table.find(call)(call)
 
-    async def call_expert(self, peer: Any, method: str, body: Any, *, timeout: float, idempotent: bool) -> Message:
+    async def call_expert(
+        self, peer: Any, method: str, body: Any, *, timeout: float, idempotent: bool, priority: int = 0
+    ) -> Message:
         return await self.call(body[0], method, body, timeout=timeout)
+
+    def path(self, peer: Any) -> tuple[float, float] | None:
+        return None
 
     async def forward(self, uid: str, *inputs: torch.Tensor | None, **changes: Any) -> tuple[list[Any], int]:
         metas, _ = wire.pack_tensors(inputs)
