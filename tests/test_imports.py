@@ -87,6 +87,7 @@ MUST_BE_PURE = {
     "runtime/costs.py",
     "runtime/norms.py",
     "server/contract.py",
+    "server/parts.py",
     "client/beam_search.py",
     "client/latency.py",
     "cli/swarm_picture.py",
