@@ -83,6 +83,7 @@ class Placing:
         self._now = asyncio.get_running_loop().time
         self._began, self._moved_at = self._now(), -NEVER
         self._wanted: set[str] = set()  # to be computed, once their file is here
+        self._unable: set[str] = set()  # computing them here failed
         self._led: dict[str, PeerID | None] = {}  # uid -> its primary at the last look
         self._rates: dict[str, tuple[float, int]] = {}  # rows each second, and rows ever
         self._rated_at = self._now()
@@ -139,7 +140,8 @@ class Placing:
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
         for uid in self._tenures.uids():
             may = self._tenures.tenure(uid).may
-            may.lead, may.passive = uid in self._server.experts or me.can_lead, passive
+            may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
+            may.passive = passive
         for step in self.placement.decide(self.places, self._now(), wall_clock()):
             await self._take(step)
         await self._compute_wanted()
@@ -233,7 +235,7 @@ class Placing:
             logger.error("%s of %s: %s", step.kind, uid, describe(error))
 
     async def _hold(self, uid: str, *, begin: bool = False, anew: bool = False) -> None:
-        lead = self.capacity.room > 0
+        lead = self.capacity.room > 0 and uid not in self._unable
         await self._tenures.add(uid, self._authority, Leave(lead=lead, begin=begin, anew=anew))
         may = self._tenures.tenure(uid).may
         may.begin |= begin
@@ -265,8 +267,11 @@ class Placing:
                 await self._make_room()
                 backend = await self._server.call_aside(partial(self._build, uid))
                 await self._tenures.compute(uid, backend)
-            except (TesseractError, OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
-                logger.error("%s cannot be computed here: %s", uid, describe(error))
+            except (TesseractError, OSError, ValueError, LookupError, RuntimeError, TypeError, MemoryError) as error:
+                logger.error("%s cannot be computed here, and is left to others: %s", uid, describe(error))
+                self._unable.add(uid)
+                if uid in self._tenures.uids() and self._tenures.tenure(uid).state is State.PRIMARY:
+                    await self._tenures.drop(uid, even_primary=True)
 
     async def _make_room(self) -> None:
         """Have one expert that is only followed rest on disk, where all places are taken."""

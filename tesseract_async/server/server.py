@@ -365,7 +365,7 @@ class TesseractServer(Uncopied):
             raise ValueError(f"{uid} is hosted here already, or this server is closed")
         runtime = min(self.runtimes, key=lambda one: sum(hosted.runtime is one for hosted in self.hosted.values()))
         hosted = self._host(uid, backend, runtime)
-        _check_separate({**self.experts, uid: backend})
+        _check_separate({**self.experts, uid: backend}, host=self)
         backend.host, backend.name = self, uid
         try:
             await runtime.call(lambda: backend.to(runtime.device))
@@ -421,12 +421,12 @@ class TesseractServer(Uncopied):
                 self.node.metrics.count("checkpoints_failed")
 
 
-def _check_separate(experts: Mapping[str, ExpertBackend]) -> None:
-    """Refuse a backend that another server hosts, and two that train the same weights. Raises: ValueError."""
+def _check_separate(experts: Mapping[str, ExpertBackend], *, host: object = None) -> None:
+    """Refuse a backend that a server other than `host` has, and two that train the same weights. Raises: ValueError."""
     owner: dict[int, str] = {}
     for trains in (True, False):
         for uid, backend in experts.items():
-            if backend.host is not None:
+            if backend.host not in (None, host):
                 raise ValueError(f"{uid}: another server hosts this ExpertBackend now; make one for each server")
             if backend.trains != trains:
                 continue

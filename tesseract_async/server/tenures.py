@@ -229,15 +229,19 @@ class Tenures:
             self._answer_as_file(uid)
             self._wants_announcement.set()
 
-    async def drop(self, uid: str) -> None:
-        """Give an expert up of which this server is not the primary. Its file is deleted."""
+    async def drop(self, uid: str, *, even_primary: bool = False) -> None:
+        """Give an expert up, and its file, unless this server is its primary.
+
+        `even_primary`: it fell silent as one that cannot compute it. Others take over after a lease; its file stays.
+        """
         expert = self._experts[uid]
         await self.rest(uid)
         async with expert.carrying:
-            if expert.hosted is None and expert.tenure.state is not State.PRIMARY:
+            if expert.hosted is None and (even_primary or expert.tenure.state is not State.PRIMARY):
                 del self._experts[uid], self._authorities[uid]
                 self._node.unhost_expert(uid)
-                await self._server.call_aside(partial(self.files.forget, uid))
+                if not even_primary:
+                    await self._server.call_aside(partial(self.files.forget, uid))
 
     def stored(self, authority: Authority) -> list[str]:
         """Return the experts of a run that have a folder here, and are not looked after yet."""
