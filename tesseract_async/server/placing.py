@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +20,7 @@ from tesseract_async.experts.tenure_words import State
 from tesseract_async.experts.terms import Kind
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
+from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import wall_clock
 from tesseract_async.server.succession import ReplicaKeeper
 
@@ -32,18 +33,6 @@ MAX_PERIOD: Final = 5.0
 """Seconds between two looks at the others' places, at most."""
 RATE_SECONDS: Final = 30.0
 """Rates are averages over about so long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What a member of a run gives."""
-
-    room: int
-    """Experts that it computes at most; 0: it only holds."""
-    files: int
-    """Experts of which it keeps a state at most, those that it computes included."""
-    speed: float = 0.0
-    """Rows each second."""
 
 
 class Placing:
@@ -60,11 +49,16 @@ class Placing:
         *,
         build: Callable[[str], ExpertBackend],
         template: ExpertBackend,
+        chooses: bool = True,
     ) -> None:
-        """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count."""
+        """`build` makes an expert with its first weights; `template` is one, of which shapes and sizes count.
+
+        `chooses`: the server computes what the run lacks. Otherwise it computes what it was told to, and only holds
+        others.
+        """
         self._server, self._node, self._keeper = server, server.node, keeper
         self._tenures = keeper.tenures
-        self._authority, self.capacity, self._build = authority, capacity, build
+        self._authority, self.capacity, self._build, self._chooses = authority, capacity, build, chooses
         self._tenures.template = template
         manifest = authority.run.manifest
         self._period = min(MAX_PERIOD, max(0.5, authority.lease / 3))
@@ -92,6 +86,8 @@ class Placing:
         self._said: object = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._building = asyncio.Lock()
+        self._looked = asyncio.Event()
+        self._is_settled = False
 
     async def __aenter__(self) -> Placing:
         self._tenures.on_leading = self._lead
@@ -116,7 +112,18 @@ class Placing:
                 await self.look()
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.info("the members of %s could not be read: %s", self._authority.run.full_name, describe(error))
-            await asyncio.sleep(self._period)
+            self._looked.set()
+            # a wish that nobody contests is fulfilled soon
+            await asyncio.sleep(min(self._period, 1.0) if self.placement.wishes or self._wanted else self._period)
+
+    async def wait_settled(self, timeout: float) -> bool:
+        """Return once there is nothing left to take at the moment; False if that is not so within `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not self._is_settled:
+                    self._looked.clear()
+                    await self._looked.wait()
+        return self._is_settled
 
     async def look(self) -> None:
         """Read the others' places, do what falls to this member, and publish its own.
@@ -139,12 +146,16 @@ class Placing:
         self._tenures.places = by_uid
         passive = frozenset(peer for peer, place in places.items() if place.room == 0)
         for uid in self._tenures.uids():
-            may = self._tenures.tenure(uid).may
+            may, held = self._tenures.tenure(uid).may, self._tenures.tenure(uid).held
+            if held is not None:
+                may.begin = may.anew = False
             may.lead = uid in self._server.experts or (me.can_lead and uid not in self._unable)
             may.passive = passive
-        for step in self.placement.decide(self.places, self._now(), wall_clock()):
+        steps = self.placement.decide(self.places, self._now(), wall_clock())
+        for step in steps:
             await self._take(step)
-        await self._compute_wanted()
+        idle = not await self._compute_wanted()
+        self._is_settled = idle and not steps and not self.placement.wishes and not self._wanted
         me = self.place()
         self.places[self._node.peer_id] = me
         self._tell(me)
@@ -224,11 +235,11 @@ class Placing:
                 logger.info("%s has enough copies without this one", uid)
                 self._wanted.discard(uid)
                 await self._tenures.drop(uid)
-            else:
+            elif self._chooses or step.kind in ("hold", "follow", "help"):
                 if step.kind == "restart":
                     logger.error("%s is lost: nobody has a state of it any more; it begins anew, from genesis", uid)
                     self._node.metrics.count("experts_restarted")
-                if step.kind in ("follow", "help"):
+                if step.kind in ("follow", "help") and self._chooses:
                     self._wanted.add(uid)
                 await self._hold(uid, begin=step.kind in ("begin", "restart"), anew=step.kind == "restart")
         except (TesseractError, OSError) as error:  # a full disk, too
@@ -248,15 +259,21 @@ class Placing:
     def _lead(self, uid: str) -> None:
         self._spawn(self._compute(uid))
 
-    async def _compute_wanted(self) -> None:
-        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile."""
+    async def _compute_wanted(self) -> bool:
+        """Compute what is only held, where that was wanted, and what this server became the primary of meanwhile.
+
+        Returns whether there is any that it is about to be the primary of.
+        """
+        is_busy = False
         for uid in self._tenures.uids():
             tenure = self._tenures.tenure(uid)
             leads = tenure.state is State.PRIMARY
+            is_busy |= uid not in self._server.experts and (leads or tenure.may.begin)
             if uid in self._server.experts or not (leads or (uid in self._wanted and tenure.held is not None)):
                 continue
             if leads or len(self._server.experts) < self.capacity.room:
                 self._spawn(self._compute(uid))
+        return is_busy
 
     async def _compute(self, uid: str) -> None:
         async with self._building:

@@ -16,8 +16,9 @@ from tesseract_async.experts import PublisherSettings
 from tesseract_async.experts.grants import GRANT_SECONDS, grant_text, sign_grant
 from tesseract_async.experts.placement import Standing, Survey
 from tesseract_async.experts.run import RunManifest, SignedRun, sign_run
+from tesseract_async.server.capacity import Capacity
 from tesseract_async.server.other_replicas import ReplicaSettings
-from tesseract_async.server.placing import Capacity, Placing
+from tesseract_async.server.placing import Placing
 from tesseract_async.server.succession import ReplicaKeeper
 
 OWNER = ta.Identity.from_seed(bytes([99]) * 32)
