@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -118,6 +118,8 @@ class ExpertBackend:
     not fit. What a function makes is checked when it is made.
     """
 
+    _runner_type = ModuleRunner
+
     def __init__(
         self,
         module: nn.Module,
@@ -180,7 +182,7 @@ class ExpertBackend:
         self.norms = UsualNorms()
         """The usual norms of its gradients."""
         self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
-        self._runner = ModuleRunner(
+        self._runner = self._runner_type(
             module,
             inputs_schema=(self.args_schema, self.kwargs_schema),
             outputs_schema=outputs_schema,
@@ -393,15 +395,18 @@ class ExpertBackend:
 
     def state(self) -> StateDict:
         """Return copies of everything that a checkpoint holds."""
+        return self._state(states.copied)
+
+    def _state(self, copied: Callable[[Any], Any]) -> StateDict:
         ids = bytearray(b"".join(self.applied))
         empty = torch.empty(0, dtype=torch.uint8)  # no tensor is made from an empty buffer
         kinds = optimizers.kinds_of(self.module, self.optimizer, self.scheduler)
         of_optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         of_scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return {
-            "module": states.copied(self.module.state_dict()),
-            "optimizer": states.copied(of_optimizer),
-            "scheduler": states.copied(of_scheduler),
+            "module": copied(self.module.state_dict()),
+            "optimizer": copied(of_optimizer),
+            "scheduler": copied(of_scheduler),
             "kinds": kinds,
             "version": self.version,
             "applied": {
