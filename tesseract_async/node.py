@@ -37,7 +37,7 @@ from tesseract_async.network.presence import Presence
 from tesseract_async.transport.base import PeerAddress, ip_version, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
-from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE
+from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE, uid_of
 
 if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert
@@ -459,14 +459,14 @@ class TesseractNode(Uncopied):
         """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
-        Nothing is sent to a peer that may not host the expert that `body` names, by this node's policy and the run that
-        it takes part in: that raises PeerUnreachable.
+        Nothing is sent to a peer that may not host the expert that `body` begins with, by this node's policy and the
+        run that it takes part in: that raises PeerUnreachable.
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
         self.metrics.count("expert_calls", method=method)
-        uid = body.get("uid") if isinstance(body, dict) else None
-        if isinstance(uid, str) and not self.trust.may_host(peer.peer_id, uid):
+        uid = uid_of(body)
+        if uid is not None and not self.trust.may_host(peer.peer_id, uid):
             self.metrics.count("expert_calls_held_back", method=method)
             raise PeerUnreachable(peer.short, {"policy": NotAllowed(f"it may not host {uid}: nothing is sent there")})
         if peer.peer_id != self.peer_id:
@@ -496,7 +496,7 @@ class TesseractNode(Uncopied):
 
     def _check_caller(self, call: IncomingCall, uid: str) -> None:
         """Raises: NotAllowed for a caller without the method's role in the run of `uid`."""
-        role = None if call.method == STATE and call.body.get("weights_only") is True else _ROLES.get(call.method)
+        role = None if call.method == STATE and call.body[1:2] == [True] else _ROLES.get(call.method)
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")
             needed = "is no member of" if role is None else f"may not {role} in"

@@ -43,6 +43,13 @@ def seeded(seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
+REQUESTS: dict[str, Any] = {
+    messages.INFO: messages.InfoRequest,
+    messages.FORWARD: messages.ForwardRequest,
+    messages.BACKWARD: messages.BackwardRequest,
+}
+
+
 @dataclass(frozen=True)
 class Reply:
     body: Any = None
@@ -272,9 +279,10 @@ class FakeNode(Uncopied):
         idempotent: bool = False,
         priority: int = 0,
     ) -> Reply:
-        uid = body["uid"]
-        num_rows = body["tensors"][0][1][0] if body.get("tensors") else 0
-        self.calls.append(Asked(method, uid, peer, timeout, num_rows, priority, body))
+        request = messages.decode(REQUESTS[method], body)
+        uid, tensors = request.uid, getattr(request, "tensors", None)
+        num_rows = tensors[0][1][0] if tensors else 0
+        self.calls.append(Asked(method, uid, peer, timeout, num_rows, priority, request))
         received = [memoryview(bytearray(buffer)) for buffer in buffers]
         self.num_open += 1
         try:
@@ -289,7 +297,7 @@ class FakeNode(Uncopied):
                     await asyncio.sleep(seconds)
                 if uid not in self.hosted:
                     raise ExpertNotFound(f"peer does not host {uid}")
-                reply, answers = self._answer(self.hosted[uid], uid, method, body, received)
+                reply, answers = self._answer(self.hosted[uid], request, received)
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
@@ -298,14 +306,12 @@ class FakeNode(Uncopied):
         out = [memoryview(bytearray(buffer)) for buffer in answers]
         if self.tamper is not None:
             reply, out = self.tamper(method, reply, out)
-        return Reply(reply, out)
+        return Reply(list(reply) if isinstance(reply, tuple) else reply, out)
 
-    def _answer(
-        self, hosted: Hosted, uid: str, method: str, body: Any, buffers: list[memoryview]
-    ) -> tuple[Any, list[memoryview]]:
-        if method == messages.INFO:
+    def _answer(self, hosted: Hosted, request: Any, buffers: list[memoryview]) -> tuple[Any, list[memoryview]]:
+        if isinstance(request, messages.InfoRequest):
             info = messages.ExpertInfo(
-                uid=uid,
+                uid=request.uid,
                 args_schema=encode_schema(hosted.args_schema),
                 kwargs_schema=encode_schema(hosted.kwargs_schema),
                 outputs_schema=encode_schema(hosted.outputs_schema),
@@ -313,11 +319,10 @@ class FakeNode(Uncopied):
                 version=hosted.version,
                 codecs=CodecPolicy(inputs=("none",), outputs=("none",), gradients=("none",)).encode(),
             )
-            return messages.encode(info), []
+            return info, []
         schema = (hosted.args_schema, hosted.kwargs_schema)
-        hosted.module.train(body["training"])
-        if method == messages.FORWARD:
-            request = messages.decode(messages.ForwardRequest, body)
+        hosted.module.train(request.training)
+        if isinstance(request, messages.ForwardRequest):
             inputs = unpack_tensors(request.tensors, buffers)
             args, kwargs = unflatten(schema, inputs)
             hosted.num_forwards += 1
@@ -328,8 +333,7 @@ class FakeNode(Uncopied):
             if self.keeps_inputs and request.keep_inputs:
                 name = os.urandom(16)
                 self.kept[name] = inputs
-            return messages.encode(messages.ForwardReply(metas, hosted.version, name)), answers
-        request = messages.decode(messages.BackwardRequest, body)
+            return messages.ForwardReply(metas, hosted.version, name), answers
         tensors = unpack_tensors(request.tensors, buffers)
         if request.inputs_cached is not None:
             if request.inputs_cached not in self.kept:
@@ -349,7 +353,7 @@ class FakeNode(Uncopied):
             hosted.optimizer.zero_grad()
             hosted.version += 1
         metas, answers = pack_tensors([t.grad for t in inputs])
-        return messages.encode(messages.BackwardReply(metas, hosted.version)), answers
+        return messages.BackwardReply(metas, hosted.version), answers
 
     @staticmethod
     def _run(hosted: Hosted, args: Any, kwargs: Any) -> Any:

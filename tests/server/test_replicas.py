@@ -96,7 +96,7 @@ async def forward(node: ta.TesseractNode, at: Volunteer) -> torch.Tensor:
     reply = await node.call_expert(
         at.node.peer_address, messages.FORWARD, messages.encode(request), buffers, timeout=30.0
     )
-    (y,) = wire.unpack_tensors(reply.body["tensors"], reply.buffers)
+    (y,) = wire.unpack_tensors(reply.body[0], reply.buffers)
     assert y is not None
     return y
 
@@ -113,9 +113,9 @@ async def backward(node: ta.TesseractNode, at: Volunteer, call_id: bytes | None 
         version=0,
         reply_codec="none",
     )
-    body = messages.encode(request) | more
+    body = messages.encode(request._replace(**more))
     reply = await node.call_expert(at.node.peer_address, messages.BACKWARD, body, buffers, timeout=30.0)
-    return int(reply.body["version"])
+    return int(reply.body[1])
 
 
 def kept_in(directory: Path) -> list[str]:
