@@ -319,15 +319,29 @@ class ExpertBackend:
         if roots and wanted:
             if seed is not None and self.is_stochastic(training):
                 with randomness.seeded(seed, backward=True):
-                    found = _backpropagate(roots, seeds, wanted)
+                    found = self._backpropagate(roots, seeds, wanted)
             else:
-                found = _backpropagate(roots, seeds, wanted)
+                found = self._backpropagate(roots, seeds, wanted)
         remaining = iter(found)
         gradients = [next(remaining) if one.requires_grad else None for one in sources]
         of_inputs = gradients[: len(leaves)]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
         return of_inputs, gradients[len(leaves) :]
+
+    def _backpropagate(
+        self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
+        return _engine_run_backward(
+            tuple(outputs),
+            tuple(gradients),
+            False,
+            False,
+            tuple(sources),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
         """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
@@ -374,11 +388,12 @@ class ExpertBackend:
 
     def is_sound(self) -> bool:
         """Return whether everything that the optimizer steps or remembers is finite."""
+        return are_finite(self._trained())
+
+    def _trained(self) -> list[torch.Tensor]:
         states = () if self.optimizer is None else self.optimizer.state.values()
         remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
-        return are_finite(
-            [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
-        )
+        return [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
 
     def _take_step(self, gradients: Gradients) -> None:
         assert self.optimizer is not None
@@ -467,12 +482,3 @@ class ExpertBackend:
         if version is None and call_id in self._bare:
             version = self.applied.get(call_id)
         return version
-
-
-def _backpropagate(
-    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
-    return _engine_run_backward(
-        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
-    )

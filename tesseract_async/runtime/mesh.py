@@ -31,13 +31,13 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.lr_scheduler import LRScheduler
 
-from tesseract_async.runtime import optimizers, randomness, states
+from tesseract_async.runtime import optimizers, states
 from tesseract_async.runtime.backend import BackendSettings, ExpertBackend
-from tesseract_async.runtime.gradients import Gradients, add_gradients, norm_of
+from tesseract_async.runtime.gradients import Gradients, add_gradients, are_finite, norm_of
 from tesseract_async.runtime.mesh_building import build_spread
 from tesseract_async.runtime.mesh_link import Counts, FaultElsewhere, MeshLink, Value
 from tesseract_async.runtime.mesh_plans import Plan, check_torch, fsdp
-from tesseract_async.runtime.module_runner import ModuleRunner, leaves_of
+from tesseract_async.runtime.module_runner import ModuleRunner
 from tesseract_async.runtime.spread_tensor import Part, SpreadTensor, blocks_of
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.runtime.watching import copies
@@ -59,7 +59,38 @@ class SpreadGradients(list[torch.Tensor | None]):
 
 
 class _SteadyRunner(ModuleRunner):
-    """Goes by what was learned when the module was tried out: no call is repeated because of what one process sees."""
+    """Goes by what was learned when the module was tried out: no call is repeated because of what one process sees.
+
+    What is raised in one process is raised in all that divide the rows, at the same point (`vote`).
+    """
+
+    vote: Callable[[bool], bool] | None = None
+    """Tells the others whether this process failed; returns whether any did."""
+    _is_running = False
+
+    def run(
+        self, inputs: Sequence[torch.Tensor], *, training: bool, seed: int | None, gradients: bool
+    ) -> list[torch.Tensor]:
+        if self.vote is None:
+            return super().run(inputs, training=training, seed=seed, gradients=gradients)
+        self._is_running = True
+        try:
+            outputs = super().run(inputs, training=training, seed=seed, gradients=gradients)
+        except FaultElsewhere:
+            raise
+        except BaseException:
+            self.vote(True)  # the others hear of it where they ask next
+            raise
+        finally:
+            self._is_running = False
+        if self.vote(False):
+            raise FaultElsewhere
+        return outputs
+
+    def before_unit(self, *_: object) -> None:
+        """Stop where another process failed."""
+        if self._is_running and self.vote is not None and self.vote(False):
+            raise FaultElsewhere
 
     def _run(self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None) -> object:
         draws = self.is_stochastic(training)
@@ -84,6 +115,7 @@ class MeshBackend(ExpertBackend):
     Raises: as `ExpertBackend`, and ValueError for what does not go with a mesh.
     """
 
+    _runner: _SteadyRunner
     _runner_type = _SteadyRunner
 
     def __init__(
@@ -121,11 +153,9 @@ class MeshBackend(ExpertBackend):
             if self._rows is not None:  # rows are divided, not repeated: their gradients add up
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
-                unit.register_forward_pre_hook(self._before_unit, prepend=True)
-        self._votes = False
         self._given: Any = None
         self._numbers = self.link.numbers
-        self._gradients: dict[int, Gradients] = {}
+        self._sums: dict[int, Gradients] = {}
         self._states: dict[int, StateDict] = {}
         super().__init__(
             module,
@@ -136,6 +166,10 @@ class MeshBackend(ExpertBackend):
             max_batch_size=max_batch_size,
             settings=settings,
         )
+        if self._rows is not None:
+            self._runner.vote = self._vote
+            for unit in self._units:
+                unit.register_forward_pre_hook(self._runner.before_unit, prepend=True)
         self.link.followers.append(self)
         self.link.counts = functools.partial(_counts, self.link)
 
@@ -170,12 +204,10 @@ class MeshBackend(ExpertBackend):
         *,
         training: bool = False,
         seed: int | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[Gradients, Gradients]:
         self.prepare()
-        given = [*inputs, *output_gradients]
-        for gradient, spec in zip(output_gradients, self.output_specs, strict=True):
-            if gradient is not None and gradient.shape != (len(inputs[0]), *spec.shape):
-                raise ValueError(f"a gradient of {gradient.shape} for an output of {spec.shape}")
+        given = [*inputs, *output_gradients, weights]
         number = next(self._numbers)
         found = self._command("gradients", number, _described(given), training, seed, given=given)
         of_inputs: Gradients = found[0][0]
@@ -253,7 +285,7 @@ class MeshBackend(ExpertBackend):
             self._given = None
 
     def _own(self, number: int, squares: Sequence[float]) -> SpreadGradients:
-        found = SpreadGradients(self._gradients[number], number, sum(squares))
+        found = SpreadGradients(self._sums[number], number, sum(squares))
         weakref.finalize(found, self.link.forget, self._index, number)
         return found
 
@@ -271,7 +303,7 @@ class MeshBackend(ExpertBackend):
                 unit.reset_iter_state()
 
     def _forget(self, number: int) -> None:
-        self._gradients.pop(number, None)
+        self._sums.pop(number, None)
         self._states.pop(number, None)
         self.link.states.pop(number, None)
 
@@ -280,56 +312,51 @@ class MeshBackend(ExpertBackend):
 
     def _forward(self, described: Value, training: bool, seed: int | None) -> list[torch.Tensor] | None:
         inputs: list[torch.Tensor] = self._shared(described)  # type: ignore[assignment]
-        mine = [self._my_rows(x) for x in inputs]
-        if self._runner.marks_inputs:
-            mine = leaves_of(mine)
-        outputs = self._call(mine, training, self._my_seed(seed), gradients=False)
-        whole = [self._all_rows(x.detach(), len(inputs[0])) for x in outputs]
+        outputs = super().forward([self._my_rows(x) for x in inputs], training=training, seed=self._my_seed(seed))
+        whole = [self._all_rows(x, len(inputs[0])) for x in outputs]
         return whole if self.link.rank == 0 else None
 
-    def _backward(self, number: int, described: Value, training: bool, seed: int | None) -> Value:
-        given = self._shared(described)
-        num_inputs, seed = len(self.input_specs), self._my_seed(seed)
-        num_rows = len(given[0])  # type: ignore[arg-type]
-        leaves = leaves_of([self._my_rows(x) for x in given[:num_inputs] if x is not None])
+    def _gradients(self, number: int, described: Value, training: bool, seed: int | None) -> Value:
+        *given, weights = self._shared(described)
+        num_inputs = len(self.input_specs)
+        inputs: list[torch.Tensor] = given[:num_inputs]  # type: ignore[assignment]
         try:
-            outputs = self._call(leaves, training, seed, gradients=True)
-            pairs = [
-                (output, self._my_rows(gradient, pads_zeros=True))
-                for output, gradient in zip(outputs, given[num_inputs:], strict=True)
-                if gradient is not None and output.requires_grad
-            ]
-            if pairs:
-                roots, seeds = zip(*pairs, strict=True)
-                # FSDP reduces in hooks of backward(): autograd.grad would not see the parameters
-                if seed is not None and self.is_stochastic(training):
-                    with randomness.seeded(seed, backward=True):
-                        torch.autograd.backward(roots, seeds)
-                else:
-                    torch.autograd.backward(roots, seeds)
-            with torch.no_grad():
-                found = [self._local_gradient(one) for one in self.parameters]
+            found, of_parameters = super().gradients(
+                [self._my_rows(x) for x in inputs],
+                [None if x is None else self._my_rows(x, pads_zeros=True) for x in given[num_inputs:]],
+                training=training,
+                seed=self._my_seed(seed),
+                weights=None if weights is None else self._my_rows(weights),
+            )
         finally:
             for parameter in self.module.parameters():
                 parameter.grad = None
-        square = self._keep(number, found)
-        whole = [None if x.grad is None else self._all_rows(x.grad, num_rows) for x in leaves]
+        square = self._keep(number, of_parameters)
+        whole = [None if x is None else self._all_rows(x, len(inputs[0])) for x in found]
         return (whole, square) if self.link.rank == 0 else square
 
+    def _backpropagate(
+        self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        # FSDP reduces in hooks of backward(): autograd.grad would not see the parameters
+        torch.autograd.backward(outputs, gradients)
+        with torch.no_grad():
+            return [self._local_gradient(one) if isinstance(one, nn.Parameter) else one.grad for one in sources]
+
     def _add(self, number: int, left: int, right: int) -> float:
-        return self._keep(number, add_gradients(self._gradients[left], self._gradients[right]) or ())
+        return self._keep(number, add_gradients(self._sums[left], self._sums[right]) or ())
 
     def _scale(self, number: int, of: int, factor: float) -> float:
-        return self._keep(number, [None if x is None else x * factor for x in self._gradients[of]])
+        return self._keep(number, [None if x is None else x * factor for x in self._sums[of]])
 
     def _weights(self) -> float:
         return self._square([_local(one) for one in self.parameters])
 
     def _is_sound(self) -> bool:
-        return super().is_sound()
+        return are_finite([_local(x) for x in self._trained()])
 
     def _step(self, number: int, account: int | None) -> None:
-        super().step(self._gradients[number], self._given or (), peer=account)
+        super().step(self._sums[number], self._given or (), peer=account)
 
     def _apply(self, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
         limit = self.settings.clip_gradient_norm
@@ -436,30 +463,6 @@ class MeshBackend(ExpertBackend):
 
     # -- Rows ---------------------------------------------------------------------------------------------------------
 
-    def _call(
-        self, inputs: Sequence[torch.Tensor], training: bool, seed: int | None, *, gradients: bool
-    ) -> list[torch.Tensor]:
-        """Run the module on this process's rows. What is raised in one process is raised in all, at the same point."""
-        if self._rows is None:
-            return self._runner.run(inputs, training=training, seed=seed, gradients=gradients)
-        self._votes = True
-        try:
-            outputs = self._runner.run(inputs, training=training, seed=seed, gradients=gradients)
-        except FaultElsewhere:
-            raise
-        except BaseException:
-            self._vote(True)  # the others hear of it where they ask next
-            raise
-        finally:
-            self._votes = False
-        if self._vote(False):
-            raise FaultElsewhere
-        return outputs
-
-    def _before_unit(self, *_: object) -> None:
-        if self._votes and self._vote(False):
-            raise FaultElsewhere
-
     def _vote(self, failed: bool) -> bool:
         """Return whether any process that has rows of this batch failed."""
         assert self._rows is not None
@@ -526,7 +529,7 @@ class MeshBackend(ExpertBackend):
         return gradient
 
     def _keep(self, number: int, gradients: Gradients) -> float:
-        self._gradients[number] = gradients
+        self._sums[number] = gradients
         return self._square(gradients)
 
     def _square(self, tensors: Gradients) -> float:
@@ -555,7 +558,7 @@ _COMMANDS: Final[Mapping[str, Callable[..., Value]]] = {
     "forget": MeshBackend._forget,
     "prepare": MeshBackend._prepare,
     "forward": MeshBackend._forward,
-    "gradients": MeshBackend._backward,
+    "gradients": MeshBackend._gradients,
     "add": MeshBackend._add,
     "scale": MeshBackend._scale,
     "weights": MeshBackend._weights,
