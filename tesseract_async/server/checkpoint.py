@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,6 +44,10 @@ class EncodedState:
         self._head, self._tensors = head, [one for one in tensors if one.nbytes]
         self.size = len(head) + sum(one.nbytes for one in tensors)
         """Bytes."""
+        spread = sum(one.nbytes for one in self._tensors if isinstance(one, SpreadTensor))
+        self.num_held = self.size - spread
+        """Bytes of it that are here."""
+        self.is_spread = spread > 0
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         if self._head:
@@ -104,6 +109,8 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf) -> StateDict:
     """Return what `encode` was given. Takes untrusted bytes; `max_values` bounds what the header of a stranger's makes.
 
+    Tensors of a mapped file (`files.mapped`) stay there until they are looked at, or written.
+
     Raises: CheckpointError for anything damaged or foreign.
     """
     try:
@@ -117,8 +124,9 @@ def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf
         metadata = header["__metadata__"]
         if metadata.get("tesseract_format") != str(FORMAT_VERSION):
             raise CheckpointError(f"format {metadata.get('tesseract_format')!r} is not {FORMAT_VERSION}")
-        # a writable copy: tensors may be trained in place
-        body = memoryview(bytearray(data[8 + length :]))
+        # writable: tensors may be trained in place
+        is_mapped = isinstance(data, memoryview) and isinstance(data.obj, mmap.mmap)
+        body = memoryview(data)[8 + length :] if is_mapped else memoryview(bytearray(data[8 + length :]))
         expected = metadata.pop("tesseract_sha256")
         if _digest(header, [body]) != expected:
             raise CheckpointError("the checksum is wrong")
@@ -131,7 +139,8 @@ def decode(data: bytes | bytearray | memoryview, *, max_values: float = math.inf
             if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= len(body):
                 raise CheckpointError(f"{name} does not fit its place")
             flat = torch.frombuffer(body[start:stop], dtype=dtype) if stop > start else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.view(shape).clone()
+            whole = flat.view(shape)
+            tensors[name] = whole if is_mapped and start % dtype.itemsize == 0 else whole.clone()
         state = _put_tensors(json.loads(metadata["tesseract_state"]), tensors)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"not a checkpoint: {describe(error)}") from error

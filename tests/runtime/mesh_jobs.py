@@ -1,4 +1,4 @@
-"""Jobs of several processes for test_mesh.py, as torchrun would start them: ``python -m tests.runtime.mesh_jobs JOB SIZE``.
+"""Jobs of several processes for test_mesh.py, as torchrun starts them: ``python -m tests.runtime.mesh_jobs JOB SIZE``.
 
 This process imports PyTorch once, has the store, and forks. The leader prints its findings as JSON.
 """
