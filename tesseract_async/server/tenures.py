@@ -39,13 +39,12 @@ from tesseract_async.experts.tenure_words import (
 )
 from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
-from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
     check_fitting,
-    longest_state,
     owner_of,
     read_replicas,
     record_subkey,
@@ -351,7 +350,7 @@ class Tenures:
         """
         uid, hosted, seal, aside = expert.uid, expert.hosted, command.seal, self._server.call_aside
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
-        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=longest_state(hosted.backend))
+        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(hosted.backend))
         if command.check:
             return True
         state = await aside(lambda: check_fitting(uid, hosted.backend, file.map()))
