@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,7 +101,7 @@ THREADS_ALLOWED |= {"runtime/mesh_link.py"}
 WITHOUT_TORCH = ("network", "endpoint", "transport", "nat", "identity")
 
 
-@lru_cache(maxsize=None)
+@cache
 def imported(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -226,7 +226,8 @@ PROCESS_WIDE = {
     "wire/names.py": {"_names"},  # random numbers in store, thrown away after a fork
 }
 GLOBAL = re.compile(
-    r"^(\w+)(?:: .+)? = (?:\[\]|\{\}|(?:\w+\.)*(?:\w*[dD]ict(?:ionary)?|LRU|list|set|deque|local|Counter)(?:\[.*\])?\(.*\))$"
+    r"^(\w+)(?:: .+)? = "
+    r"(?:\[\]|\{\}|(?:\w+\.)*(?:\w*[dD]ict(?:ionary)?|LRU|list|set|deque|local|Counter)(?:\[.*\])?\(.*\))$"
     r"|^ +global (\w+)$",
     flags=re.M,
 )
