@@ -34,8 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experts": LOWER | {"transport", "network", "endpoint"},
     "node": LOWER | {"transport", "network", "endpoint", "nat", "experts"},
     "runtime": LOWER | {"transport", "network", "endpoint", "experts", "node"},
-    "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
-    "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime"},
+    "sharing": LOWER | {"runtime"},
+    "server": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
+    "client": LOWER | {"transport", "network", "endpoint", "experts", "node", "runtime", "sharing"},
     "testing": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "monitoring": LOWER | {"transport", "network", "endpoint", "experts", "node"},
     "cli": LOWER
@@ -62,6 +63,7 @@ DRIVERS = {
         "endpoint/handlers.py",
         "endpoint/handshake.py",
     },
+    "sharing": set[str](),
     "testing": set[str](),
 }
 # Elsewhere, the files that decide.
