@@ -42,13 +42,12 @@ from tesseract_async.experts.terms import Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import encode
+from tesseract_async.server.checkpoint import encode, largest_state
 from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
     check_fitting,
-    longest_state,
     owner_of,
     read_replicas,
     record_subkey,
@@ -467,7 +466,7 @@ class Tenures:
         if backend is None:
             return False
         sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
-        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=longest_state(backend))
+        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
         if command.check:
             return True
         state = await aside(partial(_check_file, uid, backend, file))
