@@ -118,7 +118,9 @@ class ExpertCalls:
             uid, backend = hosted.uid, hosted.backend
             request, call.body = messages.decode(messages.ForwardRequest, call.body), None
             codec = request.reply_codec
-            self.check_forward(hosted, codec)
+            if self.refuse_forwards is not None:
+                raise self.refuse_forwards
+            backend.settings.codecs.check("outputs", codec, expert=uid)
             check_growth(uid, request.tensors, backend.inputs_schema, backend.input_specs)
             tensors = await unpack(request.tensors, call.buffers)
             check_codecs(uid, backend, "inputs", request.tensors, tensors)
@@ -230,12 +232,6 @@ class ExpertCalls:
                     await self._quiet.wait()
 
     # ------------------------------------------------------------------------------------------------ one expert's
-
-    def check_forward(self, hosted: HostedState, reply_codec: str) -> None:
-        """Raises: Overloaded while the server rests; SchemaMismatch for a codec that is not for the outputs."""
-        if self.refuse_forwards is not None:
-            raise self.refuse_forwards
-        hosted.backend.settings.codecs.check("outputs", reply_codec, expert=hosted.uid)
 
     def leads(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""
