@@ -413,7 +413,7 @@ async def test_experts_that_do_not_fit_into_the_queue_are_overloaded(node: Servi
         released.set()
         await holding
         replied = await reply.all()
-        assert set(replied.versions) == {"ffn.0", "ffn.1"} and replied.num_parts == 2
+        assert set(replied.versions) == {"ffn.0", "ffn.1"} and replied.num_parts >= 2
 
 
 async def test_answers_that_are_not_taken_leave_their_peer_less_room(
