@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
@@ -140,7 +140,12 @@ class Handlers:
             return
         task = self._running[stream] = self._loop.create_task(self._run(stream, call.method, call.in_parts, answer))
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(partial(self._ended, answer))
+
+    def _ended(self, answer: Answer, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if isinstance(answer, Coroutine):  # it never began, if the task was cancelled before its turn
+            answer.close()
 
     def _finish(self, stream: int, method: str, deferred: Deferred[Message], _: object) -> None:
         """Send a deferred answer."""
