@@ -290,6 +290,13 @@ class Batcher:
         statistics.num_waiting_rows += request.num_rows
         statistics.num_bytes += request.num_bytes
 
+    def hold(self, peer: Hashable, num_bytes: int) -> None:
+        """Count `num_bytes` of answers that an account has yet to take, or give them back if negative: until then it
+        has less room."""
+        account = self._accounts.setdefault(peer, Account())
+        account.num_bytes += num_bytes
+        self._statistics.num_bytes += num_bytes
+
     def remove(self, request: QueuedRequest) -> bool:
         """Drop the rows of a request that were not dispatched yet.
 

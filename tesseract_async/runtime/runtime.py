@@ -280,6 +280,11 @@ class TesseractRuntime(Uncopied):
             with self._lock:
                 self._wake_thread()
 
+    def hold(self, peer: Hashable, num_bytes: int) -> None:
+        """See `Batcher.hold`."""
+        with self._lock:
+            self._batcher.hold(peer, num_bytes)
+
     def withdraw(self, work: Work) -> bool:
         """Drop work whose result is not needed. Returns False if all of it is being computed, or was."""
         with self._lock:

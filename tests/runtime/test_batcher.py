@@ -333,6 +333,18 @@ def test_bytes_are_held_until_the_batch_has_run() -> None:
     batcher.add(QueuedRequest(pool, 1, num_bytes=100), now=1.0)
 
 
+def test_answers_that_wait_leave_their_account_less_room() -> None:
+    batcher = Batcher(max_queue_bytes=100)
+    pool = batcher.add_queue("a", max_batch_size=10)
+    batcher.hold("slow", 40)
+    with pytest.raises(Overloaded, match="of yours"):
+        batcher.add(QueuedRequest(pool, 1, num_bytes=20, peer="slow"), now=0.0)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=50, peer="other"), now=0.0)
+    batcher.hold("slow", -40)
+    batcher.add(QueuedRequest(pool, 1, num_bytes=20, peer="slow"), now=0.0)
+    assert batcher.statistics().num_bytes == 70
+
+
 def test_one_peer_cannot_fill_the_queue() -> None:
     batcher = Batcher(max_queue_bytes=100)
     pool = batcher.add_queue("a", max_batch_size=10)
