@@ -75,6 +75,8 @@ class BatchQueue:
     head_start: float
     cost: BatchCost = field(default_factory=BatchCost)
     num_waiting_rows: int = 0
+    num_rows: int = 0
+    """Rows that were taken out, ever."""
     ready: dict[Account, _Heap] = field(default_factory=dict)
     """The waiting requests by account: the highest priority first, then in order of arrival."""
 
@@ -355,6 +357,7 @@ class Batcher:
         self._statistics.num_rows += batch.num_rows
         self._statistics.num_waiting_rows -= batch.num_rows
         queue.num_waiting_rows -= batch.num_rows
+        queue.num_rows += batch.num_rows
         return batch
 
     def finish(self, batch: Batch, now: float) -> None:
