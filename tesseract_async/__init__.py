@@ -57,6 +57,7 @@ _HOMES = {
     "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
+    "holding": "server.holder",
     "TensorSpec": "wire.tensors",
 }
 _MODULES = ("errors", "testing")

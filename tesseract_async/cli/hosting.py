@@ -243,7 +243,7 @@ class Hosting:
                 measure_capacity,
                 partial(self._build, uid),
                 room=room,
-                hold_bytes=serving.hold_bytes,
+                hold_bytes=None if serving.hold_bytes is None else int(serving.hold_bytes),
                 folder=serving.checkpoint_dir,
                 devices=serving.devices,
             )

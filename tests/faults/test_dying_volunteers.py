@@ -73,7 +73,7 @@ async def train(trainer: ta.TesseractNode, watch: Watch, members: list[Member], 
             if len(leading) == 1:
                 watch.acknowledged[uid].append((loop.time(), leading[0]))
                 watch.num_steps += 1
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
 
 
 async def churn(num_servers: int, per_server: int, seconds: float, *, lease: float, kill_every: float) -> Watch:
