@@ -80,6 +80,8 @@ class Membership:
         self.vote_from = now
         self.looked_at = NEVER
         """When all that the network holds of the expert was read."""
+        self.first_look = math.inf
+        """The same, for the first time."""
         self.retry_at = 0.0
         """Before this it does not stand again."""
         self.promised = 0
@@ -150,6 +152,20 @@ class Membership:
             return True
         gone = best.primary == self.me or now - self.heard > 2 * self.lease
         return gone and self.lineage.seal_of(best) is None
+
+    def may_begin(self, now: float, wall: float) -> bool:
+        """Return whether nobody has a state of the expert.
+
+        Where the network may have forgotten it, or another host's manifest names an epoch of which nothing is known,
+        whoever has it is given ten leases to come; then the run must let experts begin anew.
+        """
+        if not self.is_unsealed(now):
+            return False
+        forgotten = self._authority.may_be_forgotten(wall)
+        others = (epoch for peer, epoch in self.hosts.items() if peer != self.me and self.may_host(peer))
+        if not forgotten and max(others, default=0) <= self.lineage.epoch:
+            return True
+        return now >= self.first_look + 10 * self.lease and (self._authority.may_restart or not forgotten)
 
     def may_adopt(self, now: float, wall: float) -> bool:
         """Return whether the network answers here, so that the others' silence says something, and would believe it."""

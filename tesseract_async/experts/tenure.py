@@ -65,6 +65,7 @@ class Tenure:
         self._renewed = NEVER
         self._look_at = now
         self._was_alone = False
+        self._is_unheard = stored is not None  # the network may know nothing of the expert
         self._fetching: set[bool] = set()  # `Fetch.check` of those under way: one to follow, one to look
         self._has_own_steps = stored is not None  # that may be in no other server's file
         self._followed: bytes | None = None  # the Term's digest
@@ -135,6 +136,7 @@ class Tenure:
     def sight(self, blob: object, now: float, wall: float) -> bool:
         """Take a Term or Seal that a peer showed, or that lies in the network. Whether it is new, and counts."""
         record = self.lineage.read(blob)
+        self._is_unheard &= record is None
         if record is None or self._member.is_disproved(record, self.state, now):
             return False
         if not self.lineage.add(record, now=wall, has_term=self._own is not None):
@@ -161,7 +163,12 @@ class Tenure:
     def looked(self, now: float, wall: float) -> None:
         """Everything that the network holds of the expert was sighted, and it takes what this server publishes."""
         self._member.looked_at = self._renewed = now
+        self._member.first_look = min(now, self._member.first_look)
         self._review(now, wall)
+        if self._is_unheard and (best := self.lineage.best) is not None and self.held is not None:
+            # everybody was away for longer than the network keeps records
+            self._commands.append(Publish((best.blob, self.held.blob)))
+        self._is_unheard = False
         self._was_alone &= self.state is State.FOLLOWING
         if self.state is State.CANDIDATE and self._poll is None and self._settle_at is None:
             self._read_back(now)
@@ -169,7 +176,7 @@ class Tenure:
             self._recover(now)
         elif self._was_alone and self.state is State.FOLLOWING and self.primary == self.me:
             self._member.heard = self._member.vote_from = self._member.agreed_at = now - 2 * self._lease
-        elif self.state is State.ABSENT and self._member.is_unsealed(now):
+        elif self.state is State.ABSENT and self._member.may_begin(now, wall):
             self._stand(Kind.GENESIS, None, now, wall)
         self._appoint(now, wall)
         if (term := self.lineage.unshown) is not None and (seal := self.lineage.own_seal_of(term)) is not None:

@@ -37,7 +37,7 @@ from tesseract_async.experts.tenure_words import (
     Send,
     State,
 )
-from tesseract_async.experts.terms import Seal
+from tesseract_async.experts.terms import RECORDS_SECONDS, Seal
 from tesseract_async.identity import PeerID
 from tesseract_async.server.checkpoint import encode
 from tesseract_async.server.fetching import SealFetcher
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORDS_TTL: Final = 24 * 3600.0
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
@@ -434,11 +433,11 @@ class Tenures:
         blob, until = self._shown.get(key, (b"", 0.0))
         if grant != blob or self._elapsed() >= until:
             # records outlive manifests: their readers must know that the signer might sign them
-            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
+            self._shown[key] = grant, self._elapsed() + RECORDS_SECONDS / 2
             named += [(GRANT_SUBKEY, grant)] if grant else []
         for subkey, record in named:
             try:
-                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
+                await self._node.network.store(key, record, ttl=RECORDS_SECONDS, subkey=subkey)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("a record of %s could not be stored: %s", uid, describe(error))
 

@@ -39,6 +39,11 @@ class FakeAuthority:
     run_id: bytes = RUN
     expires: float = float("inf")
     founder: PeerID | None = None
+    may_restart: bool = True
+    is_old: bool = False
+
+    def may_be_forgotten(self, now: float) -> bool:
+        return self.is_old
 
     def may(self, peer_id: PeerID, role: str, uid: str | None = None, *, now: float | None) -> bool:
         return peer_id in self.granted and (now is None or now < self.expires)
