@@ -12,6 +12,7 @@ import msgpack
 
 from tesseract_async.errors import ProtocolError
 from tesseract_async.experts.authority import Authority
+from tesseract_async.experts.grants import Appointment
 from tesseract_async.experts.lineage import Lineage
 from tesseract_async.experts.own_term import NEVER, Age, OwnTerm
 from tesseract_async.experts.tenure_words import Question, Send, State
@@ -256,12 +257,12 @@ class Membership:
         may_found = kind is not Kind.GENESIS or self._authority.founder in (None, self.me)
         return may_found and self._authority.may(self.me, "host", self.uid, now=wall)
 
-    def is_appointed(self) -> bool:
-        """Return whether the run's owner gives the expert to this server, which has not taken it yet, but may."""
+    def appointment(self) -> Appointment | None:
+        """Return the owner's word that gives the expert to this server, which has not taken it yet."""
         appointment, best = self._authority.appointment(self.uid), self.lineage.best
         if appointment is None or appointment.peer != self.me or (best and best.serial >= appointment.serial):
-            return False
-        return appointment.seal is None or (self.held is not None and self.held.digest == appointment.seal)
+            return None
+        return appointment
 
     def next_epoch(self, parent: Seal | None, wall: float) -> int:
         """The epoch of a Term that begins now, above all that is known here."""
