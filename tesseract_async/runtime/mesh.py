@@ -18,6 +18,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
@@ -96,6 +97,15 @@ class _SteadyRunner(ModuleRunner):
         draws = self.is_stochastic(training)
         given = copies(inputs) if self._habits[training].writes else inputs
         return self._call(given, seed if draws else None, records=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How experts are spread: the arguments of `MeshBackend` that are the same for all of them."""
+
+    mesh: DeviceMesh
+    plan: Plan
+    timeout: float
 
 
 class MeshBackend(ExpertBackend):
