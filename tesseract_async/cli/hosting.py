@@ -298,6 +298,7 @@ class Hosting:
         except (TesseractError, TimeoutError, OSError) as error:
             logger.warning("the network hears late that the mesh is lost: %s", describe(error))
         finally:
+            link.end_followers()
             os._exit(LOST_STATUS)
 
 

@@ -383,8 +383,11 @@ class MeshBackend(ExpertBackend):
     def _take_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> None:
         super()._take_optimizer(optimizer, scheduler)
         for group in () if optimizer is None else optimizer.param_groups:
-            if len({isinstance(one, DTensor) for one in group["params"]}) > 1:  # kernels for many take one kind only
+            kinds = {isinstance(one, DTensor) for one in group["params"]}
+            if len(kinds) > 1:  # kernels for many tensors take one kind only
                 group.update({name: False for name in ("fused", "foreach") if name in group})
+            elif True in kinds and isinstance(optimizer, torch.optim.SGD):  # not known to DTensor
+                group["fused"] = False
 
     def _keep_state(self, number: int) -> list[Any]:
         kept: list[torch.Tensor] = []
@@ -501,7 +504,7 @@ class MeshBackend(ExpertBackend):
             return x
         x = x.detach().contiguous()
         found = x.new_empty(self._num_parts * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(_raw(found), _raw(x), group=self._rows.get_group())
+        dist.all_gather_single(_raw(found), _raw(x), group=self._rows.get_group())
         return found[:num_rows]
 
     def _shared(self, described: Value) -> list[torch.Tensor | None]:

@@ -125,6 +125,9 @@ class MeshLink:
             self._join(store, until)
         for one in self._sockets.values():
             _keep_alive(one)
+        if rank:
+            _send(self._sockets[_COMMANDS, 0], [socket.gethostname(), os.getpid()])
+        self._neighbors = self._hear_names(until)
 
     # -- Meeting ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +172,18 @@ class MeshLink:
                 waiting[one] = _Stranger(now + HELLO_TIMEOUT)
                 one.setblocking(False)
                 one.send(waiting[one].nonce)
+
+    def _hear_names(self, until: float) -> dict[int, int]:
+        """Return the pids of the followers on this machine, by rank; empty on a follower."""
+        found = {}
+        for rank in range(1, self.size if self.rank == 0 else 1):
+            one = self._sockets[_COMMANDS, rank]
+            one.settimeout(max(0.001, until - time.monotonic()))
+            host, pid = _receive(one)
+            one.settimeout(None)
+            if host == socket.gethostname():
+                found[rank] = pid
+        return found
 
     def _hear(self, one: socket.socket, waiting: dict[socket.socket, _Stranger]) -> None:
         stranger = waiting.get(one)
@@ -285,6 +300,12 @@ class MeshLink:
         if None in texts or any(len(numbers) > 1 for numbers in counted.values()):
             said = "; ".join(text for text in texts if text is not None)
             self.lost = f"the processes of the mesh are no longer in step ({said[:400]})"
+
+    def end_followers(self) -> None:
+        """Kill those on this machine, once the mesh is lost: one that hangs would keep torchrun waiting for 30 s."""
+        for pid in self._neighbors.values():
+            with contextlib.suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
     def check(self) -> None:
         """Raises: Overloaded once the mesh is lost."""

@@ -30,11 +30,9 @@ def start(folder: Path, seed: str) -> subprocess.Popen[bytes]:
     command += ["--max-restarts=100", "-m", "tesseract_async.cli", "serve", "--shard", "fsdp", "--experts", "big.0"]
     command += ["--size", "in_features=16", "--size", "hidden_features=32", "--optimizer", "sgd"]
     command += ["--learning-rate", "0.05", "--checkpoint-dir", str(folder), "--checkpoint-period", "1"]
-    command += ["--stall-timeout", str(STALL_TIMEOUT), "--identity", str(folder / "identity.pem"), "--peer", seed]
+    command += ["--stall-timeout", str(STALL_TIMEOUT), "--identity", str(folder / "identity.pem"), "-p", seed]
     with open(folder / "log", "wb") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "T": "1"}
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 class Trial:
