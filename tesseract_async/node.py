@@ -11,7 +11,7 @@ import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from tesseract_async.admission import Action, Policy
 from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
-from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, UnknownMethod, describe
+from tesseract_async.errors import (
+    ExpertNotFound,
+    NotAllowed,
+    Overloaded,
+    PeerUnreachable,
+    RemoteError,
+    UnknownMethod,
+    describe,
+)
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
@@ -432,9 +440,9 @@ class TesseractNode(Uncopied):
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Return round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer`
         would take; None if there is none, or nothing was measured. To this node itself it takes no time."""
-        if peer.peer_id == self.peer_id:
+        if peer.peer_id == self.identity.peer_id:
             return 0.0, 0.0
-        return self.endpoint.path(peer)
+        return None if self._started is None else self._started.endpoint.path(peer)
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
         """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
@@ -457,17 +465,21 @@ class TesseractNode(Uncopied):
     def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
         """Return the handler that `host_expert` was given for ``expert.apply``.
 
-        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``.
-        Raises: ExpertNotFound, NotAllowed, UnknownMethod.
+        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``. Each
+        expert counts as a call in the caller's quota.
+        Raises: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
         """
-        return self._table.find_for(call, uid, APPLY)
+        handler = self._table.find_for(call, uid, APPLY)
+        if wait := self.endpoint.quotas.add(call.peer_id, asyncio.get_running_loop().time()):
+            raise Overloaded("this peer has used up its quota here", retry_after=wait)
+        return handler
 
     def _apply(self, call: IncomingCall) -> Answer:
         if not self._apply_handlers:
             raise UnknownMethod(f"node {self.peer_id.short} hosts no experts")
         return self._apply_handlers[0](call)
 
-    async def call_expert(
+    def call_expert(
         self,
         peer: PeerAddress,
         method: str,
@@ -477,12 +489,12 @@ class TesseractNode(Uncopied):
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-    ) -> Message:
-        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
+    ) -> Coroutine[Any, Any, Message]:
+        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler. Await it.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         Nothing is sent to a peer that may not host the expert that `body` begins with, by this node's policy and the
-        run that it takes part in: that raises PeerUnreachable.
+        run that it takes part in: that raises PeerUnreachable, before anything is awaited.
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
@@ -491,10 +503,13 @@ class TesseractNode(Uncopied):
         if uid is not None and not self.trust.may_host(peer.peer_id, uid):
             self.metrics.count("expert_calls_held_back", method=method)
             raise PeerUnreachable(peer.short, {"policy": NotAllowed(f"it may not host {uid}: nothing is sent there")})
-        if peer.peer_id != self.peer_id:
-            return await self.endpoint.call(
-                peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
-            )
+        if peer.peer_id == self.identity.peer_id:
+            return self._call_own(method, body, buffers, timeout, priority)
+        return self._running.endpoint.call(
+            peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
+        )
+
+    async def _call_own(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> Message:
         check_priority(priority)  # as the endpoint does
         loop = asyncio.get_running_loop()
         # copies, as the network would make: neither side may see the other's later changes

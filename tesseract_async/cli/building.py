@@ -116,7 +116,7 @@ class SpreadBuilder(ExpertBuilder):
         mesh = init_device_mesh("cuda" if on_gpu else "cpu", (size,), mesh_dim_names=("processes",))
         self.spread = Spread(mesh, plan, serving.stall_timeout)
         self.devices = [f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"]
-        self.link.followers.append(self)
+        self._index = self.link.add(self)
 
     @property
     def leads(self) -> bool:
@@ -129,15 +129,19 @@ class SpreadBuilder(ExpertBuilder):
         """Return them by uid: one after another, as all processes do. Raises: ValueError; Overloaded."""
         found = {}
         for uid in uids:
-            blob = None if run is None else run.blob
-            (found[uid], *_) = await asyncio.to_thread(self.link.command, self, "build", [uid, blob])
+            found[uid] = await asyncio.to_thread(self.build, uid, run)
             on_built()
         return found
+
+    def build(self, uid: str, run: SignedRun | None) -> ExpertBackend:
+        """Return one, which all processes build. Blocking. Raises: ValueError; Overloaded."""
+        built: ExpertBackend = self.link.command(self._index, "build", [uid, None if run is None else run.blob])[0]
+        return built
 
     def carry_out(self, name: str, args: Sequence[Any]) -> ExpertBackend | None:
         """Build one, as the leader says."""
         uid, blob = args
-        backend = self.build(uid, None if blob is None else RUNS.read(blob))
+        backend = super().build(uid, None if blob is None else RUNS.read(blob))
         return backend if self.leads else None
 
     def recover(self) -> None:

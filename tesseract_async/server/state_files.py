@@ -269,6 +269,11 @@ class SealedFiles:
         finally:
             self._open.discard(path)
 
+    def forget(self, uid: str) -> None:
+        """Delete an expert's sealed files. Its checkpoints, and what a `Tenure` promised, stay."""
+        for file in self._files.pop(uid, []):
+            file.path.unlink(missing_ok=True)
+
     def find(self, uid: str, root: bytes) -> SealedFile | None:
         """Return the file with this root."""
         return next((file for file in self._files.get(uid, []) if file.root == root), None)
