@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-from tesseract_async.endpoint.call_table import Answer, CallHandler
+from tesseract_async.endpoint.call_table import Answer, CallHandler, LastPart
 from tesseract_async.endpoint.endpoint import IncomingCall, Message
 from tesseract_async.errors import RemoteError, SchemaMismatch, TooStale, UnknownMethod
 from tesseract_async.experts.manifest import join_uid
@@ -347,7 +347,7 @@ class Wave:
     async def parts(self) -> AsyncGenerator[Message, None]:
         """Yield the reply's parts when they are due."""
         request, kept, num_failed = self.request, self._keep(), 0
-        while not self._gathered.is_over:
+        while True:
             await self._wait_due()
             part, sums = self._gathered.take(self._loop.time())
             self._let_go()
@@ -355,9 +355,12 @@ class Wave:
             metas, buffers = await pack(sums, request.reply_codec)
             body, first = encode_part(part._replace(tensors=metas, kept=kept), backward=request.backward)
             kept = None
+            if self._gathered.is_over:
+                break
             yield Message(body, (*first, *buffers))
         if request.kept is not None and not num_failed:
             self._calls.memory.inputs.pop(request.kept)
+        yield LastPart(body, (*first, *buffers))
 
     def _keep(self) -> bytes | None:
         """Keep the block of a forward, if the caller wishes and there is room. Returns its name."""
