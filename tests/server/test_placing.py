@@ -23,7 +23,7 @@ async def test_a_run_shares_itself_out_and_a_killed_server_is_made_up_for() -> N
             for n in range(4):
                 expert = await trainer.get_expert(f"ffn.{n}")
                 await ta.backward((await expert(X)).sum())
-            await until(lambda: all(one.version >= 1 for one in standings(members, 4)))
+            await until(lambda: all(one.version(uid) >= 1 for one in members for uid in one.keeper.tenures.uids()))
             victim = next(one for one in members if any(one.leads(f"ffn.{n}") for n in range(4)))
             rest = [one for one in members if one is not victim]
             await victim.kill()
