@@ -64,6 +64,8 @@ PAUSE: Final = 0.5
 """Seconds after a call that failed, before the next one."""
 FIND_TIMEOUT: Final = 60.0
 """Seconds that entering waits for others' fragments, where this trainer may not begin them itself."""
+FOUND_SECONDS: Final = 2.0
+"""Seconds that entering looks for others' fragments before it begins them."""
 FLUSH_TIMEOUT: Final = 60.0
 NUM_AT_ONCE: Final = 4
 """Fragments that are fetched at the same time."""
@@ -266,14 +268,15 @@ class SharedParameters(Uncopied, Generic[M]):
     async def _look(self, founds: bool) -> _Found | None:
         """Return what is there; None if nothing is, and this trainer may begin it. Raises: ExpertNotFound."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + (2.0 if founds and self._node.initial_peers else 0.0 if founds else FIND_TIMEOUT)
+        began = loop.time()
         while True:
             try:
                 return await self._fetch_all()
-            except (ExpertNotFound, PeerUnreachable, ConnectionLost, TimeoutError) as error:
-                if loop.time() >= until:
-                    if founds and isinstance(error, ExpertNotFound):
-                        return None
+            except (ExpertNotFound, NotPrimary, Overloaded, PeerUnreachable, ConnectionLost, TimeoutError) as error:
+                waited, is_absent = loop.time() - began, isinstance(error, ExpertNotFound)
+                if founds and is_absent and waited >= (FOUND_SECONDS if self._node.initial_peers else 0.0):
+                    return None
+                if waited >= FIND_TIMEOUT:
                     raise
             await asyncio.sleep(PAUSE)
 
@@ -287,8 +290,17 @@ class SharedParameters(Uncopied, Generic[M]):
 
         async def fetch(number: int) -> tuple[Fragment, int]:
             async with gate:
-                # from another host for each, so that newcomers burden all alike
+                # from another host for each, so that newcomers burden all alike; the rest from the primary
+                uid = self._uid(number)
                 tensors, version = await self._fetch_state(number, turn=number) if number else first
+                fragment, _ = read_fragment(manifest, number, tensors, version)
+                request = messages.PullRequest(uid, fragment.version, fragment.root)
+                message = await self._call(uid, messages.PULL, request, b"")
+                reply = messages.decode(messages.UpdatesReply, message.body)
+                if reply.known:
+                    fragment.replay(read_updates(fragment.version, reply, message.buffers))
+                    return fragment, reply.steps
+                tensors, version = await self._fetch_state(number)
                 return read_fragment(manifest, number, tensors, version)
 
         tasks = [asyncio.ensure_future(fetch(number)) for number in range(len(manifest.layout.cuts))]
