@@ -146,9 +146,10 @@ class Endpoint(Uncopied):
         """Answer calls of `method` from now on. Each call runs in a task of its own, cancelled with its caller.
 
         A handler is a coroutine function that returns the reply, or an async generator function that yields its parts
-        (for callers with `IncomingCall.in_parts`). Buffers are on loan until they are sent: don't change them. A
-        RemoteError that it raises reaches the caller; any other exception is logged, and reaches the caller as a plain
-        RemoteError. Peers that the policy does not let take `action` get NotAllowed.
+        (for callers with `IncomingCall.in_parts`), the last one as a `LastPart` if it knows. Buffers are on loan until
+        they are sent: don't change them. A RemoteError that it raises reaches the caller; any other exception is
+        logged, and reaches the caller as a plain RemoteError. Peers that the policy does not let take `action` get
+        NotAllowed.
 
         Raises: ValueError if the method is taken.
         """

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from tesseract_async.endpoint.call_table import Answer, IncomingCall, Message, in_one
+from tesseract_async.endpoint.call_table import Answer, IncomingCall, LastPart, Message, in_one
 from tesseract_async.endpoint.events import CallReceived
 from tesseract_async.endpoint.protocol import ConnectionProtocol
 from tesseract_async.errors import RemoteError, describe
@@ -197,7 +197,7 @@ class Handlers:
                         may_send.clear()
                         await may_send.wait()
                     message = await anext(parts, None)
-                    more = message is not None
+                    more = message is not None and type(message) is not LastPart
                     body, buffers = message or Message()
                     if not self._protocol.reply(stream, body, buffers, now=self._loop.time(), more=more):
                         return

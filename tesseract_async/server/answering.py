@@ -123,7 +123,9 @@ class ExpertCalls:
             request, call.body = messages.decode(messages.ForwardRequest, call.body), None
         except ProtocolError as error:
             raise told_of(error, call.method) from None
-        self.check_forward(hosted, request.reply_codec)
+        if self.refuse_forwards is not None:
+            raise self.refuse_forwards
+        backend.settings.codecs.check("outputs", request.reply_codec, expert=hosted.uid)
         inputs = unpack_plain(request.tensors, call.buffers, backend.input_specs)
         if inputs is None or request.reply_codec != "none" or "none" not in backend.settings.codecs.inputs:
             return self._forward(hosted, call, request)
@@ -290,12 +292,6 @@ class ExpertCalls:
                     await self._quiet.wait()
 
     # ------------------------------------------------------------------------------------------------ one expert's
-
-    def check_forward(self, hosted: HostedState, reply_codec: str) -> None:
-        """Raises: Overloaded while the server rests; SchemaMismatch for a codec that is not for the outputs."""
-        if self.refuse_forwards is not None:
-            raise self.refuse_forwards
-        hosted.backend.settings.codecs.check("outputs", reply_codec, expert=hosted.uid)
 
     def leads(self, hosted: HostedState) -> bool:
         """Return whether this server may step the expert at this moment."""
