@@ -125,6 +125,37 @@ async def test_whoever_only_holds_a_sealed_state_gives_its_weights(tmp_path: Pat
     node.source.close()
 
 
+async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody_else(node: StateNode) -> None:
+    """A follower asks just before the primary hands over: the heir must not get the follower's state, a step older."""
+    release = asyncio.Event()
+
+    async def aside(work: Callable[[], Any]) -> Any:
+        await release.wait()
+        return work()
+
+    node.source = StateSource(aside)
+
+    async def ask() -> int:
+        request = messages.StateRequest("ffn.0", False, 0, messages.NO_ROOT, 0)
+        call = IncomingCall(ta.PeerID(bytes(32)), messages.STATE, messages.encode(request), (), 0.0, 0)
+        reply = await node.source.answer(node.hosted, call)
+        return messages.decode(messages.StateReply, reply.body).version
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        follower = group.create_task(ask())
+        while not node.num_snapshots:
+            await asyncio.sleep(0)
+        train(node.backend)  # the last step, after which the primary hands over
+        node.source.drop("ffn.0")
+        heir = group.create_task(ask())
+        while node.num_snapshots < 2:
+            await asyncio.sleep(0)
+        release.set()
+    assert (follower.result(), heir.result()) == (0, 1)
+    assert await ask() == 1
+    node.source.close()
+
+
 async def test_a_piece_that_a_file_does_not_have(node: StateNode) -> None:
     size = 3 * PIECE_BYTES + 5
     sealed = SealedFiles(None)
