@@ -25,6 +25,7 @@ from tesseract_async.server.state_files import SealedFiles
 from tesseract_async.server.state_transfer import KEEP_SECONDS, SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
+from tests.client.fake_node import until
 from tests.client.virtual_time import in_made_up_time
 from tests.server.serving_node import ServingNode
 
@@ -143,13 +144,11 @@ async def test_a_copy_that_was_being_made_when_it_was_dropped_is_given_to_nobody
 
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         follower = group.create_task(ask())
-        while not node.num_snapshots:
-            await asyncio.sleep(0)
+        await until(lambda: node.num_snapshots == 1)
         train(node.backend)  # the last step, after which the primary hands over
         node.source.drop("ffn.0")
         heir = group.create_task(ask())
-        while node.num_snapshots < 2:
-            await asyncio.sleep(0)
+        await until(lambda: node.num_snapshots == 2)
         release.set()
     assert (follower.result(), heir.result()) == (0, 1)
     assert await ask() == 1
