@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tesseract_async.client.remote_expert import RemoteExpert as RemoteExpert
     from tesseract_async.client.settings import CallOptions as CallOptions
     from tesseract_async.client.settings import MixtureSettings as MixtureSettings
+    from tesseract_async.client.tensorboard import TensorBoard as TensorBoard
     from tesseract_async.client.trainer import AsyncTrainer as AsyncTrainer
     from tesseract_async.identity import Identity as Identity
     from tesseract_async.identity import PeerID as PeerID
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tesseract_async.network.network import TesseractNetwork as TesseractNetwork
     from tesseract_async.node import TesseractNode as TesseractNode
     from tesseract_async.runtime.backend import ExpertBackend as ExpertBackend
+    from tesseract_async.runtime.mesh import MeshBackend as MeshBackend
     from tesseract_async.runtime.runtime import TesseractRuntime as TesseractRuntime
     from tesseract_async.server.registry import expert_builder as expert_builder
     from tesseract_async.server.server import TesseractServer as TesseractServer
@@ -38,6 +40,7 @@ _HOMES = {
     "backward": "client.autograd",
     "isolated": "client.isolated",
     "AsyncTrainer": "client.trainer",
+    "TensorBoard": "client.tensorboard",
     "BackgroundNode": "client.background",
     "CallOptions": "client.settings",
     "GatingFunction": "client.gating_function",
@@ -53,6 +56,7 @@ _HOMES = {
     "TesseractNetwork": "network.network",
     "TesseractNode": "node",
     "ExpertBackend": "runtime.backend",
+    "MeshBackend": "runtime.mesh",
     "TesseractRuntime": "runtime.runtime",
     "TesseractServer": "server.server",
     "TensorSpec": "wire.tensors",

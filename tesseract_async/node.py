@@ -11,15 +11,23 @@ import importlib.util
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tesseract_async.admission import Action, Policy
-from tesseract_async.endpoint.call_table import CallHandler, CallTable, in_one
+from tesseract_async.endpoint.call_table import Answer, CallHandler, CallTable, in_one
 from tesseract_async.endpoint.endpoint import Endpoint, EndpointSettings, IncomingCall, Message, check_priority
-from tesseract_async.errors import ExpertNotFound, NotAllowed, PeerUnreachable, RemoteError, describe
+from tesseract_async.errors import (
+    ExpertNotFound,
+    NotAllowed,
+    Overloaded,
+    PeerUnreachable,
+    RemoteError,
+    UnknownMethod,
+    describe,
+)
 from tesseract_async.experts import ExpertDirectory, split_uid
 from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.grants import Role
@@ -37,6 +45,7 @@ from tesseract_async.network.presence import Presence
 from tesseract_async.transport.base import PeerAddress, ip_version, join_host_port, split_host_port
 from tesseract_async.transport.throttle import Throttle
 from tesseract_async.uncopied import Uncopied
+from tesseract_async.wire.apply import APPLY
 from tesseract_async.wire.messages import BACKWARD, FORWARD, INFO, STATE, TAKE_OVER, TENURE, uid_of
 
 if TYPE_CHECKING:
@@ -169,6 +178,8 @@ class TesseractNode(Uncopied):
         self._watch_for_twin: asyncio.Task[None] | None = None
         self._started: _Started | None = None
         self._table = CallTable(identity.peer_id.short, uid_methods=EXPERT_METHODS, check=self._check_caller)
+        self._table.add(APPLY, self._apply)
+        self._apply_handlers: list[CallHandler] = []
         self._keepers: list[RunKeeper] = []
         self._at_close: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
@@ -429,9 +440,9 @@ class TesseractNode(Uncopied):
     def path(self, peer: PeerAddress) -> tuple[float, float] | None:
         """Return round trip (seconds) and bytes per second (0.0: not known yet) of the connection that a call to `peer`
         would take; None if there is none, or nothing was measured. To this node itself it takes no time."""
-        if peer.peer_id == self.peer_id:
+        if peer.peer_id == self.identity.peer_id:
             return 0.0, 0.0
-        return self.endpoint.path(peer)
+        return None if self._started is None else self._started.endpoint.path(peer)
 
     def host_expert(self, uid: str, handlers: Mapping[str, CallHandler]) -> None:
         """Answer ``expert.*`` calls for `uid`, from the network or from this node, by their method's handler.
@@ -445,7 +456,30 @@ class TesseractNode(Uncopied):
         """End `host_expert`; later calls are answered with ExpertNotFound."""
         self._table.unhost(uid)
 
-    async def call_expert(
+    def host_together(self, handler: CallHandler) -> Callable[[], None]:
+        """Answer ``expert.apply``, which is for many of this node's experts, by `handler`: it asks `find_expert` for
+        each. Of several handlers, which all do the same, the first one answers. Returns a function that ends this."""
+        self._apply_handlers.append(handler)
+        return lambda: self._apply_handlers.remove(handler)
+
+    def find_expert(self, call: IncomingCall, uid: str) -> CallHandler:
+        """Return the handler that `host_expert` was given for ``expert.apply``.
+
+        `call` is from whom, and how, the expert is asked in it: by ``expert.forward`` or ``expert.backward``. Each
+        expert counts as a call in the caller's quota.
+        Raises: ExpertNotFound, NotAllowed, UnknownMethod, Overloaded.
+        """
+        handler = self._table.find_for(call, uid, APPLY)
+        if wait := self.endpoint.quotas.add(call.peer_id, asyncio.get_running_loop().time()):
+            raise Overloaded("this peer has used up its quota here", retry_after=wait)
+        return handler
+
+    def _apply(self, call: IncomingCall) -> Answer:
+        if not self._apply_handlers:
+            raise UnknownMethod(f"node {self.peer_id.short} hosts no experts")
+        return self._apply_handlers[0](call)
+
+    def call_expert(
         self,
         peer: PeerAddress,
         method: str,
@@ -455,12 +489,12 @@ class TesseractNode(Uncopied):
         timeout: float,
         idempotent: bool = False,
         priority: int = 0,
-    ) -> Message:
-        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler.
+    ) -> Coroutine[Any, Any, Message]:
+        """Call an expert as `Endpoint.call` does; a call to this node itself goes straight to its handler. Await it.
 
         It ends in a reply, a RemoteError, or TimeoutError after `timeout` seconds; cancelling cancels the work.
         Nothing is sent to a peer that may not host the expert that `body` begins with, by this node's policy and the
-        run that it takes part in: that raises PeerUnreachable.
+        run that it takes part in: that raises PeerUnreachable, before anything is awaited.
         Raises: RuntimeError on another event loop than the node's.
         """
         self._check_loop()
@@ -469,10 +503,13 @@ class TesseractNode(Uncopied):
         if uid is not None and not self.trust.may_host(peer.peer_id, uid):
             self.metrics.count("expert_calls_held_back", method=method)
             raise PeerUnreachable(peer.short, {"policy": NotAllowed(f"it may not host {uid}: nothing is sent there")})
-        if peer.peer_id != self.peer_id:
-            return await self.endpoint.call(
-                peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
-            )
+        if peer.peer_id == self.identity.peer_id:
+            return self._call_own(method, body, buffers, timeout, priority)
+        return self._running.endpoint.call(
+            peer, method, body, buffers, timeout=timeout, idempotent=idempotent, priority=priority
+        )
+
+    async def _call_own(self, method: str, body: Any, buffers: Sequence[Any], timeout: float, priority: int) -> Message:
         check_priority(priority)  # as the endpoint does
         loop = asyncio.get_running_loop()
         # copies, as the network would make: neither side may see the other's later changes
@@ -495,7 +532,12 @@ class TesseractNode(Uncopied):
         return Message(reply.body, tuple(memoryview(bytearray(buffer)) for buffer in reply.buffers))
 
     def _check_caller(self, call: IncomingCall, uid: str) -> None:
-        """Raises: NotAllowed for a caller without the method's role in the run of `uid`."""
+        """Raises: NotAllowed for a caller without the method's role in the run of `uid`, or its action's permission."""
+        action = EXPERT_METHODS[call.method]
+        if call.peer_id != self.peer_id and not self.trust.policy.allows(call.peer_id, action):
+            # asked by its method alone, unless the call is for many
+            self.metrics.count("endpoint_calls_refused", action=action)
+            raise NotAllowed(f"{self.peer_id.short} does not let {call.peer_id.short} {action}: ask its owner")
         role = None if call.method == STATE and call.body[1:2] == [True] else _ROLES.get(call.method)
         if not self.trust.may_ask(call.peer_id, role, uid):
             self.metrics.count("endpoint_calls_refused", action=role or "call")

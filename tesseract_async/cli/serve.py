@@ -46,21 +46,29 @@ async def command(
     def is_given(name: str) -> bool:
         return click.get_current_context().get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
 
-    if ":" in serving.expert_class or serving.allowed_modules:
+    if ":" in f"{serving.expert_class}{serving.shard}" or serving.allowed_modules:
         find_code_here()
     if serving.checkpoint_dir is not None:
         check_folder(serving.checkpoint_dir, "--checkpoint-dir")
 
     with spinner("loading PyTorch"), importing():
+        import torch
+
+        from tesseract_async.cli.building import SpreadBuilder, make_builder
         from tesseract_async.cli.hosting import Hosting
 
+    torch.set_num_threads(serving.threads)
+    builder = make_builder(serving, limits, keeps_learning_rate=is_given("learning_rate"))
+    if isinstance(builder, SpreadBuilder) and not builder.leads:
+        builder.follow()
+        return 0
     hosting = Hosting(
         serving,
         node=node,
         policy=policy,
         limits=limits,
         given=manifest_fields(serving, is_given),
-        keeps_learning_rate=is_given("learning_rate"),
+        builder=builder,
     )
     return await hosting.main()
 

@@ -11,6 +11,7 @@ import click
 from tesseract_async.cli.options import (
     expert_class_option,
     grouped,
+    hold_option,
     max_batch_size_option,
     optimizer_option,
     sizes_option,
@@ -29,6 +30,7 @@ class ServeOptions:
 
     patterns: Sequence[ExpertPattern]
     num_experts: int | None
+    hold_bytes: int | None
     run_name: str | None
     grant: str | None
     allowed_modules: Sequence[str]
@@ -51,11 +53,14 @@ class ServeOptions:
     stall_timeout: float
     leave_within: float
     report_period: float | None
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         """Raises: ValueError, click.BadParameter."""
         if not self.patterns and self.run_name is None:
             raise ValueError("say what to host: --experts PATTERN, or --run NAME")
+        if self.shard is not None and (self.cuda_graphs or self.compile_mode is not None or len(self.devices) > 1):
+            raise click.UsageError("--shard goes with one --device, and without --compile and --cuda-graphs")
         for pattern in self.patterns if self.num_experts is None else ():
             if (size := pattern.num_uids) > MAX_EXPERTS:
                 raise click.BadParameter(
@@ -79,8 +84,10 @@ serve_options = grouped(
     click.option(
         "--num-experts",
         type=click.IntRange(1, MAX_EXPERTS),
-        help="Host this many experts of the pattern or run, free ones first.",
+        help="Host this many experts of the pattern or run, free ones first; of a run, as many as this computer can "
+        "by default.",
     ),
+    hold_option,
     click.option(
         "--run",
         "run_name",
@@ -122,6 +129,11 @@ serve_options = grouped(
     click.option("--compile", "compile_mode", metavar="MODE", help="Use torch.compile in this mode, such as default."),
     click.option(
         "--cuda-graphs", is_flag=True, help="Record the forward pass of each preferred size as a CUDA graph, on a GPU."
+    ),
+    click.option(
+        "--shard",
+        metavar="fsdp|tp|MODULE:FUNCTION",
+        help="Spread each expert over all processes of the job that torchrun has started, by this plan.",
     ),
     click.option(
         "--preferred-size",

@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -126,6 +126,12 @@ class ExpertBackend:
     not fit. What a function makes is checked when it is made.
     """
 
+    _runner_type = ModuleRunner
+    num_processes = 1
+    """Over which it is spread."""
+    rebuild: Callable[[], nn.Module] | None = None
+    """Makes its module anew, for one that is spread: with other weights, perhaps."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -188,7 +194,7 @@ class ExpertBackend:
         self.norms = UsualNorms()
         """The usual norms of its gradients."""
         self._gathered = GatheredGradients(settings.step_every, settings.trim_peers)
-        self._runner = ModuleRunner(
+        self._runner = self._runner_type(
             module,
             inputs_schema=(self.args_schema, self.kwargs_schema),
             outputs_schema=outputs_schema,
@@ -310,13 +316,18 @@ class ExpertBackend:
         outputs = self._runner.run(leaves, training=training, seed=seed, gradients=True)
         if seed is not None and self.is_stochastic(training):
             with randomness.seeded(seed, backward=True):
-                gradients = backpropagate(outputs, weighted(output_gradients, weights), sources)
+                gradients = backpropagate(outputs, weighted(output_gradients, weights), sources, self._backpropagate)
         else:
-            gradients = backpropagate(outputs, weighted(output_gradients, weights), sources)
+            gradients = backpropagate(outputs, weighted(output_gradients, weights), sources, self._backpropagate)
         of_inputs = gradients[: len(leaves)]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))
         return of_inputs, gradients[len(leaves) :]
+
+    def _backpropagate(
+        self, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        return run_engine(outputs, gradients, sources)
 
     def step(self, gradients: Gradients, call_ids: Sequence[bytes] = (), *, peer: Hashable = None) -> int:
         """Take these gradients of `parameters`, sent by `peer`: one optimizer step, or a share of one (`step_every`).
@@ -372,11 +383,12 @@ class ExpertBackend:
 
     def is_sound(self) -> bool:
         """Return whether everything that the optimizer steps or remembers is finite."""
+        return are_finite(self._trained())
+
+    def _trained(self) -> list[torch.Tensor]:
         states = () if self.optimizer is None else self.optimizer.state.values()
         remembered = [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
-        return are_finite(
-            [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
-        )
+        return [x.detach() for x in (*self.parameters, *remembered) if x.is_floating_point() or x.is_complex()]
 
     def _take_step(self, gradients: Gradients) -> None:
         assert self.optimizer is not None
@@ -409,15 +421,18 @@ class ExpertBackend:
 
     def state(self) -> StateDict:
         """Return copies of everything that a checkpoint holds."""
+        return self._state(states.copied)
+
+    def _state(self, copied: Callable[[Any], Any]) -> StateDict:
         ids = bytearray(b"".join(self.applied))
         empty = torch.empty(0, dtype=torch.uint8)  # no tensor is made from an empty buffer
         kinds = optimizers.kinds_of(self.module, self.optimizer, self.scheduler)
         of_optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         of_scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return {
-            "module": states.copied(self.module.state_dict()),
-            "optimizer": states.copied(of_optimizer),
-            "scheduler": states.copied(of_scheduler),
+            "module": copied(self.module.state_dict()),
+            "optimizer": copied(of_optimizer),
+            "scheduler": copied(of_scheduler),
             "kinds": kinds,
             "version": self.version,
             "applied": {
@@ -483,11 +498,14 @@ def step_together(steps: Sequence[tuple[ExpertBackend, Gradients, Sequence[bytes
 
 
 def backpropagate(
-    outputs: Sequence[torch.Tensor], output_gradients: Gradients, sources: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor],
+    output_gradients: Gradients,
+    sources: Sequence[torch.Tensor],
+    run: Callable[..., Sequence[torch.Tensor | None]],
 ) -> list[torch.Tensor | None]:
     """Return the gradients of `sources`, None for those that have none. Raises: ValueError for one that fits no output.
 
-    Does what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments.
+    `run`: does it for outputs and sources that require gradients.
     """
     roots: list[torch.Tensor] = []
     seeds: list[torch.Tensor] = []
@@ -497,12 +515,17 @@ def backpropagate(
                 raise ValueError(f"a gradient of {gradient.shape} for an output of {output.shape}")
             roots.append(output)
             seeds.append(gradient)
-    wanted = tuple([one for one in sources if one.requires_grad])  # not before: the module itself may freeze parameters
+    wanted = [one for one in sources if one.requires_grad]  # not before: the module itself may freeze parameters
     if not roots or not wanted:
         return [None] * len(sources)
-    found = iter(
-        _engine_run_backward(
-            tuple(roots), tuple(seeds), False, False, wanted, allow_unreachable=True, accumulate_grad=False
-        )
-    )
+    found = iter(run(roots, seeds, wanted))
     return [next(found) if one.requires_grad else None for one in sources]
+
+
+def run_engine(
+    outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Do what ``torch.autograd.grad(..., allow_unused=True)`` does, without its forty checks of the arguments."""
+    return _engine_run_backward(
+        tuple(outputs), tuple(gradients), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
+    )

@@ -91,6 +91,8 @@ class BatchQueue:
     num_waiting_rows: int = 0
     group: object | None = None
     """Queues with the same object here may be computed in one pass. Set by the owner, at any time."""
+    num_rows: int = 0
+    """Rows that were taken out, ever."""
     ready: dict[Account, _Heap] = field(default_factory=dict)
     """The waiting requests by account: the highest priority first, then in order of arrival."""
 
@@ -312,6 +314,13 @@ class Batcher:
         statistics.num_waiting_rows += request.num_rows
         statistics.num_bytes += request.num_bytes
 
+    def hold(self, peer: Hashable, num_bytes: int) -> None:
+        """Count `num_bytes` of answers that an account has yet to take, or give them back if negative: until then it
+        has less room."""
+        account = self._accounts.setdefault(peer, Account())
+        account.num_bytes += num_bytes
+        self._statistics.num_bytes += num_bytes
+
     def remove(self, request: QueuedRequest) -> bool:
         """Drop the rows of a request that were not dispatched yet.
 
@@ -395,6 +404,7 @@ class Batcher:
         self._statistics.num_rows += batch.num_rows
         self._statistics.num_waiting_rows -= batch.num_rows
         queue.num_waiting_rows -= batch.num_rows
+        queue.num_rows += batch.num_rows
         return batch
 
     def finish(self, batches: Sequence[Batch], now: float) -> float:

@@ -31,7 +31,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from tesseract_async.runtime.backend import ExpertBackend, backpropagate
+from tesseract_async.runtime.backend import ExpertBackend, backpropagate, run_engine
 from tesseract_async.runtime.costs import GroupChoice
 from tesseract_async.runtime.gradients import Gradients, weight_gradients, weighted
 from tesseract_async.runtime.module_runner import leaves_of
@@ -269,7 +269,7 @@ class Kind:
         with torch.enable_grad():
             outputs = self._call(members, leaves, counts, training)
         sources = [*leaves, *(x for own in parameters for x in own)]
-        found = backpropagate(outputs, weighted(output_gradients, weights), sources)
+        found = backpropagate(outputs, weighted(output_gradients, weights), sources, run_engine)
         of_inputs, rest = found[: len(leaves)], found[len(leaves) :]
         if weights is not None:
             of_inputs.append(weight_gradients(outputs, output_gradients, weights))

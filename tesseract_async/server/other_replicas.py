@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from tesseract_async.errors import (
@@ -23,13 +24,13 @@ from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.directory import read_claims
 from tesseract_async.experts.grid import ExpertReplica, rank_replicas
 from tesseract_async.experts.manifest import MAGIC, split_uid
-from tesseract_async.experts.merkle import root_of
-from tesseract_async.experts.terms import Seal
+from tesseract_async.experts.tenure_words import MAX_PAST
 from tesseract_async.identity import PeerID
 from tesseract_async.network.address_scope import is_near
 from tesseract_async.runtime.states import StateDict
 from tesseract_async.server.checkpoint import check_state, difference, largest_state
-from tesseract_async.server.state_transfer import MAX_COPIES_BYTES, MAX_STATE_BYTES, fetch_file
+from tesseract_async.server.fetching import fetch_state
+from tesseract_async.server.state_transfer import MAX_COPIES_BYTES
 from tesseract_async.transport.base import PeerAddress, split_host_port
 from tesseract_async.wire import messages
 from tesseract_async.wire import tensors as wire
@@ -106,7 +107,7 @@ async def read_replicas(
         by_prefix[split_uid(uid)[0]].append(uid)
     if len(by_key) > MAX_SHARDS_READ and not by_shard:
         by_key = defaultdict(list, {node.trust.grid_key(prefix): some for prefix, some in by_prefix.items()})
-    subkeys = {record_subkey(uid, number): uid for uid in records or () for number in (0, 1)}
+    subkeys = {record_subkey(uid, number): uid for uid in records or () for number in range(2 + MAX_PAST)}
     found: dict[str, list[ExpertReplica]] = {}
 
     def dropped(entry: Entry, error: ProtocolError) -> None:
@@ -153,8 +154,8 @@ def _take_records(
 
 
 def record_subkey(uid: str, number: int) -> str:
-    """Return the subkey of an expert's Term (0) or Seal (1)."""
-    return f"{'ts'[number > 0]}.{uid}"[:LONGEST_SUBKEY]
+    """Return the subkey of an expert's Term (0), Seal (1), or of what led there (2 and more)."""
+    return f"{'tsabcd'[number]}.{uid}"[:LONGEST_SUBKEY]
 
 
 def may_follow(node: TesseractNode, replica: ExpertReplica) -> bool:
@@ -201,35 +202,31 @@ async def fetch_fitting(
     uid: str,
     backend: ExpertBackend,
     *,
-    seal: Seal | None = None,
     min_version: int = 0,
     timeout: float,
     aside: Callable[[Callable[[], StateDict]], Awaitable[StateDict]] | None = None,
-) -> tuple[bytes, StateDict] | None:
-    """Return the file of an expert's state, and the state in it; None before `min_version`.
+) -> tuple[bytes | memoryview, StateDict] | None:
+    """Return the file of an expert's newest state at a server, and the state in it; None before `min_version`.
 
-    The file is no longer than one of this expert can be. With a `seal` it is the sealed one. `aside` runs the checks,
-    here by default.
-
-    Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state, or not the sealed
-    one; what the call raises.
+    `aside` runs the checks, here by default. Raises: as `check_fitting`, and what the call raises.
     """
-    limit, root = min(MAX_STATE_BYTES, largest_state(backend)), None if seal is None else seal.root
-    if seal is not None and seal.size > limit:
-        raise ProtocolError(f"{uid}: a state of {seal.size} bytes; at most {limit} are fetched")
-    file = await fetch_file(node, peer, uid, root=root, min_version=min_version, max_bytes=limit, timeout=timeout)
+    limit = largest_state(backend)
+    file = await fetch_state(node, peer, uid, min_version=min_version, max_bytes=limit, timeout=timeout)
     if file is None:
         return None
+    check = partial(check_fitting, uid, backend, file)
+    return file, check() if aside is None else await aside(check)
 
-    def check() -> StateDict:
-        if seal is not None and (len(file) != seal.size or root_of(file) != root):
-            raise ProtocolError(f"{uid}: not the file that was sealed")
-        return check_state(uid, file)
 
-    state = check() if aside is None else await aside(check)
+def check_fitting(uid: str, backend: ExpertBackend, file: bytes | memoryview) -> StateDict:
+    """Return the state in a stranger's file.
+
+    Raises: CheckpointError if the weights are not this expert's; ProtocolError for what is no state.
+    """
+    state = check_state(uid, file)
     if (wrong := difference(uid, backend, state)) is not None:
         raise CheckpointError(wrong)
-    return file, state
+    return state
 
 
 async def adopt_states(

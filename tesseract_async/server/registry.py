@@ -23,7 +23,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import numpy as np
 import psutil
@@ -33,9 +33,12 @@ from torch.utils._pytree import tree_leaves
 
 from tesseract_async.errors import describe
 from tesseract_async.experts.run import Value
-from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer
+from tesseract_async.runtime.backend import BackendSettings, ExpertBackend, MakesOptimizer, MakesScheduler
 from tesseract_async.server.footprint import Counting, OutOfBudget, size_text
 from tesseract_async.wire.tensors import Schema, TensorSpec
+
+if TYPE_CHECKING:
+    from tesseract_async.runtime.mesh import Spread
 
 logger = logging.getLogger(__name__)
 
@@ -291,19 +294,61 @@ def make_backend(
     sizes: Mapping[str, Value] | None = None,
     settings: BackendSettings | None = None,
     max_bytes: int | None = None,
+    spread: Spread | None = None,
 ) -> ExpertBackend:
     """Return a backend of `build_module(name, sizes, seed=seed)`; ``optimizer=None`` freezes it.
 
     The optimizer is made when it is first needed. `max_bytes`: of the expert with gradients and optimizer, by default
-    this computer's memory. Raises: as `build_module` and `optimizer_maker`.
+    this computer's memory. `spread`: over which processes. Raises: as `build_module` and `optimizer_maker`.
     """
-    module, args_schema = build_module(name, sizes or {}, seed=seed, max_bytes=max_bytes, optimizer=optimizer)
-    return ExpertBackend(
-        module,
-        optimizer=optimizer_maker(optimizer, module, {"learning_rate": learning_rate}),
-        args_schema=args_schema,
+    return backend_of(
+        functools.partial(build_module, name, sizes or {}, seed=seed, max_bytes=max_bytes, optimizer=optimizer),
+        optimizer=None if optimizer is None else (optimizer, {"learning_rate": learning_rate}),
         max_batch_size=max_batch_size,
         settings=settings or BackendSettings(),
+        spread=spread,
+    )
+
+
+def backend_of(
+    build: Callable[[], Built],
+    *,
+    optimizer: tuple[str, Mapping[str, Value]] | None,
+    scheduler: MakesScheduler | None = None,
+    max_batch_size: int,
+    settings: BackendSettings,
+    spread: Spread | None,
+) -> ExpertBackend:
+    """Return the backend of what `build` returns, in this process or spread over several.
+
+    `optimizer`: its name and options. Raises: as `optimizer_maker`, `ExpertBackend`, `MeshBackend`, `build`.
+    """
+    if spread is not None:
+        from tesseract_async.runtime.mesh import MeshBackend  # torch.distributed takes its time
+
+        def make(module: nn.Module) -> torch.optim.Optimizer:
+            assert optimizer is not None and (maker := optimizer_maker(optimizer[0], module, optimizer[1])) is not None
+            return maker()
+
+        return MeshBackend(
+            build,
+            mesh=spread.mesh,
+            plan=spread.plan,
+            timeout=spread.timeout,
+            optimizer=None if optimizer is None else make,
+            scheduler=None if optimizer is None else scheduler,
+            max_batch_size=max_batch_size,
+            settings=settings,
+        )
+    module, args_schema = build()
+    maker = None if optimizer is None else optimizer_maker(optimizer[0], module, optimizer[1])
+    return ExpertBackend(
+        module,
+        optimizer=maker,
+        scheduler=None if maker is None else scheduler,
+        args_schema=args_schema,
+        max_batch_size=max_batch_size,
+        settings=settings,
     )
 
 
@@ -378,6 +423,10 @@ class FeedForward(nn.Module):
         y: torch.Tensor = self.layers(x)
         return y if self.norm is None else self.norm(x + y)
 
+    def tensor_plan(self, num_processes: int) -> dict[str, str]:
+        """Return how `runtime.mesh_plans.tensor_parallel` divides it."""
+        return {"layers.0": "columns", "layers.2": "rows", "layers.4": "gathered columns"}
+
 
 @register("ffn")
 def ffn(
@@ -402,6 +451,47 @@ def transformer(
         in_features, num_heads, 4 * in_features, dropout=dropout, batch_first=True, norm_first=True, activation="gelu"
     )
     return layer, (TensorSpec((sequence_length, in_features)),)
+
+
+class Block(nn.Module):
+    """One pre-norm causal transformer block, whose queries, keys and values are layers of their own, which tensor
+    parallelism divides by heads."""
+
+    def __init__(self, in_features: int, num_heads: int) -> None:
+        super().__init__()
+        self.head_size = in_features // num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(in_features), nn.LayerNorm(in_features)
+        self.q, self.k, self.v, self.o = (nn.Linear(in_features, in_features) for _ in range(4))
+        self.up, self.down = nn.Linear(in_features, 4 * in_features), nn.Linear(4 * in_features, in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [rows, positions, features] -> the same
+        rows, positions, _ = x.shape
+        y = self.norm1(x)
+        # as many heads as are here
+        q, k, v = (
+            layer(y).view(rows, positions, -1, self.head_size).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(rows, positions, -1))
+        z: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return z
+
+    def tensor_plan(self, num_processes: int) -> dict[str, str]:
+        """Return how `runtime.mesh_plans.tensor_parallel` divides it. Raises: ValueError if the heads cannot be."""
+        num_heads = self.q.out_features // self.head_size
+        if num_heads % num_processes:
+            raise ValueError(f"{num_heads} heads cannot be divided over {num_processes} processes")
+        return {name: "columns" for name in ("q", "k", "v", "up")} | {name: "rows" for name in ("o", "down")}
+
+
+@register("block")
+def block(
+    in_features: int = 512, num_heads: int = 8, sequence_length: int = 128
+) -> tuple[nn.Module, tuple[Schema, ...]]:
+    """Return a causal transformer `Block` over [rows, sequence_length, in_features]."""
+    if in_features % num_heads:
+        raise ValueError(f"{in_features} features cannot be divided over {num_heads} heads")
+    return Block(in_features, num_heads), (TensorSpec((sequence_length, in_features)),)
 
 
 @register("linear")

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -23,7 +23,8 @@ from tesseract_async.experts.authority import Authority
 from tesseract_async.experts.claiming import GRANT_SUBKEY
 from tesseract_async.experts.grid import ExpertReplica
 from tesseract_async.experts.manifest import split_uid
-from tesseract_async.experts.merkle import possession, root_of
+from tesseract_async.experts.membership import Leave
+from tesseract_async.experts.merkle import possession
 from tesseract_async.experts.tenure import Tenure
 from tesseract_async.experts.tenure_words import (
     Command,
@@ -37,20 +38,23 @@ from tesseract_async.experts.tenure_words import (
     Send,
     State,
 )
-from tesseract_async.experts.terms import Seal
+from tesseract_async.experts.terms import RECORDS_SECONDS, Seal
 from tesseract_async.identity import PeerID
+from tesseract_async.runtime.backend import ExpertBackend
 from tesseract_async.runtime.states import StateDict
-from tesseract_async.server.checkpoint import check_state, encode
+from tesseract_async.server.checkpoint import encode, largest_state
+from tesseract_async.server.fetching import SealFetcher
 from tesseract_async.server.hosted import HostedState
 from tesseract_async.server.other_replicas import (
     MAX_SHARDS_READ,
-    fetch_fitting,
+    check_fitting,
     owner_of,
     read_replicas,
     record_subkey,
     wall_clock,
 )
-from tesseract_async.server.state_files import SealedFiles
+from tesseract_async.server.state_files import SealedFile, SealedFiles, read_sealed, stored_uids
+from tesseract_async.server.state_transfer import SealedState, StateSource
 from tesseract_async.transport.base import PeerAddress
 from tesseract_async.wire import messages
 
@@ -59,20 +63,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORDS_TTL: Final = 24 * 3600.0
 ASK_TIMEOUT: Final = 1.5
 """Seconds for a question about who is primary."""
 MAX_RECORD_BYTES: Final = 1024
+UPLOAD_SHARE: Final = 0.5
+"""The share of the upload rate that copies of states may take."""
 AUTHORITY_PERIOD: Final = 2.0
 """Seconds after which grants, revocations and appointments are looked at again: they come by themselves."""
 
 
 @dataclass(slots=True)
 class _Expert:
-    """One expert of a run, hosted here."""
+    """One expert of a run that is here."""
 
     uid: str
-    hosted: HostedState
+    hosted: HostedState | None
+    """None: as a file alone."""
     authority: Authority
     tenure: Tenure
     carrying: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -81,6 +87,8 @@ class _Expert:
     progress: tuple[int, int] | None = None
     """How far the sealed file is."""
     sealed_at: float = -math.inf
+    wanted_root: bytes | None = None
+    """The state that the run's owner named last."""
 
     async def until(self, condition: Callable[[Tenure], bool], timeout: float) -> bool:
         """Wait until something holds. False if it does not within `timeout` seconds."""
@@ -106,9 +114,21 @@ class Tenures:
         """`authorities`: uid -> its run's. `elapsed` is that of `ReplicaKeeper`."""
         self._server, self._node = server, server.node
         self._call_timeout, self._elapsed = call_timeout, elapsed
-        self._authorities = authorities
+        self._authorities = dict(authorities)
         self._experts: dict[str, _Expert] = {}
+        self.source: StateSource | None = None
+        """Sends what is here as a file alone."""
+        self.template: ExpertBackend | None = None
+        """An expert like all of the run: what is fetched must fit it."""
+        self.places: Mapping[str, Mapping[PeerID, int]] = {}
+        """uid -> members that have its state by their own word, be it as a file alone, and the epoch of that."""
+        self.on_leading: Callable[[str], None] = lambda uid: None
+        """Called when this server became the primary of an expert that is here as a file alone."""
+        self.upload_rate: float | None = None
+        """Bytes per second that the volunteer gives; None without a limit."""
+        self._boot, self._random = os.urandom(8), Random()
         self.files = SealedFiles(server.checkpoint_dir)
+        self._fetcher = SealFetcher(self._node, self.files, timeout=call_timeout, aside=server.call_aside)
         self._addresses: dict[PeerID, PeerAddress] = {}  # of servers that were found to host one of the experts
         self._shown: dict[str, tuple[bytes, float]] = {}  # by shard key: the grant that lies there, and until when
         self._looks: set[str] = set()
@@ -118,26 +138,8 @@ class Tenures:
 
     async def start(self) -> None:
         """Take up what was left, and return once each expert has a role here, or a while has passed."""
-        if not self._authorities:
-            return
-        boot, random = os.urandom(8), Random()
         for uid, authority in self._authorities.items():
-            make = partial(
-                Tenure,
-                self._node.identity,
-                uid,
-                authority,
-                boot=boot,
-                now=self._elapsed(),
-                wall=wall_clock(),
-                stored=await self._server.call_aside(partial(self.files.load, uid)),
-                random=random,
-            )
-            tenure = make(has_file=True)
-            held = tenure.held
-            if held is not None and held.primary != self._node.peer_id and self.files.find(uid, held.root) is None:
-                tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
-            self._experts[uid] = _Expert(uid, self._server.hosted[uid], authority, tenure)
+            self._experts[uid] = await self._load(uid, authority, self._server.hosted[uid])
         self._spawn(self._turn())
         self._spawn(self._whenever(self._wants_look, self._look_at_wanted))
         self._spawn(self._whenever(self._wants_announcement, self._server.announce))
@@ -151,6 +153,122 @@ class Tenures:
             return tenure.state in (State.PRIMARY, State.FOLLOWING, State.HOLDING) and says
 
         await asyncio.gather(*(expert.until(is_settled, self._call_timeout) for expert in self._experts.values()))
+
+    async def _return_to(self, held: Seal | None, hosted: HostedState) -> None:
+        """Go on from the sealed file, unless the checkpoint is of this server's own steps and has more of them."""
+        file = None if held is None else self.files.find(hosted.uid, held.root)
+        if held is None or file is None or (held.primary == self._node.peer_id and hosted.version >= held.version):
+            return
+        try:
+            state = await self._server.call_aside(partial(_check_file, hosted.uid, hosted.backend, file))
+            await hosted.install(state)
+            hosted.shared_version = hosted.version
+        except (TesseractError, OSError) as error:
+            logger.error("the sealed state of %s cannot be used: %s", hosted.uid, describe(error))
+
+    async def _load(self, uid: str, authority: Authority, hosted: HostedState | None) -> _Expert:
+        make = partial(
+            Tenure,
+            self._node.identity,
+            uid,
+            authority,
+            boot=self._boot,
+            now=self._elapsed(),
+            wall=wall_clock(),
+            stored=await self._server.call_aside(partial(self.files.load, uid)),
+            random=self._random,
+        )
+        tenure = make(has_file=True)
+        held = tenure.held
+        own = held is not None and held.primary == self._node.peer_id and hosted is not None
+        if held is not None and not own and self.files.find(uid, held.root) is None:
+            tenure = make(has_file=False)  # its own state is in its checkpoints; another's is nowhere
+        if hosted is not None:
+            await self._return_to(tenure.held, hosted)
+        return _Expert(uid, hosted, authority, tenure)
+
+    async def add(self, uid: str, authority: Authority, leave: Leave) -> None:
+        """Have this expert here, too, as a file alone. Raises: OSError."""
+        if uid in self._experts or self._closed:
+            return
+        expert = await self._load(uid, authority, None)
+        for name in ("lead", "begin", "anew", "passive"):
+            setattr(expert.tenure.may, name, getattr(leave, name))
+        self._authorities[uid], self._experts[uid] = authority, expert
+        self._answer_as_file(uid)
+        await self._carry_out(expert)
+
+    def _answer_as_file(self, uid: str) -> None:
+        handlers = {messages.TENURE: partial(self._answer, uid), messages.STATE: partial(self._send_file, uid)}
+        self._node.host_expert(uid, handlers)
+
+    async def _send_file(self, uid: str, call: IncomingCall) -> Message:
+        held = self._experts[uid].tenure.held
+        file = None if held is None else self.files.find(uid, held.root)
+        if held is None or file is None or self.source is None:
+            raise NotAllowed(f"the state of {uid} is not here yet")
+        return await self.source.answer(SealedState(uid, held.version, file, self._server.call_aside), call)
+
+    async def compute(self, uid: str, backend: ExpertBackend) -> None:
+        """Compute an expert that is here as a file alone, as its follower or as its primary.
+
+        Raises: CheckpointError, ProtocolError if the file does not fit it; OSError; ValueError.
+        """
+        expert = self._experts[uid]
+        state = None
+        while (held := expert.tenure.held) is not None:
+            file = self.files.find(uid, held.root)
+            if file is None:
+                raise CheckpointError(f"the sealed file of {uid} is gone")
+            state = await self._server.call_aside(partial(_check_file, uid, backend, file))
+            if expert.tenure.held is held:  # no newer one came meanwhile
+                break
+        self._node.unhost_expert(uid)
+        try:
+            expert.hosted = await self._server.add(uid, backend, state)
+        except BaseException:
+            self._answer_as_file(uid)
+            raise
+        expert.progress = None if state is None else backend.progress
+        expert.hosted.epoch = expert.tenure.epoch
+        await self._server.set_primary(uid, expert.tenure.state is State.PRIMARY, announce=False)
+        self._wants_announcement.set()
+
+    async def rest(self, uid: str) -> None:
+        """Keep an expert, of which this server is not the primary, as a file alone. Raises: CheckpointError."""
+        expert = self._experts[uid]
+        if expert.hosted is not None and expert.tenure.state in (State.FOLLOWING, State.HOLDING):
+            await self._server.remove(uid)
+            expert.hosted, expert.progress = None, None
+            self._answer_as_file(uid)
+            self._wants_announcement.set()
+
+    async def drop(self, uid: str, *, even_primary: bool = False) -> None:
+        """Give an expert up, and its file, unless this server is its primary.
+
+        `even_primary`: it fell silent as one that cannot compute it. Others take over after a lease; its file stays.
+        """
+        expert = self._experts[uid]
+        await self.rest(uid)
+        async with expert.carrying:
+            if expert.hosted is None and (even_primary or expert.tenure.state is not State.PRIMARY):
+                del self._experts[uid], self._authorities[uid]
+                self._node.unhost_expert(uid)
+                if not even_primary:
+                    await self._server.call_aside(partial(self.files.forget, uid))
+
+    def stored(self, authority: Authority) -> list[str]:
+        """Return the experts of a run that have a folder here, and are not looked after yet."""
+        pattern = authority.run.manifest.pattern
+        return [uid for uid in stored_uids(self._server.checkpoint_dir) if uid in pattern and uid not in self._experts]
+
+    def uids(self) -> list[str]:
+        """Return the experts that are here, computed or as files."""
+        return list(self._experts)
+
+    def knows(self, addresses: Mapping[PeerID, PeerAddress]) -> None:
+        """Take where members can be dialed."""
+        self._addresses |= addresses
 
     async def aclose(self) -> None:
         """Stop. Nothing is answered or trained any more."""
@@ -193,10 +311,13 @@ class Tenures:
 
     async def answer(self, hosted: HostedState, call: IncomingCall) -> Message:
         """Answer ``expert.tenure``. Raises: NotAllowed, ProtocolError."""
+        return await self._answer(hosted.uid, call)
+
+    async def _answer(self, uid: str, call: IncomingCall) -> Message:
         request = messages.decode(messages.TenureRequest, call.body)
-        expert = self._experts.get(hosted.uid)
+        expert = self._experts.get(uid)
         if expert is None:
-            raise NotAllowed(f"{hosted.uid} is of no run here")
+            raise NotAllowed(f"{uid} is of no run here")
         if request.kind in ("prepare", "take_over"):
             agrees, proof = await self._take_over(expert, call.peer_id, request)
             return Message(messages.encode(messages.TenureReply(agrees, [0, 0], [b"", proof])))
@@ -220,23 +341,25 @@ class Tenures:
             held = tenure.held
             if held is None or held.blob != blob:
                 return False, b""
-            data = await self._read(expert.uid, held)
-            return True, b"" if data is None else possession(data, nonce_or_signature)
+            return True, await self._possession(expert.uid, held, nonce_or_signature)
         took = tenure.take(nonce_or_signature, *self._now())
         await self._carry_out(expert)
         if took:
             await expert.until(lambda tenure: tenure.state is State.PRIMARY, self._call_timeout)
         return took, b""
 
-    async def _read(self, uid: str, seal: Seal) -> bytes | None:
+    async def _possession(self, uid: str, seal: Seal, nonce: bytes) -> bytes:
+        """Return the proof that this server has the file; empty if it does not."""
         file = self.files.find(uid, seal.root)
-        return None if file is None else await self._server.call_aside(file.read)
+        return b"" if file is None else await self._server.call_aside(lambda: possession(file.map(), nonce))
 
-    async def hand_over(self, uid: str) -> bool:
-        """Give the expert to one of its successors. Returns whether one took it; it stays here otherwise."""
+    async def hand_over(self, uid: str, to: PeerID | None = None) -> bool:
+        """Give the expert to one of its successors, or to this one. Returns whether one took it; it stays otherwise."""
         expert = self._experts[uid]
         tenure = expert.tenure
-        heirs = tenure.heirs(self._elapsed())
+        # those that could not lead it come last
+        heirs = sorted(tenure.heirs(self._elapsed()), key=lambda heir: heir in tenure.may.passive)
+        heirs = [heir for heir in heirs if to in (None, heir)]
         if not heirs or not tenure.leave():
             return False
         signed = False
@@ -246,11 +369,10 @@ class Tenures:
             seal = await self._seal(expert)
             if seal is None:
                 return False
-            data = await self._read(uid, seal)
             for heir in heirs:
                 nonce = os.urandom(16)
                 reply = await self._call(uid, heir, "prepare", [nonce, seal.blob], timeout=self._call_timeout)
-                if reply is None or data is None or reply.records[1] != possession(data, nonce):
+                if reply is None or reply.records[1] != await self._possession(uid, seal, nonce):
                     logger.warning("%s could not be handed over to %s: it has not fetched the state", uid, heir.short)
                     continue
                 if tenure.state is not State.YIELDING:
@@ -282,7 +404,8 @@ class Tenures:
             while commands := expert.tenure.commands():
                 for command in commands:
                     await self._do(expert, command)
-            expert.hosted.epoch = expert.tenure.epoch
+            if expert.hosted is not None:
+                expert.hosted.epoch = expert.tenure.epoch
         expert.changed.set()
         self._wake.set()
 
@@ -290,8 +413,8 @@ class Tenures:
         match command:
             case Persist(stored):
                 await self._server.call_aside(partial(self.files.remember, expert.uid, stored))
-            case Publish(records):
-                self._spawn(self._publish(expert.uid, records))
+            case Publish(records, past):
+                self._spawn(self._publish(expert.uid, dict(enumerate(records)) | dict(enumerate(past, 2))))
             case Send(peer, question):
                 self._spawn(self._send(expert, peer, question))
             case Look():
@@ -299,7 +422,12 @@ class Tenures:
                 self._wants_look.set()
             case Fetch():
                 self._spawn(self._fetch(expert, command))
+            case RoleChanged(is_primary, _) if expert.hosted is None:
+                if is_primary:
+                    self._node.metrics.count("experts_taken_over")
+                    self.on_leading(expert.uid)
             case RoleChanged(is_primary, _):
+                assert expert.hosted is not None
                 if is_primary != expert.hosted.is_primary:
                     self._node.metrics.count("experts_taken_over" if is_primary else "experts_given_up")
                 await self._server.set_primary(expert.uid, is_primary, announce=False)
@@ -336,40 +464,65 @@ class Tenures:
 
     async def _fetch(self, expert: _Expert, command: Fetch) -> None:
         found = False
-        for source in (self._node.peer_id, *command.sources):
-            try:
-                found = await self._pull(expert, command, source)
-            except (TesseractError, TimeoutError, OSError) as error:
-                logger.info("the state of %s at %s: %s", expert.uid, source.short, describe(error))
-            if found:
-                break
+        try:
+            found = await self._pull(expert, command)
+        except (TesseractError, TimeoutError, OSError) as error:
+            logger.info("the state of %s could not be fetched: %s", expert.uid, describe(error))
         expert.tenure.fetched(command, found, *self._now())
         await self._carry_out(expert)
 
-    async def _pull(self, expert: _Expert, command: Fetch, source: PeerID) -> bool:
-        """Take the sealed state from that server, maybe this one. False if it is not to be had there.
+    async def _pull(self, expert: _Expert, command: Fetch) -> bool:
+        """Take the sealed state, from this server's own files or from others. False if it is not wanted any more.
 
-        Raises: ProtocolError, CheckpointError and as the call; then nothing has changed.
+        Raises: as `SealFetcher.fetch` and `check_fitting`; then nothing has changed.
         """
-        hosted, seal, aside = expert.hosted, command.seal, self._server.call_aside
-        found: tuple[bytes, StateDict] | None = None
-        if source == self._node.peer_id:
-            if (data := await self._read(expert.uid, seal)) is not None:
-                found = data, await aside(partial(check_state, expert.uid, data))
-        elif (address := self._addresses.get(source)) is not None:
-            found = await fetch_fitting(
-                self._node, address, expert.uid, hosted.backend, seal=seal, timeout=self._call_timeout, aside=aside
-            )
-        if found is None or command.check:
-            return found is not None
+        uid, seal, aside = expert.uid, command.seal, self._server.call_aside
+        backend = self.template if expert.hosted is None else expert.hosted.backend
+        if backend is None:
+            return False
+        sources = [address for peer in command.sources if (address := self._addresses.get(peer)) is not None]
+        file = await self._fetcher.fetch(uid, seal, sources, max_bytes=largest_state(backend))
+        if command.check:
+            return True
+        state = await aside(partial(_check_file, uid, backend, file))
         if expert.tenure.state not in (State.ABSENT, State.FOLLOWING, State.HOLDING, State.ASIDE):
             return False  # it was long on its way: this server has become the primary, or is about to
-        file, state = found
-        await hosted.take(state, aside=command.aside)
-        expert.progress = hosted.backend.progress
-        await aside(partial(self.files.keep, expert.uid, seal.root, file))
+        if (hosted := expert.hosted) is not None:
+            await self._take(hosted, expert.authority, state, aside=command.aside)
+            expert.progress = hosted.backend.progress
+        elif command.aside:
+            await aside(partial(self.files.put_aside, uid, seal.root))
+        await aside(partial(self.files.take_in, uid, file))
         self._node.metrics.count("states_pulled")
         return True
+
+    async def _take(self, hosted: HostedState, authority: Authority, state: StateDict, *, aside: bool) -> None:
+        """Continue from this state, and say how the own steps that it lacks can be had back."""
+        uid, path = hosted.uid, await hosted.take(state, aside=aside)
+        if path is not None:
+            root = (await self._server.call_aside(partial(read_sealed, path))).root
+            name = authority.run.full_name
+            logger.warning(
+                "the owner of %s can go back to that state of %s: tesseract run appoint %s %s %s --state %s",
+                *(name, uid, name, uid, self._node.peer_id, root.hex()),
+            )
+
+    async def _restore(self, expert: _Expert, hosted: HostedState, root: bytes) -> None:
+        """Go on from the state that the run's owner named, if this server has it."""
+        uid, aside = expert.uid, self._server.call_aside
+        try:
+            file = await aside(partial(self.files.find_aside, uid, root))
+            if file is None:
+                logger.warning("the owner of the run gives %s to this server, in a state that is not here", uid)
+                return
+            state = await aside(partial(_check_file, uid, hosted.backend, file))
+            await self._take(hosted, expert.authority, state, aside=True)
+        except (TesseractError, OSError) as error:
+            logger.error("%s cannot go on as its run's owner says: %s", uid, describe(error))
+            return
+        expert.progress = None  # nobody has a Seal of that
+        expert.tenure.restored(root, *self._now())
+        await self._carry_out(expert)
 
     async def _turn(self) -> None:
         """Let each machine act when it is due."""
@@ -378,19 +531,24 @@ class Tenures:
             now = self._elapsed()
             if now - told_at >= AUTHORITY_PERIOD:
                 told_at = now
-                for expert in self._experts.values():
+                for expert in list(self._experts.values()):
                     expert.tenure.authority_changed(*self._now())
                     await self._carry_out(expert)
+                    root, hosted = expert.tenure.wanted_root, expert.hosted
+                    if hosted is not None and root != expert.wanted_root:
+                        expert.wanted_root = root
+                        if root is not None:
+                            self._spawn(self._restore(expert, hosted, root))
                 self._node.metrics.set(
                     "lineage_forks", sum(one.tenure.lineage.num_forks for one in self._experts.values())
                 )
-            due = min(expert.tenure.timer_at() for expert in self._experts.values())
+            due = min((expert.tenure.timer_at() for expert in self._experts.values()), default=math.inf)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, max(0.01, due - now))):
                     await self._wake.wait()
             self._wake.clear()
             await asyncio.sleep(0.02)  # one turn for all that came at once
-            for expert in self._experts.values():
+            for expert in list(self._experts.values()):
                 if self._elapsed() >= expert.tenure.timer_at():
                     expert.tenure.handle_timer(*self._now())
                     await self._carry_out(expert)
@@ -421,32 +579,35 @@ class Tenures:
                 for uid, more in (await read_replicas(self._node, changed, by_shard=True, records=records)).items():
                     replicas[uid] += more
             for uid, others in replicas.items():
-                expert = self._experts[uid]
+                if (expert := self._experts.get(uid)) is None:
+                    continue
                 for record in records[uid]:
                     expert.tenure.sight(record, *self._now())
                 self._addresses |= {owner_of(one): one.peer for one in others}
-                hosts = {owner_of(one): one.epoch for one in others}
+                hosts = {**self.places.get(uid, {}), **{owner_of(one): one.epoch for one in others}}
                 expert.tenure.set_hosts(hosts | {self._node.peer_id: expert.tenure.epoch}, *self._now())
                 expert.tenure.looked(*self._now())
                 await self._carry_out(expert)
 
     def _has_changed(self, uid: str, others: Iterable[ExpertReplica]) -> bool:
+        if uid not in self._experts:
+            return False
         tenure = self._experts[uid].tenure
         return tenure.state not in (State.PRIMARY, State.FOLLOWING) or any(o.epoch != tenure.epoch for o in others)
 
-    async def _publish(self, uid: str, records: Sequence[bytes]) -> None:
-        """Store a Term, and its Seal if there is one, with this node's grant. What cannot be stored is logged."""
+    async def _publish(self, uid: str, records: Mapping[int, bytes]) -> None:
+        """Store records by the numbers of `record_subkey`, with this node's grant. What cannot be stored is logged."""
         key = self._node.trust.shard_key(uid)
-        named = [(record_subkey(uid, number), record) for number, record in enumerate(records)]
+        named = [(record_subkey(uid, number), record) for number, record in records.items()]
         grant = self._node.trust.own_grant(split_uid(uid)[0])
         blob, until = self._shown.get(key, (b"", 0.0))
         if grant != blob or self._elapsed() >= until:
             # records outlive manifests: their readers must know that the signer might sign them
-            self._shown[key] = grant, self._elapsed() + RECORDS_TTL / 2
+            self._shown[key] = grant, self._elapsed() + RECORDS_SECONDS / 2
             named += [(GRANT_SUBKEY, grant)] if grant else []
         for subkey, record in named:
             try:
-                await self._node.network.store(key, record, ttl=RECORDS_TTL, subkey=subkey)
+                await self._node.network.store(key, record, ttl=RECORDS_SECONDS, subkey=subkey)
             except (TesseractError, TimeoutError, OSError) as error:
                 logger.warning("a record of %s could not be stored: %s", uid, describe(error))
 
@@ -454,13 +615,13 @@ class Tenures:
         """Seal what changed, every `sync_every` of the run; at once what has no Seal yet."""
         while True:
             await asyncio.sleep(0.1)
-            for expert in self._experts.values():
+            for expert in list(self._experts.values()):
                 tenure, now = expert.tenure, self._elapsed()
-                if not tenure.is_primary(now):
+                if not tenure.is_primary(now) or (expert.hosted is None and tenure.held is None):
                     continue
                 is_new = tenure.held is None or tenure.term is None or tenure.held.term != tenure.term.digest
-                if is_new or now - expert.sealed_at >= expert.authority.sync_every:
-                    if not is_new and tenure.is_content and expert.progress == expert.hosted.backend.progress:
+                if is_new or now - expert.sealed_at >= self.sync_every(expert.authority):
+                    if not is_new and tenure.is_content and not self._has_moved(expert):
                         expert.sealed_at = now  # a Seal would say nothing
                         continue
                     try:
@@ -469,23 +630,33 @@ class Tenures:
                         logger.error("%s could not be sealed: %s", expert.uid, describe(error))
                         expert.sealed_at = now
 
+    def sync_every(self, authority: Authority) -> float:
+        """Return the seconds between two Seals: the run's, or longer, where the upload rate does not suffice for all
+        copies of what this server leads."""
+        period, rate = authority.sync_every, self.upload_rate
+        if rate is None:
+            return period
+        led = (one.tenure.held for one in self._experts.values() if one.tenure.state is State.PRIMARY)
+        num_bytes = sum(seal.size for seal in led if seal is not None)
+        return max(period, num_bytes * authority.run.manifest.num_replicas / (UPLOAD_SHARE * rate))
+
+    @staticmethod
+    def _has_moved(expert: _Expert) -> bool:
+        return expert.hosted is not None and expert.progress != expert.hosted.backend.progress
+
     async def _seal(self, expert: _Expert) -> Seal | None:
         """Write the state down, and sign for it."""
         uid, tenure, hosted, held = expert.uid, expert.tenure, expert.hosted, expert.tenure.held
         expert.sealed_at = self._elapsed()
-        if held is None or expert.progress != hosted.backend.progress or self.files.find(uid, held.root) is None:
+        if hosted is not None and (held is None or self._has_moved(expert) or self.files.find(uid, held.root) is None):
             state = await hosted.snapshot()
 
-            def write() -> tuple[bytes, int]:
-                data = b"".join(encode(state))
-                root = root_of(data)
-                self.files.keep(uid, root, data)
-                return root, len(data)
-
-            root, size = await self._server.call_aside(write)
+            file = await self._server.call_aside(lambda: self.files.keep(uid, encode(state)))
+            root, size = file.root, file.size
             version = hosted.shared_version = int(state["version"])
             expert.progress = version, state["num_accumulated"]
         else:
+            assert held is not None
             root, size, version = held.root, held.size, held.version
         seal = tenure.seal(root, size, version, *self._now())
         await self._carry_out(expert)
@@ -500,6 +671,10 @@ class Tenures:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("an expert's tenure: %s", describe(error), exc_info=error)
+
+
+def _check_file(uid: str, backend: ExpertBackend, file: SealedFile) -> StateDict:
+    return check_fitting(uid, backend, file.map())
 
 
 def _check_records(records: list[bytes], num: int) -> list[bytes]:

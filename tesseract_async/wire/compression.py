@@ -8,17 +8,20 @@ codec                   bytes per element    what is lost
 ``fp16``                2                    all but 11 bits of precision; what exceeds ±65504 becomes ±65504
 ``uint8``               1, and 8 per tensor  256 equal steps between the tensor's least and greatest value
 ``uint8_blockwise``     1, and 8 per block   256 equal steps between a block's least and greatest value
+``int4_blockwise``      1/2, 2 per block     15 equal steps around 0, up to a block's greatest magnitude
 ======================= ==================== ===============================================================
 
-A block is 4,096 elements of the flattened tensor, the last one may be shorter. A tensor (or block) of equal values
-survives the uint8 codecs exactly; one that holds a NaN or an infinity comes back as NaNs throughout, so that nothing
-that was not finite passes for finite. The loss is at most half a step: (greatest - least) / 510 plus float32 rounding.
+A block is 4,096 elements of the flattened tensor, 128 for ``int4_blockwise``; the last one may be shorter. A tensor (or
+block) of equal values survives the uint8 codecs exactly; one that holds a NaN or an infinity comes back as NaNs
+throughout, so that nothing that was not finite passes for finite. The loss is at most half a step plus float32
+rounding: (greatest - least) / 510, or with ``int4_blockwise`` greatest magnitude / 13.9.
 
 Only floating tensors are encoded; `wire.tensors` sends all others as ``none``. All numbers are little-endian.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import sys
 from typing import Any, Final
@@ -31,14 +34,15 @@ from tesseract_async.wire.codecs import CODECS as CODECS
 
 BLOCK: Final = 4096
 """Elements of one block of ``uint8_blockwise``."""
+SMALL_BLOCK: Final = 128
+"""Elements of one block of ``int4_blockwise``."""
 TILE: Final = 32
 """Blocks worked on at a time: so many stay in a core's cache between the passes."""
 FP16_MAX: Final = 65504.0
 _LARGE: Final = 65_536
 _TINY: Final = torch.finfo(torch.float32).tiny
 
-# numpy and memoryview both know these; not bfloat16 and the complex ones
-_CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
+CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
     torch.float64: np.dtype(np.float64),
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
@@ -47,6 +51,7 @@ _CASTABLE: Final[dict[torch.dtype, np.dtype[Any]]] = {
     torch.uint8: np.dtype(np.uint8),
     torch.bool: np.dtype(np.bool_),
 }
+"""The dtypes that NumPy and memoryviews know, too: not bfloat16 and the complex ones."""
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, which the wire defines as little-endian"
 
@@ -54,34 +59,36 @@ assert sys.byteorder == "little", "tensors travel as they lie in memory, which t
 def encode(tensor: torch.Tensor, codec: str) -> memoryview:
     """The tensor's bytes by `codec`, for any dtype under ``none``, any floating one under the others; on any device.
 
-    Any shape and strides. ``none`` shares memory with a contiguous CPU tensor. Runs without autograd; large tensors
-    take some milliseconds: not on an event loop.
+    Any shape and strides. ``none`` shares memory with a large contiguous CPU tensor. Runs without autograd; a large one
+    takes some milliseconds: not on an event loop.
 
     Raises: ValueError for an unknown codec or a tensor that it does not take.
     """
+    is_plain = codec == "none" and tensor.dtype in CASTABLE and tensor.is_cpu and not tensor.is_neg()
+    if is_plain and tensor.nbytes < _LARGE and tensor.is_contiguous():
+        return _copied(tensor)  # as below, with half the dispatches
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
     if codec != "none" and not tensor.is_floating_point():
         raise ValueError(f"codec {codec} takes floating tensors, not {tensor.dtype}")
     if tensor.numel() == 0:
         return memoryview(b"")
-    castable = codec == "none" and tensor.dtype in _CASTABLE and tensor.is_cpu and tensor.dim() and not tensor.is_neg()
-    if castable and tensor.is_contiguous() and tensor.nbytes < _LARGE:
-        # the same memory as below with half the dispatches: this is most of what a small call costs here
-        array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
-        return memoryview(array).cast("B")  # type: ignore[arg-type, unused-ignore]
     flat = flat_of(tensor)
     if codec == "bf16":
         flat = flat.to(torch.bfloat16)
     elif codec == "fp16":
         flat = flat.to(torch.float32 if flat.dtype == torch.bfloat16 else flat.dtype)
         flat = flat.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+    elif codec == "int4_blockwise":
+        flat = _quantize_nibbles(flat)
     elif codec != "none":
         flat = _quantize(flat, BLOCK if codec == "uint8_blockwise" else flat.numel())
-    octets = flat.view(torch.uint8)
     # torch marks for good what `numpy()` has seen as shared with NumPy, and callers copy such inputs
-    array = octets.numpy() if octets.nbytes < _LARGE else np.from_dlpack(octets)
-    return memoryview(array)  # type: ignore[arg-type, unused-ignore]
+    return _copied(flat) if flat.nbytes < _LARGE else memoryview(np.from_dlpack(flat.view(torch.uint8)))  # type: ignore[arg-type, unused-ignore]
+
+
+def _copied(tensor: torch.Tensor) -> memoryview:
+    return memoryview(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 def flat_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,14 +116,17 @@ def decode(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], codec
         if buffer.readonly:
             buffer = memoryview(bytearray(buffer))
         if codec == "none":
-            if (known := _CASTABLE.get(dtype)) is not None:
+            if (known := CASTABLE.get(dtype)) is not None:
                 # a view of a tensor would let go of the interpreter's lock: with a busy device thread, that is slow
                 return torch.from_numpy(np.ndarray(shape, known, buffer))
             return torch.frombuffer(buffer, dtype=dtype).view(shape)
         if codec in ("bf16", "fp16"):
             half = torch.frombuffer(buffer, dtype=torch.bfloat16 if codec == "bf16" else torch.float16)
             return half.to(dtype).view(shape)
-        flat = _dequantize(torch.frombuffer(buffer, dtype=torch.uint8), count, BLOCK if "block" in codec else count)
+        octets = torch.frombuffer(buffer, dtype=torch.uint8)
+        if codec == "int4_blockwise":
+            return _dequantize_nibbles(octets, count).to(dtype).view(shape)
+        flat = _dequantize(octets, count, BLOCK if codec == "uint8_blockwise" else count)
         return flat.to(dtype).view(shape)
     except RuntimeError:  # sizes whose strides overflow, next to one that is 0
         raise ProtocolError("a tensor's shape cannot be") from None
@@ -128,6 +138,8 @@ def encoded_bytes(count: int, dtype: torch.dtype, codec: str) -> int:
         return count * dtype.itemsize
     if codec in ("bf16", "fp16"):
         return 2 * count
+    if codec == "int4_blockwise":
+        return 2 * -(-count // SMALL_BLOCK) + -(-count // 2)
     return count + 8 * (-(-count // BLOCK) if codec == "uint8_blockwise" else min(count, 1))
 
 
@@ -200,3 +212,42 @@ def _dequantize_blocks(codes_bk: torch.Tensor, scales_2b: torch.Tensor, out_bk: 
             part = out_bk[row : row + rows, column : column + columns]
             part.copy_(codes_bk[row : row + rows, column : column + columns])
             part.mul_(step[row : row + rows]).add_(least[row : row + rows])
+
+
+# int4_blockwise: a step (bfloat16) for each block, then two codes in a byte, the first one in the low half. A code c
+# stands for (c - 8) * step; encoders use 1 to 15.
+
+
+def _quantize_nibbles(flat_n: torch.Tensor) -> torch.Tensor:
+    n, k = flat_n.numel(), SMALL_BLOCK
+    b = -(-n // k)
+    out = torch.empty(2 * b + -(-n // 2), dtype=torch.uint8, device="cpu")
+    with torch.no_grad():
+        work = torch.zeros(b * k, dtype=torch.float32, device="cpu")
+        work[:n] = flat_n
+        work_bk = work.view(b, k)
+        step_b = out[: 2 * b].view(torch.bfloat16)
+        step_b.copy_(work_bk.abs().amax(1).div_(7))
+        exact_b = step_b.float()
+        usable = torch.isfinite(exact_b) & (exact_b > 0)
+        # a step that is a denormal number has no reciprocal
+        work_bk.mul_(exact_b.clamp_min(_TINY).reciprocal_().unsqueeze(1)).round_().clamp_(-7, 7)
+        if not usable.all():
+            work_bk[~usable] = 0  # what float-to-integer conversion makes of NaN differs by machine
+        codes = work.add_(8).to(torch.uint8).view(-1, 2)
+        out[2 * b :] = (codes[:, 0] | codes[:, 1] << 4)[: -(-n // 2)]
+    return out
+
+
+def _dequantize_nibbles(encoded: torch.Tensor, n: int) -> torch.Tensor:
+    k = SMALL_BLOCK
+    b = -(-n // k)
+    packed = encoded[2 * b :]
+    out = torch.zeros(b * k, dtype=torch.float32, device="cpu")
+    pairs = out.view(-1, 2)[: len(packed)]
+    pairs[:, 0] = packed & 15
+    pairs[:, 1] = packed >> 4
+    step_b = encoded[: 2 * b].view(torch.bfloat16).float()
+    # infinities become NaN, also where a code of 0 would hide them
+    step_b = torch.where(torch.isfinite(step_b), step_b, math.nan)
+    return out.sub_(8).view(b, k).mul_(step_b.unsqueeze(1)).view(-1)[:n]

@@ -1,0 +1,78 @@
+"""Experts that are spread over processes: equal to whole ones, and indifferent to strangers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+
+TOLERANCE = 1e-5
+
+
+def run(job: str, size: int, *arguments: str, timeout: float = 100.0) -> list[dict[str, Any]]:
+    """What the leader of a job of so many processes found, line by line."""
+    command = [sys.executable, "-m", "tests.runtime.mesh_jobs", job, str(size), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check_equal(size: int, *cases: str) -> None:
+    found = run("equality", size, *cases)
+    assert [one.pop("case") for one in found] == list(cases)
+    for case, one in zip(cases, found, strict=True):
+        assert one.pop("sound")
+        assert max(one.values()) <= TOLERANCE, (case, one)
+
+
+def test_two_processes_equal_one() -> None:
+    check_equal(
+        2,
+        "fsdp ffn sgd",
+        "tp block sgd",
+        "fsdp ffn sgd step_every=4 trim_peers=0.25",
+        "tp ffn adam clip_gradient_norm=0.5",
+    )
+
+
+def test_strangers_poison_idleness_and_the_end_of_a_process() -> None:
+    timeout = 1.0
+    (found,) = run("faults", 2, str(timeout))
+    # a row that raises in either process, between parts that are gathered or at the end, fails its own request
+    for name in ("good", "poisoned", "good again", "after idling"):
+        spread, whole = ([one.rpartition(": ")[2] for one in said] for said in found[name])
+        assert spread == whole
+    said = found["poisoned"][0]
+    assert [one.rpartition(": ")[2] for one in said] == ["poison", "version 2", "poison", "late poison", "late poison"]
+    assert found["difference"] <= TOLERANCE
+    assert found["busy"] < 0.01
+    # a process that stopped is noticed within the time-out and the grace, one that is gone at once; calls are refused
+    assert found["noticed"] < timeout + 0.5 + 1.0
+    assert "does not answer" in found["stopped"][0] and "does not answer" in found["lost"]
+    assert found["lost again"] == "process 1 of the mesh is gone"
+    assert "comes back from its last checkpoint" in found["refused"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_fsdp_equals_one_device(size: int) -> None:
+    check_equal(size, "fsdp ffn sgd", "fsdp block sgd", "fsdp transformer sgd", "fsdp ffn sgd clip_gradient_norm=0.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallelism_equals_one_device(size: int) -> None:
+    check_equal(size, "tp ffn sgd", "tp block sgd", "tp block sgd clip_gradient_norm=0.1")
+
+
+@pytest.mark.slow
+def test_both_at_once_equal_one_device() -> None:
+    check_equal(4, "both ffn sgd", "both block sgd", "both ffn sgd clip_gradient_norm=0.1 step_every=2")
